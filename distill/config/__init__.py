@@ -1,0 +1,68 @@
+"""Recipes: YAML files and overrides on the command line become one frozen Config."""
+
+from __future__ import annotations
+
+from distill.config.load import Arguments, load_config, parse_args, to_yaml
+from distill.config.policy import (
+    BatchingConfig,
+    ColocatedConfig,
+    DtensorConfig,
+    GenerationConfig,
+    OptimizerConfig,
+    OptimizerKwargs,
+    PolicyConfig,
+    SchedulerStage,
+    TeacherConfig,
+    TokenizerConfig,
+    VllmConfig,
+)
+from distill.config.schema import (
+    CheckpointingConfig,
+    ClusterConfig,
+    Config,
+    ContextDistillationConfig,
+    ContextMetricsConfig,
+    DataConfig,
+    DatasetConfig,
+    DistillationConfig,
+    EnvConfig,
+    LoggerConfig,
+    LossConfig,
+    MathEnvConfig,
+    RuntimeConfig,
+    TraceExtractorConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "Arguments",
+    "BatchingConfig",
+    "CheckpointingConfig",
+    "ClusterConfig",
+    "ColocatedConfig",
+    "Config",
+    "ContextDistillationConfig",
+    "ContextMetricsConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DistillationConfig",
+    "DtensorConfig",
+    "EnvConfig",
+    "GenerationConfig",
+    "LoggerConfig",
+    "LossConfig",
+    "MathEnvConfig",
+    "OptimizerConfig",
+    "OptimizerKwargs",
+    "PolicyConfig",
+    "RuntimeConfig",
+    "SchedulerStage",
+    "TeacherConfig",
+    "TokenizerConfig",
+    "TraceExtractorConfig",
+    "VllmConfig",
+    "WandbConfig",
+    "load_config",
+    "parse_args",
+    "to_yaml",
+]

@@ -1,0 +1,261 @@
+"""Rules that need more than one value's type, checked once at the end; what they refuse they say how to mend.
+
+What needs the models' files, the data or the world of ranks is checked where those are.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from operator import attrgetter
+from typing import Any
+
+from distill.config.build import refuse, show
+from distill.config.schema import Config, DatasetConfig
+
+AT_LEAST: dict[int, str] = {
+    1: """distillation.num_prompts_per_step distillation.num_generations_per_prompt distillation.max_num_steps
+        distillation.max_num_epochs distillation.val_batch_size distillation.max_val_samples distillation.topk_logits_k
+        policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
+        policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
+        policy.make_sequence_length_divisible_by policy.dtensor_cfg.tensor_parallel_size
+        policy.dtensor_cfg.context_parallel_size policy.dynamic_batching.train_mb_tokens
+        policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
+        policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens policy.generation.top_k
+        policy.generation.val_top_k policy.generation.vllm_cfg.tensor_parallel_size
+        policy.generation.vllm_cfg.max_model_len teacher.max_total_sequence_length teacher.logprob_batch_size
+        teacher.logprob_chunk_size teacher.dtensor_cfg.tensor_parallel_size teacher.dtensor_cfg.context_parallel_size
+        teacher.dynamic_batching.logprob_mb_tokens teacher.sequence_packing.logprob_mb_tokens
+        data.max_input_seq_length checkpointing.keep_top_k checkpointing.save_period
+        cluster.num_nodes cluster.gpus_per_node runtime.sync_bucket_mib runtime.logits_chunk_rows
+        runtime.phase_timeout_s""",
+    0: """distillation.val_period distillation.seed loss_fn.mixed_kl_weight policy.optimizer.kwargs.lr
+        policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
+}
+ABOVE_ZERO = """loss_fn.temperature policy.max_grad_norm policy.optimizer.kwargs.eps policy.generation.temperature
+    policy.generation.top_p policy.generation.val_top_p policy.generation.vllm_cfg.gpu_memory_utilization"""
+AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
+    policy.generation.vllm_cfg.gpu_memory_utilization"""
+
+FIXED: dict[str, tuple[Any, str]] = {
+    "distillation.max_rollout_turns": (1, "the student answers once, so set it to 1"),
+    "policy.dtensor_cfg.enabled": (True, "FSDP2 is the only way to train here, so set it to true"),
+    "teacher.dtensor_cfg.enabled": (True, "FSDP2 is the only way to spread a model here, so set it to true"),
+    "policy.dtensor_cfg.custom_parallel_plan": (None, "plans come with the model families, so set it to null"),
+    "teacher.dtensor_cfg.custom_parallel_plan": (None, "plans come with the model families, so set it to null"),
+    "policy.generation.colocated.enabled": (True, "generation shares the GPUs that train, so set it to true"),
+    "policy.generation.vllm_cfg.async_engine": (False, "the engine is driven in step with training: set it to false"),
+    "policy.generation.vllm_cfg.pipeline_parallel_size": (1, "set it to 1 and use tensor_parallel_size"),
+    "policy.generation.vllm_cfg.expert_parallel_size": (1, "mixtures of experts aren't supported, so set it to 1"),
+}
+"""Keys with one value that is possible here, and the remedy for any other."""
+
+STAGES = {
+    "torch.optim.lr_scheduler.LinearLR": {"start_factor", "end_factor", "total_iters"},
+    "torch.optim.lr_scheduler.ConstantLR": {"factor", "total_iters"},
+    "torch.optim.lr_scheduler.CosineAnnealingLR": {"T_max", "eta_min"},
+}
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first rule broken."""
+    for rule in (
+        _fixed,
+        _ranges,
+        _batches,
+        _lengths,
+        _groups,
+        _scheduler,
+        _loss,
+        _context,
+        _data,
+        _saving,
+        _degenerate,
+    ):
+        rule(config)
+
+
+def _fixed(config: Config) -> None:
+    for key, (value, remedy) in FIXED.items():
+        if (found := attrgetter(key)(config)) != value:
+            refuse(f"{key}={show(found)} isn't supported: {remedy}")
+
+
+def _ranges(config: Config) -> None:
+    def demand(keys: str, holds: Any, rule: str) -> None:
+        for key in keys.split():
+            if (value := attrgetter(key)(config)) is not None and not holds(value):
+                refuse(f"{key}={show(value)} must be {rule}: set it so")
+
+    for least, keys in AT_LEAST.items():
+        demand(keys, lambda value, least=least: value >= least, f"at least {least}")
+    demand(ABOVE_ZERO, lambda value: value > 0, "above 0")
+    demand(AT_MOST_1, lambda value: value <= 1, "at most 1")
+    demand("policy.optimizer.kwargs.betas", lambda betas: all(0 <= beta < 1 for beta in betas), "in [0, 1)")
+    demand("policy.generation.val_temperature", lambda value: value >= 0, "at least 0")
+    demand("policy.model_name teacher.model_name", bool, "a hub name or a folder")
+
+
+def _batches(config: Config) -> None:
+    loop, batch = config.distillation, config.policy.train_global_batch_size
+    answers = loop.num_prompts_per_step * loop.num_generations_per_prompt
+    if answers % batch:
+        refuse(
+            f"policy.train_global_batch_size={batch} doesn't divide the {answers} answers of a step "
+            f"(distillation.num_prompts_per_step={loop.num_prompts_per_step} * "
+            f"distillation.num_generations_per_prompt={loop.num_generations_per_prompt}): choose one that does"
+        )
+    for name, model in (("policy", config.policy), ("teacher", config.teacher)):
+        if model.dynamic_batching.enabled and model.sequence_packing.enabled:
+            refuse(f"{name}.dynamic_batching.enabled=true excludes {name}.sequence_packing.enabled=true: set one false")
+
+
+def _lengths(config: Config) -> None:
+    window, generation = config.policy.max_total_sequence_length, config.policy.generation
+    if generation.max_new_tokens > window:
+        refuse(
+            f"policy.generation.max_new_tokens={generation.max_new_tokens} exceeds "
+            f"policy.max_total_sequence_length={window}: set it to at most {window}"
+        )
+    if generation.backend == "vllm" and generation.vllm_cfg.max_model_len < window:
+        refuse(
+            f"policy.generation.vllm_cfg.max_model_len={generation.vllm_cfg.max_model_len} is below "
+            f"policy.max_total_sequence_length={window}: set it to at least {window}"
+        )
+    teacher = config.teacher.max_total_sequence_length
+    if teacher < window and not config.distillation.context_distillation.enabled:
+        refuse(
+            f"teacher.max_total_sequence_length={teacher} is below policy.max_total_sequence_length={window}, and the "
+            f"teacher reads all that the student does: set it to at least {window}"
+        )
+
+
+def _groups(config: Config) -> None:
+    ranks = config.cluster.num_nodes * config.cluster.gpus_per_node
+    where = f"cluster.num_nodes={config.cluster.num_nodes} * cluster.gpus_per_node={config.cluster.gpus_per_node}"
+    for name, parallel in (("policy", config.policy.dtensor_cfg), ("teacher", config.teacher.dtensor_cfg)):
+        if ranks % (parallel.tensor_parallel_size * parallel.context_parallel_size):
+            refuse(
+                f"{name}.dtensor_cfg.tensor_parallel_size={parallel.tensor_parallel_size} * context_parallel_size="
+                f"{parallel.context_parallel_size} doesn't divide the {ranks} ranks of {where}: choose sizes that do"
+            )
+    engine = config.policy.generation.vllm_cfg.tensor_parallel_size
+    if config.policy.generation.backend == "vllm" and ranks % engine:
+        refuse(
+            f"policy.generation.vllm_cfg.tensor_parallel_size={engine} doesn't divide the {ranks} ranks of {where}: "
+            "choose a size that does"
+        )
+
+
+def _scheduler(config: Config) -> None:
+    stages = [entry for entry in config.policy.scheduler if entry.name]
+    milestones = [step for entry in config.policy.scheduler for step in entry.milestones]
+    for stage in stages:
+        assert stage.name is not None
+        for name, value in stage.kwargs.items():
+            if name not in STAGES[stage.name] or type(value) not in (int, float):
+                known = ", ".join(sorted(STAGES[stage.name]))
+                refuse(f"policy.scheduler: {stage.name} takes no {name}={show(value)}: give numbers for {known}")
+    if len(milestones) != max(len(stages) - 1, 0) or milestones != sorted(set(milestones)):
+        refuse(
+            f"policy.scheduler has {len(stages)} stages and milestones={milestones}: give one milestone between each "
+            "two stages, rising"
+        )
+
+
+def _loss(config: Config) -> None:
+    loss = config.loss_fn
+    if loss.zero_outside_topk is not None and loss.outside_topk is not None:
+        refuse(
+            f"loss_fn.zero_outside_topk={show(loss.zero_outside_topk)} and loss_fn.outside_topk={loss.outside_topk} "
+            "are set in one place and say the same thing: set one of them to null"
+        )
+
+
+def _context(config: Config) -> None:
+    context = config.distillation.context_distillation
+    for placeholder in _placeholders(context.teacher_prefix_template):
+        if placeholder not in ("{problem}", "{trace}"):
+            refuse(
+                f"distillation.context_distillation.teacher_prefix_template has the unknown placeholder {placeholder}: "
+                "use {problem} and {trace}, and double other braces ({{ and }})"
+            )
+    if context.enabled and config.policy.model_name != config.teacher.model_name:
+        refuse(
+            f"teacher.model_name={config.teacher.model_name} differs from policy.model_name="
+            f"{config.policy.model_name} under distillation.context_distillation.mode=self_frozen, where the teacher "
+            "is the student as it was at the start: set both to the same"
+        )
+
+
+def _placeholders(template: str) -> list[str]:
+    """What stands in single braces, braces and all."""
+    found = []
+    try:
+        for _, name, spec, conversion in string.Formatter().parse(template):
+            if name is not None:
+                found.append("{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}")
+    except ValueError as error:
+        refuse(
+            f"distillation.context_distillation.teacher_prefix_template can't be read ({error}): double the braces "
+            "that are no placeholder ({{ and }})"
+        )
+    return found
+
+
+def _data(config: Config) -> None:
+    loop, data = config.distillation, config.data
+    if not data.train:
+        refuse("data.train=null leaves nothing to train on: set data.train.dataset_name or data.train.data_path")
+    if not data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end):
+        refuse(
+            "data.validation=null leaves nothing to validate on: name a dataset, or set distillation.val_period=0 and "
+            "distillation.val_at_start and val_at_end to false"
+        )
+    for name, entries in (("data.train", data.train), ("data.validation", data.validation)):
+        for i, entry in enumerate(entries):
+            _dataset(f"{name}.{i}" if len(entries) > 1 else name, entry)
+
+
+def _dataset(key: str, entry: DatasetConfig) -> None:
+    if (entry.dataset_name is None) == (entry.data_path is None):
+        both = "both dataset_name and data_path" if entry.data_path else "neither dataset_name nor data_path"
+        refuse(f"{key} has {both}: set one of them")
+    if entry.repeat < 1:
+        refuse(f"{key}.repeat={entry.repeat} must be at least 1: set it so")
+    if entry.env_name not in ("math", None):
+        refuse(f"{key}.env_name={entry.env_name} is no known judge: set it to math or null")
+
+
+def _saving(config: Config) -> None:
+    saving = config.checkpointing
+    if saving.metric_name is not None and not re.fullmatch(r"(train|val):.+", saving.metric_name):
+        refuse(
+            f"checkpointing.metric_name={saving.metric_name} is neither train:NAME nor val:NAME: write it so, or null"
+        )
+    if saving.checkpoint_must_save_by is not None and not re.fullmatch(
+        r"\d+:\d\d:\d\d:\d\d", saving.checkpoint_must_save_by
+    ):
+        refuse(
+            f"checkpointing.checkpoint_must_save_by={saving.checkpoint_must_save_by} isn't DD:HH:MM:SS: write it so "
+            "(00:03:45:00), or null"
+        )
+
+
+def _degenerate(config: Config) -> None:
+    """What runs but can't teach."""
+    loop, generation = config.distillation, config.policy.generation
+    if loop.allow_degenerate:
+        return
+    if config.teacher.model_name == config.policy.model_name and not loop.context_distillation.enabled:
+        refuse(
+            f"teacher.model_name={config.teacher.model_name} is the student itself and reads the same, so there is "
+            "nothing to learn: choose another teacher, set distillation.context_distillation.enabled=true, or for a "
+            "control distillation.allow_degenerate=true"
+        )
+    if generation.top_p < 1 or generation.top_k is not None:
+        refuse(
+            f"policy.generation.top_p={generation.top_p} with top_k={show(generation.top_k)} samples from a cut "
+            "distribution, but the loss assumes the full one: set top_p=1 and top_k=null, or "
+            "distillation.allow_degenerate=true"
+        )

@@ -1,0 +1,297 @@
+"""The recipe's key tree as frozen dataclasses: the attribute path of a value is exactly its key path.
+
+A field's default holds where neither a recipe nor its parents set the key; some follow other keys then, as their
+docstrings and FOLLOWING in load.py say. The docstrings are what ``--help`` prints. check.py has the rules that span
+several keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distill.config.policy import PolicyConfig, TeacherConfig
+
+Outside = Literal["bucket", "renormalize", "floor"]
+"""What the loss does with the vocabulary outside the top-k."""
+
+
+@dataclass(frozen=True)
+class TraceExtractorConfig:
+    """How a trace (a stretch of reasoning) is taken out of the student's own answer."""
+
+    type: Literal["think_tag"] = "think_tag"
+    """think_tag: the text between <think> and </think>."""
+    selection: Literal["first"] = "first"
+    """Which of several spans is taken: the first."""
+    missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
+    """An answer without a trace: empty fills the template with an empty one, drop_sample leaves the answer out."""
+
+
+@dataclass(frozen=True)
+class ContextMetricsConfig:
+    """Metrics of context distillation."""
+
+    enabled: bool = True
+    """Report trace coverage, prefix truncation and dropped answers."""
+
+
+@dataclass(frozen=True)
+class ContextDistillationConfig:
+    """The teacher reads something else before the answer than the student did: a template with problem and trace."""
+
+    enabled: bool = False
+    """Let the teacher read teacher_prefix_template instead of the student's prompt."""
+    mode: Literal["self_frozen"] = "self_frozen"
+    """self_frozen: the teacher is a frozen copy of the student as it was at the start."""
+    frozen_teacher_source: Literal["base_model"] = "base_model"
+    """base_model: the copy is read from policy.model_name, never from a checkpoint of the run."""
+    problem_source: Literal["original_user_problem"] = "original_user_problem"
+    """original_user_problem: {problem} is the dataset's text, before prompt file and chat template."""
+    alignment: Literal["response_token_index"] = "response_token_index"
+    """response_token_index: the i-th token of the answer is compared with the i-th, whatever stands before it."""
+    overflow_policy: Literal["truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_prefix_only"
+    """Prefix and answer beyond teacher.max_total_sequence_length: truncate_prefix_only keeps the prefix's last tokens,
+    truncate_prefix_from_end its first; the answer is never cut."""
+    teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
+    """What the teacher reads; {problem} and {trace} are filled in, other braces are doubled ({{ and }})."""
+    chat_template: bool = True
+    """Wrap the filled template into the model's chat template as a user message; false: the teacher reads it bare."""
+    trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
+    """How the trace is found."""
+    metrics: ContextMetricsConfig = field(default_factory=ContextMetricsConfig)
+    """What is reported of it."""
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """The training loop."""
+
+    num_prompts_per_step: int = 128
+    """Prompts of one step (P)."""
+    num_generations_per_prompt: int = 1
+    """Answers of the student to each prompt (G)."""
+    max_rollout_turns: int = 1
+    """Turns of a conversation; only 1 is supported."""
+    max_num_steps: int = 1000
+    """The run ends after this many steps, or after max_num_epochs, whichever comes first."""
+    max_num_epochs: int = 10
+    """Passes over the training problems at most."""
+    val_batch_size: int = 64
+    """Problems validated at a time."""
+    val_period: int = 20
+    """Validate every so many steps; 0: not periodically."""
+    val_at_start: bool = False
+    """Validate before the first step."""
+    val_at_end: bool = False
+    """Validate after the last step."""
+    max_val_samples: int | None = 512
+    """Problems validated at most; null: all."""
+    topk_logits_k: int = 64
+    """The teacher's most likely tokens kept at each position (K), the support of the loss."""
+    seed: int = 42
+    """Decides data order, sampling and the dealing of answers to optimizer batches."""
+    allow_degenerate: bool = False
+    """Allow what can't teach (teacher and student the same and reading the same, cut sampling): for controls."""
+    context_distillation: ContextDistillationConfig = field(default_factory=ContextDistillationConfig)
+    """What the teacher reads before the answer, where that is not the student's prompt."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The divergence at every token of the answer."""
+
+    kl_type: Literal["mixed", "forward", "reverse"] = "mixed"
+    """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, by mixed_kl_weight."""
+    mixed_kl_weight: float = 0.5
+    """Weight of the forward KL(teacher || student) in a mixed loss; the reverse KL(student || teacher) has the rest."""
+    zero_outside_topk: bool | None = None
+    """The reference's key. false: both models renormalised over the top-k (as outside_topk renormalize); true: teacher
+    log-prob -100 outside it (as floor); null: as outside_topk says. Of the two keys the one set later wins."""
+    outside_topk: Outside | None = None
+    """The vocabulary outside the teacher's top-k. bucket: one more outcome with the summed mass (a lower bound of the
+    full KL); renormalize: ignored, both models renormalised over the top-k; floor: teacher log-prob -100; null: as
+    zero_outside_topk says, bucket if that is null too."""
+    temperature: float | None = None
+    """Divides the logits of both models in the loss; null: policy.generation.temperature."""
+    logits_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the logits that the head gives; bfloat16 is faster and costs about 0.02 nats a log-prob."""
+
+    @property
+    def outside(self) -> Outside:
+        """What the loss does outside the top-k, the two keys together."""
+        if self.outside_topk is not None:
+            return self.outside_topk
+        if self.zero_outside_topk is None:
+            return "bucket"
+        return "floor" if self.zero_outside_topk else "renormalize"
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset: by its hub name or a file. What data.train or data.validation leaves out, data.default fills in."""
+
+    dataset_name: str | None = None
+    """A known name (DeepScaler, AIME2024) or a hub path (openai/gsm8k); of this and data_path the later set wins."""
+    data_path: str | None = None
+    """A JSONL or Parquet file, or a folder of them."""
+    input_key: str | None = None
+    """The column with the problem; null: the known dataset's own, or "input"."""
+    output_key: str | None = None
+    """The column with the gold answer; null: the known dataset's own, or "output"."""
+    subset: str | None = None
+    """The hub dataset's configuration (main of openai/gsm8k, say)."""
+    split: str | None = None
+    """The split; null: the dataset's own choice, or train."""
+    prompt_file: str | None = None
+    """A text file with {} where the problem goes; null: the problem as it is."""
+    system_prompt_file: str | None = None
+    """A text file with the system message; null: none."""
+    env_name: str | None = "math"
+    """Who judges an answer in validation: math (math-verify); null: nobody."""
+    repeat: int = 1
+    """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
+    seed: int | None = None
+    """Seed of this dataset's own shuffling; null: distillation.seed."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The problems."""
+
+    max_input_seq_length: int = 8192
+    """Longest prompt in tokens; a longer one is skipped and counted. Left out: policy.max_total_sequence_length."""
+    shuffle: bool = True
+    """Shuffle the training problems, by (seed, epoch)."""
+    default: DatasetConfig = field(default_factory=DatasetConfig)
+    """Fills the keys that data.train and data.validation leave out."""
+    train: tuple[DatasetConfig, ...] = ()
+    """The training problems: one dataset, or a list of them that are put end to end."""
+    validation: tuple[DatasetConfig, ...] = ()
+    """The held-out problems: one dataset, a list, or null."""
+
+
+@dataclass(frozen=True)
+class MathEnvConfig:
+    """How an answer to a mathematical problem is judged."""
+
+    math_verify_impl: Literal["hf_math_verify"] = "hf_math_verify"
+    """hf_math_verify: the math-verify library compares the answer with the gold one."""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Who judges answers in validation, by env_name."""
+
+    math: MathEnvConfig = field(default_factory=MathEnvConfig)
+    """The judge named math."""
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """What is saved, when and where. A run resumes from the newest checkpoint in checkpoint_dir by itself."""
+
+    enabled: bool = True
+    """Save checkpoints, and resume from them."""
+    checkpoint_dir: str = "checkpoints/distillation"
+    """The folder of the step_N folders."""
+    metric_name: str | None = "val:accuracy"
+    """Which metric ranks checkpoints: val:NAME or train:NAME; null: the step."""
+    higher_is_better: bool = True
+    """Whether a high metric is a good one."""
+    keep_top_k: int | None = 3
+    """How many of the best are kept, the newest always besides; null: all."""
+    save_period: int = 10
+    """Save every so many steps, and at the end."""
+    checkpoint_must_save_by: str | None = None
+    """DD:HH:MM:SS after the start: save before then and leave; null: no limit."""
+    model_save_format: Literal["safetensors"] = "safetensors"
+    """The format of the Hugging Face export."""
+    save_consolidated: bool = False
+    """Write a Hugging Face export with every checkpoint, not only with the last."""
+    save_optimizer: bool = True
+    """Save the optimizer too; without it a resumed run is another run."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str = "distill"
+    """Project."""
+    name: str | None = None
+    """Name of the run; null: the run folder's."""
+    entity: str | None = None
+    """Team or user; null: the account's default."""
+    group: str | None = None
+    """Group of runs."""
+    mode: Literal["online", "offline", "disabled"] | None = None
+    """null: as the environment says (WANDB_MODE)."""
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go. The console and metrics.jsonl in the run's folder are always on."""
+
+    log_dir: str = "logs/distillation"
+    """Runs get folders exp_001, exp_002, ... in it, unless runtime.run_dir says where."""
+    num_val_samples_to_print: int = 5
+    """Validation answers shown on the console each time."""
+    wandb_enabled: bool = True
+    """Write to Weights & Biases."""
+    tensorboard_enabled: bool = True
+    """Write TensorBoard events into the run's folder."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Settings of Weights & Biases."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machines. Checked against the real world at start: one rank for each GPU (without GPUs, for each process)."""
+
+    gpus_per_node: int = 8
+    """Ranks on a node."""
+    num_nodes: int = 1
+    """Nodes."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How this program runs. Nothing here changes what a step computes."""
+
+    run_dir: str | None = None
+    """The exact folder of the run; null: the next logger.log_dir/exp_NNN."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda if there is one."""
+    sync_bucket_mib: int = 512
+    """MiB of weights moved at a time from the student to the engine."""
+    logits_chunk_rows: int | None = None
+    """Rows of logits that exist at a time; null: 256 on CPU, 2048 on CUDA."""
+    phase_timeout_s: int = 1800
+    """Seconds after which a phase of a step is taken for hung."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole recipe, parents and overrides merged, interpolations resolved, contradictions refused."""
+
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """The training loop."""
+    loss_fn: LossConfig = field(default_factory=LossConfig)
+    """The divergence at every token of the answer."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The student: model, batches, parallelism, optimizer, generation."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen teacher."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The problems."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    """Who judges answers in validation."""
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    """What is saved, when and where."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """Where metrics go."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """How this program runs."""

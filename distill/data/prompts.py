@@ -1,0 +1,280 @@
+"""Prompts: problems filled into a prompt file, put through the chat template, and dealt out in an order that depends on
+nothing but (seed, step)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from distill.data.problems import keyed, load_dataset_problems
+from distill.data.template import Template, read_prompt_file, read_text
+from distill.types import Problem, Prompt, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from distill.config import DatasetConfig
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+
+_CHUNK = 1000
+"""Conversations rendered and tokenised at a time."""
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """The token ids of each conversation, ready for the model's answer.
+
+    They end with the chat template's generation prompt. A tokenizer without a chat template reads the messages' bare
+    texts, blank lines between them, with the special tokens it adds by itself. ``template_kwargs`` go to the chat
+    template (``enable_thinking``, say). Raises UserError where the template refuses a conversation.
+    """
+    if not chats:
+        return []
+    if tokenizer.chat_template is None:
+        return token_ids(tokenizer, ["\n\n".join(m["content"] for m in chat) for chat in chats], special_tokens=True)
+    return token_ids(tokenizer, _rendered(tokenizer, chats, dict(template_kwargs or {})))
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any]) -> list[str]:
+    from jinja2.exceptions import TemplateError
+
+    ours = {"tokenize": False, "add_generation_prompt": True}
+    if ours.keys() & kwargs.keys():
+        keys = " and ".join(sorted(ours.keys() & kwargs.keys()))
+        raise UserError(
+            f"policy.tokenizer.chat_template_kwargs sets {keys}, which a prompt needs as it is: take it out"
+        )
+    try:
+        return [str(tokenizer.apply_chat_template(chat, **ours, **kwargs)) for chat in chats]
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in chats[0])
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({error}): "
+            "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs"
+        ) from None
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False
+) -> list[list[int]]:
+    """The token ids of each text, without the tokenizer's own additions unless ``special_tokens``."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    return ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a list of datasets, in the datasets' order, those that are too long left out.
+
+    Token ids are kept in one array: 4 bytes a token, and a Prompt is made when it is asked for.
+    """
+
+    problems: tuple[Problem, ...]
+    prompt_ids: tuple[int, ...]
+    """Each prompt's place in the list of all problems, repeats and skipped ones counted."""
+    tokens: array[int]
+    bounds: array[int]
+    """len + 1 cumulative token counts."""
+    skipped: int
+    """How many prompts were too long."""
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def __getitem__(self, i: int) -> Prompt:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        ids = tuple(self.tokens[self.bounds[i] : self.bounds[i + 1]])
+        return Prompt(self.prompt_ids[i], ids, self.problems[i])
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[i] for i in range(len(self)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every prompt's id and tokens: another dataset, prompt file or chat template has another one."""
+        digest = hashlib.sha256(array("q", self.prompt_ids).tobytes())
+        digest.update(self.bounds.tobytes())
+        digest.update(self.tokens.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_prompts(
+    datasets: Sequence[DatasetConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+    where: str = "data.train",
+) -> Prompts:
+    """Load the datasets and tokenise their prompts, each with its own prompt file and system prompt.
+
+    A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names. Every
+    rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user can put
+    right, also if no prompt is left.
+    """
+    problems: list[Problem] = []
+    rows: list[array[int]] = []
+    for key, dataset in keyed(datasets, where):
+        wording = _Wording.of(dataset, key)
+        found = load_dataset_problems(dataset, key)
+        once = found[: len(found) // dataset.repeat]
+        rows += _tokenised(tokenizer, [wording.chat(problem) for problem in once], template_kwargs) * dataset.repeat
+        problems += found
+    return _fitting(problems, rows, max_tokens, where)
+
+
+@dataclass(frozen=True)
+class _Wording:
+    """What stands around the problems of one dataset."""
+
+    prompt: Template | None
+    system: str | None
+
+    @classmethod
+    def of(cls, dataset: DatasetConfig, where: str) -> _Wording:
+        prompt_file, system_file = dataset.prompt_file, dataset.system_prompt_file
+        return cls(
+            read_prompt_file(prompt_file, f"{where}.prompt_file") if prompt_file else None,
+            read_text(system_file, f"{where}.system_prompt_file") if system_file else None,
+        )
+
+    def chat(self, problem: Problem) -> Messages:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.prompt.fill({"": problem.text}) if self.prompt else problem.text
+        return [*system, {"role": "user", "content": text}]
+
+
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None
+) -> list[array[int]]:
+    rows: list[array[int]] = []
+    for start in range(0, len(chats), _CHUNK):
+        rows += [array("i", ids) for ids in chat_ids(tokenizer, chats[start : start + _CHUNK], template_kwargs)]
+        if len(rows) % (10 * _CHUNK) == 0:
+            logger.info("tokenised %d of %d prompts", len(rows), len(chats))
+    return rows
+
+
+def _fitting(problems: Sequence[Problem], rows: Sequence[array[int]], max_tokens: int, where: str) -> Prompts:
+    """The prompts of at most ``max_tokens`` tokens; says how many there are, and warns of those left out."""
+    kept = [i for i, ids in enumerate(rows) if len(ids) <= max_tokens]
+    skipped = len(rows) - len(kept)
+    remedy = "raise data.max_input_seq_length and policy.max_total_sequence_length, or shorten the problems"
+    if not kept:
+        raise UserError(f"{where}: all {len(rows)} prompts are longer than {max_tokens} tokens: {remedy}")
+    if skipped:
+        longest = max(map(len, rows))
+        logger.warning(
+            "%s: %d of %d prompts are longer than %d tokens (the longest has %d) and are skipped: %s",
+            *(where, skipped, len(rows), max_tokens, longest, remedy),
+        )
+    logger.info("%s: %d prompts", where, len(kept))
+    tokens, bounds = array("i"), array("q", [0])
+    for i in kept:
+        tokens.extend(rows[i])
+        bounds.append(len(tokens))
+    return Prompts(tuple(problems[i] for i in kept), tuple(kept), tokens, bounds, skipped)
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Which prompts a step takes: a pure function of (seed, step), the same on every rank. Steps count from 0.
+
+    Every epoch has its own permutation, by (seed, epoch), cut into batches of ``num_prompts_per_step``; the rest at the
+    end of an epoch that fills no batch is left out of that epoch. With ``shuffle`` off the order is the datasets'.
+    Raises UserError if there are fewer prompts than one step takes.
+    """
+
+    prompts: Prompts
+    num_prompts_per_step: int
+    seed: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        n = len(self.prompts)
+        if not 1 <= self.num_prompts_per_step <= n:
+            raise UserError(
+                f"distillation.num_prompts_per_step={self.num_prompts_per_step} does not fit the {n} prompts of data.train: "
+                f"set it to 1..{n}, or raise data.train.repeat"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass over the prompts."""
+        return len(self.prompts) // self.num_prompts_per_step
+
+    def steps(self, max_num_steps: int, max_num_epochs: int) -> int:
+        """How many steps a whole run takes: until the first of the two limits."""
+        return min(max_num_steps, max_num_epochs * self.steps_per_epoch)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that ``step`` belongs to, from 0."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> tuple[Prompt, ...]:
+        """The prompts of ``step``."""
+        start = step % self.steps_per_epoch * self.num_prompts_per_step
+        order = self._permutation(self.epoch(step))
+        return tuple(self.prompts[i] for i in order[start : start + self.num_prompts_per_step])
+
+    def _permutation(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(len(self.prompts))
+        if epoch not in self._permutations:
+            self._permutations.clear()
+            order = list(range(len(self.prompts)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._permutations[epoch] = order
+        return self._permutations[epoch]
+
+    @cached_property
+    def _permutations(self) -> dict[int, list[int]]:
+        """The latest epoch's permutation, kept because a shuffle of 100k takes longer than a batch."""
+        return {}
+
+    def state(self, step: int) -> dict[str, int | str]:
+        """The position before ``step``, for a checkpoint: plain numbers and strings."""
+        return {
+            "step": step,
+            "epoch": self.epoch(step),
+            "step_in_epoch": step % self.steps_per_epoch,
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "num_prompts_per_step": self.num_prompts_per_step,
+            "num_prompts": len(self.prompts),
+            "fingerprint": self.prompts.fingerprint,
+        }
+
+    def resume(self, state: Mapping[str, int | str]) -> int:
+        """The step at which a saved position goes on; UserError if its order of prompts is not this one's."""
+        step = int(state["step"])
+        now = self.state(step)
+        for name, key in _SETTINGS.items():
+            if state.get(name) != now[name]:
+                raise UserError(
+                    f"{key} has changed since the checkpoint ({name} was {state.get(name)} and is {now[name]}): set it "
+                    "back, or start anew in another checkpointing.checkpoint_dir"
+                )
+        return step
+
+
+_SETTINGS = {
+    "seed": "distillation.seed",
+    "shuffle": "data.shuffle",
+    "num_prompts_per_step": "distillation.num_prompts_per_step",
+    "num_prompts": "data.train",
+    "fingerprint": "data.train (its problems, prompt file or tokenizer)",
+}
+"""The parts of a position that make its order of prompts, and the keys they come from."""

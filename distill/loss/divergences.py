@@ -1,0 +1,183 @@
+"""Top-k divergences between a student and a teacher, in plain PyTorch: the readable twins of everything fused.
+
+Every loss here is a function of a few numbers per row: the student's logits at the K kept ids and, of the tail (all the
+other tokens), the logsumexp and the mean logit. ``student_outcomes`` finds them by autograd-friendly means, ``head.py``
+finds the same ones in place; ``divergence`` turns them into the loss for both.
+
+KL(teacher || student) is the forward KL, KL(student || teacher) the reverse KL. Values in nats.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.config import LossConfig
+from distill.loss.checks import check_no_duplicates, check_temperature, check_topk, check_vocab
+from distill.types import TopK, UserError
+
+LOG_FLOOR = -100.0
+"""The teacher's log-prob outside the top-k under ``outside_topk: floor``, as NeMo-RL has it."""
+
+_NEG_INF = float("-inf")
+
+
+class Outcomes(NamedTuple):
+    """What a model's logits say of K kept tokens and of the tail; each row may be shifted by a constant of its own."""
+
+    logits_NK: Tensor
+    """Logits over temperature at the kept ids; -inf where an id is padding."""
+    tail_N: Tensor
+    """Logsumexp of the tail; -inf where the tail is empty (K is the whole vocabulary)."""
+    tail_mean_N: Tensor
+    """Mean logit of the tail under the tail's own softmax; 0 where the tail is empty."""
+
+    def events_NE(self) -> Tensor:
+        """Unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then "any other token"."""
+        return torch.cat([self.logits_NK, self.tail_N.unsqueeze(1)], dim=1)
+
+    def log_masses_NE(self) -> Tensor:
+        """Log-probs of the K + 1 outcomes, [N, K + 1]."""
+        return torch.log_softmax(self.events_NE(), dim=1)
+
+
+def loss_temperature(loss_config: LossConfig, sampling_temperature: float = 1.0) -> float:
+    """The temperature of both models' logits in the loss: ``loss_fn.temperature``, null meaning the sampler's.
+
+    Errors: ``UserError`` where it is not above 0.
+    """
+    temperature = sampling_temperature if loss_config.temperature is None else loss_config.temperature
+    check_temperature(temperature)
+    return float(temperature)
+
+
+def topk_kl(
+    logits_NV: Tensor,
+    topk: TopK,
+    loss_config: LossConfig,
+    *,
+    sampling_temperature: float = 1.0,
+    valid_vocab: int | None = None,
+) -> Tensor:
+    """The distillation loss of each row from the student's logits: the plain twin of ``fused_linear_kl``.
+
+    Args:
+        logits_NV: the student's logits, differentiable; bf16 is widened to float32.
+        topk: the teacher's targets, made at the loss's temperature.
+        loss_config: which divergence, and what stands for the tokens outside the top-k.
+        sampling_temperature: what ``loss_config.temperature: null`` means.
+        valid_vocab: columns from here on are padding: they count as -inf and get a gradient of exactly 0.
+
+    Returns:
+        kl_N in nats, float32 (float64 for float64 logits). It is +inf where one model excludes what the other needs: the
+        forward KL where the student's logit at a teacher's token is -inf; its gradient stays finite.
+
+    Errors: ``UserError`` for shapes that disagree, ids out of range or repeated, K above the vocabulary.
+    """
+    vocab = check_vocab(logits_NV.shape[1], valid_vocab)
+    check_topk(topk, logits_NV.shape[0], vocab)
+    check_no_duplicates(topk.ids_NK)
+    temperature = loss_temperature(loss_config, sampling_temperature)
+    z_NV = logits_NV[:, :vocab].to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
+    return divergence(student_outcomes(z_NV, topk.ids_NK), topk, loss_config)
+
+
+def student_outcomes(z_NV: Tensor, ids_NK: Tensor) -> Outcomes:
+    """The K + 1 outcomes of logits that are already divided by the temperature; differentiable.
+
+    The kept ids become -inf before the tail's logsumexp: 1 - (mass of the kept ids) would lose a small tail's digits.
+    """
+    z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
+    inside_NV = _mark(ids_NK, z_NV.shape[1])
+    tail_NV = z_NV.masked_fill(inside_NV, _NEG_INF)
+    empty_N1 = (tail_NV == _NEG_INF).all(dim=1, keepdim=True)
+    # An empty tail is replaced before logsumexp and softmax, and again after: their gradients at -inf are NaN.
+    tail_NV = tail_NV.masked_fill(empty_N1, 0.0)
+    finite_NV = tail_NV.masked_fill(tail_NV == _NEG_INF, 0.0)
+    mean_N = (torch.softmax(tail_NV, dim=1) * finite_NV).sum(dim=1)
+    kept_NK = z_NV.gather(1, ids_NK.long().clamp(min=0)).masked_fill(ids_NK < 0, _NEG_INF)
+    empty_N = empty_N1.squeeze(1)
+    return Outcomes(kept_NK, tail_NV.logsumexp(1).masked_fill(empty_N, _NEG_INF), mean_N.masked_fill(empty_N, 0.0))
+
+
+def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Tensor:
+    """The loss of each row, [N], from the student's outcomes and the teacher's; differentiable in ``student``.
+
+    ``bucket`` compares the K + 1 outcomes, so it is never negative and never above the full KL. ``renormalize``
+    compares both models conditional on the K ids. ``floor`` renormalises the teacher only and takes its log-prob to be
+    -100 on all other tokens. The last two are NeMo-RL's ``zero_outside_topk`` false and true.
+    """
+    share = _forward_share(loss_config)
+    log_p, log_q = _compared(student, topk, loss_config)
+    kl_N = student.tail_N.new_zeros(student.tail_N.shape)
+    if share > 0:
+        kl_N = kl_N + share * _kl(log_p, log_q)
+    if share < 1:
+        reverse_N = _kl(log_q, log_p)
+        if loss_config.outside == "floor":
+            reverse_N = reverse_N + _reverse_on_floor(student)
+        kl_N = kl_N + (1 - share) * reverse_N
+    return kl_N
+
+
+def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
+    """Forward and reverse KL of the K + 1 outcomes, [N] each: the two metrics of every run, whatever its loss."""
+    log_p, log_q = _teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE()
+    return _kl(log_p, log_q), _kl(log_q, log_p)
+
+
+def entropy(outcomes: Outcomes) -> Tensor:
+    """Entropy of the full distribution in nats, [N]: lse - E[logit], the tail entering by its mass and mean logit."""
+    lse_N1 = outcomes.events_NE().logsumexp(dim=1, keepdim=True)
+    means_NE = torch.cat([outcomes.logits_NK, outcomes.tail_mean_N.unsqueeze(1)], dim=1)
+    distances_NE = (lse_N1 - means_NE).masked_fill(outcomes.events_NE() == _NEG_INF, 0.0)
+    return (outcomes.log_masses_NE().exp() * distances_NE).sum(dim=1)
+
+
+def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
+    """Log-probs of teacher and student over the same events: K + 1 of them under ``bucket``, else K."""
+    dtype = student.tail_N.dtype
+    if loss_config.outside == "bucket":
+        return _teacher_log_masses(topk, dtype), student.log_masses_NE()
+    log_p_NK = torch.log_softmax(topk.logprobs_NK.to(dtype), dim=1)
+    if loss_config.outside == "renormalize":
+        return log_p_NK, torch.log_softmax(student.logits_NK, dim=1)
+    return log_p_NK, student.log_masses_NE()[:, :-1]
+
+
+def _teacher_log_masses(topk: TopK, dtype: torch.dtype) -> Tensor:
+    return torch.cat([topk.logprobs_NK, topk.log_tail_N.unsqueeze(1)], dim=1).to(dtype)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Sum of p (log p - log q) over the last axis; an event with p = 0 gives 0, in value and in gradient."""
+    impossible = log_p == _NEG_INF  # not "<= -inf or NaN": a NaN has to show
+    log_p, log_q = log_p.masked_fill(impossible, 0.0), log_q.masked_fill(impossible, 0.0)
+    return (log_p.exp() * (log_p - log_q)).masked_fill(impossible, 0.0).sum(dim=-1)
+
+
+def _reverse_on_floor(student: Outcomes) -> Tensor:
+    """The tail's part of KL(student || teacher) where log p = -100: sum of q log q there, plus 100 times its mass."""
+    lse_N = student.events_NE().logsumexp(dim=1)
+    return (student.tail_N - lse_N).exp() * (student.tail_mean_N - lse_N - LOG_FLOOR)
+
+
+def _forward_share(loss_config: LossConfig) -> float:
+    """The weight of the forward KL in the loss; the reverse KL has the rest."""
+    match loss_config.kl_type:
+        case "forward":
+            return 1.0
+        case "reverse":
+            return 0.0
+        case "mixed":
+            return loss_config.mixed_kl_weight
+    raise UserError(f"loss_fn.kl_type={loss_config.kl_type} is not known: set forward, reverse or mixed")
+
+
+def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
+    """[N, V] bool: which columns are kept. Padding marks a column V that is cut off again."""
+    marks = torch.zeros(ids_NK.shape[0], vocab + 1, dtype=torch.bool, device=ids_NK.device)
+    columns_NK = ids_NK.long()
+    return marks.scatter_(1, columns_NK.masked_fill(columns_NK < 0, vocab), True)[:, :vocab]

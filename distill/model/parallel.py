@@ -1,0 +1,143 @@
+"""A Hugging Face model sharded over the ranks, whose head is used inside the root's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from distill.model.attention import PACKED
+from distill.model.load import (
+    ModelFiles,
+    causal_lm_parts,
+    load_weights,
+    materialize,
+    meta_model,
+    model_config,
+    restore_buffers,
+)
+from distill.types import View
+
+T = TypeVar("T")
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+
+
+class RowsModel(nn.Module):
+    """A causal language model read by rows: only the positions asked for meet the head.
+
+    ``forward(view, use)`` runs the body over the packed sequences and hands ``use`` the hidden states of
+    ``view.rows_N`` [N, D] and the head [V, D]. Loss and top-k are computed there, inside the root's forward, where
+    FSDP holds the gathered head: a call beside the root would meet shards. ``use`` returns what pytree sees (tensors,
+    tuples, dicts), so that FSDP can hook the backward.
+    """
+
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
+        """Run the packed sequences; every rank of the shard mesh calls it, each with its own."""
+        body, head = causal_lm_parts(self.causal_lm)
+        hidden_TD = body(
+            input_ids=view.tokens_T[None],
+            position_ids=view.positions_T[None],
+            packed_bounds=view.bounds,
+            use_cache=False,  # with a cache, transformers reads packed positions as one sequence, silently
+        ).last_hidden_state[0]
+        return use(hidden_TD[view.rows_N], head.weight)
+
+    def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Hugging Face names and parameters; a tied head stands once, under the embedding's name."""
+        return list(self.causal_lm.named_parameters())
+
+
+def load_sharded(
+    files: ModelFiles,
+    key: str,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    trainable: bool,
+    reshard_after_forward: bool = True,
+    activation_checkpointing: bool = False,
+    cpu_offload: bool = False,
+) -> RowsModel:
+    """A checkpoint as a sharded model: built on the meta device, its shards read slice by slice; collective.
+
+    ``dtype`` is that of the shards, ``compute_dtype`` that of the gathered weights and activations; gradients are
+    reduced in float32 and summed, not averaged (the loss is divided by the global token count already).
+    """
+    config = model_config(files, key)
+    model = RowsModel(meta_model(config, PACKED, dtype))
+    model.requires_grad_(trainable)
+    if activation_checkpointing:
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(trainable)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload and device.type == "cuda" else OffloadPolicy()
+    for layer in model.causal_lm.base_model.layers:
+        fully_shard(
+            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # both settings hold for one module, not for those inside it
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # a plain SUM: gloo knows no pre-multiplied one
+    materialize(model, torch.device("cpu") if cpu_offload else device)
+    restore_buffers(model.causal_lm)
+    load_weights(model.named_hf_parameters(), files)
+    return model
+
+
+def gather_weights(
+    parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, bucket_bytes: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never a second full copy.
+
+    Every rank of the shard mesh must drain it, in the same order. The cast to ``dtype`` comes before the gather, so
+    that float32 shards travel as bfloat16. A yielded tensor is a view of its bucket: copy it or lose it.
+    """
+    bucket: list[tuple[str, DTensor]] = []
+    size = 0
+    for name, parameter in parameters:
+        assert isinstance(parameter, DTensor), name
+        bytes_ = parameter.numel() * dtype.itemsize
+        if bucket and size + bytes_ > bucket_bytes:
+            yield from _gather_bucket(bucket, dtype)
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += bytes_
+    if bucket:
+        yield from _gather_bucket(bucket, dtype)
+
+
+@torch.no_grad()
+def _gather_bucket(bucket: list[tuple[str, DTensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    mesh = bucket[0][1].device_mesh
+    ranks = mesh.size()
+    device = mesh.device_type
+    sizes = []
+    pieces = []
+    for _, parameter in bucket:
+        local = parameter.to_local().to(device, dtype).reshape(-1)
+        # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
+        size = -(-parameter.shape[0] // ranks) * (parameter.numel() // parameter.shape[0])
+        pieces.append(torch.nn.functional.pad(local, (0, size - local.numel())))
+        sizes.append(size)
+    flat = torch.cat(pieces)
+    gathered = flat.new_empty(ranks * flat.numel())
+    _all_gather(gathered, flat, group=mesh.get_group())
+    by_rank = gathered.view(ranks, -1)
+    offset = 0
+    for (name, parameter), size in zip(bucket, sizes, strict=True):
+        whole = by_rank[:, offset : offset + size].reshape(-1)[: parameter.numel()]
+        yield name, whole.view(parameter.shape)
+        offset += size

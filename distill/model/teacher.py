@@ -1,0 +1,116 @@
+"""The model that judges: frozen, sharded, and asked for response rows only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill.config import Config
+from distill.loss import teacher_topk
+from distill.model.load import ModelFiles, model_config
+from distill.model.offload import HostCopy
+from distill.model.parallel import load_sharded
+from distill.model.plain import plain_logits
+from distill.model.student import DTYPES, chunk_rows, loss_at_temperature
+from distill.runtime.packing import view_of
+from distill.runtime.world import World
+from distill.types import MicroBatch, Targets, TopK, UserError, View
+
+log = logging.getLogger(__name__)
+
+PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.15}
+"""Mean |difference| of log-probs in nats that the packed path may show: rounding is 1e-5 and 0.03, a fault is above 1."""
+_PROOF_TOKENS = 32
+
+
+class Teacher:
+    """A frozen model sharded over the ranks in the compute dtype: another one, or the student as it was at the start.
+
+    Every rank makes it and calls its methods at the same points. Away from its phase its shards lie in pinned host
+    memory where there is a GPU.
+    """
+
+    def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int) -> None:
+        self.dtype = DTYPES[config.teacher.precision]
+        self.device = world.device
+        self._files = files
+        self._world = world
+        self._valid_vocab = valid_vocab
+        self._top_k = config.distillation.topk_logits_k
+        self._temperature = loss_at_temperature(config).temperature
+        self._chunk_rows = chunk_rows(config, world.device)
+        self.model = load_sharded(
+            files,
+            "teacher.model_name",
+            world.shard_mesh,
+            world.device,
+            dtype=self.dtype,
+            compute_dtype=self.dtype,
+            trainable=False,
+            reshard_after_forward=config.teacher.dtensor_cfg.reshard_after_forward,
+        )
+        self._host = HostCopy(self.model.parameters()) if world.device.type == "cuda" else None
+
+    @torch.no_grad()
+    def targets(self, micro_batch: MicroBatch) -> Targets:
+        """The top-k of every response row of the micro-batch, on its reading of it; collective over the shard mesh."""
+        return self._topk(micro_batch.teacher.to(self.device), self._top_k)
+
+    def _topk(self, view: View, k: int) -> TopK:
+        def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
+            topk = teacher_topk(hidden_ND, head_VD, k, self._temperature, self._chunk_rows, self._valid_vocab)
+            return vars(topk)
+
+        return TopK(**self.model(view, use))
+
+    def after_step(self, student: object) -> None:
+        """A frozen teacher stays as it is."""
+
+    def onload(self) -> None:
+        """Bring the shards back to the device; collective order does not matter."""
+        if self._host is not None:
+            self._host.restore()
+
+    def offload(self) -> None:
+        """Let the shards go; their copy in host memory stays."""
+        self.model.reshard()  # type: ignore[operator]  # the root keeps its gathered weights after a forward without backward
+        if self._host is not None:
+            self._host.release()
+
+    @torch.no_grad()
+    def prove(self, sequences: Sequence[Sequence[int]]) -> float:
+        """Compare the sharded, packed path with the plain model on two short sequences; returns the mean |difference|.
+
+        All ranks call it with the same sequences; the main rank streams the plain model. The difference is of the
+        log-probs of the teacher's eight likeliest tokens. Raises RuntimeError where it is beyond rounding.
+        """
+        sequences = [tuple(s[: _PROOF_TOKENS + 1]) for s in sequences[:2]]
+        view = view_of([(s[:1], s[1:]) for s in sequences]).to(self.device)
+        packed = self._topk(view, min(8, self._valid_vocab))
+        difference = torch.zeros(())
+        if self._world.main:
+            config = model_config(self._files, "teacher.model_name")
+            plain = plain_logits(self._files, config, [s[:-1] for s in sequences], self.dtype, self.device)
+            logits_NV = torch.cat(plain)[:, : self._valid_vocab] / self._temperature
+            said = logits_NV.log_softmax(-1).gather(1, packed.ids_NK.long())
+            difference = (said - packed.logprobs_NK).abs().mean()
+        mean = self._world.broadcast(float(difference))
+        if not mean <= PROOF_LIMIT[self.dtype]:
+            raise RuntimeError(
+                f"the teacher {self._files.name} answers otherwise when sharded and packed than plainly: log-probs"
+                f" differ by {mean:.3g} nats on average, more than {PROOF_LIMIT[self.dtype]:g}"
+            )
+        return mean
+
+
+def check_top_k(config: Config, vocabulary: int) -> None:
+    """Refuse a top-k beyond the vocabulary, before any weight is loaded."""
+    k = config.distillation.topk_logits_k
+    if k > vocabulary:
+        raise UserError(
+            f"distillation.topk_logits_k={k} exceeds the vocabulary ({vocabulary}) of {config.teacher.model_name}:"
+            f" set it to at most {vocabulary}"
+        )

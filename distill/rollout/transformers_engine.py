@@ -1,0 +1,200 @@
+"""Generation by transformers: for tests, and for machines without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from distill.model.load import materialize, meta_model, restore_buffers
+from distill.rollout.engine import EngineBase, answer_seed
+from distill.types import Prompt, Rollout, Sampling
+
+
+class TransformersEngine(EngineBase):
+    """A whole copy of the student on this rank, batched, with a key-value cache; asleep it holds no memory.
+
+    ``config``: the model's Hugging Face configuration; ``dtype``: that of weights and compute; ``batch_size``: answers
+    generated at a time; ``valid_vocab``: ids at or past it are never sampled.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        valid_vocab: int,
+        replica: int = 0,
+        replicas: int = 1,
+    ) -> None:
+        self._model = meta_model(config, "sdpa", dtype).eval().requires_grad_(False)
+        self._device = device
+        self._batch_size = batch_size
+        self._valid_vocab = valid_vocab
+        super().__init__({name: p.shape for name, p in self._model.named_parameters()}, replica, replicas)
+
+    def _wake_weights(self) -> None:
+        materialize(self._model, self._device)
+        restore_buffers(self._model)
+
+    @torch.no_grad()
+    def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        parameters = dict(self._model.named_parameters())
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
+
+    def _wake_kv(self) -> None:
+        pass
+
+    def _sleep(self) -> None:
+        self._model.to("meta")
+        self._model.tie_weights()
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+        # Longest first: prompts of like length share a batch, and the dearest one comes first.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))
+        per_batch = max(1, self._batch_size // sampling.answers_per_prompt)
+        done: dict[int, list[Rollout]] = {}
+        for i in range(0, len(order), per_batch):
+            places = order[i : i + per_batch]
+            answers = self._answer([prompts[place] for place in places], sampling, step)
+            done.update(zip(places, answers, strict=True))
+        return [rollout for place in range(len(prompts)) for rollout in done[place]]
+
+    def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int) -> list[list[Rollout]]:
+        """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
+        G = sampling.answers_per_prompt
+        batch = _Decoding(prompts, sampling, step, self._device)
+        width = max(len(prompt.student_ids) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt.student_ids) :] = torch.tensor(prompt.student_ids)
+            mask[row, width - len(prompt.student_ids) :] = 1
+        cache = DynamicCache(config=self._model.config)
+        logits = self._forward(tokens, mask, cache)
+        cache.batch_repeat_interleave(G)
+        mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
+        while True:
+            sampled = batch.sample(logits, self._valid_vocab)
+            keep = batch.unfinished_rows()
+            if not keep:
+                return batch.rollouts(self._version)
+            if 2 * len(keep) <= len(sampled):  # finished rows go when they are half the batch: copying the cache costs
+                rows = torch.tensor(keep, device=self._device)
+                cache.batch_select_indices(rows)
+                mask, sampled = mask[rows], sampled[rows]
+                batch.select(keep)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = self._forward(sampled[:, None], mask, cache)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits of the last position, float32 [B, V]."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        out = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+class _Decoding:
+    """The answers of one batch while they grow: a stream of uniforms, tokens and log-probs for each."""
+
+    def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, device: torch.device) -> None:
+        self._sampling = sampling
+        self._prompts = prompts
+        answers = [(prompt, answer) for prompt in prompts for answer in range(sampling.answers_per_prompt)]
+        self._limits = [self._limit(prompt) for prompt, _ in answers]
+        self._uniforms = torch.stack(
+            [_uniforms(answer_seed(sampling.seed, step, p.prompt_id, a), max(self._limits)) for p, a in answers]
+        ).to(device)
+        self._tokens: list[list[int]] = [[] for _ in answers]
+        self._logprobs: list[list[float]] = [[] for _ in answers]
+        self._stopped = [False] * len(answers)
+        self._rows = list(range(len(answers)))  # which answer each row of the running batch is
+        self._drawn = 0
+
+    def _limit(self, prompt: Prompt) -> int:
+        limit = self._sampling.max_new_tokens
+        if self._sampling.max_total_length is not None:
+            limit = min(limit, self._sampling.max_total_length - len(prompt.student_ids))
+        assert limit >= 1, (limit, len(prompt.student_ids))
+        return limit
+
+    def _running(self, answer: int) -> bool:
+        return not self._stopped[answer] and len(self._tokens[answer]) < self._limits[answer]
+
+    def sample(self, logits: Tensor, valid_vocab: int) -> Tensor:
+        """Draw the next token of every row [B] from its own uniform and note it where the answer still runs."""
+        logprobs = processed_logprobs(logits, self._sampling, valid_vocab)
+        sampled = draw(logprobs, self._uniforms[self._rows, self._drawn])
+        chosen = logprobs.gather(1, sampled[:, None])[:, 0]
+        self._drawn += 1
+        for answer, token, logprob in zip(self._rows, sampled.tolist(), chosen.tolist(), strict=True):
+            if self._running(answer):
+                self._tokens[answer].append(token)
+                self._logprobs[answer].append(logprob)
+                self._stopped[answer] = token in self._sampling.stop_token_ids
+        return sampled
+
+    def unfinished_rows(self) -> list[int]:
+        """Rows of the running batch whose answer goes on."""
+        return [row for row, answer in enumerate(self._rows) if self._running(answer)]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows only."""
+        self._rows = [self._rows[row] for row in rows]
+
+    def rollouts(self, version: int) -> list[list[Rollout]]:
+        """The answers, a list a prompt."""
+        G = self._sampling.answers_per_prompt
+        return [
+            [
+                Rollout(
+                    prompt=prompt,
+                    answer=answer,
+                    response_ids=tuple(self._tokens[p * G + answer]),
+                    logprobs=tuple(self._logprobs[p * G + answer]),
+                    finish="stop" if self._stopped[p * G + answer] else "length",
+                    version=version,
+                )
+                for answer in range(G)
+            ]
+            for p, prompt in enumerate(self._prompts)
+        ]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> Tensor:
+    """Log-probs [B, V] that are sampled from: at the temperature, inside top-k and top-p, renormalised there."""
+    logits = logits / sampling.temperature
+    logits[:, valid_vocab:] = -torch.inf
+    if sampling.top_k:
+        kth = logits.topk(min(sampling.top_k, valid_vocab), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_logits, order = logits.sort(dim=-1, descending=True)
+        mass_before = sorted_logits.softmax(-1).cumsum(-1) - sorted_logits.softmax(-1)
+        sorted_logits = sorted_logits.masked_fill(mass_before >= sampling.top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter_(1, order, sorted_logits)
+    return logits.log_softmax(-1)
+
+
+def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """The token [B] at which the cumulative probability passes each row's uniform; float64, so that none is skipped."""
+    cumulative = logprobs.double().exp().cumsum(-1)
+    return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -1,0 +1,308 @@
+"""A run's parts, checked and put together: everything that is wrong with a recipe is found here, weights last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os.path
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import Arguments, Config
+from distill.data.context import ContextViews, SamePromptViews, TeacherViews, ViewCounts
+from distill.data.prompts import PromptOrder, load_prompts
+from distill.model.export import export_hf
+from distill.model.load import (
+    ModelFiles,
+    compare_vocabularies,
+    find_model,
+    load_tokenizer,
+    model_config,
+    stop_ids,
+)
+from distill.model.student import DTYPES, Student
+from distill.model.teacher import Teacher, check_top_k
+from distill.rollout.build import build_engine, check_backend, sampling_of
+from distill.rollout.engine import Engine
+from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
+from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, open_recorder, read_metrics, summary
+from distill.runtime.packing import PackingConfig
+from distill.runtime.world import World, new_run_dir
+from distill.types import Layout, OptimizerBatch, Rollout, Sampling, UserError
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two checkpoints and what their tokenizers say, before any weight is loaded."""
+
+    student: ModelFiles
+    teacher: ModelFiles
+    tokenizer: Any
+    valid_vocab: int
+    """Ids the tokenizer knows; the embeddings may be padded beyond."""
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass
+class Run:
+    """All parts of a run on this rank; ``first_step`` is above 0 when it goes on from a checkpoint."""
+
+    config: Config
+    world: World
+    run_dir: Path
+    models: Models
+    order: PromptOrder
+    views: TeacherViews
+    engine: Engine
+    student: Student
+    teacher: Teacher
+    checkpoints: Checkpoints
+    recorder: Recorder
+    sampling: Sampling
+    packing: PackingConfig
+    first_step: int
+    last_step: int
+
+    @property
+    def layout(self) -> Layout:
+        """This rank's place among those that train."""
+        return self.world.layout
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.distillation.seed
+
+    def phases(self) -> Phases:
+        """A fresh clock for a step."""
+        return Phases(self.world.device)
+
+    def record(
+        self,
+        step: int,
+        metrics: Metrics,
+        phases: Phases,
+        mine: list[Rollout],
+        counts: ViewCounts,
+        batches: list[OptimizerBatch],
+        lr: float,
+    ) -> None:
+        """Reduce the numbers of a finished step over ranks and write them; collective."""
+        add_rollouts(metrics, mine)
+        if self.config.distillation.context_distillation.metrics.enabled:
+            metrics.add(counts.means)
+            metrics.add_totals(counts.totals)
+        metrics.add_same({"lr": lr, "global_valid_toks": float(sum(batch.response_tokens for batch in batches))})
+        metrics.add_totals({"global_valid_seqs": float(len(mine))})
+        self.recorder.record(step, finish_step(metrics, phases, self.world.control))
+
+    def save_if_due(self, step: int) -> None:
+        """Write a checkpoint after ``step`` finished steps where one is due; collective."""
+        last = step == self.last_step
+        if self.checkpoints.due(step, last):
+            exports = last or self.config.checkpointing.save_consolidated
+            info = {"step": step, "data": self.order.state(step)}
+            path = self.checkpoints.save(step, self.student.state(), info, self._export if exports else None)
+            log.info("checkpoint %s", path)
+
+    def _export(self, folder: Path) -> None:
+        files, dtype = self.models.student, self.student.dtype
+        config = model_config(files, "policy.model_name")
+        export_hf(folder / "hf", self.student.weights(), files, config, self.models.tokenizer, dtype, self.world.main)
+
+    def finish(self) -> None:
+        """Say how it went, and close what must be closed."""
+        self.recorder.close()
+        if self.world.main:
+            rows = [row for row in read_metrics(self.run_dir / METRICS_FILE) if (row["step"] or 0) > 0]
+            log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
+        self.engine.close()
+
+
+def build_run(arguments: Arguments, world: World) -> Run:
+    """Check the recipe against the world, the files and each other, then load; every rank calls it.
+
+    Raises UserError, on all ranks alike, for what the user can put right.
+    """
+    config = arguments.config
+    with world.agreed("checking the recipe"):
+        _check_supported(config)
+        check_backend(config)
+    cluster, parallel = config.cluster, config.policy.dtensor_cfg
+    with world.agreed("checking the cluster"):
+        world.check_cluster(
+            cluster.num_nodes, cluster.gpus_per_node, parallel.tensor_parallel_size, parallel.context_parallel_size
+        )
+    world.build_mesh(config.runtime.device, parallel.tensor_parallel_size, parallel.context_parallel_size)
+    with world.agreed("finding the models"), world.main_first():
+        models = _find_models(config)
+    with world.agreed("reading the data"), world.main_first():
+        order = _prompt_order(config, models)
+        views = _teacher_views(config, models)
+    last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
+    checkpoints = Checkpoints(config.checkpointing, world)
+    found = checkpoints.newest()
+    with world.agreed("reading the newest checkpoint"):
+        info = checkpoints.info(found) if found else None
+        first_step = order.resume(info["data"]) if info else 0
+    with world.agreed("making the run's folder"):
+        run_dir = _start_run_dir(arguments, world)
+    run_dir = world.broadcast(run_dir)
+    world.log_to(run_dir)
+    with world.agreed("opening the metrics"):
+        recorder = open_recorder(
+            config.logger,
+            run_dir,
+            main=world.main,
+            total_steps=last_step,
+            resumed_step=first_step,
+            recipe=yaml.safe_load(arguments.resolved),
+        )
+    engine = build_engine(config, models.student, world, models.valid_vocab)
+    student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
+    teacher = Teacher(config, models.teacher, world, models.valid_vocab)
+    difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
+    log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
+    teacher.offload()
+    if found is not None:
+        checkpoints.load(found, student.state())
+        student.resume(first_step)
+        log.info("resumed from %s after %d steps", found, first_step)
+    return Run(
+        config=config,
+        world=world,
+        run_dir=run_dir,
+        models=models,
+        order=order,
+        views=views,
+        engine=engine,
+        student=student,
+        teacher=teacher,
+        checkpoints=checkpoints,
+        recorder=recorder,
+        sampling=sampling_of(config, models.stop_token_ids),
+        packing=packing_of(config),
+        first_step=first_step,
+        last_step=last_step,
+    )
+
+
+def _check_supported(config: Config) -> None:
+    for owner, parallel in (("policy", config.policy.dtensor_cfg), ("teacher", config.teacher.dtensor_cfg)):
+        for name in ("tensor_parallel_size", "context_parallel_size"):
+            if owner == "policy" and (size := getattr(parallel, name)) > 1:
+                raise UserError(f"{owner}.dtensor_cfg.{name}={size} is not supported yet: set it to 1")
+            if getattr(parallel, name) > 1:
+                log.warning("%s.dtensor_cfg.%s has no effect: the teacher is sharded over all ranks", owner, name)
+    if config.policy.generation.stop_strings:
+        raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
+    distillation = config.distillation
+    if distillation.val_period or distillation.val_at_start or distillation.val_at_end:
+        log.warning("validation is not there yet: distillation.val_* has no effect")
+
+
+def _find_models(config: Config) -> Models:
+    student = find_model(config.policy.model_name, "policy.model_name")
+    teacher = find_model(config.teacher.model_name, "teacher.model_name")
+    sizes = [
+        model_config(files, key).vocab_size
+        for files, key in ((student, "policy.model_name"), (teacher, "teacher.model_name"))
+    ]
+    tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
+    teachers = load_tokenizer(teacher, config.teacher.tokenizer.name, "teacher.tokenizer.name")
+    compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
+    valid_vocab = min(len(tokenizer), *sizes)
+    check_top_k(config, valid_vocab)
+    return Models(student, teacher, tokenizer, valid_vocab, _stop_token_ids(config, student, teacher, tokenizer, teachers))
+
+
+def _stop_token_ids(
+    config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any
+) -> tuple[int, ...]:
+    """The ids that end an answer: the recipe's, or both models' together; says so where they differ."""
+    if config.policy.generation.stop_token_ids is not None:
+        return config.policy.generation.stop_token_ids
+    ours, theirs = stop_ids(student, tokenizer), stop_ids(teacher, teachers)
+    if set(ours) != set(theirs):
+        log.warning(
+            "the student %s stops at %s and the teacher %s at %s (a base student under an instruct teacher?):"
+            " answers end at any of them; watch train/teacher_stop_mass",
+            *(student.name, tokenizer.convert_ids_to_tokens(list(ours))),
+            *(teacher.name, teachers.convert_ids_to_tokens(list(theirs))),
+        )
+    return tuple(sorted({*ours, *theirs}))
+
+
+def _prompt_order(config: Config, models: Models) -> PromptOrder:
+    window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
+    kwargs = config.policy.tokenizer.chat_template_kwargs
+    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs)
+    return PromptOrder(
+        prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle
+    )
+
+
+def _teacher_views(config: Config, models: Models) -> TeacherViews:
+    context = config.distillation.context_distillation
+    if not context.enabled:
+        return SamePromptViews()
+    return ContextViews(
+        models.tokenizer,
+        context.teacher_prefix_template,
+        config.teacher.max_total_sequence_length,
+        context.overflow_policy,
+        context.trace_extractor.missing_trace_policy,
+        context.chat_template,
+        config.policy.tokenizer.chat_template_kwargs,
+    )
+
+
+def packing_of(config: Config) -> PackingConfig:
+    """Budgets of a micro-batch: tokens under packing or dynamic batching (nothing is padded in either), else answers."""
+    policy = config.policy
+    for batching in (policy.sequence_packing, policy.dynamic_batching):
+        if batching.enabled:
+            return PackingConfig(policy.train_global_batch_size, sequences=None, tokens=batching.train_mb_tokens)
+    return PackingConfig(policy.train_global_batch_size, sequences=policy.train_micro_batch_size, tokens=None)
+
+
+def _start_run_dir(arguments: Arguments, world: World) -> Path | None:
+    """The run's folder with the resolved recipe and the versions in it, made by the main rank."""
+    if not world.main:
+        return None
+    config = arguments.config
+    run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
+    (run_dir / "config.yaml").write_text(arguments.resolved)
+    (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+    log.info("run folder %s", os.path.relpath(run_dir))
+    return run_dir
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "command": sys.argv}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found["commit"] = None
+    return found
+
+
+__all__ = ["DTYPES", "Models", "Run", "build_run", "packing_of"]

@@ -1,0 +1,222 @@
+"""The ranks of a run: who they are, their mesh, how they agree, where their logs go."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from distill.runtime import slurm
+from distill.types import Layout, UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class World:
+    """All ranks of the run, seen from one of them.
+
+    Made by every rank at the same point; torchrun's, Slurm's or no variables at all (a world of one) are understood.
+    ``control`` is a gloo group for small objects and agreements, so that they never mix with the collectives of the
+    models on NCCL.
+    """
+
+    def __init__(self, timeout: datetime.timedelta = _CONTROL_TIMEOUT) -> None:
+        os.environ.update(slurm.torch_environment())
+        cuda = torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if cuda:
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
+        self.control = dist.new_group(backend="gloo", timeout=timeout)
+        self.device = torch.device("cpu")
+        self.mesh: DeviceMesh | None = None
+        self.log_file: Path | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank speaks for all: the console, TensorBoard and the files of the run are its work."""
+        return self.rank == 0
+
+    def check_cluster(self, num_nodes: int, gpus_per_node: int, tp: int, cp: int) -> None:
+        """Check the recipe's cluster and group sizes against the ranks that were started; raises UserError."""
+        if num_nodes * gpus_per_node != self.size:
+            raise UserError(
+                f"cluster.num_nodes={num_nodes} x cluster.gpus_per_node={gpus_per_node} asks for"
+                f" {num_nodes * gpus_per_node} ranks but {self.size} were started: set the two keys to the allocation,"
+                f" or start {gpus_per_node} ranks on each of {num_nodes} nodes"
+            )
+        if self.local_size != gpus_per_node:
+            raise UserError(
+                f"cluster.gpus_per_node={gpus_per_node} but this node runs {self.local_size} ranks:"
+                " start one rank a GPU (torchrun --nproc-per-node) or set the key to that number"
+            )
+        if self.size % (tp * cp):
+            raise UserError(
+                f"policy.dtensor_cfg.tensor_parallel_size={tp} x context_parallel_size={cp} does not divide the"
+                f" {self.size} ranks: choose sizes whose product divides {self.size}"
+            )
+
+    def build_mesh(self, device: str, tp: int, cp: int) -> None:
+        """Lay out the mesh (dp, cp, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
+
+        Axes that are not used have size 1. Raises UserError where CUDA is asked for and missing.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("runtime.device=cuda but torch sees no CUDA device: set runtime.device=auto or cpu")
+        use_cuda = device != "cpu" and torch.cuda.is_available()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+        shape = (self.size // (cp * tp), cp, tp)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("dp", "cp", "tp"))
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """The one-dimensional mesh that FSDP shards over: dp and cp flattened."""
+        assert self.mesh is not None, "build_mesh comes first"
+        mesh: DeviceMesh = self.mesh["dp", "cp"]._flatten("dp_cp")
+        return mesh
+
+    @property
+    def layout(self) -> Layout:
+        """This rank's place among the data-parallel groups."""
+        assert self.mesh is not None, "build_mesh comes first"
+        return Layout(dp_rank=self.mesh.get_local_rank("dp"), dp_size=self.mesh["dp"].size())
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of a list that all ranks hold: every W-th item, so that parts differ by one at most."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order of rank; collective."""
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
+
+    def broadcast(self, value: T) -> T:
+        """The main rank's value, on every rank; collective."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(group=self.control)
+
+    @contextmanager
+    def agreed(self, doing: str) -> Iterator[None]:
+        """Do something that may fail on one rank and not on another; all ranks go on, or all raise.
+
+        Every rank enters it with the same block, in which no collective runs. A UserError of any rank is raised on
+        all, the lowest rank's; any other error is raised where it happened and as RuntimeError elsewhere.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:  # every kind must reach the other ranks before anyone leaves
+            error = caught
+        kinds = self.gather(None if error is None else (isinstance(error, UserError), f"{error}" or repr(error)))
+        failed = [(rank, kind) for rank, kind in enumerate(kinds) if kind is not None]
+        if not failed:
+            return
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        for _, (is_users, message) in failed:
+            if is_users:
+                raise UserError(message) from error
+        rank, (_, message) = failed[0]
+        raise RuntimeError(f"rank {rank} failed while {doing}: {message}")
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first rank of each node runs the block before its neighbours: one download, one build of a cache."""
+        if self.local_rank != 0:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.local_rank == 0:
+                self.barrier()
+
+    def log_to(self, run_dir: Path) -> None:
+        """Write this rank's log to ``run_dir/logs/rank_NNNNN.log`` from now on; the main rank's stays on the console."""
+        folder = run_dir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log_file = folder / f"rank_{self.rank:05d}.log"
+        handler = logging.FileHandler(self.log_file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger("distill").addHandler(handler)
+
+    def close(self) -> None:
+        """Leave together: wait for all ranks, then end the process groups."""
+        if dist.is_initialized():
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def log_to_console(main: bool) -> None:
+    """The main rank's log goes to standard error from INFO on; the others' console stays silent."""
+    logger = logging.getLogger("distill")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    if main:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
+    """Run a program in its world and turn how it ended into an exit code, the same on every rank.
+
+    A UserError, which all ranks raise together, is one sentence on the main rank's console and code 2. Any other error
+    keeps its traceback and leaves at once, without waiting: the other ranks may hang in a collective, and their
+    launcher ends them.
+    """
+    main = int(os.environ.get("RANK", slurm.torch_environment().get("RANK", "0"))) == 0
+    log_to_console(main)
+    world = World() if needs_world else None
+    code = 0
+    try:
+        program(world)
+    except UserError as error:
+        code = 2
+        if main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    if world is not None:
+        world.close()
+    return code
+
+
+def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
+    """The run's folder, made by the main rank: ``run_dir`` itself, or the first unused ``log_dir/exp_NNN``."""
+    try:
+        if run_dir is not None:
+            path = Path(run_dir)
+            path.mkdir(parents=True, exist_ok=True)
+            return path
+        taken = [int(p.name[4:]) for p in Path(log_dir).glob("exp_*") if p.name[4:].isdigit()]
+        path = Path(log_dir) / f"exp_{max(taken, default=0) + 1:03d}"
+        path.mkdir(parents=True)
+        return path
+    except OSError as error:
+        key = "runtime.run_dir" if run_dir is not None else "logger.log_dir"
+        raise UserError(f"{key}={run_dir or log_dir} can't be made ({error.strerror}): choose a writable folder") from error

@@ -1,0 +1,86 @@
+"""On-policy distillation: the student answers, the teacher judges every token, the student learns.
+
+    torchrun --nproc-per-node 4 -m distill.train --config recipes/NAME.yaml key.path=value ...
+
+The same program runs on every rank. A step has no importance ratios and no rewards: the student's own answers are
+scored by the very weights that gave them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from distill.config import parse_args
+from distill.runtime.metrics import Metrics
+from distill.runtime.packing import plan
+from distill.runtime.world import guarded
+
+if TYPE_CHECKING:
+    from distill.run import Run
+    from distill.runtime.world import World
+
+
+def train(run: Run) -> None:
+    """The loop, from the first step that isn't done to the last."""
+    from distill.rollout.exchange import gather_rollouts
+
+    student, teacher, engine = run.student, run.teacher, run.engine
+    for step in range(run.first_step, run.last_step):
+        metrics, phases = Metrics(), run.phases()
+
+        with phases("prepare_for_generation"):
+            prompts = run.order.batch(step)
+            engine.wake("weights")
+            engine.sync(student.weights(), version=step)
+            engine.wake("kv")
+
+        with phases("generation"):
+            mine = engine.generate(prompts[engine.replica :: engine.replicas], run.sampling, step)
+            engine.sleep()
+
+        with phases("data_processing"):
+            read, counts = run.views.prefixed(mine)
+            rollouts = gather_rollouts(run.world, read, prompts)
+            batches = plan(rollouts, run.layout, run.packing, run.seed, step)
+
+        with phases("teacher_logprob_inference"):
+            teacher.onload()
+            targets = [[teacher.targets(micro_batch) for micro_batch in batch] for batch in batches]
+            teacher.offload()
+
+        with phases("policy_training"):
+            lr = student.learning_rate
+            for batch, said in zip(batches, targets, strict=True):
+                student.train(batch, said, metrics)
+            student.end_step()
+            teacher.after_step(student)
+
+        with phases("checkpointing"):
+            run.save_if_due(step + 1)
+        run.record(step + 1, metrics, phases, mine, counts, batches, lr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 where the user must change something."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def program(world: World | None) -> None:
+        arguments = parse_args(argv)
+        if arguments.dry_run:
+            print(arguments.resolved)
+        elif world is None:
+            raise AssertionError("a run has a world")
+        else:
+            from distill.run import build_run
+
+            run = build_run(arguments, world)
+            train(run)
+            run.finish()
+
+    return guarded(program, needs_world=not {"--help", "-h", "--dry-run"} & set(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

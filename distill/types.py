@@ -1,0 +1,203 @@
+"""What flows between the rooms.
+
+Letters in names: P prompts, G answers per prompt, B sequences in a micro-batch, T positions, N response tokens (rows of
+the loss), V vocabulary, K kept ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``, ``ids_NK``.
+Log-probs are in nats, float32. The decisive choice is N: after packing, everything is a row per response token, in the
+same order for student and teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """What a user set can't be done: key, value, rule and remedy in one sentence; the program leaves with code 2."""
+
+
+Stats = dict[str, tuple[float | Tensor, float | Tensor]]
+"""Metrics as (sum, count) pairs by name: added up over micro-batches and ranks, divided once at the end."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of a dataset, raw: before prompt file and chat template."""
+
+    text: str
+    answer: str = ""
+    """The gold answer; empty where the data has none."""
+    source: str = ""
+    """Which dataset it came from: a path or a hub name."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The line's other string columns (a precomputed trace, say)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the student reads it."""
+
+    prompt_id: int
+    """Stable across epochs and restarts: the problem's place in the dataset, repeats counted."""
+    student_ids: tuple[int, ...]
+    """Token ids with the chat template and the generation prompt."""
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. Each answer's seed comes from (seed, step, prompt_id, answer), never from global state."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    """Ids that end an answer (and belong to it): the union of student's and teacher's."""
+    answers_per_prompt: int = 1
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    seed: int = 0
+    max_total_length: int | None = None
+    """Prompt and answer together, in tokens; an answer that reaches it ends as "length". None: no limit."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer of the student."""
+
+    prompt: Prompt
+    answer: int
+    """0..G-1 among the answers to the same prompt."""
+    response_ids: tuple[int, ...]
+    """R >= 1 token ids, with the stop token if it stopped."""
+    logprobs: tuple[float, ...]
+    """R log-probs of the sampled tokens in nats, the sampler's, at the sampling temperature."""
+    finish: Literal["stop", "length"]
+    version: int
+    """The version of the weights that sampled it: the step of the sync."""
+    teacher_prefix_ids: tuple[int, ...] = ()
+    """What the teacher reads before the answer; made by the rank that generated it, so that tokenising is spread."""
+
+    def __post_init__(self) -> None:
+        assert len(self.response_ids) == len(self.logprobs) >= 1, (len(self.response_ids), len(self.logprobs))
+
+
+@dataclass(frozen=True)
+class View:
+    """One model's reading of a packed micro-batch: B sequences end to end, without padding."""
+
+    tokens_T: Tensor
+    """int64 [T]."""
+    positions_T: Tensor
+    """int64 [T], counted from 0 in every sequence."""
+    bounds: tuple[int, ...]
+    """B + 1 cumulative lengths, from 0 to T."""
+    rows_N: Tensor
+    """int64 [N]: the position whose hidden state predicts response token n."""
+
+    def to(self, device: torch.device) -> View:
+        """The same view with its tensors on ``device``."""
+        return View(self.tokens_T.to(device), self.positions_T.to(device), self.bounds, self.rows_N.to(device))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank trains in one forward and backward: N response tokens, read by student and teacher.
+
+    Row n of the student's view and row n of the teacher's predict the same token, ``sampled_N[n]``.
+    """
+
+    student: View
+    teacher: View
+    sampled_N: Tensor
+    """int64 [N]: the response tokens."""
+    sampled_logprobs_N: Tensor
+    """float32 [N]: the sampler's log-probs of them."""
+    weight_N: Tensor
+    """float32 [N]: 1 for a row that counts, 0 for one that does not (a dummy's)."""
+    rollout_N: Tensor
+    """int64 [N]: which answer the row belongs to, by its place in the step's list of rollouts; -1 for a dummy's."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on ``device``."""
+        return MicroBatch(
+            self.student.to(device),
+            self.teacher.to(device),
+            self.sampled_N.to(device),
+            self.sampled_logprobs_N.to(device),
+            self.weight_N.to(device),
+            self.rollout_N.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerBatch:
+    """The micro-batches of this rank in one optimizer step; every rank has the same number of them."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    response_tokens: int
+    """Response tokens of the whole optimizer batch over all ranks: what the summed loss is divided by."""
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.micro_batches)
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place among those that train: ``dp_rank`` of ``dp_size`` data-parallel groups."""
+
+    dp_rank: int
+    dp_size: int
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's K most likely tokens of each row, and the mass it gives to all others."""
+
+    ids_NK: Tensor
+    """int32 or int64 [N, K]; -1 pads a row (its log-prob is -inf)."""
+    logprobs_NK: Tensor
+    """float32 [N, K], normalised over the full vocabulary at the loss's temperature."""
+    log_tail_N: Tensor
+    """float32 [N]: log of the mass outside the K ids, from the logits themselves, never log(1 - sum p)."""
+    entropy_N: Tensor | None = None
+    """float32 [N]: entropy of the full distribution in nats, for the metrics."""
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's hidden rows; ``head_VD`` turns them into logits inside the student's chunk loop."""
+
+    hidden_ND: Tensor
+    head_VD: Tensor
+
+
+Targets = TopK | TeacherRows
+"""What the teacher says of N rows."""
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of one micro-batch on this rank."""
+
+    kl_sum: Tensor
+    """Scalar float32: sum of weight_N * kl_N, differentiable, not yet divided by the number of tokens."""
+    stats: Stats
+    """Metrics of the same rows as (sum, count), without gradient."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one sync brought to the engine."""
+
+    version: int
+    tensors: int
+    bytes: int
+    seconds: float

@@ -1,0 +1,97 @@
+"""Two short trainings on two ranks, from real weights to checkpoint and export; then a table of what came of them.
+
+Normal distillation (a depth-pruned SmolLM2-135M learns from the whole one) and context self-distillation, each five
+steps into a fresh runs/smoke/NAME. The numbers in the table are read from the runs' metrics.jsonl. Fails loudly when a
+run fails or leaves out something that it owes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from distill.runtime.metrics_sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics, summary
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "smoke"
+RECIPES = {"distillation": "smollm2-distillation-cpu.yaml", "context": "smollm2-context-cpu.yaml"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # a rank
+
+
+def command(name: str, steps: int, overrides: list[str]) -> list[str]:
+    """The training of recipe ``name`` on two ranks of this machine, as one would type it."""
+    run_dir = RUNS / name
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # port 0: two smokes never collide
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
+    return [
+        *launcher,
+        *rendezvous,
+        *("-m", "distill.train", "--config", f"recipes/{RECIPES[name]}"),
+        f"distillation.max_num_steps={steps}",
+        "logger.wandb_enabled=False",
+        "logger.tensorboard_enabled=True",
+        f"runtime.run_dir={run_dir.relative_to(ROOT)}",
+        "checkpointing.enabled=True",
+        f"checkpointing.checkpoint_dir={(run_dir / 'checkpoints').relative_to(ROOT)}",
+        "checkpointing.save_consolidated=True",
+        *overrides,
+    ]
+
+
+def missing(run_dir: Path, steps: int) -> list[str]:
+    """What the run in ``run_dir`` owes and did not leave behind, in words; empty when all is there."""
+    wanted = {
+        "a TensorBoard event file": list((run_dir / TENSORBOARD_FOLDER).glob("events.out.tfevents.*")),
+        f"a checkpoint step_{steps}": [
+            file for file in (run_dir / "checkpoints" / f"step_{steps}").rglob("*") if file.is_file()
+        ],
+        "the export's weights": list((run_dir / "checkpoints" / f"step_{steps}" / "hf").glob("*.safetensors")),
+        "the export's config.json": list((run_dir / "checkpoints" / f"step_{steps}" / "hf").glob("config.json")),
+    }
+    problems = [thing for thing, found in wanted.items() if not any(file.stat().st_size for file in found)]
+    rows = read_metrics(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).exists() else []
+    if [row["step"] for row in rows] != list(range(1, steps + 1)):
+        problems.append(f"one line for each of {steps} steps in {METRICS_FILE}")
+    losses = [row.get("train/loss") for row in rows]
+    if any(loss is None or not math.isfinite(loss) or loss <= 0 for loss in losses):
+        problems.append(f"a finite, positive loss at every step (it is {losses})")
+    return problems
+
+
+def train(name: str, steps: int, overrides: list[str]) -> float:
+    """Run one training into an empty folder; the seconds it took. Leaves the program where it fails."""
+    shutil.rmtree(RUNS / name, ignore_errors=True)
+    line = command(name, steps, overrides)
+    print(f"\n== {name}: torchrun {' '.join(line[3:])}", flush=True)
+    start = time.perf_counter()
+    code = subprocess.run(line, cwd=ROOT, env={**os.environ, **OFFLINE, **ONE_THREAD}, check=False).returncode
+    if code:
+        sys.exit(f"smoke: the training {name} ended with code {code}; its logs are in {RUNS / name / 'logs'}")
+    if problems := missing(RUNS / name, steps):
+        sys.exit(f"smoke: the training {name} left no {'; no '.join(problems)} (in {RUNS / name})")
+    return time.perf_counter() - start
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what was asked for, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"some of {', '.join(RECIPES)} (default: all)")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides for each training")
+    args = parser.parse_args(argv)
+    if unknown := set(args.names) - set(RECIPES):
+        parser.error(f"unknown training {', '.join(sorted(unknown))}: choose from {', '.join(RECIPES)}")
+    seconds = {name: train(name, args.steps, args.set) for name in args.names}
+    print("\n" + summary({name: (read_metrics(RUNS / name / METRICS_FILE), RUNS / name) for name in seconds}))
+    print("\nsmoke passed: " + ", ".join(f"{name} in {took:.0f} s" for name, took in seconds.items()))
+
+
+if __name__ == "__main__":
+    main()

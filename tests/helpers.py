@@ -1,0 +1,76 @@
+"""Small models made on the spot, and several ranks in one test."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen3Config
+
+
+def tiny_config(family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64) -> Any:
+    """A Llama or Qwen3 of two layers, four query heads and two key-value heads of 32 channels."""
+    shape = dict(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,  # logits with some contrast: gradients well above float32's noise
+    )
+    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**shape)
+
+
+def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed: int = 0, **shape: int) -> Path:
+    """A random model of that shape as an ordinary Hugging Face folder (float32), without tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, tied, **shape), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # ones would hide a gradient that is left out
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    return folder
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call ``function(*args)`` in ``ranks`` processes that can build a World; their results in order of rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank_main, (ranks, free_port(), folder, function, args), nprocs=ranks, start_method="spawn")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def _rank_main(rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        raise
