@@ -30,7 +30,7 @@ def read(rollouts: list[Rollout]) -> list[str]:
     return [tiny_tokenizer().decode(list(r.teacher_prefix_ids)) for r in rollouts]
 
 
-# -- traces -------------------------------------------------------------------------------------------------------------
+# -- traces -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,15 @@ def test_a_trace_is_found_whether_its_tags_are_special_tokens_or_not(special_thi
 
 
 def test_a_trace_keeps_its_spaces_before_punctuation() -> None:
-    made, _ = views().prefixed([rollout("<think>a , b . c 's</think>2")])
+    tokenizer = tiny_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True  # as some models' tokenizers are set
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    answer = rollout("<think>a , b . c 's</think>2")
+    made, _ = ContextViews(tokenizer, "{problem}|{trace}", 1000, chat_template=False).prefixed([answer])
     assert read(made) == ["1+1?|a , b . c 's"]
 
 
-# -- prefixes -----------------------------------------------------------------------------------------------------------
+# -- prefixes ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_template_holds_the_raw_problem_in_the_chat_template() -> None:
@@ -100,7 +104,7 @@ def test_plain_distillation_reads_the_students_prompt() -> None:
     assert (counts.means, counts.totals) == ({}, {})
 
 
-# -- overflow -----------------------------------------------------------------------------------------------------------
+# -- overflow ---------------------------------------------------------------------------------------------------------
 
 # "1+1?|" and the trace "abc" make a prefix of 8; the answer <think>abc</think>2<|im_end|> has 7 tokens.
 ANSWER = "<think>abc</think>2"
@@ -156,7 +160,7 @@ def test_a_template_without_a_trace_misses_none() -> None:
     assert counts.totals["context_distillation_dropped_samples"] == 0.0
 
 
-# -- metrics ------------------------------------------------------------------------------------------------------------
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_metric_of_a_batch_worked_by_hand() -> None:
@@ -206,7 +210,7 @@ def test_a_mean_over_nothing_is_left_out() -> None:
     assert "context_distillation_trace_mean_chars" not in counts.means
 
 
-# -- recipes ------------------------------------------------------------------------------------------------------------
+# -- recipes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from array import array
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -37,11 +38,14 @@ def questions(*texts: str) -> list[dict[str, Any]]:
     return [{"question": text, "answer": "1"} for text in texts]
 
 
-# -- problems -----------------------------------------------------------------------------------------------------------
+# -- problems ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_jsonl_file_gives_problems_with_their_other_string_columns(tmp_path: Path) -> None:
-    rows = [{"question": "1+1?", "answer": 2, "trace": "carry", "level": 3}, {"question": "é?", "answer": None}]
+    rows: list[dict[str, Any]] = [
+        {"question": "1+1?", "answer": 2, "trace": "carry", "level": 3},
+        {"question": "é?", "answer": None},
+    ]
     dataset = jsonl(tmp_path / "a.jsonl", rows)
     assert load_problems([dataset]) == [
         Problem("1+1?", "2", dataset.data_path or "", {"trace": "carry"}),
@@ -179,7 +183,7 @@ def test_a_bad_column_of_a_table_names_the_columns_there_are(tmp_path: Path) -> 
         UserError, match=r"input_key=question is missing in .*problem, gold: set data\.train\.input_key"
     ):
         load_problems([DatasetConfig(data_path=path, input_key="question")])
-    with pytest.raises(UserError, match="output_key=gold is of type list in row 0 of .*strings or numbers"):
+    with pytest.raises(UserError, match=r"output_key=gold is of type list in row 0 of .*strings or numbers"):
         load_problems([DatasetConfig(data_path=path, input_key="problem", output_key="gold")])
     with pytest.raises(UserError, match="output_key=answer is missing in row 0"):
         load_problems([DatasetConfig(data_path=path, input_key="problem", output_key="answer")])
@@ -220,7 +224,7 @@ def test_a_hub_dataset_without_a_hub_is_one_clear_sentence(monkeypatch: pytest.M
         load_problems([DatasetConfig(data_path="someone/something", split="test")])
 
 
-# -- prompt files -------------------------------------------------------------------------------------------------------
+# -- prompt files -----------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_file_is_filled_as_str_format_does() -> None:
@@ -265,8 +269,10 @@ def test_a_bad_prompt_file_is_one_clear_sentence(text: str, message: str, tmp_pa
 
 
 def test_a_missing_prompt_file_names_its_key_before_the_data_is_read(tmp_path: Path) -> None:
-    for key in ("prompt_file", "system_prompt_file"):
-        dataset = DatasetConfig(data_path="nowhere.jsonl", **{key: "nowhere.txt"})
+    for dataset, key in (
+        (DatasetConfig(data_path="nowhere.jsonl", prompt_file="nowhere.txt"), "prompt_file"),
+        (DatasetConfig(data_path="nowhere.jsonl", system_prompt_file="nowhere.txt"), "system_prompt_file"),
+    ):
         with pytest.raises(UserError, match=rf"data\.train\.{key}=nowhere\.txt does not exist"):
             load_prompts([dataset], tiny_tokenizer(), 100)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
@@ -274,15 +280,19 @@ def test_a_missing_prompt_file_names_its_key_before_the_data_is_read(tmp_path: P
         read_prompt_file(str(tmp_path / "binary.txt"), "data.train.prompt_file")
 
 
-# -- prompts ------------------------------------------------------------------------------------------------------------
+# -- prompts ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_system_prompt_and_filled_file_in_the_chat_template(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Solve {} with \\boxed{{}}")
     (tmp_path / "s.txt").write_text("Be {kind}")
     jsonl(tmp_path / "a.jsonl", questions("1{}1"))
-    files = dict(prompt_file=str(tmp_path / "p.txt"), system_prompt_file=str(tmp_path / "s.txt"))
-    dataset = DatasetConfig(data_path=str(tmp_path / "a.jsonl"), input_key="question", **files)
+    dataset = DatasetConfig(
+        data_path=str(tmp_path / "a.jsonl"),
+        input_key="question",
+        prompt_file=str(tmp_path / "p.txt"),
+        system_prompt_file=str(tmp_path / "s.txt"),
+    )
     tokenizer = tiny_tokenizer()
     (prompt,) = load_prompts([dataset], tokenizer, 1000)
     rendered = (
@@ -343,12 +353,10 @@ def test_ten_thousand_prompts_report_their_progress(tmp_path: Path, caplog: pyte
     assert "tokenised 10000 of 10001 prompts" in caplog.text
 
 
-# -- order --------------------------------------------------------------------------------------------------------------
+# -- order ------------------------------------------------------------------------------------------------------------
 
 
 def numbered(n: int) -> Prompts:
-    from array import array
-
     problems = tuple(Problem(str(i)) for i in range(n))
     return Prompts(problems, tuple(range(n)), array("i", range(n)), array("q", range(n + 1)), skipped=0)
 
@@ -414,7 +422,7 @@ def test_a_position_is_saved_and_found_again() -> None:
 
 def test_a_position_in_other_data_is_refused() -> None:
     state = PromptOrder(numbered(10), 3, seed=1).state(7)
-    changed = Prompts(*(getattr(numbered(10), f) for f in ("problems", "prompt_ids", "tokens", "bounds", "skipped")))
+    changed = numbered(10)
     changed.tokens[4] = 99
     for order, message in [
         (PromptOrder(numbered(10), 3, seed=2), r"distillation\.seed has changed .* \(seed was 1 and is 2\)"),
@@ -427,7 +435,7 @@ def test_a_position_in_other_data_is_refused() -> None:
             order.resume(state)
 
 
-# -- the smokes' problems -----------------------------------------------------------------------------------------------
+# -- the smokes' problems ---------------------------------------------------------------------------------------------
 
 
 def problem_lines(name: str) -> list[dict[str, str]]:
@@ -444,6 +452,14 @@ def make_problems() -> ModuleType:
 
 def test_the_script_makes_the_problem_files_again() -> None:
     assert list(islice(make_problems().problems(7), 200)) == problem_lines("gsm_train.jsonl")[:200]
+
+
+def test_a_problem_that_comes_again_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import reasoning_gym
+
+    blocks = [questions("a", "b", "a"), questions("b", "c")]
+    monkeypatch.setattr(reasoning_gym, "create_dataset", lambda task, size, seed: blocks[seed // 1_000_000])
+    assert [row["question"] for row in islice(make_problems().problems(7), 3)] == ["a", "b", "c"]
 
 
 def test_no_validation_problem_is_trained_on() -> None:

@@ -19,7 +19,7 @@ CHATML = (
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML, special_think: bool = True, extra: tuple[str, ...] = ()) -> Any:
-    """Bytes 0..255, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, <think> 259, </think> 260, then ``extra``.
+    """256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, <think> 259, </think> 260, and ``extra``.
 
     A byte's id is its place in the byte-level alphabet, not its value. ``special_think`` makes the think tags special
     tokens, as some models have them (decoding may then leave them out).

@@ -1,7 +1,7 @@
 """What the teacher reads before each answer: the student's own prompt, or a template with the problem and a trace.
 
 Only the tokens before the answer differ between the two models; the answer's tokens are the same, and the i-th of them
-is compared with the i-th. An answer never is cut: what does not fit gives way in the prefix, or is left out and counted.
+is compared with the i-th. An answer never is cut: the prefix gives way, or the answer is left out and counted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TeacherViews(Protocol):
     """Gives answers what the teacher reads before them."""
 
     def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], ViewCounts]:
-        """The answers that are trained on, with ``teacher_prefix_ids``, in their order; and what happened to the others.
+        """The answers that are trained on, in order, with ``teacher_prefix_ids``; and what happened to the others.
 
         Called by each rank for the answers it generated, without talking to the others.
         """
@@ -125,9 +125,9 @@ class ContextViews:
     def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], ViewCounts]:
         """The answers with the teacher's prefixes, those left out that lack a trace or do not fit; and the counts.
 
-        Names and formulas are the reference system's: ``trace_coverage`` is answers with a trace over all answers, before
-        any is left out; ``prefix_truncation_rate`` is cut prefixes over answers that stay (``valid_samples``);
-        ``dropped_samples`` is the sum of its three parts.
+        Names and formulas are the reference system's: ``trace_coverage`` is answers with a trace over all answers,
+        before any is left out; ``prefix_truncation_rate`` is cut prefixes over answers that stay
+        (``valid_samples``); ``dropped_samples`` is the sum of its three parts.
         """
         samples = [_Sample(rollout, trace) for rollout, trace in zip(rollouts, self._traces(rollouts), strict=True)]
         traced = [s for s in samples if s.trace or not self._drops_missing]
@@ -165,7 +165,7 @@ class ContextViews:
         traces = [s.trace for s in samples if s.trace]
         trace_tokens = sum(map(len, token_ids(self._tokenizer, traces)))
         means = {
-            "trace_coverage": (len(traces), len(prefixes)),
+            "trace_coverage": (len(traces), len(samples)),
             "trace_mean_chars": (sum(map(len, traces)), len(traces)),
             "trace_mean_tokens": (trace_tokens, len(traces)),
             "prefix_truncation_rate": (truncated, len(prefixes)),

@@ -249,7 +249,7 @@ def _slice(rows: Sequence[Row], split: str | None, where: str) -> Sequence[Row]:
         parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     except (ValueError, AssertionError):
         raise UserError(
-            f"{where}.split={split} does not fit a file, which is one split: use null, train, or a slice like train[:90%]"
+            f"{where}.split={split} does not fit a file, which is one split: use null, train or a slice, train[:90%]"
         ) from None
     return [row for part in parts for row in rows[slice(part.from_, part.to)]]
 
@@ -312,8 +312,8 @@ def _hub_rows(name: str, subsets: Sequence[str | None], split: str, columns: _Co
         parts = [load_dataset(name, subset, split=split) for subset in subsets]
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
-            f"{columns.where}.{key}={name} with split {split} can't be loaded ({_first_line(error)}): check name, subset "
-            "and split, or fetch it once where the hub can be reached"
+            f"{columns.where}.{key}={name} with split {split} can't be loaded ({_first_line(error)}): "
+            "check name, subset and split, or fetch it once where the hub can be reached"
         ) from None
     return [row for part in parts for row in columns.table_rows(part.with_format("arrow")[:])]
 

@@ -120,9 +120,9 @@ def load_prompts(
 ) -> Prompts:
     """Load the datasets and tokenise their prompts, each with its own prompt file and system prompt.
 
-    A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names. Every
-    rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user can put
-    right, also if no prompt is left.
+    A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names.
+    Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
+    can put right, also if no prompt is left.
     """
     problems: list[Problem] = []
     rows: list[array[int]] = []
@@ -206,8 +206,8 @@ class PromptOrder:
         n = len(self.prompts)
         if not 1 <= self.num_prompts_per_step <= n:
             raise UserError(
-                f"distillation.num_prompts_per_step={self.num_prompts_per_step} does not fit the {n} prompts of data.train: "
-                f"set it to 1..{n}, or raise data.train.repeat"
+                f"distillation.num_prompts_per_step={self.num_prompts_per_step} does not fit the {n} prompts of "
+                f"data.train: set it to 1..{n}, or raise data.train.repeat"
             )
 
     @property

@@ -1,7 +1,7 @@
 """Texts with placeholders: prompt files (``{}``) and the teacher's template (``{problem}``, ``{trace}``).
 
-The syntax is that of ``str.format`` cut down to what is safe: a placeholder is a bare name, a doubled brace is a literal
-one, and the values are put in as they are, so braces in the data mean nothing.
+The syntax is that of ``str.format`` cut down to what is safe: a placeholder is a bare name, a doubled brace is a
+literal one, and the values are put in as they are, so braces in the data mean nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 class Template:
     """A text whose placeholders are among ``names`` ("" is the bare ``{}``).
 
-    ``where`` says in errors what the user set, "data.train.prompt_file=cot.txt" for one. Raises UserError for an unknown
-    placeholder (attributes, indices, conversions and format specs are unknown too) and for a single brace.
+    ``where`` says in errors what the user set, "data.train.prompt_file=cot.txt" for one. Raises UserError for an
+    unknown placeholder (attributes, indices, conversions and format specs are unknown too) and for a single brace.
     """
 
     def __init__(self, text: str, names: Sequence[str], where: str) -> None:

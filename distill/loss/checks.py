@@ -20,7 +20,7 @@ def check_vocab(columns: int, valid_vocab: int | None) -> int:
     if valid_vocab is None:
         return columns
     if not 1 <= valid_vocab <= columns:
-        raise UserError(f"valid_vocab={valid_vocab} is not between 1 and {columns}, the columns: pass the tokenizer's size")
+        raise UserError(f"valid_vocab={valid_vocab} is not between 1 and the {columns} columns: pass a smaller one")
     return valid_vocab
 
 
@@ -60,7 +60,7 @@ def check_support_size(k: int, vocab: int) -> None:
 
 
 def check_topk(topk: TopK, rows: int, vocab: int) -> None:
-    """Errors: ``UserError`` for shapes that disagree, with each other or with ``rows``, and ids outside the vocabulary."""
+    """Errors: ``UserError`` for shapes that disagree with each other or with ``rows``, and for ids out of range."""
     shapes = [tuple(tensor.shape) for tensor in (topk.ids_NK, topk.logprobs_NK, topk.log_tail_N)]
     if topk.ids_NK.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
         raise UserError(f"the teacher's ids, log-probs and log tail have shapes {shapes}: pass [N, K], [N, K] and [N]")

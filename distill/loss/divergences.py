@@ -71,8 +71,8 @@ def topk_kl(
         valid_vocab: columns from here on are padding: they count as -inf and get a gradient of exactly 0.
 
     Returns:
-        kl_N in nats, float32 (float64 for float64 logits). It is +inf where one model excludes what the other needs: the
-        forward KL where the student's logit at a teacher's token is -inf; its gradient stays finite.
+        kl_N in nats, float32 (float64 for float64 logits). It is +inf where one model excludes what the other needs:
+        the forward KL where the student's logit at a teacher's token is -inf; its gradient stays finite.
 
     Errors: ``UserError`` for shapes that disagree, ids out of range or repeated, K above the vocabulary.
     """

@@ -227,10 +227,11 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * scale, rounded once to ``dtype``; on CUDA without a float32 copy in between."""
+    """gradient * scale, rounded once to ``dtype``; on CUDA the head's float32 gradient gets no second float32 copy."""
     if gradient is None:
         return None
-    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+    # Widened first: a bf16 tensor times a 0-dim float32 would round the scale itself to bf16.
+    return torch.mul(gradient.to(scale.dtype), scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _targets_by_chunk(
@@ -268,7 +269,7 @@ def _teacher_by_chunk(
     scratch: Scratch,
 ) -> Callable[[Rows], TopK]:
     if k is None:
-        raise UserError("topk_logits_k is missing beside the teacher's hidden rows: pass it, 0 for the whole vocabulary")
+        raise UserError("topk_logits_k is missing beside the teacher's hidden rows: pass it (0: the whole vocabulary)")
     checks.check_linear("the teacher's", targets.hidden_ND, targets.head_VD, vocab)
     checks.check_rows(rows, teacher_hidden_ND=targets.hidden_ND)
     kept = vocab if k == 0 else k

@@ -10,7 +10,7 @@ from distill.types import Stats, TopK
 
 
 def row_stats(student: Outcomes, topk: TopK, stop_ids: Tensor) -> dict[str, Tensor]:
-    """What is worth knowing of each row, [C] each: see ``fused_linear_kl``. ``student`` is shifted: its maximum is 0."""
+    """What is worth knowing of each row, [C] each: see ``fused_linear_kl``. The student's highest logit is 0."""
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()
     favourite_C1 = topk.logprobs_NK.argmax(dim=1, keepdim=True)

@@ -1,0 +1,152 @@
+"""The numbers are the same: fixed answers in, loss and every parameter's gradient out, for any layout and packing.
+
+``plain_step`` is the reference: one process, plain transformers and autograd, one answer at a time. ``sharded_step`` is
+the product on this rank's part of the work. ``differences`` compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from distill.config import Config, load_config
+from distill.model.load import find_model
+from distill.model.student import Student
+from distill.model.teacher import Teacher
+from distill.runtime.packing import PackingConfig, plan
+from distill.runtime.world import World
+from distill.types import Problem, Prompt, Rollout
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def config_for(student: Path, teacher: Path, *overrides: str, ranks: int = 1) -> Config:
+    """The base recipe in float32 for two small models."""
+    return load_config(
+        [
+            "--config",
+            str(REPO / "recipes/distillation_math.yaml"),
+            f"policy.model_name={student}",
+            f"teacher.model_name={teacher}",
+            "policy.precision=float32",
+            "policy.max_total_sequence_length=256",
+            "policy.generation.backend=transformers",
+            "policy.dtensor_cfg.tensor_parallel_size=1",
+            "policy.dtensor_cfg.context_parallel_size=1",
+            "policy.dtensor_cfg.activation_checkpointing=false",
+            "teacher.dtensor_cfg.tensor_parallel_size=1",
+            "teacher.dtensor_cfg.context_parallel_size=1",
+            "distillation.topk_logits_k=16",
+            f"cluster.gpus_per_node={ranks}",
+            "logger.wandb_enabled=false",
+            *overrides,
+        ]
+    )
+
+
+def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rollout]:
+    """Answers of 1 to 40 random tokens; the teacher's prefix differs from the student's in every second one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return tuple(torch.randint(0, vocab, (length,), generator=generator).tolist())
+
+    rollouts = []
+    for i in range(count):
+        prompt = Prompt(i, tokens(1, 30), Problem(f"problem {i}"))
+        response = tokens(1, 40) if i else tokens(1, 1)
+        prefix = tokens(5, 50) if i % 2 else prompt.student_ids
+        rollouts.append(Rollout(prompt, 0, response, (-1.0,) * len(response), "length", 0, prefix))
+    return rollouts
+
+
+@dataclass
+class Step:
+    """What one optimizer step did: everything that must not depend on the layout."""
+
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
+    """One step of ``mixed`` or other KLs renormalised over the teacher's top-k, written out: the independent oracle."""
+    student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
+    teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
+    temperature, k = config.policy.generation.temperature, config.distillation.topk_logits_k
+    weight = {"forward": 1.0, "reverse": 0.0, "mixed": config.loss_fn.mixed_kl_weight}[config.loss_fn.kl_type]
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    total = torch.zeros((), dtype=dtype)
+    for rollout in rollouts:
+        ours = _response_logits(student, rollout.prompt.student_ids, rollout.response_ids) / temperature
+        with torch.no_grad():
+            theirs = _response_logits(teacher, rollout.teacher_prefix_ids, rollout.response_ids) / temperature
+        p, q = _outcomes(theirs, theirs, k, config.loss_fn.outside), _outcomes(ours, theirs, k, config.loss_fn.outside)
+        forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
+        total = total + (weight * forward + (1 - weight) * reverse).sum() / tokens
+    total.backward()
+    named = dict(student.named_parameters())
+    gradients = {name: p.grad.clone() for name, p in named.items()}
+    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
+    for parameter in named.values():
+        parameter.grad.mul_(min(1.0, config.policy.max_grad_norm / norm))
+    kwargs = config.policy.optimizer.kwargs
+    lr = kwargs.lr * 0.1  # the warm-up begins at a tenth
+    torch.optim.AdamW(named.values(), lr, kwargs.betas, kwargs.eps, kwargs.weight_decay).step()
+    return Step(total.item(), norm, gradients, {name: p.detach().clone() for name, p in named.items()})
+
+
+def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+    ids = torch.tensor([prefix + response])
+    return model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1 : -1]
+
+
+def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
+    """Log-probs of the top-k of ``choosing``, and of all others together (bucket), or of the top-k alone (renormalize)."""
+    best = choosing.topk(k + 1, -1)
+    gap = float((best.values[:, k - 1] - best.values[:, k]).min())
+    assert gap > 2e-5, f"the teacher's top-{k} is a tie within float32 ({gap:.1g}): choose another seed for the test"
+    ids = best.indices[:, :k]
+    logprobs = logits.log_softmax(-1)
+    kept = logprobs.gather(-1, ids)
+    if outside == "renormalize":
+        return kept.log_softmax(-1)
+    rest = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], -1)
+
+
+def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> Step:
+    """The product's step on this rank's part; gradients and weights gathered whole. Collective."""
+    student = Student(config, find_model(config.policy.model_name, "policy.model_name"), world, 384, ())
+    teacher = Teacher(config, find_model(config.teacher.model_name, "teacher.model_name"), world, 384)
+    (batch,) = plan(rollouts, world.layout, packing, seed=0, step=0)
+    targets = [teacher.targets(micro_batch) for micro_batch in batch]
+    teacher.offload()
+    loss = 0.0
+    for micro_batch, said in zip(batch, targets, strict=True):
+        output = student.loss(micro_batch, said)
+        (output.kl_sum / batch.response_tokens).backward()
+        loss += output.kl_sum.item() / batch.response_tokens
+    gradients = {name: p.grad.full_tensor().clone() for name, p in student.model.named_hf_parameters()}
+    norm = student.step()
+    weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
+    return Step(sum(world.gather(loss)), norm, gradients, weights)
+
+
+def differences(ours: Step, reference: Step) -> dict[str, float]:
+    """Relative differences of loss, norm and every gradient (norm of the difference over the norm, in float64)."""
+    assert ours.gradients.keys() == reference.gradients.keys()
+    found = {
+        f"gradient of {name}": float((ours.gradients[name].double() - g.double()).norm() / g.double().norm())
+        for name, g in reference.gradients.items()
+    }
+    found["loss"] = abs(ours.loss - reference.loss) / abs(reference.loss)
+    found["grad_norm"] = abs(ours.grad_norm - reference.grad_norm) / reference.grad_norm
+    return found

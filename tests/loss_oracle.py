@@ -1,0 +1,73 @@
+"""The distillation losses from their definitions, on dense distributions: shares no code with what it judges."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distill.config import LossConfig
+from distill.types import TopK
+
+MEMBERS = [
+    LossConfig(kl_type=kl_type, mixed_kl_weight=0.3, outside_topk=outside)
+    for kl_type in ("forward", "reverse", "mixed")
+    for outside in ("bucket", "renormalize", "floor")
+]
+
+
+class Case(NamedTuple):
+    """Random logits of two models over V tokens, and the teacher's top-k of them."""
+
+    student_NV: Tensor
+    teacher_NV: Tensor
+    topk: TopK
+
+
+def make_case(rows: int, vocab: int, k: int, seed: int = 0, scale: float = 2.0, temperature: float = 1.0) -> Case:
+    """float64 logits; the student is the teacher with as much noise again."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher_NV = scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
+    student_NV = teacher_NV + scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
+    return Case(student_NV, teacher_NV, exact_topk(teacher_NV, k, temperature))
+
+
+def exact_topk(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The k most likely tokens, the mass of the others summed one by one."""
+    log_p_NV = torch.log_softmax(teacher_NV.double() / temperature, dim=1)
+    order_NV = log_p_NV.argsort(dim=1, descending=True)
+    sorted_NV = log_p_NV.gather(1, order_NV)
+    entropy_N = -(log_p_NV.exp() * log_p_NV).sum(dim=1)
+    tail_N = sorted_NV[:, k:].exp().sum(dim=1).log()
+    return TopK(order_NV[:, :k].int(), sorted_NV[:, :k], tail_N, entropy_N)
+
+
+def definition(student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, config: LossConfig, temperature: float) -> Tensor:
+    """kl_N of every member, from the two dense distributions."""
+    p_NV, q_NV = torch.softmax(teacher_NV / temperature, 1), torch.softmax(student_NV / temperature, 1)
+    p_NK, q_NK = p_NV.gather(1, ids_NK.long()), q_NV.gather(1, ids_NK.long())
+    if config.outside == "floor":
+        forward_N, reverse_N = _on_floor(p_NK, q_NV, q_NK, ids_NK)
+    else:
+        p_NE, q_NE = (_events(whole, kept, ids_NK, config.outside) for whole, kept in ((p_NV, p_NK), (q_NV, q_NK)))
+        forward_N, reverse_N = _kl(p_NE, q_NE), _kl(q_NE, p_NE)
+    share = {"forward": 1.0, "reverse": 0.0, "mixed": config.mixed_kl_weight}[config.kl_type]
+    return share * forward_N + (1 - share) * reverse_N
+
+
+def _events(whole_NV: Tensor, kept_NK: Tensor, ids_NK: Tensor, outside: str) -> Tensor:
+    if outside == "renormalize":
+        return kept_NK / kept_NK.sum(dim=1, keepdim=True)
+    tail_N1 = whole_NV.scatter(1, ids_NK.long(), 0.0).sum(dim=1, keepdim=True)
+    return torch.cat([kept_NK, tail_N1], dim=1) if ids_NK.shape[1] < whole_NV.shape[1] else kept_NK
+
+
+def _on_floor(p_NK: Tensor, q_NV: Tensor, q_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
+    hat_NK = p_NK / p_NK.sum(dim=1, keepdim=True)
+    log_p_NV = torch.full_like(q_NV, -100.0).scatter(1, ids_NK.long(), hat_NK.log())
+    return _kl(hat_NK, q_NK), (q_NV * (q_NV.log() - log_p_NV)).sum(dim=1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p.log() - q.log())).sum(dim=1)
