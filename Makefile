@@ -24,9 +24,9 @@ help:  ## this list
 venv:  ## .venv with the pinned versions (again only when the list changes)
 	@cmp -s requirements-cpu.lock .venv/installed.lock || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")' && \
-	  echo "installing $$(grep -c == requirements-cpu.lock) packages into .venv (about two minutes)" && \
+	  echo "installing $$(grep -c == requirements-cpu.lock) packages into .venv (one to two minutes)" && \
 	  $(PYTHON) -m venv .venv && \
-	  $(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock && \
+	  $(PY) -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r requirements-cpu.lock && \
 	  $(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "distill.pth").write_text("$(CURDIR)\n")' && \
 	  cp requirements-cpu.lock .venv/installed.lock; }
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from distill.config import Arguments, Config
-from distill.data.context import ContextViews, SamePromptViews, TeacherViews, ViewCounts
+from distill.data.context import TeacherViews, ViewCounts, teacher_views
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.model.export import export_hf
 from distill.model.load import (
@@ -27,7 +27,7 @@ from distill.model.load import (
     model_config,
     stop_ids,
 )
-from distill.model.student import DTYPES, Student
+from distill.model.student import Student
 from distill.model.teacher import Teacher, check_top_k
 from distill.rollout.build import build_engine, check_backend, sampling_of
 from distill.rollout.engine import Engine
@@ -150,7 +150,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         models = _find_models(config)
     with world.agreed("reading the data"), world.main_first():
         order = _prompt_order(config, models)
-        views = _teacher_views(config, models)
+        views = teacher_views(config, models.tokenizer)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
     found = checkpoints.newest()
@@ -254,21 +254,6 @@ def _prompt_order(config: Config, models: Models) -> PromptOrder:
     )
 
 
-def _teacher_views(config: Config, models: Models) -> TeacherViews:
-    context = config.distillation.context_distillation
-    if not context.enabled:
-        return SamePromptViews()
-    return ContextViews(
-        models.tokenizer,
-        context.teacher_prefix_template,
-        config.teacher.max_total_sequence_length,
-        context.overflow_policy,
-        context.trace_extractor.missing_trace_policy,
-        context.chat_template,
-        config.policy.tokenizer.chat_template_kwargs,
-    )
-
-
 def packing_of(config: Config) -> PackingConfig:
     """Budgets of a micro-batch: tokens under packing or dynamic batching (nothing is padded in either), else answers."""
     policy = config.policy
@@ -303,6 +288,3 @@ def _versions() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         found["commit"] = None
     return found
-
-
-__all__ = ["DTYPES", "Models", "Run", "build_run", "packing_of"]

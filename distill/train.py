@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from distill.config import parse_args
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import plan
-from distill.runtime.world import guarded
+from distill.runtime.world import guarded, leave
 
 if TYPE_CHECKING:
     from distill.run import Run
@@ -83,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

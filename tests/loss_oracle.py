@@ -43,7 +43,9 @@ def exact_topk(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
     return TopK(order_NV[:, :k].int(), sorted_NV[:, :k], tail_N, entropy_N)
 
 
-def definition(student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, config: LossConfig, temperature: float) -> Tensor:
+def definition(
+    student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, config: LossConfig, temperature: float
+) -> Tensor:
     """kl_N of every member, from the two dense distributions."""
     p_NV, q_NV = torch.softmax(teacher_NV / temperature, 1), torch.softmax(student_NV / temperature, 1)
     p_NK, q_NK = p_NV.gather(1, ids_NK.long()), q_NV.gather(1, ids_NK.long())

@@ -196,7 +196,8 @@ def test_interpolations_are_resolved_after_all_layers_are_merged(write: Write) -
         defaults: {SMALL}
         policy:
           train_micro_batch_size: 3
-          dynamic_batching: {{train_mb_tokens: "${{mul:${{..max_total_sequence_length}}, ${{..train_micro_batch_size}}}}"}}
+          dynamic_batching:
+            train_mb_tokens: ${{mul:${{..max_total_sequence_length}}, ${{..train_micro_batch_size}}}}
         checkpointing: {{checkpoint_dir: "a/${{policy.model_name}}/${{..distillation.seed}}"}}
         """
     config = load("policy.max_total_sequence_length=100", "distillation.seed=3", recipe=write("child.yaml", text))
@@ -237,11 +238,13 @@ def test_what_no_recipe_sets_follows_the_key_it_belongs_to(write: Write) -> None
         ("distillation: [1", ["isn't a readable recipe in line"]),
         ("- 1", ["holds no keys"]),
         ("defaults: recipe.yaml", ["makes a recipe its own ancestor"]),
-        ("defaults: nowhere.yaml", ["defaults=", "nowhere.yaml", "doesn't exist", "recipe.yaml"]),
+        ("defaults: nowhere.yaml", ["defaults=", "nowhere.yaml", "does not exist", "recipe.yaml"]),
         ("defaults: 3", ["defaults=3", "a file name or a list of them"]),
         ("policy: {model_name: '${no.such}'}", ["policy.model_name can't be resolved", "'no.such' not found"]),
         ("policy: {model_name: '${mul:a}'}", ["policy.model_name can't be resolved"]),
-        ("policy: {model_name: '${mul:1,'}", ["policy.model_name can't be resolved"]),
+        ("policy: {model_name: '${mul:a,3}'}", ["policy.model_name can't be resolved", "two numbers, not 'a' and 3"]),
+        ("policy: {model_name: '${..model_name}'}", ["policy.model_name can't be resolved"]),
+        ("policy: {model_name: '${mul:1,'}", ["isn't a readable recipe", "BRACE_CLOSE"]),
         ("policy: 3", ["policy=3 has the wrong type", "keys with values"]),
     ],
 )
@@ -252,8 +255,8 @@ def test_a_recipe_that_cannot_be_read_is_refused(write: Write, text: str, parts:
 
 def test_a_missing_recipe_is_refused_with_the_names_nearby() -> None:
     sentence = refusal(recipe=str(ROOT / "recipes" / "my-destillation-1n4g.yaml"))
-    assert "my-destillation-1n4g.yaml doesn't exist" in sentence
-    assert "my-distillation-1n4g.yaml" in sentence.partition("doesn't exist")[2]
+    assert "my-destillation-1n4g.yaml does not exist" in sentence
+    assert "my-distillation-1n4g.yaml" in sentence.partition("does not exist")[2]
 
 
 # ---- keys and types --------------------------------------------------------------------------------------------------
@@ -579,8 +582,14 @@ def test_data_default_fills_only_what_a_dataset_leaves_out(write: Write) -> None
 
 
 def test_the_resolved_text_is_a_recipe_of_the_same_configuration(write: Write) -> None:
-    arguments = parse_args(["--config", SMALL, *CONTEXT, TEMPLATE + r"Cost: \${x} is ${policy.model_name} {trace}"])
-    assert "${x}" in arguments.config.distillation.context_distillation.teacher_prefix_template.replace("{x}", "{x}")
+    words = [
+        *CONTEXT,
+        TEMPLATE + "{{x}}: {trace}\n",
+        r"logger.wandb.name=costs \${x}",
+        "data.validation=[{data_path: a}]",
+    ]
+    arguments = parse_args(["--config", SMALL, *words, "loss_fn.outside_topk=bucket"])
+    assert arguments.config.logger.wandb.name == "costs ${x}"
     assert load(recipe=write("resolved.yaml", arguments.resolved)) == arguments.config
 
 

@@ -182,10 +182,10 @@ def test_a_bad_column_of_a_table_names_the_columns_there_are(tmp_path: Path) -> 
     with pytest.raises(
         UserError, match=r"input_key=question is missing in .*problem, gold: set data\.train\.input_key"
     ):
-        load_problems([DatasetConfig(data_path=path, input_key="question")])
+        load_problems([DatasetConfig(data_path=path, input_key="question", output_key="gold")])
     with pytest.raises(UserError, match=r"output_key=gold is of type list in row 0 of .*strings or numbers"):
         load_problems([DatasetConfig(data_path=path, input_key="problem", output_key="gold")])
-    with pytest.raises(UserError, match="output_key=answer is missing in row 0"):
+    with pytest.raises(UserError, match=r"output_key=answer is missing in the table of .*problem, gold: set"):
         load_problems([DatasetConfig(data_path=path, input_key="problem", output_key="answer")])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -74,8 +76,12 @@ def test_worked_numbers() -> None:
     topk = exact_topk(torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log(), 1)
     forward = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     reverse = 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)
-    assert_close(topk_kl(logits_NV, topk, LossConfig(kl_type="forward")), torch.tensor([forward], dtype=torch.float64), 1e-12)
-    assert_close(topk_kl(logits_NV, topk, LossConfig(kl_type="reverse")), torch.tensor([reverse], dtype=torch.float64), 1e-12)
+    assert_close(
+        topk_kl(logits_NV, topk, LossConfig(kl_type="forward")), torch.tensor([forward], dtype=torch.float64), 1e-12
+    )
+    assert_close(
+        topk_kl(logits_NV, topk, LossConfig(kl_type="reverse")), torch.tensor([reverse], dtype=torch.float64), 1e-12
+    )
     mixed = LossConfig(kl_type="mixed", mixed_kl_weight=0.25)
     expected = torch.tensor([0.25 * forward + 0.75 * reverse], dtype=torch.float64)
     assert_close(topk_kl(logits_NV, topk, mixed), expected, 1e-12)
@@ -91,19 +97,18 @@ def test_the_bucket_has_the_closed_form_gradient() -> None:
     a_NK, b_N1 = (q_NK / p_NK).log(), (s_N1 / r_N1).log()
     reverse_N1 = (q_NK * a_NK).sum(1, keepdim=True) + s_N1 * b_N1
     closed = {
-        "forward": ((s_N1 - r_N1) * q_NV / s_N1).scatter(1, ids_NK, q_NK - p_NK),
-        "reverse": (q_NV * (b_N1 - reverse_N1)).scatter(1, ids_NK, q_NK * (a_NK - reverse_N1)),
+        LossConfig(kl_type="forward"): ((s_N1 - r_N1) * q_NV / s_N1).scatter(1, ids_NK, q_NK - p_NK),
+        LossConfig(kl_type="reverse"): (q_NV * (b_N1 - reverse_N1)).scatter(1, ids_NK, q_NK * (a_NK - reverse_N1)),
     }
     weight_N1 = torch.linspace(0.5, 2.0, 3, dtype=torch.float64).unsqueeze(1)
-    for kl_type, gradient_NV in closed.items():
-        config = LossConfig(kl_type=kl_type)
+    for config, gradient_NV in closed.items():
         gradient = with_gradient(lambda x, c=config: topk_kl(x, case.topk, c), case.student_NV)[1]
         assert_close(gradient, weight_N1 * gradient_NV, 1e-10)
 
 
 @pytest.mark.parametrize("zero_outside_topk", [False, True])
 @pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
-def test_zero_outside_topk_means_what_it_means_in_the_reference(kl_type: str, zero_outside_topk: bool) -> None:
+def test_zero_outside_topk_means_what_it_means_in_the_reference(kl_type: Any, zero_outside_topk: bool) -> None:
     """NeMo-RL's loss written out: teacher renormalised over I; true adds H_rest + 100 P_rest to what is not forward."""
     case = make_case(rows=6, vocab=50, k=8)
     ids_NK, w = case.topk.ids_NK.long(), 0.3
@@ -113,7 +118,7 @@ def test_zero_outside_topk_means_what_it_means_in_the_reference(kl_type: str, ze
         log_all = torch.log_softmax(x_NV, dim=1)
         log_s = log_all.gather(1, ids_NK) if zero_outside_topk else torch.log_softmax(x_NV.gather(1, ids_NK), dim=1)
         p_s = log_s.exp()
-        correction = 0.0
+        correction = torch.zeros(6)
         if zero_outside_topk:
             h_rest = (log_all.exp() * log_all).sum(1) - (p_s * log_s).sum(1)
             correction = h_rest + 100 * (1 - p_s.sum(1))
@@ -139,11 +144,13 @@ def test_the_bucket_is_a_lower_bound_that_grows_to_the_full_kl(vocab: int, seed:
     values = [topk_kl(case.student_NV, exact_topk(case.teacher_NV, k), config) for k in range(1, vocab + 1)]
     full = definition(case.student_NV, case.teacher_NV, case.topk.ids_NK, config, 1.0)
     assert (values[0] >= 0).all()
-    assert all((larger - smaller >= -1e-12).all() for smaller, larger in zip(values, values[1:], strict=False))
+    assert all((larger - smaller >= -1e-12).all() for smaller, larger in pairwise(values))
     assert_close(values[-1], full, 1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "value_bound", "gradient_bound"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 5e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "value_bound", "gradient_bound"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 5e-6)]
+)
 @pytest.mark.parametrize("config", BUCKETS, ids=name)
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(config, dtype, value_bound, gradient_bound) -> None:
     case = make_case(8, 2000, 64, scale=4.0)
@@ -206,9 +213,7 @@ def test_a_tail_of_one_in_a_billion_keeps_its_digits_in_float32(config: LossConf
     assert (topk.log_tail_N.exp() < 2e-8).all()
     low = TopK(topk.ids_NK, topk.logprobs_NK.float(), topk.log_tail_N.float())
     _, gradient = with_gradient(lambda x: topk_kl(x, low, config), student)
-    _, exact = with_gradient(
-        lambda x: definition(x, teacher.double(), topk.ids_NK, config, 1.0), student.double()
-    )
+    _, exact = with_gradient(lambda x: definition(x, teacher.double(), topk.ids_NK, config, 1.0), student.double())
     tail = torch.ones(4, 500, dtype=torch.bool).scatter(1, topk.ids_NK.long(), False)
     torch.testing.assert_close(gradient[tail].double(), exact[tail], rtol=2e-4, atol=0)
 
@@ -218,7 +223,8 @@ def test_an_empty_tail_has_finite_values_and_gradients(config: LossConfig) -> No
     case = make_case(4, 12, 12)
     value, gradient = with_gradient(lambda x: topk_kl(x, case.topk, config), case.student_NV)
     expected, expected_gradient = with_gradient(
-        lambda x: definition(x, case.teacher_NV, case.topk.ids_NK, LossConfig(config.kl_type, 0.3), 1.0), case.student_NV
+        lambda x: definition(x, case.teacher_NV, case.topk.ids_NK, LossConfig(config.kl_type, 0.3), 1.0),
+        case.student_NV,
     )
     assert_close(value, expected, 1e-10)
     assert_close(gradient, expected_gradient, 1e-10)
@@ -228,7 +234,9 @@ def test_a_student_that_excludes_a_teachers_token_has_a_finite_gradient() -> Non
     case = make_case(3, 20, 4)
     student_NV = case.student_NV.scatter(1, case.topk.ids_NK[:, 1:2].long(), -math.inf)
     student_NV[:, case.topk.ids_NK[0, 3]] = -math.inf
-    forward, forward_gradient = with_gradient(lambda x: topk_kl(x, case.topk, LossConfig(kl_type="forward")), student_NV)
+    forward, forward_gradient = with_gradient(
+        lambda x: topk_kl(x, case.topk, LossConfig(kl_type="forward")), student_NV
+    )
     assert (forward == math.inf).all()
     assert forward_gradient.isfinite().all()
     for outside in ("bucket", "renormalize", "floor"):
@@ -239,13 +247,23 @@ def test_a_student_that_excludes_a_teachers_token_has_a_finite_gradient() -> Non
 
 
 @pytest.mark.parametrize("config", MEMBERS, ids=name)
+def test_a_student_without_a_tail_has_a_finite_gradient(config: LossConfig) -> None:
+    case = make_case(3, 20, 4)
+    inside = torch.zeros(3, 20, dtype=torch.bool).scatter(1, case.topk.ids_NK.long(), True)
+    forward_bucket = config.outside == "bucket" and config.kl_type != "reverse"
+    value, gradient = with_gradient(
+        lambda x: topk_kl(x, case.topk, config), case.student_NV.masked_fill(~inside, -math.inf)
+    )
+    assert (value == math.inf).all() if forward_bucket else value.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("config", MEMBERS, ids=name)
 def test_a_near_one_hot_student_keeps_its_gradient(config: LossConfig) -> None:
     case = make_case(4, 30, 5, scale=1.0)
     student_NV = case.student_NV.scatter(1, case.topk.ids_NK[:, :1].long(), 40.0)
     _, gradient = with_gradient(lambda x: topk_kl(x, case.topk, config), student_NV)
-    _, exact = with_gradient(
-        lambda x: definition(x, case.teacher_NV, case.topk.ids_NK, config, 1.0), student_NV
-    )
+    _, exact = with_gradient(lambda x: definition(x, case.teacher_NV, case.topk.ids_NK, config, 1.0), student_NV)
     torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-12)
 
 
@@ -290,21 +308,24 @@ def test_a_set_temperature_beats_the_samplers() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(logprobs_NK=torch.zeros(3, 5)), r"\(3, 4\), \(3, 5\)"),
-        (dict(log_tail_N=torch.zeros(2)), r"\(2,\)"),
-        (dict(ids_NK=torch.zeros(2, 4), logprobs_NK=torch.zeros(2, 4), log_tail_N=torch.zeros(2)), "2 rows .* student has 3"),
-        (dict(ids_NK=torch.tensor([[0, 1, 2, 20]] * 3)), "from 0 to 20"),
-        (dict(ids_NK=torch.tensor([[0, 1, 2, -2]] * 3)), "from -2 to 2"),
-        (dict(ids_NK=torch.tensor([[0, 1, 2, 3], [0, 7, 2, 7], [0, 1, 2, 3]])), "row 1 .* 7 twice"),
+        ({"logprobs_NK": torch.zeros(3, 5)}, r"\(3, 4\), \(3, 5\)"),
+        ({"log_tail_N": torch.zeros(2)}, r"\(2,\)"),
         (
-            dict(ids_NK=torch.zeros(3, 21), logprobs_NK=torch.zeros(3, 21)),
+            {"ids_NK": torch.zeros(2, 4), "logprobs_NK": torch.zeros(2, 4), "log_tail_N": torch.zeros(2)},
+            "2 rows .* student has 3",
+        ),
+        ({"ids_NK": torch.tensor([[0, 1, 2, 20]] * 3)}, "from 0 to 20"),
+        ({"ids_NK": torch.tensor([[0, 1, 2, -2]] * 3)}, "from -2 to 2"),
+        ({"ids_NK": torch.tensor([[0, 1, 2, 3], [0, 7, 2, 7], [0, 1, 2, 3]])}, "row 1 .* 7 twice"),
+        (
+            {"ids_NK": torch.zeros(3, 21), "logprobs_NK": torch.zeros(3, 21)},
             r"topk_logits_k=21 exceeds the vocabulary \(20\): set it to at most 20",
         ),
     ],
 )
 def test_bad_targets_are_refused_in_one_sentence(change: dict[str, Tensor], words: str) -> None:
     case = make_case(3, 20, 4)
-    fields = dict(ids_NK=case.topk.ids_NK, logprobs_NK=case.topk.logprobs_NK, log_tail_N=case.topk.log_tail_N)
+    fields = {"ids_NK": case.topk.ids_NK, "logprobs_NK": case.topk.logprobs_NK, "log_tail_N": case.topk.log_tail_N}
     with pytest.raises(UserError, match=words) as error:
         topk_kl(case.student_NV, TopK(**(fields | change)), LossConfig())
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Every recipe in recipes/ loads, and those that carry the runbook's names hold its values."""
+"""Every recipe in recipes/ loads, and those that carry a reference recipe's name hold its values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.config import Config, load_config, parse_args
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 
-RUNBOOK = {
+REFERENCE = {
     "distillation_math.yaml",
     "my-distillation-1n4g.yaml",
     "my-context-self-distillation-1n4g.yaml",
@@ -28,8 +28,8 @@ def load(name: str, *overrides: str) -> Config:
     return load_config(["--config", str(ROOT / "recipes" / name), *overrides])
 
 
-def test_every_recipe_of_the_runbook_is_there() -> None:
-    assert set(RECIPES) >= RUNBOOK
+def test_every_recipe_of_the_reference_is_there() -> None:
+    assert set(RECIPES) >= REFERENCE
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -45,7 +45,7 @@ def test_a_recipe_loads_without_a_warning_and_its_resolved_text_says_the_same(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_takes_the_runbooks_overrides(name: str) -> None:
+def test_a_recipe_takes_overrides(name: str) -> None:
     config = load(name, "distillation.max_num_steps=5", "logger.wandb_enabled=False")
     assert config.distillation.max_num_steps == 5
     assert not config.logger.wandb_enabled
@@ -59,7 +59,7 @@ def test_the_files_that_a_recipe_names_are_in_the_repository(name: str) -> None:
     assert [file for file in named - {None} if not (ROOT / str(file)).is_file()] == []
 
 
-def test_the_runbooks_context_run_goes_to_two_nodes() -> None:
+def test_the_context_run_goes_to_two_nodes() -> None:
     config = load("my-context-self-distillation-1n4g.yaml", "cluster.num_nodes=2", "cluster.gpus_per_node=4")
     assert config.cluster.num_nodes == 2
 

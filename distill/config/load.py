@@ -52,7 +52,15 @@ FOLLOWING: dict[str, str] = {
 }
 """Keys whose value follows another's where no recipe sets them."""
 
-OmegaConf.register_resolver("mul", lambda a, b: a * b, replace=True)
+
+def _mul(a: Any, b: Any) -> Any:  # OmegaConf warns of an int where float is annotated
+    """The interpolation ${mul:a,b}. Python alone would repeat a text b times."""
+    if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
+        raise TypeError(f"mul takes two numbers, not {a!r} and {b!r}")
+    return a * b
+
+
+OmegaConf.register_resolver("mul", _mul, replace=True)
 
 
 @dataclass(frozen=True)
@@ -65,8 +73,11 @@ class Arguments:
     """The recipe's file."""
     dry_run: bool
     """Whether to print the resolved configuration and stop."""
-    resolved: str
-    """The configuration as YAML, every key with its value; as a recipe it gives the same Config again."""
+
+    @property
+    def resolved(self) -> str:
+        """The configuration as YAML, every key with its value; as a recipe it gives the same Config again."""
+        return to_yaml(self.config)
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
@@ -83,8 +94,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     path = find_recipe(line.config_path)
     if line.help:
         _help(path, line.overrides)
-    config = _load(path, line.overrides)
-    return Arguments(config, path, line.dry_run, to_yaml(config))
+    return Arguments(_load(path, line.overrides), path, line.dry_run)
 
 
 def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
@@ -155,9 +165,10 @@ def _defaults() -> dict[str, Any]:
 def merge(base: Any, layer: Any, key: str = "") -> Any:
     """``layer`` over ``base``: sections key by key, all else replaced; {"0": ...} changes one entry of a list."""
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(str(name).isdigit() for name in layer):
-        if (last := max(map(int, layer))) >= len(base):
-            refuse(f"{key}.{last} doesn't exist: {key} has {len(base)} entries, counted from 0, so name one or set all")
-        return [merge(item, layer[str(i)], f"{key}.{i}") if str(i) in layer else item for i, item in enumerate(base)]
+        entries = {int(name): value for name, value in layer.items()}
+        if max(entries) >= len(base):
+            refuse(f"{key}.{max(entries)} doesn't exist: {key} has {len(base)} entries, counted from 0, so name one")
+        return [merge(item, entries[i], f"{key}.{i}") if i in entries else item for i, item in enumerate(base)]
     if not (isinstance(base, dict) and isinstance(layer, dict)):
         return layer
     merged = dict(base)
@@ -198,7 +209,7 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     what = f"defaults={path} in {children[-1]}" if children else f"--config={path}"
     if not path.is_file():
-        refuse(f"{what} doesn't exist: {_nearby(path)}")
+        refuse(f"{what} {'is a folder' if path.is_dir() else 'does not exist'}: {_nearby(path)}")
     try:
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.MarkedYAMLError as error:
@@ -212,7 +223,7 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _nearby(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else BASE_RECIPE.parent
+    folder = path if path.is_dir() else path.parent if path.parent.is_dir() else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     near = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
     return f"in {folder} there are {', '.join(near)}" if near else f"there are no recipes in {folder}"

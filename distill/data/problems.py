@@ -162,9 +162,11 @@ class _Columns:
         """The rows of an Arrow table, without the columns that no one asks for (long lists, images)."""
         from pyarrow import types
 
-        roots = {key if key in table.column_names else key.split(".")[0] for key in (self.input_key, self.output_key)}
-        if roots.isdisjoint(table.column_names):
-            raise self.missing("input_key", self.input_key, "the table", table.column_names)
+        roots = []
+        for key, name in (("input_key", self.input_key), ("output_key", self.output_key)):
+            roots.append(name if name in table.column_names else name.split(".")[0])
+            if roots[-1] not in table.column_names and (key == "input_key" or self.needs_answer):
+                raise self.missing(key, name, "the table", table.column_names)
         kept = [
             field.name
             for field in table.schema

@@ -196,6 +196,7 @@ class _Loop:
             kl_C = divergence(leaves, topk, self.loss_config)
         factor_C = self.weight_N[rows] / self.temperature
         gradient_CV = gradient_in_place(reduced, *torch.autograd.grad(kl_C, leaves, factor_C, allow_unused=True))
+        gradient_CV = self.student.cast(gradient_CV)
         if self.d_hidden_ND is not None:
             self.d_hidden_ND[rows] = self.student.hidden_gradient(gradient_CV)
         if self.d_head_VD is not None:
@@ -227,11 +228,14 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * scale, rounded once to ``dtype``; on CUDA the head's float32 gradient gets no second float32 copy."""
+    """gradient * scale, rounded once to ``dtype``, in blocks of rows: no second float32 copy of the head's gradient."""
     if gradient is None:
         return None
-    # Widened first: a bf16 tensor times a 0-dim float32 would round the scale itself to bf16.
-    return torch.mul(gradient.to(scale.dtype), scale, out=torch.empty_like(gradient, dtype=dtype))
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    for block, target in zip(torch.split(gradient, 8192), torch.split(scaled, 8192), strict=True):
+        # Widened first: a bf16 tensor on CUDA times a 0-dim float32 would round the scale itself to bf16.
+        torch.mul(block.to(scale.dtype), scale, out=target)
+    return scaled
 
 
 def _targets_by_chunk(

@@ -38,6 +38,10 @@ class Projection:
             return torch.mm(hidden_CD, transposed_DV, out_dtype=self.dtype, out=out_CV)
         return torch.mm(hidden_CD.to(self.dtype), transposed_DV, out=out_CV)
 
+    def cast(self, gradient_CV: Tensor) -> Tensor:
+        """The logits' gradient as both methods below multiply it: cast once, where both take the head's dtype."""
+        return gradient_CV if self._widen else gradient_CV.to(self.head_VD.dtype)
+
     def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
         """[C, D] of the head's dtype from the logits' gradient."""
         return gradient_CV.to(self.head_VD.dtype) @ self.head_VD
@@ -45,7 +49,6 @@ class Projection:
     def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor) -> None:
         """Add this chunk's gradient of the head to ``into_VD`` (of ``dtype``)."""
         if self._narrow and not self._widen:
-            gradient_VC = gradient_CV.to(self.head_VD.dtype).t()
-            torch.addmm(into_VD, gradient_VC, hidden_CD, out_dtype=self.dtype, out=into_VD)
+            torch.addmm(into_VD, gradient_CV.t(), hidden_CD, out_dtype=self.dtype, out=into_VD)
         else:
             into_VD.addmm_(gradient_CV.t(), hidden_CD.to(self.dtype))

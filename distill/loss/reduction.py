@@ -43,10 +43,7 @@ class Reduced:
     shift_C: Tensor
     """Each row's largest logit."""
     columns_CK: Tensor
-    """int64; padding points to column 0 and is masked by ``kept_CK``."""
-    kept_CK: Tensor
-    empty_C: Tensor
-    """Rows without a tail."""
+    """int64; padding points to column 0."""
     tail_CV: Tensor
     """exp(logit - largest of the tail), 0 at the kept ids. Overwritten by ``gradient_in_place``."""
     product_CV: Tensor
@@ -85,7 +82,7 @@ def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> Reduced:
         tail_N=(tail_shift_C + tail_sum_C.log()).masked_fill_(empty_C, float("-inf")),
         tail_mean_N=(tail_shift_C + product_CV.sum(dim=1) / tail_sum_C).masked_fill_(empty_C, 0.0),
     )
-    return Reduced(outcomes, shift_C, columns_CK, kept_CK, empty_C, tail_CV, product_CV, tail_sum_C, tail_shift_C)
+    return Reduced(outcomes, shift_C, columns_CK, tail_CV, product_CV, tail_sum_C, tail_shift_C)
 
 
 def gradient_in_place(
@@ -93,7 +90,8 @@ def gradient_in_place(
 ) -> Tensor:
     """The gradient with respect to the chunk's logits, [C, V], from that of its outcomes (None: no dependence).
 
-    With t_j = tail_j / sum: d tail / d z_j = t_j and d mean / d z_j = t_j (1 + z_j - mean), for j in the tail.
+    With t_j = tail_j / sum: d tail / d z_j = t_j and d mean / d z_j = t_j (1 + z_j - mean), for j in the tail. What
+    has no mass, padding or an empty tail, comes with a gradient of exactly 0 and needs no mask here.
     """
     if d_tail_C is None:
         d_tail_C = torch.zeros_like(reduced.tail_sum_C)
@@ -102,8 +100,7 @@ def gradient_in_place(
     else:
         distance_C = reduced.tail_shift_C - reduced.outcomes.tail_mean_N
         factor_C = (d_tail_C + d_mean_C * (1 + distance_C)) / reduced.tail_sum_C
-    gradient_CV = reduced.tail_CV.mul_(factor_C.masked_fill(reduced.empty_C, 0.0).unsqueeze(1))
+    gradient_CV = reduced.tail_CV.mul_(factor_C.unsqueeze(1))
     if d_mean_C is not None:
-        second_C = (d_mean_C / reduced.tail_sum_C).masked_fill(reduced.empty_C, 0.0)
-        gradient_CV.addcmul_(reduced.product_CV, second_C.unsqueeze(1))
-    return gradient_CV.scatter_add_(1, reduced.columns_CK, d_logits_CK.masked_fill(~reduced.kept_CK, 0.0))
+        gradient_CV.addcmul_(reduced.product_CV, (d_mean_C / reduced.tail_sum_C).unsqueeze(1))
+    return gradient_CV.scatter_add_(1, reduced.columns_CK, d_logits_CK)

@@ -45,6 +45,7 @@ class Student:
         )
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
+        self._as_synced = False  # whether the weights are still those that were last sent out
         self.model = load_sharded(
             files,
             "policy.model_name",
@@ -84,7 +85,7 @@ class Student:
         for micro_batch, said in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, said)
             (output.kl_sum / batch.response_tokens).backward()
-            _add_stats(metrics, output.stats)
+            _add_stats(metrics, output.stats, sampler=self._as_synced)
         metrics.add({"grad_norm": (self.step(), 1)})
 
     def step(self) -> float:
@@ -98,6 +99,7 @@ class Student:
                     parameter.grad.mul_(self._max_grad_norm / norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._as_synced = False
         return norm
 
     @torch.no_grad()
@@ -120,6 +122,7 @@ class Student:
 
     def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors under their Hugging Face names, bucket by bucket, in the compute dtype; all ranks drain it."""
+        self._as_synced = True
         return gather_weights(self.model.named_hf_parameters(), dtype or self.dtype, self._bucket_bytes)
 
     def state(self) -> dict[str, Tensor]:
@@ -143,7 +146,9 @@ class Student:
                 self._scheduler.step()
 
 
-def _add_stats(metrics: Metrics, stats: Stats) -> None:
+def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
+    """Add a micro-batch's statistics; those that compare with the sampler only where it has these very weights."""
+    stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
     metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
     metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -178,10 +178,10 @@ def log_to_console(main: bool) -> None:
     logger.propagate = False
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    if main:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    # Without any handler Python prints warnings itself: a silent one keeps the other ranks off the console.
+    handler = logging.StreamHandler(sys.stderr) if main else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
 
 
 def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
@@ -204,6 +204,20 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     if world is not None:
         world.close()
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``; at once where it isn't 0.
+
+    A launcher ends the other ranks when it sees one fail. The interpreter takes longer to end than a launcher to look,
+    and all ranks should leave with the program's own code.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:

@@ -1,0 +1,260 @@
+"""The whole program on two ranks with a tiny model: resume, metrics, exports, and every bad input in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers import free_port, run_ranks, save_tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+REPO = Path(__file__).resolve().parent.parent
+
+RECIPE = """
+defaults: {repo}/recipes/my-distillation-1n4g.yaml
+distillation: {{num_prompts_per_step: 4, num_generations_per_prompt: 2, max_num_steps: 4, val_period: 0, topk_logits_k: 16}}
+loss_fn: {{kl_type: mixed, outside_topk: bucket}}
+policy:
+  model_name: {root}/student
+  precision: float32
+  train_global_batch_size: 4
+  train_micro_batch_size: 2
+  max_total_sequence_length: 64
+  optimizer: {{kwargs: {{lr: 1e-3}}}}
+  generation: {{backend: transformers, max_new_tokens: 12}}
+teacher: {{model_name: {root}/teacher}}
+data:
+  default: {{prompt_file: {root}/prompt.txt, input_key: question, output_key: answer}}
+  train: {{data_path: {root}/problems.jsonl}}
+  validation: null
+checkpointing: {{checkpoint_dir: {root}/checkpoints, save_period: 2, metric_name: null}}
+logger: {{wandb_enabled: false, log_dir: {root}/logs}}
+cluster: {{num_nodes: 1, gpus_per_node: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny models with a tokenizer smaller than their embeddings, problems, a prompt file and a recipe."""
+    root = tmp_path_factory.mktemp("run")
+    tokenizer = tiny_tokenizer()
+    for name, seed, layers in (("student", 1, 2), ("teacher", 2, 3)):
+        save_tiny_model(root / name, "qwen3", True, seed=seed, layers=layers)
+        tokenizer.save_pretrained(root / name)
+    other = tiny_tokenizer(extra=("<|other|>",))
+    save_tiny_model(root / "stranger", "qwen3", True)
+    other.save_pretrained(root / "stranger")
+    problems = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
+    problems.append({"question": "What is " + "1 + " * 40 + "1?", "answer": "41"})  # longer than the window
+    (root / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    (root / "long.jsonl").write_text(json.dumps(problems[-1]) + "\n")
+    (root / "empty.jsonl").write_text("")
+    (root / "prompt.txt").write_text("{}")
+    (root / "no-braces.txt").write_text("Solve it.")
+    (root / "recipe.yaml").write_text(RECIPE.format(repo=REPO, root=root))
+    return root
+
+
+def _mains(ports: Sequence[int], command_lines: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
+    """Run the program several times on these ranks, each with its own rendezvous: exit code, stdout, stderr."""
+    from distill.train import main
+
+    seen = []
+    for port, argv in zip(ports, command_lines, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = main(argv)
+        seen.append((code, out.getvalue(), err.getvalue()))
+    return seen
+
+
+def _run(command_lines: Sequence[Sequence[str]], ranks: int = 2) -> list[list[tuple[int, str, str]]]:
+    return run_ranks(ranks, _mains, [free_port() for _ in command_lines], command_lines)
+
+
+def _train_rows(run_dir: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "tokens_per_sec" not in k and not k.startswith("timing/")} for row in rows]
+
+
+def _command(root: Path, name: str, *overrides: str) -> list[str]:
+    return [
+        *("--config", str(root / "recipe.yaml")),
+        f"runtime.run_dir={root}/runs/{name}",
+        f"checkpointing.checkpoint_dir={root}/checkpoints/{name}",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> list[list[tuple[int, str, str]]]:
+    """One run of four steps; one of two that is resumed to four; one whose teacher is its student."""
+    same = ["distillation.allow_degenerate=true", f"teacher.model_name={root}/student", "distillation.max_num_steps=1"]
+    context = [
+        "distillation.context_distillation.enabled=true",
+        f"teacher.model_name={root}/student",
+        "distillation.max_num_steps=2",
+    ]
+    return _run(
+        [
+            _command(root, "whole"),
+            _command(root, "parted", "distillation.max_num_steps=2"),
+            _command(root, "parted"),
+            _command(root, "same", *same),
+            _command(root, "context", *context),
+        ]
+    )
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
+    assert [code for code, _, _ in runs[0]] == [0] * 5, runs[0]
+    assert "resumed from" in runs[0][2][2]
+    whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
+    assert [row["step"] for row in whole] == [1, 2, 3, 4]
+    assert whole == parted
+    ours, theirs = (load_file(root / f"checkpoints/{name}/step_4/hf/model.safetensors") for name in ("whole", "parted"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_student_moves_and_the_loss_is_a_number_of_every_step(root, runs) -> None:
+    rows = _train_rows(root / "runs/whole")
+    assert all(row["train/loss"] > 0.1 and row["train/grad_norm"] > 0 for row in rows)
+    start = load_file(root / "student/model.safetensors")
+    end = load_file(root / "checkpoints/whole/step_4/hf/model.safetensors")
+    assert start.keys() == end.keys()
+    assert all(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_the_metrics_have_the_names_that_users_know(root, runs) -> None:
+    first = json.loads((root / "runs/whole/metrics.jsonl").read_text().splitlines()[0])
+    names = {
+        "train/loss train/grad_norm train/lr train/global_valid_toks train/truncation_rate train/forward_kl",
+        "train/reverse_kl train/teacher_topk_mass train/student_topk_mass train/teacher_entropy train/student_entropy",
+        "train/mean_gen_tokens_per_sample train/teacher_stop_mass train/sampler_logprob_diff",
+        "timing/train/generation timing/train/policy_training timing/train/total_step_time",
+        "timing/train/generation_tokens_per_sec",
+    }
+    assert {name for line in names for name in line.split()} <= first.keys(), first.keys()
+    assert first["train/lr"] == pytest.approx(1e-4)  # the warm-up begins at a tenth
+    assert first["train/sampler_logprob_diff"] < 1e-4, "the engine does not hold the student's weights"
+    context = json.loads((root / "runs/context/metrics.jsonl").read_text().splitlines()[0])
+    assert context["train/context_distillation_trace_coverage"] == 0.0
+    assert context["train/context_distillation_valid_samples"] == 8
+
+
+def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
+    (row,) = _train_rows(root / "runs/same")
+    assert abs(row["train/loss"]) < 1e-5
+    assert abs(row["train/forward_kl"]) < 1e-5 and abs(row["train/reverse_kl"]) < 1e-5
+
+
+def test_the_main_rank_speaks_for_all(runs) -> None:
+    main, other = runs
+    assert "step 4/4" in main[0][2] and "run folder" in main[0][2]
+    assert all(err == out == "" for _, out, err in other)
+
+
+def test_a_run_folder_tells_what_ran(root, runs) -> None:
+    run_dir = root / "runs/whole"
+    assert "max_num_steps: 4" in (run_dir / "config.yaml").read_text()
+    assert json.loads((run_dir / "versions.json").read_text())["torch"] == torch.__version__
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert len(list((run_dir / "logs").glob("rank_*.log"))) == 2
+
+
+def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:
+    folder = root / "checkpoints/whole/step_4/hf"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+    assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == ["step_2", "step_4"]
+
+
+def test_the_longest_prompt_is_skipped_counted_and_reported(runs) -> None:
+    assert "1 of 11 prompts are longer than 63 tokens" in runs[0][0][2]
+
+
+BAD = {
+    "an unknown key": (["distillation.topk_logit_k=4"], "distillation.topk_logits_k"),
+    "a wrong type": (["distillation.max_num_steps=many"], "distillation.max_num_steps=many"),
+    "a missing recipe": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "a missing model": (["policy.model_name=./nowhere"], "policy.model_name=./nowhere"),
+    "a missing teacher": (["teacher.model_name={root}/nowhere"], "teacher.model_name={root}/nowhere"),
+    "a folder without a model": (["policy.model_name={root}/logs"], "policy.model_name={root}/logs"),
+    "a missing data file": (["data.train.data_path=nowhere.jsonl"], "nowhere.jsonl"),
+    "a missing prompt file": (["data.default.prompt_file=nowhere.txt"], "data.train.prompt_file=nowhere.txt"),
+    "a prompt file without {}": (["data.default.prompt_file={root}/no-braces.txt"], "no-braces.txt"),
+    "a template with an unknown placeholder": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.teacher_prefix_template='{{problem}} {{hint}}'",
+            "teacher.model_name={root}/student",
+        ],
+        "{hint}",
+    ),
+    "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
+    "a missing column": (["data.train.input_key=problem"], "problem"),
+    "a world of another size": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4"),
+    "a group that does not divide": (["policy.dtensor_cfg.tensor_parallel_size=3"], "tensor_parallel_size=3"),
+    "prompts that are all too long": (["data.train.data_path={root}/long.jsonl"], "all 1 prompts are longer"),
+    "another tokenizer": (["teacher.model_name={root}/stranger"], "different tokenizers"),
+    "a top-k beyond the vocabulary": (["distillation.topk_logits_k=300"], "distillation.topk_logits_k=300"),
+    "vLLM, which is not there yet": (["policy.generation.backend=vllm"], "policy.generation.backend"),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(root: Path) -> dict[str, list[tuple[int, str, str]]]:
+    lines = [
+        [*_command(root, "bad"), *(o.replace("{root}", str(root)).replace("{{", "{").replace("}}", "}") for o in overrides)]
+        for overrides, _ in BAD.values()
+    ]
+    return dict(zip(BAD, zip(*_run(lines), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_in_one_sentence_on_all_ranks(root, refusals, what) -> None:
+    (code, _, error), (other_code, other_out, other_error) = refusals[what]
+    said = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert (code, other_code) == (2, 2), error
+    assert len(said) == 1 and "Traceback" not in error, error
+    assert BAD[what][1].replace("{root}", str(root)) in said[0], said[0]
+    assert other_out == other_error == ""
+    assert not (root / "runs/bad").exists(), "refused before the run's folder is made"
+
+
+def test_torchrun_sees_the_programs_own_exit_code_on_every_rank(root) -> None:
+    found = _torchrun("--config", str(root / "recipe.yaml"), "polcy.model_name=x")
+    assert found.returncode != 0
+    assert found.stderr.count("error: ") == 1 and "did you mean policy" in found.stderr, found.stderr
+    assert found.stderr.count("exitcode  : 2") == 2, found.stderr
+
+
+def _torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return subprocess.run([*command, "-m", "distill.train", *argv], cwd=REPO, capture_output=True, text=True, timeout=120)
+
+
+def test_dry_run_prints_the_recipe_that_it_would_run(root) -> None:
+    command = [sys.executable, "-m", "distill.train", "--config", str(root / "recipe.yaml"), "--dry-run"]
+    first = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
+    (root / "resolved.yaml").write_text(first.stdout)
+    command[4] = str(root / "resolved.yaml")
+    again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
+    assert "max_num_steps: 4" in first.stdout and again.stdout == first.stdout

@@ -1,0 +1,144 @@
+"""The ranks of a run: environments, agreement, errors that leave together."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+from distill.runtime import slurm
+from distill.runtime.world import World, new_run_dir
+from distill.types import UserError
+from tests.helpers import run_ranks
+
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "jwb[0012-0013]",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_srun_tells_a_task_its_place(environment) -> None:
+    for name, value in SRUN.items():
+        environment.setenv(name, value)
+    found = slurm.torch_environment()
+    port = int(found.pop("MASTER_PORT"))
+    assert found == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "jwb0012",
+    }
+    assert 1024 < port < 65536
+    environment.setenv("SLURM_JOB_ID", "4243")
+    assert int(slurm.torch_environment()["MASTER_PORT"]) != port, "two jobs on one node would clash"
+
+
+def test_torchrun_under_srun_is_left_alone(environment) -> None:
+    for name, value in SRUN.items():
+        environment.setenv(name, value)
+    environment.setenv("RANK", "0")
+    assert slurm.torch_environment() == {}
+
+
+def test_a_lone_process_needs_no_rendezvous(environment) -> None:
+    assert slurm.torch_environment() == {}
+    environment.setenv("SLURM_NTASKS", "1")
+    environment.setenv("SLURM_PROCID", "0")
+    assert slurm.torch_environment() == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("jwb[0012-0014,0020],x1", "jwb0012"), ("gpu-a[3,7]", "gpu-a3")],
+)
+def test_the_first_host_of_a_node_list(nodes, first) -> None:
+    assert slurm.first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("tasks", "node", "count"), [("4(x2),3", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("8", 0, 8)])
+def test_tasks_of_a_node(tasks, node, count) -> None:
+    assert slurm.tasks_of_node(tasks, node) == count
+
+
+def _agree() -> dict[str, object]:
+    world = World()
+    seen: dict[str, object] = {"gathered": world.gather(world.rank * 10), "main's": world.broadcast(f"of {world.rank}")}
+    for name, error in (("user", UserError("a=1 is wrong: set 2")), ("bug", KeyError("x"))):
+        try:
+            with world.agreed("testing"):
+                if world.rank == 1:
+                    raise error
+        except Exception as raised:
+            seen[name] = f"{type(raised).__name__}: {raised}"
+    with world.agreed("testing"):
+        pass
+    refusals = []
+    for cluster in ((1, 4, 1, 1), (2, 1, 1, 1), (1, 2, 3, 1), (1, 2, 1, 1)):
+        try:
+            world.check_cluster(*cluster)
+        except UserError as refused:
+            refusals.append(str(refused))
+    world.build_mesh("cpu", tp=1, cp=1)
+    assert world.mesh is not None
+    seen.update(refusals=refusals, axes=world.mesh.mesh_dim_names, shape=tuple(world.mesh.shape), layout=world.layout)
+    world.close()
+    return seen
+
+
+def test_ranks_agree_before_anyone_leaves() -> None:
+    first, second = run_ranks(2, _agree)
+    assert first["gathered"] == second["gathered"] == [0, 10]
+    assert first["main's"] == second["main's"] == "of 0"
+    assert first["user"] == second["user"] == "UserError: a=1 is wrong: set 2"
+    assert second["bug"] == "KeyError: 'x'"
+    assert first["bug"] == "RuntimeError: rank 1 failed while testing: 'x'"
+    assert (first["axes"], first["shape"]) == (("dp", "cp", "tp"), (2, 1, 1))
+    refusals = first["refusals"]
+    assert len(refusals) == 3
+    assert "cluster.gpus_per_node=4" in refusals[0] and "2 were started" in refusals[0]
+    assert "cluster.gpus_per_node=1" in refusals[1] and "2 ranks" in refusals[1]
+    assert "tensor_parallel_size=3" in refusals[2] and "does not divide the 2 ranks" in refusals[2]
+
+
+def test_run_folders_count_up_and_a_given_one_is_taken(tmp_path) -> None:
+    log_dir = str(tmp_path / "logs")
+    assert [new_run_dir(log_dir, None).name for _ in range(2)] == ["exp_001", "exp_002"]
+    assert new_run_dir(log_dir, str(tmp_path / "mine")) == tmp_path / "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"runtime\.run_dir=.*can't be made"):
+        new_run_dir(log_dir, str(tmp_path / "file" / "below"))
+
+
+def test_every_rank_logs_to_its_own_file(tmp_path) -> None:
+    run_ranks(2, _log, str(tmp_path))
+    files = sorted((tmp_path / "logs").iterdir())
+    assert [f.name for f in files] == ["rank_00000.log", "rank_00001.log"]
+    assert [f.read_text().rpartition(": ")[2].strip() for f in files] == ["hello from 0", "hello from 1"]
+
+
+def _log(folder: str) -> None:
+    from pathlib import Path
+
+    from distill.runtime.world import log_to_console
+
+    log_to_console(main=False)
+    world = World()
+    world.log_to(Path(folder))
+    logging.getLogger("distill.test").info("hello from %d", world.rank)
+    world.close()
