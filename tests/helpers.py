@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 
 def tiny_config(family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64) -> Any:
-    """A Llama or Qwen3 of two layers, four query heads and two key-value heads of 32 channels."""
+    """A Llama, Qwen2 or Qwen3 of two layers, by default with four query heads and two key-value heads of 32 channels."""
     shape = dict(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -29,7 +29,9 @@ def tiny_config(family: str, tied: bool, vocab: int = 384, layers: int = 2, hidd
         tie_word_embeddings=tied,
         initializer_range=0.2,  # logits with some contrast: gradients well above float32's noise
     )
-    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**shape)
+    if family == "qwen2":  # its head size is hidden / heads, whatever the configuration says
+        shape.update(num_attention_heads=hidden // 32, num_key_value_heads=1)
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**shape)
 
 
 def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed: int = 0, **shape: int) -> Path:

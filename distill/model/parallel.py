@@ -86,7 +86,9 @@ def load_sharded(
         fully_shard(
             layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward
         )
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    # A forward without backward must let the root's gathered weights go: a later one would read them stale.
+    root_reshards = None if trainable else True
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=root_reshards)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # both settings hold for one module, not for those inside it
             module.set_gradient_divide_factor(1.0)

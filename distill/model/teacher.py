@@ -76,7 +76,6 @@ class Teacher:
 
     def offload(self) -> None:
         """Let the shards go; their copy in host memory stays."""
-        self.model.reshard()  # type: ignore[operator]  # the root keeps its gathered weights after a forward without backward
         if self._host is not None:
             self._host.release()
 

@@ -1,0 +1,225 @@
+"""Loading without a whole model in memory, the packed path against the plain one, weights in host memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from distill.model import load
+from distill.model.offload import HostCopy
+from distill.model.parallel import gather_weights, load_sharded
+from distill.model.plain import plain_logits
+from distill.model.student import build_scheduler
+from distill.model.teacher import Teacher
+from distill.runtime.packing import view_of
+from distill.runtime.world import World
+from distill.types import UserError
+from tests.harness import config_for
+from tests.helpers import run_ranks, save_tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+SEQUENCES = [((5, 6, 7), (8, 9, 10)), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
+_BIG = dict(vocab=20_000, hidden=1024, layers=4)
+
+
+def _on_two_ranks(root: str) -> dict[str, Any]:
+    """What needs a sharded model, in one world: logits, gathered weights, proof, memory at its peak."""
+    world = World()
+    world.build_mesh("cpu", tp=1, cp=1)
+    found: dict[str, Any] = {}
+    for family, tied in (("llama", False), ("qwen3", True), ("qwen2", False)):
+        folder = f"{root}/{family}"
+        files = load.find_model(folder, "policy.model_name")
+        model = _load(files, world, torch.float32)
+        view = view_of(SEQUENCES)
+        with torch.no_grad():
+            logits = model(view, lambda hidden, head: hidden @ head.t())
+        found[family] = (logits, {n: t.clone() for n, t in gather_weights(model.named_hf_parameters(), torch.float32, 4096)})
+        found[f"{family} tied"] = model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
+        assert found[f"{family} tied"] == tied
+    found["proof"] = _proofs(f"{root}/qwen3", world)
+    found["memory"] = _peak_while_loading(f"{root}/big", world)
+    world.close()
+    return found
+
+
+def _load(files: load.ModelFiles, world: World, dtype: torch.dtype) -> Any:
+    return load_sharded(files, "policy.model_name", world.shard_mesh, world.device, dtype, dtype, trainable=False)
+
+
+def _proofs(folder: str, world: World) -> tuple[float, str, bool]:
+    config = config_for(Path(folder), Path(folder), "distillation.allow_degenerate=true", ranks=2)
+    teacher = Teacher(config, load.find_model(folder, "teacher.model_name"), world, 384)
+    sequences = [tuple(range(40)), tuple(range(50, 90))]
+    right = teacher.prove(sequences)
+    teacher.offload()
+    with torch.no_grad():
+        weight = teacher.model.causal_lm.model.layers[1].self_attn.k_norm.weight
+        weight.to_local().mul_(1.05)
+    try:
+        teacher.prove(sequences)
+    except RuntimeError as error:
+        return right, str(error), True
+    return right, "", False
+
+
+def _peak_while_loading(folder: str, world: World) -> tuple[int, int]:
+    """Bytes that loading added to this process's own memory at its highest, and bytes of the whole model."""
+    files = load.find_model(folder, "policy.model_name")
+    before, highest, stop = _own_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not stop.is_set():
+            highest = max(highest, _own_memory())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = _load(files, world, torch.float32)
+    stop.set()
+    watcher.join()
+    return highest - before, sum(4 * p.numel() for _, p in model.named_hf_parameters())
+
+
+def _own_memory() -> int:
+    """Anonymous memory in bytes: pages of mapped files are the page cache's."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for family, tied in (("llama", False), ("qwen3", True), ("qwen2", False)):
+        save_tiny_model(root / family, family, tied, seed=1)
+    save_tiny_model(root / "big", "llama", False, **_BIG)
+    return root
+
+
+@pytest.fixture(scope="module")
+def seen(root: Path) -> list[dict[str, Any]]:
+    return run_ranks(2, _on_two_ranks, str(root))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+def test_sharded_and_packed_is_the_plain_model(root, seen, family) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32, attn_implementation="eager")
+    rows = []
+    with torch.no_grad():
+        for prefix, response in SEQUENCES:
+            rows.append(plain(input_ids=torch.tensor([prefix + response])).logits[0, len(prefix) - 1 : -1])
+    for rank in seen:
+        assert (rank[family][0] - torch.cat(rows)).abs().max() < 1e-4
+        whole = dict(plain.named_parameters())
+        assert rank[family][1].keys() == whole.keys()
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in rank[family][1].items())
+
+
+def test_no_rank_ever_holds_the_whole_model_while_loading(seen) -> None:
+    for rank in seen:
+        peak, whole = rank["memory"]
+        # Its half, one tensor on its way (the embedding's half: 1/6 of the model), and the allocator's rounding.
+        assert peak < 0.8 * whole, f"loading took {peak / whole:.2f} of the whole model"
+
+
+def test_the_proof_passes_a_right_teacher_and_catches_a_wrong_one(seen) -> None:
+    for rank in seen:
+        right, message, caught = rank["proof"]
+        assert right < 1e-5
+        assert caught and "answers otherwise when sharded and packed" in message
+
+
+def test_the_streamed_plain_model_is_the_plain_model(root) -> None:
+    for family in ("llama", "qwen3"):
+        files = load.find_model(str(root / family), "policy.model_name")
+        config = load.model_config(files, "policy.model_name")
+        sequences = [(1, 2, 3, 4), (9, 8)]
+        streamed = plain_logits(files, config, sequences, torch.float32, torch.device("cpu"))
+        plain = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32, attn_implementation="eager")
+        for ids, logits in zip(sequences, streamed, strict=True):
+            with torch.no_grad():
+                assert torch.equal(logits, plain(input_ids=torch.tensor([ids])).logits[0])
+
+
+def test_vocabularies_are_compared_by_content() -> None:
+    same, other = tiny_tokenizer(), tiny_tokenizer(extra=("<|other|>",))
+    load.compare_vocabularies(same, tiny_tokenizer(), "a", "b")
+    with pytest.raises(UserError, match=r"policy\.model_name=a and teacher\.model_name=b have different tokenizers \(1 "):
+        load.compare_vocabularies(same, other, "a", "b")
+
+
+def test_a_family_without_a_tested_path_is_refused_by_name(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(UserError, match=r"policy\.model_name=.* family gpt2, which is not supported"):
+        load.model_config(load.find_model(str(tmp_path), "policy.model_name"), "policy.model_name")
+
+
+def test_a_folder_with_pickled_weights_only_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="no safetensors"):
+        load.find_model(str(tmp_path), "policy.model_name")
+
+
+def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    files = load.find_model(str(tmp_path), "policy.model_name")
+    assert load.stop_ids(files, tiny_tokenizer()) == (3, 4, 258)
+
+
+def test_released_weights_take_no_memory_and_come_back_bit_for_bit() -> None:
+    tensors = [torch.randn(100, 30), torch.randn(7).bfloat16()]
+    views = [tensors[0][10:20], tensors[1]]
+    before = [t.clone() for t in tensors]
+    copy = HostCopy(views)
+    assert copy.nbytes == 100 * 30 * 4 + 7 * 2
+    copy.release()
+    copy.release()
+    assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
+    copy.restore()
+    copy.restore()
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+def test_the_learning_rate_warms_up_as_in_the_reference() -> None:
+    config = config_for(Path("a"), Path("b"))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=2e-5)
+    scheduler = build_scheduler(optimizer, config.policy.scheduler)
+    rates = []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2e-5 * min(1.0, 0.1 + 0.09 * step) for step in range(13)])
+
+
+def test_attention_keeps_to_its_own_sequence_and_its_past() -> None:
+    from distill.model.attention import packed_attention
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+
+    def attend(bounds: tuple[int, ...], **more: Any) -> Tensor:
+        return packed_attention(torch.nn.Module(), q, k, v, None, packed_bounds=bounds, **more)[0]
+
+    for bounds, window in (((0, 4, 9), None), ((0, 9), None), ((0, 1, 2, 9), 3)):
+        got = attend(bounds, scaling=0.3, sliding_window=window)
+        expected = torch.zeros(1, 9, 4, 8)
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+            for t in range(start, stop):
+                first = start if window is None else max(start, t - window + 1)
+                for head in range(4):
+                    scores = 0.3 * k[0, head // 2, first : t + 1] @ q[0, head, t]
+                    expected[0, t, head] = scores.softmax(0) @ v[0, head // 2, first : t + 1]
+        assert (got - expected).abs().max() < 1e-5
