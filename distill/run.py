@@ -158,8 +158,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         info = checkpoints.info(found) if found else None
         first_step = order.resume(info["data"]) if info else 0
     with world.agreed("making the run's folder"):
-        run_dir = _start_run_dir(arguments, world)
-    run_dir = world.broadcast(run_dir)
+        made = _start_run_dir(arguments) if world.main else Path()
+    run_dir = world.broadcast(made)
     world.log_to(run_dir)
     with world.agreed("opening the metrics"):
         recorder = open_recorder(
@@ -225,7 +225,9 @@ def _find_models(config: Config) -> Models:
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
     valid_vocab = min(len(tokenizer), *sizes)
     check_top_k(config, valid_vocab)
-    return Models(student, teacher, tokenizer, valid_vocab, _stop_token_ids(config, student, teacher, tokenizer, teachers))
+    return Models(
+        student, teacher, tokenizer, valid_vocab, _stop_token_ids(config, student, teacher, tokenizer, teachers)
+    )
 
 
 def _stop_token_ids(
@@ -249,13 +251,11 @@ def _prompt_order(config: Config, models: Models) -> PromptOrder:
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = config.policy.tokenizer.chat_template_kwargs
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs)
-    return PromptOrder(
-        prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle
-    )
+    return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
 
 
 def packing_of(config: Config) -> PackingConfig:
-    """Budgets of a micro-batch: tokens under packing or dynamic batching (nothing is padded in either), else answers."""
+    """Budgets of a micro-batch: tokens under packing or dynamic batching (neither pads anything), else answers."""
     policy = config.policy
     for batching in (policy.sequence_packing, policy.dynamic_batching):
         if batching.enabled:
@@ -263,10 +263,8 @@ def packing_of(config: Config) -> PackingConfig:
     return PackingConfig(policy.train_global_batch_size, sequences=policy.train_micro_batch_size, tokens=None)
 
 
-def _start_run_dir(arguments: Arguments, world: World) -> Path | None:
-    """The run's folder with the resolved recipe and the versions in it, made by the main rank."""
-    if not world.main:
-        return None
+def _start_run_dir(arguments: Arguments) -> Path:
+    """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
     (run_dir / "config.yaml").write_text(arguments.resolved)

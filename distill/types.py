@@ -1,9 +1,9 @@
 """What flows between the rooms.
 
 Letters in names: P prompts, G answers per prompt, B sequences in a micro-batch, T positions, N response tokens (rows of
-the loss), V vocabulary, K kept ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``, ``ids_NK``.
-Log-probs are in nats, float32. The decisive choice is N: after packing, everything is a row per response token, in the
-same order for student and teacher.
+the loss), V vocabulary, K kept ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``,
+``ids_NK``. Log-probs are in nats, float32. The decisive choice is N: after packing, everything is a row per response
+token, in the same order for student and teacher.
 """
 
 from __future__ import annotations

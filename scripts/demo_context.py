@@ -2,16 +2,15 @@
 
     torchrun --nproc-per-node 2 -m scripts.demo_context [key.path=value ...]
 
-Held-out problems are answered three times: by the untrained student, by the untrained student with the teacher's context
-in view (the upper bound: what there is to learn), and by the student after training. The table and ``demo.json`` in the
-run's folder say how often the rule was followed, and how far the KL on fresh rollouts fell.
+Held-out problems are answered three times: by the untrained student, by the untrained student with the teacher's
+context in view (the upper bound: what there is to learn), and by the student after training. The table and
+``demo.json`` in the run's folder say how often the rule was followed, and how far the KL on fresh rollouts fell.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Sequence
 
@@ -27,14 +26,12 @@ from distill.types import Prompt, Rollout
 log = logging.getLogger("distill.demo")
 
 RECIPE = "recipes/demo-context-cpu.yaml"
-FRENCH = set("le la les un une des du de et est dans pour que qui il elle sont ce sur pas avec par nous vous au aux".split())
-ENGLISH = set("the a an of and is in for that which he she are this on not with by we you to at it was has have".split())
+BEGINNING = "The answer is"
 
 
 def follows_rule(answer: str) -> bool:
-    """Whether an answer is in French: more of its small words are French than English."""
-    words = re.findall(r"[a-zà-ÿ]+", answer.lower())
-    return sum(word in FRENCH for word in words) > sum(word in ENGLISH for word in words)
+    """Whether an answer begins as the teacher's context asks."""
+    return answer.strip().startswith(BEGINNING)
 
 
 def in_context(run: Run, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -9,30 +9,23 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from distill.runtime.metrics_sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics, summary
+from scripts.launch import ROOT, run, torchrun
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "smoke"
 RECIPES = {"distillation": "smollm2-distillation-cpu.yaml", "context": "smollm2-context-cpu.yaml"}
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # a rank
 
 
 def command(name: str, steps: int, overrides: list[str]) -> list[str]:
     """The training of recipe ``name`` on two ranks of this machine, as one would type it."""
     run_dir = RUNS / name
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # port 0: two smokes never collide
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
-    return [
-        *launcher,
-        *rendezvous,
+    return torchrun(
+        2,
         *("-m", "distill.train", "--config", f"recipes/{RECIPES[name]}"),
         f"distillation.max_num_steps={steps}",
         "logger.wandb_enabled=False",
@@ -42,7 +35,7 @@ def command(name: str, steps: int, overrides: list[str]) -> list[str]:
         f"checkpointing.checkpoint_dir={(run_dir / 'checkpoints').relative_to(ROOT)}",
         "checkpointing.save_consolidated=True",
         *overrides,
-    ]
+    )
 
 
 def missing(run_dir: Path, steps: int) -> list[str]:
@@ -71,8 +64,7 @@ def train(name: str, steps: int, overrides: list[str]) -> float:
     line = command(name, steps, overrides)
     print(f"\n== {name}: torchrun {' '.join(line[3:])}", flush=True)
     start = time.perf_counter()
-    code = subprocess.run(line, cwd=ROOT, env={**os.environ, **OFFLINE, **ONE_THREAD}, check=False).returncode
-    if code:
+    if code := run(line):
         sys.exit(f"smoke: the training {name} ended with code {code}; its logs are in {RUNS / name / 'logs'}")
     if problems := missing(RUNS / name, steps):
         sys.exit(f"smoke: the training {name} left no {'; no '.join(problems)} (in {RUNS / name})")

@@ -6,12 +6,15 @@ the product on this rank's part of the work. ``differences`` compares the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.config import Config, load_config
@@ -95,8 +98,7 @@ def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype =
     named = dict(student.named_parameters())
     gradients = {name: p.grad.clone() for name, p in named.items()}
     norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
-    for parameter in named.values():
-        parameter.grad.mul_(min(1.0, config.policy.max_grad_norm / norm))
+    torch.nn.utils.clip_grads_with_norm_(named.values(), config.policy.max_grad_norm or math.inf, torch.tensor(norm))
     kwargs = config.policy.optimizer.kwargs
     lr = kwargs.lr * 0.1  # the warm-up begins at a tenth
     torch.optim.AdamW(named.values(), lr, kwargs.betas, kwargs.eps, kwargs.weight_decay).step()
@@ -109,7 +111,7 @@ def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: 
 
 
 def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
-    """Log-probs of the top-k of ``choosing``, and of all others together (bucket), or of the top-k alone (renormalize)."""
+    """Log-probs of the top-k of ``choosing``, and of all others together (bucket) or of the top-k alone."""
     best = choosing.topk(k + 1, -1)
     gap = float((best.values[:, k - 1] - best.values[:, k]).min())
     assert gap > 2e-5, f"the teacher's top-{k} is a tie within float32 ({gap:.1g}): choose another seed for the test"
@@ -134,7 +136,7 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
         output = student.loss(micro_batch, said)
         (output.kl_sum / batch.response_tokens).backward()
         loss += output.kl_sum.item() / batch.response_tokens
-    gradients = {name: p.grad.full_tensor().clone() for name, p in student.model.named_hf_parameters()}
+    gradients = {name: cast(DTensor, p.grad).full_tensor().clone() for name, p in student.model.named_hf_parameters()}
     norm = student.step()
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
     return Step(sum(world.gather(loss)), norm, gradients, weights)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qw
 
 
 def tiny_config(family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64) -> Any:
-    """A Llama, Qwen2 or Qwen3 of two layers, by default with four query heads and two key-value heads of 32 channels."""
+    """A Llama, Qwen2 or Qwen3 of two layers, by default with four query and two key-value heads of 32 channels."""
     shape = dict(
         vocab_size=vocab,
         hidden_size=hidden,

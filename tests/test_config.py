@@ -274,6 +274,10 @@ def test_a_missing_recipe_is_refused_with_the_names_nearby() -> None:
             "policy.temperature=1",
             "unknown key policy.temperature: did you mean loss_fn.temperature or policy.generation.temperature?",
         ),
+        (
+            "distillation.train_global_batch_size=4",
+            "unknown key distillation.train_global_batch_size: did you mean policy.train_global_batch_size?",
+        ),
         ("topk_logits_k=3", "unknown key topk_logits_k: did you mean distillation.topk_logits_k?"),
         ("data.train.datapath=x", "unknown key data.train.datapath: did you mean data.train.data_path?"),
         ("policy.automodel_cfg.enabled=true", "unknown key policy.automodel_cfg: did you mean policy.dtensor_cfg?"),
@@ -338,7 +342,10 @@ def test_keys_without_a_meaning_here_give_one_warning_that_names_them_all(
         defaults: {SMALL}
         policy:
           offload_optimizer_for_logprob: false
-          megatron_cfg: {{enabled: false, optimizer: {{lr: 1, clip: "${{policy.max_grad_norm}}"}}}}
+          megatron_cfg:
+            enabled: false
+            offload_optimizer_for_logprob: true
+            optimizer: {{lr: 1, clip: "${{policy.max_grad_norm}}"}}
           dtensor_cfg: {{_v2: true, lora_cfg: {{enabled: false}}}}
           sequence_packing: {{algorithm: modified_first_fit_decreasing}}
           generation: {{port_range_low: 3000, colocated: {{enabled: true, resources: {{num_nodes: null}}}}}}

@@ -289,7 +289,7 @@ GOOD: Sources = {
     "distill/rollout/vllm.py": '"""m"""\nimport distill.model.load\nfrom vllm import LLM\n',
     "distill/train.py": (
         '"""m"""\nimport distill.rollout.vllm\nfrom distill import data\n'
-        'def _private():\n    pass\n'
+        "def _private():\n    pass\n"
         'def main():\n    """d"""\n    if world.main and step == last:\n        pass\n'
     ),
     "scripts/x.py": "import os\nimport vllm\nx = os.environ\n",

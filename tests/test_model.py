@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
         view = view_of(SEQUENCES)
         with torch.no_grad():
             logits = model(view, lambda hidden, head: hidden @ head.t())
-        found[family] = (logits, {n: t.clone() for n, t in gather_weights(model.named_hf_parameters(), torch.float32, 4096)})
+        found[family] = (
+            logits,
+            {n: t.clone() for n, t in gather_weights(model.named_hf_parameters(), torch.float32, 4096)},
+        )
         found[f"{family} tied"] = model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
         assert found[f"{family} tied"] == tied
     found["proof"] = _proofs(f"{root}/qwen3", world)
@@ -109,6 +113,7 @@ def seen(root: Path) -> list[dict[str, Any]]:
     return run_ranks(2, _on_two_ranks, str(root))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
 def test_sharded_and_packed_is_the_plain_model(root, seen, family) -> None:
     plain = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32, attn_implementation="eager")
@@ -123,6 +128,7 @@ def test_sharded_and_packed_is_the_plain_model(root, seen, family) -> None:
         assert all(torch.equal(tensor, whole[name]) for name, tensor in rank[family][1].items())
 
 
+@pytest.mark.slow
 def test_no_rank_ever_holds_the_whole_model_while_loading(seen) -> None:
     for rank in seen:
         peak, whole = rank["memory"]
@@ -130,6 +136,7 @@ def test_no_rank_ever_holds_the_whole_model_while_loading(seen) -> None:
         assert peak < 0.8 * whole, f"loading took {peak / whole:.2f} of the whole model"
 
 
+@pytest.mark.slow
 def test_the_proof_passes_a_right_teacher_and_catches_a_wrong_one(seen) -> None:
     for rank in seen:
         right, message, caught = rank["proof"]
@@ -152,7 +159,9 @@ def test_the_streamed_plain_model_is_the_plain_model(root) -> None:
 def test_vocabularies_are_compared_by_content() -> None:
     same, other = tiny_tokenizer(), tiny_tokenizer(extra=("<|other|>",))
     load.compare_vocabularies(same, tiny_tokenizer(), "a", "b")
-    with pytest.raises(UserError, match=r"policy\.model_name=a and teacher\.model_name=b have different tokenizers \(1 "):
+    with pytest.raises(
+        UserError, match=r"policy\.model_name=a and teacher\.model_name=b have different tokenizers \(1 "
+    ):
         load.compare_vocabularies(same, other, "a", "b")
 
 
@@ -216,7 +225,7 @@ def test_attention_keeps_to_its_own_sequence_and_its_past() -> None:
     for bounds, window in (((0, 4, 9), None), ((0, 9), None), ((0, 1, 2, 9), 3)):
         got = attend(bounds, scaling=0.3, sliding_window=window)
         expected = torch.zeros(1, 9, 4, 8)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             for t in range(start, stop):
                 first = start if window is None else max(start, t - window + 1)
                 for head in range(4):

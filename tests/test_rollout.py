@@ -120,7 +120,9 @@ def test_log_probs_are_those_of_the_plain_model_for_prompts_of_any_length(folder
         prompt = rollout.prompt.student_ids
         with torch.no_grad():
             logits = plain(input_ids=torch.tensor([prompt + rollout.response_ids])).logits[0, len(prompt) - 1 : -1]
-        expected = (logits[:, :VALID] / 0.7).log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        expected = (
+            (logits[:, :VALID] / 0.7).log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        )
         assert (expected - torch.tensor(rollout.logprobs)).abs().max() < 2e-5
 
 

@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers import free_port, run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parent.parent
 
 RECIPE = """
 defaults: {repo}/recipes/my-distillation-1n4g.yaml
-distillation: {{num_prompts_per_step: 4, num_generations_per_prompt: 2, max_num_steps: 4, val_period: 0, topk_logits_k: 16}}
+distillation:
+  {{num_prompts_per_step: 4, num_generations_per_prompt: 2, max_num_steps: 4, val_period: 0, topk_logits_k: 16}}
 loss_fn: {{kl_type: mixed, outside_topk: bucket}}
 policy:
   model_name: {root}/student
@@ -220,9 +222,12 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def refusals(root: Path) -> dict[str, list[tuple[int, str, str]]]:
+def refusals(root: Path) -> dict[str, tuple[tuple[int, str, str], ...]]:
     lines = [
-        [*_command(root, "bad"), *(o.replace("{root}", str(root)).replace("{{", "{").replace("}}", "}") for o in overrides)]
+        [
+            *_command(root, "bad"),
+            *(o.replace("{root}", str(root)).replace("{{", "{").replace("}}", "}") for o in overrides),
+        ]
         for overrides, _ in BAD.values()
     ]
     return dict(zip(BAD, zip(*_run(lines), strict=True), strict=True))
@@ -247,8 +252,18 @@ def test_torchrun_sees_the_programs_own_exit_code_on_every_rank(root) -> None:
 
 
 def _torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    return subprocess.run([*command, "-m", "distill.train", *argv], cwd=REPO, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    return subprocess.run(
+        [*command, "-m", "distill.train", *argv], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_dry_run_prints_the_recipe_that_it_would_run(root) -> None:

@@ -71,7 +71,9 @@ def test_the_first_host_of_a_node_list(nodes, first) -> None:
     assert slurm.first_host(nodes) == first
 
 
-@pytest.mark.parametrize(("tasks", "node", "count"), [("4(x2),3", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("8", 0, 8)])
+@pytest.mark.parametrize(
+    ("tasks", "node", "count"), [("4(x2),3", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("8", 0, 8)]
+)
 def test_tasks_of_a_node(tasks, node, count) -> None:
     assert slurm.tasks_of_node(tasks, node) == count
 
@@ -101,6 +103,7 @@ def _agree() -> dict[str, object]:
     return seen
 
 
+@pytest.mark.slow
 def test_ranks_agree_before_anyone_leaves() -> None:
     first, second = run_ranks(2, _agree)
     assert first["gathered"] == second["gathered"] == [0, 10]
@@ -125,6 +128,7 @@ def test_run_folders_count_up_and_a_given_one_is_taken(tmp_path) -> None:
         new_run_dir(log_dir, str(tmp_path / "file" / "below"))
 
 
+@pytest.mark.slow
 def test_every_rank_logs_to_its_own_file(tmp_path) -> None:
     run_ranks(2, _log, str(tmp_path))
     files = sorted((tmp_path / "logs").iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def packed_attention(
     assert not unused.get("softcap"), "soft-capped attention is refused when the model is loaded"
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for start, stop in zip(packed_bounds[:-1], packed_bounds[1:], strict=True):
+    for start, stop in pairwise(packed_bounds):
         mask = None
         if sliding_window is not None and stop - start > sliding_window:
             mask = _window_mask(stop - start, sliding_window, query.device)

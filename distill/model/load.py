@@ -58,7 +58,12 @@ def find_model(name: str, key: str) -> ModelFiles:
 def _from_hub(name: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    if name.startswith((".", "/")) or name.count("/") > 1 or "/" not in name or name.split("/")[0] in ("models", "runs"):
+    if (
+        name.startswith((".", "/"))
+        or name.count("/") > 1
+        or "/" not in name
+        or name.split("/")[0] in ("models", "runs")
+    ):
         raise UserError(f"{key}={name} does not exist: give a folder with config.json and safetensors, or a hub name")
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -183,9 +188,7 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
 def _local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
     if not isinstance(parameter, DTensor):
         return None
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
 
 

@@ -84,7 +84,7 @@ class Student:
         """One optimizer step on the micro-batches of this rank; adds their statistics and the gradient norm."""
         for micro_batch, said in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, said)
-            (output.kl_sum / batch.response_tokens).backward()
+            (output.kl_sum / batch.response_tokens).backward()  # type: ignore[no-untyped-call]
             _add_stats(metrics, output.stats, sampler=self._as_synced)
         metrics.add({"grad_norm": (self.step(), 1)})
 
@@ -154,7 +154,7 @@ def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
 
 
 def loss_at_temperature(config: Config) -> Any:
-    """The loss's configuration with its temperature filled in: null follows the sampling temperature, for both models."""
+    """The loss's configuration with its temperature filled in: null is the sampling temperature, for both models."""
     temperature = config.loss_fn.temperature
     if temperature is None:
         temperature = config.policy.generation.temperature

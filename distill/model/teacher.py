@@ -22,7 +22,7 @@ from distill.types import MicroBatch, Targets, TopK, UserError, View
 log = logging.getLogger(__name__)
 
 PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Mean |difference| of log-probs in nats that the packed path may show: rounding is 1e-5 and 0.03, a fault is above 1."""
+"""Mean |difference| of log-probs in nats that the packed path may show: rounding is 1e-5 and 0.1, a fault above 1."""
 _PROOF_TOKENS = 32
 
 

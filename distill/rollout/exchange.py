@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from distill.runtime.world import World
 from distill.types import Prompt, Rollout
@@ -15,11 +16,9 @@ def gather_rollouts(world: World, mine: Sequence[Rollout], prompts: Sequence[Pro
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
-    travelling = [
+    travelling: list[tuple[Any, ...]] = [
         (r.prompt.prompt_id, r.answer, r.response_ids, r.logprobs, r.finish, r.version, r.teacher_prefix_ids)
         for r in mine
     ]
-    everyones = [
-        Rollout(by_id[prompt_id], *rest) for part in world.gather(travelling) for prompt_id, *rest in part
-    ]
+    everyones = [Rollout(by_id[prompt_id], *rest) for part in world.gather(travelling) for prompt_id, *rest in part]
     return sorted(everyones, key=lambda r: (place[r.prompt.prompt_id], r.answer))

@@ -31,7 +31,7 @@ class TransformersEngine(EngineBase):
         replica: int = 0,
         replicas: int = 1,
     ) -> None:
-        self._model = meta_model(config, "sdpa", dtype).eval().requires_grad_(False)
+        self._model = meta_model(config, "eager", dtype).eval().requires_grad_(False)
         self._device = device
         self._batch_size = batch_size
         self._valid_vocab = valid_vocab

@@ -19,7 +19,7 @@ class PackingConfig:
     sequences: int | None
     """At most this many answers in a micro-batch; None: only ``tokens`` counts."""
     tokens: int | None
-    """At most this many tokens of the student's view in a micro-batch (one answer alone may be longer); None: no limit."""
+    """At most this many tokens of the student's view in a micro-batch (one answer may be longer); None: no limit."""
     quadratic: float = 1e-4
     """Cost of a sequence of n tokens is n + quadratic * n^2: the attention's share of the FLOPs."""
 

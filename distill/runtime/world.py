@@ -156,7 +156,7 @@ class World:
                 self.barrier()
 
     def log_to(self, run_dir: Path) -> None:
-        """Write this rank's log to ``run_dir/logs/rank_NNNNN.log`` from now on; the main rank's stays on the console."""
+        """Write this rank's log to ``run_dir/logs/rank_NNNNN.log`` from now on; the main one's stays on the console."""
         folder = run_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         self.log_file = folder / f"rank_{self.rank:05d}.log"
@@ -233,4 +233,6 @@ def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
         return path
     except OSError as error:
         key = "runtime.run_dir" if run_dir is not None else "logger.log_dir"
-        raise UserError(f"{key}={run_dir or log_dir} can't be made ({error.strerror}): choose a writable folder") from error
+        raise UserError(
+            f"{key}={run_dir or log_dir} can't be made ({error.strerror}): choose a writable folder"
+        ) from error
