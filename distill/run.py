@@ -36,7 +36,7 @@ from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, open_recorder, read_metrics, summary
 from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World, new_run_dir
-from distill.types import Layout, OptimizerBatch, Rollout, Sampling, UserError
+from distill.types import Layout, Rollout, Sampling, UserError
 
 log = logging.getLogger(__name__)
 
@@ -95,17 +95,30 @@ class Run:
         metrics: Metrics,
         phases: Phases,
         mine: list[Rollout],
+        trained: list[Rollout],
         counts: ViewCounts,
-        batches: list[OptimizerBatch],
         lr: float,
     ) -> None:
-        """Reduce the numbers of a finished step over ranks and write them; collective."""
+        """Reduce the numbers of a finished step over ranks and write them; collective.
+
+        ``mine``: the answers this rank generated; ``trained``: those of all ranks that were not left out.
+        """
+        if not trained:
+            log.warning("step %d trained nothing: all answers were left out (%s)", step, dict(counts.totals))
         add_rollouts(metrics, mine)
         if self.config.distillation.context_distillation.metrics.enabled:
             metrics.add(counts.means)
             metrics.add_totals(counts.totals)
-        metrics.add_same({"lr": lr, "global_valid_toks": float(sum(batch.response_tokens for batch in batches))})
-        metrics.add_totals({"global_valid_seqs": float(len(mine))})
+        scored = sum(len(rollout.response_ids) for rollout in trained)
+        read = sum(len(rollout.teacher_prefix_ids) for rollout in trained) + scored
+        metrics.add_same(
+            {
+                "lr": lr,
+                "global_valid_seqs": float(len(trained)),
+                "global_valid_toks": float(scored),
+                "teacher_tokens": float(read),
+            }
+        )
         self.recorder.record(step, finish_step(metrics, phases, self.world.control))
 
     def save_if_due(self, step: int) -> None:
@@ -180,6 +193,11 @@ def build_run(arguments: Arguments, world: World) -> Run:
         checkpoints.load(found, student.state())
         student.resume(first_step)
         log.info("resumed from %s after %d steps", found, first_step)
+        if first_step >= last_step:
+            log.warning(
+                "nothing is left to do: raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir",
+                last_step,
+            )
     return Run(
         config=config,
         world=world,
@@ -208,22 +226,40 @@ def _check_supported(config: Config) -> None:
                 log.warning("%s.dtensor_cfg.%s has no effect: the teacher is sharded over all ranks", owner, name)
     if config.policy.generation.stop_strings:
         raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
-    distillation = config.distillation
-    if distillation.val_period or distillation.val_at_start or distillation.val_at_end:
-        log.warning("validation is not there yet: distillation.val_* has no effect")
+    if not config.checkpointing.save_optimizer:
+        raise UserError("checkpointing.save_optimizer=false is not supported yet: set it to true")
+    distillation, checkpointing = config.distillation, config.checkpointing
+    not_yet = {
+        "distillation.val_*": distillation.val_period or distillation.val_at_start or distillation.val_at_end,
+        "checkpointing.metric_name (the newest are kept)": checkpointing.enabled and checkpointing.metric_name,
+        "checkpointing.checkpoint_must_save_by": checkpointing.checkpoint_must_save_by,
+        "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
+        "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
+        "data.train.seed": any(dataset.seed is not None for dataset in config.data.train),
+    }
+    if ignored := [key for key, is_set in not_yet.items() if is_set]:
+        log.warning("not there yet, so without effect: %s", ", ".join(ignored))
 
 
 def _find_models(config: Config) -> Models:
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
-    sizes = [
-        model_config(files, key).vocab_size
-        for files, key in ((student, "policy.model_name"), (teacher, "teacher.model_name"))
-    ]
+    sizes = []
+    for owner, files, length in (
+        ("policy", student, config.policy.max_total_sequence_length),
+        ("teacher", teacher, config.teacher.max_total_sequence_length),
+    ):
+        shape = model_config(files, f"{owner}.model_name")
+        sizes.append(shape.vocab_size)
+        if length > shape.max_position_embeddings:
+            raise UserError(
+                f"{owner}.max_total_sequence_length={length} exceeds the window of {files.name}"
+                f" ({shape.max_position_embeddings}): set it to at most that"
+            )
     tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
     teachers = load_tokenizer(teacher, config.teacher.tokenizer.name, "teacher.tokenizer.name")
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
-    valid_vocab = min(len(tokenizer), *sizes)
+    valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *sizes)
     check_top_k(config, valid_vocab)
     return Models(
         student, teacher, tokenizer, valid_vocab, _stop_token_ids(config, student, teacher, tokenizer, teachers)

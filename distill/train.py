@@ -41,8 +41,9 @@ def train(run: Run) -> None:
             engine.sleep()
 
         with phases("data_processing"):
-            read, counts = run.views.prefixed(mine)
-            rollouts = gather_rollouts(run.world, read, prompts)
+            with run.world.agreed("making the teacher's views"):
+                read, counts = run.views.prefixed(mine)
+            rollouts = gather_rollouts(run.world, read, prompts, version=step)
             batches = plan(rollouts, run.layout, run.packing, run.seed, step)
 
         with phases("teacher_logprob_inference"):
@@ -59,7 +60,7 @@ def train(run: Run) -> None:
 
         with phases("checkpointing"):
             run.save_if_due(step + 1)
-        run.record(step + 1, metrics, phases, mine, counts, batches, lr)
+        run.record(step + 1, metrics, phases, mine, rollouts, counts, lr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,17 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def program(world: World | None) -> None:
-        arguments = parse_args(argv)
-        if arguments.dry_run:
-            print(arguments.resolved)
-        elif world is None:
-            raise AssertionError("a run has a world")
-        else:
-            from distill.run import build_run
+        if world is None:
+            print(parse_args([*argv, "--dry-run"]).resolved)
+            return
+        from distill.run import build_run
 
-            run = build_run(arguments, world)
-            train(run)
-            run.finish()
+        with world.agreed("reading the recipe"):
+            arguments = parse_args(argv)
+        run = build_run(arguments, world)
+        train(run)
+        run.finish()
 
     return guarded(program, needs_world=not {"--help", "-h", "--dry-run"} & set(argv))
 

@@ -26,7 +26,7 @@ from distill.types import Prompt, Rollout
 log = logging.getLogger("distill.demo")
 
 RECIPE = "recipes/demo-context-cpu.yaml"
-BEGINNING = "The answer is"
+BEGINNING = "Once upon a time"
 
 
 def follows_rule(answer: str) -> bool:
@@ -57,7 +57,7 @@ def demo(world: World | None) -> None:
     """Measure, train, measure again, and print the table."""
     assert world is not None
     run = build_run(parse_args(["--config", RECIPE, *sys.argv[1:]]), world)
-    held_out = list(load_prompts(run.config.data.validation, run.models.tokenizer, 256, where="data.validation"))[:48]
+    held_out = list(load_prompts(run.config.data.validation, run.models.tokenizer, 256, where="data.validation"))[:32]
     before, _ = rule_rate(run, held_out, step=1_000_000)
     bound, _ = rule_rate(run, in_context(run, held_out), step=1_000_000)
     train(run)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.config import Config, load_config
-from distill.model.load import find_model
+from distill.model.load import find_model, model_config
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.runtime.packing import PackingConfig, plan
@@ -126,8 +126,10 @@ def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
 
 def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> Step:
     """The product's step on this rank's part; gradients and weights gathered whole. Collective."""
-    student = Student(config, find_model(config.policy.model_name, "policy.model_name"), world, 384, ())
-    teacher = Teacher(config, find_model(config.teacher.model_name, "teacher.model_name"), world, 384)
+    models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
+    vocab = model_config(models[0], "a model").vocab_size
+    student = Student(config, models[0], world, vocab, ())
+    teacher = Teacher(config, models[1], world, vocab)
     (batch,) = plan(rollouts, world.layout, packing, seed=0, step=0)
     targets = [teacher.targets(micro_batch) for micro_batch in batch]
     teacher.offload()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from distill.config import load_config
 from scripts import bench_step
 
@@ -14,10 +16,8 @@ def test_the_benchmark_generates_a_fixed_number_of_tokens(monkeypatch) -> None:
         return 3
 
     monkeypatch.setattr(bench_step, "run", stop)
-    try:
+    with pytest.raises(SystemExit, match="3"):
         bench_step.measure(2, 10, ["policy.precision=float32"])
-    except SystemExit as ended:
-        assert ended.code == 3
     arguments = seen[0][seen[0].index("distill.train") + 1 :]
     config = load_config(arguments)
     assert config.policy.generation.stop_token_ids == () and config.policy.generation.max_new_tokens == 48

@@ -12,8 +12,8 @@ from scripts.launch import ROOT, run, torchrun
 
 
 def test_the_rule_is_told_by_the_first_words_of_an_answer() -> None:
-    assert follows_rule("The answer is 4.") and follows_rule("\n The answer is: 4")
-    assert not follows_rule("4 is the answer. The answer is 4.")
+    assert follows_rule("Once upon a time, there were 4.") and follows_rule("\n Once upon a time")
+    assert not follows_rule("Ann lived once upon a time. Once upon a time")
 
 
 @pytest.mark.slow

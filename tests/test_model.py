@@ -55,7 +55,7 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
 
 
 def _load(files: load.ModelFiles, world: World, dtype: torch.dtype) -> Any:
-    return load_sharded(files, "policy.model_name", world.shard_mesh, world.device, dtype, dtype, trainable=False)
+    return load_sharded(files, "policy.model_name", world, dtype, dtype, trainable=False)
 
 
 def _proofs(folder: str, world: World) -> tuple[float, str, bool]:
@@ -133,7 +133,7 @@ def test_no_rank_ever_holds_the_whole_model_while_loading(seen) -> None:
     for rank in seen:
         peak, whole = rank["memory"]
         # Its half, one tensor on its way (the embedding's half: 1/6 of the model), and the allocator's rounding.
-        assert peak < 0.8 * whole, f"loading took {peak / whole:.2f} of the whole model"
+        assert peak < 0.7 * whole, f"loading took {peak / whole:.2f} of the whole model"
 
 
 @pytest.mark.slow
@@ -148,12 +148,11 @@ def test_the_streamed_plain_model_is_the_plain_model(root) -> None:
     for family in ("llama", "qwen3"):
         files = load.find_model(str(root / family), "policy.model_name")
         config = load.model_config(files, "policy.model_name")
-        sequences = [(1, 2, 3, 4), (9, 8)]
+        sequences = [(1, 2, 3, 4), (9, 8, 7, 6)]
         streamed = plain_logits(files, config, sequences, torch.float32, torch.device("cpu"))
         plain = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32, attn_implementation="eager")
-        for ids, logits in zip(sequences, streamed, strict=True):
-            with torch.no_grad():
-                assert torch.equal(logits, plain(input_ids=torch.tensor([ids])).logits[0])
+        with torch.no_grad():
+            assert torch.equal(streamed, plain(input_ids=torch.tensor(sequences)).logits)
 
 
 def test_vocabularies_are_compared_by_content() -> None:

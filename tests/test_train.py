@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,6 +60,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = tiny_tokenizer(extra=("<|other|>",))
     save_tiny_model(root / "stranger", "qwen3", True)
     other.save_pretrained(root / "stranger")
+    for name in ("cut", "half"):
+        shutil.copytree(root / "student", root / name)
+    weights = load_file(root / "cut/model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:380].clone()  # rank 1's slice is short
+    save_file(weights, root / "cut/model.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": {"model.norm.weight": "model-2.safetensors"}}
+    (root / "half/model.safetensors.index.json").write_text(json.dumps(index))
     problems = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
     problems.append({"question": "What is " + "1 + " * 40 + "1?", "answer": "41"})  # longer than the window
     (root / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
@@ -119,6 +127,22 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "context", *context),
         ]
     )
+
+
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs) -> None:
+    shutil.copytree(root / "checkpoints/whole/step_2", root / "checkpoints/alone/step_2")
+    ((code, _, error),) = _run([_command(root, "alone", "cluster.gpus_per_node=1")], ranks=1)[0]
+    assert code == 0 and "resumed from" in error, error
+    whole, alone = _train_rows(root / "runs/whole")[2:], _train_rows(root / "runs/alone")
+    for ours, theirs in zip(alone, whole, strict=True):
+        for name in ("step", "train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
+    assert "nothing is left to do" not in runs[0][2][2]
+    again = _run([_command(root, "whole")])
+    assert again[0][0][0] == 0 and "nothing is left to do: raise distillation.max_num_steps=4" in again[0][0][2]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
@@ -217,7 +241,13 @@ BAD = {
     "prompts that are all too long": (["data.train.data_path={root}/long.jsonl"], "all 1 prompts are longer"),
     "another tokenizer": (["teacher.model_name={root}/stranger"], "different tokenizers"),
     "a top-k beyond the vocabulary": (["distillation.topk_logits_k=300"], "distillation.topk_logits_k=300"),
+    "a half-downloaded model": (["teacher.model_name={root}/half"], "lacks 1 of its files (model-2.safetensors)"),
+    "a window beyond the model's": (
+        ["policy.max_total_sequence_length=600", "teacher.max_total_sequence_length=600"],
+        "policy.max_total_sequence_length=600 exceeds the window",
+    ),
     "vLLM, which is not there yet": (["policy.generation.backend=vllm"], "policy.generation.backend"),
+    "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight of another shape"),
 }
 
 
@@ -225,10 +255,10 @@ BAD = {
 def refusals(root: Path) -> dict[str, tuple[tuple[int, str, str], ...]]:
     lines = [
         [
-            *_command(root, "bad"),
+            *_command(root, what),
             *(o.replace("{root}", str(root)).replace("{{", "{").replace("}}", "}") for o in overrides),
         ]
-        for overrides, _ in BAD.values()
+        for what, (overrides, _) in BAD.items()
     ]
     return dict(zip(BAD, zip(*_run(lines), strict=True), strict=True))
 
@@ -241,7 +271,8 @@ def test_bad_input_is_refused_in_one_sentence_on_all_ranks(root, refusals, what)
     assert len(said) == 1 and "Traceback" not in error, error
     assert BAD[what][1].replace("{root}", str(root)) in said[0], said[0]
     assert other_out == other_error == ""
-    assert not (root / "runs/bad").exists(), "refused before the run's folder is made"
+    made = (root / "runs" / what).exists()
+    assert not made or what == "weights of another shape", "refused before the run's folder is made"
 
 
 def test_torchrun_sees_the_programs_own_exit_code_on_every_rank(root) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 
 import pytest
 
 from distill.runtime import slurm
 from distill.runtime.world import World, new_run_dir
 from distill.types import UserError
+from scripts.launch import ROOT, torchrun
 from tests.helpers import run_ranks
 
 SRUN = {
@@ -108,7 +110,7 @@ def test_ranks_agree_before_anyone_leaves() -> None:
     first, second = run_ranks(2, _agree)
     assert first["gathered"] == second["gathered"] == [0, 10]
     assert first["main's"] == second["main's"] == "of 0"
-    assert first["user"] == second["user"] == "UserError: a=1 is wrong: set 2"
+    assert first["user"] == second["user"] == "AgreedError: a=1 is wrong: set 2"
     assert second["bug"] == "KeyError: 'x'"
     assert first["bug"] == "RuntimeError: rank 1 failed while testing: 'x'"
     assert (first["axes"], first["shape"]) == (("dp", "cp", "tp"), (2, 1, 1))
@@ -117,6 +119,30 @@ def test_ranks_agree_before_anyone_leaves() -> None:
     assert "cluster.gpus_per_node=4" in refusals[0] and "2 were started" in refusals[0]
     assert "cluster.gpus_per_node=1" in refusals[1] and "2 ranks" in refusals[1]
     assert "tensor_parallel_size=3" in refusals[2] and "does not divide the 2 ranks" in refusals[2]
+
+
+ALONE = """
+from distill.runtime.world import guarded, leave
+from distill.types import UserError
+
+def program(world):
+    if world.rank == 1:
+        raise UserError("a=1 is wrong: set 2")
+    world.barrier()
+
+leave(guarded(program, needs_world=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_meets_an_error_alone_says_it_and_hangs_nobody(tmp_path) -> None:
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = torchrun(2, str(tmp_path / "alone.py"))
+    found = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode != 0
+    assert found.stderr.count("error: a=1 is wrong: set 2") == 1 and "exitcode  : 2" in found.stderr, found.stderr
 
 
 def test_run_folders_count_up_and_a_given_one_is_taken(tmp_path) -> None:
@@ -133,7 +159,8 @@ def test_every_rank_logs_to_its_own_file(tmp_path) -> None:
     run_ranks(2, _log, str(tmp_path))
     files = sorted((tmp_path / "logs").iterdir())
     assert [f.name for f in files] == ["rank_00000.log", "rank_00001.log"]
-    assert [f.read_text().rpartition(": ")[2].strip() for f in files] == ["hello from 0", "hello from 1"]
+    said = [[line.rpartition(": ")[2] for line in f.read_text().splitlines()] for f in files]
+    assert said == [["before there was a folder", f"hello from {rank}"] for rank in range(2)]
 
 
 def _log(folder: str) -> None:
@@ -143,6 +170,7 @@ def _log(folder: str) -> None:
 
     log_to_console(main=False)
     world = World()
+    logging.getLogger("distill.test").info("before there was a folder")
     world.log_to(Path(folder))
     logging.getLogger("distill.test").info("hello from %d", world.rank)
     world.close()

@@ -50,7 +50,7 @@ class BatchingConfig:
     train_mb_tokens: int = 8192
     """Tokens of a training micro-batch at most. Left out: max_total_sequence_length * train_micro_batch_size."""
     logprob_mb_tokens: int = 8192
-    """Tokens of a teacher micro-batch at most. Left out: max_total_sequence_length * logprob_batch_size."""
+    """Not used: the teacher reads the student's micro-batches, whose budget counts the longer of the two views."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class PolicyConfig:
     generation_batch_size: int = 64
     """Answers that the transformers engine samples at a time on a rank."""
     logprob_batch_size: int = 1
-    """As teacher.logprob_batch_size, which follows it if left out."""
+    """Not used: the teacher reads the student's micro-batches."""
     max_total_sequence_length: int = 8192
     """Prompt and answer together, in tokens."""
     precision: Precision = "bfloat16"
@@ -207,7 +207,7 @@ class PolicyConfig:
     sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
     """Micro-batches by tokens, packed; here both are packed without padding."""
     make_sequence_length_divisible_by: int = 1
-    """A micro-batch's length is rounded up to a multiple of this for tensor and context parallelism."""
+    """Not used: nothing is padded."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null: not clipped."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -232,12 +232,12 @@ class TeacherConfig:
     precision: Precision = "bfloat16"
     """Dtype of its weights and arithmetic. Left out: policy.precision."""
     logprob_batch_size: int = 1
-    """Answers in one forward on a rank, where neither batching by tokens is enabled."""
+    """Not used: the teacher reads the student's micro-batches."""
     logprob_chunk_size: int | None = None
     """As policy.logprob_chunk_size."""
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
     """How the model is spread over ranks."""
     dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches by tokens (logprob_mb_tokens)."""
+    """Not used: the teacher reads the student's micro-batches."""
     sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches by tokens (logprob_mb_tokens)."""
+    """Not used: the teacher reads the student's micro-batches."""

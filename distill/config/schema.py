@@ -152,7 +152,7 @@ class DatasetConfig:
     repeat: int = 1
     """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
     seed: int | None = None
-    """Seed of this dataset's own shuffling; null: distillation.seed."""
+    """Not used: data are shuffled by distillation.seed."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class RuntimeConfig:
     logits_chunk_rows: int | None = None
     """Rows of logits that exist at a time; null: 256 on CPU, 2048 on CUDA."""
     phase_timeout_s: int = 1800
-    """Seconds after which a phase of a step is taken for hung."""
+    """Seconds after which a phase of a step is taken for hung; not watched yet."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig
 
 from distill.model.load import ModelFiles
 
@@ -48,7 +48,7 @@ def export_hf(
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (files.folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(files.folder).save_pretrained(folder)
+        shutil.copyfile(files.folder / "generation_config.json", folder / "generation_config.json")
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

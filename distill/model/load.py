@@ -41,6 +41,11 @@ class ModelFiles:
             tensor: Tensor = part[slices] if slices else part[:]
             return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole shape of a tensor, from its file's header."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
 
 def find_model(name: str, key: str) -> ModelFiles:
     """The checkpoint that ``key`` names: a folder, or a model of the hub (taken from its cache or fetched).
@@ -78,7 +83,10 @@ def _from_hub(name: str, key: str) -> Path:
 def _tensor_files(folder: Path, name: str, key: str) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {tensor: folder / file for tensor, file in json.loads(index.read_text())["weight_map"].items()}
+        files = {tensor: folder / file for tensor, file in json.loads(index.read_text())["weight_map"].items()}
+        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
+            raise UserError(f"{key}={name} lacks {len(absent)} of its files ({absent[0]}): download it whole")
+        return files
     single = folder / "model.safetensors"
     if not single.is_file():
         raise UserError(f"{key}={name} holds no safetensors: convert it with save_pretrained(safe_serialization=True)")
@@ -88,7 +96,10 @@ def _tensor_files(folder: Path, name: str, key: str) -> dict[str, Path]:
 
 def model_config(files: ModelFiles, key: str) -> Any:
     """The model's Hugging Face configuration; refuses families whose path is not tested, by name."""
-    config = AutoConfig.from_pretrained(files.folder)
+    try:
+        config = AutoConfig.from_pretrained(files.folder)
+    except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
+        raise UserError(f"{key}={files.name} has a config.json that can't be read ({error})") from error
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{key}={files.name} is of the family {config.model_type}, which is not supported yet:"
@@ -155,11 +166,13 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 module.register_parameter(name, first)
 
 
-def restore_buffers(model: PreTrainedModel) -> None:
-    """Recompute the buffers that no checkpoint holds (rotary frequencies), by the model's own initialisation."""
+def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Recompute the buffers that no checkpoint holds (rotary frequencies) on ``device``, by the model's own means."""
     with torch.no_grad():
         for module in model.modules():
             if any(name in module._non_persistent_buffers_set for name, _ in module.named_buffers(recurse=False)):
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
                 model._init_weights(module)
 
 
@@ -173,16 +186,14 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
         for name, parameter in parameters:
             if name not in files.files:
                 raise UserError(f"the checkpoint {files.name} lacks the tensor {name}: it is not a whole model")
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if local.numel() == 0:
-                continue
-            tensor = files.tensor(name, _local_slices(parameter))
-            if tensor.shape != local.shape:
+            if (shape := files.shape(name)) != tuple(parameter.shape):
                 raise UserError(
                     f"the checkpoint {files.name} has {name} of another shape than its config.json says"
-                    f" ({tuple(tensor.shape)} against {tuple(local.shape)}): the files don't belong together"
+                    f" ({shape} against {tuple(parameter.shape)}): the files don't belong together"
                 )
-            local.copy_(tensor)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if local.numel() > 0:
+                local.copy_(files.tensor(name, _local_slices(parameter)))
 
 
 def _local_slices(parameter: Tensor) -> tuple[slice, ...] | None:

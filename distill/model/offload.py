@@ -19,9 +19,7 @@ class HostCopy:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
         self._sizes = [storage.nbytes() for storage in self._storages]
-        self._host = [_bytes_of(storage).to("cpu", copy=True) for storage in self._storages]
-        if any(storage.device.type == "cuda" for storage in self._storages):
-            self._host = [copy.pin_memory() for copy in self._host]
+        self._host = [_host_copy(storage) for storage in self._storages]
         self.released = False
 
     @property
@@ -32,6 +30,8 @@ class HostCopy:
     def release(self) -> None:
         """Free the tensors' storage; does nothing where it is free already."""
         if not self.released:
+            if any(storage.device.type == "cuda" for storage in self._storages):
+                torch.cuda.synchronize()  # a gather on another stream may still be reading
             for storage in self._storages:
                 storage.resize_(0)
         self.released = True
@@ -44,6 +44,12 @@ class HostCopy:
             storage.resize_(size)
             _bytes_of(storage).copy_(copy, non_blocking=True)
         self.released = False
+
+
+def _host_copy(storage: torch.UntypedStorage) -> Tensor:
+    pinned = storage.device.type == "cuda"
+    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
+    return copy.copy_(_bytes_of(storage))
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +21,7 @@ from distill.model.load import (
     model_config,
     restore_buffers,
 )
+from distill.runtime.world import World
 from distill.types import View
 
 T = TypeVar("T")
@@ -60,8 +60,7 @@ class RowsModel(nn.Module):
 def load_sharded(
     files: ModelFiles,
     key: str,
-    mesh: DeviceMesh,
-    device: torch.device,
+    world: World,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     trainable: bool,
@@ -75,6 +74,7 @@ def load_sharded(
     reduced in float32 and summed, not averaged (the loss is divided by the global token count already).
     """
     config = model_config(files, key)
+    mesh, device = world.shard_mesh, world.device
     model = RowsModel(meta_model(config, PACKED, dtype))
     model.requires_grad_(trainable)
     if activation_checkpointing:
@@ -93,9 +93,11 @@ def load_sharded(
         if isinstance(module, FSDPModule):  # both settings hold for one module, not for those inside it
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a plain SUM: gloo knows no pre-multiplied one
-    materialize(model, torch.device("cpu") if cpu_offload else device)
-    restore_buffers(model.causal_lm)
-    load_weights(model.named_hf_parameters(), files)
+    offloaded = cpu_offload and device.type == "cuda"
+    materialize(model, torch.device("cpu") if offloaded else device)
+    restore_buffers(model.causal_lm, device)
+    with world.agreed(f"loading {files.name}"):
+        load_weights(model.named_hf_parameters(), files)
     return model
 
 

@@ -14,26 +14,21 @@ from distill.model.load import ModelFiles, causal_lm_parts, meta_model, restore_
 @torch.no_grad()
 def plain_logits(
     files: ModelFiles, config: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """Logits [T, V] of each sequence by transformers' own eager attention, unsharded and unpacked.
+) -> Tensor:
+    """Logits [B, T, V] of B sequences of one length by transformers' own eager attention, unsharded and unpacked.
 
     One layer's weights are in memory at a time (read when its forward begins, let go when it ends), so that it works
-    for a model no rank could hold. For one rank; reads the checkpoint once a sequence.
+    for a model no rank could hold. For one rank; reads the checkpoint once.
     """
     model = meta_model(config, "eager", dtype).eval()
-    for module in model.modules():
-        if module._buffers:
-            module.to_empty(device=device, recurse=False)
-    restore_buffers(model)
+    restore_buffers(model, device)
     body, head = causal_lm_parts(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     in_turn = [body.get_input_embeddings(), *body.layers, body.norm, head]  # type: ignore[operator, misc]
     for module in in_turn:
         _stream(module, names, files, dtype, device)
-    logits = []
-    for sequence in sequences:
-        tokens = torch.tensor([list(sequence)], device=device)
-        logits.append(model(input_ids=tokens, use_cache=False).logits[0].float())
+    tokens = torch.tensor([list(sequence) for sequence in sequences], device=device)
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
     return logits
 
 

@@ -41,7 +41,9 @@ class Student:
         self._temperature = config.policy.generation.temperature
         self._loss_config = loss_at_temperature(config)
         self._loss_options: dict[str, Any] = dict(
-            chunk_rows=chunk_rows(config, world.device), valid_vocab=valid_vocab, stop_token_ids=tuple(stop_token_ids)
+            chunk_rows=chunk_rows(config, policy.logprob_chunk_size, world.device),
+            valid_vocab=valid_vocab,
+            stop_token_ids=tuple(stop_token_ids),
         )
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
@@ -49,8 +51,7 @@ class Student:
         self.model = load_sharded(
             files,
             "policy.model_name",
-            world.shard_mesh,
-            world.device,
+            world,
             dtype=torch.float32,
             compute_dtype=self.dtype,
             trainable=True,
@@ -131,7 +132,9 @@ class Student:
         for name, parameter in self.model.named_hf_parameters():
             moments = self._optimizer.state[parameter]
             if not moments:
-                moments["step"] = torch.zeros((), dtype=torch.float32)
+                # torch keeps it on the host, but for its fused kernel
+                device = parameter.device if self._optimizer.defaults["fused"] else "cpu"
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 moments["exp_avg"] = torch.zeros_like(parameter)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
             state[f"model.{name}"] = parameter.detach()
@@ -161,9 +164,9 @@ def loss_at_temperature(config: Config) -> Any:
     return dataclasses.replace(config.loss_fn, temperature=temperature)
 
 
-def chunk_rows(config: Config, device: torch.device) -> int:
-    """Rows whose logits exist at one time."""
-    return config.runtime.logits_chunk_rows or (2048 if device.type == "cuda" else 256)
+def chunk_rows(config: Config, logprob_chunk_size: int | None, device: torch.device) -> int:
+    """Rows whose logits exist at one time: the model's own key, or the run's, or what suits the device."""
+    return logprob_chunk_size or config.runtime.logits_chunk_rows or (2048 if device.type == "cuda" else 256)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, pieces: Sequence[Any]) -> torch.optim.lr_scheduler.LRScheduler:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from distill.config import Config
 from distill.loss import teacher_topk
@@ -41,12 +42,11 @@ class Teacher:
         self._valid_vocab = valid_vocab
         self._top_k = config.distillation.topk_logits_k
         self._temperature = loss_at_temperature(config).temperature
-        self._chunk_rows = chunk_rows(config, world.device)
+        self._chunk_rows = chunk_rows(config, config.teacher.logprob_chunk_size, world.device)
         self.model = load_sharded(
             files,
             "teacher.model_name",
-            world.shard_mesh,
-            world.device,
+            world,
             dtype=self.dtype,
             compute_dtype=self.dtype,
             trainable=False,
@@ -77,6 +77,9 @@ class Teacher:
     def offload(self) -> None:
         """Let the shards go; their copy in host memory stays."""
         if self._host is not None:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):  # also where reshard_after_forward is off
+                    module.reshard()
             self._host.release()
 
     @torch.no_grad()
@@ -86,14 +89,15 @@ class Teacher:
         All ranks call it with the same sequences; the main rank streams the plain model. The difference is of the
         log-probs of the teacher's eight likeliest tokens. Raises RuntimeError where it is beyond rounding.
         """
-        sequences = [tuple(s[: _PROOF_TOKENS + 1]) for s in sequences[:2]]
+        length = min(_PROOF_TOKENS + 1, *map(len, sequences[:2]))
+        sequences = [tuple(s[:length]) for s in sequences[:2]]
         view = view_of([(s[:1], s[1:]) for s in sequences]).to(self.device)
         packed = self._topk(view, min(8, self._valid_vocab))
         difference = torch.zeros(())
         if self._world.main:
             config = model_config(self._files, "teacher.model_name")
             plain = plain_logits(self._files, config, [s[:-1] for s in sequences], self.dtype, self.device)
-            logits_NV = torch.cat(plain)[:, : self._valid_vocab] / self._temperature
+            logits_NV = plain.flatten(0, 1)[:, : self._valid_vocab] / self._temperature
             said = logits_NV.log_softmax(-1).gather(1, packed.ids_NK.long())
             difference = (said - packed.logprobs_NK).abs().mean()
         mean = self._world.broadcast(float(difference))

@@ -39,7 +39,7 @@ class TransformersEngine(EngineBase):
 
     def _wake_weights(self) -> None:
         materialize(self._model, self._device)
-        restore_buffers(self._model)
+        restore_buffers(self._model, self._device)
 
     @torch.no_grad()
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:

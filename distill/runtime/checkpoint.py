@@ -54,14 +54,15 @@ class Checkpoints:
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Fill ``tensors`` in place from a checkpoint; collective. Raises UserError where they don't fit."""
-        stored = dcp.FileSystemReader(path / _SHARDS).read_metadata().state_dict_metadata
-        for name, tensor in tensors.items():
-            size = getattr(stored.get(name), "size", None)
-            if size != tensor.shape:
-                raise UserError(
-                    f"the checkpoint {path} does not fit the model ({name}: {size} against {tuple(tensor.shape)}):"
-                    " set checkpointing.checkpoint_dir to another folder, or the model to the checkpoint's"
-                )
+        with self._world.agreed("comparing the checkpoint with the model"):
+            stored = dcp.FileSystemReader(path / _SHARDS).read_metadata().state_dict_metadata
+            for name, tensor in tensors.items():
+                size = getattr(stored.get(name), "size", None)
+                if size != tensor.shape:
+                    raise UserError(
+                        f"the checkpoint {path} does not fit the model ({name}: {size} against {tuple(tensor.shape)}):"
+                        " set checkpointing.checkpoint_dir to another folder, or the model to the checkpoint's"
+                    )
         dcp.load(tensors, checkpoint_id=path / _SHARDS, process_group=self._world.control)
 
     def save(

@@ -27,7 +27,7 @@ OUTSIDE_THROUGHPUT = ("validation", "checkpointing")
 # Which tokens a phase works on, for its own tokens per second over the whole job.
 _TOKENS_OF_PHASE = {
     "generation": "train/generated_tokens",
-    "teacher_logprob_inference": "train/total_num_tokens",
+    "teacher_logprob_inference": "train/teacher_tokens",
     "policy_training": "train/total_num_tokens",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class PackingConfig:
     sequences: int | None
     """At most this many answers in a micro-batch; None: only ``tokens`` counts."""
     tokens: int | None
-    """At most this many tokens of the student's view in a micro-batch (one answer may be longer); None: no limit."""
+    """At most this many tokens in a micro-batch, of the longer view (one answer may be longer); None: no limit."""
     quadratic: float = 1e-4
     """Cost of a sequence of n tokens is n + quadratic * n^2: the attention's share of the FLOPs."""
 
@@ -43,12 +44,17 @@ def plan(
 def _optimizer_batch(
     rollouts: Sequence[Rollout], members: list[int], layout: Layout, packing_config: PackingConfig
 ) -> OptimizerBatch:
-    tokens = {i: len(rollouts[i].prompt.student_ids) + len(rollouts[i].response_ids) for i in members}
+    tokens = {i: _tokens_read(rollouts[i]) for i in members}
     rows = deal(tokens, layout.dp_size, packing_config)
     return OptimizerBatch(
         micro_batches=tuple(pack([(i, rollouts[i]) for i in row[layout.dp_rank]]) for row in rows),
         response_tokens=sum(len(rollouts[i].response_ids) for i in members),
     )
+
+
+def _tokens_read(rollout: Rollout) -> int:
+    """Tokens of the longer of the two views."""
+    return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
 
 
 def deal(tokens: dict[int, int], ranks: int, packing_config: PackingConfig) -> list[list[list[int]]]:
@@ -60,7 +66,7 @@ def deal(tokens: dict[int, int], ranks: int, packing_config: PackingConfig) -> l
     """
     cost = {i: n + packing_config.quadratic * n * n for i, n in tokens.items()}
     longest_first = sorted(tokens, key=lambda i: (-cost[i], i))
-    num_rows = 1
+    num_rows = _fewest_rows(tokens, ranks, packing_config)
     while (bins := _fill(longest_first, tokens, cost, num_rows * ranks, packing_config)) is None:
         num_rows += 1
     bins.sort(key=lambda members: -sum(cost[i] for i in members))
@@ -74,6 +80,13 @@ def deal(tokens: dict[int, int], ranks: int, packing_config: PackingConfig) -> l
             work[rank] += sum(cost[i] for i in members)
         rows.append(row)
     return rows
+
+
+def _fewest_rows(tokens: dict[int, int], ranks: int, limits: PackingConfig) -> int:
+    """No fewer rows can hold the sequences, whatever their order."""
+    by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
+    by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
+    return max(1, math.ceil(max(by_tokens, by_sequences) / ranks))
 
 
 def _fill(

@@ -30,6 +30,11 @@ def torch_environment() -> dict[str, str]:
     }
 
 
+def nodes_of_step() -> int:
+    """Nodes of the Slurm step that this process is a task of; 1 outside of Slurm."""
+    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+
+
 def first_host(nodes: str) -> str:
     """The first name of a Slurm node list: ``jwb[0012-0014,0020],x1`` -> ``jwb0012``."""
     match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?", nodes)

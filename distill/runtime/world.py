@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -22,6 +24,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+class AgreedError(UserError):
+    """A UserError that all ranks raise together, so that they can leave together."""
 
 
 class World:
@@ -49,7 +55,6 @@ class World:
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
-        self.log_file: Path | None = None
 
     @property
     def main(self) -> bool:
@@ -63,6 +68,11 @@ class World:
                 f"cluster.num_nodes={num_nodes} x cluster.gpus_per_node={gpus_per_node} asks for"
                 f" {num_nodes * gpus_per_node} ranks but {self.size} were started: set the two keys to the allocation,"
                 f" or start {gpus_per_node} ranks on each of {num_nodes} nodes"
+            )
+        if slurm.nodes_of_step() > num_nodes:
+            raise UserError(
+                f"cluster.num_nodes={num_nodes} but this Slurm step runs on {slurm.nodes_of_step()} nodes, each with a"
+                " world of its own: give torchrun --nnodes and --rdzv-endpoint, and set the key to the allocation"
             )
         if self.local_size != gpus_per_node:
             raise UserError(
@@ -100,10 +110,6 @@ class World:
         assert self.mesh is not None, "build_mesh comes first"
         return Layout(dp_rank=self.mesh.get_local_rank("dp"), dp_size=self.mesh["dp"].size())
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of a list that all ranks hold: every W-th item, so that parts differ by one at most."""
-        return list(items[self.rank :: self.size])
-
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of rank; collective."""
         values: list[T | None] = [None] * self.size
@@ -125,7 +131,7 @@ class World:
         """Do something that may fail on one rank and not on another; all ranks go on, or all raise.
 
         Every rank enters it with the same block, in which no collective runs. A UserError of any rank is raised on
-        all, the lowest rank's; any other error is raised where it happened and as RuntimeError elsewhere.
+        all as AgreedError, the lowest rank's; any other error where it happened and as RuntimeError elsewhere.
         """
         error: Exception | None = None
         try:
@@ -140,7 +146,7 @@ class World:
             raise error
         for _, (is_users, message) in failed:
             if is_users:
-                raise UserError(message) from error
+                raise AgreedError(message) from error
         rank, (_, message) = failed[0]
         raise RuntimeError(f"rank {rank} failed while {doing}: {message}")
 
@@ -159,10 +165,14 @@ class World:
         """Write this rank's log to ``run_dir/logs/rank_NNNNN.log`` from now on; the main one's stays on the console."""
         folder = run_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        self.log_file = folder / f"rank_{self.rank:05d}.log"
-        handler = logging.FileHandler(self.log_file, encoding="utf-8")
+        handler = logging.FileHandler(folder / f"rank_{self.rank:05d}.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger("distill").addHandler(handler)
+        logger = logging.getLogger("distill")
+        for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
+            early.setTarget(handler)
+            early.close()
+            logger.removeHandler(early)
+        logger.addHandler(handler)
 
     def close(self) -> None:
         """Leave together: wait for all ranks, then end the process groups."""
@@ -172,7 +182,10 @@ class World:
 
 
 def log_to_console(main: bool) -> None:
-    """The main rank's log goes to standard error from INFO on; the others' console stays silent."""
+    """The main rank's log goes to standard error from INFO on; the others' console stays silent.
+
+    What is said before there is a run folder is kept for the rank's file there.
+    """
     logger = logging.getLogger("distill")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -182,25 +195,30 @@ def log_to_console(main: bool) -> None:
     handler = logging.StreamHandler(sys.stderr) if main else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
+    logger.addHandler(MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))
 
 
 def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     """Run a program in its world and turn how it ended into an exit code, the same on every rank.
 
-    A UserError, which all ranks raise together, is one sentence on the main rank's console and code 2. Any other error
-    keeps its traceback and leaves at once, without waiting: the other ranks may hang in a collective, and their
-    launcher ends them.
+    A UserError that all ranks agreed on is one sentence on the main rank's console and code 2. One that this rank met
+    alone is said by this rank, which leaves at once: the others may hang in a collective, and their launcher ends them.
+    Any other error keeps its traceback and does the same. Only the main rank prints.
     """
     main = int(os.environ.get("RANK", slurm.torch_environment().get("RANK", "0"))) == 0
     log_to_console(main)
     world = World() if needs_world else None
     code = 0
     try:
-        program(world)
+        with nullcontext() if main else redirect_stdout(io.StringIO()):
+            program(world)
     except UserError as error:
         code = 2
-        if main:
+        alone = world is not None and world.size > 1 and not isinstance(error, AgreedError)
+        if main or alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if alone:
+            leave(code)
     if world is not None:
         world.close()
     return code
