@@ -194,10 +194,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         student.resume(first_step)
         log.info("resumed from %s after %d steps", found, first_step)
         if first_step >= last_step:
-            log.warning(
-                "nothing is left to do: raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir",
-                last_step,
-            )
+            remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
+            log.warning(f"nothing is left to do: {remedy}", last_step)
     return Run(
         config=config,
         world=world,
