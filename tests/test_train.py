@@ -118,6 +118,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
         f"teacher.model_name={root}/student",
         "distillation.max_num_steps=2",
     ]
+    extractor = "distillation.context_distillation.trace_extractor"
     return _run(
         [
             _command(root, "whole"),
@@ -125,6 +126,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "parted"),
             _command(root, "same", *same),
             _command(root, "context", *context),
+            _command(root, "dropped", *context, f"{extractor}.missing_trace_policy=drop_sample"),
         ]
     )
 
@@ -146,7 +148,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
-    assert [code for code, _, _ in runs[0]] == [0] * 5, runs[0]
+    assert [code for code, _, _ in runs[0]] == [0] * 6, runs[0]
     assert "resumed from" in runs[0][2][2]
     whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
@@ -180,6 +182,18 @@ def test_the_metrics_have_the_names_that_users_know(root, runs) -> None:
     context = json.loads((root / "runs/context/metrics.jsonl").read_text().splitlines()[0])
     assert context["train/context_distillation_trace_coverage"] == 0.0
     assert context["train/context_distillation_valid_samples"] == 8
+
+
+def test_a_step_whose_answers_are_all_left_out_says_so_and_moves_nothing(root, runs) -> None:
+    assert "step 1 trained nothing: all answers were left out" in runs[0][5][2]
+    row = json.loads((root / "runs/dropped/metrics.jsonl").read_text().splitlines()[0])
+    assert row["train/global_valid_seqs"] == row["train/global_valid_toks"] == 0
+    assert row["train/context_distillation_dropped_missing_trace"] == 8 and row.get("train/loss") is None
+    start, end = (
+        load_file(root / name)
+        for name in ("student/model.safetensors", "checkpoints/dropped/step_2/hf/model.safetensors")
+    )
+    assert all(torch.equal(start[name], end[name]) for name in start)
 
 
 def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
