@@ -39,7 +39,11 @@ def test_every_answer_is_trained_exactly_once_and_ranks_stay_in_step(lengths, ra
         for micro_batch in (micro_batch for batch in batches for micro_batch in batch):
             answers = len(micro_batch.student.bounds) - 1
             assert sequences is None or answers <= sequences
-            read = [lengths[i] + 3 for i in micro_batch.rollout_N.unique().tolist() if i >= 0]
+            read = [
+                lengths[i] + len(rollouts[i].teacher_prefix_ids)
+                for i in micro_batch.rollout_N.unique().tolist()
+                if i >= 0
+            ]
             assert tokens is None or answers == 1 or sum(read) <= tokens
     seen = [i for batches in plans for batch in batches for i in _members(batch)]
     assert sorted(seen) == list(range(len(lengths)))
@@ -124,3 +128,9 @@ def test_an_answer_longer_than_the_budget_is_alone(tokens) -> None:
     rows = deal({0: 500, 1: 5, 2: 5}, 1, PackingConfig(8, None, tokens))
     bins = [members for row in rows for members in row]
     assert ([0] in bins) == (tokens == 10)
+
+
+def test_a_budget_of_tokens_counts_the_longer_view() -> None:
+    long_prefix = [Rollout(Prompt(i, (1, 2), Problem("p")), 0, (7,), (-1.0,), "length", 0, (2,) * 19) for i in range(4)]
+    (batch,) = plan(long_prefix, Layout(0, 1), PackingConfig(4, None, tokens=40), seed=0, step=0)
+    assert [len(micro_batch.teacher.bounds) - 1 for micro_batch in batch] == [2, 2]

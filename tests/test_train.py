@@ -51,8 +51,11 @@ cluster: {{num_nodes: 1, gpus_per_node: 2}}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_run(tmp_path_factory.mktemp("run"))
+
+
+def make_tiny_run(root: Path) -> Path:
     """Two tiny models with a tokenizer smaller than their embeddings, problems, a prompt file and a recipe."""
-    root = tmp_path_factory.mktemp("run")
     tokenizer = tiny_tokenizer()
     for name, seed, layers in (("student", 1, 2), ("teacher", 2, 3)):
         save_tiny_model(root / name, "qwen3", True, seed=seed, layers=layers)
@@ -93,6 +96,18 @@ def _mains(ports: Sequence[int], command_lines: Sequence[Sequence[str]]) -> list
 
 def _run(command_lines: Sequence[Sequence[str]], ranks: int = 2) -> list[list[tuple[int, str, str]]]:
     return run_ranks(ranks, _mains, [free_port() for _ in command_lines], command_lines)
+
+
+def mains_of_tiny_run(root: Path, device: str) -> list[tuple[int, str, str]]:
+    """A bfloat16 run of two steps on one rank with the fused optimizer, and its resumption to four."""
+    overrides = [
+        f"runtime.device={device}",
+        "cluster.gpus_per_node=1",
+        "policy.precision=bfloat16",
+        "policy.optimizer.kwargs.fused=true",
+    ]
+    line = _command(make_tiny_run(root), "one", *overrides)
+    return _run([[*line, "distillation.max_num_steps=2"], line], ranks=1)[0]
 
 
 def _train_rows(run_dir: Path) -> list[dict[str, Any]]:

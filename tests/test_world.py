@@ -122,13 +122,14 @@ def test_ranks_agree_before_anyone_leaves() -> None:
 
 
 ALONE = """
+import torch.distributed as dist
 from distill.runtime.world import guarded, leave
 from distill.types import UserError
 
 def program(world):
     if world.rank == 1:
         raise UserError("a=1 is wrong: set 2")
-    world.barrier()
+    dist.barrier()  # as in a collective of the models: not the control group's
 
 leave(guarded(program, needs_world=True))
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from distill.model.load import materialize, meta_model, restore_buffers
@@ -60,10 +62,13 @@ class TransformersEngine(EngineBase):
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))
         per_batch = max(1, self._batch_size // sampling.answers_per_prompt)
         done: dict[int, list[Rollout]] = {}
-        for i in range(0, len(order), per_batch):
-            places = order[i : i + per_batch]
-            answers = self._answer([prompts[place] for place in places], sampling, step)
-            done.update(zip(places, answers, strict=True))
+        silent = self.replica != 0 or not sys.stderr.isatty()
+        with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=silent) as bar:
+            for i in range(0, len(order), per_batch):
+                places = order[i : i + per_batch]
+                answers = self._answer([prompts[place] for place in places], sampling, step)
+                done.update(zip(places, answers, strict=True))
+                bar.update(len(places))
         return [rollout for place in range(len(prompts)) for rollout in done[place]]
 
     def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int) -> list[list[Rollout]]:
