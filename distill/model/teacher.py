@@ -22,8 +22,8 @@ from distill.types import MicroBatch, Targets, TopK, UserError, View
 
 log = logging.getLogger(__name__)
 
-PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Mean |difference| of log-probs in nats that the packed path may show: rounding is 1e-5 and 0.1, a fault above 1."""
+PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Mean |difference| of log-probs in nats that the packed path may show: rounding makes 1e-5 and 0.1, a fault over 1."""
 _PROOF_TOKENS = 32
 
 
@@ -84,13 +84,12 @@ class Teacher:
 
     @torch.no_grad()
     def prove(self, sequences: Sequence[Sequence[int]]) -> float:
-        """Compare the sharded, packed path with the plain model on two short sequences; returns the mean |difference|.
+        """Compare the sharded, packed path with the plain model on 64 tokens of two sequences; the mean |difference|.
 
         All ranks call it with the same sequences; the main rank streams the plain model. The difference is of the
         log-probs of the teacher's eight likeliest tokens. Raises RuntimeError where it is beyond rounding.
         """
-        length = min(_PROOF_TOKENS + 1, *map(len, sequences[:2]))
-        sequences = [tuple(s[:length]) for s in sequences[:2]]
+        sequences = [(tuple(s) * (_PROOF_TOKENS + 1))[: _PROOF_TOKENS + 1] for s in sequences[:2]]
         view = view_of([(s[:1], s[1:]) for s in sequences]).to(self.device)
         packed = self._topk(view, min(8, self._valid_vocab))
         difference = torch.zeros(())
