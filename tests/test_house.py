@@ -212,9 +212,9 @@ def public(path: str, tree: ast.Module) -> Iterator[tuple[str, Documented]]:
                 scopes.append((f"{prefix}{node.name}.", node))
 
 
-def nothing_names_the_workshop(sources: Sources) -> list[str]:
-    """The repository stands alone: no file reads folders beside it."""
-    pattern = re.compile(r"\.\./shared|(?<![\w.])/work/")
+def nothing_reaches_outside_the_repository(sources: Sources) -> list[str]:
+    """The repository stands alone: no file names a folder beside it or one of a single machine."""
+    pattern = re.compile(r"(?<![\w.])(\.\./|/(home|root|mnt|work)/)")
     return [
         f"{path}:{number} {line.strip()}"
         for path, text in sources.items()
@@ -272,9 +272,9 @@ BAD: dict[Rule, dict[str, Sources]] = {
         "a method": {"distill/train.py": '"""m"""\nclass Run:\n    """r"""\n    def go(self):\n        pass\n'},
         "a module": {"distill/train.py": "x = 1\n"},
     },
-    nothing_names_the_workshop: {
-        "beside": {"recipes/x.yaml": "path: ../shared/x\n"},
-        "absolute": {"README.md": "see /work/main\n"},
+    nothing_reaches_outside_the_repository: {
+        "beside": {"recipes/x.yaml": "path: ../data/x\n"},
+        "absolute": {"README.md": "see /home/me/notes\n"},
     },
 }
 
