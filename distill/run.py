@@ -153,12 +153,11 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("checking the recipe"):
         _check_supported(config)
         check_backend(config)
-    cluster, parallel = config.cluster, config.policy.dtensor_cfg
+    cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
+    tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.agreed("checking the cluster"):
-        world.check_cluster(
-            cluster.num_nodes, cluster.gpus_per_node, parallel.tensor_parallel_size, parallel.context_parallel_size
-        )
-    world.build_mesh(config.runtime.device, parallel.tensor_parallel_size, parallel.context_parallel_size)
+        world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
+    world.build_mesh(device, tp, cp)
     with world.agreed("finding the models"), world.main_first():
         models = _find_models(config)
     with world.agreed("reading the data"), world.main_first():

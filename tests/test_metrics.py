@@ -75,19 +75,6 @@ def test_tensors_add_up_in_float64() -> None:
     assert metrics.reduce()["kl"] == pytest.approx(exact, rel=1e-14)
 
 
-def test_merged_metrics_equal_the_same_things_added_in_one_place() -> None:
-    here, there, together = Metrics(), Metrics(), Metrics()
-    for metrics in (here, together):
-        metrics.add({"kl": (1.0, 2.0)})
-        metrics.add_max({"longest": torch.tensor(3)})
-    for metrics in (there, together):
-        metrics.add({"kl": (5.0, 1.0)})
-        metrics.add_max({"longest": 9.0})
-        metrics.add_totals({"tokens": 4.0})
-    here.merge(there)
-    assert here.reduce() == together.reduce() == {"kl": 2.0, "longest": 9.0, "tokens": 4.0}
-
-
 def test_a_name_has_one_kind() -> None:
     metrics = Metrics()
     metrics.add({"tokens": (1.0, 1.0)})

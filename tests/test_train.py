@@ -279,6 +279,9 @@ BAD = {
     "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight of another shape"),
 }
 
+if not torch.cuda.is_available():
+    BAD["a device that isn't there"] = (["runtime.device=cuda"], "runtime.device=cuda")
+
 
 @pytest.fixture(scope="module")
 def refusals(root: Path) -> dict[str, tuple[tuple[int, str, str], ...]]:

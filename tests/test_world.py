@@ -93,7 +93,9 @@ def _agree() -> dict[str, object]:
     with world.agreed("testing"):
         pass
     refusals = []
-    for cluster in ((1, 4, 1, 1), (2, 1, 1, 1), (1, 2, 3, 1), (1, 2, 1, 1)):
+    clusters = [(1, 4, "cpu", 1, 1), (2, 1, "cpu", 1, 1), (1, 2, "cpu", 3, 1), (1, 2, "cpu", 1, 1)]
+    for nodes, cluster in [*(("1", cluster) for cluster in clusters), ("2", clusters[-1])]:
+        os.environ["SLURM_STEP_NUM_NODES"] = nodes
         try:
             world.check_cluster(*cluster)
         except UserError as refused:
@@ -115,9 +117,10 @@ def test_ranks_agree_before_anyone_leaves() -> None:
     assert first["bug"] == "RuntimeError: rank 1 failed while testing: 'x'"
     assert (first["axes"], first["shape"]) == (("dp", "cp", "tp"), (2, 1, 1))
     refusals = first["refusals"]
-    assert len(refusals) == 3
+    assert len(refusals) == 4
     assert "cluster.gpus_per_node=4" in refusals[0] and "2 were started" in refusals[0]
     assert "cluster.gpus_per_node=1" in refusals[1] and "2 ranks" in refusals[1]
+    assert "this Slurm step runs on 2 nodes, each with a world of its own" in refusals[3]
     assert "tensor_parallel_size=3" in refusals[2] and "does not divide the 2 ranks" in refusals[2]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from distill.types import UserError
-
-log = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """Model types whose packed, sharded path is tested against the plain model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +18,6 @@ from distill.model.student import DTYPES, chunk_rows, loss_at_temperature
 from distill.runtime.packing import view_of
 from distill.runtime.world import World
 from distill.types import MicroBatch, Targets, TopK, UserError, View
-
-log = logging.getLogger(__name__)
 
 PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Mean |difference| of log-probs in nats that the packed path may show: rounding makes 1e-5 and 0.1, a fault over 1."""
@@ -70,7 +67,7 @@ class Teacher:
         """A frozen teacher stays as it is."""
 
     def onload(self) -> None:
-        """Bring the shards back to the device; collective order does not matter."""
+        """Bring the shards back to the device; no collective."""
         if self._host is not None:
             self._host.restore()
 

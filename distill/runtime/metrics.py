@@ -64,11 +64,6 @@ class Metrics:
         for name, value in values.items():
             self._put(name, "same", value, 1.0)
 
-    def merge(self, other: Metrics) -> None:
-        """Add all of ``other``, as if it had been added here."""
-        for name, (first, second) in other._values.items():
-            self._put(name, other._kinds[name], first, second)
-
     def _put(self, name: str, kind: Kind, first: Scalar, second: Scalar) -> None:
         assert self._kinds.setdefault(name, kind) == kind, f"{name} is a {self._kinds[name]}, not a {kind}"
         first, second = _double(first), _double(second)

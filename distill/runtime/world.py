@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from distill.runtime import slurm
 from distill.types import Layout, UserError
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
@@ -61,8 +60,10 @@ class World:
         """Whether this rank speaks for all: the console, TensorBoard and the files of the run are its work."""
         return self.rank == 0
 
-    def check_cluster(self, num_nodes: int, gpus_per_node: int, tp: int, cp: int) -> None:
-        """Check the recipe's cluster and group sizes against the ranks that were started; raises UserError."""
+    def check_cluster(self, num_nodes: int, gpus_per_node: int, device: str, tp: int, cp: int) -> None:
+        """Check the recipe's cluster, device and group sizes against what was started; raises UserError."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("runtime.device=cuda but torch sees no CUDA device: set runtime.device=auto or cpu")
         if num_nodes * gpus_per_node != self.size:
             raise UserError(
                 f"cluster.num_nodes={num_nodes} x cluster.gpus_per_node={gpus_per_node} asks for"
@@ -88,10 +89,8 @@ class World:
     def build_mesh(self, device: str, tp: int, cp: int) -> None:
         """Lay out the mesh (dp, cp, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
 
-        Axes that are not used have size 1. Raises UserError where CUDA is asked for and missing.
+        Axes that are not used have size 1. ``check_cluster`` comes first.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("runtime.device=cuda but torch sees no CUDA device: set runtime.device=auto or cpu")
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
         shape = (self.size // (cp * tp), cp, tp)
