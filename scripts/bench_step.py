@@ -1,8 +1,14 @@
 """Seconds of each phase of a step: the median of 10 steps of 8 prompts x 2 answers x 48 tokens, after one to warm up.
 
     python -m scripts.bench_step [--ranks 2] [--steps 10] [key.path=value ...]
+    python -m scripts.bench_step [key.path=value ...] --peer trl [--steps 3] [--turns 2] [--new-tokens 48 256]
 
 Context self-distillation of SmolLM2-135M in bfloat16. No token ends an answer, so every step generates the same number.
+
+``--peer trl`` puts a step beside one of TRL's DistillationTrainer: SmolLM2-135M learns from its own copy, which costs
+what any teacher of its size does; the same prompts, answers and lengths on as many ranks. Both sides take turns, so
+that a busy machine slows both. One recipe, overrides included, is for both; how we generate, pack and shard means
+nothing to TRL, whose own settings are in peer_trl.py.
 """
 
 from __future__ import annotations
@@ -12,43 +18,180 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 
-from distill.runtime.metrics_sinks import METRICS_FILE, TIMING, read_metrics
+from distill.runtime.metrics_sinks import METRICS_FILE, TIMING, Row, read_metrics
 from scripts.launch import ROOT, run, torchrun
 
 RUN_DIR = ROOT / "runs" / "bench_step"
+TRAINING = RUN_DIR / "training"
+"""What our runs leave; emptied before each."""
+
+TRL = "1.16."
+"""The versions of TRL that peer_trl.py was written for."""
+VERSIONS = ("torch", "transformers", "trl")
+SAME_SIZE = (
+    *("--config", "recipes/smollm2-distillation-cpu.yaml"),
+    "policy.model_name=models/SmolLM2-135M-Instruct",
+    "policy.optimizer.kwargs.lr=2e-5",
+    "distillation.allow_degenerate=true",
+)
 
 
-def measure(ranks: int, steps: int, overrides: list[str]) -> dict[str, list[float]]:
-    """Seconds of every step by phase, the first step left out."""
-    shutil.rmtree(RUN_DIR, ignore_errors=True)
-    command = torchrun(
-        ranks,
-        *("-m", "distill.train", "--config", "recipes/smollm2-context-cpu.yaml"),
+@dataclass(frozen=True)
+class Turn:
+    """What one side did, by step, the first one left out."""
+
+    side: str
+    new_tokens: int
+    seconds: list[float]
+    tokens: list[float]
+    """Of all prompts and answers."""
+    shortest: float
+    """Tokens of the shortest answer, over all steps (ours: of the step with the shortest mean)."""
+
+
+def arguments(recipe: Sequence[str], ranks: int, steps: int, overrides: Sequence[str]) -> list[str]:
+    """The recipe as a command line: one step more than asked for, no checkpoint, no token that ends an answer."""
+    return [
+        *recipe,
         f"distillation.max_num_steps={steps + 1}",
         f"cluster.gpus_per_node={ranks}",
-        f"runtime.run_dir={RUN_DIR.relative_to(ROOT)}",
+        f"runtime.run_dir={TRAINING}",
         "policy.generation.stop_token_ids=[]",
         "checkpointing.enabled=false",
         *overrides,
-    )
-    if code := run(command):
+    ]
+
+
+def train(ranks: int, recipe: Sequence[str]) -> Sequence[Row]:
+    """Run ours; its metrics of every step, the first step left out."""
+    shutil.rmtree(TRAINING, ignore_errors=True)
+    if code := run(torchrun(ranks, "-m", "distill.train", *recipe)):
         sys.exit(code)
-    rows = read_metrics(RUN_DIR / METRICS_FILE)[1:]
+    return read_metrics(TRAINING / METRICS_FILE)[1:]
+
+
+def measure(ranks: int, steps: int, overrides: Sequence[str]) -> dict[str, list[float]]:
+    """Seconds of every step by phase, the first step left out."""
+    recipe = ("--config", "recipes/smollm2-context-cpu.yaml")
+    rows = train(ranks, arguments(recipe, ranks, steps, overrides))
     phases = [n for n in rows[0] if n.startswith(TIMING) and "tokens_per_sec" not in n]
     return {name[len(TIMING) :]: [float(row[name] or 0.0) for row in rows] for name in phases}
+
+
+def our_turn(ranks: int, new_tokens: int, recipe: Sequence[str]) -> Turn:
+    """A turn of ours."""
+    rows = train(ranks, recipe)
+
+    def column(name: str) -> list[float]:
+        return [float(row[name] or 0.0) for row in rows]
+
+    return Turn(
+        "ours",
+        new_tokens,
+        column(TIMING + "total_step_time"),
+        column("train/total_num_tokens"),
+        min(column("train/mean_gen_tokens_per_sample")),
+    )
+
+
+def peer_turn(ranks: int, new_tokens: int, recipe: Sequence[str], weights: str) -> Turn:
+    """A turn of TRL's."""
+    out = RUN_DIR / "peer_trl.json"
+    out.unlink(missing_ok=True)
+    if code := run(torchrun(ranks, "-m", "scripts.peer_trl", str(out), weights, *recipe)):
+        sys.exit(code)
+    found = json.loads(out.read_text())
+    return Turn("trl", new_tokens, found["seconds"][1:], found["tokens"][1:], min(found["shortest"]))
+
+
+def check_equal_work(ours: Turn, peer: Turn) -> None:
+    """Exit unless both sides read the same number of tokens in every step and gave every answer its full length."""
+    for turn in (ours, peer):
+        if turn.shortest < turn.new_tokens:
+            sys.exit(f"{turn.side}: an answer has {turn.shortest:g} tokens, not {turn.new_tokens}")
+    if ours.tokens != peer.tokens:
+        sys.exit(f"the tokens of the steps differ: ours {ours.tokens}, trl {peer.tokens}")
+
+
+def compare(
+    ranks: int, steps: int, turns: int, lengths: Sequence[int], overrides: Sequence[str], weights: str = "float32"
+) -> None:
+    """Ours and TRL's by turns; what was measured so far is kept after each pair, the table comes last."""
+    done: list[Turn] = []
+    versions = {name: version(name) for name in VERSIONS}
+    head = {"ranks": ranks, "overrides": list(overrides), "peer_weights": weights, "versions": versions}
+    RUN_DIR.mkdir(parents=True, exist_ok=True)
+    for new_tokens in lengths:
+        length = f"policy.generation.max_new_tokens={new_tokens}"
+        recipe = arguments(SAME_SIZE, ranks, steps, [*overrides, length])
+        for _ in range(turns):
+            pair = our_turn(ranks, new_tokens, recipe), peer_turn(ranks, new_tokens, recipe, weights)
+            check_equal_work(*pair)
+            done += pair
+            record = {**head, "turns": [asdict(turn) for turn in done]}
+            (RUN_DIR / "bench_peer_trl.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\nseconds a step, {ranks} ranks: median of {turns} turns of {steps} steps (fastest to slowest)")
+    print(f"the student's weights and AdamW: ours float32, trl {weights}")
+    print(table(done))
+
+
+def table(turns: Sequence[Turn]) -> str:
+    """A line a length: both sides' seconds, and how many times ours the peer's are."""
+    lines = [f"{'new tokens':>10s} {'ours':>24s} {'trl':>24s} {'trl / ours':>11s}"]
+    for new_tokens in dict.fromkeys(turn.new_tokens for turn in turns):
+        cells, medians = [], []
+        for side in ("ours", "trl"):
+            found = [s for turn in turns if (turn.side, turn.new_tokens) == (side, new_tokens) for s in turn.seconds]
+            medians.append(statistics.median(found))
+            cells.append(f"{medians[-1]:.2f} ({min(found):.2f} to {max(found):.2f})")
+        lines.append(f"{new_tokens:>10d} {cells[0]:>24s} {cells[1]:>24s} {medians[1] / medians[0]:>11.2f}")
+    return "\n".join(lines)
+
+
+def missing_peer() -> str | None:
+    """What to install for ``--peer trl``, in a sentence; None where it is there."""
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if found.startswith(TRL):
+        return None
+    return (
+        f"--peer trl needs TRL {TRL}*, and found {found}: `pip install --no-deps 'trl=={TRL}*'` puts it into this "
+        "environment, and with `--target FOLDER` into a folder to name in PYTHONPATH"
+    )
 
 
 def main() -> None:
     """Measure, print the table, and leave the numbers in the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, help="after one to warm up: 10, or 3 a turn with --peer")
+    parser.add_argument("--peer", choices=["trl"], help="measure it beside ours, by turns")
+    parser.add_argument("--turns", type=int, default=2, help="with --peer: of each side, for each length")
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[48, 256], help="with --peer: the lengths")
+    parser.add_argument(
+        "--peer-weights",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="with --peer: its student's weights and AdamW; ours are float32",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args()
-    seconds = measure(args.ranks, args.steps, args.overrides)
+    if args.peer:
+        if sentence := missing_peer():
+            print(sentence, file=sys.stderr)
+            sys.exit(2)
+        compare(args.ranks, args.steps or 3, args.turns, args.new_tokens, args.overrides, args.peer_weights)
+        return
+    steps = args.steps or 10
+    seconds = measure(args.ranks, steps, args.overrides)
     (RUN_DIR / "bench_step.json").write_text(json.dumps(seconds, indent=2) + "\n")
-    print(f"\nseconds a step, {args.ranks} ranks, {args.steps} steps   median   fastest   slowest")
+    print(f"\nseconds a step, {args.ranks} ranks, {steps} steps   median   fastest   slowest")
     for name, values in sorted(seconds.items(), key=lambda item: -statistics.median(item[1])):
         print(f"{name:38s} {statistics.median(values):8.2f}  {min(values):8.2f}  {max(values):8.2f}")
 

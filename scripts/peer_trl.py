@@ -1,0 +1,157 @@
+"""Seconds of each optimizer step of TRL's DistillationTrainer on a recipe of ours; ``bench_step --peer trl`` starts it.
+
+    torchrun --nproc-per-node 2 -m scripts.peer_trl OUT.json float32 --config recipes/NAME.yaml key.path=value ...
+
+Models, prompts and their order, answers a prompt, length of an answer, temperature, AdamW and its learning rate are the
+recipe's; every answer gets its full length. What has no counterpart in the recipe is set to what was fastest: see
+``settings``. TRL is no dependency of ours: it is imported here only, and only when this program runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from distill.config import Config, load_config
+from distill.data.prompts import PromptOrder, load_prompts
+from distill.model.load import find_model, load_tokenizer
+
+
+def settings(config: Config, ranks: int, weights: str) -> dict[str, Any]:
+    """DistillationConfig's arguments for the recipe.
+
+    ``weights``, the dtype of the student's weights, gradients and AdamW: float32, as ours (the compute is in the
+    recipe's precision, by autocast); or bfloat16, which spares the casts but rounds most of a small step away. The
+    teacher is held in its precision. TRL's defaults that only cost time here are off: recomputing activations, looking
+    for unused parameters, checkpoints.
+    """
+    loop, policy = config.distillation, config.policy
+    adamw, answers = policy.optimizer.kwargs, loop.num_prompts_per_step * loop.num_generations_per_prompt
+    if answers % ranks or policy.train_global_batch_size != answers:
+        raise ValueError(
+            f"policy.train_global_batch_size={policy.train_global_batch_size} must be the {answers} answers of a step "
+            f"and a multiple of {ranks} ranks, for TRL takes one optimizer step a generation: set it so"
+        )
+    cuda = torch.cuda.is_available()
+    # On a CPU sdpa takes half as long again for a generated token, and a fifth more forward and backward.
+    attention = "sdpa" if cuda else "eager"
+    return {
+        "max_steps": loop.max_num_steps,
+        "per_device_train_batch_size": answers // ranks,
+        "gradient_accumulation_steps": 1,
+        "shuffle_dataset": False,
+        "seed": loop.seed,
+        "max_completion_length": policy.generation.max_new_tokens,
+        # Until then TRL bars every token that would end an answer.
+        "generation_kwargs": {"min_new_tokens": policy.generation.max_new_tokens},
+        "temperature": policy.generation.temperature,
+        "beta": 1.0,  # KL(student || teacher), its default; no other value is cheaper
+        "use_vllm": False,
+        "model_init_kwargs": {"dtype": weights, "attn_implementation": attention},
+        "teacher_model_init_kwargs": {"dtype": config.teacher.precision, "attn_implementation": attention},
+        "bf16": policy.precision == "bfloat16" and weights == "float32",
+        "gradient_checkpointing": policy.dtensor_cfg.activation_checkpointing,
+        "learning_rate": adamw.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": adamw.weight_decay,
+        "adam_beta1": adamw.betas[0],
+        "adam_beta2": adamw.betas[1],
+        "adam_epsilon": adamw.eps,
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": policy.max_grad_norm,
+        "ddp_find_unused_parameters": False,
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+
+
+def rows(config: Config, tokenizer: Any) -> list[dict[str, str]]:
+    """The prompts of all steps as our run takes them, each as often as it is answered; texts, for TRL tokenises."""
+    window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
+    prompts = load_prompts(config.data.train, tokenizer, window, config.policy.tokenizer.chat_template_kwargs)
+    loop = config.distillation
+    order = PromptOrder(prompts, loop.num_prompts_per_step, loop.seed, config.data.shuffle)
+    found = []
+    for prompt in (prompt for step in range(loop.max_num_steps) for prompt in order.batch(step)):
+        text = tokenizer.decode(prompt.student_ids)
+        assert tuple(tokenizer(text=text)["input_ids"]) == prompt.student_ids, text
+        found += [{"prompt": text}] * loop.num_generations_per_prompt
+    return found
+
+
+class Clock(TrainerCallback):
+    """Seconds of every optimizer step, from its first generated token to its zeroed gradients; logging is left out."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the step's clock."""
+        self._start = _now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note the step's seconds."""
+        self.seconds.append(_now() - self._start)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured(clock: Clock, history: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """By step: seconds, the shortest and the longest answer of all ranks, tokens of all prompts and answers."""
+    steps = [entry for entry in history if "completions/min_length" in entry]
+    assert len(steps) == len(clock.seconds), (len(steps), len(clock.seconds))
+    seen = [0.0, *(entry["num_tokens"] for entry in steps)]
+    return {
+        "seconds": clock.seconds,
+        "shortest": [entry["completions/min_length"] for entry in steps],
+        "longest": [entry["completions/max_length"] for entry in steps],
+        "tokens": [after - before for before, after in itertools.pairwise(seen)],
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train as the recipe says and write what was measured as JSON; every rank calls it."""
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # it isn't used here
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    out, weights, config = Path(argv[0]), argv[1], load_config(argv[2:])
+    student = find_model(config.policy.model_name, "policy.model_name")
+    teacher = find_model(config.teacher.model_name, "teacher.model_name")
+    tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
+    tokenizer.padding_side = "left"
+    ranks, clock = config.cluster.num_nodes * config.cluster.gpus_per_node, Clock()
+    trainer = DistillationTrainer(
+        model=str(student.folder),
+        teacher_model=str(teacher.folder),
+        args=DistillationConfig(output_dir=str(out.parent / "trl"), **settings(config, ranks, weights)),
+        train_dataset=Dataset.from_list(rows(config, tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    assert trainer.accelerator.num_processes == ranks, (trainer.accelerator.num_processes, ranks)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        out.write_text(json.dumps(measured(clock, trainer.state.log_history)) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
