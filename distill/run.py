@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os.path
 import platform
 import subprocess
@@ -31,6 +32,7 @@ from distill.model.student import Student
 from distill.model.teacher import Teacher, check_top_k
 from distill.rollout.build import build_engine, check_backend, sampling_of
 from distill.rollout.engine import Engine
+from distill.rollout.freshness import Freshness
 from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, open_recorder, read_metrics, summary
@@ -68,6 +70,7 @@ class Run:
     engine: Engine
     student: Student
     teacher: Teacher
+    freshness: Freshness
     checkpoints: Checkpoints
     recorder: Recorder
     sampling: Sampling
@@ -119,7 +122,10 @@ class Run:
                 "teacher_tokens": float(read),
             }
         )
-        self.recorder.record(step, finish_step(metrics, phases, self.world.control))
+        metrics.add_max({"slowest_generation_seconds": phases.seconds["generation"]})
+        values = finish_step(metrics, phases, self.world.control)
+        self.recorder.record(step, values)
+        self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
 
     def save_if_due(self, step: int) -> None:
         """Write a checkpoint after ``step`` finished steps where one is due; collective."""
@@ -136,11 +142,12 @@ class Run:
         export_hf(folder / "hf", self.student.weights(), files, config, self.models.tokenizer, dtype, self.world.main)
 
     def finish(self) -> None:
-        """Say how it went, and close what must be closed."""
+        """Say how it went, and close what must be closed, the engine last; collective."""
         self.recorder.close()
         if self.world.main:
             rows = [row for row in read_metrics(self.run_dir / METRICS_FILE) if (row["step"] or 0) > 0]
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
+        self.world.barrier()
         self.engine.close()
 
 
@@ -152,7 +159,6 @@ def build_run(arguments: Arguments, world: World) -> Run:
     config = arguments.config
     with world.agreed("checking the recipe"):
         _check_supported(config)
-        check_backend(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.agreed("checking the cluster"):
@@ -160,6 +166,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
     world.build_mesh(device, tp, cp)
     with world.agreed("finding the models"), world.main_first():
         models = _find_models(config)
+    with world.agreed("checking the generation backend"):
+        check_backend(config, models.student, world)
     with world.agreed("reading the data"), world.main_first():
         order = _prompt_order(config, models)
         views = teacher_views(config, models.tokenizer)
@@ -205,6 +213,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         engine=engine,
         student=student,
         teacher=teacher,
+        freshness=Freshness(world, engine, student, models.valid_vocab),
         checkpoints=checkpoints,
         recorder=recorder,
         sampling=sampling_of(config, models.stop_token_ids),

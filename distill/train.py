@@ -32,9 +32,7 @@ def train(run: Run) -> None:
 
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
-            engine.wake("weights")
-            engine.sync(student.weights(), version=step)
-            engine.wake("kv")
+            run.freshness.renew(step, metrics)
 
         with phases("generation"):
             mine = engine.generate(prompts[engine.replica :: engine.replicas], run.sampling, step)

@@ -201,3 +201,5 @@ class SyncReport:
     tensors: int
     bytes: int
     seconds: float
+    changed: int = 0
+    """Tensors that are not what the sync before brought; all of them at the first."""

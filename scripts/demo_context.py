@@ -44,9 +44,7 @@ def in_context(run: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
 def rule_rate(run: Run, prompts: Sequence[Prompt], step: int) -> tuple[float, list[str]]:
     """Share of answers that follow the rule, and the answers; collective."""
     engine = run.engine
-    engine.wake("weights")
-    engine.sync(run.student.weights(), version=step)
-    engine.wake("kv")
+    run.freshness.renew(version=step)
     mine = engine.generate(prompts[engine.replica :: engine.replicas], run.sampling, step)
     engine.sleep()
     answers = [run.models.tokenizer.decode(r.response_ids) for r in gather_rollouts(run.world, mine, prompts)]

@@ -15,15 +15,17 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 
-def tiny_config(family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64) -> Any:
+def tiny_config(
+    family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2
+) -> Any:
     """A Llama, Qwen2 or Qwen3 of two layers, by default with four query and two key-value heads of 32 channels."""
     shape = dict(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=tied,

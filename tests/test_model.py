@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from distill.model import load
 from distill.model.offload import HostCopy
-from distill.model.parallel import gather_weights, load_sharded
+from distill.model.parallel import load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import build_scheduler
 from distill.model.teacher import Teacher
+from distill.model.weights import GatheredWeights
 from distill.runtime.packing import view_of
 from distill.runtime.world import World
 from distill.types import UserError
@@ -44,7 +45,7 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
             logits = model(view, lambda hidden, head: hidden @ head.t())
         found[family] = (
             logits,
-            {n: t.clone() for n, t in gather_weights(model.named_hf_parameters(), torch.float32, 4096)},
+            {n: t.clone() for n, t in GatheredWeights(model.named_hf_parameters(), torch.float32, 4096)},
         )
         found[f"{family} tied"] = model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
         assert found[f"{family} tied"] == tied

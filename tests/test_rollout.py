@@ -9,13 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from distill.model.checksum import whole_bit_sums
 from distill.model.load import find_model, model_config
+from distill.model.weights import WholeWeights
 from distill.rollout.engine import answer_seed
 from distill.rollout.transformers_engine import TransformersEngine, draw, processed_logprobs
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.helpers import save_tiny_model
 
 VALID = 300  # ids from here on are padding of the embedding
+WINDOW = 100
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +28,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _engine(folder: Path, batch_size: int = 64) -> TransformersEngine:
     config = model_config(find_model(str(folder), "policy.model_name"), "policy.model_name")
-    return TransformersEngine(config, torch.float32, torch.device("cpu"), batch_size, VALID)
+    return TransformersEngine(config, torch.float32, torch.device("cpu"), batch_size, WINDOW, VALID)
 
 
-def _weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
+def _tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
     files = find_model(str(folder), "policy.model_name")
     return [(name, files.tensor(name)) for name in files.files]
+
+
+def _weights(folder: Path) -> WholeWeights:
+    return WholeWeights(_tensors(folder))
 
 
 @pytest.fixture
@@ -60,7 +67,8 @@ def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 VERBS: dict[str, Callable[[TransformersEngine], object]] = {
     "weights": lambda engine: engine.wake("weights"),
-    "sync": lambda engine: engine.sync([], 0),
+    "sync": lambda engine: engine.sync(WholeWeights([]), 0),
+    "probe": lambda engine: engine.probe((1, 2, 3)),
     "kv": lambda engine: engine.wake("kv"),
     "generate": lambda engine: engine.generate(_prompts(3), _sampling(), 0),
     "sleep": lambda engine: engine.sleep(),
@@ -70,7 +78,8 @@ ORDER = ["weights", "sync", "kv", "generate", "sleep"]
 
 @pytest.mark.parametrize("done", range(5))
 def test_any_call_out_of_order_raises(folder, done) -> None:
-    allowed = {0: {"weights"}, 1: {"sync"}, 2: {"kv"}, 3: {"generate", "sleep"}, 4: {"generate", "sleep"}}[done]
+    ready = {"generate", "sleep", "probe"}
+    allowed = {0: {"weights"}, 1: {"sync"}, 2: {"kv"}, 3: ready, 4: ready}[done]
     for verb in VERBS.keys() - allowed:
         engine = _engine(folder)
         for earlier in ORDER[:done]:
@@ -92,15 +101,93 @@ def test_a_sync_that_is_not_whole_raises(folder, change, message) -> None:
     engine = _engine(folder)
     engine.wake("weights")
     with pytest.raises(RuntimeError, match=message):
-        engine.sync(change(_weights(folder)), 0)
+        engine.sync(WholeWeights(change(_tensors(folder))), 0)
+
+
+def _swapped(tensors: dict[str, torch.Tensor]) -> None:
+    first, second = (f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def _stale(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = torch.nextafter(tensors[name], torch.tensor(torch.inf))  # every element differs by one bit or more
+
+
+def _with_rows_exchanged(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+
+
+@pytest.mark.parametrize("spoil", [_swapped, _stale, _with_rows_exchanged])
+def test_tensors_that_are_not_what_was_sent_are_refused_at_the_door(folder, spoil) -> None:
+    engine = _engine(folder)
+    engine.wake("weights")
+    tensors = dict(_tensors(folder))
+    sent = whole_bit_sums(tensors.items())
+    spoil(tensors)
+    arriving = WholeWeights(tensors.items())
+    arriving.sums = sent
+    with pytest.raises(RuntimeError, match="did not arrive as it was sent"):
+        engine.sync(arriving, 0)
+
+
+def test_weights_that_the_engine_does_not_take_over_are_found(folder, monkeypatch) -> None:
+    engine = _engine(folder)
+    engine.wake("weights")
+    take = engine._receive
+
+    def forgetful(weights):
+        take((name, tensor) for name, tensor in weights if name != "model.norm.weight")
+
+    monkeypatch.setattr(engine, "_receive", forgetful)
+    with pytest.raises(RuntimeError, match=r"model.norm.weight does not have the bits that were sent"):
+        engine.sync(_weights(folder), 0)
 
 
 def test_a_sync_reports_what_it_brought(folder) -> None:
     engine = _engine(folder)
-    engine.wake("weights")
-    report = engine.sync(_weights(folder), version=4)
-    parameters = sum(tensor.numel() for _, tensor in _weights(folder))
-    assert (report.version, report.tensors, report.bytes) == (4, len(_weights(folder)), 4 * parameters)
+    tensors = _tensors(folder)
+    parameters = sum(tensor.numel() for _, tensor in tensors)
+    for version, changed in ((4, len(tensors)), (5, 0), (6, 1)):
+        if version == 6:
+            tensors[0] = (tensors[0][0], -tensors[0][1])
+        engine.wake("weights")
+        report = engine.sync(WholeWeights(tensors), version)
+        assert (report.version, report.tensors, report.bytes) == (version, len(tensors), 4 * parameters)
+        assert report.changed == changed
+        engine.wake("kv")
+        engine.sleep()
+
+
+def test_the_probe_is_the_plain_models(folder, ready) -> None:
+    ids = list(range(40, 60))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = plain(input_ids=torch.tensor([ids])).logits[0, :-1, :VALID].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(ids)[1:, None])[:, 0]
+    assert (expected - torch.tensor(ready.probe(ids))).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (tuple(range(WINDOW)), "window of 100 needs one more"),
+        ((), "has 0 tokens"),
+        ((1, VALID), r"not in 0\.\.299"),
+        ((-1,), r"not in 0\.\.299"),
+    ],
+)
+def test_a_prompt_that_the_engine_cannot_read_is_refused(ready, ids, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ready.generate([Prompt(0, ids, Problem("p"))], _sampling(), 0)
+
+
+def test_answers_without_finite_log_probs_are_refused(ready) -> None:
+    ready._model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="log-probs of the probe are not finite"):
+        ready.probe(range(10))
+    with pytest.raises(RuntimeError, match="log-probs of answer 0 to prompt 0 are not finite"):
+        ready.generate(_prompts(3), _sampling(temperature=0.0), 0)
 
 
 def test_asleep_the_engine_holds_no_memory_and_forgets_the_weights(ready) -> None:

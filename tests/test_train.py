@@ -275,7 +275,10 @@ BAD = {
         ["policy.max_total_sequence_length=600", "teacher.max_total_sequence_length=600"],
         "policy.max_total_sequence_length=600 exceeds the window",
     ),
-    "vLLM, which is not there yet": (["policy.generation.backend=vllm"], "policy.generation.backend"),
+    "an argument that vLLM does not know": (
+        ["policy.generation.backend=vllm", "policy.generation.vllm_kwargs={{max_seqs: 3}}"],
+        "policy.generation.vllm_kwargs.max_seqs is no argument",
+    ),
     "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight of another shape"),
 }
 

@@ -148,6 +148,11 @@ def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
+def manifest_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of a model's parameters, a tied one once: what every sync must bring."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 def materialize(model: nn.Module, device: torch.device) -> None:
     """Give a meta model (sharded or not) uninitialised storage on ``device``; tied parameters stay tied."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from distill.model.attention import PACKED
 from distill.model.load import (
@@ -25,7 +23,6 @@ from distill.runtime.world import World
 from distill.types import View
 
 T = TypeVar("T")
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
 class RowsModel(nn.Module):
@@ -99,49 +96,3 @@ def load_sharded(
     with world.agreed(f"loading {files.name}"):
         load_weights(model.named_hf_parameters(), files)
     return model
-
-
-def gather_weights(
-    parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, bucket_bytes: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never a second full copy.
-
-    Every rank of the shard mesh must drain it, in the same order. The cast to ``dtype`` comes before the gather, so
-    that float32 shards travel as bfloat16. A yielded tensor is a view of its bucket: copy it or lose it.
-    """
-    bucket: list[tuple[str, DTensor]] = []
-    size = 0
-    for name, parameter in parameters:
-        assert isinstance(parameter, DTensor), name
-        bytes_ = parameter.numel() * dtype.itemsize
-        if bucket and size + bytes_ > bucket_bytes:
-            yield from _gather_bucket(bucket, dtype)
-            bucket, size = [], 0
-        bucket.append((name, parameter))
-        size += bytes_
-    if bucket:
-        yield from _gather_bucket(bucket, dtype)
-
-
-@torch.no_grad()
-def _gather_bucket(bucket: list[tuple[str, DTensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    mesh = bucket[0][1].device_mesh
-    ranks = mesh.size()
-    device = mesh.device_type
-    sizes = []
-    pieces = []
-    for _, parameter in bucket:
-        local = parameter.to_local().to(device, dtype).reshape(-1)
-        # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
-        size = -(-parameter.shape[0] // ranks) * (parameter.numel() // parameter.shape[0])
-        pieces.append(torch.nn.functional.pad(local, (0, size - local.numel())))
-        sizes.append(size)
-    flat = torch.cat(pieces)
-    gathered = flat.new_empty(ranks * flat.numel())
-    _all_gather(gathered, flat, group=mesh.get_group())
-    by_rank = gathered.view(ranks, -1)
-    offset = 0
-    for (name, parameter), size in zip(bucket, sizes, strict=True):
-        whole = by_rank[:, offset : offset + size].reshape(-1)[: parameter.numel()]
-        yield name, whole.view(parameter.shape)
-        offset += size

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from distill.config import Config
 from distill.loss import Sampled, fused_linear_kl
 from distill.model.load import ModelFiles
-from distill.model.parallel import gather_weights, load_sharded
+from distill.model.parallel import load_sharded
+from distill.model.weights import GatheredWeights
 from distill.runtime.metrics import Metrics
+from distill.runtime.packing import view_of
 from distill.runtime.world import World
 from distill.types import LossOutput, MicroBatch, OptimizerBatch, Stats, Targets
 
@@ -47,6 +50,7 @@ class Student:
         )
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
+        self._valid_vocab = valid_vocab
         self._as_synced = False  # whether the weights are still those that were last sent out
         self.model = load_sharded(
             files,
@@ -121,10 +125,29 @@ class Student:
         """Move the learning rate's schedule: once a step, however many optimizer batches it had."""
         self._scheduler.step()
 
-    def weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
         """Whole tensors under their Hugging Face names, bucket by bucket, in the compute dtype; all ranks drain it."""
         self._as_synced = True
-        return gather_weights(self.model.named_hf_parameters(), dtype or self.dtype, self._bucket_bytes)
+        return GatheredWeights(self.model.named_hf_parameters(), dtype or self.dtype, self._bucket_bytes)
+
+    @torch.no_grad()
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs in nats of every token after the first, given those before it, at temperature 1.
+
+        For the proof of a sync: one short sequence, the same on every rank of the shard mesh.
+        """
+        view = view_of([(tuple(token_ids[:1]), tuple(token_ids[1:]))]).to(self.device)
+        tokens_N = torch.tensor(token_ids[1:], device=self.device)
+
+        def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+            logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()[:, : self._valid_vocab]
+            return logits_NV.log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
+
+        found: list[float] = self.model(view, use).tolist()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # no backward comes that would let the gathered weights go
+                module.reshard()
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros."""

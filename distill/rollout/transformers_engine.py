@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from distill.model.load import materialize, meta_model, restore_buffers
-from distill.rollout.engine import EngineBase, answer_seed
+from distill.model.checksum import BitSums, whole_bit_sums
+from distill.model.load import manifest_of, materialize, meta_model, restore_buffers
+from distill.rollout.engine import EngineBase, answer_limit, answer_seed, longest_first
 from distill.types import Prompt, Rollout, Sampling
 
 
@@ -29,6 +30,7 @@ class TransformersEngine(EngineBase):
         dtype: torch.dtype,
         device: torch.device,
         batch_size: int,
+        window: int,
         valid_vocab: int,
         replica: int = 0,
         replicas: int = 1,
@@ -36,8 +38,7 @@ class TransformersEngine(EngineBase):
         self._model = meta_model(config, "eager", dtype).eval().requires_grad_(False)
         self._device = device
         self._batch_size = batch_size
-        self._valid_vocab = valid_vocab
-        super().__init__({name: p.shape for name, p in self._model.named_parameters()}, replica, replicas)
+        super().__init__(manifest_of(self._model), window, valid_vocab, replica, replicas)
 
     def _wake_weights(self) -> None:
         materialize(self._model, self._device)
@@ -49,8 +50,21 @@ class TransformersEngine(EngineBase):
         for name, tensor in weights:
             parameters[name].copy_(tensor)
 
+    def _prove(self, sent: Mapping[str, BitSums]) -> None:
+        for name, sums in whole_bit_sums(self._model.named_parameters()).items():
+            if sums != sent[name]:
+                raise RuntimeError(f"the engine's {name} does not have the bits that were sent")
+
     def _wake_kv(self) -> None:
         pass
+
+    @torch.no_grad()
+    def _probe(self, token_ids: Sequence[int]) -> list[float]:
+        tokens = torch.tensor([list(token_ids)], device=self._device)
+        logits = self._model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        logprobs = logits[:, : self._valid_vocab].log_softmax(-1)
+        found: list[float] = logprobs.gather(1, tokens[0, 1:, None])[:, 0].tolist()
+        return found
 
     def _sleep(self) -> None:
         self._model.to("meta")
@@ -58,8 +72,7 @@ class TransformersEngine(EngineBase):
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
-        # Longest first: prompts of like length share a batch, and the dearest one comes first.
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))
+        order = longest_first(prompts)
         per_batch = max(1, self._batch_size // sampling.answers_per_prompt)
         done: dict[int, list[Rollout]] = {}
         silent = self.replica != 0 or not sys.stderr.isatty()
@@ -74,7 +87,7 @@ class TransformersEngine(EngineBase):
     def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int) -> list[list[Rollout]]:
         """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
         G = sampling.answers_per_prompt
-        batch = _Decoding(prompts, sampling, step, self._device)
+        batch = _Decoding(prompts, sampling, step, self._window, self._device)
         width = max(len(prompt.student_ids) for prompt in prompts)
         tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
         mask = torch.zeros_like(tokens)
@@ -116,11 +129,11 @@ class TransformersEngine(EngineBase):
 class _Decoding:
     """The answers of one batch while they grow: a stream of uniforms, tokens and log-probs for each."""
 
-    def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, device: torch.device) -> None:
+    def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, window: int, device: torch.device) -> None:
         self._sampling = sampling
         self._prompts = prompts
         answers = [(prompt, answer) for prompt in prompts for answer in range(sampling.answers_per_prompt)]
-        self._limits = [self._limit(prompt) for prompt, _ in answers]
+        self._limits = [answer_limit(sampling, prompt, window) for prompt, _ in answers]
         self._uniforms = torch.stack(
             [_uniforms(answer_seed(sampling.seed, step, p.prompt_id, a), max(self._limits)) for p, a in answers]
         ).to(device)
@@ -130,20 +143,14 @@ class _Decoding:
         self._rows = list(range(len(answers)))  # which answer each row of the running batch is
         self._drawn = 0
 
-    def _limit(self, prompt: Prompt) -> int:
-        limit = self._sampling.max_new_tokens
-        if self._sampling.max_total_length is not None:
-            limit = min(limit, self._sampling.max_total_length - len(prompt.student_ids))
-        assert limit >= 1, (limit, len(prompt.student_ids))
-        return limit
-
     def _running(self, answer: int) -> bool:
         return not self._stopped[answer] and len(self._tokens[answer]) < self._limits[answer]
 
     def sample(self, logits: Tensor, valid_vocab: int) -> Tensor:
         """Draw the next token of every row [B] from its own uniform and note it where the answer still runs."""
         logprobs = processed_logprobs(logits, self._sampling, valid_vocab)
-        sampled = draw(logprobs, self._uniforms[self._rows, self._drawn])
+        greedy = self._sampling.temperature == 0
+        sampled = logprobs.argmax(-1) if greedy else draw(logprobs, self._uniforms[self._rows, self._drawn])
         chosen = logprobs.gather(1, sampled[:, None])[:, 0]
         self._drawn += 1
         for answer, token, logprob in zip(self._rows, sampled.tolist(), chosen.tolist(), strict=True):
@@ -185,8 +192,11 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> Tensor:
-    """Log-probs [B, V] that are sampled from: at the temperature, inside top-k and top-p, renormalised there."""
-    logits = logits / sampling.temperature
+    """Log-probs [B, V] that are sampled from: at the temperature, inside top-k and top-p, renormalised there.
+
+    At temperature 0 the likeliest token is taken, and log-probs are the model's own.
+    """
+    logits = logits / (sampling.temperature or 1.0)
     logits[:, valid_vocab:] = -torch.inf
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, valid_vocab), dim=-1).values[:, -1:]

@@ -158,7 +158,13 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
     """
     metrics.add(phases.stats())
     values = {name if "/" in name else f"train/{name}": value for name, value in metrics.reduce(group).items()}
-    return {**values, **rates(values, 1 if group is None else dist.get_world_size(group))}
+    return {**values, **rates(values, 1 if group is None else dist.get_world_size(group)), **waits(values)}
+
+
+def waits(values: Mapping[str, float]) -> dict[str, float]:
+    """The share of their generation time in which ranks waited for the one with the longest answers, on average."""
+    mean, slowest = (values.get(name) for name in ("timing/train/generation", "train/slowest_generation_seconds"))
+    return {"train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:

@@ -33,8 +33,7 @@ class World:
     """All ranks of the run, seen from one of them.
 
     Made by every rank at the same point; torchrun's, Slurm's or no variables at all (a world of one) are understood.
-    ``control`` is a gloo group for small objects and agreements, so that they never mix with the collectives of the
-    models on NCCL.
+    ``control`` is for small objects and agreements, so that they never mix with the collectives of the models on NCCL.
     """
 
     def __init__(self, timeout: datetime.timedelta = _CONTROL_TIMEOUT) -> None:
@@ -51,9 +50,17 @@ class World:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
-        self.control = dist.new_group(backend="gloo", timeout=timeout)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """The gloo group of all ranks. Raises RuntimeError once the process groups are gone."""
+        if not dist.is_initialized():
+            raise RuntimeError("the process groups are gone: vLLM's engine takes them along, so it is closed last")
+        group: dist.ProcessGroup = self._control
+        return group
 
     @property
     def main(self) -> bool:

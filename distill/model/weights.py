@@ -1,0 +1,96 @@
+"""The student's weights on their way out: whole tensors from shards, each with the bit sums taken before it left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distill.model.checksum import BitSums, bit_sums, whole_bit_sums, wrapped
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
+_HEADER = 3
+"""Words that a tensor adds to its bucket: two bit sums of the rank's shard, and whether all of it is finite."""
+
+
+class GatheredWeights:
+    """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never a second full copy.
+
+    Every rank of the shard mesh must drain it once, in the same order. The cast to ``dtype`` comes before the gather,
+    so that float32 shards travel as bfloat16. A yielded tensor is a view of its bucket: copy it or lose it. ``sums``
+    has a tensor's bit sums as soon as it is yielded: added up from the shards, each taken where the shard lies.
+    Raises RuntimeError, on all ranks alike, for a tensor that isn't finite, before it is yielded.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, bucket_bytes: int) -> None:
+        self.sums: dict[str, BitSums] = {}
+        self._parameters = parameters
+        self._dtype = dtype
+        self._bucket_bytes = bucket_bytes
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        bucket: list[tuple[str, DTensor]] = []
+        size = 0
+        for name, parameter in self._parameters:
+            assert isinstance(parameter, DTensor), name
+            bytes_ = parameter.numel() * self._dtype.itemsize
+            if bucket and size + bytes_ > self._bucket_bytes:
+                yield from self._gather(bucket)
+                bucket, size = [], 0
+            bucket.append((name, parameter))
+            size += bytes_
+        if bucket:
+            yield from self._gather(bucket)
+
+    @torch.no_grad()
+    def _gather(self, bucket: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, Tensor]]:
+        mesh = bucket[0][1].device_mesh
+        ranks, rank = mesh.size(), mesh.get_local_rank()
+        headers, pieces = [], []
+        for _, parameter in bucket:
+            # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
+            rows = -(-parameter.shape[0] // ranks)
+            local = parameter.to_local().to(mesh.device_type, self._dtype)
+            headers.append(torch.cat([bit_sums(local, rank * rows), local.float().sum().isfinite().long()[None]]))
+            size = rows * (parameter.numel() // parameter.shape[0])
+            pieces.append(torch.nn.functional.pad(local.reshape(-1), (0, size - local.numel())))
+        # The header comes first, where it lies at a whole word.
+        flat = torch.cat([torch.stack(headers).reshape(-1).view(self._dtype), *pieces])
+        gathered = flat.new_empty(ranks * flat.numel())
+        _all_gather(gathered, flat, group=mesh.get_group())
+        by_rank = gathered.view(ranks, -1)
+        offset = len(bucket) * _HEADER * (8 // self._dtype.itemsize)
+        header = by_rank[:, :offset].contiguous().view(torch.int64).view(ranks, len(bucket), _HEADER)
+        self._read(header, [name for name, _ in bucket])
+        for (name, parameter), piece in zip(bucket, pieces, strict=True):
+            whole = by_rank[:, offset : offset + piece.numel()].reshape(-1)[: parameter.numel()]
+            yield name, whole.view(parameter.shape)
+            offset += piece.numel()
+
+    def _read(self, header: Tensor, names: Sequence[str]) -> None:
+        sums, finite = header.sum(0).tolist(), (header[..., 2] == 1).all(0).tolist()
+        broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+        if broken:
+            raise RuntimeError(f"{len(broken)} of the student's weights hold nan or infinity, {broken[0]} first")
+        self.sums.update(
+            {name: BitSums(plain, weighted) for name, (plain, weighted, _) in zip(names, sums, strict=True)}
+        )
+
+
+class WholeWeights:
+    """Whole tensors of one process as a sync wants them, with their bit sums: for tests and measurements."""
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._weights = list(weights)
+        self.sums = whole_bit_sums(self._weights)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._weights)
+
+
+def summed(parts: Iterable[BitSums]) -> int:
+    """The plain sum of several tensors that lie in one."""
+    return wrapped(sum(part.plain for part in parts))
