@@ -78,7 +78,7 @@ def measure(ranks: int, steps: int, overrides: Sequence[str]) -> dict[str, list[
     """Seconds of every step by phase, the first step left out."""
     recipe = ("--config", "recipes/smollm2-context-cpu.yaml")
     rows = train(ranks, arguments(recipe, ranks, steps, overrides))
-    phases = [n for n in rows[0] if n.startswith(TIMING) and "tokens_per_sec" not in n]
+    phases = [n for n in rows[0] if n.startswith(TIMING) and "tokens_per_sec" not in n and "share" not in n]
     return {name[len(TIMING) :]: [float(row[name] or 0.0) for row in rows] for name in phases}
 
 

@@ -25,6 +25,9 @@ from distill.config import Config, load_config
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.model.load import find_model, load_tokenizer
 
+MICRO_BATCH_TOKENS = 1024
+"""Of the answers in a micro-batch: 8 x 256 take 11 GB a rank, and halves of a batch take no longer than the whole."""
+
 
 def settings(config: Config, ranks: int, weights: str) -> dict[str, Any]:
     """DistillationConfig's arguments for the recipe.
@@ -41,13 +44,15 @@ def settings(config: Config, ranks: int, weights: str) -> dict[str, Any]:
             f"policy.train_global_batch_size={policy.train_global_batch_size} must be the {answers} answers of a step "
             f"and a multiple of {ranks} ranks, for TRL takes one optimizer step a generation: set it so"
         )
+    fits = max(1, MICRO_BATCH_TOKENS // policy.generation.max_new_tokens)
+    micro = max(n for n in range(1, answers // ranks + 1) if answers // ranks % n == 0 and n <= fits)
     cuda = torch.cuda.is_available()
     # On a CPU sdpa takes half as long again for a generated token, and a fifth more forward and backward.
     attention = "sdpa" if cuda else "eager"
     return {
         "max_steps": loop.max_num_steps,
-        "per_device_train_batch_size": answers // ranks,
-        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": answers // ranks // micro,
         "shuffle_dataset": False,
         "seed": loop.seed,
         "max_completion_length": policy.generation.max_new_tokens,
