@@ -31,26 +31,36 @@ def packed_attention(
     them is no signal. No [T, T] mask is made; a sliding window makes one of a single sequence's length.
     """
     assert attention_mask is None, "a pack has bounds, not a mask"
-    assert query.shape[0] == 1 and query.shape[2] == packed_bounds[-1], (query.shape, packed_bounds)
     assert not unused.get("softcap"), "soft-capped attention is refused when the model is loaded"
-    grouped = query.shape[1] != key.shape[1]
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and not query.is_cuda:
+        # PyTorch's kernel for the CPU takes twice as long in bf16, and rounds inside.
+        query, key, value = query.float(), key.float(), value.float()
+    return _attend(query, key, value, packed_bounds, scaling, sliding_window).to(dtype), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
+) -> Tensor:
+    """[1, T, H, Dh] from queries [1, H, T, Dh], keys and values."""
+    assert query.shape[0] == 1 and query.shape[2] == bounds[-1], (query.shape, bounds)
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     parts = []
-    for start, stop in pairwise(packed_bounds):
-        mask = None
-        if sliding_window is not None and stop - start > sliding_window:
-            mask = _window_mask(stop - start, sliding_window, query.device)
-        parts.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, start:stop],
-                value[:, :, start:stop],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+    # Split, not sliced: the backward of a slice is a tensor of zeros as long as the pack.
+    for q, k, v in zip(*(torch.split(heads, lengths, 2) for heads in (query, key, value)), strict=True):
+        length = q.shape[2]
+        mask = None if window is None or length <= window else _window_mask(length, window, q.device)
+        part = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -1,0 +1,41 @@
+"""What is done otherwise on a CPU: attention in float32."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from distill.model.attention import packed_attention
+
+
+def random_heads(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [1, 4, T, 8], keys and values [1, 2, T, 8] that need gradients."""
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (torch.randn(1, length, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2))
+    return (
+        query.transpose(1, 2).requires_grad_(),
+        key.transpose(1, 2).requires_grad_(),
+        value.transpose(1, 2).requires_grad_(),
+    )
+
+
+def test_bf16_attention_on_a_cpu_errs_no_more_than_pytorchs_own() -> None:
+    bounds = (0, 90, 91, 200)
+    heads = random_heads(200, torch.bfloat16)
+    upstream = torch.randn(1, 200, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v = (h.detach().double().requires_grad_() for h in heads)
+    exact = packed_attention(torch.nn.Module(), q, k, v, None, bounds)[0]
+    exact_gradients = torch.autograd.grad(exact, (q, k, v), upstream.double())
+    q, k, v = heads
+    ours = packed_attention(torch.nn.Module(), q, k, v, None, bounds)[0]
+    parts = [
+        F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
+        for a, b in pairwise(bounds)
+    ]
+    plain = torch.cat(parts, 2).transpose(1, 2)
+    found = [[value, *torch.autograd.grad(value, heads, upstream)] for value in (ours, plain)]
+    for our, other, exactly in zip(*found, [exact, *exact_gradients], strict=True):
+        assert our.dtype == torch.bfloat16
+        assert (our - exactly).norm() <= 1.05 * (other - exactly).norm()
