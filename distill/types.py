@@ -87,21 +87,41 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """How T positions that are read once stand for S positions of sequences with common prefixes."""
+
+    spread_S: Tensor
+    """int64 [S]: the position, of T, that stands at each place of the sequences."""
+    first_T: Tensor
+    """int64 [T]: the first place, of S, where each position stands."""
+
+    def to(self, device: torch.device) -> Shared:
+        """The same with its tensors on ``device``."""
+        return Shared(self.spread_S.to(device), self.first_T.to(device))
+
+
+@dataclass(frozen=True)
 class View:
-    """One model's reading of a packed micro-batch: B sequences end to end, without padding."""
+    """One model's reading of a packed micro-batch: B sequences end to end, without padding.
+
+    S is the length of all sequences together. Where sequences share a prefix that is read once, T is smaller than S
+    and ``shared`` says which of the T positions make up each sequence; otherwise T is S.
+    """
 
     tokens_T: Tensor
     """int64 [T]."""
     positions_T: Tensor
     """int64 [T], counted from 0 in every sequence."""
     bounds: tuple[int, ...]
-    """B + 1 cumulative lengths, from 0 to T."""
+    """B + 1 cumulative lengths, from 0 to S."""
     rows_N: Tensor
     """int64 [N]: the position whose hidden state predicts response token n."""
+    shared: Shared | None = None
 
     def to(self, device: torch.device) -> View:
         """The same view with its tensors on ``device``."""
-        return View(self.tokens_T.to(device), self.positions_T.to(device), self.bounds, self.rows_N.to(device))
+        shared = None if self.shared is None else self.shared.to(device)
+        return View(self.tokens_T.to(device), self.positions_T.to(device), self.bounds, self.rows_N.to(device), shared)
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ class RowsModel(nn.Module):
             input_ids=view.tokens_T[None],
             position_ids=view.positions_T[None],
             packed_bounds=view.bounds,
+            packed_shared=view.shared,
             use_cache=False,  # with a cache, transformers reads packed positions as one sequence, silently
         ).last_hidden_state[0]
-        return use(hidden_TD[view.rows_N], head.weight)
+        return use(hidden_TD.index_select(0, view.rows_N), head.weight)
 
     def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Hugging Face names and parameters; a tied head stands once, under the embedding's name."""
