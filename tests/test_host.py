@@ -1,9 +1,12 @@
-"""What is done otherwise on a CPU: attention in float32."""
+"""What is done otherwise on a CPU: attention in float32, the allocator's memory."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -39,3 +42,26 @@ def test_bf16_attention_on_a_cpu_errs_no_more_than_pytorchs_own() -> None:
     for our, other, exactly in zip(*found, [exact, *exact_gradients], strict=True):
         assert our.dtype == torch.bfloat16
         assert (our - exactly).norm() <= 1.05 * (other - exactly).norm()
+
+
+_PROGRAM = """
+import resource, sys, torch
+from distill.model.hostmemory import keep_freed_memory
+if not keep_freed_memory():
+    sys.exit(5)
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.zeros(64 * 2**20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(20)  # until the small pieces between the blocks have found their places
+again = faults(10)
+assert again < 16_384, f"{again} page faults where every block anew would be 163840"
+"""
+
+
+def test_memory_that_was_freed_is_there_for_the_next_who_asks() -> None:
+    code = subprocess.run([sys.executable, "-c", _PROGRAM], check=False).returncode
+    if code == 5:
+        pytest.skip("the C library is not glibc")
+    assert code == 0

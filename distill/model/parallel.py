@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from distill.model.attention import PACKED
+from distill.model.hostmemory import keep_freed_memory
 from distill.model.load import (
     ModelFiles,
     causal_lm_parts,
@@ -73,6 +74,8 @@ def load_sharded(
     """
     config = model_config(files, key)
     mesh, device = world.shard_mesh, world.device
+    if device.type == "cpu":
+        keep_freed_memory()
     model = RowsModel(meta_model(config, PACKED, dtype))
     model.requires_grad_(trainable)
     if activation_checkpointing:
