@@ -1,4 +1,4 @@
-"""What is done otherwise on a CPU: attention in float32, the allocator's memory."""
+"""What is done otherwise on a CPU: attention in float32, sums over gloo, the allocator's memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from distill.model.attention import packed_attention
+from distill.model.reduce import ExchangeAndAdd
+from distill.runtime.world import World
+from tests.helpers import run_ranks
 
 
 def random_heads(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,6 +46,25 @@ def test_bf16_attention_on_a_cpu_errs_no_more_than_pytorchs_own() -> None:
     for our, other, exactly in zip(*found, [exact, *exact_gradients], strict=True):
         assert our.dtype == torch.bfloat16
         assert (our - exactly).norm() <= 1.05 * (other - exactly).norm()
+
+
+def _sums() -> tuple[torch.Tensor, torch.Tensor]:
+    world = World()
+    mine = torch.randn(6 * world.size, generator=torch.Generator().manual_seed(world.rank)).float()
+    ours, gloos = torch.empty(6), torch.empty(6)
+    ExchangeAndAdd()(ours, mine, dist.distributed_c10d._get_default_group(), dist.ReduceOp.SUM)
+    dist.reduce_scatter_tensor(gloos, mine)
+    world.close()
+    return ours, gloos
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_exchanging_and_adding_is_reduce_scatter(ranks: int) -> None:
+    everything = [torch.randn(6 * ranks, generator=torch.Generator().manual_seed(r)) for r in range(ranks)]
+    whole = torch.stack(everything).double().sum(0).float()
+    for rank, (ours, gloos) in enumerate(run_ranks(ranks, _sums)):
+        assert torch.equal(ours, gloos) or ranks > 2
+        torch.testing.assert_close(ours, whole[6 * rank : 6 * rank + 6], rtol=1e-6, atol=1e-6)
 
 
 _PROGRAM = """

@@ -20,6 +20,7 @@ from distill.model.load import (
     model_config,
     restore_buffers,
 )
+from distill.model.reduce import ExchangeAndAdd
 from distill.runtime.world import World
 from distill.types import View
 
@@ -94,6 +95,8 @@ def load_sharded(
         if isinstance(module, FSDPModule):  # both settings hold for one module, not for those inside it
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a plain SUM: gloo knows no pre-multiplied one
+            if device.type == "cpu":
+                module.set_custom_reduce_scatter(ExchangeAndAdd())  # type: ignore[arg-type]
     offloaded = cpu_offload and device.type == "cuda"
     materialize(model, torch.device("cpu") if offloaded else device)
     restore_buffers(model.causal_lm, device)
