@@ -92,7 +92,10 @@ def fused_linear_kl(
         chunks = _chunks(weight_N, chunk_rows or _default_chunk_rows(hidden_ND))
         student = Projection(head_VD[:vocab], loss_config.logits_dtype)
         scratch = Scratch(max(_length(chunk) for chunk in chunks), vocab, student.dtype, hidden_ND.device)
-        d_head_VD = torch.zeros_like(head_VD, dtype=student.dtype) if train and head_VD.requires_grad else None
+        d_head_VD = None
+        if train and head_VD.requires_grad:
+            d_head_VD = torch.empty_like(head_VD, dtype=student.dtype)  # the first chunk fills it
+            d_head_VD[vocab:] = 0
         loop = _Loop(
             hidden_ND=hidden_ND.detach(),
             student=student,
@@ -107,8 +110,8 @@ def fused_linear_kl(
             d_head_VD=None if d_head_VD is None else d_head_VD[:vocab],
         )
         sums = StatsSum()
-        for chunk in chunks:
-            sums.add(loop.run(chunk))
+        for c, chunk in enumerate(chunks):
+            sums.add(loop.run(chunk, first=c == 0))
         kl_sum = sums.rows("loss").sum()
     stats = sums.stats() | {"loss": (kl_sum.double(), loop.weight_N.sum(dtype=torch.float64))}
     kl_sum = _WithGradients.apply(hidden_ND, head_VD, kl_sum, loop.d_hidden_ND, d_head_VD)  # type: ignore[no-untyped-call]
@@ -173,7 +176,7 @@ class _Loop:
     d_hidden_ND: Tensor | None
     d_head_VD: Tensor | None
 
-    def run(self, rows: Rows) -> dict[str, Tensor]:
+    def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
         """Write the chunk's gradients to their places and return the metrics of its rows."""
         topk = self.targets_of(rows)
         hidden_CD = self.hidden_ND[rows]
@@ -182,11 +185,11 @@ class _Loop:
         _divide(z_CV, self.temperature)
         read_sampled = _sampled_reader(z_CV, spare_CV, self.sampled, rows, self.temperature)
         reduced = reduce_in_place(z_CV, topk.ids_NK, spare_CV)
-        kl_C = self._loss_and_gradients(rows, hidden_CD, reduced, topk)
+        kl_C = self._loss_and_gradients(rows, hidden_CD, reduced, topk, first)
         metrics = {"loss": kl_C * self.weight_N[rows]} | row_stats(reduced.outcomes, topk, self.stop_ids)
         return metrics | read_sampled(reduced)
 
-    def _loss_and_gradients(self, rows: Rows, hidden_CD: Tensor, reduced: Reduced, topk: TopK) -> Tensor:
+    def _loss_and_gradients(self, rows: Rows, hidden_CD: Tensor, reduced: Reduced, topk: TopK, first: bool) -> Tensor:
         """kl of the chunk's rows; writes the gradients that are asked for."""
         if self.d_hidden_ND is None and self.d_head_VD is None:
             return divergence(reduced.outcomes, topk, self.loss_config)
@@ -200,7 +203,7 @@ class _Loop:
         if self.d_hidden_ND is not None:
             self.d_hidden_ND[rows] = self.student.hidden_gradient(gradient_CV)
         if self.d_head_VD is not None:
-            self.student.add_head_gradient(gradient_CV, hidden_CD, self.d_head_VD)
+            self.student.add_head_gradient(gradient_CV, hidden_CD, self.d_head_VD, first)
         return kl_C.detach()
 
 

@@ -39,16 +39,20 @@ class Projection:
         return torch.mm(hidden_CD.to(self.dtype), transposed_DV, out=out_CV)
 
     def cast(self, gradient_CV: Tensor) -> Tensor:
-        """The logits' gradient as both methods below multiply it: cast once, where both take the head's dtype."""
-        return gradient_CV if self._widen else gradient_CV.to(self.head_VD.dtype)
+        """The logits' gradient as both methods below multiply it: of the head's dtype."""
+        return gradient_CV.to(self.head_VD.dtype)
 
     def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
-        """[C, D] of the head's dtype from the logits' gradient."""
-        return gradient_CV.to(self.head_VD.dtype) @ self.head_VD
+        """[C, D] of the head's dtype from the logits' gradient, ``cast`` to it."""
+        return gradient_CV @ self.head_VD
 
-    def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor) -> None:
-        """Add this chunk's gradient of the head to ``into_VD`` (of ``dtype``)."""
-        if self._narrow and not self._widen:
-            torch.addmm(into_VD, gradient_CV.t(), hidden_CD, out_dtype=self.dtype, out=into_VD)
+    def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor, first: bool) -> None:
+        """Add this chunk's gradient of the head to ``into_VD`` (of ``dtype``); the first one is written over it."""
+        if self._widen:  # as plain PyTorch does: a bf16 matmul, whose result is accumulated in float32
+            product_VD = gradient_CV.t() @ hidden_CD
+            into_VD.copy_(product_VD) if first else into_VD.add_(product_VD)
+        elif self._narrow:
+            beta = 0 if first else 1
+            torch.addmm(into_VD, gradient_CV.t(), hidden_CD, beta=beta, out_dtype=self.dtype, out=into_VD)
         else:
-            into_VD.addmm_(gradient_CV.t(), hidden_CD.to(self.dtype))
+            into_VD.addmm_(gradient_CV.t(), hidden_CD, beta=0 if first else 1)
