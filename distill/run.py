@@ -122,7 +122,7 @@ class Run:
                 "teacher_tokens": float(read),
             }
         )
-        metrics.add_max({"slowest_generation_seconds": phases.seconds["generation"]})
+        metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
         values = finish_step(metrics, phases, self.world.control)
         self.recorder.record(step, values)
         self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))

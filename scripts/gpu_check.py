@@ -42,7 +42,7 @@ from distill.model.weights import GatheredWeights
 from distill.rollout.build import build_engine, check_backend
 from distill.rollout.freshness import Freshness
 from distill.rollout.memory import CudaMemory
-from distill.rollout.vllm_engine import VllmEngine
+from distill.rollout.vllm_engine import VllmEngine, pool_bytes
 from distill.runtime.metrics import Metrics, Phases
 from distill.runtime.packing import pack
 from distill.runtime.world import World, leave, log_to_console
@@ -345,7 +345,7 @@ class Stage:
         self.world = World()
         self.world.build_mesh(device, 1, 1)
         self.on_gpu = self.world.device.type == "cuda"
-        self.memory = CudaMemory()
+        self.memory = CudaMemory(pool_bytes)
         torch.zeros(1, device=self.world.device)  # the device's own context is nobody's fault
         before = self._settled()
         self.files = find_model(model, KEY)
@@ -532,8 +532,8 @@ def proof_checks(stage: Stage) -> Iterator[Check]:
     found = sum(stale_is_refused(stage, name, grow) for name in stale)
     yield Check("stale tensors found in vLLM's memory", found, "", exactly(len(stale)), "one of each kind")
     found = sum(stale_is_refused(stage, name, exchange_rows) for name in stale)
-    note = f"of {len(stale)}: changes that cancel in a plain sum"
-    yield Check("stale tensors found, two rows exchanged", found, note=note)
+    note = "changes that cancel in a plain sum"
+    yield Check("stale tensors found, two rows exchanged", found, "", exactly(len(stale)), note)
     parameters = dict(weights.model.named_parameters())
     flipped_ = one_of_each_kind([name for name in parameters if name not in weights._through_door])
     found = sum(flipped_is_refused(stage, parameters[name], sent) for name in flipped_)

@@ -173,7 +173,7 @@ def test_a_sync_is_waking_sending_waking_and_its_cost_is_a_metric() -> None:
     metrics = Metrics()
     freshness.renew(1, metrics)
     assert freshness._engine.calls == ["weights", "sync", "kv"] * 2  # type: ignore[attr-defined]
-    assert metrics.reduce() == {"sync_seconds": 0.5, "sync_changed_tensors": 10.0, "probe_change": 0.25}
+    assert metrics.reduce() == {"timing/train/weight_sync": 0.5, "sync_changed_tensors": 10.0, "probe_change": 0.25}
 
 
 def test_in_float32_the_probe_must_equal_the_trainers() -> None:
@@ -236,6 +236,6 @@ def test_memory_that_grows_from_sleep_to_sleep_is_warned_of(caplog: pytest.LogCa
 
 
 def test_the_wait_for_the_longest_answer_is_a_share_of_generation() -> None:
-    values = {"timing/train/generation": 3.0, "train/slowest_generation_seconds": 4.0}
-    assert waits(values) == {"train/generation_wait_share": 0.25}
+    values = {"timing/train/generation": 3.0, "timing/train/generation_slowest": 4.0}
+    assert waits(values) == {"timing/train/generation_wait_share": 0.25}
     assert waits({}) == {}

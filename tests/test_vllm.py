@@ -46,6 +46,8 @@ def _prompts(*lengths: int) -> list[Prompt]:
 
 
 PROMPTS = _prompts(7, 1, 40, 12)
+KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
+EXCHANGED = {KEY: VALUE, VALUE: KEY}
 
 
 def _engine(folder: Path, tp: int = 1) -> VllmEngine:
@@ -155,6 +157,11 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
         later = WholeWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
         engine._weights.receive((n, t) for n, t in later if n != lost)
         said[name] = _said(lambda later=later: engine._prove(later.sums))  # type: ignore[misc]
+    engine._weights.receive((EXCHANGED.get(n, n), t) for n, t in weights)
+    said["key and value exchanged"] = _said(lambda: engine._prove(weights.sums))
+    engine._weights.receive(iter(weights))
+    norm.data = norm.data[[1, 0, *range(2, len(norm))]]
+    said["rows exchanged"] = _said(lambda: engine._prove(weights.sums))
     head = engine._weights.model.lm_head
     engine._weights.model.lm_head = None  # type: ignore[assignment]
     engine._weights.receive(iter(weights))
@@ -235,10 +242,12 @@ def test_a_sync_says_what_changed_and_the_probe_moves(alone) -> None:
     [
         ("asleep underneath", "vLLM is asleep"),
         ("no progress", "vLLM made no token in 1"),
-        ("written over", "vLLM's model.norm.weight is not made of the bits of model.norm.weight"),
+        ("written over", "vLLM's model.norm.weight does not hold the bits of model.norm.weight"),
         ("nan in the engine", "are not finite"),
-        ("a lost half", "vLLM's model.layers.1.mlp.gate_up_proj.weight is not made of the bits of"),
-        ("a lost norm", "vLLM's model.norm.weight is not made of the bits of"),
+        ("a lost half", "gate_up_proj.weight does not hold the bits of model.layers.1.mlp.up_proj.weight"),
+        ("a lost norm", "vLLM's model.norm.weight does not hold the bits of"),
+        ("rows exchanged", "vLLM's model.norm.weight does not hold the bits of model.norm.weight"),
+        ("key and value exchanged", "qkv_proj.weight does not hold the bits of model.layers.0.self_attn.k_proj.weight"),
         ("a head that is not repacked", "vLLM computes with its old lm_head.weight"),
         ("stale", "did not arrive as it was sent"),
     ],
@@ -337,7 +346,9 @@ def test_the_sharded_students_answers_are_those_of_transformers(qwen3) -> None:
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True)])  # its own head; one key-value head
 def test_other_families_are_split_over_two_ranks_as_well(tmp_path: Path, family: str, tied: bool) -> None:
-    _check_against_transformers(run_ranks(2, _pair, save_tiny_model(tmp_path / "m", family, tied, seed=2), 2)[0])
+    _check_against_transformers(
+        run_ranks(2, _pair, save_tiny_model(tmp_path / "m", family, tied, seed=2, vocab=385), 2)[0]
+    )
 
 
 def test_every_answer_is_one_ranks_to_hand_on(qwen3) -> None:
@@ -350,7 +361,7 @@ def test_ranks_of_one_engine_that_differ_are_found(qwen3) -> None:
         assert "different prompts, sampling or step" in rank["prompts"]
         assert "different prompts, sampling or step" in rank["sampling"]
         assert "different answers" in rank["answers"]
-        assert "vLLM's model.norm.weight is not made of the bits" in rank["one rank's weights"]
+        assert "vLLM's model.norm.weight does not hold the bits" in rank["one rank's weights"]
 
 
 def _soak(folder: Path, cycles: int) -> list[tuple[int, int, int]]:

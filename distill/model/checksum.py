@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_WORD = 8
+WORD_BYTES = 8
 
 
 class BitSums(NamedTuple):
@@ -31,7 +31,7 @@ def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
     takes fifty times as long.
     """
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
-    short = -rows.shape[1] % (_WORD // tensor.element_size())
+    short = -rows.shape[1] % (WORD_BYTES // tensor.element_size())
     if short:
         rows = torch.nn.functional.pad(rows, (0, short))
     sums = rows.contiguous().view(torch.int64).sum(-1)

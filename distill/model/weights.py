@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from distill.model.checksum import BitSums, bit_sums, whole_bit_sums, wrapped
+from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, whole_bit_sums
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
@@ -62,7 +62,7 @@ class GatheredWeights:
         gathered = flat.new_empty(ranks * flat.numel())
         _all_gather(gathered, flat, group=mesh.get_group())
         by_rank = gathered.view(ranks, -1)
-        offset = len(bucket) * _HEADER * (8 // self._dtype.itemsize)
+        offset = len(bucket) * _HEADER * (WORD_BYTES // self._dtype.itemsize)
         header = by_rank[:, :offset].contiguous().view(torch.int64).view(ranks, len(bucket), _HEADER)
         self._read(header, [name for name, _ in bucket])
         for (name, parameter), piece in zip(bucket, pieces, strict=True):
@@ -89,8 +89,3 @@ class WholeWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._weights)
-
-
-def summed(parts: Iterable[BitSums]) -> int:
-    """The plain sum of several tensors that lie in one."""
-    return wrapped(sum(part.plain for part in parts))

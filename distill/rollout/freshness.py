@@ -72,7 +72,7 @@ class Freshness:
             with self._world.agreed("comparing the engine with the trainer"):
                 check_equal(said, wanted)
         if metrics is not None:
-            metrics.add_max({"sync_seconds": report.seconds})
+            metrics.add_max({"timing/train/weight_sync": report.seconds})
             metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (moved, 1)})
 
     def _moved(self, said: list[float], changed: int, tensors: int) -> float:

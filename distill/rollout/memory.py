@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,7 +25,13 @@ class Memory(Protocol):
 
 
 class CudaMemory:
-    """The current CUDA device. Blocks that torch only caches are given back first: the engine can't use them."""
+    """The current CUDA device. Blocks that torch only caches are given back first: the engine can't use them.
+
+    ``pool``: bytes of the engine's own pool, which torch counts as reserved by itself, even while they are unmapped.
+    """
+
+    def __init__(self, pool: Callable[[], int]) -> None:
+        self._pool = pool
 
     def free(self) -> int:
         """See Memory.free."""
@@ -35,7 +42,7 @@ class CudaMemory:
     def others(self) -> int:
         """See Memory.others."""
         free, total = torch.cuda.mem_get_info()
-        return int(total - free - torch.cuda.memory_reserved())
+        return int(total - free - (torch.cuda.memory_reserved() - self._pool()))
 
 
 class SleepGuard:

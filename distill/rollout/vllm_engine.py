@@ -91,7 +91,8 @@ class VllmEngine(EngineBase):
         self._tokens_made = 0
         self._count_tokens()
         self._requests = 0
-        self._guard = SleepGuard(memory or CudaMemory()) if self.can_sleep or memory else None
+        self._memory = memory or (CudaMemory(pool_bytes) if self.can_sleep else None)
+        self._guard = SleepGuard(self._memory) if self._memory else None
         self._needs = self._first_sleep()
         log.info(
             "vLLM: %d engine(s) of %d rank(s), window %d, weights by %s, %s; ready in %.0f s",
@@ -101,7 +102,7 @@ class VllmEngine(EngineBase):
 
     def _first_sleep(self) -> dict[str, int]:
         """Put the fresh engine to sleep; bytes that waking its weights and its cache will need."""
-        memory = CudaMemory() if self.can_sleep else None
+        memory = self._memory
         awake = memory.free() if memory else 0
         self._llm.sleep(level=2)
         freed = memory.free() - awake if memory else 0
@@ -252,6 +253,13 @@ class VllmEngine(EngineBase):
         dist.all_gather_object(digests, digest, group=self._group)
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks of one vLLM engine have different {what}: digests {digests}")
+
+
+def pool_bytes() -> int:
+    """Bytes of the pool that sleep unmaps, mapped or not."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return int(CuMemAllocator.get_instance().get_current_usage())
 
 
 @contextmanager

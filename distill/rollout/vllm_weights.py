@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.model.checksum import BitSums, bit_sums, wrapped
+from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrapped
+
+
+class Section(NamedTuple):
+    """Where a tensor of a sync lies in a parameter of this rank."""
+
+    tensor: str
+    """Its Hugging Face name."""
+    begin: int
+    end: int
+    """Rows of the parameter, from ``begin`` to before ``end``."""
+    first_row: int
+    """Which row of the tensor the first of them is."""
+    copies: int
+    """How many ranks of the engine hold each of the tensor's elements."""
 
 
 class VllmWeights:
     """The weights of a vLLM engine's model on this rank.
 
-    ``manifest``: all tensors that a sync brings, by Hugging Face name; ``tp_group``: gloo, of the engine's ranks.
-    An engine on CPU repacks its matrices for its kernels and drops the originals, so their bits are summed at that
-    door, after they were put together and before they are repacked; all others are summed where they lie. Raises
+    ``manifest``: all tensors that a sync brings, by Hugging Face name; ``tp_group``: gloo, of the engine's ranks. An
+    engine on CPU repacks its matrices for its kernels and drops the originals, so their bits are summed at that door,
+    after they were put together and before they are repacked; all others are summed where they lie. Raises
     RuntimeError for a model whose parameters don't follow from the manifest: its syncs could not be proven.
     """
 
@@ -25,18 +39,17 @@ class VllmWeights:
         from vllm.platforms import current_platform
 
         self._llm = llm
-        self._tp_size = tp_size
-        self._tp_group = tp_group
+        self._tp_size, self._tp_rank, self._tp_group = tp_size, dist.get_rank() % tp_size, tp_group
         self._repacks = bool(current_platform.is_cpu())
         self._in_place = not self._repacks and llm.llm_engine.model_config.quantization is None
         self.model: nn.Module = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-        self._parts = self._parts_by_parameter(manifest)
-        self._at_door: dict[str, int] = {}
+        self._at_door: dict[str, Tensor] = {}
         self._through_door: set[str] = set()
         if self._repacks:
             for name, module in self.model.named_modules():
                 if hasattr(module, "quant_method"):
                     self._watch_door(name, module)
+        self._names = self._names_by_parameter(manifest)
 
     @property
     def path(self) -> str:
@@ -59,64 +72,88 @@ class VllmWeights:
 
     @torch.no_grad()
     def prove(self, sent: Mapping[str, BitSums]) -> None:
-        """Compare every parameter's bits, added over the engine's ranks, with those sent; collective over them."""
-        names = list(self._parts)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        found = torch.tensor([self._sum_of(name, parameters[name]) for name in names], dtype=torch.int64)
+        """Compare the bits of every tensor, added over the engine's ranks, with those sent; collective over them.
+
+        Each tensor is found by itself, also where vLLM fused several into one parameter.
+        """
+        modules = dict(self.model.named_modules())
+        places: list[tuple[str, Section]] = []
+        sums: list[Tensor] = []
+        for name, tensors in self._names.items():
+            owner, _, leaf = name.rpartition(".")
+            sections = self._sections(modules[owner], leaf, tensors)
+            places += [(name, section) for section in sections]
+            sums.append(self._sums_of(name, modules[owner], sections))
+        found = torch.cat(sums).cpu()
         if self._tp_size > 1:
             dist.all_reduce(found, group=self._tp_group)
-        for name, total in zip(names, found.tolist(), strict=True):
-            parts = self._parts[name]
-            if total != wrapped(sum(sent[part].plain * copies for part, copies in parts.items())):
-                raise RuntimeError(f"vLLM's {name} is not made of the bits of {', '.join(parts)} that were sent")
+        for (name, section), total in zip(places, found.tolist(), strict=True):
+            if total != [wrapped(part * section.copies) for part in sent[section.tensor]]:
+                raise RuntimeError(f"vLLM's {name} does not hold the bits of {section.tensor} that were sent")
 
-    def _sum_of(self, name: str, parameter: Tensor) -> int:
+    def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:
+        """The bit sums of a parameter's sections, int64 [sections, 2]."""
         if name not in self._through_door:
-            return int(bit_sums(parameter)[0])
+            return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._at_door:
             raise RuntimeError(f"vLLM computes with its old {name}: the sync did not make it repack that")
         return self._at_door[name]
 
     def _watch_door(self, prefix: str, module: nn.Module) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
         self._through_door.update(f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
         method: Any = module.quant_method
         repack = method.process_weights_after_loading
 
         def summed_first(layer: nn.Module) -> None:
             for leaf, parameter in layer.named_parameters(recurse=False):
-                self._at_door[f"{prefix}.{leaf}"] = int(bit_sums(parameter)[0])
-            repack(layer)
+                name = f"{prefix}.{leaf}"
+                self._at_door[name] = section_sums(parameter, self._sections(layer, leaf, self._names[name]))
+            if type(layer) is not VocabParallelEmbedding:  # it is looked up, never multiplied: its copy isn't read
+                repack(layer)
 
         method.process_weights_after_loading = summed_first
 
-    def _parts_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, dict[str, int]]:
-        """Of which tensors each parameter is made, and how many copies of each the engine's ranks hold together."""
+    def _names_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
+        """Of which tensors each of vLLM's parameters is made, in the order in which they lie there."""
         fused = getattr(self.model, "packed_modules_mapping", {})
-        modules = dict(self.model.named_modules())
-        parts: dict[str, dict[str, int]] = {}
+        tensors: dict[str, list[str]] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
-            owner, _, leaf = name.rpartition(".")
-            parent, _, own = owner.rpartition(".")
-            names = [f"{parent}.{part}.{leaf}" for part in fused.get(own, [])] or [name]
+            parent, _, own = name.rpartition(".")[0].rpartition(".")
+            leaf = name.rpartition(".")[2]
+            tensors[name] = [f"{parent}.{part}.{leaf}" for part in fused.get(own, [])] or [name]
             if name == "lm_head.weight" and name not in manifest:
-                names = ["model.embed_tokens.weight"]
-            parts[name] = {part: self._copies(modules[owner], leaf, i) for i, part in enumerate(names)}
-        known = {part for names_of in parts.values() for part in names_of}
+                tensors[name] = ["model.embed_tokens.weight"]
+        known = {tensor for parts in tensors.values() for tensor in parts}
         if known != manifest.keys():
             raise RuntimeError(
                 f"a sync into vLLM's {type(self.model).__name__} can't be proven: it is not known where it keeps"
                 f" {sorted(known ^ manifest.keys())[:4]}"
             )
-        return parts
+        return tensors
 
-    def _copies(self, module: nn.Module, leaf: str, part: int) -> int:
+    def _sections(self, module: Any, leaf: str, tensors: list[str]) -> list[Section]:
+        """The sections of a parameter, as vLLM's layers split it over an engine's ranks."""
         from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        if isinstance(module, QKVParallelLinear):
-            return 1 if part == 0 else module.num_kv_head_replicas
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            return 1
-        if isinstance(module, RowParallelLinear):
-            return 1 if leaf == "weight" else self._tp_size
-        return self._tp_size
+        rows = len(module.get_parameter(leaf))
+        if isinstance(module, VocabParallelEmbedding):  # its last rank's end is padded with zeros
+            return [Section(tensors[0], 0, rows, self._tp_rank * rows, 1)]
+        if isinstance(module, RowParallelLinear) and leaf == "weight":  # columns are split, and add up
+            assert module.input_size_per_partition * module.params_dtype.itemsize % WORD_BYTES == 0
+            return [Section(tensors[0], 0, rows, 0, 1)]
+        if not isinstance(module, ColumnParallelLinear):
+            return [Section(tensors[0], 0, rows, 0, self._tp_size)]
+        sections, begin = [], 0
+        for i, (tensor, size) in enumerate(zip(tensors, module.output_partition_sizes, strict=True)):
+            copies = module.num_kv_head_replicas if isinstance(module, QKVParallelLinear) and i else 1
+            sections.append(Section(tensor, begin, begin + size, self._tp_rank // copies * size, copies))
+            begin += size
+        return sections
+
+
+def section_sums(parameter: Tensor, sections: list[Section]) -> Tensor:
+    """The bit sums of each section, int64 [sections, 2]."""
+    return torch.stack([bit_sums(parameter[s.begin : s.end], s.first_row) for s in sections])

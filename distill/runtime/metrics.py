@@ -163,8 +163,8 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
 
 def waits(values: Mapping[str, float]) -> dict[str, float]:
     """The share of their generation time in which ranks waited for the one with the longest answers, on average."""
-    mean, slowest = (values.get(name) for name in ("timing/train/generation", "train/slowest_generation_seconds"))
-    return {"train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
+    mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
+    return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:

@@ -1,0 +1,69 @@
+"""The whole program with vLLM on two ranks: the same numbers twice, and across a resume, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import free_port, run_ranks
+from tests.test_train import _command, _mains, _train_rows, make_tiny_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, Any]:
+    """Three runs of six steps in bfloat16, the last of them in two halves; each in processes of its own."""
+    vllm = ("policy.generation.backend=vllm", "policy.precision=bfloat16", "checkpointing.save_period=3")
+    ended = {}
+    for name, steps in (("whole", 6), ("again", 6), ("halves", 3), ("halves", 6)):
+        line = _command(root, name, *vllm, f"distillation.max_num_steps={steps}")
+        ended[f"{name} to {steps}"] = run_ranks(2, _mains, [free_port()], [line])
+    return ended
+
+
+def _export(root: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(root / f"checkpoints/{name}/step_6/hf/model.safetensors")
+
+
+def test_every_rank_ends_well_and_the_main_one_speaks(runs) -> None:
+    for ranks in runs.values():
+        assert [code for ((code, _, _),) in ranks] == [0, 0]
+    ((_, _, said),), _ = runs["whole to 6"]
+    assert "vLLM: 2 engine(s) of 1 rank(s), window 64, weights by reload_weights" in said
+    assert "step 6/6" in said
+
+
+@pytest.mark.parametrize("name", ["again", "halves"])
+def test_a_run_repeats_and_resumes_bit_for_bit(root, runs, name) -> None:
+    whole, other = (_train_rows(root / "runs" / run) for run in ("whole", name))
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
+    # A resumed engine has nothing to compare its first sync with.
+    sync = {"train/probe_change", "train/sync_changed_tensors"}
+    drop = sync if name == "halves" else set()
+    assert [{k: v for k, v in row.items() if k not in drop} for row in other] == [
+        {k: v for k, v in row.items() if k not in drop} for row in whole
+    ]
+    weights, others = _export(root, "whole"), _export(root, name)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_syncs_and_their_cost_are_metrics(root, runs) -> None:
+    rows = [json.loads(line) for line in (root / "runs/whole/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["train/sync_changed_tensors"] > 20
+        assert 0 < row["timing/train/weight_sync"] < row["timing/train/prepare_for_generation"]
+        assert 0 <= row["timing/train/generation_wait_share"] < 1
+        assert 0 < row["train/sampler_logprob_diff"] < 0.2, "the engine does not hold the student's weights"
+    assert all(row["train/probe_change"] > 0 for row in rows[1:])
