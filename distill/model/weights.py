@@ -48,27 +48,38 @@ class GatheredWeights:
     @torch.no_grad()
     def _gather(self, bucket: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, Tensor]]:
         mesh = bucket[0][1].device_mesh
-        ranks, rank = mesh.size(), mesh.get_local_rank()
-        headers, pieces = [], []
-        for _, parameter in bucket:
-            # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
-            rows = -(-parameter.shape[0] // ranks)
-            local = parameter.to_local().to(mesh.device_type, self._dtype)
-            headers.append(torch.cat([bit_sums(local, rank * rows), local.float().sum().isfinite().long()[None]]))
-            size = rows * (parameter.numel() // parameter.shape[0])
-            pieces.append(torch.nn.functional.pad(local.reshape(-1), (0, size - local.numel())))
-        # The header comes first, where it lies at a whole word.
-        flat = torch.cat([torch.stack(headers).reshape(-1).view(self._dtype), *pieces])
+        ranks = mesh.size()
+        flat, starts = self._packed(bucket, ranks, mesh.get_local_rank(), mesh.device_type)
         gathered = flat.new_empty(ranks * flat.numel())
         _all_gather(gathered, flat, group=mesh.get_group())
         by_rank = gathered.view(ranks, -1)
-        offset = len(bucket) * _HEADER * (WORD_BYTES // self._dtype.itemsize)
-        header = by_rank[:, :offset].contiguous().view(torch.int64).view(ranks, len(bucket), _HEADER)
+        header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(ranks, len(bucket), _HEADER)
         self._read(header, [name for name, _ in bucket])
-        for (name, parameter), piece in zip(bucket, pieces, strict=True):
-            whole = by_rank[:, offset : offset + piece.numel()].reshape(-1)[: parameter.numel()]
+        for (name, parameter), begin, end in zip(bucket, starts, [*starts[1:], flat.numel()], strict=True):
+            whole = by_rank[:, begin:end].reshape(-1)[: parameter.numel()]
             yield name, whole.view(parameter.shape)
-            offset += piece.numel()
+
+    def _packed(
+        self, bucket: Sequence[tuple[str, DTensor]], ranks: int, rank: int, device: str
+    ) -> tuple[Tensor, list[int]]:
+        """This rank's shards end to end behind their header, in one pass that also casts; where each begins."""
+        # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
+        rows = [-(-parameter.shape[0] // ranks) for _, parameter in bucket]
+        sizes = [n * p.numel() // p.shape[0] for n, (_, p) in zip(rows, bucket, strict=True)]
+        # The header comes first, where it lies at a whole word.
+        starts = [len(bucket) * _HEADER * (WORD_BYTES // self._dtype.itemsize)]
+        for size in sizes:
+            starts.append(starts[-1] + size)
+        flat = torch.empty(starts.pop(), dtype=self._dtype, device=device)
+        header = flat[: starts[0]].view(torch.int64).view(-1, _HEADER)
+        for i, (_, parameter) in enumerate(bucket):
+            local = parameter.to_local()
+            piece = flat[starts[i] : starts[i] + sizes[i]]
+            piece[local.numel() :] = 0
+            shard = piece[: local.numel()].view(local.shape).copy_(local)
+            header[i, :2] = bit_sums(shard, rank * rows[i])
+            header[i, 2] = shard.float().sum().isfinite()
+        return flat, starts
 
     def _read(self, header: Tensor, names: Sequence[str]) -> None:
         sums, finite = header.sum(0).tolist(), (header[..., 2] == 1).all(0).tolist()
