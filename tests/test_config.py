@@ -446,6 +446,10 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
             ["max_new_tokens=4097 exceeds policy.max_total_sequence_length=4096", "at most 4096"],
         ),
         (
+            ["policy.generation.vllm_cfg.precision=float32"],
+            ["policy.generation.vllm_cfg.precision=float32 differs from policy.precision=bfloat16", "leave it out"],
+        ),
+        (
             ["policy.generation.vllm_cfg.max_model_len=4095"],
             ["max_model_len=4095 is below policy.max_total_sequence_length=4096", "at least 4096"],
         ),

@@ -208,7 +208,7 @@ def test_a_laptop_recipe_is_two_ranks_of_a_small_model(name: str, student: str, 
     assert (config.cluster.num_nodes, config.cluster.gpus_per_node) == (1, 2)
     assert (config.distillation.num_prompts_per_step, config.distillation.num_generations_per_prompt) == (8, 2)
     assert (policy.train_global_batch_size, policy.optimizer.kwargs.lr) == (16, lr)
-    assert (policy.generation.backend, policy.generation.max_new_tokens) == ("transformers", 48)
+    assert (policy.generation.backend, policy.generation.max_new_tokens) == ("vllm", 48)
     assert policy.max_total_sequence_length == teacher.max_total_sequence_length == 512
     assert not policy.dtensor_cfg.activation_checkpointing
     assert not policy.dtensor_cfg.reshard_after_forward

@@ -63,7 +63,7 @@ def check(config: Config) -> None:
         _fixed,
         _ranges,
         _batches,
-        _lengths,
+        _windows,
         _groups,
         _scheduler,
         _loss,
@@ -110,7 +110,7 @@ def _batches(config: Config) -> None:
             refuse(f"{name}.dynamic_batching.enabled=true excludes {name}.sequence_packing.enabled=true: set one false")
 
 
-def _lengths(config: Config) -> None:
+def _windows(config: Config) -> None:
     window, generation = config.policy.max_total_sequence_length, config.policy.generation
     if generation.max_new_tokens > window:
         refuse(
@@ -121,6 +121,11 @@ def _lengths(config: Config) -> None:
         refuse(
             f"policy.generation.vllm_cfg.max_model_len={generation.vllm_cfg.max_model_len} is below "
             f"policy.max_total_sequence_length={window}: set it to at least {window}"
+        )
+    if generation.backend == "vllm" and generation.vllm_cfg.precision != config.policy.precision:
+        refuse(
+            f"policy.generation.vllm_cfg.precision={generation.vllm_cfg.precision} differs from "
+            f"policy.precision={config.policy.precision}, and the student samples as it is trained: leave it out"
         )
     teacher = config.teacher.max_total_sequence_length
     if teacher < window and not config.distillation.context_distillation.enabled:

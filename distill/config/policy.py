@@ -119,7 +119,7 @@ class VllmConfig:
     async_engine: bool = False
     """Must be false: the engine is driven in step with training."""
     precision: Precision = "bfloat16"
-    """Compute dtype of the engine. Left out: policy.precision."""
+    """Compute dtype of the engine: that of policy.precision, which it is when left out."""
     kv_cache_dtype: Literal["auto"] = "auto"
     """Dtype of the key-value cache: the compute dtype."""
     logprobs_mode: Literal["processed_logprobs"] = "processed_logprobs"

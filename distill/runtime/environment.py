@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Mapping
 
 _VLLM = {
@@ -24,3 +26,5 @@ def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
     ranks: Mapping[str, int] = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
     for name, number in ranks.items():
         os.environ.setdefault(name, str(number))
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it reads the variable late
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
