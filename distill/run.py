@@ -301,7 +301,8 @@ def packing_of(config: Config) -> PackingConfig:
     policy = config.policy
     for batching in (policy.sequence_packing, policy.dynamic_batching):
         if batching.enabled:
-            return PackingConfig(policy.train_global_batch_size, sequences=None, tokens=batching.train_mb_tokens)
+            share = config.runtime.share_prefixes
+            return PackingConfig(policy.train_global_batch_size, None, batching.train_mb_tokens, share_prefixes=share)
     return PackingConfig(policy.train_global_batch_size, sequences=policy.train_micro_batch_size, tokens=None)
 
 

@@ -278,3 +278,16 @@ def test_processed_log_probs_are_those_that_are_sampled_from() -> None:
     assert top2.tolist() == pytest.approx([*torch.tensor([2.0, 1.0]).softmax(0).tolist(), 0.0, 0.0, 0.0])
     nucleus = processed_logprobs(logits, _sampling(top_p=0.7), 4).exp()[0]  # 0.64 is not enough, 0.88 is
     assert nucleus.tolist() == pytest.approx(top2.tolist())
+
+
+def test_answers_that_end_otherwise_than_they_should_are_refused(ready, monkeypatch) -> None:
+    def answers(response: tuple[int, ...], finish: str) -> None:
+        made = [Rollout(_prompts(3)[0], 0, response, (-1.0,) * len(response), finish, 7)]  # type: ignore[arg-type]
+        monkeypatch.setattr(ready, "_generate", lambda *args: made)
+        ready.generate(_prompts(3), _sampling(), 0)
+
+    answers((1, 2, 5), "stop")
+    answers((1, 2), "length")
+    for response, finish in (((1, 2, 3), "stop"), ((1, 5, 2), "length"), ((5, 2, 5), "stop"), ((1, 5), "length")):
+        with pytest.raises(RuntimeError, match=f"ended by {finish} after {len(response)} tokens, with stop tokens at"):
+            answers(response, finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,20 @@ _HEADER = 3
 """Words that a tensor adds to its bucket: two bit sums of the rank's shard, and whether all of it is finite."""
 
 
+class _Gather(NamedTuple):
+    """A bucket on its way."""
+
+    bucket: list[tuple[str, DTensor]]
+    starts: list[int]
+    """Where each shard begins in a rank's part, and where the last one ends."""
+    sent: Tensor
+    """Kept until all have read it."""
+    by_rank: Tensor
+    work: dist.Work
+
+
 class GatheredWeights:
-    """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never a second full copy.
+    """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never more than two buckets at a time.
 
     Every rank of the shard mesh must drain it once, in the same order. The cast to ``dtype`` comes before the gather,
     so that float32 shards travel as bfloat16. A yielded tensor is a view of its bucket: copy it or lose it. ``sums``
@@ -32,30 +45,44 @@ class GatheredWeights:
         self._bucket_bytes = bucket_bytes
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        ahead: _Gather | None = None
+        for bucket in self._buckets():
+            # The next bucket travels while this one is taken in.
+            now, ahead = ahead, self._start(bucket)
+            if now is not None:
+                yield from self._finish(now)
+        if ahead is not None:
+            yield from self._finish(ahead)
+
+    def _buckets(self) -> Iterator[list[tuple[str, DTensor]]]:
         bucket: list[tuple[str, DTensor]] = []
         size = 0
         for name, parameter in self._parameters:
             assert isinstance(parameter, DTensor), name
             bytes_ = parameter.numel() * self._dtype.itemsize
             if bucket and size + bytes_ > self._bucket_bytes:
-                yield from self._gather(bucket)
+                yield bucket
                 bucket, size = [], 0
             bucket.append((name, parameter))
             size += bytes_
         if bucket:
-            yield from self._gather(bucket)
+            yield bucket
 
     @torch.no_grad()
-    def _gather(self, bucket: Sequence[tuple[str, DTensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _start(self, bucket: list[tuple[str, DTensor]]) -> _Gather:
         mesh = bucket[0][1].device_mesh
-        ranks = mesh.size()
-        flat, starts = self._packed(bucket, ranks, mesh.get_local_rank(), mesh.device_type)
-        gathered = flat.new_empty(ranks * flat.numel())
-        _all_gather(gathered, flat, group=mesh.get_group())
-        by_rank = gathered.view(ranks, -1)
-        header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(ranks, len(bucket), _HEADER)
-        self._read(header, [name for name, _ in bucket])
-        for (name, parameter), begin, end in zip(bucket, starts, [*starts[1:], flat.numel()], strict=True):
+        flat, starts = self._packed(bucket, mesh.size(), mesh.get_local_rank(), mesh.device_type)
+        gathered = flat.new_empty(mesh.size() * flat.numel())
+        work = _all_gather(gathered, flat, group=mesh.get_group(), async_op=True)
+        return _Gather(bucket, [*starts, flat.numel()], flat, gathered.view(mesh.size(), -1), work)
+
+    @torch.no_grad()
+    def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor]]:
+        gather.work.wait()
+        by_rank, starts = gather.by_rank, gather.starts
+        header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
+        self._read(header, [name for name, _ in gather.bucket])
+        for (name, parameter), begin, end in zip(gather.bucket, starts, starts[1:], strict=False):
             whole = by_rank[:, begin:end].reshape(-1)[: parameter.numel()]
             yield name, whole.view(parameter.shape)
 

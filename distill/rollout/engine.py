@@ -125,7 +125,7 @@ class EngineBase(ABC):
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
         rollouts = self._generate(prompts, sampling, step)
         for rollout in rollouts:
-            self._check_answer(rollout)
+            self._check_answer(rollout, sampling)
         return rollouts
 
     def sleep(self) -> None:
@@ -152,7 +152,7 @@ class EngineBase(ABC):
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
             raise RuntimeError(f"{what} holds a token id that is not in 0..{self._valid_vocab - 1}")
 
-    def _check_answer(self, rollout: Rollout) -> None:
+    def _check_answer(self, rollout: Rollout, sampling: Sampling) -> None:
         if not all(map(math.isfinite, rollout.logprobs)):
             raise RuntimeError(
                 f"the engine's log-probs of answer {rollout.answer} to prompt {rollout.prompt.prompt_id} are not"
@@ -160,6 +160,13 @@ class EngineBase(ABC):
             )
         if not 0 <= min(rollout.response_ids) <= max(rollout.response_ids) < self._valid_vocab:
             raise RuntimeError(f"the engine sampled a token id that is not in 0..{self._valid_vocab - 1}")
+        stops = [i for i, token in enumerate(rollout.response_ids) if token in sampling.stop_token_ids]
+        last = len(rollout.response_ids) - 1
+        if stops != ([last] if rollout.finish == "stop" else []):
+            raise RuntimeError(
+                f"answer {rollout.answer} to prompt {rollout.prompt.prompt_id} ended by {rollout.finish} after"
+                f" {last + 1} tokens, with stop tokens at {stops}"
+            )
 
     def _checked(self, weights: Weights, seen: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
