@@ -122,10 +122,12 @@ class Run:
                 "teacher_tokens": float(read),
             }
         )
+        metrics.add_max({"engine_residual_gib": self.engine.residual_bytes / 2**30})
         metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
         values = finish_step(metrics, phases, self.world.control)
         self.recorder.record(step, values)
-        self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
+        if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
+            self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
 
     def save_if_due(self, step: int) -> None:
         """Write a checkpoint after ``step`` finished steps where one is due; collective."""

@@ -64,6 +64,11 @@ class Sampling:
     max_total_length: int | None = None
     """Prompt and answer together, in tokens; an answer that reaches it ends as "length". None: no limit."""
 
+    @property
+    def full(self) -> bool:
+        """Whether every token of the vocabulary can be drawn."""
+        return self.top_p >= 1 and not self.top_k
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -223,3 +228,5 @@ class SyncReport:
     seconds: float
     changed: int = 0
     """Tensors that are not what the sync before brought; all of them at the first."""
+    changed_bytes: int = 0
+    """Their bytes."""

@@ -248,6 +248,7 @@ PROVEN = {
     "log-probs of the probe moved by",
     "sound weights refused",
     "stale tensors found in vLLM's memory",
+    "stale tensors found, two rows exchanged",
     "damaged tensors found in vLLM's memory",
     "mended weights refused",
     "stale tensors found on their way",

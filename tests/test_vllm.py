@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from distill.model.load import find_model, manifest_of, meta_model, model_config
 from distill.model.student import Student
@@ -24,13 +26,14 @@ from distill.model.weights import WholeWeights
 from distill.rollout.build import check_backend
 from distill.rollout.exchange import gather_rollouts
 from distill.rollout.freshness import Freshness
-from distill.rollout.transformers_engine import TransformersEngine
+from distill.rollout.transformers_engine import TransformersEngine, processed_logprobs
 from distill.rollout.vllm_engine import VllmEngine
 from distill.runtime.environment import prepare_for_vllm
 from distill.runtime.world import World
 from distill.types import Problem, Prompt, Rollout, Sampling, UserError
 from tests.harness import config_for
 from tests.helpers import run_ranks, save_tiny_model
+from tests.test_freshness import FakeMemory
 
 pytestmark = pytest.mark.slow
 
@@ -46,15 +49,16 @@ def _prompts(*lengths: int) -> list[Prompt]:
 
 
 PROMPTS = _prompts(7, 1, 40, 12)
+NUCLEUS = replace(SAMPLED, top_p=0.9, top_k=40, stop_token_ids=())
 KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
 EXCHANGED = {KEY: VALUE, VALUE: KEY}
 
 
-def _engine(folder: Path, tp: int = 1) -> VllmEngine:
+def _engine(folder: Path, tp: int = 1, memory: FakeMemory | None = None) -> VllmEngine:
     prepare_for_vllm(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     shape = model_config(find_model(str(folder), "a model"), "a model")
     manifest = manifest_of(meta_model(shape, "eager", torch.float32))
-    return VllmEngine(str(folder), manifest, torch.float32, WINDOW, VALID, tp)
+    return VllmEngine(str(folder), manifest, torch.float32, WINDOW, VALID, tp, memory=memory)
 
 
 def _plain_engine(folder: Path) -> TransformersEngine:
@@ -102,8 +106,9 @@ def _alone(folder: Path) -> dict[str, Any]:
     world = World()
     torch.manual_seed(5)
     before = _random_states()
-    engine = _engine(folder)
-    seen: dict[str, Any] = {"random states": (before, _random_states())}
+    memory = FakeMemory(free=2**40)
+    engine = _engine(folder, memory=memory)
+    seen: dict[str, Any] = {"folder": folder, "random states": (before, _random_states())}
     tensors = _tensors(folder)
     seen["asleep"] = {
         "generate": _said(lambda: engine.generate(PROMPTS, GREEDY, 0)),
@@ -116,12 +121,18 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["greedy"] = engine.generate(PROMPTS, GREEDY, 0), plain.generate(PROMPTS, GREEDY, 0)
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
     seen["one by one"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
+    seen["nucleus"] = engine.generate(PROMPTS, NUCLEUS, 0)
     seen["another step"] = engine.generate(PROMPTS, SAMPLED, 1)
     seen["refused"] = {
         "a prompt as long as the window": _said(lambda: engine.generate(_prompts(WINDOW), GREEDY, 0)),
         "an id of the padding": _said(lambda: engine.generate([Prompt(0, (VALID,), Problem("p"))], GREEDY, 0)),
     }
+    memory.is_others = 5 * 2**30
     engine.sleep()
+    seen["residual"] = engine.residual_bytes
+    memory.is_free = 0
+    seen["no memory"] = _said(lambda: engine.wake("weights"))
+    memory.is_free = 2**40
     moved = {**tensors, "model.norm.weight": tensors["model.norm.weight"] * 1.5}
     seen["second report"] = _awake(engine, moved, 4)
     seen["second probe"] = engine.probe(PROBE)
@@ -203,8 +214,14 @@ def test_both_members_give_the_same_greedy_answers_and_log_probs(alone) -> None:
 
 
 def test_log_probs_are_those_of_the_distribution_sampled_from(alone) -> None:
-    for rollout in alone["sampled"][0]:
-        assert len(rollout.logprobs) == len(rollout.response_ids) and max(rollout.logprobs) <= 0
+    plain = AutoModelForCausalLM.from_pretrained(alone["folder"], dtype=torch.float32)
+    for rollout in [*alone["sampled"][0], *alone["nucleus"]]:
+        prompt, ids = rollout.prompt.student_ids, torch.tensor(rollout.response_ids)
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([prompt + rollout.response_ids])).logits[0, len(prompt) - 1 : -1]
+        sampling = NUCLEUS if rollout in alone["nucleus"] else SAMPLED
+        expected = processed_logprobs(logits, sampling, VALID).gather(1, ids[:, None])[:, 0]
+        assert (expected - torch.tensor(rollout.logprobs)).abs().max() < 1e-4
 
 
 def test_answers_repeat_and_do_not_depend_on_their_neighbours(alone) -> None:
@@ -223,6 +240,11 @@ def test_answers_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) ->
         assert (r.response_ids[-1] in SAMPLED.stop_token_ids) == (r.finish == "stop")
         assert r.finish == "stop" or len(r.response_ids) == 10
         assert max(r.response_ids) < VALID and r.version == 3
+
+
+def test_it_looks_at_the_memory_before_it_wakes_and_after_it_slept(alone) -> None:
+    assert "waking the engine's weights needs 0.00 GiB and 0.00 GiB are free" in alone["no memory"]
+    assert alone["residual"] == 5 * 2**30
 
 
 def test_prompts_it_cannot_read_are_refused(alone) -> None:
@@ -305,7 +327,6 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     norm.data += float(other)
     seen["one rank's weights"] = _said(lambda: engine._prove(sent))
     norm.data -= float(other)
-    engine._tp_size = 2
     run = engine._run
 
     def drifted(*args: Any, **kwargs: Any) -> list[Any]:
@@ -393,9 +414,16 @@ def test_fifty_cycles_leave_no_memory_handles_or_threads_behind(tmp_path: Path) 
     assert (handles_end, threads_end) == (handles, threads)
 
 
-def _refusal(folder: Path, *overrides: str) -> str:
-    config = config_for(folder, folder, "distillation.allow_degenerate=true", *overrides, ranks=2)
-    world = SimpleNamespace(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+def _refusal(folder: Path, *overrides: str, ranks: int = 2) -> str:
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            environment.setenv(name, "0")  # so that they are restored
+        return _refused(folder, *overrides, ranks=ranks)
+
+
+def _refused(folder: Path, *overrides: str, ranks: int) -> str:
+    config = config_for(folder, folder, "distillation.allow_degenerate=true", *overrides, ranks=ranks)
+    world = SimpleNamespace(rank=0, size=ranks, local_rank=0, local_size=ranks, device=torch.device("cpu"))
     try:
         check_backend(config, find_model(str(folder), "a model"), world)  # type: ignore[arg-type]
     except UserError as error:
@@ -410,12 +438,34 @@ def _refusal(folder: Path, *overrides: str) -> str:
         (["policy.generation.vllm_kwargs={seed: 3}"], "vllm_kwargs.seed is set by the trainer: remove it"),
         (["policy.generation.vllm_kwargs={max_seqs: 3}"], "vllm_kwargs.max_seqs is no argument of vLLM's engine"),
         (["policy.generation.vllm_kwargs={max_num_seqs: 3}"], ""),
+        (["policy.generation.vllm_kwargs={quantization: fp8}"], "vllm_kwargs.quantization is not possible"),
+        (
+            ["policy.generation.vllm_kwargs={gpu_memory_utilization: 0.5}"],
+            "vllm_kwargs.gpu_memory_utilization has a key of its own: set policy.generation.vllm_cfg.gpu_memory_util",
+        ),
         (["policy.generation.vllm_cfg.tensor_parallel_size=2"], "does not divide the 3 attention heads"),
     ],
 )
 def test_what_vllm_cannot_do_is_refused_before_it_is_built(tmp_path: Path, overrides, sentence) -> None:
     folder = save_tiny_model(tmp_path / "m", "llama", hidden=96, heads=3, kv_heads=1)
     said = _refusal(folder, "policy.generation.backend=vllm", *overrides)
+    assert sentence in said and bool(said) == bool(sentence)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shape", "sentence"),
+    [
+        (2, {"kv_heads": 1}, ""),
+        (2, {"heads": 6, "kv_heads": 3, "hidden": 96}, "does not divide the 3 key-value heads"),
+        (3, {"heads": 6, "kv_heads": 3, "hidden": 96}, ""),
+        (3, {"heads": 6, "kv_heads": 3}, "does not divide the 128 inner channels (intermediate_size)"),
+        (3, {"heads": 6, "kv_heads": 3, "hidden": 96, "vocab": 390}, "does not divide the 448 rows of the padded voc"),
+    ],
+)
+def test_an_engine_of_several_ranks_needs_a_model_that_splits(tmp_path: Path, ranks, shape, sentence) -> None:
+    folder = save_tiny_model(tmp_path / "m", "qwen3", **shape)
+    overrides = ("policy.generation.backend=vllm", f"policy.generation.vllm_cfg.tensor_parallel_size={ranks}")
+    said = _refusal(folder, *overrides, ranks=ranks)
     assert sentence in said and bool(said) == bool(sentence)
 
 

@@ -23,11 +23,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Any]:
-    """Three runs of six steps in bfloat16, the last of them in two halves; each in processes of its own."""
-    vllm = ("policy.generation.backend=vllm", "policy.precision=bfloat16", "checkpointing.save_period=3")
+    """Runs of six steps, some in two halves; each in processes of its own.
+
+    In bfloat16 each rank has an engine; in float32 both have one, and every probe is compared with the trainer's.
+    """
+    vllm = ("policy.generation.backend=vllm", "checkpointing.save_period=3")
+    bfloat16 = ("policy.precision=bfloat16",)
+    together = ("policy.generation.vllm_cfg.tensor_parallel_size=2",)
     ended = {}
-    for name, steps in (("whole", 6), ("again", 6), ("halves", 3), ("halves", 6)):
-        line = _command(root, name, *vllm, f"distillation.max_num_steps={steps}")
+    for name, steps, overrides in (
+        ("whole", 6, bfloat16),
+        ("again", 6, bfloat16),
+        ("halves", 3, bfloat16),
+        ("halves", 6, bfloat16),
+        ("float32", 6, ()),
+        ("together", 6, together),
+        ("together-halves", 3, together),
+        ("together-halves", 6, together),
+    ):
+        line = _command(root, name, *vllm, *overrides, f"distillation.max_num_steps={steps}")
         ended[f"{name} to {steps}"] = run_ranks(2, _mains, [free_port()], [line])
     return ended
 
@@ -44,19 +58,27 @@ def test_every_rank_ends_well_and_the_main_one_speaks(runs) -> None:
     assert "step 6/6" in said
 
 
-@pytest.mark.parametrize("name", ["again", "halves"])
-def test_a_run_repeats_and_resumes_bit_for_bit(root, runs, name) -> None:
-    whole, other = (_train_rows(root / "runs" / run) for run in ("whole", name))
+@pytest.mark.parametrize(("first", "name"), [("whole", "again"), ("whole", "halves"), ("together", "together-halves")])
+def test_a_run_repeats_and_resumes_bit_for_bit(root, runs, first, name) -> None:
+    whole, other = (_train_rows(root / "runs" / run) for run in (first, name))
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
     # A resumed engine has nothing to compare its first sync with.
     sync = {"train/probe_change", "train/sync_changed_tensors"}
-    drop = sync if name == "halves" else set()
+    drop = sync if "halves" in name else set()
     assert [{k: v for k, v in row.items() if k not in drop} for row in other] == [
         {k: v for k, v in row.items() if k not in drop} for row in whole
     ]
-    weights, others = _export(root, "whole"), _export(root, name)
+    weights, others = _export(root, first), _export(root, name)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_one_engine_of_both_ranks_trains_as_an_engine_each(root, runs) -> None:
+    each, both = (_train_rows(root / "runs" / run) for run in ("float32", "together"))
+    for one, other in zip(each, both, strict=True):
+        assert one["train/generated_tokens"] == other["train/generated_tokens"]
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
+        assert other["train/sampler_logprob_diff"] < 1e-4
 
 
 def test_syncs_and_their_cost_are_metrics(root, runs) -> None:

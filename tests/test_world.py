@@ -149,6 +149,21 @@ def test_a_rank_that_meets_an_error_alone_says_it_and_hangs_nobody(tmp_path) -> 
     assert found.stderr.count("error: a=1 is wrong: set 2") == 1 and "exitcode  : 2" in found.stderr, found.stderr
 
 
+@pytest.mark.slow
+def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_all(tmp_path) -> None:
+    (tmp_path / "alone.py").write_text(ALONE.replace('UserError("a=1 is wrong: set 2")', 'RuntimeError("broken")'))
+    found = subprocess.run(
+        torchrun(2, str(tmp_path / "alone.py")),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode != 0
+    assert found.stderr.count("RuntimeError: broken") == 1 and "exitcode  : 1" in found.stderr, found.stderr
+
+
 def test_run_folders_count_up_and_a_given_one_is_taken(tmp_path) -> None:
     log_dir = str(tmp_path / "logs")
     assert [new_run_dir(log_dir, None).name for _ in range(2)] == ["exp_001", "exp_002"]

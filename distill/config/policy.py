@@ -151,7 +151,7 @@ class GenerationConfig:
     """How the student's answers are sampled."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
-    """vllm: fast, on GPUs; transformers: plain, anywhere."""
+    """vllm: fast; transformers: plain, slow, and needs nothing more."""
     max_new_tokens: int = 8192
     """Longest answer in tokens. Left out: policy.max_total_sequence_length (prompt and answer together)."""
     temperature: float = 1.0

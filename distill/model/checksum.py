@@ -15,7 +15,8 @@ class BitSums(NamedTuple):
     """Two sums of a tensor's bit patterns, modulo 2**64 (as int64).
 
     A row is read as 64-bit words, its end padded with zeros. Both sums add over any split of the rows, and over a
-    split of the columns at a whole word. ``weighted`` tells rows that changed places, which ``plain`` can't.
+    split of the columns at a whole word. ``weighted`` tells rows that changed places, which ``plain`` can't. Whole
+    words that change places inside one row are seen by neither.
     """
 
     plain: int
@@ -49,6 +50,6 @@ def wrapped(total: int) -> int:
     return (total + 2**63) % 2**64 - 2**63
 
 
-def changed(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> int:
-    """How many tensors are not what they were."""
-    return sum(before.get(name) != sums for name, sums in after.items())
+def changed(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> list[str]:
+    """The tensors that are not what they were."""
+    return [name for name, sums in after.items() if before.get(name) != sums]

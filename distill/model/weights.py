@@ -22,7 +22,7 @@ class _Gather(NamedTuple):
 
     bucket: list[tuple[str, DTensor]]
     starts: list[int]
-    """Where each shard begins in a rank's part, and where the last one ends."""
+    """Where each tensor's shard begins in a rank's part."""
     sent: Tensor
     """Kept until all have read it."""
     by_rank: Tensor
@@ -74,7 +74,7 @@ class GatheredWeights:
         flat, starts = self._packed(bucket, mesh.size(), mesh.get_local_rank(), mesh.device_type)
         gathered = flat.new_empty(mesh.size() * flat.numel())
         work = _all_gather(gathered, flat, group=mesh.get_group(), async_op=True)
-        return _Gather(bucket, [*starts, flat.numel()], flat, gathered.view(mesh.size(), -1), work)
+        return _Gather(bucket, starts, flat, gathered.view(mesh.size(), -1), work)
 
     @torch.no_grad()
     def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +82,8 @@ class GatheredWeights:
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
         self._read(header, [name for name, _ in gather.bucket])
-        for (name, parameter), begin, end in zip(gather.bucket, starts, starts[1:], strict=False):
+        for (name, parameter), begin in zip(gather.bucket, starts, strict=True):
+            end = begin + -(-parameter.shape[0] // len(by_rank)) * (parameter.numel() // parameter.shape[0])
             whole = by_rank[:, begin:end].reshape(-1)[: parameter.numel()]
             yield name, whole.view(parameter.shape)
 
@@ -92,20 +93,20 @@ class GatheredWeights:
         """This rank's shards end to end behind their header, in one pass that also casts; where each begins."""
         # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
         rows = [-(-parameter.shape[0] // ranks) for _, parameter in bucket]
-        sizes = [n * p.numel() // p.shape[0] for n, (_, p) in zip(rows, bucket, strict=True)]
-        # The header comes first, where it lies at a whole word.
-        starts = [len(bucket) * _HEADER * (WORD_BYTES // self._dtype.itemsize)]
-        for size in sizes:
-            starts.append(starts[-1] + size)
+        # The header comes first, and everything begins at a whole word, where bits are summed.
+        word = WORD_BYTES // self._dtype.itemsize
+        starts = [len(bucket) * _HEADER * word]
+        for n, (_, parameter) in zip(rows, bucket, strict=True):
+            starts.append(starts[-1] + -(-n * (parameter.numel() // parameter.shape[0]) // word) * word)
+        ends = starts[1:]
         flat = torch.empty(starts.pop(), dtype=self._dtype, device=device)
         header = flat[: starts[0]].view(torch.int64).view(-1, _HEADER)
         for i, (_, parameter) in enumerate(bucket):
             local = parameter.to_local()
-            piece = flat[starts[i] : starts[i] + sizes[i]]
-            piece[local.numel() :] = 0
-            shard = piece[: local.numel()].view(local.shape).copy_(local)
+            flat[starts[i] + local.numel() : ends[i]] = 0
+            shard = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
             header[i, :2] = bit_sums(shard, rank * rows[i])
-            header[i, 2] = shard.float().sum().isfinite()
+            header[i, 2] = local.sum(dtype=torch.float32).isfinite()
         return flat, starts
 
     def _read(self, header: Tensor, names: Sequence[str]) -> None:

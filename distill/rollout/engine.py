@@ -34,6 +34,8 @@ class Engine(Protocol):
 
     replica: int
     replicas: int
+    residual_bytes: int
+    """Device memory in use outside torch after the last sleep; 0 where sleeping frees none."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """Take back the memory of the weights (from asleep) or of the key-value cache (from synced)."""
@@ -70,6 +72,7 @@ class EngineBase(ABC):
     ) -> None:
         self.replica = replica
         self.replicas = replicas
+        self.residual_bytes = 0
         self.state: State = "asleep"
         self._manifest = dict(manifest)
         self._window = window
@@ -106,7 +109,8 @@ class EngineBase(ABC):
         self._sums = dict(weights.sums)
         self._version = version
         self.state = "synced"
-        return SyncReport(version, len(seen), sum(seen.values()), time.monotonic() - started, differ)
+        seconds, differing = time.monotonic() - started, sum(seen[name] for name in differ)
+        return SyncReport(version, len(seen), sum(seen.values()), seconds, len(differ), differing)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """See Engine.probe. Raises RuntimeError where a log-prob isn't finite."""

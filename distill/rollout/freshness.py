@@ -12,14 +12,18 @@ import torch
 from distill.rollout.engine import Engine, Weights
 from distill.runtime.metrics import Metrics
 from distill.runtime.world import World
+from distill.types import SyncReport
 
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 FLOAT32_LIMIT = 1e-4
 """Nats by which the engine's log-probs may differ from the trainer's in float32: other kernels make 1e-6 to 3e-6."""
+GROSS_LIMIT = 0.5
+"""Nats a token by which trainer and sampler never differ for rounding: bfloat16 makes 0.04, garbage above 1."""
 _MOST = 0.9
-"""Share of changed tensors from which on the probe's log-probs must have moved: a few flipped bits may round away."""
+"""Share of the bytes, by changed tensors, from which on the probe's log-probs must have moved: a few flipped bits may
+round away. Norms are many tensors and few bytes, and at small learning rates they often stay."""
 _ALARM = 3.0
 """Times its first value that the sampler-against-trainer difference may reach before it is warned of."""
 
@@ -63,10 +67,11 @@ class Freshness:
         with self._world.agreed("waking the engine"):
             engine.wake("weights")
         report = engine.sync(student.weights(), version)
-        with self._world.agreed("probing the engine"):
+        with self._world.agreed("waking the engine's cache"):
             engine.wake("kv")
+        with self._world.agreed("probing the engine"):  # all of an engine's ranks are awake: they compute together
             said = engine.probe(self._probe_ids)
-            moved = self._moved(said, report.changed, report.tensors)
+            moved = self._moved(said, report)
         if student.dtype == torch.float32:
             wanted = student.logprobs(self._probe_ids)
             with self._world.agreed("comparing the engine with the trainer"):
@@ -75,14 +80,17 @@ class Freshness:
             metrics.add_max({"timing/train/weight_sync": report.seconds})
             metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (moved, 1)})
 
-    def _moved(self, said: list[float], changed: int, tensors: int) -> float:
+    def _moved(self, said: list[float], report: SyncReport) -> float:
         """Mean |change| of the probe's log-probs since the last sync, in nats."""
         last, self._last = self._last, said
         if last is None:
             return math.nan
-        if changed and said == last:
-            problem = f"{changed} of {tensors} tensors changed, and the engine answers the probe exactly as before"
-            if changed >= _MOST * tensors:
+        if report.changed and said == last:
+            problem = (
+                f"{report.changed} of {report.tensors} tensors changed, {report.changed_bytes / report.bytes:.0%} of"
+                " all bytes are theirs, and the engine answers the probe exactly as before"
+            )
+            if report.changed_bytes >= _MOST * report.bytes:
                 raise RuntimeError(f"{problem}: it does not use the weights it was sent")
             log.warning(problem)
         return sum(abs(a - b) for a, b in zip(said, last, strict=True)) / len(said)
@@ -91,10 +99,11 @@ class Freshness:
         """Judge a step's mean |trainer's - sampler's| log-prob of sampled tokens; the same value on every rank."""
         if math.isnan(difference):  # nothing was trained
             return
-        if self._student.dtype == torch.float32 and difference > FLOAT32_LIMIT:
+        limit = FLOAT32_LIMIT if self._student.dtype == torch.float32 else GROSS_LIMIT
+        if difference > limit:
             raise RuntimeError(
-                f"trainer and sampler differ by {difference:.3g} nats a token in float32, where {FLOAT32_LIMIT:g} is"
-                " the most that rounding explains: they do not have the same weights, temperature or prompts"
+                f"trainer and sampler differ by {difference:.3g} nats a token, and {limit:g} is the most that rounding"
+                " explains: they do not have the same weights, temperature or prompts"
             )
         if self._first_difference is None:
             self._first_difference = difference

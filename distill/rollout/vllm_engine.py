@@ -47,6 +47,14 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
     }
 
 
+def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
+    """Before 0.32, vLLM's asynchronous scheduler asks what is done by now, which the ranks of an engine see apart."""
+    import vllm
+
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    return {"async_scheduling": False} if tensor_parallel_size > 1 and version < (0, 32) else {}
+
+
 class VllmEngine(EngineBase):
     """One vLLM of ``tensor_parallel_size`` consecutive ranks; all ranks of the job make theirs at the same point.
 
@@ -74,7 +82,7 @@ class VllmEngine(EngineBase):
         super().__init__(manifest, window, valid_vocab, rank // tensor_parallel_size, size // tensor_parallel_size)
         self.can_sleep = bool(current_platform.is_sleep_mode_available())
         started = time.monotonic()
-        with kept_random_state():
+        with kept_random_state(), kept_threads():
             self._llm = LLM(
                 model=model,
                 dtype=str(dtype).removeprefix("torch."),
@@ -82,6 +90,7 @@ class VllmEngine(EngineBase):
                 max_model_len=window,
                 **{**(_CPU_DEFAULTS if current_platform.is_cpu() else {}), **(arguments or {})},
                 **fixed_arguments(self.can_sleep),
+                **_scheduling(tensor_parallel_size),
             )
         self._engine: Any = self._llm.llm_engine
         self._group: dist.ProcessGroup = get_tp_group().cpu_group
@@ -151,7 +160,7 @@ class VllmEngine(EngineBase):
     def _sleep(self) -> None:
         self._llm.sleep(level=2)
         if self._guard is not None:
-            self._guard.asleep()
+            self.residual_bytes = self._guard.asleep()
 
     def _close(self) -> None:
         # It ends in destroy_process_group(), whoever made the group.
@@ -171,7 +180,8 @@ class VllmEngine(EngineBase):
         return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
 
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
-        self._agree("prompts, sampling or step", [(p.prompt_id, p.student_ids) for p in prompts], sampling, step)
+        asked = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
+        self._agree("prompts, sampling or step", asked, sampling, step, self._version)
         answers = [(prompts[i], a) for i in longest_first(prompts) for a in range(sampling.answers_per_prompt)]
         outputs = self._run(
             [(prompt.student_ids, self._params(prompt, answer, sampling, step)) for prompt, answer in answers],
@@ -254,6 +264,17 @@ class VllmEngine(EngineBase):
         dist.all_gather_object(digests, digest, group=self._group)
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks of one vLLM engine have different {what}: digests {digests}")
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Leave torch's number of threads as it was: vLLM sets one, and an optimizer on the host would crawl."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def pool_bytes() -> int:

@@ -76,7 +76,7 @@ class VllmWeights:
 
         Each tensor is found by itself, also where vLLM fused several into one parameter.
         """
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding itself
         places: list[tuple[str, Section]] = []
         sums: list[Tensor] = []
         for name, tensors in self._names.items():
@@ -100,8 +100,13 @@ class VllmWeights:
         return self._at_door[name]
 
     def _watch_door(self, prefix: str, module: nn.Module) -> None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+        has_head = isinstance(getattr(self.model, "lm_head", None), ParallelLMHead)
+        looked_up = type(module) is VocabParallelEmbedding and has_head
+        if looked_up:  # it is never multiplied: what the kernels would be given isn't read
+            module.quant_method.process_weights_after_loading = lambda layer: None  # type: ignore[union-attr]
+            return
         self._through_door.update(f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
         method: Any = module.quant_method
         repack = method.process_weights_after_loading
@@ -110,8 +115,7 @@ class VllmWeights:
             for leaf, parameter in layer.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
                 self._at_door[name] = section_sums(parameter, self._sections(layer, leaf, self._names[name]))
-            if type(layer) is not VocabParallelEmbedding:  # it is looked up, never multiplied: its copy isn't read
-                repack(layer)
+            repack(layer)
 
         method.process_weights_after_loading = summed_first
 

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from logging.handlers import MemoryHandler
@@ -225,6 +226,12 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         if alone:
             leave(code)
+    except Exception:
+        if world is None or world.size == 1:
+            raise
+        # The interpreter's own end may wait for ranks that wait for this one.
+        traceback.print_exc()
+        leave(1)
     if world is not None:
         world.close()
     return code
