@@ -36,7 +36,7 @@ models: venv  ## models/: SmolLM2-135M and a depth-pruned student, from the llm-
 smoke: venv models  ## two short trainings on two ranks, a table at the end
 	@$(PY) -m scripts.smoke
 
-demo-context: venv models  ## a rule only the teacher reads, learnt in 24 steps: about eight minutes
+demo-context: venv models  ## a rule only the teacher reads, learnt in 24 steps: about five minutes
 	@$(PY) -m torch.distributed.run --nproc-per-node 2 -m scripts.demo_context
 
 bench-step: venv models  ## seconds of each phase of a step, median of ten

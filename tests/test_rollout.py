@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from distill.model.checksum import whole_bit_sums
 from distill.model.load import find_model, model_config
 from distill.model.weights import WholeWeights
-from distill.rollout.engine import answer_seed
+from distill.rollout.engine import answer_seed, longest_first
 from distill.rollout.transformers_engine import TransformersEngine, draw, processed_logprobs
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.helpers import save_tiny_model
@@ -234,6 +234,10 @@ def test_global_random_state_is_neither_read_nor_moved(ready) -> None:
     assert torch.rand(1) == after
     torch.manual_seed(2)
     assert _ids(ready.generate(_prompts(5), _sampling(), step=0)) == first
+
+
+def test_the_longest_prompt_goes_first() -> None:
+    assert longest_first(_prompts(3, 9, 20, 9)) == [2, 1, 3, 0]
 
 
 def test_seeds_of_neighbours_are_unrelated() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from distill.model.load import find_model, manifest_of, meta_model, model_config
 from distill.model.student import Student
@@ -96,6 +96,13 @@ def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
     return report
 
 
+def _cached(engine: VllmEngine, answers: int) -> list[int]:
+    """How many of 40 tokens of a prompt each of its answers finds read already."""
+    prompt = Prompt(9, tuple(range(100, 140)), Problem("p"))
+    outputs = engine._run([(prompt.student_ids, engine._params(prompt, a, SAMPLED, 0)) for a in range(answers)])
+    return [output.num_cached_tokens for output in outputs]
+
+
 def _random_states() -> list[Any]:
     numpys = np.random.get_state(legacy=False)["state"]["key"].tolist()
     return [random.getstate(), numpys, torch.get_rng_state().tolist()]
@@ -121,6 +128,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["greedy"] = engine.generate(PROMPTS, GREEDY, 0), plain.generate(PROMPTS, GREEDY, 0)
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
     seen["one by one"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
+    seen["cached"] = [_cached(engine, 2)]
     seen["nucleus"] = engine.generate(PROMPTS, NUCLEUS, 0)
     seen["another step"] = engine.generate(PROMPTS, SAMPLED, 1)
     seen["refused"] = {
@@ -136,6 +144,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     moved = {**tensors, "model.norm.weight": tensors["model.norm.weight"] * 1.5}
     seen["second report"] = _awake(engine, moved, 4)
     seen["second probe"] = engine.probe(PROBE)
+    seen["cached"].append(_cached(engine, 1))
     engine.sleep()
     _awake(engine, tensors, 5)
     seen["spoilt"] = _spoil(engine, WholeWeights(tensors.items()))
@@ -191,6 +200,7 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "m", "qwen3", True, seed=1)
+    GenerationConfig(eos_token_id=list(range(1, VALID, 2))).save_pretrained(folder)  # which stop ids, a recipe says
     return dict(run_ranks(1, _alone, folder)[0])
 
 
@@ -230,6 +240,11 @@ def test_answers_repeat_and_do_not_depend_on_their_neighbours(alone) -> None:
     assert alone["one by one"] == first
     assert _ids(alone["another step"]) != _ids(first)
     assert len({r.response_ids for r in first}) > len(PROMPTS), "answers to one prompt share a stream"
+
+
+def test_a_prompt_is_read_once_for_its_answers_and_anew_after_a_sync(alone) -> None:
+    block = 32
+    assert alone["cached"] == [[0, block], [0]]
 
 
 def test_answers_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) -> None:
