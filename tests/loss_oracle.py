@@ -14,7 +14,7 @@ MEMBERS = [
     LossConfig(kl_type=kl_type, mixed_kl_weight=0.3, outside_topk=outside)
     for kl_type in ("forward", "reverse", "mixed")
     for outside in ("bucket", "renormalize", "floor")
-]
+] + [LossConfig(kl_type="jsd", jsd_beta=0.3, outside_topk=outside) for outside in ("bucket", "renormalize")]
 
 
 class Case(NamedTuple):
@@ -53,6 +53,9 @@ def definition(
         forward_N, reverse_N = _on_floor(p_NK, q_NV, q_NK, ids_NK)
     else:
         p_NE, q_NE = (_events(whole, kept, ids_NK, config.outside) for whole, kept in ((p_NV, p_NK), (q_NV, q_NK)))
+        if config.kl_type == "jsd":
+            middle_NE = config.jsd_beta * p_NE + (1 - config.jsd_beta) * q_NE
+            return config.jsd_beta * _kl(p_NE, middle_NE) + (1 - config.jsd_beta) * _kl(q_NE, middle_NE)
         forward_N, reverse_N = _kl(p_NE, q_NE), _kl(q_NE, p_NE)
     share = {"forward": 1.0, "reverse": 0.0, "mixed": config.mixed_kl_weight}[config.kl_type]
     return share * forward_N + (1 - share) * reverse_N

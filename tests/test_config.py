@@ -307,7 +307,7 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(word: str, senten
         ("policy.generation.vllm_kwargs=3", "has the wrong type: set it to keys with values"),
         ("policy.tokenizer=x", "has the wrong type: set it to keys with values"),
         ("policy.model_name=null", "has the wrong type: set it to a text"),
-        ("loss_fn.kl_type=backward", "isn't possible: set it to mixed, forward or reverse"),
+        ("loss_fn.kl_type=backward", "isn't possible: set it to mixed, forward, reverse or jsd"),
         ("policy.precision=fp8", "isn't possible: set it to bfloat16 or float32"),
         ("policy.generation.vllm_cfg.kv_cache_dtype=fp8", "isn't possible: set it to auto"),
         ("policy.generation.backend=megatron", "isn't possible: set it to vllm or transformers"),
@@ -441,6 +441,12 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
             ["policy.dynamic_batching.enabled=true", "policy.sequence_packing.enabled=true"],
             ["policy.dynamic_batching.enabled=true excludes policy.sequence_packing.enabled=true"],
         ),
+        (
+            ["loss_fn.kl_type=jsd", "loss_fn.jsd_beta=1", "loss_fn.outside_topk=bucket"],
+            ["loss_fn.jsd_beta=1", "loss_fn.kl_type=forward"],
+        ),
+        (["loss_fn.kl_type=jsd", "loss_fn.jsd_beta=0", "loss_fn.outside_topk=bucket"], ["loss_fn.kl_type=reverse"]),
+        (["loss_fn.kl_type=jsd", "loss_fn.zero_outside_topk=true"], ["knows no floor", "loss_fn.outside_topk=bucket"]),
         (
             ["policy.generation.max_new_tokens=4097"],
             ["max_new_tokens=4097 exceeds policy.max_total_sequence_length=4096", "at most 4096"],

@@ -106,6 +106,24 @@ def test_the_bucket_has_the_closed_form_gradient() -> None:
         assert_close(gradient, weight_N1 * gradient_NV, 1e-10)
 
 
+def test_jensen_shannon_by_hand() -> None:
+    """Teacher (1/2, 1/2), student (1/4, 3/4), nothing outside: m = (7/20, 13/20) at beta 0.4."""
+    topk = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).double().log(), torch.tensor([-math.inf]).double())
+    logits_NV = torch.tensor([[0.25, 0.75]]).double().log()
+    teachers = 0.5 * math.log(0.5 / 0.35) + 0.5 * math.log(0.5 / 0.65)
+    students = 0.25 * math.log(0.25 / 0.35) + 0.75 * math.log(0.75 / 0.65)
+    expected = torch.tensor([0.4 * teachers + 0.6 * students], dtype=torch.float64)
+    assert_close(topk_kl(logits_NV, topk, LossConfig(kl_type="jsd", jsd_beta=0.4)), expected, 1e-12)
+
+
+def test_jensen_shannon_is_bounded_where_one_model_excludes_what_the_other_needs() -> None:
+    case = make_case(3, 20, 4)
+    config = LossConfig(kl_type="jsd")
+    apart_NV = case.student_NV.scatter(1, case.topk.ids_NK.long(), -math.inf)
+    value, gradient = with_gradient(lambda x: topk_kl(x, case.topk, config), apart_NV)
+    assert (value > 0.1).all() and (value <= math.log(2)).all() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("zero_outside_topk", [False, True])
 @pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
 def test_zero_outside_topk_means_what_it_means_in_the_reference(kl_type: Any, zero_outside_topk: bool) -> None:
@@ -223,7 +241,7 @@ def test_an_empty_tail_has_finite_values_and_gradients(config: LossConfig) -> No
     case = make_case(4, 12, 12)
     value, gradient = with_gradient(lambda x: topk_kl(x, case.topk, config), case.student_NV)
     expected, expected_gradient = with_gradient(
-        lambda x: definition(x, case.teacher_NV, case.topk.ids_NK, LossConfig(config.kl_type, 0.3), 1.0),
+        lambda x: definition(x, case.teacher_NV, case.topk.ids_NK, LossConfig(config.kl_type, 0.3, 0.3), 1.0),
         case.student_NV,
     )
     assert_close(value, expected, 1e-10)
@@ -250,7 +268,7 @@ def test_a_student_that_excludes_a_teachers_token_has_a_finite_gradient() -> Non
 def test_a_student_without_a_tail_has_a_finite_gradient(config: LossConfig) -> None:
     case = make_case(3, 20, 4)
     inside = torch.zeros(3, 20, dtype=torch.bool).scatter(1, case.topk.ids_NK.long(), True)
-    forward_bucket = config.outside == "bucket" and config.kl_type != "reverse"
+    forward_bucket = config.outside == "bucket" and config.kl_type in ("forward", "mixed")
     value, gradient = with_gradient(
         lambda x: topk_kl(x, case.topk, config), case.student_NV.masked_fill(~inside, -math.inf)
     )

@@ -305,7 +305,7 @@ def test_the_teachers_hidden_rows_are_worth_its_topk(config: LossConfig, k: int)
     hidden, head, teacher_hidden, teacher_head = rows_and_head(9, 40, 8)
     rows = TeacherRows(teacher_hidden[:, :6], teacher_head[:, :6].contiguous())  # another width than the student's
     topk = exact_topk(rows.hidden_ND @ rows.head_VD.t(), k or 40, 0.6)
-    config = LossConfig(config.kl_type, 0.3, outside_topk=config.outside, temperature=0.6)
+    config = LossConfig(config.kl_type, 0.3, 0.3, outside_topk=config.outside, temperature=0.6)
     weight_N = torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1, 1])
     runs = [
         gradients(

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from distill.config.build import refuse, show
-from distill.config.schema import Config, DatasetConfig
+from distill.config.schema import Config, DatasetConfig, LossConfig
 
 AT_LEAST: dict[int, str] = {
     1: """distillation.num_prompts_per_step distillation.num_generations_per_prompt distillation.max_num_steps
@@ -174,6 +174,23 @@ def _loss(config: Config) -> None:
         refuse(
             f"loss_fn.zero_outside_topk={show(loss.zero_outside_topk)} and loss_fn.outside_topk={loss.outside_topk} "
             "are set in one place and say the same thing: set one of them to null"
+        )
+    check_jsd(loss)
+
+
+def check_jsd(loss: LossConfig) -> None:
+    """Raise UserError for a Jensen-Shannon divergence that is 0 everywhere, or that would need a floor."""
+    if loss.kl_type != "jsd":
+        return
+    if not 0 < loss.jsd_beta < 1:
+        refuse(
+            f"loss_fn.jsd_beta={loss.jsd_beta} isn't between 0 and 1, and outside of them the divergence is 0 whatever "
+            f"the student does: set it between, or loss_fn.kl_type={'reverse' if loss.jsd_beta <= 0 else 'forward'}"
+        )
+    if loss.outside == "floor":
+        refuse(
+            "loss_fn.kl_type=jsd knows no floor outside the top-k (outside_topk=floor or zero_outside_topk=true): "
+            "set loss_fn.outside_topk=bucket"
         )
 
 

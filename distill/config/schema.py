@@ -101,10 +101,13 @@ class DistillationConfig:
 class LossConfig:
     """The divergence at every token of the answer."""
 
-    kl_type: Literal["mixed", "forward", "reverse"] = "mixed"
-    """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, by mixed_kl_weight."""
+    kl_type: Literal["mixed", "forward", "reverse", "jsd"] = "mixed"
+    """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, by mixed_kl_weight; jsd: the
+    generalised Jensen-Shannon divergence, by jsd_beta, never above ln 2 at 0.5."""
     mixed_kl_weight: float = 0.5
     """Weight of the forward KL(teacher || student) in a mixed loss; the reverse KL(student || teacher) has the rest."""
+    jsd_beta: float = 0.5
+    """b in b KL(teacher || m) + (1 - b) KL(student || m), where m = b teacher + (1 - b) student; between 0 and 1."""
     zero_outside_topk: bool | None = None
     """The reference's key. false: both models renormalised over the top-k (as outside_topk renormalize); true: teacher
     log-prob -100 outside it (as floor); null: as outside_topk says. Of the two keys the one set later wins."""

@@ -9,12 +9,14 @@ KL(teacher || student) is the forward KL, KL(student || teacher) the reverse KL.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distill.config import LossConfig
+from distill.config.check import check_jsd
 from distill.loss.checks import check_no_duplicates, check_temperature, check_topk, check_vocab
 from distill.types import TopK, UserError
 
@@ -107,10 +109,16 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Tensor
 
     ``bucket`` compares the K + 1 outcomes, so it is never negative and never above the full KL. ``renormalize``
     compares both models conditional on the K ids. ``floor`` renormalises the teacher only and takes its log-prob to be
-    -100 on all other tokens. The last two are NeMo-RL's ``zero_outside_topk`` false and true.
+    -100 on all other tokens. The last two are NeMo-RL's ``zero_outside_topk`` false and true. The Jensen-Shannon
+    divergence compares the same outcomes; a floor it has none, for its two sides share one distribution.
+
+    Errors: ``UserError`` for a kl_type that is not known, and for jsd with a floor or a beta outside (0, 1).
     """
-    share = _forward_share(loss_config)
+    check_jsd(loss_config)
     log_p, log_q = _compared(student, topk, loss_config)
+    if loss_config.kl_type == "jsd":
+        return _jsd(log_p, log_q, loss_config.jsd_beta)
+    share = _forward_share(loss_config)
     kl_N = student.tail_N.new_zeros(student.tail_N.shape)
     if share > 0:
         kl_N = kl_N + share * _kl(log_p, log_q)
@@ -158,6 +166,14 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).masked_fill(impossible, 0.0).sum(dim=-1)
 
 
+def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q over the last axis; always finite."""
+    nowhere = (log_p == _NEG_INF) & (log_q == _NEG_INF)  # m is 0 too, and its log has no gradient
+    log_p, log_q = log_p.masked_fill(nowhere, 0.0), log_q.masked_fill(nowhere, 0.0)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta)).masked_fill(nowhere, 0.0)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
 def _reverse_on_floor(student: Outcomes) -> Tensor:
     """The tail's part of KL(student || teacher) where log p = -100: sum of q log q there, plus 100 times its mass."""
     lse_N = student.events_NE().logsumexp(dim=1)
@@ -173,7 +189,7 @@ def _forward_share(loss_config: LossConfig) -> float:
             return 0.0
         case "mixed":
             return loss_config.mixed_kl_weight
-    raise UserError(f"loss_fn.kl_type={loss_config.kl_type} is not known: set forward, reverse or mixed")
+    raise UserError(f"loss_fn.kl_type={loss_config.kl_type} is not known: set forward, reverse, mixed or jsd")
 
 
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
