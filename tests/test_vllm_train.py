@@ -14,7 +14,6 @@ from tests.helpers import free_port, run_ranks
 from tests.test_train import SINCE_THE_LAST_SYNC, _command, _mains, _train_rows, make_tiny_run
 
 pytestmark = pytest.mark.slow
-HALVES = {"whole": "halves", "together": "together-halves"}
 
 
 @pytest.fixture(scope="module")
@@ -24,23 +23,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Any]:
-    """Runs of six steps, some in two halves; each in processes of its own.
-
-    In bfloat16 each rank has an engine; in float32 both have one, and every probe is compared with the trainer's.
-    """
+    """Runs of six steps in float32, one in two halves, one with one engine of both ranks; each in its own processes."""
     vllm = ("policy.generation.backend=vllm", "checkpointing.save_period=3")
-    bfloat16 = ("policy.precision=bfloat16",)
     together = ("policy.generation.vllm_cfg.tensor_parallel_size=2",)
     ended = {}
-    for name, steps, overrides in (
-        ("whole", 6, bfloat16),
-        ("halves", 3, bfloat16),
-        ("halves", 6, bfloat16),
-        ("float32", 6, ()),
-        ("together", 6, together),
-        ("together-halves", 3, together),
-        ("together-halves", 6, together),
-    ):
+    for name, steps, overrides in (("whole", 6, ()), ("halves", 3, ()), ("halves", 6, ()), ("together", 6, together)):
         line = _command(root, name, *vllm, *overrides, f"distillation.max_num_steps={steps}")
         ended[f"{name} to {steps}"] = run_ranks(2, _mains, [free_port()], [line])
     return ended
@@ -58,21 +45,20 @@ def test_every_rank_ends_well_and_the_main_one_speaks(runs) -> None:
     assert "step 6/6" in said
 
 
-@pytest.mark.parametrize("first", ["whole", "together"])
-def test_a_run_repeats_and_resumes_bit_for_bit(root, runs, first) -> None:
-    name = HALVES[first]
-    whole, other = (_train_rows(root / "runs" / run) for run in (first, name))
+def test_runs_repeat_and_resume_bit_for_bit(root, runs) -> None:
+    """The first half is a second run of the same steps, the second half its resumption."""
+    whole, other = (_train_rows(root / "runs" / name) for name in ("whole", "halves"))
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
     for key in SINCE_THE_LAST_SYNC:
         other[3][key] = whole[3][key]
     assert other == whole
-    weights, others = _export(root, first), _export(root, name)
+    weights, others = _export(root, "whole"), _export(root, "halves")
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 def test_one_engine_of_both_ranks_trains_as_an_engine_each(root, runs) -> None:
-    each, both = (_train_rows(root / "runs" / run) for run in ("float32", "together"))
+    each, both = (_train_rows(root / "runs" / run) for run in ("whole", "together"))
     for one, other in zip(each, both, strict=True):
         assert one["train/generated_tokens"] == other["train/generated_tokens"]
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
@@ -85,5 +71,5 @@ def test_syncs_and_their_cost_are_metrics(root, runs) -> None:
         assert row["train/sync_changed_tensors"] > 20
         assert 0 < row["timing/train/weight_sync"] < row["timing/train/prepare_for_generation"]
         assert 0 <= row["timing/train/generation_wait_share"] < 1
-        assert 0 < row["train/sampler_logprob_diff"] < 0.2, "the engine does not hold the student's weights"
+        assert 0 < row["train/sampler_logprob_diff"] < 1e-4, "the engine does not hold the student's weights"
     assert all(row["train/probe_change"] > 0 for row in rows[1:])
