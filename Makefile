@@ -10,6 +10,8 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# Compiled modules are kept: without them every process of a test compiles torch and vLLM anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 # ruff reads neither setup.cfg nor our pyproject.toml, so its rules stand here. N is left out: tensor names end in capital
 # letters. RUF001-3 are about look-alike letters, RUF022/RUF023 about the order of __all__ and __slots__.
