@@ -300,12 +300,11 @@ def _prompt_order(config: Config, models: Models) -> PromptOrder:
 
 def packing_of(config: Config) -> PackingConfig:
     """Budgets of a micro-batch: tokens under packing or dynamic batching (neither pads anything), else answers."""
-    policy = config.policy
+    policy, share = config.policy, config.runtime.share_prefixes
     for batching in (policy.sequence_packing, policy.dynamic_batching):
         if batching.enabled:
-            share = config.runtime.share_prefixes
             return PackingConfig(policy.train_global_batch_size, None, batching.train_mb_tokens, share_prefixes=share)
-    return PackingConfig(policy.train_global_batch_size, sequences=policy.train_micro_batch_size, tokens=None)
+    return PackingConfig(policy.train_global_batch_size, policy.train_micro_batch_size, None, share_prefixes=share)
 
 
 def _start_run_dir(arguments: Arguments) -> Path:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distill.config import Config
 from distill.model.attention import packed_attention
+from distill.run import packing_of
 from distill.runtime.packing import PackingConfig, plan, view_of
 from distill.runtime.world import World
 from distill.types import Layout, Rollout
@@ -140,3 +141,15 @@ def test_a_step_with_shared_prefixes_is_that_of_plain_pytorch(tmp_path: Path, ra
             found = differences(steps[family, name], reference)
             worst = max(found, key=found.__getitem__)
             assert found[worst] < TOLERANCE, f"{family}, {name}: {worst} differs by {found[worst]:.2g}"
+
+
+@pytest.mark.parametrize("batching", ["sequence_packing", "dynamic_batching", "neither"])
+def test_the_recipes_key_switches_sharing_off_however_micro_batches_are_counted(tmp_path: Path, batching: str) -> None:
+    folder = save_tiny_model(tmp_path / "m")
+    counted = {
+        f"policy.{name}.enabled={str(name == batching).lower()}" for name in ("sequence_packing", "dynamic_batching")
+    }
+    for shares in (True, False):
+        key = f"runtime.share_prefixes={str(shares).lower()}"
+        config = config_for(folder, folder, "distillation.allow_degenerate=true", *sorted(counted), key)
+        assert packing_of(config).share_prefixes == shares

@@ -269,7 +269,7 @@ class RuntimeConfig:
     sync_bucket_mib: int = 512
     """MiB of weights moved at a time from the student to the engine."""
     share_prefixes: bool = True
-    """Read a prompt once for all its answers that train in one micro-batch under token budgets."""
+    """Read a prompt once for all its answers in one micro-batch; under token budgets answers are dealt for it."""
     logits_chunk_rows: int | None = None
     """Rows of logits that exist at a time; null: 256 on CPU, 2048 on CUDA."""
     phase_timeout_s: int = 1800
