@@ -69,7 +69,7 @@ def test_exchanging_and_adding_is_reduce_scatter(ranks: int) -> None:
 
 _PROGRAM = """
 import resource, sys, torch
-from distill.model.hostmemory import keep_freed_memory
+from distill.runtime.hostmemory import keep_freed_memory
 if not keep_freed_memory():
     sys.exit(5)
 def faults(times):

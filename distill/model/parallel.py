@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from distill.model.attention import PACKED
-from distill.model.hostmemory import keep_freed_memory
 from distill.model.load import (
     ModelFiles,
     causal_lm_parts,
@@ -21,6 +20,7 @@ from distill.model.load import (
     restore_buffers,
 )
 from distill.model.reduce import ExchangeAndAdd
+from distill.runtime.hostmemory import keep_freed_memory
 from distill.runtime.world import World
 from distill.types import View
 
@@ -51,6 +51,12 @@ class RowsModel(nn.Module):
             use_cache=False,  # with a cache, transformers reads packed positions as one sequence, silently
         ).last_hidden_state[0]
         return use(hidden_TD.index_select(0, view.rows_N), head.weight)
+
+    def reshard(self) -> None:
+        """Let go of all gathered weights: after a forward that no backward follows nobody else does."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):  # also where reshard_after_forward is off
+                module.reshard()
 
     def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Hugging Face names and parameters; a tied head stands once, under the embedding's name."""

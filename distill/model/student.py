@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from distill.config import Config
 from distill.loss import Sampled, fused_linear_kl
@@ -144,9 +143,7 @@ class Student:
             return logits_NV.log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
 
         found: list[float] = self.model(view, use).tolist()
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):  # no backward comes that would let the gathered weights go
-                module.reshard()
+        self.model.reshard()
         return found
 
     def state(self) -> dict[str, Tensor]:

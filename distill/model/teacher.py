@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from distill.config import Config
 from distill.loss import teacher_topk
@@ -74,9 +73,7 @@ class Teacher:
     def offload(self) -> None:
         """Let the shards go; their copy in host memory stays."""
         if self._host is not None:
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):  # also where reshard_after_forward is off
-                    module.reshard()
+            self.model.reshard()
             self._host.release()
 
     @torch.no_grad()

@@ -83,7 +83,7 @@ class GatheredWeights:
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
         self._read(header, [name for name, _ in gather.bucket])
         for (name, parameter), begin in zip(gather.bucket, starts, strict=True):
-            end = begin + -(-parameter.shape[0] // len(by_rank)) * (parameter.numel() // parameter.shape[0])
+            end = begin + _rows_of_a_rank(parameter, len(by_rank)) * (parameter.numel() // parameter.shape[0])
             whole = by_rank[:, begin:end].reshape(-1)[: parameter.numel()]
             yield name, whole.view(parameter.shape)
 
@@ -91,8 +91,7 @@ class GatheredWeights:
         self, bucket: Sequence[tuple[str, DTensor]], ranks: int, rank: int, device: str
     ) -> tuple[Tensor, list[int]]:
         """This rank's shards end to end behind their header, in one pass that also casts; where each begins."""
-        # torch.chunk's layout: every rank holds ceil(rows / ranks) rows, the last ones fewer or none
-        rows = [-(-parameter.shape[0] // ranks) for _, parameter in bucket]
+        rows = [_rows_of_a_rank(parameter, ranks) for _, parameter in bucket]
         # The header comes first, and everything begins at a whole word, where bits are summed.
         word = WORD_BYTES // self._dtype.itemsize
         starts = [len(bucket) * _HEADER * word]
@@ -117,6 +116,11 @@ class GatheredWeights:
         self.sums.update(
             {name: BitSums(plain, weighted) for name, (plain, weighted, _) in zip(names, sums, strict=True)}
         )
+
+
+def _rows_of_a_rank(parameter: Tensor, ranks: int) -> int:
+    """torch.chunk's layout: every rank has room for ceil(rows / ranks) rows, and the last ones hold fewer or none."""
+    return -(-parameter.shape[0] // ranks)
 
 
 class WholeWeights:

@@ -88,9 +88,12 @@ class VllmEngine(EngineBase):
                 dtype=str(dtype).removeprefix("torch."),
                 tensor_parallel_size=tensor_parallel_size,
                 max_model_len=window,
-                **{**(_CPU_DEFAULTS if current_platform.is_cpu() else {}), **(arguments or {})},
-                **fixed_arguments(self.can_sleep),
-                **_scheduling(tensor_parallel_size),
+                **{
+                    **(_CPU_DEFAULTS if current_platform.is_cpu() else {}),
+                    **(arguments or {}),
+                    **fixed_arguments(self.can_sleep),
+                    **_scheduling(tensor_parallel_size),
+                },
             )
         self._engine: Any = self._llm.llm_engine
         self._group: dist.ProcessGroup = get_tp_group().cpu_group
