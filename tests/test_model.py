@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.model import load
@@ -49,6 +50,7 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
         )
         found[f"{family} tied"] = model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
         assert found[f"{family} tied"] == tied
+    found["gathered"] = _gathered_after_a_forward(f"{root}/qwen3", world)
     found["proof"] = _proofs(f"{root}/qwen3", world)
     found["memory"] = _peak_while_loading(f"{root}/big", world)
     world.close()
@@ -57,6 +59,23 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
 
 def _load(files: load.ModelFiles, world: World, dtype: torch.dtype) -> Any:
     return load_sharded(files, "policy.model_name", world, dtype, dtype, trainable=False)
+
+
+def _gathered_after_a_forward(folder: str, world: World) -> tuple[int, int]:
+    """How many weights are whole on a rank after a forward without backward, and after they were let go."""
+    files = load.find_model(folder, "policy.model_name")
+    model = load_sharded(
+        files, "policy.model_name", world, torch.float32, torch.float32, trainable=True, reshard_after_forward=False
+    )
+
+    def gathered() -> int:
+        return sum(not isinstance(parameter, DTensor) for _, parameter in model.named_hf_parameters())
+
+    with torch.no_grad():
+        model(view_of(SEQUENCES), lambda hidden, head: hidden)
+    before = gathered()
+    model.reshard_all()
+    return before, gathered()
 
 
 def _proofs(folder: str, world: World) -> tuple[float, str, bool]:
@@ -135,6 +154,13 @@ def test_no_rank_ever_holds_the_whole_model_while_loading(seen) -> None:
         peak, whole = rank["memory"]
         # Its half, one tensor on its way (the embedding's half: 1/6 of the model), and the allocator's rounding.
         assert peak < 0.7 * whole, f"loading took {peak / whole:.2f} of the whole model"
+
+
+@pytest.mark.slow
+def test_gathered_weights_are_let_go_in_every_layer(seen) -> None:
+    for rank in seen:
+        before, after = rank["gathered"]
+        assert before > 20 and after == 0, (before, after)
 
 
 @pytest.mark.slow

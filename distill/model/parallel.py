@@ -52,8 +52,11 @@ class RowsModel(nn.Module):
         ).last_hidden_state[0]
         return use(hidden_TD.index_select(0, view.rows_N), head.weight)
 
-    def reshard(self) -> None:
-        """Let go of all gathered weights: after a forward that no backward follows nobody else does."""
+    def reshard_all(self) -> None:
+        """Let go of all gathered weights: after a forward that no backward follows nobody else does.
+
+        Not ``reshard``: FSDP's method of that name comes first in a sharded module's class, and is for the root alone.
+        """
         for module in self.modules():
             if isinstance(module, FSDPModule):  # also where reshard_after_forward is off
                 module.reshard()

@@ -143,7 +143,7 @@ class Student:
             return logits_NV.log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
 
         found: list[float] = self.model(view, use).tolist()
-        self.model.reshard()
+        self.model.reshard_all()
         return found
 
     def state(self) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class Teacher:
     def offload(self) -> None:
         """Let the shards go; their copy in host memory stays."""
         if self._host is not None:
-            self.model.reshard()
+            self.model.reshard_all()
             self._host.release()
 
     @torch.no_grad()
