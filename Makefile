@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke demo-context bench-step lint types check test clean
+.PHONY: help venv models smoke demo-context bench-step lint types check test test-demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -38,7 +38,7 @@ models: venv  ## models/: SmolLM2-135M and a depth-pruned student, from the llm-
 smoke: venv models  ## two short trainings on two ranks, a table at the end
 	@$(PY) -m scripts.smoke
 
-demo-context: venv models  ## a rule only the teacher reads, learnt in 24 steps: about five minutes
+demo-context: venv models  ## a rule only the teacher reads, learnt in 24 steps: five to fifteen minutes
 	@$(PY) -m torch.distributed.run --nproc-per-node 2 -m scripts.demo_context
 
 bench-step: venv models  ## seconds of each phase of a step, median of ten
@@ -51,10 +51,13 @@ types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow"
+	@$(PY) -m pytest -q -m "not slow and not demo"
 
-test: venv models lint types  ## everything that a merge must pass: under fifteen minutes
-	@$(PY) -m pytest -q
+test: venv models lint types  ## everything that a merge must pass, but for the demonstration: under fifteen minutes
+	@$(PY) -m pytest -q -m "not demo"
+
+test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
+	@$(PY) -m pytest -q -m demo
 
 clean:  ## remove runs and caches; .venv and models stay
 	@rm -rf runs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis

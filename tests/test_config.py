@@ -232,6 +232,28 @@ def test_what_no_recipe_sets_follows_the_key_it_belongs_to(write: Write) -> None
 
 
 @pytest.mark.parametrize(
+    ("gpu", "features", "expected"),
+    [
+        (False, {"avx2": True, "avx512_bf16": False}, "float32"),
+        (False, {"avx512_bf16": True}, "bfloat16"),
+        (False, {"amx_bf16": True}, "bfloat16"),
+        (False, {"neon": True, "bf16": True}, "bfloat16"),
+        (True, {"avx2": True}, "bfloat16"),
+    ],
+)
+def test_precision_auto_is_what_the_machine_multiplies_fast(
+    gpu: bool, features: dict[str, bool], expected: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: features)
+    text = f"defaults: {SMALL}\npolicy: {{precision: auto}}\nteacher: {{precision: auto}}\n"
+    config = load(recipe=write("auto.yaml", text))
+    assert config.policy.precision == expected
+    assert config.policy.generation.vllm_cfg.precision == expected and config.teacher.precision == expected
+    assert load("teacher.precision=float32", recipe=write("auto.yaml", text)).teacher.precision == "float32"
+
+
+@pytest.mark.parametrize(
     ("text", "parts"),
     [
         ("distillation: {seed: 1, seed: 2}", ["isn't a readable recipe", "duplicate key seed"]),
@@ -308,7 +330,7 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(word: str, senten
         ("policy.tokenizer=x", "has the wrong type: set it to keys with values"),
         ("policy.model_name=null", "has the wrong type: set it to a text"),
         ("loss_fn.kl_type=backward", "isn't possible: set it to mixed, forward, reverse or jsd"),
-        ("policy.precision=fp8", "isn't possible: set it to bfloat16 or float32"),
+        ("policy.precision=fp8", "isn't possible: set it to bfloat16, float32 or auto"),
         ("policy.generation.vllm_cfg.kv_cache_dtype=fp8", "isn't possible: set it to auto"),
         ("policy.generation.backend=megatron", "isn't possible: set it to vllm or transformers"),
         ("distillation.context_distillation.mode=ema", "isn't possible: set it to self_frozen"),

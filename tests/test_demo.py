@@ -1,4 +1,4 @@
-"""The demonstration of context self-distillation: real weights, two ranks, 24 steps. The longest test of all."""
+"""The demonstration of context self-distillation: real weights, two ranks, 24 steps; `make test-demo` runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_the_rule_is_told_by_the_first_words_of_an_answer() -> None:
     assert not follows_rule("Ann lived once upon a time. Once upon a time")
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 def test_a_rule_that_only_the_teacher_reads_is_learnt(tmp_path: Path) -> None:
     assert (ROOT / "models/SmolLM2-135M-Instruct/config.json").is_file(), "make models"
     assert run(torchrun(2, "-m", "scripts.demo_context", f"runtime.run_dir={tmp_path}")) == 0

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.config.build import build, hints, members, refuse, show, type_of
 from distill.config.check import check
+from distill.config.hardware import decide_precision
 from distill.config.old import drop_old_keys
 from distill.config.schema import Config
 
@@ -122,6 +123,7 @@ def build_config(tree: dict[str, Any]) -> Config:
         if not isinstance(tree[name], dict):
             build(section, tree[name], name)  # refuses; an interpolation into it would fail with a worse sentence
     plain = _resolve(tree)
+    decide_precision(plain)
     data = plain["data"]
     for name in ("train", "validation"):
         entries = data[name] if isinstance(data[name], list) else [] if data[name] is None else [data[name]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Precision = Literal["bfloat16", "float32"]
+Precision = Literal["bfloat16", "float32", "auto"]
+"""auto: what the machine multiplies fast, decided when the configuration is read; a Config that was read has none."""
 """The compute dtype; master weights, reduction and loss are float32 in both."""
 
 
@@ -197,7 +198,8 @@ class PolicyConfig:
     max_total_sequence_length: int = 8192
     """Prompt and answer together, in tokens."""
     precision: Precision = "bfloat16"
-    """Compute dtype; master weights and gradient reduction are float32."""
+    """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on processors with
+    bfloat16 arithmetic, float32 elsewhere, where bfloat16 is ten to sixty times slower."""
     logprob_chunk_size: int | None = None
     """As runtime.logits_chunk_rows, under the reference's name; null: that one."""
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
