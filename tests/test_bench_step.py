@@ -155,14 +155,16 @@ def peer_config(*overrides: str):
 
 
 def test_the_peer_does_the_recipes_work() -> None:
-    found = peer_trl.settings(peer_config("policy.generation.max_new_tokens=256"), 2, "float32")
+    narrow = "policy.precision=bfloat16"
+    found = peer_trl.settings(peer_config("policy.generation.max_new_tokens=256", narrow), 2, "float32")
     assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (4, 2)
     assert found["max_steps"] == 4 and found["max_completion_length"] == 256
     assert found["generation_kwargs"] == {"min_new_tokens": 256}, "an answer could end early"
     assert (found["bf16"], found["learning_rate"], found["gradient_checkpointing"]) == (True, 2e-5, False)
+    assert not peer_trl.settings(peer_config("policy.precision=float32"), 2, "float32")["bf16"]
     short = peer_trl.settings(peer_config(), 2, "float32")
     assert (short["per_device_train_batch_size"], short["gradient_accumulation_steps"]) == (8, 1)
-    plain = peer_trl.settings(peer_config(), 2, "bfloat16")
+    plain = peer_trl.settings(peer_config(narrow), 2, "bfloat16")
     assert plain["model_init_kwargs"]["dtype"] == "bfloat16" and not plain["bf16"], "bfloat16 weights need no autocast"
     for refused in ("policy.train_global_batch_size=8", "distillation.num_prompts_per_step=4"):
         with pytest.raises((ValueError, UserError), match="train_global_batch_size"):
