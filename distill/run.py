@@ -19,6 +19,7 @@ import yaml
 from distill.config import Arguments, Config
 from distill.data.context import TeacherViews, ViewCounts, teacher_views
 from distill.data.prompts import PromptOrder, load_prompts
+from distill.loss import check_loss_backend
 from distill.model.export import export_hf
 from distill.model.load import (
     ModelFiles,
@@ -166,6 +167,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("checking the cluster"):
         world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
     world.build_mesh(device, tp, cp)
+    with world.agreed("checking the loss"):
+        check_loss_backend(config.loss_fn, world.device)
     with world.agreed("finding the models"), world.main_first():
         models = _find_models(config)
     with world.agreed("checking the generation backend"):

@@ -80,18 +80,26 @@ class Step:
 
 
 def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
-    """One step of ``mixed`` or other KLs renormalised over the teacher's top-k, written out: the independent oracle."""
+    """One step of the loss, written out: the independent oracle. It knows no floor, no cap and no jsd."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
     temperature, k = config.policy.generation.temperature, config.distillation.topk_logits_k
-    weight = {"forward": 1.0, "reverse": 0.0, "mixed": config.loss_fn.mixed_kl_weight}[config.loss_fn.kl_type]
+    weight = {"forward": 1.0, "mixed": config.loss_fn.mixed_kl_weight}.get(config.loss_fn.kl_type, 0.0)
     tokens = sum(len(r.response_ids) for r in rollouts)
     total = torch.zeros((), dtype=dtype)
     for rollout in rollouts:
         ours = _response_logits(student, rollout.prompt.student_ids, rollout.response_ids) / temperature
         with torch.no_grad():
             theirs = _response_logits(teacher, rollout.teacher_prefix_ids, rollout.response_ids) / temperature
-        p, q = _outcomes(theirs, theirs, k, config.loss_fn.outside), _outcomes(ours, theirs, k, config.loss_fn.outside)
+        if config.loss_fn.kl_type == "sampled":
+            chosen = torch.tensor(rollout.response_ids)[:, None]
+            q, p = (logits.log_softmax(-1).gather(-1, chosen)[:, 0] for logits in (ours, theirs))
+            ratio = (q.detach() - torch.tensor(rollout.logprobs)).exp().clamp(max=config.loss_fn.importance_ratio_cap)
+            cost = ratio * (q.detach() - p)
+            total = total + (cost + cost * (q - q.detach())).sum() / tokens
+            continue
+        choosing = ours.detach() if config.loss_fn.support == "student" else theirs
+        p, q = (_outcomes(logits, choosing, k, config.loss_fn.outside) for logits in (theirs, ours))
         forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
         total = total + (weight * forward + (1 - weight) * reverse).sum() / tokens
     total.backward()
@@ -111,7 +119,9 @@ def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: 
 
 
 def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
-    """Log-probs of the top-k of ``choosing``, and of all others together (bucket) or of the top-k alone."""
+    """Log-probs of the top-k of ``choosing`` (0: all), and of all others together (bucket) or of the top-k alone."""
+    if k == 0:
+        return logits.log_softmax(-1)
     best = choosing.topk(k + 1, -1)
     gap = float((best.values[:, k - 1] - best.values[:, k]).min())
     assert gap > 2e-5, f"the teacher's top-{k} is a tie within float32 ({gap:.1g}): choose another seed for the test"

@@ -20,6 +20,9 @@ LOSSES = [
     ("mixed", "loss_fn.outside_topk=bucket"),
     ("reverse", "loss_fn.outside_topk=bucket"),
     ("mixed", "loss_fn.zero_outside_topk=false"),
+    ("sampled", "loss_fn.outside_topk=bucket"),
+    ("mixed", "loss_fn.support=student"),
+    ("mixed", "distillation.topk_logits_k=0"),
 ]
 PACKINGS = {
     "one micro-batch": PackingConfig(12, sequences=None, tokens=None),
@@ -55,9 +58,9 @@ def _all_steps(root: Path) -> dict[tuple[str, bool, str], Step]:
         for name, packing in PACKINGS.items():
             config = config_for(*_folders(root, family, tied), "loss_fn.outside_topk=bucket", ranks=world.size)
             steps[family, tied, name] = sharded_step(config, world, fixed_rollouts(vocab=VOCAB), packing)
-    for kl_type, outside in LOSSES[1:]:
-        config = config_for(*_folders(root, "qwen3", True), f"loss_fn.kl_type={kl_type}", outside, ranks=world.size)
-        steps["qwen3", True, f"{kl_type} {outside}"] = sharded_step(
+    for kl_type, setting in LOSSES[1:]:
+        config = config_for(*_folders(root, "qwen3", True), f"loss_fn.kl_type={kl_type}", setting, ranks=world.size)
+        steps["qwen3", True, f"{kl_type} {setting}"] = sharded_step(
             config, world, fixed_rollouts(vocab=VOCAB), PACKINGS["several, by tokens"]
         )
     config = config_for(
@@ -91,12 +94,12 @@ def test_every_layout_takes_the_step_of_plain_pytorch(models, steps, family, tie
         assert found[worst] < TOLERANCE, f"{ranks} ranks, {name}: {worst} differs by {found[worst]:.2g}"
 
 
-@pytest.mark.parametrize(("kl_type", "outside"), LOSSES[1:])
+@pytest.mark.parametrize(("kl_type", "setting"), LOSSES[1:])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_other_losses_take_the_step_of_plain_pytorch(models, steps, kl_type, outside, ranks) -> None:
-    config = config_for(*_folders(models, "qwen3", True), f"loss_fn.kl_type={kl_type}", outside)
+def test_other_losses_take_the_step_of_plain_pytorch(models, steps, kl_type, setting, ranks) -> None:
+    config = config_for(*_folders(models, "qwen3", True), f"loss_fn.kl_type={kl_type}", setting)
     found = differences(
-        steps[ranks][0]["qwen3", True, f"{kl_type} {outside}"], plain_step(config, fixed_rollouts(vocab=VOCAB))
+        steps[ranks][0]["qwen3", True, f"{kl_type} {setting}"], plain_step(config, fixed_rollouts(vocab=VOCAB))
     )
     worst = max(found, key=found.__getitem__)
     assert found[worst] < TOLERANCE, f"{worst} differs by {found[worst]:.2g}"

@@ -15,7 +15,7 @@ from distill.config.schema import Config, DatasetConfig, LossConfig
 
 AT_LEAST: dict[int, str] = {
     1: """distillation.num_prompts_per_step distillation.num_generations_per_prompt distillation.max_num_steps
-        distillation.max_num_epochs distillation.val_batch_size distillation.max_val_samples distillation.topk_logits_k
+        distillation.max_num_epochs distillation.val_batch_size distillation.max_val_samples
         policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
         policy.make_sequence_length_divisible_by policy.dtensor_cfg.tensor_parallel_size
@@ -29,11 +29,12 @@ AT_LEAST: dict[int, str] = {
         data.max_input_seq_length checkpointing.keep_top_k checkpointing.save_period
         cluster.num_nodes cluster.gpus_per_node runtime.sync_bucket_mib runtime.logits_chunk_rows
         runtime.phase_timeout_s""",
-    0: """distillation.val_period distillation.seed loss_fn.mixed_kl_weight policy.optimizer.kwargs.lr
-        policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
+    0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
+        policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
-ABOVE_ZERO = """loss_fn.temperature policy.max_grad_norm policy.optimizer.kwargs.eps policy.generation.temperature
-    policy.generation.top_p policy.generation.val_top_p policy.generation.vllm_cfg.gpu_memory_utilization"""
+ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
+    policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
+    policy.generation.vllm_cfg.gpu_memory_utilization"""
 AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization"""
 
@@ -176,6 +177,12 @@ def _loss(config: Config) -> None:
             "are set in one place and say the same thing: set one of them to null"
         )
     check_jsd(loss)
+    if loss.kl_type == "sampled" and loss.temperature not in (None, config.policy.generation.temperature):
+        refuse(
+            f"loss_fn.temperature={loss.temperature} differs from policy.generation.temperature="
+            f"{config.policy.generation.temperature} under loss_fn.kl_type=sampled, whose tokens come from the "
+            "distribution that it corrects: leave loss_fn.temperature out"
+        )
 
 
 def check_jsd(loss: LossConfig) -> None:

@@ -88,7 +88,7 @@ class DistillationConfig:
     max_val_samples: int | None = 512
     """Problems validated at most; null: all."""
     topk_logits_k: int = 64
-    """The teacher's most likely tokens kept at each position (K), the support of the loss."""
+    """The most likely tokens kept at each position (K), the support of the loss; 0: the whole vocabulary."""
     seed: int = 42
     """Decides data order, sampling and the dealing of answers to optimizer batches."""
     allow_degenerate: bool = False
@@ -101,24 +101,36 @@ class DistillationConfig:
 class LossConfig:
     """The divergence at every token of the answer."""
 
-    kl_type: Literal["mixed", "forward", "reverse", "jsd"] = "mixed"
+    kl_type: Literal["mixed", "forward", "reverse", "jsd", "sampled"] = "mixed"
     """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, by mixed_kl_weight; jsd: the
-    generalised Jensen-Shannon divergence, by jsd_beta, never above ln 2 at 0.5."""
+    generalised Jensen-Shannon divergence, by jsd_beta, never above ln 2 at 0.5; sampled: KL(student || teacher) told by
+    the sampled token alone, log student - log teacher as the cost of a policy gradient."""
     mixed_kl_weight: float = 0.5
     """Weight of the forward KL(teacher || student) in a mixed loss; the reverse KL(student || teacher) has the rest."""
     jsd_beta: float = 0.5
     """b in b KL(teacher || m) + (1 - b) KL(student || m), where m = b teacher + (1 - b) student; between 0 and 1."""
+    importance_ratio_cap: float = 2.0
+    """Under kl_type sampled each token weighs as much as the trainer finds it likelier than the sampler did, at most
+    this."""
+    support: Literal["teacher", "student"] = "teacher"
+    """Whose distillation.topk_logits_k most likely tokens are compared. student: the teacher scores the student's, its
+    logits made beside them, so that its head stays on the GPU while the student trains."""
+    token_kl_cap: float | None = None
+    """A token whose loss is above this, in nats, is weighted down to it: its gradient shrinks, and never stops; null:
+    not capped."""
     zero_outside_topk: bool | None = None
     """The reference's key. false: both models renormalised over the top-k (as outside_topk renormalize); true: teacher
     log-prob -100 outside it (as floor); null: as outside_topk says. Of the two keys the one set later wins."""
     outside_topk: Outside | None = None
-    """The vocabulary outside the teacher's top-k. bucket: one more outcome with the summed mass (a lower bound of the
+    """The vocabulary outside the top-k. bucket: one more outcome with the summed mass (a lower bound of the
     full KL); renormalize: ignored, both models renormalised over the top-k; floor: teacher log-prob -100; null: as
     zero_outside_topk says, bucket if that is null too."""
     temperature: float | None = None
     """Divides the logits of both models in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the logits that the head gives; bfloat16 is faster and costs about 0.02 nats a log-prob."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """What passes over the logits. auto: Triton's kernels on GPUs, PyTorch elsewhere; torch: PyTorch everywhere."""
 
     @property
     def outside(self) -> Outside:

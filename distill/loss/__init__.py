@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from distill.loss.divergences import loss_temperature, topk_kl
-from distill.loss.head import Sampled, fused_linear_kl, teacher_topk
+from distill.loss.backend import check_loss_backend
+from distill.loss.divergences import Tokens, loss_temperature, topk_kl
+from distill.loss.head import VocabParallel, fused_linear_kl
+from distill.loss.sampled import Sampled
+from distill.loss.targets import teacher_topk
 
-__all__ = ["Sampled", "fused_linear_kl", "loss_temperature", "teacher_topk", "topk_kl"]
+__all__ = [
+    "Sampled",
+    "Tokens",
+    "VocabParallel",
+    "check_loss_backend",
+    "fused_linear_kl",
+    "loss_temperature",
+    "teacher_topk",
+    "topk_kl",
+]

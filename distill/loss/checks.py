@@ -77,3 +77,17 @@ def check_no_duplicates(ids_NK: Tensor) -> None:
     if bool(twice.any()):
         row, place = (int(i) for i in twice.nonzero()[0])
         raise UserError(f"row {row} of the teacher's ids holds {int(sorted_NK[row, place])} twice: keep each id once")
+
+
+def check_part(own: int, first: int, vocab: int, teacher_rows: bool) -> None:
+    """What a vocabulary-parallel head allows. Errors: ``UserError`` for a rank without columns, or ``TeacherRows``."""
+    if own < 1:
+        raise UserError(
+            f"this rank's part of the head begins at column {first} of a vocabulary of {vocab}, so it has only "
+            "padding: set a smaller tensor_parallel_size"
+        )
+    if teacher_rows:
+        raise UserError(
+            "loss_fn.support=student and distillation.topk_logits_k=0 are not made with a vocabulary-parallel head: "
+            "set policy.dtensor_cfg.tensor_parallel_size=1, or the teacher's support"
+        )

@@ -26,6 +26,13 @@ LOG_FLOOR = -100.0
 _NEG_INF = float("-inf")
 
 
+class Tokens(NamedTuple):
+    """The sampled tokens of N rows and the sampler's log-probs of them, at the loss's temperature."""
+
+    ids_N: Tensor
+    logprobs_N: Tensor
+
+
 class Outcomes(NamedTuple):
     """What a model's logits say of K kept tokens and of the tail; each row may be shifted by a constant of its own."""
 
@@ -62,6 +69,7 @@ def topk_kl(
     *,
     sampling_temperature: float = 1.0,
     valid_vocab: int | None = None,
+    tokens: Tokens | None = None,
 ) -> Tensor:
     """The distillation loss of each row from the student's logits: the plain twin of ``fused_linear_kl``.
 
@@ -71,6 +79,7 @@ def topk_kl(
         loss_config: which divergence, and what stands for the tokens outside the top-k.
         sampling_temperature: what ``loss_config.temperature: null`` means.
         valid_vocab: columns from here on are padding: they count as -inf and get a gradient of exactly 0.
+        tokens: the sampled tokens, among the kept ids; ``kl_type: sampled`` needs them.
 
     Returns:
         kl_N in nats, float32 (float64 for float64 logits). It is +inf where one model excludes what the other needs:
@@ -83,7 +92,7 @@ def topk_kl(
     check_no_duplicates(topk.ids_NK)
     temperature = loss_temperature(loss_config, sampling_temperature)
     z_NV = logits_NV[:, :vocab].to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
-    return divergence(student_outcomes(z_NV, topk.ids_NK), topk, loss_config)
+    return divergence(student_outcomes(z_NV, topk.ids_NK), topk, loss_config, tokens)
 
 
 def student_outcomes(z_NV: Tensor, ids_NK: Tensor) -> Outcomes:
@@ -104,21 +113,35 @@ def student_outcomes(z_NV: Tensor, ids_NK: Tensor) -> Outcomes:
     return Outcomes(kept_NK, tail_NV.logsumexp(1).masked_fill(empty_N, _NEG_INF), mean_N.masked_fill(empty_N, 0.0))
 
 
-def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Tensor:
+def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None = None) -> Tensor:
     """The loss of each row, [N], from the student's outcomes and the teacher's; differentiable in ``student``.
 
     ``bucket`` compares the K + 1 outcomes, so it is never negative and never above the full KL. ``renormalize``
     compares both models conditional on the K ids. ``floor`` renormalises the teacher only and takes its log-prob to be
     -100 on all other tokens. The last two are NeMo-RL's ``zero_outside_topk`` false and true. The Jensen-Shannon
-    divergence compares the same outcomes; a floor it has none, for its two sides share one distribution.
+    divergence compares the same outcomes; a floor it has none, for its two sides share one distribution. ``sampled``
+    compares the two models at the sampled token alone, and what is outside the top-k does not enter.
 
-    Errors: ``UserError`` for a kl_type that is not known, and for jsd with a floor or a beta outside (0, 1).
+    Errors: ``UserError`` for a kl_type that is not known, for jsd with a floor or a beta outside (0, 1), and for
+    sampled without tokens or with one that is not among the ids.
     """
     check_jsd(loss_config)
+    if loss_config.kl_type == "sampled":
+        kl_N = _policy_gradient(student, topk, loss_config, tokens)
+    else:
+        kl_N = _compare(student, topk, loss_config)
+    if loss_config.token_kl_cap is None:
+        return kl_N
+    kept_N = cap_factor(kl_N.detach(), loss_config.token_kl_cap)
+    cap_N = loss_config.token_kl_cap * kl_N.detach().sign()
+    return torch.where(kl_N.isinf(), cap_N, kl_N * kept_N)  # inf * 0 is NaN
+
+
+def _compare(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Tensor:
     log_p, log_q = _compared(student, topk, loss_config)
     if loss_config.kl_type == "jsd":
         return _jsd(log_p, log_q, loss_config.jsd_beta)
-    share = _forward_share(loss_config)
+    share = forward_share(loss_config)
     kl_N = student.tail_N.new_zeros(student.tail_N.shape)
     if share > 0:
         kl_N = kl_N + share * _kl(log_p, log_q)
@@ -128,6 +151,37 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Tensor
             reverse_N = reverse_N + _reverse_on_floor(student)
         kl_N = kl_N + (1 - share) * reverse_N
     return kl_N
+
+
+def _policy_gradient(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
+    """ratio (log q(y) - log p(y)) at the sampled token y, whose gradient is that number times the one of log q(y).
+
+    Under the student's own sampling this is, on average, KL(student || teacher) and its gradient.
+    """
+    if tokens is None:
+        raise UserError("loss_fn.kl_type=sampled needs the sampled tokens: pass them, or set another kl_type")
+    here_NK = topk.ids_NK == tokens.ids_N.unsqueeze(1)
+    if not bool(here_NK.any(dim=1).all()):
+        row = int((~here_NK.any(dim=1)).nonzero()[0])
+        raise UserError(
+            f"row {row} sampled the token {int(tokens.ids_N[row])}, which is not among the teacher's ids: add it there"
+        )
+    own_N = student.log_masses_NE()[:, :-1].masked_fill(~here_NK, 0.0).sum(dim=1)
+    teachers_N = topk.logprobs_NK.to(own_N.dtype).masked_fill(~here_NK, 0.0).sum(dim=1)
+    cost_N = importance_ratio(own_N.detach(), tokens.logprobs_N, loss_config) * (own_N.detach() - teachers_N)
+    return cost_N + cost_N * (own_N - own_N.detach())
+
+
+def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) -> Tensor:
+    """How much likelier the trainer finds the sampled tokens than the sampler did, truncated; no gradient."""
+    return (own_N - sampler_N.to(own_N.dtype)).exp().clamp(max=loss_config.importance_ratio_cap)
+
+
+def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
+    """The weight that brings a row's loss down to ``cap`` nats: a factor, for a clamp would have no gradient."""
+    if cap is None:
+        return torch.ones_like(kl_N)
+    return (cap / kl_N.abs()).clamp(max=1.0)
 
 
 def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
@@ -180,7 +234,7 @@ def _reverse_on_floor(student: Outcomes) -> Tensor:
     return (student.tail_N - lse_N).exp() * (student.tail_mean_N - lse_N - LOG_FLOOR)
 
 
-def _forward_share(loss_config: LossConfig) -> float:
+def forward_share(loss_config: LossConfig) -> float:
     """The weight of the forward KL in the loss; the reverse KL has the rest."""
     match loss_config.kl_type:
         case "forward":
@@ -189,7 +243,7 @@ def _forward_share(loss_config: LossConfig) -> float:
             return 0.0
         case "mixed":
             return loss_config.mixed_kl_weight
-    raise UserError(f"loss_fn.kl_type={loss_config.kl_type} is not known: set forward, reverse, mixed or jsd")
+    raise UserError(f"loss_fn.kl_type={loss_config.kl_type} is not known: set forward, reverse, mixed, jsd or sampled")
 
 
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:

@@ -6,35 +6,36 @@ instead of four, and only [C, V] of logits at a time (C = ``chunk_rows``). The b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distill.config import LossConfig
 from distill.loss import checks
-from distill.loss.divergences import Outcomes, divergence, entropy, loss_temperature
-from distill.loss.projection import Projection
-from distill.loss.reduction import Reduced, Scratch, gradient_in_place, reduce_in_place
+from distill.loss.backend import Pass, choose_pass, divide
+from distill.loss.divergences import Outcomes, Tokens, divergence, loss_temperature
+from distill.loss.full import full_vocabulary
+from distill.loss.projection import ROUNDED, Projection
+from distill.loss.reduction import Scratch, combine
+from distill.loss.sampled import Sampled, SampledReader
 from distill.loss.stats import StatsSum, row_stats, sampler_stats
-from distill.types import LossOutput, Targets, TeacherRows, TopK, UserError
-
-Rows = slice | Tensor
-"""Which rows a chunk holds: a slice, or their numbers where some rows are left out."""
+from distill.loss.targets import ChunkTargets, Rows, default_chunk_rows, targets_by_chunk
+from distill.types import LossOutput, Targets, TeacherRows, UserError
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """The response tokens of N rows and what the sampler thought of them."""
+class VocabParallel:
+    """A head whose rows are spread over the ranks of a group: this rank has ``head_VD``, a run of columns of logits."""
 
-    ids_N: Tensor
-    """int64 [N]."""
-    logprobs_N: Tensor
-    """float32 [N], nats, at the sampling temperature."""
-    temperature: float
-    """The sampling temperature: what ``loss_fn.temperature: null`` means."""
+    group: dist.ProcessGroup
+    first: int
+    """The vocabulary's id of this rank's first column."""
+    vocab: int
+    """Columns of all ranks together."""
 
 
 def fused_linear_kl(
@@ -49,24 +50,30 @@ def fused_linear_kl(
     valid_vocab: int | None = None,
     stop_token_ids: Sequence[int] = (),
     topk_logits_k: int | None = None,
+    parallel: VocabParallel | None = None,
     debug: bool = False,
 ) -> LossOutput:
     """The weighted sum of the distillation loss over N rows, with the gradients of ``hidden_ND`` and ``head_VD``.
 
     Call it inside the root module's forward, where a sharded head is gathered. N may be 0; rows of weight 0 are left
-    out whatever they hold. Without grad mode, or where nothing needs a gradient, only the values are made.
+    out whatever they hold. Without grad mode, or where nothing needs a gradient, only the values are made. With
+    ``parallel`` all ranks of its group call it, with the same rows.
 
     Args:
         hidden_ND: the student's hidden rows, after its last norm; of the head's dtype and device.
-        head_VD: the head's weight: bf16, float32 or float64.
-        targets: ``TopK`` made at the loss's temperature, or ``TeacherRows``, whose top-k is then made chunk by chunk.
+        head_VD: the head's weight: bf16, float32 or float64; with ``parallel`` this rank's part of it.
+        targets: ``TopK`` made at the loss's temperature, or ``TeacherRows``, whose logits are then made chunk by chunk:
+            for ``support: student``, for the whole vocabulary, or to have its top-k made here.
         loss_config: which divergence, its temperature, and the dtype of the logits.
         weight_N: a factor per row, no gradient: 1, or 0 for a row that does not count.
         sampled: the response tokens; their temperature is what ``loss_config.temperature: null`` means (without: 1).
+            ``kl_type: sampled`` needs them, and among the ids of a ``TopK``.
         chunk_rows: rows of logits held at once; None: 256 on CPU, 2048 on CUDA.
         valid_vocab: columns from here on are padding: -inf in both models, gradient exactly 0.
         stop_token_ids: the ids of ``teacher_stop_mass``.
         topk_logits_k: with ``TeacherRows``, how many ids to keep; 0 keeps the whole vocabulary.
+        parallel: for a head spread over ranks; every rank returns the whole sum, the whole gradient of ``hidden_ND``
+            and the gradient of its own part of the head. Targets are then ``TopK``.
         debug: refuse repeated ids too.
 
     Returns:
@@ -78,36 +85,48 @@ def fused_linear_kl(
         ``sampler_logprob_diff`` (mean absolute) and ``sampler_logprob_diff_max``, whose first number is a maximum:
         combine it by maximum, not by addition.
 
-    Errors: ``UserError`` for shapes or dtypes that disagree, ids out of range, K above the vocabulary.
+    Errors: ``UserError`` for shapes or dtypes that disagree, ids out of range, K above the vocabulary, and for what
+    ``kl_type: sampled``, ``support: student`` and ``parallel`` don't allow.
     """
-    rows, vocab = hidden_ND.shape[0], checks.check_vocab(head_VD.shape[0], valid_vocab)
-    checks.check_linear("the student's", hidden_ND, head_VD, vocab)
+    rows, columns = hidden_ND.shape[0], head_VD.shape[0]
+    vocab = checks.check_vocab(columns if parallel is None else parallel.vocab, valid_vocab)
+    first = 0 if parallel is None else parallel.first
+    own = min(columns, vocab - first)
+    checks.check_linear("the student's", hidden_ND, head_VD, own)
     checks.check_rows(rows, weight_N=weight_N)
     temperature = loss_temperature(loss_config, 1.0 if sampled is None else sampled.temperature)
     if sampled is not None:
         checks.check_rows(rows, sampled_ids_N=sampled.ids_N, sampled_logprobs_N=sampled.logprobs_N)
         checks.check_ids("the sampled ids", sampled.ids_N, 0, vocab)
+    also_N = _tokens_to_keep(loss_config, sampled, temperature)
+    if parallel is not None:
+        checks.check_part(own, first, vocab, isinstance(targets, TeacherRows))
     train = torch.is_grad_enabled()
     with torch.no_grad():
-        chunks = _chunks(weight_N, chunk_rows or _default_chunk_rows(hidden_ND))
-        student = Projection(head_VD[:vocab], loss_config.logits_dtype)
-        scratch = Scratch(max(_length(chunk) for chunk in chunks), vocab, student.dtype, hidden_ND.device)
+        chunks = _chunks(weight_N, chunk_rows or default_chunk_rows(hidden_ND))
+        student = Projection(head_VD[:own], loss_config.logits_dtype)
+        way = choose_pass(loss_config.backend, hidden_ND.device, student.dtype)
+        scratch = Scratch(max(_length(chunk) for chunk in chunks), own, hidden_ND.device)
         d_head_VD = None
         if train and head_VD.requires_grad:
             d_head_VD = torch.empty_like(head_VD, dtype=student.dtype)  # the first chunk fills it
-            d_head_VD[vocab:] = 0
+            d_head_VD[own:] = 0
+        group = None if parallel is None else parallel.group
         loop = _Loop(
             hidden_ND=hidden_ND.detach(),
             student=student,
-            targets_of=_targets_by_chunk(targets, loss_config, temperature, rows, vocab, topk_logits_k, scratch, debug),
+            targets=targets_by_chunk(
+                targets, loss_config, temperature, rows, vocab, topk_logits_k, also_N, way, scratch, debug
+            ),
             loss_config=loss_config,
             temperature=temperature,
             weight_N=weight_N.detach().to(student.dtype),
-            sampled=sampled,
+            reader=SampledReader(sampled, temperature, first, group),
             stop_ids=torch.tensor(list(stop_token_ids), dtype=torch.int64, device=hidden_ND.device),
+            way=way,
             scratch=scratch,
             d_hidden_ND=torch.zeros_like(hidden_ND) if train and hidden_ND.requires_grad else None,
-            d_head_VD=None if d_head_VD is None else d_head_VD[:vocab],
+            d_head_VD=None if d_head_VD is None else d_head_VD[:own],
         )
         sums = StatsSum()
         for c, chunk in enumerate(chunks):
@@ -118,46 +137,18 @@ def fused_linear_kl(
     return LossOutput(kl_sum, stats)
 
 
-@torch.no_grad()
-def teacher_topk(
-    hidden_ND: Tensor,
-    head_VD: Tensor,
-    k: int,
-    temperature: float,
-    chunk_rows: int | None = None,
-    valid_vocab: int | None = None,
-    logits_dtype: str = "float32",
-) -> TopK:
-    """The teacher's k most likely tokens of each row, exactly, with log tail mass and entropy; no gradient.
-
-    Args:
-        hidden_ND: the teacher's hidden rows, after its last norm; of the head's dtype.
-        head_VD: its head.
-        k: kept ids; the whole vocabulary leaves an empty tail (log mass -inf).
-        temperature: the loss's temperature; the student's logits are divided by the same.
-        chunk_rows: rows of logits held at once; None: 256 on CPU, 2048 on CUDA.
-        valid_vocab: columns from here on are padding and never kept.
-        logits_dtype: as ``loss_fn.logits_dtype``.
-
-    Returns:
-        ids int32, sorted by falling log-prob; log-probs (over the full vocabulary), log tail and entropy in float32
-        (float64 with a float64 head).
-
-    Errors: ``UserError`` where k exceeds the vocabulary or the shapes disagree.
-    """
-    vocab = checks.check_vocab(head_VD.shape[0], valid_vocab)
-    checks.check_linear("the teacher's", hidden_ND, head_VD, vocab)
-    checks.check_support_size(k, vocab)
-    checks.check_temperature(temperature)
-    count, step = hidden_ND.shape[0], chunk_rows or _default_chunk_rows(hidden_ND)
-    teacher = Projection(head_VD[:vocab], logits_dtype)
-    scratch = Scratch(min(count, step), vocab, teacher.dtype, hidden_ND.device)
-    chunks = [
-        _topk_of_chunk(hidden_ND[start : start + step], teacher, k, temperature, scratch)
-        for start in range(0, max(count, 1), step)
-    ]
-    ids, logprobs, log_tail, entropies = zip(*chunks, strict=True)
-    return TopK(torch.cat(ids), torch.cat(logprobs), torch.cat(log_tail), torch.cat(entropies))
+def _tokens_to_keep(loss_config: LossConfig, sampled: Sampled | None, temperature: float) -> Tensor | None:
+    """The sampled ids where the loss is about them. Errors: ``UserError`` where it can't be."""
+    if loss_config.kl_type != "sampled":
+        return None
+    if sampled is None:
+        raise UserError("loss_fn.kl_type=sampled needs the sampled tokens: pass them, or set another kl_type")
+    if sampled.temperature != temperature:
+        raise UserError(
+            f"loss_fn.temperature={temperature} differs from the sampling temperature {sampled.temperature} under "
+            "loss_fn.kl_type=sampled: leave loss_fn.temperature out"
+        )
+    return sampled.ids_N
 
 
 @dataclass(frozen=True)
@@ -166,45 +157,96 @@ class _Loop:
 
     hidden_ND: Tensor
     student: Projection
-    targets_of: Callable[[Rows], TopK]
+    targets: ChunkTargets
     loss_config: LossConfig
     temperature: float
     weight_N: Tensor
-    sampled: Sampled | None
+    reader: SampledReader
     stop_ids: Tensor
+    way: Pass
     scratch: Scratch
     d_hidden_ND: Tensor | None
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
         """Write the chunk's gradients to their places and return the metrics of its rows."""
-        topk = self.targets_of(rows)
+        topk = self.targets.ready(rows) if self.targets.ready else None
         hidden_CD = self.hidden_ND[rows]
-        z_CV, spare_CV = self.scratch.logits(len(hidden_CD)), self.scratch.spare(len(hidden_CD))
-        self.student.logits(hidden_CD, z_CV)
-        _divide(z_CV, self.temperature)
-        read_sampled = _sampled_reader(z_CV, spare_CV, self.sampled, rows, self.temperature)
-        reduced = reduce_in_place(z_CV, topk.ids_NK, spare_CV)
-        kl_C = self._loss_and_gradients(rows, hidden_CD, reduced, topk, first)
-        metrics = {"loss": kl_C * self.weight_N[rows]} | row_stats(reduced.outcomes, topk, self.stop_ids)
-        return metrics | read_sampled(reduced)
-
-    def _loss_and_gradients(self, rows: Rows, hidden_CD: Tensor, reduced: Reduced, topk: TopK, first: bool) -> Tensor:
-        """kl of the chunk's rows; writes the gradients that are asked for."""
+        z_CV = self._logits(hidden_CD)
+        read_CE = self.reader.read(z_CV, rows, self.scratch, self.student.dtype)
+        if self.targets.whole:
+            return self._whole(rows, hidden_CD, z_CV, self.targets.whole(rows), read_CE, first)
+        favourite_CK = None
+        if topk is None:
+            assert self.targets.of_students is not None
+            topk, favourite_CK = self.targets.of_students(rows, z_CV)
+        own_ids_CK = self._own(topk.ids_NK, z_CV.shape[1])
+        reduced = self.way.reduce(z_CV, own_ids_CK, self.temperature, self.scratch, self.student.head_VD.dtype)
+        combined, read_CE = combine(reduced.partial, topk.ids_NK, own_ids_CK, read_CE, self.reader.group)
+        outcomes, tokens = combined.outcomes, self._tokens(rows)
         if self.d_hidden_ND is None and self.d_head_VD is None:
-            return divergence(reduced.outcomes, topk, self.loss_config)
-        # Autograd sees K + 1 numbers per row; the way from there to [C, V] is one pass in place.
-        leaves = Outcomes(*(numbers.detach().requires_grad_() for numbers in reduced.outcomes))
-        with torch.enable_grad():
-            kl_C = divergence(leaves, topk, self.loss_config)
+            kl_C = divergence(outcomes, topk, self.loss_config, tokens)
+        else:
+            # Autograd sees K + 1 numbers per row; the way from there to [C, V] is one pass in place.
+            leaves = Outcomes(*(numbers.detach().requires_grad_() for numbers in outcomes))
+            with torch.enable_grad():
+                kl_C = divergence(leaves, topk, self.loss_config, tokens)
+            factor_C = self.weight_N[rows] / self.temperature
+            d_logits_CK, d_tail_C, d_mean_C = torch.autograd.grad(kl_C, leaves, factor_C, allow_unused=True)
+            kl_C = kl_C.detach()
+            gradient_CV = reduced.gradient(d_logits_CK, *combined.coefficients(d_tail_C, d_mean_C))
+            self._add_gradients(rows, hidden_CD, gradient_CV, first)
+        metrics = {"loss": kl_C * self.weight_N[rows]} | row_stats(outcomes, topk, self.stop_ids, favourite_CK)
+        return metrics | self._sampler_stats(rows, read_CE, combined.shift_C, combined.lse())
+
+    def _whole(
+        self, rows: Rows, hidden_CD: Tensor, z_CV: Tensor, teacher_CV: Tensor, read_CE: Tensor, first: bool
+    ) -> dict[str, Tensor]:
+        """The same over the whole vocabulary."""
+        if z_CV.dtype != self.student.dtype:
+            z_CV = self.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)
+        divide(z_CV, self.temperature)
         factor_C = self.weight_N[rows] / self.temperature
-        gradient_CV = gradient_in_place(reduced, *torch.autograd.grad(kl_C, leaves, factor_C, allow_unused=True))
+        found = full_vocabulary(
+            z_CV, teacher_CV, self.loss_config, factor_C, self._tokens(rows), self.stop_ids, self.scratch
+        )
+        if not (self.d_hidden_ND is None and self.d_head_VD is None):
+            self._add_gradients(rows, hidden_CD, found.gradient_CV, first)
+        metrics = {"loss": found.kl_C * self.weight_N[rows]} | found.stats
+        return metrics | self._sampler_stats(rows, read_CE, found.shift_C, found.lse_C)
+
+    def _logits(self, hidden_CD: Tensor) -> Tensor:
+        rounded = self.loss_config.logits_dtype == ROUNDED
+        dtype = self.way.logits_dtype(self.student.dtype, rounded)
+        return self.student.logits(hidden_CD, self.scratch.get("logits", len(hidden_CD), dtype))
+
+    def _own(self, ids_CK: Tensor, columns: int) -> Tensor:
+        """The ids as numbers of this rank's columns, -1 where they are another's."""
+        if self.reader.group is None:
+            return ids_CK
+        own_CK = ids_CK - self.reader.first
+        return own_CK.masked_fill((own_CK < 0) | (own_CK >= columns), -1)
+
+    def _tokens(self, rows: Rows) -> Tokens | None:
+        sampled = self.reader.sampled
+        return None if sampled is None else Tokens(sampled.ids_N[rows], sampled.logprobs_N[rows])
+
+    def _sampler_stats(self, rows: Rows, read_CE: Tensor, shift_C: Tensor, lse_C: Tensor) -> dict[str, Tensor]:
+        sampled = self.reader.sampled
+        if sampled is None:
+            return {}
+        return sampler_stats(self.reader.logprobs(read_CE, shift_C, lse_C), sampled.logprobs_N[rows])
+
+    def _add_gradients(self, rows: Rows, hidden_CD: Tensor, gradient_CV: Tensor, first: bool) -> None:
         gradient_CV = self.student.cast(gradient_CV)
         if self.d_hidden_ND is not None:
-            self.d_hidden_ND[rows] = self.student.hidden_gradient(gradient_CV)
+            d_hidden_CD = self.student.hidden_gradient(gradient_CV)
+            if self.reader.group is not None:
+                d_hidden_CD = d_hidden_CD.to(self.student.dtype)  # the ranks' parts are rounded once, after their sum
+                dist.all_reduce(d_hidden_CD, group=self.reader.group)
+            self.d_hidden_ND[rows] = d_hidden_CD.to(self.d_hidden_ND.dtype)
         if self.d_head_VD is not None:
             self.student.add_head_gradient(gradient_CV, hidden_CD, self.d_head_VD, first)
-        return kl_C.detach()
 
 
 class _WithGradients(torch.autograd.Function):
@@ -241,86 +283,6 @@ def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tenso
     return scaled
 
 
-def _targets_by_chunk(
-    targets: Targets,
-    loss_config: LossConfig,
-    temperature: float,
-    rows: int,
-    vocab: int,
-    k: int | None,
-    scratch: Scratch,
-    debug: bool,
-) -> Callable[[Rows], TopK]:
-    """Check the targets and say how a chunk gets its own: from ``TopK`` by rows, or through the teacher's head."""
-    if isinstance(targets, TeacherRows):
-        return _teacher_by_chunk(targets, loss_config, temperature, rows, vocab, k, scratch)
-    checks.check_topk(targets, rows, vocab)
-    if debug:
-        checks.check_no_duplicates(targets.ids_NK)
-    entropy_N = targets.entropy_N
-    return lambda chunk: TopK(
-        targets.ids_NK[chunk],
-        targets.logprobs_NK[chunk],
-        targets.log_tail_N[chunk],
-        None if entropy_N is None else entropy_N[chunk],
-    )
-
-
-def _teacher_by_chunk(
-    targets: TeacherRows,
-    loss_config: LossConfig,
-    temperature: float,
-    rows: int,
-    vocab: int,
-    k: int | None,
-    scratch: Scratch,
-) -> Callable[[Rows], TopK]:
-    if k is None:
-        raise UserError("topk_logits_k is missing beside the teacher's hidden rows: pass it (0: the whole vocabulary)")
-    checks.check_linear("the teacher's", targets.hidden_ND, targets.head_VD, vocab)
-    checks.check_rows(rows, teacher_hidden_ND=targets.hidden_ND)
-    kept = vocab if k == 0 else k
-    checks.check_support_size(kept, vocab)
-    teacher = Projection(targets.head_VD[:vocab], loss_config.logits_dtype)
-    if scratch.dtype != teacher.dtype:
-        scratch = scratch.of(teacher.dtype)
-    return lambda chunk: TopK(*_topk_of_chunk(targets.hidden_ND[chunk], teacher, kept, temperature, scratch))
-
-
-def _topk_of_chunk(
-    hidden_CD: Tensor, teacher: Projection, k: int, temperature: float, scratch: Scratch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, log-probs, log tail mass and entropy of a chunk; overwrites the scratch."""
-    z_CV = teacher.logits(hidden_CD, scratch.logits(len(hidden_CD)))
-    _divide(z_CV, temperature)
-    ids_CK = z_CV.topk(k, dim=1).indices
-    outcomes = reduce_in_place(z_CV, ids_CK, scratch.spare(len(hidden_CD))).outcomes
-    log_masses_CE = outcomes.log_masses_NE()
-    return ids_CK.int(), log_masses_CE[:, :-1], log_masses_CE[:, -1], entropy(outcomes)
-
-
-def _sampled_reader(
-    z_CV: Tensor, spare_CV: Tensor, sampled: Sampled | None, rows: Rows, temperature: float
-) -> Callable[[Reduced], dict[str, Tensor]]:
-    """Take what the sampled tokens need from the logits before the reduction overwrites them; finish after it."""
-    if sampled is None:
-        return lambda reduced: {}
-    columns_C1, sampler_C = sampled.ids_N[rows].long().unsqueeze(1), sampled.logprobs_N[rows]
-    if sampled.temperature == temperature:
-        chosen_C = z_CV.gather(1, columns_C1).squeeze(1)
-        return lambda reduced: sampler_stats(chosen_C - reduced.shift_C - reduced.lse(), sampler_C)
-    torch.mul(z_CV, temperature / sampled.temperature, out=spare_CV)
-    spare_CV.sub_(spare_CV.amax(dim=1, keepdim=True))
-    chosen_C = spare_CV.gather(1, columns_C1).squeeze(1)
-    own_C = chosen_C - spare_CV.exp_().sum(dim=1).log()
-    return lambda reduced: sampler_stats(own_C, sampler_C)
-
-
-def _divide(z_CV: Tensor, temperature: float) -> None:
-    if temperature != 1.0:
-        z_CV.div_(temperature)
-
-
 def _chunks(weight_N: Tensor, chunk_rows: int) -> list[Rows]:
     """The rows of weight other than 0, in chunks; where there are none an empty one, which names the metrics."""
     kept_N = weight_N.detach().nonzero().squeeze(1)
@@ -331,7 +293,3 @@ def _chunks(weight_N: Tensor, chunk_rows: int) -> list[Rows]:
 
 def _length(chunk: Rows) -> int:
     return int(chunk.stop - chunk.start) if isinstance(chunk, slice) else len(chunk)
-
-
-def _default_chunk_rows(hidden_ND: Tensor) -> int:
-    return 2048 if hidden_ND.is_cuda else 256

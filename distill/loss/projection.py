@@ -23,6 +23,7 @@ class Projection:
         self.head_VD = head_VD.detach()
         self.dtype = torch.promote_types(head_VD.dtype, torch.float32)
         """Of logits and of the head's gradient: float32, or float64 where the head is float64."""
+        self.logits_dtype = logits_dtype
         self._rounded = logits_dtype == ROUNDED
         self._narrow = head_VD.dtype != self.dtype
         # Only CUDA multiplies bf16 operands into a float32 result; elsewhere the head is widened, once per pass.
@@ -30,8 +31,10 @@ class Projection:
         self._operand_VD = self.head_VD.to(self.dtype) if self._widen and not self._rounded else self.head_VD
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
-        """Write hidden @ head^T into ``out_CV`` (of ``dtype``) and return it."""
+        """Write hidden @ head^T into ``out_CV`` (of ``dtype``, or bf16 where logits are rounded) and return it."""
         transposed_DV = self._operand_VD.t()
+        if self._rounded and out_CV.dtype == hidden_CD.dtype == transposed_DV.dtype == torch.bfloat16:
+            return torch.mm(hidden_CD, transposed_DV, out=out_CV)
         if self._rounded:
             return out_CV.copy_((hidden_CD @ transposed_DV).to(torch.bfloat16))
         if self._narrow and not self._widen:

@@ -9,11 +9,17 @@ from distill.loss.divergences import Outcomes, bucket_kls, entropy
 from distill.types import Stats, TopK
 
 
-def row_stats(student: Outcomes, topk: TopK, stop_ids: Tensor) -> dict[str, Tensor]:
-    """What is worth knowing of each row, [C] each: see ``fused_linear_kl``. The student's highest logit is 0."""
+def row_stats(
+    student: Outcomes, topk: TopK, stop_ids: Tensor, favourite_CK: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What is worth knowing of each row, [C] each: see ``fused_linear_kl``. The student's highest logit is 0.
+
+    ``favourite_CK`` tells which ids no token outlikes with the teacher; without it that is the likeliest kept one.
+    """
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()
-    favourite_C1 = topk.logprobs_NK.argmax(dim=1, keepdim=True)
+    if favourite_CK is None:
+        favourite_CK = topk.logprobs_NK == topk.logprobs_NK.amax(dim=1, keepdim=True)
     rows = {
         "forward_kl": forward_C,
         "reverse_kl": reverse_C,
@@ -21,7 +27,7 @@ def row_stats(student: Outcomes, topk: TopK, stop_ids: Tensor) -> dict[str, Tens
         "student_topk_mass": student.log_masses_NE()[:, :-1].exp().sum(dim=1),
         "student_entropy": entropy(student),
         # Compared by value: ties are common in bf16, and then both ids are the student's favourite.
-        "top1_agreement": student.logits_NK.gather(1, favourite_C1).squeeze(1) >= 0,
+        "top1_agreement": (favourite_CK & (student.logits_NK >= 0)).any(dim=1),
     }
     if topk.entropy_N is not None:
         rows["teacher_entropy"] = topk.entropy_N

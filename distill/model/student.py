@@ -46,6 +46,7 @@ class Student:
             chunk_rows=chunk_rows(config, policy.logprob_chunk_size, world.device),
             valid_vocab=valid_vocab,
             stop_token_ids=tuple(stop_token_ids),
+            topk_logits_k=config.distillation.topk_logits_k,
         )
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm

@@ -16,7 +16,7 @@ from distill.model.plain import plain_logits
 from distill.model.student import DTYPES, chunk_rows, loss_at_temperature
 from distill.runtime.packing import view_of
 from distill.runtime.world import World
-from distill.types import MicroBatch, Targets, TopK, UserError, View
+from distill.types import MicroBatch, Targets, TeacherRows, TopK, UserError, View
 
 PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Mean |difference| of log-probs in nats that the packed path may show: rounding makes 1e-5 and 0.1, a fault over 1."""
@@ -36,8 +36,13 @@ class Teacher:
         self._files = files
         self._world = world
         self._valid_vocab = valid_vocab
+        loss = loss_at_temperature(config)
         self._top_k = config.distillation.topk_logits_k
-        self._temperature = loss_at_temperature(config).temperature
+        self._temperature = loss.temperature
+        self._backend = loss.backend
+        self._keeps_sampled = loss.kl_type == "sampled"
+        self._gives_rows = loss.support == "student" or self._top_k == 0
+        self._head_VD: Tensor | None = None
         self._chunk_rows = chunk_rows(config, config.teacher.logprob_chunk_size, world.device)
         self.model = load_sharded(
             files,
@@ -52,18 +57,46 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """The top-k of every response row of the micro-batch, on its reading of it; collective over the shard mesh."""
-        return self._topk(micro_batch.teacher.to(self.device), self._top_k)
+        """What the teacher says of every response row of the micro-batch, on its reading of it; collective over the
+        shard mesh.
 
-    def _topk(self, view: View, k: int) -> TopK:
+        The top-k of each row; or its hidden row, where the loss asks for the student's tokens or for all of them: the
+        head is then kept beside it, whole, until ``after_step``.
+        """
+        view = micro_batch.teacher.to(self.device)
+        if self._gives_rows:
+            return self._rows(view)
+        return self._topk(view, self._top_k, micro_batch.sampled_N.to(self.device) if self._keeps_sampled else None)
+
+    def _topk(self, view: View, k: int, also_N: Tensor | None = None) -> TopK:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
-            topk = teacher_topk(hidden_ND, head_VD, k, self._temperature, self._chunk_rows, self._valid_vocab)
+            topk = teacher_topk(
+                hidden_ND,
+                head_VD,
+                k,
+                self._temperature,
+                self._chunk_rows,
+                self._valid_vocab,
+                also_N=also_N,
+                backend=self._backend,
+            )
             return vars(topk)
 
         return TopK(**self.model(view, use))
 
+    def _rows(self, view: View) -> TeacherRows:
+        def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+            if self._head_VD is None:
+                self._head_VD = head_VD.detach().clone()  # the gathered one goes when its module lets it go
+            return hidden_ND
+
+        hidden_ND = self.model(view, use)
+        assert self._head_VD is not None
+        return TeacherRows(hidden_ND, self._head_VD)
+
     def after_step(self, student: object) -> None:
-        """A frozen teacher stays as it is."""
+        """Let go of what the step's targets needed; a frozen teacher stays as it is."""
+        self._head_VD = None
 
     def onload(self) -> None:
         """Bring the shards back to the device; no collective."""

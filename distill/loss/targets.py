@@ -1,0 +1,227 @@
+"""What the teacher says of a chunk of rows: handed over, or made beside the student's logits from its hidden rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.config import LossConfig
+from distill.loss import checks
+from distill.loss.backend import Pass, choose_pass, divide
+from distill.loss.divergences import entropy
+from distill.loss.projection import ROUNDED, Projection
+from distill.loss.reduction import Scratch, combine
+from distill.types import Targets, TeacherRows, TopK, UserError
+
+Rows = slice | Tensor
+"""Which rows a chunk holds: a slice, or their numbers where some rows are left out."""
+
+
+@torch.no_grad()
+def teacher_topk(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    k: int,
+    temperature: float,
+    chunk_rows: int | None = None,
+    valid_vocab: int | None = None,
+    logits_dtype: str = "float32",
+    also_N: Tensor | None = None,
+    backend: str = "auto",
+) -> TopK:
+    """The teacher's k most likely tokens of each row, exactly, with log tail mass and entropy; no gradient.
+
+    Args:
+        hidden_ND: the teacher's hidden rows, after its last norm; of the head's dtype.
+        head_VD: its head.
+        k: kept ids; the whole vocabulary leaves an empty tail (log mass -inf).
+        temperature: the loss's temperature; the student's logits are divided by the same.
+        chunk_rows: rows of logits held at once; None: 256 on CPU, 2048 on CUDA.
+        valid_vocab: columns from here on are padding and never kept.
+        logits_dtype: as ``loss_fn.logits_dtype``.
+        also_N: an id that each row keeps besides, the sampled token: one more column, -1 where it is among the k (no
+            more column where k is the whole vocabulary).
+        backend: as ``loss_fn.backend``.
+
+    Returns:
+        ids int32 in no order, ties at the edge decided by the backend; log-probs (over the full vocabulary), log tail
+        and entropy in float32 (float64 with a float64 head).
+
+    Errors: ``UserError`` where k exceeds the vocabulary or the shapes disagree.
+    """
+    vocab = checks.check_vocab(head_VD.shape[0], valid_vocab)
+    checks.check_linear("the teacher's", hidden_ND, head_VD, vocab)
+    checks.check_support_size(k, vocab)
+    checks.check_temperature(temperature)
+    count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND)
+    if also_N is not None:
+        checks.check_rows(count, also_N=also_N)
+        checks.check_ids("the sampled ids", also_N, 0, vocab)
+    scorer = Scorer.of(head_VD[:vocab], temperature, logits_dtype, backend, min(count, step))
+    chunks = []
+    for start in range(0, max(count, 1), step):
+        rows = slice(start, start + step)
+        chunks.append(scorer.topk(hidden_ND[rows], k, None if also_N is None else also_N[rows]))
+    return TopK(
+        torch.cat([chunk.ids_NK for chunk in chunks]),
+        torch.cat([chunk.logprobs_NK for chunk in chunks]),
+        torch.cat([chunk.log_tail_N for chunk in chunks]),
+        torch.cat([chunk.entropy_N for chunk in chunks if chunk.entropy_N is not None]),
+    )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The teacher's head at work, chunk by chunk."""
+
+    head: Projection
+    temperature: float
+    way: Pass
+    scratch: Scratch
+    buffer: str
+    """The name of the scratch's buffer that takes the teacher's logits."""
+
+    @classmethod
+    def of(
+        cls, head_VD: Tensor, temperature: float, logits_dtype: str, backend: str, rows: int, **shared: Scratch | str
+    ) -> Scorer:
+        """A scorer with a scratch of its own, or with one that is ``shared``."""
+        head = Projection(head_VD, logits_dtype)
+        way = choose_pass(backend, head_VD.device, head.dtype)
+        own = Scratch(rows, head_VD.shape[0], head_VD.device)
+        return cls(head, temperature, way, **({"scratch": own, "buffer": "logits"} | shared))  # type: ignore[arg-type]
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """[C, V], not divided by the temperature."""
+        rounded = self.head.logits_dtype == ROUNDED
+        buffer_CV = self.scratch.get(self.buffer, len(hidden_CD), self.way.logits_dtype(self.head.dtype, rounded))
+        return self.head.logits(hidden_CD, buffer_CV)
+
+    def topk(self, hidden_CD: Tensor, k: int, also_C: Tensor | None) -> TopK:
+        """The chunk's likeliest tokens, and the one of each row that ``also_C`` names."""
+        z_CV = self.logits(hidden_CD)
+        if also_C is None and (found := self.way.topk_with_tail(z_CV, k, self.temperature)) is not None:
+            return found
+        return self.of_ids(z_CV, with_also(self.way.topk(z_CV, k), also_C, z_CV.shape[1]))[0]
+
+    def of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
+        """What the logits say of these ids, and bool [C, K]: which of them no token outlikes. Overwrites the logits."""
+        reduced = self.way.reduce(z_CV, ids_CK, self.temperature, self.scratch, self.head.head_VD.dtype)
+        combined, _ = combine(reduced.partial, ids_CK, ids_CK, reduced.partial.logits_CK[:, :0], None)
+        log_masses_CE = combined.outcomes.log_masses_NE()
+        topk = TopK(ids_CK.int(), log_masses_CE[:, :-1], log_masses_CE[:, -1], entropy(combined.outcomes))
+        return topk, combined.outcomes.logits_NK >= 0
+
+    def whole(self, hidden_CD: Tensor) -> Tensor:
+        """[C, V] over the temperature, float32 or float64."""
+        z_CV = self.logits(hidden_CD)
+        if z_CV.dtype != self.head.dtype:
+            z_CV = self.scratch.get("wide " + self.buffer, len(z_CV), self.head.dtype).copy_(z_CV)
+        divide(z_CV, self.temperature)
+        return z_CV
+
+
+def with_also(ids_CK: Tensor, also_C: Tensor | None, vocab: int) -> Tensor:
+    """The ids with one more column: what ``also_C`` names, -1 where it is there already."""
+    if also_C is None or ids_CK.shape[1] == vocab:
+        return ids_CK
+    also_C1 = also_C.to(ids_CK.dtype).unsqueeze(1)
+    return torch.cat([ids_CK, also_C1.masked_fill((ids_CK == also_C1).any(dim=1, keepdim=True), -1)], dim=1)
+
+
+@dataclass(frozen=True)
+class ChunkTargets:
+    """Where a chunk of the student finds its targets; exactly one of the three ways is there."""
+
+    ready: Callable[[Rows], TopK] | None = None
+    """The teacher's support: the targets don't depend on the student."""
+    of_students: Callable[[Rows, Tensor], tuple[TopK, Tensor]] | None = None
+    """The student's support: targets, and which ids are the teacher's favourites, from the student's logits."""
+    whole: Callable[[Rows], Tensor] | None = None
+    """The whole vocabulary: the teacher's logits over the temperature."""
+
+
+def targets_by_chunk(
+    targets: Targets,
+    loss_config: LossConfig,
+    temperature: float,
+    rows: int,
+    vocab: int,
+    k: int | None,
+    also_N: Tensor | None,
+    way: Pass,
+    scratch: Scratch,
+    debug: bool,
+) -> ChunkTargets:
+    """Check the targets and say how a chunk gets its own."""
+    if isinstance(targets, TeacherRows):
+        return _teacher_by_chunk(targets, loss_config, temperature, rows, vocab, k, also_N, way, scratch)
+    if loss_config.support == "student":
+        raise UserError(
+            "loss_fn.support=student has the teacher score the student's tokens, but its targets are a finished top-k: "
+            "pass TeacherRows"
+        )
+    checks.check_topk(targets, rows, vocab)
+    if debug:
+        checks.check_no_duplicates(targets.ids_NK)
+    entropy_N = targets.entropy_N
+    return ChunkTargets(
+        ready=lambda chunk: TopK(
+            targets.ids_NK[chunk],
+            targets.logprobs_NK[chunk],
+            targets.log_tail_N[chunk],
+            None if entropy_N is None else entropy_N[chunk],
+        )
+    )
+
+
+def _teacher_by_chunk(
+    targets: TeacherRows,
+    loss_config: LossConfig,
+    temperature: float,
+    rows: int,
+    vocab: int,
+    k: int | None,
+    also_N: Tensor | None,
+    way: Pass,
+    scratch: Scratch,
+) -> ChunkTargets:
+    if k is None:
+        raise UserError("topk_logits_k is missing beside the teacher's hidden rows: pass it (0: the whole vocabulary)")
+    checks.check_linear("the teacher's", targets.hidden_ND, targets.head_VD, vocab)
+    checks.check_rows(rows, teacher_hidden_ND=targets.hidden_ND)
+    if k != 0:
+        checks.check_support_size(k, vocab)
+    hidden_ND = targets.hidden_ND
+    # Where the student's logits must wait for the teacher's, each needs a buffer; else the two take turns in one.
+    buffer = "teacher's logits" if k == 0 or loss_config.support == "student" else "logits"
+    scorer = Scorer.of(
+        targets.head_VD[:vocab],
+        temperature,
+        loss_config.logits_dtype,
+        loss_config.backend,
+        0,
+        scratch=scratch,
+        buffer=buffer,
+    )
+
+    def also(chunk: Rows) -> Tensor | None:
+        return None if also_N is None else also_N[chunk]
+
+    def of_students(chunk: Rows, student_CV: Tensor) -> tuple[TopK, Tensor]:
+        ids_CK = with_also(way.topk(student_CV, k), also(chunk), vocab)
+        return scorer.of_ids(scorer.logits(hidden_ND[chunk]), ids_CK)
+
+    if k == 0:
+        return ChunkTargets(whole=lambda chunk: scorer.whole(hidden_ND[chunk]))
+    if loss_config.support == "student":
+        return ChunkTargets(of_students=of_students)
+    return ChunkTargets(ready=lambda chunk: scorer.topk(hidden_ND[chunk], k, also(chunk)))
+
+
+def default_chunk_rows(hidden_ND: Tensor) -> int:
+    """Rows of logits held at once where nobody says."""
+    return 2048 if hidden_ND.is_cuda else 256

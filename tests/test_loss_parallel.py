@@ -1,0 +1,144 @@
+"""A vocabulary-parallel head on two and four ranks gives the numbers of a whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill.config import LossConfig
+from distill.loss import Sampled, VocabParallel, fused_linear_kl, teacher_topk
+from distill.types import LossOutput, TeacherRows, UserError
+from tests.helpers import run_ranks
+from tests.loss_oracle import MEMBERS
+from tests.test_loss_head import name, rows_and_head
+
+SAMPLED = LossConfig(kl_type="sampled", token_kl_cap=1.5)
+CASES = [*MEMBERS, SAMPLED]
+ROWS, VOCAB, PADDED, VALID = 9, 40, 48, 43
+"""Four ranks hold 12 columns each; of the last rank's, 7 count."""
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+    hidden, head, t_hidden, t_head = rows_and_head(ROWS, PADDED, 8, dtype=dtype)
+    ids_N = torch.arange(ROWS) * 4
+    weight_N = torch.tensor([1.0, 1, 0, 1, 0.5, 1, 1, 0, 1], dtype=torch.float64)
+    return hidden, head, t_hidden, t_head, ids_N, weight_N
+
+
+def _step(config: LossConfig, dtype: torch.dtype, k: int, sampling: float, parallel: VocabParallel | None) -> Any:
+    """The loss, the gradients and the metrics of this rank's part of the head, or of the whole one."""
+    hidden, head, t_hidden, t_head, ids_N, weight_N = _inputs(dtype)
+    also_N = ids_N if config.kl_type == "sampled" else None
+    topk = teacher_topk(t_hidden, t_head, k, config.temperature or sampling, valid_vocab=VALID, also_N=also_N)
+    if parallel is not None:
+        columns = PADDED // dist.get_world_size(parallel.group)
+        head = head[parallel.first : parallel.first + columns].clone()
+    hidden.requires_grad_()
+    head.requires_grad_()
+    output: LossOutput = fused_linear_kl(
+        hidden,
+        head,
+        topk,
+        config,
+        weight_N,
+        Sampled(ids_N, torch.zeros(ROWS, dtype=dtype) - 2, sampling),
+        chunk_rows=4,
+        valid_vocab=VALID,
+        stop_token_ids=[3, 17],
+        parallel=parallel,
+    )
+    (output.kl_sum / 3).backward()
+    stats = {metric: float(total) / float(count) for metric, (total, count) in output.stats.items()}
+    return output.kl_sum.detach(), hidden.grad, head.grad, stats
+
+
+def _all_steps(parallel: VocabParallel | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for config in CASES:
+        found[name(config)] = _step(config, torch.float64, 6, 0.6, parallel)
+    for k in (1, VALID):  # K is the vocabulary: no rank has a tail
+        found[f"{k} ids"] = _step(LossConfig(kl_type="reverse"), torch.float64, k, 0.6, parallel)
+    # a loss at another temperature than the sampler's; and bf16, whose dHidden is rounded once
+    found["two temperatures"] = _step(LossConfig(temperature=2.0), torch.float64, 6, 0.6, parallel)
+    found["bf16"] = _step(LossConfig(), torch.bfloat16, 6, 1.0, parallel)
+    return found
+
+
+def _on_ranks() -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parallel = VocabParallel(dist.group.WORLD, rank * PADDED // ranks, PADDED)
+    found = _all_steps(parallel)
+    calls: list[tuple[Any, int]] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        calls.append((op, tensor.numel()))
+        all_reduce(tensor, op=op, group=group)
+
+    dist.all_reduce = counted  # type: ignore[assignment]
+    _step(LossConfig(), torch.float64, 6, 1.0, parallel)
+    found["calls"] = [(str(op), numel) for op, numel in calls]
+    dist.all_reduce = all_reduce
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_head_spread_over_ranks_gives_the_whole_heads_numbers(ranks: int) -> None:
+    whole = _all_steps(None)
+    for rank, found in enumerate(run_ranks(ranks, _on_ranks)):
+        own = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
+        for case, (loss, d_hidden, d_head, stats) in whole.items():
+            bound = 6e-3 if case == "bf16" else 1e-12
+            loss_, d_hidden_, d_head_, stats_ = found[case]
+            assert float(loss_) == pytest.approx(float(loss), rel=min(bound, 1e-6)), case
+            assert (d_hidden_ - d_hidden).norm() <= bound * d_hidden.norm(), case
+            assert (d_head_ - d_head[own]).norm() <= bound * d_head.norm(), case
+            assert stats_ == pytest.approx(stats, rel=max(bound, 1e-9) if case == "bf16" else 1e-9), case
+            if rank == ranks - 1:
+                assert (d_head_[VALID - own.start :] == 0).all()
+        # seven rows of weight other than 0 in chunks of four: one maximum, one packed sum and dHidden a chunk
+        kept = [4, 3]
+        assert found["calls"] == [
+            call
+            for rows in kept
+            for call in (
+                ("RedOpType.MAX", rows),
+                ("RedOpType.SUM", rows * (6 + 2 + 1)),
+                ("RedOpType.SUM", rows * 8),
+            )
+        ]
+
+
+def test_what_a_spread_head_cannot_do_is_refused() -> None:
+    hidden, head, t_hidden, t_head, _, weight_N = _inputs(torch.float64)
+    topk = teacher_topk(t_hidden, t_head, 6, 1.0, valid_vocab=VALID)
+    nobody: Any = None
+    with pytest.raises(UserError, match="begins at column 44 of a vocabulary of 43, so it has only padding"):
+        fused_linear_kl(
+            hidden,
+            head[44:],
+            topk,
+            LossConfig(),
+            weight_N,
+            valid_vocab=VALID,
+            parallel=VocabParallel(nobody, 44, PADDED),
+        )
+    for config, k in ((LossConfig(support="student"), 5), (LossConfig(), 0)):
+        with pytest.raises(UserError, match="not made with a vocabulary-parallel head"):
+            fused_linear_kl(
+                hidden,
+                head[:24],
+                TeacherRows(t_hidden, t_head),
+                config,
+                weight_N,
+                topk_logits_k=k,
+                valid_vocab=VALID,
+                parallel=VocabParallel(nobody, 0, PADDED),
+            )
