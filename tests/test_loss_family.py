@@ -260,6 +260,28 @@ def test_the_whole_vocabulary_in_narrow_numbers(config: LossConfig, dtype: torch
         assert abs(mean(same, "loss")) < 1e-5 and d_hidden.abs().max() < 5e-6
 
 
+@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
+def test_a_cap_on_the_whole_vocabulary_is_that_of_k_equal_to_it(config: LossConfig) -> None:
+    hidden, head, t_hidden, t_head = rows_and_head(12, 40, 8)
+    sampled = Sampled(draw(hidden @ head.t()), -torch.ones(12).double(), 1.0)
+    everything = exact_topk(t_hidden @ t_head.t(), 40)
+
+    def run(targets: Targets, cap: float | None) -> Any:
+        capped = dataclasses.replace(config, token_kl_cap=cap)
+        return gradients(
+            lambda h, w: fused_linear_kl(h, w, targets, capped, torch.ones(12), sampled, topk_logits_k=0), hidden, head
+        )
+
+    rows = TeacherRows(t_hidden, t_head)
+    free, _ = run(rows, None)
+    cap = 0.3 * abs(mean(free, "loss"))
+    (ours, our_grads), (theirs, their_grads) = run(rows, cap), run(everything, cap)
+    assert abs(mean(ours, "loss")) < 0.9 * abs(mean(free, "loss")), "nothing was capped"
+    assert_close(ours.kl_sum, theirs.kl_sum, 1e-10)
+    for gradient, expected in zip(our_grads, their_grads, strict=True):
+        assert_close(gradient, expected, 1e-10)
+
+
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("k", [0, 5])
 def test_teacher_rows_hold_no_more_than_chunks_of_logits(k: int, support: Any) -> None:

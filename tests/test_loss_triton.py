@@ -109,10 +109,13 @@ def test_the_kernels_are_really_called(monkeypatch: pytest.MonkeyPatch) -> None:
     from distill.loss.kernels import student, topk
 
     called: list[str] = []
+    gradients_are: set[torch.dtype] = set()
 
     def spy(function: str, original: Any) -> Any:
         def call(*args: Any) -> Any:
             called.append(function)
+            if function == "gradient_rows":
+                gradients_are.add(args[-1].dtype)
             return original(*args)
 
         return call
@@ -121,6 +124,10 @@ def test_the_kernels_are_really_called(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, function, spy(function, getattr(module, function)))
     both(LossConfig(), torch.float32, 9, rows=False)
     assert called == ["topk_with_tail"] * 3 + ["reduce_rows", "gradient_rows"] * 2
+    assert gradients_are == {torch.float32}
+    gradients_are.clear()
+    both(LossConfig(), torch.bfloat16, 9, rows=False)
+    assert gradients_are == {torch.bfloat16}, "a float32 gradient of bf16 operands is a write too wide"
 
 
 def test_the_teachers_topk_is_that_of_float64() -> None:
