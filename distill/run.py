@@ -31,6 +31,7 @@ from distill.model.load import (
 )
 from distill.model.student import Student
 from distill.model.teacher import Teacher, check_top_k
+from distill.model.tensor_parallel import check_plan
 from distill.rollout.build import build_engine, check_backend, sampling_of
 from distill.rollout.engine import Engine
 from distill.rollout.freshness import Freshness
@@ -166,7 +167,9 @@ def build_run(arguments: Arguments, world: World) -> Run:
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.agreed("checking the cluster"):
         world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
-    world.build_mesh(device, tp, cp)
+    theirs = config.teacher.dtensor_cfg
+    teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
+    world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
     with world.agreed("checking the loss"):
         check_loss_backend(config.loss_fn, world.device)
     with world.agreed("finding the models"), world.main_first():
@@ -229,12 +232,6 @@ def build_run(arguments: Arguments, world: World) -> Run:
 
 
 def _check_supported(config: Config) -> None:
-    for owner, parallel in (("policy", config.policy.dtensor_cfg), ("teacher", config.teacher.dtensor_cfg)):
-        for name in ("tensor_parallel_size", "context_parallel_size"):
-            if owner == "policy" and (size := getattr(parallel, name)) > 1:
-                raise UserError(f"{owner}.dtensor_cfg.{name}={size} is not supported yet: set it to 1")
-            if getattr(parallel, name) > 1:
-                log.warning("%s.dtensor_cfg.%s has no effect: the teacher is sharded over all ranks", owner, name)
     if config.policy.generation.stop_strings:
         raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
     if not config.checkpointing.save_optimizer:
@@ -262,6 +259,8 @@ def _find_models(config: Config) -> Models:
     ):
         shape = model_config(files, f"{owner}.model_name")
         sizes.append(shape.vocab_size)
+        if owner == "policy" and config.policy.dtensor_cfg.tensor_parallel_size > 1:
+            check_plan(shape, config.policy.dtensor_cfg.custom_parallel_plan, files.name)
         if length > shape.max_position_embeddings:
             raise UserError(
                 f"{owner}.max_total_sequence_length={length} exceeds the window of {files.name}"

@@ -106,11 +106,30 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How the T positions of a pack lie on the R ranks that read it together, each of them M positions.
+
+    Every rank has room for as many; what no position fills is padding, which nobody attends to.
+    """
+
+    place_T: Tensor
+    """int64 [T]: where each position of the pack stands in the ranks' parts end to end."""
+    position_P: Tensor
+    """int64 [R * M]: the position at each place of the ranks' parts end to end; 0 at padding."""
+
+    def to(self, device: torch.device) -> Spread:
+        """The same with its tensors on ``device``."""
+        return Spread(self.place_T.to(device), self.position_P.to(device))
+
+
+@dataclass(frozen=True)
 class View:
     """One model's reading of a packed micro-batch: B sequences end to end, without padding.
 
     S is the length of all sequences together. Where sequences share a prefix that is read once, T is smaller than S
-    and ``shared`` says which of the T positions make up each sequence; otherwise T is S.
+    and ``shared`` says which of the T positions make up each sequence; otherwise T is S. With ``spread`` the ranks of a
+    group read the pack together: ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions),
+    while ``bounds`` and ``shared`` are still about the whole pack.
     """
 
     tokens_T: Tensor
@@ -122,18 +141,27 @@ class View:
     rows_N: Tensor
     """int64 [N]: the position whose hidden state predicts response token n."""
     shared: Shared | None = None
+    spread: Spread | None = None
 
     def to(self, device: torch.device) -> View:
         """The same view with its tensors on ``device``."""
-        shared = None if self.shared is None else self.shared.to(device)
-        return View(self.tokens_T.to(device), self.positions_T.to(device), self.bounds, self.rows_N.to(device), shared)
+        return View(
+            self.tokens_T.to(device),
+            self.positions_T.to(device),
+            self.bounds,
+            self.rows_N.to(device),
+            None if self.shared is None else self.shared.to(device),
+            None if self.spread is None else self.spread.to(device),
+        )
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What one rank trains in one forward and backward: N response tokens, read by student and teacher.
 
-    Row n of the student's view and row n of the teacher's predict the same token, ``sampled_N[n]``.
+    Row n of the student's view and row n of the teacher's predict the same token, ``sampled_N[n]``. Under tensor
+    parallelism the ranks of a group train the same rows, and the teacher's view has this rank's share of them:
+    ``shares`` says how many each has, in the order of the rows.
     """
 
     student: View
@@ -146,6 +174,8 @@ class MicroBatch:
     """float32 [N]: 1 for a row that counts, 0 for one that does not (a dummy's)."""
     rollout_N: Tensor
     """int64 [N]: which answer the row belongs to, by its place in the step's list of rollouts; -1 for a dummy's."""
+    shares: tuple[int, ...] = ()
+    """Rows of the teacher's view on each rank of the tensor-parallel group; empty where there is no such group."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on ``device``."""
@@ -156,6 +186,7 @@ class MicroBatch:
             self.sampled_logprobs_N.to(device),
             self.weight_N.to(device),
             self.rollout_N.to(device),
+            self.shares,
         )
 
 
@@ -176,10 +207,36 @@ class OptimizerBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place among those that train: ``dp_rank`` of ``dp_size`` data-parallel groups."""
+    """This rank's place among those that train: ranks are numbered (dp, cp, tp), tp innermost.
+
+    A data-parallel group of ``cp_size * tp_size`` ranks trains a micro-batch together. The teacher reads those of
+    ``teacher_size`` consecutive ranks (whole data-parallel groups) as one pack, its positions spread over them.
+    """
 
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
+    tp_rank: int = 0
+    tp_size: int = 1
+    teacher_size: int = 1
+
+    @property
+    def group_size(self) -> int:
+        """Ranks of a data-parallel group."""
+        return self.cp_size * self.tp_size
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among all that train."""
+        return (self.dp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
+
+    @property
+    def teacher_dp_ranks(self) -> range:
+        """The data-parallel groups whose micro-batches this rank's teacher group reads, in order."""
+        count = max(1, self.teacher_size // self.group_size)
+        first = self.dp_rank // count * count
+        return range(first, first + count)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ the product on this rank's part of the work. ``differences`` compares the two.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,6 +22,8 @@ from distill.config import Config, load_config
 from distill.model.load import find_model, model_config
 from distill.model.student import Student
 from distill.model.teacher import Teacher
+from distill.model.weights import GatheredWeights, tp_dim
+from distill.runtime.metrics import Metrics
 from distill.runtime.packing import PackingConfig, plan
 from distill.runtime.world import World
 from distill.types import Problem, Prompt, Rollout
@@ -148,10 +151,46 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
         output = student.loss(micro_batch, said)
         (output.kl_sum / batch.response_tokens).backward()
         loss += output.kl_sum.item() / batch.response_tokens
-    gradients = {name: cast(DTensor, p.grad).full_tensor().clone() for name, p in student.model.named_hf_parameters()}
+    student.sum_gradients()
+    gradients = whole_gradients(student, world)
     norm = student.step()
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
-    return Step(sum(world.gather(loss)), norm, gradients, weights)
+    layout = world.layout
+    counted = loss if layout.tp_rank == 0 else 0.0  # the ranks of a tensor-parallel group have the same loss
+    return Step(sum(world.gather(counted)), norm, gradients, weights)
+
+
+def whole_gradients(student: Student, world: World) -> dict[str, Tensor]:
+    """Every parameter's gradient by name, from the shards of all ranks. Collective."""
+    sharded = [(name, cast(Tensor, p.grad)) for name, p in student.model.named_hf_parameters()]
+    gathered = GatheredWeights(sharded, torch.float32, 2**30, world.replica_mesh, world.layout.tp_size)
+    return {name: tensor.clone() for name, tensor in gathered}
+
+
+def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> list[str]:
+    """Train five steps; the names of weights that differ between ranks that should hold the same. Collective."""
+    models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
+    vocab = model_config(models[0], "a model").vocab_size
+    student = Student(config, models[0], world, vocab, ())
+    teacher = Teacher(config, models[1], world, vocab)
+    for step in range(5):
+        for batch in plan(rollouts, world.layout, packing, seed=0, step=step):
+            student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], Metrics())
+        student.end_step()
+    copies: dict[tuple[str, int, int], set[bytes]] = {}
+    for named in world.gather(list(_digests(student, world))):
+        for place, digest in named:
+            copies.setdefault(place, set()).add(digest)
+    return sorted({name for (name, _, _), digests in copies.items() if len(digests) > 1})
+
+
+def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, int], bytes]]:
+    """(name, FSDP's shard, tensor-parallel part) and a digest of what this rank holds there."""
+    shard, tp_rank = divmod(world.replica_mesh.get_local_rank(), world.layout.tp_size)
+    for name, parameter in student.model.named_hf_parameters():
+        part = 0 if tp_dim(parameter) is None else tp_rank
+        local = cast(DTensor, parameter).to_local()
+        yield (name, shard, part), hashlib.sha256(local.detach().numpy().tobytes()).digest()
 
 
 def differences(ours: Step, reference: Step) -> dict[str, float]:

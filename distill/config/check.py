@@ -19,8 +19,8 @@ AT_LEAST: dict[int, str] = {
         policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
         policy.make_sequence_length_divisible_by policy.dtensor_cfg.tensor_parallel_size
-        policy.dtensor_cfg.context_parallel_size policy.dynamic_batching.train_mb_tokens
-        policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
+        policy.dtensor_cfg.context_parallel_size policy.dtensor_cfg.replicate_size
+        policy.dynamic_batching.train_mb_tokens policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
         policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens policy.generation.top_k
         policy.generation.val_top_k policy.generation.vllm_cfg.tensor_parallel_size
         policy.generation.vllm_cfg.max_model_len teacher.max_total_sequence_length teacher.logprob_batch_size
@@ -42,8 +42,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "distillation.max_rollout_turns": (1, "the student answers once, so set it to 1"),
     "policy.dtensor_cfg.enabled": (True, "FSDP2 is the only way to train here, so set it to true"),
     "teacher.dtensor_cfg.enabled": (True, "FSDP2 is the only way to spread a model here, so set it to true"),
-    "policy.dtensor_cfg.custom_parallel_plan": (None, "plans come with the model families, so set it to null"),
-    "teacher.dtensor_cfg.custom_parallel_plan": (None, "plans come with the model families, so set it to null"),
+    "teacher.dtensor_cfg.custom_parallel_plan": (None, "the teacher's layers are gathered whole, so set it to null"),
     "policy.generation.colocated.enabled": (True, "generation shares the GPUs that train, so set it to true"),
     "policy.generation.vllm_cfg.async_engine": (False, "the engine is driven in step with training: set it to false"),
     "policy.generation.vllm_cfg.pipeline_parallel_size": (1, "set it to 1 and use tensor_parallel_size"),
@@ -145,6 +144,13 @@ def _groups(config: Config) -> None:
                 f"{name}.dtensor_cfg.tensor_parallel_size={parallel.tensor_parallel_size} * context_parallel_size="
                 f"{parallel.context_parallel_size} doesn't divide the {ranks} ranks of {where}: choose sizes that do"
             )
+    policy = config.policy.dtensor_cfg
+    group = policy.tensor_parallel_size * policy.context_parallel_size
+    if ranks % (group * policy.replicate_size):
+        refuse(
+            f"policy.dtensor_cfg.replicate_size={policy.replicate_size} doesn't divide the {ranks // group} groups of "
+            f"{group} ranks (tensor_parallel_size * context_parallel_size) of {where}: choose a size that does"
+        )
     engine = config.policy.generation.vllm_cfg.tensor_parallel_size
     if config.policy.generation.backend == "vllm" and ranks % engine:
         refuse(
@@ -177,6 +183,13 @@ def _loss(config: Config) -> None:
             "are set in one place and say the same thing: set one of them to null"
         )
     check_jsd(loss)
+    tp, k = config.policy.dtensor_cfg.tensor_parallel_size, config.distillation.topk_logits_k
+    if tp > 1 and (loss.support == "student" or k == 0):
+        refuse(
+            f"policy.dtensor_cfg.tensor_parallel_size={tp} splits the student's vocabulary over ranks, and "
+            f"loss_fn.support={loss.support} with distillation.topk_logits_k={k} needs it whole: set the size to 1 (and "
+            "context_parallel_size instead), or take the teacher's top-k"
+        )
     if loss.kl_type == "sampled" and loss.temperature not in (None, config.policy.generation.temperature):
         refuse(
             f"loss_fn.temperature={loss.temperature} differs from policy.generation.temperature="

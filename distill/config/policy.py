@@ -34,10 +34,13 @@ class DtensorConfig:
     """Compute activations again in the backward instead of keeping them."""
     cpu_offload: bool = False
     """Keep parameters and optimizer in host memory."""
+    replicate_size: int = 1
+    """Groups of ranks that hold a whole sharded model each, one a node, say (HSDP): gathers stay inside a group, and
+    gradients are summed over the groups."""
     sequence_parallel: bool = False
     """Split activations between matrices over the tensor-parallel ranks too."""
-    custom_parallel_plan: str | None = None
-    """Must be null: plans come with the model families."""
+    custom_parallel_plan: dict[str, str] | None = None
+    """Tensor parallelism by module of the model's body (layers.*.mlp.up_proj: colwise, say); null: the family's own."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward (less memory) instead of after its backward (less traffic)."""
 

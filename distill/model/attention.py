@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from distill.model.exchange import Exchange
 from distill.types import Shared
 
 PACKED = "distill_packed"
@@ -23,6 +24,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     packed_bounds: tuple[int, ...],
     packed_shared: Shared | None = None,
+    packed_exchange: Exchange | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **unused: object,
@@ -40,6 +42,8 @@ def packed_attention(
     assert attention_mask is None, "a pack has bounds, not a mask"
     assert not unused.get("softcap"), "soft-capped attention is refused when the model is loaded"
     dtype = query.dtype
+    if packed_exchange is not None:
+        query, key, value = packed_exchange.heads(query, key, value)
     if packed_shared is not None:
         query, key, value = (_spread(heads, packed_shared.spread_S) for heads in (query, key, value))
     if dtype == torch.bfloat16 and not query.is_cuda:
@@ -48,6 +52,8 @@ def packed_attention(
     attended = _attend(query, key, value, packed_bounds, scaling, sliding_window).to(dtype)
     if packed_shared is not None:
         attended = attended.index_select(1, packed_shared.first_T)
+    if packed_exchange is not None:
+        attended = packed_exchange.positions(attended)
     return attended, None
 
 

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from distill.types import UserError
@@ -199,10 +198,27 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
 
 
 def _local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
+    """What of the whole tensor this rank has. The mesh's inner axes (tp) split it first, then FSDP's split the part."""
     if not isinstance(parameter, DTensor):
         return None
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+    begins, lengths = [0] * parameter.ndim, list(parameter.shape)
+    mesh = parameter.device_mesh
+    for axis in reversed(range(mesh.ndim)):
+        placement = parameter.placements[axis]
+        if placement.is_replicate():
+            continue
+        dim = placement.dim  # type: ignore[attr-defined]
+        begin, length = chunk_of(lengths[dim], mesh.size(axis), mesh.get_local_rank(axis))
+        begins[dim] += begin
+        lengths[dim] = length
+    return tuple(slice(begin, begin + length) for begin, length in zip(begins, lengths, strict=True))
+
+
+def chunk_of(length: int, parts: int, number: int) -> tuple[int, int]:
+    """Where torch.chunk's part ``number`` begins and how long it is: equal parts, the last ones shorter or empty."""
+    size = -(-length // parts)
+    begin = min(length, number * size)
+    return begin, min(size, length - begin)
 
 
 def causal_lm_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:

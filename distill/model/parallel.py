@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from distill.model.attention import PACKED
+from distill.model.exchange import Exchange
 from distill.model.load import (
     ModelFiles,
     causal_lm_parts,
@@ -20,6 +25,7 @@ from distill.model.load import (
     restore_buffers,
 )
 from distill.model.reduce import ExchangeAndAdd
+from distill.model.tensor_parallel import apply_tensor_parallel, check_plan
 from distill.runtime.hostmemory import keep_freed_memory
 from distill.runtime.world import World
 from distill.types import View
@@ -33,12 +39,16 @@ class RowsModel(nn.Module):
     ``forward(view, use)`` runs the body over the packed sequences and hands ``use`` the hidden states of
     ``view.rows_N`` [N, D] and the head [V, D]. Loss and top-k are computed there, inside the root's forward, where
     FSDP holds the gathered head: a call beside the root would meet shards. ``use`` returns what pytree sees (tensors,
-    tuples, dicts), so that FSDP can hook the backward.
+    tuples, dicts), so that FSDP can hook the backward. ``group``: the ranks that read spread views together. Under
+    tensor parallelism the head is this rank's rows of it.
     """
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.summed: frozenset[str] = frozenset()
+        """Names of the parameters whose gradients the tensor-parallel group must sum."""
+        self._group = group
 
     def forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
         """Run the packed sequences; every rank of the shard mesh calls it, each with its own."""
@@ -48,9 +58,17 @@ class RowsModel(nn.Module):
             position_ids=view.positions_T[None],
             packed_bounds=view.bounds,
             packed_shared=view.shared,
+            packed_exchange=self._exchange(view),
             use_cache=False,  # with a cache, transformers reads packed positions as one sequence, silently
         ).last_hidden_state[0]
-        return use(hidden_TD.index_select(0, view.rows_N), head.weight)
+        weight = head.weight.to_local() if isinstance(head.weight, DTensor) else head.weight
+        return use(hidden_TD.index_select(0, view.rows_N), weight)
+
+    def _exchange(self, view: View) -> Exchange | None:
+        if view.spread is None:
+            return None
+        assert self._group is not None, "a spread view needs the ranks that share it"
+        return Exchange(self._group, view.spread)
 
     def reshard_all(self) -> None:
         """Let go of all gathered weights: after a forward that no backward follows nobody else does.
@@ -66,16 +84,30 @@ class RowsModel(nn.Module):
         return list(self.causal_lm.named_parameters())
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """Where a model's parts lie."""
+
+    mesh: DeviceMesh
+    """FSDP's: of one axis, or of two, the first of which only replicates."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that read spread views together."""
+    tp_mesh: DeviceMesh | None = None
+    """The ranks that share each matrix, by ``tp_plan``; None: no tensor parallelism."""
+    tp_plan: Mapping[str, str] | None = None
+    reshard_after_forward: bool = True
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
+
+
 def load_sharded(
     files: ModelFiles,
     key: str,
     world: World,
+    sharding: Sharding,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     trainable: bool,
-    reshard_after_forward: bool = True,
-    activation_checkpointing: bool = False,
-    cpu_offload: bool = False,
 ) -> RowsModel:
     """A checkpoint as a sharded model: built on the meta device, its shards read slice by slice; collective.
 
@@ -83,20 +115,33 @@ def load_sharded(
     reduced in float32 and summed, not averaged (the loss is divided by the global token count already).
     """
     config = model_config(files, key)
-    mesh, device = world.shard_mesh, world.device
+    device = world.device
     if device.type == "cpu":
         keep_freed_memory()
-    model = RowsModel(meta_model(config, PACKED, dtype))
+    model = RowsModel(meta_model(config, PACKED, dtype), sharding.group)
     model.requires_grad_(trainable)
-    if activation_checkpointing:
+    if sharding.tp_mesh is not None:
+        plan = check_plan(config, sharding.tp_plan, files.name)
+        model.summed = apply_tensor_parallel(model.causal_lm, sharding.tp_mesh, plan)
+    if sharding.activation_checkpointing:
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(trainable)
+    offloaded = sharding.cpu_offload and device.type == "cuda"
+    _shard(model, sharding, compute_dtype, CPUOffloadPolicy() if offloaded else OffloadPolicy(), trainable)
+    materialize(model, torch.device("cpu") if offloaded else device)
+    restore_buffers(model.causal_lm, device)
+    with world.agreed(f"loading {files.name}"):
+        load_weights(model.named_hf_parameters(), files)
+    return model
+
+
+def _shard(
+    model: RowsModel, sharding: Sharding, compute_dtype: torch.dtype, offload: OffloadPolicy, trainable: bool
+) -> None:
+    mesh, again = sharding.mesh, sharding.reshard_after_forward
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload: OffloadPolicy = CPUOffloadPolicy() if cpu_offload and device.type == "cuda" else OffloadPolicy()
     for layer in model.causal_lm.base_model.layers:
-        fully_shard(
-            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward
-        )
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
     # A forward without backward must let the root's gathered weights go: a later one would read them stale.
     root_reshards = None if trainable else True
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=root_reshards)
@@ -104,11 +149,5 @@ def load_sharded(
         if isinstance(module, FSDPModule):  # both settings hold for one module, not for those inside it
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a plain SUM: gloo knows no pre-multiplied one
-            if device.type == "cpu":
+            if mesh.device_type == "cpu":
                 module.set_custom_reduce_scatter(ExchangeAndAdd())  # type: ignore[arg-type]
-    offloaded = cpu_offload and device.type == "cuda"
-    materialize(model, torch.device("cpu") if offloaded else device)
-    restore_buffers(model.causal_lm, device)
-    with world.agreed(f"loading {files.name}"):
-        load_weights(model.named_hf_parameters(), files)
-    return model

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.config import Config
-from distill.loss import Sampled, fused_linear_kl
-from distill.model.load import ModelFiles
-from distill.model.parallel import load_sharded
-from distill.model.weights import GatheredWeights
+from distill.loss import Sampled, VocabParallel, fused_linear_kl
+from distill.model.load import ModelFiles, causal_lm_parts, chunk_of
+from distill.model.parallel import RowsModel, Sharding, load_sharded
+from distill.model.weights import GatheredWeights, tp_dim
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import view_of
 from distill.runtime.world import World
@@ -39,7 +39,10 @@ class Student:
         policy = config.policy
         self.dtype = DTYPES[policy.precision]
         self.device = world.device
-        self._group = world.shard_mesh.get_group()
+        self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
+        self._group = self._mesh.get_group()
+        self._tp_group = world.tp_mesh.get_group()
+        self._counts = world.layout.tp_rank == 0  # whether this rank's statistics are its group's
         self._temperature = config.policy.generation.temperature
         self._loss_config = loss_at_temperature(config)
         self._loss_options: dict[str, Any] = dict(
@@ -52,17 +55,25 @@ class Student:
         self._max_grad_norm = policy.max_grad_norm
         self._valid_vocab = valid_vocab
         self._as_synced = False  # whether the weights are still those that were last sent out
-        self.model = load_sharded(
-            files,
-            "policy.model_name",
-            world,
-            dtype=torch.float32,
-            compute_dtype=self.dtype,
-            trainable=True,
+        sharding = Sharding(
+            world.shard_mesh,
+            world.cp_group,
+            world.tp_mesh if self._tp > 1 else None,
+            policy.dtensor_cfg.custom_parallel_plan,
             reshard_after_forward=policy.dtensor_cfg.reshard_after_forward,
             activation_checkpointing=policy.dtensor_cfg.activation_checkpointing,
             cpu_offload=policy.dtensor_cfg.cpu_offload,
         )
+        self.model = load_sharded(
+            files,
+            "policy.model_name",
+            world,
+            sharding,
+            dtype=torch.float32,
+            compute_dtype=self.dtype,
+            trainable=True,
+        )
+        self._parallel = _vocab_parallel(self.model, world) if self._tp > 1 else None
         kwargs = dataclasses.asdict(policy.optimizer.kwargs)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), **kwargs)
         self._scheduler = build_scheduler(self._optimizer, policy.scheduler)
@@ -79,7 +90,14 @@ class Student:
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Stats]:
             output = fused_linear_kl(
-                hidden_ND, head_VD, targets, self._loss_config, micro_batch.weight_N, sampled, **self._loss_options
+                hidden_ND,
+                head_VD,
+                targets,
+                self._loss_config,
+                micro_batch.weight_N,
+                sampled,
+                parallel=self._parallel,
+                **self._loss_options,
             )
             return output.kl_sum, output.stats
 
@@ -90,7 +108,9 @@ class Student:
         for micro_batch, said in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, said)
             (output.kl_sum / batch.response_tokens).backward()  # type: ignore[no-untyped-call]
-            _add_stats(metrics, output.stats, sampler=self._as_synced)
+            if self._counts:
+                _add_stats(metrics, output.stats, sampler=self._as_synced)
+        self.sum_gradients()
         metrics.add({"grad_norm": (self.step(), 1)})
 
     def step(self) -> float:
@@ -108,8 +128,25 @@ class Student:
         return norm
 
     @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Add up over the tensor-parallel group what its ranks know in part only; collective, once after the last
+        backward.
+
+        Weights that act on a rank's own heads (Qwen3's q_norm and k_norm) have the gradients of those heads. Left out,
+        the loss is right and these gradients are half wrong.
+        """
+        if not self.model.summed:
+            return
+        named = self.model.named_hf_parameters()
+        parts = [p.grad.to_local() for name, p in named if name in self.model.summed]  # type: ignore[union-attr]
+        flat = torch.cat([part.flatten() for part in parts]).to(self.device)
+        dist.all_reduce(flat, group=self._tp_group)
+        for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
+            part.copy_(total.view_as(part))
+
+    @torch.no_grad()
     def grad_norm(self) -> float:
-        """The 2-norm of all gradients over all ranks, accumulated in float64; collective over the shard mesh.
+        """The 2-norm of all gradients over all ranks, accumulated in float64; collective over the model's ranks.
 
         torch's own float32 norm of a 49152 x 576 tensor errs by 1.6e-3.
         """
@@ -117,7 +154,9 @@ class Student:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 local = parameter.grad.to_local()  # type: ignore[attr-defined]
-                squares += torch.linalg.vector_norm(local, dtype=torch.float64).square().to(self.device)
+                square = torch.linalg.vector_norm(local, dtype=torch.float64).square().to(self.device)
+                # what is whole on every rank of a tensor-parallel group counts once
+                squares += square if self._counts or tp_dim(parameter) is not None else 0.0
         dist.all_reduce(squares, group=self._group)
         return float(squares.sqrt())
 
@@ -128,7 +167,8 @@ class Student:
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
         """Whole tensors under their Hugging Face names, bucket by bucket, in the compute dtype; all ranks drain it."""
         self._as_synced = True
-        return GatheredWeights(self.model.named_hf_parameters(), dtype or self.dtype, self._bucket_bytes)
+        parameters = self.model.named_hf_parameters()
+        return GatheredWeights(parameters, dtype or self.dtype, self._bucket_bytes, self._mesh, self._tp)
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -138,14 +178,27 @@ class Student:
         """
         view = view_of([(tuple(token_ids[:1]), tuple(token_ids[1:]))]).to(self.device)
         tokens_N = torch.tensor(token_ids[1:], device=self.device)
+        first = 0 if self._parallel is None else self._parallel.first
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-            logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()[:, : self._valid_vocab]
-            return logits_NV.log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
+            logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()
+            logits_NV[:, max(0, self._valid_vocab - first) :] = -torch.inf
+            top_N = self._over_ranks(logits_NV.amax(1), dist.ReduceOp.MAX)
+            own_N = tokens_N - first
+            absent_N = (own_N < 0) | (own_N >= logits_NV.shape[1])
+            picked_N = logits_NV.gather(1, own_N.masked_fill(absent_N, 0)[:, None])[:, 0].masked_fill(absent_N, 0.0)
+            sums_2N = torch.stack([picked_N, (logits_NV - top_N[:, None]).exp().sum(1)])
+            picked_N, sum_N = self._over_ranks(sums_2N, dist.ReduceOp.SUM).unbind()
+            return picked_N - (top_N + sum_N.log())
 
         found: list[float] = self.model(view, use).tolist()
         self.model.reshard_all()
         return found
+
+    def _over_ranks(self, part: Tensor, op: Any) -> Tensor:
+        if self._parallel is not None:
+            dist.all_reduce(part, op=op, group=self._parallel.group)
+        return part
 
     def state(self) -> dict[str, Tensor]:
         """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros."""
@@ -175,6 +228,14 @@ def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
     stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
     metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
     metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})
+
+
+def _vocab_parallel(model: RowsModel, world: World) -> VocabParallel:
+    """The head's rows of this rank, as the loss wants to know them."""
+    _, head = causal_lm_parts(model.causal_lm)
+    mesh, vocab = world.tp_mesh, head.weight.shape[0]
+    first, _ = chunk_of(vocab, mesh.size(), mesh.get_local_rank())
+    return VocabParallel(mesh.get_group(), first, vocab)
 
 
 def loss_at_temperature(config: Config) -> Any:

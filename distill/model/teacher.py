@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distill.config import Config
 from distill.loss import teacher_topk
 from distill.model.load import ModelFiles, model_config
 from distill.model.offload import HostCopy
-from distill.model.parallel import load_sharded
+from distill.model.parallel import Sharding, load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import DTYPES, chunk_rows, loss_at_temperature
 from distill.runtime.packing import view_of
@@ -44,14 +45,18 @@ class Teacher:
         self._gives_rows = loss.support == "student" or self._top_k == 0
         self._head_VD: Tensor | None = None
         self._chunk_rows = chunk_rows(config, config.teacher.logprob_chunk_size, world.device)
+        self._tp_group = world.tp_mesh.get_group()
+        # Large packs are bound by arithmetic, so layers are gathered whole: the group shares positions, not matrices.
+        again = config.teacher.dtensor_cfg.reshard_after_forward
+        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=again)
         self.model = load_sharded(
             files,
             "teacher.model_name",
             world,
+            sharding,
             dtype=self.dtype,
             compute_dtype=self.dtype,
             trainable=False,
-            reshard_after_forward=config.teacher.dtensor_cfg.reshard_after_forward,
         )
         self._host = HostCopy(self.model.parameters()) if world.device.type == "cuda" else None
 
@@ -66,7 +71,32 @@ class Teacher:
         view = micro_batch.teacher.to(self.device)
         if self._gives_rows:
             return self._rows(view)
-        return self._topk(view, self._top_k, micro_batch.sampled_N.to(self.device) if self._keeps_sampled else None)
+        also_N = None
+        if self._keeps_sampled:
+            also_N = micro_batch.sampled_N.to(self.device)
+            if micro_batch.shares:
+                also_N = torch.split(also_N, list(micro_batch.shares))[dist.get_rank(self._tp_group)]
+        return self._of_group(self._topk(view, self._top_k, also_N), micro_batch.shares)
+
+    def _of_group(self, topk: TopK, shares: tuple[int, ...]) -> TopK:
+        """The targets of all rows of a tensor-parallel group, each of whose ranks made its share of them."""
+        if not shares:
+            return topk
+        most = max(shares)
+
+        def gathered(part: Tensor) -> Tensor:
+            padded = part.new_zeros(most, *part.shape[1:])
+            padded[: len(part)] = part
+            parts = [torch.empty_like(padded) for _ in shares]
+            dist.all_gather(parts, padded, group=self._tp_group)
+            return torch.cat([rows[:count] for rows, count in zip(parts, shares, strict=True)])
+
+        return TopK(
+            gathered(topk.ids_NK),
+            gathered(topk.logprobs_NK),
+            gathered(topk.log_tail_N),
+            None if topk.entropy_N is None else gathered(topk.entropy_N),
+        )
 
     def _topk(self, view: View, k: int, also_N: Tensor | None = None) -> TopK:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:

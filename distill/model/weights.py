@@ -8,19 +8,76 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, whole_bit_sums
+from distill.model.load import chunk_of
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
 """Words that a tensor adds to its bucket: two bit sums of the rank's shard, and whether all of it is finite."""
 
 
+def tp_dim(parameter: Tensor) -> int | None:
+    """The dimension that tensor parallelism splits; None: the parameter is whole on every rank of its group."""
+    assert isinstance(parameter, DTensor)
+    names = parameter.device_mesh.mesh_dim_names or ()
+    placement = parameter.placements[names.index("tp")] if "tp" in names else None
+    if placement is None or placement.is_replicate():
+        return None
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim
+
+
+class _Place(NamedTuple):
+    """Where a tensor's parts lie on S x TP ranks: split by tensor parallelism first, each part by FSDP's rows."""
+
+    shape: torch.Size
+    tp_dim: int | None
+    shards: int
+    tp: int
+
+    @classmethod
+    def of(cls, parameter: DTensor, shards: int, tp: int) -> _Place:
+        return cls(parameter.shape, tp_dim(parameter), shards, tp)
+
+    def part(self, tp_rank: int) -> torch.Size:
+        """The shape of a tensor-parallel part."""
+        shape = list(self.shape)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] = chunk_of(shape[self.tp_dim], self.tp, tp_rank)[1]
+        return torch.Size(shape)
+
+    def rows(self, shard: int, tp_rank: int) -> tuple[int, int]:
+        """The first row of a rank's shard, as the whole tensor counts them, and how many it has."""
+        begin, length = chunk_of(self.part(tp_rank)[0], self.shards, shard)
+        before = chunk_of(self.shape[0], self.tp, tp_rank)[0] if self.tp_dim == 0 else 0
+        return before + begin, length
+
+    def room(self) -> int:
+        """Elements that every rank has room for: those of the largest shard."""
+        return self.rows(0, 0)[1] * self.part(0)[1:].numel()
+
+    def whole(self, by_rank: Tensor) -> Tensor:
+        """The tensor of all ranks' shards [S * TP, room]."""
+        parts = []
+        for tp_rank in range(1 if self.tp_dim is None else self.tp):
+            shape = self.part(tp_rank)
+            shards = by_rank[tp_rank :: self.tp]
+            if shape.numel() == shards.numel():
+                parts.append(shards.reshape(shape))
+                continue
+            sizes = [self.rows(shard, tp_rank)[1] * shape[1:].numel() for shard in range(self.shards)]
+            parts.append(torch.cat([own[:size] for own, size in zip(shards, sizes, strict=True)]).view(shape))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.tp_dim or 0)
+
+
 class _Gather(NamedTuple):
     """A bucket on its way."""
 
-    bucket: list[tuple[str, DTensor]]
+    names: list[str]
+    places: list[_Place]
     starts: list[int]
     """Where each tensor's shard begins in a rank's part."""
     sent: Tensor
@@ -32,17 +89,27 @@ class _Gather(NamedTuple):
 class GatheredWeights:
     """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never more than two buckets at a time.
 
-    Every rank of the shard mesh must drain it once, in the same order. The cast to ``dtype`` comes before the gather,
-    so that float32 shards travel as bfloat16. A yielded tensor is a view of its bucket: copy it or lose it. ``sums``
-    has a tensor's bit sums as soon as it is yielded: added up from the shards, each taken where the shard lies.
-    Raises RuntimeError, on all ranks alike, for a tensor that isn't finite, before it is yielded.
+    Every rank of ``mesh`` (one axis: all ranks that hold a whole model between them, ``tp`` innermost) must drain it
+    once, in the same order. The cast to ``dtype`` comes before the gather, so that float32 shards travel as bfloat16. A
+    yielded tensor is a view of its bucket: copy it or lose it. ``sums`` has a tensor's bit sums as soon as it is
+    yielded: added up from the shards, each taken where the shard lies. Raises RuntimeError, on all ranks alike, for a
+    tensor that isn't finite, before it is yielded.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], dtype: torch.dtype, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        bucket_bytes: int,
+        mesh: DeviceMesh,
+        tp: int = 1,
+    ) -> None:
         self.sums: dict[str, BitSums] = {}
         self._parameters = parameters
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
+        self._mesh = mesh
+        self._tp = tp
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         ahead: _Gather | None = None
@@ -70,41 +137,41 @@ class GatheredWeights:
 
     @torch.no_grad()
     def _start(self, bucket: list[tuple[str, DTensor]]) -> _Gather:
-        mesh = bucket[0][1].device_mesh
-        flat, starts = self._packed(bucket, mesh.size(), mesh.get_local_rank(), mesh.device_type)
-        gathered = flat.new_empty(mesh.size() * flat.numel())
-        work = _all_gather(gathered, flat, group=mesh.get_group(), async_op=True)
-        return _Gather(bucket, starts, flat, gathered.view(mesh.size(), -1), work)
+        ranks = self._mesh.size()
+        places = [_Place.of(parameter, ranks // self._tp, self._tp) for _, parameter in bucket]
+        flat, starts = self._packed([parameter.to_local() for _, parameter in bucket], places)
+        gathered = flat.new_empty(ranks * flat.numel())
+        work = _all_gather(gathered, flat, group=self._mesh.get_group(), async_op=True)
+        return _Gather([name for name, _ in bucket], places, starts, flat, gathered.view(ranks, -1), work)
 
     @torch.no_grad()
     def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor]]:
         gather.work.wait()
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
-        self._read(header, [name for name, _ in gather.bucket])
-        for (name, parameter), begin in zip(gather.bucket, starts, strict=True):
-            end = begin + _rows_of_a_rank(parameter, len(by_rank)) * (parameter.numel() // parameter.shape[0])
-            whole = by_rank[:, begin:end].reshape(-1)[: parameter.numel()]
-            yield name, whole.view(parameter.shape)
+        self._read(header, gather.names)
+        for name, place, begin in zip(gather.names, gather.places, starts, strict=True):
+            yield name, place.whole(by_rank[:, begin : begin + place.room()])
 
-    def _packed(
-        self, bucket: Sequence[tuple[str, DTensor]], ranks: int, rank: int, device: str
-    ) -> tuple[Tensor, list[int]]:
+    def _packed(self, shards: Sequence[Tensor], places: Sequence[_Place]) -> tuple[Tensor, list[int]]:
         """This rank's shards end to end behind their header, in one pass that also casts; where each begins."""
-        rows = [_rows_of_a_rank(parameter, ranks) for _, parameter in bucket]
+        shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
         # The header comes first, and everything begins at a whole word, where bits are summed.
         word = WORD_BYTES // self._dtype.itemsize
-        starts = [len(bucket) * _HEADER * word]
-        for n, (_, parameter) in zip(rows, bucket, strict=True):
-            starts.append(starts[-1] + -(-n * (parameter.numel() // parameter.shape[0]) // word) * word)
+        starts = [len(shards) * _HEADER * word]
+        for place in places:
+            starts.append(starts[-1] + -(-place.room() // word) * word)
         ends = starts[1:]
-        flat = torch.empty(starts.pop(), dtype=self._dtype, device=device)
+        flat = torch.empty(starts.pop(), dtype=self._dtype, device=self._mesh.device_type)
         header = flat[: starts[0]].view(torch.int64).view(-1, _HEADER)
-        for i, (_, parameter) in enumerate(bucket):
-            local = parameter.to_local()
+        for i, (local, place) in enumerate(zip(shards, places, strict=True)):
+            assert place.tp_dim in (None, 0) or local.shape[1] % word == 0, f"{place}: a word would be cut in two"
             flat[starts[i] + local.numel() : ends[i]] = 0
-            shard = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
-            header[i, :2] = bit_sums(shard, rank * rows[i])
+            sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
+            if place.tp_dim is None and tp_rank > 0:
+                header[i, :2] = 0  # the same shard is the first rank's, and counted there
+            else:
+                header[i, :2] = bit_sums(sent, place.rows(shard, tp_rank)[0])
             header[i, 2] = local.sum(dtype=torch.float32).isfinite()
         return flat, starts
 
@@ -116,11 +183,6 @@ class GatheredWeights:
         self.sums.update(
             {name: BitSums(plain, weighted) for name, (plain, weighted, _) in zip(names, sums, strict=True)}
         )
-
-
-def _rows_of_a_rank(parameter: Tensor, ranks: int) -> int:
-    """torch.chunk's layout: every rank has room for ceil(rows / ranks) rows, and the last ones hold fewer or none."""
-    return -(-parameter.shape[0] // ranks)
 
 
 class WholeWeights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from distill.runtime.split import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, Shared, View
 
 
@@ -36,7 +37,7 @@ def plan(
     Pure and deterministic: every rank calls it with the same rollouts and knows the whole plan. Which answers share an
     optimizer batch depends on ``seed`` and ``step`` alone, never on length or layout. Inside a batch every rank gets
     the same number of micro-batches, the k-th of all ranks costing about the same; a rank left without answers in one
-    gets a dummy row of weight 0.
+    gets a dummy row of weight 0. Ranks that read together get their parts of the same micro-batches.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
@@ -52,9 +53,12 @@ def _optimizer_batch(
     tokens = {i: sum(_tokens_read(rollouts[j]) for j in unit) for i, unit in units.items()}
     cost = {i: _cost([rollouts[j] for j in unit], packing_config.quadratic) for i, unit in units.items()}
     rows = deal(tokens, layout.dp_size, packing_config, cost)
-    mine = [sorted(j for i in row[layout.dp_rank] for j in units[i]) for row in rows]
+
+    def whole(members: list[int]) -> MicroBatch:
+        return pack([(j, rollouts[j]) for j in sorted(j for i in members for j in units[i])], share)
+
     return OptimizerBatch(
-        micro_batches=tuple(pack([(i, rollouts[i]) for i in part], share) for part in mine),
+        micro_batches=tuple(split([whole(row[dp]) for dp in layout.teacher_dp_ranks], layout) for row in rows),
         response_tokens=sum(len(rollouts[i].response_ids) for i in members),
     )
 

@@ -54,6 +54,7 @@ class World:
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
+        self._teacher_size = 1
 
     @property
     def control(self) -> dist.ProcessGroup:
@@ -94,28 +95,69 @@ class World:
                 f" {self.size} ranks: choose sizes whose product divides {self.size}"
             )
 
-    def build_mesh(self, device: str, tp: int, cp: int) -> None:
-        """Lay out the mesh (dp, cp, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
+    def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
+        """Lay out the mesh (replica, dp, cp, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
 
-        Axes that are not used have size 1. ``check_cluster`` comes first.
+        Axes that are not used have size 1. ``replicas``: how many groups of ranks hold a whole sharded model each.
+        ``teacher``: consecutive ranks that read the teacher's packs together, at least cp * tp. ``check_cluster`` comes
+        first.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
-        shape = (self.size // (cp * tp), cp, tp)
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("dp", "cp", "tp"))
+        shape = (replicas, self.size // (replicas * cp * tp), cp, tp)
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "dp", "cp", "tp"))
+        self._teacher_size = max(teacher, cp * tp)
+        groups = (self.size // self._teacher_size, self._teacher_size)
+        self._teacher_mesh = init_device_mesh(self.device.type, groups, mesh_dim_names=("groups", "teacher"))
 
-    @property
-    def shard_mesh(self) -> DeviceMesh:
-        """The one-dimensional mesh that FSDP shards over: dp and cp flattened."""
+    def _axes(self, *names: str) -> DeviceMesh:
         assert self.mesh is not None, "build_mesh comes first"
-        mesh: DeviceMesh = self.mesh["dp", "cp"]._flatten("dp_cp")
+        mesh: DeviceMesh = self.mesh[names] if len(names) > 1 else self.mesh[names[0]]
         return mesh
 
     @property
-    def layout(self) -> Layout:
-        """This rank's place among the data-parallel groups."""
+    def shard_mesh(self) -> DeviceMesh:
+        """The mesh that FSDP shards the student over: dp and cp flattened, after the replicas where there are any."""
+        flat = self._axes("dp", "cp")._flatten("dp_cp")
+        return flat if self._axes("replica").size() == 1 else self._axes("replica", "dp_cp")
+
+    @property
+    def replica_mesh(self) -> DeviceMesh:
+        """The one-dimensional mesh of the ranks that hold one whole model between them: dp, cp and tp flattened."""
+        mesh: DeviceMesh = self._axes("dp", "cp", "tp")._flatten("dp_cp_tp")
+        return mesh
+
+    @property
+    def tp_mesh(self) -> DeviceMesh:
+        """The mesh of the ranks that share each layer's matrices."""
+        return self._axes("tp")
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share a micro-batch's positions; None where each reads its own."""
+        mesh = self._axes("cp")
+        return mesh.get_group() if mesh.size() > 1 else None
+
+    @property
+    def teacher_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the positions of the teacher's packs; None where each reads its own."""
         assert self.mesh is not None, "build_mesh comes first"
-        return Layout(dp_rank=self.mesh.get_local_rank("dp"), dp_size=self.mesh["dp"].size())
+        return self._teacher_mesh.get_group("teacher") if self._teacher_size > 1 else None
+
+    @property
+    def layout(self) -> Layout:
+        """This rank's place among those that train."""
+        cp, tp = self._axes("cp"), self._axes("tp")
+        group = cp.size() * tp.size()
+        return Layout(
+            dp_rank=self.rank // group,
+            dp_size=self.size // group,
+            cp_rank=cp.get_local_rank(),
+            cp_size=cp.size(),
+            tp_rank=tp.get_local_rank(),
+            tp_size=tp.size(),
+            teacher_size=self._teacher_size,
+        )
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of rank; collective."""

@@ -1,0 +1,199 @@
+"""Tensor parallelism of a Hugging Face model, by the plan that its class ships: each rank has part of every matrix.
+
+Embedding and head are split by vocabulary. The residual stream is whole on every rank of the group, so what acts on it
+alone (the norms between blocks) is the same everywhere, gradients too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from transformers import PreTrainedModel
+
+from distill.model.load import causal_lm_parts, chunk_of
+from distill.types import UserError
+
+REPLICATED = "replicated_with_grad_allreduce"
+"""Weights that are whole on every rank but act on its heads only: their gradients are summed over the group."""
+STYLES = ("colwise", "rowwise", REPLICATED)
+_BY_VOCABULARY = ("embed_tokens", "lm_head")
+"""Always split by vocabulary, whatever a plan says of them: the loss is."""
+
+
+def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
+    """Module pattern -> style: the recipe's plan or the model class's own. Errors: UserError where there is none, or
+    where it has a style that is not known here."""
+    given = custom or getattr(config, "base_model_tp_plan", None) or {}
+    plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
+    key = "policy.dtensor_cfg.custom_parallel_plan"
+    if not plan:
+        raise UserError(
+            f"policy.dtensor_cfg.tensor_parallel_size is above 1, but the family {config.model_type} of {name} ships no"
+            f" plan for it: give one in {key}, or set the size to 1"
+        )
+    for pattern, style in plan.items():
+        if style not in STYLES:
+            source = key if custom else f"the plan of the family {config.model_type}"
+            raise UserError(
+                f"{source} has the style {style} for {pattern}, which is not known here: use {', '.join(STYLES)} in"
+                f" {key}, or set policy.dtensor_cfg.tensor_parallel_size=1"
+            )
+    return plan
+
+
+def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mapping[str, str]) -> frozenset[str]:
+    """Split a model that is still on the meta device over ``mesh``; no communication. Before FSDP.
+
+    Returns the names of the parameters that are whole on each rank and whose gradients the group must sum.
+    """
+    body, head = causal_lm_parts(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    inputs = _Inputs(mesh.get_group())
+    styles: dict[str, ParallelStyle] = {}
+    summed: set[str] = set()
+    for name, module in body.named_modules():
+        style = next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
+        if style == REPLICATED:
+            summed |= {names[id(parameter)] for parameter in module.parameters()}
+        elif style is not None:
+            styles[name] = _Columns(inputs) if style == "colwise" else _Rows(inputs)
+    parallelize_module(body, mesh, styles)
+    embedding = body.get_input_embeddings()  # type: ignore[operator]
+    tied = head.weight is embedding.weight
+    embedding.weight = _split(embedding.weight, mesh, 0)
+    head.weight = embedding.weight if tied else _split(head.weight, mesh, 0)
+    _look_up_over_ranks(embedding, mesh)
+    return frozenset(summed)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
+
+
+def _split(weight: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    return nn.Parameter(distribute_tensor(weight, mesh, [Shard(dim)], src_data_rank=None), weight.requires_grad)
+
+
+def _local(parameter: Tensor | None) -> Tensor | None:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over the ranks of a group, each of which then computes the same: the gradient is every rank's own."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _SumGradients(torch.autograd.Function):
+    """What every rank has whole and uses in part: its gradient is the sum of the parts'."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Inputs:
+    """Where the residual stream enters split matrices. Those that read one and the same tensor (q, k and v) share one
+    entrance, so that their gradients are added up before they travel."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def enter(self, whole: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not whole:
+            self._last = whole, _SumGradients.apply(whole, self.group)  # type: ignore[no-untyped-call]
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the tensor: the matrices that share it are through."""
+        self._last = None
+
+
+class _Columns(ParallelStyle):
+    """A linear layer whose outputs are spread over the ranks.
+
+    The parameters are DTensors, which FSDP composes with its own shards. The arithmetic is local: DTensor's dispatch
+    would take milliseconds for every new length of a pack.
+    """
+
+    def __init__(self, inputs: _Inputs) -> None:
+        self._inputs = inputs
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Linear), type(module)
+        module.weight = _split(module.weight, device_mesh, 0)
+        if module.bias is not None:
+            module.bias = _split(module.bias, device_mesh, 0)
+
+        def forward(whole: Tensor) -> Tensor:
+            weight = _local(module.weight)
+            assert weight is not None
+            return F.linear(self._inputs.enter(whole), weight, _local(module.bias))
+
+        module.forward = forward  # type: ignore[method-assign, assignment]
+        return module
+
+
+class _Rows(ParallelStyle):
+    """A linear layer whose inputs are spread over the ranks; its bias is whole and added once, after the sum."""
+
+    def __init__(self, inputs: _Inputs) -> None:
+        self._inputs = inputs
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Linear), type(module)
+        module.weight = _split(module.weight, device_mesh, 1)
+
+        def forward(part: Tensor) -> Tensor:
+            self._inputs.forget()
+            weight = _local(module.weight)
+            assert weight is not None
+            total: Tensor = _SumOverRanks.apply(F.linear(part, weight), self._inputs.group)  # type: ignore[no-untyped-call]
+            return total if module.bias is None else total + module.bias
+
+        module.forward = forward  # type: ignore[method-assign, assignment]
+        return module
+
+
+def _look_up_over_ranks(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+    """Let an embedding whose rows are spread over ranks find a token's row wherever it is."""
+    first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
+    group = mesh.get_group()
+
+    def forward(ids: Tensor) -> Tensor:
+        rows = _local(embedding.weight)
+        assert rows is not None
+        own = ids - first
+        absent = (own < 0) | (own >= len(rows))
+        found = F.embedding(own.masked_fill(absent, 0), rows).masked_fill(absent.unsqueeze(-1), 0.0)
+        hidden: Tensor = _SumOverRanks.apply(found, group)  # type: ignore[no-untyped-call]
+        scale = getattr(embedding, "embed_scale", None)  # Gemma's
+        return hidden if scale is None else hidden * scale.to(hidden.dtype)
+
+    embedding.forward = forward  # type: ignore[method-assign, assignment]

@@ -1,0 +1,127 @@
+"""Tensor parallel, context parallel, teacher groups, replicas: four ranks take the step of one, whatever the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distill.config import Config
+from distill.runtime.packing import PackingConfig
+from distill.runtime.world import World
+from tests.harness import Step, config_for, differences, five_steps, fixed_rollouts, plain_step, sharded_step
+from tests.helpers import run_ranks, save_tiny_model
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-5
+VOCAB = 383  # odd: ranks have parts of the vocabulary of different sizes
+SHAPES = [("llama", True), ("qwen3", True), ("qwen3", False)]
+PACKED = PackingConfig(12, sequences=None, tokens=120)
+SINGLE = PackingConfig(12, sequences=1, tokens=None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of four ranks and what they train."""
+
+    tp: int
+    cp: int
+    teacher: int = 1
+    replicas: int = 1
+    packing: PackingConfig = PACKED
+    settings: tuple[str, ...] = ()
+
+
+CASES = {
+    "tp 2": Case(2, 1),
+    "cp 2": Case(1, 2),
+    "cp 2, single answers": Case(1, 2, packing=SINGLE),
+    "tp 2, cp 2": Case(2, 2),
+    "tp 2, cp 2, single answers": Case(2, 2, packing=SINGLE),
+    "tp 4": Case(4, 1),
+    "teacher group of 2": Case(1, 1, teacher=2),
+    "tp 2, teacher group of 4": Case(2, 1, teacher=4),
+    "cp 2, teacher group of 4": Case(1, 2, teacher=4),
+    "teacher group of 2, single answers": Case(1, 1, teacher=2, packing=SINGLE),
+    "replicas, tp 2": Case(2, 1, replicas=2),
+    "cp 2, replicas, computed again": Case(
+        1, 2, replicas=2, settings=("policy.dtensor_cfg.activation_checkpointing=true",)
+    ),
+    "tp 2, sampled": Case(2, 1, teacher=4, settings=("loss_fn.kl_type=sampled",)),
+    "cp 2, whole vocabulary": Case(1, 2, teacher=4, settings=("distillation.topk_logits_k=0",)),
+    "cp 2, the student's support": Case(1, 2, settings=("loss_fn.support=student",)),
+}
+HARDEST = ("qwen3", False)
+OF_ALL = ("tp 2", "cp 2", "tp 2, cp 2", "tp 2, teacher group of 4", "cp 2, teacher group of 4")
+RUNS = [(shape, name) for shape in SHAPES for name in CASES if shape == HARDEST or name in OF_ALL]
+FIVE_STEPS = ("tp 2, cp 2", "replicas, tp 2")
+
+
+def _folders(root: Path, family: str, tied: bool) -> tuple[Path, Path]:
+    return root / f"{family}-{tied}-student", root / f"{family}-{tied}-teacher"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    shape = dict(hidden=64, heads=8, kv_heads=4, vocab=VOCAB)
+    for family, tied in SHAPES:
+        student, teacher = _folders(root, family, tied)
+        save_tiny_model(student, family, tied, seed=1, **shape)
+        save_tiny_model(teacher, family, tied, seed=2, layers=3, **shape)
+    return root
+
+
+def _config(root: Path, shape: tuple[str, bool], case: Case) -> Config:
+    return config_for(*_folders(root, *shape), "loss_fn.outside_topk=bucket", *case.settings, ranks=4)
+
+
+def _build(world: World, case: Case) -> None:
+    world.build_mesh("cpu", case.tp, case.cp, case.replicas, case.teacher)
+
+
+def _all_steps(root: Path) -> dict[str, Any]:
+    """Every shape and layout in one world of four ranks: a process costs more than a step."""
+    world = World()
+    steps = {}
+    rollouts = fixed_rollouts(vocab=VOCAB)
+    for shape, name in RUNS:
+        _build(world, CASES[name])
+        steps[shape, name] = sharded_step(_config(root, shape, CASES[name]), world, rollouts, CASES[name].packing)
+    drifted = {}
+    for name in FIVE_STEPS:
+        _build(world, CASES[name])
+        drifted[name] = five_steps(_config(root, HARDEST, CASES[name]), world, rollouts, CASES[name].packing)
+    world.close()
+    return {"steps": steps if world.main else {}, "drifted": drifted}
+
+
+@pytest.fixture(scope="module")
+def found(models: Path) -> dict[str, Any]:
+    """What the main rank saw."""
+    first: dict[str, Any] = run_ranks(4, _all_steps, models)[0]
+    return first
+
+
+@pytest.fixture(scope="module")
+def references(models: Path) -> dict[tuple[tuple[str, bool], tuple[str, ...]], Step]:
+    pairs = {(shape, CASES[name].settings): CASES[name] for shape, name in RUNS}
+    rollouts = fixed_rollouts(vocab=VOCAB)
+    return {
+        (shape, settings): plain_step(_config(models, shape, case), rollouts)
+        for (shape, settings), case in pairs.items()
+    }
+
+
+@pytest.mark.parametrize(("shape", "name"), RUNS)
+def test_every_layout_takes_the_step_of_plain_pytorch(found, references, shape, name) -> None:
+    apart = differences(found["steps"][shape, name], references[shape, CASES[name].settings])
+    worst = max(apart, key=apart.__getitem__)
+    assert apart[worst] < TOLERANCE, f"{worst} differs by {apart[worst]:.2g}"
+
+
+@pytest.mark.parametrize("name", FIVE_STEPS)
+def test_copies_of_a_weight_are_the_same_after_five_steps(found, name) -> None:
+    assert found["drifted"][name] == []
