@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.model.checksum import BitSums, bit_sums, changed, whole_bit_sums, wrapped
 from distill.model.load import find_model
@@ -75,10 +76,11 @@ def test_changed_counts_tensors() -> None:
     assert changed({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
 
 
-def _gathered(folder: Path, poison: bool) -> Any:
+def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
     world = World()
-    world.build_mesh("cpu", 1, 1)
-    config = config_for(folder, folder, "distillation.allow_degenerate=true", ranks=world.size)
+    world.build_mesh("cpu", tp, 1)
+    size = f"policy.dtensor_cfg.tensor_parallel_size={tp}"
+    config = config_for(folder, folder, "distillation.allow_degenerate=true", size, ranks=world.size)
     student = Student(config, find_model(str(folder), "a model"), world, 384, ())
     if poison:
         if world.rank == world.size - 1:
@@ -93,21 +95,57 @@ def _gathered(folder: Path, poison: bool) -> Any:
         return "nothing was said"
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        weights = GatheredWeights(student.model.named_hf_parameters(), dtype, bucket_bytes=50_000)
+        weights = GatheredWeights(student.model.named_hf_parameters(), dtype, 50_000, world.replica_mesh, tp)
         found[dtype] = ({name: tensor.clone() for name, tensor in weights}, dict(weights.sums))
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])  # over three, few shards end at a whole word
-def test_gathered_weights_are_the_checkpoints_and_carry_their_bit_sums(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "tp"), [(1, 1), (2, 1), (3, 1), (4, 2)])  # over 3, few shards end at a whole word
+def test_gathered_weights_are_the_checkpoints_and_carry_their_bit_sums(tmp_path: Path, ranks: int, tp: int) -> None:
     folder = save_tiny_model(tmp_path / "m", "qwen2", False, vocab=385)  # biases; an odd vocabulary: uneven shards
     files = find_model(str(folder), "a model")
-    for found in run_ranks(ranks, _gathered, folder, False):
+    for found in run_ranks(ranks, _gathered, folder, False, tp):
         for dtype, (tensors, sums) in found.items():
             assert tensors.keys() == files.files.keys()
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, files.tensor(name).to(dtype)), name
             assert sums == whole_bit_sums(tensors.items())
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts what goes through torch.distributed, by any door."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def _collectives(folder: Path, tp: int) -> dict[str, Any]:
+    world = World()
+    world.build_mesh("cpu", tp, 1)
+    size = f"policy.dtensor_cfg.tensor_parallel_size={tp}"
+    config = config_for(folder, folder, "distillation.allow_degenerate=true", size, ranks=world.size)
+    student = Student(config, find_model(str(folder), "a model"), world, 384, ())
+    parameters = student.model.named_hf_parameters()
+    found: dict[str, Any] = {"parameters": len(parameters), "bytes": sum(p.numel() * 4 for _, p in parameters)}
+    for share in (1, 4, 8):
+        weights = GatheredWeights(parameters, torch.float32, found["bytes"] // share, world.replica_mesh, tp)
+        with _Collectives() as counted:
+            for _ in weights:
+                pass
+        found[str(share)] = counted.calls
+    return found
+
+
+def test_collectives_of_a_sync_grow_with_bytes_not_with_parameters(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m", "qwen3", True, layers=6)
+    found = run_ranks(2, _collectives, folder, 2)[0]
+    assert found["parameters"] > 60
+    assert found["1"] == 1
+    for share in (4, 8):  # a bucket ends before the tensor that it has no room for: at least half of it is full
+        assert share <= found[str(share)] <= 2 * share, found
 
 
 def test_weights_that_are_not_finite_never_leave_and_every_rank_says_so(tmp_path: Path) -> None:

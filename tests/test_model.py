@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.model import load
 from distill.model.offload import HostCopy
-from distill.model.parallel import load_sharded
+from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import build_scheduler
 from distill.model.teacher import Teacher
@@ -46,7 +46,10 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
             logits = model(view, lambda hidden, head: hidden @ head.t())
         found[family] = (
             logits,
-            {n: t.clone() for n, t in GatheredWeights(model.named_hf_parameters(), torch.float32, 4096)},
+            {
+                n: t.clone()
+                for n, t in GatheredWeights(model.named_hf_parameters(), torch.float32, 4096, world.replica_mesh)
+            },
         )
         found[f"{family} tied"] = model.causal_lm.lm_head.weight is model.causal_lm.model.embed_tokens.weight
         assert found[f"{family} tied"] == tied
@@ -57,16 +60,17 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
     return found
 
 
-def _load(files: load.ModelFiles, world: World, dtype: torch.dtype) -> Any:
-    return load_sharded(files, "policy.model_name", world, dtype, dtype, trainable=False)
+def _load(
+    files: load.ModelFiles, world: World, dtype: torch.dtype, trainable: bool = False, again: bool = True
+) -> RowsModel:
+    sharding = Sharding(world.shard_mesh, reshard_after_forward=again)
+    return load_sharded(files, "policy.model_name", world, sharding, dtype, dtype, trainable)
 
 
 def _gathered_after_a_forward(folder: str, world: World) -> tuple[int, int]:
     """How many weights are whole on a rank after a forward without backward, and after they were let go."""
     files = load.find_model(folder, "policy.model_name")
-    model = load_sharded(
-        files, "policy.model_name", world, torch.float32, torch.float32, trainable=True, reshard_after_forward=False
-    )
+    model = _load(files, world, torch.float32, trainable=True, again=False)
 
     def gathered() -> int:
         return sum(not isinstance(parameter, DTensor) for _, parameter in model.named_hf_parameters())

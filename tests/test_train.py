@@ -160,6 +160,20 @@ def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
+def test_another_layout_goes_on_from_a_checkpoint_and_back(root, runs) -> None:
+    """Tensor parallel for the third step and context parallel for the fourth, from a checkpoint of plain FSDP."""
+    shutil.copytree(root / "checkpoints/whole/step_2", root / "checkpoints/split/step_2")
+    sizes = "policy.dtensor_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.context_parallel_size=2"
+    first = _command(root, "split", sizes[0], "distillation.max_num_steps=3")
+    ran = _run([first, _command(root, "split", sizes[1])])
+    assert [code for code, _, _ in ran[0]] == [0, 0], ran[0]
+    whole, split = _train_rows(root / "runs/whole")[2:], _train_rows(root / "runs/split")
+    assert [row["step"] for row in split] == [3, 4]
+    for ours, theirs in zip(split, whole, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr", "train/forward_kl"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
 def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
     assert "nothing is left to do" not in runs[0][2][2]
     again = _run([_command(root, "whole")])

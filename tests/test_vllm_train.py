@@ -23,9 +23,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Any]:
-    """Runs of six steps in float32, one in two halves, one with one engine of both ranks; each in its own processes."""
+    """Runs of six steps in float32, one in two halves, one with one engine and one student of both ranks together; each
+    in its own processes."""
     vllm = ("policy.generation.backend=vllm", "checkpointing.save_period=3")
-    together = ("policy.generation.vllm_cfg.tensor_parallel_size=2",)
+    together = ("policy.generation.vllm_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.tensor_parallel_size=2")
     ended = {}
     for name, steps, overrides in (("whole", 6, ()), ("halves", 3, ()), ("halves", 6, ()), ("together", 6, together)):
         line = _command(root, name, *vllm, *overrides, f"distillation.max_num_steps={steps}")
@@ -57,7 +58,7 @@ def test_runs_repeat_and_resume_bit_for_bit(root, runs) -> None:
     assert all(torch.equal(weights[key], others[key]) for key in weights)
 
 
-def test_one_engine_of_both_ranks_trains_as_an_engine_each(root, runs) -> None:
+def test_one_engine_and_one_student_of_both_ranks_train_as_one_each(root, runs) -> None:
     each, both = (_train_rows(root / "runs" / run) for run in ("whole", "together"))
     for one, other in zip(each, both, strict=True):
         assert one["train/generated_tokens"] == other["train/generated_tokens"]

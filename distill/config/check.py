@@ -20,7 +20,8 @@ AT_LEAST: dict[int, str] = {
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
         policy.make_sequence_length_divisible_by policy.dtensor_cfg.tensor_parallel_size
         policy.dtensor_cfg.context_parallel_size policy.dtensor_cfg.replicate_size
-        policy.dynamic_batching.train_mb_tokens policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
+        policy.dynamic_batching.train_mb_tokens policy.dynamic_batching.logprob_mb_tokens
+        policy.sequence_packing.train_mb_tokens
         policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens policy.generation.top_k
         policy.generation.val_top_k policy.generation.vllm_cfg.tensor_parallel_size
         policy.generation.vllm_cfg.max_model_len teacher.max_total_sequence_length teacher.logprob_batch_size
@@ -187,8 +188,8 @@ def _loss(config: Config) -> None:
     if tp > 1 and (loss.support == "student" or k == 0):
         refuse(
             f"policy.dtensor_cfg.tensor_parallel_size={tp} splits the student's vocabulary over ranks, and "
-            f"loss_fn.support={loss.support} with distillation.topk_logits_k={k} needs it whole: set the size to 1 (and "
-            "context_parallel_size instead), or take the teacher's top-k"
+            f"loss_fn.support={loss.support} with distillation.topk_logits_k={k} needs it whole: set the size to 1 "
+            "and context_parallel_size instead, or take the teacher's top-k"
         )
     if loss.kl_type == "sampled" and loss.temperature not in (None, config.policy.generation.temperature):
         refuse(

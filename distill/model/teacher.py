@@ -16,6 +16,7 @@ from distill.model.parallel import Sharding, load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import DTYPES, chunk_rows, loss_at_temperature
 from distill.runtime.packing import view_of
+from distill.runtime.split import spread
 from distill.runtime.world import World
 from distill.types import MicroBatch, Targets, TeacherRows, TopK, UserError, View
 
@@ -147,15 +148,21 @@ class Teacher:
         log-probs of the teacher's eight likeliest tokens. Raises RuntimeError where it is beyond rounding.
         """
         sequences = [(tuple(s) * (_PROOF_TOKENS + 1))[: _PROOF_TOKENS + 1] for s in sequences[:2]]
-        view = view_of([(s[:1], s[1:]) for s in sequences]).to(self.device)
-        packed = self._topk(view, min(8, self._valid_vocab))
+        view = view_of([(s[:1], s[1:]) for s in sequences])
+        layout = self._world.layout
+        if layout.teacher_size > 1:
+            rows = torch.arange(len(view.rows_N)).tensor_split(layout.teacher_size)
+            view = spread(view, rows, layout.rank % layout.teacher_size)
+        found = self._topk(view.to(self.device), min(8, self._valid_vocab))
+        of_group = self._world.gather((found.ids_NK.long().cpu(), found.logprobs_NK.cpu()))[: layout.teacher_size]
+        ids_NK, logprobs_NK = (torch.cat(parts).to(self.device) for parts in zip(*of_group, strict=True))
         difference = torch.zeros(())
         if self._world.main:
             config = model_config(self._files, "teacher.model_name")
             plain = plain_logits(self._files, config, [s[:-1] for s in sequences], self.dtype, self.device)
             logits_NV = plain.flatten(0, 1)[:, : self._valid_vocab] / self._temperature
-            said = logits_NV.log_softmax(-1).gather(1, packed.ids_NK.long())
-            difference = (said - packed.logprobs_NK).abs().mean()
+            said = logits_NV.log_softmax(-1).gather(1, ids_NK)
+            difference = (said - logprobs_NK).abs().mean()
         mean = self._world.broadcast(float(difference))
         if not mean <= PROOF_LIMIT[self.dtype]:
             raise RuntimeError(
