@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke demo-context bench-step bench-loss lint types check test test-demo clean
+.PHONY: help venv models smoke demo-context bench-step bench-loss bench-packing lint types check test test-demo clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -46,6 +46,9 @@ bench-step: venv models  ## seconds of each phase of a step, median of ten
 
 bench-loss: venv  ## the loss head's time and memory beside other ways to compute it, each proven right
 	@$(PY) -m scripts.bench_loss
+
+bench-packing: venv  ## how evenly answers are dealt to ranks, beside simpler ways, and how long that takes
+	@$(PY) -m scripts.bench_packing
 
 lint: venv  ## ruff
 	@$(RUFF) $(SOURCES)

@@ -36,6 +36,7 @@ from distill.rollout.build import build_engine, check_backend, sampling_of
 from distill.rollout.engine import Engine
 from distill.rollout.freshness import Freshness
 from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.dealing import quadratic_cost
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, open_recorder, read_metrics, summary
 from distill.runtime.packing import PackingConfig
@@ -225,7 +226,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         checkpoints=checkpoints,
         recorder=recorder,
         sampling=sampling_of(config, models.stop_token_ids),
-        packing=packing_of(config),
+        packing=packing_of(config, model_config(models.student, "policy.model_name")),
         first_step=first_step,
         last_step=last_step,
     )
@@ -300,13 +301,32 @@ def _prompt_order(config: Config, models: Models) -> PromptOrder:
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
 
 
-def packing_of(config: Config) -> PackingConfig:
-    """Budgets of a micro-batch: tokens under packing or dynamic batching (neither pads anything), else answers."""
-    policy, share = config.policy, config.runtime.share_prefixes
-    for batching in (policy.sequence_packing, policy.dynamic_batching):
-        if batching.enabled:
-            return PackingConfig(policy.train_global_batch_size, None, batching.train_mb_tokens, share_prefixes=share)
-    return PackingConfig(policy.train_global_batch_size, policy.train_micro_batch_size, None, share_prefixes=share)
+def packing_of(config: Config, shape: Any) -> PackingConfig:
+    """Budgets of a micro-batch: tokens under packing or dynamic batching (neither pads anything), else answers.
+
+    ``shape``: the student's Hugging Face configuration, from which a sequence's cost follows.
+    """
+    policy = config.policy
+    batchings = (policy.sequence_packing, policy.dynamic_batching)
+    tokens = next((batching.train_mb_tokens for batching in batchings if batching.enabled), None)
+    windowed = [kind for kind in getattr(shape, "layer_types", None) or () if kind == "sliding_attention"]
+    return PackingConfig(
+        optimizer_batch=policy.train_global_batch_size,
+        sequences=policy.train_micro_batch_size if tokens is None else None,
+        tokens=tokens,
+        quadratic=quadratic_cost(
+            hidden=shape.hidden_size,
+            layers=shape.num_hidden_layers,
+            heads=shape.num_attention_heads,
+            kv_heads=shape.num_key_value_heads,
+            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
+            intermediate=shape.intermediate_size,
+            vocab=shape.vocab_size,
+            windowed=len(windowed),
+            window=shape.sliding_window if windowed else 0,
+        ),
+        share_prefixes=config.runtime.share_prefixes,
+    )
 
 
 def _start_run_dir(arguments: Arguments) -> Path:

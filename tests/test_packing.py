@@ -7,15 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.runtime.packing import PackingConfig, deal, pack, plan
+from distill.run import packing_of
+from distill.runtime.dealing import ROW_COST
+from distill.runtime.packing import PackingConfig, deal_answers, pack, plan
 from distill.types import Layout, OptimizerBatch, Problem, Prompt, Rollout
+from tests.harness import config_for
+from tests.helpers import tiny_config
 
 
-def _rollouts(lengths: list[int], prefix: int = 3) -> list[Rollout]:
-    return [
-        Rollout(Prompt(i, (1,) * prefix, Problem("p")), 0, (7,) * n, (-1.0,) * n, "length", 0, (2,) * (prefix + i % 5))
-        for i, n in enumerate(lengths)
-    ]
+def _rollouts(lengths: list[int], prefix: int = 3, prompts: int | None = None) -> list[Rollout]:
+    """Answers to prompts of their own, or to so many prompts by turns."""
+    found = []
+    for i, n in enumerate(lengths):
+        p = i % (prompts or len(lengths))
+        prompt = Prompt(p, (p,) * prefix, Problem("p"))
+        found.append(Rollout(prompt, 0, (7,) * n, (-1.0,) * n, "length", 0, (p,) * (prefix + p % 5)))
+    return found
 
 
 def _members(batch: OptimizerBatch) -> set[int]:
@@ -49,14 +56,56 @@ def test_every_answer_is_trained_exactly_once_and_ranks_stay_in_step(lengths, ra
     assert sorted(seen) == list(range(len(lengths)))
 
 
+@settings(max_examples=40, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.sampled_from([None, 40, 100]), st.booleans())
+def test_every_rank_takes_its_part_of_one_deal(lengths, ranks, tokens, shared) -> None:
+    """Which is the same wherever and however often it is made: no rank needs to hear of another's part."""
+    rollouts = _rollouts(lengths, prompts=3 if shared else None)
+    config = PackingConfig(len(lengths), None, tokens, quadratic=1e-2)
+    parts = [plan(rollouts, Layout(rank, ranks), config, seed=3, step=5)[0] for rank in range(ranks)]
+    again = [plan(list(rollouts), Layout(rank, ranks), config, seed=3, step=5)[0] for rank in range(ranks)]
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 5)
+    rows = deal_answers(rollouts, torch.randperm(len(lengths), generator=generator).tolist(), ranks, config)
+    for found in (parts, again):
+        taken = [[sorted(set(micro_batch.rollout_N.tolist()) - {-1}) for micro_batch in part] for part in found]
+        assert [list(row) for row in zip(*taken, strict=True)] == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 60), st.integers(1, 4), st.sampled_from([None, 80, 200]))
+def test_sharing_prefixes_never_takes_longer(lengths, prefix, ranks, tokens) -> None:
+    rollouts = _rollouts(lengths, prefix, prompts=4)
+    longest = [len(r.teacher_prefix_ids) + len(r.response_ids) for r in rollouts]
+
+    def time(share: bool) -> float:
+        config = PackingConfig(len(lengths), None, tokens, quadratic=1e-2, share_prefixes=share)
+        rows = deal_answers(rollouts, range(len(lengths)), ranks, config)
+        return sum(ROW_COST + max(cost(members, share) for members in row) for row in rows)
+
+    def cost(members: list[int], share: bool) -> float:
+        prefix_of = {i: rollouts[i].prompt.prompt_id if share else i for i in members}
+        read_once = {prefix_of[i]: len(rollouts[i].teacher_prefix_ids) for i in members}
+        tokens_read = sum(read_once.values()) + sum(lengths[i] for i in members)
+        return tokens_read + 1e-2 * sum(longest[i] ** 2 for i in members)
+
+    assert time(share=True) <= time(share=False) + 1e-6
+
+
 @settings(max_examples=30, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 9))
 def test_who_shares_an_optimizer_batch_depends_on_the_seed_alone(lengths, ranks, size) -> None:
     one = plan(_rollouts(lengths), Layout(0, 1), PackingConfig(size, None, None), seed=1, step=2)
     shorter = _rollouts([1] * len(lengths))
-    for other_rollouts, tokens in ((_rollouts(lengths), 30), (shorter, None)):
+    sharing = _rollouts(lengths, prompts=3)
+    for other_rollouts, tokens, share in (
+        (_rollouts(lengths), 30, True),
+        (shorter, None, True),
+        (sharing, 80, True),
+        (sharing, 80, False),
+    ):
+        config = PackingConfig(size, None, tokens, share_prefixes=share)
         parts = [
-            plan(other_rollouts, Layout(r, ranks), PackingConfig(size, None, tokens), seed=1, step=2)
+            plan(other_rollouts, Layout(r, ranks), config, seed=1, step=2)
             for r in range(ranks)
         ]
         together = [set.union(*map(_members, batches)) for batches in zip(*parts, strict=True)]
@@ -112,25 +161,19 @@ def test_a_rank_without_answers_gets_a_dummy_of_weight_zero() -> None:
     assert dummy.student.tokens_T.shape == dummy.student.rows_N.shape == (1,)
 
 
-def test_lockstep_rows_cost_alike() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.empty(256).log_normal_(7.0, 0.8, generator=generator).clamp(1, 8192).int().tolist()
-    config = PackingConfig(256, None, tokens=16384)
-    cost = {i: n + config.quadratic * n * n for i, n in enumerate(lengths)}
-    rows = deal(dict(enumerate(lengths)), 8, config)
-    work = [[sum(cost[i] for i in members) for members in row] for row in rows]
-    lockstep = sum(map(sum, work)) / (8 * sum(map(max, work)))
-    assert lockstep > 0.95, f"{lockstep:.3f} of the time is work; the rest is waiting for the slowest rank"
-
-
-@pytest.mark.parametrize("tokens", [10, 1000])
-def test_an_answer_longer_than_the_budget_is_alone(tokens) -> None:
-    rows = deal({0: 500, 1: 5, 2: 5}, 1, PackingConfig(8, None, tokens))
-    bins = [members for row in rows for members in row]
-    assert ([0] in bins) == (tokens == 10)
-
-
 def test_a_budget_of_tokens_counts_the_longer_view() -> None:
     long_prefix = [Rollout(Prompt(i, (1, 2), Problem("p")), 0, (7,), (-1.0,), "length", 0, (2,) * 19) for i in range(4)]
     (batch,) = plan(long_prefix, Layout(0, 1), PackingConfig(4, None, tokens=40), seed=0, step=0)
     assert [len(micro_batch.teacher.bounds) - 1 for micro_batch in batch] == [2, 2]
+
+
+@pytest.mark.parametrize("batching", ["sequence_packing", "dynamic_batching", None])
+def test_micro_batches_are_counted_in_tokens_where_the_recipe_packs(tmp_path, batching) -> None:
+    enabled = {
+        f"policy.{name}.enabled={str(name == batching).lower()}" for name in ("sequence_packing", "dynamic_batching")
+    }
+    size = f"policy.{batching}.train_mb_tokens=777" if batching else "policy.train_micro_batch_size=4"
+    config = config_for(tmp_path, tmp_path, "distillation.allow_degenerate=true", *sorted(enabled), size)
+    packing = packing_of(config, tiny_config("llama", tied=True))
+    assert (packing.tokens, packing.sequences) == ((777, None) if batching else (None, 4))
+    assert packing.optimizer_batch == config.policy.train_global_batch_size

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distill.config import Config
 from distill.model.attention import packed_attention
+from distill.model.load import find_model, model_config
 from distill.run import packing_of
 from distill.runtime.packing import PackingConfig, plan, view_of
 from distill.runtime.world import World
@@ -152,4 +153,4 @@ def test_the_recipes_key_switches_sharing_off_however_micro_batches_are_counted(
     for shares in (True, False):
         key = f"runtime.share_prefixes={str(shares).lower()}"
         config = config_for(folder, folder, "distillation.allow_degenerate=true", *sorted(counted), key)
-        assert packing_of(config).share_prefixes == shares
+        assert packing_of(config, model_config(find_model(str(folder), "a model"), "a model")).share_prefixes == shares

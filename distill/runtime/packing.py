@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from distill.runtime.dealing import ROW_COST, deal
 from distill.runtime.split import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, Shared, View
+
+_GROUP_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""What a group of answers that share a prefix may cost, in shares of a rank's work."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ class PackingConfig:
     tokens: int | None
     """At most this many tokens in a micro-batch, of the longer view (one answer may be longer); None: no limit.
     Each answer counts with its prefix, also where prefixes are shared."""
-    quadratic: float = 1e-4
-    """Cost of a sequence of n tokens is n + quadratic * n^2: the attention's share of the FLOPs."""
+    quadratic: float = 0.0
+    """Cost of a sequence of n tokens is n + quadratic * n^2: the attention's share of the FLOPs. See quadratic_cost."""
     share_prefixes: bool = True
     """Read a prefix that several answers of a micro-batch begin with once, and deal answers so that many do."""
 
@@ -49,13 +52,10 @@ def _optimizer_batch(
     rollouts: Sequence[Rollout], members: list[int], layout: Layout, packing_config: PackingConfig
 ) -> OptimizerBatch:
     share = packing_config.share_prefixes
-    units = {unit[0]: unit for unit in _units(rollouts, members, layout.dp_size, packing_config)}
-    tokens = {i: sum(_tokens_read(rollouts[j]) for j in unit) for i, unit in units.items()}
-    cost = {i: _cost([rollouts[j] for j in unit], packing_config.quadratic) for i, unit in units.items()}
-    rows = deal(tokens, layout.dp_size, packing_config, cost)
+    rows = deal_answers(rollouts, members, layout.dp_size, packing_config)
 
-    def whole(members: list[int]) -> MicroBatch:
-        return pack([(j, rollouts[j]) for j in sorted(j for i in members for j in units[i])], share)
+    def whole(answers: list[int]) -> MicroBatch:
+        return pack([(i, rollouts[i]) for i in answers], share)
 
     return OptimizerBatch(
         micro_batches=tuple(split([whole(row[dp]) for dp in layout.teacher_dp_ranks], layout) for row in rows),
@@ -63,101 +63,74 @@ def _optimizer_batch(
     )
 
 
-def _units(
-    rollouts: Sequence[Rollout], members: list[int], ranks: int, packing_config: PackingConfig
-) -> list[list[int]]:
-    """The answers in groups that go to one micro-batch together, because they share what is read before them.
+def deal_answers(
+    rollouts: Sequence[Rollout], members: Sequence[int], ranks: int, packing_config: PackingConfig
+) -> list[list[list[int]]]:
+    """An optimizer batch's answers (places in ``rollouts``) in rows of micro-batches, one a rank; some may be empty.
 
-    A group has at most a quarter of a rank's answers, so that ranks can still be dealt alike. Where micro-batches are
-    counted in answers, groups would leave some of them short: there every answer is on its own.
+    Answers that share a prefix are dealt one by one, in small groups and in larger ones: the larger, the less is read,
+    but the less alike are the ranks. The way that needs the least time is taken.
     """
-    if not packing_config.share_prefixes or packing_config.sequences is not None:
-        return [[i] for i in members]
-    largest = -(-len(members) // (4 * ranks))
-    units: list[list[int]] = []
-    latest: dict[tuple[tuple[int, ...], ...], int] = {}
-    room: dict[int, int] = {}
-    for i in members:
-        rollout = rollouts[i]
-        read = _tokens_read(rollout)
-        u = latest.get(key := (rollout.prompt.student_ids, rollout.teacher_prefix_ids))
-        if u is None or len(units[u]) == largest or (packing_config.tokens is not None and room[u] < read):
-            latest[key] = u = len(units)
-            units.append([])
-            room[u] = packing_config.tokens or 0
-        units[u].append(i)
-        room[u] -= read
-    return units
+    answers = _Answers(rollouts, members, packing_config)
+    deals = []
+    tried: list[list[list[int]]] = []
+    for share in _GROUP_SHARES:
+        groups = answers.groups(share * answers.cost(members) / ranks)
+        if groups in tried:
+            continue
+        tried.append(groups)
+        tokens = {g: sum(answers.reads[i] for i in group) for g, group in enumerate(groups)}
+        cost = {g: answers.cost(group) for g, group in enumerate(groups)}
+        rows = deal(tokens, cost, ranks, packing_config)
+        deals.append([[sorted(i for g in part for i in groups[g]) for part in row] for row in rows])
+    return min(deals, key=lambda rows: sum(ROW_COST + max(map(answers.cost, row)) for row in rows))
 
 
-def _prefix_read(rollout: Rollout) -> int:
-    """Tokens before the answer in the longer of the two views."""
-    return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids))
+class _Answers:
+    """What is read for the answers of an optimizer batch, in numbers."""
+
+    def __init__(self, rollouts: Sequence[Rollout], members: Sequence[int], packing_config: PackingConfig) -> None:
+        self.members = members
+        self.config = packing_config
+        self.reads = {i: _tokens_read(rollouts[i]) for i in members}
+        self.prefix_reads = {i: self.reads[i] - len(rollouts[i].response_ids) for i in members}
+        self.first_with_prefix = {i: i for i in members}
+        if packing_config.share_prefixes:
+            first: dict[tuple[tuple[int, ...], ...], int] = {}
+            for i in members:
+                key = (rollouts[i].prompt.student_ids, rollouts[i].teacher_prefix_ids)
+                self.first_with_prefix[i] = first.setdefault(key, i)
+
+    def cost(self, answers: Sequence[int]) -> float:
+        """Of one micro-batch: tokens, a shared prefix's once, and attention from each answer to all before it."""
+        prefixes = {self.first_with_prefix[i] for i in answers}
+        tokens = sum(self.reads[i] - self.prefix_reads[i] for i in answers)
+        tokens += sum(self.prefix_reads[i] for i in prefixes)
+        return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in answers)
+
+    def groups(self, dearest: float) -> list[list[int]]:
+        """Answers with one prefix, shortest first, in groups within the budget that cost no more than ``dearest``.
+
+        Where micro-batches are counted in answers, groups would leave some of them short: there is one answer in each.
+        """
+        groups: list[list[int]] = []
+        latest: dict[int, list[int]] = {}
+        for i in sorted(self.members, key=self.reads.__getitem__):
+            group = latest.get(self.first_with_prefix[i])
+            if group is None or self.config.sequences is not None or not self._may_join(i, group, dearest):
+                latest[self.first_with_prefix[i]] = group = []
+                groups.append(group)
+            group.append(i)
+        return groups
+
+    def _may_join(self, i: int, group: list[int], dearest: float) -> bool:
+        tokens = self.reads[i] + sum(self.reads[j] for j in group)
+        return (self.config.tokens is None or tokens <= self.config.tokens) and self.cost([*group, i]) <= dearest
 
 
 def _tokens_read(rollout: Rollout) -> int:
     """Tokens of the longer of the two views."""
-    return _prefix_read(rollout) + len(rollout.response_ids)
-
-
-def _cost(unit: Sequence[Rollout], quadratic: float) -> float:
-    """Cost of answers that share their prefix: every token once, but attention from each answer to all before it."""
-    tokens = _prefix_read(unit[0]) + sum(len(rollout.response_ids) for rollout in unit)
-    return tokens + quadratic * sum(_tokens_read(rollout) ** 2 for rollout in unit)
-
-
-def deal(
-    tokens: dict[int, int], ranks: int, packing_config: PackingConfig, cost: dict[int, float] | None = None
-) -> list[list[list[int]]]:
-    """Sequences (id -> tokens) into rows of bins, a row a micro-batch, a bin a rank; no bin over the limits.
-
-    The fewest rows that hold them are taken: longest first, each to the cheapest bin with room. Bins are then sorted
-    by cost and cut into rows, so that a row's bins are alike, and inside each row the rank with the least work so far
-    takes the dearest bin. ``cost`` (id -> cost) stands for that of a lone sequence of as many tokens.
-    """
-    if cost is None:
-        cost = {i: n + packing_config.quadratic * n * n for i, n in tokens.items()}
-    longest_first = sorted(tokens, key=lambda i: (-cost[i], i))
-    num_rows = _fewest_rows(tokens, ranks, packing_config)
-    while (bins := _fill(longest_first, tokens, cost, num_rows * ranks, packing_config)) is None:
-        num_rows += 1
-    bins.sort(key=lambda members: -sum(cost[i] for i in members))
-    work = [0.0] * ranks
-    rows = []
-    for k in range(num_rows):
-        row: list[list[int]] = [[] for _ in range(ranks)]
-        by_work = sorted(range(ranks), key=lambda rank: (work[rank], rank))
-        for rank, members in zip(by_work, bins[k * ranks : (k + 1) * ranks], strict=True):
-            row[rank] = sorted(members)
-            work[rank] += sum(cost[i] for i in members)
-        rows.append(row)
-    return rows
-
-
-def _fewest_rows(tokens: dict[int, int], ranks: int, limits: PackingConfig) -> int:
-    """No fewer rows can hold the sequences, whatever their order."""
-    by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
-    by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
-    return max(1, math.ceil(max(by_tokens, by_sequences) / ranks))
-
-
-def _fill(
-    longest_first: list[int], tokens: dict[int, int], cost: dict[int, float], num_bins: int, limits: PackingConfig
-) -> list[list[int]] | None:
-    """Each sequence to the cheapest bin with room for it; None if one finds none."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    load, filled = [0.0] * num_bins, [0] * num_bins
-    for i in longest_first:
-        for b in sorted(range(num_bins), key=lambda b: (load[b], b)):
-            fits = limits.tokens is None or filled[b] + tokens[i] <= limits.tokens
-            if not bins[b] or (fits and (limits.sequences is None or len(bins[b]) < limits.sequences)):
-                bins[b].append(i)
-                load[b] += cost[i]
-                filled[b] += tokens[i]
-                break
-        else:
-            return None
-    return bins
+    return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
 
 
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
