@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.model import load
-from distill.model.offload import HostCopy
+from distill.model.offload import HostCopy, HostState
 from distill.model.parallel import load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import build_scheduler
@@ -273,6 +273,56 @@ def test_released_weights_take_no_memory_and_come_back_bit_for_bit() -> None:
     copy.restore()
     copy.restore()
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+def _moved_sometimes(away: bool) -> tuple[list[Tensor], list[int]]:
+    """Two parameters after four steps, the second's first step being the third; bytes of their moments when away."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.nn.Parameter(torch.randn(n, 30, generator=generator)) for n in (100, 7))
+    optimizer = torch.optim.AdamW([first, second], lr=0.1)
+    host, left = HostState(optimizer), []
+    for step in range(4):
+        if away:
+            host.release()
+            host.release()
+            moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+            assert all(t.untyped_storage().nbytes() == 0 for t in moments) and len(moments) == (0, 2, 2, 4)[step]
+            left.append(host.nbytes)
+            host.restore()
+            host.restore()
+            host.wait()
+        first.grad = torch.randn(first.shape, generator=generator)
+        second.grad = torch.randn(second.shape, generator=generator)
+        if step < 2:
+            second.grad = None
+        optimizer.step()
+    states = [optimizer.state[parameter][name] for parameter in (first, second) for name in ("exp_avg", "exp_avg_sq")]
+    return [first, second, *states], left
+
+
+def test_moments_that_were_away_between_steps_are_what_they_would_be() -> None:
+    """Released they take no memory; there are none before the first step, and some that appear later."""
+    (there, _), (moved, left) = _moved_sometimes(away=False), _moved_sometimes(away=True)
+    assert all(torch.equal(a, b) for a, b in zip(there, moved, strict=True))
+    assert left == [0, 8 * 3000, 8 * 3000, 8 * 3210]
+
+
+def test_moments_made_while_others_are_away_go_with_the_next_release() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(parameters)
+    host = HostState(optimizer)
+    for parameter in parameters:
+        host.release()
+        for other in parameters:
+            other.grad = None
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    host.release()
+    assert host.nbytes == 2 * 8 * 15
+    assert all(optimizer.state[p]["exp_avg"].untyped_storage().nbytes() == 0 for p in parameters)
+    host.restore()
+    host.wait()
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], torch.full((5, 3), 0.1)) for p in parameters)
 
 
 def test_the_learning_rate_warms_up_as_in_the_reference() -> None:
