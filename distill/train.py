@@ -32,6 +32,7 @@ def train(run: Run) -> None:
 
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
+            student.offload()
             run.freshness.renew(step, metrics)
 
         with phases("generation"):
@@ -50,6 +51,7 @@ def train(run: Run) -> None:
             teacher.offload()
 
         with phases("policy_training"):
+            student.onload()
             lr = student.learning_rate
             for batch, said in zip(batches, targets, strict=True):
                 student.train(batch, said, metrics)

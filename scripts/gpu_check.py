@@ -2,11 +2,12 @@
 
     python -m scripts.gpu_check [--model models/SmolLM2-135M-Instruct] [--out runs/gpu_check] [--quick] [--device cpu]
 
-Proven: asleep the engine gives its memory back; a sync that is stale or damaged is found, on its way and in vLLM's
-memory; sampler and trainer agree in bfloat16; twenty sleep cycles leave nothing behind; generation is as fast as vLLM
-alone, which runs first, in a process of its own, for one process holds one engine. Every check runs even where one
-before it failed; the exit code is 1 then. A GPU takes a few minutes. Without one (or with --quick) sizes are tiny, and
-what only a GPU can show is marked so. What was seen so far is in FOLDER/gpu_check.json at any time.
+Proven: attention of a whole pack in one call errs no more than a sequence at a time; asleep the engine gives its memory
+back; a sync that is stale or damaged is found, on its way and in vLLM's memory; sampler and trainer agree in bfloat16;
+twenty sleep cycles leave nothing behind; generation is as fast as vLLM alone, which runs first in a process of its own,
+for one process holds one engine. Every check runs even where one before it failed; the exit code is 1 then. A GPU takes
+a few minutes. Without one (or with --quick) sizes are tiny, and what only a GPU can show is marked so. What was seen so
+far is in FOLDER/gpu_check.json at any time.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from distill.config import Config, load_config
 from distill.data.prompts import load_prompts
+from distill.model.attention import attend_at_once, attend_one_by_one
 from distill.model.checksum import BitSums
 from distill.model.load import find_model, load_tokenizer, model_config
 from distill.model.student import Student
@@ -440,6 +442,35 @@ def one_of_each_kind(names: Sequence[str]) -> list[str]:
     return list(kinds.values())
 
 
+def attention_checks(stage: Stage) -> Iterator[Check]:
+    """A whole pack in one call against a call a sequence, both in bfloat16 against float64, with gradients."""
+    for window in (None, 100):
+        name = "attention in one call, error / that of a call a sequence" + (f", window {window}" if window else "")
+        if stage.on_gpu:
+            yield Check(name, one_calls_error(stage.student.device, window), bound=at_most(1.2))
+        else:
+            yield Check(name, None, bound=at_most(1.2), note=ONLY_GPU)
+
+
+def one_calls_error(device: torch.device, window: int | None) -> float:
+    """The largest ratio of the two errors, over values and gradients: 8 query and 2 key-value heads of 128 channels."""
+    bounds = (0, 350, 351, 800)
+    made = [torch.randn(1, heads, bounds[-1], 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2)]
+    upstream = torch.randn(1, bounds[-1], 8, 128, device=device)
+
+    def found(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        query, key, value = heads = [tensor.to(dtype).requires_grad_() for tensor in made]
+        out = attend(query, key, value, bounds, None, window)
+        return [tensor.detach().double() for tensor in (out, *torch.autograd.grad(out, heads, upstream.to(dtype)))]
+
+    exact = found(attend_one_by_one, torch.float64)
+    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_at_once, attend_one_by_one))
+    return max(
+        float((our - right).norm() / (twin - right).norm())
+        for our, twin, right in zip(ours, twins, exact, strict=True)
+    )
+
+
 def logprob_checks(stage: Stage) -> Iterator[Check]:
     """Sampler against trainer, and against the plain engine."""
     stage.ready()
@@ -768,6 +799,7 @@ def check_all(report: Report, args: argparse.Namespace, device: str, sizes: Size
         return
     stage = stages[0]
     bounded = stage.on_gpu and sizes is FULL
+    report.run("attention", lambda: attention_checks(stage))
     report.run("log-probs", lambda: logprob_checks(stage))
     report.run("sync", lambda: sync_checks(stage))
     report.run("proof", lambda: proof_checks(stage))

@@ -12,14 +12,23 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "gemma3_text": Gemma3TextConfig}
 
 
 def tiny_config(
     family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2
 ) -> Any:
-    """A Llama, Qwen2 or Qwen3 of two layers, by default with four query and two key-value heads of 32 channels."""
-    shape = dict(
+    """A small model of a family, by default of two layers with four query and two key-value heads of 32 channels."""
+    shape: dict[str, Any] = dict(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -33,7 +42,9 @@ def tiny_config(
     )
     if family == "qwen2":  # its head size is hidden / heads, whatever the configuration says
         shape.update(num_attention_heads=hidden // 32, num_key_value_heads=1)
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**shape)
+    if family == "gemma3_text":  # sliding and full layers by turns; a window shorter than most texts; its own scale
+        shape.update(sliding_window=8, sliding_window_pattern=2, query_pre_attn_scalar=24)
+    return CONFIGS[family](**shape)
 
 
 def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed: int = 0, **shape: int) -> Path:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from distill.model.load import find_model
-from distill.model.offload import HostCopy
+from distill.model.offload import HostCopy, HostState
+from distill.model.student import Student
 from distill.model.teacher import Teacher
-from distill.runtime.packing import pack
+from distill.runtime.metrics import Metrics
+from distill.runtime.packing import PackingConfig, pack, plan
 from distill.runtime.world import World
 from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model
@@ -51,6 +55,58 @@ def test_a_teacher_that_was_away_says_the_same(tmp_path, device) -> None:
     save_tiny_model(tmp_path / "m", "qwen3", True)
     (seen,) = run_ranks(1, _away_and_back, str(tmp_path / "m"), device)
     assert seen == {"away": True, "same": True}
+
+
+def _trained(folder: str, device: str) -> dict[str, Any]:
+    """A student whose moments leave between steps, and one whose stay; both asked for a checkpoint when away."""
+    world = World()
+    world.build_mesh(device, tp=1, cp=1)
+    files, rollouts, found = find_model(folder, "a model"), fixed_rollouts(), {}
+    for away in (True, False):
+        config = config_for(
+            *(Path(folder), Path(folder), "distillation.allow_degenerate=true", f"runtime.device={device}"),
+            *("policy.precision=float32", f"runtime.offload_optimizer={str(away).lower()}"),
+        )
+        student, teacher = Student(config, files, world, 384, ()), Teacher(config, files, world, 384)
+        assert (student._moments is not None) == (away and device == "cuda")
+        if away and device == "cpu":  # there it has none by itself: nothing would be saved
+            student._moments = HostState(student._optimizer)
+        with torch.no_grad():
+            for parameter in student.model.parameters():
+                parameter.mul_(1.1)  # away from its teacher
+        left = []
+        for step in range(3):
+            student.offload()
+            moments = [t for s in student._optimizer.state.values() for t in s.values() if t.ndim > 0]
+            left.append(sum(t.to_local().untyped_storage().nbytes() for t in moments))
+            if step == 2:  # not away when they are read, and away again before it trains
+                saved = {name: tensor.full_tensor().clone() for name, tensor in _sharded(student.state()).items()}
+                student.offload()
+            if step == 1:  # whoever steps without it gets them too
+                student.onload()
+            for batch in plan(rollouts, world.layout, PackingConfig(6, None, None), 0, step):
+                student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], Metrics())
+        weights = {name: tensor.full_tensor().clone() for name, tensor in _sharded(student.state()).items()}
+        found[away] = (left, saved, weights)
+    world.close()
+    (left, *ours), (stayed, *theirs) = found[True], found[False]
+    apart = [
+        max(float((our[name] - tensor).norm() / tensor.norm()) for name, tensor in their.items())
+        for our, their in zip(ours, theirs, strict=True)
+    ]
+    limit = 0.0 if device == "cpu" else 1e-3  # sums of a GPU differ from run to run
+    return {"left": left, "stayed": [size > 0 for size in stayed], "same": [distance <= limit for distance in apart]}
+
+
+def _sharded(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_student_whose_moments_were_away_trains_and_saves_the_same(tmp_path, device) -> None:
+    save_tiny_model(tmp_path / "m", "qwen3", True)
+    (seen,) = run_ranks(1, _trained, str(tmp_path / "m"), device)
+    assert seen == {"left": [0, 0, 0], "stayed": [False, True, True], "same": [True, True]}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,6 +23,7 @@ from scripts import gpu_check
 from scripts.gpu_check import Bound, Check, Report, at_least, at_most, exactly
 from scripts.launch import ROOT
 from tests.helpers import save_tiny_model
+from tests.test_attention import _flash
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -236,7 +237,18 @@ def test_a_model_that_does_not_exist_is_one_sentence(tmp_path, capsys) -> None:
     assert said.startswith("error: --model=") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(("scale", "fails"), [(None, False), (0.1, True)])  # a scale of its own: another attention
+def test_attentions_error_is_told_over_its_twins(monkeypatch, scale, fails) -> None:
+    def flash(q, k, v, *args, **options) -> torch.Tensor:
+        return _flash(*(tensor.float() for tensor in (q, k, v)), *args, **{**options, "scale": scale}).bfloat16()
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    assert (gpu_check.one_calls_error(torch.device("cpu"), 100) > 1.2) == fails
+
+
 ONLY_ON_A_GPU = {
+    "attention in one call, error / that of a call a sequence",
+    "attention in one call, error / that of a call a sequence, window 100",
     "share of weights and cache that sleep frees",
     "left in use by the sleeping engine",
     "memory outside torch, growth over 3 sleep cycles",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from itertools import pairwise
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.model import load
-from distill.model.offload import HostCopy
+from distill.model.offload import HostCopy, HostState
 from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import build_scheduler
@@ -28,7 +29,8 @@ from tests.harness import config_for
 from tests.helpers import run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
-SEQUENCES = [((5, 6, 7), (8, 9, 10)), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
+SEQUENCES = [((5, 6, 7), tuple(range(8, 30))), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
+SHAPES = [("llama", False), ("qwen3", True), ("qwen2", False), ("gemma3_text", True)]
 _BIG = dict(vocab=20_000, hidden=1024, layers=4)
 
 
@@ -37,7 +39,7 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
     world = World()
     world.build_mesh("cpu", tp=1, cp=1)
     found: dict[str, Any] = {}
-    for family, tied in (("llama", False), ("qwen3", True), ("qwen2", False)):
+    for family, tied in SHAPES:
         folder = f"{root}/{family}"
         files = load.find_model(folder, "policy.model_name")
         model = _load(files, world, torch.float32)
@@ -126,7 +128,7 @@ def _own_memory() -> int:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for family, tied in (("llama", False), ("qwen3", True), ("qwen2", False)):
+    for family, tied in SHAPES:
         save_tiny_model(root / family, family, tied, seed=1)
     save_tiny_model(root / "big", "llama", False, **_BIG)
     return root
@@ -138,7 +140,7 @@ def seen(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("family", [family for family, _ in SHAPES])
 def test_sharded_and_packed_is_the_plain_model(root, seen, family) -> None:
     plain = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32, attn_implementation="eager")
     rows = []
@@ -176,7 +178,7 @@ def test_the_proof_passes_a_right_teacher_and_catches_a_wrong_one(seen) -> None:
 
 
 def test_the_streamed_plain_model_is_the_plain_model(root) -> None:
-    for family in ("llama", "qwen3"):
+    for family in ("llama", "qwen3", "gemma3_text"):
         files = load.find_model(str(root / family), "policy.model_name")
         config = load.model_config(files, "policy.model_name")
         sequences = [(1, 2, 3, 4), (9, 8, 7, 6)]
@@ -195,11 +197,58 @@ def test_vocabularies_are_compared_by_content() -> None:
         load.compare_vocabularies(same, other, "a", "b")
 
 
-def test_a_family_without_a_tested_path_is_refused_by_name(tmp_path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(UserError, match=r"policy\.model_name=.* family gpt2, which is not supported"):
-        load.model_config(load.find_model(str(tmp_path), "policy.model_name"), "policy.model_name")
+def _refusal(folder: Path, **config: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(UserError) as refused:
+        load.model_config(load.find_model(str(folder), "policy.model_name"), "policy.model_name")
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("gpt2", "gpt2"),
+        ("gemma3", "gemma3"),  # its text is a part of a model that also sees
+        ("qwen3_moe", "qwen3_moe, a mixture of experts"),
+        ("mixtral", "mixtral, a mixture of experts"),
+        ("deepseek_v3", "deepseek_v3, a mixture of experts"),
+    ],
+)
+def test_a_family_without_a_tested_path_is_refused_by_name(tmp_path, family, named) -> None:
+    assert f"is of the family {named}, which is not supported yet: choose a dense" in _refusal(
+        tmp_path, model_type=family
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)],
+)
+def test_what_the_packed_path_would_pass_over_is_refused_by_name(tmp_path, setting, value) -> None:
+    said = _refusal(tmp_path, model_type="gemma3_text", **{setting: value})
+    assert said == (
+        f"policy.model_name={tmp_path} has {setting}={value} in its config.json, which is not supported:"
+        " choose a model without it"
+    )
+
+
+def test_restoring_buffers_draws_no_weights_and_no_random_numbers(root) -> None:
+    """Gemma's scaled embedding holds a buffer beside its weight, and transformers would initialise both."""
+    config = load.model_config(load.find_model(str(root / "gemma3_text"), "a model"), "a model")
+    model = load.meta_model(config, "eager", torch.float32)
+    load.materialize(model, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    random_state = torch.get_rng_state()
+    load.restore_buffers(model, torch.device("cpu"))
+    assert all(bool((parameter == 7).all()) for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    whole = dict(AutoModelForCausalLM.from_pretrained(root / "gemma3_text", dtype=torch.float32).named_buffers())
+    restored = dict(model.named_buffers())
+    assert restored.keys() == whole.keys() and len(whole) == 5  # local and global frequencies, twice, and the scale
+    assert all(torch.equal(buffer, whole[name]) for name, buffer in restored.items())
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(tmp_path) -> None:
@@ -228,6 +277,56 @@ def test_released_weights_take_no_memory_and_come_back_bit_for_bit() -> None:
     copy.restore()
     copy.restore()
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
+def _moved_sometimes(away: bool) -> tuple[list[Tensor], list[int]]:
+    """Two parameters after four steps, the second's first step being the third; bytes of their moments when away."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.nn.Parameter(torch.randn(n, 30, generator=generator)) for n in (100, 7))
+    optimizer = torch.optim.AdamW([first, second], lr=0.1)
+    host, left = HostState(optimizer), []
+    for step in range(4):
+        if away:
+            host.release()
+            host.release()
+            moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+            assert all(t.untyped_storage().nbytes() == 0 for t in moments) and len(moments) == (0, 2, 2, 4)[step]
+            left.append(host.nbytes)
+            host.restore()
+            host.restore()
+            host.wait()
+        first.grad = torch.randn(first.shape, generator=generator)
+        second.grad = torch.randn(second.shape, generator=generator)
+        if step < 2:
+            second.grad = None
+        optimizer.step()
+    states = [optimizer.state[parameter][name] for parameter in (first, second) for name in ("exp_avg", "exp_avg_sq")]
+    return [first, second, *states], left
+
+
+def test_moments_that_were_away_between_steps_are_what_they_would_be() -> None:
+    """Released they take no memory; there are none before the first step, and some that appear later."""
+    (there, _), (moved, left) = _moved_sometimes(away=False), _moved_sometimes(away=True)
+    assert all(torch.equal(a, b) for a, b in zip(there, moved, strict=True))
+    assert left == [0, 8 * 3000, 8 * 3000, 8 * 3210]
+
+
+def test_moments_made_while_others_are_away_go_with_the_next_release() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(parameters)
+    host = HostState(optimizer)
+    for parameter in parameters:
+        host.release()
+        for other in parameters:
+            other.grad = None
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    host.release()
+    assert host.nbytes == 2 * 8 * 15
+    assert all(optimizer.state[p]["exp_avg"].untyped_storage().nbytes() == 0 for p in parameters)
+    host.restore()
+    host.wait()
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], torch.full((5, 3), 0.1)) for p in parameters)
 
 
 def test_the_learning_rate_warms_up_as_in_the_reference() -> None:

@@ -15,7 +15,7 @@ from tests.helpers import run_ranks, save_tiny_model
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
 VOCAB = 383  # odd: the second rank's shard of embedding and head is smaller than the first's
-SHAPES = [(family, tied) for family in ("llama", "qwen3") for tied in (True, False)]
+SHAPES = [*((family, tied) for family in ("llama", "qwen3") for tied in (True, False)), ("gemma3_text", True)]
 LOSSES = [
     ("mixed", "loss_fn.outside_topk=bucket"),
     ("reverse", "loss_fn.outside_topk=bucket"),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -359,3 +360,28 @@ def test_dry_run_prints_the_recipe_that_it_would_run(root) -> None:
     command[4] = str(root / "resolved.yaml")
     again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
     assert "max_num_steps: 4" in first.stdout and again.stdout == first.stdout
+
+
+def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoint(monkeypatch) -> None:
+    from distill import train as loop
+    from distill.rollout import exchange
+
+    happened: list[str] = []
+
+    def notes(what: str) -> Any:
+        return lambda *_: happened.append(what)
+
+    run = MagicMock(first_step=0, last_step=2)
+    run.phases.return_value = lambda name: contextlib.nullcontext()
+    run.views.prefixed.return_value = ([], None)
+    run.freshness.renew.side_effect = notes("sync")
+    run.engine.generate.side_effect = notes("generate")
+    run.teacher.onload.side_effect = notes("teacher")
+    run.student.onload.side_effect = notes("here")
+    run.student.offload.side_effect = notes("away")
+    run.student.train.side_effect = notes("train")
+    run.save_if_due.side_effect = notes("save")
+    monkeypatch.setattr(exchange, "gather_rollouts", lambda *args, **kwargs: [])
+    monkeypatch.setattr(loop, "plan", lambda *args: [[]])
+    loop.train(run)
+    assert happened == 2 * ["away", "sync", "generate", "teacher", "here", "train", "save"]

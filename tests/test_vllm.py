@@ -380,7 +380,10 @@ def test_the_sharded_students_answers_are_those_of_transformers(qwen3) -> None:
         _check_against_transformers(ranks[0])
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True)])  # its own head; one key-value head
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("llama", False), ("qwen2", True), ("gemma3_text", True)],  # its own head; one key-value head; sliding windows
+)
 def test_other_families_are_split_over_two_ranks_as_well(tmp_path: Path, family: str, tied: bool) -> None:
     _check_against_transformers(
         run_ranks(2, _pair, save_tiny_model(tmp_path / "m", family, tied, seed=2, vocab=385), 2)[0]

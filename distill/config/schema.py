@@ -282,6 +282,8 @@ class RuntimeConfig:
     """MiB of weights moved at a time from the student to the engine."""
     share_prefixes: bool = True
     """Read a prompt once for all its answers in one micro-batch; under token budgets answers are dealt for it."""
+    offload_optimizer: bool = True
+    """Keep the optimizer's moments in pinned host memory but for training and checkpoints; without effect on CPU."""
     logits_chunk_rows: int | None = None
     """Rows of logits that exist at a time; null: 256 on CPU, 2048 on CUDA."""
     phase_timeout_s: int = 1800

@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from distill.types import UserError
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 """Model types whose packed, sharded path is tested against the plain model."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,27 @@ def _tensor_files(folder: Path, name: str, key: str) -> dict[str, Path]:
 
 
 def model_config(files: ModelFiles, key: str) -> Any:
-    """The model's Hugging Face configuration; refuses families whose path is not tested, by name."""
+    """The model's Hugging Face configuration; reads no weights.
+
+    Raises UserError for a family whose path is not tested and for a mixture of experts, by name, and for a setting
+    that the packed path would pass over silently.
+    """
     try:
         config = AutoConfig.from_pretrained(files.folder)
     except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
         raise UserError(f"{key}={files.name} has a config.json that can't be read ({error})") from error
     if config.model_type not in FAMILIES:
+        mixture = ", a mixture of experts" if any(getattr(config, name, None) for name in _EXPERTS) else ""
         raise UserError(
-            f"{key}={files.name} is of the family {config.model_type}, which is not supported yet:"
-            f" choose a model of {', '.join(FAMILIES)}"
+            f"{key}={files.name} is of the family {config.model_type}{mixture}, which is not supported yet:"
+            f" choose a dense model of {', '.join(FAMILIES)}"
         )
+    for name in _UNSUPPORTED:
+        if value := getattr(config, name, None):
+            raise UserError(
+                f"{key}={files.name} has {name}={value} in its config.json, which is not supported:"
+                " choose a model without it"
+            )
     return config
 
 
@@ -168,10 +181,14 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Recompute the buffers that no checkpoint holds (rotary frequencies) on ``device``, by the model's own means."""
+    """Recompute the buffers that no checkpoint holds (rotary frequencies, the scale of Gemma's embeddings) on
+    ``device``, by the model's own means; parameters stay as they are.
+    """
     with torch.no_grad():
         for module in model.modules():
             if any(name in module._non_persistent_buffers_set for name, _ in module.named_buffers(recurse=False)):
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = True  # else it would be drawn anew
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = torch.empty_like(buffer, device=device)
                 model._init_weights(module)

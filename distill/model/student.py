@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.loss import Sampled, VocabParallel, fused_linear_kl
 from distill.model.load import ModelFiles, causal_lm_parts, chunk_of
+from distill.model.offload import HostState
 from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.weights import GatheredWeights, tp_dim
 from distill.runtime.metrics import Metrics
@@ -77,6 +78,8 @@ class Student:
         kwargs = dataclasses.asdict(policy.optimizer.kwargs)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), **kwargs)
         self._scheduler = build_scheduler(self._optimizer, policy.scheduler)
+        leaves = config.runtime.offload_optimizer and world.device.type == "cuda" and not policy.dtensor_cfg.cpu_offload
+        self._moments = HostState(self._optimizer) if leaves else None
 
     @property
     def learning_rate(self) -> float:
@@ -122,6 +125,7 @@ class Student:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._max_grad_norm / norm)
+        self._have_moments()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._as_synced = False
@@ -164,6 +168,21 @@ class Student:
         """Move the learning rate's schedule: once a step, however many optimizer batches it had."""
         self._scheduler.step()
 
+    def onload(self) -> None:
+        """Begin to bring the optimizer's moments back to the device; no collective."""
+        if self._moments is not None:
+            self._moments.restore()
+
+    def offload(self) -> None:
+        """Let the optimizer's moments go to host memory; no collective. Whatever needs them brings them back."""
+        if self._moments is not None:
+            self._moments.release()
+
+    def _have_moments(self) -> None:
+        if self._moments is not None:
+            self._moments.restore()
+            self._moments.wait()
+
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
         """Whole tensors under their Hugging Face names, bucket by bucket, in the compute dtype; all ranks drain it."""
         self._as_synced = True
@@ -201,7 +220,11 @@ class Student:
         return part
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros."""
+        """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros.
+
+        To be read or filled before the next ``offload``, which takes the moments away.
+        """
+        self._have_moments()
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_hf_parameters():
             moments = self._optimizer.state[parameter]
