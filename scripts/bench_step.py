@@ -1,9 +1,11 @@
-"""Seconds of each phase of a step: the median of 10 steps of 8 prompts x 2 answers x 48 tokens, after one to warm up.
+"""Seconds of each phase of a step: the median of 10 steps of 8 answers of 48 tokens a rank, after one to warm up.
 
-    python -m scripts.bench_step [--ranks 2] [--steps 10] [key.path=value ...]
+    python -m scripts.bench_step [--ranks 2 | --ranks 1,2] [--steps 10] [key.path=value ...]
     python -m scripts.bench_step [key.path=value ...] --peer trl [--steps 3] [--turns 2] [--new-tokens 48 256]
 
 Context self-distillation of SmolLM2-135M in bfloat16. No token ends an answer, so every step generates the same number.
+Several numbers of ranks are run one after another, each rank with the same work: what a phase takes longer on more of
+them is what they wait for each other, or what they share of the machine.
 
 ``--peer trl`` puts a step beside one of TRL's DistillationTrainer: SmolLM2-135M learns from its own copy, which costs
 what any teacher of its size does; the same prompts, answers and lengths on as many ranks. Both sides take turns, so
@@ -18,7 +20,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -75,9 +77,10 @@ def train(ranks: int, recipe: Sequence[str]) -> Sequence[Row]:
 
 
 def measure(ranks: int, steps: int, overrides: Sequence[str]) -> dict[str, list[float]]:
-    """Seconds of every step by phase, the first step left out."""
+    """Seconds of every step by phase, the first step left out; 4 prompts x 2 answers a rank."""
     recipe = ("--config", "recipes/smollm2-context-cpu.yaml")
-    rows = train(ranks, arguments(recipe, ranks, steps, overrides))
+    work = (f"distillation.num_prompts_per_step={4 * ranks}", f"policy.train_global_batch_size={8 * ranks}")
+    rows = train(ranks, arguments(recipe, ranks, steps, [*work, *overrides]))
     phases = [n for n in rows[0] if n.startswith(TIMING) and "tokens_per_sec" not in n and "share" not in n]
     return {name[len(TIMING) :]: [float(row[name] or 0.0) for row in rows] for name in phases}
 
@@ -169,7 +172,7 @@ def missing_peer() -> str | None:
 def main() -> None:
     """Measure, print the table, and leave the numbers in the run's folder."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=_counts, default=[2], help="one number, or several (1,2)")
     parser.add_argument("--steps", type=int, help="after one to warm up: 10, or 3 a turn with --peer")
     parser.add_argument("--peer", choices=["trl"], help="measure it beside ours, by turns")
     parser.add_argument("--turns", type=int, default=2, help="with --peer: of each side, for each length")
@@ -186,14 +189,31 @@ def main() -> None:
         if sentence := missing_peer():
             print(sentence, file=sys.stderr)
             sys.exit(2)
-        compare(args.ranks, args.steps or 3, args.turns, args.new_tokens, args.overrides, args.peer_weights)
+        compare(args.ranks[0], args.steps or 3, args.turns, args.new_tokens, args.overrides, args.peer_weights)
         return
     steps = args.steps or 10
-    seconds = measure(args.ranks, steps, args.overrides)
+    seconds = {ranks: measure(ranks, steps, args.overrides) for ranks in args.ranks}
     (RUN_DIR / "bench_step.json").write_text(json.dumps(seconds, indent=2) + "\n")
-    print(f"\nseconds a step, {args.ranks} ranks, {steps} steps   median   fastest   slowest")
-    for name, values in sorted(seconds.items(), key=lambda item: -statistics.median(item[1])):
-        print(f"{name:38s} {statistics.median(values):8.2f}  {min(values):8.2f}  {max(values):8.2f}")
+    print(f"\nseconds a step, {steps} steps: median (fastest to slowest)")
+    print(phases_table(seconds))
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError("give numbers of ranks, at least 1 each")
+    return counts
+
+
+def phases_table(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> str:
+    """A line a phase, the longest first; a column a number of ranks."""
+    first = next(iter(seconds.values()))
+    lines = [" " * 26 + "".join(f"{ranks:>21d} rank{'s' if ranks > 1 else ' '}" for ranks in seconds)]
+    for name in sorted(first, key=lambda name: -statistics.median(first[name])):
+        found = [by_phase[name] for by_phase in seconds.values()]
+        cells = [f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})" for own in found]
+        lines.append(f"{name:26s}" + "".join(f"{cell:>27s}" for cell in cells))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -38,6 +39,29 @@ def turn(
     side: str, new_tokens: int, seconds: list[float], tokens: float = 900.0, shortest: float = 0
 ) -> bench_step.Turn:
     return bench_step.Turn(side, new_tokens, seconds, [tokens] * len(seconds), shortest or new_tokens)
+
+
+def test_ranks_have_the_same_work_each_and_stand_side_by_side(monkeypatch, tmp_path, capsys) -> None:
+    """With a stand-in for the runs: what they are told, and what is made of their metrics."""
+    told: dict[int, list[str]] = {}
+
+    def fake(ranks: int, recipe: Sequence[str]) -> list[dict[str, float]]:
+        told[ranks] = list(recipe)
+        return [{"timing/train/generation": 0.25 * step, "timing/train/policy_training": ranks} for step in (1, 2, 3)]
+
+    monkeypatch.setattr(bench_step, "train", fake)
+    monkeypatch.setattr(bench_step, "RUN_DIR", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_step", "--ranks", "1,2", "--steps", "3"])
+    bench_step.main()
+    for ranks, recipe in told.items():
+        config = load_config(recipe)
+        answers = config.distillation.num_prompts_per_step * config.distillation.num_generations_per_prompt
+        assert (answers, config.policy.train_global_batch_size) == (8 * ranks, 8 * ranks)
+        assert config.cluster.gpus_per_node == ranks
+    head, *lines = capsys.readouterr().out.splitlines()[2:]
+    assert head.split() == ["1", "rank", "2", "ranks"]
+    assert lines[0].split() == ["policy_training", *"1.00 (1.00 to 1.00) 2.00 (2.00 to 2.00)".split()]
+    assert lines[1].split() == ["generation", *"0.50 (0.25 to 0.75) 0.50 (0.25 to 0.75)".split()]
 
 
 def test_the_table_divides_the_peers_median_by_ours_at_each_length() -> None:
