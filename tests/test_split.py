@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distill.runtime.packing import PackingConfig, pack, plan
@@ -53,7 +53,21 @@ def _whole(parts: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[spread.place_T], positions[spread.place_T]
 
 
-@settings(max_examples=60, deadline=None)
+def _sequences(view: View) -> list[list[int]]:
+    """What is read, a sequence at a time: each position stands in its sequences, first where it says."""
+    count = len(view.tokens_T)
+    places = torch.arange(count) if view.shared is None else view.shared.spread_S
+    if view.shared is not None:
+        assert torch.equal(places[view.shared.first_T], torch.arange(count))
+    return [part.tolist() for part in torch.tensor_split(view.tokens_T[places], list(view.bounds[1:-1]))]
+
+
+ALONE = [(0, 0, 1, 0), (0, 0, 1, 1), (0, 0, 1, 2), (0, 0, 3, 3)]
+"""The first rank's rows are more than a third of all positions: the others are not full."""
+
+
+@settings(max_examples=40, deadline=None)
+@example(shapes=[ALONE, ALONE, [], []], sizes=(1, 3, 6), share=False)
 @given(shapes=st.lists(SHAPES, min_size=4, max_size=4), sizes=st.sampled_from(LAYOUTS), share=st.booleans())
 def test_the_ranks_of_a_group_read_the_pack_between_them(shapes, sizes, share) -> None:
     tp, cp, size = sizes
@@ -61,6 +75,7 @@ def test_the_ranks_of_a_group_read_the_pack_between_them(shapes, sizes, share) -
     group = [pack(members, share) for members in answers[: size // (tp * cp)]]
     parts = [split(group, _layout(tp, cp, size, rank, size)) for rank in range(size)]
     whole = join([micro_batch.teacher for micro_batch in group])
+    assert _sequences(whole) == [sequence for micro_batch in group for sequence in _sequences(micro_batch.teacher)]
     tokens, positions = _whole([part.teacher for part in parts])
     assert torch.equal(tokens, whole.tokens_T) and torch.equal(positions, whole.positions_T)
     assert len({len(part.teacher.tokens_T) for part in parts}) == 1
