@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +28,12 @@ from distill.model.attention import PACKED
 from distill.model.load import causal_lm_parts, find_model, meta_model
 from distill.model.memory import GIB, RESERVE, Forecast, dry_run, plan_memory, predict, read_by_layer, saved_by_layer
 from distill.model.shapes import QWEN3, ModelShape, _published, find_shape, shape_of
+from distill.model.student import Student
 from distill.model.teacher import Teacher
+from distill.runtime.metrics import Metrics
 from distill.runtime.packing import pack
 from distill.runtime.world import World
-from distill.types import UserError
+from distill.types import OptimizerBatch, Problem, Prompt, Rollout, UserError
 from scripts.bench_loss import LiveBytes
 from tests.harness import REPO, config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model, tiny_config
@@ -46,6 +50,9 @@ PUBLISHED = {
     "32": 32_762_123_264,
 }
 """Parameters of Qwen3, a tied head once."""
+
+
+OnARank = tuple[dict[bool, tuple[int, int, Forecast]], set[int]]
 
 
 def recipe(name: str, *overrides: str) -> Config:
@@ -175,6 +182,48 @@ def test_a_layer_read_without_gradient_holds_what_the_teacher_phase_counts(famil
     assert peak == pytest.approx(read_by_layer(shape, 2), rel=0.03)
 
 
+def _peaks(root: str, world: World) -> dict[bool, tuple[int, int, Forecast]]:
+    """Bytes made at once while four answers are judged and trained on, with activation checkpointing and without."""
+    files, shape = find_model(root, "policy.model_name"), known(root)
+    answer = Rollout(Prompt(0, (1,) * 12, Problem("")), 0, (2,) * 500, (-1.0,) * 500, "length", 0, (1,) * 12)
+    micro_batch = pack([(i, answer) for i in range(4)])
+    batch = OptimizerBatch((micro_batch, micro_batch), 8000)
+    found = {}
+    for checkpointing in (True, False):
+        config = config_for(
+            Path(root),
+            Path(root),
+            "distillation.allow_degenerate=true",
+            f"policy.dtensor_cfg.activation_checkpointing={checkpointing}",
+            "policy.max_total_sequence_length=512",
+            "policy.dynamic_batching.enabled=false",
+            "policy.train_micro_batch_size=4",
+            "policy.train_global_batch_size=8",
+            ranks=2,
+        )
+        student = Student(config, files, world, shape.vocab, ())
+        teacher = Teacher(config, files, world, shape.vocab)
+        targets = [teacher.targets(micro_batch)] * 2
+        student.train(batch, targets, Metrics())  # the optimizer's state is there from now on
+        with LiveBytes() as training:
+            student.train(batch, targets, Metrics())
+        with LiveBytes() as judging:
+            teacher.targets(micro_batch)
+        found[checkpointing] = (training.peak, judging.peak, predict(config, shape, shape, cuda=False))
+    return found
+
+
+@pytest.mark.slow
+def test_a_step_of_two_ranks_makes_what_the_phases_count(two_ranks: Sequence[OnARank]) -> None:
+    """On a CPU nothing is prefetched and gradients are reduced at once; FSDP's resized storages are not seen."""
+    for peaks, _ in two_ranks:
+        for training, judging, expected in peaks.values():
+            train, judge = expected.phases["train"], expected.phases["teacher"]
+            seen = ("gradients", "saved activations", "one layer's working set", "embedding's and head's gradient")
+            assert training == pytest.approx(sum(train[line] for line in seen), rel=0.05)
+            assert judging == pytest.approx(judge["teacher's working set"] + judge["gathered layers"] // 2, rel=0.05)
+
+
 # ---- the arithmetic, by hand -----------------------------------------------------------------------------------------
 
 
@@ -294,32 +343,51 @@ class _Wide(TorchDispatchMode):
         return result
 
 
-def _wide_of_a_teacher(root: str) -> set[int]:
-    world = World()
-    world.build_mesh("cpu", tp=1, cp=1)
+def _wide_of_a_teacher(root: str, world: World) -> set[int]:
     config = config_for(Path(root), Path(root), "teacher.precision=bfloat16", "distillation.allow_degenerate=true")
     with _Wide() as wide:
         teacher = Teacher(config, find_model(root, "teacher.model_name"), world, 4104)
         teacher.targets(pack(list(enumerate(fixed_rollouts(2, seed=1)))))
         teacher.prove([(1, 2, 3), (4, 5)])
-    world.close()
     return wide.numels
 
 
+def _on_a_rank(root: str) -> OnARank:
+    world = World()
+    world.build_mesh("cpu", tp=1, cp=1)
+    found = _peaks(f"{root}/float32", world), _wide_of_a_teacher(f"{root}/bfloat16", world)
+    world.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same untied model in float32 and in bfloat16."""
+    root = tmp_path_factory.mktemp("memory")
+    save_tiny_model(root / "float32", "qwen3", tied=False, vocab=4104, hidden=512, heads=16, kv_heads=8, layers=3)
+    shutil.copytree(root / "float32", root / "bfloat16")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(root / "float32/model.safetensors").items()}
+    save_file(weights, root / "bfloat16/model.safetensors", {"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def two_ranks(root: Path) -> Sequence[OnARank]:
+    """What is measured in one world of two ranks."""
+    return run_ranks(2, _on_a_rank, str(root))
+
+
 @pytest.mark.slow
-def test_a_frozen_teacher_is_never_widened(tmp_path: Path) -> None:
+def test_a_frozen_teacher_is_never_widened(root: Path, two_ranks: Sequence[OnARank]) -> None:
     """From loading to targets no float32 tensor is as large as a matrix or its shard, and none larger than logits."""
-    save_tiny_model(tmp_path, "qwen3", tied=False, vocab=4104, hidden=512, heads=16, kv_heads=8)
-    weights = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    weights = load_file(root / "bfloat16/model.safetensors")
     matrices = {tensor.numel() for tensor in weights.values() if tensor.dim() == 2}
     head = weights["lm_head.weight"].numel()
-    for ranks in (1, 2):
-        for numels in run_ranks(ranks, _wide_of_a_teacher, str(tmp_path)):
-            # A processor doesn't multiply bfloat16 into float32: the head, alone, is widened there, once a pass.
-            others = numels - {head}
-            assert others & {matrix // part for matrix in matrices for part in (1, ranks)} == set()
-            assert max(others) == 64 * 4104 < max(matrices)
+    for _, numels in two_ranks:
+        # A processor doesn't multiply bfloat16 into float32: the head, alone, is widened there, once a pass.
+        others = numels - {head}
+        assert others & {matrix // part for matrix in matrices for part in (1, 2)} == set()
+        assert max(others) == 64 * 4104 < max(matrices)
 
 
 def test_on_a_gpu_the_head_is_multiplied_as_it_is() -> None:

@@ -327,7 +327,8 @@ class _Memory:
         rows = self.chunk(config.teacher.logprob_chunk_size, positions)
         logits = 0 if self.gives_rows else (4 if self.triton else 8) * rows * shape.vocab
         return [
-            lines | {"teacher's working set": read_by_layer(shape, b) * positions},
+            # A layer's input is there too, and the first one's to the end.
+            lines | {"teacher's working set": (read_by_layer(shape, b) + 2 * b * shape.hidden) * positions},
             lines | {"teacher's working set": b * shape.hidden * positions, "logits chunk": logits},
         ]
 
