@@ -149,15 +149,20 @@ def test_a_phase_knows_the_memory_that_was_resident_at_its_end() -> None:
     if resident_bytes() is None:
         pytest.skip("no /proc tells it here")
     phases = Phases()
+    untouched = torch.empty(64 * 2**18)  # 64 MiB of addresses, and none of memory
     with phases("before"):
         pass
     with phases("holding"):
-        held = torch.ones(64 * 2**18)  # 64 MiB, written to
-    assert held.sum() > 0
-    assert 56 * 2**20 < phases.memory["holding"] - phases.memory["before"] < 80 * 2**20
+        held = torch.ones(64 * 2**18)
+    least, most = (phases.memory[name] for name in ("before", "holding"))
+    assert 56 * 2**20 < most - least < 80 * 2**20
     with phases("before"):
+        untouched.fill_(1)
+    assert phases.memory["before"] > least + 100 * 2**20  # of two times the larger
+    del untouched, held
+    with phases("holding"):
         pass
-    assert phases.memory["before"] >= phases.memory["holding"] - 8 * 2**20  # the larger of the two times
+    assert phases.memory["holding"] == most
 
 
 def test_throughput_leaves_out_validation_and_checkpoints(clock: Clock) -> None:
