@@ -268,6 +268,9 @@ class ClusterConfig:
     """Ranks on a node."""
     num_nodes: int = 1
     """Nodes."""
+    gpu_memory_gb: float | None = None
+    """Memory of each GPU as its name says it (40 for an A100-40GB): 98% of so many GiB. What can't fit is refused at
+    start and by --dry-run; null: not checked."""
 
 
 @dataclass(frozen=True)
