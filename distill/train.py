@@ -53,8 +53,8 @@ def train(run: Run) -> None:
         with phases("policy_training"):
             student.onload()
             lr = student.learning_rate
-            for batch, said in zip(batches, targets, strict=True):
-                student.train(batch, said, metrics)
+            for batch in batches:
+                student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
             student.end_step()
             teacher.after_step(student)
 

@@ -128,7 +128,8 @@ class LossConfig:
     temperature: float | None = None
     """Divides the logits of both models in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the logits that the head gives; bfloat16 is faster and costs about 0.02 nats a log-prob."""
+    """Dtype of the student's logits; bfloat16 is faster and costs about 0.02 nats a log-prob. The teacher's stay
+    float32."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """What passes over the logits. auto: Triton's kernels on GPUs, PyTorch elsewhere; torch: PyTorch everywhere."""
 
@@ -288,7 +289,7 @@ class RuntimeConfig:
     offload_optimizer: bool = True
     """Keep the optimizer's moments in pinned host memory but for training and checkpoints; without effect on CPU."""
     logits_chunk_rows: int | None = None
-    """Rows of logits that exist at a time; null: 256 on CPU, 2048 on CUDA."""
+    """Rows of logits that exist at a time; null: what a budget of memory holds, 2048 of 151,936 on CUDA."""
     phase_timeout_s: int = 1800
     """Seconds after which a phase of a step is taken for hung; not watched yet."""
 

@@ -14,8 +14,9 @@ import torch
 
 from distill.config import Config
 from distill.config.build import any_of
+from distill.loss.targets import chunk_buffers, rows_within_budget
 from distill.model.shapes import ModelShape, check_shapes, find_shape, teacher_group
-from distill.model.student import DTYPES, chunk_rows
+from distill.model.student import DTYPES
 from distill.types import UserError
 
 GIB = 2**30
@@ -294,9 +295,10 @@ class _Memory:
         policy = self.config.policy
         return min(policy.generation.max_new_tokens, policy.max_total_sequence_length - 1)
 
-    def chunk(self, own: int | None, rows: int) -> int:
-        """Rows whose logits exist at a time."""
-        return min(chunk_rows(self.config, own, torch.device("cuda" if self.cuda else "cpu")), rows)
+    def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
+        """Rows whose logits exist at a time: as a key says, or within the loss's budget."""
+        set_rows = own or self.config.runtime.logits_chunk_rows
+        return min(set_rows or rows_within_budget(self.cuda, vocab, buffers), rows)
 
     # ---- the phases ----
 
@@ -325,7 +327,7 @@ class _Memory:
         stays = not config.teacher.dtensor_cfg.reshard_after_forward
         lines = self.kept() | {"teacher shards": self.teacher_shards} | self.targets()
         lines |= self.gathered(shape, b, 1, stays)
-        rows = self.chunk(config.teacher.logprob_chunk_size, positions)
+        rows = self.chunk(config.teacher.logprob_chunk_size, positions, shape.vocab)
         logits = 0 if self.gives_rows else (4 if self.triton else 8) * rows * shape.vocab
         return [
             # A layer's input is there too, and the first one's to the end.
@@ -354,7 +356,8 @@ class _Memory:
         gathered = self.gathered(shape, b, tp, not parallel.reshard_after_forward)
         root = {"gathered embedding and head": gathered["gathered embedding and head"]}
         head = (shape.head or shape.embedding) // tp
-        own_rows = self.chunk(own, positions)
+        buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
+        own_rows = self.chunk(own, positions, shape.vocab // tp, buffers)
         largest = max(shape.embedding, shape.head) // self.shards
         if config.policy.optimizer.kwargs.foreach:
             largest = shape.parameters // self.shards
