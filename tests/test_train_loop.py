@@ -46,7 +46,12 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
         def after_step(self, student: object) -> None:
             self.head = None
 
-    student = SimpleNamespace(learning_rate=0.0, train=lambda *_: look("train"), end_step=lambda: look("end of step"))
+    student = SimpleNamespace(
+        learning_rate=0.0,
+        train=lambda *_: look("train"),
+        end_step=lambda: look("end of step"),
+        **dict.fromkeys(("onload", "offload"), lambda: None),
+    )
     run: Any = SimpleNamespace(
         student=student,
         teacher=Teacher(),
