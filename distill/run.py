@@ -21,6 +21,7 @@ from distill.data.context import TeacherViews, ViewCounts, teacher_views
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.loss import check_loss_backend
 from distill.model.export import export_hf
+from distill.model.following import build_teacher
 from distill.model.load import (
     ModelFiles,
     compare_vocabularies,
@@ -160,7 +161,8 @@ class Run:
         if self.checkpoints.due(step, last):
             exports = last or self.config.checkpointing.save_consolidated
             info = {"step": step, "data": self.order.state(step)}
-            path = self.checkpoints.save(step, self.student.state(), info, self._export if exports else None)
+            state = self.student.state() | self.teacher.state()
+            path = self.checkpoints.save(step, state, info, self._export if exports else None)
             log.info("checkpoint %s", path)
 
     def _export(self, folder: Path) -> None:
@@ -227,13 +229,14 @@ def build_run(arguments: Arguments, world: World) -> Run:
         )
     engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
-    teacher = Teacher(config, models.teacher, world, models.valid_vocab)
+    teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
     log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
     teacher.offload()
     if found is not None:
-        checkpoints.load(found, student.state())
+        checkpoints.load(found, student.state() | teacher.state())
         student.resume(first_step)
+        teacher.resume(student)
         log.info("resumed from %s after %d steps", found, first_step)
         if first_step >= last_step:
             remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"

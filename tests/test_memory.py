@@ -26,7 +26,17 @@ from distill.config import Config, load_config
 from distill.loss.projection import Projection
 from distill.model.attention import PACKED
 from distill.model.load import causal_lm_parts, find_model, meta_model
-from distill.model.memory import GIB, RESERVE, Forecast, dry_run, plan_memory, predict, read_by_layer, saved_by_layer
+from distill.model.memory import (
+    GIB,
+    PHASES,
+    RESERVE,
+    Forecast,
+    dry_run,
+    plan_memory,
+    predict,
+    read_by_layer,
+    saved_by_layer,
+)
 from distill.model.shapes import QWEN3, ModelShape, _published, find_shape, shape_of
 from distill.model.student import Student
 from distill.model.teacher import Teacher
@@ -302,11 +312,15 @@ def test_a_key_changes_the_line_that_it_should(override: str, phase: str, line: 
     assert after[line] == pytest.approx(factor * before[line], rel=1e-6)
 
 
+def test_an_averaged_teacher_keeps_its_average_in_float32_in_every_phase() -> None:
+    mode = "distillation.context_distillation.mode=self_ema"
+    found = forecast(recipe("my-context-self-distillation-1n4g.yaml", mode))
+    for phase in PHASES:
+        assert found.phases[phase]["teacher's average"] == found.phases["train"]["master weights"]
+
+
 def test_replicas_hold_a_whole_model_each() -> None:
-    config = recipe(LONG)
-    before = forecast(config)
-    object.__setattr__(config.policy.dtensor_cfg, "replicate_size", 2)
-    after = forecast(config)
+    before, after = (forecast(recipe(LONG, *extra)) for extra in ((), ("policy.dtensor_cfg.replicate_size=2",)))
     for phase, line in (("train", "master weights"), ("train", "gradients"), ("teacher", "teacher shards")):
         assert after.phases[phase][line] == 2 * before.phases[phase][line]
 

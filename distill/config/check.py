@@ -251,11 +251,16 @@ def _context(config: Config) -> None:
                 f"distillation.context_distillation.teacher_prefix_template has the unknown placeholder {placeholder}: "
                 "use {problem} and {trace}, and double other braces ({{ and }})"
             )
+    if not 0 < context.ema_decay < 1:
+        refuse(
+            f"distillation.context_distillation.ema_decay={context.ema_decay} must lie between 0 and 1: set it so, or "
+            "mode to self_frozen (1) or self_live (0)"
+        )
     if context.enabled and config.policy.model_name != config.teacher.model_name:
         refuse(
             f"teacher.model_name={config.teacher.model_name} differs from policy.model_name="
-            f"{config.policy.model_name} under distillation.context_distillation.mode=self_frozen, where the teacher "
-            "is the student as it was at the start: set both to the same"
+            f"{config.policy.model_name} under distillation.context_distillation.mode={context.mode}, where the "
+            "teacher is the student itself: set both to the same"
         )
 
 

@@ -234,6 +234,9 @@ class _Memory:
         weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
         here = not self.on_host and (training or not self.offloads)
         lines = {"master weights": weights, "optimizer state": 2 * weights if here else 0}
+        context = self.config.distillation.context_distillation
+        if context.enabled and context.mode == "self_ema":
+            lines["teacher's average"] = weights  # FollowingTeacher's, shard by shard as the student's
         if not self.cuda:
             lines |= {"teacher shards": self.teacher_shards, **self.engine_lines()}
         return lines
