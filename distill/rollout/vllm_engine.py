@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,20 @@ def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
     return {"async_scheduling": False} if tensor_parallel_size > 1 and version < (0, 32) else {}
 
 
+def _name_shared_memory() -> None:
+    """Give the memory that ranks of an engine share on a CPU a name of this job's own; collective.
+
+    vLLM names it by the ranks' numbers alone: two jobs of one machine would share it, and what a killed one left there
+    would let no other begin.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    token = [secrets.token_hex(4)]
+    dist.broadcast_object_list(token, src=0)
+    named = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{named(communicator)}-{token[0]}")
+
+
 class VllmEngine(EngineBase):
     """One vLLM of ``tensor_parallel_size`` consecutive ranks; all ranks of the job make theirs at the same point.
 
@@ -82,6 +97,8 @@ class VllmEngine(EngineBase):
         rank, size = dist.get_rank(), dist.get_world_size()
         super().__init__(manifest, window, valid_vocab, rank // tensor_parallel_size, size // tensor_parallel_size)
         self.can_sleep = bool(current_platform.is_sleep_mode_available())
+        if tensor_parallel_size > 1 and current_platform.is_cpu():
+            _name_shared_memory()
         started = time.monotonic()
         with kept_random_state(), kept_threads():
             self._llm = LLM(
