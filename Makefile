@@ -57,10 +57,10 @@ types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo"
+	@$(PY) -m pytest -q -m "not slow and not demo" -n 2 --dist loadfile
 
 test: venv models lint types  ## everything that a merge must pass, but for the demonstration: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo"
+	@$(PY) -m pytest -q -m "not demo" -n 2 --dist loadfile
 
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
