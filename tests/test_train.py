@@ -284,6 +284,23 @@ BAD = {
         ],
         "{hint}",
     ),
+    "a template longer than the window": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.teacher_prefix_template={{problem}}" + " and so on" * 60,
+            "teacher.model_name={root}/student",
+        ],
+        "teacher_prefix_template has 619 tokens before problem",
+    ),
+    "a missing column of traces": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.trace_source=static_dataset",
+            "distillation.context_distillation.static_trace.answer_column=solution",
+            "teacher.model_name={root}/student",
+        ],
+        "static_trace.answer_column=solution is missing in line 1 of",
+    ),
     "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
     "a missing column": (["data.train.input_key=problem"], "problem"),
     "a world of another size": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4"),
