@@ -136,9 +136,11 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     context = [
         "distillation.context_distillation.enabled=true",
         f"teacher.model_name={root}/student",
+        "teacher.max_total_sequence_length=256",
         "distillation.max_num_steps=2",
     ]
     extractor = "distillation.context_distillation.trace_extractor"
+    none = [f"{extractor}.missing_trace_policy=drop_sample", f"{extractor}.unclosed_span=ignore"]
     return _run(
         [
             _command(root, "whole"),
@@ -146,7 +148,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "parted"),
             _command(root, "same", *same),
             _command(root, "context", *context),
-            _command(root, "dropped", *context, f"{extractor}.missing_trace_policy=drop_sample"),
+            _command(root, "dropped", *context, *none),
         ]
     )
 

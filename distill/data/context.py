@@ -221,21 +221,21 @@ def _most_that_fits(length: Callable[[int], int], low: int, high: int, limit: in
     """The largest number from ``low`` to below ``high`` whose rising ``length`` is within ``limit``, or one before it
     that reaches the limit; None where there is none. ``high`` is known not to fit.
 
-    A length is a tokenisation, so each guess goes where a straight line would, and by halves only where that is slow.
+    A length is a tokenisation, so a guess goes where a straight line would; to the middle once lines have led nowhere.
     """
-    short, long, halve = length(low), length(high), False
+    short, long, slow = length(low), length(high), 0
     if short > limit:
         return None
     while high - low > 1 and short < limit:
         width = high - low
-        step = width // 2 if halve else width * (limit - short) // (long - short)
+        step = width // 2 if slow > 3 else width * (limit - short) // (long - short)
         middle = low + min(max(step, 1), width - 1)
         found = length(middle)
         if found <= limit:
             low, short = middle, found
         else:
             high, long = middle, found
-        halve = high - low > width // 2
+        slow = slow + 1 if high - low > width // 2 else 0
     return low
 
 
