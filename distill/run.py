@@ -21,6 +21,7 @@ from distill.data.context import TeacherViews, ViewCounts, teacher_views
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.loss import check_loss_backend
 from distill.model.export import export_hf
+from distill.model.following import build_teacher
 from distill.model.load import (
     ModelFiles,
     compare_vocabularies,
@@ -29,6 +30,8 @@ from distill.model.load import (
     model_config,
     stop_ids,
 )
+from distill.model.memory import PHASES, Forecast, plan_memory
+from distill.model.shapes import ModelShape, shape_of
 from distill.model.student import Student
 from distill.model.teacher import Teacher, check_top_k
 from distill.model.tensor_parallel import check_plan
@@ -58,6 +61,8 @@ class Models:
     valid_vocab: int
     """Ids the tokenizer knows; the embeddings may be padded beyond."""
     stop_token_ids: tuple[int, ...]
+    shapes: tuple[ModelShape, ModelShape]
+    """Of the student and of the teacher."""
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Run:
     recorder: Recorder
     sampling: Sampling
     packing: PackingConfig
+    forecast: Forecast
     first_step: int
     last_step: int
 
@@ -129,8 +135,25 @@ class Run:
         metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
         values = finish_step(metrics, phases, self.world.control)
         self.recorder.record(step, values)
+        if step == self.first_step + 2:  # the optimizer's state appears with the first
+            self._compare_memory(phases)
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
             self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
+
+    def _compare_memory(self, phases: Phases) -> None:
+        """Log what a step took of memory, the most of any rank, beside what was predicted; collective."""
+        asleep = {"teacher", "train"}  # torch counts the sleeping engine's pool as given out, though it is free
+        found = {
+            phase: (phases.memory[name] - (self.engine.pool_bytes if phase in asleep else 0)) / 2**30
+            for phase, name in PHASES.items()
+            if name in phases.memory
+        }
+        everyone = self.world.gather(found)
+        if self.world.main:
+            cuda = self.world.device.type == "cuda"
+            how = "measured at torch's peak" if cuda else "resident of the whole process (no GPU to measure)"
+            largest = {phase: max(rank[phase] for rank in everyone) for phase in found}
+            log.info("%s", self.forecast.table(largest, f"{how}, in the second step"))
 
     def save_if_due(self, step: int) -> None:
         """Write a checkpoint after ``step`` finished steps where one is due; collective."""
@@ -138,7 +161,8 @@ class Run:
         if self.checkpoints.due(step, last):
             exports = last or self.config.checkpointing.save_consolidated
             info = {"step": step, "data": self.order.state(step)}
-            path = self.checkpoints.save(step, self.student.state(), info, self._export if exports else None)
+            state = self.student.state() | self.teacher.state()
+            path = self.checkpoints.save(step, state, info, self._export if exports else None)
             log.info("checkpoint %s", path)
 
     def _export(self, folder: Path) -> None:
@@ -175,6 +199,10 @@ def build_run(arguments: Arguments, world: World) -> Run:
         check_loss_backend(config.loss_fn, world.device)
     with world.agreed("finding the models"), world.main_first():
         models = _find_models(config)
+    with world.agreed("checking the layout and the memory"):
+        forecast = plan_memory(config, *models.shapes, world.device)
+        if world.main:
+            log.info("%s", forecast.table())
     with world.agreed("checking the generation backend"):
         check_backend(config, models.student, world)
     with world.agreed("reading the data"), world.main_first():
@@ -201,13 +229,14 @@ def build_run(arguments: Arguments, world: World) -> Run:
         )
     engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
-    teacher = Teacher(config, models.teacher, world, models.valid_vocab)
+    teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
     log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
     teacher.offload()
     if found is not None:
-        checkpoints.load(found, student.state())
+        checkpoints.load(found, student.state() | teacher.state())
         student.resume(first_step)
+        teacher.resume(student)
         log.info("resumed from %s after %d steps", found, first_step)
         if first_step >= last_step:
             remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
@@ -227,6 +256,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         recorder=recorder,
         sampling=sampling_of(config, models.stop_token_ids),
         packing=packing_of(config, model_config(models.student, "policy.model_name")),
+        forecast=forecast,
         first_step=first_step,
         last_step=last_step,
     )
@@ -253,28 +283,20 @@ def _check_supported(config: Config) -> None:
 def _find_models(config: Config) -> Models:
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
-    sizes = []
-    for owner, files, length in (
-        ("policy", student, config.policy.max_total_sequence_length),
-        ("teacher", teacher, config.teacher.max_total_sequence_length),
-    ):
-        shape = model_config(files, f"{owner}.model_name")
-        sizes.append(shape.vocab_size)
-        if owner == "policy" and config.policy.dtensor_cfg.tensor_parallel_size > 1:
-            check_plan(shape, config.policy.dtensor_cfg.custom_parallel_plan, files.name)
-        if length > shape.max_position_embeddings:
-            raise UserError(
-                f"{owner}.max_total_sequence_length={length} exceeds the window of {files.name}"
-                f" ({shape.max_position_embeddings}): set it to at most that"
-            )
+    parallel, config_of_student = config.policy.dtensor_cfg, model_config(student, "policy.model_name")
+    if parallel.tensor_parallel_size > 1:
+        check_plan(config_of_student, parallel.custom_parallel_plan, student.name)
+    shapes = (
+        shape_of(config_of_student, student.name),
+        shape_of(model_config(teacher, "teacher.model_name"), teacher.name),
+    )
     tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
     teachers = load_tokenizer(teacher, config.teacher.tokenizer.name, "teacher.tokenizer.name")
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
-    valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *sizes)
+    valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
-    return Models(
-        student, teacher, tokenizer, valid_vocab, _stop_token_ids(config, student, teacher, tokenizer, teachers)
-    )
+    stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers)
+    return Models(student, teacher, tokenizer, valid_vocab, stop_token_ids, shapes)
 
 
 def _stop_token_ids(

@@ -53,8 +53,8 @@ def train(run: Run) -> None:
         with phases("policy_training"):
             student.onload()
             lr = student.learning_rate
-            for batch, said in zip(batches, targets, strict=True):
-                student.train(batch, said, metrics)
+            for batch in batches:
+                student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
             student.end_step()
             teacher.after_step(student)
 
@@ -69,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program(world: World | None) -> None:
         if world is None:
-            print(parse_args([*argv, "--dry-run"]).resolved)
+            arguments = parse_args([*argv, "--dry-run"])
+            print(arguments.resolved)
+            from distill.model.memory import dry_run  # slow to import, and --help is done by now
+
+            for part in dry_run(arguments.config):
+                print(part)
             return
         from distill.run import build_run
 

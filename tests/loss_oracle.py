@@ -61,6 +61,30 @@ def definition(
     return share * forward_N + (1 - share) * reverse_N
 
 
+def reference_kl(
+    student: Tensor, teacher: Tensor, ids: Tensor, kl_type: str, weight: float, zero_outside_topk: bool
+) -> Tensor:
+    """NeMo-RL's loss of each place, written out; the vocabulary is the last axis, ``ids`` the teacher's top-k.
+
+    The teacher is renormalised over the ids; ``zero_outside_topk`` adds H_rest + 100 P_rest to what is not forward.
+    """
+    log_t = torch.log_softmax(teacher.gather(-1, ids), dim=-1)
+    log_all = torch.log_softmax(student, dim=-1)
+    log_s = log_all.gather(-1, ids) if zero_outside_topk else torch.log_softmax(student.gather(-1, ids), dim=-1)
+    p_s = log_s.exp()
+    correction = torch.zeros_like(p_s[..., 0])
+    if zero_outside_topk:
+        h_rest = (log_all.exp() * log_all).sum(-1) - (p_s * log_s).sum(-1)
+        correction = h_rest + 100 * (1 - p_s.sum(-1))
+    forward = (log_t.exp() * (log_t - log_s)).sum(-1)
+    reverse = (p_s * (log_s - log_t)).sum(-1)
+    if kl_type == "forward":
+        return forward
+    if kl_type == "reverse":
+        return reverse + correction
+    return weight * forward + (1 - weight) * reverse + (1 - weight) * correction
+
+
 def _events(whole_NV: Tensor, kept_NK: Tensor, ids_NK: Tensor, outside: str) -> Tensor:
     if outside == "renormalize":
         return kept_NK / kept_NK.sum(dim=1, keepdim=True)

@@ -419,7 +419,7 @@ def test_keys_without_a_meaning_here_give_one_warning_that_names_them_all(
         ("policy.dtensor_cfg.lora_cfg.enabled=true", "set it to false"),
         ("policy.dtensor_cfg.enabled=false", "set it to true"),
         ("teacher.dtensor_cfg.enabled=false", "set it to true"),
-        ("policy.dtensor_cfg.custom_parallel_plan=x.y", "set it to null"),
+        ("policy.dtensor_cfg.custom_parallel_plan=x.y", "keys with values or null"),
         ("policy.generation.colocated.enabled=false", "set it to true"),
         ("policy.generation.vllm_cfg.async_engine=true", "set it to false"),
         ("policy.generation.vllm_cfg.pipeline_parallel_size=2", "set it to 1"),
@@ -511,8 +511,29 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
         (["teacher.dtensor_cfg.context_parallel_size=8"], ["teacher.dtensor_cfg", "doesn't divide the 4 ranks"]),
         (
             ["policy.generation.vllm_cfg.tensor_parallel_size=8"],
-            ["policy.generation.vllm_cfg.tensor_parallel_size=8 doesn't divide the 4 ranks"],
+            ["policy.generation.vllm_cfg.tensor_parallel_size=8 doesn't divide the ranks of a node", "1, 2 or 4"],
         ),
+        (
+            ["policy.generation.vllm_cfg.tensor_parallel_size=8", "cluster.num_nodes=2"],
+            ["policy.generation.vllm_cfg.tensor_parallel_size=8 doesn't divide the ranks of a node", "1, 2 or 4"],
+        ),
+        (
+            ["policy.dtensor_cfg.tensor_parallel_size=8", "cluster.num_nodes=2"],
+            ["tensor_parallel_size=8 doesn't divide the ranks of a node (cluster.gpus_per_node=4)", "to 1, 2 or 4"],
+        ),
+        (
+            [
+                "policy.dtensor_cfg.tensor_parallel_size=2",
+                "teacher.dtensor_cfg.tensor_parallel_size=3",
+                "cluster.gpus_per_node=6",
+            ],
+            ["tensor_parallel_size=3 * context_parallel_size=1 is no multiple of the student's 2", "product is 2 or 6"],
+        ),
+        (
+            [*CONTEXT, "teacher.max_total_sequence_length=4095"],
+            ["teacher.max_total_sequence_length=4095 is below policy.generation.max_new_tokens=4096", "at least 4096"],
+        ),
+        (["cluster.gpu_memory_gb=0"], ["cluster.gpu_memory_gb=0.0 must be above 0"]),
         (["policy.scheduler.2.milestones=[]"], ["policy.scheduler has 2 stages and milestones=[]"]),
         (["policy.scheduler.0.kwargs.total=3"], ["takes no total=3", "total_iters"]),
         (["policy.scheduler.0.kwargs.total_iters=a"], ["takes no total_iters=a"]),
@@ -567,7 +588,7 @@ def test_a_contradiction_is_refused_with_its_remedy(words: list[str], parts: lis
     "words",
     [
         CONTEXT,
-        [*CONTEXT, "teacher.max_total_sequence_length=100"],
+        [*CONTEXT, "teacher.max_total_sequence_length=100", "policy.generation.max_new_tokens=100"],
         [*CONTEXT, TEMPLATE + "{problem} Answer in {{braces}}."],
         [
             *CONTEXT,

@@ -229,6 +229,15 @@ def test_any_row_of_few_values_is_exact(data: st.DataObject) -> None:
     assert_exact(torch.tensor([z], dtype=dtype, device=DEVICE), k)
 
 
+@pytest.mark.parametrize("k", [1, 35], ids=["by-tiles", "whole-row"])
+def test_more_logits_than_32_bits_count(k: int) -> None:
+    """Memory that is not touched is not taken on CPU."""
+    assert (topk.tiling(40, k) is None) == (k == 35)
+    z_CV = normal(3, 40)
+    apart_CV = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
+    assert_exact(apart_CV.copy_(z_CV), k)
+
+
 def test_no_rows_give_no_rows() -> None:
     outputs = topk.topk_with_tail(normal(0, 100), 5, 1.0)
     assert [tuple(output.shape) for output in outputs] == [(0, 5), (0, 5), (0,), (0,)]

@@ -15,7 +15,8 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.loss import loss_temperature, topk_kl
 from distill.types import TopK, UserError
-from tests.loss_oracle import MEMBERS, definition, exact_topk, make_case
+from scripts.bench_loss import LiveBytes
+from tests.loss_oracle import MEMBERS, definition, exact_topk, make_case, reference_kl
 
 BUCKETS = [config for config in MEMBERS if config.outside == "bucket"]
 
@@ -127,30 +128,13 @@ def test_jensen_shannon_is_bounded_where_one_model_excludes_what_the_other_needs
 @pytest.mark.parametrize("zero_outside_topk", [False, True])
 @pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
 def test_zero_outside_topk_means_what_it_means_in_the_reference(kl_type: Any, zero_outside_topk: bool) -> None:
-    """NeMo-RL's loss written out: teacher renormalised over I; true adds H_rest + 100 P_rest to what is not forward."""
     case = make_case(rows=6, vocab=50, k=8)
-    ids_NK, w = case.topk.ids_NK.long(), 0.3
-
-    def reference(x_NV: Tensor) -> Tensor:
-        log_t = torch.log_softmax(case.teacher_NV.gather(1, ids_NK), dim=1)
-        log_all = torch.log_softmax(x_NV, dim=1)
-        log_s = log_all.gather(1, ids_NK) if zero_outside_topk else torch.log_softmax(x_NV.gather(1, ids_NK), dim=1)
-        p_s = log_s.exp()
-        correction = torch.zeros(6)
-        if zero_outside_topk:
-            h_rest = (log_all.exp() * log_all).sum(1) - (p_s * log_s).sum(1)
-            correction = h_rest + 100 * (1 - p_s.sum(1))
-        forward = (log_t.exp() * (log_t - log_s)).sum(1)
-        reverse = (p_s * (log_s - log_t)).sum(1)
-        if kl_type == "forward":
-            return forward
-        if kl_type == "reverse":
-            return reverse + correction
-        return w * forward + (1 - w) * reverse + (1 - w) * correction
-
-    config = LossConfig(kl_type=kl_type, mixed_kl_weight=w, zero_outside_topk=zero_outside_topk)
+    config = LossConfig(kl_type=kl_type, mixed_kl_weight=0.3, zero_outside_topk=zero_outside_topk)
     value, gradient = with_gradient(lambda x: topk_kl(x, case.topk, config), case.student_NV)
-    expected, expected_gradient = with_gradient(reference, case.student_NV)
+    ids_NK = case.topk.ids_NK.long()
+    expected, expected_gradient = with_gradient(
+        lambda x: reference_kl(x, case.teacher_NV, ids_NK, kl_type, 0.3, zero_outside_topk), case.student_NV
+    )
     assert_close(value, expected, 1e-10)
     assert_close(gradient, expected_gradient, 1e-10)
 
@@ -298,6 +282,20 @@ def test_the_gradient_is_the_slope_of_the_value() -> None:
     case = make_case(2, 9, 3)
     for config in MEMBERS:
         torch.autograd.gradcheck(lambda x, c=config: topk_kl(x, case.topk, c), case.student_NV.requires_grad_())
+
+
+def test_the_tails_mean_logit_is_found_only_where_a_floor_needs_it() -> None:
+    """It takes two more [N, V]."""
+    case = make_case(8, 5000, 4)
+
+    def peak(config: LossConfig) -> float:
+        leaf = case.student_NV.requires_grad_()
+        with LiveBytes([leaf.numel()]) as memory:
+            topk_kl(leaf, case.topk, config).sum().backward()
+        leaf.grad = None
+        return memory.peak / case.student_NV.nbytes
+
+    assert peak(LossConfig(kl_type="reverse")) + 1 < peak(LossConfig(kl_type="reverse", outside_topk="floor"))
 
 
 def test_bf16_logits_are_widened() -> None:

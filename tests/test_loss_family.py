@@ -14,7 +14,9 @@ from torch import Tensor
 
 from distill.config import LossConfig
 from distill.loss import Sampled, Tokens, fused_linear_kl, teacher_topk, topk_kl
+from distill.loss.targets import chunk_buffers, default_chunk_rows
 from distill.types import Targets, TeacherRows, TopK, UserError
+from scripts.bench_loss import LiveBytes
 from tests.loss_oracle import MEMBERS, definition, exact_topk, make_case
 from tests.test_loss_head import assert_close, gradients, mean, name, rows_and_head
 
@@ -68,6 +70,26 @@ def test_sampled_is_a_policy_gradient_with_a_truncated_ratio(cap: float) -> None
     ratio_N = (torch.log_softmax(case.student_NV, 1).gather(1, ids_N[:, None]).squeeze(1) - sampler_N).exp()
     assert (ratio_N > cap).any() and (ratio_N < cap).any()
     assert_close(kl_N.detach(), ratio_N.clamp(max=cap) * value(case.student_NV, case.teacher_NV, ids_N), 1e-10)
+
+
+def test_the_gradient_of_sampled_is_a_slope_once_the_cost_is_frozen() -> None:
+    """Its value is no antiderivative of its gradient, as it is of a KL: what slopes is cost * log q(y)."""
+    case = make_case(3, 9, 4)
+    ids_N = draw(case.student_NV)
+    topk = with_token(case.topk, case.teacher_NV, ids_N)
+    tokens = Tokens(ids_N, torch.log_softmax(case.student_NV, 1).gather(1, ids_N[:, None]).squeeze(1) - 0.3)
+    leaf = case.student_NV.clone().requires_grad_()
+    kl_N = topk_kl(leaf, topk, SAMPLED, tokens=tokens)
+    kl_N.sum().backward()
+    assert leaf.grad is not None
+    for row in range(3):
+        for column in range(9):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved_V = case.student_NV[row].clone()
+                moved_V[column] += step
+                ends.append(kl_N[row].detach() * torch.log_softmax(moved_V, 0)[ids_N[row]])
+            assert float((ends[0] - ends[1]) / 2e-6) == pytest.approx(float(leaf.grad[row, column]), abs=1e-8)
 
 
 def test_sampled_is_the_reverse_kl_and_its_gradient_on_average() -> None:
@@ -282,24 +304,36 @@ def test_a_cap_on_the_whole_vocabulary_is_that_of_k_equal_to_it(config: LossConf
         assert_close(gradient, expected, 1e-10)
 
 
-@pytest.mark.parametrize("support", ["teacher", "student"])
-@pytest.mark.parametrize("k", [0, 5])
-def test_teacher_rows_hold_no_more_than_chunks_of_logits(k: int, support: Any) -> None:
-    from tests.test_loss_head import LargestTensor
-
-    rows, vocab, width, chunk_rows = 64, 200, 8, 16
+@pytest.mark.parametrize(("support", "k", "buffers"), [("teacher", 5, 2), ("student", 5, 3), ("teacher", 0, 4)])
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig("jsd"), SAMPLED], ids=name)
+def test_teacher_rows_hold_so_many_chunks_of_logits(config: LossConfig, support: Any, k: int, buffers: int) -> None:
+    """Bytes alive at once, beyond one gradient of hidden rows and head each; the default chunk is made by the same."""
+    rows, vocab, width, chunk_rows = 48, 4000, 4, 16
     hidden, head, t_hidden, t_head = rows_and_head(rows, vocab, width, dtype=torch.float32)
     hidden.requires_grad_()
     head.requires_grad_()
-    config = LossConfig(support=support)
-    with LargestTensor() as largest:
+    config = dataclasses.replace(config, support=support)
+    targets, ids_N = TeacherRows(t_hidden, t_head), torch.arange(rows)
+    with LiveBytes((hidden.numel(), head.numel())) as memory:
         fused_linear_kl(
             hidden,
             head,
-            TeacherRows(t_hidden, t_head),
+            targets,
             config,
             torch.ones(rows),
+            Sampled(ids_N, torch.zeros(rows), 1.0),
             chunk_rows=chunk_rows,
             topk_logits_k=k,
         ).kl_sum.backward()
-    assert largest.elements == chunk_rows * vocab < rows * vocab
+    assert buffers <= memory.peak / (4 * chunk_rows * vocab) < buffers + 0.3
+    assert chunk_buffers(config, k) == buffers
+
+
+def test_the_default_chunk_is_a_budget_of_memory() -> None:
+    hidden = torch.empty(0, 1)
+    assert default_chunk_rows(hidden, 49_152) == default_chunk_rows(hidden, 500) == 256
+    for vocab, buffers in ((49_152, 4), (151_936, 2), (151_936, 4)):
+        rows = default_chunk_rows(hidden, vocab, buffers)
+        assert rows >= 16 and 0.7 < rows * buffers * vocab * 4 / (96 * 2**20) <= 1
+    assert default_chunk_rows(hidden.double(), 151_936) == default_chunk_rows(hidden, 151_936, 4)
+    assert default_chunk_rows(hidden, 10**8) == 16

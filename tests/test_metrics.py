@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill.config import LoggerConfig
 from distill.runtime import metrics as metrics_module
+from distill.runtime.hostmemory import resident_bytes
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step, rates
 from distill.runtime.metrics_sinks import JsonlSink, console_line, open_recorder, read_metrics, summary
 from distill.types import Problem, Prompt, Rollout, UserError
@@ -142,6 +143,26 @@ def test_phases_add_up_and_the_step_counts_what_lies_between_them(clock: Clock) 
         "timing/train/policy_training": (4.0, 1.0),
         "timing/train/total_step_time": (10.0, 1.0),
     }
+
+
+def test_a_phase_knows_the_memory_that_was_resident_at_its_end() -> None:
+    if resident_bytes() is None:
+        pytest.skip("no /proc tells it here")
+    phases = Phases()
+    untouched = torch.empty(64 * 2**18)  # 64 MiB of addresses, and none of memory
+    with phases("before"):
+        pass
+    with phases("holding"):
+        held = torch.ones(64 * 2**18)
+    least, most = (phases.memory[name] for name in ("before", "holding"))
+    assert 56 * 2**20 < most - least < 80 * 2**20
+    with phases("before"):
+        untouched.fill_(1)
+    assert phases.memory["before"] > least + 100 * 2**20  # of two times the larger
+    del untouched, held
+    with phases("holding"):
+        pass
+    assert phases.memory["holding"] == most
 
 
 def test_throughput_leaves_out_validation_and_checkpoints(clock: Clock) -> None:

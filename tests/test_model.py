@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from distill.model import load
 from distill.model.offload import HostCopy, HostState
 from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.plain import plain_logits
-from distill.model.student import build_scheduler
+from distill.model.student import Student, build_scheduler
 from distill.model.teacher import Teacher
 from distill.model.weights import GatheredWeights
-from distill.runtime.packing import view_of
+from distill.runtime.metrics import Metrics
+from distill.runtime.packing import PackingConfig, plan, view_of
 from distill.runtime.world import World
 from distill.types import UserError
-from tests.harness import config_for
+from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -57,6 +59,7 @@ def _on_two_ranks(root: str) -> dict[str, Any]:
         assert found[f"{family} tied"] == tied
     found["gathered"] = _gathered_after_a_forward(f"{root}/qwen3", world)
     found["proof"] = _proofs(f"{root}/qwen3", world)
+    found["rows alive"] = _rows_alive(f"{root}/qwen3", world)
     found["memory"] = _peak_while_loading(f"{root}/big", world)
     world.close()
     return found
@@ -98,6 +101,28 @@ def _proofs(folder: str, world: World) -> tuple[float, str, bool]:
     except RuntimeError as error:
         return right, str(error), True
     return right, "", False
+
+
+def _rows_alive(folder: str, world: World) -> list[int]:
+    """How many of the teacher's hidden rows and heads live once they are made, after the training, after the step."""
+    settings = ("distillation.topk_logits_k=0", "distillation.allow_degenerate=true")
+    config = config_for(Path(folder), Path(folder), *settings, ranks=2)
+    files = load.find_model(folder, "teacher.model_name")
+    teacher, student = Teacher(config, files, world, 384), Student(config, files, world, 384, (3,))
+    packing = PackingConfig(4, sequences=1, tokens=None)
+    batches = plan(fixed_rollouts(4), world.layout, packing, seed=0, step=0)
+    targets = [[teacher.targets(micro_batch) for micro_batch in batch] for batch in batches]
+    made = {id(t): weakref.ref(t) for said in targets for rows in said for t in vars(rows).values()}
+
+    def alive() -> int:
+        return sum(tensor() is not None for tensor in made.values())
+
+    counts = [alive()]
+    for batch in batches:
+        student.train(batch, targets.pop(0), Metrics())
+    counts.append(alive())
+    teacher.after_step(student)
+    return [*counts, alive()]
 
 
 def _peak_while_loading(folder: str, world: World) -> tuple[int, int]:
@@ -175,6 +200,13 @@ def test_the_proof_passes_a_right_teacher_and_catches_a_wrong_one(seen) -> None:
         right, message, caught = rank["proof"]
         assert right < 1e-5
         assert caught and "answers otherwise when sharded and packed" in message
+
+
+@pytest.mark.slow
+def test_nothing_of_the_teachers_rows_outlives_the_step(seen) -> None:
+    """The hidden rows of two micro-batches a rank, and the head that they share until ``after_step``."""
+    for rank in seen:
+        assert rank["rows alive"] == [3, 1, 0]
 
 
 def test_the_streamed_plain_model_is_the_plain_model(root) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from distill.config import Config, load_config, parse_args
+from distill.model.memory import GIB, card_bytes, dry_run, predict
+from distill.model.shapes import find_shape
+from distill.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -191,6 +194,95 @@ def test_the_context_recipe_is_the_references_first_version() -> None:
     assert (extractor.type, extractor.selection, extractor.missing_trace_policy) == ("think_tag", "first", "empty")
     assert (context.trace_source, extractor.unclosed_span) == ("dynamic", "ignore")
     assert context.metrics.enabled
+
+
+CONTEXT_40GB = {  # Student TP and CP, vLLM TP
+    "qwen3-4b-context-self-distillation-4n4g.yaml": (1, 2, 1),
+    "qwen3-8b-context-self-distillation-4n4g.yaml": (2, 2, 2),
+    "qwen3-14b-context-self-distillation-4n4g.yaml": (2, 2, 4),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXT_40GB)
+def test_a_context_recipe_for_40_gb_cards_has_16k_new_tokens_and_512_ids(name: str) -> None:
+    config = load(name)
+    policy, teacher, context = config.policy, config.teacher, config.distillation.context_distillation
+    assert policy.model_name == teacher.model_name == f"Qwen/Qwen3-{name.split('-')[1].removesuffix('b')}B"
+    assert (config.cluster.num_nodes, config.cluster.gpus_per_node, config.cluster.gpu_memory_gb) == (4, 4, 40)
+    assert (config.distillation.topk_logits_k, config.loss_fn.outside, context.enabled) == (512, "bucket", True)
+    assert "{trace}" in context.teacher_prefix_template
+    assert policy.generation.max_new_tokens == 16384
+    assert policy.max_total_sequence_length == config.data.max_input_seq_length + 16384
+    # A trace can be as long as the answer; with the problem it is read before it.
+    assert teacher.max_total_sequence_length == policy.max_total_sequence_length + 16384
+    assert (policy.sequence_packing.enabled, policy.dynamic_batching.enabled) == (True, False)
+    assert policy.sequence_packing.train_mb_tokens == teacher.max_total_sequence_length
+    engine = policy.generation.vllm_cfg
+    parallel = policy.dtensor_cfg
+    assert CONTEXT_40GB[name] == (
+        parallel.tensor_parallel_size,
+        parallel.context_parallel_size,
+        engine.tensor_parallel_size,
+    )
+
+
+QWEN3 = {"0.6": 596_049_920, "1.7": 1_720_574_976, "4": 4_022_468_096, "8": 8_190_735_360, "14": 14_768_307_200}
+QWEN3 |= {"32": 32_762_123_264}
+
+# GB of a card; student's and teacher's billions of parameters; ranks = dp x cp x tp; ranks that read a teacher's pack,
+# ranks of an engine; tokens of a pack.
+LAYOUTS = {
+    "distillation_math.yaml": (80, "1.7", "4", 8, 2, 2, 2, 8, 1, 8192),
+    "my-distillation-1n4g.yaml": (40, "0.6", "4", 4, 4, 1, 1, 1, 1, 4096),
+    "my-context-self-distillation-1n4g.yaml": (40, "0.6", "0.6", 4, 4, 1, 1, 1, 1, 4096),
+    "distillation-qwen3-32b-to-1.7b-base-1n4g-fsdp2tp1.v1.yaml": (40, "1.7", "32", 4, 4, 1, 1, 4, 1, 8192),
+    "distillation-qwen3-32b-to-1.7b-base-1n8g-fsdp2tp1.v1.yaml": (80, "1.7", "32", 8, 8, 1, 1, 4, 1, 8192),
+    "distillation-qwen3-32b-to-4b-base-2n4g-fsdp2tp1-long.v1.yaml": (40, "4", "32", 8, 2, 2, 2, 8, 1, 20480),
+    "distillation-qwen3-32b-to-4b-base-2n8g-fsdp2tp2-long.v1.yaml": (80, "4", "32", 16, 4, 2, 2, 8, 2, 20480),
+    "distillation-qwen3-32b-to-4b-base-2n8g-fsdp2tp2-seqpack.v1.yaml": (80, "4", "32", 16, 8, 1, 2, 8, 1, 8192),
+    "qwen3-4b-context-self-distillation-4n4g.yaml": (40, "4", "4", 16, 8, 2, 1, 2, 1, 34816),
+    "qwen3-8b-context-self-distillation-4n4g.yaml": (40, "8", "8", 16, 4, 2, 2, 4, 2, 34816),
+    "qwen3-14b-context-self-distillation-4n4g.yaml": (40, "14", "14", 16, 4, 2, 2, 4, 4, 34816),
+}
+
+
+def test_every_recipe_for_gpus_has_its_layout_here() -> None:
+    assert set(LAYOUTS) >= REFERENCE
+    assert set(RECIPES) - set(LAYOUTS) == {name for name in RECIPES if "cpu" in name}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dry run passes on cards of that size, and its arithmetic is that of the layout."""
+    monkeypatch.chdir(tmp_path)  # no files of a model are at hand
+    gigabytes, student, teacher, ranks, dp, cp, tp, group, engine, tokens = LAYOUTS[name]
+    config = load(name, f"cluster.gpu_memory_gb={gigabytes}")
+    text = "\n".join(dry_run(config))  # raises where it doesn't fit
+    assert f"{ranks} ranks: dp {dp} x cp {cp} x tp {tp}, the teacher's packs on {group} each" in text
+    assert f"packs of at most {tokens} tokens" in text
+    shapes = [find_shape(model.model_name, "a model") for model in (config.policy, config.teacher)]
+    assert shapes[0] is not None and shapes[1] is not None
+    found = predict(config, shapes[0], shapes[1])
+    train, judge, generate = (found.phases[phase] for phase in ("train", "teacher", "generate"))
+    P, teachers = QWEN3[student], QWEN3[teacher]
+    assert ranks == dp * cp * tp == config.cluster.num_nodes * config.cluster.gpus_per_node
+    assert [train[line] for line in ("master weights", "gradients", "optimizer state")] == [
+        pytest.approx(share * P / ranks, abs=8) for share in (4, 4, 8)
+    ]
+    assert judge["teacher shards"] == pytest.approx(2 * teachers / ranks, abs=2)
+    assert judge["master weights"] == generate["master weights"] == train["master weights"]
+    assert judge["optimizer state"] == generate["optimizer state"] == 0  # on the host
+    assert generate["engine's weights"] == pytest.approx(2 * P / engine, abs=2)
+    share = config.policy.generation.vllm_cfg.gpu_memory_utilization
+    assert generate["engine's weights"] + generate["engine's cache"] == int(share * gigabytes * 0.98 * GIB)
+    for phase in found.phases:
+        assert sum(found.phases[phase].values()) <= card_bytes(gigabytes) == int(gigabytes * 0.98 * GIB)
+
+
+@pytest.mark.parametrize("name", CONTEXT_40GB)
+def test_a_context_recipe_for_40_gb_cards_would_not_fit_half_of_them(name: str) -> None:
+    with pytest.raises(UserError, match=r"cluster\.gpu_memory_gb=20 leaves 19\.6 GiB"):
+        list(dry_run(load(name, "cluster.gpu_memory_gb=20", "policy.generation.vllm_cfg.gpu_memory_utilization=0.95")))
 
 
 @pytest.mark.parametrize(

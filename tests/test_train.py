@@ -222,6 +222,18 @@ def test_the_metrics_have_the_names_that_users_know(root, runs) -> None:
     assert context["train/context_distillation_valid_samples"] == 8
 
 
+def test_the_log_predicts_memory_at_start_and_sets_what_was_found_beside_it_after_the_second_step(root, runs) -> None:
+    before, after = runs[0][0][2].split("step 2/4")
+    assert before.count("memory of a rank in GiB, predicted\n") == 1 and "2 ranks: dp 2 x cp 1 x tp 1" in before
+    assert before.count("predicted, then") == 0 and after.count("predicted, then resident of the whole process") == 1
+    for phase in ("sync", "generate", "teacher", "train"):
+        (line,) = [line.split() for line in after.splitlines() if line.split()[:1] == [phase]]
+        predicted, resident = float(line[1]), float(line[2])
+        assert predicted < 0.1 < resident  # models of a few MB in a process that holds all of torch
+    assert "memory of a rank" not in runs[1][0][2]  # the other rank's console
+    assert "memory of a rank" not in runs[1][0][2]
+
+
 def test_a_step_whose_answers_are_all_left_out_says_so_and_moves_nothing(root, runs) -> None:
     assert "step 1 trained nothing: all answers were left out" in runs[0][5][2]
     row = json.loads((root / "runs/dropped/metrics.jsonl").read_text().splitlines()[0])

@@ -9,7 +9,7 @@ import re
 from operator import attrgetter
 from typing import Any
 
-from distill.config.build import refuse, show
+from distill.config.build import any_of, refuse, show
 from distill.config.schema import Config, DatasetConfig, LossConfig
 from distill.config.template import teacher_template
 
@@ -35,7 +35,7 @@ AT_LEAST: dict[int, str] = {
 }
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
     policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
-    policy.generation.vllm_cfg.gpu_memory_utilization"""
+    policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
 AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization"""
 
@@ -134,6 +134,12 @@ def _windows(config: Config) -> None:
             f"teacher.max_total_sequence_length={teacher} is below policy.max_total_sequence_length={window}, and the "
             f"teacher reads all that the student does: set it to at least {window}"
         )
+    if teacher < generation.max_new_tokens:
+        refuse(
+            f"teacher.max_total_sequence_length={teacher} is below policy.generation.max_new_tokens="
+            f"{generation.max_new_tokens}, so the teacher could not read the longest answers: set it to at least "
+            f"{generation.max_new_tokens}, and more for what stands before them"
+        )
 
 
 def _groups(config: Config) -> None:
@@ -152,12 +158,34 @@ def _groups(config: Config) -> None:
             f"policy.dtensor_cfg.replicate_size={policy.replicate_size} doesn't divide the {ranks // group} groups of "
             f"{group} ranks (tensor_parallel_size * context_parallel_size) of {where}: choose a size that does"
         )
-    engine = config.policy.generation.vllm_cfg.tensor_parallel_size
-    if config.policy.generation.backend == "vllm" and ranks % engine:
+    tp, node = config.policy.dtensor_cfg.tensor_parallel_size, config.cluster.gpus_per_node
+    if node % tp:
         refuse(
-            f"policy.generation.vllm_cfg.tensor_parallel_size={engine} doesn't divide the {ranks} ranks of {where}: "
-            "choose a size that does"
+            f"policy.dtensor_cfg.tensor_parallel_size={tp} doesn't divide the ranks of a node (cluster.gpus_per_node="
+            f"{node}), and tensor parallelism stays inside one: set it to {_sizes(node)}"
         )
+    ours, theirs = (
+        model.dtensor_cfg.tensor_parallel_size * model.dtensor_cfg.context_parallel_size
+        for model in (config.policy, config.teacher)
+    )
+    if theirs > ours and theirs % ours:
+        refuse(
+            f"teacher.dtensor_cfg.tensor_parallel_size={config.teacher.dtensor_cfg.tensor_parallel_size} * "
+            f"context_parallel_size={config.teacher.dtensor_cfg.context_parallel_size} is no multiple of the student's "
+            f"{ours} ranks, and a teacher's group holds whole student's groups: choose sizes whose product is "
+            f"{any_of(str(ours * size) for size in range(1, ranks // ours + 1) if ranks // ours % size == 0)}"
+        )
+    engine = config.policy.generation.vllm_cfg.tensor_parallel_size
+    if config.policy.generation.backend == "vllm" and node % engine:
+        refuse(
+            f"policy.generation.vllm_cfg.tensor_parallel_size={engine} doesn't divide the ranks of a node "
+            f"(cluster.gpus_per_node={node}), and an engine lies inside one: set it to {_sizes(node)}"
+        )
+
+
+def _sizes(number: int) -> str:
+    """What divides ``number``, as a choice."""
+    return any_of(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 def _scheduler(config: Config) -> None:
@@ -218,13 +246,18 @@ def check_jsd(loss: LossConfig) -> None:
 def _context(config: Config) -> None:
     context, key = config.distillation.context_distillation, "distillation.context_distillation"
     teacher_template(context.teacher_prefix_template)
+    if not 0 < context.ema_decay < 1:
+        refuse(
+            f"{key}.ema_decay={context.ema_decay} must lie between 0 and 1: set it so, or mode to self_frozen (1) or "
+            "self_live (0)"
+        )
     if not context.enabled:
         return
     if config.policy.model_name != config.teacher.model_name:
         refuse(
             f"teacher.model_name={config.teacher.model_name} differs from policy.model_name="
-            f"{config.policy.model_name} under {key}.mode={context.mode}, where the teacher is the student as it was "
-            "at the start: set both to the same"
+            f"{config.policy.model_name} under {key}.mode={context.mode}, where the teacher is the student itself: set "
+            "both to the same"
         )
     column = context.static_trace.answer_column
     if context.trace_source == "static_dataset" and not column:

@@ -53,8 +53,11 @@ class ContextDistillationConfig:
 
     enabled: bool = False
     """Let the teacher read teacher_prefix_template instead of the student's prompt."""
-    mode: Literal["self_frozen"] = "self_frozen"
-    """self_frozen: the teacher is a frozen copy of the student as it was at the start."""
+    mode: Literal["self_frozen", "self_ema", "self_live"] = "self_frozen"
+    """The teacher is the student: self_frozen, as it was at the start; self_ema, as it was on average, by ema_decay;
+    self_live, as it is."""
+    ema_decay: float = 0.99
+    """Under mode self_ema, how much of the average stays at each step; the rest is the student's weights of then."""
     frozen_teacher_source: Literal["base_model"] = "base_model"
     """base_model: the copy is read from policy.model_name, never from a checkpoint of the run."""
     problem_source: Literal["original_user_problem"] = "original_user_problem"
@@ -151,7 +154,8 @@ class LossConfig:
     temperature: float | None = None
     """Divides the logits of both models in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the logits that the head gives; bfloat16 is faster and costs about 0.02 nats a log-prob."""
+    """Dtype of the student's logits; bfloat16 is faster and costs about 0.02 nats a log-prob. The teacher's stay
+    float32."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """What passes over the logits. auto: Triton's kernels on GPUs, PyTorch elsewhere; torch: PyTorch everywhere."""
 
@@ -291,6 +295,9 @@ class ClusterConfig:
     """Ranks on a node."""
     num_nodes: int = 1
     """Nodes."""
+    gpu_memory_gb: float | None = None
+    """Memory of each GPU as its name says it (40 for an A100-40GB): 98% of so many GiB. What can't fit is refused at
+    start and by --dry-run; null: not checked."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +315,7 @@ class RuntimeConfig:
     offload_optimizer: bool = True
     """Keep the optimizer's moments in pinned host memory but for training and checkpoints; without effect on CPU."""
     logits_chunk_rows: int | None = None
-    """Rows of logits that exist at a time; null: 256 on CPU, 2048 on CUDA."""
+    """Rows of logits that exist at a time; null: what a budget of memory holds, 2048 of 151,936 on CUDA."""
     phase_timeout_s: int = 1800
     """Seconds after which a phase of a step is taken for hung; not watched yet."""
 

@@ -61,12 +61,16 @@ class _TritonReduced:
     z_CV: Tensor
     ids_CK: Tensor
     inverse_temperature: float
-    out_CV: Tensor
+    scratch: Scratch
+    gradient_dtype: torch.dtype
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """See ``Reduced``."""
         from distill.loss.kernels.student import gradient_rows
 
+        out_CV = self.z_CV
+        if out_CV.dtype != self.gradient_dtype:
+            out_CV = self.scratch.get("gradient", len(out_CV), self.gradient_dtype)
         return gradient_rows(
             self.z_CV,
             self.ids_CK,
@@ -75,7 +79,7 @@ class _TritonReduced:
             slope_C,
             d_logits_CK,
             self.inverse_temperature,
-            self.out_CV,
+            out_CV,
         )
 
 
@@ -93,8 +97,7 @@ class TritonPass:
         from distill.loss.kernels.student import reduce_rows
 
         partial = Partial(*reduce_rows(z_CV, ids_CK, 1 / temperature))
-        out_CV = z_CV if z_CV.dtype == gradient_dtype else scratch.get("gradient", len(z_CV), gradient_dtype)
-        return _TritonReduced(partial, z_CV, ids_CK, 1 / temperature, out_CV)
+        return _TritonReduced(partial, z_CV, ids_CK, 1 / temperature, scratch, gradient_dtype)
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
         """See ``Pass``."""

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
-from distill.config.check import check_jsd
-from distill.loss.checks import check_no_duplicates, check_temperature, check_topk, check_vocab
-from distill.types import TopK, UserError
+from distill.loss import checks
+from distill.types import TopK
 
 LOG_FLOOR = -100.0
 """The teacher's log-prob outside the top-k under ``outside_topk: floor``, as NeMo-RL has it."""
@@ -41,7 +40,7 @@ class Outcomes(NamedTuple):
     tail_N: Tensor
     """Logsumexp of the tail; -inf where the tail is empty (K is the whole vocabulary)."""
     tail_mean_N: Tensor
-    """Mean logit of the tail under the tail's own softmax; 0 where the tail is empty."""
+    """Mean logit of the tail under the tail's own softmax; 0 where the tail is empty, NaN where nobody asked."""
 
     def events_NE(self) -> Tensor:
         """Unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then "any other token"."""
@@ -58,7 +57,7 @@ def loss_temperature(loss_config: LossConfig, sampling_temperature: float = 1.0)
     Errors: ``UserError`` where it is not above 0.
     """
     temperature = sampling_temperature if loss_config.temperature is None else loss_config.temperature
-    check_temperature(temperature)
+    checks.check_temperature(temperature)
     return float(temperature)
 
 
@@ -85,20 +84,31 @@ def topk_kl(
         kl_N in nats, float32 (float64 for float64 logits). It is +inf where one model excludes what the other needs:
         the forward KL where the student's logit at a teacher's token is -inf; its gradient stays finite.
 
-    Errors: ``UserError`` for shapes that disagree, ids out of range or repeated, K above the vocabulary.
+    Errors: ``UserError`` for a configuration that is no loss, shapes that disagree, ids out of range or repeated, K
+    above the vocabulary, and for sampled without tokens or with one that is not among the ids.
     """
-    vocab = check_vocab(logits_NV.shape[1], valid_vocab)
-    check_topk(topk, logits_NV.shape[0], vocab)
-    check_no_duplicates(topk.ids_NK)
+    checks.check_loss(loss_config)
+    checks.check_logits(logits_NV)
+    rows = logits_NV.shape[0]
+    vocab = checks.check_vocab(logits_NV.shape[1], valid_vocab)
+    checks.check_topk(topk, rows, vocab)
+    if tokens is not None:
+        checks.check_rows(rows, sampled_ids_N=tokens.ids_N, sampled_logprobs_N=tokens.logprobs_N)
+    checks.check_ids(vocab, topk.ids_NK, None if tokens is None else tokens.ids_N)
+    checks.check_no_duplicates(topk.ids_NK)
+    checks.check_tokens(loss_config, tokens is not None)
+    checks.check_kept(topk, loss_config, None if tokens is None else tokens.ids_N, weight_N=None)
     temperature = loss_temperature(loss_config, sampling_temperature)
     z_NV = logits_NV[:, :vocab].to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
-    return divergence(student_outcomes(z_NV, topk.ids_NK), topk, loss_config, tokens)
+    outcomes = student_outcomes(z_NV, topk.ids_NK, mean=loss_config.outside == "floor")
+    return divergence(outcomes, topk, loss_config, tokens)
 
 
-def student_outcomes(z_NV: Tensor, ids_NK: Tensor) -> Outcomes:
+def student_outcomes(z_NV: Tensor, ids_NK: Tensor, mean: bool) -> Outcomes:
     """The K + 1 outcomes of logits that are already divided by the temperature; differentiable.
 
     The kept ids become -inf before the tail's logsumexp: 1 - (mass of the kept ids) would lose a small tail's digits.
+    ``mean``: whether to find the tail's mean logit too, which takes two more [N, V] and which only a floor needs.
     """
     z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
     inside_NV = _mark(ids_NK, z_NV.shape[1])
@@ -106,11 +116,14 @@ def student_outcomes(z_NV: Tensor, ids_NK: Tensor) -> Outcomes:
     empty_N1 = (tail_NV == _NEG_INF).all(dim=1, keepdim=True)
     # An empty tail is replaced before logsumexp and softmax, and again after: their gradients at -inf are NaN.
     tail_NV = tail_NV.masked_fill(empty_N1, 0.0)
-    finite_NV = tail_NV.masked_fill(tail_NV == _NEG_INF, 0.0)
-    mean_N = (torch.softmax(tail_NV, dim=1) * finite_NV).sum(dim=1)
     kept_NK = z_NV.gather(1, ids_NK.long().clamp(min=0)).masked_fill(ids_NK < 0, _NEG_INF)
     empty_N = empty_N1.squeeze(1)
-    return Outcomes(kept_NK, tail_NV.logsumexp(1).masked_fill(empty_N, _NEG_INF), mean_N.masked_fill(empty_N, 0.0))
+    tail_N = tail_NV.logsumexp(1).masked_fill(empty_N, _NEG_INF)
+    if not mean:
+        return Outcomes(kept_NK, tail_N, torch.full_like(tail_N, math.nan))
+    finite_NV = tail_NV.masked_fill(tail_NV == _NEG_INF, 0.0)
+    mean_N = (torch.softmax(tail_NV, dim=1) * finite_NV).sum(dim=1)
+    return Outcomes(kept_NK, tail_N, mean_N.masked_fill(empty_N, 0.0))
 
 
 def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None = None) -> Tensor:
@@ -120,12 +133,9 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
     compares both models conditional on the K ids. ``floor`` renormalises the teacher only and takes its log-prob to be
     -100 on all other tokens. The last two are NeMo-RL's ``zero_outside_topk`` false and true. The Jensen-Shannon
     divergence compares the same outcomes; a floor it has none, for its two sides share one distribution. ``sampled``
-    compares the two models at the sampled token alone, and what is outside the top-k does not enter.
-
-    Errors: ``UserError`` for a kl_type that is not known, for jsd with a floor or a beta outside (0, 1), and for
-    sampled without tokens or with one that is not among the ids.
+    compares the two models at the sampled token alone, and what is outside the top-k does not enter. The doors have
+    checked all of it (``checks.py``).
     """
-    check_jsd(loss_config)
     if loss_config.kl_type == "sampled":
         kl_N = _policy_gradient(student, topk, loss_config, tokens)
     else:
@@ -158,14 +168,8 @@ def _policy_gradient(student: Outcomes, topk: TopK, loss_config: LossConfig, tok
 
     Under the student's own sampling this is, on average, KL(student || teacher) and its gradient.
     """
-    if tokens is None:
-        raise UserError("loss_fn.kl_type=sampled needs the sampled tokens: pass them, or set another kl_type")
+    assert tokens is not None
     here_NK = topk.ids_NK == tokens.ids_N.unsqueeze(1)
-    if not bool(here_NK.any(dim=1).all()):
-        row = int((~here_NK.any(dim=1)).nonzero()[0])
-        raise UserError(
-            f"row {row} sampled the token {int(tokens.ids_N[row])}, which is not among the teacher's ids: add it there"
-        )
     own_N = student.log_masses_NE()[:, :-1].masked_fill(~here_NK, 0.0).sum(dim=1)
     teachers_N = topk.logprobs_NK.to(own_N.dtype).masked_fill(~here_NK, 0.0).sum(dim=1)
     cost_N = importance_ratio(own_N.detach(), tokens.logprobs_N, loss_config) * (own_N.detach() - teachers_N)
@@ -236,14 +240,7 @@ def _reverse_on_floor(student: Outcomes) -> Tensor:
 
 def forward_share(loss_config: LossConfig) -> float:
     """The weight of the forward KL in the loss; the reverse KL has the rest."""
-    match loss_config.kl_type:
-        case "forward":
-            return 1.0
-        case "reverse":
-            return 0.0
-        case "mixed":
-            return loss_config.mixed_kl_weight
-    raise UserError(f"loss_fn.kl_type={loss_config.kl_type} is not known: set forward, reverse, mixed, jsd or sampled")
+    return {"forward": 1.0, "reverse": 0.0, "mixed": loss_config.mixed_kl_weight}[loss_config.kl_type]
 
 
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:

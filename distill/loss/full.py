@@ -1,6 +1,7 @@
 """The loss over the whole vocabulary (``topk_logits_k: 0``): no top-k, no tail, and so no sort.
 
-The twin is ``divergences.topk_kl`` at K = V. Both models' logits are here, [C, V] each, with two more buffers.
+The twin is ``divergences.topk_kl`` at K = V. Both models' logits are here, [C, V] each, with two more buffers, and
+nothing else of that size: a product that is summed up goes where a buffer is free at the time.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def full_vocabulary(
     favourite_C1 = teacher_CV.argmax(dim=1, keepdim=True)
     agrees_C = z_CV.gather(1, favourite_C1).squeeze(1) >= z_CV.amax(dim=1)
     _normalise(teacher_CV, p_CV)
+    teacher_entropy_C = -_dot(p_CV, teacher_CV, q_CV)
     shift_C, lse_C = _normalise(z_CV, q_CV)
-    student_entropy_C = -torch.linalg.vecdot(q_CV, z_CV)
-    teacher_entropy_C = -torch.linalg.vecdot(p_CV, teacher_CV)
+    student_entropy_C = -_dot(q_CV, z_CV, p_CV)
+    torch.exp(teacher_CV, out=p_CV)
     own_C = None if tokens is None else _at(z_CV, tokens)
     apart_CV = teacher_CV.sub_(z_CV)  # log p - log q: a difference of sums would lose what this one keeps
-    forward_C, reverse_C = torch.linalg.vecdot(p_CV, apart_CV), -torch.linalg.vecdot(q_CV, apart_CV)
+    spare_CV = z_CV
+    forward_C, reverse_C = _dot(p_CV, apart_CV, spare_CV), -_dot(q_CV, apart_CV, spare_CV)
     stats = {
         "forward_kl": forward_C,
         "reverse_kl": reverse_C,
@@ -67,7 +70,7 @@ def full_vocabulary(
         stats["teacher_stop_mass"] = p_CV[:, stop_ids].sum(dim=1)
     match loss_config.kl_type:
         case "jsd":
-            value_C, gradient_CV = _jsd(apart_CV, q_CV, p_CV, loss_config.jsd_beta)
+            value_C, gradient_CV = _jsd(apart_CV, q_CV, p_CV, spare_CV, loss_config.jsd_beta)
         case "sampled":
             assert tokens is not None and own_C is not None  # the door refuses it
             value_C = -importance_ratio(own_C, tokens.logprobs_N, loss_config) * _at(apart_CV, tokens)
@@ -86,6 +89,11 @@ def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
     lse_C1 = torch.exp(logits_CV, out=mass_CV).sum(dim=1, keepdim=True).log_()
     torch.exp(logits_CV.sub_(lse_C1), out=mass_CV)
     return shift_C1.squeeze(1), lse_C1.squeeze(1)
+
+
+def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
+    """[C]: the rows' inner products; ``spare_CV``, which may be one of the two, takes the products."""
+    return torch.mul(a_CV, b_CV, out=spare_CV).sum(dim=1)
 
 
 def _at(log_CV: Tensor, tokens: Tokens) -> Tensor:
@@ -107,10 +115,11 @@ def _kls(
     return value_C, gradient_CV
 
 
-def _jsd(apart_CV: Tensor, q_CV: Tensor, p_CV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd(apart_CV: Tensor, q_CV: Tensor, p_CV: Tensor, spare_CV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """With m = b p + (1 - b) q and u = (1 - b) (log q - log m), the gradient is q (u - sum q u)."""
-    odds = torch.full((), math.log(beta / (1 - beta)), dtype=q_CV.dtype, device=q_CV.device)
-    above_CV = torch.logaddexp(apart_CV + odds, torch.zeros_like(odds)).add_(math.log1p(-beta))  # log m - log q
-    own_C = torch.linalg.vecdot(q_CV, above_CV)
-    value_C = beta * torch.linalg.vecdot(p_CV, apart_CV.sub_(above_CV)) - (1 - beta) * own_C
+    above_CV = torch.add(apart_CV, math.log(beta / (1 - beta)), out=spare_CV)
+    torch.logaddexp(above_CV, above_CV.new_zeros(()), out=above_CV).add_(math.log1p(-beta))  # log m - log q
+    teachers_C = _dot(p_CV, apart_CV.sub_(above_CV), p_CV)
+    own_C = _dot(q_CV, above_CV, p_CV)
+    value_C = beta * teachers_C - (1 - beta) * own_C
     return value_C, above_CV.sub_(own_C.unsqueeze(1)).mul_(q_CV).mul_(beta - 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,13 +24,16 @@ from distill.loss.projection import ROUNDED, Projection
 from distill.loss.reduction import Scratch, combine
 from distill.loss.sampled import Sampled, SampledReader
 from distill.loss.stats import StatsSum, row_stats, sampler_stats
-from distill.loss.targets import ChunkTargets, Rows, default_chunk_rows, targets_by_chunk
+from distill.loss.targets import ChunkTargets, Rows, chunk_buffers, default_chunk_rows, targets_by_chunk
 from distill.types import LossOutput, Targets, TeacherRows, UserError
 
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """A head whose rows are spread over the ranks of a group: this rank has ``head_VD``, a run of columns of logits."""
+    """A head whose rows are spread over the ranks of a group: this rank has ``head_VD``, a run of columns of logits.
+
+    The parts are those that ``torch.chunk`` makes of the columns, in order of rank.
+    """
 
     group: dist.ProcessGroup
     first: int
@@ -68,7 +72,7 @@ def fused_linear_kl(
         weight_N: a factor per row, no gradient: 1, or 0 for a row that does not count.
         sampled: the response tokens; their temperature is what ``loss_config.temperature: null`` means (without: 1).
             ``kl_type: sampled`` needs them, and among the ids of a ``TopK``.
-        chunk_rows: rows of logits held at once; None: 256 on CPU, 2048 on CUDA.
+        chunk_rows: rows of logits held at once; None: ``default_chunk_rows``.
         valid_vocab: columns from here on are padding: -inf in both models, gradient exactly 0.
         stop_token_ids: the ids of ``teacher_stop_mass``.
         topk_logits_k: with ``TeacherRows``, how many ids to keep; 0 keeps the whole vocabulary.
@@ -77,33 +81,38 @@ def fused_linear_kl(
         debug: refuse repeated ids too.
 
     Returns:
-        ``kl_sum`` (float32; float64 with a float64 head) and, as (sum, count) over the rows of weight other than 0:
-        ``loss`` (sum of weight * kl, sum of weight), ``forward_kl`` and ``reverse_kl`` (always with the tail bucket),
-        ``teacher_topk_mass``, ``student_topk_mass``, ``teacher_entropy`` (where the targets have it),
-        ``student_entropy``, ``top1_agreement``, ``teacher_stop_mass`` (with ``stop_token_ids``; what of it is in the
-        top-k) and, with ``sampled``, ``student_logprob`` (the trainer's own, at the sampling temperature),
+        ``kl_sum`` (float32; float64 with a float64 head), good for one backward, and as (sum, count) over the rows of
+        weight other than 0: ``loss`` (sum of weight * kl, sum of weight), ``forward_kl`` and ``reverse_kl`` (always
+        with the tail bucket), ``teacher_topk_mass``, ``student_topk_mass``, ``teacher_entropy`` (where the targets
+        have it), ``student_entropy``, ``top1_agreement``, ``teacher_stop_mass`` (with ``stop_token_ids``; what of it
+        is in the top-k) and, with ``sampled``, ``student_logprob`` (the trainer's own, at the sampling temperature),
         ``sampler_logprob_diff`` (mean absolute) and ``sampler_logprob_diff_max``, whose first number is a maximum:
         combine it by maximum, not by addition.
 
-    Errors: ``UserError`` for shapes or dtypes that disagree, ids out of range, K above the vocabulary, and for what
-    ``kl_type: sampled``, ``support: student`` and ``parallel`` don't allow.
+    Errors: ``UserError`` for a configuration that is no loss, shapes or dtypes that disagree, ids out of range, K above
+    the vocabulary, and for what ``kl_type: sampled``, ``support: student`` and ``parallel`` don't allow.
     """
+    checks.check_loss(loss_config)
     rows, columns = hidden_ND.shape[0], head_VD.shape[0]
-    vocab = checks.check_vocab(columns if parallel is None else parallel.vocab, valid_vocab)
-    first = 0 if parallel is None else parallel.first
+    ranks, first, group = 1, 0, None
+    if parallel is not None:
+        ranks, first, group = dist.get_world_size(parallel.group), parallel.first, parallel.group
+    all_columns = columns if parallel is None else parallel.vocab
+    vocab = checks.check_vocab(all_columns, valid_vocab)
+    if parallel is not None:
+        checks.check_part(all_columns, ranks, vocab, isinstance(targets, TeacherRows))
     own = min(columns, vocab - first)
     checks.check_linear("the student's", hidden_ND, head_VD, own)
     checks.check_rows(rows, weight_N=weight_N)
-    temperature = loss_temperature(loss_config, 1.0 if sampled is None else sampled.temperature)
+    temperature = _temperature(loss_config, sampled)
     if sampled is not None:
         checks.check_rows(rows, sampled_ids_N=sampled.ids_N, sampled_logprobs_N=sampled.logprobs_N)
-        checks.check_ids("the sampled ids", sampled.ids_N, 0, vocab)
-    also_N = _tokens_to_keep(loss_config, sampled, temperature)
-    if parallel is not None:
-        checks.check_part(own, first, vocab, isinstance(targets, TeacherRows))
     train = torch.is_grad_enabled()
     with torch.no_grad():
-        chunks = _chunks(weight_N, chunk_rows or default_chunk_rows(hidden_ND))
+        if chunk_rows is None:  # the same on all ranks: they meet in every chunk
+            buffers = chunk_buffers(loss_config, topk_logits_k)
+            chunk_rows = default_chunk_rows(hidden_ND, -(-all_columns // ranks), buffers)
+        chunks = _chunks(weight_N, chunk_rows)
         student = Projection(head_VD[:own], loss_config.logits_dtype)
         way = choose_pass(loss_config.backend, hidden_ND.device, student.dtype)
         scratch = Scratch(max(_length(chunk) for chunk in chunks), own, hidden_ND.device)
@@ -111,18 +120,28 @@ def fused_linear_kl(
         if train and head_VD.requires_grad:
             d_head_VD = torch.empty_like(head_VD, dtype=student.dtype)  # the first chunk fills it
             d_head_VD[own:] = 0
-        group = None if parallel is None else parallel.group
+        sampled_ids_N = None if sampled is None else sampled.ids_N
         loop = _Loop(
             hidden_ND=hidden_ND.detach(),
             student=student,
             targets=targets_by_chunk(
-                targets, loss_config, temperature, rows, vocab, topk_logits_k, also_N, way, scratch, debug
+                targets,
+                loss_config,
+                temperature,
+                rows,
+                vocab,
+                topk_logits_k,
+                sampled_ids_N,
+                weight_N,
+                way,
+                scratch,
+                debug,
             ),
             loss_config=loss_config,
             temperature=temperature,
             weight_N=weight_N.detach().to(student.dtype),
             reader=SampledReader(sampled, temperature, first, group),
-            stop_ids=torch.tensor(list(stop_token_ids), dtype=torch.int64, device=hidden_ND.device),
+            stop_ids=_stop_ids(tuple(stop_token_ids), hidden_ND.device),
             way=way,
             scratch=scratch,
             d_hidden_ND=torch.zeros_like(hidden_ND) if train and hidden_ND.requires_grad else None,
@@ -137,18 +156,25 @@ def fused_linear_kl(
     return LossOutput(kl_sum, stats)
 
 
-def _tokens_to_keep(loss_config: LossConfig, sampled: Sampled | None, temperature: float) -> Tensor | None:
-    """The sampled ids where the loss is about them. Errors: ``UserError`` where it can't be."""
-    if loss_config.kl_type != "sampled":
-        return None
+@cache
+def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same tensor for every pass: to bring it to a GPU is to wait for the GPU."""
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
+    """The loss's temperature. Errors: ``UserError`` where it is none, or not one that a loss of tokens can have."""
+    checks.check_tokens(loss_config, sampled is not None)
     if sampled is None:
-        raise UserError("loss_fn.kl_type=sampled needs the sampled tokens: pass them, or set another kl_type")
-    if sampled.temperature != temperature:
+        return loss_temperature(loss_config)
+    checks.check_temperature(sampled.temperature, "policy.generation.temperature", "")
+    temperature = loss_temperature(loss_config, sampled.temperature)
+    if loss_config.kl_type == "sampled" and sampled.temperature != temperature:
         raise UserError(
             f"loss_fn.temperature={temperature} differs from the sampling temperature {sampled.temperature} under "
             "loss_fn.kl_type=sampled: leave loss_fn.temperature out"
         )
-    return sampled.ids_N
+    return temperature
 
 
 @dataclass(frozen=True)
@@ -240,9 +266,9 @@ class _Loop:
     def _add_gradients(self, rows: Rows, hidden_CD: Tensor, gradient_CV: Tensor, first: bool) -> None:
         gradient_CV = self.student.cast(gradient_CV)
         if self.d_hidden_ND is not None:
-            d_hidden_CD = self.student.hidden_gradient(gradient_CV)
-            if self.reader.group is not None:
-                d_hidden_CD = d_hidden_CD.to(self.student.dtype)  # the ranks' parts are rounded once, after their sum
+            spread = self.reader.group is not None  # the ranks' parts are rounded once, after their sum
+            d_hidden_CD = self.student.hidden_gradient(gradient_CV, wide=spread)
+            if spread:
                 dist.all_reduce(d_hidden_CD, group=self.reader.group)
             self.d_hidden_ND[rows] = d_hidden_CD.to(self.d_hidden_ND.dtype)
         if self.d_head_VD is not None:
@@ -250,7 +276,10 @@ class _Loop:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known already: the backward scales them by what arrives."""
+    """A value whose gradients are known already: the backward scales them by what arrives and hands them out, once.
+
+    In place where the dtype allows it: the head's gradient is as large as the head.
+    """
 
     @staticmethod
     def forward(
@@ -261,22 +290,24 @@ class _WithGradients(torch.autograd.Function):
         d_hidden_ND: Tensor | None,
         d_head_VD: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(d_hidden_ND, d_head_VD)
+        ctx.gradients = [d_hidden_ND, d_head_VD]
         ctx.dtypes = (hidden_ND.dtype, head_VD.dtype)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        (d_hidden_ND, d_head_VD), (hidden_dtype, head_dtype) = ctx.saved_tensors, ctx.dtypes
-        d_hidden_ND = _scaled(d_hidden_ND, outputs[0], hidden_dtype)
-        return d_hidden_ND, _scaled(d_head_VD, outputs[0], head_dtype), None, None, None
+        if not ctx.gradients:
+            raise RuntimeError("the loss hands out its gradients once: call fused_linear_kl again for another backward")
+        d_head_VD, d_hidden_ND = ctx.gradients.pop(), ctx.gradients.pop()
+        d_hidden_ND = _scaled(d_hidden_ND, outputs[0], ctx.dtypes[0])
+        return d_hidden_ND, _scaled(d_head_VD, outputs[0], ctx.dtypes[1]), None, None, None
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     """gradient * scale, rounded once to ``dtype``, in blocks of rows: no second float32 copy of the head's gradient."""
     if gradient is None:
         return None
-    scaled = torch.empty_like(gradient, dtype=dtype)
+    scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     for block, target in zip(torch.split(gradient, 8192), torch.split(scaled, 8192), strict=True):
         # Widened first: a bf16 tensor on CUDA times a 0-dim float32 would round the scale itself to bf16.
         torch.mul(block.to(scale.dtype), scale, out=target)

@@ -45,9 +45,13 @@ class Projection:
         """The logits' gradient as both methods below multiply it: of the head's dtype."""
         return gradient_CV.to(self.head_VD.dtype)
 
-    def hidden_gradient(self, gradient_CV: Tensor) -> Tensor:
-        """[C, D] of the head's dtype from the logits' gradient, ``cast`` to it."""
-        return gradient_CV @ self.head_VD
+    def hidden_gradient(self, gradient_CV: Tensor, wide: bool = False) -> Tensor:
+        """[C, D] from the logits' gradient, ``cast`` to the head's dtype: of that dtype, or ``wide``: of ``dtype``."""
+        if not (wide and self._narrow):
+            return gradient_CV @ self.head_VD
+        if self._widen:
+            return gradient_CV.to(self.dtype) @ self._operand_VD.to(self.dtype)
+        return torch.mm(gradient_CV, self.head_VD, out_dtype=self.dtype)
 
     def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor, first: bool) -> None:
         """Add this chunk's gradient of the head to ``into_VD`` (of ``dtype``); the first one is written over it."""

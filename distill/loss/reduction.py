@@ -26,17 +26,17 @@ class Scratch:
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self._shape = (rows, vocab)
         self._device = device
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """The first ``rows`` rows of the buffer ``name``."""
-        held = self._buffers.get(name)
-        if held is None or held.dtype != dtype:
+        """The first ``rows`` rows of the buffer ``name`` of that dtype."""
+        held = self._buffers.get((name, dtype))
+        if held is None:
             count, vocab = self._shape
             # The kernels read 16 bytes at a time where every row begins at a multiple of them.
             stride = -(-vocab // 16) * 16 if self._device.type == "cuda" else vocab
             held = torch.empty(count, stride, dtype=dtype, device=self._device)[:, :vocab]
-            self._buffers[name] = held
+            self._buffers[name, dtype] = held
         return held[:rows]
 
 

@@ -12,9 +12,11 @@ from distill.config import LossConfig
 from distill.loss import checks
 from distill.loss.backend import Pass, choose_pass, divide
 from distill.loss.divergences import entropy
-from distill.loss.projection import ROUNDED, Projection
+from distill.loss.projection import Projection
 from distill.loss.reduction import Scratch, combine
 from distill.types import Targets, TeacherRows, TopK, UserError
+
+_MIB = 2**20
 
 Rows = slice | Tensor
 """Which rows a chunk holds: a slice, or their numbers where some rows are left out."""
@@ -28,7 +30,6 @@ def teacher_topk(
     temperature: float,
     chunk_rows: int | None = None,
     valid_vocab: int | None = None,
-    logits_dtype: str = "float32",
     also_N: Tensor | None = None,
     backend: str = "auto",
 ) -> TopK:
@@ -39,9 +40,8 @@ def teacher_topk(
         head_VD: its head.
         k: kept ids; the whole vocabulary leaves an empty tail (log mass -inf).
         temperature: the loss's temperature; the student's logits are divided by the same.
-        chunk_rows: rows of logits held at once; None: 256 on CPU, 2048 on CUDA.
+        chunk_rows: rows of logits held at once; None: ``default_chunk_rows``.
         valid_vocab: columns from here on are padding and never kept.
-        logits_dtype: as ``loss_fn.logits_dtype``.
         also_N: an id that each row keeps besides, the sampled token: one more column, -1 where it is among the k (no
             more column where k is the whole vocabulary).
         backend: as ``loss_fn.backend``.
@@ -56,11 +56,12 @@ def teacher_topk(
     checks.check_linear("the teacher's", hidden_ND, head_VD, vocab)
     checks.check_support_size(k, vocab)
     checks.check_temperature(temperature)
-    count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND)
+    count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND, vocab)
     if also_N is not None:
         checks.check_rows(count, also_N=also_N)
-        checks.check_ids("the sampled ids", also_N, 0, vocab)
-    scorer = Scorer.of(head_VD[:vocab], temperature, logits_dtype, backend, min(count, step))
+        checks.check_ids(vocab, sampled_ids_N=also_N)
+    scratch = Scratch(min(count, step), vocab, hidden_ND.device)
+    scorer = Scorer.of(head_VD[:vocab], temperature, backend, scratch)
     chunks = []
     for start in range(0, max(count, 1), step):
         rows = slice(start, start + step)
@@ -75,7 +76,7 @@ def teacher_topk(
 
 @dataclass(frozen=True)
 class Scorer:
-    """The teacher's head at work, chunk by chunk."""
+    """The teacher's head at work, chunk by chunk. Its logits are never rounded, whatever ``loss_fn.logits_dtype``."""
 
     head: Projection
     temperature: float
@@ -86,19 +87,15 @@ class Scorer:
 
     @classmethod
     def of(
-        cls, head_VD: Tensor, temperature: float, logits_dtype: str, backend: str, rows: int, **shared: Scratch | str
+        cls, head_VD: Tensor, temperature: float, backend: str, scratch: Scratch, buffer: str = "logits"
     ) -> Scorer:
-        """A scorer with a scratch of its own, or with one that is ``shared``."""
-        head = Projection(head_VD, logits_dtype)
-        way = choose_pass(backend, head_VD.device, head.dtype)
-        own = Scratch(rows, head_VD.shape[0], head_VD.device)
-        return cls(head, temperature, way, **({"scratch": own, "buffer": "logits"} | shared))  # type: ignore[arg-type]
+        """A scorer whose logits go to the scratch's ``buffer``."""
+        head = Projection(head_VD)
+        return cls(head, temperature, choose_pass(backend, head_VD.device, head.dtype), scratch, buffer)
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V], not divided by the temperature."""
-        rounded = self.head.logits_dtype == ROUNDED
-        buffer_CV = self.scratch.get(self.buffer, len(hidden_CD), self.way.logits_dtype(self.head.dtype, rounded))
-        return self.head.logits(hidden_CD, buffer_CV)
+        """[C, V], float32 or float64, not divided by the temperature."""
+        return self.head.logits(hidden_CD, self.scratch.get(self.buffer, len(hidden_CD), self.head.dtype))
 
     def topk(self, hidden_CD: Tensor, k: int, also_C: Tensor | None) -> TopK:
         """The chunk's likeliest tokens, and the one of each row that ``also_C`` names."""
@@ -116,10 +113,8 @@ class Scorer:
         return topk, combined.outcomes.logits_NK >= 0
 
     def whole(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] over the temperature, float32 or float64."""
+        """[C, V] over the temperature."""
         z_CV = self.logits(hidden_CD)
-        if z_CV.dtype != self.head.dtype:
-            z_CV = self.scratch.get("wide " + self.buffer, len(z_CV), self.head.dtype).copy_(z_CV)
         divide(z_CV, self.temperature)
         return z_CV
 
@@ -151,12 +146,19 @@ def targets_by_chunk(
     rows: int,
     vocab: int,
     k: int | None,
-    also_N: Tensor | None,
+    sampled_ids_N: Tensor | None,
+    weight_N: Tensor,
     way: Pass,
     scratch: Scratch,
     debug: bool,
 ) -> ChunkTargets:
-    """Check the targets and say how a chunk gets its own."""
+    """Check the targets and say how a chunk gets its own; whatever has to wait for the device waits here, once a pass.
+
+    ``sampled_ids_N`` are checked too, and kept among the ids that are made here if the loss is about them.
+    """
+    also_N = sampled_ids_N if loss_config.kl_type == "sampled" else None
+    if isinstance(targets, TeacherRows):
+        checks.check_ids(vocab, sampled_ids_N=sampled_ids_N)
     if isinstance(targets, TeacherRows):
         return _teacher_by_chunk(targets, loss_config, temperature, rows, vocab, k, also_N, way, scratch)
     if loss_config.support == "student":
@@ -165,6 +167,8 @@ def targets_by_chunk(
             "pass TeacherRows"
         )
     checks.check_topk(targets, rows, vocab)
+    checks.check_ids(vocab, targets.ids_NK, sampled_ids_N)
+    checks.check_kept(targets, loss_config, sampled_ids_N, weight_N)
     if debug:
         checks.check_no_duplicates(targets.ids_NK)
     entropy_N = targets.entropy_N
@@ -198,15 +202,7 @@ def _teacher_by_chunk(
     hidden_ND = targets.hidden_ND
     # Where the student's logits must wait for the teacher's, each needs a buffer; else the two take turns in one.
     buffer = "teacher's logits" if k == 0 or loss_config.support == "student" else "logits"
-    scorer = Scorer.of(
-        targets.head_VD[:vocab],
-        temperature,
-        loss_config.logits_dtype,
-        loss_config.backend,
-        0,
-        scratch=scratch,
-        buffer=buffer,
-    )
+    scorer = Scorer.of(targets.head_VD[:vocab], temperature, loss_config.backend, scratch, buffer)
 
     def also(chunk: Rows) -> Tensor | None:
         return None if also_N is None else also_N[chunk]
@@ -222,6 +218,21 @@ def _teacher_by_chunk(
     return ChunkTargets(ready=lambda chunk: scorer.topk(hidden_ND[chunk], k, also(chunk)))
 
 
-def default_chunk_rows(hidden_ND: Tensor) -> int:
-    """Rows of logits held at once where nobody says."""
-    return 2048 if hidden_ND.is_cuda else 256
+def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
+    """How many [C, V] a chunk of the student's loop holds, where ``k`` ids are kept (None: a ``TopK``'s)."""
+    return 4 if k == 0 else 3 if loss_config.support == "student" else 2
+
+
+def default_chunk_rows(hidden_ND: Tensor, vocab: int, buffers: int = 2) -> int:
+    """Rows of logits held at once where nobody says: see ``rows_within_budget``."""
+    return rows_within_budget(hidden_ND.is_cuda, vocab, buffers, max(hidden_ND.element_size(), 4))
+
+
+def rows_within_budget(cuda: bool, vocab: int, buffers: int = 2, element: int = 4) -> int:
+    """C such that ``buffers`` of [C, V] with ``element`` bytes a logit stay within the device's budget.
+
+    On CUDA 2048 rows of 151,936 logits fit, on a CPU 256 rows of 49,152. More would be no faster, far fewer would read
+    and write the head and its gradient too often.
+    """
+    most, budget = (2048, 2560 * _MIB) if cuda else (256, 96 * _MIB)
+    return max(16, min(most, budget // (buffers * vocab * element) // 16 * 16))

@@ -211,13 +211,13 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
                 )
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.numel() > 0:
-                local.copy_(files.tensor(name, _local_slices(parameter)))
+                local.copy_(files.tensor(name, local_slices(parameter)))
 
 
-def _local_slices(parameter: Tensor) -> tuple[slice, ...] | None:
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
     """What of the whole tensor this rank has. The mesh's inner axes (tp) split it first, then FSDP's split the part."""
     if not isinstance(parameter, DTensor):
-        return None
+        return tuple(slice(0, length) for length in parameter.shape)
     begins, lengths = [0] * parameter.ndim, list(parameter.shape)
     mesh = parameter.device_mesh
     for axis in reversed(range(mesh.ndim)):

@@ -36,6 +36,12 @@ class HostCopy:
                 storage.resize_(0)
         self.released = True
 
+    def renew(self) -> None:
+        """Copy tensors that have changed, and are in place, anew."""
+        assert not self.released
+        for storage, copy in zip(self._storages, self._host, strict=True):
+            copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` waits for it
+
     def restore(self) -> None:
         """Allocate and fill the tensors' storage; does nothing where they are in place."""
         if not self.released:

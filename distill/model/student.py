@@ -47,7 +47,7 @@ class Student:
         self._temperature = config.policy.generation.temperature
         self._loss_config = loss_at_temperature(config)
         self._loss_options: dict[str, Any] = dict(
-            chunk_rows=chunk_rows(config, policy.logprob_chunk_size, world.device),
+            chunk_rows=policy.logprob_chunk_size or config.runtime.logits_chunk_rows,
             valid_vocab=valid_vocab,
             stop_token_ids=tuple(stop_token_ids),
             topk_logits_k=config.distillation.topk_logits_k,
@@ -267,11 +267,6 @@ def loss_at_temperature(config: Config) -> Any:
     if temperature is None:
         temperature = config.policy.generation.temperature
     return dataclasses.replace(config.loss_fn, temperature=temperature)
-
-
-def chunk_rows(config: Config, logprob_chunk_size: int | None, device: torch.device) -> int:
-    """Rows whose logits exist at one time: the model's own key, or the run's, or what suits the device."""
-    return logprob_chunk_size or config.runtime.logits_chunk_rows or (2048 if device.type == "cuda" else 256)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, pieces: Sequence[Any]) -> torch.optim.lr_scheduler.LRScheduler:

@@ -14,7 +14,7 @@ from distill.model.load import ModelFiles, model_config
 from distill.model.offload import HostCopy
 from distill.model.parallel import Sharding, load_sharded
 from distill.model.plain import plain_logits
-from distill.model.student import DTYPES, chunk_rows, loss_at_temperature
+from distill.model.student import DTYPES, Student, loss_at_temperature
 from distill.runtime.packing import view_of
 from distill.runtime.split import spread
 from distill.runtime.world import World
@@ -45,7 +45,7 @@ class Teacher:
         self._keeps_sampled = loss.kl_type == "sampled"
         self._gives_rows = loss.support == "student" or self._top_k == 0
         self._head_VD: Tensor | None = None
-        self._chunk_rows = chunk_rows(config, config.teacher.logprob_chunk_size, world.device)
+        self._chunk_rows = config.teacher.logprob_chunk_size or config.runtime.logits_chunk_rows
         self._tp_group = world.tp_mesh.get_group()
         # Large packs are bound by arithmetic, so layers are gathered whole: the group shares positions, not matrices.
         again = config.teacher.dtensor_cfg.reshard_after_forward
@@ -125,9 +125,16 @@ class Teacher:
         assert self._head_VD is not None
         return TeacherRows(hidden_ND, self._head_VD)
 
-    def after_step(self, student: object) -> None:
+    def after_step(self, student: Student) -> None:
         """Let go of what the step's targets needed; a frozen teacher stays as it is."""
         self._head_VD = None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of the teacher: nothing of a frozen one."""
+        return {}
+
+    def resume(self, student: Student) -> None:
+        """Go on from what a checkpoint brought: nothing for a frozen one."""
 
     def onload(self) -> None:
         """Bring the shards back to the device; no collective."""

@@ -36,6 +36,8 @@ class Engine(Protocol):
     replicas: int
     residual_bytes: int
     """Device memory in use outside torch after the last sleep; 0 where sleeping frees none."""
+    pool_bytes: int
+    """Bytes that torch counts as given out and that are free while the engine sleeps."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """Take back the memory of the weights (from asleep) or of the key-value cache (from synced)."""
@@ -73,6 +75,7 @@ class EngineBase(ABC):
         self.replica = replica
         self.replicas = replicas
         self.residual_bytes = 0
+        self.pool_bytes = 0
         self.state: State = "asleep"
         self._manifest = dict(manifest)
         self._window = window

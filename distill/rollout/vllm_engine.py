@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.model.checksum import BitSums
+from distill.model.memory import CPU_CACHE
 from distill.rollout.engine import EngineBase, answer_limit, answer_seed, longest_first
 from distill.rollout.memory import CudaMemory, Memory, SleepGuard
 from distill.rollout.vllm_weights import VllmWeights
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 _CPU_DEFAULTS = {
     "enforce_eager": True,  # compiling takes a minute, and no CUDA graph is gained
     "block_size": 32,  # the default of 128 shares no prompt shorter than that between its answers
-    "kv_cache_memory_bytes": 2**29,
+    "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
 
@@ -106,6 +107,7 @@ class VllmEngine(EngineBase):
         self._memory = memory or (CudaMemory(pool_bytes) if self.can_sleep else None)
         self._guard = SleepGuard(self._memory) if self._memory else None
         self._needs = self._first_sleep()
+        self.pool_bytes = pool_bytes() if isinstance(self._memory, CudaMemory) else 0
         log.info(
             "vLLM: %d engine(s) of %d rank(s), window %d, weights by %s, %s; ready in %.0f s",
             *(self.replicas, tensor_parallel_size, window, self._weights.path),

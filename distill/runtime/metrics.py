@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.runtime.hostmemory import resident_bytes
 from distill.types import Rollout, Stats
 
 Kind = Literal["mean", "total", "max", "same"]
@@ -98,26 +99,34 @@ class Metrics:
 
 
 class Phases:
-    """Seconds of a step by phase; made at the step's start, which starts its clock.
+    """Seconds and memory of a step by phase; made at the step's start, which starts its clock.
 
     On CUDA the device is waited for when a phase begins and ends, so that a phase is charged with its own kernels.
+    ``memory`` is in bytes: on CUDA the most that torch's allocator had given out at once, elsewhere what of the process
+    was resident when the phase ended.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Charge what happens inside to phase ``name``; a phase may come several times in a step."""
         self._wait()
+        if self._on_cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         try:
             yield
         finally:
             self._wait()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            used = torch.cuda.max_memory_allocated(self._device) if self._on_cuda else resident_bytes()
+            if used is not None:
+                self.memory[name] = max(self.memory.get(name, 0), used)
 
     def stats(self) -> Stats:
         """``timing/train/*`` in seconds as (seconds, 1): over ranks a mean, so that phases add up to the step."""
@@ -125,8 +134,12 @@ class Phases:
         return {f"timing/train/{name}": (value, 1.0) for name, value in seconds.items()}
 
     def _wait(self) -> None:
-        if self._device is not None and self._device.type == "cuda":
+        if self._on_cuda:
             torch.cuda.synchronize(self._device)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
 
 
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:

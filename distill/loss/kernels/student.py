@@ -9,6 +9,7 @@ logits. A thread holds the same lanes of all G runs, so that it adds up a tile a
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -66,23 +67,24 @@ def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tup
     tail_max_C, tail_sum_C, tail_product_C = (torch.empty_like(logits_CK[:, 0]) for _ in range(3))
     if rows:
         tile = launch(vocab, z_CV.dtype)
-        _reduce[(rows,)](
-            z_CV,
-            ids_CK.contiguous(),
-            logits_CK,
-            tail_max_C,
-            tail_sum_C,
-            tail_product_C,
-            z_CV.stride(0),
-            vocab,
-            k,
-            inverse_temperature,
-            BLOCK=id_block(k),
-            RUNS=tile.runs,
-            LANES=tile.lanes,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device(z_CV.device) if z_CV.is_cuda else nullcontext():
+            _reduce[(rows,)](
+                z_CV,
+                ids_CK.contiguous(),
+                logits_CK,
+                tail_max_C,
+                tail_sum_C,
+                tail_product_C,
+                z_CV.stride(0),
+                vocab,
+                k,
+                inverse_temperature,
+                BLOCK=id_block(k),
+                RUNS=tile.runs,
+                LANES=tile.lanes,
+                num_warps=tile.num_warps,
+                enable_fp_fusion=True,
+            )
     return logits_CK, tail_max_C, tail_sum_C, tail_product_C
 
 
@@ -127,25 +129,26 @@ def gradient_rows(
     _check_numbers("d_logits_CK", d_logits_CK, (rows, k))
     if rows:
         tile = launch(vocab, out_CV.dtype)
-        _gradient[(rows,)](
-            z_CV,
-            ids_CK.contiguous(),
-            tail_max_C.contiguous(),
-            factor_C.contiguous(),
-            None if slope_C is None else slope_C.contiguous(),
-            d_logits_CK.contiguous(),
-            out_CV,
-            z_CV.stride(0),
-            out_CV.stride(0),
-            vocab,
-            k,
-            inverse_temperature,
-            BLOCK=id_block(k),
-            RUNS=tile.runs,
-            LANES=tile.lanes,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device(z_CV.device) if z_CV.is_cuda else nullcontext():
+            _gradient[(rows,)](
+                z_CV,
+                ids_CK.contiguous(),
+                tail_max_C.contiguous(),
+                factor_C.contiguous(),
+                None if slope_C is None else slope_C.contiguous(),
+                d_logits_CK.contiguous(),
+                out_CV,
+                z_CV.stride(0),
+                out_CV.stride(0),
+                vocab,
+                k,
+                inverse_temperature,
+                BLOCK=id_block(k),
+                RUNS=tile.runs,
+                LANES=tile.lanes,
+                num_warps=tile.num_warps,
+                enable_fp_fusion=True,
+            )
     return out_CV
 
 

@@ -1,0 +1,75 @@
+"""The loop itself, on stand-ins for everything that it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distill import train
+from distill.rollout import exchange
+from distill.types import TeacherRows
+
+
+def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them may lie beside a checkpoint, the next generation, or the next step's."""
+    made: list[weakref.ref[Any]] = []
+    seen: list[tuple[str, int]] = []
+
+    def look(where: str, *_: Any) -> Any:
+        seen.append((where, sum(tensor() is not None for tensor in made)))
+        return []
+
+    def made_here(*shape: int) -> torch.Tensor:
+        tensor = torch.zeros(*shape)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    class Teacher:
+        head: torch.Tensor | None = None
+
+        def onload(self) -> None:
+            look("before the targets")
+
+        def targets(self, micro_batch: object) -> TeacherRows:
+            if self.head is None:
+                self.head = made_here(4, 2)
+            return TeacherRows(made_here(3, 2), self.head)
+
+        def offload(self) -> None:
+            look("offload")
+
+        def after_step(self, student: object) -> None:
+            self.head = None
+
+    student = SimpleNamespace(
+        learning_rate=0.0,
+        train=lambda *_: look("train"),
+        end_step=lambda: look("end of step"),
+        **dict.fromkeys(("onload", "offload"), lambda: None),
+    )
+    run: Any = SimpleNamespace(
+        student=student,
+        teacher=Teacher(),
+        engine=SimpleNamespace(replica=0, replicas=1, generate=lambda *_: look("generation"), sleep=lambda: None),
+        first_step=0,
+        last_step=2,
+        phases=lambda: lambda name: contextlib.nullcontext(),
+        order=SimpleNamespace(batch=lambda step: []),
+        freshness=SimpleNamespace(renew=lambda *_: None),
+        world=SimpleNamespace(agreed=lambda what: contextlib.nullcontext()),
+        views=SimpleNamespace(prefixed=lambda mine: (mine, {})),
+        save_if_due=lambda step: look("checkpoint"),
+        record=lambda *_: None,
+        **dict.fromkeys(("sampling", "layout", "packing", "seed")),
+    )
+    monkeypatch.setattr(train, "plan", lambda *_: [("a", "b"), ("c",)])
+    monkeypatch.setattr(exchange, "gather_rollouts", lambda *_, version: [])
+    train.train(run)
+    # Three rows and one head; two rows go with the first batch, one with the second, the head after the step.
+    step = [("generation", 0), ("before the targets", 0), ("offload", 4), ("train", 4), ("train", 2)]
+    assert seen == [*step, ("end of step", 1), ("checkpoint", 0)] * 2
