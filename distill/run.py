@@ -319,7 +319,8 @@ def _stop_token_ids(
 def _prompt_order(config: Config, models: Models) -> PromptOrder:
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = config.policy.tokenizer.chat_template_kwargs
-    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs)
+    trace_column = config.distillation.context_distillation.trace_column
+    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=trace_column)
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
 
 

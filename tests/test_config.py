@@ -338,6 +338,13 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant(word: str, senten
         ("distillation.context_distillation.mode=ema", "isn't possible: set it to self_frozen"),
         ("distillation.context_distillation.alignment=text", "isn't possible: set it to response_token_index"),
         ("distillation.context_distillation.problem_source=x", "isn't possible: set it to original_user_problem"),
+        ("distillation.context_distillation.trace_source=x", "isn't possible: set it to dynamic or static_dataset"),
+        (
+            "distillation.context_distillation.overflow_policy=x",
+            "set it to truncate_trace, truncate_prefix_only or truncate_prefix_from_end",
+        ),
+        ("distillation.context_distillation.trace_extractor.selection=x", "set it to first, last or longest"),
+        ("distillation.context_distillation.trace_extractor.missing_trace_policy=x", "set it to empty or drop_sample"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_the_type_wanted(word: str, remedy: str) -> None:
@@ -536,10 +543,23 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
         ([TEMPLATE + "{problem.text}"], ["unknown placeholder {problem.text}"]),
         ([TEMPLATE + "{trace!r}"], ["unknown placeholder {trace!r}"]),
         ([TEMPLATE + "{trace:>9}"], ["unknown placeholder {trace:>9}"]),
-        ([TEMPLATE + "{problem"], ["teacher_prefix_template can't be read", "{{ and }}"]),
+        ([TEMPLATE + "{problem"], ["teacher_prefix_template has a single {", "{{ or }}"]),
+        ([TEMPLATE + "{trace}"], ["teacher_prefix_template has no {problem}", "put it in"]),
         (
             ["distillation.context_distillation.enabled=true"],
             ["teacher.model_name=Qwen/Qwen3-4B differs from policy.model_name=Qwen/Qwen3-0.6B", "self_frozen"],
+        ),
+        (
+            [*CONTEXT, "distillation.context_distillation.trace_source=static_dataset"],
+            ["static_trace.answer_column=null names no column", "set it to the dataset's column with the traces"],
+        ),
+        (
+            [*CONTEXT, "distillation.context_distillation.static_trace.answer_column=solution"],
+            ["static_trace.answer_column=solution is read under", "set it to static_dataset, or the column to null"],
+        ),
+        (
+            [*CONTEXT, "distillation.context_distillation.trace_extractor.type=full_text"],
+            ["trace_extractor.type=full_text would show", "set the type to think_tag, or the source to static_dataset"],
         ),
         (["data.train=null"], ["data.train=null leaves nothing to train on", "data.train.data_path"]),
         (["data.train.dataset_name=null"], ["data.train has neither dataset_name nor data_path"]),
@@ -569,7 +589,13 @@ def test_a_contradiction_is_refused_with_its_remedy(words: list[str], parts: lis
     [
         CONTEXT,
         [*CONTEXT, "teacher.max_total_sequence_length=100", "policy.generation.max_new_tokens=100"],
-        [*CONTEXT, TEMPLATE + "Answer in {{braces}}."],
+        [*CONTEXT, TEMPLATE + "{problem} Answer in {{braces}}."],
+        [
+            *CONTEXT,
+            "distillation.context_distillation.trace_source=static_dataset",
+            "distillation.context_distillation.static_trace.answer_column=solution",
+            "distillation.context_distillation.trace_extractor.type=full_text",
+        ],
         ["data.validation=null", "distillation.val_period=0"],
         ["teacher.model_name=${policy.model_name}", "distillation.allow_degenerate=true"],
         ["policy.generation.top_p=0.9", "policy.generation.top_k=5", "distillation.allow_degenerate=true"],
@@ -652,7 +678,7 @@ def test_data_default_fills_only_what_a_dataset_leaves_out(write: Write) -> None
 def test_the_resolved_text_is_a_recipe_of_the_same_configuration(write: Write) -> None:
     words = [
         *CONTEXT,
-        TEMPLATE + "{{x}}: {trace}\n",
+        TEMPLATE + "{{x}}: {problem} {trace}\n",
         r"logger.wandb.name=costs \${x}",
         "data.validation=[{data_path: a}]",
     ]

@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config import DatasetConfig
+from distill.config.template import Template
 from distill.data.problems import load_problems
 from distill.data.prompts import PromptOrder, Prompts, chat_ids, load_prompts
-from distill.data.template import Template, read_prompt_file
+from distill.data.template import read_prompt_file
 from distill.types import Problem, UserError
 from tests.tiny_tokenizer import tiny_tokenizer
 

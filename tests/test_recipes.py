@@ -192,6 +192,7 @@ def test_the_context_recipe_is_the_references_first_version() -> None:
     )
     extractor = context.trace_extractor
     assert (extractor.type, extractor.selection, extractor.missing_trace_policy) == ("think_tag", "first", "empty")
+    assert (context.trace_source, extractor.unclosed_span) == ("dynamic", "ignore")
     assert context.metrics.enabled
 
 

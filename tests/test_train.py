@@ -136,9 +136,11 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     context = [
         "distillation.context_distillation.enabled=true",
         f"teacher.model_name={root}/student",
+        "teacher.max_total_sequence_length=256",
         "distillation.max_num_steps=2",
     ]
     extractor = "distillation.context_distillation.trace_extractor"
+    none = [f"{extractor}.missing_trace_policy=drop_sample", f"{extractor}.unclosed_span=ignore"]
     return _run(
         [
             _command(root, "whole"),
@@ -146,7 +148,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "parted"),
             _command(root, "same", *same),
             _command(root, "context", *context),
-            _command(root, "dropped", *context, f"{extractor}.missing_trace_policy=drop_sample"),
+            _command(root, "dropped", *context, *none),
         ]
     )
 
@@ -295,6 +297,23 @@ BAD = {
             "teacher.model_name={root}/student",
         ],
         "{hint}",
+    ),
+    "a template longer than the window": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.teacher_prefix_template={{problem}}" + " and so on" * 60,
+            "teacher.model_name={root}/student",
+        ],
+        "teacher_prefix_template has 619 tokens before problem",
+    ),
+    "a missing column of traces": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.trace_source=static_dataset",
+            "distillation.context_distillation.static_trace.answer_column=solution",
+            "teacher.model_name={root}/student",
+        ],
+        "static_trace.answer_column=solution is missing in line 1 of",
     ),
     "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
     "a missing column": (["data.train.input_key=problem"], "problem"),

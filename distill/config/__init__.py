@@ -30,6 +30,7 @@ from distill.config.schema import (
     LossConfig,
     MathEnvConfig,
     RuntimeConfig,
+    StaticTraceConfig,
     TraceExtractorConfig,
     WandbConfig,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "PolicyConfig",
     "RuntimeConfig",
     "SchedulerStage",
+    "StaticTraceConfig",
     "TeacherConfig",
     "TokenizerConfig",
     "TraceExtractorConfig",

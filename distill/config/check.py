@@ -6,12 +6,12 @@ What needs the models' files, the data or the world of ranks is checked where th
 from __future__ import annotations
 
 import re
-import string
 from operator import attrgetter
 from typing import Any
 
 from distill.config.build import any_of, refuse, show
 from distill.config.schema import Config, DatasetConfig, LossConfig
+from distill.config.template import teacher_template
 
 AT_LEAST: dict[int, str] = {
     1: """distillation.num_prompts_per_step distillation.num_generations_per_prompt distillation.max_num_steps
@@ -244,39 +244,37 @@ def check_jsd(loss: LossConfig) -> None:
 
 
 def _context(config: Config) -> None:
-    context = config.distillation.context_distillation
-    for placeholder in _placeholders(context.teacher_prefix_template):
-        if placeholder not in ("{problem}", "{trace}"):
-            refuse(
-                f"distillation.context_distillation.teacher_prefix_template has the unknown placeholder {placeholder}: "
-                "use {problem} and {trace}, and double other braces ({{ and }})"
-            )
+    context, key = config.distillation.context_distillation, "distillation.context_distillation"
+    teacher_template(context.teacher_prefix_template)
     if not 0 < context.ema_decay < 1:
         refuse(
-            f"distillation.context_distillation.ema_decay={context.ema_decay} must lie between 0 and 1: set it so, or "
-            "mode to self_frozen (1) or self_live (0)"
+            f"{key}.ema_decay={context.ema_decay} must lie between 0 and 1: set it so, or mode to self_frozen (1) or "
+            "self_live (0)"
         )
-    if context.enabled and config.policy.model_name != config.teacher.model_name:
+    if not context.enabled:
+        return
+    if config.policy.model_name != config.teacher.model_name:
         refuse(
             f"teacher.model_name={config.teacher.model_name} differs from policy.model_name="
-            f"{config.policy.model_name} under distillation.context_distillation.mode={context.mode}, where the "
-            "teacher is the student itself: set both to the same"
+            f"{config.policy.model_name} under {key}.mode={context.mode}, where the teacher is the student itself: set "
+            "both to the same"
         )
-
-
-def _placeholders(template: str) -> list[str]:
-    """What stands in single braces, braces and all."""
-    found = []
-    try:
-        for _, name, spec, conversion in string.Formatter().parse(template):
-            if name is not None:
-                found.append("{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}")
-    except ValueError as error:
+    column = context.static_trace.answer_column
+    if context.trace_source == "static_dataset" and not column:
         refuse(
-            f"distillation.context_distillation.teacher_prefix_template can't be read ({error}): double the braces "
-            "that are no placeholder ({{ and }})"
+            f"{key}.static_trace.answer_column={show(column)} names no column under {key}.trace_source=static_dataset: "
+            "set it to the dataset's column with the traces"
         )
-    return found
+    if context.trace_source == "dynamic" and column:
+        refuse(
+            f"{key}.static_trace.answer_column={column} is read under {key}.trace_source=static_dataset alone, and it "
+            "is dynamic: set it to static_dataset, or the column to null"
+        )
+    if context.trace_source == "dynamic" and context.trace_extractor.type == "full_text":
+        refuse(
+            f"{key}.trace_extractor.type=full_text would show the teacher the whole answer that it scores under "
+            f"{key}.trace_source=dynamic: set the type to think_tag, or the source to static_dataset"
+        )
 
 
 def _data(config: Config) -> None:

@@ -18,14 +18,25 @@ Outside = Literal["bucket", "renormalize", "floor"]
 
 @dataclass(frozen=True)
 class TraceExtractorConfig:
-    """How a trace (a stretch of reasoning) is taken out of the student's own answer."""
+    """How a trace (a stretch of reasoning) is taken out of the student's answer or a dataset's column."""
 
-    type: Literal["think_tag"] = "think_tag"
-    """think_tag: the text between <think> and </think>."""
-    selection: Literal["first"] = "first"
-    """Which of several spans is taken: the first."""
+    type: Literal["think_tag", "full_text"] = "think_tag"
+    """think_tag: the text between <think> and </think>; full_text: all of a column that holds nothing but the trace."""
+    selection: Literal["first", "last", "longest"] = "first"
+    """Which of several spans is taken; longest counts characters, and of equally long ones the first is taken."""
+    unclosed_span: Literal["to_end", "ignore"] = "to_end"
+    """A <think> that no </think> follows, as in an answer cut short. to_end: its span reaches to the end of the text;
+    ignore: it is no span."""
     missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
     """An answer without a trace: empty fills the template with an empty one, drop_sample leaves the answer out."""
+
+
+@dataclass(frozen=True)
+class StaticTraceConfig:
+    """Traces that the dataset brings."""
+
+    answer_column: str | None = None
+    """The column that the trace is extracted from, by its name or a dotted path; every row has it, null or a text."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +64,29 @@ class ContextDistillationConfig:
     """original_user_problem: {problem} is the dataset's text, before prompt file and chat template."""
     alignment: Literal["response_token_index"] = "response_token_index"
     """response_token_index: the i-th token of the answer is compared with the i-th, whatever stands before it."""
-    overflow_policy: Literal["truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_prefix_only"
-    """Prefix and answer beyond teacher.max_total_sequence_length: truncate_prefix_only keeps the prefix's last tokens,
-    truncate_prefix_from_end its first; the answer is never cut."""
+    overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
+    """Prefix and answer beyond teacher.max_total_sequence_length: truncate_trace keeps so much of the trace's beginning
+    as fits, template and chat header whole, and leaves out an answer that does not fit without a trace either;
+    truncate_prefix_only keeps the prefix's last tokens, truncate_prefix_from_end its first. No answer is ever cut."""
     teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
-    """What the teacher reads; {problem} and {trace} are filled in, other braces are doubled ({{ and }})."""
+    """What the teacher reads; {problem} and {trace} are filled in, other braces are doubled ({{ and }}). Without
+    {trace} it is plain context distillation: a rule, a hint, worked examples that only the teacher sees."""
     chat_template: bool = True
     """Wrap the filled template into the model's chat template as a user message; false: the teacher reads it bare."""
+    trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
+    """dynamic: the answer that is about to be scored, so that the teacher has read its reasoning before judging it;
+    static_dataset: the column static_trace.answer_column."""
+    static_trace: StaticTraceConfig = field(default_factory=StaticTraceConfig)
+    """Where static_dataset finds the trace."""
     trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
     """How the trace is found."""
     metrics: ContextMetricsConfig = field(default_factory=ContextMetricsConfig)
     """What is reported of it."""
+
+    @property
+    def trace_column(self) -> str | None:
+        """The dataset's column that traces come from; None where none is read."""
+        return self.static_trace.answer_column if self.enabled and self.trace_source == "static_dataset" else None
 
 
 @dataclass(frozen=True)

@@ -6,31 +6,37 @@ is compared with the i-th. An answer never is cut: the prefix gives way, or the 
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from distill.config.template import teacher_template
 from distill.data.prompts import chat_ids, token_ids
-from distill.data.template import Template
 from distill.types import Rollout, Stats, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from distill.config import Config
+    from distill.config import Config, ContextDistillationConfig, TraceExtractorConfig
 
-Overflow = Literal["truncate_prefix_only", "truncate_prefix_from_end"]
-MissingTrace = Literal["empty", "drop_sample"]
+logger = logging.getLogger(__name__)
 
-_TEMPLATE_KEY = "distillation.context_distillation.teacher_prefix_template"
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_KEY = "distillation.context_distillation"
+_CLOSED_SPAN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_SPAN = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
-def extract_trace(text: str) -> str:
-    """The first ``<think>...</think>`` span of an answer, stripped; "" where there is none or it is not closed."""
-    span = _THINK.search(text)
-    return span.group(1).strip() if span else ""
+def extract_trace(text: str, extractor: TraceExtractorConfig) -> str:
+    """The span of ``text`` that ``extractor`` chooses, without the white space around it; "" where there is none."""
+    if extractor.type == "full_text":
+        return text.strip()
+    pattern = _SPAN if extractor.unclosed_span == "to_end" else _CLOSED_SPAN
+    spans = [found.group(1).strip() for found in pattern.finditer(text)]
+    if not spans:
+        return ""
+    return {"first": spans[0], "last": spans[-1], "longest": max(spans, key=len)}[extractor.selection]
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,8 @@ def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase) -> Teacher
     if not context.enabled:
         return SamePromptViews()
     own = config.teacher.tokenizer.chat_template_kwargs
-    return ContextViews(
-        tokenizer,
-        context.teacher_prefix_template,
-        max_tokens=config.teacher.max_total_sequence_length,
-        overflow=context.overflow_policy,
-        missing_trace=context.trace_extractor.missing_trace_policy,
-        chat_template=context.chat_template,
-        template_kwargs=config.policy.tokenizer.chat_template_kwargs if own is None else own,
-    )
+    kwargs = config.policy.tokenizer.chat_template_kwargs if own is None else own
+    return ContextViews(tokenizer, context, config.teacher.max_total_sequence_length, kwargs)
 
 
 @dataclass(frozen=True)
@@ -92,86 +91,152 @@ class _Sample:
 
 
 class ContextViews:
-    """The teacher reads a template with the raw problem and the trace of the answer that it is about to score.
+    """The teacher reads a template with the raw problem, and the trace of the answer that it scores or a dataset's.
 
-    ``max_tokens`` is the teacher's window, prefix and answer together. With ``chat_template`` the filled template is a
-    user message with a generation prompt; without, it is bare text. Raises UserError for a template that names anything
-    but ``{problem}`` and ``{trace}``, or not the problem.
+    ``max_tokens`` is the teacher's window, prefix and answer together. With ``context.chat_template`` the filled
+    template is a user message with a generation prompt; without, it is bare text. Raises UserError for a template that
+    names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills the window by itself.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        template: str,
+        context: ContextDistillationConfig,
         max_tokens: int,
-        overflow: Overflow = "truncate_prefix_only",
-        missing_trace: MissingTrace = "empty",
-        chat_template: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = Template(template, ("problem", "trace"), _TEMPLATE_KEY)
-        if self._template.count("problem") == 0:
-            raise UserError(
-                f"{_TEMPLATE_KEY} has no {{problem}}: put it in, or the teacher does not know what is asked"
-            )
+        self._context = context
         self._max_tokens = max_tokens
-        self._overflow = overflow
-        # A template without {trace} needs none: plain context distillation.
-        self._drops_missing = missing_trace == "drop_sample" and self._template.count("trace") > 0
-        self._chat_template = chat_template
         self._template_kwargs = template_kwargs
+        self._template = teacher_template(context.teacher_prefix_template)
+        shows_trace = self._template.count("trace") > 0
+        # A template without {trace} needs none: plain context distillation.
+        self._drops_missing = context.trace_extractor.missing_trace_policy == "drop_sample" and shows_trace
+        (alone,) = self._filled([("", "")])
+        if len(alone) >= max_tokens:
+            raise UserError(
+                f"{_KEY}.teacher_prefix_template has {len(alone)} tokens before problem, trace and answer come in, and "
+                f"teacher.max_total_sequence_length={max_tokens} is to hold all of them: shorten it, or raise "
+                "teacher.max_total_sequence_length"
+            )
+        if shows_trace and context.trace_source == "dynamic":
+            logger.warning(
+                "%s.trace_source=dynamic lets the teacher read the reasoning of the answer before it scores that "
+                "answer, and it may agree with what it has read: %s.trace_source=static_dataset takes traces from the "
+                "data, and a template without {trace} needs none",
+                *(_KEY, _KEY),
+            )
 
     def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], ViewCounts]:
         """The answers with the teacher's prefixes, those left out that lack a trace or do not fit; and the counts.
 
         Names and formulas are the reference system's: ``trace_coverage`` is answers with a trace over all answers,
         before any is left out; ``prefix_truncation_rate`` is cut prefixes over answers that stay
-        (``valid_samples``); ``dropped_samples`` is the sum of its three parts.
+        (``valid_samples``); ``dropped_samples`` is the sum of its parts. Raises UserError for a problem without the
+        column of the traces.
         """
         samples = [_Sample(rollout, trace) for rollout, trace in zip(rollouts, self._traces(rollouts), strict=True)]
         traced = [s for s in samples if s.trace or not self._drops_missing]
         short = [s for s in traced if s.length <= self._max_tokens]
-        valid = [s for s in short if s.length < self._max_tokens]
+        roomy = [s for s in short if s.length < self._max_tokens]
+        whole = self._prefixes(roomy)
+        fitted = [(s, ids, self._fitted(s, ids)) for s, ids in zip(roomy, whole, strict=True)]
+        valid = [(s, ids, cut) for s, ids, cut in fitted if cut is not None]
         dropped = {
             "missing_trace": len(samples) - len(traced),
             "too_long_response": len(traced) - len(short),
-            "no_prefix_budget": len(short) - len(valid),
+            "no_prefix_budget": len(short) - len(roomy),
+            "prefix_too_long": len(roomy) - len(valid),
         }
-        prefixes = self._prefixes(valid)
-        cut = [self._cut(ids, self._max_tokens - s.length) for ids, s in zip(prefixes, valid, strict=True)]
-        truncated = sum(len(ids) < len(whole) for ids, whole in zip(cut, prefixes, strict=True))
-        views = [replace(s.rollout, teacher_prefix_ids=tuple(ids)) for s, ids in zip(valid, cut, strict=True)]
-        return views, ViewCounts(self._means(samples, cut, truncated), _totals(dropped, truncated, len(valid)))
+        truncated = sum(len(cut) < len(ids) for _, ids, cut in valid)
+        views = [replace(s.rollout, teacher_prefix_ids=tuple(cut)) for s, _, cut in valid]
+        return views, ViewCounts(self._means(samples, views, truncated), _totals(dropped, truncated, len(valid)))
 
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
-        # Special tokens stay in the text: in some tokenizers the think tags are among them.
-        as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return [extract_trace(str(self._tokenizer.decode(list(r.response_ids), **as_it_is))) for r in rollouts]
+        return [extract_trace(text, self._context.trace_extractor) for text in map(self._trace_source, rollouts)]
+
+    def _trace_source(self, rollout: Rollout) -> str:
+        """The text that an answer's trace is taken from."""
+        if self._context.trace_source == "dynamic":
+            # Special tokens stay in the text: in some tokenizers the think tags are among them. The stop token goes: an
+            # unclosed span would take it along, and it would end the teacher's user message.
+            ids = rollout.response_ids[:-1] if rollout.finish == "stop" else rollout.response_ids
+            as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return str(self._tokenizer.decode(list(ids), **as_it_is))
+        column, problem = self._context.static_trace.answer_column or "", rollout.prompt.problem
+        if column not in problem.columns:
+            raise UserError(
+                f"{_KEY}.static_trace.answer_column={column} is missing in a problem of {problem.source}, which has "
+                f"{', '.join(problem.columns) or 'no other column of texts'}: set it to a column of all its problems"
+            )
+        return problem.columns[column]
 
     def _prefixes(self, samples: Sequence[_Sample]) -> list[list[int]]:
-        texts = [self._template.fill({"problem": s.rollout.prompt.problem.text, "trace": s.trace}) for s in samples]
-        if not self._chat_template:
+        return self._filled([(s.rollout.prompt.problem.text, s.trace) for s in samples])
+
+    def _filled(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """The token ids of the template with each (problem, trace)."""
+        texts = [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
+        if not self._context.chat_template:
             return token_ids(self._tokenizer, texts)
         return chat_ids(self._tokenizer, [[{"role": "user", "content": text}] for text in texts], self._template_kwargs)
 
-    def _cut(self, prefix: list[int], budget: int) -> list[int]:
-        """At most ``budget`` >= 1 tokens of the prefix: its last ones, or its first."""
+    def _fitted(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
+        """The prefix itself where it fits before its answer, else what the overflow policy leaves; None: nothing."""
+        budget = self._max_tokens - sample.length
         if len(prefix) <= budget:
             return prefix
-        return prefix[-budget:] if self._overflow == "truncate_prefix_only" else prefix[:budget]
+        if self._context.overflow_policy == "truncate_prefix_only":
+            return prefix[-budget:]
+        if self._context.overflow_policy == "truncate_prefix_from_end":
+            return prefix[:budget]
+        return self._with_less_trace(sample, budget)
 
-    def _means(self, samples: Sequence[_Sample], prefixes: Sequence[list[int]], truncated: int) -> Stats:
+    def _with_less_trace(self, sample: _Sample, budget: int) -> list[int] | None:
+        """The prefix with as much of the trace's beginning as fits; None where the rest alone does not."""
+
+        def prefix(characters: int) -> list[int]:
+            return self._prefixes([replace(sample, trace=sample.trace[:characters])])[0]
+
+        # Where an answer without a trace is left out, one whose trace is cut to nothing is too.
+        least = 1 if self._drops_missing else 0
+        kept = _most_that_fits(lambda characters: len(prefix(characters)), least, len(sample.trace), budget)
+        return None if kept is None else prefix(kept)
+
+    def _means(self, samples: Sequence[_Sample], views: Sequence[Rollout], truncated: int) -> Stats:
         traces = [s.trace for s in samples if s.trace]
         trace_tokens = sum(map(len, token_ids(self._tokenizer, traces)))
         means = {
             "trace_coverage": (len(traces), len(samples)),
             "trace_mean_chars": (sum(map(len, traces)), len(traces)),
             "trace_mean_tokens": (trace_tokens, len(traces)),
-            "prefix_truncation_rate": (truncated, len(prefixes)),
-            "prefix_mean_tokens": (sum(map(len, prefixes)), len(prefixes)),
+            "prefix_truncation_rate": (truncated, len(views)),
+            "prefix_mean_tokens": (sum(len(view.teacher_prefix_ids) for view in views), len(views)),
         }
         return {_named(name): (float(total), float(count)) for name, (total, count) in means.items() if count}
+
+
+def _most_that_fits(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
+    """The largest number from ``low`` to below ``high`` whose rising ``length`` is within ``limit``, or one before it
+    that reaches the limit; None where there is none. ``high`` is known not to fit.
+
+    A length is a tokenisation, so a guess goes where a straight line would; to the middle once lines have led nowhere.
+    """
+    short, long, slow = length(low), length(high), 0
+    if short > limit:
+        return None
+    while high - low > 1 and short < limit:
+        width = high - low
+        step = width // 2 if slow > 3 else width * (limit - short) // (long - short)
+        middle = low + min(max(step, 1), width - 1)
+        found = length(middle)
+        if found <= limit:
+            low, short = middle, found
+        else:
+            high, long = middle, found
+        slow = slow + 1 if high - low > width // 2 else 0
+    return low
 
 
 def _totals(dropped: Mapping[str, int], truncated: int, valid: int) -> dict[str, float]:

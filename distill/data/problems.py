@@ -54,15 +54,21 @@ KNOWN = {
 """The reference system's short names, with its columns."""
 
 
-def load_problems(datasets: Sequence[DatasetConfig], where: str = "data.train") -> list[Problem]:
+_TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
+
+
+def load_problems(
+    datasets: Sequence[DatasetConfig], where: str = "data.train", trace_column: str | None = None
+) -> list[Problem]:
     """All problems of ``datasets``, one after the other, each dataset repeated as it asks.
 
-    ``where`` is the key that a message names. Raises UserError for whatever the user can put right: a missing file, an
-    empty dataset, a missing column, a malformed line, a column of the wrong type, a hub that can't be reached.
+    ``where`` is the key that a message names. ``trace_column``, where it is set, must be in every row, a text or null;
+    null becomes "". Raises UserError for whatever the user can put right: a missing file, an empty dataset, a missing
+    column, a malformed line, a column of the wrong type, a hub that can't be reached.
     """
     problems: list[Problem] = []
     for key, dataset in keyed(datasets, where):
-        problems += load_dataset_problems(dataset, key)
+        problems += load_dataset_problems(dataset, key, trace_column)
     return problems
 
 
@@ -74,11 +80,11 @@ def keyed(datasets: Sequence[DatasetConfig], where: str) -> Iterator[tuple[str, 
         yield (where if len(datasets) == 1 else f"{where}[{i}]"), dataset
 
 
-def load_dataset_problems(dataset: DatasetConfig, where: str) -> list[Problem]:
+def load_dataset_problems(dataset: DatasetConfig, where: str, trace_column: str | None = None) -> list[Problem]:
     """The problems of one dataset, ``repeat`` times over: first all of them once, then all of them again."""
     if dataset.repeat < 1:
         raise UserError(f"{where}.repeat={dataset.repeat} is no number of times to read it: set it to at least 1")
-    columns = _Columns.of(dataset, where)
+    columns = _Columns.of(dataset, where, trace_column)
     rows = _rows(dataset, columns)
     if not rows:
         raise UserError(f"{where}: {columns.source} is empty: give it at least one problem")
@@ -107,9 +113,10 @@ class _Columns:
     needs_answer: bool
     """The user (or the short name) says that there are answers: a row without one is an error."""
     answer_after: str
+    trace_column: str | None
 
     @classmethod
-    def of(cls, dataset: DatasetConfig, where: str) -> _Columns:
+    def of(cls, dataset: DatasetConfig, where: str, trace_column: str | None) -> _Columns:
         """Keys that the user left out come from the short name's table; else they are "input" and "output"."""
         known = None if dataset.data_path else _known(dataset.dataset_name)
         source = dataset.data_path or (known.hub if known else dataset.dataset_name) or ""
@@ -121,21 +128,29 @@ class _Columns:
             output_key=dataset.output_key or (known.output_key if known else "output"),
             needs_answer=dataset.output_key is not None or known is not None,
             answer_after=known.answer_after if known and own_answer else "",
+            trace_column=trace_column,
         )
 
     def problem(self, row: Row) -> Problem:
-        text = self._value(row, "input_key", self.input_key)
-        if not isinstance(text, str | None):
-            raise self._wrong_type(row, "input_key", self.input_key, text, "strings")
+        text = self._text(row, f"{self.where}.input_key", self.input_key)
         others = {k: v for k, v in row[1].items() if isinstance(v, str) and k not in (self.input_key, self.output_key)}
-        return Problem(text or "", self._answer(row), self.source, others)
+        if self.trace_column is not None:
+            others[self.trace_column] = self._text(row, _TRACE_KEY, self.trace_column)
+        return Problem(text, self._answer(row), self.source, others)
+
+    def _text(self, row: Row, key: str, name: str) -> str:
+        text = self._value(row, key, name)
+        if not isinstance(text, str | None):
+            raise self._wrong_type(row, key, name, text, "strings")
+        return text or ""
 
     def _answer(self, row: Row) -> str:
         if not self.needs_answer and self.output_key not in row[1]:
             return ""
-        answer = self._value(row, "output_key", self.output_key)
+        key = f"{self.where}.output_key"
+        answer = self._value(row, key, self.output_key)
         if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-            raise self._wrong_type(row, "output_key", self.output_key, answer, "strings or numbers")
+            raise self._wrong_type(row, key, self.output_key, answer, "strings or numbers")
         text = "" if answer is None else str(answer)
         return text.rpartition(self.answer_after)[2].strip() if self.answer_after else text
 
@@ -148,24 +163,27 @@ class _Columns:
     def missing(self, key: str, name: str, place: str, there: Iterable[str]) -> UserError:
         columns = ", ".join(there) or "nothing"
         return UserError(
-            f"{self.where}.{key}={name} is missing in {place} of {self.source}, which has {columns}: "
-            f"set {self.where}.{key} to one of these"
+            f"{key}={name} is missing in {place} of {self.source}, which has {columns}: set {key} to one of these"
         )
 
     def _wrong_type(self, row: Row, key: str, name: str, found: Any, wanted: str) -> UserError:
         kind = type(found).__name__
         return UserError(
-            f"{self.where}.{key}={name} is of type {kind} in {row[0]} of {self.source}: name a column of {wanted}"
+            f"{key}={name} is of type {kind} in {row[0]} of {self.source}: name a column of {wanted}"
         )
 
     def table_rows(self, table: Any) -> list[Row]:
         """The rows of an Arrow table, without the columns that no one asks for (long lists, images)."""
         from pyarrow import types
 
+        wanted = [(f"{self.where}.input_key", self.input_key, True)]
+        wanted.append((f"{self.where}.output_key", self.output_key, self.needs_answer))
+        if self.trace_column is not None:
+            wanted.append((_TRACE_KEY, self.trace_column, True))
         roots = []
-        for key, name in (("input_key", self.input_key), ("output_key", self.output_key)):
+        for key, name, needed in wanted:
             roots.append(name if name in table.column_names else name.split(".")[0])
-            if roots[-1] not in table.column_names and (key == "input_key" or self.needs_answer):
+            if roots[-1] not in table.column_names and needed:
                 raise self.missing(key, name, "the table", table.column_names)
         kept = [
             field.name

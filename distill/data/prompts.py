@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distill.config.template import Template
 from distill.data.problems import keyed, load_dataset_problems
-from distill.data.template import Template, read_prompt_file, read_text
+from distill.data.template import read_prompt_file, read_text
 from distill.types import Problem, Prompt, UserError
 
 if TYPE_CHECKING:
@@ -117,18 +118,20 @@ def load_prompts(
     max_tokens: int,
     template_kwargs: Mapping[str, Any] | None = None,
     where: str = "data.train",
+    trace_column: str | None = None,
 ) -> Prompts:
     """Load the datasets and tokenise their prompts, each with its own prompt file and system prompt.
 
-    A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names.
-    Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
-    can put right, also if no prompt is left.
+    A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names,
+    ``trace_column`` a column that every problem must have (see load_problems). Every rank gets the same from the same
+    arguments, without talking to the others. Raises UserError for what the user can put right, also if no prompt is
+    left.
     """
     problems: list[Problem] = []
     rows: list[array[int]] = []
     for key, dataset in keyed(datasets, where):
         wording = _Wording.of(dataset, key)
-        found = load_dataset_problems(dataset, key)
+        found = load_dataset_problems(dataset, key, trace_column)
         once = found[: len(found) // dataset.repeat]
         rows += _tokenised(tokenizer, [wording.chat(problem) for problem in once], template_kwargs) * dataset.repeat
         problems += found
