@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from distill.config import Config
 from distill.data.context import TeacherViews
 from distill.data.verify import Judge, Verdict
@@ -20,9 +17,10 @@ from distill.rollout.exchange import gather_rollouts
 from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.metrics import Phases
 from distill.runtime.metrics_sinks import Recorder
-from distill.runtime.packing import PackingConfig, plan
+from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World
-from distill.types import MicroBatch, Prompt, Rollout, Sampling
+from distill.types import Prompt, Rollout, Sampling
+from distill.validation.comparison import token_kls
 from distill.validation.held_out import HeldOut
 from distill.validation.scores import Decode, Sample, answer_text, by_source, jsonl_line, scores, shown
 
@@ -30,6 +28,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "validation"
 _IN_CONTEXT = "in_context"
+_OF_REFERENCE = ("accuracy", "accuracy_stderr", "avg_length", "truncation_rate")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ class Validation:
     def _context_is_known(self) -> bool:
         """Whether the teacher's context is there before any answer, and the student at the start is the teacher."""
         context = self.config.distillation.context_distillation
-        return context.enabled and context.mode == "self_frozen" and "{trace}" not in context.teacher_prefix_template
+        itself = self.config.teacher.model_name == self.config.policy.model_name
+        return context.enabled and itself and "{trace}" not in context.teacher_prefix_template
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> list[Rollout]:
         """Answers to what the teacher reads; a context that leaves no room for an answer is left out with a warning."""
@@ -138,7 +138,8 @@ class Validation:
             samples = self._compared(samples, step)
         if in_context:
             in_context = [replace(s, read_ids=s.rollout.teacher_prefix_ids) for s in in_context]
-            self.reference = {f"validation/{_IN_CONTEXT}_{name}": value for name, value in scores(in_context).items()}
+            kept = {name: value for name, value in scores(in_context).items() if name in _OF_REFERENCE}
+            self.reference = {f"validation/{_IN_CONTEXT}_{name}": value for name, value in kept.items()}
         with phases("writing"), self.world.agreed("writing the validation's samples"):
             if self.world.main:
                 self._write(f"step_{step}", samples)
@@ -179,25 +180,13 @@ class Validation:
         return found
 
     def _compared(self, samples: list[Sample], step: int) -> list[Sample]:
-        """The samples with the KL of each token, as the loss finds it; without it those that the views leave out.
-
-        One micro-batch at a time, targets made where they are used; every rank has as many.
-        """
+        """The samples with the KL of each token; without it those that the teacher's views leave out."""
         measured = [i for i, sample in enumerate(samples) if sample.rollout.teacher_prefix_ids]
-        if not measured:
-            return samples
         rollouts = [samples[i].rollout for i in measured]
-        packing = replace(self.packing, optimizer_batch=len(rollouts))
-        (batch,) = plan(rollouts, self.world.layout, packing, self.config.distillation.seed, step)
-        kls = TokenKls(rollouts)
-        self.teacher.onload()
-        for micro_batch in batch:
-            kls.add(micro_batch, self.student.row_kls(micro_batch, self.teacher.targets(micro_batch)))
-        self.teacher.offload()
-        counts = self.world.layout.tp_rank == 0  # the ranks of a tensor-parallel group have the same rows
-        kls.fill(self.world.gather(kls.found if counts else []))
+        seed = self.config.distillation.seed
+        kls = token_kls(self.world, self.student, self.teacher, rollouts, self.packing, seed, step)
         compared = list(samples)
-        for i, (forward_R, reverse_R) in zip(measured, kls.by_answer(), strict=True):
+        for i, (forward_R, reverse_R) in zip(measured, kls, strict=True):
             compared[i] = replace(samples[i], forward_kl_R=forward_R, reverse_kl_R=reverse_R)
         return compared
 
@@ -207,35 +196,3 @@ class Validation:
             folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(jsonl_line(sample, self.decode) + "\n" for sample in samples)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-
-
-class TokenKls:
-    """Collects the KL of rows that lie in any order on any rank, and puts them back into answers."""
-
-    def __init__(self, rollouts: Sequence[Rollout]) -> None:
-        self._lengths = [len(r.response_ids) for r in rollouts]
-        self._prompts_B = torch.tensor([len(r.prompt.student_ids) for r in rollouts])
-        self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
-        self._kls_2M = torch.full((2, sum(self._lengths)), torch.nan)
-        self.found: list[tuple[Tensor, Tensor]] = []
-        """This rank's: places among all answers' tokens end to end [N], and forward and reverse KL there [2, N]."""
-
-    def add(self, micro_batch: MicroBatch, rows: Mapping[str, Tensor]) -> None:
-        """Take the KL of a micro-batch's rows of weight other than 0, in order."""
-        counted_N = micro_batch.weight_N != 0
-        rollout_N = micro_batch.rollout_N[counted_N]
-        position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]
-        place_N = self._starts_B[rollout_N] + position_N - (self._prompts_B[rollout_N] - 1)
-        both_2N = torch.stack([rows["forward_kl"], rows["reverse_kl"]]).float().cpu()
-        self.found.append((place_N, both_2N))
-
-    def fill(self, everyones: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
-        """Take what all ranks found."""
-        for place_N, both_2N in (pair for part in everyones for pair in part):
-            self._kls_2M[:, place_N] = both_2N
-
-    def by_answer(self) -> list[tuple[Tensor, Tensor]]:
-        """Forward and reverse KL of each answer's tokens, float32 [R] each."""
-        assert not self._kls_2M.isnan().any(), f"{int(self._kls_2M[0].isnan().sum())} tokens were never compared"
-        forward, reverse = (row_M.split(self._lengths) for row_M in self._kls_2M)
-        return list(zip(forward, reverse, strict=True))
