@@ -148,7 +148,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
         *(f"distillation.{key}" for key in ("val_period=2", "val_at_start=true", "val_at_end=true")),
         *(f"distillation.{key}" for key in ("max_val_samples=5", "val_num_generations=2")),
         f"data.validation=[{{data_path: {root}/problems.jsonl, env_name: regex}}, {{data_path: {root}/few.jsonl}}]",
-        *(f"checkpointing.{key}" for key in ("metric_name=val:forward_kl", "higher_is_better=false")),
+        *(f"checkpointing.{key}" for key in ("metric_name=val:forward_kl", "higher_is_better=true")),
         *(f"checkpointing.{key}" for key in ("save_period=1", "keep_top_k=1")),
         "logger.num_val_samples_to_print=2",
     ]
@@ -292,10 +292,11 @@ def test_the_student_answers_with_the_context_in_view_once_and_the_number_stays(
     assert found == [right / 10] * 3
 
 
-def test_the_best_checkpoint_by_held_out_kl_stays_and_the_console_shows_samples(root, runs) -> None:
+def test_the_checkpoint_that_the_metric_ranks_first_stays_and_the_console_shows_samples(root, runs) -> None:
+    """The recipe asks for the highest KL: else the newest would be the best, and stay anyway."""
     kls = {row["step"]: row["validation/forward_kl"] for row in _validations(root, "validated")}
     assert kls[0] > max(kls[2], kls[3]), "the student learns the hint"
-    best = min((2, 3), key=kls.__getitem__)
+    best = max((2, 3), key=kls.__getitem__)
     assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {"step_3", f"step_{best}"}
     said = runs[0][6][2]
     assert said.count("validation at") == 3 and said.count("problem: What is 0 + 0?\nanswer: ") == 6
@@ -354,6 +355,10 @@ BAD = {
         "{hint}",
     ),
     "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
+    "an empty validation set": (
+        ["data.validation.data_path={root}/empty.jsonl", "distillation.val_period=1"],
+        "data.validation: {root}/empty.jsonl is empty",
+    ),
     "a missing column": (["data.train.input_key=problem"], "problem"),
     "a world of another size": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4"),
     "a group that does not divide": (["policy.dtensor_cfg.tensor_parallel_size=3"], "tensor_parallel_size=3"),

@@ -106,7 +106,7 @@ def test_repeats_of_a_problem_are_answers_to_one_problem() -> None:
 def test_problems_with_unequal_numbers_of_answers_weigh_by_their_answers() -> None:
     """1 of 1 and 1 of 3: sqrt(2 / 1 * ((1 - 0.5)^2 + (1 - 1.5)^2)) / 4."""
     samples = [sample("a", "right"), sample("b", "right"), sample("b", "wrong"), sample("b", "wrong")]
-    assert (scores(samples)["accuracy"], scores(samples)["accuracy_stderr"]) == (0.5, pytest.approx(0.25))
+    assert scores(samples)["accuracy"] == 0.5 and scores(samples)["accuracy_stderr"] == pytest.approx(0.25)
 
 
 def test_what_was_not_judged_or_compared_has_no_number() -> None:
@@ -280,11 +280,22 @@ def test_the_best_by_the_metric_are_kept_and_the_newest_besides(
 
 def test_a_loss_ranks_the_other_way_and_of_equals_the_newer_wins(tmp_path: Path) -> None:
     saved = checkpoints(tmp_path, metric_name="train:loss", higher_is_better=False, keep_top_k=1)
-    for step, loss in enumerate([0.3, 0.2, 0.2, 0.9], 1):
+    for step, loss in enumerate([0.3, math.nan, 0.2, 0.2, 0.9], 1):
         saved.save(step, {"x": torch.zeros(1)}, {"step": step})
         saved.note(step, {"train/loss": loss, "train/lr": 1.0})
-    assert kept(tmp_path) == [3, 4]
-    assert saved.info(tmp_path / "step_3")["metrics"] == {"train/loss": 0.2}
+    assert kept(tmp_path) == [4, 5]
+    assert saved.info(tmp_path / "step_4")["metrics"] == {"train/loss": 0.2}
+
+
+def test_a_checkpoint_that_is_not_ranked_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=None)
+    for step, values in enumerate([{"validation/accuracy": 0.5}, {}, {}], 1):
+        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
+        saved.note(step, values)
+    assert kept(tmp_path) == [1, 2, 3]
+    saved.save(4, {"x": torch.zeros(1)}, {"step": 4})
+    said = [message.split("/")[-1] for message in caplog.messages]
+    assert said == [f"step_{step} is not ranked: val:accuracy was not measured" for step in (2, 3)]
 
 
 def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
@@ -356,7 +367,7 @@ PACKED = PackingConfig(4, sequences=None, tokens=120)
 
 
 def _kls(root: Path) -> dict[str, Any]:
-    """Every layout's KLs on this rank, and whether anything of a gradient was left."""
+    """Every layout's KLs on this rank."""
     world = World()
     found: dict[str, Any] = {}
     for name, (tp, cp) in LAYOUTS.items():
@@ -366,7 +377,6 @@ def _kls(root: Path) -> dict[str, Any]:
         teacher = Teacher(config, find_model(str(root / "teacher"), ""), world, 384)
         found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
         assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
-        found[f"{name}, gradients"] = sum(p.grad is not None for p in student.model.parameters())
     world.close()
     return found
 
@@ -390,6 +400,5 @@ def test_every_token_is_compared_once_in_any_layout_as_plain_models_compare_it(t
         wanted.append(((p.exp() * (p - q)).sum(1), (q.exp() * (q - p)).sum(1)))
     for rank in run_ranks(2, _kls, tmp_path):
         for name in LAYOUTS:
-            assert rank[f"{name}, gradients"] == 0
             for ours, theirs in zip(rank[name], wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
