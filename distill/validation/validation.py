@@ -38,8 +38,8 @@ class Answers:
     step: int
     phases: Phases
     mine: list[Rollout]
-    in_context: list[Rollout]
-    """Answers with the teacher's context in view, where that is measured; ``teacher_prefix_ids`` was read."""
+    in_context: list[Rollout] | None
+    """Answers with the teacher's context in view, whose ``teacher_prefix_ids`` was read; None: not asked for."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Validation:
         share = prompts[engine.replica :: engine.replicas]
         with phases("generation"):
             mine = engine.generate(share, self.sampling, step)
-        in_context: list[Rollout] = []
+        in_context = None
         if step == 0 and self._context_is_known():
             with phases("generation_in_context"):
                 in_context = self._answers_in_context(share, step)
@@ -104,18 +104,12 @@ class Validation:
         return context.enabled and itself and "{trace}" not in context.teacher_prefix_template
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> list[Rollout]:
-        """Answers to what the teacher reads; a context that leaves no room for an answer is left out with a warning."""
+        """Answers to what the teacher reads; a context that leaves no room for an answer is left out."""
         window = self.config.policy.max_total_sequence_length
         with self.world.agreed("making the contexts of held-out problems"):
             blank = [Rollout(prompt, 0, (0,), (0.0,), "length", step) for prompt in share]
             with_context, _ = self.views.prefixed(blank)
             fitting = [r for r in with_context if len(r.teacher_prefix_ids) < window]
-            if len(fitting) < len(share):
-                log.warning(
-                    "%d of %d contexts leave no room for an answer in policy.max_total_sequence_length=%d: the accuracy"
-                    " in context is that of the others; raise it",
-                    *(len(share) - len(fitting), len(share), window),
-                )
         prefixes = {r.prompt.prompt_id: r.teacher_prefix_ids for r in fitting}
         asked = [replace(r.prompt, student_ids=r.teacher_prefix_ids) for r in fitting]
         seed = stream_seed(self.config.distillation.seed, _IN_CONTEXT)
@@ -133,10 +127,16 @@ class Validation:
         step, phases = answers.step, answers.phases
         with phases("judging"):
             samples = self._judged(self._with_views(answers.mine), step)
-            in_context = self._judged(answers.in_context, step)
+            in_context = [] if answers.in_context is None else self._judged(answers.in_context, step)
         with phases("teacher_comparison"):
             samples = self._compared(samples, step)
-        if in_context:
+        if answers.in_context is not None:
+            if len(in_context) < len(samples):
+                log.warning(
+                    "%d of %d held-out answers have a context that leaves them no room in"
+                    " policy.max_total_sequence_length: raise it; the accuracy in context is that of the others",
+                    *(len(samples) - len(in_context), len(samples)),
+                )
             in_context = [replace(s, read_ids=s.rollout.teacher_prefix_ids) for s in in_context]
             kept = {name: value for name, value in scores(in_context).items() if name in _OF_REFERENCE}
             self.reference = {f"validation/{_IN_CONTEXT}_{name}": value for name, value in kept.items()}
