@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from distill.runtime.checkpoint import Checkpoints, has_validation
 from distill.runtime.metrics_sinks import open_recorder, summary, validation_line
 from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World
-from distill.types import Problem, Prompt, Rollout, UserError
-from distill.validation import load_held_out
+from distill.types import Problem, Prompt, Rollout, Sampling, UserError
+from distill.validation import HeldOut, Validation, load_held_out
 from distill.validation.comparison import token_kls
 from distill.validation.scores import Sample, by_source, jsonl_line, scores, shown, source_names
 from tests.harness import config_for, fixed_rollouts
@@ -225,6 +226,77 @@ def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> Non
     assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
 
 
+# ---- when, and with what in view -------------------------------------------------------------------------------------
+
+
+def validation(tmp_path: Path, *overrides: str, **parts: Any) -> Validation:
+    """Validation of two problems by parts that do nothing."""
+    prompts = tuple(Prompt(i, (5,), Problem(f"p{i}", "5", "set")) for i in range(2))
+    config = config_for(tmp_path / "model", tmp_path / "model", "distillation.allow_degenerate=true", *overrides)
+    anything = MagicMock()
+    anything.device = None
+    anything.agreed.side_effect = lambda doing: nullcontext()
+    names = [field.name for field in fields(Validation) if field.name not in ("measured_at", "reference")]
+    whole: dict[str, Any] = {**dict.fromkeys(names, anything), "config": config, "held_out": HeldOut(prompts)}
+    return Validation(**{**whole, "last_step": 5, **parts})
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured_at", "steps"),
+    [
+        (("val_period=2", "val_at_start=true", "val_at_end=true"), -1, [0, 2, 4, 5]),
+        (("val_period=2",), -1, [2, 4]),
+        (("val_period=5",), -1, [5]),
+        (("val_period=2", "val_at_end=true"), 4, [2, 5]),
+        (("val_period=0", "val_at_end=true"), -1, [5]),
+        (("val_period=0",), -1, []),
+    ],
+)
+def test_validation_is_due_when_the_recipe_says_so_and_not_twice(tmp_path, settings, measured_at, steps) -> None:
+    found = validation(tmp_path, *(f"distillation.{key}" for key in settings), measured_at=measured_at)
+    assert [step for step in range(6) if found.due(step)] == steps
+
+
+class Engine:
+    """Answers every prompt with one token, and notes what it was asked."""
+
+    replica, replicas = 0, 1
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+        self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
+        return [Rollout(prompt, 0, (1,), (-1.0,), "stop", step) for prompt in prompts]
+
+
+class Contexts:
+    """The first problem has a context of three tokens, the second one of 300, beyond the window of 256."""
+
+    def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], None]:
+        return [replace(r, teacher_prefix_ids=(9,) * (300 if r.prompt.prompt_id else 3)) for r in rollouts], None
+
+
+def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_known_and_fits(tmp_path) -> None:
+    context = "distillation.context_distillation"
+    keys = [f"{context}.enabled=true", "distillation.val_at_start=true", "distillation.val_period=2"]
+    plain = Sampling(1.0, 8, (), seed=7, max_total_length=256)
+    parts = {"views": Contexts(), "sampling": plain}
+    known = [*keys, context + ".teacher_prefix_template='Hint: {problem}'"]
+    asked = validation(tmp_path, *known, **parts, engine=(engine := Engine()))
+    answers = asked.answers(0)
+    assert answers is not None and answers.in_context is not None
+    assert [r.teacher_prefix_ids for r in answers.in_context] == [(9, 9, 9)]
+    (first, sampling), (second, other) = engine.asked
+    assert (first, second) == ([(5,), (5,)], [(9, 9, 9)])
+    assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
+    later = asked.answers(2)
+    assert later is not None and later.in_context is None, "by now the student is another"
+    for settings in (keys, [*known, f"teacher.model_name={tmp_path}/other", f"{context}.enabled=false"]):
+        at_start = validation(tmp_path, *settings, **parts, engine=Engine()).answers(0)
+        assert at_start is not None and at_start.in_context is None
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +366,7 @@ def test_a_checkpoint_that_is_not_ranked_is_named_once(tmp_path: Path, caplog: p
         saved.note(step, values)
     assert kept(tmp_path) == [1, 2, 3]
     saved.save(4, {"x": torch.zeros(1)}, {"step": 4})
-    said = [message.split("/")[-1] for message in caplog.messages]
+    said = [message.split("/")[-1] for message in caplog.messages if "is not ranked" in message]
     assert said == [f"step_{step} is not ranked: val:accuracy was not measured" for step in (2, 3)]
 
 
