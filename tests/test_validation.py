@@ -422,14 +422,16 @@ def test_a_validation_has_its_own_line_and_its_texts_on_console_and_tensorboard(
 def test_the_table_at_the_end_counts_steps_and_shows_what_validation_saw(tmp_path: Path) -> None:
     rows = [
         {"step": 0, **VALUES},
-        {"step": 1, "train/loss": 2.0},
-        {"step": 2, "train/loss": 1.0},
+        {"step": 1, "train/loss": 2.0, "timing/train/validation": 3.0, "timing/train/checkpointing": 0.0},
+        {"step": 2, "train/loss": 1.0, "timing/train/validation": 0.0, "timing/train/checkpointing": 0.0},
         {"step": 2, **VALUES, "validation/accuracy": 0.375},
     ]
     lines = [line.split() for line in summary({"run": (rows, tmp_path)}).splitlines()]
     assert ["steps", "2"] in lines
     assert ["validation", "accuracy", "12.5%", "->", "37.5%"] in lines and ["in", "context", "50.0%"] in lines
     assert ["validation", "forward", "KL", "0.2500", "->", "0.2500"] in lines
+    assert ["validation", "3.00"] in lines, "the median of the steps that validate"
+    assert "checkpointing" not in [line[0] for line in lines]
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill.config import LoggerConfig
+from distill.runtime.metrics import OUTSIDE_THROUGHPUT
 from distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -312,7 +313,8 @@ def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     line("tokens/s per rank, median", (_median(rows, "train/tokens_per_sec_per_gpu", "{:.0f}") for rows in tables))
     line("seconds a step, median", (_median(rows, TIMING + "total_step_time", "{:.2f}") for rows in tables))
     for phase in _SHORT_PHASES:
-        line(f"  {phase}", (_median(rows, TIMING + phase, "{:.2f}") for rows in tables))
+        least = 0.005 if phase in OUTSIDE_THROUGHPUT else 0.0  # of the steps that validate or save, not of all
+        line(f"  {phase}", (_median(rows, TIMING + phase, "{:.2f}", least) for rows in tables))
     line("run folder", (_shown(folder) for _, folder in runs.values()))
     return _columns([labels, *columns])
 
@@ -327,8 +329,8 @@ def _ends(rows: Sequence[Row], name: str, form: str, first: bool = True) -> str:
     return f"{begin}{form.format(found[-1])}" if found else ""
 
 
-def _median(rows: Sequence[Row], name: str, form: str) -> str:
-    found = _present(rows, name)
+def _median(rows: Sequence[Row], name: str, form: str, least: float = 0.0) -> str:
+    found = [value for value in _present(rows, name) if value >= least]
     return form.format(statistics.median(found)) if found else ""
 
 
