@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,17 @@ from distill.model.shapes import ModelShape, shape_of
 from distill.model.student import Student
 from distill.model.teacher import Teacher, check_top_k
 from distill.model.tensor_parallel import check_plan
-from distill.rollout.build import build_engine, check_backend, sampling_of
+from distill.rollout.build import build_engine, check_backend, sampling_of, validation_sampling_of
 from distill.rollout.engine import Engine
 from distill.rollout.freshness import Freshness
-from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.checkpoint import Checkpoints, has_validation
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, open_recorder, read_metrics, summary
 from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World, new_run_dir
 from distill.types import Layout, Rollout, Sampling, UserError
+from distill.validation import HeldOut, Validation, load_held_out
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Run:
     freshness: Freshness
     checkpoints: Checkpoints
     recorder: Recorder
+    validation: Validation
     sampling: Sampling
     packing: PackingConfig
     forecast: Forecast
@@ -137,6 +140,7 @@ class Run:
         self.recorder.record(step, values)
         if step == self.first_step + 2:  # the optimizer's state appears with the first
             self._compare_memory(phases)
+        self.checkpoints.note(step, values)
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
             self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
 
@@ -160,7 +164,7 @@ class Run:
         last = step == self.last_step
         if self.checkpoints.due(step, last):
             exports = last or self.config.checkpointing.save_consolidated
-            info = {"step": step, "data": self.order.state(step)}
+            info = {"step": step, "data": self.order.state(step), "in_context": self.validation.reference}
             state = self.student.state() | self.teacher.state()
             path = self.checkpoints.save(step, state, info, self._export if exports else None)
             log.info("checkpoint %s", path)
@@ -170,11 +174,22 @@ class Run:
         config = model_config(files, "policy.model_name")
         export_hf(folder / "hf", self.student.weights(), files, config, self.models.tokenizer, dtype, self.world.main)
 
+    def validate_at_end(self) -> None:
+        """Validate the last step's weights where that is due, after one more sync; collective."""
+        step = self.last_step
+        if self.first_step > step or not self.validation.due(step):
+            return
+        self.student.offload()
+        self.freshness.renew(step)
+        held_out = self.validation.answers(step)
+        self.engine.sleep()
+        self.validation.report(held_out)
+
     def finish(self) -> None:
         """Say how it went, and close what must be closed, the engine last; collective."""
         self.recorder.close()
         if self.world.main:
-            rows = [row for row in read_metrics(self.run_dir / METRICS_FILE) if (row["step"] or 0) > 0]
+            rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
         self.world.barrier()
         self.engine.close()
@@ -208,6 +223,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("reading the data"), world.main_first():
         order = _prompt_order(config, models)
         views = teacher_views(config, models.tokenizer)
+        held_out = _held_out(config, models)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
     found = checkpoints.newest()
@@ -241,6 +257,25 @@ def build_run(arguments: Arguments, world: World) -> Run:
         if first_step >= last_step:
             remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
             log.warning(f"nothing is left to do: {remedy}", last_step)
+    packing = packing_of(config, model_config(models.student, "policy.model_name"))
+    validation = Validation(
+        config=config,
+        world=world,
+        held_out=held_out,
+        decode=partial(models.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        views=views,
+        engine=engine,
+        student=student,
+        teacher=teacher,
+        packing=packing,
+        sampling=validation_sampling_of(config, models.stop_token_ids),
+        last_step=last_step,
+        run_dir=run_dir,
+        recorder=recorder,
+        checkpoints=checkpoints,
+        measured_at=first_step if info and has_validation(info) else -1,
+        reference=info.get("in_context") if info else None,
+    )
     return Run(
         config=config,
         world=world,
@@ -254,8 +289,9 @@ def build_run(arguments: Arguments, world: World) -> Run:
         freshness=Freshness(world, engine, student, models.valid_vocab),
         checkpoints=checkpoints,
         recorder=recorder,
+        validation=validation,
         sampling=sampling_of(config, models.stop_token_ids),
-        packing=packing_of(config, model_config(models.student, "policy.model_name")),
+        packing=packing,
         forecast=forecast,
         first_step=first_step,
         last_step=last_step,
@@ -267,10 +303,8 @@ def _check_supported(config: Config) -> None:
         raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
     if not config.checkpointing.save_optimizer:
         raise UserError("checkpointing.save_optimizer=false is not supported yet: set it to true")
-    distillation, checkpointing = config.distillation, config.checkpointing
+    checkpointing = config.checkpointing
     not_yet = {
-        "distillation.val_*": distillation.val_period or distillation.val_at_start or distillation.val_at_end,
-        "checkpointing.metric_name (the newest are kept)": checkpointing.enabled and checkpointing.metric_name,
         "checkpointing.checkpoint_must_save_by": checkpointing.checkpoint_must_save_by,
         "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
         "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
@@ -278,6 +312,18 @@ def _check_supported(config: Config) -> None:
     }
     if ignored := [key for key, is_set in not_yet.items() if is_set]:
         log.warning("not there yet, so without effect: %s", ", ".join(ignored))
+    by_validation = checkpointing.enabled and (checkpointing.metric_name or "").startswith("val:")
+    if by_validation and not _validates(config):
+        log.warning(
+            "checkpointing.metric_name=%s is never measured, as distillation.val_period=0 and val_at_start and"
+            " val_at_end are false: the newest checkpoints are kept",
+            checkpointing.metric_name,
+        )
+
+
+def _validates(config: Config) -> bool:
+    loop = config.distillation
+    return loop.val_period > 0 or loop.val_at_start or loop.val_at_end
 
 
 def _find_models(config: Config) -> Models:
@@ -322,6 +368,15 @@ def _prompt_order(config: Config, models: Models) -> PromptOrder:
     trace_column = config.distillation.context_distillation.trace_column
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=trace_column)
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
+
+
+def _held_out(config: Config, models: Models) -> HeldOut:
+    if not _validates(config):
+        return HeldOut()
+    window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
+    kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
+    column = config.distillation.context_distillation.trace_column
+    return load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column)
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:

@@ -35,9 +35,15 @@ def train(run: Run) -> None:
             student.offload()
             run.freshness.renew(step, metrics)
 
+        with phases("validation"):
+            held_out = run.validation.answers(step)
+
         with phases("generation"):
             mine = engine.generate(prompts[engine.replica :: engine.replicas], run.sampling, step)
             engine.sleep()
+
+        with phases("validation"):
+            run.validation.report(held_out)
 
         with phases("data_processing"):
             with run.world.agreed("making the teacher's views"):
@@ -61,6 +67,7 @@ def train(run: Run) -> None:
         with phases("checkpointing"):
             run.save_if_due(step + 1)
         run.record(step + 1, metrics, phases, mine, rollouts, counts, lr)
+    run.validate_at_end()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,17 @@ Sources = dict[str, str]
 """Text by path, from the top of the repository, with slashes."""
 Rule = Callable[[Sources], list[str]]
 
-FLOORS = (("types",), ("config",), ("runtime",), ("data", "loss"), ("model",), ("rollout",), ("run",), ("train",))
+FLOORS = (
+    ("types",),
+    ("config",),
+    ("runtime",),
+    ("data", "loss"),
+    ("model",),
+    ("rollout",),
+    ("validation",),
+    ("run",),
+    ("train",),
+)
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 HOMES = {

@@ -83,6 +83,22 @@ def test_the_fused_head_is_its_plain_twin(shape, data, config, temperature) -> N
         assert_close(ours, expected, 1e-10)
 
 
+@pytest.mark.parametrize("config", MEMBERS, ids=name)
+def test_the_kls_of_rows_are_those_of_the_plain_twin_in_order_without_rows_that_do_not_count(config) -> None:
+    hidden, head, teacher_hidden, teacher_head = rows_and_head(7, 30, 8)
+    topk = exact_topk(teacher_hidden @ teacher_head.t(), 6, 1.0)
+    weight_N = torch.tensor([1.0, 0, 1, 1, 0, 1, 1], dtype=torch.float64)
+    sampled = Sampled(topk.ids_NK[:, 0], torch.zeros(7), 1.0)
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        output = fused_linear_kl(hidden, head, topk, config, weight_N, sampled, chunk_rows=2, row_kls=found)
+    for kl_type in ("forward", "reverse"):
+        plain_N = topk_kl(hidden @ head.t(), topk, LossConfig(kl_type=kl_type))
+        assert_close(found[f"{kl_type}_kl"], plain_N[weight_N > 0], 1e-10)
+        assert float(output.stats[f"{kl_type}_kl"][0]) == pytest.approx(float(found[f"{kl_type}_kl"].sum()))
+    assert found.keys() == {"forward_kl", "reverse_kl"}
+
+
 @pytest.mark.parametrize("config", BUCKETS, ids=name)
 @pytest.mark.parametrize(
     ("dtype", "loss_bound", "gradient_bound"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 5e-6)]

@@ -75,6 +75,7 @@ def make_tiny_run(root: Path) -> Path:
     problems.append({"question": "What is " + "1 + " * 40 + "1?", "answer": "41"})  # longer than the window
     (root / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
     (root / "long.jsonl").write_text(json.dumps(problems[-1]) + "\n")
+    (root / "few.jsonl").write_text('{"question": "What is 3?", "answer": "3"}\n')
     (root / "empty.jsonl").write_text("")
     (root / "prompt.txt").write_text("{}")
     (root / "no-braces.txt").write_text("Solve it.")
@@ -131,7 +132,10 @@ def _command(root: Path, name: str, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> list[list[tuple[int, str, str]]]:
-    """One run of four steps; one of two that is resumed to four; one whose teacher is its student."""
+    """One run of four steps; one of two that is resumed to four; others whose teacher is their student; validated ones.
+
+    The validated ones read a hint; one takes three steps, the other takes two and is resumed to three.
+    """
     same = ["distillation.allow_degenerate=true", f"teacher.model_name={root}/student", "distillation.max_num_steps=1"]
     context = [
         "distillation.context_distillation.enabled=true",
@@ -141,6 +145,15 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     ]
     extractor = "distillation.context_distillation.trace_extractor"
     none = [f"{extractor}.missing_trace_policy=drop_sample", f"{extractor}.unclosed_span=ignore"]
+    validated = [
+        "distillation.context_distillation.teacher_prefix_template='Hint: {problem}'",
+        *(f"distillation.{key}" for key in ("val_period=2", "val_at_start=true", "val_at_end=true")),
+        *(f"distillation.{key}" for key in ("max_val_samples=5", "val_num_generations=2")),
+        f"data.validation=[{{data_path: {root}/problems.jsonl, env_name: regex}}, {{data_path: {root}/few.jsonl}}]",
+        *(f"checkpointing.{key}" for key in ("metric_name=val:forward_kl", "higher_is_better=true")),
+        *(f"checkpointing.{key}" for key in ("save_period=1", "keep_top_k=1")),
+        "logger.num_val_samples_to_print=2",
+    ]
     return _run(
         [
             _command(root, "whole"),
@@ -149,6 +162,9 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "same", *same),
             _command(root, "context", *context),
             _command(root, "dropped", *context, *none),
+            _command(root, "validated", *context, *validated, "distillation.max_num_steps=3"),
+            _command(root, "validated in parts", *context, *validated),
+            _command(root, "validated in parts", *context, *validated, "distillation.max_num_steps=3"),
         ]
     )
 
@@ -184,7 +200,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
-    assert [code for code, _, _ in runs[0]] == [0] * 6, runs[0]
+    assert [code for code, _, _ in runs[0]] == [0] * 9, runs[0]
     assert "resumed from" in runs[0][2][2]
     whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
@@ -244,6 +260,60 @@ def test_a_step_whose_answers_are_all_left_out_says_so_and_moves_nothing(root, r
         for name in ("student/model.safetensors", "checkpoints/dropped/step_2/hf/model.safetensors")
     )
     assert all(torch.equal(start[name], end[name]) for name in start)
+
+
+def _validations(root: Path, name: str) -> list[dict[str, Any]]:
+    return [row for row in _train_rows(root / "runs" / name) if "validation/avg_length" in row]
+
+
+def test_validation_comes_at_the_start_periodically_and_at_the_end_and_after_a_resume_not_again(root, runs) -> None:
+    rows = _validations(root, "validated")
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    assert _validations(root, "validated in parts") == rows, "resumed, it goes on bit for bit"
+    trained = [row["step"] for row in _train_rows(root / "runs/validated") if "train/loss" in row]
+    assert trained == [1, 2, 3]
+    folder = root / "runs/validated/validation"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "in_context.jsonl",
+        "step_0.jsonl",
+        "step_2.jsonl",
+        "step_3.jsonl",
+    ]
+
+
+def test_the_numbers_of_a_validation_are_those_of_its_samples(root, runs) -> None:
+    for row in _validations(root, "validated"):
+        lines = (root / f"runs/validated/validation/step_{row['step']}.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines]
+        assert len(samples) == row["validation/num_answers"] == 10, "5 problems, 2 answers each"
+        assert len({sample["prompt_id"] for sample in samples}) == 5
+        assert [sample["source"] for sample in samples[:4]] == ["problems", "problems", "few", "few"]
+        for name in ("forward_kl", "reverse_kl"):
+            kls = [kl for sample in samples for kl in sample[name]]
+            assert len(kls) == sum(sample["tokens"] for sample in samples)
+            assert row[f"validation/{name}"] == pytest.approx(sum(kls) / len(kls), abs=1e-5) and max(kls) > 1e-3
+        for source in ("problems", "few"):
+            right = [sample["verdict"] == "right" for sample in samples if sample["source"] == source]
+            assert row[f"validation/{source}/accuracy"] == sum(right) / len(right)
+
+
+def test_the_student_answers_with_the_context_in_view_once_and_the_number_stays(root, runs) -> None:
+    lines = (root / "runs/validated/validation/in_context.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 10 and all("Hint: What is" in sample["prompt"] for sample in samples)
+    right = sum(sample["verdict"] == "right" for sample in samples)
+    found = [row["validation/in_context_accuracy"] for row in _validations(root, "validated in parts")]
+    assert found == [right / 10] * 3
+
+
+def test_the_checkpoint_that_the_metric_ranks_first_stays_and_the_console_shows_samples(root, runs) -> None:
+    """The recipe asks for the highest KL: else the newest would be the best, and stay anyway."""
+    kls = {row["step"]: row["validation/forward_kl"] for row in _validations(root, "validated")}
+    assert kls[0] > max(kls[2], kls[3]), "the student learns the hint"
+    best = max((2, 3), key=kls.__getitem__)
+    assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {"step_3", f"step_{best}"}
+    said = runs[0][6][2]
+    assert said.count("validation at") == 3 and said.count("problem: What is 0 + 0?\nanswer: ") == 6
 
 
 def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
@@ -316,6 +386,10 @@ BAD = {
         "static_trace.answer_column=solution is missing in line 1 of",
     ),
     "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
+    "an empty validation set": (
+        ["data.validation.data_path={root}/empty.jsonl", "distillation.val_period=1"],
+        "data.validation: {root}/empty.jsonl is empty",
+    ),
     "a missing column": (["data.train.input_key=problem"], "problem"),
     "a world of another size": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4"),
     "a group that does not divide": (["policy.dtensor_cfg.tensor_parallel_size=3"], "tensor_parallel_size=3"),

@@ -16,6 +16,7 @@ from distill.config.template import teacher_template
 AT_LEAST: dict[int, str] = {
     1: """distillation.num_prompts_per_step distillation.num_generations_per_prompt distillation.max_num_steps
         distillation.max_num_epochs distillation.val_batch_size distillation.max_val_samples
+        distillation.val_num_generations
         policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
         policy.make_sequence_length_divisible_by policy.dtensor_cfg.tensor_parallel_size
@@ -297,8 +298,8 @@ def _dataset(key: str, entry: DatasetConfig) -> None:
         refuse(f"{key} has {both}: set one of them")
     if entry.repeat < 1:
         refuse(f"{key}.repeat={entry.repeat} must be at least 1: set it so")
-    if entry.env_name not in ("math", None):
-        refuse(f"{key}.env_name={entry.env_name} is no known judge: set it to math or null")
+    if entry.env_name not in ("math", "exact", "regex", None):
+        refuse(f"{key}.env_name={entry.env_name} is no known judge: set it to math, exact, regex or null")
 
 
 def _saving(config: Config) -> None:

@@ -104,15 +104,17 @@ class DistillationConfig:
     max_num_epochs: int = 10
     """Passes over the training problems at most."""
     val_batch_size: int = 64
-    """Problems validated at a time."""
+    """Not used: all held-out problems go to the engine together."""
     val_period: int = 20
-    """Validate every so many steps; 0: not periodically."""
+    """Validate after every so many steps; 0: not periodically."""
     val_at_start: bool = False
-    """Validate before the first step."""
+    """Validate before the first step; where the teacher's context needs no answer, the student answers with it too."""
     val_at_end: bool = False
     """Validate after the last step."""
     max_val_samples: int | None = 512
-    """Problems validated at most; null: all."""
+    """Problems validated, never more; null: all. Of several datasets each gives one in turn."""
+    val_num_generations: int = 1
+    """Answers to each held-out problem (n of the accuracy avg@n)."""
     topk_logits_k: int = 64
     """The most likely tokens kept at each position (K), the support of the loss; 0: the whole vocabulary."""
     seed: int = 42
@@ -190,7 +192,8 @@ class DatasetConfig:
     system_prompt_file: str | None = None
     """A text file with the system message; null: none."""
     env_name: str | None = "math"
-    """Who judges an answer in validation: math (math-verify); null: nobody."""
+    """Who judges an answer in validation. math: math-verify; exact: it is the gold answer; regex: the gold answer is a
+    regular expression that is found in it (both: in what follows the last </think>); null: nobody."""
     repeat: int = 1
     """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
     seed: int | None = None
@@ -242,7 +245,8 @@ class CheckpointingConfig:
     higher_is_better: bool = True
     """Whether a high metric is a good one."""
     keep_top_k: int | None = 3
-    """How many of the best are kept, the newest always besides; null: all."""
+    """How many of the best are kept, the newest always besides; null: all. One whose metric was not measured comes
+    after all others."""
     save_period: int = 10
     """Save every so many steps, and at the end."""
     checkpoint_must_save_by: str | None = None

@@ -55,6 +55,7 @@ def fused_linear_kl(
     stop_token_ids: Sequence[int] = (),
     topk_logits_k: int | None = None,
     parallel: VocabParallel | None = None,
+    row_kls: dict[str, Tensor] | None = None,
     debug: bool = False,
 ) -> LossOutput:
     """The weighted sum of the distillation loss over N rows, with the gradients of ``hidden_ND`` and ``head_VD``.
@@ -78,6 +79,7 @@ def fused_linear_kl(
         topk_logits_k: with ``TeacherRows``, how many ids to keep; 0 keeps the whole vocabulary.
         parallel: for a head spread over ranks; every rank returns the whole sum, the whole gradient of ``hidden_ND``
             and the gradient of its own part of the head. Targets are then ``TopK``.
+        row_kls: a dictionary that gets ``forward_kl`` and ``reverse_kl`` of each row of weight other than 0, in order.
         debug: refuse repeated ids too.
 
     Returns:
@@ -151,6 +153,8 @@ def fused_linear_kl(
         for c, chunk in enumerate(chunks):
             sums.add(loop.run(chunk, first=c == 0))
         kl_sum = sums.rows("loss").sum()
+        if row_kls is not None:
+            row_kls.update({name: sums.rows(name) for name in ("forward_kl", "reverse_kl")})
     stats = sums.stats() | {"loss": (kl_sum.double(), loop.weight_N.sum(dtype=torch.float64))}
     kl_sum = _WithGradients.apply(hidden_ND, head_VD, kl_sum, loop.d_hidden_ND, d_head_VD)  # type: ignore[no-untyped-call]
     return LossOutput(kl_sum, stats)

@@ -88,6 +88,22 @@ class Student:
 
     def loss(self, micro_batch: MicroBatch, targets: Targets) -> LossOutput:
         """The summed loss of one micro-batch, computed inside the root's forward; collective over the shard mesh."""
+        return self._loss(micro_batch, targets)
+
+    @torch.no_grad()
+    def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
+        """``forward_kl`` and ``reverse_kl`` of each row of weight other than 0, in order, in nats, without gradient.
+
+        Collective over the shard mesh. For validation: nothing is left of it.
+        """
+        found: dict[str, Tensor] = {}
+        self._loss(micro_batch, targets, found)
+        self.model.reshard_all()
+        return found
+
+    def _loss(
+        self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None
+    ) -> LossOutput:
         micro_batch = micro_batch.to(self.device)
         sampled = Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature)
 
@@ -100,6 +116,7 @@ class Student:
                 micro_batch.weight_N,
                 sampled,
                 parallel=self._parallel,
+                row_kls=row_kls,
                 **self._loss_options,
             )
             return output.kl_sum, output.stats

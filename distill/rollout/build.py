@@ -11,7 +11,7 @@ import torch
 from distill.config import Config
 from distill.model.load import ModelFiles, manifest_of, meta_model, model_config
 from distill.model.student import DTYPES
-from distill.rollout.engine import Engine
+from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
 from distill.runtime.environment import prepare_for_vllm
 from distill.runtime.world import World
@@ -128,6 +128,19 @@ def _build_vllm(config: Config, files: ModelFiles, manifest: dict[str, torch.Siz
             f"policy.generation.backend=vllm can't run {files.name}: {reason}; change policy.generation.vllm_cfg or"
             f" vllm_kwargs accordingly, {_INSTEAD}"
         ) from error
+
+
+def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
+    """How held-out problems are answered: training's sampling but for what the recipe sets apart, and its own seeds."""
+    generation = config.policy.generation
+    return dataclasses.replace(
+        sampling_of(config, stop_token_ids),
+        temperature=generation.val_temperature,
+        top_p=generation.val_top_p,
+        top_k=generation.val_top_k or 0,
+        answers_per_prompt=config.distillation.val_num_generations,
+        seed=stream_seed(config.distillation.seed, "validation"),
+    )
 
 
 def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:

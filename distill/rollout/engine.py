@@ -225,6 +225,12 @@ def answer_seed(seed: int, step: int, prompt_id: int, answer: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def stream_seed(seed: int, stream: str) -> int:
+    """A seed for answers that are no training answers, of 63 bits: their (step, prompt, answer) may be the same."""
+    digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def answer_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
     """How many tokens an answer to ``prompt`` may have."""
     total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)

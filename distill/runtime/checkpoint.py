@@ -1,11 +1,12 @@
-"""Checkpoints: sharded, written beside and renamed when whole, found again by the newest step."""
+"""Checkpoints: sharded, written beside and renamed when whole, found again by the newest step, kept by a metric."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ _INFO = "training_info.json"
 _SHARDS = "shards"
 
 
+def has_validation(info: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's info tells a validation of its weights."""
+    return any(name.startswith("validation/") for name in info.get("metrics", {}))
+
+
 class Checkpoints:
     """The ``step_N`` folders of ``checkpointing.checkpoint_dir``: shards by torch.distributed.checkpoint and an info.
 
@@ -33,6 +39,8 @@ class Checkpoints:
         self._config = config
         self._world = world
         self._dir = Path(config.checkpoint_dir)
+        self._said: set[str] = set()
+        """What was warned of once."""
 
     def due(self, step: int, last: bool) -> bool:
         """Whether a checkpoint is written after ``step`` finished steps."""
@@ -81,7 +89,7 @@ class Checkpoints:
             export(beside)
         with self._world.agreed("finishing the checkpoint"):
             if self._world.main:
-                (beside / _INFO).write_text(json.dumps(info, indent=2) + "\n")
+                self._write_info(beside, info)
                 shutil.rmtree(final, ignore_errors=True)
                 beside.rename(final)
                 self._drop_old()
@@ -102,10 +110,62 @@ class Checkpoints:
         whole = [p for p in self._dir.glob("step_*") if p.name[5:].isdigit() and (p / _INFO).is_file()]
         return sorted(whole, key=lambda p: int(p.name[5:]))
 
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Write what was measured of the weights after ``step`` steps to their checkpoint, and drop what isn't kept.
+
+        ``values``: as in the logs, ``train/loss`` and ``validation/accuracy`` for two; validation's are kept, and the
+        metric that ranks. Without such a checkpoint nothing happens. Collective; the names are the same on every rank.
+        """
+        if not self._config.enabled:
+            return
+        kind = self._metric.partition("/")[0]
+        there = sorted(name for name in values if self._metric and name.startswith(f"{kind}/"))
+        if there and self._metric not in there and self._metric not in self._said:
+            names = ", ".join(name.removeprefix(f"{kind}/") for name in there)
+            log.warning("checkpointing.metric_name=%s was not measured, but %s", self._config.metric_name, names)
+            self._said.add(self._metric)
+        kept = {n: v for n, v in values.items() if n.startswith("validation/") or n == self._metric}
+        if not kept:
+            return
+        with self._world.agreed("rating the checkpoint"):
+            path = self._dir / f"step_{step}"
+            if self._world.main and (path / _INFO).is_file():
+                info = self.info(path)
+                info["metrics"] = info.get("metrics", {}) | {n: v for n, v in kept.items() if math.isfinite(v)}
+                self._write_info(path, info)
+                self._drop_old()
+
+    def _write_info(self, path: Path, info: Mapping[str, Any]) -> None:
+        part = path / f"{_INFO}.part"
+        part.write_text(json.dumps(info, indent=2) + "\n")
+        part.replace(path / _INFO)
+
+    @property
+    def _metric(self) -> str:
+        """The metric that ranks, as the logs name it; empty for none."""
+        kind, _, name = (self._config.metric_name or "").partition(":")
+        return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
+
     def _drop_old(self) -> None:
-        keep = self._config.keep_top_k
+        """Keep the newest, and the best ``keep_top_k`` by the metric, the newer of equals; those without it come last.
+
+        What is measured of a checkpoint comes after it was written, so the newest may still be without.
+        """
+        keep, steps = self._config.keep_top_k, self._steps()
+        rated = {path: self.info(path).get("metrics", {}).get(self._metric) for path in steps}
+        if self._metric and any(value is not None for value in rated.values()):
+            for path in [p for p in steps[:-1] if rated[p] is None and p.name not in self._said]:
+                log.warning("%s is not ranked: %s was not measured", path, self._config.metric_name)
+                self._said.add(path.name)
         if keep is None:
             return
-        for old in self._steps()[: -max(keep, 1)]:
+        sign = 1.0 if self._config.higher_is_better else -1.0
+
+        def rank(path: Path) -> tuple[bool, float, int]:
+            value = rated[path]
+            return value is not None, sign * (value or 0.0), steps.index(path)
+
+        best = sorted(steps, key=rank)[-keep:]
+        for old in [path for path in steps[:-1] if path not in best]:
             shutil.rmtree(old)
             log.info("checkpoint %s dropped: checkpointing.keep_top_k=%d", old, keep)

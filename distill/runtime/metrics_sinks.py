@@ -13,10 +13,12 @@ import os
 import statistics
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from distill.config import LoggerConfig
+from distill.runtime.metrics import OUTSIDE_THROUGHPUT
 from distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 TIMING = "timing/train/"
+VALIDATION = "validation/"
 
 Row = Mapping[str, float | None]
 """One line of metrics.jsonl: ``step`` and the numbers; None for what was not finite."""
@@ -44,7 +47,10 @@ class Sink(Protocol):
     """A place that takes the numbers of a step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a step, once a step, in order."""
+        """Take the numbers of a step, or of a validation of the weights after it, in order."""
+
+    def show(self, step: int, texts: Sequence[str]) -> None:
+        """Take a few texts of a validation, for readers; a place without room for texts leaves them out."""
 
     def close(self) -> None:
         """Finish; nothing is written afterwards."""
@@ -70,6 +76,9 @@ class JsonlSink:
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
+    def show(self, step: int, texts: Sequence[str]) -> None:
+        """Nothing: this file is for numbers."""
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -88,6 +97,12 @@ class TensorBoardSink:
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def show(self, step: int, texts: Sequence[str]) -> None:
+        """Write the texts under ``validation/sample_N``, as they are."""
+        for i, text in enumerate(texts):
+            self._writer.add_text(f"validation/sample_{i}", _verbatim(text), step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -123,6 +138,9 @@ class WandbSink:
         """Log the step's numbers."""
         self._run.log(dict(values), step=step)
 
+    def show(self, step: int, texts: Sequence[str]) -> None:
+        """Nothing: the texts are in the run's folder."""
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
@@ -136,7 +154,13 @@ class ConsoleSink:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log the step's line."""
-        log.info("%s", console_line(step, self._total, values))
+        line = validation_line if _validates(values) else console_line
+        log.info("%s", line(step, self._total, values))
+
+    def show(self, step: int, texts: Sequence[str]) -> None:
+        """Log the texts."""
+        for text in texts:
+            log.info("%s\n", text)
 
     def close(self) -> None:
         """Nothing to finish."""
@@ -149,9 +173,14 @@ class Recorder:
         self._sinks = tuple(sinks)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a finished step's numbers everywhere; ``step`` counts from 1."""
+        """Write a finished step's numbers everywhere, or those of a validation after it; ``step`` counts from 1."""
         for sink in self._sinks:
             sink.write(step, values)
+
+    def show(self, step: int, texts: Sequence[str]) -> None:
+        """Show a few texts of the validation after ``step`` steps wherever there is room for them."""
+        for sink in self._sinks:
+            sink.show(step, texts)
 
     def close(self) -> None:
         """Close all sinks."""
@@ -191,11 +220,7 @@ def open_recorder(
 
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """The step in one line; what wasn't measured is left out."""
-
-    def part(form: str, *names: str) -> str:
-        found = [values.get(name, math.nan) for name in names]
-        return "" if any(math.isnan(value) for value in found) else form.format(*found)
-
+    part = partial(_part, values)
     phases = " ".join(
         f"{short} {values[TIMING + phase]:.1f}"
         for phase, short in _SHORT_PHASES.items()
@@ -215,6 +240,37 @@ def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
     return "  ".join(text for text in parts if text)
 
 
+def validation_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
+    """A validation in one line; what wasn't measured is left out."""
+    part = partial(_part, values)
+    parts = [
+        f"validation at {step}/{total_steps}",
+        part("accuracy {:.1%}", "validation/accuracy") + part(" +- {:.1%}", "validation/accuracy_stderr"),
+        part("(in context {:.1%})", "validation/in_context_accuracy"),
+        part("KL fwd {:.4f} rev {:.4f}", "validation/forward_kl", "validation/reverse_kl"),
+        part("length {:.1f}", "validation/avg_length"),
+        part("cut {:.0%}", "validation/truncation_rate"),
+        part("{:.0f} answers to {:.0f} problems", "validation/num_answers", "validation/num_problems"),
+        part("{:.1f} s", "timing/validation/total_validation_time"),
+    ]
+    return "  ".join(text for text in parts if text)
+
+
+def _validates(values: Iterable[str]) -> bool:
+    """Whether numbers of these names are a validation's, not a step's."""
+    return any(name.startswith(VALIDATION) for name in values)
+
+
+def _part(values: Mapping[str, float], form: str, *names: str) -> str:
+    found = [values.get(name, math.nan) for name in names]
+    return "" if any(math.isnan(value) for value in found) else form.format(*found)
+
+
+def _verbatim(text: str) -> str:
+    """A text that TensorBoard, which reads Markdown, shows as it is: an indented block."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The lines of a metrics.jsonl; a torn last line (of a run that was killed) is left out."""
     rows = []
@@ -229,13 +285,13 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
 
 def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
-    """The table at the end: a column for each run, given as its rows and its folder by name.
+    """The table at the end: a column for each run, given as its rows and its folder by name; validations among them.
 
     KL first and last, lengths of answers, median seconds by phase, where the run folder is. Paths below the working
     folder are shown from there.
     """
     labels = ["", "steps"]
-    columns = [[name, str(len(rows))] for name, (rows, _) in runs.items()]
+    columns = [[name, str(sum(not _validates(row) for row in rows))] for name, (rows, _) in runs.items()]
 
     def line(label: str, cells: Iterable[str]) -> None:
         found = list(cells)
@@ -248,13 +304,17 @@ def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     line("loss, first and last", (_ends(rows, "train/loss", "{:.4f}") for rows in tables))
     line("forward KL", (_ends(rows, "train/forward_kl", "{:.4f}") for rows in tables))
     line("reverse KL", (_ends(rows, "train/reverse_kl", "{:.4f}") for rows in tables))
+    line("validation accuracy", (_ends(rows, "validation/accuracy", "{:.1%}") for rows in tables))
+    line("  in context", (_ends(rows, "validation/in_context_accuracy", "{:.1%}", first=False) for rows in tables))
+    line("validation forward KL", (_ends(rows, "validation/forward_kl", "{:.4f}") for rows in tables))
     line("answer length, mean", (_ends(rows, "train/mean_gen_tokens_per_sample", "{:.1f}") for rows in tables))
     line("answer length, longest", (_ends(rows, "train/max_gen_tokens_per_sample", "{:.0f}") for rows in tables))
     line("answers cut short", (_ends(rows, "train/truncation_rate", "{:.0%}") for rows in tables))
     line("tokens/s per rank, median", (_median(rows, "train/tokens_per_sec_per_gpu", "{:.0f}") for rows in tables))
     line("seconds a step, median", (_median(rows, TIMING + "total_step_time", "{:.2f}") for rows in tables))
     for phase in _SHORT_PHASES:
-        line(f"  {phase}", (_median(rows, TIMING + phase, "{:.2f}") for rows in tables))
+        least = 0.005 if phase in OUTSIDE_THROUGHPUT else 0.0  # of the steps that validate or save, not of all
+        line(f"  {phase}", (_median(rows, TIMING + phase, "{:.2f}", least) for rows in tables))
     line("run folder", (_shown(folder) for _, folder in runs.values()))
     return _columns([labels, *columns])
 
@@ -263,13 +323,14 @@ def _present(rows: Sequence[Row], name: str) -> list[float]:
     return [value for row in rows if (value := row.get(name)) is not None]
 
 
-def _ends(rows: Sequence[Row], name: str, form: str) -> str:
+def _ends(rows: Sequence[Row], name: str, form: str, first: bool = True) -> str:
     found = _present(rows, name)
-    return f"{form.format(found[0])} -> {form.format(found[-1])}" if found else ""
+    begin = f"{form.format(found[0])} -> " if found and first else ""
+    return f"{begin}{form.format(found[-1])}" if found else ""
 
 
-def _median(rows: Sequence[Row], name: str, form: str) -> str:
-    found = _present(rows, name)
+def _median(rows: Sequence[Row], name: str, form: str, least: float = 0.0) -> str:
+    found = [value for value in _present(rows, name) if value >= least]
     return form.format(statistics.median(found)) if found else ""
 
 

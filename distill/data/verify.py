@@ -1,0 +1,183 @@
+"""Whether an answer is right: as mathematics, as exact text, or by a regular expression.
+
+To compare expressions may take for ever, take all memory or crash, and so may a regular expression. Both are done in a
+process of their own, which is ended when it takes too long. This file is that process's program too: it is started by
+its path, so at its top it imports nothing of this package, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Literal
+
+Verdict = Literal["right", "wrong", "failed"]
+"""failed: the judge came to no end, or could not read the gold answer; it counts as wrong and is counted itself."""
+JUDGES = ("math", "exact", "regex")
+
+SECONDS = 10.0
+"""How long one answer may take to judge."""
+_STARTING = 300.0
+"""How long the process may take to begin: on a shared file system at 1000 ranks, minutes."""
+_MEMORY = 8 * 2**30
+_THINKING = "</think>"
+
+
+def final_part(answer: str) -> str:
+    """What an answer says after its last span of thinking, stripped; all of it where there is none."""
+    return answer.rpartition(_THINKING)[2].strip()
+
+
+def exact(answer: str, gold: str) -> Verdict:
+    """Whether the final part of ``answer`` is ``gold``, blanks around both aside."""
+    return "right" if final_part(answer) == gold.strip() else "wrong"
+
+
+def by_regex(answer: str, gold: str) -> Verdict:
+    """Whether the regular expression ``gold`` is found in the final part of ``answer``; ^ and $ are its ends."""
+    return "right" if re.search(gold, final_part(answer)) else "wrong"
+
+
+def by_math(answer: str, gold: str) -> Verdict:
+    """Whether math-verify finds the last expression of ``answer``, a boxed one first, equal to ``gold``."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
+    no_limit = {"parsing_timeout": None, "raise_on_error": True}  # its alarms don't stop long arithmetic; ours does
+    wanted = parse(f"\\boxed{{{gold}}}", [latex], **no_limit) or parse(gold, [latex, expression], **no_limit)
+    if not wanted:
+        return "failed"
+    found = parse(answer, [expression, latex], **no_limit)
+    return "right" if verify(wanted, found, timeout_seconds=None, raise_on_error=True) else "wrong"
+
+
+_IN_A_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"math": by_math, "regex": by_regex}
+
+
+class Judge:
+    """Judges answers one after the other; a context manager, which ends the processes that were needed.
+
+    ``seconds``: how long one answer may take.
+    """
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._children: dict[str, _Child] = {}
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for child in self._children.values():
+            child.end()
+        self._children.clear()
+
+    def __call__(self, name: str, answer: str, gold: str) -> Verdict:
+        """The verdict of the judge ``name``, one of JUDGES. Raises RuntimeError where its process doesn't start."""
+        if name not in _IN_A_PROCESS:
+            return exact(answer, gold)
+        if name not in self._children:
+            self._children[name] = _Child(name)
+        verdict = self._children[name].ask(answer, gold, self._seconds)
+        if verdict is None:
+            self._children.pop(name).end()  # the next answer gets another one
+        return verdict or "failed"
+
+
+class _Child:
+    """A process that judges by one judge."""
+
+    def __init__(self, name: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        if self._said(_STARTING) != "ready":
+            self.end()
+            raise RuntimeError(f"the process that judges by {name} does not start: try {sys.executable} {__file__}")
+
+    def ask(self, answer: str, gold: str, seconds: float) -> Verdict | None:
+        """The verdict; None where there was none in time."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        said = self._said(seconds)
+        return said if said in ("right", "wrong", "failed") else None  # type: ignore[return-value]
+
+    def _said(self, seconds: float) -> str:
+        """The next line; empty where it is not there in time, or the process is gone."""
+        assert self._process.stdout is not None
+        pipe = self._process.stdout.fileno()
+        ready, _, _ = select.select([pipe], [], [], seconds)
+        return os.read(pipe, 64).decode().strip() if ready else ""
+
+    def end(self) -> None:
+        self._process.kill()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+
+
+def check_judge(name: str, where: str) -> None:
+    """Refuse a judge that can't be asked here; ``where`` is the key of the dataset that names it."""
+    from distill.types import UserError
+
+    if name == "math" and find_spec("math_verify") is None:
+        raise UserError(
+            f"{where}.env_name=math but math-verify is not installed: pip install math-verify, or set env_name to"
+            " exact, regex or null"
+        )
+
+
+def check_gold(name: str, gold: str, where: str) -> None:
+    """Refuse a gold answer that the judge ``name`` can't read: a regular expression that is none."""
+    from distill.types import UserError
+
+    if name != "regex":
+        return
+    try:
+        re.compile(gold)
+    except re.error as error:
+        raise UserError(
+            f"{where}.env_name=regex but the gold answer {gold!r} is no regular expression ({error}): correct it, or"
+            " set env_name to exact"
+        ) from None
+
+
+def _serve(name: str) -> None:
+    """Judge what standard input asks, a line a question, until it ends."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no verdict
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    judge = _IN_A_PROCESS[name]
+    judge("1", "1")  # imports what it needs
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        answer, gold, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)  # ends the process even where nobody is left to do it
+        try:
+            verdict: str = judge(answer, gold)
+        except Exception:  # of any kind: expressions of an untrained model reach every corner of a library
+            verdict = "failed"
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        print(verdict, file=out, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,8 @@
+"""Validation: held-out problems answered, judged and compared with the teacher."""
+
+from __future__ import annotations
+
+from distill.validation.held_out import HeldOut, load_held_out
+from distill.validation.validation import Validation
+
+__all__ = ["HeldOut", "Validation", "load_held_out"]

@@ -1,0 +1,145 @@
+"""What the answers to held-out problems amount to: numbers, lines of a file, a few texts. Pure functions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from torch import Tensor
+
+from distill.data.verify import Verdict
+from distill.types import Rollout
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids as text, special tokens included."""
+_FILE_KINDS = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to a held-out problem."""
+
+    rollout: Rollout
+    source: str
+    """The dataset, as metrics name it."""
+    verdict: Verdict | None = None
+    """None: nobody judges it."""
+    forward_kl_R: Tensor | None = None
+    """float32 [R]: KL(teacher || student) at each token of the answer, in nats; None: not measured."""
+    reverse_kl_R: Tensor | None = None
+    """float32 [R]: KL(student || teacher)."""
+    read_ids: tuple[int, ...] | None = None
+    """What was read before the answer, where that is not the student's prompt."""
+
+
+def source_names(sources: Sequence[str]) -> dict[str, str]:
+    """A short name for metrics of each dataset: a file's without its kind, a hub dataset's without its owner.
+
+    Where two would have one name, both keep their whole path, dots for slashes.
+    """
+    paths = {source: PurePath(source) for source in dict.fromkeys(sources)}
+    short = {source: path.stem if path.suffix in _FILE_KINDS else path.name for source, path in paths.items()}
+    taken = list(short.values())
+    return {source: name if taken.count(name) == 1 else source.replace("/", ".") for source, name in short.items()}
+
+
+def scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """The numbers of a set of answers by name; what was not judged or not measured has none.
+
+    - ``accuracy``: right answers over judged ones (avg@n, where each problem has n); ``judge_failures`` count as wrong.
+    - ``accuracy_stderr``: its standard error, of the problems as a sample: answers to one problem, also where a dataset
+      repeats it, are not independent. With m answers to P problems, sqrt(P / (P - 1) * sum_p (right_p - accuracy *
+      answers_p)^2) / m; with equally many answers a problem it is the deviation of the problems' means over sqrt(P).
+    - ``avg_length``: tokens an answer; ``truncation_rate``: answers cut short; ``num_answers``, ``num_problems``.
+    - ``forward_kl``, ``reverse_kl``: nats a token, over all tokens of all measured answers.
+    """
+    if not samples:
+        return {}
+    values = {
+        "avg_length": _mean([len(s.rollout.response_ids) for s in samples]),
+        "truncation_rate": _mean([s.rollout.finish == "length" for s in samples]),
+        "num_answers": float(len(samples)),
+        "num_problems": float(len({_problem(s) for s in samples})),
+    }
+    judged = [s for s in samples if s.verdict is not None]
+    if judged:
+        values |= _accuracy(judged)
+    for name in ("forward_kl", "reverse_kl"):
+        measured = [kl for s in samples if (kl := getattr(s, f"{name}_R")) is not None]
+        if measured:
+            tokens = sum(len(kl_R) for kl_R in measured)
+            values[name] = math.fsum(float(kl_R.double().sum()) for kl_R in measured) / tokens
+    return values
+
+
+def _problem(sample: Sample) -> tuple[str, str]:
+    return sample.source, sample.rollout.prompt.problem.text
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+def _accuracy(judged: Sequence[Sample]) -> dict[str, float]:
+    right: dict[tuple[str, str], int] = {}
+    answers: dict[tuple[str, str], int] = {}
+    for sample in judged:
+        problem = _problem(sample)
+        answers[problem] = answers.get(problem, 0) + 1
+        right[problem] = right.get(problem, 0) + (sample.verdict == "right")
+    accuracy = sum(right.values()) / len(judged)
+    values = {"accuracy": accuracy, "judge_failures": float(sum(s.verdict == "failed" for s in judged))}
+    problems = len(answers)
+    if problems > 1:
+        squares = math.fsum((right[p] - accuracy * answers[p]) ** 2 for p in answers)
+        values["accuracy_stderr"] = math.sqrt(problems / (problems - 1) * squares) / len(judged)
+    return values
+
+
+def by_source(samples: Sequence[Sample]) -> dict[str, float]:
+    """``scores`` of all answers as ``validation/NAME``, and of each dataset's as ``validation/DATASET/NAME``."""
+    values = {f"validation/{name}": value for name, value in scores(samples).items()}
+    for source in dict.fromkeys(s.source for s in samples):
+        own = scores([s for s in samples if s.source == source])
+        values |= {f"validation/{source}/{name}": value for name, value in own.items()}
+    return values
+
+
+def answer_text(rollout: Rollout, decode: Decode) -> str:
+    """An answer as text, without the token that stopped it; other special tokens, as think tags may be, included."""
+    ids = rollout.response_ids
+    return decode(ids[:-1] if rollout.finish == "stop" else ids)
+
+
+def jsonl_line(sample: Sample, decode: Decode) -> str:
+    """A sample as a JSON object: prompt, answer, gold, verdict, source, finish, and the KL of each token."""
+    rollout = sample.rollout
+    row: dict[str, Any] = {
+        "prompt_id": rollout.prompt.prompt_id,
+        "answer_number": rollout.answer,
+        "source": sample.source,
+        "prompt": decode(rollout.prompt.student_ids if sample.read_ids is None else sample.read_ids),
+        "answer": answer_text(rollout, decode),
+        "gold": rollout.prompt.problem.answer,
+        "verdict": sample.verdict,
+        "finish": rollout.finish,
+        "tokens": len(rollout.response_ids),
+    }
+    for name in ("forward_kl", "reverse_kl"):
+        kl_R = getattr(sample, f"{name}_R")
+        row[name] = None if kl_R is None else [round(value, 5) for value in kl_R.tolist()]
+    return json.dumps(row, ensure_ascii=False)
+
+
+def shown(sample: Sample, decode: Decode) -> str:
+    """A sample for a reader: the problem, the answer, the gold answer and the verdict."""
+    rollout = sample.rollout
+    gold = f" (gold: {rollout.prompt.problem.answer})" if rollout.prompt.problem.answer else ""
+    ending = "" if rollout.finish == "stop" else " [cut short]"
+    verdict = sample.verdict or "not judged"
+    problem = rollout.prompt.problem.text.strip()
+    return f"problem: {problem}\nanswer: {answer_text(rollout, decode).strip()}{ending}\n{verdict}{gold}"

@@ -1,0 +1,478 @@
+"""Validation: which problems, who judges, what the numbers mean, and which checkpoints the numbers keep."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from distill.config import CheckpointingConfig, DatasetConfig, LoggerConfig
+from distill.data.verify import Judge
+from distill.model.load import find_model
+from distill.model.student import Student
+from distill.model.teacher import Teacher
+from distill.rollout.build import validation_sampling_of
+from distill.rollout.engine import answer_seed, stream_seed
+from distill.runtime.checkpoint import Checkpoints, has_validation
+from distill.runtime.metrics_sinks import open_recorder, summary, validation_line
+from distill.runtime.packing import PackingConfig
+from distill.runtime.world import World
+from distill.types import Problem, Prompt, Rollout, Sampling, UserError
+from distill.validation import HeldOut, Validation, load_held_out
+from distill.validation.comparison import token_kls
+from distill.validation.scores import Sample, by_source, jsonl_line, scores, shown, source_names
+from tests.harness import config_for, fixed_rollouts
+from tests.helpers import run_ranks, save_tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+# ---- judges ----------------------------------------------------------------------------------------------------------
+
+VERDICTS = [
+    ("math", r"so it is \boxed{\frac{1}{2}}", "0.5", "right"),
+    ("math", "She has 3 left, then 764.", "764", "right"),
+    ("math", "She has 764, then 3 left.", "764", "wrong"),
+    ("math", r"\boxed{(x+1)^2}", "x^2+2x+1", "right"),
+    ("math", r"$18$ pies", r"\boxed{18}", "right"),
+    ("math", "I do not know.", "5", "wrong"),
+    ("math", "3", "", "failed"),
+    ("exact", "<think>B or C?</think>\n C \n", "C", "right"),
+    ("exact", "It is C", "C", "wrong"),
+    ("regex", "<think>Not so.</think> Once upon a time", r"^Once\b", "right"),
+    ("regex", "Once <think>Not so.</think> so", r"^Once\b", "wrong"),
+    ("regex", "(", "(", "failed"),
+]
+
+
+def test_an_answer_is_judged_as_its_dataset_says() -> None:
+    with Judge() as judge:
+        found = [(*asked, judge(*asked)) for *asked, _ in VERDICTS]
+    assert found == VERDICTS
+
+
+def test_a_judge_that_hangs_fails_that_answer_and_goes_on_with_the_next() -> None:
+    with Judge(seconds=2.0) as judge:
+        assert judge("regex", "a" * 40 + "!", "^(a+)+$") == "failed"
+        assert judge("regex", "aaa", "^(a+)+$") == "right"
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def sample(
+    problem: str, verdict: Any, tokens: int = 4, finish: Any = "stop", source: str = "set", **more: Any
+) -> Sample:
+    prompt = Prompt(more.pop("prompt_id", 0), (7, 8), Problem(problem, "5", source))
+    return Sample(Rollout(prompt, 0, (1,) * tokens, (-1.0,) * tokens, finish, 0), source, verdict, **more)
+
+
+def test_the_numbers_of_six_answers_to_three_problems_worked_by_hand() -> None:
+    samples = [
+        sample("a", "right", 2, forward_kl_R=torch.tensor([1.0, 2.0]), reverse_kl_R=torch.tensor([0.5, 1.5])),
+        sample("a", "wrong", 1, "length", forward_kl_R=torch.tensor([6.0]), reverse_kl_R=torch.tensor([4.0])),
+        sample("b", "right", 3),
+        sample("b", "right", 3),
+        sample("c", "failed", 9, "length"),
+        sample("c", "wrong", 6, "length"),
+    ]
+    assert scores(samples) == {
+        "accuracy": 0.5,  # 3 of 6; by problem 1/2, 1 and 0
+        "accuracy_stderr": pytest.approx(0.2886751),  # their deviation, 0.5, over the root of 3
+        "judge_failures": 1.0,
+        "avg_length": 4.0,  # 24 / 6
+        "truncation_rate": 0.5,
+        "num_answers": 6.0,
+        "num_problems": 3.0,
+        "forward_kl": 3.0,  # (1 + 2 + 6) / 3 tokens; the mean of the answers' means would be 3.75
+        "reverse_kl": 2.0,
+    }
+
+
+def test_repeats_of_a_problem_are_answers_to_one_problem() -> None:
+    """Four prompts, two problems: by problem 1 and 0, deviation 0.7071 over the root of 2. By prompts: 0.2887."""
+    samples = [sample(p, v, prompt_id=i) for i, (p, v) in enumerate(zip("abab", ["right", "wrong"] * 2, strict=True))]
+    assert scores(samples)["accuracy_stderr"] == pytest.approx(0.5)
+    assert scores(samples)["num_problems"] == 2
+
+
+def test_problems_with_unequal_numbers_of_answers_weigh_by_their_answers() -> None:
+    """1 of 1 and 1 of 3: sqrt(2 / 1 * ((1 - 0.5)^2 + (1 - 1.5)^2)) / 4."""
+    samples = [sample("a", "right"), sample("b", "right"), sample("b", "wrong"), sample("b", "wrong")]
+    assert scores(samples)["accuracy"] == 0.5 and scores(samples)["accuracy_stderr"] == pytest.approx(0.25)
+
+
+def test_what_was_not_judged_or_compared_has_no_number() -> None:
+    unjudged = sample("b", None)
+    assert scores([unjudged]).keys() == {"avg_length", "truncation_rate", "num_answers", "num_problems"}
+    both = scores([sample("a", "right"), unjudged])
+    assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem tells nothing of others"
+    assert scores([]) == {}
+
+
+def test_each_dataset_has_its_own_numbers_beside_those_of_all() -> None:
+    values = by_source([sample("a", "right", 2), sample("a", "wrong", 4, source="other"), sample("b", "wrong", 9)])
+    assert values["validation/accuracy"] == pytest.approx(1 / 3) and values["validation/avg_length"] == 5.0
+    assert values["validation/set/accuracy"] == 0.5 and values["validation/set/avg_length"] == 5.5
+    assert values["validation/other/accuracy"] == 0.0 and values["validation/other/num_answers"] == 1.0
+
+
+def test_datasets_are_named_shortly_unless_two_would_have_one_name() -> None:
+    assert source_names(["HuggingFaceH4/aime_2024", "prompts/gsm.jsonl", "x/Qwen2.5"]) == {
+        "HuggingFaceH4/aime_2024": "aime_2024",
+        "prompts/gsm.jsonl": "gsm",
+        "x/Qwen2.5": "Qwen2.5",
+    }
+    assert source_names(["a/test.jsonl", "b/test.jsonl"]) == {
+        "a/test.jsonl": "a.test.jsonl",
+        "b/test.jsonl": "b.test.jsonl",
+    }
+
+
+def test_a_line_of_the_samples_file_tells_all_of_an_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = (*tokenizer("4<think>")["input_ids"], 258)
+    prompt = Prompt(3, tuple(tokenizer("2+2?")["input_ids"]), Problem("2+2?", "4", "x.jsonl"))
+    answer = Rollout(prompt, 1, ids, (-1.0,) * 3, "stop", 0)
+    kl = torch.tensor([0.25, 0.0, 1.0])
+    found = Sample(answer, "x", "right", kl, 2 * kl)
+    assert json.loads(jsonl_line(found, tokenizer.decode)) == {
+        "prompt_id": 3,
+        "answer_number": 1,
+        "source": "x",
+        "prompt": "2+2?",
+        "answer": "4<think>",
+        "gold": "4",
+        "verdict": "right",
+        "finish": "stop",
+        "tokens": 3,
+        "forward_kl": [0.25, 0.0, 1.0],
+        "reverse_kl": [0.5, 0.0, 2.0],
+    }
+    assert shown(found, tokenizer.decode) == "problem: 2+2?\nanswer: 4<think>\nright (gold: 4)"
+    cut = Sample(replace(answer, finish="length"), "x", read_ids=(*prompt.student_ids, 258))
+    row = json.loads(jsonl_line(cut, tokenizer.decode))
+    assert (row["prompt"], row["answer"], row["forward_kl"]) == ("2+2?<|im_end|>", "4<think><|im_end|>", None)
+    assert "[cut short]\nnot judged" in shown(cut, tokenizer.decode)
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def dataset(path: Path, texts: Sequence[str], answer: str = "5", **keys: Any) -> DatasetConfig:
+    path.write_text("".join(json.dumps({"input": text, "output": answer}) + "\n" for text in texts))
+    return DatasetConfig(data_path=str(path), **keys)
+
+
+def held_out(datasets: Sequence[DatasetConfig], at_most: int | None = None) -> Any:
+    return load_held_out(datasets, tiny_tokenizer(chat_template=None), 20, None, at_most)
+
+
+def test_exactly_as_many_problems_as_asked_for_are_taken_in_turn_from_each_dataset(tmp_path: Path) -> None:
+    sets = [
+        dataset(tmp_path / "a.jsonl", ["a0", "too long a problem, this one", "a1", "a2", "a3"]),
+        dataset(tmp_path / "b.jsonl", ["b0", "b1"], env_name=None),
+    ]
+    five = held_out(sets, 5)
+    assert [prompt.problem.text for prompt in five.prompts] == ["a0", "b0", "a1", "b1", "a2"]
+    assert [prompt.prompt_id for prompt in five.prompts] == [0, 5, 2, 6, 3]
+    assert [five.judge(prompt) for prompt in five.prompts] == ["math", None, "math", None, "math"]
+    assert [five.name(prompt) for prompt in five.prompts] == ["a", "b", "a", "b", "a"]
+    assert [len(held_out(sets, n).prompts) for n in (1, 6, 7, None)] == [1, 6, 6, 6]
+
+
+def test_a_problem_without_a_gold_answer_is_not_judged(tmp_path: Path) -> None:
+    found = held_out([dataset(tmp_path / "a.jsonl", ["a0"], answer="")])
+    assert found.judge(found.prompts[0]) is None
+
+
+def test_what_cannot_be_validated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.validation: .*a\.jsonl is empty"):
+        held_out([dataset(tmp_path / "a.jsonl", [])])
+    with pytest.raises(
+        UserError, match=r"data\.validation\[1\]\.env_name=regex but the gold answer '\(' is no regular"
+    ):
+        held_out(
+            [dataset(tmp_path / "a.jsonl", ["a"]), dataset(tmp_path / "b.jsonl", ["b"], answer="(", env_name="regex")]
+        )
+
+
+def test_a_missing_math_verify_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.data.verify.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data\.validation\.env_name=math but math-verify is not installed: pip"):
+        held_out([dataset(tmp_path / "a.jsonl", ["a"])])
+
+
+def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> None:
+    own = ["val_temperature=0.5", "val_top_p=0.9", "val_top_k=7"]
+    config = config_for(
+        tmp_path / "a",
+        tmp_path / "b",
+        *(f"policy.generation.{key}" for key in own),
+        "distillation.val_num_generations=3",
+    )
+    sampling = validation_sampling_of(config, (1,))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.answers_per_prompt) == (0.5, 0.9, 7, 3)
+    seeds = {answer_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
+    assert sampling.seed != 42 and len(seeds) == 3
+    assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
+
+
+# ---- when, and with what in view -------------------------------------------------------------------------------------
+
+
+def validation(tmp_path: Path, *overrides: str, **parts: Any) -> Validation:
+    """Validation of two problems by parts that do nothing."""
+    prompts = tuple(Prompt(i, (5,), Problem(f"p{i}", "5", "set")) for i in range(2))
+    config = config_for(tmp_path / "model", tmp_path / "model", "distillation.allow_degenerate=true", *overrides)
+    anything = MagicMock()
+    anything.device = None
+    anything.agreed.side_effect = lambda doing: nullcontext()
+    names = [field.name for field in fields(Validation) if field.name not in ("measured_at", "reference")]
+    whole: dict[str, Any] = {**dict.fromkeys(names, anything), "config": config, "held_out": HeldOut(prompts)}
+    return Validation(**{**whole, "last_step": 5, **parts})
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured_at", "steps"),
+    [
+        (("val_period=2", "val_at_start=true", "val_at_end=true"), -1, [0, 2, 4, 5]),
+        (("val_period=2",), -1, [2, 4]),
+        (("val_period=5",), -1, [5]),
+        (("val_period=2", "val_at_end=true"), 4, [2, 5]),
+        (("val_period=0", "val_at_end=true"), -1, [5]),
+        (("val_period=0",), -1, []),
+    ],
+)
+def test_validation_is_due_when_the_recipe_says_so_and_not_twice(tmp_path, settings, measured_at, steps) -> None:
+    found = validation(tmp_path, *(f"distillation.{key}" for key in settings), measured_at=measured_at)
+    assert [step for step in range(6) if found.due(step)] == steps
+
+
+class Engine:
+    """Answers every prompt with one token, and notes what it was asked."""
+
+    replica, replicas = 0, 1
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+        self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
+        return [Rollout(prompt, 0, (1,), (-1.0,), "stop", step) for prompt in prompts]
+
+
+class Contexts:
+    """The first problem has a context of three tokens, the second one of 300, beyond the window of 256."""
+
+    def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], None]:
+        return [replace(r, teacher_prefix_ids=(9,) * (300 if r.prompt.prompt_id else 3)) for r in rollouts], None
+
+
+def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_known_and_fits(tmp_path) -> None:
+    context = "distillation.context_distillation"
+    keys = [f"{context}.enabled=true", "distillation.val_at_start=true", "distillation.val_period=2"]
+    plain = Sampling(1.0, 8, (), seed=7, max_total_length=256)
+    parts = {"views": Contexts(), "sampling": plain}
+    known = [*keys, context + ".teacher_prefix_template='Hint: {problem}'"]
+    asked = validation(tmp_path, *known, **parts, engine=(engine := Engine()))
+    answers = asked.answers(0)
+    assert answers is not None and answers.in_context is not None
+    assert [r.teacher_prefix_ids for r in answers.in_context] == [(9, 9, 9)]
+    (first, sampling), (second, other) = engine.asked
+    assert (first, second) == ([(5,), (5,)], [(9, 9, 9)])
+    assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
+    later = asked.answers(2)
+    assert later is not None and later.in_context is None, "by now the student is another"
+    for settings in (keys, [*known, f"teacher.model_name={tmp_path}/other", f"{context}.enabled=false"]):
+        at_start = validation(tmp_path, *settings, **parts, engine=Engine()).answers(0)
+        assert at_start is not None and at_start.in_context is None
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """A world of one rank, as far as checkpoints ask."""
+
+    main, control = True, None
+
+    @contextmanager
+    def agreed(self, doing: str) -> Iterator[None]:
+        yield
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def checkpoints(folder: Path, **keys: Any) -> Checkpoints:
+    config = CheckpointingConfig(checkpoint_dir=str(folder), **keys)
+    return Checkpoints(config, Alone())  # type: ignore[arg-type]
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.iterdir())
+
+
+def test_the_best_by_the_metric_are_kept_and_the_newest_besides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=2)
+    seen = []
+    for step, accuracy in enumerate([0.3, 0.5, 0.1, math.nan, 0.4, 0.2], 1):
+        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
+        before = kept(tmp_path)
+        saved.note(step, {"train/loss": 1.0})
+        saved.note(
+            step, {"validation/accuracy": accuracy, "validation/avg_length": 7.0, "timing/validation/judging": 1.0}
+        )
+        seen.append((before, kept(tmp_path)))
+    assert seen == [
+        ([1], [1]),
+        ([1, 2], [1, 2]),
+        ([1, 2, 3], [1, 2, 3]),  # the third is the worst, and the newest
+        ([1, 2, 4], [1, 2, 4]),
+        ([1, 2, 5], [2, 5]),  # the fourth was not measured; the fifth takes the first's place
+        ([2, 5, 6], [2, 5, 6]),
+    ]
+    info = saved.info(tmp_path / "step_5")
+    assert info == {"step": 5, "metrics": {"validation/accuracy": 0.4, "validation/avg_length": 7.0}}
+    assert has_validation(info) and not has_validation({"step": 5, "metrics": {"train/loss": 1.0}})
+    said = [message for message in caplog.messages if "is not ranked: val:accuracy was not measured" in message]
+    assert len(said) == 1 and "step_4" in said[0]
+
+
+def test_a_loss_ranks_the_other_way_and_of_equals_the_newer_wins(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path, metric_name="train:loss", higher_is_better=False, keep_top_k=1)
+    for step, loss in enumerate([0.3, math.nan, 0.2, 0.2, 0.9], 1):
+        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
+        saved.note(step, {"train/loss": loss, "train/lr": 1.0})
+    assert kept(tmp_path) == [4, 5]
+    assert saved.info(tmp_path / "step_4")["metrics"] == {"train/loss": 0.2}
+
+
+def test_a_checkpoint_that_is_not_ranked_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=None)
+    for step, values in enumerate([{"validation/accuracy": 0.5}, {}, {}], 1):
+        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
+        saved.note(step, values)
+    assert kept(tmp_path) == [1, 2, 3]
+    saved.save(4, {"x": torch.zeros(1)}, {"step": 4})
+    said = [message.split("/")[-1] for message in caplog.messages if "is not ranked" in message]
+    assert said == [f"step_{step} is not ranked: val:accuracy was not measured" for step in (2, 3)]
+
+
+def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
+    for name in (None, "val:accuracy"):  # never measured: the same
+        saved = checkpoints(tmp_path / str(name), metric_name=name, keep_top_k=2)
+        for step in (1, 2, 3, 10):
+            saved.save(step, {"x": torch.zeros(1)}, {"step": step})
+        assert kept(tmp_path / str(name)) == [3, 10]
+
+
+def test_a_metric_that_nobody_measures_is_named_once_with_those_that_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:acuracy")
+    for step in (1, 2):
+        saved.note(step, {"validation/accuracy": 0.5, "validation/avg_length": 3.0})
+    assert caplog.messages == ["checkpointing.metric_name=val:acuracy was not measured, but accuracy, avg_length"]
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "validation/accuracy": 0.125,
+    "validation/accuracy_stderr": 0.0625,
+    "validation/in_context_accuracy": 0.5,
+    "validation/forward_kl": 0.25,
+    "validation/reverse_kl": 0.5,
+    "validation/num_answers": 8.0,
+    "validation/num_problems": 4.0,
+}
+
+
+def test_a_validation_has_its_own_line_and_its_texts_on_console_and_tensorboard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    recorder = open_recorder(LoggerConfig(wandb_enabled=False), tmp_path, main=True, total_steps=4)
+    recorder.record(0, VALUES)
+    recorder.show(0, ["problem: 1+1\nanswer: *2*"])
+    recorder.close()
+    line = "validation at 0/4  accuracy 12.5% +- 6.2%  (in context 50.0%)  KL fwd 0.2500 rev 0.5000"
+    line += "  8 answers to 4 problems"
+    assert caplog.messages == [line, "problem: 1+1\nanswer: *2*\n"]
+    assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  length 3.0"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("validation/sample_0/text_summary")
+    assert text.tensor_proto.string_val == [b"    problem: 1+1\n    answer: *2*\n"]
+    assert [event.step for event in events.Scalars("validation/accuracy")] == [0]
+
+
+def test_the_table_at_the_end_counts_steps_and_shows_what_validation_saw(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, **VALUES},
+        {"step": 1, "train/loss": 2.0, "timing/train/validation": 3.0, "timing/train/checkpointing": 0.0},
+        {"step": 2, "train/loss": 1.0, "timing/train/validation": 0.0, "timing/train/checkpointing": 0.0},
+        {"step": 2, **VALUES, "validation/accuracy": 0.375},
+    ]
+    lines = [line.split() for line in summary({"run": (rows, tmp_path)}).splitlines()]
+    assert ["steps", "2"] in lines
+    assert ["validation", "accuracy", "12.5%", "->", "37.5%"] in lines and ["in", "context", "50.0%"] in lines
+    assert ["validation", "forward", "KL", "0.2500", "->", "0.2500"] in lines
+    assert ["validation", "3.00"] in lines, "the median of the steps that validate"
+    assert "checkpointing" not in [line[0] for line in lines]
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"fsdp": (1, 1), "tp": (2, 1), "cp": (1, 2)}
+PACKED = PackingConfig(4, sequences=None, tokens=120)
+
+
+def _kls(root: Path) -> dict[str, Any]:
+    """Every layout's KLs on this rank."""
+    world = World()
+    found: dict[str, Any] = {}
+    for name, (tp, cp) in LAYOUTS.items():
+        world.build_mesh("cpu", tp, cp)
+        config = config_for(root / "student", root / "teacher", ranks=2)
+        student = Student(config, find_model(str(root / "student"), ""), world, 384, ())
+        teacher = Teacher(config, find_model(str(root / "teacher"), ""), world, 384)
+        found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
+        assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
+    world.close()
+    return found
+
+
+@pytest.mark.slow
+def test_every_token_is_compared_once_in_any_layout_as_plain_models_compare_it(tmp_path: Path) -> None:
+    for seed, name in ((1, "student"), (2, "teacher")):
+        save_tiny_model(tmp_path / name, "qwen3", True, seed=seed)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher"))
+    wanted = []
+    for rollout in fixed_rollouts():
+        q, p = (
+            model(torch.tensor([[*prefix, *rollout.response_ids]])).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+            for model, prefix in ((student, rollout.prompt.student_ids), (teacher, rollout.teacher_prefix_ids))
+        )
+        kept_ids = p.topk(16).indices
+        q, p = (
+            torch.cat([x.gather(1, kept_ids), x.scatter(1, kept_ids, -torch.inf).logsumexp(1, keepdim=True)], 1)
+            for x in (q, p)
+        )
+        wanted.append(((p.exp() * (p - q)).sum(1), (q.exp() * (q - p)).sum(1)))
+    for rank in run_ranks(2, _kls, tmp_path):
+        for name in LAYOUTS:
+            for ours, theirs in zip(rank[name], wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
