@@ -63,6 +63,8 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
         freshness=SimpleNamespace(renew=lambda *_: None),
         world=SimpleNamespace(agreed=lambda what: contextlib.nullcontext()),
         views=SimpleNamespace(prefixed=lambda mine: (mine, {})),
+        validation=SimpleNamespace(answers=lambda step: None, report=lambda answers: None),
+        validate_at_end=lambda: None,
         save_if_due=lambda step: look("checkpoint"),
         record=lambda *_: None,
         **dict.fromkeys(("sampling", "layout", "packing", "seed")),

@@ -50,7 +50,8 @@ def load_held_out(
     """Exactly ``at_most`` prompts (None: all), or all there are where there are fewer.
 
     Several datasets give one each in turn, in their own order, so that a limit starves none of them. A prompt of more
-    than ``max_tokens`` is left out before. ``trace_column``: as in ``load_prompts``. Raises UserError for what the user can put right.
+    than ``max_tokens`` is left out before. ``trace_column``: as in ``load_prompts``. Raises UserError for what the user
+    can put right.
     """
     each: list[list[Prompt]] = []
     judges: dict[int, str] = {}
