@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import random
 import socket
 import tempfile
 import traceback
@@ -60,11 +63,20 @@ def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed
     return folder
 
 
+_PORTS = itertools.count(random.Random(os.getpid()).randrange(10_000))
+"""Where this process begins to look: others that look at the same time begin elsewhere."""
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that was free a moment ago, and that the system gives to nobody who doesn't ask for it by number.
+
+    Ports from 32768 on are given to any connection: one that was free is taken before a rendezvous listens on it.
+    """
+    while True:
+        port = 20_000 + next(_PORTS) % 12_000
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
