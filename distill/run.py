@@ -9,6 +9,7 @@ import os.path
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +46,7 @@ from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, open_recorder, read_metrics, summary
 from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World, new_run_dir
-from distill.types import Layout, Rollout, Sampling, UserError
+from distill.types import Layout, Prompt, Rollout, Sampling, UserError
 from distill.validation import HeldOut, Validation, load_held_out
 
 log = logging.getLogger(__name__)
@@ -223,6 +224,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("reading the data"), world.main_first():
         order = _prompt_order(config, models)
         views = teacher_views(config, models.tokenizer)
+        _check_reading(config, views, order.batch(0))
         held_out = _held_out(config, models)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
@@ -368,6 +370,19 @@ def _prompt_order(config: Config, models: Models) -> PromptOrder:
     trace_column = config.distillation.context_distillation.trace_column
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=trace_column)
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
+
+
+def _check_reading(config: Config, views: TeacherViews, prompts: Sequence[Prompt]) -> None:
+    """Refuse a student that is its own teacher and reads no more as such."""
+    if not config.distillation.context_distillation.enabled or config.distillation.allow_degenerate:
+        return
+    read, _ = views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in prompts])
+    if read and all(rollout.teacher_prefix_ids == rollout.prompt.student_ids for rollout in read):
+        raise UserError(
+            "distillation.context_distillation.teacher_prefix_template shows the teacher what the student reads, and"
+            " the two are one model: put into it what the teacher should know, or for a control set"
+            " distillation.allow_degenerate=true"
+        )
 
 
 def _held_out(config: Config, models: Models) -> HeldOut:

@@ -368,6 +368,14 @@ BAD = {
         ],
         "{hint}",
     ),
+    "a template that shows no more": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.teacher_prefix_template={{problem}}",
+            "teacher.model_name={root}/student",
+        ],
+        "put into it what the teacher should know",
+    ),
     "a template longer than the window": (
         [
             "distillation.context_distillation.enabled=true",
