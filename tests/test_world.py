@@ -115,7 +115,7 @@ def test_ranks_agree_before_anyone_leaves() -> None:
     assert first["user"] == second["user"] == "AgreedError: a=1 is wrong: set 2"
     assert second["bug"] == "KeyError: 'x'"
     assert first["bug"] == "RuntimeError: rank 1 failed while testing: 'x'"
-    assert (first["axes"], first["shape"]) == (("replica", "dp", "cp", "tp"), (1, 2, 1, 1))
+    assert (first["axes"], first["shape"]) == (("replica", "shard", "tp"), (1, 2, 1))
     refusals = first["refusals"]
     assert len(refusals) == 4
     assert "cluster.gpus_per_node=4" in refusals[0] and "2 were started" in refusals[0]

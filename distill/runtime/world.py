@@ -96,16 +96,21 @@ class World:
             )
 
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
-        """Lay out the mesh (replica, dp, cp, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
+        """Lay out the mesh (replica, shard, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
 
-        Axes that are not used have size 1. ``replicas``: how many groups of ranks hold a whole sharded model each.
-        ``teacher``: consecutive ranks that read the teacher's packs together, at least cp * tp. ``check_cluster`` comes
-        first.
+        A shard's rank is (dp, cp). Axes that are not used have size 1. ``replicas``: how many groups of ranks hold a
+        whole sharded model each. ``teacher``: consecutive ranks that read the teacher's packs together, at least
+        cp * tp. ``check_cluster`` comes first.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
-        shape = (replicas, self.size // (replicas * cp * tp), cp, tp)
-        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "dp", "cp", "tp"))
+        shards = self.size // (replicas * tp)
+        self.mesh = init_device_mesh(
+            self.device.type, (replicas, shards, tp), mesh_dim_names=("replica", "shard", "tp")
+        )
+        # Who reads together is another matter than who holds which shard, so these groups have meshes of their own.
+        reading = (self.size // (cp * tp), cp, tp)
+        self._cp_mesh = init_device_mesh(self.device.type, reading, mesh_dim_names=("dp", "cp", "tp"))["cp"]
         self._teacher_size = max(teacher, cp * tp)
         groups = (self.size // self._teacher_size, self._teacher_size)
         self._teacher_mesh = init_device_mesh(self.device.type, groups, mesh_dim_names=("groups", "teacher"))
@@ -117,14 +122,13 @@ class World:
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """The mesh that FSDP shards the student over: dp and cp flattened, after the replicas where there are any."""
-        flat = self._axes("dp", "cp")._flatten("dp_cp")
-        return flat if self._axes("replica").size() == 1 else self._axes("replica", "dp_cp")
+        """The mesh that FSDP shards the student over, all of dp and cp, after the replicas where there are any."""
+        return self._axes("shard") if self._axes("replica").size() == 1 else self._axes("replica", "shard")
 
     @property
     def replica_mesh(self) -> DeviceMesh:
-        """The one-dimensional mesh of the ranks that hold one whole model between them: dp, cp and tp flattened."""
-        mesh: DeviceMesh = self._axes("dp", "cp", "tp")._flatten("dp_cp_tp")
+        """The one-dimensional mesh of the ranks that hold one whole model between them: shard and tp flattened."""
+        mesh: DeviceMesh = self._axes("shard", "tp")._flatten("shard_tp")
         return mesh
 
     @property
@@ -135,8 +139,8 @@ class World:
     @property
     def cp_group(self) -> dist.ProcessGroup | None:
         """The ranks that share a micro-batch's positions; None where each reads its own."""
-        mesh = self._axes("cp")
-        return mesh.get_group() if mesh.size() > 1 else None
+        assert self.mesh is not None, "build_mesh comes first"
+        return self._cp_mesh.get_group() if self._cp_mesh.size() > 1 else None
 
     @property
     def teacher_group(self) -> dist.ProcessGroup | None:
@@ -147,7 +151,7 @@ class World:
     @property
     def layout(self) -> Layout:
         """This rank's place among those that train."""
-        cp, tp = self._axes("cp"), self._axes("tp")
+        tp, cp = self._axes("tp"), self._cp_mesh
         group = cp.size() * tp.size()
         return Layout(
             dp_rank=self.rank // group,
