@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import weakref
@@ -22,13 +23,14 @@ from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import Student, build_scheduler
 from distill.model.teacher import Teacher
+from distill.model.tensor_parallel import check_plan
 from distill.model.weights import GatheredWeights
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import PackingConfig, plan, view_of
 from distill.runtime.world import World
 from distill.types import UserError
 from tests.harness import config_for, fixed_rollouts
-from tests.helpers import run_ranks, save_tiny_model
+from tests.helpers import run_ranks, save_tiny_model, tiny_config
 from tests.tiny_tokenizer import tiny_tokenizer
 
 SEQUENCES = [((5, 6, 7), tuple(range(8, 30))), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
@@ -393,3 +395,26 @@ def test_attention_keeps_to_its_own_sequence_and_its_past() -> None:
                     scores = 0.3 * k[0, head // 2, first : t + 1] @ q[0, head, t]
                     expected[0, t, head] = scores.softmax(0) @ v[0, head // 2, first : t + 1]
         assert (got - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ({"layers.*.self_attn.q_proj": "colwise"}, "beside layers.*.self_attn.k_proj and leaves that out"),
+        ({"model.layers.*.mlp.up_proj": "colwise"}, "fits nothing of a qwen3"),
+        ({"layers.*.mlp": "colwise"}, "fits no linear layer of a qwen3"),
+        ({"layers.*.mlp.up_proj": "sequence"}, "has the style sequence for layers.*.mlp.up_proj"),
+    ],
+)
+def test_a_plan_that_would_split_a_model_wrongly_is_refused(plan: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        check_plan(tiny_config("qwen3", True), plan, "a model")
+
+
+def test_a_plan_without_the_norms_of_heads_is_refused_and_says_what_to_add() -> None:
+    config = tiny_config("qwen3", True)
+    own = {pattern: style for pattern, style in config.base_model_tp_plan.items() if "norm" not in pattern}
+    with pytest.raises(UserError, match=r"add layers\.\*\.self_attn\.q_norm: replicated_with_grad_allreduce"):
+        check_plan(config, own, "a model")
+    for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
+        assert check_plan(tiny_config(family, True), None, "a model")["layers.*.self_attn.q_proj"] == "colwise"

@@ -409,7 +409,9 @@ class _Memory:
         state = 4 * self.student.parameters // self.shards
         lines = {"teacher shards": self.teacher_shards}
         if self.on_host:
-            return lines | {"master weights": state, "gradients": state, "optimizer state": 2 * state}
+            context = self.config.distillation.context_distillation
+            average = {"teacher's average": state} if context.enabled and context.mode == "self_ema" else {}
+            return lines | {"master weights": state, "gradients": state, "optimizer state": 2 * state} | average
         return lines | ({"optimizer state": 2 * state} if self.offloads else {})
 
 

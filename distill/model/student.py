@@ -150,17 +150,23 @@ class Student:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Add up over the tensor-parallel group what its ranks know in part only; collective, once after the last
-        backward.
+        """Bring the gradients of weights that every rank of a tensor-parallel group has whole to one value; collective,
+        once after the last backward.
 
-        Weights that act on a rank's own heads (Qwen3's q_norm and k_norm) have the gradients of those heads. Left out,
-        the loss is right and these gradients are half wrong.
+        Weights that act on a rank's own heads (Qwen3's q_norm and k_norm) have the gradients of those heads, and the
+        sum is right: left out, the loss is right and these gradients are half wrong. All others have the same on every
+        rank but for the order in which a GPU adds up, and take the mean: else copies would drift apart.
         """
-        if not self.model.summed:
+        if self._tp == 1:
             return
-        named = self.model.named_hf_parameters()
-        parts = [p.grad.to_local() for name, p in named if name in self.model.summed]  # type: ignore[union-attr]
-        flat = torch.cat([part.flatten() for part in parts]).to(self.device)
+        named = [(name, p.grad) for name, p in self.model.named_hf_parameters() if tp_dim(p) is None]
+        parts = [grad.to_local() for _, grad in named]  # type: ignore[union-attr]
+        share = 1 / self._tp
+        scaled = [
+            part.flatten() * (1.0 if name in self.model.summed else share)
+            for (name, _), part in zip(named, parts, strict=True)
+        ]
+        flat = torch.cat(scaled).to(self.device)
         dist.all_reduce(flat, group=self._tp_group)
         for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
             part.copy_(total.view_as(part))

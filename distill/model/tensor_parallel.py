@@ -1,11 +1,12 @@
 """Tensor parallelism of a Hugging Face model, by the plan that its class ships: each rank has part of every matrix.
 
 Embedding and head are split by vocabulary. The residual stream is whole on every rank of the group, so what acts on it
-alone (the norms between blocks) is the same everywhere, gradients too.
+alone (the norms between blocks) is the same everywhere, and so are gradients, but for the order of their sums.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from transformers import PreTrainedModel
 
-from distill.model.load import causal_lm_parts, chunk_of
+from distill.model.load import causal_lm_parts, chunk_of, meta_model
 from distill.types import UserError
 
 REPLICATED = "replicated_with_grad_allreduce"
@@ -31,8 +32,11 @@ _BY_VOCABULARY = ("embed_tokens", "lm_head")
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
-    """Module pattern -> style: the recipe's plan or the model class's own. Errors: UserError where there is none, or
-    where it has a style that is not known here."""
+    """Module pattern -> style: the recipe's plan or the model class's own.
+
+    Errors: UserError where there is none, for a style that is not known here, a pattern that fits nothing or no linear
+    layer, and for weights beside split ones that a plan leaves out: their gradients would lack other ranks' heads.
+    """
     given = custom or getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
     key = "policy.dtensor_cfg.custom_parallel_plan"
@@ -48,7 +52,31 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
                 f"{source} has the style {style} for {pattern}, which is not known here: use {', '.join(STYLES)} in"
                 f" {key}, or set policy.dtensor_cfg.tensor_parallel_size=1"
             )
+    _check_modules(config, plan, key)
     return plan
+
+
+def _check_modules(config: Any, plan: Mapping[str, str], key: str) -> None:
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    body, _ = causal_lm_parts(meta_model(one, "eager", torch.float32))
+    styles = {name: _style(plan, name) for name, _ in body.named_modules()}
+    for pattern, style in plan.items():
+        found = [module for name, module in body.named_modules() if _matches(pattern, name)]
+        if not found or (style != REPLICATED and not all(isinstance(module, nn.Linear) for module in found)):
+            raise UserError(
+                f"{key} has {pattern}: {style}, which fits {'no linear layer' if found else 'nothing'} of a"
+                f" {config.model_type}: name linear layers as its body does (layers.*.mlp.up_proj)"
+            )
+    split = {name.rpartition(".")[0] for name, style in styles.items() if style == "colwise"}
+    for name, module in body.named_modules():
+        if name.rpartition(".")[0] in split and styles[name] is None and any(True for _ in module.parameters()):
+            pattern = name.replace(".0.", ".*.")
+            raise UserError(
+                f"{key} splits what stands beside {pattern} and leaves that out: add {pattern}: {REPLICATED}"
+            )
 
 
 def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mapping[str, str]) -> frozenset[str]:
@@ -62,7 +90,7 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mappin
     styles: dict[str, ParallelStyle] = {}
     summed: set[str] = set()
     for name, module in body.named_modules():
-        style = next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
+        style = _style(plan, name)
         if style == REPLICATED:
             summed |= {names[id(parameter)] for parameter in module.parameters()}
         elif style is not None:
@@ -74,6 +102,10 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mappin
     head.weight = embedding.weight if tied else _split(head.weight, mesh, 0)
     _look_up_over_ranks(embedding, mesh)
     return frozenset(summed)
+
+
+def _style(plan: Mapping[str, str], name: str) -> str | None:
+    return next((style for pattern, style in plan.items() if _matches(pattern, name)), None)
 
 
 def _matches(pattern: str, name: str) -> bool:
