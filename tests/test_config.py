@@ -506,7 +506,7 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
         ),
         (
             ["policy.dtensor_cfg.tensor_parallel_size=4", "policy.dtensor_cfg.context_parallel_size=2"],
-            ["tensor_parallel_size=4 * context_parallel_size=2 doesn't divide the 4 ranks"],
+            ["size=4 * context_parallel_size=2 doesn't divide the 4 ranks", "whose product is 1, 2 or 4"],
         ),
         (["teacher.dtensor_cfg.context_parallel_size=8"], ["teacher.dtensor_cfg", "doesn't divide the 4 ranks"]),
         (

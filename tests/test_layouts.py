@@ -49,6 +49,7 @@ CASES = {
     "cp 2, replicas, computed again": Case(
         1, 2, replicas=2, settings=("policy.dtensor_cfg.activation_checkpointing=true",)
     ),
+    "tp 2, cp 2, computed again": Case(2, 2, settings=("policy.dtensor_cfg.activation_checkpointing=true",)),
     "tp 2, sampled": Case(2, 1, teacher=4, settings=("loss_fn.kl_type=sampled",)),
     "cp 2, whole vocabulary": Case(1, 2, teacher=4, settings=("distillation.topk_logits_k=0",)),
     "cp 2, the student's support": Case(1, 2, settings=("loss_fn.support=student",)),

@@ -150,14 +150,16 @@ def _groups(config: Config) -> None:
         if ranks % (parallel.tensor_parallel_size * parallel.context_parallel_size):
             refuse(
                 f"{name}.dtensor_cfg.tensor_parallel_size={parallel.tensor_parallel_size} * context_parallel_size="
-                f"{parallel.context_parallel_size} doesn't divide the {ranks} ranks of {where}: choose sizes that do"
+                f"{parallel.context_parallel_size} doesn't divide the {ranks} ranks of {where}: choose sizes whose product "
+                f"is {_sizes(ranks)}"
             )
     policy = config.policy.dtensor_cfg
     group = policy.tensor_parallel_size * policy.context_parallel_size
     if ranks % (group * policy.replicate_size):
         refuse(
             f"policy.dtensor_cfg.replicate_size={policy.replicate_size} doesn't divide the {ranks // group} groups of "
-            f"{group} ranks (tensor_parallel_size * context_parallel_size) of {where}: choose a size that does"
+            f"{group} ranks (tensor_parallel_size * context_parallel_size) of {where}: set it to "
+            f"{_sizes(ranks // group)}"
         )
     tp, node = config.policy.dtensor_cfg.tensor_parallel_size, config.cluster.gpus_per_node
     if node % tp:
