@@ -150,8 +150,8 @@ def _groups(config: Config) -> None:
         if ranks % (parallel.tensor_parallel_size * parallel.context_parallel_size):
             refuse(
                 f"{name}.dtensor_cfg.tensor_parallel_size={parallel.tensor_parallel_size} * context_parallel_size="
-                f"{parallel.context_parallel_size} doesn't divide the {ranks} ranks of {where}: choose sizes whose product "
-                f"is {_sizes(ranks)}"
+                f"{parallel.context_parallel_size} doesn't divide the {ranks} ranks of {where}: choose sizes whose "
+                f"product is {_sizes(ranks)}"
             )
     policy = config.policy.dtensor_cfg
     group = policy.tensor_parallel_size * policy.context_parallel_size
