@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for part in dry_run(arguments.config):
                 print(part)
             return
-        from distill.run import build_run
+        from distill.build import build_run
 
         with world.agreed("reading the recipe"):
             arguments = parse_args(argv)

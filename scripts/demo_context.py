@@ -14,10 +14,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from distill.build import build_run
 from distill.config import parse_args
 from distill.data.prompts import load_prompts
 from distill.rollout.exchange import gather_rollouts
-from distill.run import Run, build_run
+from distill.run import Run
 from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics
 from distill.runtime.world import World, guarded, leave
 from distill.train import train

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from distill.config import Config
-from distill.run import packing_of
+from distill.inputs import packing_of
 from distill.runtime.dealing import ROW_COST, deal, fewest_rows, quadratic_cost
 from distill.runtime.packing import PackingConfig
 from scripts import bench_packing

@@ -27,7 +27,9 @@ FLOORS = (
     ("model",),
     ("rollout",),
     ("validation",),
+    ("inputs",),
     ("run",),
+    ("build",),
     ("train",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.run import packing_of
+from distill.inputs import packing_of
 from distill.runtime.dealing import ROW_COST
 from distill.runtime.packing import PackingConfig, deal_answers, pack, plan
 from distill.types import Layout, OptimizerBatch, Problem, Prompt, Rollout

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config import Config
+from distill.inputs import packing_of
 from distill.model.attention import packed_attention
 from distill.model.load import find_model, model_config
-from distill.run import packing_of
 from distill.runtime.packing import PackingConfig, plan, view_of
 from distill.runtime.world import World
 from distill.types import Layout, Rollout

@@ -1,0 +1,189 @@
+"""A run's parts, checked and put together: everything that is wrong with a recipe is found here, weights last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os.path
+import platform
+import subprocess
+import sys
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill.config import Arguments, Config
+from distill.data.context import teacher_views
+from distill.inputs import check_reading, find_models, packing_of, read_held_out, read_prompts, validates
+from distill.loss import check_loss_backend
+from distill.model.following import build_teacher
+from distill.model.load import model_config
+from distill.model.memory import plan_memory
+from distill.model.student import Student
+from distill.rollout.build import build_engine, check_backend, sampling_of, validation_sampling_of
+from distill.rollout.freshness import Freshness
+from distill.run import Run
+from distill.runtime.checkpoint import Checkpoints, has_validation
+from distill.runtime.metrics_sinks import open_recorder
+from distill.runtime.world import World, new_run_dir
+from distill.types import UserError
+from distill.validation import Validation
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
+
+
+def build_run(arguments: Arguments, world: World) -> Run:
+    """Check the recipe against the world, the files and each other, then load; every rank calls it.
+
+    Raises UserError, on all ranks alike, for what the user can put right.
+    """
+    config = arguments.config
+    with world.agreed("checking the recipe"):
+        _check_supported(config)
+    cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
+    tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
+    with world.agreed("checking the cluster"):
+        world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
+    theirs = config.teacher.dtensor_cfg
+    teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
+    world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
+    with world.agreed("checking the loss"):
+        check_loss_backend(config.loss_fn, world.device)
+    with world.agreed("finding the models"), world.main_first():
+        models = find_models(config)
+    with world.agreed("checking the layout and the memory"):
+        forecast = plan_memory(config, *models.shapes, world.device)
+        if world.main:
+            log.info("%s", forecast.table())
+    with world.agreed("checking the generation backend"):
+        check_backend(config, models.student, world)
+    with world.agreed("reading the data"), world.main_first():
+        order = read_prompts(config, models)
+        views = teacher_views(config, models.tokenizer)
+        check_reading(config, views, order.batch(0))
+        held_out = read_held_out(config, models)
+    last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
+    checkpoints = Checkpoints(config.checkpointing, world)
+    found = checkpoints.newest()
+    with world.agreed("reading the newest checkpoint"):
+        info = checkpoints.info(found) if found else None
+        first_step = order.resume(info["data"]) if info else 0
+    with world.agreed("making the run's folder"):
+        made = _start_run_dir(arguments) if world.main else Path()
+    run_dir = world.broadcast(made)
+    world.log_to(run_dir)
+    with world.agreed("opening the metrics"):
+        recorder = open_recorder(
+            config.logger,
+            run_dir,
+            main=world.main,
+            total_steps=last_step,
+            resumed_step=first_step,
+            recipe=yaml.safe_load(arguments.resolved),
+        )
+    engine = build_engine(config, models.student, world, models.valid_vocab)
+    student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
+    teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
+    difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
+    log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
+    teacher.offload()
+    if found is not None:
+        checkpoints.load(found, student.state() | teacher.state())
+        student.resume(first_step)
+        teacher.resume(student)
+        log.info("resumed from %s after %d steps", found, first_step)
+        if first_step >= last_step:
+            remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
+            log.warning(f"nothing is left to do: {remedy}", last_step)
+    packing = packing_of(config, model_config(models.student, "policy.model_name"))
+    validation = Validation(
+        config=config,
+        world=world,
+        held_out=held_out,
+        decode=partial(models.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        views=views,
+        engine=engine,
+        student=student,
+        teacher=teacher,
+        packing=packing,
+        sampling=validation_sampling_of(config, models.stop_token_ids),
+        last_step=last_step,
+        run_dir=run_dir,
+        recorder=recorder,
+        checkpoints=checkpoints,
+        measured_at=first_step if info and has_validation(info) else -1,
+        reference=info.get("in_context") if info else None,
+    )
+    return Run(
+        config=config,
+        world=world,
+        run_dir=run_dir,
+        models=models,
+        order=order,
+        views=views,
+        engine=engine,
+        student=student,
+        teacher=teacher,
+        freshness=Freshness(world, engine, student, models.valid_vocab),
+        checkpoints=checkpoints,
+        recorder=recorder,
+        validation=validation,
+        sampling=sampling_of(config, models.stop_token_ids),
+        packing=packing,
+        forecast=forecast,
+        first_step=first_step,
+        last_step=last_step,
+    )
+
+
+def _check_supported(config: Config) -> None:
+    if config.policy.generation.stop_strings:
+        raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
+    if not config.checkpointing.save_optimizer:
+        raise UserError("checkpointing.save_optimizer=false is not supported yet: set it to true")
+    checkpointing = config.checkpointing
+    not_yet = {
+        "checkpointing.checkpoint_must_save_by": checkpointing.checkpoint_must_save_by,
+        "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
+        "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
+        "data.train.seed": any(dataset.seed is not None for dataset in config.data.train),
+    }
+    if ignored := [key for key, is_set in not_yet.items() if is_set]:
+        log.warning("not there yet, so without effect: %s", ", ".join(ignored))
+    by_validation = checkpointing.enabled and (checkpointing.metric_name or "").startswith("val:")
+    if by_validation and not validates(config):
+        log.warning(
+            "checkpointing.metric_name=%s is never measured, as distillation.val_period=0 and val_at_start and"
+            " val_at_end are false: the newest checkpoints are kept",
+            checkpointing.metric_name,
+        )
+
+
+def _start_run_dir(arguments: Arguments) -> Path:
+    """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
+    config = arguments.config
+    run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
+    (run_dir / "config.yaml").write_text(arguments.resolved)
+    (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+    log.info("run folder %s", os.path.relpath(run_dir))
+    return run_dir
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "command": sys.argv}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found["commit"] = None
+    return found

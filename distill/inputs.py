@@ -1,0 +1,148 @@
+"""What a run reads before any weight is loaded: the models' files, the data, and what follows from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill.config import Config
+from distill.data.context import TeacherViews
+from distill.data.prompts import PromptOrder, load_prompts
+from distill.model.load import (
+    ModelFiles,
+    compare_vocabularies,
+    find_model,
+    load_tokenizer,
+    model_config,
+    stop_ids,
+)
+from distill.model.shapes import ModelShape, shape_of
+from distill.model.teacher import check_top_k
+from distill.model.tensor_parallel import check_plan
+from distill.runtime.dealing import quadratic_cost
+from distill.runtime.packing import PackingConfig
+from distill.types import Prompt, Rollout, UserError
+from distill.validation import HeldOut, load_held_out
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two checkpoints and what their tokenizers say, before any weight is loaded."""
+
+    student: ModelFiles
+    teacher: ModelFiles
+    tokenizer: Any
+    valid_vocab: int
+    """Ids the tokenizer knows; the embeddings may be padded beyond."""
+    stop_token_ids: tuple[int, ...]
+    shapes: tuple[ModelShape, ModelShape]
+    """Of the student and of the teacher."""
+
+
+def find_models(config: Config) -> Models:
+    """The two checkpoints' files, compared with each other and the recipe; raises UserError."""
+    student = find_model(config.policy.model_name, "policy.model_name")
+    teacher = find_model(config.teacher.model_name, "teacher.model_name")
+    parallel, config_of_student = config.policy.dtensor_cfg, model_config(student, "policy.model_name")
+    if parallel.tensor_parallel_size > 1:
+        check_plan(config_of_student, parallel.custom_parallel_plan, student.name)
+    shapes = (
+        shape_of(config_of_student, student.name),
+        shape_of(model_config(teacher, "teacher.model_name"), teacher.name),
+    )
+    tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
+    teachers = load_tokenizer(teacher, config.teacher.tokenizer.name, "teacher.tokenizer.name")
+    compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
+    valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
+    check_top_k(config, valid_vocab)
+    stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers)
+    return Models(student, teacher, tokenizer, valid_vocab, stop_token_ids, shapes)
+
+
+def _stop_token_ids(
+    config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any
+) -> tuple[int, ...]:
+    """The ids that end an answer: the recipe's, or both models' together; says so where they differ."""
+    if config.policy.generation.stop_token_ids is not None:
+        return config.policy.generation.stop_token_ids
+    ours, theirs = stop_ids(student, tokenizer), stop_ids(teacher, teachers)
+    if set(ours) != set(theirs):
+        log.warning(
+            "the student %s stops at %s and the teacher %s at %s (a base student under an instruct teacher?):"
+            " answers end at any of them; watch train/teacher_stop_mass",
+            *(student.name, tokenizer.convert_ids_to_tokens(list(ours))),
+            *(teacher.name, teachers.convert_ids_to_tokens(list(theirs))),
+        )
+    return tuple(sorted({*ours, *theirs}))
+
+
+def read_prompts(config: Config, models: Models) -> PromptOrder:
+    """The training problems as prompts, in the order of their steps."""
+    window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
+    kwargs = config.policy.tokenizer.chat_template_kwargs
+    trace_column = config.distillation.context_distillation.trace_column
+    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=trace_column)
+    return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
+
+
+def check_reading(config: Config, views: TeacherViews, prompts: Sequence[Prompt]) -> None:
+    """Refuse a student that is its own teacher and reads no more as such."""
+    if not config.distillation.context_distillation.enabled or config.distillation.allow_degenerate:
+        return
+    read, _ = views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in prompts])
+    if read and all(rollout.teacher_prefix_ids == rollout.prompt.student_ids for rollout in read):
+        raise UserError(
+            "distillation.context_distillation.teacher_prefix_template shows the teacher what the student reads, and"
+            " the two are one model: put into it what the teacher should know, or for a control set"
+            " distillation.allow_degenerate=true"
+        )
+
+
+def validates(config: Config) -> bool:
+    """Whether held-out problems are ever answered."""
+    loop = config.distillation
+    return loop.val_period > 0 or loop.val_at_start or loop.val_at_end
+
+
+def read_held_out(config: Config, models: Models) -> HeldOut:
+    """The held-out problems; none where none are due."""
+    if not validates(config):
+        return HeldOut()
+    window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
+    kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
+    column = config.distillation.context_distillation.trace_column
+    return load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column)
+
+
+def packing_of(config: Config, shape: Any) -> PackingConfig:
+    """Budgets of a micro-batch: tokens under packing or dynamic batching (neither pads anything), else answers.
+
+    ``shape``: the student's Hugging Face configuration, from which a sequence's cost follows.
+    """
+    policy = config.policy
+    batchings = (policy.sequence_packing, policy.dynamic_batching)
+    tokens = next((batching.train_mb_tokens for batching in batchings if batching.enabled), None)
+    windowed = [kind for kind in getattr(shape, "layer_types", None) or () if kind == "sliding_attention"]
+    return PackingConfig(
+        optimizer_batch=policy.train_global_batch_size,
+        sequences=policy.train_micro_batch_size if tokens is None else None,
+        tokens=tokens,
+        quadratic=quadratic_cost(
+            hidden=shape.hidden_size,
+            layers=shape.num_hidden_layers,
+            heads=shape.num_attention_heads,
+            kv_heads=shape.num_key_value_heads,
+            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
+            intermediate=shape.intermediate_size,
+            vocab=shape.vocab_size,
+            windowed=len(windowed),
+            window=shape.sliding_window if windowed else 0,
+        ),
+        share_prefixes=config.runtime.share_prefixes,
+    )
