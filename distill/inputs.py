@@ -28,8 +28,6 @@ from distill.validation import HeldOut, load_held_out
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
-
 
 @dataclass(frozen=True)
 class Models:

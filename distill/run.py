@@ -28,8 +28,6 @@ from distill.validation import Validation
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
-
 
 @dataclass
 class Run:
