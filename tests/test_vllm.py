@@ -54,11 +54,15 @@ KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
 EXCHANGED = {KEY: VALUE, VALUE: KEY}
 
 
+AT_ONCE = {"max_num_batched_tokens": 2 * WINDOW, "max_num_seqs": 2 * WINDOW}
+"""Tokens that a step of the engine reads at most."""
+
+
 def _engine(folder: Path, tp: int = 1, memory: FakeMemory | None = None) -> VllmEngine:
     prepare_for_vllm(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     shape = model_config(find_model(str(folder), "a model"), "a model")
     manifest = manifest_of(meta_model(shape, "eager", torch.float32))
-    return VllmEngine(str(folder), manifest, torch.float32, WINDOW, VALID, tp, memory=memory)
+    return VllmEngine(str(folder), manifest, torch.float32, WINDOW, VALID, tp, AT_ONCE, memory)
 
 
 def _plain_engine(folder: Path) -> TransformersEngine:
@@ -129,6 +133,8 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
     seen["one by one"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
     seen["cached"] = [_cached(engine, 2)]
+    many = _prompts(*[40] * 8)
+    seen["many"] = engine.generate(many, SAMPLED, 0), [r for p in many for r in engine.generate([p], SAMPLED, 0)]
     seen["nucleus"] = engine.generate(PROMPTS, NUCLEUS, 0)
     seen["another step"] = engine.generate(PROMPTS, SAMPLED, 1)
     seen["refused"] = {
@@ -240,6 +246,11 @@ def test_answers_repeat_and_do_not_depend_on_their_neighbours(alone) -> None:
     assert alone["one by one"] == first
     assert _ids(alone["another step"]) != _ids(first)
     assert len({r.response_ids for r in first}) > len(PROMPTS), "answers to one prompt share a stream"
+
+
+def test_more_prompts_than_a_step_reads_are_answered_as_each_alone(alone) -> None:
+    together, one_by_one = alone["many"]
+    assert 2 * WINDOW < 8 * 40 and together == one_by_one
 
 
 def test_a_prompt_is_read_once_for_its_answers_and_anew_after_a_sync(alone) -> None:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _CPU_DEFAULTS = {
     "enforce_eager": True,  # compiling takes a minute, and no CUDA graph is gained
+    # A prompt read in parts has its draws of before the end taken back, which a CPU's generators can't (vLLM 0.32).
+    "enable_chunked_prefill": False,
     "block_size": 32,  # the default of 128 shares no prompt shorter than that between its answers
     "kv_cache_memory_bytes": CPU_CACHE,
 }
