@@ -41,7 +41,7 @@ class Student:
         self.dtype = DTYPES[policy.precision]
         self.device = world.device
         self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
-        self._group = self._mesh.get_group()
+        self._replicas = world.size // self._mesh.size()
         self._tp_group = world.tp_mesh.get_group()
         self._counts = world.layout.tp_rank == 0  # whether this rank's statistics are its group's
         self._temperature = config.policy.generation.temperature
@@ -173,9 +173,10 @@ class Student:
 
     @torch.no_grad()
     def grad_norm(self) -> float:
-        """The 2-norm of all gradients over all ranks, accumulated in float64; collective over the model's ranks.
+        """The 2-norm of all gradients, accumulated in float64; collective over all ranks.
 
-        torch's own float32 norm of a 49152 x 576 tensor errs by 1.6e-3.
+        torch's own float32 norm of a 49152 x 576 tensor errs by 1.6e-3. Over all replicas, though each could tell it
+        alone: sums in groups of their own might differ in a last bit, and so would what is clipped by them.
         """
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for parameter in self.model.parameters():
@@ -184,8 +185,8 @@ class Student:
                 square = torch.linalg.vector_norm(local, dtype=torch.float64).square().to(self.device)
                 # what is whole on every rank of a tensor-parallel group counts once
                 squares += square if self._counts or tp_dim(parameter) is not None else 0.0
-        dist.all_reduce(squares, group=self._group)
-        return float(squares.sqrt())
+        dist.all_reduce(squares)
+        return float((squares / self._replicas).sqrt())
 
     def end_step(self) -> None:
         """Move the learning rate's schedule: once a step, however many optimizer batches it had."""
