@@ -64,7 +64,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         check_backend(config, models.student, world)
     with world.agreed("reading the data"), world.main_first():
         order = read_prompts(config, models)
-        views = teacher_views(config, models.tokenizer)
+        views = teacher_views(config, models.teachers_tokenizer)
         check_reading(config, views, order.batch(0))
         held_out = read_held_out(config, models)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
