@@ -143,7 +143,7 @@ class Student:
         metrics.add({"grad_norm": (self.step(losses), 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
-        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it or a loss isn't finite."""
+        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it, or a loss, isn't."""
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
             raise self._non_finite(norm, losses)

@@ -29,7 +29,10 @@ class StopSignals:
     """
 
     def __init__(
-        self, on_first: Callable[[str], None], on_again: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        on_first: Callable[[str], None],
+        on_again: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.asked: signal.Signals | None = None
         self._on_first, self._on_again = on_first, on_again
@@ -67,8 +70,9 @@ class StopSignals:
         signal.set_wakeup_fd(self._descriptor_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._writer.close()
+        self._writer.shutdown(socket.SHUT_WR)  # a forked child may hold it open
         self._thread.join()
+        self._writer.close()
         self._reader.close()
 
     def _read(self) -> None:
@@ -103,8 +107,8 @@ os.register_at_fork(after_in_child=_in_a_forked_child)
 class Deadline:
     """Whether the next step might end, and its checkpoint be written, only after ``limit_s`` since ``started``.
 
-    ``limit_s``: seconds, None for no limit; ``started``: by ``clock``. A step is expected to take as long as the longest
-    so far, and so is a save; before the first save it is taken to last like a step.
+    ``limit_s``: seconds, None for no limit; ``started``: by ``clock``. A step is expected to take as long as the
+    longest so far, and so is a save; before the first save it is taken to last like a step.
     """
 
     def __init__(self, limit_s: float | None, started: float, clock: Callable[[], float] = time.monotonic) -> None:
