@@ -25,7 +25,7 @@ MOMENTS = {
     "loading": "distill.model.load:load_weights",
     "sync": "distill.model.weights:GatheredWeights._finish",
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
-    "vllm": "distill.rollout.vllm_engine:VllmEngine._params",
+    "vllm": "distill.rollout.vllm_engine:progressed",
     "data": "distill.runtime.packing:view_of",
     "teacher": "distill.model.teacher:Teacher.targets",
     "forward": "distill.model.student:Student._loss",

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from distill.runtime.status import STATUS_FILE, read_status
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
+from tests.helpers import free_port
 from tests.test_train import SINCE_THE_LAST_SYNC, _command, _train_rows, make_tiny_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -144,14 +146,15 @@ def test_a_request_to_stop_in_any_phase_ends_the_run_with_a_checkpoint_of_its_la
     ways = ("tell_launcher SIGTERM", "tell_launcher SIGUSR1", "tell_all SIGTERM", "tell_rank SIGUSR1")
     only = ("distillation.max_num_steps=9", "checkpointing.save_period=1000")
     for step, moment in enumerate(PHASES, 1):
-        name = ways[step % 4].split()[1]
-        fault = {"step": step, "moment": moment, "rank": step % 2, "what": ways[step % 4]}
+        way = ways[step % 4]
+        fault: dict[str, Any] = {"step": step, "moment": moment, "rank": step % 2, "what": way}
         stopped = run(root, "told", *only, fault=fault, launcher=SIGNALS)
         assert not stopped.left, (fault, stopped.said)
         status = {key: stopped.status[key] for key in ("state", "step", "reason", "exit_code")}
-        assert status == {"state": "stopped", "step": step, "reason": name, "exit_code": 0}, (fault, stopped.said)
+        expected = {"state": "stopped", "step": step, "reason": way.split()[1], "exit_code": 0}
+        assert status == expected, (fault, stopped.said)
         assert newest(root, "told") == step
-        if fault["what"].startswith("tell_rank"):
+        if way.startswith("tell_rank"):
             assert stopped.code == 0, "torchrun saw both ranks end well"
     ended = run(root, "told", *only)
     assert ended.status["state"] == "finished" and [row["step"] for row in rows(root, "told")] == list(range(1, 10))
@@ -230,7 +233,49 @@ def test_nan_stops_the_step_on_all_ranks_and_names_the_samples_and_the_checkpoin
 
 
 def test_a_run_with_a_time_limit_saves_before_it_and_leaves(root) -> None:
-    limited = run(root, "limited", "checkpointing.checkpoint_must_save_by=00:00:00:01", "checkpointing.save_period=1000")
+    limit = "checkpointing.checkpoint_must_save_by=00:00:00:01"
+    limited = run(root, "limited", limit, "checkpointing.save_period=1000")
     assert limited.code == 0 and limited.status["state"] == "stopped" and limited.status["step"] == 1, limited.said
-    assert limited.status["reason"] == "checkpointing.checkpoint_must_save_by=00:00:00:01"
+    assert limited.status["reason"] == limit
     assert newest(root, "limited") == 1
+
+
+def test_with_vllm_too_a_killed_and_a_stopped_run_end_as_an_undisturbed_one(root) -> None:
+    line = ("policy.generation.backend=vllm", "distillation.max_num_steps=4")
+    whole = run(root, "whole with vllm", *line)
+    assert whole.status["state"] == "finished", whole.said
+    fault = {"step": 2, "moment": "vllm", "nth": 5, "rank": 1, "what": "tell_launcher SIGUSR1"}
+    stopped = run(root, "vllm", *line, fault=fault, launcher=SIGNALS)
+    assert stopped.status["state"] == "stopped" and not stopped.left, stopped.said
+    fault = {"step": 3, "moment": "vllm", "nth": 5, "rank": 0, "what": "kill_rank"}
+    killed = run(root, "vllm", *line, fault=fault)
+    assert killed.status["reason"].startswith("rank 0 on") and not killed.left, killed.said
+    ended = run(root, "vllm", *line)
+    assert ended.status["state"] == "finished", ended.said
+    assert rows(root, "vllm") == rows(root, "whole with vllm")
+    same_weights(root, "vllm", "whole with vllm", 4)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_without_a_launcher_too_a_rank_that_dies_takes_the_other_down(root, victim) -> None:
+    """Rank 0 holds the rendezvous's store here."""
+    fault = {"step": 2, "moment": "generation", "rank": victim, "what": "kill_rank"}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "tests.faulty_train", *_command(root, f"victim {victim}")]
+    ranks = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "FAULT": json.dumps(fault)}
+        environment = {**os.environ, **ENVIRONMENT, **place, **own}
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
+    assert ranks[victim].wait(300) == -signal.SIGKILL
+    assert ranks[1 - victim].wait(HANG_S) == 1
+    status = read_status(root / f"runs/victim {victim}" / STATUS_FILE)
+    assert status["state"] == "failed" and str(status["reason"]).startswith(f"rank {victim} on"), status
+
+
+def test_a_rank_that_gives_no_sign_of_life_ends_the_run(root) -> None:
+    """Its interpreter is stuck, the watching thread with it."""
+    fault = {"step": 2, "moment": "generation", "rank": 1, "what": "hang_in_c"}
+    silent = run(root, "silent", fault=fault, launcher=("--shutdown-timeout", "5"))
+    assert silent.code != 0 and not silent.left
+    assert silent.status["reason"] == "rank 1 gave no sign of life for 40 s", silent.said
