@@ -18,7 +18,8 @@ export PYTHONDONTWRITEBYTECODE :=
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing lint types check test test-demo clean
+.PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing lint types check \
+	test test-demo test-faults clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -63,13 +64,16 @@ types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not slow and not demo and not faults" -n 2 --dist loadfile
 
-test: venv models lint types  ## everything that a merge must pass, but for the demonstration: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo" -n 2 --dist loadfile
+test: venv models lint types  ## everything that a merge must pass, but for the demonstration and the faults: under fifteen minutes
+	@$(PY) -m pytest -q -m "not demo and not faults" -n 2 --dist loadfile
 
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
+
+test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan: under twelve minutes
+	@$(PY) -m pytest -q -m faults
 
 clean:  ## remove runs and caches; .venv and models stay
 	@rm -rf runs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis
