@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distill.config import Config
@@ -99,10 +99,12 @@ class Run:
         metrics.add_max({"engine_residual_gib": self.engine.residual_bytes / 2**30})
         metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
         values = finish_step(metrics, phases, self.world.control)
-        self.recorder.record(step, values)
+        with self.world.agreed("writing the step's numbers"):
+            self.recorder.record(step, values)
         if step == self.first_step + 2:  # the optimizer's state appears with the first
             self._compare_memory(phases)
         self.checkpoints.note(step, values)
+        self.checkpoints.settle(wait=step == self.last_step)
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
             self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
 
@@ -121,15 +123,25 @@ class Run:
             largest = {phase: max(rank[phase] for rank in everyone) for phase in found}
             log.info("%s", self.forecast.table(largest, f"{how}, in the second step"))
 
-    def save_if_due(self, step: int) -> None:
-        """Write a checkpoint after ``step`` finished steps where one is due; collective."""
-        last = step == self.last_step
-        if self.checkpoints.due(step, last):
-            exports = last or self.config.checkpointing.save_consolidated
-            info = {"step": step, "data": self.order.state(step), "in_context": self.validation.reference}
-            state = self.student.state() | self.teacher.state()
-            path = self.checkpoints.save(step, state, info, self._export if exports else None)
-            log.info("checkpoint %s", path)
+    def save_if_due(self, step: int, leaving: bool = False) -> None:
+        """Begin to write a checkpoint after ``step`` finished steps where one is due; collective.
+
+        ``record`` makes it whole, in this step or a later one. ``leaving``: one is due whatever the period, without an
+        export that takes time, and the caller records the step and then has ``checkpoints.settle`` wait.
+        """
+        saving, last = self.config.checkpointing, step == self.last_step
+        if not self.checkpoints.due(step, last or leaving):
+            return
+        info = {
+            "step": step,
+            "data": self.order.state(step),
+            "in_context": self.validation.reference,
+            "recipe": asdict(self.config),
+        }
+        tensors = self.student.state(optimizer=saving.save_optimizer) | self.teacher.state()
+        exports = last or (saving.save_consolidated and not leaving)
+        export = self._export if exports else None
+        self.checkpoints.save(step, tensors, info, export, self.run_dir / METRICS_FILE)
 
     def _export(self, folder: Path) -> None:
         files, dtype = self.models.student, self.student.dtype
@@ -149,7 +161,9 @@ class Run:
 
     def finish(self) -> None:
         """Say how it went, and close what must be closed, the engine last; collective."""
-        self.recorder.close()
+        self.checkpoints.settle(wait=True)
+        with self.world.agreed("closing the metrics"):
+            self.recorder.close()
         if self.world.main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))

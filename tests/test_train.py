@@ -169,13 +169,15 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     )
 
 
-def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs) -> None:
-    shutil.copytree(root / "checkpoints/whole/step_2", root / "checkpoints/alone/step_2")
-    ((code, _, error),) = _run([_command(root, "alone", "cluster.gpus_per_node=1")], ranks=1)[0]
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs, ranks) -> None:
+    shutil.copytree(root / "checkpoints/whole/step_2", root / f"checkpoints/on {ranks}/step_2")
+    ((code, _, error),) = _run([_command(root, f"on {ranks}", f"cluster.gpus_per_node={ranks}")], ranks)[0]
     assert code == 0 and "resumed from" in error, error
-    whole, alone = _train_rows(root / "runs/whole")[2:], _train_rows(root / "runs/alone")
-    for ours, theirs in zip(alone, whole, strict=True):
-        for name in ("step", "train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
+    whole, alone = _train_rows(root / "runs/whole"), _train_rows(root / f"runs/on {ranks}")
+    assert [row["step"] for row in alone] == [1, 2, 3, 4] and alone[:2] == whole[:2], "the curve so far travels along"
+    for ours, theirs in zip(alone[2:], whole[2:], strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
@@ -186,8 +188,8 @@ def test_another_layout_goes_on_from_a_checkpoint_and_back(root, runs) -> None:
     first = _command(root, "split", sizes[0], "distillation.max_num_steps=3")
     ran = _run([first, _command(root, "split", sizes[1])])
     assert [code for code, _, _ in ran[0]] == [0, 0], ran[0]
-    whole, split = _train_rows(root / "runs/whole")[2:], _train_rows(root / "runs/split")
-    assert [row["step"] for row in split] == [3, 4]
+    whole, split = _train_rows(root / "runs/whole"), _train_rows(root / "runs/split")
+    assert [row["step"] for row in split] == [1, 2, 3, 4]
     for ours, theirs in zip(split, whole, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr", "train/forward_kl"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name

@@ -152,8 +152,9 @@ class Validation:
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
         few = [shown(sample, self.decode) for sample in samples[: self.config.logger.num_val_samples_to_print]]
         values = by_source(samples) | dict(self.reference or {}) | timing
-        self.recorder.record(step, values)
-        self.recorder.show(step, few)
+        with self.world.agreed("recording the validation"):
+            self.recorder.record(step, values)
+            self.recorder.show(step, few)
         self.checkpoints.note(step, values)
 
     def _with_views(self, mine: Sequence[Rollout]) -> list[Rollout]:
