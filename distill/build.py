@@ -28,6 +28,7 @@ from distill.rollout.build import build_engine, check_backend, sampling_of, vali
 from distill.rollout.freshness import Freshness
 from distill.run import Run
 from distill.runtime.checkpoint import Checkpoints, Found, changed_keys, has_validation
+from distill.runtime.disk import writing_run
 from distill.runtime.metrics_sinks import open_recorder
 from distill.runtime.world import World, new_run_dir
 from distill.types import UserError
@@ -77,8 +78,9 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("making the run's folder"):
         made = _start_run_dir(arguments) if world.main else Path()
     run_dir = world.broadcast(made)
-    world.log_to(run_dir)
-    with world.agreed("opening the metrics"):
+    with world.agreed("opening the log"), writing_run(run_dir):
+        world.log_to(run_dir)
+    with world.agreed("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(
             config.logger,
             run_dir,
@@ -183,8 +185,9 @@ def _start_run_dir(arguments: Arguments) -> Path:
     """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
-    (run_dir / "config.yaml").write_text(arguments.resolved)
-    (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+    with writing_run(run_dir):
+        (run_dir / "config.yaml").write_text(arguments.resolved)
+        (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
     log.info("run folder %s", os.path.relpath(run_dir))
     return run_dir
 

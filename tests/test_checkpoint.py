@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.config import CheckpointingConfig
-from distill.runtime.checkpoint import Checkpoints, background, has_validation, read_info
+from distill.runtime.checkpoint import Checkpoints, background, changed_keys, has_validation, read_info
+from distill.runtime.world import World
 from distill.types import UserError
+from tests.helpers import run_ranks
 
 
 class Alone:
@@ -116,6 +121,99 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
     assert kept(tmp_path) == [1, 2]
 
 
+def _on_two_ranks(folder: Path) -> dict[str, Any]:
+    """A sharded tensor of five rows saved and changed at once; a write that fails on one rank; folders apart."""
+    world = World()
+    world.build_mesh("cpu", 1, 1)
+    told: dict[str, Any] = {}
+
+    def refused(what: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            told[what] = (type(error).__name__, f"{error}")
+
+    whole = torch.arange(15.0).view(5, 3)
+    sharded = distribute_tensor(whole.clone(), world.replica_mesh, [Shard(0)])
+    saved = Checkpoints(CheckpointingConfig(checkpoint_dir=str(folder / "saved")), world)
+    saved.prepare()
+    saved.save(1, {"x": sharded}, {"step": 1})
+    sharded.to_local().zero_()
+    saved.settle(wait=True)
+    saved.load(folder / "saved/step_1", {"x": sharded})
+    told["loaded"] = torch.equal(sharded.full_tensor(), whole)
+    for step, error in ((2, OSError(28, "No space left on device")), (3, AssertionError("a mistake"))):
+        with pytest.MonkeyPatch.context() as patch:
+            if world.rank == 1:
+                patch.setattr("distill.runtime.checkpoint.background.sums_of", MagicMock(side_effect=error))
+            saved.save(step, {"x": sharded}, {"step": step})
+            refused(f"failed {step}", lambda: saved.settle(wait=True))
+    world.barrier()
+    told["left"] = sorted(path.name for path in (folder / "saved").iterdir())
+    with (folder / "saved/step_1/shards/__1_0.distcp").open("r+b") as file:
+        world.barrier()
+        file.truncate(10)
+    world.barrier()
+    refused("damaged", saved.newest)
+    apart = Checkpoints(CheckpointingConfig(checkpoint_dir=str(folder / f"apart {world.rank}")), world)
+    (folder / f"apart {world.rank}").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.runtime.checkpoint.checkpoints._PATIENCE_S", 0.0)
+        refused("apart", apart.prepare)
+    world.close()
+    return told
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_they_have_and_fail_together(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _on_two_ranks, tmp_path)
+    assert first == second and first["loaded"] and first["left"] == ["step_1"]
+    kind, sentence = first["failed 2"]
+    assert kind == "AgreedError" and "the checkpoint of step 2 to checkpointing.checkpoint_dir=" in sentence
+    assert first["failed 3"] == (
+        "RuntimeError",
+        "rank 1 failed while writing the checkpoint of step 3: RuntimeError(\"AssertionError('a mistake')\")",
+    )
+    kind, sentence = first["damaged"]
+    assert kind == "AgreedError" and "(step_1: shards/__1_0.distcp has 10 of" in sentence
+    kind, sentence = first["apart"]
+    assert kind == "AgreedError" and "is not one folder for all ranks (rank 1 does not see" in sentence
+
+
+def test_the_metrics_so_far_travel_along_and_a_later_validation_of_the_same_weights(tmp_path: Path) -> None:
+    run = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/loss": step / 4} for step in (1, 2)]
+    saved = checkpoints(tmp_path / "saved")
+    saved.save(2, {"x": torch.ones(1)}, {"step": 2}, history=run)
+    run.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 3, "train/loss": 9.0}]))
+    saved.settle(wait=True)
+    found = checkpoints(tmp_path / "saved").newest()
+    assert found is not None and found.history == rows
+    saved.note(2, {"validation/accuracy": 0.25, "validation/avg_length": 3.0, "timing/validation/judging": 1.0})
+    found = checkpoints(tmp_path / "saved").newest()
+    late = {"step": 2, "validation/accuracy": 0.25, "validation/avg_length": 3.0}
+    assert found is not None and found.history == [*rows, late]
+
+
+def test_what_makes_it_another_run_is_told_by_key_and_value() -> None:
+    then = {
+        "distillation": {"seed": 1, "max_num_steps": 5, "context_distillation": {"mode": "self_ema"}},
+        "policy": {"optimizer": {"kwargs": {"lr": 1e-3, "betas": (0.9, 0.99)}}, "dtensor_cfg": {"replicate_size": 1}},
+        "logger": {"log_dir": "a"},
+        "loss_fn": {},
+    }
+    now = json.loads(json.dumps(then))
+    assert changed_keys(now, then) == changed_keys(now, now | {"loss_fn": {"new": 1}}) == []
+    now["distillation"] = {"seed": 2, "max_num_steps": 50, "context_distillation": {"mode": "self_live"}}
+    now["policy"] = {"optimizer": {"kwargs": {"lr": 1e-4, "betas": [0.9, 0.99]}}, "dtensor_cfg": {"replicate_size": 2}}
+    now["logger"] = {"log_dir": "b"}
+    assert changed_keys(json.loads(json.dumps(then)), now) == [
+        "distillation.seed was 1 and is 2",
+        "distillation.context_distillation.mode was self_ema and is self_live",
+        "policy.optimizer.kwargs.lr was 0.001 and is 0.0001",
+    ]
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +227,12 @@ def _flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGE = {
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a shard cut off": ("shards/__0_0.distcp", _cut, r"shards/__0_0\.distcp has \d+ of \d+ bytes"),
     "a bit of a shard": ("shards/__0_0.distcp", _flip, r"shards/__0_0\.distcp holds other bytes than were written"),
     "a shard away": ("shards/__0_0.distcp", Path.unlink, r"shards/__0_0\.distcp can't be read: No such file"),
@@ -138,7 +241,7 @@ DAMAGE = {
     "a bit of the info": ("training_info.json", _flip, r"training_info\.json"),
     "the info empty": ("training_info.json", lambda file: file.write_text(""), r"training_info\.json is cut off"),
     "the info away": ("training_info.json", Path.unlink, r"it has no training_info\.json"),
-    "nothing but a folder": (".", lambda folder: (shutil.rmtree(folder), folder.mkdir()), "it has no training_info"),
+    "nothing but a folder": (".", _empty, "it has no training_info"),
 }
 
 

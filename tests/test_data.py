@@ -429,8 +429,8 @@ def test_a_position_in_other_data_is_refused() -> None:
     swapped.tokens[3], swapped.tokens[4] = swapped.tokens[4], swapped.tokens[3]
     for order, message in [
         (PromptOrder(numbered(10), 2, seed=1), r"distillation\.num_prompts_per_step has .* was 3 and is 2\)"),
-        (PromptOrder(numbered(11), 3, seed=1), r"data\.train has changed .*of its 10 prompts 0 are gone, .* 11 now 1 are"),
-        (PromptOrder(numbered(9), 3, seed=1), r"data\.train has changed .*of its 10 prompts 1 are gone, .* 9 now 0 are"),
+        (PromptOrder(numbered(11), 3, seed=1), r"data\.train has .* 10 prompts 0 are gone, .* 11 now 1 are new"),
+        (PromptOrder(numbered(9), 3, seed=1), r"data\.train has changed .* 10 prompts 1 are gone, .* 9 now 0 are new"),
         (PromptOrder(changed, 3, seed=1), r"of its 10 prompts 1 are gone, and of the 10 now 1 are new\): set it, its"),
         (PromptOrder(swapped, 3, seed=1), r"its 10 prompts are the same in another order\)"),
         (PromptOrder(numbered(10), 3, seed=1, shuffle=False), r"data\.shuffle has changed"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 from distill.types import UserError
 
@@ -30,6 +31,12 @@ def disk_error(error: BaseException | None) -> OSError | None:
 def cannot_write(what: str, error: OSError, remedy: str) -> UserError:
     """The sentence about a folder, or the key that names it: what can't be written, why, and what to do."""
     return UserError(f"{what} can't be written ({error.strerror or error}): {remedy}")
+
+
+def writing_run(run_dir: Path) -> AbstractContextManager[None]:
+    """``writing_to`` the folder of a run."""
+    remedy = "free space there, or set logger.log_dir or runtime.run_dir to a folder that can be written to"
+    return writing_to(f"the run folder {run_dir}", remedy)
 
 
 @contextmanager

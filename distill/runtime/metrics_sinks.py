@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill.config import LoggerConfig
-from distill.runtime.disk import writing_to
+from distill.runtime.disk import writing_run
 from distill.runtime.metrics import OUTSIDE_THROUGHPUT
 from distill.types import UserError
 
@@ -182,11 +182,7 @@ class Recorder:
 
     def __init__(self, sinks: Sequence[Sink], run_dir: Path) -> None:
         self._sinks = tuple(sinks)
-        self._writing = partial(
-            writing_to,
-            f"the run folder {run_dir}",
-            "free space there, or set logger.log_dir or runtime.run_dir to a folder that can be written to",
-        )
+        self._writing = partial(writing_run, run_dir)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write a finished step's numbers everywhere, or those of a validation after it; ``step`` counts from 1."""

@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ from distill.types import UserError
 log = logging.getLogger(__name__)
 
 _KEY = "checkpointing.checkpoint_dir"
+_PROBE = "whether this folder can be written to\n"
+_PATIENCE_S = 60.0
+"""How long a node may not see what another one has written."""
 _UNFINISHED, _SET_ASIDE = "tmp_", "damaged_"
 _OTHER_FOLDER = "set checkpointing.checkpoint_dir to another folder"
 _REMEDY = "free space there, or set the key to a folder that can be written to"
@@ -91,23 +96,24 @@ class Checkpoints:
         killed run left half written. Raises UserError on all ranks alike."""
         if not self._config.enabled:
             return
-        probe, others = self._dir / f".rank_{self._world.rank}", self._dir / ".rank_0"
+        token = self._world.broadcast(uuid.uuid4().hex[:8])
+        mains, own = (self._dir / f".probe_{token}_{rank}" for rank in (0, self._world.rank))
         with self._world.agreed("making the checkpoints' folder"), self._writing():
             if self._world.main:
                 self._dir.mkdir(parents=True, exist_ok=True)
                 for left in self._dir.glob(f"{_UNFINISHED}*"):
                     shutil.rmtree(left)
                     log.warning("%s is of a run that ended before it was whole: removed", left)
-                others.write_text("whether this folder can be written to\n")
+                mains.write_text(_PROBE)
         with self._world.agreed("looking at the checkpoints' folder"), self._writing():
-            if not others.exists():
+            if not _appears(mains):
                 raise UserError(
                     f"{_KEY}={self._config.checkpoint_dir} is not one folder for all ranks (rank {self._world.rank}"
                     " does not see what rank 0 wrote there): choose a folder on a file system that all nodes share"
                 )
-            probe.write_text("whether this folder can be written to\n")
+            own.write_text(_PROBE)
         with self._world.agreed("looking at the checkpoints' folder"), self._writing():
-            probe.unlink()
+            own.unlink()
 
     def newest(self) -> Found | None:
         """The newest checkpoint that is whole; None if there is none at all, or checkpoints are off.
@@ -334,6 +340,16 @@ class Checkpoints:
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
         return writing_to(f"{_KEY}={self._config.checkpoint_dir}", _REMEDY)
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file that another node has written is there, at once or after what a network file system may take."""
+    until = time.monotonic() + _PATIENCE_S
+    while not file.exists():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _info_or_fault(path: Path) -> tuple[dict[str, Any], str | None]:

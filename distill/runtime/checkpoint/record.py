@@ -78,6 +78,15 @@ def read_info(folder: Path) -> dict[str, Any]:
     return dict(info)
 
 
+def read_whole(folder: Path) -> dict[str, Any]:
+    """The info of a checkpoint whose every file this process has compared with its sum; raises Damaged."""
+    info = read_info(folder)
+    sums = files_of(info)
+    if (fault := fault_of(folder, sums, sorted(sums))) is not None:
+        raise Damaged(fault)
+    return info
+
+
 def _seal(info: Mapping[str, Any]) -> str:
     plain = json.loads(json.dumps(info))  # as it will be read: a tuple is a list then
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ class ShardsReader(dcp.FileSystemReader):
             entry = stored[name]
             assert isinstance(entry, TensorStorageMetadata), name
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            dcp.load({name: tensor}, storage_reader=self, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of a single process
+                dcp.load({name: tensor}, storage_reader=self, no_dist=True)
             yield name, tensor
 
 
