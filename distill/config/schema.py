@@ -237,7 +237,7 @@ class CheckpointingConfig:
     """What is saved, when and where. A run resumes from the newest checkpoint in checkpoint_dir by itself."""
 
     enabled: bool = True
-    """Save checkpoints, and resume from them."""
+    """Save checkpoints, in the background, and resume from them."""
     checkpoint_dir: str = "checkpoints/distillation"
     """The folder of the step_N folders."""
     metric_name: str | None = "val:accuracy"
@@ -256,7 +256,7 @@ class CheckpointingConfig:
     save_consolidated: bool = False
     """Write a Hugging Face export with every checkpoint, not only with the last."""
     save_optimizer: bool = True
-    """Save the optimizer too; without it a resumed run is another run."""
+    """Save the optimizer too; without it a resumed run begins with fresh moments, and says so."""
 
 
 @dataclass(frozen=True)
