@@ -38,7 +38,7 @@ class Models:
     tokenizer: Any
     """The student's."""
     teachers_tokenizer: Any
-    """The same ids, and maybe another chat template."""
+    """The same ids, and maybe another chat template; the student's, where the teacher is the student itself."""
     valid_vocab: int
     """Ids the tokenizer knows; the embeddings may be padded beyond."""
     stop_token_ids: tuple[int, ...]
@@ -63,7 +63,8 @@ def find_models(config: Config) -> Models:
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
     stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers)
-    return Models(student, teacher, tokenizer, teachers, valid_vocab, stop_token_ids, shapes)
+    other = config.distillation.context_distillation.mode == "frozen"
+    return Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
 
 
 def _stop_token_ids(

@@ -136,6 +136,7 @@ def control(overrides: Sequence[str]) -> dict[str, Any]:
         "distillation.val_at_end=false",
         "checkpointing.enabled=true",
         f"checkpointing.checkpoint_dir={checkpoints}",
+        "checkpointing.save_period=1000",  # the last step's alone
     )
     run_dir = train("control", recipe, *without, *overrides)
     steps = _steps(run_dir)

@@ -547,7 +547,11 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
         ([TEMPLATE + "{trace}"], ["teacher_prefix_template has no {problem}", "put it in"]),
         (
             ["distillation.context_distillation.enabled=true"],
-            ["teacher.model_name=Qwen/Qwen3-4B differs from policy.model_name=Qwen/Qwen3-0.6B", "self_frozen"],
+            [
+                "teacher.model_name=Qwen/Qwen3-4B differs from policy.model_name=Qwen/Qwen3-0.6B",
+                "mode=self_frozen, where",
+                "or the mode to frozen",
+            ],
         ),
         (
             [*CONTEXT, "distillation.context_distillation.trace_source=static_dataset"],
@@ -588,6 +592,7 @@ def test_a_contradiction_is_refused_with_its_remedy(words: list[str], parts: lis
     "words",
     [
         CONTEXT,
+        ["distillation.context_distillation.enabled=true", "distillation.context_distillation.mode=frozen"],
         [*CONTEXT, "teacher.max_total_sequence_length=100", "policy.generation.max_new_tokens=100"],
         [*CONTEXT, TEMPLATE + "{problem} Answer in {{braces}}."],
         [

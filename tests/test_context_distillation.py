@@ -23,7 +23,10 @@ from distill.config import (
 from distill.config.template import teacher_template
 from distill.data.context import ContextViews, SamePromptViews, extract_trace, teacher_views
 from distill.data.prompts import load_prompts
+from distill.inputs import find_models
 from distill.types import Problem, Prompt, Rollout, UserError
+from tests.harness import config_for
+from tests.helpers import save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 END = 258
@@ -579,3 +582,17 @@ def test_the_chat_template_gets_the_teachers_arguments_or_else_the_students() ->
             [rollout("2")]
         )
         assert ("</think>" not in read(made)[0]) == thinks
+
+
+def test_another_teacher_has_its_own_chat_template_and_a_student_that_is_its_teacher_one(tmp_path: Path) -> None:
+    """The student's tokenizer is named apart from its weights, which come with another chat template."""
+    for name in ("student", "teacher", "chat"):
+        save_tiny_model(tmp_path / name, "qwen3")
+        tiny_tokenizer(chat_template=f"{name}: {{{{ messages[0]['content'] }}}}").save_pretrained(tmp_path / name)
+    context = "distillation.context_distillation"
+    named = (f"policy.tokenizer.name={tmp_path}/chat", f"{context}.enabled=true", f"{context}.chat_template=true")
+    for teacher, mode, wrote in (("student", "self_frozen", "chat"), ("teacher", "frozen", "teacher")):
+        keys = (*named, f"{context}.mode={mode}", f"{context}.teacher_prefix_template={{problem}}")
+        config = config_for(tmp_path / "student", tmp_path / teacher, *keys)
+        (made,), _ = teacher_views(config, find_models(config).teachers_tokenizer).prefixed([rollout("2")])
+        assert read([made]) == [f"{wrote}: 1+1?"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -40,8 +41,6 @@ def test_the_gap_closes_by_the_share_of_the_kl_that_is_gone() -> None:
 @pytest.mark.demo
 def test_a_rule_that_only_the_teacher_reads_is_learnt() -> None:
     """Fewer steps and answers than `make demo-context` takes: a machine may take half a minute a step."""
-    import sys
-
     assert (ROOT / "models/SmolLM2-135M-Instruct/config.json").is_file(), "make models"
     few = ("distillation.max_num_steps=24", "distillation.max_val_samples=32")
     assert run([sys.executable, "-m", "scripts.demo", "context", *few]) == 0

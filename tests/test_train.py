@@ -76,6 +76,7 @@ def make_tiny_run(root: Path) -> Path:
     (root / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
     (root / "long.jsonl").write_text(json.dumps(problems[-1]) + "\n")
     (root / "few.jsonl").write_text('{"question": "What is 3?", "answer": "3"}\n')
+    (root / "numbers.jsonl").write_text('{"question": "What is 3?", "answer": "3", "steps": 1}\n')
     (root / "empty.jsonl").write_text("")
     (root / "prompt.txt").write_text("{}")
     (root / "no-braces.txt").write_text("Solve it.")
@@ -443,6 +444,20 @@ BAD = {
             "teacher.model_name={root}/student",
         ],
         "static_trace.answer_column=solution is missing in line 1 of",
+    ),
+    "a column of traces that holds no texts": (
+        [
+            "distillation.context_distillation.enabled=true",
+            "distillation.context_distillation.trace_source=static_dataset",
+            "distillation.context_distillation.static_trace.answer_column=steps",
+            "data.train.data_path={root}/numbers.jsonl",
+            "teacher.model_name={root}/student",
+        ],
+        "static_trace.answer_column=steps is of type int in line 1 of",
+    ),
+    "a decay of the average beyond 1": (
+        ["distillation.context_distillation.ema_decay=1.5"],
+        "ema_decay=1.5 must lie between 0 and 1",
     ),
     "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
     "an empty validation set": (

@@ -290,7 +290,8 @@ def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_know
     assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
     later = asked.answers(2)
     assert later is not None and later.in_context is None, "by now the student is another"
-    for settings in (keys, [*known, f"teacher.model_name={tmp_path}/other", f"{context}.enabled=false"]):
+    another = f"teacher.model_name={tmp_path}/other"
+    for settings in (keys, [*known, another, f"{context}.enabled=false"], [*known, another, f"{context}.mode=frozen"]):
         at_start = validation(tmp_path, *settings, **parts, engine=Engine()).answers(0)
         assert at_start is not None and at_start.in_context is None
 
