@@ -20,6 +20,7 @@ import torch
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.config import CheckpointingConfig
+from distill.model.export import export_hf
 from distill.runtime.checkpoint import Checkpoints, background, changed_keys, has_validation, read_info
 from distill.runtime.world import World
 from distill.types import UserError
@@ -212,6 +213,14 @@ def test_what_makes_it_another_run_is_told_by_key_and_value() -> None:
         "distillation.context_distillation.mode was self_ema and is self_live",
         "policy.optimizer.kwargs.lr was 0.001 and is 0.0001",
     ]
+
+
+def test_an_export_that_fails_ends_the_gather_that_others_wait_in(tmp_path: Path) -> None:
+    (tmp_path / "hf").write_text("a file in the way")
+    weights = iter([(f"w{i}", torch.zeros(1)) for i in range(3)])
+    with pytest.raises(FileExistsError):
+        export_hf(tmp_path / "hf", weights, MagicMock(), None, None, torch.float32, writes=True)
+    assert next(weights, None) is None
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
