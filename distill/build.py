@@ -30,6 +30,8 @@ from distill.run import Run
 from distill.runtime.checkpoint import Checkpoints, Found, changed_keys, has_validation
 from distill.runtime.disk import writing_run
 from distill.runtime.metrics_sinks import open_recorder
+from distill.runtime.place import doing
+from distill.runtime.signals import Deadline, seconds_of
 from distill.runtime.world import World, new_run_dir
 from distill.types import UserError
 from distill.validation import Validation
@@ -66,7 +68,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         check_backend(config, models.student, world)
     with world.agreed("reading the data"), world.main_first():
         order = read_prompts(config, models)
-        views = teacher_views(config, models.tokenizer)
+        views = teacher_views(config, models.teachers_tokenizer)
         check_reading(config, views, order.batch(0))
         held_out = read_held_out(config, models)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
@@ -80,6 +82,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
     run_dir = world.broadcast(made)
     with world.agreed("opening the log"), writing_run(run_dir):
         world.log_to(run_dir)
+    world.guard.status.begin(run_dir, first_step)
     with world.agreed("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(
             config.logger,
@@ -90,7 +93,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
             recipe=yaml.safe_load(arguments.resolved),
             history=found.history if found else (),
         )
-    engine = build_engine(config, models.student, world, models.valid_vocab)
+    with doing("making the engine"):
+        engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
@@ -142,6 +146,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         sampling=sampling_of(config, models.stop_token_ids),
         packing=packing,
         forecast=forecast,
+        deadline=Deadline(seconds_of(config.checkpointing.checkpoint_must_save_by), world.guard.started),
         first_step=first_step,
         last_step=last_step,
     )
@@ -152,7 +157,6 @@ def _check_supported(config: Config) -> None:
         raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
     checkpointing = config.checkpointing
     not_yet = {
-        "checkpointing.checkpoint_must_save_by": checkpointing.checkpoint_must_save_by,
         "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
         "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
         "data.train.seed": any(dataset.seed is not None for dataset in config.data.train),

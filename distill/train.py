@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from distill.config import parse_args
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import plan
-from distill.runtime.world import AgreedError, guarded, leave
+from distill.runtime.world import AgreedError, AgreedFailure, guarded, leave
 
 if TYPE_CHECKING:
     from distill.run import Run
@@ -27,8 +27,9 @@ def train(run: Run) -> None:
     from distill.rollout.exchange import gather_rollouts
 
     student, teacher, engine = run.student, run.teacher, run.engine
+    run.begin()
     for step in range(run.first_step, run.last_step):
-        metrics, phases = Metrics(), run.phases()
+        metrics, phases = Metrics(), run.phases(step + 1)
 
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
@@ -60,13 +61,16 @@ def train(run: Run) -> None:
             student.onload()
             lr = student.learning_rate
             for batch in batches:
-                student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
+                with run.finite(step + 1, batch, rollouts):
+                    student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
             student.end_step()
             teacher.after_step(student)
 
         with phases("checkpointing"):
             run.save_if_due(step + 1)
         run.record(step + 1, metrics, phases, mine, rollouts, counts, lr)
+        if run.ends_early(step + 1):
+            return
     run.validate_at_end()
 
 
@@ -90,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = build_run(arguments, world)
         try:
             train(run)
-        except AgreedError:
+        except (AgreedError, AgreedFailure):
             run.checkpoints.settle(wait=True)  # all ranks leave here, and what is on its way to the disk is good
             raise
         run.finish()

@@ -143,6 +143,11 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
         "teacher.max_total_sequence_length=256",
         "distillation.max_num_steps=2",
     ]
+    another = [
+        f"teacher.model_name={root}/teacher",
+        "distillation.context_distillation.mode=frozen",
+        "distillation.context_distillation.teacher_prefix_template='Hint: {problem}'",
+    ]
     extractor = "distillation.context_distillation.trace_extractor"
     none = [f"{extractor}.missing_trace_policy=drop_sample", f"{extractor}.unclosed_span=ignore"]
     validated = [
@@ -165,6 +170,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "validated", *context, *validated, "distillation.max_num_steps=3"),
             _command(root, "validated in parts", *context, *validated),
             _command(root, "validated in parts", *context, *validated, "distillation.max_num_steps=3"),
+            _command(root, "another's context", *context, *another, "distillation.max_num_steps=1"),
         ]
     )
 
@@ -204,7 +210,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
-    assert [code for code, _, _ in runs[0]] == [0] * 9, runs[0]
+    assert [code for code, _, _ in runs[0]] == [0] * 10, runs[0]
     assert "resumed from" in runs[0][2][2]
     whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
@@ -324,6 +330,14 @@ def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
     (row,) = _train_rows(root / "runs/same")
     assert abs(row["train/loss"]) < 1e-5
     assert abs(row["train/forward_kl"]) < 1e-5 and abs(row["train/reverse_kl"]) < 1e-5
+
+
+def test_another_model_may_read_the_context(root, runs) -> None:
+    (plain,) = _train_rows(root / "runs/whole")[:1]
+    (read,) = _train_rows(root / "runs/another's context")
+    assert read["train/global_valid_toks"] == plain["train/global_valid_toks"], "the same student answers the same"
+    assert abs(read["train/forward_kl"] - plain["train/forward_kl"]) > 1e-3, "the same teacher reads something else"
+    assert read["train/context_distillation_valid_samples"] == 8
 
 
 def test_the_main_rank_speaks_for_all(runs) -> None:
@@ -522,6 +536,7 @@ def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoin
         return lambda *_: happened.append(what)
 
     run = MagicMock(first_step=0, last_step=2)
+    run.ends_early.return_value = False
     run.phases.return_value = lambda name: contextlib.nullcontext()
     run.views.prefixed.return_value = ([], None)
     run.freshness.renew.side_effect = notes("sync")
