@@ -252,7 +252,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a bit of the places": ("shards/.metadata", _flip, r"shards/\.metadata holds other bytes"),
     "the info cut off": ("training_info.json", _cut, r"training_info\.json is cut off"),
     "a bit of the info": ("training_info.json", _flip, r"training_info\.json"),
-    "another step in the info": ("training_info.json", _edit, r"training_info\.json holds other bytes than were written"),
+    "another step in the info": ("training_info.json", _edit, r"training_info\.json holds other bytes than were"),
     "the info empty": ("training_info.json", lambda file: file.write_text(""), r"training_info\.json is cut off"),
     "the info away": ("training_info.json", Path.unlink, r"it has no training_info\.json"),
     "nothing but a folder": (".", _empty, "it has no training_info"),

@@ -129,7 +129,7 @@ def test_metrics_up_to_the_full_disk_are_whole_lines(ended: Ended, disks: dict[s
 def test_a_log_on_a_full_disk_says_so_once_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank_00003.log").symlink_to("/dev/full")
-    rank: Any = SimpleNamespace(rank=3)
+    rank: Any = SimpleNamespace(rank=3, guard=SimpleNamespace())
     World.log_to(rank, tmp_path)
     logger = logging.getLogger("distill")
     logger.setLevel(logging.INFO)
