@@ -39,6 +39,20 @@ def test_duplicates_of_a_signal_are_one_request_and_a_later_one_is_another() -> 
     assert told == ["first SIGUSR1", "again SIGTERM"]
 
 
+def test_the_main_thread_knows_a_signal_at_once_and_a_late_handler_is_no_second_request() -> None:
+    clock, told = Clock(), list[str]()
+    signals = StopSignals(told.append, told.append, clock)
+    signals.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.asked == signal.SIGUSR1, "before another line of the loop runs"
+        clock.now += 60
+        signals._in_main_thread(signal.SIGUSR1, None)  # which came back from a collective only now
+    finally:
+        signals.close()
+    assert told == ["SIGUSR1"]
+
+
 LISTENS = """
 import os, signal, subprocess, sys, threading, time
 from distill.runtime.signals import StopSignals
