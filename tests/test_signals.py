@@ -41,16 +41,16 @@ def test_duplicates_of_a_signal_are_one_request_and_a_later_one_is_another() -> 
 
 def test_the_main_thread_knows_a_signal_at_once_and_a_late_handler_is_no_second_request() -> None:
     clock, told = Clock(), list[str]()
-    signals = StopSignals(told.append, told.append, clock)
+    signals = StopSignals(lambda name: told.append(f"first {name}"), lambda name: told.append(f"again {name}"), clock)
     signals.listen()
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.asked == signal.SIGUSR1, "before another line of the loop runs"
-        clock.now += 60
-        signals._in_main_thread(signal.SIGUSR1, None)  # which came back from a collective only now
+        clock.now += 60  # the thread may hear of it long after, and the main thread long after the thread
+        signals._in_main_thread(signal.SIGUSR1, None)
     finally:
         signals.close()
-    assert told == ["SIGUSR1"]
+    assert told == ["first SIGUSR1"]
 
 
 LISTENS = """
