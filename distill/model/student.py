@@ -265,11 +265,14 @@ class Student:
             dist.all_reduce(part, op=op, group=self._parallel.group)
         return part
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros.
 
-        To be read or filled before the next ``offload``, which takes the moments away.
+        To be read or filled before the next ``offload``, which takes the moments away. ``optimizer`` false: the weights
+        alone.
         """
+        if not optimizer:
+            return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
         self._have_moments()
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_hf_parameters():
