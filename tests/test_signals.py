@@ -128,7 +128,7 @@ def test_a_run_stops_where_one_more_step_and_its_save_might_end_too_late() -> No
     assert not deadline.near()
     clock.now += 101
     assert deadline.near()
-    deadline.took(150.0, 50.0)  # a step of 100 and its save of 50
+    deadline.took(100.0, 50.0)
     assert not deadline.near(), "200 for the step and 50 for the save end at 851"
     clock.now += 150
     assert deadline.near()

@@ -115,8 +115,8 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def took(self, step_s: float, save_s: float) -> None:
-        """A step took so long, and its checkpoint so much of that (0 where none was due)."""
-        self._step_s = max(self._step_s, step_s - save_s)
+        """A step took so long, and a save so long beside it (0 where there was none yet)."""
+        self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
     def near(self) -> bool:
