@@ -1,7 +1,7 @@
 """The program with a fault planted at one moment: ``torchrun ... -m tests.faulty_train`` instead of ``distill.train``.
 
-The variable FAULT says which, as JSON: ``step`` (the first is 1; null: any), ``moment``, ``nth`` call of it in that step, ``rank``
-where it happens, and ``what`` does.
+The variable FAULT says which, as JSON: ``step`` (the first is 1; null: any), ``moment``, ``nth`` call of it in that
+step, ``rank`` where it happens, and ``what`` does.
 """
 
 from __future__ import annotations

@@ -112,10 +112,11 @@ def kills(seed: int) -> list[dict[str, Any]]:
     moments = [*("generation", "sync", "backward") * 2, *("save", "shards", "finish")]
     moments.append(draw.choice(("teacher", "optimizer", "metrics")))
     draw.shuffle(moments)
-    faults = []
+    faults: list[dict[str, Any]] = []
     for moment, step in zip(moments, sorted(draw.choices(range(1, STEPS + 1), k=len(moments))), strict=True):
         at = step + step % 2 if moment in ("save", "shards") else step  # a checkpoint is written every other step
-        fault = {"step": at, "moment": moment, "nth": draw.randint(1, 3) if moment == "generation" else 1}
+        nth = draw.randint(1, 2) if moment in ("generation", "backward") else 1
+        fault = {"step": at, "moment": moment, "nth": nth}
         faults.append({**fault, "rank": draw.randint(0, 1), "what": draw.choice(("kill_rank", "kill_tree"))})
     faults.sort(key=lambda fault: fault["step"])
     for fault in faults:
