@@ -18,7 +18,8 @@ export PYTHONDONTWRITEBYTECODE :=
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke demo-context bench-step bench-loss bench-packing lint types check test test-demo test-slurm clean
+.PHONY: help venv models smoke demo-context bench-step bench-loss bench-packing lint types check test \
+	test-demo test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -66,10 +67,10 @@ test-demo: venv models  ## the demonstration and what it must show: five to twen
 	@$(PY) -m pytest -q -m demo
 
 test-slurm: venv  ## the batch script on a real Slurm of two nodes, installed from Debian: under eight minutes
-	@PATH="$$PATH:/usr/sbin"; type sbatch slurmctld slurmd munged >/dev/null 2>&1 || { \
-	  echo "installing slurm-wlm and munge"; export DEBIAN_FRONTEND=noninteractive && { apt-get install -qq --no-install-recommends slurm-wlm munge || { \
-	  apt-get update -qq && apt-get install -qq --no-install-recommends slurm-wlm munge; }; } >/dev/null 2>&1; } || \
-	  echo "they can't be installed here (apt-get, as root), so the tests on a real Slurm are skipped"
+	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
+	  install="apt-get install -y --no-install-recommends slurm-wlm munge"; \
+	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \
+	  echo "slurm-wlm and munge can't be installed here (apt-get, as root): the tests on a real Slurm are skipped"
 	@$(PY) -m pytest -q -rs -m slurm
 
 clean:  ## remove runs and caches; .venv and models stay

@@ -109,7 +109,8 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start the slurmd of ``node`` and wait until jobs can use it."""
         self._daemon("slurmd", "-D", "-N", node, name=node)
-        self.until(f"{node} to be idle", lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%T") == "idle")
+        useful = {"idle", "mixed", "allocated"}  # a job may be waiting for it
+        self.until(f"{node} to be up", lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%T") in useful)
 
     def kill_node(self, node: str) -> None:
         """End ``node`` as a power cut does: its slurmd, and everything of the jobs on it."""
@@ -134,6 +135,7 @@ class Cluster:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        self._daemons.clear()
         for pid in self.leftovers():
             _kill(pid)
 
@@ -197,9 +199,10 @@ class Cluster:
         return self.run(*command).stdout.strip()
 
     def _processes(self, **variables: str) -> list[int]:
-        """Processes with these variables in their environment, but for the daemons and this one."""
+        """Processes with these variables in their environment, but for the daemons and their children, and this one."""
         own = {os.getpid(), *(daemon.pid for daemon in self._daemons.values())}
-        return [pid for pid, found in _environments() if pid not in own and variables.items() <= found.items()]
+        found = [pid for pid, names in _environments() if variables.items() <= names.items()]
+        return [pid for pid in found if pid not in own and _parent(pid) not in own]
 
 
 def _environments() -> Iterator[tuple[int, Mapping[str, str]]]:

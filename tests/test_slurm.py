@@ -102,7 +102,7 @@ def test_a_job_of_two_nodes_trains_and_leaves_its_logs(cluster, tiny, undisturbe
     said = cluster.output(job)
     assert "2 x 1 ranks, rendezvous 127.0.0.1:" in said and "2 ranks: dp 2" in said, said
     logs = cluster.root / f"{job}-logs"
-    assert sorted(file.name for file in logs.glob("rank_*")) == ["rank_00000.log", "rank_00001.log"]
+    assert sorted(file.name for file in (logs / "logs").iterdir()) == ["rank_00000.log", "rank_00001.log"]
     assert json.loads((logs / "status.json").read_text())["state"] == "finished"
     written = [path for path in (tiny / "logs/undisturbed").rglob("*") if not path.is_symlink()]
     assert written and not [path for path in written if path.stat().st_mode & 0o002], "writable for everyone"
@@ -158,9 +158,15 @@ def test_a_requeued_job_continues_as_if_nothing_had_happened(cluster, tiny, undi
 
 
 def test_a_run_that_nears_its_time_limit_saves_and_requeues_itself(cluster, tiny, undisturbed) -> None:
-    """Slurm warns a minute or a minute and a half before the limit of two: the run, which takes longer, asks nobody."""
-    limit = ["--time=2", "--signal=B:USR1@60"]
+    """In its middle the limit is drawn so near that Slurm warns of it, once; for the second start there is time."""
+    limit = ["--time=60", "--signal=B:USR1@100"]
     job = cluster.submit("-N2", *limit, "scripts/train.sbatch", *_run(tiny, "limited"), **_braked(cluster, tiny, 3))
+    cluster.until("three steps", lambda: len(_rows(tiny, "limited", job)) >= 3, job=job)
+    hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+    near = cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+    assert near.returncode == 0, near.stderr
+    cluster.until("the requeue", lambda: cluster.job(job)["Restarts"] != "0", job=job)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     found = _ended_well(cluster, job)
     said = cluster.output(job)
     assert int(found["Restarts"]) >= 1 and "received SIGUSR1" in said, said
