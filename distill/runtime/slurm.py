@@ -57,14 +57,20 @@ def port(job: int, step: int = 0) -> int:
 
 def address_of(node: str) -> str:
     """The node's name, or where that can't be resolved the address that Slurm reaches it by."""
-    try:
-        socket.getaddrinfo(node, None)
-    except OSError:
-        if scontrol := shutil.which("scontrol"):
-            shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
-            if found := re.search(r"NodeAddr=(\S+)", shown.stdout):
-                return found.group(1)
+    if not resolves(node) and (scontrol := shutil.which("scontrol")):
+        shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
+        if found := re.search(r"NodeAddr=(\S+)", shown.stdout):
+            return found.group(1)
     return node
+
+
+def resolves(host: str) -> bool:
+    """Whether this machine knows the address of that name."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def nodes_of_step() -> int:

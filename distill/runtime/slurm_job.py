@@ -69,8 +69,15 @@ def check_allocation(config: Config) -> None:
 
 def address() -> str:
     """Where the other nodes find this one: on the interface GLOO_SOCKET_IFNAME, where that is set."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    return interface_address(interface) if interface else slurm.address_of(slurm.first_host(slurm.job_nodes()))
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return interface_address(interface)
+    found = slurm.address_of(node := slurm.first_host(slurm.job_nodes()))
+    if not slurm.resolves(found):
+        raise UserError(
+            f"the job's first node {node} has no address that can be resolved: set GLOO_SOCKET_IFNAME to the network"
+            " interface on which the nodes reach each other"
+        )
+    return found
 
 
 def interface_address(name: str) -> str:
