@@ -66,7 +66,7 @@ test: venv models lint types  ## everything that a merge must pass, but for the 
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
 
-test-slurm: venv  ## the batch script on a real Slurm of two nodes, installed from Debian: under eight minutes
+test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian: under eight minutes
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
 	  install="apt-get install -y --no-install-recommends slurm-wlm munge"; \
 	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \

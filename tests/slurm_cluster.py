@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine: its own configuration, ports, keys and daemons, ended by process id."""
+"""A Slurm of three nodes on this machine, one to spare: its own configuration, ports, keys and daemons, ended by process id."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from tests.helpers import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
-_PATIENCE_S = 180.0
+NODES = ("node1", "node2", "node3")
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:1 State=UNKNOWN"
+_PATIENCE_S = 240.0
 """The longest that anything here may take: a busy machine is slow, a broken one never ends."""
 
 CONFIG = """
@@ -53,8 +55,7 @@ SchedulerParameters=sched_interval=2
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 GresTypes=gpu
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} CPUs=4 Gres=gpu:1 State=UNKNOWN
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:1 State=UNKNOWN
+{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 """Names of nodes don't resolve, a requeued job waits little longer than ``cred_expire``, and GPUs are only counted."""
@@ -82,15 +83,16 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Write the configuration and start every daemon; returns when both nodes are idle."""
-        for name in ("state", "spool.node1", "spool.node2", "repository"):
+        """Write the configuration and start every daemon; returns when all nodes are up."""
+        for name in ("state", "repository", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
         for name in ("distill", "scripts", "recipes"):
             (self.root / name).symlink_to(ROOT / name)
+        host = socket.gethostname()
         config = CONFIG.format(
-            host=socket.gethostname(),
+            host=host,
             port=free_port(),
-            ports=(free_port(), free_port()),
+            nodes="\n".join(_NODE.format(name=node, host=host, port=free_port()) for node in NODES),
             first_job=10_000 + os.getpid(),  # other jobs than another such cluster's, and so other ports
             user=getpass.getuser(),
             folder=self.folder,
@@ -103,7 +105,7 @@ class Cluster:
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={self.folder}/munge.{v}" for k, v in files.items()))
         self.until("munge's socket", (self.folder / "munge.socket").exists)
         self._daemon("slurmctld", "-D", "-c")
-        for node in ("node1", "node2"):
+        for node in NODES:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
@@ -139,9 +141,10 @@ class Cluster:
         for pid in self.leftovers():
             _kill(pid)
 
-    def leftovers(self) -> list[int]:
-        """Processes that any job left behind."""
-        return self._processes(SLURM_CONF=self.environment["SLURM_CONF"])
+    def leftovers(self) -> dict[int, bytes]:
+        """Processes that any job left behind, and their command lines."""
+        found = self._processes(SLURM_CONF=self.environment["SLURM_CONF"])
+        return {pid: _read(pid, "cmdline").replace(b"\0", b" ") for pid in found}
 
     def submit(self, *arguments: str, **environment: str) -> int:
         """``sbatch`` from the root of a repository that has the same files; returns the job's number."""
