@@ -1,4 +1,4 @@
-"""A Slurm of three nodes on this machine, one to spare: its own configuration, ports, keys and daemons, ended by process id."""
+"""A Slurm of three nodes on this machine: its own configuration, ports, keys and daemons, ended by process id."""
 
 from __future__ import annotations
 

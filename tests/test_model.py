@@ -397,13 +397,29 @@ def test_attention_keeps_to_its_own_sequence_and_its_past() -> None:
         assert (got - expected).abs().max() < 1e-5
 
 
+def _own_plan(change: dict[str, str | None] | None = None) -> dict[str, str]:
+    """Qwen3's own plan with some entries set otherwise, or left out (None)."""
+    plan = dict(tiny_config("qwen3", True).base_model_tp_plan) | (change or {})
+    return {pattern: style for pattern, style in plan.items() if style is not None}
+
+
+_WHOLE_MLP: dict[str, str | None] = {f"layers.*.mlp.{name}_proj": None for name in ("gate", "up", "down")}
+
+
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
-        ({"layers.*.self_attn.q_proj": "colwise"}, "beside layers.*.self_attn.k_proj and leaves that out"),
         ({"model.layers.*.mlp.up_proj": "colwise"}, "fits nothing of a qwen3"),
         ({"layers.*.mlp": "colwise"}, "fits no linear layer of a qwen3"),
         ({"layers.*.mlp.up_proj": "sequence"}, "has the style sequence for layers.*.mlp.up_proj"),
+        (_own_plan({"layers.*.self_attn.k_proj": None}), "says nothing of layers.*.self_attn.k_proj: make it colwise"),
+        (_own_plan({"layers.*.self_attn.o_proj": "colwise"}), "layers.*.self_attn.o_proj: make it rowwise"),
+        (_own_plan({"layers.*.self_attn.q_norm": None}), "layers.*.self_attn.q_norm: make it replicated_with_grad"),
+        (_own_plan(_WHOLE_MLP) | {"layers.*.mlp.down_proj": "rowwise"}, "layers.*.mlp.gate_proj: make it colwise"),
+        (
+            _own_plan({"layers.*.input_layernorm": "replicated_with_grad_allreduce"}),
+            "leaves layers.* whole, so what it says of layers.*.input_layernorm adds up whole gradients",
+        ),
     ],
 )
 def test_a_plan_that_would_split_a_model_wrongly_is_refused(plan: dict[str, str], sentence: str) -> None:
@@ -411,10 +427,14 @@ def test_a_plan_that_would_split_a_model_wrongly_is_refused(plan: dict[str, str]
         check_plan(tiny_config("qwen3", True), plan, "a model")
 
 
-def test_a_plan_without_the_norms_of_heads_is_refused_and_says_what_to_add() -> None:
-    config = tiny_config("qwen3", True)
-    own = {pattern: style for pattern, style in config.base_model_tp_plan.items() if "norm" not in pattern}
-    with pytest.raises(UserError, match=r"add layers\.\*\.self_attn\.q_norm: replicated_with_grad_allreduce"):
-        check_plan(config, own, "a model")
+def test_a_plan_that_splits_as_the_family_does_or_leaves_a_block_whole_is_taken() -> None:
     for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
         assert check_plan(tiny_config(family, True), None, "a model")["layers.*.self_attn.q_proj"] == "colwise"
+    config = tiny_config("qwen3", True)
+    assert not [name for name in check_plan(config, _own_plan(_WHOLE_MLP), "a model") if ".mlp." in name]
+    by_layer = {p.replace("*", str(i)): s for p, s in _own_plan().items() for i in range(2)}
+    check_plan(config, by_layer, "a model")
+    config.base_model_tp_plan = None
+    with pytest.raises(UserError, match=r"k_proj: make it colwise or rowwise"):
+        check_plan(config, _own_plan({"layers.*.self_attn.k_proj": None}), "a model")
+    check_plan(config, _own_plan(), "a model")

@@ -1,4 +1,4 @@
-"""scripts/train.sbatch on a real Slurm, two nodes a run: start, stop, requeue, a node that dies, and what doesn't match."""
+"""scripts/train.sbatch on a real Slurm, two nodes a run: start, stop, requeue, a lost node, and what doesn't match."""
 
 from __future__ import annotations
 

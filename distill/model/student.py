@@ -43,7 +43,6 @@ class Student:
         self.dtype = DTYPES[policy.precision]
         self.device = world.device
         self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
-        self._group = self._mesh.get_group()
         self._replicas = world.size // self._mesh.size()
         self._tp_group = world.tp_mesh.get_group()
         self._counts = world.layout.tp_rank == 0  # whether this rank's statistics are its group's
@@ -143,7 +142,7 @@ class Student:
         metrics.add({"grad_norm": (self.step(losses), 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
-        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it or a loss isn't finite."""
+        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it, or a loss, isn't."""
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
             raise self._non_finite(norm, losses)
@@ -188,10 +187,11 @@ class Student:
 
     @torch.no_grad()
     def grad_norm(self, losses: Sequence[Tensor] = ()) -> float:
-        """The 2-norm of all gradients over all ranks, accumulated in float64; collective over the model's ranks.
+        """The 2-norm of all gradients, accumulated in float64; collective over all ranks.
 
-        torch's own float32 norm of a 49152 x 576 tensor errs by 1.6e-3. Not finite also where one of ``losses`` isn't,
-        on any rank: so nobody waits for a loss by itself.
+        torch's own float32 norm of a 49152 x 576 tensor errs by 1.6e-3. Over all replicas, though each could tell it
+        alone: sums in groups of their own might differ in a last bit, and so would what is clipped by them. Not finite
+        also where one of ``losses`` isn't, on any rank: so nobody waits for a loss by itself.
         """
         squares = self._doubt(losses)
         for parameter in self.model.parameters():
@@ -200,16 +200,14 @@ class Student:
                 square = torch.linalg.vector_norm(local, dtype=torch.float64).square().to(self.device)
                 # what is whole on every rank of a tensor-parallel group counts once
                 squares += square if self._counts or tp_dim(parameter) is not None else 0.0
-        dist.all_reduce(squares, group=self._group)
-        return float(squares.sqrt())
+        dist.all_reduce(squares)
+        return float((squares / self._replicas).sqrt())
 
     def _doubt(self, losses: Sequence[Tensor]) -> Tensor:
         """Zero, or nan where a loss isn't finite."""
         doubt = torch.zeros((), dtype=torch.float64, device=self.device)
         if losses:
             doubt += torch.stack(list(losses)).double().sum() * 0.0
-        if self._replicas > 1:  # a gradient is everyone's, but a loss is not
-            dist.all_reduce(doubt)
         return doubt
 
     def end_step(self) -> None:
@@ -267,11 +265,14 @@ class Student:
             dist.all_reduce(part, op=op, group=self._parallel.group)
         return part
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros.
 
-        To be read or filled before the next ``offload``, which takes the moments away.
+        To be read or filled before the next ``offload``, which takes the moments away. ``optimizer`` false: the weights
+        alone.
         """
+        if not optimizer:
+            return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
         self._have_moments()
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_hf_parameters():

@@ -57,26 +57,53 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
 
 
 def _check_modules(config: Any, plan: Mapping[str, str], key: str) -> None:
-    one = copy.deepcopy(config)
-    one.num_hidden_layers = 1
-    if getattr(one, "layer_types", None):
-        one.layer_types = one.layer_types[:1]
-    body, _ = causal_lm_parts(meta_model(one, "eager", torch.float32))
-    styles = {name: _style(plan, name) for name, _ in body.named_modules()}
+    body, _ = causal_lm_parts(meta_model(_one_layer(config), "eager", torch.float32))
+    modules = {re.sub(r"\.\d+\.", ".*.", name): module for name, module in body.named_modules()}
     for pattern, style in plan.items():
-        found = [module for name, module in body.named_modules() if _matches(pattern, name)]
+        found = [module for name, module in modules.items() if _covers(pattern, name)]
         if not found or (style != REPLICATED and not all(isinstance(module, nn.Linear) for module in found)):
             raise UserError(
                 f"{key} has {pattern}: {style}, which fits {'no linear layer' if found else 'nothing'} of a"
                 f" {config.model_type}: name linear layers as its body does (layers.*.mlp.up_proj)"
             )
-    split = {name.rpartition(".")[0] for name, style in styles.items() if style == "colwise"}
-    for name, module in body.named_modules():
-        if name.rpartition(".")[0] in split and styles[name] is None and any(True for _ in module.parameters()):
-            pattern = name.replace(".0.", ".*.")
+    styles = {name: _role(plan, name) for name in modules}
+    own = {name: _role(getattr(config, "base_model_tp_plan", None) or {}, name) for name in modules}
+    split = {_block(name) for name, style in styles.items() if style in ("colwise", "rowwise")}
+    for name, module in modules.items():
+        if not any(True for _ in module.parameters(recurse=False)) or name in _BY_VOCABULARY:
+            continue
+        wanted = (own[name] or REPLICATED) if _block(name) in split else None
+        if wanted and not any(own.values()):  # nothing to hold the plan against but that a block is whole or split
+            wanted = styles[name] or ("colwise or rowwise" if isinstance(module, nn.Linear) else REPLICATED)
+        if styles[name] != wanted:
+            block = _block(name)
             raise UserError(
-                f"{key} splits what stands beside {pattern} and leaves that out: add {pattern}: {REPLICATED}"
+                f"{key} leaves {block} whole, so what it says of {name} adds up whole gradients: leave that out"
+                if wanted is None
+                else f"{key} splits {block} and says {styles[name] or 'nothing'} of {name}: make it {wanted}, or leave"
+                f" all of {block} out"
             )
+
+
+def _one_layer(config: Any) -> Any:
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    if getattr(one, "layer_types", None):
+        one.layer_types = one.layer_types[:1]
+    return one
+
+
+def _block(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _covers(pattern: str, name: str) -> bool:
+    """Whether a pattern names modules of that name, ``*`` for the number of its layer."""
+    return re.sub(r"\.\d+\.", ".*.", pattern) == name
+
+
+def _role(plan: Mapping[str, str], name: str) -> str | None:
+    return next((style for pattern, style in plan.items() if _covers(pattern, name)), None)
 
 
 def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mapping[str, str]) -> frozenset[str]:
