@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill.runtime import place, slurm
+from distill.runtime import place, rendezvous, slurm
 from distill.runtime.guard import Guard, leave, log_to_console
 from distill.runtime.status import Ending
 from distill.types import Layout, UserError
@@ -54,10 +54,7 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, **rendezvous.arguments(timeout))
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
