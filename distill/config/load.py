@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.build import build, hints, members, refuse, show, type_of
+from distill.config.build import build, hints, members, reason, refuse, show, type_of
 from distill.config.check import check
 from distill.config.hardware import decide_precision
 from distill.config.old import drop_old_keys
@@ -25,6 +25,9 @@ from distill.config.schema import Config
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
 """What runs without --config, in the current folder or beside the package."""
+
+_MOST_VALUES = 100_000
+"""Of a recipe, every anchor's values counted wherever they are meant."""
 
 RIVALS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
 """Keys that say the same thing: the one set in a later layer sets the other back to null."""
@@ -213,15 +216,31 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         refuse(f"{what} {'is a folder' if path.is_dir() else 'does not exist'}: {_nearby(path)}")
     try:
+        _count_values(path.read_text(encoding="utf-8"))
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         refuse(f"{what} isn't a readable recipe{line} ({error.problem}): correct it there")
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        refuse(f"{what} isn't a readable recipe ({str(error).partition(chr(10))[0]}): correct it there")
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
+        refuse(f"{what} isn't a readable recipe ({reason(error)}): correct it there")
     if not isinstance(layer, dict):
         refuse(f"{what} holds no keys: write section: and its keys below it")
     return layer  # type: ignore[return-value]
+
+
+def _count_values(text: str) -> None:
+    """Raise YAMLError where anchors make a text stand for more values than any recipe has, or hold themselves."""
+    if "&" not in text or "*" not in text:
+        return
+    nodes, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
+    while nodes and count <= _MOST_VALUES:
+        node, count = nodes.pop(), count + 1
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+    if nodes:
+        raise yaml.YAMLError(f"its anchors stand for more than {_MOST_VALUES} values")
 
 
 def _nearby(path: Path) -> str:
@@ -283,8 +302,8 @@ def _read_value(key: str, text: str) -> Any:
         return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException):
-        refuse(f"{key}={text} can't be read: quote the value as YAML wants it")
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
+        refuse(f"{key}={show(text)} can't be read: quote the value as YAML wants it")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from distill.types import UserError
 
 def read_text(path: str, where: str) -> str:
     """The whole text of a UTF-8 file, unchanged; UserError where there is none."""
+    if not Path(path).is_file():  # a pipe, say, whose reader waits for ever
+        fault = "is no file" if Path(path).exists() else "does not exist"
+        raise UserError(f"{where}={path} {fault} (looked in {Path.cwd()}): correct the path")
     try:
         return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{where}={path} does not exist (looked in {Path.cwd()}): correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}={path} is not a readable UTF-8 text file ({error}): correct the file") from None
 
