@@ -28,6 +28,8 @@ from distill.rollout.freshness import Freshness
 from distill.run import Run
 from distill.runtime.checkpoint import Checkpoints, has_validation
 from distill.runtime.metrics_sinks import open_recorder
+from distill.runtime.place import doing
+from distill.runtime.signals import Deadline, seconds_of
 from distill.runtime.world import World, new_run_dir
 from distill.types import UserError
 from distill.validation import Validation
@@ -77,6 +79,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         made = _start_run_dir(arguments) if world.main else Path()
     run_dir = world.broadcast(made)
     world.log_to(run_dir)
+    world.guard.status.begin(run_dir, first_step)
     with world.agreed("opening the metrics"):
         recorder = open_recorder(
             config.logger,
@@ -86,7 +89,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
             resumed_step=first_step,
             recipe=yaml.safe_load(arguments.resolved),
         )
-    engine = build_engine(config, models.student, world, models.valid_vocab)
+    with doing("making the engine"):
+        engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
@@ -136,6 +140,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         sampling=sampling_of(config, models.stop_token_ids),
         packing=packing,
         forecast=forecast,
+        deadline=Deadline(seconds_of(config.checkpointing.checkpoint_must_save_by), world.guard.started),
         first_step=first_step,
         last_step=last_step,
     )
@@ -148,7 +153,6 @@ def _check_supported(config: Config) -> None:
         raise UserError("checkpointing.save_optimizer=false is not supported yet: set it to true")
     checkpointing = config.checkpointing
     not_yet = {
-        "checkpointing.checkpoint_must_save_by": checkpointing.checkpoint_must_save_by,
         "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
         "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
         "data.train.seed": any(dataset.seed is not None for dataset in config.data.train),

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from distill.config import Config
 from distill.data.context import TeacherViews, ViewCounts
@@ -14,6 +19,7 @@ from distill.inputs import Models
 from distill.model.export import export_hf
 from distill.model.load import model_config
 from distill.model.memory import PHASES, Forecast
+from distill.model.nonfinite import NonFinite, not_finite, sample_lines, sentence, write_report
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine
@@ -22,11 +28,17 @@ from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, read_metrics, summary
 from distill.runtime.packing import PackingConfig
-from distill.runtime.world import World
-from distill.types import Layout, Rollout, Sampling
+from distill.runtime.place import at_step, doing
+from distill.runtime.signals import Deadline
+from distill.runtime.world import AgreedFailure, World
+from distill.types import Layout, OptimizerBatch, Rollout, Sampling
 from distill.validation import Validation
 
 log = logging.getLogger(__name__)
+
+_STOP = "stop/asked"
+_NOTHING, _TIME = 0.0, 0.5
+"""Beside the numbers of signals; of all ranks the largest counts."""
 
 
 @dataclass
@@ -49,8 +61,12 @@ class Run:
     sampling: Sampling
     packing: PackingConfig
     forecast: Forecast
+    deadline: Deadline
     first_step: int
     last_step: int
+    _stop: float = _NOTHING
+    _values: dict[str, float] = field(default_factory=dict)
+    """Of the last recorded step."""
 
     @property
     def layout(self) -> Layout:
@@ -62,8 +78,13 @@ class Run:
         """The run's seed."""
         return self.config.distillation.seed
 
-    def phases(self) -> Phases:
-        """A fresh clock for a step."""
+    def begin(self) -> None:
+        """The steps begin: from now on a signal waits for the end of a step."""
+        self.world.guard.begin_loop(self.config.runtime.phase_timeout_s)
+
+    def phases(self, step: int) -> Phases:
+        """A fresh clock for the making of step ``step``, the first being 1."""
+        at_step(step)
         return Phases(self.world.device)
 
     def record(
@@ -98,13 +119,37 @@ class Run:
         )
         metrics.add_max({"engine_residual_gib": self.engine.residual_bytes / 2**30})
         metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
+        metrics.add_max({_STOP: self._asked_to_stop(phases)})
         values = finish_step(metrics, phases, self.world.control)
+        self._stop = values.pop(_STOP)
         self.recorder.record(step, values)
         if step == self.first_step + 2:  # the optimizer's state appears with the first
             self._compare_memory(phases)
         self.checkpoints.note(step, values)
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
             self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
+        self._values = values
+        self.world.guard.status.at(step)
+
+    def _asked_to_stop(self, phases: Phases) -> float:
+        """What of this rank asks for an end after this step: a signal's number, the time, or nothing."""
+        self.deadline.took(sum(phases.seconds.values()), phases.seconds.get("checkpointing", 0.0))
+        return float(self.world.guard.asked or (_TIME if self.deadline.near() else _NOTHING))
+
+    def ends_early(self, step: int) -> bool:
+        """Whether any rank was asked to stop, as ``record`` gathered; if so the run is saved now; collective."""
+        last = step == self.last_step and not self.validation.due(step)
+        if self._stop == _NOTHING or last:
+            return False
+        by_time = f"checkpointing.checkpoint_must_save_by={self.config.checkpointing.checkpoint_must_save_by}"
+        reason = by_time if self._stop == _TIME else signal.Signals(int(self._stop)).name
+        with doing("saving before the end"):
+            if self.config.checkpointing.enabled and not self.checkpoints.due(step, step == self.last_step):
+                self._save(step, exports=False)
+                self.checkpoints.note(step, self._values)
+        self.world.guard.stopped = reason
+        log.warning("stopped after step %d: %s", step, reason)
+        return True
 
     def _compare_memory(self, phases: Phases) -> None:
         """Log what a step took of memory, the most of any rank, beside what was predicted; collective."""
@@ -125,11 +170,41 @@ class Run:
         """Write a checkpoint after ``step`` finished steps where one is due; collective."""
         last = step == self.last_step
         if self.checkpoints.due(step, last):
-            exports = last or self.config.checkpointing.save_consolidated
-            info = {"step": step, "data": self.order.state(step), "in_context": self.validation.reference}
-            state = self.student.state() | self.teacher.state()
-            path = self.checkpoints.save(step, state, info, self._export if exports else None)
-            log.info("checkpoint %s", path)
+            self._save(step, exports=last or self.config.checkpointing.save_consolidated)
+
+    def _save(self, step: int, exports: bool) -> None:
+        info = {"step": step, "data": self.order.state(step), "in_context": self.validation.reference}
+        state = self.student.state() | self.teacher.state()
+        self._check_finite(step, state)
+        path = self.checkpoints.save(step, state, info, self._export if exports else None)
+        log.info("checkpoint %s", path)
+
+    def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
+        """Raise AgreedFailure, on all ranks, where one is about to save what is no number; collective."""
+        everyone = self.world.gather(not_finite(state))
+        broken = [f"rank {rank}'s shard of {names[0]}" for rank, names in enumerate(everyone) if names]
+        if broken:
+            raise AgreedFailure(
+                f"after step {step} {', '.join(broken[:4])} is not finite: no checkpoint was written, and the newest"
+                " one stays"
+            )
+
+    @contextmanager
+    def finite(self, step: int, batch: OptimizerBatch, rollouts: Sequence[Rollout]) -> Iterator[None]:
+        """Train on ``batch`` inside: where a loss or gradient isn't finite, each rank writes its answers to a file, and
+        all raise AgreedFailure.
+        """
+        try:
+            yield
+        except NonFinite as error:
+            found, rank = error.found, self.world.rank
+            everyone = self.world.gather(found)
+            unnamed = not any(other.micro_batches for other in everyone)
+            lines = sample_lines(found, batch, rollouts, self.models.tokenizer.decode, all_=unnamed)
+            files = self.run_dir / "nonfinite"
+            with self.world.agreed("writing the answers whose loss isn't finite"):
+                write_report(files / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
+            raise AgreedFailure(sentence(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
 
     def _export(self, folder: Path) -> None:
         files, dtype = self.models.student, self.student.dtype

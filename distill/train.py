@@ -27,8 +27,9 @@ def train(run: Run) -> None:
     from distill.rollout.exchange import gather_rollouts
 
     student, teacher, engine = run.student, run.teacher, run.engine
+    run.begin()
     for step in range(run.first_step, run.last_step):
-        metrics, phases = Metrics(), run.phases()
+        metrics, phases = Metrics(), run.phases(step + 1)
 
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
@@ -60,13 +61,16 @@ def train(run: Run) -> None:
             student.onload()
             lr = student.learning_rate
             for batch in batches:
-                student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
+                with run.finite(step + 1, batch, rollouts):
+                    student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
             student.end_step()
             teacher.after_step(student)
 
         with phases("checkpointing"):
             run.save_if_due(step + 1)
         run.record(step + 1, metrics, phases, mine, rollouts, counts, lr)
+        if run.ends_early(step + 1):
+            return
     run.validate_at_end()
 
 

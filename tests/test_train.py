@@ -485,6 +485,7 @@ def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoin
         return lambda *_: happened.append(what)
 
     run = MagicMock(first_step=0, last_step=2)
+    run.ends_early.return_value = False
     run.phases.return_value = lambda name: contextlib.nullcontext()
     run.views.prefixed.return_value = ([], None)
     run.freshness.renew.side_effect = notes("sync")

@@ -161,7 +161,7 @@ def test_a_fault_of_one_rank_keeps_its_traceback_and_ends_all(tmp_path) -> None:
         timeout=120,
     )
     assert found.returncode != 0
-    assert found.stderr.count("RuntimeError: broken") == 1 and "exitcode  : 1" in found.stderr, found.stderr
+    assert found.stderr.count("\nRuntimeError: broken") == 1 and "exitcode  : 1" in found.stderr, found.stderr
 
 
 def test_run_folders_count_up_and_a_given_one_is_taken(tmp_path) -> None:

@@ -250,7 +250,7 @@ class CheckpointingConfig:
     save_period: int = 10
     """Save every so many steps, and at the end."""
     checkpoint_must_save_by: str | None = None
-    """DD:HH:MM:SS after the start: save before then and leave; null: no limit."""
+    """DD:HH:MM:SS after the start: save before then and leave, with code 0; null: no limit."""
     model_save_format: Literal["safetensors"] = "safetensors"
     """The format of the Hugging Face export."""
     save_consolidated: bool = False
@@ -321,7 +321,7 @@ class RuntimeConfig:
     logits_chunk_rows: int | None = None
     """Rows of logits that exist at a time; null: what a budget of memory holds, 2048 of 151,936 on CUDA."""
     phase_timeout_s: int = 1800
-    """Seconds after which a phase of a step is taken for hung; not watched yet."""
+    """Seconds without any progress on any rank after which a phase of a step counts as hung, and the run ends."""
 
 
 @dataclass(frozen=True)

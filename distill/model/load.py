@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill.config.build import reason, show
+from distill.runtime.place import progressed
 from distill.types import UserError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
@@ -282,6 +283,7 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
     """
     with torch.no_grad():
         for name, parameter in parameters:
+            progressed()
             if name not in files.files:
                 raise UserError(f"the checkpoint {files.name} lacks the tensor {name}: it is not a whole model")
             if (shape := files.shape(name)) != tuple(parameter.shape):

@@ -15,11 +15,13 @@ from torch import Tensor
 from distill.config import Config
 from distill.loss import Sampled, VocabParallel, fused_linear_kl
 from distill.model.load import ModelFiles, causal_lm_parts, chunk_of
+from distill.model.nonfinite import Broken, NonFinite, not_finite
 from distill.model.offload import HostState
 from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.weights import GatheredWeights, tp_dim
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import view_of
+from distill.runtime.place import progressed
 from distill.runtime.world import World
 from distill.types import LossOutput, MicroBatch, OptimizerBatch, Stats, Targets
 
@@ -104,6 +106,7 @@ class Student:
     def _loss(
         self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None
     ) -> LossOutput:
+        progressed()
         micro_batch = micro_batch.to(self.device)
         sampled = Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature)
 
@@ -124,20 +127,25 @@ class Student:
         return LossOutput(*self.model(micro_batch.student, use))
 
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
-        """One optimizer step on the micro-batches of this rank; adds their statistics and the gradient norm."""
+        """One optimizer step on the micro-batches of this rank; adds their statistics and the gradient norm.
+
+        Raises NonFinite, on all ranks alike, where a loss or gradient isn't finite; the weights are untouched then.
+        """
+        losses = []
         for micro_batch, said in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, said)
             (output.kl_sum / batch.response_tokens).backward()  # type: ignore[no-untyped-call]
+            losses.append(output.kl_sum.detach())
             if self._counts:
                 _add_stats(metrics, output.stats, sampler=self._as_synced)
         self.sum_gradients()
-        metrics.add({"grad_norm": (self.step(), 1)})
+        metrics.add({"grad_norm": (self.step(losses), 1)})
 
-    def step(self) -> float:
-        """Clip, update, clear; returns the gradient's norm before clipping. Raises RuntimeError if it isn't finite."""
-        norm = self.grad_norm()
+    def step(self, losses: Sequence[Tensor] = ()) -> float:
+        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it or a loss isn't finite."""
+        norm = self.grad_norm(losses)
         if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient's norm is {norm}: the optimizer step was not taken")
+            raise self._non_finite(norm, losses)
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -147,6 +155,12 @@ class Student:
         self._optimizer.zero_grad(set_to_none=True)
         self._as_synced = False
         return norm
+
+    def _non_finite(self, norm: float, losses: Sequence[Tensor]) -> NonFinite:
+        named = self.model.named_hf_parameters()
+        gradients = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+        found = Broken(norm, [float(loss) for loss in losses], not_finite(gradients), not_finite(dict(named)))
+        return NonFinite(found)
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
@@ -172,13 +186,14 @@ class Student:
             part.copy_(total.view_as(part))
 
     @torch.no_grad()
-    def grad_norm(self) -> float:
+    def grad_norm(self, losses: Sequence[Tensor] = ()) -> float:
         """The 2-norm of all gradients, accumulated in float64; collective over all ranks.
 
         torch's own float32 norm of a 49152 x 576 tensor errs by 1.6e-3. Over all replicas, though each could tell it
-        alone: sums in groups of their own might differ in a last bit, and so would what is clipped by them.
+        alone: sums in groups of their own might differ in a last bit, and so would what is clipped by them. Not finite
+        also where one of ``losses`` isn't, on any rank: so nobody waits for a loss by itself.
         """
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = self._doubt(losses)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 local = parameter.grad.to_local()  # type: ignore[attr-defined]
@@ -187,6 +202,13 @@ class Student:
                 squares += square if self._counts or tp_dim(parameter) is not None else 0.0
         dist.all_reduce(squares)
         return float((squares / self._replicas).sqrt())
+
+    def _doubt(self, losses: Sequence[Tensor]) -> Tensor:
+        """Zero, or nan where a loss isn't finite."""
+        doubt = torch.zeros((), dtype=torch.float64, device=self.device)
+        if losses:
+            doubt += torch.stack(list(losses)).double().sum() * 0.0
+        return doubt
 
     def end_step(self) -> None:
         """Move the learning rate's schedule: once a step, however many optimizer batches it had."""

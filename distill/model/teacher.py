@@ -16,6 +16,7 @@ from distill.model.parallel import Sharding, load_sharded
 from distill.model.plain import plain_logits
 from distill.model.student import DTYPES, Student, loss_at_temperature
 from distill.runtime.packing import view_of
+from distill.runtime.place import progressed
 from distill.runtime.split import spread
 from distill.runtime.world import World
 from distill.types import MicroBatch, Targets, TeacherRows, TopK, UserError, View
@@ -69,6 +70,7 @@ class Teacher:
         The top-k of each row; or its hidden row, where the loss asks for the student's tokens or for all of them: the
         head is then kept beside it, whole, until ``after_step``.
         """
+        progressed()
         view = micro_batch.teacher.to(self.device)
         if self._gives_rows:
             return self._rows(view)

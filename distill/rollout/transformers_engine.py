@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from distill.model.checksum import BitSums, whole_bit_sums
 from distill.model.load import manifest_of, materialize, meta_model, restore_buffers
 from distill.rollout.engine import EngineBase, answer_limit, answer_seed, longest_first
+from distill.runtime.place import progressed
 from distill.types import Prompt, Rollout, Sampling
 
 
@@ -113,6 +114,7 @@ class TransformersEngine(EngineBase):
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Logits of the last position, float32 [B, V]."""
+        progressed()
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = self._model(
             input_ids=tokens,

@@ -23,6 +23,7 @@ from distill.model.memory import CPU_CACHE
 from distill.rollout.engine import EngineBase, answer_limit, answer_seed, longest_first
 from distill.rollout.memory import CudaMemory, Memory, SleepGuard
 from distill.rollout.vllm_weights import VllmWeights
+from distill.runtime.place import progressed
 from distill.types import Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,10 @@ class VllmEngine(EngineBase):
 
         def counted() -> Any:
             outputs = get_output()
-            self._tokens_made += sum(len(output.new_token_ids) for output in outputs.outputs)
+            made = sum(len(output.new_token_ids) for output in outputs.outputs)
+            self._tokens_made += made
+            if made:
+                progressed()
             return outputs
 
         core.get_output = counted

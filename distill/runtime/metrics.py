@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.runtime.hostmemory import resident_bytes
+from distill.runtime.place import doing
 from distill.types import Rollout, Stats
 
 Kind = Literal["mean", "total", "max", "same"]
@@ -114,19 +115,20 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to phase ``name``; a phase may come several times in a step."""
+        """Charge what happens inside to phase ``name``; a phase may come several times in a step. The watch is told."""
         self._wait()
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._wait()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            used = torch.cuda.max_memory_allocated(self._device) if self._on_cuda else resident_bytes()
-            if used is not None:
-                self.memory[name] = max(self.memory.get(name, 0), used)
+        with doing(name):
+            try:
+                yield
+            finally:
+                self._wait()
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                used = torch.cuda.max_memory_allocated(self._device) if self._on_cuda else resident_bytes()
+                if used is not None:
+                    self.memory[name] = max(self.memory.get(name, 0), used)
 
     def stats(self) -> Stats:
         """``timing/train/*`` in seconds as (seconds, 1): over ranks a mean, so that phases add up to the step."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
+import subprocess
 
-_PORT_BASE, _PORT_SPAN = 20000, 20000
+_PORT_BASE, _PORT_SPAN = 20000, 12000
+"""Below the ports that Linux gives to any connection (from 32768 on): one of those may be taken."""
 
 
 def torch_environment() -> dict[str, str]:
@@ -13,21 +17,54 @@ def torch_environment() -> dict[str, str]:
 
     Empty where torchrun has set them already, or where there is no step of more than one task (a lone process needs
     no rendezvous). The address is the step's first node; the port comes from job and step, so that two jobs on one
-    node don't clash.
+    node don't clash. What MASTER_ADDR and MASTER_PORT say goes before.
     """
     if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in os.environ:
         return {}
     tasks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ["SLURM_TASKS_PER_NODE"]
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    job = int(os.environ.get("SLURM_JOB_ID", "0")) * 31 + int(os.environ.get("SLURM_STEP_ID", "0"))
     return {
         "RANK": os.environ["SLURM_PROCID"],
         "WORLD_SIZE": os.environ["SLURM_NTASKS"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(tasks_of_node(tasks_per_node, int(os.environ.get("SLURM_NODEID", "0")))),
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or first_host(nodes),
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_PORT_BASE + job % _PORT_SPAN),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR") or address_of(first_host(nodes)),
+        "MASTER_PORT": os.environ.get("MASTER_PORT")
+        or str(port(int(os.environ.get("SLURM_JOB_ID", "0")), int(os.environ.get("SLURM_STEP_ID", "0")) + 1)),
     }
+
+
+def job_id() -> int:
+    """The number of the job that this process runs in, the same after a requeue."""
+    return int(os.environ["SLURM_JOB_ID"])
+
+
+def job_nodes() -> str:
+    """The nodes of the job, as Slurm lists them."""
+    return os.environ["SLURM_JOB_NODELIST"]
+
+
+def allocation() -> tuple[int, int | None]:
+    """Nodes of the job, and GPUs of its first node; None where Slurm counts none."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE")
+    return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]), int(gpus) if gpus else None
+
+
+def port(job: int, step: int = 0) -> int:
+    """A port for the rendezvous of a job, or of one of its steps: jobs that run side by side have different ones."""
+    return _PORT_BASE + (job * 31 + step) % _PORT_SPAN
+
+
+def address_of(node: str) -> str:
+    """The node's name, or where that can't be resolved the address that Slurm reaches it by."""
+    try:
+        socket.getaddrinfo(node, None)
+    except OSError:
+        if scontrol := shutil.which("scontrol"):
+            shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
+            if found := re.search(r"NodeAddr=(\S+)", shown.stdout):
+                return found.group(1)
+    return node
 
 
 def nodes_of_step() -> int:

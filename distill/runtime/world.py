@@ -12,22 +12,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill.runtime import slurm
+from distill.runtime import place, slurm
+from distill.runtime.guard import Guard, leave, log_to_console
+from distill.runtime.status import Ending
 from distill.types import Layout, UserError
 
+__all__ = ["AgreedError", "AgreedFailure", "World", "guarded", "leave", "log_to_console", "new_run_dir"]
 T = TypeVar("T")
 
-_CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT = datetime.timedelta(minutes=30)
+_CONTROL_TIMEOUT = datetime.timedelta(days=7)
+"""Ranks wait here for others that may have far more to do: the watch knows who stands still, a timeout doesn't."""
 
 
 class AgreedError(UserError):
     """A UserError that all ranks raise together, so that they can leave together."""
+
+
+class AgreedFailure(RuntimeError):
+    """What no user can put right beforehand, said in a sentence; raised by all ranks together."""
 
 
 class World:
@@ -35,9 +44,10 @@ class World:
 
     Made by every rank at the same point; torchrun's, Slurm's or no variables at all (a world of one) are understood.
     ``control`` is for small objects and agreements, so that they never mix with the collectives of the models on NCCL.
+    ``guard``: of this rank; where none is given, nobody listens to signals and nobody watches.
     """
 
-    def __init__(self, timeout: datetime.timedelta = _CONTROL_TIMEOUT) -> None:
+    def __init__(self, timeout: datetime.timedelta = _TIMEOUT, guard: Guard | None = None) -> None:
         os.environ.update(slurm.torch_environment())
         cuda = torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -51,7 +61,8 @@ class World:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        self.guard = guard or Guard(self.rank == 0)
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None
         self._teacher_size = 1
@@ -187,11 +198,12 @@ class World:
         all as AgreedError, the lowest rank's; any other error where it happened and as RuntimeError elsewhere.
         """
         error: Exception | None = None
-        try:
-            yield
-        except Exception as caught:  # every kind must reach the other ranks before anyone leaves
-            error = caught
-        kinds = self.gather(None if error is None else (isinstance(error, UserError), f"{error}" or repr(error)))
+        with place.doing(doing):
+            try:
+                yield
+            except Exception as caught:  # every kind must reach the other ranks before anyone leaves
+                error = caught
+            kinds = self.gather(None if error is None else (isinstance(error, UserError), f"{error}" or repr(error)))
         failed = [(rank, kind) for rank, kind in enumerate(kinds) if kind is not None]
         if not failed:
             return
@@ -205,20 +217,26 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first rank of each node runs the block before its neighbours: one download, one build of a cache."""
-        if self.local_rank != 0:
-            self.barrier()
-        try:
-            yield
-        finally:
-            if self.local_rank == 0:
+        """The first rank of each node runs the block before its neighbours: one download, one build of a cache.
+
+        It may take as long as it likes.
+        """
+        with place.doing("one rank a node first", timed=False):
+            if self.local_rank != 0:
                 self.barrier()
+            try:
+                yield
+            finally:
+                if self.local_rank == 0:
+                    self.barrier()
 
     def log_to(self, run_dir: Path) -> None:
         """Write this rank's log to ``run_dir/logs/rank_NNNNN.log`` from now on; the main one's stays on the console."""
         folder = run_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / f"rank_{self.rank:05d}.log", encoding="utf-8")
+        file = folder / f"rank_{self.rank:05d}.log"
+        self.guard.stacks_to = file
+        handler = logging.FileHandler(file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("distill")
         for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
@@ -229,72 +247,68 @@ class World:
 
     def close(self) -> None:
         """Leave together: wait for all ranks, then end the process groups."""
+        self.guard.stop_watching()
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
 
 
-def log_to_console(main: bool) -> None:
-    """The main rank's log goes to standard error from INFO on; the others' console stays silent.
-
-    What is said before there is a run folder is kept for the rank's file there.
-    """
-    logger = logging.getLogger("distill")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    # Without any handler Python prints warnings itself: a silent one keeps the other ranks off the console.
-    handler = logging.StreamHandler(sys.stderr) if main else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.addHandler(MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))
-
-
 def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     """Run a program in its world and turn how it ended into an exit code, the same on every rank.
 
-    A UserError that all ranks agreed on is one sentence on the main rank's console and code 2. One that this rank met
-    alone is said by this rank, which leaves at once: the others may hang in a collective, and their launcher ends them.
-    Any other error keeps its traceback and does the same. Only the main rank prints.
+    A UserError that all ranks agreed on is one sentence on the main rank's console and code 2, an AgreedFailure one and
+    code 1. A UserError that this rank met alone is said by this rank, which leaves at once and takes the others along.
+    Any other error keeps its traceback and does the same. Only the main rank prints. From here on the process obeys
+    signals as Guard says, and how it ended stands in the run's status.
     """
     main = int(os.environ.get("RANK", slurm.torch_environment().get("RANK", "0"))) == 0
     log_to_console(main)
-    world = World() if needs_world else None
-    code = 0
+    if not needs_world:
+        return _without_world(program)
+    guard = Guard(main)
+    guard.listen()
+    world = World(guard=guard)
+    guard.watch(world.rank, world.size, world.barrier)
+    alone = False
     try:
         with nullcontext() if main else redirect_stdout(io.StringIO()):
             program(world)
+        ending = Ending("finished" if guard.stopped is None else "stopped", guard.stopped or "", 0)
     except UserError as error:
-        code = 2
-        alone = world is not None and world.size > 1 and not isinstance(error, AgreedError)
-        if main or alone:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if alone:
-            leave(code)
-    except Exception:
-        if world is None or world.size == 1:
+        ending, alone = Ending("refused", str(error), 2), world.size > 1 and not isinstance(error, AgreedError)
+    except AgreedFailure as error:
+        ending = Ending("failed", str(error), 1)
+    except Exception as error:
+        ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1)
+        if world.size == 1:
+            guard.close(ending)
             raise
+        if _comes_of_others(error):
+            guard.wait_for_the_cause()
         # The interpreter's own end may wait for ranks that wait for this one.
         traceback.print_exc()
-        leave(1)
-    if world is not None:
-        world.close()
-    return code
+        guard.leave_alone(ending)
+    if ending.exit_code and (main or alone):
+        print(f"error: {ending.reason}", file=sys.stderr, flush=True)
+    if alone:
+        guard.leave_alone(ending)
+    world.close()
+    guard.close(ending)
+    return ending.exit_code
 
 
-def leave(code: int) -> NoReturn:
-    """End the process with ``code``; at once where it isn't 0.
+def _without_world(program: Callable[[None], None]) -> int:
+    try:
+        program(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
 
-    A launcher ends the other ranks when it sees one fail. The interpreter takes longer to end than a launcher to look,
-    and all ranks should leave with the program's own code.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)
-    sys.exit(0)
+
+def _comes_of_others(error: Exception) -> bool:
+    """Whether an error is what a collective says when another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:

@@ -18,6 +18,7 @@ from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.metrics import Phases
 from distill.runtime.metrics_sinks import Recorder
 from distill.runtime.packing import PackingConfig
+from distill.runtime.place import progressed
 from distill.runtime.world import World
 from distill.types import Prompt, Rollout, Sampling
 from distill.validation.comparison import token_kls
@@ -175,6 +176,7 @@ class Validation:
         found: dict[tuple[int, int], Verdict | None] = {}
         with Judge() as judge:
             for rollout in mine:
+                progressed()
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer
                 verdict = None if name is None else judge(name, answer_text(rollout, self.decode), gold)
                 found[rollout.prompt.prompt_id, rollout.answer] = verdict
