@@ -7,6 +7,7 @@ help: its own errors fill a box, and here an error is one sentence.
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.build import build, hints, members, reason, refuse, show, type_of
+from distill.config.build import build, hints, key_paths, members, reason, refuse, show, type_of
 from distill.config.check import check
 from distill.config.hardware import decide_precision
 from distill.config.old import drop_old_keys
@@ -151,10 +152,23 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
         drop_old_keys(config)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        reason = str(error).partition("\n")[0]
-        refuse(f"{error.full_key or 'the recipe'} can't be resolved ({reason}): correct the ${{...}}")
+        _refuse_cause(tree)
+        refuse(f"{error.full_key or 'the recipe'} can't be resolved ({reason(error)}): correct the ${{...}}")
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     return plain
+
+
+def _refuse_cause(tree: dict[str, Any]) -> None:
+    """Refuse a value of the wrong type that stands there by itself: what is made of it may have failed for that."""
+    for key in key_paths():
+        if key in ("data.train", "data.validation"):  # one dataset, a list or null: build_config makes a list of it
+            continue
+        place: Any = tree
+        *sections, last = key.split(".")
+        for name in sections:
+            place = place.get(name) if isinstance(place, dict) else None
+        if isinstance(place, dict) and not isinstance(value := place.get(last, {}), dict) and "${" not in str(value):
+            build(type_of(key), value, key)
 
 
 def _defaults() -> dict[str, Any]:
@@ -199,7 +213,7 @@ def find_recipe(path: Path | None) -> Path:
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe merged over the parents that its ``defaults`` name, relative to its own folder."""
-    if path.resolve() in children:
+    if os.path.isfile(path) and path.resolve() in children:
         refuse(f"defaults={path} in {children[-1]} makes a recipe its own ancestor: name another parent")
     layer = _read_yaml(path, children)
     parents = layer.pop("defaults", [])
@@ -213,8 +227,8 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     what = f"defaults={path} in {children[-1]}" if children else f"--config={path}"
-    if not path.is_file():
-        refuse(f"{what} {'is a folder' if path.is_dir() else 'does not exist'}: {_nearby(path)}")
+    if not os.path.isfile(path):
+        refuse(f"{what} {'is a folder' if os.path.isdir(path) else 'does not exist'}: {_nearby(path)}")
     try:
         _count_values(path.read_text(encoding="utf-8"))
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
@@ -244,7 +258,7 @@ def _count_values(text: str) -> None:
 
 
 def _nearby(path: Path) -> str:
-    folder = path if path.is_dir() else path.parent if path.parent.is_dir() else BASE_RECIPE.parent
+    folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     near = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
     return f"in {folder} there are {', '.join(near)}" if near else f"there are no recipes in {folder}"
@@ -264,6 +278,8 @@ class _Line:
 def _split(argv: Sequence[str]) -> _Line:
     """Sort the words of the command line."""
     line, words = _Line(None, False, False, []), list(argv)
+    if bad := [word for word in words if word != word.encode(errors="replace").decode()]:
+        refuse(f"{bad[0]!a} on the command line is no UTF-8 text: write it so")
     while words:
         word = words.pop(0)
         if word in ("--help", "-h"):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config.build import reason
+from distill.config.build import reason, show
 from distill.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _rows(dataset: DatasetConfig, columns: _Columns) -> Sequence[Row]:
     where = columns.where
     if dataset.data_path:
         path = Path(dataset.data_path)
-        if path.exists() or not _is_hub_name(dataset.data_path):
+        if os.path.exists(path) or not _is_hub_name(dataset.data_path):
             return _path_rows(path, dataset, columns)
         return _hub_rows(dataset.data_path, (dataset.subset,), dataset.split or "train", columns, "data_path")
     if not dataset.dataset_name:
@@ -247,7 +248,7 @@ _FILE_KINDS = (".jsonl", ".json", ".parquet")
 
 def _path_rows(path: Path, dataset: DatasetConfig, columns: _Columns) -> Sequence[Row]:
     key = f"{columns.where}.data_path={path}"
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{key} does not exist (looked in {Path.cwd()}): correct the path")
     if path.is_dir():
         return _folder_rows(path, dataset, columns)
@@ -299,8 +300,9 @@ def _parsed(data: bytes, place: str, key: str) -> Any:
 
 def _object(value: Any, place: str, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise UserError(f"{key} has a {kind} in {place}, where an object was to be: write one JSON object a line")
+        raise UserError(
+            f"{key} has {show(value)} in {place}, where an object was to be: write one JSON object a line"
+        )
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 
 from distill.config.template import Template
@@ -10,8 +11,8 @@ from distill.types import UserError
 
 def read_text(path: str, where: str) -> str:
     """The whole text of a UTF-8 file, unchanged; UserError where there is none."""
-    if not Path(path).is_file():  # a pipe, say, whose reader waits for ever
-        fault = "is no file" if Path(path).exists() else "does not exist"
+    if not os.path.isfile(path):  # a pipe, say, whose reader waits for ever
+        fault = "is no file" if os.path.exists(path) else "does not exist"
         raise UserError(f"{where}={path} {fault} (looked in {Path.cwd()}): correct the path")
     try:
         return Path(path).read_text(encoding="utf-8")

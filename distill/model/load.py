@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def find_model(name: str, key: str) -> ModelFiles:
     Raises UserError where there is none, or where it holds no safetensors.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also false for a name that no file can have
         folder = _from_hub(name, key)
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}={name} holds no config.json: give the folder or hub name of a Hugging Face model")
@@ -136,6 +137,15 @@ def json_object(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
+def _has_experts(folder: Path) -> bool:
+    """Whether transformers knows the model in ``folder`` as a mixture of experts."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # it doesn't know it at all
+        return False
+    return any(getattr(config, name, None) for name in _EXPERTS)
+
+
 _POSITIVE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
     *("vocab_size", "max_position_embeddings", "head_dim"),
@@ -152,7 +162,7 @@ def model_config(files: ModelFiles, key: str) -> Any:
     raw = json_object(files.folder / "config.json", what)
     family = raw.get("model_type")
     if family not in FAMILIES:
-        mixture = ", a mixture of experts" if any(raw.get(name) for name in _EXPERTS) else ""
+        mixture = ", a mixture of experts" if _has_experts(files.folder) else ""
         code = " and would run code of its own (auto_map)" if "auto_map" in raw else ""
         raise UserError(
             f"{what} is of the family {family}{mixture}{code}, which is not supported yet:"

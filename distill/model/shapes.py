@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os.path
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def find_shape(name: str, key: str) -> ModelShape | None:
     table of published shapes; None where all three don't know it. Raises UserError as ``model_config`` does.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = _cached(name) or folder
     if (folder / "config.json").is_file():
         return shape_of(model_config(ModelFiles(name, folder, {}), key), name)
