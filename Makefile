@@ -18,7 +18,8 @@ export PYTHONDONTWRITEBYTECODE :=
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke demo-context bench-step bench-loss bench-packing lint types check test test-demo clean
+.PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing lint types check \
+	test test-demo test-faults clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -38,8 +39,14 @@ models: venv  ## models/: SmolLM2-135M and a depth-pruned student, from the llm-
 smoke: venv models  ## two short trainings on two ranks, a table at the end
 	@$(PY) -m scripts.smoke
 
-demo-context: venv models  ## a rule only the teacher reads, learnt in 24 steps: five to fifteen minutes
-	@$(PY) -m torch.distributed.run --nproc-per-node 2 -m scripts.demo_context
+demo-context: venv models  ## a rule only the teacher reads, learnt in 40 steps
+	@$(PY) -m scripts.demo context
+
+demo-control: venv models  ## the same training without the context, which teaches nothing
+	@$(PY) -m scripts.demo control
+
+demo-heal: venv models  ## a student without four of its layers comes back to the whole model
+	@$(PY) -m scripts.demo heal
 
 bench-step: venv models  ## seconds of each phase of a step, median of ten
 	@$(PY) -m scripts.bench_step
@@ -57,13 +64,16 @@ types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not slow and not demo and not faults" -n 2 --dist loadfile
 
-test: venv models lint types  ## everything that a merge must pass, but for the demonstration: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo" -n 2 --dist loadfile
+test: venv models lint types  ## everything that a merge must pass, but for the demonstration and the faults: under fifteen minutes
+	@$(PY) -m pytest -q -m "not demo and not faults" -n 2 --dist loadfile
 
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
+
+test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan: under twelve minutes
+	@$(PY) -m pytest -q -m faults
 
 clean:  ## remove runs and caches; .venv and models stay
 	@rm -rf runs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis

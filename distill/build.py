@@ -8,6 +8,7 @@ import os.path
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,8 @@ from distill.model.student import Student
 from distill.rollout.build import build_engine, check_backend, sampling_of, validation_sampling_of
 from distill.rollout.freshness import Freshness
 from distill.run import Run
-from distill.runtime.checkpoint import Checkpoints, has_validation
+from distill.runtime.checkpoint import Checkpoints, Found, changed_keys, has_validation
+from distill.runtime.disk import writing_run
 from distill.runtime.metrics_sinks import open_recorder
 from distill.runtime.place import doing
 from distill.runtime.signals import Deadline, seconds_of
@@ -66,21 +68,22 @@ def build_run(arguments: Arguments, world: World) -> Run:
         check_backend(config, models.student, world)
     with world.agreed("reading the data"), world.main_first():
         order = read_prompts(config, models)
-        views = teacher_views(config, models.tokenizer)
+        views = teacher_views(config, models.teachers_tokenizer)
         check_reading(config, views, order.batch(0))
         held_out = read_held_out(config, models)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
+    checkpoints.prepare()
     found = checkpoints.newest()
-    with world.agreed("reading the newest checkpoint"):
-        info = checkpoints.info(found) if found else None
-        first_step = order.resume(info["data"]) if info else 0
+    with world.agreed("comparing the checkpoint with the recipe"):
+        first_step = order.resume(found.info["data"]) if found else 0
     with world.agreed("making the run's folder"):
         made = _start_run_dir(arguments) if world.main else Path()
     run_dir = world.broadcast(made)
-    world.log_to(run_dir)
+    with world.agreed("opening the log"), writing_run(run_dir):
+        world.log_to(run_dir)
     world.guard.status.begin(run_dir, first_step)
-    with world.agreed("opening the metrics"):
+    with world.agreed("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(
             config.logger,
             run_dir,
@@ -88,6 +91,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
             total_steps=last_step,
             resumed_step=first_step,
             recipe=yaml.safe_load(arguments.resolved),
+            history=found.history if found else (),
         )
     with doing("making the engine"):
         engine = build_engine(config, models.student, world, models.valid_vocab)
@@ -97,10 +101,12 @@ def build_run(arguments: Arguments, world: World) -> Run:
     log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
     teacher.offload()
     if found is not None:
-        checkpoints.load(found, student.state() | teacher.state())
+        has_moments = found.info["recipe"]["checkpointing"]["save_optimizer"]
+        checkpoints.load(found.path, student.state(optimizer=has_moments) | teacher.state())
         student.resume(first_step)
         teacher.resume(student)
-        log.info("resumed from %s after %d steps", found, first_step)
+        log.info("resumed from %s after %d steps", found.path, first_step)
+        _warn_of_another_run(found, config)
         if first_step >= last_step:
             remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
             log.warning(f"nothing is left to do: {remedy}", last_step)
@@ -120,8 +126,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         run_dir=run_dir,
         recorder=recorder,
         checkpoints=checkpoints,
-        measured_at=first_step if info and has_validation(info) else -1,
-        reference=info.get("in_context") if info else None,
+        measured_at=first_step if found and has_validation(found.info) else -1,
+        reference=found.info["in_context"] if found else None,
     )
     return Run(
         config=config,
@@ -149,8 +155,6 @@ def build_run(arguments: Arguments, world: World) -> Run:
 def _check_supported(config: Config) -> None:
     if config.policy.generation.stop_strings:
         raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
-    if not config.checkpointing.save_optimizer:
-        raise UserError("checkpointing.save_optimizer=false is not supported yet: set it to true")
     checkpointing = config.checkpointing
     not_yet = {
         "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
@@ -168,12 +172,26 @@ def _check_supported(config: Config) -> None:
         )
 
 
+def _warn_of_another_run(found: Found, config: Config) -> None:
+    """Say in what a resumed run is not the one that it goes on from."""
+    if not found.info["recipe"]["checkpointing"]["save_optimizer"]:
+        log.warning(
+            "%s holds no optimizer (checkpointing.save_optimizer=false): AdamW begins with fresh moments", found.path
+        )
+    if changed := changed_keys(found.info["recipe"], asdict(config)):
+        log.warning(
+            "the recipe has changed since %s, so this is another run from here on (%s): set the keys back for the same",
+            *(found.path, ", ".join(changed)),
+        )
+
+
 def _start_run_dir(arguments: Arguments) -> Path:
     """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
-    (run_dir / "config.yaml").write_text(arguments.resolved)
-    (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+    with writing_run(run_dir):
+        (run_dir / "config.yaml").write_text(arguments.resolved)
+        (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
     log.info("run folder %s", os.path.relpath(run_dir))
     return run_dir
 

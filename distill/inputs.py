@@ -36,6 +36,9 @@ class Models:
     student: ModelFiles
     teacher: ModelFiles
     tokenizer: Any
+    """The student's."""
+    teachers_tokenizer: Any
+    """The same ids, and maybe another chat template."""
     valid_vocab: int
     """Ids the tokenizer knows; the embeddings may be padded beyond."""
     stop_token_ids: tuple[int, ...]
@@ -60,7 +63,7 @@ def find_models(config: Config) -> Models:
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
     stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers, valid_vocab)
-    return Models(student, teacher, tokenizer, valid_vocab, stop_token_ids, shapes)
+    return Models(student, teacher, tokenizer, teachers, valid_vocab, stop_token_ids, shapes)
 
 
 def _stop_token_ids(
@@ -98,7 +101,8 @@ def read_prompts(config: Config, models: Models) -> PromptOrder:
 
 def check_reading(config: Config, views: TeacherViews, prompts: Sequence[Prompt]) -> None:
     """Refuse a student that is its own teacher and reads no more as such."""
-    if not config.distillation.context_distillation.enabled or config.distillation.allow_degenerate:
+    itself = config.teacher.model_name == config.policy.model_name
+    if not config.distillation.context_distillation.enabled or config.distillation.allow_degenerate or not itself:
         return
     read, _ = views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in prompts])
     if read and all(rollout.teacher_prefix_ids == rollout.prompt.student_ids for rollout in read):

@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -122,10 +122,12 @@ class Run:
         metrics.add_max({_STOP: self._asked_to_stop(phases)})
         values = finish_step(metrics, phases, self.world.control)
         self._stop = values.pop(_STOP)
-        self.recorder.record(step, values)
+        with self.world.agreed("writing the step's numbers"):
+            self.recorder.record(step, values)
         if step == self.first_step + 2:  # the optimizer's state appears with the first
             self._compare_memory(phases)
         self.checkpoints.note(step, values)
+        self.checkpoints.settle(wait=step == self.last_step)
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
             self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
         self._values = values
@@ -147,6 +149,7 @@ class Run:
             if self.config.checkpointing.enabled and not self.checkpoints.due(step, step == self.last_step):
                 self._save(step, exports=False)
                 self.checkpoints.note(step, self._values)
+            self.checkpoints.settle(wait=True)
         self.world.guard.stopped = reason
         log.warning("stopped after step %d: %s", step, reason)
         return True
@@ -167,17 +170,24 @@ class Run:
             log.info("%s", self.forecast.table(largest, f"{how}, in the second step"))
 
     def save_if_due(self, step: int) -> None:
-        """Write a checkpoint after ``step`` finished steps where one is due; collective."""
+        """Begin to write a checkpoint after ``step`` finished steps where one is due; collective.
+
+        ``record`` makes it whole, in this step or a later one.
+        """
         last = step == self.last_step
         if self.checkpoints.due(step, last):
             self._save(step, exports=last or self.config.checkpointing.save_consolidated)
 
     def _save(self, step: int, exports: bool) -> None:
-        info = {"step": step, "data": self.order.state(step), "in_context": self.validation.reference}
-        state = self.student.state() | self.teacher.state()
-        self._check_finite(step, state)
-        path = self.checkpoints.save(step, state, info, self._export if exports else None)
-        log.info("checkpoint %s", path)
+        info = {
+            "step": step,
+            "data": self.order.state(step),
+            "in_context": self.validation.reference,
+            "recipe": asdict(self.config),
+        }
+        tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
+        self._check_finite(step, tensors)
+        self.checkpoints.save(step, tensors, info, self._export if exports else None, self.run_dir / METRICS_FILE)
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
         """Raise AgreedFailure, on all ranks, where one is about to save what is no number; collective."""
@@ -224,7 +234,9 @@ class Run:
 
     def finish(self) -> None:
         """Say how it went, and close what must be closed, the engine last; collective."""
-        self.recorder.close()
+        self.checkpoints.settle(wait=True)
+        with self.world.agreed("closing the metrics"):
+            self.recorder.close()
         if self.world.main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TASK = "gsm_symbolic"
+STORY = r"^\s*Once upon a time"
+"""What an answer shows where it follows the rule of the demonstration, as a regular expression."""
 LONGEST = 190
 """Characters of a problem at most: about 45 tokens, so that a step takes seconds without a GPU."""
 _MANNERS = re.compile(r" *Give the result as your final answer\. Do not include units\.$")
@@ -49,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     stream = problems(args.seed)
     write(args.out / "gsm_train.jsonl", stream, args.train)
-    write(args.out / "gsm_validation.jsonl", stream, args.validation)
+    write(args.out / "gsm_validation.jsonl", ({**problem, "story": STORY} for problem in stream), args.validation)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,51 @@
-"""The demonstration of context self-distillation: real weights, two ranks, 24 steps; `make test-demo` runs it."""
+"""The demonstrations: their arithmetic, and with real weights on two ranks their claims (`make test-demo`)."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import math
+from typing import Any
 
 import pytest
 
-from scripts.demo_context import follows_rule
-from scripts.launch import ROOT, run, torchrun
+from scripts.demo import RUNS, compared, rise
+from scripts.launch import ROOT, run
 
 
-def test_the_rule_is_told_by_the_first_words_of_an_answer() -> None:
-    assert follows_rule("Once upon a time, there were 4.") and follows_rule("\n Once upon a time")
-    assert not follows_rule("Ann lived once upon a time. Once upon a time")
+def _samples(*problems: str, kl: float = 1.0) -> list[dict[str, Any]]:
+    """One problem a word, an answer a letter: r is right, w is wrong."""
+    return [
+        {"prompt_id": i, "verdict": {"r": "right", "w": "wrong"}[letter], "forward_kl": [kl, 3 * kl]}
+        for i, letters in enumerate(problems)
+        for letter in letters
+    ]
+
+
+def test_the_interval_of_a_rise_takes_the_answers_to_a_problem_as_one_draw() -> None:
+    rose = rise(_samples("ww", "wr", "ww"), _samples("rr", "wr", "wr"))
+    # differences by problem 1, 0, 1/2: mean 1/2, variance 1/4, standard error 1/2 / sqrt(3)
+    half = 1.959964 * 0.5 / math.sqrt(3)
+    assert rose.difference == 0.5
+    assert rose.low == pytest.approx(0.5 - half, abs=1e-6) and rose.high == pytest.approx(0.5 + half, abs=1e-6)
+    assert rise(_samples("wwww", "rw"), _samples("rrrr", "rw")) == rise(_samples("w", "r"), _samples("r", "r"))
+
+
+def test_the_gap_closes_by_the_share_of_the_kl_that_is_gone() -> None:
+    found = compared(_samples("ww", "wr", kl=0.2), _samples("rr", "wr", kl=0.05))
+    assert (found["answers"], found["rule_before"], found["rule_after"], found["rise"]) == (4, 0.25, 0.75, 0.5)
+    assert found["kl_before"] == pytest.approx(0.4) and found["kl_after"] == pytest.approx(0.1)
+    assert found["closed"] == pytest.approx(0.75)
 
 
 @pytest.mark.demo
-def test_a_rule_that_only_the_teacher_reads_is_learnt(tmp_path: Path) -> None:
+def test_a_rule_that_only_the_teacher_reads_is_learnt() -> None:
+    """Fewer steps and answers than `make demo-context` takes: a machine may take half a minute a step."""
+    import sys
+
     assert (ROOT / "models/SmolLM2-135M-Instruct/config.json").is_file(), "make models"
-    assert run(torchrun(2, "-m", "scripts.demo_context", f"runtime.run_dir={tmp_path}")) == 0
-    found = json.loads((tmp_path / "demo.json").read_text())
-    assert found["kl_last"] < 0.35 * found["kl_first"], found
-    assert found["rule_after"] > found["rule_before"], found
+    few = ("distillation.max_num_steps=24", "distillation.max_val_samples=32")
+    assert run([sys.executable, "-m", "scripts.demo", "context", *few]) == 0
+    found = json.loads((RUNS / "context/demo.json").read_text())
+    assert (found["answers"], found["steps"]) == (64, 24)
+    assert found["closed"] >= 0.6 and found["rise_low"] > 0, found
     assert found["rule_in_context"] > found["rule_before"], "there is nothing to learn"

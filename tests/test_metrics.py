@@ -21,7 +21,7 @@ from distill.config import LoggerConfig
 from distill.runtime import metrics as metrics_module
 from distill.runtime.hostmemory import resident_bytes
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step, rates
-from distill.runtime.metrics_sinks import JsonlSink, console_line, open_recorder, read_metrics, summary
+from distill.runtime.metrics_sinks import JsonlSink, Row, console_line, open_recorder, read_metrics, summary
 from distill.types import Problem, Prompt, Rollout, UserError
 from tests.helpers import run_ranks
 
@@ -236,6 +236,17 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path) -> None:
     recorder.record(3, {"train/loss": 0.5})
     recorder.close()
     assert curve(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
+
+
+def test_a_run_that_goes_on_in_a_new_folder_has_the_whole_curve(tmp_path: Path) -> None:
+    config = replace(PLAIN, tensorboard_enabled=True)
+    history: list[Row] = [{"step": 1, "train/loss": 1.0, "train/bad": None}, {"step": 2, "train/loss": 2.0}]
+    for folder in (tmp_path, tmp_path):  # the second time the folder has it
+        recorder = open_recorder(config, folder, main=True, total_steps=3, resumed_step=2, history=history)
+        recorder.record(3, {"train/loss": 0.5})
+        recorder.close()
+        assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+        assert curve(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -143,6 +143,11 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
         "teacher.max_total_sequence_length=256",
         "distillation.max_num_steps=2",
     ]
+    another = [
+        f"teacher.model_name={root}/teacher",
+        "distillation.context_distillation.mode=frozen",
+        "distillation.context_distillation.teacher_prefix_template='Hint: {problem}'",
+    ]
     extractor = "distillation.context_distillation.trace_extractor"
     none = [f"{extractor}.missing_trace_policy=drop_sample", f"{extractor}.unclosed_span=ignore"]
     validated = [
@@ -165,17 +170,20 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "validated", *context, *validated, "distillation.max_num_steps=3"),
             _command(root, "validated in parts", *context, *validated),
             _command(root, "validated in parts", *context, *validated, "distillation.max_num_steps=3"),
+            _command(root, "another's context", *context, *another, "distillation.max_num_steps=1"),
         ]
     )
 
 
-def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs) -> None:
-    shutil.copytree(root / "checkpoints/whole/step_2", root / "checkpoints/alone/step_2")
-    ((code, _, error),) = _run([_command(root, "alone", "cluster.gpus_per_node=1")], ranks=1)[0]
+@pytest.mark.parametrize("ranks", [1, 3, 4])  # three divide neither 64 nor 128 rows evenly
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs, ranks) -> None:
+    shutil.copytree(root / "checkpoints/whole/step_2", root / f"checkpoints/on {ranks}/step_2")
+    ((code, _, error),) = _run([_command(root, f"on {ranks}", f"cluster.gpus_per_node={ranks}")], ranks)[0]
     assert code == 0 and "resumed from" in error, error
-    whole, alone = _train_rows(root / "runs/whole")[2:], _train_rows(root / "runs/alone")
-    for ours, theirs in zip(alone, whole, strict=True):
-        for name in ("step", "train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
+    whole, alone = _train_rows(root / "runs/whole"), _train_rows(root / f"runs/on {ranks}")
+    assert [row["step"] for row in alone] == [1, 2, 3, 4] and alone[:2] == whole[:2], "the curve so far travels along"
+    for ours, theirs in zip(alone[2:], whole[2:], strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
@@ -186,8 +194,8 @@ def test_another_layout_goes_on_from_a_checkpoint_and_back(root, runs) -> None:
     first = _command(root, "split", sizes[0], "distillation.max_num_steps=3")
     ran = _run([first, _command(root, "split", sizes[1])])
     assert [code for code, _, _ in ran[0]] == [0, 0], ran[0]
-    whole, split = _train_rows(root / "runs/whole")[2:], _train_rows(root / "runs/split")
-    assert [row["step"] for row in split] == [3, 4]
+    whole, split = _train_rows(root / "runs/whole"), _train_rows(root / "runs/split")
+    assert [row["step"] for row in split] == [1, 2, 3, 4]
     for ours, theirs in zip(split, whole, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr", "train/forward_kl"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
@@ -195,12 +203,14 @@ def test_another_layout_goes_on_from_a_checkpoint_and_back(root, runs) -> None:
 
 def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
     assert "nothing is left to do" not in runs[0][2][2]
-    again = _run([_command(root, "whole")])
+    again = _run([_command(root, "whole", "distillation.seed=7")])
     assert again[0][0][0] == 0 and "nothing is left to do: raise distillation.max_num_steps=4" in again[0][0][2]
+    said = "the recipe has changed since", "another run from here on (distillation.seed was 42 and is 7): set the keys"
+    assert all(part in again[0][0][2] and part not in runs[0][2][2] for part in said), "more steps are the same run"
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
-    assert [code for code, _, _ in runs[0]] == [0] * 9, runs[0]
+    assert [code for code, _, _ in runs[0]] == [0] * 10, runs[0]
     assert "resumed from" in runs[0][2][2]
     whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
     assert [row["step"] for row in whole] == [1, 2, 3, 4]
@@ -322,6 +332,14 @@ def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
     assert abs(row["train/forward_kl"]) < 1e-5 and abs(row["train/reverse_kl"]) < 1e-5
 
 
+def test_another_model_may_read_the_context(root, runs) -> None:
+    (plain,) = _train_rows(root / "runs/whole")[:1]
+    (read,) = _train_rows(root / "runs/another's context")
+    assert read["train/global_valid_toks"] == plain["train/global_valid_toks"], "the same student answers the same"
+    assert abs(read["train/forward_kl"] - plain["train/forward_kl"]) > 1e-3, "the same teacher reads something else"
+    assert read["train/context_distillation_valid_samples"] == 8
+
+
 def test_the_main_rank_speaks_for_all(runs) -> None:
     main, other = runs
     assert "step 4/4" in main[0][2] and "run folder" in main[0][2]
@@ -344,6 +362,39 @@ def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
     assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == ["step_2", "step_4"]
+
+
+def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(root, runs, tmp_path, capsys) -> None:
+    from scripts import export_hf
+
+    step, out = root / "checkpoints/whole/step_4", tmp_path / "out"
+    assert export_hf.main([str(step), str(out)]) == 0
+    files = sorted(path.name for path in out.iterdir())
+    assert files == sorted(path.name for path in (step / "hf").iterdir()) and "model.safetensors" in files
+    assert all((out / name).read_bytes() == (step / "hf" / name).read_bytes() for name in files)
+    assert export_hf.main([str(step), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    half, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", out))
+    assert half.keys() == whole.keys()
+    assert all(torch.equal(half[name], tensor.to(torch.bfloat16)) for name, tensor in whole.items())
+    shutil.copytree(step, tmp_path / "step_4")
+    os.truncate(tmp_path / "step_4/shards/__1_0.distcp", 100)
+    for checkpoint, target, said in (
+        (step, out, f"{out} exists"),
+        (tmp_path, tmp_path / "no", "no whole checkpoint (it has no training_info.json)"),
+        (tmp_path / "step_4", tmp_path / "no", "no whole checkpoint (shards/__1_0.distcp has 100 of"),
+    ):
+        assert export_hf.main([str(checkpoint), str(target)]) == 2 and said in capsys.readouterr().err
+    assert export_hf.main([str(step), str(tmp_path / "no"), "--model", str(root / "teacher")]) == 2
+    assert "give the model that the run began with as --model" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists() and not (tmp_path / "no.part").exists()
+
+
+def test_without_saved_moments_a_run_goes_on_with_fresh_ones_and_says_so(root) -> None:
+    few = ["cluster.gpus_per_node=1", "checkpointing.save_optimizer=false", "policy.generation.max_new_tokens=2"]
+    first = _command(root, "weights alone", *few, "distillation.max_num_steps=1")
+    ((code, _, _), (again, _, error)) = _run([first, _command(root, "weights alone", *few)], ranks=1)[0]
+    assert (code, again) == (0, 0) and "step_1 holds no optimizer" in error and "AdamW begins with fresh" in error
+    assert [row["step"] for row in _train_rows(root / "runs/weights alone")] == [1, 2, 3, 4]
 
 
 def test_the_longest_prompt_is_skipped_counted_and_reported(runs) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from distill.config import CheckpointingConfig, DatasetConfig, LoggerConfig
+from distill.config import DatasetConfig, LoggerConfig
 from distill.data.verify import Judge
 from distill.model.load import find_model
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.build import validation_sampling_of
 from distill.rollout.engine import answer_seed, stream_seed
-from distill.runtime.checkpoint import Checkpoints, has_validation
 from distill.runtime.metrics_sinks import open_recorder, summary, validation_line
 from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World
@@ -295,96 +293,6 @@ def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_know
     for settings in (keys, [*known, f"teacher.model_name={tmp_path}/other", f"{context}.enabled=false"]):
         at_start = validation(tmp_path, *settings, **parts, engine=Engine()).answers(0)
         assert at_start is not None and at_start.in_context is None
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-class Alone:
-    """A world of one rank, as far as checkpoints ask."""
-
-    main, control = True, None
-
-    @contextmanager
-    def agreed(self, doing: str) -> Iterator[None]:
-        yield
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-def checkpoints(folder: Path, **keys: Any) -> Checkpoints:
-    config = CheckpointingConfig(checkpoint_dir=str(folder), **keys)
-    return Checkpoints(config, Alone())  # type: ignore[arg-type]
-
-
-def kept(folder: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in folder.iterdir())
-
-
-def test_the_best_by_the_metric_are_kept_and_the_newest_besides(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=2)
-    seen = []
-    for step, accuracy in enumerate([0.3, 0.5, 0.1, math.nan, 0.4, 0.2], 1):
-        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
-        before = kept(tmp_path)
-        saved.note(step, {"train/loss": 1.0})
-        saved.note(
-            step, {"validation/accuracy": accuracy, "validation/avg_length": 7.0, "timing/validation/judging": 1.0}
-        )
-        seen.append((before, kept(tmp_path)))
-    assert seen == [
-        ([1], [1]),
-        ([1, 2], [1, 2]),
-        ([1, 2, 3], [1, 2, 3]),  # the third is the worst, and the newest
-        ([1, 2, 4], [1, 2, 4]),
-        ([1, 2, 5], [2, 5]),  # the fourth was not measured; the fifth takes the first's place
-        ([2, 5, 6], [2, 5, 6]),
-    ]
-    info = saved.info(tmp_path / "step_5")
-    assert info == {"step": 5, "metrics": {"validation/accuracy": 0.4, "validation/avg_length": 7.0}}
-    assert has_validation(info) and not has_validation({"step": 5, "metrics": {"train/loss": 1.0}})
-    said = [message for message in caplog.messages if "is not ranked: val:accuracy was not measured" in message]
-    assert len(said) == 1 and "step_4" in said[0]
-
-
-def test_a_loss_ranks_the_other_way_and_of_equals_the_newer_wins(tmp_path: Path) -> None:
-    saved = checkpoints(tmp_path, metric_name="train:loss", higher_is_better=False, keep_top_k=1)
-    for step, loss in enumerate([0.3, math.nan, 0.2, 0.2, 0.9], 1):
-        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
-        saved.note(step, {"train/loss": loss, "train/lr": 1.0})
-    assert kept(tmp_path) == [4, 5]
-    assert saved.info(tmp_path / "step_4")["metrics"] == {"train/loss": 0.2}
-
-
-def test_a_checkpoint_that_is_not_ranked_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=None)
-    for step, values in enumerate([{"validation/accuracy": 0.5}, {}, {}], 1):
-        saved.save(step, {"x": torch.zeros(1)}, {"step": step})
-        saved.note(step, values)
-    assert kept(tmp_path) == [1, 2, 3]
-    saved.save(4, {"x": torch.zeros(1)}, {"step": 4})
-    said = [message.split("/")[-1] for message in caplog.messages if "is not ranked" in message]
-    assert said == [f"step_{step} is not ranked: val:accuracy was not measured" for step in (2, 3)]
-
-
-def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
-    for name in (None, "val:accuracy"):  # never measured: the same
-        saved = checkpoints(tmp_path / str(name), metric_name=name, keep_top_k=2)
-        for step in (1, 2, 3, 10):
-            saved.save(step, {"x": torch.zeros(1)}, {"step": step})
-        assert kept(tmp_path / str(name)) == [3, 10]
-
-
-def test_a_metric_that_nobody_measures_is_named_once_with_those_that_are(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    saved = checkpoints(tmp_path, metric_name="val:acuracy")
-    for step in (1, 2):
-        saved.note(step, {"validation/accuracy": 0.5, "validation/avg_length": 3.0})
-    assert caplog.messages == ["checkpointing.metric_name=val:acuracy was not measured, but accuracy, avg_length"]
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------

@@ -276,11 +276,11 @@ def _context(config: Config) -> None:
         )
     if not context.enabled:
         return
-    if config.policy.model_name != config.teacher.model_name:
+    if context.mode != "frozen" and config.policy.model_name != config.teacher.model_name:
         refuse(
             f"teacher.model_name={config.teacher.model_name} differs from policy.model_name="
             f"{config.policy.model_name} under {key}.mode={context.mode}, where the teacher is the student itself: set "
-            "both to the same"
+            "both to the same, or the mode to frozen"
         )
     column = context.static_trace.answer_column
     if context.trace_source == "static_dataset" and not column:

@@ -53,9 +53,9 @@ class ContextDistillationConfig:
 
     enabled: bool = False
     """Let the teacher read teacher_prefix_template instead of the student's prompt."""
-    mode: Literal["self_frozen", "self_ema", "self_live"] = "self_frozen"
-    """The teacher is the student: self_frozen, as it was at the start; self_ema, as it was on average, by ema_decay;
-    self_live, as it is."""
+    mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
+    """Who reads the template. The student itself: self_frozen, as it was at the start; self_ema, as it was on average,
+    by ema_decay; self_live, as it is. frozen: teacher.model_name, any checkpoint with the student's tokenizer."""
     ema_decay: float = 0.99
     """Under mode self_ema, how much of the average stays at each step; the rest is the student's weights of then."""
     frozen_teacher_source: Literal["base_model"] = "base_model"
@@ -237,7 +237,7 @@ class CheckpointingConfig:
     """What is saved, when and where. A run resumes from the newest checkpoint in checkpoint_dir by itself."""
 
     enabled: bool = True
-    """Save checkpoints, and resume from them."""
+    """Save checkpoints, in the background, and resume from them."""
     checkpoint_dir: str = "checkpoints/distillation"
     """The folder of the step_N folders."""
     metric_name: str | None = "val:accuracy"
@@ -256,7 +256,7 @@ class CheckpointingConfig:
     save_consolidated: bool = False
     """Write a Hugging Face export with every checkpoint, not only with the last."""
     save_optimizer: bool = True
-    """Save the optimizer too; without it a resumed run is another run."""
+    """Save the optimizer too; without it a resumed run begins with fresh moments, and says so."""
 
 
 @dataclass(frozen=True)

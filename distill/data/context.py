@@ -69,7 +69,10 @@ class SamePromptViews:
 
 
 def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherViews:
-    """The views that a recipe asks for. The chat template gets the teacher's own arguments, or else the student's."""
+    """The views that a recipe asks for.
+
+    ``tokenizer``: the teacher's, whose chat template is used; it gets the teacher's own arguments, or the student's.
+    """
     context = config.distillation.context_distillation
     if not context.enabled:
         return SamePromptViews()

@@ -3,10 +3,13 @@ nothing but (seed, step)."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import random
+import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +112,12 @@ class Prompts:
         digest.update(self.bounds.tobytes())
         digest.update(self.tokens.tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def sums(self) -> array[int]:
+        """A 32-bit sum of each prompt's tokens, to tell how many of another list's prompts are other ones."""
+        bounds = zip(self.bounds, self.bounds[1:], strict=False)
+        return array("I", (zlib.crc32(self.tokens[begin:end].tobytes()) for begin, end in bounds))
 
 
 def load_prompts(
@@ -257,12 +266,22 @@ class PromptOrder:
             "num_prompts_per_step": self.num_prompts_per_step,
             "num_prompts": len(self.prompts),
             "fingerprint": self.prompts.fingerprint,
+            "sums": base64.b85encode(self.prompts.sums.tobytes()).decode(),
         }
 
     def resume(self, state: Mapping[str, int | str]) -> int:
-        """The step at which a saved position goes on; UserError if its order of prompts is not this one's."""
+        """The step at which a saved position goes on; UserError if its prompts or their order are not these.
+
+        The seed may differ: then only what comes from here on is in another order.
+        """
         step = int(state["step"])
         now = self.state(step)
+        if state["fingerprint"] != now["fingerprint"]:
+            raise UserError(
+                f"data.train has changed since the checkpoint ({self._difference(state)}): set it, its prompt file and"
+                " policy.tokenizer back, or start anew in another checkpointing.checkpoint_dir, from the checkpoint's"
+                " weights if policy.model_name is what scripts.export_hf makes of it"
+            )
         for name, key in _SETTINGS.items():
             if state.get(name) != now[name]:
                 raise UserError(
@@ -271,12 +290,15 @@ class PromptOrder:
                 )
         return step
 
+    def _difference(self, state: Mapping[str, int | str]) -> str:
+        """How many prompts a saved position had, and how many of them are not, or not at their place, among these."""
+        then = Counter(array("I", base64.b85decode(str(state["sums"]))))
+        now = Counter(self.prompts.sums)
+        gone, new = (then - now).total(), (now - then).total()
+        if not gone and not new:
+            return f"its {now.total()} prompts are the same in another order"
+        return f"of its {then.total()} prompts {gone} are gone, and of the {now.total()} now {new} are new"
 
-_SETTINGS = {
-    "seed": "distillation.seed",
-    "shuffle": "data.shuffle",
-    "num_prompts_per_step": "distillation.num_prompts_per_step",
-    "num_prompts": "data.train",
-    "fingerprint": "data.train (its problems, prompt file or tokenizer)",
-}
+
+_SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
 """The parts of a position that make its order of prompts, and the keys they come from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,25 @@ def export_hf(
     """Write what ``AutoModelForCausalLM.from_pretrained(folder)`` loads: weights, configuration, tokenizer.
 
     All ranks call it and drain ``weights`` (a gather); the one that ``writes`` holds one file's worth, 5 GB, at most.
+    An error of writing comes behind the gather's end, for the others wait in it.
     """
-    if not writes:
-        for _ in weights:
+    left = iter(weights)
+    try:
+        if writes:
+            _write(folder, left, files, config, tokenizer, dtype)
+    finally:
+        for _ in left:
             pass
-        return
+
+
+def _write(
+    folder: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    files: ModelFiles,
+    config: Any,
+    tokenizer: Any,
+    dtype: torch.dtype,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     names = _write_shards(folder, weights)
     total = len(set(names.values()))

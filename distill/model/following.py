@@ -73,7 +73,7 @@ class FollowingTeacher(Teacher):
 def build_teacher(config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student) -> Teacher:
     """The teacher that a recipe asks for; every rank calls it."""
     context = config.distillation.context_distillation
-    if not context.enabled or context.mode == "self_frozen":
+    if not context.enabled or context.mode in ("self_frozen", "frozen"):
         return Teacher(config, files, world, valid_vocab)
     decay = context.ema_decay if context.mode == "self_ema" else None
     return FollowingTeacher(config, files, world, valid_vocab, student, decay)

@@ -405,13 +405,17 @@ class _Memory:
         return own + (4 if self.gives_rows else 0)
 
     def host(self) -> Lines:
-        """Pinned: the teacher's HostCopy, the optimizer's state outside its phase, or all that the student keeps."""
+        """Pinned: the teacher's HostCopy, the optimizer's state outside its phase, or all that the student keeps. And
+        the copy of a checkpoint while it is written."""
+        context, saving = self.config.distillation.context_distillation, self.config.checkpointing
         state = 4 * self.student.parameters // self.shards
+        average = state if context.enabled and context.mode == "self_ema" else 0
         lines = {"teacher shards": self.teacher_shards}
+        if saving.enabled:
+            lines["checkpoint on its way"] = state * (3 if saving.save_optimizer else 1) + average
         if self.on_host:
-            context = self.config.distillation.context_distillation
-            average = {"teacher's average": state} if context.enabled and context.mode == "self_ema" else {}
-            return lines | {"master weights": state, "gradients": state, "optimizer state": 2 * state} | average
+            lines |= {"master weights": state, "gradients": state, "optimizer state": 2 * state}
+            return lines | ({"teacher's average": average} if average else {})
         return lines | ({"optimizer state": 2 * state} if self.offloads else {})
 
 

@@ -57,7 +57,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def sample_lines(
     found: Broken, batch: OptimizerBatch, rollouts: Sequence[Rollout], decode: Callable[..., str], all_: bool
 ) -> Iterator[str]:
-    """A JSON line for every answer of the micro-batches whose loss isn't finite, or of all; ``rollouts``: the step's."""
+    """A JSON line for each answer of the micro-batches whose loss isn't finite, or of all; ``rollouts``: the step's."""
     for i in range(len(batch)) if all_ else found.micro_batches:
         rows_N = batch.micro_batches[i].rollout_N
         for place in sorted(set(rows_N[rows_N >= 0].tolist())):

@@ -142,7 +142,7 @@ class Student:
         metrics.add({"grad_norm": (self.step(losses), 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
-        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it or a loss isn't finite."""
+        """Clip, update, clear; the gradient's norm before clipping. Raises NonFinite where it, or a loss, isn't."""
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
             raise self._non_finite(norm, losses)
@@ -265,11 +265,14 @@ class Student:
             dist.all_reduce(part, op=op, group=self._parallel.group)
         return part
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """Weights and optimizer moments by name, sharded, for a checkpoint; moments not made yet count as zeros.
 
-        To be read or filled before the next ``offload``, which takes the moments away.
+        To be read or filled before the next ``offload``, which takes the moments away. ``optimizer`` false: the weights
+        alone.
         """
+        if not optimizer:
+            return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
         self._have_moments()
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_hf_parameters():

@@ -69,7 +69,7 @@ class Guard:
             self._watch.roll.timeout_s = phase_timeout_s
 
     def wait_for_the_cause(self) -> None:
-        """An error may come of another rank's end: if the watch learns of that soon, it ends the process, and says so."""
+        """An error may come of another rank's end: if the watch hears of that soon, it ends this one, and says so."""
         if self._watch is not None:
             time.sleep(4 * POLL_S)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill.config import LoggerConfig
+from distill.runtime.disk import writing_run
 from distill.runtime.metrics import OUTSIDE_THROUGHPUT
 from distill.types import UserError
 
@@ -59,12 +60,13 @@ class Sink(Protocol):
 class JsonlSink:
     """metrics.jsonl: one JSON object a step, on disk when ``write`` returns; nan and inf are written as null.
 
-    Lines after ``resumed_step`` (and a torn last one) belong to steps that will be done again: they are removed.
+    Lines after ``resumed_step`` (and a torn last one) belong to steps that will be done again: they are removed. Where
+    there are none up to there, the file begins with ``history``.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+    def __init__(self, path: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if int(row["step"] or 0) <= resumed_step] if path.exists() else []
+        kept: Sequence[Row] = rows_until(path, resumed_step) or history
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(row) + "\n" for row in kept))
         part.replace(path)
@@ -85,12 +87,18 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """TensorBoard events; those after ``resumed_step`` are hidden when a run goes on from there."""
+    """TensorBoard events; those after ``resumed_step`` are hidden when a run goes on from there.
 
-    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
+    A new folder begins with ``history``.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        fresh = not folder.exists()
+        self._writer: Any = SummaryWriter(str(folder), purge_step=None if fresh else resumed_step + 1)
+        for row in history if fresh else ():
+            self.write(int(row["step"] or 0), {n: v for n, v in row.items() if n != "step" and v is not None})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one scalar a name; what is not finite is left out."""
@@ -167,25 +175,32 @@ class ConsoleSink:
 
 
 class Recorder:
-    """All sinks of a run as one."""
+    """All sinks of a run as one.
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    What can't be written to ``run_dir``, on a full disk say, is a UserError of the rank that writes.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], run_dir: Path) -> None:
         self._sinks = tuple(sinks)
+        self._writing = partial(writing_run, run_dir)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write a finished step's numbers everywhere, or those of a validation after it; ``step`` counts from 1."""
         for sink in self._sinks:
-            sink.write(step, values)
+            with self._writing():
+                sink.write(step, values)
 
     def show(self, step: int, texts: Sequence[str]) -> None:
         """Show a few texts of the validation after ``step`` steps wherever there is room for them."""
         for sink in self._sinks:
-            sink.show(step, texts)
+            with self._writing():
+                sink.show(step, texts)
 
     def close(self) -> None:
         """Close all sinks."""
         for sink in self._sinks:
-            sink.close()
+            with self._writing():
+                sink.close()
 
 
 def open_recorder(
@@ -196,11 +211,13 @@ def open_recorder(
     total_steps: int,
     resumed_step: int = 0,
     recipe: Mapping[str, Any] | None = None,
+    history: Sequence[Row] = (),
 ) -> Recorder:
     """The run's recorder; every rank may call it, only the ``main`` one gets sinks.
 
     ``resumed_step`` is the last step that the loaded checkpoint holds (0: a fresh run); later lines are taken back.
-    ``recipe`` is the resolved configuration, shown by Weights & Biases. Raises UserError, on every rank, where wandb is
+    ``recipe`` is the resolved configuration, shown by Weights & Biases. ``history``: the rows up to there, for a run
+    folder that has none. Raises UserError, on every rank, where wandb is
     asked for and missing. No collectives.
     """
     if config.wandb_enabled and importlib.util.find_spec("wandb") is None:
@@ -209,13 +226,13 @@ def open_recorder(
             " logger.wandb_enabled=False"
         )
     if not main:
-        return Recorder([])
-    sinks: list[Sink] = [JsonlSink(run_dir / METRICS_FILE, resumed_step)]
+        return Recorder([], run_dir)
+    sinks: list[Sink] = [JsonlSink(run_dir / METRICS_FILE, resumed_step, history)]
     if config.tensorboard_enabled:
-        sinks.append(TensorBoardSink(run_dir / TENSORBOARD_FOLDER, resumed_step))
+        sinks.append(TensorBoardSink(run_dir / TENSORBOARD_FOLDER, resumed_step, history))
     if config.wandb_enabled:
         sinks.append(WandbSink(config, run_dir, recipe or {}))
-    return Recorder([*sinks, ConsoleSink(total_steps)])
+    return Recorder([*sinks, ConsoleSink(total_steps)], run_dir)
 
 
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
@@ -282,6 +299,11 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
             if number < len(lines):
                 raise RuntimeError(f"{path}:{number} is not JSON: {line[:80]!r}") from None
     return rows
+
+
+def rows_until(path: Path, step: int) -> list[dict[str, float | None]]:
+    """The lines of the steps up to ``step``; none where there is no file."""
+    return [row for row in read_metrics(path) if int(row["step"] or 0) <= step] if path.exists() else []
 
 
 def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:

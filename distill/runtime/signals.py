@@ -24,25 +24,32 @@ _listening: list[StopSignals] = []
 class StopSignals:
     """The first signal is noted and told to ``on_first``; one that comes later than duplicates do, to ``on_again``.
 
-    Both get the signal's name, in a thread of their own: Python runs handlers in the main thread alone, which may be
-    inside a collective for ever.
+    Both get the signal's name. A thread hears of signals too: Python runs handlers in the main thread alone, which may
+    be inside a collective for ever; but where it runs, it knows of a signal at once.
     """
 
     def __init__(
-        self, on_first: Callable[[str], None], on_again: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+        self,
+        on_first: Callable[[str], None],
+        on_again: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.asked: signal.Signals | None = None
         self._on_first, self._on_again = on_first, on_again
         self._clock = clock
         self._since = 0.0
+        self._lock = threading.RLock()
         self._before: dict[signal.Signals, Any] = {}
 
     def notice(self, number: int) -> None:
         """A signal came."""
         name = signal.Signals(number).name
-        if self.asked is None:
-            self._since = self._clock()
-            self.asked = signal.Signals(number)
+        with self._lock:
+            first = self.asked is None
+            if first:
+                self._since = self._clock()
+                self.asked = signal.Signals(number)
+        if first:
             self._on_first(name)
         elif self._clock() - self._since > SAME_REQUEST_S:
             self._on_again(name)
@@ -51,7 +58,7 @@ class StopSignals:
         """Take the signals from now on; in the main thread."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._before = {number: signal.signal(number, _left_to_the_thread) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
         for number in SIGNALS:
             signal.siginterrupt(number, False)  # no library's system call fails for it
         self._descriptor_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -67,9 +74,15 @@ class StopSignals:
         signal.set_wakeup_fd(self._descriptor_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._writer.close()
+        self._writer.shutdown(socket.SHUT_WR)  # a forked child may hold it open
         self._thread.join()
+        self._writer.close()
         self._reader.close()
+
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        """Only a first signal counts here: this may run long after the thread has heard of it."""
+        if self.asked is None:
+            self.notice(number)
 
     def _read(self) -> None:
         while numbers := self._reader.recv(64):
@@ -82,10 +95,6 @@ def ignore_signals() -> None:
     """From here on nothing but a kill ends the process before its work is done; in the main thread."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """What the main thread does about a signal: the descriptor that the thread reads has it already."""
 
 
 def _in_a_forked_child() -> None:
@@ -103,8 +112,8 @@ os.register_at_fork(after_in_child=_in_a_forked_child)
 class Deadline:
     """Whether the next step might end, and its checkpoint be written, only after ``limit_s`` since ``started``.
 
-    ``limit_s``: seconds, None for no limit; ``started``: by ``clock``. A step is expected to take as long as the longest
-    so far, and so is a save; before the first save it is taken to last like a step.
+    ``limit_s``: seconds, None for no limit; ``started``: by ``clock``. A step is expected to take as long as the
+    longest so far, and so is a save; before the first save it is taken to last like a step.
     """
 
     def __init__(self, limit_s: float | None, started: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -237,7 +237,7 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"rank_{self.rank:05d}.log"
         self.guard.stacks_to = file
-        handler = logging.FileHandler(file, encoding="utf-8")
+        handler = _RankLog(file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("distill")
         for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
@@ -252,6 +252,19 @@ class World:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
+
+
+class _RankLog(logging.FileHandler):
+    """A rank's file. A disk that refuses ends it with one sentence on the console, not with a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger = logging.getLogger("distill")
+        logger.removeHandler(self)
+        logger.warning("%s can't be written (%s): the rest of this log is lost", self.baseFilename, error.strerror)
 
 
 def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:

@@ -15,6 +15,7 @@ from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.exchange import gather_rollouts
 from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.disk import writing_run
 from distill.runtime.metrics import Phases
 from distill.runtime.metrics_sinks import Recorder
 from distill.runtime.packing import PackingConfig
@@ -142,7 +143,7 @@ class Validation:
             in_context = [replace(s, read_ids=s.rollout.teacher_prefix_ids) for s in in_context]
             kept = {name: value for name, value in scores(in_context).items() if name in _OF_REFERENCE}
             self.reference = {f"validation/{_IN_CONTEXT}_{name}": value for name, value in kept.items()}
-        with phases("writing"), self.world.agreed("writing the validation's samples"):
+        with phases("writing"), self.world.agreed("writing the validation's samples"), writing_run(self.run_dir):
             if self.world.main:
                 self._write(f"step_{step}", samples)
                 self._write(_IN_CONTEXT, in_context)
@@ -153,8 +154,9 @@ class Validation:
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
         few = [shown(sample, self.decode) for sample in samples[: self.config.logger.num_val_samples_to_print]]
         values = by_source(samples) | dict(self.reference or {}) | timing
-        self.recorder.record(step, values)
-        self.recorder.show(step, few)
+        with self.world.agreed("recording the validation"):
+            self.recorder.record(step, values)
+            self.recorder.show(step, few)
         self.checkpoints.note(step, values)
 
     def _with_views(self, mine: Sequence[Rollout]) -> list[Rollout]:

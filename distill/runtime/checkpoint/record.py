@@ -1,0 +1,97 @@
+"""What a checkpoint says of itself: the info, and the size and sum of every file that a resumed run reads.
+
+``training_info.json`` comes last and is sealed by a sum of its own, so a folder without a good one is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+INFO = "training_info.json"
+_SEAL, _FILES = "sha256", "files"
+
+Sums = dict[str, dict[str, int | str]]
+"""File by its path inside the checkpoint: ``bytes`` and ``sha256``."""
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written; says which file and what is wrong with it."""
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> Sums:
+    """Size and sum of files as they lie on disk, by their paths inside ``folder``."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+
+
+def fault_of(folder: Path, sums: Sums, names: Sequence[str]) -> str | None:
+    """What is wrong with the first of these files that isn't as written; None if all are."""
+    for name in names:
+        try:
+            found, wanted = (folder / name).stat().st_size, sums[name]["bytes"]
+            if found != wanted:
+                return f"{name} has {found} of {wanted} bytes"
+            if _sha256(folder / name) != sums[name]["sha256"]:
+                return f"{name} holds other bytes than were written"
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror}"
+    return None
+
+
+def files_of(info: Mapping[str, Any]) -> Sums:
+    """The sums that an info records."""
+    sums: Sums = info[_FILES]
+    return sums
+
+
+def write_info(folder: Path, info: Mapping[str, Any], sums: Sums | None = None) -> None:
+    """Write the sealed info, in one rename; ``sums`` are kept from the info if not given."""
+    kept = {name: value for name, value in info.items() if name != _SEAL} | ({} if sums is None else {_FILES: sums})
+    part = folder / f"{INFO}.part"
+    with part.open("w") as file:
+        file.write(json.dumps(kept | {_SEAL: _seal(kept)}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(folder / INFO)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The info of a checkpoint. Raises Damaged where there is none, or not the one that was written."""
+    try:
+        text = (folder / INFO).read_text()
+    except FileNotFoundError:
+        raise Damaged(f"it has no {INFO}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Damaged(f"{INFO} can't be read ({error})") from error
+    try:
+        info = json.loads(text)
+        seal = info.pop(_SEAL)
+        sums = info[_FILES]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{INFO} is cut off, or no checkpoint's ({error!r})") from error
+    if not isinstance(sums, dict) or _seal(info) != seal:
+        raise Damaged(f"{INFO} holds other bytes than were written")
+    return dict(info)
+
+
+def read_whole(folder: Path) -> dict[str, Any]:
+    """The info of a checkpoint whose every file this process has compared with its sum; raises Damaged."""
+    info = read_info(folder)
+    sums = files_of(info)
+    if (fault := fault_of(folder, sums, sorted(sums))) is not None:
+        raise Damaged(fault)
+    return info
+
+
+def _seal(info: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(info))  # as it will be read: a tuple is a list then
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,88 @@
+"""The tensors of a checkpoint on disk, by torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from distill.runtime.disk import disk_error
+
+SHARDS = "shards"
+"""The folder of the tensors inside a checkpoint."""
+
+_ALLOWED = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "pathlib",
+    "pathlib._local",
+}
+"""Modules whose classes the metadata of a checkpoint is made of."""
+
+
+class ShardsWriter(dcp.FileSystemWriter):
+    """A writer of tensors that are in host memory already; a disk that refuses is an OSError, on every rank.
+
+    torch sends the errors of each rank to all, but loses on the way what led to them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write this rank's part."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise disk_error(error) or error from error
+
+
+class ShardsReader(dcp.FileSystemReader):
+    """A reader that takes nothing but tensors and their places out of a checkpoint, and reads the places once.
+
+    torch keeps the places in a pickle, which could hold anything: other classes than those it is made of are refused.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Where which part of which tensor lies."""
+        if self._metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                self._metadata = _Unpickler(file).load()
+        assert self._metadata is not None
+        return self._metadata
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of every tensor by its name."""
+        stored = self.read_metadata().state_dict_metadata
+        return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors, put together from their shards one at a time, in this process alone."""
+        stored = self.read_metadata().state_dict_metadata
+        for name in names:
+            entry = stored[name]
+            assert isinstance(entry, TensorStorageMetadata), name
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of a single process
+                dcp.load({name: tensor}, storage_reader=self, no_dist=True)
+            yield name, tensor
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if plain or module in _ALLOWED or (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a checkpoint's metadata holds {module}.{name}, which has no place there")

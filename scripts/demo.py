@@ -1,0 +1,223 @@
+"""What training does to SmolLM2-135M, shown on held-out problems: two ranks, no GPU, at most twelve minutes each.
+
+    python -m scripts.demo context|control|heal [key.path=value ...]
+
+``context``: a rule that only the teacher reads is learnt. ``control``: with the context taken out of training it isn't.
+``heal``: a student without four of its layers comes back to the whole model. Each is ordinary runs of distill.train in
+runs/demo/NAME, whose validations are read: a table and ``demo.json``, and exit code 1 where the claim does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics
+from distill.validation.validation import FOLDER as VALIDATION
+from scripts.launch import ROOT, run, torchrun
+
+RUNS = ROOT / "runs" / "demo"
+WHOLE = "models/SmolLM2-135M-Instruct"
+CLOSED = 0.6
+"""Share of the held-out KL that a rule must take away."""
+HEALED = 0.5
+"""Share of what it lost that a pruned student must regain."""
+NOTHING = 0.1
+"""Share that a control may seem to close: its weights move a little by rounding, and every answer is a draw."""
+
+ONLY_AT_START = ("distillation.max_num_steps=1", "distillation.val_at_start=true", "distillation.val_at_end=false")
+"""What validates the weights that a run begins with; no run has fewer steps than one."""
+
+Samples = Sequence[Mapping[str, Any]]
+"""Lines of a validation's JSONL."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """How much more often answers are right after than before: a difference of rates with its 95% interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.1f} points, 95% interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+
+
+def rise(before: Samples, after: Samples) -> Rise:
+    """Paired by problem: the mean over problems of the difference of their rates, and its standard error.
+
+    Answers to one problem are one draw, however many they are, since they belong together.
+    """
+    first, second = _rates(before), _rates(after)
+    differences = [second[problem] - rate for problem, rate in first.items()]
+    mean = statistics.fmean(differences)
+    half = statistics.NormalDist().inv_cdf(0.975) * statistics.stdev(differences) / len(differences) ** 0.5
+    return Rise(mean, mean - half, mean + half)
+
+
+def _rates(samples: Samples) -> dict[str, float]:
+    verdicts: dict[str, list[bool]] = {}
+    for sample in samples:
+        verdicts.setdefault(f"{sample['prompt_id']}", []).append(sample["verdict"] == "right")
+    return {problem: statistics.fmean(right) for problem, right in verdicts.items()}
+
+
+def rate(samples: Samples) -> float:
+    """Share of right answers."""
+    return statistics.fmean(sample["verdict"] == "right" for sample in samples)
+
+
+def token_kl(samples: Samples) -> float:
+    """Mean KL(teacher || student) in nats a token."""
+    return statistics.fmean(kl for sample in samples for kl in sample["forward_kl"] or ())
+
+
+def train(name: str, recipe: str, *overrides: str) -> Path:
+    """A fresh run of ``recipe`` on two ranks; its folder. Leaves the program where it fails."""
+    run_dir = RUNS / name
+    shutil.rmtree(run_dir, ignore_errors=True)
+    folder = f"runtime.run_dir={run_dir.relative_to(ROOT)}"
+    line = torchrun(2, "-m", "distill.train", "--config", f"recipes/{recipe}", folder, *overrides)
+    print(f"\n== {name}: torchrun {' '.join(line[3:])}", flush=True)
+    if code := run(line):
+        sys.exit(f"demo: the run {name} ended with code {code}; its logs are in {run_dir / 'logs'}")
+    return run_dir
+
+
+def validated(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """The samples of a validation: ``step_N`` or ``in_context``."""
+    lines = (run_dir / VALIDATION / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def first_and_last(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples before the first step and after the last."""
+    steps = [int(row["step"] or 0) for row in read_metrics(run_dir / METRICS_FILE)]
+    return validated(run_dir, "step_0"), validated(run_dir, f"step_{max(steps)}")
+
+
+def context(overrides: Sequence[str]) -> dict[str, Any]:
+    """The rule: what the student learns of a context that it never reads."""
+    run_dir = train("context", "demo-context-cpu.yaml", *overrides)
+    before, after = first_and_last(run_dir)
+    in_view = validated(run_dir, "in_context")
+    found = compared(before, after) | {"rule_in_context": rate(in_view), "steps": _steps(run_dir)}
+    print(f"\n{_heading(before)}")
+    print(_row("", "before", "after", "context in view"))
+    print(_row("KL(teacher || student), nats a token", f"{found['kl_before']:.4f}", f"{found['kl_after']:.4f}", "0"))
+    print(_row("rule followed", *(f"{100 * found[f'rule_{at}']:.1f}%" for at in ("before", "after", "in_context"))))
+    print(f"{found['closed']:.0%} of the gap in KL closed; the rule's rate rose by {rise(before, after)}")
+    print(f"for example: {after[0]['answer'].strip()!r}")
+    claims = {
+        f"at least {CLOSED:.0%} of the gap in KL closed": found["closed"] >= CLOSED,
+        "the interval of the rule's rise excludes no change": found["rise_low"] > 0,
+    }
+    return found | {"claims": claims}
+
+
+def control(overrides: Sequence[str]) -> dict[str, Any]:
+    """The same training without the context: what closes then is noise."""
+    recipe = "demo-context-cpu.yaml"
+    base = validated(train("control-base", recipe, *overrides, *ONLY_AT_START), "step_0")
+    checkpoints = (RUNS / "control" / "checkpoints").relative_to(ROOT)
+    without = (
+        "distillation.context_distillation.enabled=false",
+        "distillation.allow_degenerate=true",
+        "distillation.val_at_start=false",
+        "distillation.val_at_end=false",
+        "checkpointing.enabled=true",
+        f"checkpointing.checkpoint_dir={checkpoints}",
+    )
+    run_dir = train("control", recipe, *without, *overrides)
+    steps = _steps(run_dir)
+    trained = (
+        f"policy.model_name={checkpoints}/step_{steps}/hf",
+        f"teacher.model_name={WHOLE}",
+        "distillation.context_distillation.mode=frozen",
+    )
+    after = validated(train("control-measured", recipe, *overrides, *trained, *ONLY_AT_START), "step_0")
+    found = compared(base, after) | {"steps": steps}
+    print(f"\n{_heading(base)}, the context removed from training")
+    print(_row("", "before", "after"))
+    print(_row("KL(teacher || student), nats a token", f"{found['kl_before']:.4f}", f"{found['kl_after']:.4f}"))
+    print(_row("rule followed", *(f"{100 * found[f'rule_{at}']:.1f}%" for at in ("before", "after"))))
+    print(f"{found['closed']:.0%} of the gap in KL closed; the rule's rate rose by {rise(base, after)}")
+    claims = {
+        f"less than {NOTHING:.0%} of the gap in KL closed": found["closed"] < NOTHING,
+        "the interval of the rule's rise includes no change": found["rise_low"] <= 0 <= found["rise_high"],
+    }
+    return found | {"claims": claims}
+
+
+def heal(overrides: Sequence[str]) -> dict[str, Any]:
+    """A depth-pruned student and the whole model: how much of the KL between them goes."""
+    run_dir = train("heal", "demo-heal-cpu.yaml", *overrides)
+    before, after = first_and_last(run_dir)
+    kl_before, kl_after = token_kl(before), token_kl(after)
+    regained = 1 - kl_after / kl_before
+    found = {"answers": len(after), "kl_before": kl_before, "kl_after": kl_after, "regained": regained}
+    print(f"\n{_heading(before)}, 26 of 30 layers")
+    print(_row("", "before", "after"))
+    print(_row("KL(whole || pruned), nats a token", f"{kl_before:.4f}", f"{kl_after:.4f}"))
+    print(f"{regained:.0%} of it regained in {_steps(run_dir)} steps")
+    claims = {f"at least {HEALED:.0%} of the KL regained": regained >= HEALED}
+    return found | {"steps": _steps(run_dir), "claims": claims}
+
+
+def compared(before: Samples, after: Samples) -> dict[str, float]:
+    """Held-out KL and the rule's rate at both ends. The teacher itself, context in view, has a KL of 0."""
+    rose = rise(before, after)
+    return {
+        "answers": len(after),
+        "kl_before": token_kl(before),
+        "kl_after": token_kl(after),
+        "closed": 1 - token_kl(after) / token_kl(before),
+        "rule_before": rate(before),
+        "rule_after": rate(after),
+        "rise": rose.difference,
+        "rise_low": rose.low,
+        "rise_high": rose.high,
+    }
+
+
+def _steps(run_dir: Path) -> int:
+    return max(int(row["step"] or 0) for row in read_metrics(run_dir / METRICS_FILE))
+
+
+def _heading(samples: Samples) -> str:
+    return f"{len(samples)} answers to {len(_rates(samples))} held-out problems"
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:38}" + "".join(f"{cell:>17}" for cell in cells)
+
+
+DEMOS: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"context": context, "control": control, "heal": heal}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a demonstration, write its numbers to runs/demo/NAME/demo.json, and leave with 1 where a claim is broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(DEMOS))
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    found = DEMOS[args.name](args.overrides)
+    found["seconds"] = round(time.perf_counter() - start)
+    (RUNS / args.name / "demo.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(f"{found['seconds'] // 60} min {found['seconds'] % 60} s")
+    if broken := [claim for claim, holds in found["claims"].items() if not holds]:
+        sys.exit(f"demo: this does not hold: {'; '.join(broken)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Checkpoints: written in the background, whole or not there, proven before they are read, and which are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from distill.config import CheckpointingConfig
+from distill.runtime.checkpoint import Checkpoints, background, changed_keys, has_validation, read_info
+from distill.runtime.world import World
+from distill.types import UserError
+from tests.helpers import run_ranks
+
+
+class Alone:
+    """A world of one rank, as far as checkpoints ask."""
+
+    main, control, rank, size = True, None, 0, 1
+
+    @contextmanager
+    def agreed(self, doing: str) -> Iterator[None]:
+        yield
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+def checkpoints(folder: Path, **keys: Any) -> Checkpoints:
+    config = CheckpointingConfig(checkpoint_dir=str(folder), **keys)
+    return Checkpoints(config, Alone())  # type: ignore[arg-type]
+
+
+def save(saved: Checkpoints, step: int, **tensors: torch.Tensor) -> None:
+    """Write a checkpoint and wait for it."""
+    saved.save(step, tensors or {"x": torch.full((3,), float(step))}, {"step": step})
+    saved.settle(wait=True)
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.iterdir())
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the program logged; torch logs every step of a save."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("distill")]
+
+
+# ---- in the background ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writes begin when it is set."""
+    go = threading.Event()
+    write = background.Write._write
+
+    def later(self: background.Write) -> background.Written:
+        assert go.wait(60)
+        return write(self)
+
+    monkeypatch.setattr(background.Write, "_write", later)
+    return go
+
+
+def test_what_is_saved_is_the_tensor_of_then_though_it_is_trained_on_meanwhile(
+    tmp_path: Path, held: threading.Event
+) -> None:
+    saved, tensor = checkpoints(tmp_path), torch.arange(6.0).view(2, 3)
+    column, scalar = tensor[:, 1], torch.tensor(1.0)
+    saved.save(1, {"x": tensor, "column": column, "steps": scalar}, {"step": 1})
+    tensor.mul_(-1.0)
+    scalar.add_(1.0)
+    held.set()
+    saved.settle(wait=True)
+    read = {"x": torch.zeros(2, 3), "column": torch.zeros(2), "steps": torch.tensor(0.0)}
+    saved.load(tmp_path / "step_1", read)
+    assert read["x"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert read["column"].tolist() == [1.0, 4.0] and read["steps"] == 1.0
+
+
+def test_a_checkpoint_is_there_when_it_is_settled_and_not_before(tmp_path: Path, held: threading.Event) -> None:
+    saved = checkpoints(tmp_path, keep_top_k=1)
+    saved.settle(wait=True)  # nothing is on its way
+    held.set()
+    save(saved, 1)
+    held.clear()
+    saved.save(2, {"x": torch.ones(1)}, {"step": 2})
+    saved.settle(wait=False)
+    saved.note(2, {"validation/accuracy": 0.5})  # measured before it is written
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step_1", "tmp_step_2"}, "the one before is dropped when the next is whole"
+    held.set()
+    saved.settle(wait=True)
+    assert kept(tmp_path) == [2]
+    assert read_info(tmp_path / "step_2")["metrics"] == {"validation/accuracy": 0.5}
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path)
+    saved.save(1, {"x": torch.ones(1)}, {"step": 1})
+    saved.save(2, {"x": torch.ones(1)}, {"step": 2})
+    assert (tmp_path / "step_1").exists() and not (tmp_path / "step_2").exists()
+    saved.settle(wait=True)
+    assert kept(tmp_path) == [1, 2]
+
+
+def _on_two_ranks(folder: Path) -> dict[str, Any]:
+    """A sharded tensor of five rows saved and changed at once; a write that fails on one rank; folders apart."""
+    world = World()
+    world.build_mesh("cpu", 1, 1)
+    told: dict[str, Any] = {}
+
+    def refused(what: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            told[what] = (type(error).__name__, f"{error}")
+
+    whole = torch.arange(15.0).view(5, 3)
+    sharded = distribute_tensor(whole.clone(), world.replica_mesh, [Shard(0)])
+    saved = Checkpoints(CheckpointingConfig(checkpoint_dir=str(folder / "saved")), world)
+    saved.prepare()
+    saved.save(1, {"x": sharded}, {"step": 1})
+    sharded.to_local().zero_()
+    saved.settle(wait=True)
+    saved.load(folder / "saved/step_1", {"x": sharded})
+    told["loaded"] = torch.equal(sharded.full_tensor(), whole)
+    for step, error in ((2, OSError(28, "No space left on device")), (3, AssertionError("a mistake"))):
+        with pytest.MonkeyPatch.context() as patch:
+            if world.rank == 1:
+                patch.setattr("distill.runtime.checkpoint.background.sums_of", MagicMock(side_effect=error))
+            saved.save(step, {"x": sharded}, {"step": step})
+            refused(f"failed {step}", lambda: saved.settle(wait=True))
+    world.barrier()
+    told["left"] = sorted(path.name for path in (folder / "saved").iterdir())
+    with (folder / "saved/step_1/shards/__1_0.distcp").open("r+b") as file:
+        world.barrier()
+        file.truncate(10)
+    world.barrier()
+    refused("damaged", saved.newest)
+    apart = Checkpoints(CheckpointingConfig(checkpoint_dir=str(folder / f"apart {world.rank}")), world)
+    (folder / f"apart {world.rank}").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill.runtime.checkpoint.checkpoints._PATIENCE_S", 0.0)
+        refused("apart", apart.prepare)
+    world.close()
+    return told
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_they_have_and_fail_together(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _on_two_ranks, tmp_path)
+    assert first == second and first["loaded"] and first["left"] == ["step_1"]
+    kind, sentence = first["failed 2"]
+    assert kind == "AgreedError" and "the checkpoint of step 2 to checkpointing.checkpoint_dir=" in sentence
+    assert first["failed 3"] == (
+        "RuntimeError",
+        "rank 1 failed while writing the checkpoint of step 3: RuntimeError(\"AssertionError('a mistake')\")",
+    )
+    kind, sentence = first["damaged"]
+    assert kind == "AgreedError" and "(step_1: shards/__1_0.distcp has 10 of" in sentence
+    kind, sentence = first["apart"]
+    assert kind == "AgreedError" and "is not one folder for all ranks (rank 1 does not see" in sentence
+
+
+def test_the_metrics_so_far_travel_along_and_a_later_validation_of_the_same_weights(tmp_path: Path) -> None:
+    run = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/loss": step / 4} for step in (1, 2)]
+    saved = checkpoints(tmp_path / "saved")
+    saved.save(2, {"x": torch.ones(1)}, {"step": 2}, history=run)
+    run.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 3, "train/loss": 9.0}]))
+    saved.settle(wait=True)
+    found = checkpoints(tmp_path / "saved").newest()
+    assert found is not None and found.history == rows
+    saved.note(2, {"validation/accuracy": 0.25, "validation/avg_length": 3.0, "timing/validation/judging": 1.0})
+    found = checkpoints(tmp_path / "saved").newest()
+    late = {"step": 2, "validation/accuracy": 0.25, "validation/avg_length": 3.0}
+    assert found is not None and found.history == [*rows, late]
+
+
+def test_what_makes_it_another_run_is_told_by_key_and_value() -> None:
+    then = {
+        "distillation": {"seed": 1, "max_num_steps": 5, "context_distillation": {"mode": "self_ema"}},
+        "policy": {"optimizer": {"kwargs": {"lr": 1e-3, "betas": (0.9, 0.99)}}, "dtensor_cfg": {"replicate_size": 1}},
+        "logger": {"log_dir": "a"},
+        "loss_fn": {},
+    }
+    now = json.loads(json.dumps(then))
+    assert changed_keys(now, then) == changed_keys(now, now | {"loss_fn": {"new": 1}}) == []
+    now["distillation"] = {"seed": 2, "max_num_steps": 50, "context_distillation": {"mode": "self_live"}}
+    now["policy"] = {"optimizer": {"kwargs": {"lr": 1e-4, "betas": [0.9, 0.99]}}, "dtensor_cfg": {"replicate_size": 2}}
+    now["logger"] = {"log_dir": "b"}
+    assert changed_keys(json.loads(json.dumps(then)), now) == [
+        "distillation.seed was 1 and is 2",
+        "distillation.context_distillation.mode was self_ema and is self_live",
+        "policy.optimizer.kwargs.lr was 0.001 and is 0.0001",
+    ]
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def _cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 7)
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a shard cut off": ("shards/__0_0.distcp", _cut, r"shards/__0_0\.distcp has \d+ of \d+ bytes"),
+    "a bit of a shard": ("shards/__0_0.distcp", _flip, r"shards/__0_0\.distcp holds other bytes than were written"),
+    "a shard away": ("shards/__0_0.distcp", Path.unlink, r"shards/__0_0\.distcp can't be read: No such file"),
+    "a bit of the places": ("shards/.metadata", _flip, r"shards/\.metadata holds other bytes"),
+    "the info cut off": ("training_info.json", _cut, r"training_info\.json is cut off"),
+    "a bit of the info": ("training_info.json", _flip, r"training_info\.json"),
+    "the info empty": ("training_info.json", lambda file: file.write_text(""), r"training_info\.json is cut off"),
+    "the info away": ("training_info.json", Path.unlink, r"it has no training_info\.json"),
+    "nothing but a folder": (".", _empty, "it has no training_info"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    file, damage, said = DAMAGE[what]
+    saved = checkpoints(tmp_path)
+    for step in (1, 2):
+        save(saved, step)
+    damage(tmp_path / "step_2" / file)
+    found = checkpoints(tmp_path).newest()
+    assert found is not None and found.path == tmp_path / "step_1" and found.info["step"] == 1
+    (message,) = told(caplog)
+    assert "step_2 is damaged" in message and "step_1 is used" in message
+    assert re.search(said, message), message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged_step_2", "step_1"]
+    save(saved, 2)
+    again = checkpoints(tmp_path).newest()
+    assert again is not None and again.path.name == "step_2"
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_run_does_not_begin_anew_over_checkpoints_none_of_which_is_whole(tmp_path: Path, what: str) -> None:
+    file, damage, said = DAMAGE[what]
+    save(checkpoints(tmp_path), 7)
+    damage(tmp_path / "step_7" / file)
+    for _ in range(2):  # the first refusal leaves them there for the second
+        with pytest.raises(UserError, match=rf"holds checkpoints and none of them is whole \(step_7: {said}.*repair"):
+            checkpoints(tmp_path).newest()
+
+
+def test_without_checkpoints_a_run_begins_anew(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path / "none").newest() is None
+    save(checkpoints(tmp_path), 1)
+    assert checkpoints(tmp_path, enabled=False).newest() is None
+
+
+def test_what_a_killed_run_left_half_written_is_removed_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(checkpoints(tmp_path), 1)
+    shutil.copytree(tmp_path / "step_1", tmp_path / "tmp_step_2")
+    checkpoints(tmp_path).prepare()
+    assert kept(tmp_path) == [1]
+    (message,) = told(caplog)
+    assert "tmp_step_2 is of a run that ended before it was whole" in message
+
+
+def test_a_checkpoint_that_is_damaged_while_the_run_goes_on_is_neither_counted_nor_dropped(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path, metric_name=None, keep_top_k=1)
+    for step in (1, 2, 3):
+        save(saved, step)
+        if step == 1:
+            _flip(tmp_path / "step_1/training_info.json")
+    assert kept(tmp_path) == [1, 3]
+
+
+def test_a_pickle_in_the_place_of_the_metadata_is_not_run(tmp_path: Path) -> None:
+    class Bad:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    saved = checkpoints(tmp_path)
+    save(saved, 1)
+    (tmp_path / "step_1/shards/.metadata").write_bytes(pickle.dumps(Bad()))
+    with pytest.raises(pickle.UnpicklingError, match=r"holds .*mkdir, which has no place there"):
+        saved.load(tmp_path / "step_1", {"x": torch.zeros(3)})
+    assert not (tmp_path / "it ran").exists()
+
+
+# ---- which are kept --------------------------------------------------------------------------------------------------
+
+
+def test_the_best_by_the_metric_are_kept_and_the_newest_besides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=2)
+    seen = []
+    for step, accuracy in enumerate([0.3, 0.5, 0.1, math.nan, 0.4, 0.2], 1):
+        save(saved, step)
+        before = kept(tmp_path)
+        saved.note(step, {"train/loss": 1.0})
+        saved.note(
+            step, {"validation/accuracy": accuracy, "validation/avg_length": 7.0, "timing/validation/judging": 1.0}
+        )
+        seen.append((before, kept(tmp_path)))
+    assert seen == [
+        ([1], [1]),
+        ([1, 2], [1, 2]),
+        ([1, 2, 3], [1, 2, 3]),  # the third is the worst, and the newest
+        ([1, 2, 4], [1, 2, 4]),
+        ([1, 2, 5], [2, 5]),  # the fourth was not measured; the fifth takes the first's place
+        ([2, 5, 6], [2, 5, 6]),
+    ]
+    info = read_info(tmp_path / "step_5")
+    assert info["step"] == 5 and info["metrics"] == {"validation/accuracy": 0.4, "validation/avg_length": 7.0}
+    assert has_validation(info) and not has_validation({"step": 5, "metrics": {"train/loss": 1.0}})
+    said = [message for message in told(caplog) if "is not ranked: val:accuracy was not measured" in message]
+    assert len(said) == 1 and "step_4" in said[0]
+
+
+def test_a_loss_ranks_the_other_way_and_of_equals_the_newer_wins(tmp_path: Path) -> None:
+    saved = checkpoints(tmp_path, metric_name="train:loss", higher_is_better=False, keep_top_k=1)
+    for step, loss in enumerate([0.3, math.nan, 0.2, 0.2, 0.9], 1):
+        save(saved, step)
+        saved.note(step, {"train/loss": loss, "train/lr": 1.0})
+    assert kept(tmp_path) == [4, 5]
+    assert read_info(tmp_path / "step_4")["metrics"] == {"train/loss": 0.2}
+
+
+def test_a_checkpoint_that_is_not_ranked_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:accuracy", keep_top_k=None)
+    for step, values in enumerate([{"validation/accuracy": 0.5}, {}, {}], 1):
+        save(saved, step)
+        saved.note(step, values)
+    assert kept(tmp_path) == [1, 2, 3]
+    save(saved, 4)
+    said = [message.split("/")[-1] for message in told(caplog) if "is not ranked" in message]
+    assert said == [f"step_{step} is not ranked: val:accuracy was not measured" for step in (2, 3)]
+
+
+def test_without_a_metric_the_newest_are_kept(tmp_path: Path) -> None:
+    for name in (None, "val:accuracy"):  # never measured: the same
+        saved = checkpoints(tmp_path / str(name), metric_name=name, keep_top_k=2)
+        for step in (1, 2, 3, 10):
+            save(saved, step)
+        assert kept(tmp_path / str(name)) == [3, 10]
+
+
+def test_a_metric_that_nobody_measures_is_named_once_with_those_that_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = checkpoints(tmp_path, metric_name="val:acuracy")
+    for step in (1, 2):
+        saved.note(step, {"validation/accuracy": 0.5, "validation/avg_length": 3.0})
+    assert told(caplog) == ["checkpointing.metric_name=val:acuracy was not measured, but accuracy, avg_length"]
