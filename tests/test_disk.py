@@ -86,8 +86,8 @@ def ended(root: Path, disks: dict[str, Path]) -> Ended:
     ("what", "said"),
     {
         "full at the second checkpoint": "the checkpoint of step 4 to checkpointing.checkpoint_dir={disk} can't be"
-        " written (No space left on device): free space there, or set the key to a folder that can be written to; the"
-        " run goes on from the checkpoint before it",
+        " written (No space left on device): free space there, or set the key to a folder that can be written to, and"
+        " start again: the run goes on from the newest checkpoint that is whole",
         "full at the export": "checkpointing.checkpoint_dir={disk} can't be written (No space left on device): free",
         "read-only": "checkpointing.checkpoint_dir={disk} can't be written (Read-only file system): free space",
         "a file in the way": "a file/checkpoints can't be written (Not a directory): free space there, or set the key",

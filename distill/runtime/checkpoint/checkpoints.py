@@ -250,7 +250,7 @@ class Checkpoints:
         for _, error in errors:
             if isinstance(error, OSError):
                 what = f"the checkpoint of step {step} to {_KEY}={self._config.checkpoint_dir}"
-                remedy = f"{_REMEDY}; the run goes on from the checkpoint before it"
+                remedy = f"{_REMEDY}, and start again: the run goes on from the newest checkpoint that is whole"
                 raise AgreedError(f"{cannot_write(what, error, remedy)}") from error
         if errors:
             rank, error = errors[0]
