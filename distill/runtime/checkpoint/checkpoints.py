@@ -81,6 +81,8 @@ class Checkpoints:
         self._dir = Path(config.checkpoint_dir)
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
+        self.slowest_s = 0.0
+        """Seconds of the longest write so far, in the background."""
         self._said: set[str] = set()
         """What was warned of once."""
 
@@ -218,6 +220,7 @@ class Checkpoints:
         if len(ended) < self._world.size:
             return
         self._pending = None
+        self.slowest_s = max(self.slowest_s, pending.write.seconds)
         with self._removed_on_error(pending.beside):
             self._raise_first_error(ended, pending.step)
             with self._world.agreed("finishing the checkpoint"), self._writing():
