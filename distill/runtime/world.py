@@ -296,7 +296,8 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     except Exception as error:
         ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1)
         if world.size == 1:
-            guard.close(ending)
+            guard.status.end(ending)
+            guard.close()
             raise
         if _comes_of_others(error):
             guard.wait_for_the_cause()
@@ -307,8 +308,9 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
         _say(ending.reason)
     if alone:
         guard.leave_alone(ending)
+    guard.status.end(ending)
     world.close()
-    guard.close(ending)
+    guard.close()
     return ending.exit_code
 
 
