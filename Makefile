@@ -45,7 +45,7 @@ demo-context: venv models  ## a rule only the teacher reads, learnt in 40 steps
 demo-control: venv models  ## the same training without the context, which teaches nothing
 	@$(PY) -m scripts.demo control
 
-demo-heal: venv models  ## a student without four of its layers comes back to the whole model
+demo-heal: venv models  ## a student without every sixth layer comes back to the whole model
 	@$(PY) -m scripts.demo heal
 
 bench-step: venv models  ## seconds of each phase of a step, median of ten
