@@ -19,7 +19,7 @@ RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
 .PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing lint types check \
-	test test-demo test-faults clean
+	test test-demo test-faults test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -45,7 +45,7 @@ demo-context: venv models  ## a rule only the teacher reads, learnt in 40 steps
 demo-control: venv models  ## the same training without the context, which teaches nothing
 	@$(PY) -m scripts.demo control
 
-demo-heal: venv models  ## a student without four of its layers comes back to the whole model
+demo-heal: venv models  ## a student without every sixth layer comes back to the whole model
 	@$(PY) -m scripts.demo heal
 
 bench-step: venv models  ## seconds of each phase of a step, median of ten
@@ -64,16 +64,23 @@ types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo and not faults" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not slow and not demo and not faults and not slurm" -n 2 --dist loadfile
 
-test: venv models lint types  ## everything that a merge must pass, but for the demonstration and the faults: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo and not faults" -n 2 --dist loadfile
+test: venv models lint types  ## everything that a merge must pass, without demonstration, faults and Slurm: under fifteen minutes
+	@$(PY) -m pytest -q -m "not demo and not faults and not slurm" -n 2 --dist loadfile
 
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
 
 test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan: under twelve minutes
 	@$(PY) -m pytest -q -m faults
+
+test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian: under eight minutes
+	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
+	  install="apt-get install -y --no-install-recommends slurm-wlm munge"; \
+	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \
+	  echo "slurm-wlm and munge can't be installed here (apt-get, as root): the tests on a real Slurm are skipped"
+	@$(PY) -m pytest -q -rs -m slurm
 
 clean:  ## remove runs and caches; .venv and models stay
 	@rm -rf runs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -62,17 +62,24 @@ def find_models(config: Config) -> Models:
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
-    stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers)
+    stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers, valid_vocab)
     other = config.distillation.context_distillation.mode == "frozen"
     return Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
 
 
 def _stop_token_ids(
-    config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any
+    config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any, valid_vocab: int
 ) -> tuple[int, ...]:
-    """The ids that end an answer: the recipe's, or both models' together; says so where they differ."""
-    if config.policy.generation.stop_token_ids is not None:
-        return config.policy.generation.stop_token_ids
+    """The ids that end an answer: the recipe's, or both models' together; says so where they differ. Raises UserError
+    for one of the recipe's that is none."""
+    given = config.policy.generation.stop_token_ids
+    if given is not None:
+        if wrong := [token for token in given if not 0 <= token < valid_vocab]:
+            raise UserError(
+                f"policy.generation.stop_token_ids has {wrong[0]}, which is no token of {student.name}: give ids in"
+                f" 0..{valid_vocab - 1}, or null for the models' own"
+            )
+        return given
     ours, theirs = stop_ids(student, tokenizer), stop_ids(teacher, teachers)
     if set(ours) != set(theirs):
         log.warning(

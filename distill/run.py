@@ -135,7 +135,9 @@ class Run:
 
     def _asked_to_stop(self, phases: Phases) -> float:
         """What of this rank asks for an end after this step: a signal's number, the time, or nothing."""
-        self.deadline.took(sum(phases.seconds.values()), phases.seconds.get("checkpointing", 0.0))
+        copied = phases.seconds["checkpointing"]
+        written = self.checkpoints.slowest_s
+        self.deadline.took(sum(phases.seconds.values()) - copied, copied + written if written else 0.0)
         return float(self.world.guard.asked or (_TIME if self.deadline.near() else _NOTHING))
 
     def ends_early(self, step: int) -> bool:
@@ -186,11 +188,12 @@ class Run:
             "recipe": asdict(self.config),
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
+        self.checkpoints.settle(wait=True)  # the one before is good, whatever this one is
         self._check_finite(step, tensors)
         self.checkpoints.save(step, tensors, info, self._export if exports else None, self.run_dir / METRICS_FILE)
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        """Raise AgreedFailure, on all ranks, where one is about to save what is no number; collective."""
+        """Raise AgreedFailure, on all ranks, where one is about to save nan or infinity; collective."""
         everyone = self.world.gather(not_finite(state))
         broken = [f"rank {rank}'s shard of {names[0]}" for rank, names in enumerate(everyone) if names]
         if broken:
@@ -207,6 +210,7 @@ class Run:
         try:
             yield
         except NonFinite as error:
+            self.checkpoints.settle(wait=True)
             found, rank = error.found, self.world.rank
             everyone = self.world.gather(found)
             unnamed = not any(other.micro_batches for other in everyone)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from distill.config import parse_args
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import plan
-from distill.runtime.world import guarded, leave
+from distill.runtime.world import AgreedError, AgreedFailure, guarded, leave
 
 if TYPE_CHECKING:
     from distill.run import Run
@@ -92,7 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with world.agreed("reading the recipe"):
             arguments = parse_args(argv)
         run = build_run(arguments, world)
-        train(run)
+        try:
+            train(run)
+        except (AgreedError, AgreedFailure):
+            run.checkpoints.settle(wait=True)  # all ranks leave here, and what is on its way to the disk is good
+            raise
         run.finish()
 
     return guarded(program, needs_world=not {"--help", "-h", "--dry-run"} & set(argv))

@@ -3,7 +3,7 @@
     python -m scripts.demo context|control|heal [key.path=value ...]
 
 ``context``: a rule that only the teacher reads is learnt. ``control``: with the context taken out of training it isn't.
-``heal``: a student without four of its layers comes back to the whole model. Each is ordinary runs of distill.train in
+``heal``: a student without every sixth layer comes back to the whole model. Each is ordinary runs of distill.train in
 runs/demo/NAME, whose validations are read: a table and ``demo.json``, and exit code 1 where the claim does not hold.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics
 from distill.validation.validation import FOLDER as VALIDATION
 from scripts.launch import ROOT, run, torchrun
+from scripts.prepare_models import EVENLY, prepare, pruned
 
 RUNS = ROOT / "runs" / "demo"
 WHOLE = "models/SmolLM2-135M-Instruct"
@@ -160,8 +161,10 @@ def control(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def heal(overrides: Sequence[str]) -> dict[str, Any]:
-    """A depth-pruned student and the whole model: how much of the KL between them goes."""
-    run_dir = train("heal", "demo-heal-cpu.yaml", *overrides)
+    """A student without every sixth layer and the whole model: how much of the KL between them goes."""
+    student = RUNS / "heal-student"
+    prepare(student, lambda: pruned(ROOT / WHOLE, EVENLY))
+    run_dir = train("heal", "demo-heal-cpu.yaml", f"policy.model_name={student.relative_to(ROOT)}", *overrides)
     before, after = first_and_last(run_dir)
     kl_before, kl_after = token_kl(before), token_kl(after)
     regained = 1 - kl_after / kl_before

@@ -1,7 +1,7 @@
 """The program with a fault planted at one moment: ``torchrun ... -m tests.faulty_train`` instead of ``distill.train``.
 
-The variable FAULT says which, as JSON: ``step`` (the first is 1), ``moment``, ``nth`` call of it in that step, ``rank``
-where it happens, and ``what`` does.
+The variable FAULT says which, as JSON: ``step`` (the first is 1; null: any), ``moment``, ``nth`` call of it in that
+step, ``rank`` where it happens, and ``what`` does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ MOMENTS = {
     "backward": "torch:Tensor.backward",
     "optimizer": "distill.model.student:Student.end_step",
     "save": "distill.runtime.checkpoint:Checkpoints.save",
+    "shards": "distill.runtime.checkpoint.background:Write._write",
+    "finish": "distill.runtime.checkpoint:Checkpoints._finish",
     "metrics": "distill.runtime.metrics_sinks:Recorder.record",
 }
 """What is about to be called at each moment."""
@@ -114,8 +116,9 @@ def plant(fault: dict[str, Any]) -> None:
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += HERE.step == fault["step"]
-        if calls == fault.get("nth", 1) and HERE.step == fault["step"]:
+        now = fault["step"] in (None, HERE.step)
+        calls += now
+        if now and calls == fault.get("nth", 1):
             calls += 1
             if does in PLANTED:
                 return PLANTED[does](original, *args, **kwargs)

@@ -20,6 +20,7 @@ import torch
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.config import CheckpointingConfig
+from distill.model.export import export_hf
 from distill.runtime.checkpoint import Checkpoints, background, changed_keys, has_validation, read_info
 from distill.runtime.world import World
 from distill.types import UserError
@@ -214,6 +215,14 @@ def test_what_makes_it_another_run_is_told_by_key_and_value() -> None:
     ]
 
 
+def test_an_export_that_fails_ends_the_gather_that_others_wait_in(tmp_path: Path) -> None:
+    (tmp_path / "hf").write_text("a file in the way")
+    weights = iter([(f"w{i}", torch.zeros(1)) for i in range(3)])
+    with pytest.raises(FileExistsError):
+        export_hf(tmp_path / "hf", weights, MagicMock(), None, None, torch.float32, writes=True)
+    assert next(weights, None) is None
+
+
 # ---- damage ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +234,10 @@ def _flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
+
+
+def _edit(file: Path) -> None:
+    file.write_text(file.read_text().replace('"step": ', '"step": 1'))
 
 
 def _empty(folder: Path) -> None:
@@ -239,6 +252,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a bit of the places": ("shards/.metadata", _flip, r"shards/\.metadata holds other bytes"),
     "the info cut off": ("training_info.json", _cut, r"training_info\.json is cut off"),
     "a bit of the info": ("training_info.json", _flip, r"training_info\.json"),
+    "another step in the info": ("training_info.json", _edit, r"training_info\.json holds other bytes than were"),
     "the info empty": ("training_info.json", lambda file: file.write_text(""), r"training_info\.json is cut off"),
     "the info away": ("training_info.json", Path.unlink, r"it has no training_info\.json"),
     "nothing but a folder": (".", _empty, "it has no training_info"),

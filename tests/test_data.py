@@ -154,7 +154,7 @@ BAD_FILES = {
     "empty.jsonl": ("", r"data\.train: .*empty\.jsonl is empty"),
     "blank.jsonl": ('{"question": " "}', r"no row of .* has any text in question"),
     "torn.jsonl": ('{"question": "a"}\n\n{"question": "b', r"is malformed in line 3 \(Unterminated string"),
-    "list.jsonl": ('{"question": "a"}\n["b"]', r"has a list in line 2, where an object"),
+    "list.jsonl": ('{"question": "a"}\n["b"]', r"has \['b'\] in line 2, where an object"),
     "bytes.jsonl": (b'{"question": "\xff"}', r"is malformed in line 1 \("),
     "column.jsonl": ('{"problem": "a", "gold": 1}', r"input_key=question is missing in line 1 of .*problem, gold: set"),
     "second.jsonl": ('{"question": "a"}\n{"problem": "b"}', r"input_key=question is missing in line 2 of"),

@@ -86,8 +86,8 @@ def ended(root: Path, disks: dict[str, Path]) -> Ended:
     ("what", "said"),
     {
         "full at the second checkpoint": "the checkpoint of step 4 to checkpointing.checkpoint_dir={disk} can't be"
-        " written (No space left on device): free space there, or set the key to a folder that can be written to; the"
-        " run goes on from the checkpoint before it",
+        " written (No space left on device): free space there, or set the key to a folder that can be written to, and"
+        " start again: the run goes on from the newest checkpoint that is whole",
         "full at the export": "checkpointing.checkpoint_dir={disk} can't be written (No space left on device): free",
         "read-only": "checkpointing.checkpoint_dir={disk} can't be written (Read-only file system): free space",
         "a file in the way": "a file/checkpoints can't be written (Not a directory): free space there, or set the key",
@@ -129,7 +129,7 @@ def test_metrics_up_to_the_full_disk_are_whole_lines(ended: Ended, disks: dict[s
 def test_a_log_on_a_full_disk_says_so_once_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank_00003.log").symlink_to("/dev/full")
-    rank: Any = SimpleNamespace(rank=3)
+    rank: Any = SimpleNamespace(rank=3, guard=SimpleNamespace())
     World.log_to(rank, tmp_path)
     logger = logging.getLogger("distill")
     logger.setLevel(logging.INFO)

@@ -104,17 +104,25 @@ STEPS = 8
 
 
 def kills(seed: int) -> list[dict[str, Any]]:
-    """Ten of them, in order of steps: during each of four phases at least twice, of a rank or of the whole tree."""
+    """Ten of them, in order of steps: twice in each of three phases, thrice in a save, of a rank or of the whole tree.
+
+    A save is killed where it begins, while shards are written, and before a whole one gets its name.
+    """
     draw = random.Random(seed)
-    moments = [*("generation", "sync", "backward", "save") * 2, *draw.choices(("optimizer", "metrics", "save"), k=2)]
+    moments = [*("generation", "sync", "backward") * 2, *("save", "shards", "finish")]
+    moments.append(draw.choice(("teacher", "optimizer", "metrics")))
     draw.shuffle(moments)
-    faults = []
+    faults: list[dict[str, Any]] = []
     for moment, step in zip(moments, sorted(draw.choices(range(1, STEPS + 1), k=len(moments))), strict=True):
-        saved = step + step % 2  # a checkpoint is written every other step
+        at = step + step % 2 if moment in ("save", "shards") else step  # a checkpoint is written every other step
         nth = draw.randint(1, 2) if moment in ("generation", "backward") else 1
-        fault = {"step": saved if moment == "save" else step, "moment": moment, "nth": nth}
+        fault = {"step": at, "moment": moment, "nth": nth}
         faults.append({**fault, "rank": draw.randint(0, 1), "what": draw.choice(("kill_rank", "kill_tree"))})
-    return sorted(faults, key=lambda fault: fault["step"])
+    faults.sort(key=lambda fault: fault["step"])
+    for fault in faults:
+        if fault["moment"] == "finish":  # the main rank's work, as soon as both have written
+            fault.update(step=None, rank=0)
+    return faults
 
 
 def test_a_run_killed_at_ten_moments_ends_as_an_undisturbed_one_bit_for_bit(root) -> None:

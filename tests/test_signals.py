@@ -39,6 +39,20 @@ def test_duplicates_of_a_signal_are_one_request_and_a_later_one_is_another() -> 
     assert told == ["first SIGUSR1", "again SIGTERM"]
 
 
+def test_the_main_thread_knows_a_signal_at_once_and_a_late_handler_is_no_second_request() -> None:
+    clock, told = Clock(), list[str]()
+    signals = StopSignals(lambda name: told.append(f"first {name}"), lambda name: told.append(f"again {name}"), clock)
+    signals.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.asked == signal.SIGUSR1, "before another line of the loop runs"
+        clock.now += 60  # the thread may hear of it long after, and the main thread long after the thread
+        signals._in_main_thread(signal.SIGUSR1, None)
+    finally:
+        signals.close()
+    assert told == ["first SIGUSR1"]
+
+
 LISTENS = """
 import os, signal, subprocess, sys, threading, time
 from distill.runtime.signals import StopSignals
@@ -114,7 +128,7 @@ def test_a_run_stops_where_one_more_step_and_its_save_might_end_too_late() -> No
     assert not deadline.near()
     clock.now += 101
     assert deadline.near()
-    deadline.took(150.0, 50.0)  # a step of 100 and its save of 50
+    deadline.took(100.0, 50.0)
     assert not deadline.near(), "200 for the step and 50 for the save end at 851"
     clock.now += 150
     assert deadline.near()

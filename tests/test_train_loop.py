@@ -6,12 +6,14 @@ import contextlib
 import weakref
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from distill import train
 from distill.rollout import exchange
+from distill.runtime.world import AgreedError, AgreedFailure
 from distill.types import TeacherRows
 
 
@@ -78,3 +80,18 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
     # Three rows and one head; two rows go with the first batch, one with the second, the head after the step.
     step = [("generation", 0), ("before the targets", 0), ("offload", 4), ("train", 4), ("train", 2)]
     assert seen == [*step, ("end of step", 1), ("checkpoint", 0)] * 2
+
+
+@pytest.mark.parametrize("error", [AgreedError("a full disk"), AgreedFailure("no number")])
+def test_a_checkpoint_on_its_way_is_made_whole_before_all_ranks_leave(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run = MagicMock()
+    monkeypatch.setattr(train, "guarded", lambda program, needs_world: program(MagicMock()))
+    monkeypatch.setattr(train, "parse_args", lambda argv: None)
+    monkeypatch.setattr("distill.build.build_run", lambda arguments, world: run)
+    monkeypatch.setattr(train, "train", MagicMock(side_effect=error))
+    with pytest.raises(type(error)):
+        train.main([])
+    run.checkpoints.settle.assert_called_once_with(wait=True)
+    run.finish.assert_not_called()

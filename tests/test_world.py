@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,22 @@ def test_the_first_host_of_a_node_list(nodes, first) -> None:
 )
 def test_tasks_of_a_node(tasks, node, count) -> None:
     assert slurm.tasks_of_node(tasks, node) == count
+
+
+def _listening() -> list[str]:
+    """The addresses, in hexadecimal, at which this machine listens on the port of the rendezvous."""
+    world = World()
+    port = f":{int(os.environ['MASTER_PORT']):04X}"
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
+    found = [local.removesuffix(port) for _, local, _, state, *_ in lines if local.endswith(port) and state == "0A"]
+    world.close()
+    return found
+
+
+@pytest.mark.slow
+def test_the_rendezvous_listens_at_the_given_address_alone() -> None:
+    assert run_ranks(2, _listening) == [["0100007F"]] * 2
 
 
 def _agree() -> dict[str, object]:

@@ -98,6 +98,12 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def reason(error: Exception) -> str:
+    """Why something failed, in one line for the brackets of a sentence: the error's own words, shortened."""
+    text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _wrong(key: str, value: Any, options: tuple[Any, ...]) -> NoReturn:
     closed = any(get_origin(option) is Literal for option in options)
     fault = "isn't possible" if closed else "has the wrong type"

@@ -5,7 +5,9 @@ What needs the models' files, the data or the world of ranks is checked where th
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -19,7 +21,7 @@ AT_LEAST: dict[int, str] = {
         distillation.val_num_generations
         policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
-        policy.make_sequence_length_divisible_by policy.dtensor_cfg.tensor_parallel_size
+        policy.dtensor_cfg.tensor_parallel_size
         policy.dtensor_cfg.context_parallel_size policy.dtensor_cfg.replicate_size
         policy.dynamic_batching.train_mb_tokens policy.dynamic_batching.logprob_mb_tokens
         policy.sequence_packing.train_mb_tokens
@@ -30,7 +32,7 @@ AT_LEAST: dict[int, str] = {
         teacher.dynamic_batching.logprob_mb_tokens teacher.sequence_packing.logprob_mb_tokens
         data.max_input_seq_length checkpointing.keep_top_k checkpointing.save_period
         cluster.num_nodes cluster.gpus_per_node runtime.sync_bucket_mib runtime.logits_chunk_rows
-        runtime.phase_timeout_s""",
+        runtime.phase_timeout_s policy.make_sequence_length_divisible_by""",
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
@@ -52,11 +54,22 @@ FIXED: dict[str, tuple[Any, str]] = {
 }
 """Keys with one value that is possible here, and the remedy for any other."""
 
-STAGES = {
-    "torch.optim.lr_scheduler.LinearLR": {"start_factor", "end_factor", "total_iters"},
-    "torch.optim.lr_scheduler.ConstantLR": {"factor", "total_iters"},
-    "torch.optim.lr_scheduler.CosineAnnealingLR": {"T_max", "eta_min"},
+Rule = tuple[Callable[[Any], bool], str]
+_SHARE: Rule = lambda value: 0 <= value <= 1, "between 0 and 1"
+_STEPS: Rule = lambda value: value >= 1 and value == int(value), "a whole number of at least 1"
+STAGES: dict[str, dict[str, Rule]] = {
+    "torch.optim.lr_scheduler.LinearLR": {
+        "start_factor": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "end_factor": _SHARE,
+        "total_iters": _STEPS,
+    },
+    "torch.optim.lr_scheduler.ConstantLR": {"factor": _SHARE, "total_iters": _STEPS},
+    "torch.optim.lr_scheduler.CosineAnnealingLR": {
+        "T_max": _STEPS,
+        "eta_min": (lambda value: value >= 0, "at least 0"),
+    },
 }
+"""The learning rate's stages, their arguments and what those may be."""
 
 
 def check(config: Config) -> None:
@@ -96,6 +109,8 @@ def _ranges(config: Config) -> None:
     demand("policy.optimizer.kwargs.betas", lambda betas: all(0 <= beta < 1 for beta in betas), "in [0, 1)")
     demand("policy.generation.val_temperature", lambda value: value >= 0, "at least 0")
     demand("policy.model_name teacher.model_name", bool, "a hub name or a folder")
+    folders = "runtime.run_dir logger.log_dir checkpointing.checkpoint_dir"
+    demand(folders, lambda path: path and "\0" not in path, "the name of a folder")
 
 
 def _batches(config: Config) -> None:
@@ -200,6 +215,11 @@ def _scheduler(config: Config) -> None:
             if name not in STAGES[stage.name] or type(value) not in (int, float):
                 known = ", ".join(sorted(STAGES[stage.name]))
                 refuse(f"policy.scheduler: {stage.name} takes no {name}={show(value)}: give numbers for {known}")
+            holds, rule = STAGES[stage.name][name]
+            if not (math.isfinite(value) and holds(value)):
+                refuse(f"policy.scheduler: {stage.name} has {name}={show(value)}, which must be {rule}: set it so")
+        if stage.name.endswith("CosineAnnealingLR") and "T_max" not in stage.kwargs:
+            refuse(f"policy.scheduler: {stage.name} has no T_max: give the steps that it takes to eta_min")
     if len(milestones) != max(len(stages) - 1, 0) or milestones != sorted(set(milestones)):
         refuse(
             f"policy.scheduler has {len(stages)} stages and milestones={milestones}: give one milestone between each "

@@ -7,6 +7,7 @@ help: its own errors fill a box, and here an error is one sentence.
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.build import build, hints, members, refuse, show, type_of
+from distill.config.build import build, hints, key_paths, members, reason, refuse, show, type_of
 from distill.config.check import check
 from distill.config.hardware import decide_precision
 from distill.config.old import drop_old_keys
@@ -25,6 +26,9 @@ from distill.config.schema import Config
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
 """What runs without --config, in the current folder or beside the package."""
+
+_MOST_VALUES = 100_000
+"""Of a recipe, every anchor's values counted wherever they are meant."""
 
 RIVALS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
 """Keys that say the same thing: the one set in a later layer sets the other back to null."""
@@ -148,10 +152,23 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
         drop_old_keys(config)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        reason = str(error).partition("\n")[0]
-        refuse(f"{error.full_key or 'the recipe'} can't be resolved ({reason}): correct the ${{...}}")
+        _refuse_cause(tree)
+        refuse(f"{error.full_key or 'the recipe'} can't be resolved ({reason(error)}): correct the ${{...}}")
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     return plain
+
+
+def _refuse_cause(tree: dict[str, Any]) -> None:
+    """Refuse a value of the wrong type that stands there by itself: what is made of it may have failed for that."""
+    for key in key_paths():
+        if key in ("data.train", "data.validation"):  # one dataset, a list or null: build_config makes a list of it
+            continue
+        place: Any = tree
+        *sections, last = key.split(".")
+        for name in sections:
+            place = place.get(name) if isinstance(place, dict) else None
+        if isinstance(place, dict) and not isinstance(value := place.get(last, {}), dict) and "${" not in str(value):
+            build(type_of(key), value, key)
 
 
 def _defaults() -> dict[str, Any]:
@@ -196,7 +213,7 @@ def find_recipe(path: Path | None) -> Path:
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe merged over the parents that its ``defaults`` name, relative to its own folder."""
-    if path.resolve() in children:
+    if os.path.isfile(path) and path.resolve() in children:
         refuse(f"defaults={path} in {children[-1]} makes a recipe its own ancestor: name another parent")
     layer = _read_yaml(path, children)
     parents = layer.pop("defaults", [])
@@ -210,22 +227,38 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     what = f"defaults={path} in {children[-1]}" if children else f"--config={path}"
-    if not path.is_file():
-        refuse(f"{what} {'is a folder' if path.is_dir() else 'does not exist'}: {_nearby(path)}")
+    if not os.path.isfile(path):
+        refuse(f"{what} {'is a folder' if os.path.isdir(path) else 'does not exist'}: {_nearby(path)}")
     try:
+        _count_values(path.read_text(encoding="utf-8"))
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         refuse(f"{what} isn't a readable recipe{line} ({error.problem}): correct it there")
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        refuse(f"{what} isn't a readable recipe ({str(error).partition(chr(10))[0]}): correct it there")
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
+        refuse(f"{what} isn't a readable recipe ({reason(error)}): correct it there")
     if not isinstance(layer, dict):
         refuse(f"{what} holds no keys: write section: and its keys below it")
     return layer  # type: ignore[return-value]
 
 
+def _count_values(text: str) -> None:
+    """Raise YAMLError where anchors make a text stand for more values than any recipe has, or hold themselves."""
+    if "&" not in text or "*" not in text:
+        return
+    nodes, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
+    while nodes and count <= _MOST_VALUES:
+        node, count = nodes.pop(), count + 1
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+    if nodes:
+        raise yaml.YAMLError(f"its anchors stand for more than {_MOST_VALUES} values")
+
+
 def _nearby(path: Path) -> str:
-    folder = path if path.is_dir() else path.parent if path.parent.is_dir() else BASE_RECIPE.parent
+    folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     near = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
     return f"in {folder} there are {', '.join(near)}" if near else f"there are no recipes in {folder}"
@@ -245,6 +278,8 @@ class _Line:
 def _split(argv: Sequence[str]) -> _Line:
     """Sort the words of the command line."""
     line, words = _Line(None, False, False, []), list(argv)
+    if bad := [word for word in words if word != word.encode(errors="replace").decode()]:
+        refuse(f"{bad[0]!a} on the command line is no UTF-8 text: write it so")
     while words:
         word = words.pop(0)
         if word in ("--help", "-h"):
@@ -283,8 +318,8 @@ def _read_value(key: str, text: str) -> Any:
         return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException):
-        refuse(f"{key}={text} can't be read: quote the value as YAML wants it")
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
+        refuse(f"{key}={show(text)} can't be read: quote the value as YAML wants it")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.config.build import reason, show
 from distill.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -220,7 +222,7 @@ def _rows(dataset: DatasetConfig, columns: _Columns) -> Sequence[Row]:
     where = columns.where
     if dataset.data_path:
         path = Path(dataset.data_path)
-        if path.exists() or not _is_hub_name(dataset.data_path):
+        if os.path.exists(path) or not _is_hub_name(dataset.data_path):
             return _path_rows(path, dataset, columns)
         return _hub_rows(dataset.data_path, (dataset.subset,), dataset.split or "train", columns, "data_path")
     if not dataset.dataset_name:
@@ -246,16 +248,18 @@ _FILE_KINDS = (".jsonl", ".json", ".parquet")
 
 def _path_rows(path: Path, dataset: DatasetConfig, columns: _Columns) -> Sequence[Row]:
     key = f"{columns.where}.data_path={path}"
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{key} does not exist (looked in {Path.cwd()}): correct the path")
     if path.is_dir():
         return _folder_rows(path, dataset, columns)
+    if not path.is_file():  # a pipe, say, whose reader waits for ever
+        raise UserError(f"{key} is neither a file nor a folder: write the problems into a file")
     if path.suffix not in _FILE_KINDS:
         raise UserError(f"{key} is of no kind that can be read: use one of {', '.join(_FILE_KINDS)}")
     try:
         rows = _parquet(path, columns) if path.suffix == ".parquet" else _json_rows(path, key)
     except OSError as error:
-        raise UserError(f"{key} can't be read ({_first_line(error)}): correct its permissions or the path") from None
+        raise UserError(f"{key} can't be read ({reason(error)}): correct its permissions or the path") from None
     return _slice(rows, dataset.split, columns.where)
 
 
@@ -284,16 +288,21 @@ def _json_rows(path: Path, key: str) -> Sequence[Row]:
 
 
 def _parsed(data: bytes, place: str, key: str) -> Any:
+    """The value in ``data``; a line that was cut, or that is no UTF-8, would be a problem lost: it is refused."""
     try:
-        return json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{key} is malformed in {place} ({error}): write one JSON object a line") from None
+        value = json.loads(data)
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is a string, but no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key} is malformed in {place} ({reason(error)}): write one JSON object a line") from None
+    return value
 
 
 def _object(value: Any, place: str, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise UserError(f"{key} has a {kind} in {place}, where an object was to be: write one JSON object a line")
+        raise UserError(
+            f"{key} has {show(value)} in {place}, where an object was to be: write one JSON object a line"
+        )
     return value
 
 
@@ -303,9 +312,9 @@ def _parquet(path: Path, columns: _Columns) -> Sequence[Row]:
 
     try:
         return columns.table_rows(pq.read_table(path))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         key = f"{columns.where}.data_path={path}"
-        raise UserError(f"{key} is not a readable Parquet file ({_first_line(error)}): write it again") from None
+        raise UserError(f"{key} is not a readable Parquet file ({reason(error)}): write it again") from None
 
 
 def _folder_rows(path: Path, dataset: DatasetConfig, columns: _Columns) -> Sequence[Row]:
@@ -315,7 +324,11 @@ def _folder_rows(path: Path, dataset: DatasetConfig, columns: _Columns) -> Seque
         return _hub_rows(str(path), (dataset.subset,), split, columns, "data_path")
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(str(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # whatever the library's readers meet in a damaged folder
+        key = f"{columns.where}.data_path={path}"
+        raise UserError(f"{key} is no folder that save_to_disk wrote whole ({reason(error)}): write it again") from None
     if isinstance(loaded, DatasetDict):
         if split not in loaded:
             where = columns.where
@@ -326,17 +339,12 @@ def _folder_rows(path: Path, dataset: DatasetConfig, columns: _Columns) -> Seque
 
 def _hub_rows(name: str, subsets: Sequence[str | None], split: str, columns: _Columns, key: str) -> Sequence[Row]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     try:
         parts = [load_dataset(name, subset, split=split) for subset in subsets]
-    except (OSError, ValueError, DatasetsError) as error:
+    except Exception as error:  # the library's dozen kinds, and those of every format's reader
         raise UserError(
-            f"{columns.where}.{key}={name} with split {split} can't be loaded ({_first_line(error)}): "
+            f"{columns.where}.{key}={name} with split {split} can't be loaded ({reason(error)}): "
             "check name, subset and split, or fetch it once where the hub can be reached"
         ) from None
     return [row for part in parts for row in columns.table_rows(part.with_format("arrow")[:])]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

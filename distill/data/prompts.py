@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distill.config.build import reason
 from distill.config.template import Template
 from distill.data.problems import keyed, load_dataset_problems
 from distill.data.template import read_prompt_file, read_text
@@ -50,8 +51,6 @@ def chat_ids(
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any]) -> list[str]:
-    from jinja2.exceptions import TemplateError
-
     ours = {"tokenize": False, "add_generation_prompt": True}
     if ours.keys() & kwargs.keys():
         keys = " and ".join(sorted(ours.keys() & kwargs.keys()))
@@ -60,10 +59,10 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
         )
     try:
         return [str(tokenizer.apply_chat_template(chat, **ours, **kwargs)) for chat in chats]
-    except TemplateError as error:
+    except Exception as error:  # the template is a program of the model's: it can fail in any way
         roles = ", ".join(message["role"] for message in chats[0])
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({error}): "
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({reason(error)}): "
             "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs"
         ) from None
 

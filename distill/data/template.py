@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 
 from distill.config.template import Template
@@ -10,10 +11,11 @@ from distill.types import UserError
 
 def read_text(path: str, where: str) -> str:
     """The whole text of a UTF-8 file, unchanged; UserError where there is none."""
+    if not os.path.isfile(path):  # a pipe, say, whose reader waits for ever
+        fault = "is no file" if os.path.exists(path) else "does not exist"
+        raise UserError(f"{where}={path} {fault} (looked in {Path.cwd()}): correct the path")
     try:
         return Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{where}={path} does not exist (looked in {Path.cwd()}): correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}={path} is not a readable UTF-8 text file ({error}): correct the file") from None
 

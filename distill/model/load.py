@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from distill.config.build import reason, show
 from distill.runtime.place import progressed
 from distill.types import UserError
 
@@ -45,6 +47,11 @@ class ModelFiles:
         with safe_open(self.files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def is_floating(self, name: str) -> bool:
+        """Whether a tensor holds floating-point numbers, from its file's header."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return "F" in str(file.get_slice(name).get_dtype())
+
 
 def find_model(name: str, key: str) -> ModelFiles:
     """The checkpoint that ``key`` names: a folder, or a model of the hub (taken from its cache or fetched).
@@ -52,7 +59,7 @@ def find_model(name: str, key: str) -> ModelFiles:
     Raises UserError where there is none, or where it holds no safetensors.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir, also false for a name that no file can have
         folder = _from_hub(name, key)
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}={name} holds no config.json: give the folder or hub name of a Hugging Face model")
@@ -82,32 +89,99 @@ def _from_hub(name: str, key: str) -> Path:
 def _tensor_files(folder: Path, name: str, key: str) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = {tensor: folder / file for tensor, file in json.loads(index.read_text())["weight_map"].items()}
+        named = json_object(index, f"{key}={name}").get("weight_map")
+        plain = isinstance(named, dict) and all(
+            isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in named.values()
+        )
+        if not plain or not named:
+            raise UserError(
+                f"{key}={name} has a {index.name} without a weight_map from tensors to safetensors files beside it:"
+                " download it again"
+            )
+        files = {tensor: folder / file for tensor, file in named.items()}
         if absent := sorted({file.name for file in files.values() if not file.is_file()}):
             raise UserError(f"{key}={name} lacks {len(absent)} of its files ({absent[0]}): download it whole")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise UserError(f"{key}={name} holds no safetensors: convert it with save_pretrained(safe_serialization=True)")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    else:
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise UserError(
+                f"{key}={name} holds no safetensors, and pickled weights are never read, as they can run code: convert"
+                " them where you trust them with save_pretrained(safe_serialization=True)"
+            )
+        files = dict.fromkeys(_tensor_names(single, f"{key}={name}"), single)
+    there = {(tensor, file) for file in set(files.values()) for tensor in _tensor_names(file, f"{key}={name}")}
+    if lacking := sorted(tensor for tensor, file in files.items() if (tensor, file) not in there):
+        raise UserError(
+            f"{key}={name} names {len(lacking)} tensors that their files don't hold ({lacking[0]}): download it again"
+        )
+    return files
+
+
+def _tensor_names(file: Path, what: str) -> list[str]:
+    """The names in a safetensors file's header, which also tells whether the file is as long as it should be."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{what} has a damaged {file.name} ({reason(error)}): download it again") from error
+
+
+def json_object(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file of a model; UserError, beginning with ``what``, where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} has a {path.name} that can't be read ({reason(error)}): download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{what} has a {path.name} that holds no keys and values: download it again")
+    return found
+
+
+def _has_experts(folder: Path) -> bool:
+    """Whether transformers knows the model in ``folder`` as a mixture of experts."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # it doesn't know it at all
+        return False
+    return any(getattr(config, name, None) for name in _EXPERTS)
+
+
+_POSITIVE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    *("vocab_size", "max_position_embeddings", "head_dim"),
+)
 
 
 def model_config(files: ModelFiles, key: str) -> Any:
-    """The model's Hugging Face configuration; reads no weights.
+    """The model's Hugging Face configuration; reads no weights, and never runs code that the folder brings.
 
-    Raises UserError for a family whose path is not tested and for a mixture of experts, by name, and for a setting
-    that the packed path would pass over silently.
+    Raises UserError for a family whose path is not tested and for a mixture of experts, by name, for sizes that no
+    model has, and for a setting that the packed path would pass over silently.
     """
-    try:
-        config = AutoConfig.from_pretrained(files.folder)
-    except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
-        raise UserError(f"{key}={files.name} has a config.json that can't be read ({error})") from error
-    if config.model_type not in FAMILIES:
-        mixture = ", a mixture of experts" if any(getattr(config, name, None) for name in _EXPERTS) else ""
+    what = f"{key}={files.name}"
+    raw = json_object(files.folder / "config.json", what)
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        mixture = ", a mixture of experts" if _has_experts(files.folder) else ""
+        code = " and would run code of its own (auto_map)" if "auto_map" in raw else ""
         raise UserError(
-            f"{key}={files.name} is of the family {config.model_type}{mixture}, which is not supported yet:"
+            f"{what} is of the family {family}{mixture}{code}, which is not supported yet:"
             f" choose a dense model of {', '.join(FAMILIES)}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
+        raise UserError(f"{what} has a config.json that can't be read ({reason(error)}): download it again") from error
+    for name in _POSITIVE:
+        value = getattr(config, name, None)
+        if name == "head_dim" and value is None:
+            continue  # it follows from the two sizes
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{what} has {name}={value} in its config.json, which no model has: download it again")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UserError(
+            f"{what} has {config.num_attention_heads} attention heads in its config.json, which"
+            f" {config.num_key_value_heads} key-value heads can't share: download it again"
         )
     for name in _UNSUPPORTED:
         if value := getattr(config, name, None):
@@ -122,17 +196,33 @@ def load_tokenizer(files: ModelFiles, name: str | None, key: str) -> Any:
     """The tokenizer of the model, or the one that ``key`` names instead."""
     source = files.folder if name in (None, files.name) else name
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if not tokenizer.get_vocab():
+            raise ValueError("it knows no token")
     except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
-        raise UserError(f"{key}={name or files.name} has no tokenizer that can be read ({error})") from error
+        raise UserError(
+            f"{key}={name or files.name} has no tokenizer that can be read ({reason(error)}): give the folder or hub"
+            " name of a model with a tokenizer.json, whose own code is never run"
+        ) from error
+    return tokenizer
 
 
 def stop_ids(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer of this model: its generation configuration's and its tokenizer's."""
+    """The ids that end an answer of this model: its generation configuration's and its tokenizer's.
+
+    Raises UserError for a generation configuration that can't be read or that names no ids.
+    """
     ids = {tokenizer.eos_token_id} - {None}
-    if (files.folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(files.folder).eos_token_id
-        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
+    path = files.folder / "generation_config.json"
+    if path.is_file():
+        eos = json_object(path, files.name).get("eos_token_id")
+        listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(token) is int and token >= 0 for token in listed):
+            raise UserError(
+                f"{path} has eos_token_id={show(eos)}, which is no id of a token: correct it there, or set"
+                " policy.generation.stop_token_ids"
+            )
+        ids |= set(listed)
     return tuple(sorted(ids))
 
 
@@ -210,6 +300,10 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
                 raise UserError(
                     f"the checkpoint {files.name} has {name} of another shape than its config.json says"
                     f" ({shape} against {tuple(parameter.shape)}): the files don't belong together"
+                )
+            if not files.is_floating(name):
+                raise UserError(
+                    f"the checkpoint {files.name} has {name} in whole numbers: choose one that is not quantized"
                 )
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.numel() > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os.path
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from distill.config import Config
-from distill.config.build import any_of
+from distill.config.build import any_of, reason
 from distill.model.load import ModelFiles, causal_lm_parts, meta_model, model_config
 from distill.types import UserError
 
@@ -64,11 +65,19 @@ class ModelShape:
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
-    """The shape that a Hugging Face configuration describes; its parameters are counted on a model of one layer."""
+    """The shape that a Hugging Face configuration describes; its parameters are counted on a model of one layer.
+
+    Raises UserError where no model can be built by it.
+    """
     text = config.get_text_config()
     one = copy.deepcopy(config)
     one.get_text_config().num_hidden_layers = 1
-    model = meta_model(one, "eager", torch.float32)
+    try:
+        model = meta_model(one, "eager", torch.float32)
+    except Exception as error:  # what transformers makes of an activation or a kind of positions that it doesn't know
+        raise UserError(
+            f"the config.json of {name} describes no model that can be built ({reason(error)}): download it again"
+        ) from error
     body, head = causal_lm_parts(model)
     (layer,) = body.layers  # type: ignore[misc]
     embedding = model.get_input_embeddings().weight.numel()
@@ -99,7 +108,7 @@ def find_shape(name: str, key: str) -> ModelShape | None:
     table of published shapes; None where all three don't know it. Raises UserError as ``model_config`` does.
     """
     folder = Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = _cached(name) or folder
     if (folder / "config.json").is_file():
         return shape_of(model_config(ModelFiles(name, folder, {}), key), name)

@@ -86,10 +86,9 @@ class Guard:
         if self._watch is not None:
             self._watch.stop()
 
-    def close(self, ending: Ending) -> None:
+    def close(self) -> None:
         """The program has ended by itself, on all ranks."""
         self.stop_watching()
-        self.status.end(ending)
         self._signals.close()
 
     def _first_signal(self, name: str) -> None:

@@ -24,8 +24,8 @@ _listening: list[StopSignals] = []
 class StopSignals:
     """The first signal is noted and told to ``on_first``; one that comes later than duplicates do, to ``on_again``.
 
-    Both get the signal's name. A thread hears of signals too: Python runs handlers in the main thread alone, which may
-    be inside a collective for ever; but where it runs, it knows of a signal at once.
+    Both get the signal's name, in a thread of their own: Python runs handlers in the main thread alone, which may be
+    inside a collective for ever. Where that runs, it knows of the request at once, by ``asked``.
     """
 
     def __init__(
@@ -37,19 +37,15 @@ class StopSignals:
         self.asked: signal.Signals | None = None
         self._on_first, self._on_again = on_first, on_again
         self._clock = clock
-        self._since = 0.0
-        self._lock = threading.RLock()
+        self._since: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def notice(self, number: int) -> None:
-        """A signal came."""
+        """A signal came, as the thread hears."""
         name = signal.Signals(number).name
-        with self._lock:
-            first = self.asked is None
-            if first:
-                self._since = self._clock()
-                self.asked = signal.Signals(number)
-        if first:
+        if self._since is None:
+            self._since = self._clock()
+            self.asked = self.asked or signal.Signals(number)
             self._on_first(name)
         elif self._clock() - self._since > SAME_REQUEST_S:
             self._on_again(name)
@@ -80,9 +76,7 @@ class StopSignals:
         self._reader.close()
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        """Only a first signal counts here: this may run long after the thread has heard of it."""
-        if self.asked is None:
-            self.notice(number)
+        self.asked = self.asked or signal.Signals(number)
 
     def _read(self) -> None:
         while numbers := self._reader.recv(64):
@@ -121,8 +115,8 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def took(self, step_s: float, save_s: float) -> None:
-        """A step took so long, and its checkpoint so much of that (0 where none was due)."""
-        self._step_s = max(self._step_s, step_s - save_s)
+        """A step took so long, and a save so long beside it (0 where there was none yet)."""
+        self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
     def near(self) -> bool:

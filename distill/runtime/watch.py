@@ -171,7 +171,8 @@ class Watch:
                 failures = 0.0
             except (dist.DistError, RuntimeError) as error:
                 failures += POLL_S + time.monotonic() - began
-                ending = self._lost(error) if failures >= SILENT_POLLS * POLL_S else None
+                # Who held the store may be known to be dead.
+                ending = self._missed() or (self._lost(error) if failures >= SILENT_POLLS * POLL_S else None)
             if ending is not None and not self._stopped.is_set():
                 self._leave(ending)
                 return
@@ -188,12 +189,18 @@ class Watch:
         end, *beats = self._store.multi_get(["end", *(f"beat/{rank}" for rank in ranks)])
         if end.decode() != _NOBODY:
             return Ending(*json.loads(end))
-        if dead := [rank for rank, process in self._neighbours.items() if not process.lives()]:
-            reason = f"{_ranks(dead)} on {socket.gethostname()} died without a word: killed, or crashed"
-            return self.announce(Ending("failed", reason, 1))
+        if missed := self._missed():
+            return self.announce(missed)
         found = [Beat.parse(beat) for beat in beats]
         ending = self.roll.read(found) if self._rank == 0 else self._main_lives(found[0])
         return None if ending is None else self.announce(ending)
+
+    def _missed(self) -> Ending | None:
+        """Why to leave where a rank of this host is dead."""
+        dead = [rank for rank, process in self._neighbours.items() if not process.lives()]
+        if not dead:
+            return None
+        return Ending("failed", f"{_ranks(dead)} on {socket.gethostname()} died without a word: killed, or crashed", 1)
 
     def _beat(self) -> None:
         self._count += 1

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill.runtime import place, slurm
+from distill.runtime import place, rendezvous, slurm
 from distill.runtime.guard import Guard, leave, log_to_console
+from distill.runtime.launch import rank_by_launcher
 from distill.runtime.status import Ending
 from distill.types import Layout, UserError
 
@@ -54,10 +55,7 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, **rendezvous.arguments(timeout))
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
@@ -274,7 +272,11 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     Any other error keeps its traceback and does the same. Only the main rank prints. From here on the process obeys
     signals as Guard says, and how it ended stands in the run's status.
     """
-    main = int(os.environ.get("RANK", slurm.torch_environment().get("RANK", "0"))) == 0
+    try:
+        main = rank_by_launcher() == 0
+    except UserError as error:  # nobody knows who the main rank is
+        _say(str(error))
+        return 2
     log_to_console(main)
     if not needs_world:
         return _without_world(program)
@@ -294,7 +296,8 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     except Exception as error:
         ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1)
         if world.size == 1:
-            guard.close(ending)
+            guard.status.end(ending)
+            guard.close()
             raise
         if _comes_of_others(error):
             guard.wait_for_the_cause()
@@ -302,11 +305,12 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
         traceback.print_exc()
         guard.leave_alone(ending)
     if ending.exit_code and (main or alone):
-        print(f"error: {ending.reason}", file=sys.stderr, flush=True)
+        _say(ending.reason)
     if alone:
         guard.leave_alone(ending)
+    guard.status.end(ending)
     world.close()
-    guard.close(ending)
+    guard.close()
     return ending.exit_code
 
 
@@ -314,9 +318,14 @@ def _without_world(program: Callable[[None], None]) -> int:
     try:
         program(None)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(str(error))
         return 2
     return 0
+
+
+def _say(reason: str) -> None:
+    """One line on the console, whatever a path or a library's own words have in them."""
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
 def _comes_of_others(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ class Write:
     def __init__(self, tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None, rank: int) -> None:
         self._copies = {name: copied(tensor) for name, tensor in tensors.items()}
         self._folder, self._group, self._rank = folder, group, rank
+        self._began = time.monotonic()
+        self.seconds = 0.0
+        """From its beginning to its end."""
         self._written: Written | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -64,6 +68,7 @@ class Write:
             self._written = Written(RuntimeError(repr(error)))
         finally:
             self._copies = {}
+            self.seconds = time.monotonic() - self._began
 
     def _write(self) -> Written:
         folder = self._folder / SHARDS

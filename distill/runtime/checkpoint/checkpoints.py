@@ -81,6 +81,8 @@ class Checkpoints:
         self._dir = Path(config.checkpoint_dir)
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
+        self.slowest_s = 0.0
+        """Seconds of the longest write so far, in the background."""
         self._said: set[str] = set()
         """What was warned of once."""
 
@@ -218,6 +220,7 @@ class Checkpoints:
         if len(ended) < self._world.size:
             return
         self._pending = None
+        self.slowest_s = max(self.slowest_s, pending.write.seconds)
         with self._removed_on_error(pending.beside):
             self._raise_first_error(ended, pending.step)
             with self._world.agreed("finishing the checkpoint"), self._writing():
@@ -247,7 +250,7 @@ class Checkpoints:
         for _, error in errors:
             if isinstance(error, OSError):
                 what = f"the checkpoint of step {step} to {_KEY}={self._config.checkpoint_dir}"
-                remedy = f"{_REMEDY}; the run goes on from the checkpoint before it"
+                remedy = f"{_REMEDY}, and start again: the run goes on from the newest checkpoint that is whole"
                 raise AgreedError(f"{cannot_write(what, error, remedy)}") from error
         if errors:
             rank, error = errors[0]

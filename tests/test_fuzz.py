@@ -1,0 +1,131 @@
+"""What is malformed is refused: code 2 and one sentence, whoever broke what; never a traceback, never a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from scripts.launch import ENVIRONMENT
+from tests.helpers import free_port, run_ranks
+from tests.malformed import CANARY, TORCHRUN, WAYS, Case, malformed
+from tests.test_train import make_tiny_run
+
+pytestmark = pytest.mark.slow
+HANGS_AFTER_S = 300
+"""A case takes less than a second: one that takes this long is taken for hung."""
+
+Ended = tuple[int, str]
+"""Exit code (-1: an exception came out of the program) and what stood on standard error."""
+
+
+def run_cases(cases: Sequence[Case], ports: Sequence[int] = ()) -> list[Ended]:
+    """Run the program for each case in this process; with ``ports`` as this rank of several."""
+    ended = []
+    for i, case in enumerate(cases):
+        launched = {"MASTER_PORT": str(ports[i])} if ports else dict.fromkeys(TORCHRUN)
+        with _environment({**launched, **case.env}):
+            faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=True)
+            ended.append(run_case(case))
+            faulthandler.cancel_dump_traceback_later()
+    return ended
+
+
+def run_case(case: Case) -> Ended:
+    """The program's exit code and what it said; what came out of it counts as a traceback, as it would on a console."""
+    from distill.train import main
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            code = main(case.argv)
+        except BaseException:
+            code = -1
+            traceback.print_exc()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return code, said.getvalue()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    before = dict(os.environ)
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def fault_of(case: Case, ended: Ended) -> str:
+    """What is wrong with how a malformed run ended; empty where nothing is."""
+    code, said = ended
+    lines = said.splitlines()
+    sentences = [line for line in lines if line.startswith("error: ")]
+    if "Traceback" in said:
+        return f"a traceback: {lines[-1]}"
+    if code != 2:
+        return f"exit code {code}"
+    if len(sentences) != 1 or lines[-1] != sentences[0]:
+        return f"{len(sentences)} sentences, the last line being {lines[-1] if lines else ''!r}"
+    if not any(name in sentences[0] for name in case.names.split("|")):
+        return f"{case.names!r} is not named: {sentences[0]}"
+    if ": " not in sentences[0].removeprefix("error: "):
+        return f"no remedy: {sentences[0]}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run that works, and an environment in which no library looks for a network."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield make_tiny_run(tmp_path_factory.mktemp("fuzz"))
+
+
+def _faults(ended: Sequence[tuple[Case, Ended]]) -> list[str]:
+    return [f"{case.way} ({case.detail}): {fault}" for case, end in ended if (fault := fault_of(case, end))]
+
+
+def test_180_malformed_runs_are_refused_in_one_sentence_each(root) -> None:
+    cases = malformed(root, 180, seed=20, ranks=1)
+    assert {case.way for case in cases} == set(WAYS), "every way to break a run is among them"
+    (ended,) = run_ranks(1, run_cases, cases)
+    assert _faults(list(zip(cases, ended, strict=True))) == []
+    assert not (root / CANARY).exists(), "something that was to be read was run"
+
+
+def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_and_said_by_one(root) -> None:
+    cases = malformed(root, 20, seed=21, ranks=2, among=lambda way: not way.startswith("environment"))
+    first, second = run_ranks(2, run_cases, cases, [free_port() for _ in cases])
+    assert _faults(list(zip(cases, first, strict=True))) == []
+    assert [(case.way, end) for case, end in zip(cases, second, strict=True) if end != (2, "")] == []
+    assert not (root / CANARY).exists(), "something that was to be read was run"
+
+
+def test_every_kind_of_fault_of_a_refusal_is_seen() -> None:
+    case = Case("", [], "policy.seed")
+    good = (2, "a warning\nerror: policy.seed=x is wrong: set it to 3\n")
+    assert fault_of(case, good) == ""
+    bad = {
+        "exit code": (0, ""),
+        "a traceback": (2, "Traceback (most recent call last):\nerror: policy.seed=x is wrong: set it to 3\n"),
+        "2 sentences": (2, good[1] + "error: policy.seed is wrong: set it\n"),
+        "0 sentences": (2, "policy.seed=x is wrong\n"),
+        "1 sentences, the last line": (2, good[1] + "and so on\n"),
+        "is not named": (2, "error: data.train is wrong: set it\n"),
+        "no remedy": (2, "error: policy.seed is wrong\n"),
+    }
+    for fault, ended in bad.items():
+        assert fault in fault_of(case, ended)
