@@ -20,7 +20,7 @@ from distill.model.load import (
 )
 from distill.model.shapes import ModelShape, shape_of
 from distill.model.teacher import check_top_k
-from distill.model.tensor_parallel import check_plan
+from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
 from distill.types import Prompt, Rollout, UserError
@@ -50,9 +50,7 @@ def find_models(config: Config) -> Models:
     """The two checkpoints' files, compared with each other and the recipe; raises UserError."""
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
-    parallel, config_of_student = config.policy.dtensor_cfg, model_config(student, "policy.model_name")
-    if parallel.tensor_parallel_size > 1:
-        check_plan(config_of_student, parallel.custom_parallel_plan, student.name)
+    config_of_student = model_config(student, "policy.model_name")
     shapes = (
         shape_of(config_of_student, student.name),
         shape_of(model_config(teacher, "teacher.model_name"), teacher.name),
@@ -62,6 +60,7 @@ def find_models(config: Config) -> Models:
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
+    check_tensor_parallel(config, config_of_student, valid_vocab)
     stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers, valid_vocab)
     other = config.distillation.context_distillation.mode == "frozen"
     return Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)

@@ -232,7 +232,8 @@ def _unknown_section(shop: Workshop) -> Case:
 @way
 def _no_text_as_key(shop: Workshop) -> Case:
     key = shop.rng.choice(["3", "true", "null", "1.5", "[1, 2]", "? [a]\n "])
-    return shop.recipe(yaml.safe_dump(shop.tree()) + f"\n{key}: 1\n", "recipe.yaml" if "[" in key else "key", detail=key)
+    names = "recipe.yaml" if "[" in key else "key"
+    return shop.recipe(f"{yaml.safe_dump(shop.tree())}\n{key}: 1\n", names, detail=key)
 
 
 @way
@@ -743,7 +744,8 @@ def _bad_teacher_template(shop: Workshop) -> Case:
             "{{problem}",
         ]
     )
-    text = shop.rng.choice([f"Hint: {{problem}} {wrong}", f"{wrong} {{problem}}", f"{{trace}} {wrong}", "{trace}", "no"])
+    texts = [f"Hint: {{problem}} {wrong}", f"{wrong} {{problem}}", f"{{trace}} {wrong}", "{trace}", "no"]
+    text = shop.rng.choice(texts)
     return shop.context(key, f"{key}={text}")
 
 
@@ -995,13 +997,15 @@ def _model_name_that_is_none(shop: Workshop) -> Case:
         ["''", "nowhere", "./nowhere", "no-one/nothing", "a/b/c", "/dev/null", "~", "..", "https://x/y", "a//b", "a/",
          "no one/nothing", "no-one/nothing@main", "x" * 300 + "/y", f"{shop.root}/recipe.yaml"]
     )  # fmt: skip
-    return shop.case(f"{owner}.model_name=", f"{owner}.model_name={name}", f"{owner}.tokenizer.name={shop.root}/student")
+    key = f"{owner}.model_name="
+    return shop.case(key, f"{key}{name}", f"{owner}.tokenizer.name={shop.root}/student")
 
 
 @way
 def _tokenizer_name_that_is_none(shop: Workshop) -> Case:
     owner = shop.rng.choice(["policy", "teacher"])
-    name = shop.rng.choice(["''", "nowhere", "no-one/nothing", "/dev/null", f"{shop.root}/logs", f"{shop.root}/stranger"])
+    names = ["''", "nowhere", "no-one/nothing", "/dev/null", f"{shop.root}/logs", f"{shop.root}/stranger"]
+    name = shop.rng.choice(names)
     return shop.case("tokenizer", f"{owner}.tokenizer.name={name}")
 
 
@@ -1058,8 +1062,8 @@ def _environment_of_srun(shop: Workshop) -> Case:
             *(("SLURM_STEP_NODELIST", value) for value in ("[", ",", "host.invalid", None)),
         ]
     )
-    names = {"SLURM_STEP_TASKS_PER_NODE": "TASKS_PER_NODE", "SLURM_STEP_NODELIST": "NODELIST|MASTER_ADDR"}.get(name, name)
-    return shop.case(names, env={**SRUN, name: value}, detail=f"{name}={value}")
+    others = {"SLURM_STEP_TASKS_PER_NODE": "TASKS_PER_NODE", "SLURM_STEP_NODELIST": "NODELIST|MASTER_ADDR"}
+    return shop.case(others.get(name, name), env={**SRUN, name: value}, detail=f"{name}={value}")
 
 
 @way

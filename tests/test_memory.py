@@ -40,6 +40,7 @@ from distill.model.memory import (
 from distill.model.shapes import QWEN3, ModelShape, _published, find_shape, shape_of
 from distill.model.student import Student
 from distill.model.teacher import Teacher
+from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.metrics import Metrics
 from distill.runtime.packing import pack
 from distill.runtime.world import World
@@ -466,6 +467,11 @@ def test_on_a_gpu_the_head_is_multiplied_as_it_is() -> None:
             ["cluster.num_nodes=3", "teacher.dtensor_cfg.context_parallel_size=3"],
             ["12 ranks read together", "64 attention and 8 key-value heads of Qwen/Qwen3-32B", "product is 4 or 8"],
         ),
+        (
+            LONG,
+            ["policy.dtensor_cfg.custom_parallel_plan={layers.*.mlp.up_proj: rowwise}"],
+            ["custom_parallel_plan splits layers.*.mlp and says", "make it colwise"],
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_the_models_can_not_have(name: str, overrides: list[str], says: list[str]) -> None:
@@ -474,6 +480,31 @@ def test_a_dry_run_refuses_what_the_models_can_not_have(name: str, overrides: li
         said(config)
     for part in says:
         assert part in str(refused.value)
+
+
+def test_a_part_of_the_vocabulary_that_would_be_padding_alone_is_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    config = tiny_config("qwen3", True, vocab=384, kv_heads=4)
+    save_tiny_model(tmp_path / "five rows", "qwen3", True, vocab=5, kv_heads=4)
+    sizes = ("policy.dtensor_cfg.tensor_parallel_size=4", "teacher.dtensor_cfg.tensor_parallel_size=4")
+    split = config_for(tmp_path / "five rows", tmp_path / "another", *sizes, ranks=4)
+    check_tensor_parallel(split, config, 289)
+    with pytest.raises(UserError, match=r"last of 4 parts of the head begins at column 288 of a vocabulary of 288"):
+        check_tensor_parallel(split, config, 288)
+    check_tensor_parallel(config_for(tmp_path / "five rows", tmp_path / "another"), config, 1)
+    with pytest.raises(UserError, match=r"begins at column 6 of a vocabulary of 5, so it has only padding: set a sm"):
+        said(split)
+
+
+def test_a_teachers_group_that_is_smaller_than_asked_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    shapes = known("Qwen/Qwen3-4B-Base"), known("Qwen/Qwen3-32B")
+    for tp, warns in ((1, False), (2, True), (4, False), (8, False)):
+        caplog.clear()
+        sizes = f"teacher.dtensor_cfg.tensor_parallel_size={tp}", "teacher.dtensor_cfg.context_parallel_size=1"
+        plan_memory(recipe(LONG, *sizes), *shapes, torch.device("cpu"))
+        sentence = "groups of 2 ranks and policy.dtensor_cfg for 4: the teacher reads in groups of 4"
+        assert (sentence in caplog.text) == warns
 
 
 _CP3 = ("policy.dtensor_cfg.context_parallel_size=3", "teacher.dtensor_cfg.tensor_parallel_size=6")

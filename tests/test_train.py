@@ -89,6 +89,7 @@ def _mains(ports: Sequence[int], command_lines: Sequence[Sequence[str]]) -> list
     from distill.train import main
 
     seen = []
+    os.umask(0)
     for port, argv in zip(ports, command_lines, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
@@ -355,6 +356,13 @@ def test_a_run_folder_tells_what_ran(root, runs) -> None:
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert len(list((run_dir / "logs").glob("rank_*.log"))) == 2
+
+
+def test_nobody_else_can_write_what_a_run_leaves_behind(root, runs) -> None:
+    """Whatever the user's umask allows: _mains starts the runs with 0."""
+    left = [path for folder in ("runs", "checkpoints") for path in (root / folder).rglob("*")]
+    assert {path.suffix for path in left} >= {".log", ".jsonl", ".yaml", ".json", ".safetensors", ".distcp"}
+    assert [str(path) for path in left if path.stat().st_mode & 0o002] == []
 
 
 def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:

@@ -15,8 +15,9 @@ import torch
 from distill.config import Config
 from distill.config.build import any_of
 from distill.loss.targets import chunk_buffers, rows_within_budget
-from distill.model.shapes import ModelShape, check_shapes, find_shape, teacher_group
+from distill.model.shapes import ModelShape, check_shapes, find_config, find_shape, shape_of, teacher_group
 from distill.model.student import DTYPES
+from distill.model.tensor_parallel import check_tensor_parallel
 from distill.types import UserError
 
 GIB = 2**30
@@ -135,9 +136,12 @@ def dry_run(config: Config) -> Iterator[str]:
     Raises UserError for a layout that the models can't have; and after the table where ``cluster.gpu_memory_gb`` is too
     little for it.
     """
-    student = find_shape(config.policy.model_name, "policy.model_name")
+    ours = find_config(config.policy.model_name, "policy.model_name")
+    student = None if ours is None else shape_of(ours, config.policy.model_name)
     teacher = find_shape(config.teacher.model_name, "teacher.model_name")
     check_shapes(config, student, teacher)
+    if student is not None:
+        check_tensor_parallel(config, ours, student.vocab)
     if student is None or teacher is None:
         unknown = config.policy.model_name if student is None else config.teacher.model_name
         yield f"# memory is not predicted: {unknown} is neither on this machine nor among the known shapes"

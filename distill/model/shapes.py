@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os.path
 import re
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from distill.config import Config
 from distill.config.build import any_of, reason
 from distill.model.load import ModelFiles, causal_lm_parts, meta_model, model_config
 from distill.types import UserError
+
+log = logging.getLogger(__name__)
 
 QWEN3 = {  # hidden width, layers, query heads, inner channels, tied; all have 8 key-value heads of 128 channels
     "0.6": (1024, 28, 16, 3072, True),
@@ -104,16 +107,21 @@ def shape_of(config: Any, name: str) -> ModelShape:
 
 
 def find_shape(name: str, key: str) -> ModelShape | None:
-    """The shape of the model that ``key`` names, without a network: from its folder or the hub's cache, else from the
-    table of published shapes; None where all three don't know it. Raises UserError as ``model_config`` does.
+    """The shape of the model that ``key`` names, as ``find_config`` finds it; None where nothing knows it."""
+    config = find_config(name, key)
+    return None if config is None else shape_of(config, name)
+
+
+def find_config(name: str, key: str) -> Any:
+    """The configuration of the model that ``key`` names, without a network: from its folder or the hub's cache, else
+    from the table of published shapes; None where all three don't know it. Raises UserError as ``model_config`` does.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
         folder = _cached(name) or folder
     if (folder / "config.json").is_file():
-        return shape_of(model_config(ModelFiles(name, folder, {}), key), name)
-    published = _published(name)
-    return None if published is None else shape_of(published, name)
+        return model_config(ModelFiles(name, folder, {}), key)
+    return _published(name)
 
 
 def _cached(name: str) -> Path | None:
@@ -157,6 +165,13 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
                 f"{owner}.max_total_sequence_length={length} exceeds the window of {shape.name}"
                 f" ({shape.window}): set it to at most that"
             )
+    ours, theirs = group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg)
+    if 1 < theirs < ours:  # 1 asks for no group
+        log.warning(
+            "teacher.dtensor_cfg asks for groups of %d ranks and policy.dtensor_cfg for %d: the teacher reads in groups"
+            " of %d too, as it reads the student's packs",
+            *(theirs, ours, ours),
+        )
     if student is not None:
         _check_student(config, student)
     if teacher is not None:

@@ -21,6 +21,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 from transformers import PreTrainedModel
 
+from distill.config import Config
+from distill.loss.checks import check_part
 from distill.model.load import causal_lm_parts, chunk_of, meta_model
 from distill.types import UserError
 
@@ -29,6 +31,18 @@ REPLICATED = "replicated_with_grad_allreduce"
 STYLES = ("colwise", "rowwise", REPLICATED)
 _BY_VOCABULARY = ("embed_tokens", "lm_head")
 """Always split by vocabulary, whatever a plan says of them: the loss is."""
+
+
+def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
+    """Refuse tensor parallelism that doesn't suit the student, before anything is loaded: as ``check_plan``, and where
+    a rank's part of the vocabulary would be padding alone. Raises UserError.
+
+    ``model``: the student's Hugging Face configuration; ``vocab``: ids below this one have tokens.
+    """
+    parallel = config.policy.dtensor_cfg
+    if parallel.tensor_parallel_size > 1:
+        check_plan(model, parallel.custom_parallel_plan, config.policy.model_name)
+        check_part(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:

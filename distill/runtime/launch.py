@@ -35,6 +35,11 @@ def rank_by_launcher() -> int:
     return rank
 
 
+def deny_others_writing() -> None:
+    """Whatever this process and its children make from now on, only its owner and perhaps its group can write to."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def _number(variables: dict[str, str], name: str, least: int, most: int | None = None) -> int:
     text = variables.get(name)
     if text is not None and text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):

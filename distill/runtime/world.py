@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill.runtime import place, rendezvous, slurm
 from distill.runtime.guard import Guard, leave, log_to_console
-from distill.runtime.launch import rank_by_launcher
+from distill.runtime.launch import deny_others_writing, rank_by_launcher
 from distill.runtime.status import Ending
 from distill.types import Layout, UserError
 
@@ -272,6 +272,7 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     Any other error keeps its traceback and does the same. Only the main rank prints. From here on the process obeys
     signals as Guard says, and how it ended stands in the run's status.
     """
+    deny_others_writing()
     try:
         main = rank_by_launcher() == 0
     except UserError as error:  # nobody knows who the main rank is

@@ -19,12 +19,16 @@ SHARDS = "shards"
 """The folder of the tensors inside a checkpoint."""
 
 _ALLOWED = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "pathlib",
-    "pathlib._local",
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
 }
-"""Modules whose classes the metadata of a checkpoint is made of."""
+"""What the metadata of a checkpoint is made of: module and names. A module alone would let in what it imports."""
 
 
 class ShardsWriter(dcp.FileSystemWriter):
@@ -83,6 +87,6 @@ class ShardsReader(dcp.FileSystemReader):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if plain or module in _ALLOWED or (module, name) == ("torch.serialization", "_get_layout"):
+        if plain or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a checkpoint's metadata holds {module}.{name}, which has no place there")

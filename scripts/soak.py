@@ -1,0 +1,202 @@
+"""Hundreds of short steps of a tiny model, and what its processes hold after each: does anything grow?
+
+Memory, open files, threads, child processes and shared memory of every rank are read from outside, step by step. After
+a warm-up each gets a line through its means over equal stretches of steps; what grows by more than three standard
+errors of that line, and by more than is worth a look, is a leak, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import psutil
+
+from distill.runtime.metrics_sinks import METRICS_FILE
+from scripts.launch import ENVIRONMENT, ROOT, torchrun
+
+RUN = ROOT / "runs" / "soak"
+WHOLE = ROOT / "models" / "SmolLM2-135M-Instruct"
+STRETCHES = 10
+ERRORS = 3.0
+WORTH_A_LOOK = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
+"""Growth over the whole run below which a quantity is left alone: the allocator's own, or less than one whole thing."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a quantity gained from the end of the warm-up to the last step."""
+
+    quantity: str
+    start: float
+    end: float
+    """Means of the first and the last stretch."""
+    grown: float
+    error: float
+    """The line's rise over all steps, and its standard error."""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether it grew beyond noise."""
+        return self.grown > max(ERRORS * self.error, WORTH_A_LOOK[self.quantity])
+
+
+def growth(quantity: str, values: Sequence[float]) -> Growth:
+    """The least-squares line through the means of STRETCHES equal stretches of ``values``, one a step.
+
+    Neighbouring steps hold much the same, so single values would promise far too small an error.
+    """
+    length = len(values) // STRETCHES
+    if length < 1:
+        raise ValueError(f"{len(values)} values are too few for {STRETCHES} stretches: take more steps")
+    means = [mean(values[len(values) - (STRETCHES - i) * length :][:length]) for i in range(STRETCHES)]
+    middle, level = (STRETCHES - 1) / 2, mean(means)
+    spread = sum((i - middle) ** 2 for i in range(STRETCHES))
+    slope = sum((i - middle) * value for i, value in enumerate(means)) / spread
+    rest = sum((value - level - slope * (i - middle)) ** 2 for i, value in enumerate(means))
+    error = math.sqrt(rest / (STRETCHES - 2) / spread)
+    return Growth(quantity, means[0], means[-1], slope * STRETCHES, error * STRETCHES)
+
+
+def holds(process: psutil.Process) -> dict[str, float]:
+    """What a process holds right now, by quantity."""
+    return {
+        "memory MiB": process.memory_info().rss / 2**20,
+        "open files": float(process.num_fds()),
+        "threads": float(process.num_threads()),
+        "child processes": float(len(process.children(recursive=True))),
+        "shared memory MiB": shared_memory(process) / 2**20,
+    }
+
+
+def shared_memory(process: psutil.Process) -> int:
+    """Bytes of files in /dev/shm that a process maps or has open, also of those without a name by now."""
+    mapped = sum(
+        int(end, 16) - int(begin, 16)
+        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        if "/dev/shm/" in line
+        for begin, end in [line.split()[0].split("-")]
+    )
+    opened = 0
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        try:
+            if os.readlink(link).startswith("/dev/shm/"):
+                opened += link.stat().st_size
+        except OSError:  # closed meanwhile
+            continue
+    return mapped + opened
+
+
+def make_models(folder: Path) -> None:
+    """Two tiny random models with SmolLM2's tokenizer: a student of two layers and a teacher of three."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    for name, layers in (("student", 2), ("teacher", 3)):
+        torch.manual_seed(layers)
+        config = AutoConfig.from_pretrained(WHOLE)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "head_dim": 32}
+        config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 2})
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(WHOLE).save_pretrained(folder / name)
+
+
+def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> list[str]:
+    """The training, with checkpoints and validations now and then, as one would type it."""
+    folder = RUN.relative_to(ROOT)
+    return torchrun(
+        ranks,
+        *("-m", "distill.train", "--config", "recipes/smollm2-distillation-cpu.yaml"),
+        *(f"policy.model_name={folder}/student", f"teacher.model_name={folder}/teacher", "policy.precision=float32"),
+        *(f"cluster.gpus_per_node={ranks}", f"policy.generation.backend={backend}", f"runtime.run_dir={folder}/run"),
+        *(f"distillation.max_num_steps={steps}", "distillation.max_num_epochs=100000"),
+        *("distillation.num_prompts_per_step=4", "policy.train_global_batch_size=8"),
+        *("policy.generation.max_new_tokens=8", "distillation.val_period=25", "distillation.max_val_samples=4"),
+        *(f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=25"),
+        *("checkpointing.keep_top_k=2", "logger.num_val_samples_to_print=0"),
+        *overrides,
+    )
+
+
+def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
+    """Run it; what each of its ranks held after each step. Leaves the program where the training fails."""
+    RUN.joinpath("run").mkdir(parents=True)
+    with (RUN / "output.txt").open("w") as output:
+        launcher = psutil.Popen(line, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output)
+        held: list[list[dict[str, float]]] = []
+        seen = 0
+        while launcher.poll() is None:
+            time.sleep(0.02)
+            steps = steps_done(RUN / "run" / METRICS_FILE)
+            if steps > seen:
+                try:
+                    ranks = [child for child in launcher.children() if "distill.train" in child.cmdline()]
+                    held.append([holds(rank) for rank in ranks])
+                except (psutil.Error, OSError):  # they end
+                    continue
+                seen = steps
+        code = launcher.wait()
+    if code:
+        sys.exit(f"soak: the training ended with code {code}; its output is in {RUN / 'output.txt'}")
+    return [step for step in held if len(step) == max(map(len, held))]
+
+
+def steps_done(metrics: Path) -> int:
+    """The last training step in the run's metrics; 0 for none."""
+    if not metrics.exists():
+        return 0
+    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    return max((json.loads(line)["step"] for line in lines[-2:] if '"train/loss"' in line), default=0)
+
+
+def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
+    """A line a rank and quantity."""
+    rows = [f"{'over ' + str(steps) + ' steps':22}{'start':>10}{'end':>10}{'growth':>10}{'± error':>10}"]
+    for rank, found in growths:
+        rows.append(
+            f"{f'rank {rank} {found.quantity}':22}{found.start:10.1f}{found.end:10.1f}{found.grown:+10.2f}"
+            f"{found.error:10.2f}{'  grows' if found.leaks else ''}"
+        )
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, look, and judge."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--warm-up", type=int, default=50, help="steps that are not judged: caches fill, threads start")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
+    args = parser.parse_args(argv)
+    shutil.rmtree(RUN, ignore_errors=True)
+    make_models(RUN)
+    shared_before = set(os.listdir("/dev/shm"))
+    began = time.perf_counter()
+    held = watch(command(args.ranks, args.steps, args.backend, args.set))
+    (RUN / "held.json").write_text(json.dumps(held))
+    judged = held[args.warm_up :]
+    growths = [
+        (rank, growth(quantity, [step[rank][quantity] for step in judged]))
+        for rank in range(args.ranks)
+        for quantity in WORTH_A_LOOK
+    ]
+    print(table(growths, len(judged)))
+    left = sorted(name for name in set(os.listdir("/dev/shm")) - shared_before if Path("/dev/shm", name).exists())
+    print(f"left in shared memory: {', '.join(left) or 'nothing'}; {time.perf_counter() - began:.0f} s")
+    if leaks := [f"{found.quantity} of rank {rank}" for rank, found in growths if found.leaks]:
+        sys.exit(f"soak: {', '.join(leaks)} grew beyond noise")
+    print(f"soak passed: nothing grew beyond noise on {args.ranks} rank(s) with {args.backend}")
+
+
+if __name__ == "__main__":
+    main()
