@@ -154,4 +154,5 @@ def packing_of(config: Config, shape: Any) -> PackingConfig:
             window=shape.sliding_window if windowed else 0,
         ),
         share_prefixes=config.runtime.share_prefixes,
+        expected=config.distillation.num_prompts_per_step * config.distillation.num_generations_per_prompt,
     )

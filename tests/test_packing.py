@@ -112,6 +112,17 @@ def test_who_shares_an_optimizer_batch_depends_on_the_seed_alone(lengths, ranks,
         assert together == [_members(batch) for batch in one]
 
 
+@pytest.mark.parametrize(
+    ("left", "batches"),
+    [(128, [640, 640]), (100, [500, 500]), (65, [320, 330]), (2, [10, 10]), (1, [10]), (0, [])],
+)
+def test_answers_that_are_left_out_thin_the_optimizer_batches_evenly(left, batches) -> None:
+    """128 answers of ten tokens make two batches of 64: one more than 64 must not weigh as much as 64."""
+    config = PackingConfig(64, sequences=8, tokens=None, expected=128)
+    planned = plan(_rollouts([10] * left), Layout(0, 2), config, seed=0, step=0)
+    assert [batch.response_tokens for batch in planned] == batches
+
+
 def test_seed_and_step_change_the_optimizer_batches() -> None:
     rollouts = _rollouts([5] * 32)
     first = [_members(b) for b in plan(rollouts, Layout(0, 1), PackingConfig(8, None, None), seed=1, step=0)]

@@ -30,6 +30,9 @@ class PackingConfig:
     """Cost of a sequence of n tokens is n + quadratic * n^2: the attention's share of the FLOPs. See quadratic_cost."""
     share_prefixes: bool = True
     """Read a prefix that several answers of a micro-batch begin with once, and deal answers so that many do."""
+    expected: int | None = None
+    """Answers of a step before any is left out: they make so many optimizer batches, over which those that stay are
+    spread evenly, so that the last one is no remnant whose few answers weigh a whole step; None: those that stay."""
 
 
 def plan(
@@ -44,8 +47,17 @@ def plan(
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
-    size = packing_config.optimizer_batch
-    return [_optimizer_batch(rollouts, order[i : i + size], layout, packing_config) for i in range(0, len(order), size)]
+    batches = _optimizer_batches(order, packing_config)
+    return [_optimizer_batch(rollouts, members, layout, packing_config) for members in batches]
+
+
+def _optimizer_batches(order: list[int], packing_config: PackingConfig) -> list[list[int]]:
+    """Answers cut into optimizer batches, in order, none of them empty."""
+    size, count = packing_config.optimizer_batch, len(order)
+    if packing_config.expected is None or count >= packing_config.expected:
+        return [order[i : i + size] for i in range(0, count, size)]
+    batches = min(-(-packing_config.expected // size), count)
+    return [order[i * count // batches : (i + 1) * count // batches] for i in range(batches)]
 
 
 def _optimizer_batch(
