@@ -25,6 +25,7 @@ from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine
 from distill.rollout.freshness import Freshness
 from distill.runtime.checkpoint import Checkpoints
+from distill.runtime.hostmemory import give_back_freed_memory
 from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
 from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, read_metrics, summary
 from distill.runtime.packing import PackingConfig
@@ -189,6 +190,7 @@ class Run:
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
         self.checkpoints.settle(wait=True)  # the one before is good, whatever this one is
+        give_back_freed_memory()  # of which a save leaves the smallest pieces
         self._check_finite(step, tensors)
         self.checkpoints.save(step, tensors, info, self._export if exports else None, self.run_dir / METRICS_FILE)
 

@@ -88,3 +88,26 @@ def test_memory_that_was_freed_is_there_for_the_next_who_asks() -> None:
     if code == 5:
         pytest.skip("the C library is not glibc")
     assert code == 0
+
+
+_PIECES = """
+import sys, torch
+from distill.runtime.hostmemory import give_back_freed_memory, keep_freed_memory, resident_bytes
+if not keep_freed_memory():
+    sys.exit(5)
+blocks = [torch.ones(2**20, dtype=torch.uint8) for _ in range(200)]
+full = resident_bytes()
+del blocks[::2], blocks[1::2]
+kept = resident_bytes()
+give_back_freed_memory()
+left = resident_bytes()
+assert full - kept < 20 * 2**20, (full, kept)
+assert full - left > 100 * 2**20, (full, left)
+"""
+
+
+def test_pieces_of_freed_memory_are_given_back_when_asked() -> None:
+    code = subprocess.run([sys.executable, "-c", _PIECES], check=False).returncode
+    if code == 5:
+        pytest.skip("the C library is not glibc")
+    assert code == 0
