@@ -32,7 +32,7 @@ def token_kls(
     """
     if not rollouts:
         return []
-    (batch,) = plan(rollouts, world.layout, replace(packing, optimizer_batch=len(rollouts)), seed, step)
+    (batch,) = plan(rollouts, world.layout, replace(packing, optimizer_batch=len(rollouts), expected=None), seed, step)
     places = _Places(rollouts)
     found: list[tuple[Tensor, Tensor]] = []
     teacher.onload()
