@@ -43,11 +43,21 @@ VERDICTS = [
     ("math", r"$18$ pies", r"\boxed{18}", "right"),
     ("math", "I do not know.", "5", "wrong"),
     ("math", "3", "", "failed"),
+    ("math", r"\boxed{5} no, wait: \boxed{6}", "6", "right"),
+    ("math", r"\boxed{5} no, wait: \boxed{6}", "5", "wrong"),
+    ("math", r"First \boxed{5}, then \boxed{\frac{1}{2}} of {it", "0.5", "right"),
+    ("math", r"It is \boxed{5}, or \boxed{1", "5", "right"),
+    ("math", r"<think>\boxed{5}?</think> It is 6.", "6", "right"),
+    ("math", r"<think>\boxed{5}?</think> It is 6.", "5", "wrong"),
+    ("math", r"<think>it may be \boxed{5}", "5", "wrong"),
+    ("math", r"<think>5</think> It is 5. <think>or", "5", "wrong"),
     ("exact", "<think>B or C?</think>\n C \n", "C", "right"),
     ("exact", "It is C", "C", "wrong"),
     ("regex", "<think>Not so.</think> Once upon a time", r"^Once\b", "right"),
     ("regex", "Once <think>Not so.</think> so", r"^Once\b", "wrong"),
     ("regex", "(", "(", "failed"),
+    ("regex", "<think>perhaps 42, but no", "42", "wrong"),
+    ("exact", "<think>\nC", "<think>\nC", "wrong"),
 ]
 
 
