@@ -24,7 +24,7 @@ from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
 from distill.types import Prompt, Rollout, UserError
-from distill.validation import HeldOut, load_held_out
+from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,11 @@ def read_held_out(config: Config, models: Models) -> HeldOut:
     """The held-out problems; none where none are due."""
     if not validates(config):
         return HeldOut()
+    if context_is_known(config) and not config.distillation.val_at_start:
+        log.info(
+            "what the student reaches with the teacher's context in view is measured before the first step only: set"
+            " distillation.val_at_start=true to see how much there is to learn"
+        )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
     column = config.distillation.context_distillation.trace_column

@@ -325,7 +325,8 @@ def test_the_checkpoint_that_the_metric_ranks_first_stays_and_the_console_shows_
     best = max((2, 3), key=kls.__getitem__)
     assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {"step_3", f"step_{best}"}
     said = runs[0][6][2]
-    assert said.count("validation at") == 3 and said.count("problem: What is 0 + 0?\nanswer: ") == 6
+    assert said.count("validation at") == 3
+    assert all(said.count(f"problem: What is {problem}?\nanswer: ") == 3 for problem in ("0 + 0", "3"))
 
 
 def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
