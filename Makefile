@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
-.PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing lint types check \
+.PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing soak lint types check \
 	test test-demo test-faults test-slurm clean
 
 help:  ## this list
@@ -56,6 +56,9 @@ bench-loss: venv  ## the loss head's time and memory beside other ways to comput
 
 bench-packing: venv  ## how evenly answers are dealt to ranks, beside simpler ways, and how long that takes
 	@$(PY) -m scripts.bench_packing
+
+soak: venv models  ## 300 steps of a tiny model on two ranks: does memory, or anything else they hold, grow?
+	@$(PY) -m scripts.soak
 
 lint: venv  ## ruff
 	@$(RUFF) $(SOURCES)

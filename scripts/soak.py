@@ -1,8 +1,9 @@
 """Hundreds of short steps of a tiny model, and what its processes hold after each: does anything grow?
 
 Memory, open files, threads, child processes and shared memory of every rank are read from outside, step by step. After
-a warm-up each gets a line through its means over equal stretches of steps; what grows by more than three standard
-errors of that line, and by more than is worth a look, is a leak, and the exit code is 1.
+a warm-up each gets a line through its means over equal stretches of steps (of memory: through the least in each, what
+is left when a checkpoint has given back what was freed); what grows by more than three standard errors of that line,
+and by more than is worth a look, is a leak, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from scripts.launch import ENVIRONMENT, ROOT, torchrun
 RUN = ROOT / "runs" / "soak"
 WHOLE = ROOT / "models" / "SmolLM2-135M-Instruct"
 STRETCHES = 10
+PERIOD = 25
+"""Steps between checkpoints, as many as a stretch of 300 steps after a warm-up of 50 has."""
+AFTER = 5
+"""Steps taken after those that are judged, so that the last stretch is like the others."""
 ERRORS = 3.0
 WORTH_A_LOOK = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
 """Growth over the whole run below which a quantity is left alone: the allocator's own, or less than one whole thing."""
@@ -39,7 +44,7 @@ class Growth:
     quantity: str
     start: float
     end: float
-    """Means of the first and the last stretch."""
+    """Of the first and the last stretch."""
     grown: float
     error: float
     """The line's rise over all steps, and its standard error."""
@@ -51,20 +56,22 @@ class Growth:
 
 
 def growth(quantity: str, values: Sequence[float]) -> Growth:
-    """The least-squares line through the means of STRETCHES equal stretches of ``values``, one a step.
+    """The least-squares line through the means (of memory: the minima) of STRETCHES equal stretches of ``values``, one
+    value a step.
 
     Neighbouring steps hold much the same, so single values would promise far too small an error.
     """
     length = len(values) // STRETCHES
     if length < 1:
         raise ValueError(f"{len(values)} values are too few for {STRETCHES} stretches: take more steps")
-    means = [mean(values[len(values) - (STRETCHES - i) * length :][:length]) for i in range(STRETCHES)]
-    middle, level = (STRETCHES - 1) / 2, mean(means)
+    level_of = min if quantity == "memory MiB" else mean
+    levels = [level_of(values[len(values) - (STRETCHES - i) * length :][:length]) for i in range(STRETCHES)]
+    middle, level = (STRETCHES - 1) / 2, mean(levels)
     spread = sum((i - middle) ** 2 for i in range(STRETCHES))
-    slope = sum((i - middle) * value for i, value in enumerate(means)) / spread
-    rest = sum((value - level - slope * (i - middle)) ** 2 for i, value in enumerate(means))
+    slope = sum((i - middle) * value for i, value in enumerate(levels)) / spread
+    rest = sum((value - level - slope * (i - middle)) ** 2 for i, value in enumerate(levels))
     error = math.sqrt(rest / (STRETCHES - 2) / spread)
-    return Growth(quantity, means[0], means[-1], slope * STRETCHES, error * STRETCHES)
+    return Growth(quantity, levels[0], levels[-1], slope * STRETCHES, error * STRETCHES)
 
 
 def holds(process: psutil.Process) -> dict[str, float]:
@@ -118,10 +125,10 @@ def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> l
         *("-m", "distill.train", "--config", "recipes/smollm2-distillation-cpu.yaml"),
         *(f"policy.model_name={folder}/student", f"teacher.model_name={folder}/teacher", "policy.precision=float32"),
         *(f"cluster.gpus_per_node={ranks}", f"policy.generation.backend={backend}", f"runtime.run_dir={folder}/run"),
-        *(f"distillation.max_num_steps={steps}", "distillation.max_num_epochs=100000"),
+        *(f"distillation.max_num_steps={steps + AFTER}", "distillation.max_num_epochs=100000"),
         *("distillation.num_prompts_per_step=4", "policy.train_global_batch_size=8"),
-        *("policy.generation.max_new_tokens=8", "distillation.val_period=25", "distillation.max_val_samples=4"),
-        *(f"checkpointing.checkpoint_dir={folder}/checkpoints", "checkpointing.save_period=25"),
+        *("policy.generation.max_new_tokens=8", f"distillation.val_period={PERIOD}", "distillation.max_val_samples=4"),
+        *(f"checkpointing.checkpoint_dir={folder}/checkpoints", f"checkpointing.save_period={PERIOD}"),
         *("checkpointing.keep_top_k=2", "logger.num_val_samples_to_print=0"),
         *overrides,
     )

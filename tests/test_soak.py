@@ -27,7 +27,7 @@ LEAKS: dict[str, tuple[str, Callable[[int, random.Random], float]]] = {
 NOISE: dict[str, tuple[str, Callable[[int, random.Random], float]]] = {
     "nothing": ("threads", lambda step, rng: 12),
     "a jitter": ("memory MiB", noisy),
-    "less than an allocator's page a step": ("memory MiB", lambda step, rng: noisy(step, rng) + 0.01 * step),
+    "less than an allocator's page a step": ("memory MiB", lambda step, rng: noisy(step, rng) + 0.004 * step),
     "a tide": ("memory MiB", lambda step, rng: noisy(step, rng) + 20 * (step // 60 % 2)),
     "a fall": ("memory MiB", lambda step, rng: noisy(step, rng) - 0.1 * step),
     "files opened and closed": ("open files", lambda step, rng: 20 + rng.randrange(4)),
