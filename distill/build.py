@@ -6,6 +6,7 @@ import json
 import logging
 import os.path
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from distill.validation import Validation
 
 log = logging.getLogger(__name__)
 
+_LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 _PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
 
 
@@ -69,7 +71,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("reading the data"), world.main_first():
         order = read_prompts(config, models)
         views = teacher_views(config, models.teachers_tokenizer)
-        check_reading(config, views, order.batch(0))
+        check_reading(config, views, order)
         held_out = read_held_out(config, models)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
@@ -163,6 +165,13 @@ def _check_supported(config: Config) -> None:
     }
     if ignored := [key for key, is_set in not_yet.items() if is_set]:
         log.warning("not there yet, so without effect: %s", ", ".join(ignored))
+    low = _LOW_IS_GOOD.search(checkpointing.metric_name or "")
+    if checkpointing.enabled and checkpointing.higher_is_better and low:
+        log.warning(
+            "checkpointing.metric_name=%s ranks the highest first, and the lowest is best of it: set"
+            " checkpointing.higher_is_better=false to keep the best",
+            checkpointing.metric_name,
+        )
     by_validation = checkpointing.enabled and (checkpointing.metric_name or "").startswith("val:")
     if by_validation and not validates(config):
         log.warning(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.config import Config
-from distill.data.context import TeacherViews
+from distill.config import Config, ContextDistillationConfig
+from distill.config.template import teacher_template
+from distill.data.context import TeacherViews, extract_trace
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.model.load import (
     ModelFiles,
@@ -23,8 +23,8 @@ from distill.model.teacher import check_top_k
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
-from distill.types import Prompt, Rollout, UserError
-from distill.validation import HeldOut, load_held_out
+from distill.types import Rollout, UserError
+from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
 
@@ -99,18 +99,29 @@ def read_prompts(config: Config, models: Models) -> PromptOrder:
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
 
 
-def check_reading(config: Config, views: TeacherViews, prompts: Sequence[Prompt]) -> None:
-    """Refuse a student that is its own teacher and reads no more as such."""
-    itself = config.teacher.model_name == config.policy.model_name
-    if not config.distillation.context_distillation.enabled or config.distillation.allow_degenerate or not itself:
+def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> None:
+    """Refuse a student that is its own teacher and reads no more as such: neither text around the problem nor a trace
+    of any problem.
+    """
+    itself, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
+    if not context.enabled or config.distillation.allow_degenerate or not itself or _has_traces(context, order):
         return
-    read, _ = views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in prompts])
+    read, _ = views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in order.batch(0)])
     if read and all(rollout.teacher_prefix_ids == rollout.prompt.student_ids for rollout in read):
         raise UserError(
             "distillation.context_distillation.teacher_prefix_template shows the teacher what the student reads, and"
             " the two are one model: put into it what the teacher should know, or for a control set"
             " distillation.allow_degenerate=true"
         )
+
+
+def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
+    """Whether the template shows traces and there are some; dynamic ones are only known with the answers."""
+    if teacher_template(context.teacher_prefix_template).count("trace") == 0:
+        return False
+    column = context.trace_column
+    texts = (problem.columns.get(column, "") for problem in order.prompts.problems) if column else ()
+    return column is None or any(extract_trace(text, context.trace_extractor) for text in texts)
 
 
 def validates(config: Config) -> bool:
@@ -123,6 +134,11 @@ def read_held_out(config: Config, models: Models) -> HeldOut:
     """The held-out problems; none where none are due."""
     if not validates(config):
         return HeldOut()
+    if context_is_known(config) and not config.distillation.val_at_start:
+        log.info(
+            "what the student reaches with the teacher's context in view is measured before the first step only: set"
+            " distillation.val_at_start=true to see how much there is to learn"
+        )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
     column = config.distillation.context_distillation.trace_column

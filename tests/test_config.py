@@ -539,11 +539,10 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
         (["policy.scheduler.0.kwargs.total_iters=a"], ["takes no total_iters=a"]),
         (["loss_fn={outside_topk: floor, zero_outside_topk: true}"], ["loss_fn.zero_outside_topk=true", "to null"]),
         ([TEMPLATE + "{trace} {nix}"], ["teacher_prefix_template has the unknown placeholder {nix}", "{problem}"]),
-        ([TEMPLATE + "{}"], ["teacher_prefix_template has the unknown placeholder {}"]),
         ([TEMPLATE + "{problem.text}"], ["unknown placeholder {problem.text}"]),
         ([TEMPLATE + "{trace!r}"], ["unknown placeholder {trace!r}"]),
         ([TEMPLATE + "{trace:>9}"], ["unknown placeholder {trace:>9}"]),
-        ([TEMPLATE + "{problem"], ["teacher_prefix_template has a single {", "{{ or }}"]),
+        ([TEMPLATE + "{problem"], ["teacher_prefix_template has no {problem}", "put it in"]),
         ([TEMPLATE + "{trace}"], ["teacher_prefix_template has no {problem}", "put it in"]),
         (
             ["distillation.context_distillation.enabled=true"],
@@ -748,3 +747,24 @@ def test_reading_a_recipe_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "warns"),
+    [
+        ("val:forward_kl", "true", True),
+        ("val:gsm8k/truncation_rate", "true", True),
+        ("train:loss", "true", True),
+        ("val:forward_kl", "false", False),
+        ("val:accuracy", "true", False),
+        ("null", "true", False),
+    ],
+)
+def test_a_metric_that_should_be_low_but_is_ranked_high_is_warned_of(
+    caplog: pytest.LogCaptureFixture, metric: str, higher: str, warns: bool
+) -> None:
+    from distill.build import _check_supported
+
+    _check_supported(load(f"checkpointing.metric_name={metric}", f"checkpointing.higher_is_better={higher}"))
+    said = f"checkpointing.metric_name={metric} ranks the highest first"
+    assert (said in caplog.text) == warns

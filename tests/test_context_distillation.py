@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import string
@@ -22,8 +23,8 @@ from distill.config import (
 )
 from distill.config.template import teacher_template
 from distill.data.context import ContextViews, SamePromptViews, extract_trace, teacher_views
-from distill.data.prompts import load_prompts
-from distill.inputs import find_models
+from distill.data.prompts import PromptOrder, load_prompts
+from distill.inputs import check_reading, find_models
 from distill.types import Problem, Prompt, Rollout, UserError
 from tests.harness import config_for
 from tests.helpers import save_tiny_model
@@ -359,12 +360,6 @@ def test_a_tokenizer_that_merges_is_filled_to_its_window() -> None:
         assert trace.strip().startswith(rest.removesuffix(" end<|im_end|>\n<|im_start|>assistant\n"))
 
 
-def test_no_answer_is_left_out_to_make_a_number_divisible() -> None:
-    for count in range(1, 8):
-        made, counts = views().prefixed([rollout(ANSWER)] * count)
-        assert (len(made), counted(counts)["dropped_samples"]) == (count, 0.0)
-
-
 def test_an_answer_that_leaves_no_room_is_left_out() -> None:
     for policy in ("truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"):
         for max_tokens, reason in ((7, "no_prefix_budget"), (6, "too_long_response")):
@@ -480,9 +475,8 @@ def test_a_mean_over_nothing_is_left_out() -> None:
         ("{problem[0]}", r"unknown placeholder \{problem\[0\]\}"),
         ("{problem} {trace!r}", r"unknown placeholder \{trace!r\}"),
         ("{problem} {trace:>9}", r"unknown placeholder \{trace:>9\}"),
-        ("{problem} \\boxed{}", r"unknown placeholder \{\}"),
-        ("{problem} {", r"has a single \{"),
-        ("{problem} }", r"has a single \}"),
+        ("{problem} \\text{answer}", r"placeholder \{answer\} on line 1.* a literal brace is written twice"),
+        ("{problem", r"has no \{problem\}: put it in"),
         ("{trace}", r"has no \{problem\}: put it in"),
         ("Always answer in French.", r"has no \{problem\}: put it in"),
         ("{{problem}}", r"has no \{problem\}: put it in"),
@@ -496,12 +490,30 @@ def test_a_bad_template_is_one_clear_sentence(template: str, message: str) -> No
         load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
 
 
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        ("{problem} in \\boxed{}", "1+1? in \\boxed{}"),
+        ("\\frac{\\sqrt{2}}{3} {problem}", "\\frac{\\sqrt{2}}{3} 1+1?"),
+        ('{"a": {"b": 1}}\n{problem}', '{"a": {"b": 1}}\n1+1?'),
+        ("\\boxed{ {problem} } }} {", "\\boxed{ 1+1? } } {"),
+        ("{{problem}} {problem}} {{{problem}}}", "{problem} 1+1?} {1+1?}"),
+        ("{ {{x}} } {problem} }", "{ {x} } 1+1? }"),
+        ("{{ } }} {problem} {0} {a b} { trace }", "{ } } 1+1? {0} {a b} { trace }"),
+    ],
+)
+def test_a_brace_that_belongs_to_no_placeholder_is_literal(template: str, filled: str) -> None:
+    made, _ = views(template).prefixed([rollout("2")])
+    assert read(made) == [filled]
+    load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
+
+
 PIECES = ["{problem}", "{trace}", "{{", "}}", "{", "}", "a", "\n", "problem", ".x", "!r", ":>3", "[0]", " "]
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
-def test_what_a_template_may_be_means_what_str_format_means_by_it(text: str) -> None:
+def test_what_str_format_takes_as_a_template_means_the_same(text: str) -> None:
     values = {"problem": "p{trace}", "trace": "t}{"}
     try:
         fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
@@ -512,8 +524,47 @@ def test_what_a_template_may_be_means_what_str_format_means_by_it(text: str) -> 
     if good:
         assert teacher_template(text).fill(values) == text.format(**values)
     else:
-        with pytest.raises(UserError):
-            teacher_template(text)
+        with contextlib.suppress(UserError):  # literal braces, or one clear sentence
+            teacher_template(text).fill(values)
+
+
+LITERAL = st.recursive(st.sampled_from(["a b", "\\x", "1", ""]), lambda inner: inner.map(lambda text: f"{{ {text}}}"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(LITERAL, max_size=6).map("".join))
+def test_nested_literal_braces_stay_as_they_are_written(text: str) -> None:
+    assert teacher_template(f"{text}{{problem}}{text}").fill({"problem": "p"}) == f"{text}p{text}"
+
+
+@pytest.mark.parametrize(
+    ("template", "source", "solutions", "refused"),
+    [
+        ("{problem}", "dynamic", ["<think>a</think>"], True),
+        ("{problem}{trace}", "dynamic", [""], False),  # known only with the answers
+        ("{problem}{trace}", "static_dataset", ["", "no span"], True),
+        ("{problem}{trace}", "static_dataset", ["", "", "<think>a</think>"], False),
+        ("{problem}{{trace}}", "dynamic", [""], False),
+        ("{problem}.", "static_dataset", [""], False),
+    ],
+)
+def test_a_student_that_is_its_teacher_and_reads_no_more_as_such_is_refused(
+    tmp_path: Path, template: str, source: str, solutions: list[str], refused: bool
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input": "1+1?", "solution": s}) + "\n" for s in solutions))
+    context = "distillation.context_distillation"
+    config = load_config(
+        [
+            *("policy.model_name=m", "teacher.model_name=m", f"{context}.enabled=true"),
+            *(f"{context}.teacher_prefix_template={template}", f"{context}.trace_source={source}"),
+            *([f"{context}.static_trace.answer_column=solution"] if source == "static_dataset" else []),
+        ]
+    )
+    dataset = DatasetConfig(data_path=str(tmp_path / "a.jsonl"))
+    prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
+    order = PromptOrder(prompts, 1, seed=0, shuffle=False)
+    with pytest.raises(UserError, match="the two are one model") if refused else contextlib.nullcontext():
+        check_reading(config, teacher_views(config, tiny_tokenizer()), order)
 
 
 def test_a_template_that_fills_the_window_by_itself_is_one_clear_sentence() -> None:

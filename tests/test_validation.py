@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from distill.config import DatasetConfig, LoggerConfig
+from distill.data.context import ViewCounts
 from distill.data.verify import Judge
 from distill.model.load import find_model
 from distill.model.student import Student
@@ -43,11 +46,21 @@ VERDICTS = [
     ("math", r"$18$ pies", r"\boxed{18}", "right"),
     ("math", "I do not know.", "5", "wrong"),
     ("math", "3", "", "failed"),
+    ("math", r"\boxed{5} no, wait: \boxed{6}", "6", "right"),
+    ("math", r"\boxed{5} no, wait: \boxed{6}", "5", "wrong"),
+    ("math", r"First \boxed{5}, then \boxed{\frac{1}{2}} of {it", "0.5", "right"),
+    ("math", r"It is \boxed{5}, or \boxed{1", "5", "right"),
+    ("math", r"<think>\boxed{5}?</think> It is 6.", "6", "right"),
+    ("math", r"<think>\boxed{5}?</think> It is 6.", "5", "wrong"),
+    ("math", r"<think>it may be \boxed{5}", "5", "wrong"),
+    ("math", r"<think>5</think> It is 5. <think>or", "5", "wrong"),
     ("exact", "<think>B or C?</think>\n C \n", "C", "right"),
     ("exact", "It is C", "C", "wrong"),
     ("regex", "<think>Not so.</think> Once upon a time", r"^Once\b", "right"),
     ("regex", "Once <think>Not so.</think> so", r"^Once\b", "wrong"),
     ("regex", "(", "(", "failed"),
+    ("regex", "<think>perhaps 42, but no", "42", "wrong"),
+    ("exact", "<think>\nC", "<think>\nC", "wrong"),
 ]
 
 
@@ -90,6 +103,7 @@ def test_the_numbers_of_six_answers_to_three_problems_worked_by_hand() -> None:
         "truncation_rate": 0.5,
         "num_answers": 6.0,
         "num_problems": 3.0,
+        "num_compared": 2.0,
         "forward_kl": 3.0,  # (1 + 2 + 6) / 3 tokens; the mean of the answers' means would be 3.75
         "reverse_kl": 2.0,
     }
@@ -110,7 +124,8 @@ def test_problems_with_unequal_numbers_of_answers_weigh_by_their_answers() -> No
 
 def test_what_was_not_judged_or_compared_has_no_number() -> None:
     unjudged = sample("b", None)
-    assert scores([unjudged]).keys() == {"avg_length", "truncation_rate", "num_answers", "num_problems"}
+    names = {"avg_length", "truncation_rate", "num_answers", "num_problems", "num_compared"}
+    assert scores([unjudged]).keys() == names
     both = scores([sample("a", "right"), unjudged])
     assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem tells nothing of others"
     assert scores([]) == {}
@@ -124,15 +139,17 @@ def test_each_dataset_has_its_own_numbers_beside_those_of_all() -> None:
 
 
 def test_datasets_are_named_shortly_unless_two_would_have_one_name() -> None:
-    assert source_names(["HuggingFaceH4/aime_2024", "prompts/gsm.jsonl", "x/Qwen2.5"]) == {
-        "HuggingFaceH4/aime_2024": "aime_2024",
-        "prompts/gsm.jsonl": "gsm",
-        "x/Qwen2.5": "Qwen2.5",
-    }
-    assert source_names(["a/test.jsonl", "b/test.jsonl"]) == {
-        "a/test.jsonl": "a.test.jsonl",
-        "b/test.jsonl": "b.test.jsonl",
-    }
+    different = ("HuggingFaceH4/aime_2024", "prompts/gsm.jsonl", "x/Qwen2.5")
+    assert source_names([(source, "", "") for source in different]) == ["aime_2024", "gsm", "Qwen2.5"]
+    assert source_names([("a/test.jsonl", "", ""), ("b/test.jsonl", "", "")]) == ["a.test.jsonl", "b.test.jsonl"]
+    parts = [("o/AIME2025", "I", "test"), ("o/AIME2025", "II", "test"), ("o/x", "", "train[:9%]")]
+    assert source_names(parts) == ["AIME2025.I.test", "AIME2025.II.test", "x"]
+    assert source_names([("a.jsonl", "", "train[:9%]"), ("a.jsonl", "", "")]) == ["a.train_9_", "a"]
+    assert source_names([("a.jsonl", "", "")] * 2) == ["a.jsonl.0", "a.jsonl.1"]
+
+
+def test_one_problem_in_two_datasets_is_a_problem_of_each() -> None:
+    assert by_source([sample("a", "right"), sample("a", "wrong", source="other")])["validation/num_problems"] == 2
 
 
 def test_a_line_of_the_samples_file_tells_all_of_an_answer() -> None:
@@ -187,14 +204,43 @@ def test_exactly_as_many_problems_as_asked_for_are_taken_in_turn_from_each_datas
     assert [len(held_out(sets, n).prompts) for n in (1, 6, 7, None)] == [1, 6, 6, 6]
 
 
-def test_a_problem_without_a_gold_answer_is_not_judged(tmp_path: Path) -> None:
-    found = held_out([dataset(tmp_path / "a.jsonl", ["a0"], answer="")])
-    assert found.judge(found.prompts[0]) is None
+def test_a_problem_without_a_gold_answer_is_not_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = dataset(tmp_path / "a.jsonl", ["a0"], answer="")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"input": "a1", "output": "5"}\n')
+    found = held_out([entry])
+    assert [found.judge(prompt) for prompt in found.prompts] == [None, "math"]
+    assert caplog.messages == ["data.validation: 1 of 2 problems have no gold answer and are not judged"]
+
+
+def test_two_entries_of_one_file_are_two_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    entries = [dataset(path, ["a0", "a1", "a2"], split="train[:1]"), dataset(path, ["a0", "a1", "a2"])]
+    found = held_out(entries)
+    assert [found.name(prompt) for prompt in found.prompts] == ["a.train_1_", "a", "a", "a"]
+
+
+def test_held_out_problems_may_lack_the_column_of_the_traces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In lines or in a table; a null is a trace that is missing, as in training."""
+    rows = [{"input": "a0", "output": "5", "solution": "s"}, {"input": "a1", "output": "5", "solution": None}]
+    lines = [*rows, {"input": "a2", "output": "5"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    pq.write_table(pa.Table.from_pylist([{"input": "b0", "output": "5"}]), tmp_path / "b.parquet")
+    entries = [DatasetConfig(data_path=str(tmp_path / name)) for name in ("a.jsonl", "b.parquet")]
+    found = load_held_out(entries, tiny_tokenizer(chat_template=None), 20, None, None, "solution")
+    columns = {prompt.problem.text: dict(prompt.problem.columns) for prompt in found.prompts}
+    assert columns == {"a0": {"solution": "s"}, "a1": {"solution": ""}, "a2": {}, "b0": {}}
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "data.validation[0]: 1 of 3 problems have no solution",
+        "data.validation[1]: 1 of 1 problems have no solution",
+    ]
 
 
 def test_what_cannot_be_validated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.validation: .*a\.jsonl is empty"):
         held_out([dataset(tmp_path / "a.jsonl", [])])
+    with pytest.raises(UserError, match=r"env_name=math has no gold answer .* in data\.validation\.output_key, or set"):
+        held_out([dataset(tmp_path / "a.jsonl", ["a"], answer="")])
     with pytest.raises(
         UserError, match=r"data\.validation\[1\]\.env_name=regex but the gold answer '\(' is no regular"
     ):
@@ -258,33 +304,40 @@ def test_validation_is_due_when_the_recipe_says_so_and_not_twice(tmp_path, setti
 class Engine:
     """Answers every prompt with one token, and notes what it was asked."""
 
-    replica, replicas = 0, 1
+    replica, replicas, window = 0, 1, 100
 
-    def __init__(self) -> None:
+    def __init__(self, answers: int = 1) -> None:
+        self._answers = answers
         self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
         self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
-        return [Rollout(prompt, 0, (1,), (-1.0,), "stop", step) for prompt in prompts]
+        return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
 
 
 class Contexts:
-    """The first problem has a context of three tokens, the second one of 300, beyond the window of 256."""
+    """Contexts of 0 tokens (a missing trace) or more, by the prompt's id."""
 
-    def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], None]:
-        return [replace(r, teacher_prefix_ids=(9,) * (300 if r.prompt.prompt_id else 3)) for r in rollouts], None
+    def __init__(self, *lengths: int) -> None:
+        self._lengths = lengths
+
+    def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], ViewCounts]:
+        views = [replace(r, teacher_prefix_ids=(9,) * self._lengths[r.prompt.prompt_id]) for r in rollouts]
+        kept = [view for view in views if view.teacher_prefix_ids]
+        return kept, ViewCounts({}, {"context_distillation_dropped_missing_trace": float(len(views) - len(kept))})
 
 
 def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_known_and_fits(tmp_path) -> None:
     context = "distillation.context_distillation"
     keys = [f"{context}.enabled=true", "distillation.val_at_start=true", "distillation.val_period=2"]
     plain = Sampling(1.0, 8, (), seed=7, max_total_length=256)
-    parts = {"views": Contexts(), "sampling": plain}
+    parts = {"views": Contexts(3, 93), "sampling": plain}
     known = [*keys, context + ".teacher_prefix_template='Hint: {problem}'"]
     asked = validation(tmp_path, *known, **parts, engine=(engine := Engine()))
     answers = asked.answers(0)
     assert answers is not None and answers.in_context is not None
-    assert [r.teacher_prefix_ids for r in answers.in_context] == [(9, 9, 9)]
+    assert [r.teacher_prefix_ids for r in answers.in_context.mine] == [(9, 9, 9)]
+    assert answers.in_context.left_out == {1: "no room"}, "93 of 100 tokens leave 7, and the plain prompt has 8"
     (first, sampling), (second, other) = engine.asked
     assert (first, second) == ([(5,), (5,)], [(9, 9, 9)])
     assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
@@ -296,12 +349,69 @@ def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_know
         assert at_start is not None and at_start.in_context is None
 
 
+def reported(tmp_path: Path, contexts: Contexts, prompts: Sequence[Prompt], *overrides: str, answers: int = 1) -> Any:
+    """The numbers and the texts of a validation at the start, on one rank, its student agreeing with its teacher."""
+    world, recorder = MagicMock(), MagicMock()
+    world.device, world.main, world.size = None, False, 1
+    world.agreed.side_effect = lambda doing: nullcontext()
+    world.gather.side_effect = lambda value: [value]
+    keys = ["distillation.val_at_start=true", "distillation.context_distillation.enabled=true"]
+    keys += ["distillation.context_distillation.teacher_prefix_template='Hint: {problem}'"]
+    names = {p.prompt_id: p.problem.source for p in prompts}
+    parts = {"engine": Engine(answers), "views": contexts, "sampling": Sampling(1.0, 8, ()), "world": world}
+    found = validation(tmp_path, *keys, *overrides, **parts, recorder=recorder, decode=lambda ids: f"{len(ids)}")
+    found.held_out = HeldOut(tuple(prompts), dict.fromkeys(names, "exact"), names)
+    found.run_dir = tmp_path
+    found._compared = lambda samples, step: [  # type: ignore[method-assign]
+        replace(s, forward_kl_R=torch.zeros(1), reverse_kl_R=torch.zeros(1)) if s.rollout.teacher_prefix_ids else s
+        for s in samples
+    ]
+    found.report(found.answers(0))
+    return recorder.record.call_args.args[1], recorder.show.call_args.args[1]
+
+
+def problems_of(sources: str, **columns: str) -> list[Prompt]:
+    return [Prompt(i, (5,), Problem(f"p{i}", "0", source, columns)) for i, source in enumerate(sources)]
+
+
+def test_the_accuracy_in_context_says_of_how_many_problems_it_is_and_why(tmp_path: Path, caplog: Any) -> None:
+    values, _ = reported(tmp_path, Contexts(3, 0, 93, 4), problems_of("aabb"))
+    assert values["validation/num_problems"] == 4 and values["validation/in_context_num_problems"] == 2
+    assert (values["validation/a/in_context_num_problems"], values["validation/b/in_context_num_problems"]) == (1, 1)
+    assert values["validation/b/in_context_accuracy"] == 1.0 and "validation/in_context_accuracy_stderr" in values
+    assert (values["validation/num_compared"], values["validation/a/num_compared"]) == (3, 1)
+    in_context, compared = caplog.messages
+    assert in_context.startswith("2 of 4 held-out problems") and "1 have no trace, and the context of 1 " in in_context
+    assert compared.startswith("1 of 4 held-out answers are not compared")
+
+
+def test_where_no_context_fits_the_number_of_problems_in_context_is_zero(tmp_path: Path) -> None:
+    values, _ = reported(tmp_path, Contexts(93, 94), problems_of("aa"))
+    assert values["validation/in_context_num_problems"] == 0 and "validation/in_context_accuracy" not in values
+
+
+def test_a_problem_without_the_column_of_the_traces_is_answered_but_not_compared(tmp_path: Path) -> None:
+    context = "distillation.context_distillation"
+    static = [f"{context}.trace_source=static_dataset", f"{context}.static_trace.answer_column=solution"]
+    with_it, without = problems_of("a", solution="s"), problems_of("ab")[1:]
+    values, _ = reported(tmp_path, Contexts(3, 3), [*with_it, *without], *static)
+    assert (values["validation/accuracy"], values["validation/num_compared"]) == (1.0, 1)
+    assert "validation/b/forward_kl" not in values and values["validation/in_context_num_problems"] == 1
+
+
+def test_the_texts_shown_are_of_different_problems(tmp_path: Path) -> None:
+    keys = ["logger.num_val_samples_to_print=2"]
+    _, texts = reported(tmp_path, Contexts(3, 3, 3), problems_of("aaa"), *keys, answers=2)
+    assert [text.partition("\n")[0] for text in texts] == ["problem: p0", "problem: p1"]
+
+
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 VALUES = {
     "validation/accuracy": 0.125,
     "validation/accuracy_stderr": 0.0625,
     "validation/in_context_accuracy": 0.5,
+    "validation/in_context_accuracy_stderr": 0.125,
     "validation/forward_kl": 0.25,
     "validation/reverse_kl": 0.5,
     "validation/num_answers": 8.0,
@@ -317,7 +427,7 @@ def test_a_validation_has_its_own_line_and_its_texts_on_console_and_tensorboard(
     recorder.record(0, VALUES)
     recorder.show(0, ["problem: 1+1\nanswer: *2*"])
     recorder.close()
-    line = "validation at 0/4  accuracy 12.5% +- 6.2%  (in context 50.0%)  KL fwd 0.2500 rev 0.5000"
+    line = "validation at 0/4  accuracy 12.5% +- 6.2%  (in context 50.0% +- 12.5%)  KL fwd 0.2500 rev 0.5000"
     line += "  8 answers to 4 problems"
     assert caplog.messages == [line, "problem: 1+1\nanswer: *2*\n"]
     assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  length 3.0"

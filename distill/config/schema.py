@@ -114,7 +114,7 @@ class DistillationConfig:
     max_val_samples: int | None = 512
     """Problems validated, never more; null: all. Of several datasets each gives one in turn."""
     val_num_generations: int = 1
-    """Answers to each held-out problem (n of the accuracy avg@n)."""
+    """Answers to each held-out problem (n of the accuracy avg@n), with the context in view too."""
     topk_logits_k: int = 64
     """The most likely tokens kept at each position (K), the support of the loss; 0: the whole vocabulary."""
     seed: int = 42
@@ -192,8 +192,8 @@ class DatasetConfig:
     system_prompt_file: str | None = None
     """A text file with the system message; null: none."""
     env_name: str | None = "math"
-    """Who judges an answer in validation. math: math-verify; exact: it is the gold answer; regex: the gold answer is a
-    regular expression that is found in it (both: in what follows the last </think>); null: nobody."""
+    """Who judges what follows an answer's last </think>. math: math-verify; exact: it is the gold answer; regex: the
+    gold answer is a regular expression that is found in it; null: nobody."""
     repeat: int = 1
     """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
     seed: int | None = None

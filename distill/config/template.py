@@ -1,7 +1,8 @@
 """Texts with placeholders: prompt files (``{}``) and the teacher's template (``{problem}``, ``{trace}``).
 
 The syntax is that of ``str.format`` cut down to what is safe: a placeholder is a bare name, a doubled brace is a
-literal one, and the values are put in as they are, so braces in the data mean nothing.
+literal one, and the values are put in as they are, so braces in the data mean nothing. In the teacher's template, whose
+placeholders have names, a brace that begins or ends none is literal too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from distill.config.build import refuse
 
 _TEACHER_KEY = "distillation.context_distillation.teacher_prefix_template"
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_NAMED = re.compile(r"\{\{|\{[A-Za-z_]\w*(?:[.!:\[][^{}]*)?\}|[{}]")
+"""A doubled brace, a placeholder of a name (with what ``str.format`` allows after it), or a brace."""
 
 
 class Template:
@@ -59,8 +62,29 @@ class Template:
 
 
 def teacher_template(text: str) -> Template:
-    """The teacher's template; raises UserError also where it has no ``{problem}``."""
-    template = Template(text, ("problem", "trace"), _TEACHER_KEY)
+    """The teacher's template, in which a brace that belongs to no placeholder is literal; raises UserError also where
+    it has no ``{problem}``.
+    """
+    template = Template(_literals_doubled(text), ("problem", "trace"), _TEACHER_KEY)
     if template.count("problem") == 0:
         refuse(f"{_TEACHER_KEY} has no {{problem}}: put it in, or the teacher does not know what is asked")
     return template
+
+
+def _literals_doubled(text: str) -> str:
+    """The text with every literal brace written twice; two that stand together are one written twice already, unless
+    the first closes a single one, as in ``\\frac{\\sqrt{2}}{3}``.
+    """
+    written, at = "", 0
+    opened: list[str] = []
+    while found := _NAMED.search(text, at):
+        written, piece, at = written + text[at : found.start()], found.group(), found.end()
+        if piece == "}":
+            pair = opened[-1:] != ["{"] and text.startswith("}", at)
+            if opened and (pair or opened[-1] == "{"):
+                opened.pop()
+            at += pair
+        elif piece in ("{", "{{"):
+            opened.append(piece)
+        written += {"{": "{{", "}": "}}"}.get(piece, piece)
+    return written + text[at:]

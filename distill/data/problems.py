@@ -82,11 +82,16 @@ def keyed(datasets: Sequence[DatasetConfig], where: str) -> Iterator[tuple[str, 
         yield (where if len(datasets) == 1 else f"{where}[{i}]"), dataset
 
 
-def load_dataset_problems(dataset: DatasetConfig, where: str, trace_column: str | None = None) -> list[Problem]:
-    """The problems of one dataset, ``repeat`` times over: first all of them once, then all of them again."""
+def load_dataset_problems(
+    dataset: DatasetConfig, where: str, trace_column: str | None = None, trace_needed: bool = True
+) -> list[Problem]:
+    """The problems of one dataset, ``repeat`` times over: first all of them once, then all of them again.
+
+    Without ``trace_needed`` a row may lack ``trace_column``, and its problem lacks it then.
+    """
     if dataset.repeat < 1:
         raise UserError(f"{where}.repeat={dataset.repeat} is no number of times to read it: set it to at least 1")
-    columns = _Columns.of(dataset, where, trace_column)
+    columns = _Columns.of(dataset, where, trace_column, trace_needed)
     rows = _rows(dataset, columns)
     if not rows:
         raise UserError(f"{where}: {columns.source} is empty: give it at least one problem")
@@ -116,9 +121,10 @@ class _Columns:
     """The user (or the short name) says that there are answers: a row without one is an error."""
     answer_after: str
     trace_column: str | None
+    trace_needed: bool
 
     @classmethod
-    def of(cls, dataset: DatasetConfig, where: str, trace_column: str | None) -> _Columns:
+    def of(cls, dataset: DatasetConfig, where: str, trace_column: str | None, trace_needed: bool) -> _Columns:
         """Keys that the user left out come from the short name's table; else they are "input" and "output"."""
         known = None if dataset.data_path else _known(dataset.dataset_name)
         source = dataset.data_path or (known.hub if known else dataset.dataset_name) or ""
@@ -131,12 +137,13 @@ class _Columns:
             needs_answer=dataset.output_key is not None or known is not None,
             answer_after=known.answer_after if known and own_answer else "",
             trace_column=trace_column,
+            trace_needed=trace_needed,
         )
 
     def problem(self, row: Row) -> Problem:
         text = self._text(row, f"{self.where}.input_key", self.input_key)
         others = {k: v for k, v in row[1].items() if isinstance(v, str) and k not in (self.input_key, self.output_key)}
-        if self.trace_column is not None:
+        if self.trace_column is not None and (self.trace_needed or _has(row[1], self.trace_column)):
             others[self.trace_column] = self._text(row, _TRACE_KEY, self.trace_column)
         return Problem(text, self._answer(row), self.source, others)
 
@@ -181,7 +188,7 @@ class _Columns:
         wanted = [(f"{self.where}.input_key", self.input_key, True)]
         wanted.append((f"{self.where}.output_key", self.output_key, self.needs_answer))
         if self.trace_column is not None:
-            wanted.append((_TRACE_KEY, self.trace_column, True))
+            wanted.append((_TRACE_KEY, self.trace_column, self.trace_needed))
         roots = []
         for key, name, needed in wanted:
             roots.append(name if name in table.column_names else name.split(".")[0])
@@ -208,6 +215,14 @@ def _pick(row: Mapping[str, Any], name: str) -> Any:
         else:
             raise KeyError(name)
     return found
+
+
+def _has(row: Mapping[str, Any], name: str) -> bool:
+    try:
+        _pick(row, name)
+    except KeyError:
+        return False
+    return True
 
 
 def _known(name: str | None) -> Known | None:

@@ -127,19 +127,20 @@ def load_prompts(
     template_kwargs: Mapping[str, Any] | None = None,
     where: str = "data.train",
     trace_column: str | None = None,
+    trace_needed: bool = True,
 ) -> Prompts:
     """Load the datasets and tokenise their prompts, each with its own prompt file and system prompt.
 
     A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names,
-    ``trace_column`` a column that every problem must have (see load_problems). Every rank gets the same from the same
-    arguments, without talking to the others. Raises UserError for what the user can put right, also if no prompt is
-    left.
+    ``trace_column`` a column that every problem must have (see load_problems), or may have without ``trace_needed``.
+    Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
+    can put right, also if no prompt is left.
     """
     problems: list[Problem] = []
     rows: list[array[int]] = []
     for key, dataset in keyed(datasets, where):
         wording = _Wording.of(dataset, key)
-        found = load_dataset_problems(dataset, key, trace_column)
+        found = load_dataset_problems(dataset, key, trace_column, trace_needed)
         once = found[: len(found) // dataset.repeat]
         rows += _tokenised(tokenizer, [wording.chat(problem) for problem in once], template_kwargs) * dataset.repeat
         problems += found

@@ -30,12 +30,27 @@ SECONDS = 10.0
 _STARTING = 300.0
 """How long the process may take to begin: on a shared file system at 1000 ranks, minutes."""
 _MEMORY = 8 * 2**30
-_THINKING = "</think>"
+_BOX = re.compile(r"\\boxed\s*{")
 
 
 def final_part(answer: str) -> str:
-    """What an answer says after its last span of thinking, stripped; all of it where there is none."""
-    return answer.rpartition(_THINKING)[2].strip()
+    """What an answer says after its last span of thinking, stripped; all of it where there is none.
+
+    Empty where the answer ends within its thoughts.
+    """
+    after = answer.rpartition("</think>")[2]
+    return "" if "<think>" in after else after.strip()
+
+
+def last_box(text: str) -> str:
+    """The last ``\\boxed{...}`` of ``text`` that is closed; all of ``text`` where there is none."""
+    for start in reversed([box.start() for box in _BOX.finditer(text)]):
+        depth = 0
+        for brace in re.finditer("[{}]", text[start:]):
+            depth += 1 if brace.group() == "{" else -1
+            if depth == 0:
+                return text[start : start + brace.end()]
+    return text
 
 
 def exact(answer: str, gold: str) -> Verdict:
@@ -49,7 +64,8 @@ def by_regex(answer: str, gold: str) -> Verdict:
 
 
 def by_math(answer: str, gold: str) -> Verdict:
-    """Whether math-verify finds the last expression of ``answer``, a boxed one first, equal to ``gold``."""
+    """Whether math-verify finds the last box of the final part of ``answer``, or else its last expression, equal to
+    ``gold``."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
@@ -57,7 +73,7 @@ def by_math(answer: str, gold: str) -> Verdict:
     wanted = parse(f"\\boxed{{{gold}}}", [latex], **no_limit) or parse(gold, [latex, expression], **no_limit)
     if not wanted:
         return "failed"
-    found = parse(answer, [expression, latex], **no_limit)
+    found = parse(last_box(final_part(answer)), [expression, latex], **no_limit)
     return "right" if verify(wanted, found, timeout_seconds=None, raise_on_error=True) else "wrong"
 
 

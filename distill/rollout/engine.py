@@ -38,6 +38,8 @@ class Engine(Protocol):
     """Device memory in use outside torch after the last sleep; 0 where sleeping frees none."""
     pool_bytes: int
     """Bytes that torch counts as given out and that are free while the engine sleeps."""
+    window: int
+    """Prompt and answer together, in tokens, at most."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """Take back the memory of the weights (from asleep) or of the key-value cache (from synced)."""
@@ -78,7 +80,7 @@ class EngineBase(ABC):
         self.pool_bytes = 0
         self.state: State = "asleep"
         self._manifest = dict(manifest)
-        self._window = window
+        self.window = window
         self._valid_vocab = valid_vocab
         self._version = -1
         self._sums: dict[str, BitSums] = {}
@@ -152,9 +154,9 @@ class EngineBase(ABC):
             raise RuntimeError(f"the engine can {verb} only when {state}, and it is {self.state}")
 
     def _check_ids(self, what: str, token_ids: Sequence[int]) -> None:
-        if not 0 < len(token_ids) < self._window:
+        if not 0 < len(token_ids) < self.window:
             raise RuntimeError(
-                f"{what} has {len(token_ids)} tokens; the engine's window of {self._window} needs one more"
+                f"{what} has {len(token_ids)} tokens; the engine's window of {self.window} needs one more"
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
             raise RuntimeError(f"{what} holds a token id that is not in 0..{self._valid_vocab - 1}")

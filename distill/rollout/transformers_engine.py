@@ -88,7 +88,7 @@ class TransformersEngine(EngineBase):
     def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int) -> list[list[Rollout]]:
         """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
         G = sampling.answers_per_prompt
-        batch = _Decoding(prompts, sampling, step, self._window, self._device)
+        batch = _Decoding(prompts, sampling, step, self.window, self._device)
         width = max(len(prompt.student_ids) for prompt in prompts)
         tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
         mask = torch.zeros_like(tokens)

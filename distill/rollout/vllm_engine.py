@@ -232,7 +232,7 @@ class VllmEngine(EngineBase):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=answer_limit(sampling, prompt, self._window),
+            max_tokens=answer_limit(sampling, prompt, self.window),
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # or vLLM adds the stop ids of the model's folder to ours
             seed=answer_seed(sampling.seed, step, prompt.prompt_id, answer),

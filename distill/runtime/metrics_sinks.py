@@ -263,7 +263,9 @@ def validation_line(step: int, total_steps: int, values: Mapping[str, float]) ->
     parts = [
         f"validation at {step}/{total_steps}",
         part("accuracy {:.1%}", "validation/accuracy") + part(" +- {:.1%}", "validation/accuracy_stderr"),
-        part("(in context {:.1%})", "validation/in_context_accuracy"),
+        part("(in context {:.1%}", "validation/in_context_accuracy")
+        + part(" +- {:.1%}", "validation/in_context_accuracy_stderr")
+        + part(")", "validation/in_context_accuracy"),
         part("KL fwd {:.4f} rev {:.4f}", "validation/forward_kl", "validation/reverse_kl"),
         part("length {:.1f}", "validation/avg_length"),
         part("cut {:.0%}", "validation/truncation_rate"),

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from distill.validation.held_out import HeldOut, load_held_out
-from distill.validation.validation import Validation
+from distill.validation.validation import Validation, context_is_known
 
-__all__ = ["HeldOut", "Validation", "load_held_out"]
+__all__ = ["HeldOut", "Validation", "context_is_known", "load_held_out"]

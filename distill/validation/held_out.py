@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,11 +12,13 @@ from distill.config import DatasetConfig
 from distill.data.problems import keyed
 from distill.data.prompts import load_prompts
 from distill.data.verify import check_gold, check_judge
-from distill.types import Prompt
+from distill.types import Prompt, UserError
 from distill.validation.scores import source_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 _WHERE = "data.validation"
 
@@ -27,8 +30,8 @@ class HeldOut:
     prompts: tuple[Prompt, ...] = ()
     judges: Mapping[int, str] | None = None
     """The judge of each prompt by its id; a prompt without one, or without a gold answer, is not judged."""
-    names: Mapping[str, str] | None = None
-    """The name in metrics of each dataset, by Problem.source."""
+    names: Mapping[int, str] | None = None
+    """The name in metrics of each prompt's dataset, by the prompt's id."""
 
     def judge(self, prompt: Prompt) -> str | None:
         """Who judges answers to ``prompt``."""
@@ -36,7 +39,7 @@ class HeldOut:
 
     def name(self, prompt: Prompt) -> str:
         """The name in metrics of the prompt's dataset."""
-        return (self.names or {})[prompt.problem.source]
+        return (self.names or {})[prompt.prompt_id]
 
 
 def load_held_out(
@@ -50,8 +53,8 @@ def load_held_out(
     """Exactly ``at_most`` prompts (None: all), or all there are where there are fewer.
 
     Several datasets give one each in turn, in their own order, so that a limit starves none of them. A prompt of more
-    than ``max_tokens`` is left out before. ``trace_column``: as in ``load_prompts``. Raises UserError for what the user
-    can put right.
+    than ``max_tokens`` is left out before. A problem may lack the ``trace_column``; the teacher can't read it then.
+    Raises UserError for what the user can put right.
     """
     each: list[list[Prompt]] = []
     judges: dict[int, str] = {}
@@ -59,14 +62,37 @@ def load_held_out(
     for key, dataset in keyed(datasets, _WHERE):
         if dataset.env_name is not None:
             check_judge(dataset.env_name, key)
-        found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column)
+        found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column, trace_needed=False)
         prompts = [replace(prompt, prompt_id=first + prompt.prompt_id) for prompt in found]
         first += len(found) + found.skipped
         each.append(prompts)
-        for prompt in prompts:
-            if dataset.env_name is not None and prompt.problem.answer:
-                check_gold(dataset.env_name, prompt.problem.answer, key)
-                judges[prompt.prompt_id] = dataset.env_name
+        if dataset.env_name is not None:
+            judges |= _judges(dataset.env_name, prompts, key)
+        lacking = sum(trace_column is not None and trace_column not in prompt.problem.columns for prompt in prompts)
+        if lacking:
+            logger.warning(
+                "%s: %d of %d problems have no %s, which the teacher's template needs: answers to them are not compared"
+                " with the teacher, nor given with its context in view",
+                *(key, lacking, len(prompts), trace_column),
+            )
     in_turn = (prompts[i] for i in range(max(map(len, each))) for prompts in each if i < len(prompts))
-    chosen = tuple(islice(in_turn, at_most))
-    return HeldOut(chosen, judges, source_names([prompt.problem.source for prompt in chosen]))
+    sets = zip(datasets, each, strict=True)
+    names = source_names([(of[0].problem.source, dataset.subset or "", dataset.split or "") for dataset, of in sets])
+    named = {prompt.prompt_id: name for name, prompts in zip(names, each, strict=True) for prompt in prompts}
+    return HeldOut(tuple(islice(in_turn, at_most)), judges, named)
+
+
+def _judges(name: str, prompts: Sequence[Prompt], where: str) -> dict[int, str]:
+    """The judge of each prompt with a gold answer; refuses a dataset that has none, and says how many lack one."""
+    judged = [prompt for prompt in prompts if prompt.problem.answer]
+    if not judged:
+        raise UserError(
+            f"{where}.env_name={name} has no gold answer to judge by in {prompts[0].problem.source}: name the column of"
+            f" the answers in {where}.output_key, or set {where}.env_name=null"
+        )
+    if len(judged) < len(prompts):
+        missing = len(prompts) - len(judged)
+        logger.warning("%s: %d of %d problems have no gold answer and are not judged", where, missing, len(prompts))
+    for prompt in judged:
+        check_gold(name, prompt.problem.answer, where)
+    return {prompt.prompt_id: name for prompt in judged}

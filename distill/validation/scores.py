@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -36,15 +37,24 @@ class Sample:
     """What was read before the answer, where that is not the student's prompt."""
 
 
-def source_names(sources: Sequence[str]) -> dict[str, str]:
-    """A short name for metrics of each dataset: a file's without its kind, a hub dataset's without its owner.
+def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A short name for metrics of each (source, subset, split): a file's without its kind, a hub dataset's without its
+    owner.
 
-    Where two would have one name, both keep their whole path, dots for slashes.
+    Those that would share a name have subset and split behind it; if that is not enough, the whole path, dots for
+    slashes, and at last their number.
     """
-    paths = {source: PurePath(source) for source in dict.fromkeys(sources)}
-    short = {source: path.stem if path.suffix in _FILE_KINDS else path.name for source, path in paths.items()}
-    taken = list(short.values())
-    return {source: name if taken.count(name) == 1 else source.replace("/", ".") for source, name in short.items()}
+    paths = [PurePath(source) for source, _, _ in datasets]
+    short = [path.stem if path.suffix in _FILE_KINDS else path.name for path in paths]
+    details = [re.sub(r"[^\w.-]+", "_", ".".join(filter(None, detail))) for _, *detail in datasets]
+    whole = [source.replace("/", ".") for source, _, _ in datasets]
+    names = short
+    for longer in (
+        [f"{name}.{detail}" if detail else name for name, detail in zip(short, details, strict=True)],
+        [f"{name}.{detail}" if detail else name for name, detail in zip(whole, details, strict=True)],
+    ):
+        names = [better if names.count(name) > 1 else name for name, better in zip(names, longer, strict=True)]
+    return [f"{name}.{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
@@ -55,7 +65,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
       repeats it, are not independent. With m answers to P problems, sqrt(P / (P - 1) * sum_p (right_p - accuracy *
       answers_p)^2) / m; with equally many answers a problem it is the deviation of the problems' means over sqrt(P).
     - ``avg_length``: tokens an answer; ``truncation_rate``: answers cut short; ``num_answers``, ``num_problems``.
-    - ``forward_kl``, ``reverse_kl``: nats a token, over all tokens of all measured answers.
+    - ``forward_kl``, ``reverse_kl``: nats a token, over all tokens of the ``num_compared`` measured answers.
     """
     if not samples:
         return {}
@@ -64,6 +74,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
         "truncation_rate": _mean([s.rollout.finish == "length" for s in samples]),
         "num_answers": float(len(samples)),
         "num_problems": float(len({_problem(s) for s in samples})),
+        "num_compared": float(sum(s.forward_kl_R is not None for s in samples)),
     }
     judged = [s for s in samples if s.verdict is not None]
     if judged:
@@ -100,12 +111,15 @@ def _accuracy(judged: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def by_source(samples: Sequence[Sample]) -> dict[str, float]:
-    """``scores`` of all answers as ``validation/NAME``, and of each dataset's as ``validation/DATASET/NAME``."""
-    values = {f"validation/{name}": value for name, value in scores(samples).items()}
+def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
+    """``scores`` of all answers as ``validation/NAME``, and of each dataset's as ``validation/DATASET/NAME``.
+
+    ``prefix`` stands before each NAME.
+    """
+    values = {f"validation/{prefix}{name}": value for name, value in scores(samples).items()}
     for source in dict.fromkeys(s.source for s in samples):
         own = scores([s for s in samples if s.source == source])
-        values |= {f"validation/{source}/{name}": value for name, value in own.items()}
+        values |= {f"validation/{source}/{prefix}{name}": value for name, value in own.items()}
     return values
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill.config import Config
+from distill.config.template import teacher_template
 from distill.data.context import TeacherViews
 from distill.data.verify import Judge, Verdict
 from distill.model.student import Student
 from distill.model.teacher import Teacher
-from distill.rollout.engine import Engine, stream_seed
+from distill.rollout.engine import Engine, answer_limit, stream_seed
 from distill.rollout.exchange import gather_rollouts
 from distill.runtime.checkpoint import Checkpoints
 from distill.runtime.disk import writing_run
@@ -24,13 +26,14 @@ from distill.runtime.world import World
 from distill.types import Prompt, Rollout, Sampling
 from distill.validation.comparison import token_kls
 from distill.validation.held_out import HeldOut
-from distill.validation.scores import Decode, Sample, answer_text, by_source, jsonl_line, scores, shown
+from distill.validation.scores import Decode, Sample, answer_text, by_source, jsonl_line, shown
 
 log = logging.getLogger(__name__)
 
 FOLDER = "validation"
 _IN_CONTEXT = "in_context"
-_OF_REFERENCE = ("accuracy", "accuracy_stderr", "avg_length", "truncation_rate")
+_OF_REFERENCE = ("accuracy", "accuracy_stderr", "avg_length", "truncation_rate", "num_problems")
+_NO_TRACE, _NO_ROOM = "no trace", "no room"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,25 @@ class Answers:
     step: int
     phases: Phases
     mine: list[Rollout]
-    in_context: list[Rollout] | None
-    """Answers with the teacher's context in view, whose ``teacher_prefix_ids`` was read; None: not asked for."""
+    in_context: InContext | None
+    """None: not asked for."""
+
+
+@dataclass(frozen=True)
+class InContext:
+    """This rank's answers with the teacher's context in view, whose ``teacher_prefix_ids`` was read."""
+
+    mine: list[Rollout]
+    left_out: Mapping[int, str]
+    """Why a problem has no answer, by the prompt's id."""
+
+
+def context_is_known(config: Config) -> bool:
+    """Whether the teacher's context is there before any answer, and the student at the start is the teacher."""
+    context = config.distillation.context_distillation
+    if not context.enabled or config.teacher.model_name != config.policy.model_name:
+        return False
+    return context.trace_column is not None or not teacher_template(context.teacher_prefix_template).count("trace")
 
 
 @dataclass
@@ -94,31 +114,39 @@ class Validation:
         with phases("generation"):
             mine = engine.generate(share, self.sampling, step)
         in_context = None
-        if step == 0 and self._context_is_known():
+        if step == 0 and context_is_known(self.config):
             with phases("generation_in_context"):
                 in_context = self._answers_in_context(share, step)
         return Answers(step, phases, mine, in_context)
 
-    def _context_is_known(self) -> bool:
-        """Whether the teacher's context is there before any answer, and the student at the start is the teacher."""
-        context = self.config.distillation.context_distillation
-        itself = self.config.teacher.model_name == self.config.policy.model_name
-        known = context.trace_column is not None or "{trace}" not in context.teacher_prefix_template
-        return context.enabled and itself and known
-
-    def _answers_in_context(self, share: Sequence[Prompt], step: int) -> list[Rollout]:
-        """Answers to what the teacher reads; a context that leaves no room for an answer is left out."""
-        window = self.config.policy.max_total_sequence_length
+    def _answers_in_context(self, share: Sequence[Prompt], step: int) -> InContext:
+        """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""
         with self.world.agreed("making the contexts of held-out problems"):
-            blank = [Rollout(prompt, 0, (0,), (0.0,), "length", step) for prompt in share]
-            with_context, _ = self.views.prefixed(blank)
-            fitting = [r for r in with_context if len(r.teacher_prefix_ids) < window]
-        prefixes = {r.prompt.prompt_id: r.teacher_prefix_ids for r in fitting}
-        asked = [replace(r.prompt, student_ids=r.teacher_prefix_ids) for r in fitting]
+            contexts = {prompt.prompt_id: self._context(prompt) for prompt in share}
+        prefixes = {number: context for number, context in contexts.items() if not isinstance(context, str)}
+        left_out = {number: context for number, context in contexts.items() if isinstance(context, str)}
+        asked = [replace(p, student_ids=prefixes[p.prompt_id]) for p in share if p.prompt_id in prefixes]
         seed = stream_seed(self.config.distillation.seed, _IN_CONTEXT)
         sampling = replace(self.sampling, seed=seed, max_total_length=None)  # a longer prompt shall not mean less room
         found = self.engine.generate(asked, sampling, step)
-        return [replace(r, teacher_prefix_ids=prefixes[r.prompt.prompt_id]) for r in found]
+        return InContext([replace(r, teacher_prefix_ids=prefixes[r.prompt.prompt_id]) for r in found], left_out)
+
+    def _context(self, prompt: Prompt) -> tuple[int, ...] | str:
+        """What the teacher reads before an answer to ``prompt``, or why there is nothing that can be answered."""
+        if not self._comparable(prompt):
+            return _NO_TRACE
+        views, counts = self.views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
+        if not views:
+            return _NO_TRACE if counts.totals["context_distillation_dropped_missing_trace"] else _NO_ROOM
+        (view,) = views
+        room = self.engine.window - len(view.teacher_prefix_ids)
+        fits = room >= answer_limit(self.sampling, prompt, self.engine.window)
+        return view.teacher_prefix_ids if fits else _NO_ROOM
+
+    def _comparable(self, prompt: Prompt) -> bool:
+        """Whether the problem has the column that the teacher's traces come from; without traces every one has."""
+        column = self.config.distillation.context_distillation.trace_column
+        return column is None or column in prompt.problem.columns
 
     def report(self, answers: Answers | None) -> None:
         """Judge the answers, compare student and teacher on them, and publish it all; nothing where there are none.
@@ -130,19 +158,15 @@ class Validation:
         step, phases = answers.step, answers.phases
         with phases("judging"):
             samples = self._judged(self._with_views(answers.mine), step)
-            in_context = [] if answers.in_context is None else self._judged(answers.in_context, step)
+            in_context = [] if answers.in_context is None else self._judged(answers.in_context.mine, step)
         with phases("teacher_comparison"):
             samples = self._compared(samples, step)
         if answers.in_context is not None:
-            if len(in_context) < len(samples):
-                log.warning(
-                    "%d of %d held-out answers have a context that leaves them no room in"
-                    " policy.max_total_sequence_length: raise it; the accuracy in context is that of the others",
-                    *(len(samples) - len(in_context), len(samples)),
-                )
+            self._warn_of_left_out(answers.in_context)
             in_context = [replace(s, read_ids=s.rollout.teacher_prefix_ids) for s in in_context]
-            kept = {name: value for name, value in scores(in_context).items() if name in _OF_REFERENCE}
-            self.reference = {f"validation/{_IN_CONTEXT}_{name}": value for name, value in kept.items()}
+            prefix = f"{_IN_CONTEXT}_"
+            found = {f"validation/{prefix}num_problems": 0.0} | by_source(in_context, prefix)
+            self.reference = {name: n for name, n in found.items() if name.rpartition(prefix)[2] in _OF_REFERENCE}
         with phases("writing"), self.world.agreed("writing the validation's samples"), writing_run(self.run_dir):
             if self.world.main:
                 self._write(f"step_{step}", samples)
@@ -150,19 +174,41 @@ class Validation:
         failures = sum(s.verdict == "failed" for s in samples)
         if failures:
             log.warning("%d of %d answers could not be judged and count as wrong", failures, len(samples))
+        compared = sum(s.forward_kl_R is not None for s in samples)
+        if compared < len(samples):
+            log.warning(
+                "%d of %d held-out answers are not compared with the teacher, which lacks a trace or room for them in"
+                " teacher.max_total_sequence_length: the KL is that of the others",
+                *(len(samples) - compared, len(samples)),
+            )
         seconds = {**phases.seconds, "total_validation_time": sum(phases.seconds.values())}
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
-        few = [shown(sample, self.decode) for sample in samples[: self.config.logger.num_val_samples_to_print]]
+        firsts = [sample for sample in samples if sample.rollout.answer == 0]
+        few = [shown(sample, self.decode) for sample in firsts[: self.config.logger.num_val_samples_to_print]]
         values = by_source(samples) | dict(self.reference or {}) | timing
         with self.world.agreed("recording the validation"):
             self.recorder.record(step, values)
             self.recorder.show(step, few)
         self.checkpoints.note(step, values)
 
+    def _warn_of_left_out(self, found: InContext) -> None:
+        """Say how many problems have no answer in context, and why."""
+        left_out = {number: why for part in self.world.gather(found.left_out) for number, why in part.items()}
+        if left_out:
+            why = Counter(left_out.values())
+            log.warning(
+                "%d of %d held-out problems are not answered with the context in view, and the accuracy in context is"
+                " that of the others: %d have no trace, and the context of %d leaves less room for an answer than their"
+                " prompt does (lower policy.generation.max_new_tokens, or raise teacher.max_total_sequence_length and,"
+                " under vllm, policy.generation.vllm_cfg.max_model_len)",
+                *(len(left_out), len(self.held_out.prompts), why[_NO_TRACE], why[_NO_ROOM]),
+            )
+
     def _with_views(self, mine: Sequence[Rollout]) -> list[Rollout]:
         """The answers with what the teacher reads before them, as in training; those it leaves out without."""
+        comparable = [r for r in mine if self._comparable(r.prompt)]
         with self.world.agreed("making the teacher's views of held-out answers"):
-            views = {(r.prompt.prompt_id, r.answer): r for r in self.views.prefixed(mine)[0]}
+            views = {(r.prompt.prompt_id, r.answer): r for r in self.views.prefixed(comparable)[0]}
         return [views.get((r.prompt.prompt_id, r.answer), r) for r in mine]
 
     def _judged(self, mine: Sequence[Rollout], step: int) -> list[Sample]:
