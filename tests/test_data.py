@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 from array import array
@@ -155,6 +156,8 @@ BAD_FILES = {
     "blank.jsonl": ('{"question": " "}', r"no row of .* has any text in question"),
     "torn.jsonl": ('{"question": "a"}\n\n{"question": "b', r"is malformed in line 3 \(Unterminated string"),
     "list.jsonl": ('{"question": "a"}\n["b"]', r"has \['b'\] in line 2, where an object"),
+    "half.jsonl": ('{"question": "a"}\n{"question": "\\ud83d"}', r"is malformed in line 2 \(.*surrogates not allowed"),
+    "deep.jsonl": ("[" * 100_000, r"is malformed in line 1 \(maximum recursion depth"),
     "bytes.jsonl": (b'{"question": "\xff"}', r"is malformed in line 1 \("),
     "column.jsonl": ('{"problem": "a", "gold": 1}', r"input_key=question is missing in line 1 of .*problem, gold: set"),
     "second.jsonl": ('{"question": "a"}\n{"problem": "b"}', r"input_key=question is missing in line 2 of"),
@@ -175,6 +178,29 @@ def test_a_bad_file_is_one_clear_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_problems([DatasetConfig(data_path=str(tmp_path / name), input_key="question")])
     assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_that_is_cut_or_holds_no_utf8_is_one_clear_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(questions(*"abcdefgh")), path)
+    whole = path.read_bytes()
+    for length in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"a\.parquet is not a readable Parquet file \(.*: write it again"):
+            load_problems([DatasetConfig(data_path=str(path), input_key="question")])
+    column = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"question": column}), path)
+    with pytest.raises(UserError, match=r"is not a readable Parquet file \('utf-8' codec can't decode"):
+        load_problems([DatasetConfig(data_path=str(path), input_key="question")])
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="is neither a file nor a folder"):
+            load_problems([DatasetConfig(data_path=str(tmp_path / name), input_key="question")])
+    with pytest.raises(UserError, match=r"prompt_file=.*a\.jsonl is no file"):
+        read_prompt_file(str(tmp_path / "a.jsonl"), "data.train.prompt_file")
 
 
 def test_a_bad_column_of_a_table_names_the_columns_there_are(tmp_path: Path) -> None:
