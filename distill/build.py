@@ -49,6 +49,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
     Raises UserError, on all ranks alike, for what the user can put right.
     """
     config = arguments.config
+    world.guard.expect_loading(config.runtime.phase_timeout_s)
     with world.agreed("checking the recipe"):
         _check_supported(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg

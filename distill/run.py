@@ -247,6 +247,7 @@ class Run:
             rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
         self.world.barrier()
+        self.world.guard.stop_watching()  # the engine takes the process groups along, and ranks end one by one
         self.engine.close()
 
 

@@ -47,6 +47,7 @@ def train(run: Run) -> None:
             run.validation.report(held_out)
 
         with phases("data_processing"):
+            run.checkpoints.settle(wait=False)  # the last step's may be whole by now
             with run.world.agreed("making the teacher's views"):
                 read, counts = run.views.prefixed(mine)
             rollouts = gather_rollouts(run.world, read, prompts, version=step)

@@ -66,6 +66,7 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
         world=SimpleNamespace(agreed=lambda what: contextlib.nullcontext()),
         views=SimpleNamespace(prefixed=lambda mine: (mine, {})),
         validation=SimpleNamespace(answers=lambda step: None, report=lambda answers: None),
+        checkpoints=SimpleNamespace(settle=lambda wait: look("settled" if not wait else "waited")),
         validate_at_end=lambda: None,
         begin=lambda: None,
         finite=lambda *_: contextlib.nullcontext(),
@@ -78,7 +79,7 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
     monkeypatch.setattr(exchange, "gather_rollouts", lambda *_, version: [])
     train.train(run)
     # Three rows and one head; two rows go with the first batch, one with the second, the head after the step.
-    step = [("generation", 0), ("before the targets", 0), ("offload", 4), ("train", 4), ("train", 2)]
+    step = [("generation", 0), ("settled", 0), ("before the targets", 0), ("offload", 4), ("train", 4), ("train", 2)]
     assert seen == [*step, ("end of step", 1), ("checkpoint", 0)] * 2
 
 

@@ -62,6 +62,11 @@ class Guard:
         self._watch.roll.timeout_s = _LOADING_TIMEOUT_S
         self._watch.start(barrier)
 
+    def expect_loading(self, phase_timeout_s: float) -> None:
+        """The recipe is read: loading may stand still for so long, where that is more than is usual."""
+        if self._watch is not None:
+            self._watch.roll.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
+
     def begin_loop(self, phase_timeout_s: float) -> None:
         """The steps begin: from now on signals wait for a step's end, and phases are timed."""
         self._loops = True

@@ -28,7 +28,7 @@ __all__ = ["AgreedError", "AgreedFailure", "World", "guarded", "leave", "log_to_
 T = TypeVar("T")
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-_CONTROL_TIMEOUT = datetime.timedelta(days=7)
+CONTROL_TIMEOUT = datetime.timedelta(days=7)
 """Ranks wait here for others that may have far more to do: the watch knows who stands still, a timeout doesn't."""
 
 
@@ -59,7 +59,7 @@ class World:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
-        self._control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        self._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self.guard = guard or Guard(self.rank == 0)
         self.device = torch.device("cpu")
         self.mesh: DeviceMesh | None = None

@@ -22,12 +22,21 @@ from torch import Tensor
 
 from distill.config import CheckpointingConfig
 from distill.runtime.checkpoint.background import Write, Written
-from distill.runtime.checkpoint.record import Damaged, Sums, fault_of, files_of, read_info, sums_of, write_info
+from distill.runtime.checkpoint.record import (
+    Damaged,
+    Sums,
+    fault_of,
+    files_of,
+    read_info,
+    sums_of,
+    write_durably,
+    write_info,
+)
 from distill.runtime.checkpoint.retention import to_drop
 from distill.runtime.checkpoint.shards import SHARDS, ShardsReader
 from distill.runtime.disk import cannot_write, writing_to
 from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics, rows_until
-from distill.runtime.world import AgreedError, World
+from distill.runtime.world import CONTROL_TIMEOUT, AgreedError, World
 from distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -104,8 +113,9 @@ class Checkpoints:
             if self._world.main:
                 self._dir.mkdir(parents=True, exist_ok=True)
                 for left in self._dir.glob(f"{_UNFINISHED}*"):
-                    shutil.rmtree(left)
-                    log.warning("%s is of a run that ended before it was whole: removed", left)
+                    shutil.rmtree(left, ignore_errors=True)
+                    what = "could not be removed" if left.exists() else "removed"
+                    log.warning("%s is of a run that ended before it was whole: %s", left, what)
                 mains.write_text(_PROBE)
         with self._world.agreed("looking at the checkpoints' folder"), self._writing():
             if not _appears(mains):
@@ -200,7 +210,7 @@ class Checkpoints:
                 export(beside)
         if self._group is None and dist.is_initialized():
             # A group of its own: the background's collectives must not meet the run's.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         write = Write(tensors, beside, self._group, self._world.rank)
         self._pending = _Pending(step, beside, dict(info), history, write)
 
@@ -235,7 +245,7 @@ class Checkpoints:
             raise RuntimeError(f"{pending.beside} lacks {absent[0]}, which a rank should have written there")
         if pending.history is not None:
             rows = rows_until(pending.history, pending.step)
-            (pending.beside / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_durably(pending.beside / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
             sums |= sums_of(pending.beside, [METRICS_FILE])
         write_info(pending.beside, pending.info, sums)
         final = self._dir / f"step_{pending.step}"
@@ -319,7 +329,10 @@ class Checkpoints:
             for path in [p for p in list(rated)[:-1] if rated[p] is None]:
                 self._warn_once(f"{path} is not ranked: {self._config.metric_name} was not measured")
         for old in to_drop(rated, self._config.keep_top_k, self._config.higher_is_better):
-            self._remove(old)
+            try:
+                self._remove(old)
+            except OSError as error:  # somebody reads it, say: no reason to end a run
+                self._warn_once(f"checkpoint {old} can't be removed wholly ({error.strerror}): it takes space")
             log.info("checkpoint %s dropped: checkpointing.keep_top_k=%d", old, self._config.keep_top_k)
 
     def _info(self, path: Path) -> dict[str, Any] | None:

@@ -12,8 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.runtime.place import progressed
+
 INFO = "training_info.json"
 _SEAL, _FILES = "sha256", "files"
+
+_PIECE = 2**24
 
 Sums = dict[str, dict[str, int | str]]
 """File by its path inside the checkpoint: ``bytes`` and ``sha256``."""
@@ -52,11 +56,16 @@ def write_info(folder: Path, info: Mapping[str, Any], sums: Sums | None = None) 
     """Write the sealed info, in one rename; ``sums`` are kept from the info if not given."""
     kept = {name: value for name, value in info.items() if name != _SEAL} | ({} if sums is None else {_FILES: sums})
     part = folder / f"{INFO}.part"
-    with part.open("w") as file:
-        file.write(json.dumps(kept | {_SEAL: _seal(kept)}, indent=2) + "\n")
+    write_durably(part, json.dumps(kept | {_SEAL: _seal(kept)}, indent=2) + "\n")
+    part.replace(folder / INFO)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text that survives a machine that loses power."""
+    with path.open("w") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(folder / INFO)
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -93,5 +102,9 @@ def _seal(info: Mapping[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            found.update(piece)
+            progressed()  # hundreds of GB on a slow disk are no standstill
+    return found.hexdigest()
