@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -233,7 +234,7 @@ def test_vocabularies_are_compared_by_content() -> None:
 
 def _refusal(folder: Path, **config: Any) -> str:
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(UserError) as refused:
         load.model_config(load.find_model(str(folder), "policy.model_name"), "policy.model_name")
     return str(refused.value)
