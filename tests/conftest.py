@@ -11,11 +11,14 @@ Nothing else in this process decides by it: torch.compile and vLLM use Triton on
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -45,3 +48,13 @@ def _import_interpreted() -> None:
 
 if find_spec("triton") and not torch.cuda.is_available():
     _import_interpreted()
+
+
+@pytest.fixture(autouse=True)
+def _heard_log() -> Iterator[None]:
+    """A program that ran in this process keeps its log to its own handlers; the tests after it listen at the root."""
+    logger = logging.getLogger("distill")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
