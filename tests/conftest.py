@@ -15,7 +15,6 @@ import logging
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -51,10 +50,8 @@ if find_spec("triton") and not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _heard_log() -> Iterator[None]:
-    """A program that ran in this process keeps its log to its own handlers; the tests after it listen at the root."""
+def _heard_log() -> None:
+    """A program that ran in this process keeps its log to its own handlers; each test listens at the root again."""
     logger = logging.getLogger("distill")
-    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.propagate, logger.handlers = propagate, handlers
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
