@@ -75,10 +75,10 @@ test: venv models lint types  ## everything that a merge must pass, without demo
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
 
-test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan: under twelve minutes
+test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan
 	@$(PY) -m pytest -q -m faults
 
-test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian: under eight minutes
+test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
 	  install="apt-get install -y --no-install-recommends slurm-wlm munge"; \
 	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \

@@ -1,4 +1,4 @@
-"""What training does to SmolLM2-135M, shown on held-out problems: two ranks, no GPU, at most twelve minutes each.
+"""What training does to SmolLM2-135M, shown on held-out problems: two ranks, no GPU.
 
     python -m scripts.demo context|control|heal [key.path=value ...]
 
