@@ -55,3 +55,4 @@ def _heard_log() -> None:
     logger = logging.getLogger("distill")
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
+    logger.handlers.clear()

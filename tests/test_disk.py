@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,16 +127,23 @@ def test_metrics_up_to_the_full_disk_are_whole_lines(ended: Ended, disks: dict[s
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_a_log_on_a_full_disk_says_so_once_and_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd) -> None:
+@pytest.mark.parametrize("lines_before", [0, 2])
+def test_a_log_on_a_full_disk_says_so_once_and_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd, lines_before: int
+) -> None:
+    """The lines that were said before the run had a folder wait in memory, and must not come round for ever."""
+    logger = logging.getLogger("distill")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(MemoryHandler(capacity=100, flushLevel=logging.CRITICAL + 1))
+    for i in range(lines_before):
+        logger.info("early line %d", i)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank_00003.log").symlink_to("/dev/full")
     rank: Any = SimpleNamespace(rank=3, guard=SimpleNamespace())
     World.log_to(rank, tmp_path)
-    logger = logging.getLogger("distill")
-    logger.setLevel(logging.INFO)
     for i in range(3):
         logger.info("line %d", i)
     said = [message for message in caplog.messages if "can't be written" in message]
     assert len(said) == 1 and "rank_00003.log can't be written (No space left on device)" in said[0]
     assert "Traceback" not in capfd.readouterr().err
-    assert not [h for h in logger.handlers if isinstance(h, logging.FileHandler)]
+    assert not logger.handlers

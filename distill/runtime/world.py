@@ -237,11 +237,12 @@ class World:
         handler = _RankLog(file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("distill")
-        for early in [h for h in logger.handlers if isinstance(h, MemoryHandler)]:
+        kept = [h for h in logger.handlers if isinstance(h, MemoryHandler)]
+        logger.addHandler(handler)
+        for early in kept:
+            logger.removeHandler(early)  # first: what a full disk makes the log say must not come back to it
             early.setTarget(handler)
             early.close()
-            logger.removeHandler(early)
-        logger.addHandler(handler)
 
     def close(self) -> None:
         """Leave together: wait for all ranks, then end the process groups."""
@@ -254,11 +255,18 @@ class World:
 class _RankLog(logging.FileHandler):
     """A rank's file. A disk that refuses ends it with one sentence on the console, not with a traceback a line."""
 
+    refused = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.refused:
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
             return
+        self.refused = True
         logger = logging.getLogger("distill")
         logger.removeHandler(self)
         logger.warning("%s can't be written (%s): the rest of this log is lost", self.baseFilename, error.strerror)
