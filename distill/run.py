@@ -146,16 +146,34 @@ class Run:
         last = step == self.last_step and not self.validation.due(step)
         if self._stop == _NOTHING or last:
             return False
+        self._stop_after(step)
+        return True
+
+    def leaves_unjudged(self, step: int) -> bool:
+        """Whether any rank was asked to stop by now, when held-out problems are answered with the weights after
+        ``step`` steps: then these are saved, and a run that goes on from there validates them; collective.
+        """
+        asked = float(self.world.guard.asked or (_TIME if self.deadline.near() else _NOTHING))
+        self._stop = max(self.world.gather(asked))
+        if self._stop == _NOTHING:
+            return False
+        self.engine.sleep()
+        self.student.onload()
+        self._stop_after(step)
+        return True
+
+    def _stop_after(self, step: int) -> None:
+        """Save the weights after ``step`` steps where they aren't; the run ends as one that was asked to stop."""
         by_time = f"checkpointing.checkpoint_must_save_by={self.config.checkpointing.checkpoint_must_save_by}"
         reason = by_time if self._stop == _TIME else signal.Signals(int(self._stop)).name
+        saved = step == self.first_step or self.checkpoints.due(step, step == self.last_step)
         with doing("saving before the end"):
-            if self.config.checkpointing.enabled and not self.checkpoints.due(step, step == self.last_step):
+            if self.config.checkpointing.enabled and not saved:
                 self._save(step, exports=False)
                 self.checkpoints.note(step, self._values)
             self.checkpoints.settle(wait=True)
         self.world.guard.stopped = reason
         log.warning("stopped after step %d: %s", step, reason)
-        return True
 
     def _compare_memory(self, phases: Phases) -> None:
         """Log what a step took of memory, the most of any rank, beside what was predicted; collective."""
@@ -235,6 +253,8 @@ class Run:
         self.student.offload()
         self.freshness.renew(step)
         held_out = self.validation.answers(step)
+        if self.leaves_unjudged(step):
+            return
         self.engine.sleep()
         self.validation.report(held_out)
 

@@ -38,6 +38,8 @@ def train(run: Run) -> None:
 
         with phases("validation"):
             held_out = run.validation.answers(step)
+        if held_out is not None and run.leaves_unjudged(step):
+            return
 
         with phases("generation"):
             mine = engine.generate(prompts[engine.replica :: engine.replicas], run.sampling, step)

@@ -21,6 +21,9 @@ from distill.runtime.place import HERE
 from distill.runtime.world import leave
 from distill.train import main
 
+FELL = "FAULT_FELL"
+"""Variable that names a file for the time at which the fault happened, in seconds since the epoch."""
+
 MOMENTS = {
     "loading": "distill.model.load:load_weights",
     "sync": "distill.model.weights:GatheredWeights._finish",
@@ -33,7 +36,10 @@ MOMENTS = {
     "optimizer": "distill.model.student:Student.end_step",
     "save": "distill.runtime.checkpoint:Checkpoints.save",
     "shards": "distill.runtime.checkpoint.background:Write._write",
+    "bytes": "torch.distributed.checkpoint.filesystem:_write_item",
     "finish": "distill.runtime.checkpoint:Checkpoints._finish",
+    "naming": "distill.runtime.checkpoint:Checkpoints._give_name",
+    "validation": "distill.validation:Validation.answers",
     "metrics": "distill.runtime.metrics_sinks:Recorder.record",
 }
 """What is about to be called at each moment."""
@@ -49,6 +55,11 @@ def launcher_and_ranks() -> tuple[int, list[int]]:
 def kill_rank() -> None:
     """kill -9 of this rank."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze_rank() -> None:
+    """This rank as it is on a machine that has no power, or hangs whole: there, and silent, its store with it."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def kill_tree() -> None:
@@ -120,6 +131,8 @@ def plant(fault: dict[str, Any]) -> None:
         calls += now
         if now and calls == fault.get("nth", 1):
             calls += 1
+            if FELL in os.environ:
+                Path(os.environ[FELL]).write_text(str(time.time()), encoding="utf-8")
             if does in PLANTED:
                 return PLANTED[does](original, *args, **kwargs)
             DOES[does](*arguments)
@@ -154,7 +167,10 @@ def _poison(student: Any) -> None:
 
 DOES: dict[str, Callable[..., None]] = {
     f.__name__: f
-    for f in (kill_rank, kill_tree, kill_launcher, tell_launcher, tell_all, tell_rank, tell_twice, hang, hang_in_c)
+    for f in (
+        *(kill_rank, kill_tree, kill_launcher, freeze_rank),
+        *(tell_launcher, tell_all, tell_rank, tell_twice, hang, hang_in_c),
+    )
 }
 PLANTED: dict[str, Callable[..., Any]] = {f.__name__: f for f in (nan_loss, nan_weight, nan_weight_after)}
 

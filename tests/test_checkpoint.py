@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +24,20 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.config import CheckpointingConfig
 from distill.model.export import export_hf
-from distill.runtime.checkpoint import Checkpoints, background, changed_keys, has_validation, read_info
+from distill.runtime.checkpoint import (
+    Checkpoints,
+    background,
+    changed_keys,
+    claim,
+    has_validation,
+    read_info,
+    record,
+    shards,
+)
+from distill.runtime.place import HERE
 from distill.runtime.world import World
 from distill.types import UserError
+from scripts.launch import ROOT
 from tests.helpers import run_ranks
 
 
@@ -55,7 +69,7 @@ def save(saved: Checkpoints, step: int, **tensors: torch.Tensor) -> None:
 
 
 def kept(folder: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in folder.iterdir())
+    return sorted(int(path.name[5:]) for path in folder.iterdir() if path.name != claim.FILE)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -168,7 +182,7 @@ def _on_two_ranks(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_ranks_write_what_they_have_and_fail_together(tmp_path: Path) -> None:
     first, second = run_ranks(2, _on_two_ranks, tmp_path)
-    assert first == second and first["loaded"] and first["left"] == ["step_1"]
+    assert first == second and first["loaded"] and first["left"] == [claim.FILE, "step_1"]
     kind, sentence = first["failed 2"]
     assert kind == "AgreedError" and "the checkpoint of step 2 to checkpointing.checkpoint_dir=" in sentence
     assert first["failed 3"] == (
@@ -394,3 +408,102 @@ def test_a_metric_that_nobody_measures_is_named_once_with_those_that_are(
     for step in (1, 2):
         saved.note(step, {"validation/accuracy": 0.5, "validation/avg_length": 3.0})
     assert told(caplog) == ["checkpointing.metric_name=val:acuracy was not measured, but accuracy, avg_length"]
+
+
+# ---- one run at a time, and disks that are slow or hiccup ------------------------------------------------------------
+
+OWNER = """
+import sys
+from pathlib import Path
+from distill.runtime.checkpoint.claim import Claim
+
+claim = Claim(Path(sys.argv[1]), "checkpointing.checkpoint_dir")
+print("mine", flush=True)
+input()
+"""
+
+
+def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However it ends: the other one is killed here."""
+    monkeypatch.setattr(claim, "PATIENCE_S", 0.5)
+    command = [sys.executable, "-c", OWNER, str(tmp_path)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "mine\n"
+        unfinished = tmp_path / "tmp_step_3"
+        unfinished.mkdir()
+        told_who = rf"^checkpointing\.checkpoint_dir=.* is in use by another run \(process {other.pid} on .*\): give"
+        with pytest.raises(UserError, match=told_who):
+            checkpoints(tmp_path).prepare()
+        assert unfinished.exists(), "what the other one is about to finish"
+        assert sum("waiting up to" in line for line in told(caplog)) == 1
+        monkeypatch.setattr(claim, "PATIENCE_S", 1e9)
+        threading.Timer(0.3, other.kill).start()
+        checkpoints(tmp_path).prepare()
+        assert not unfinished.exists()
+        assert (tmp_path / claim.FILE).read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fcntl.lockf", MagicMock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    checkpoints(tmp_path).prepare()
+    assert "can't be locked (No locks available): see that no other run writes there" in "".join(told(caplog))
+
+
+@pytest.mark.parametrize("times", [2, 4])
+def test_an_error_that_may_pass_is_no_damage_until_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    saved = checkpoints(tmp_path)
+    save(saved, 1)
+    save(saved, 2)
+    monkeypatch.setattr(record, "_AGAIN_AFTER_S", (0.0, 0.0, 0.0))
+    sum_of, left = record._sha256, [times]
+
+    def hiccup(path: Path) -> str:
+        if left[0] and "step_2" in str(path):
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return sum_of(path)
+
+    monkeypatch.setattr(record, "_sha256", hiccup)
+    found = saved.newest()
+    assert found is not None and found.path.name == ("step_2" if times == 2 else "step_1")
+    assert (tmp_path / "damaged_step_2").exists() is (times == 4)
+
+
+def test_slow_writes_and_reads_are_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the watch goes by: a disk that takes its time is no standstill."""
+    go, written = threading.Event(), threading.Event()
+    resolve = shards.CountedSave.resolve_data
+
+    def slow(planner: shards.CountedSave, item: Any) -> Any:
+        found = resolve(planner, item)
+        written.set()
+        assert go.wait(60)
+        return found
+
+    monkeypatch.setattr(shards.CountedSave, "resolve_data", slow)
+    saved = checkpoints(tmp_path)
+    saved.save(1, {"x": torch.ones(3), "y": torch.ones(2)}, {"step": 1})
+    assert written.wait(60)
+    before = HERE.done
+    waiting = threading.Thread(target=saved.settle, kwargs={"wait": True})
+    waiting.start()
+    for _ in range(600):
+        if HERE.done > before:
+            break
+        waiting.join(0.1)
+    assert HERE.done > before and waiting.is_alive()
+    go.set()
+    waiting.join()
+    before = HERE.done
+    saved.load(tmp_path / "step_1", {"x": torch.zeros(3), "y": torch.zeros(2)})
+    assert HERE.done == before + 2

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from distill.runtime.status import STATUS_FILE, read_status
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
+from tests.faulty_train import FELL
 from tests.helpers import free_port
 from tests.test_train import SINCE_THE_LAST_SYNC, _command, _train_rows, make_tiny_run
 
@@ -40,7 +41,7 @@ class Ended(NamedTuple):
     left: list[int]
     """Processes of it that were still there a minute after the launcher ended."""
     seconds: float
-    """From the launcher's end to the last process's."""
+    """From the fault to the end of the last process; without a fault from the launcher's end."""
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,9 @@ def run(
     command = torchrun(2, "-m", "tests.faulty_train", *_command(root, name, *overrides))
     command[3:3] = launcher
     environment = {**os.environ, **ENVIRONMENT, MARK: mark}
+    fell = root / f"{mark}.fell"
     if fault is not None:
-        environment["FAULT"] = json.dumps(fault)
+        environment |= {"FAULT": json.dumps(fault), FELL: str(fell)}
     with (root / f"{mark}.log").open("w+") as file:
         code = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=300, check=False
@@ -69,7 +71,8 @@ def run(
             left = marked(mark)
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-        seconds = time.monotonic() - began
+        since_fault = time.time() - float(fell.read_text()) if fell.exists() else 0.0
+        seconds = max(time.monotonic() - began, since_fault)
         file.seek(0)
         said = file.read()
     return Ended(code, said, read_status(root / f"runs/{name}" / STATUS_FILE), left, seconds)
@@ -101,37 +104,41 @@ def rows(root: Path, name: str) -> list[dict[str, Any]]:
 
 
 STEPS = 8
+SAVES = ("save", "shards", "bytes", "finish", "naming")
 
 
 def kills(seed: int) -> list[dict[str, Any]]:
-    """Ten of them, in order of steps: twice in each of three phases, thrice in a save, of a rank or of the whole tree.
+    """Twelve of them, in order of steps: twice in each of three phases, five in a save, of a rank or of the whole tree.
 
-    A save is killed where it begins, while shards are written, and before a whole one gets its name.
+    A save is killed where it begins, before the first shard, in the middle of one, before a whole one is sealed, and
+    between seal and name.
     """
     draw = random.Random(seed)
-    moments = [*("generation", "sync", "backward") * 2, *("save", "shards", "finish")]
+    moments = [*("generation", "sync", "backward") * 2, *SAVES]
     moments.append(draw.choice(("teacher", "optimizer", "metrics")))
     draw.shuffle(moments)
     faults: list[dict[str, Any]] = []
     for moment, step in zip(moments, sorted(draw.choices(range(1, STEPS + 1), k=len(moments))), strict=True):
         at = step + step % 2 if moment in ("save", "shards") else step  # a checkpoint is written every other step
         nth = draw.randint(1, 2) if moment in ("generation", "backward") else 1
-        fault = {"step": at, "moment": moment, "nth": nth}
+        fault: dict[str, Any] = {"step": at, "moment": moment, "nth": nth}
         faults.append({**fault, "rank": draw.randint(0, 1), "what": draw.choice(("kill_rank", "kill_tree"))})
     faults.sort(key=lambda fault: fault["step"])
     for fault in faults:
-        if fault["moment"] == "finish":  # the main rank's work, as soon as both have written
+        if fault["moment"] in ("finish", "naming"):  # the main rank's work, as soon as both have written
             fault.update(step=None, rank=0)
+        if fault["moment"] == "bytes":  # by a thread, in whatever step that is
+            fault.update(step=None, nth=draw.randint(2, 30))
     return faults
 
 
-def test_a_run_killed_at_ten_moments_ends_as_an_undisturbed_one_bit_for_bit(root) -> None:
+def test_a_run_killed_at_twelve_moments_ends_as_an_undisturbed_one_bit_for_bit(root) -> None:
     line = f"distillation.max_num_steps={STEPS}"
     whole = run(root, "whole", line)
     assert whole.code == 0 and whole.status["state"] == "finished", whole.said
     for fault in kills(seed=7):
         killed = run(root, "killed", line, fault=fault)
-        assert killed.code != 0 and not killed.left, (fault, killed.said)
+        assert killed.code != 0 and not killed.left and killed.seconds < HANG_S, (fault, killed.said)
         expected = ("running",) if fault["what"] == "kill_tree" else ("failed", "running")
         assert killed.status["state"] in expected, (fault, killed.said)
     ended = run(root, "killed", line)
@@ -161,11 +168,54 @@ def test_a_request_to_stop_in_any_phase_ends_the_run_with_a_checkpoint_of_its_la
         status = {key: stopped.status[key] for key in ("state", "step", "reason", "exit_code")}
         expected = {"state": "stopped", "step": step, "reason": way.split()[1], "exit_code": 0}
         assert status == expected, (fault, stopped.said)
-        assert newest(root, "told") == step
+        assert newest(root, "told") == step and stopped.seconds < HANG_S
         if way.startswith("tell_rank"):
             assert stopped.code == 0, "torchrun saw both ranks end well"
     ended = run(root, "told", *only)
     assert ended.status["state"] == "finished" and [row["step"] for row in rows(root, "told")] == list(range(1, 9))
+
+
+VALIDATED = (
+    "data.validation={{data_path: {root}/problems.jsonl}}",
+    "distillation.val_period=2",
+    "distillation.val_at_end=true",
+)
+
+
+@pytest.mark.parametrize(
+    ("moment", "fault", "step"),
+    [
+        ("save", {"step": 2}, 2),
+        ("shards", {"step": 2}, 2),
+        ("bytes", {"step": None, "nth": 5}, None),
+        ("validation", {"step": 3}, 2),
+        ("validation", {"step": 4, "nth": 2}, 4),
+    ],
+    ids=["save", "shards", "bytes", "validation", "validation at the end"],
+)
+def test_a_request_to_stop_in_a_save_or_a_validation_is_heard_there(root, undisturbed, moment, fault, step) -> None:
+    """Nothing is half written, no step is begun after the request, and the run ends as one that nobody stopped."""
+    name = f"{moment} {step}"
+    line = [part.format(root=root) for part in VALIDATED]
+    told = {**fault, "moment": moment, "rank": 1, "what": "tell_all SIGTERM"}
+    stopped = run(root, name, *line, fault=told, launcher=SIGNALS)
+    assert not stopped.left and stopped.seconds < HANG_S, stopped.said
+    assert (stopped.status["state"], stopped.status["reason"]) == ("stopped", "SIGTERM"), stopped.said
+    at = stopped.status["step"]
+    assert newest(root, name) == at and at == (step or at), stopped.said
+    assert not list((root / "checkpoints" / name).glob("tmp_*"))
+    ended = run(root, name, *line)
+    assert ended.status["state"] == "finished", ended.said
+    assert rows(root, name) == rows(root, undisturbed)
+    same_weights(root, name, undisturbed, 4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root: Path) -> str:
+    """The name of a run of four steps with validations."""
+    whole = run(root, "undisturbed", *(part.format(root=root) for part in VALIDATED))
+    assert whole.status["state"] == "finished", whole.said
+    return "undisturbed"
 
 
 def test_a_signal_while_loading_and_a_second_one_in_a_step_end_the_run_at_once(root) -> None:
@@ -264,21 +314,44 @@ def test_with_vllm_too_a_killed_and_a_stopped_run_end_as_an_undisturbed_one(root
     same_weights(root, "vllm", "whole with vllm", 4)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_without_a_launcher_too_a_rank_that_dies_takes_the_other_down(root, victim) -> None:
-    """Rank 0 holds the rendezvous's store here."""
-    fault = {"step": 2, "moment": "generation", "rank": victim, "what": "kill_rank"}
+@pytest.mark.parametrize(
+    ("does", "victim", "elsewhere", "says"),
+    [
+        ("kill_rank", 0, False, "rank 0 on"),
+        ("kill_rank", 1, False, "rank 1 on"),
+        ("kill_rank", 1, True, "rank 0: RuntimeError: "),
+        ("freeze_rank", 0, False, "rank 0, or whoever holds the rendezvous, gave no answer for 40 s"),
+        ("freeze_rank", 1, True, "rank 1 gave no sign of life for 40 s"),
+    ],
+)
+def test_without_a_launcher_too_a_lost_rank_takes_the_other_down(root, does, victim, elsewhere, says) -> None:
+    """Rank 0 holds the rendezvous's store here. ``elsewhere``: rank 1 has a host name, so that nobody sees it die."""
+    name = f"{does} {victim} {elsewhere}"
+    fault = {"step": 2, "moment": "generation", "rank": victim, "what": does}
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "tests.faulty_train", *_command(root, f"victim {victim}")]
+    command = [sys.executable, "-m", "tests.faulty_train", *_command(root, name)]
+    if elsewhere and subprocess.run(["unshare", "--uts", "true"], check=False).returncode:
+        pytest.skip("another host's name takes a privileged user")
+    other = ["unshare", "--uts", "sh", "-c", 'hostname elsewhere; exec "$@"', "sh"] if elsewhere else []
     ranks = []
-    for rank in range(2):
+    for rank, before in enumerate(([], other)):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "FAULT": json.dumps(fault)}
-        environment = {**os.environ, **ENVIRONMENT, **place, **own}
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
-    assert ranks[victim].wait(300) == -signal.SIGKILL
-    assert ranks[1 - victim].wait(HANG_S) == 1
-    status = read_status(root / f"runs/victim {victim}" / STATUS_FILE)
-    assert status["state"] == "failed" and str(status["reason"]).startswith(f"rank {victim} on"), status
+        environment = {**os.environ, **ENVIRONMENT, **place, **own, FELL: str(root / f"{name}.fell")}
+        ranks.append(subprocess.Popen([*before, *command], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
+    try:
+        assert ranks[1 - victim].wait(300) == 1
+        assert time.time() - float((root / f"{name}.fell").read_text()) < HANG_S
+        status = read_status(root / f"runs/{name}" / STATUS_FILE)
+        assert status["state"] == "failed" and status["lost"] is True and str(status["reason"]).startswith(says), status
+        if does == "freeze_rank":
+            ranks[victim].send_signal(signal.SIGCONT)
+            assert ranks[victim].wait(HANG_S) == 1, "awake again it sees that it is alone"
+        else:
+            assert ranks[victim].wait(HANG_S) == -signal.SIGKILL
+    finally:
+        for each in ranks:
+            each.kill()
+            each.wait()
 
 
 def test_a_rank_that_gives_no_sign_of_life_ends_the_run(root) -> None:

@@ -152,7 +152,7 @@ def test_the_status_says_how_a_run_goes_and_how_it_ended(tmp_path: Path, monkeyp
     main.end(Ending("stopped", "SIGTERM", 0))
     found = read_status(tmp_path / STATUS_FILE)
     found.pop("time")
-    assert found == {"state": "stopped", "step": 4, "reason": "SIGTERM", "exit_code": 0}
+    assert found == {"state": "stopped", "step": 4, "reason": "SIGTERM", "exit_code": 0, "lost": False}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", STATUS_FILE]
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
+import pytest
 import torch.distributed as dist
 
 from distill.runtime import place, watch
 from distill.runtime.place import Place
 from distill.runtime.status import Ending
 from distill.runtime.watch import POLL_S, SILENT_POLLS, Beat, Roll, Watch
+from scripts.launch import ROOT
 
 
 def _looks(
@@ -126,3 +130,79 @@ def test_a_neighbour_that_was_killed_is_missed_at_the_next_look() -> None:
     child.wait()
     assert not process.lives()
     assert not watch._Process("here", os.getpid(), "1").lives(), "another process of the same number"
+
+
+KEEPER = """
+import torch.distributed as dist
+
+store = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+print(store.port, flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def keeper() -> Iterator[tuple[subprocess.Popen[str], dist.Store]]:
+    """A process that keeps a store, and a connection to it."""
+    command = [sys.executable, "-c", KEEPER]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        yield process, dist.TCPStore("127.0.0.1", int(process.stdout.readline()), 2, False)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_store_that_freezes_holds_nobody(keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is there, and so is its connection, but nothing comes back: as from a machine without power."""
+    process, store = keeper
+    monkeypatch.setattr(watch, "POLL_S", 0.1)
+    monkeypatch.setattr(watch, "_STORE_S", 0.3)
+    ended: list[Ending] = []
+    left = threading.Event()
+
+    def leave(ending: Ending) -> None:
+        ended.append(ending)
+        left.set()
+
+    watching = Watch(store, 1, 2, leave)
+    store.set("watch/end", "-")
+    store.set("watch/beat/0", Beat(0, GENERATION, False).text())
+    store.set("watch/process/0", '["another host", 1, ""]')
+    watching.start(lambda: None)
+    process.send_signal(signal.SIGSTOP)
+    announced: list[Ending] = []
+    mine = Ending("stopped", "SIGTERM", 0)
+    threading.Thread(target=lambda: announced.append(watching.announce(mine)), daemon=True).start()
+    assert left.wait(60), "the watch waits for ever"
+    assert [ending.reason for ending in ended] == ["rank 0, or whoever holds the rendezvous, gave no answer for 2 s"]
+    assert ended[0].lost and ended[0].exit_code == 1
+    assert announced == [mine], "nor does he wait who has something to say"
+
+
+def test_a_store_that_comes_back_is_forgiven(keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suspended and woken, as with a whole machine: the same question is answered, late, and none is asked twice."""
+    process, store = keeper
+    watching = Watch(store, 1, 2, lambda ending: None)
+    monkeypatch.setattr(watch, "_STORE_S", 0.1)
+    store.set("watch/end", "-")
+    store.set("watch/beat/0", Beat(0, GENERATION, False).text())
+    asked = threading.Event()
+    hear = watching._beat_and_hear
+
+    def counted() -> list[bytes]:
+        asked.set()
+        return hear()
+
+    watching._beat_and_hear = counted  # type: ignore[method-assign]
+    process.send_signal(signal.SIGSTOP)
+    for first in (True, False, False):
+        with pytest.raises(TimeoutError):
+            watching._heard()
+        assert asked.is_set() is first, "one question at a time"
+        asked.clear()
+    process.send_signal(signal.SIGCONT)
+    monkeypatch.setattr(watch, "_STORE_S", 60.0)
+    assert watching._look() is None and not asked.is_set()
+    assert watching._look() is None and asked.is_set()

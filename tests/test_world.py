@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from distill.runtime import slurm
-from distill.runtime.world import World, new_run_dir
+from distill.runtime.status import read_status
+from distill.runtime.world import World, guarded, new_run_dir
 from distill.types import UserError
 from scripts.launch import ROOT, torchrun
-from tests.helpers import run_ranks
+from tests.helpers import free_port, run_ranks
 
 SRUN = {
     "SLURM_PROCID": "5",
@@ -95,6 +99,41 @@ def _listening() -> list[str]:
 @pytest.mark.slow
 def test_the_rendezvous_listens_at_the_given_address_alone() -> None:
     assert run_ranks(2, _listening) == [["0100007F"]] * 2
+
+
+TAKEN, LONELY, NOBODY = "the port is taken", "rank 1 never comes", "nobody keeps the rendezvous"
+
+
+def _before_there_is_a_world(folder: str) -> dict[str, tuple[int, str, dict[str, object]]]:
+    """The program's exit code, what it says and its status, where its ranks don't find each other."""
+    from distill.runtime import rendezvous
+
+    rendezvous.PATIENCE_S = 2.0
+    found = {}
+    for name, rank, size in ((TAKEN, 0, 2), (LONELY, 0, 3), (NOBODY, 1, 2)):
+        status = Path(folder) / f"{name}.json"
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_PORT": str(free_port()), "DISTILL_STATUS_FILE": str(status)}
+        with contextlib.ExitStack() as stack:
+            if name == TAKEN:
+                stack.enter_context(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
+            said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            code = guarded(lambda world: None, needs_world=True)
+        found[name] = (code, said.getvalue().replace(os.environ["MASTER_PORT"], "PORT"), read_status(status))
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_find_each_other_say_why_and_leave(tmp_path) -> None:
+    (found,) = run_ranks(1, _before_there_is_a_world, str(tmp_path))
+    says = {
+        TAKEN: (2, "MASTER_PORT=PORT is taken on 127.0.0.1, by another run perhaps: set it to a free port"),
+        LONELY: (1, "ranks 1, 2 of 3 did not come to the rendezvous 127.0.0.1:PORT in 2 s"),
+        NOBODY: (1, "rank 1 found nobody who keeps the rendezvous 127.0.0.1:PORT, rank 0 or a launcher, for 2 s"),
+    }
+    for name, (code, sentence) in says.items():
+        assert found[name][:2] == (code, f"error: {sentence}\n")
+        assert found[name][2]["exit_code"] == code and found[name][2]["lost"] is (code == 1)
 
 
 def _agree() -> dict[str, object]:

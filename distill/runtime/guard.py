@@ -57,8 +57,7 @@ class Guard:
     def watch(self, rank: int, size: int, barrier: Callable[[], None]) -> None:
         """Watch the other ranks and be watched, from here on; collective."""
         store = dist.distributed_c10d._get_default_store()
-        launched = "TORCHELASTIC_RUN_ID" in os.environ  # else the parent is a shell, which a run may outlive
-        self._watch = Watch(store, rank, size, self._leave, os.getppid() if launched else None)
+        self._watch = Watch(store, rank, size, self._leave)
         self._watch.roll.timeout_s = _LOADING_TIMEOUT_S
         self._watch.start(barrier)
 
@@ -106,6 +105,7 @@ class Guard:
         self._announce_and_leave(Ending("stopped", f"{name} once more: left at once, unfinished step unsaved", code))
 
     def _announce_and_leave(self, ending: Ending) -> NoReturn:
+        faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True)
         self._leave(ending if self._watch is None else self._watch.announce(ending))
 
     def _leave(self, ending: Ending) -> NoReturn:

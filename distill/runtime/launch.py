@@ -8,6 +8,8 @@ import socket
 from distill.runtime import slurm
 from distill.types import UserError
 
+_PARENT = os.getppid()
+"""Known before anything can take long: who lost it by then has another one already."""
 _REMEDY = "start the program by torchrun or srun, or unset it"
 
 
@@ -33,6 +35,16 @@ def rank_by_launcher() -> int:
     except (OSError, UnicodeError) as error:
         raise UserError(f"MASTER_ADDR={address} can't be resolved ({error}): {_REMEDY}") from None
     return rank
+
+
+def launcher() -> int | None:
+    """The process that started this one, which may not outlive it; None without torchrun, as a shell may end first."""
+    return _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def launcher_lives() -> bool:
+    """Whether there is no launcher, or it still runs."""
+    return launcher() in (None, os.getppid())
 
 
 def deny_others_writing() -> None:

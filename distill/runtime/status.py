@@ -23,10 +23,17 @@ class Ending(NamedTuple):
     state: State
     reason: str
     exit_code: int
+    lost: bool = False
+    """Whether a rank or its machine was lost: nothing that the run did, so it may go well when it starts again."""
+
+
+def lost(reason: str) -> Ending:
+    """The end of a run that lost a rank."""
+    return Ending("failed", reason, 1, lost=True)
 
 
 class Status:
-    """``status.json``: state, finished steps, reason, exit code and time; written beside and renamed.
+    """``status.json``: state, finished steps, reason, exit code, lost and time; written beside and renamed.
 
     The main rank writes it. Another does where it leaves alone, if no end stands there yet.
     """
@@ -56,7 +63,7 @@ class Status:
         return any(read_status(path).get("state", "running") != "running" for path in self._paths)
 
     def _write(self, ending: Ending) -> None:
-        found = {"state": ending.state, "step": self._step, "reason": ending.reason, "exit_code": ending.exit_code}
+        found = {"state": ending.state, "step": self._step, **ending._asdict()}
         text = json.dumps({**found, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=2) + "\n"
         for path in self._paths:
             part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -1,7 +1,8 @@
 """Every rank watched by a thread of its own: who is gone, who stands still, and who has said that he leaves.
 
-The ranks tell each other over the rendezvous's store, with a connection of the thread's own, so it works while all
-main threads sit in a collective for ever.
+The ranks tell each other over the rendezvous's store, with a connection of the watch's own, so it works while all
+main threads sit in a collective for ever. Whoever holds the store may freeze, so nothing waits for its answer without a
+limit.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from distill.runtime.launch import launcher, launcher_lives
 from distill.runtime.place import HERE, Place, waits_for_others
-from distill.runtime.status import Ending
+from distill.runtime.rendezvous import named
+from distill.runtime.status import Ending, lost
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +33,11 @@ POLL_S = 2.0
 SILENT_POLLS = 20
 """Looks without a sign of life after which a rank counts as gone: 40 s. Looks are counted, not seconds, so that a job
 that was suspended whole, or a machine that is out of breath, is not taken for dead."""
-_STORE_TIMEOUT = timedelta(seconds=10)
+_STORE_S = 8.0
+"""How long the store may take for an answer, whose own calls may wait for ever."""
 _NOBODY = "-"
+_NO_STORE = (dist.DistError, RuntimeError, TimeoutError)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Roll:
         self._still = 0 if moves else self._still + 1
         self._places = places
         if gone := [rank for rank, silent in enumerate(self._silent) if silent >= SILENT_POLLS]:
-            return Ending("failed", f"{_ranks(gone)} gave no sign of life for {SILENT_POLLS * POLL_S:g} s", 1)
+            return lost(f"{named(gone)} gave no sign of life for {SILENT_POLLS * POLL_S:g} s")
         if self._still * POLL_S >= self.timeout_s:
             return Ending("failed", self._stands_still(beats), 1)
         return None
@@ -94,42 +101,49 @@ class Roll:
             return f"no rank made progress in {_name(furthest)} for {self.timeout_s:g} s (runtime.phase_timeout_s)"
         where = " and ".join(sorted({_name(beats[rank].place) for rank in late}))
         return (
-            f"{where} made no progress for {self.timeout_s:g} s (runtime.phase_timeout_s): {_ranks(late)} of"
+            f"{where} made no progress for {self.timeout_s:g} s (runtime.phase_timeout_s): {named(late)} of"
             f" {len(beats)} did not arrive where the others wait, in {_name(furthest)}"
         )
+
+
+def _asked(call: Callable[[], T]) -> Future[T]:
+    """What a call to the store will answer, if ever: by a thread of its own, that may be given up."""
+    future: Future[T] = Future()
+
+    def answer() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=answer, name="watch's store", daemon=True).start()
+    return future
 
 
 def _name(place: Place) -> str:
     return f"{place.phase} of step {place.step}" if place.step else place.phase
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    named = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
-    return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
-
-
 class Watch:
     """The watching thread of this rank.
 
-    ``store``: the rendezvous's; ``leave`` ends the process and is called in the thread; ``parent``: the process whose
-    end this one may not outlive, None for no matter whose. All ranks make it and call ``start`` at the same point.
+    ``store``: the rendezvous's; ``leave`` ends the process and is called in the thread. All ranks make it and call
+    ``start`` at the same point.
     """
 
-    def __init__(
-        self, store: dist.Store, rank: int, size: int, leave: Callable[[Ending], None], parent: int | None = None
-    ) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, leave: Callable[[Ending], None]) -> None:
         self._store = dist.PrefixStore("watch", store.clone())  # type: ignore[attr-defined]
-        self._store.set_timeout(_STORE_TIMEOUT)
+        self._store.set_timeout(timedelta(seconds=2 * _STORE_S))
         self._rank, self._size = rank, size
         self.holds_store = rank == 0 and size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         """Whether the store ends with this process."""
         self._leave = leave
-        self._parent = parent
         self._neighbours: Mapping[int, _Process] = {}
         self._count = 0
         self._mains = -1
         self._unheard = 0
         self.roll = Roll(timeout_s=float("inf"))
+        self._asking: Future[list[bytes]] | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -152,13 +166,13 @@ class Watch:
         """Watch no more: from here on ranks may end in any order."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(_STORE_TIMEOUT.total_seconds())
+            self._thread.join(_STORE_S + POLL_S)
 
     def announce(self, ending: Ending) -> Ending:
         """Tell all ranks that this one leaves, and that they must; the ending that was told first, which holds."""
         try:
-            first = self._store.compare_set("end", _NOBODY, json.dumps(ending))
-        except (dist.DistError, RuntimeError):  # whoever holds the store is gone: the others see that too
+            first = _asked(lambda: self._store.compare_set("end", _NOBODY, json.dumps(ending))).result(_STORE_S)
+        except _NO_STORE:  # whoever holds the store is gone or frozen: the others see that too
             return ending
         return Ending(*json.loads(first))
 
@@ -169,8 +183,9 @@ class Watch:
             try:
                 ending = self._look()
                 failures = 0.0
-            except (dist.DistError, RuntimeError) as error:
-                failures += POLL_S + time.monotonic() - began
+            except _NO_STORE as error:
+                # No longer than it waits: what a suspended machine sleeps beside that isn't the store's silence.
+                failures += POLL_S + min(time.monotonic() - began, _STORE_S)
                 # Who held the store may be known to be dead.
                 ending = self._missed() or (self._lost(error) if failures >= SILENT_POLLS * POLL_S else None)
             if ending is not None and not self._stopped.is_set():
@@ -178,15 +193,14 @@ class Watch:
                 return
 
     def _lost(self, error: Exception) -> Ending:
-        return Ending("failed", f"rank 0, or whoever held the rendezvous, is gone ({str(error).splitlines()[0]})", 1)
+        if isinstance(error, TimeoutError | dist.DistStoreError):  # the store's calls know a limit for a part of them
+            return lost(f"rank 0, or whoever holds the rendezvous, gave no answer for {SILENT_POLLS * POLL_S:g} s")
+        return lost(f"rank 0, or whoever held the rendezvous, is gone ({str(error).splitlines()[0]})")
 
     def _look(self) -> Ending | None:
-        if self._parent is not None and os.getppid() != self._parent:
-            reason = f"the launcher (process {self._parent}) of rank {self._rank} ended"
-            return self.announce(Ending("failed", reason, 1))
-        self._beat()
-        ranks = range(self._size) if self._rank == 0 else [0]
-        end, *beats = self._store.multi_get(["end", *(f"beat/{rank}" for rank in ranks)])
+        if not launcher_lives():
+            return self.announce(lost(f"the launcher (process {launcher()}) of rank {self._rank} ended"))
+        end, *beats = self._heard()
         if end.decode() != _NOBODY:
             return Ending(*json.loads(end))
         if missed := self._missed():
@@ -195,12 +209,27 @@ class Watch:
         ending = self.roll.read(found) if self._rank == 0 else self._main_lives(found[0])
         return None if ending is None else self.announce(ending)
 
+    def _heard(self) -> list[bytes]:
+        """What the others have told, after this rank has; raises TimeoutError, and waits on at the next look."""
+        asking = self._asking or _asked(self._beat_and_hear)
+        self._asking = asking
+        try:
+            return asking.result(_STORE_S)
+        finally:
+            if asking.done():
+                self._asking = None
+
+    def _beat_and_hear(self) -> list[bytes]:
+        self._beat()
+        ranks = range(self._size) if self._rank == 0 else [0]
+        return self._store.multi_get(["end", *(f"beat/{rank}" for rank in ranks)])
+
     def _missed(self) -> Ending | None:
         """Why to leave where a rank of this host is dead."""
         dead = [rank for rank, process in self._neighbours.items() if not process.lives()]
         if not dead:
             return None
-        return Ending("failed", f"{_ranks(dead)} on {socket.gethostname()} died without a word: killed, or crashed", 1)
+        return lost(f"{named(dead)} on {socket.gethostname()} died without a word: killed, or crashed")
 
     def _beat(self) -> None:
         self._count += 1
@@ -211,7 +240,7 @@ class Watch:
         self._mains = beat.count
         if self._unheard < SILENT_POLLS:
             return None
-        return Ending("failed", f"rank 0 gave no sign of life for {SILENT_POLLS * POLL_S:g} s", 1)
+        return lost(f"rank 0 gave no sign of life for {SILENT_POLLS * POLL_S:g} s")
 
 
 class _Process(NamedTuple):

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from distill.runtime import place, rendezvous, slurm
 from distill.runtime.guard import Guard, leave, log_to_console
 from distill.runtime.launch import deny_others_writing, rank_by_launcher
-from distill.runtime.status import Ending
+from distill.runtime.status import Ending, lost
 from distill.types import Layout, UserError
 
 __all__ = ["AgreedError", "AgreedFailure", "World", "guarded", "leave", "log_to_console", "new_run_dir"]
@@ -45,7 +45,8 @@ class World:
 
     Made by every rank at the same point; torchrun's, Slurm's or no variables at all (a world of one) are understood.
     ``control`` is for small objects and agreements, so that they never mix with the collectives of the models on NCCL.
-    ``guard``: of this rank; where none is given, nobody listens to signals and nobody watches.
+    ``guard``: of this rank; where none is given, nobody listens to signals and nobody watches. Raises what
+    ``rendezvous.join`` does.
     """
 
     def __init__(self, timeout: datetime.timedelta = _TIMEOUT, guard: Guard | None = None) -> None:
@@ -55,7 +56,7 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        dist.init_process_group(backend, timeout=timeout, **rendezvous.arguments(timeout))
+        rendezvous.join(backend, timeout)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
@@ -277,8 +278,9 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
 
     A UserError that all ranks agreed on is one sentence on the main rank's console and code 2, an AgreedFailure one and
     code 1. A UserError that this rank met alone is said by this rank, which leaves at once and takes the others along.
-    Any other error keeps its traceback and does the same. Only the main rank prints. From here on the process obeys
-    signals as Guard says, and how it ended stands in the run's status.
+    Any other error keeps its traceback and does the same. Only the main rank prints. Ranks that don't come are waited
+    for, but not for ever. From here on the process obeys signals as Guard says, and how it ended stands in the run's
+    status.
     """
     deny_others_writing()
     try:
@@ -291,8 +293,13 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
         return _without_world(program)
     guard = Guard(main)
     guard.listen()
-    world = World(guard=guard)
-    guard.watch(world.rank, world.size, world.barrier)
+    try:
+        world = World(guard=guard)
+        guard.watch(world.rank, world.size, world.barrier)
+    except UserError as error:
+        return _without_the_others(guard, Ending("refused", str(error), 2))
+    except rendezvous.AbsentError as error:
+        return _without_the_others(guard, lost(str(error)), error.speaks)
     alone = False
     try:
         with nullcontext() if main else redirect_stdout(io.StringIO()):
@@ -303,12 +310,13 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     except AgreedFailure as error:
         ending = Ending("failed", str(error), 1)
     except Exception as error:
-        ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1)
+        by_others = _comes_of_others(error)
+        ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, lost=by_others)
         if world.size == 1:
             guard.status.end(ending)
             guard.close()
             raise
-        if _comes_of_others(error):
+        if by_others:
             guard.wait_for_the_cause()
         # The interpreter's own end may wait for ranks that wait for this one.
         traceback.print_exc()
@@ -319,6 +327,15 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
         guard.leave_alone(ending)
     guard.status.end(ending)
     world.close()
+    guard.close()
+    return ending.exit_code
+
+
+def _without_the_others(guard: Guard, ending: Ending, speaks: bool = True) -> int:
+    """The end of a rank that never had a world."""
+    if speaks:
+        _say(ending.reason)
+    guard.status.end(ending, alone=True)
     guard.close()
     return ending.exit_code
 

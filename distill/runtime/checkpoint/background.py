@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from distill.runtime.checkpoint.record import Sums, sums_of
-from distill.runtime.checkpoint.shards import SHARDS, ShardsWriter
+from distill.runtime.checkpoint.shards import SHARDS, CountedSave, ShardsWriter
+from distill.runtime.place import progressed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Write:
         self.seconds = 0.0
         """From its beginning to its end."""
         self._written: Written | None = None
+        self._moved = 0
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -53,8 +55,16 @@ class Write:
         return self._written
 
     def wait(self) -> None:
-        """Until it has ended."""
-        self._thread.join()
+        """Until it has ended; as long as tensors are written, this rank makes progress."""
+        seen = -1
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            if self._moved != seen:
+                seen = self._moved
+                progressed()
+
+    def _count(self) -> None:
+        self._moved += 1
 
     def _run(self) -> None:
         try:
@@ -74,7 +84,12 @@ class Write:
         folder = self._folder / SHARDS
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a single process
-            metadata = dcp.save(dict(self._copies), storage_writer=ShardsWriter(folder), process_group=self._group)
+            metadata = dcp.save(
+                dict(self._copies),
+                storage_writer=ShardsWriter(folder),
+                planner=CountedSave(self._count),
+                process_group=self._group,
+            )
         self._copies = {}
         beginnings = (f"__{self._rank}_", ".metadata") if self._rank == 0 else (f"__{self._rank}_",)
         mine = [f"{SHARDS}/{path.name}" for path in sorted(folder.iterdir()) if path.name.startswith(beginnings)]

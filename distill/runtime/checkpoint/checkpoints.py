@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distill.config import CheckpointingConfig
 from distill.runtime.checkpoint.background import Write, Written
+from distill.runtime.checkpoint.claim import Claim
 from distill.runtime.checkpoint.record import (
     Damaged,
     Sums,
@@ -33,7 +34,7 @@ from distill.runtime.checkpoint.record import (
     write_info,
 )
 from distill.runtime.checkpoint.retention import to_drop
-from distill.runtime.checkpoint.shards import SHARDS, ShardsReader
+from distill.runtime.checkpoint.shards import SHARDS, CountedLoad, ShardsReader
 from distill.runtime.disk import cannot_write, writing_to
 from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics, rows_until
 from distill.runtime.world import CONTROL_TIMEOUT, AgreedError, World
@@ -90,6 +91,7 @@ class Checkpoints:
         self._dir = Path(config.checkpoint_dir)
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
+        self._claim: Claim | None = None
         self.slowest_s = 0.0
         """Seconds of the longest write so far, in the background."""
         self._said: set[str] = set()
@@ -103,8 +105,8 @@ class Checkpoints:
     # ---- at the start ----
 
     def prepare(self) -> None:
-        """Make the folder, see that every rank can write there and that it is one folder for all, and remove what a
-        killed run left half written. Raises UserError on all ranks alike."""
+        """Make the folder, claim it, see that every rank can write there and that it is one folder for all, and remove
+        what a killed run left half written. Raises UserError on all ranks alike."""
         if not self._config.enabled:
             return
         token = self._world.broadcast(uuid.uuid4().hex[:8])
@@ -112,6 +114,7 @@ class Checkpoints:
         with self._world.agreed("making the checkpoints' folder"), self._writing():
             if self._world.main:
                 self._dir.mkdir(parents=True, exist_ok=True)
+                self._claim = self._claim or Claim(self._dir, _KEY)
                 for left in self._dir.glob(f"{_UNFINISHED}*"):
                     shutil.rmtree(left, ignore_errors=True)
                     what = "could not be removed" if left.exists() else "removed"
@@ -181,7 +184,7 @@ class Checkpoints:
                         f"the checkpoint {path} does not fit the model ({name}: {stored.get(name)} against"
                         f" {tuple(tensor.shape)}): {_OTHER_FOLDER}, or the model to the checkpoint's"
                     )
-        dcp.load(tensors, storage_reader=reader, process_group=self._world.control)
+        dcp.load(tensors, storage_reader=reader, planner=CountedLoad(), process_group=self._world.control)
 
     # ---- while the run goes ----
 
@@ -248,12 +251,15 @@ class Checkpoints:
             write_durably(pending.beside / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
             sums |= sums_of(pending.beside, [METRICS_FILE])
         write_info(pending.beside, pending.info, sums)
+        self._give_name(pending)
+        self._drop_old()
+
+    def _give_name(self, pending: _Pending) -> None:
         final = self._dir / f"step_{pending.step}"
         if final.exists():
             self._remove(final)
         pending.beside.rename(final)
         _sync(self._dir)
-        self._drop_old()
 
     def _raise_first_error(self, parts: list[Written], step: int) -> None:
         errors = [(rank, part.error) for rank, part in enumerate(parts) if part.error is not None]

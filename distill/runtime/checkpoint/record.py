@@ -5,19 +5,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.runtime.place import progressed
+
+log = logging.getLogger(__name__)
 
 INFO = "training_info.json"
 _SEAL, _FILES = "sha256", "files"
 
 _PIECE = 2**24
+_AGAIN_AFTER_S = (0.5, 2.0, 8.0)
+_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
+T = TypeVar("T")
 
 Sums = dict[str, dict[str, int | str]]
 """File by its path inside the checkpoint: ``bytes`` and ``sha256``."""
@@ -36,14 +45,30 @@ def fault_of(folder: Path, sums: Sums, names: Sequence[str]) -> str | None:
     """What is wrong with the first of these files that isn't as written; None if all are."""
     for name in names:
         try:
-            found, wanted = (folder / name).stat().st_size, sums[name]["bytes"]
+            found, wanted = patiently((folder / name).stat).st_size, sums[name]["bytes"]
             if found != wanted:
                 return f"{name} has {found} of {wanted} bytes"
-            if _sha256(folder / name) != sums[name]["sha256"]:
+            if patiently(partial(_sha256, folder / name)) != sums[name]["sha256"]:
                 return f"{name} holds other bytes than were written"
         except OSError as error:
             return f"{name} can't be read: {error.strerror}"
     return None
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What ``read`` returns, tried again where an error of the disk may pass: a file server that is restarted, say.
+
+    Such an error is no sign that a file is damaged.
+    """
+    for wait_s in _AGAIN_AFTER_S:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _MAY_PASS:
+                raise
+            log.warning("%s; trying again in %g s", error, wait_s)
+            time.sleep(wait_s)
+    return read()
 
 
 def files_of(info: Mapping[str, Any]) -> Sums:
@@ -71,7 +96,7 @@ def write_durably(path: Path, text: str) -> None:
 def read_info(folder: Path) -> dict[str, Any]:
     """The info of a checkpoint. Raises Damaged where there is none, or not the one that was written."""
     try:
-        text = (folder / INFO).read_text()
+        text = patiently((folder / INFO).read_text)
     except FileNotFoundError:
         raise Damaged(f"it has no {INFO}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from distill.runtime.disk import disk_error
+from distill.runtime.place import progressed
 
 SHARDS = "shards"
 """The folder of the tensors inside a checkpoint."""
@@ -46,6 +47,28 @@ class ShardsWriter(dcp.FileSystemWriter):
             return super().write_data(plan, planner)
         except Exception as error:
             raise disk_error(error) or error from error
+
+
+class CountedSave(dcp.DefaultSavePlanner):
+    """A plan of a write that calls ``on_part`` before each tensor, or part of one, is handed to the disk."""
+
+    def __init__(self, on_part: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_part = on_part
+
+    def resolve_data(self, write_item: Any) -> Any:
+        """The data of one part."""
+        self._on_part()
+        return super().resolve_data(write_item)
+
+
+class CountedLoad(dcp.DefaultLoadPlanner):
+    """A plan of a read whose every tensor counts as this rank's progress."""
+
+    def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
+        """One part is read."""
+        progressed()
+        super().commit_tensor(read_item, tensor)
 
 
 class ShardsReader(dcp.FileSystemReader):
