@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.config import Config
-from distill.data.context import TeacherViews, ViewCounts
+from distill.data.context import TRUNCATION_RATE, TeacherViews, ViewCounts
 from distill.data.prompts import PromptOrder
 from distill.inputs import Models
 from distill.model.export import export_hf
@@ -108,6 +108,8 @@ class Run:
         if self.config.distillation.context_distillation.metrics.enabled:
             metrics.add(counts.means)
             metrics.add_totals(counts.totals)
+            if counts.totals and not trained:  # of nothing, nothing was cut: no gap in the curve
+                metrics.add({TRUNCATION_RATE: (0.0, 1.0)})
         scored = sum(len(rollout.response_ids) for rollout in trained)
         read = sum(len(rollout.teacher_prefix_ids) for rollout in trained) + scored
         metrics.add_same(

@@ -373,6 +373,8 @@ def test_an_answer_that_leaves_no_room_is_left_out() -> None:
                 "context_distillation_dropped_too_long_response": float(reason == "too_long_response"),
                 "context_distillation_dropped_no_prefix_budget": float(reason == "no_prefix_budget"),
                 "context_distillation_dropped_prefix_too_long": 0.0,
+                "context_distillation_dropped_invalid_message": 0.0,
+                "context_distillation_dropped_for_dp_divisibility": 0.0,
             }
 
 
@@ -424,6 +426,8 @@ def test_every_metric_of_a_batch_worked_by_hand() -> None:
         "dropped_too_long_response": 1.0,
         "dropped_no_prefix_budget": 1.0,
         "dropped_prefix_too_long": 0.0,
+        "dropped_invalid_message": 0.0,
+        "dropped_for_dp_divisibility": 0.0,
     }
     made, counts = views(max_tokens=20).prefixed(answers)  # the fourth's template and problem alone are 5, and 1 fits
     assert read(made) == ["1+1?|abc", "1+1?|né+", "1+1?|"]
@@ -440,6 +444,8 @@ def test_every_metric_of_a_batch_worked_by_hand() -> None:
         "dropped_too_long_response": 1.0,
         "dropped_no_prefix_budget": 1.0,
         "dropped_prefix_too_long": 1.0,
+        "dropped_invalid_message": 0.0,
+        "dropped_for_dp_divisibility": 0.0,
     }
 
 

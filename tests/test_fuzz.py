@@ -6,6 +6,10 @@ import contextlib
 import faulthandler
 import io
 import os
+import random
+import re
+import subprocess
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from scripts.launch import ENVIRONMENT
+from scripts.launch import ENVIRONMENT, ROOT, torchrun
 from tests.helpers import free_port, run_ranks
-from tests.malformed import CANARY, TORCHRUN, WAYS, Case, malformed
-from tests.test_train import make_tiny_run
+from tests.malformed import BROKEN, CANARY, TORCHRUN, WAYS, Case, malformed
+from tests.test_train import _command, make_tiny_run
 
 pytestmark = pytest.mark.slow
 HANGS_AFTER_S = 300
@@ -113,6 +117,35 @@ def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_and_said_by_one
     for case, (code, said) in zip(cases, second, strict=True):  # libraries may say something of their own
         assert code == 2 and not any(line.startswith(("error: ", "Traceback")) for line in said.splitlines()), case
     assert not (root / CANARY).exists(), "something that was to be read was run"
+
+
+@pytest.mark.faults
+def test_20_malformed_runs_under_torchrun_end_with_the_programs_code_and_sentence(root) -> None:
+    """Real launchers and processes; of a broken variable each rank may speak, which can't know of the others."""
+    rng = random.Random(22)
+    cases = malformed(root, 14, seed=22, ranks=2, among=lambda way: not way.startswith("environment"))
+    for name, value in rng.sample(BROKEN, 6):
+        cases.append(Case(f"the variable {name}", _command(root, "environment"), name, {name: value}, f"{value}"))
+    faults = []
+    for case in cases:
+        unset = [part for name, value in case.env.items() if value is None for part in ("-u", name)]
+        values = [f"{name}={value}" for name, value in case.env.items() if value is not None]
+        program = [sys.executable, "-m", "distill.train", *case.argv]
+        command = torchrun(2, "--no-python", "env", *unset, *values, *program)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS_AFTER_S, check=False)
+        if fault := _fault_under_torchrun(case, ended.stderr):
+            faults.append(f"{case.way} ({case.detail}): {fault}")
+    assert faults == []
+    assert not (root / CANARY).exists(), "something that was to be read was run"
+
+
+def _fault_under_torchrun(case: Case, said: str) -> str:
+    """As ``fault_of``; the launcher has a report of its own, with the code of the first rank that failed."""
+    sentences = {line for line in said.splitlines() if line.startswith("error: ")}
+    code = re.findall(r"Root Cause.*?exitcode  : (-?\d+)", said, re.DOTALL)
+    ours = f'File "{ROOT}/distill' in said
+    report = "\n".join(["Traceback"] * ours + sorted(sentences))
+    return fault_of(case, (int(code[-1]) if code else 0, report))
 
 
 def test_every_kind_of_fault_of_a_refusal_is_seen() -> None:

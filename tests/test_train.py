@@ -268,7 +268,6 @@ def test_the_log_predicts_memory_at_start_and_sets_what_was_found_beside_it_afte
         predicted, resident = float(line[1]), float(line[2])
         assert predicted < 0.1 < resident  # models of a few MB in a process that holds all of torch
     assert "memory of a rank" not in runs[1][0][2]  # the other rank's console
-    assert "memory of a rank" not in runs[1][0][2]
 
 
 def test_a_step_whose_answers_are_all_left_out_says_so_and_moves_nothing(root, runs) -> None:
@@ -276,6 +275,7 @@ def test_a_step_whose_answers_are_all_left_out_says_so_and_moves_nothing(root, r
     row = json.loads((root / "runs/dropped/metrics.jsonl").read_text().splitlines()[0])
     assert row["train/global_valid_seqs"] == row["train/global_valid_toks"] == 0
     assert row["train/context_distillation_dropped_missing_trace"] == 8 and row.get("train/loss") is None
+    assert row["train/context_distillation_prefix_truncation_rate"] == 0.0, "of nothing, nothing was cut"
     start, end = (
         load_file(root / name)
         for name in ("student/model.safetensors", "checkpoints/dropped/step_2/hf/model.safetensors")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
 _KEY = "distillation.context_distillation"
 _CLOSED_SPAN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _SPAN = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
@@ -242,12 +243,17 @@ def _most_that_fits(length: Callable[[int], int], low: int, high: int, limit: in
     return low
 
 
+_NEVER = ("invalid_message", "for_dp_divisibility")
+"""Reasons of the reference system that no answer is left out for here; their zeros stand where they always stood."""
+
+
 def _totals(dropped: Mapping[str, int], truncated: int, valid: int) -> dict[str, float]:
     totals = {
         "valid_samples": valid,
         "prefix_truncation_count": truncated,
         "dropped_samples": sum(dropped.values()),
         **{f"dropped_{reason}": count for reason, count in dropped.items()},
+        **{f"dropped_{reason}": 0 for reason in _NEVER},
     }
     return {_named(name): float(total) for name, total in totals.items()}
 
