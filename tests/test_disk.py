@@ -5,8 +5,10 @@ The disks are real ones, small file systems in memory; mounting them takes a pri
 
 from __future__ import annotations
 
+import errno
 import logging
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any
 import pytest
 
 from distill.runtime.checkpoint import read_whole
-from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics
+from distill.runtime.checkpoint.claim import FILE
+from distill.runtime.metrics_sinks import METRICS_FILE, TensorBoardSink, read_metrics
 from distill.runtime.world import World
 from tests.test_train import _command, _run, make_tiny_run
 
@@ -115,9 +118,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
     ended: Ended, disks: dict[str, Path]
 ) -> None:
     folder = disks["full at the second checkpoint"]
-    assert [path.name for path in folder.iterdir()] == ["step_2"]
+    assert sorted(path.name for path in folder.iterdir()) == [FILE, "step_2"]
     assert read_whole(folder / "step_2")["step"] == 2
-    assert list(disks["full at the export"].iterdir()) == []
+    assert [path.name for path in disks["full at the export"].iterdir()] == [FILE]
 
 
 @pytest.mark.slow
@@ -147,3 +150,29 @@ def test_a_log_on_a_full_disk_says_so_once_and_ends(
     assert len(said) == 1 and "rank_00003.log can't be written (No space left on device)" in said[0]
     assert "Traceback" not in capfd.readouterr().err
     assert not logger.handlers
+
+
+def _write_on(sink: TensorBoardSink) -> None:
+    for step in range(1000):
+        sink.write(step, {"x": 1.0})
+
+
+def test_a_full_disk_is_no_traceback_of_tensorboards_thread(tmp_path: Path, monkeypatch, capfd) -> None:
+    """It flushes by itself now and then, and its error is that of the next write."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    sink = TensorBoardSink(tmp_path)
+    worker = sink._writer._get_file_writer().event_writer._async_writer._worker
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(worker._record_writer, "flush", full)
+    worker._next_flush_time = 0
+    with pytest.raises(OSError, match="No space left on device"):
+        _write_on(sink)
+    worker.join(60)
+    assert not worker.is_alive() and "Exception in thread" not in capfd.readouterr().err
+    other = threading.Thread(target=full, name="another one")
+    other.start()
+    other.join()
+    assert "Exception in thread another one" in capfd.readouterr().err

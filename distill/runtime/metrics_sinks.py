@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import statistics
+import threading
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -95,6 +96,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _without_tensorboards
         fresh = not folder.exists()
         self._writer: Any = SummaryWriter(str(folder), purge_step=None if fresh else resumed_step + 1)
         for row in history if fresh else ():
@@ -116,6 +118,12 @@ class TensorBoardSink:
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+def _without_tensorboards(args: threading.ExceptHookArgs) -> None:
+    """Say nothing of an error of TensorBoard's thread, as on a full disk: the next write raises it again."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 class WandbSink:
