@@ -152,11 +152,14 @@ class Run:
         return True
 
     def leaves_unjudged(self, step: int) -> bool:
-        """Whether any rank was asked to stop by now, when held-out problems are answered with the weights after
-        ``step`` steps: then these are saved, and a run that goes on from there validates them; collective.
+        """Whether any rank was asked to stop by now, before or while held-out problems are answered with the weights
+        after ``step`` steps: then these are saved, and a run that goes on from there validates them; collective.
+
+        The engine is ready. Where no validation is due nothing is asked: the step that begins is short enough.
         """
-        asked = float(self.world.guard.asked or (_TIME if self.deadline.near() else _NOTHING))
-        self._stop = max(self.world.gather(asked))
+        if not self.validation.due(step):
+            return False
+        self._stop = max(self.world.gather(float(self.world.guard.asked)))
         if self._stop == _NOTHING:
             return False
         self.engine.sleep()
@@ -254,6 +257,8 @@ class Run:
             return
         self.student.offload()
         self.freshness.renew(step)
+        if self.leaves_unjudged(step):
+            return
         held_out = self.validation.answers(step)
         if self.leaves_unjudged(step):
             return

@@ -36,9 +36,11 @@ def train(run: Run) -> None:
             student.offload()
             run.freshness.renew(step, metrics)
 
+        if run.leaves_unjudged(step):
+            return
         with phases("validation"):
             held_out = run.validation.answers(step)
-        if held_out is not None and run.leaves_unjudged(step):
+        if run.leaves_unjudged(step):
             return
 
         with phases("generation"):

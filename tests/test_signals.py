@@ -138,8 +138,7 @@ def test_a_run_stops_where_one_more_step_and_its_save_might_end_too_late() -> No
 def test_the_status_says_how_a_run_goes_and_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_STATUS_FILE", str(tmp_path / "elsewhere.json"))
     main, other = Status(main=True), Status(main=False)
-    main.end(Ending("refused", "a=1 is wrong: set 2", 2))
-    assert read_status(tmp_path / "elsewhere.json")["exit_code"] == 2, "there before a run has a folder"
+    assert read_status(tmp_path / "elsewhere.json")["state"] == "running", "there before a run has a folder"
     for status in (main, other):
         status.begin(tmp_path, 3)
     other.at(4)
@@ -150,9 +149,11 @@ def test_the_status_says_how_a_run_goes_and_how_it_ended(tmp_path: Path, monkeyp
     other.end(Ending("finished", "", 0))
     assert read_status(tmp_path / STATUS_FILE)["state"] == "running"
     main.end(Ending("stopped", "SIGTERM", 0))
+    main.end(Ending("failed", "what comes of that", 1))
     found = read_status(tmp_path / STATUS_FILE)
     found.pop("time")
-    assert found == {"state": "stopped", "step": 4, "reason": "SIGTERM", "exit_code": 0, "lost": False}
+    told = {"state": "stopped", "began": 3, "step": 4, "reason": "SIGTERM", "exit_code": 0, "lost": False}
+    assert found == told, "the first end holds"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", STATUS_FILE]
 
 
@@ -162,8 +163,8 @@ def test_a_rank_that_leaves_alone_says_so_unless_an_end_is_known(tmp_path: Path)
         status.begin(tmp_path, 0)
     other.end(Ending("failed", "rank 1: broken", 1), alone=True)
     assert read_status(tmp_path / STATUS_FILE)["reason"] == "rank 1: broken"
-    other.end(Ending("failed", "rank 0 is gone", 1), alone=True)
-    assert read_status(tmp_path / STATUS_FILE)["reason"] == "rank 1: broken"
+    main.end(Ending("stopped", "SIGTERM before the first step", 0))
+    assert read_status(tmp_path / STATUS_FILE)["reason"] == "rank 1: broken", "why the launcher ended the other one"
 
 
 def test_a_status_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:

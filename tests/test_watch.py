@@ -111,8 +111,9 @@ def test_the_first_word_holds_and_reaches_the_others() -> None:
     watches = [Watch(store, rank, 2, left[rank].append) for rank in range(2)]
     watches[0]._store.set("end", "-")
     first, second = Ending("failed", "rank 1: broken", 1), Ending("failed", "rank 0 is gone", 1)
-    assert watches[1].announce(first) == first
-    assert watches[0].announce(second) == first
+    assert watches[1].announce(first) == (first, True)
+    assert watches[0].announce(second) == (first, False)
+    assert watches[0].announce(first) == (first, False), "the same words of another rank"
     for each in watches:
         each._beat()
     assert [each._look() for each in watches] == [first, first]
@@ -172,13 +173,13 @@ def test_a_store_that_freezes_holds_nobody(keeper, monkeypatch: pytest.MonkeyPat
     store.set("watch/process/0", '["another host", 1, ""]')
     watching.start(lambda: None)
     process.send_signal(signal.SIGSTOP)
-    announced: list[Ending] = []
+    announced: list[tuple[Ending, bool]] = []
     mine = Ending("stopped", "SIGTERM", 0)
     threading.Thread(target=lambda: announced.append(watching.announce(mine)), daemon=True).start()
     assert left.wait(60), "the watch waits for ever"
     assert [ending.reason for ending in ended] == ["rank 0, or whoever holds the rendezvous, gave no answer for 2 s"]
     assert ended[0].lost and ended[0].exit_code == 1
-    assert announced == [mine], "nor does he wait who has something to say"
+    assert announced == [(mine, True)], "nor does he wait who has something to say"
 
 
 def test_a_store_that_comes_back_is_forgiven(keeper, monkeypatch: pytest.MonkeyPatch) -> None:

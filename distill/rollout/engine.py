@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +15,12 @@ from torch import Tensor
 from distill.model.checksum import BitSums, bit_sums, changed
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
+Abandon = Callable[[], bool]
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
+
+
+class Abandoned(Exception):
+    """Nobody waits for the answers any more."""
 
 
 class Weights(Protocol):
@@ -50,11 +55,14 @@ class Engine(Protocol):
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs in nats of every token after the first, at temperature 1; the engine's own ranks, while ready."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon | None = None
+    ) -> list[Rollout]:
         """Answer the prompts; the engine's own ranks, any number of times while ready.
 
         Every rank of an engine brings the same prompts and gets its own part of the answers: each answer is one
-        rank's, whose work it is to hand it on.
+        rank's, whose work it is to hand it on. ``abandon`` is asked at every token: once it is true there are no
+        answers at all; an engine of several ranks, which go in step, doesn't ask.
         """
 
     def sleep(self) -> None:
@@ -127,12 +135,17 @@ class EngineBase(ABC):
             raise RuntimeError(f"the engine's log-probs of the probe are not finite at version {self._version}")
         return found
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon | None = None
+    ) -> list[Rollout]:
         """See Engine.generate. Raises RuntimeError for a prompt it can't read and for answers that can't be right."""
         self._expect("ready", "generate")
         for prompt in prompts:
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
-        rollouts = self._generate(prompts, sampling, step)
+        try:
+            rollouts = self._generate(prompts, sampling, step, abandon or (lambda: False))
+        except Abandoned:
+            return []
         for rollout in rollouts:
             self._check_answer(rollout, sampling)
         return rollouts
@@ -212,7 +225,9 @@ class EngineBase(ABC):
     def _probe(self, token_ids: Sequence[int]) -> list[float]: ...
 
     @abstractmethod
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]: ...
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon
+    ) -> list[Rollout]: ...
 
     @abstractmethod
     def _sleep(self) -> None: ...

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from distill.model.checksum import BitSums, whole_bit_sums
 from distill.model.load import manifest_of, materialize, meta_model, restore_buffers
-from distill.rollout.engine import EngineBase, answer_limit, answer_seed, longest_first
+from distill.rollout.engine import Abandon, Abandoned, EngineBase, answer_limit, answer_seed, longest_first
 from distill.runtime.place import progressed
 from distill.types import Prompt, Rollout, Sampling
 
@@ -72,7 +72,9 @@ class TransformersEngine(EngineBase):
         self._model.tie_weights()
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon
+    ) -> list[Rollout]:
         order = longest_first(prompts)
         per_batch = max(1, self._batch_size // sampling.answers_per_prompt)
         done: dict[int, list[Rollout]] = {}
@@ -80,12 +82,14 @@ class TransformersEngine(EngineBase):
         with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=silent) as bar:
             for i in range(0, len(order), per_batch):
                 places = order[i : i + per_batch]
-                answers = self._answer([prompts[place] for place in places], sampling, step)
+                answers = self._answer([prompts[place] for place in places], sampling, step, abandon)
                 done.update(zip(places, answers, strict=True))
                 bar.update(len(places))
         return [rollout for place in range(len(prompts)) for rollout in done[place]]
 
-    def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int) -> list[list[Rollout]]:
+    def _answer(
+        self, prompts: list[Prompt], sampling: Sampling, step: int, abandon: Abandon
+    ) -> list[list[Rollout]]:
         """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
         G = sampling.answers_per_prompt
         batch = _Decoding(prompts, sampling, step, self.window, self._device)
@@ -100,6 +104,8 @@ class TransformersEngine(EngineBase):
         cache.batch_repeat_interleave(G)
         mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
         while True:
+            if abandon():
+                raise Abandoned
             sampled = batch.sample(logits, self._valid_vocab)
             keep = batch.unfinished_rows()
             if not keep:

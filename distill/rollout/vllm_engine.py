@@ -8,7 +8,7 @@ import random
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from distill.model.checksum import BitSums
 from distill.model.memory import CPU_CACHE
-from distill.rollout.engine import EngineBase, answer_limit, answer_seed, longest_first
+from distill.rollout.engine import Abandon, Abandoned, EngineBase, answer_limit, answer_seed, longest_first
 from distill.rollout.memory import CudaMemory, Memory, SleepGuard
 from distill.rollout.vllm_weights import VllmWeights
 from distill.runtime.place import progressed
@@ -36,6 +36,8 @@ _CPU_DEFAULTS = {
     "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
+_STEPS_AHEAD = 4
+"""More than vLLM schedules before it has seen what came of the last one."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
@@ -208,13 +210,16 @@ class VllmEngine(EngineBase):
         (output,) = self._run([(tuple(token_ids), params)])
         return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
 
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon
+    ) -> list[Rollout]:
         asked = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
         self._agree("prompts, sampling or step", asked, sampling, step, self._version)
         answers = [(prompts[i], a) for i in longest_first(prompts) for a in range(sampling.answers_per_prompt)]
         outputs = self._run(
             [(prompt.student_ids, self._params(prompt, answer, sampling, step)) for prompt, answer in answers],
             show=self.replica == 0 and self._tp_rank == 0,
+            abandon=abandon if self._tp_size == 1 else None,
         )
         rollouts = [
             self._rollout(prompt, answer, output) for (prompt, answer), output in zip(answers, outputs, strict=True)
@@ -255,8 +260,12 @@ class VllmEngine(EngineBase):
             version=self._version,
         )
 
-    def _run(self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False) -> list[Any]:
-        """The outputs of all requests, in their order. Raises RuntimeError where the engine makes no progress."""
+    def _run(
+        self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, abandon: Abandon | None = None
+    ) -> list[Any]:
+        """The outputs of all requests, in their order. Raises RuntimeError where the engine makes no progress, and
+        Abandoned, with nothing left in the engine, where ``abandon`` says so.
+        """
         if self._engine.is_sleeping():
             raise RuntimeError("vLLM is asleep: it would accept the requests and never answer")
         first = self._requests
@@ -269,6 +278,9 @@ class VllmEngine(EngineBase):
         disable = not (show and sys.stderr.isatty())
         with tqdm(total=len(requests), desc="generate", unit="answer", leave=False, disable=disable) as bar:
             while self._engine.has_unfinished_requests():
+                if abandon is not None and abandon():
+                    self._abort(range(first, self._requests))
+                    raise Abandoned
                 made = self._tokens_made
                 for output in self._engine.step():
                     outputs[int(output.request_id)] = output
@@ -280,6 +292,12 @@ class VllmEngine(EngineBase):
                         " answers unfinished"
                     )
         return [outputs[first + i] for i in range(len(requests))]
+
+    def _abort(self, requests: Iterable[int]) -> None:
+        """Forget these requests, and what of them is on its way."""
+        self._engine.abort_request([str(number) for number in requests])
+        for _ in range(_STEPS_AHEAD):
+            self._engine.step()
 
     def _agree(self, what: str, *values: object) -> None:
         """Raise RuntimeError on all ranks of this engine unless they bring the same values.

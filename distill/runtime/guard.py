@@ -41,7 +41,7 @@ class Guard:
         """Why the loop was left before its last step."""
         self.stacks_to: Path | None = None
         """Where the stacks of all threads are written when the run fails from outside of its program."""
-        self._loops = False
+        self._loops = self._over = False
         self._signals = StopSignals(self._first_signal, self._later_signal)
         self._watch: Watch | None = None
 
@@ -54,12 +54,17 @@ class Guard:
         """Take the signals from now on; in the main thread."""
         self._signals.listen()
 
-    def watch(self, rank: int, size: int, barrier: Callable[[], None]) -> None:
-        """Watch the other ranks and be watched, from here on; collective."""
-        store = dist.distributed_c10d._get_default_store()
-        self._watch = Watch(store, rank, size, self._leave)
-        self._watch.roll.timeout_s = _LOADING_TIMEOUT_S
-        self._watch.start(barrier)
+    def watch(self, store: dist.Store, rank: int, size: int, meet: Callable[[], None]) -> None:
+        """Watch the other ranks and be watched, from here on; collective. ``meet`` returns when all have come."""
+        watch = Watch(store, rank, size, self._leave)
+        watch.roll.timeout_s = _LOADING_TIMEOUT_S
+        watch.start(meet)
+        self._watch = watch
+
+    @property
+    def watches(self) -> bool:
+        """Whether the others hear of this rank's end."""
+        return self._watch is not None
 
     def expect_loading(self, phase_timeout_s: float) -> None:
         """The recipe is read: loading may stand still for so long, where that is more than is usual."""
@@ -77,11 +82,24 @@ class Guard:
         if self._watch is not None:
             time.sleep(4 * POLL_S)
 
-    def leave_alone(self, ending: Ending) -> NoReturn:
-        """End this rank, which knows something that the others don't, and them through their watch."""
+    def ends(self, ending: Ending, alone: bool = False) -> None:
+        """The program is over, and how: a signal to hurry changes nothing about that."""
+        self._over = True
+        self.status.end(ending, alone)
+
+    def leave_alone(self, ending: Ending, say: Callable[[str], None] = lambda reason: None) -> NoReturn:
+        """End this rank, which knows something that the others don't, and them through their watch.
+
+        ``say`` is told why, if no other rank was first. What follows from the death of a neighbour is not why.
+        """
+        mine = True
         if self._watch is not None:
-            ending = self._watch.announce(ending)
-        self.status.end(ending, alone=True)
+            if ending.state == "failed":
+                ending = self._watch.missed() or ending
+            ending, mine = self._watch.announce(ending)
+        if mine:
+            say(ending.reason)
+        self.ends(ending, alone=True)
         self._let_others_hear()
         leave(ending.exit_code)
 
@@ -96,6 +114,8 @@ class Guard:
         self._signals.close()
 
     def _first_signal(self, name: str) -> None:
+        if self._over:
+            return
         if not self._loops:
             self._announce_and_leave(Ending("stopped", f"{name} before the first step", 0))
         log.warning("%s: the run saves and ends after this step; one more signal, later, ends it at once", name)
@@ -106,7 +126,7 @@ class Guard:
 
     def _announce_and_leave(self, ending: Ending) -> NoReturn:
         faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True)
-        self._leave(ending if self._watch is None else self._watch.announce(ending))
+        self._leave(ending if self._watch is None else self._watch.announce(ending)[0])
 
     def _leave(self, ending: Ending) -> NoReturn:
         """End the process from a thread, whatever the main thread does."""

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ PATIENCE_S = 600.0
 """How long ranks wait for those that have not come: their file systems may be cold, but the others may be dead."""
 _SAID_AFTER_S = 20.0
 _POLL_S = 0.1
+_GIVEN_UP = "given up"
 
 
 class AbsentError(Exception):
@@ -31,77 +33,100 @@ class AbsentError(Exception):
         self.speaks = speaks
 
 
-def join(backend: str, timeout: datetime.timedelta) -> None:
-    """Wait for all ranks of the world that torchrun's or Slurm's variables tell of, and make the process group.
+class Rendezvous:
+    """The world that torchrun's or Slurm's variables tell of, and the store through which its ranks find each other.
 
-    ``timeout``: of its collectives. Every rank calls it. Raises AbsentError for ranks that don't come in PATIENCE_S,
-    and UserError for a port that is taken and for ranks that can't reach each other. A world of one has no door at all.
+    Every rank makes one, calls ``meet`` and then ``connect``. Raises UserError for a port that is taken, and
+    AbsentError where nobody keeps a store. A world of one has no door at all.
     """
-    if "RANK" not in os.environ:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _store(host, port, rank, size)
-    meet(store, rank, size, f"{host}:{port}")
-    store.set_timeout(timeout)
-    try:
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-    except (dist.DistError, RuntimeError) as error:
-        raise UserError(
-            f"rank {rank} met the others at {host}:{port} but can't connect to all of them"
-            f" ({' '.join(str(error).split())[:200]}): set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network"
-            " interface on which the nodes reach each other"
-        ) from error
 
+    def __init__(self) -> None:
+        self.rank, self.size, self._where = 0, 1, "this process"
+        self._holds = True
+        if "RANK" not in os.environ:
+            self.store: dist.Store = dist.HashStore()
+            return
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self._where = f"{host}:{port}"
+        self._holds = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.store = self._store(host, port)
 
-def _store(host: str, port: int, rank: int, size: int) -> dist.Store:
-    """The store of the world; without torchrun, whose agents keep one, it is the first rank's.
+    def _store(self, host: str, port: int) -> dist.Store:
+        """Without torchrun, whose agents keep a store, it is the first rank's.
 
-    That listens, where MASTER_ADDR is an address, there and nowhere else; PyTorch's own would on every interface.
-    """
-    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    patience = datetime.timedelta(seconds=PATIENCE_S)
-    try:
-        listener = _listen(host, port) if holds and _is_address(host) else None
-        return dist.TCPStore(host, port, size, holds, patience, wait_for_workers=False, master_listen_fd=listener)
-    except (OSError, dist.DistError, RuntimeError) as error:
-        if not holds:
-            raise AbsentError(
-                f"rank {rank} found nobody who keeps the rendezvous {host}:{port}, rank 0 or a launcher, for"
-                f" {PATIENCE_S:g} s"
-            ) from error
-        if isinstance(error, OSError) and error.errno != errno.EADDRINUSE:
-            raise UserError(
-                f"MASTER_ADDR={host}: rank 0 can't listen there ({error.strerror}): set it to an address of its machine"
-            ) from error
-        raise UserError(
-            f"MASTER_PORT={port} is taken on {host}, by another run perhaps: set it to a free port"
-        ) from error
-
-
-def meet(store: dist.Store, rank: int, size: int, where: str) -> None:
-    """Wait until every rank has come to the store; raises AbsentError, with their numbers, where some don't."""
-    doors = dist.PrefixStore("come", store)
-    absent, began, said = list(range(size)), time.monotonic(), False
-    try:
-        doors.set(f"{rank}", "")
-        while absent := [other for other in absent if not doors.check([f"{other}"])]:
-            if not launcher_lives():
-                raise AbsentError(f"the launcher (process {launcher()}) of rank {rank} ended")
-            waited = time.monotonic() - began
-            if waited > _SAID_AFTER_S and not said:
-                said = True
-                log.info("waiting for %s of %d at %s", named(absent), size, where)
-            if waited > PATIENCE_S:
-                speaker = min(set(range(size)) - set(absent))
+        That listens, where MASTER_ADDR is an address, there and nowhere else; PyTorch's own would on every interface.
+        """
+        patience = datetime.timedelta(seconds=PATIENCE_S)
+        try:
+            listener = _listen(host, port) if self._holds and _is_address(host) else None
+            return dist.TCPStore(
+                host, port, self.size, self._holds, patience, wait_for_workers=False, master_listen_fd=listener
+            )
+        except (OSError, dist.DistError, RuntimeError) as error:
+            if not self._holds:
                 raise AbsentError(
-                    f"{named(absent)} of {size} did not come to the rendezvous {where} in {PATIENCE_S:g} s",
-                    speaks=rank == speaker,
-                )
-            time.sleep(_POLL_S)
-    except (dist.DistError, RuntimeError) as error:
-        raise AbsentError(f"rank 0, or the launcher, left the rendezvous {where} while rank {rank} waited") from error
+                    f"rank {self.rank} found nobody who keeps the rendezvous {self._where}, rank 0 or a launcher, for"
+                    f" {PATIENCE_S:g} s"
+                ) from error
+            if _is_taken(error):
+                raise UserError(
+                    f"MASTER_PORT={port} is taken on {host}, by another run perhaps: set it to a free port"
+                ) from error
+            raise UserError(
+                f"MASTER_ADDR={host} is where rank 0 can't be reached, not even by itself"
+                f" ({' '.join(str(error).split())[:100]}): set it to an address of the machine that rank 0 is on"
+            ) from error
+
+    def meet(self) -> None:
+        """Wait until every rank has come; raises AbsentError, with their numbers, where some don't."""
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher may keep its store when it restarts
+        doors = dist.PrefixStore(f"come/{attempt}", self.store)
+        everyone = [f"{rank}" for rank in range(self.size)]
+        began, said = time.monotonic(), False
+        try:
+            doors.set(f"{self.rank}", "")
+            while not doors.check(everyone):
+                if not launcher_lives():
+                    raise AbsentError(f"the launcher (process {launcher()}) of rank {self.rank} ended")
+                waited = time.monotonic() - began
+                if waited > _SAID_AFTER_S and not said:
+                    said = True
+                    log.info("waiting for %s of %d at %s", self._absent(doors), self.size, self._where)
+                if waited > PATIENCE_S or doors.check([_GIVEN_UP]):
+                    self._give_up(doors)
+                time.sleep(_POLL_S)
+        except (dist.DistError, RuntimeError) as error:
+            raise AbsentError(
+                f"rank 0, or the launcher, left the rendezvous {self._where} while rank {self.rank} waited for others",
+                speaks=self.rank <= 1,
+            ) from error
+
+    def _absent(self, doors: dist.Store) -> str:
+        return named([rank for rank in range(self.size) if not doors.check([f"{rank}"])])
+
+    def _give_up(self, doors: dist.Store) -> NoReturn:
+        """The first whose patience ends speaks for all."""
+        reason = f"{self._absent(doors)} of {self.size} did not come to the rendezvous {self._where} in"
+        told = f"{self.rank}:{reason} {PATIENCE_S:g} s"
+        first = doors.compare_set(_GIVEN_UP, "", told).decode()
+        if self._holds:
+            time.sleep(20 * _POLL_S)  # until the others have heard
+        raise AbsentError(first.partition(":")[2], speaks=first == told)
+
+    def connect(self, backend: str, timeout: datetime.timedelta) -> None:
+        """Make the process group, when all have met; ``timeout``: of its collectives. Raises UserError where ranks
+        can't reach each other.
+        """
+        self.store.set_timeout(timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout, store=self.store, rank=self.rank, world_size=self.size)
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(
+                f"rank {self.rank} met the others at {self._where} but can't connect to all of them"
+                f" ({' '.join(str(error).split())[:200]}): set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the"
+                " network interface on which the nodes reach each other"
+            ) from error
 
 
 def named(ranks: list[int]) -> str:
@@ -117,6 +142,12 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_taken(error: Exception) -> bool:
+    """Whether somebody else listens at the port; torch tells in words."""
+    words = str(error)
+    return getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in words or "already in use" in words
 
 
 def _listen(host: str, port: int) -> int | None:

@@ -54,6 +54,12 @@ def job_id() -> int:
     return int(os.environ["SLURM_JOB_ID"])
 
 
+def start_of_job() -> tuple[int, int] | None:
+    """The job that this process runs in, and how often it was requeued before; None outside of Slurm."""
+    job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return (int(job), int(restarts)) if job.isdecimal() and restarts.isdecimal() else None
+
+
 def job_nodes() -> str:
     """The nodes of the job, as Slurm lists them."""
     return os.environ["SLURM_JOB_NODELIST"]

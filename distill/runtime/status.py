@@ -33,7 +33,8 @@ def lost(reason: str) -> Ending:
 
 
 class Status:
-    """``status.json``: state, finished steps, reason, exit code, lost and time; written beside and renamed.
+    """``status.json``: state, reason, exit code, lost, time, and the steps that were finished when the run ``began``
+    and that are now; written beside and renamed.
 
     The main rank writes it. Another does where it leaves alone, if no end stands there yet.
     """
@@ -41,11 +42,15 @@ class Status:
     def __init__(self, main: bool) -> None:
         self._main = main
         self._paths = [Path(os.environ[_ELSEWHERE])] if os.environ.get(_ELSEWHERE) else []
-        self._step = 0
+        self._step = self._began = 0
+        self._ended = False
+        if main:
+            self._write(Ending("running", "", 0))
 
     def begin(self, run_dir: Path, step: int) -> None:
         """The run has a folder and goes on after ``step`` finished steps."""
         self._paths.append(run_dir / STATUS_FILE)
+        self._began = step
         self.at(step)
 
     def at(self, step: int) -> None:
@@ -55,15 +60,19 @@ class Status:
             self._write(Ending("running", "", 0))
 
     def end(self, ending: Ending, alone: bool = False) -> None:
-        """How it ended. ``alone``: no other rank knows, so this one writes, whichever it is."""
-        if self._main or (alone and not self._has_ended()):
+        """How it ended. ``alone``: no other rank knows, so this one writes, whichever it is.
+
+        The first end that is told holds: what comes of it, as a launcher's signal to the others, is not why it ended.
+        """
+        if (self._main or alone) and not self._ended and not self._has_ended():
             self._write(ending)
+        self._ended = True
 
     def _has_ended(self) -> bool:
         return any(read_status(path).get("state", "running") != "running" for path in self._paths)
 
     def _write(self, ending: Ending) -> None:
-        found = {"state": ending.state, "step": self._step, **ending._asdict()}
+        found = {"state": ending.state, "began": self._began, "step": self._step, **ending._asdict()}
         text = json.dumps({**found, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=2) + "\n"
         for path in self._paths:
             part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -106,6 +106,12 @@ class Roll:
         )
 
 
+def _told(end: str) -> Ending:
+    """How the run ends, as a rank has told."""
+    _, ending = json.loads(end)
+    return Ending(*ending)
+
+
 def _asked(call: Callable[[], T]) -> Future[T]:
     """What a call to the store will answer, if ever: by a thread of its own, that may be given up."""
     future: Future[T] = Future()
@@ -147,13 +153,13 @@ class Watch:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    def start(self, barrier: Callable[[], None]) -> None:
-        """Tell the others of this rank, and watch; ``barrier``: returns when all ranks came there."""
+    def start(self, meet: Callable[[], None]) -> None:
+        """Tell the others of this rank, and watch; ``meet``: returns when all ranks came there."""
         if self._rank == 0:
             self._store.set("end", _NOBODY)
         self._store.set(f"process/{self._rank}", json.dumps(_Process.this()))
         self._beat()
-        barrier()
+        meet()
         processes = [
             _Process(*json.loads(text))
             for text in self._store.multi_get([f"process/{rank}" for rank in range(self._size)])
@@ -168,13 +174,16 @@ class Watch:
         if self._thread.is_alive():
             self._thread.join(_STORE_S + POLL_S)
 
-    def announce(self, ending: Ending) -> Ending:
-        """Tell all ranks that this one leaves, and that they must; the ending that was told first, which holds."""
+    def announce(self, ending: Ending) -> tuple[Ending, bool]:
+        """Tell all ranks that this one leaves, and that they must; the ending that was told first, which holds, and
+        whether that is this rank's.
+        """
+        mine = json.dumps([self._rank, ending])
         try:
-            first = _asked(lambda: self._store.compare_set("end", _NOBODY, json.dumps(ending))).result(_STORE_S)
+            first = _asked(lambda: self._store.compare_set("end", _NOBODY, mine)).result(_STORE_S).decode()
         except _NO_STORE:  # whoever holds the store is gone or frozen: the others see that too
-            return ending
-        return Ending(*json.loads(first))
+            return ending, True
+        return _told(first), first == mine
 
     def _run(self) -> None:
         failures = 0.0
@@ -187,7 +196,7 @@ class Watch:
                 # No longer than it waits: what a suspended machine sleeps beside that isn't the store's silence.
                 failures += POLL_S + min(time.monotonic() - began, _STORE_S)
                 # Who held the store may be known to be dead.
-                ending = self._missed() or (self._lost(error) if failures >= SILENT_POLLS * POLL_S else None)
+                ending = self.missed() or (self._lost(error) if failures >= SILENT_POLLS * POLL_S else None)
             if ending is not None and not self._stopped.is_set():
                 self._leave(ending)
                 return
@@ -199,15 +208,15 @@ class Watch:
 
     def _look(self) -> Ending | None:
         if not launcher_lives():
-            return self.announce(lost(f"the launcher (process {launcher()}) of rank {self._rank} ended"))
+            return self.announce(lost(f"the launcher (process {launcher()}) of rank {self._rank} ended"))[0]
         end, *beats = self._heard()
         if end.decode() != _NOBODY:
-            return Ending(*json.loads(end))
-        if missed := self._missed():
-            return self.announce(missed)
+            return _told(end.decode())
+        if missed := self.missed():
+            return self.announce(missed)[0]
         found = [Beat.parse(beat) for beat in beats]
         ending = self.roll.read(found) if self._rank == 0 else self._main_lives(found[0])
-        return None if ending is None else self.announce(ending)
+        return None if ending is None else self.announce(ending)[0]
 
     def _heard(self) -> list[bytes]:
         """What the others have told, after this rank has; raises TimeoutError, and waits on at the next look."""
@@ -224,7 +233,7 @@ class Watch:
         ranks = range(self._size) if self._rank == 0 else [0]
         return self._store.multi_get(["end", *(f"beat/{rank}" for rank in ranks)])
 
-    def _missed(self) -> Ending | None:
+    def missed(self) -> Ending | None:
         """Why to leave where a rank of this host is dead."""
         dead = [rank for rank, process in self._neighbours.items() if not process.lives()]
         if not dead:

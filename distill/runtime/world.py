@@ -6,6 +6,7 @@ import datetime
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distill.runtime import place, rendezvous, slurm
+from distill.runtime import place, slurm
 from distill.runtime.guard import Guard, leave, log_to_console
 from distill.runtime.launch import deny_others_writing, rank_by_launcher
+from distill.runtime.rendezvous import AbsentError, Rendezvous
 from distill.runtime.status import Ending, lost
 from distill.types import Layout, UserError
 
@@ -37,7 +39,14 @@ class AgreedError(UserError):
 
 
 class AgreedFailure(RuntimeError):
-    """What no user can put right beforehand, said in a sentence; raised by all ranks together."""
+    """What no user can put right beforehand, said in a sentence; raised by all ranks together.
+
+    ``passes``: the same may go well when the run starts again.
+    """
+
+    def __init__(self, reason: str, passes: bool = False) -> None:
+        super().__init__(reason)
+        self.passes = passes
 
 
 class World:
@@ -45,8 +54,8 @@ class World:
 
     Made by every rank at the same point; torchrun's, Slurm's or no variables at all (a world of one) are understood.
     ``control`` is for small objects and agreements, so that they never mix with the collectives of the models on NCCL.
-    ``guard``: of this rank; where none is given, nobody listens to signals and nobody watches. Raises what
-    ``rendezvous.join`` does.
+    ``guard``: of this rank; where none is given, nobody listens to signals and nobody watches. Raises AbsentError and
+    UserError as Rendezvous does.
     """
 
     def __init__(self, timeout: datetime.timedelta = _TIMEOUT, guard: Guard | None = None) -> None:
@@ -56,7 +65,12 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        rendezvous.join(backend, timeout)
+        meeting = Rendezvous()
+        if guard is None:
+            meeting.meet()
+        else:  # from the meeting on: a machine may be lost at any time
+            guard.watch(meeting.store, meeting.rank, meeting.size, meeting.meet)
+        meeting.connect(backend, timeout)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
@@ -247,9 +261,11 @@ class World:
 
     def close(self) -> None:
         """Leave together: wait for all ranks, then end the process groups."""
-        self.guard.stop_watching()
         if dist.is_initialized():
             self.barrier()
+        self.guard.stop_watching()
+        if dist.is_initialized():
+            self.barrier()  # nobody's end is seen by one who still watches
             dist.destroy_process_group()
 
 
@@ -295,11 +311,20 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     guard.listen()
     try:
         world = World(guard=guard)
-        guard.watch(world.rank, world.size, world.barrier)
     except UserError as error:
+        if guard.watches:
+            guard.wait_for_the_cause()
+            guard.leave_alone(Ending("refused", str(error), 2), _say)
         return _without_the_others(guard, Ending("refused", str(error), 2))
-    except rendezvous.AbsentError as error:
+    except AbsentError as error:
         return _without_the_others(guard, lost(str(error)), error.speaks)
+    except Exception as error:
+        traceback.print_exc()
+        ending = Ending("failed", f"before the ranks were together: {error}", 1, _lost_by(error))
+        if guard.watches:
+            guard.wait_for_the_cause()
+            guard.leave_alone(ending)
+        return _without_the_others(guard, ending, speaks=False)
     alone = False
     try:
         with nullcontext() if main else redirect_stdout(io.StringIO()):
@@ -308,24 +333,23 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     except UserError as error:
         ending, alone = Ending("refused", str(error), 2), world.size > 1 and not isinstance(error, AgreedError)
     except AgreedFailure as error:
-        ending = Ending("failed", str(error), 1)
+        ending = Ending("failed", str(error), 1, error.passes)
     except Exception as error:
-        by_others = _comes_of_others(error)
-        ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, lost=by_others)
+        ending = Ending("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, _lost_by(error))
         if world.size == 1:
-            guard.status.end(ending)
+            guard.ends(ending)
             guard.close()
             raise
-        if by_others:
+        if _comes_of_others(error):
             guard.wait_for_the_cause()
         # The interpreter's own end may wait for ranks that wait for this one.
         traceback.print_exc()
         guard.leave_alone(ending)
-    if ending.exit_code and (main or alone):
-        _say(ending.reason)
     if alone:
-        guard.leave_alone(ending)
-    guard.status.end(ending)
+        guard.leave_alone(ending, _say)
+    if ending.exit_code and main:
+        _say(ending.reason)
+    guard.ends(ending)
     world.close()
     guard.close()
     return ending.exit_code
@@ -335,7 +359,7 @@ def _without_the_others(guard: Guard, ending: Ending, speaks: bool = True) -> in
     """The end of a rank that never had a world."""
     if speaks:
         _say(ending.reason)
-    guard.status.end(ending, alone=True)
+    guard.ends(ending, alone=True)
     guard.close()
     return ending.exit_code
 
@@ -357,6 +381,16 @@ def _say(reason: str) -> None:
 def _comes_of_others(error: Exception) -> bool:
     """Whether an error is what a collective says when another rank is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
+
+
+_LOST = re.compile(
+    r"connection (was )?(closed|reset)|closed by peer|remote process exited|uncorrectable ECC|fallen off the bus", re.I
+)
+
+
+def _lost_by(error: Exception) -> bool:
+    """Whether an error says that another rank, or this one's device, is gone; else the program may be to blame."""
+    return _LOST.search(str(error)) is not None
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:

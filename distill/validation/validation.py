@@ -103,6 +103,8 @@ class Validation:
     def answers(self, step: int) -> Answers | None:
         """Answer the held-out problems with the weights after ``step`` steps, where that is due; the engine is ready.
 
+        A rank that is asked to stop gives no answers: all of them are of no use then, and nobody may report.
+
         At the start they are also answered with the teacher's context in view, where that is known beforehand: the
         student is still the teacher then, so this is how well it can do what it shall learn.
         """
@@ -112,12 +114,15 @@ class Validation:
         engine, prompts = self.engine, self.held_out.prompts
         share = prompts[engine.replica :: engine.replicas]
         with phases("generation"):
-            mine = engine.generate(share, self.sampling, step)
+            mine = engine.generate(share, self.sampling, step, abandon=self._asked)
         in_context = None
         if step == 0 and context_is_known(self.config):
             with phases("generation_in_context"):
                 in_context = self._answers_in_context(share, step)
         return Answers(step, phases, mine, in_context)
+
+    def _asked(self) -> bool:
+        return bool(self.world.guard.asked)
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> InContext:
         """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""
@@ -128,7 +133,7 @@ class Validation:
         asked = [replace(p, student_ids=prefixes[p.prompt_id]) for p in share if p.prompt_id in prefixes]
         seed = stream_seed(self.config.distillation.seed, _IN_CONTEXT)
         sampling = replace(self.sampling, seed=seed, max_total_length=None)  # a longer prompt shall not mean less room
-        found = self.engine.generate(asked, sampling, step)
+        found = self.engine.generate(asked, sampling, step, abandon=self._asked)
         return InContext([replace(r, teacher_prefix_ids=prefixes[r.prompt.prompt_id]) for r in found], left_out)
 
     def _context(self, prompt: Prompt) -> tuple[int, ...] | str:

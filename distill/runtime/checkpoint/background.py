@@ -56,7 +56,7 @@ class Write:
 
     def wait(self) -> None:
         """Until it has ended; as long as tensors are written, this rank makes progress."""
-        seen = -1
+        seen = self._moved
         while self._thread.is_alive():
             self._thread.join(1.0)
             if self._moved != seen:

@@ -25,7 +25,9 @@ from distill.runtime.checkpoint.background import Write, Written
 from distill.runtime.checkpoint.claim import Claim
 from distill.runtime.checkpoint.record import (
     Damaged,
+    Fault,
     Sums,
+    Unreadable,
     fault_of,
     files_of,
     read_info,
@@ -37,7 +39,7 @@ from distill.runtime.checkpoint.retention import to_drop
 from distill.runtime.checkpoint.shards import SHARDS, CountedLoad, ShardsReader
 from distill.runtime.disk import cannot_write, writing_to
 from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics, rows_until
-from distill.runtime.world import CONTROL_TIMEOUT, AgreedError, World
+from distill.runtime.world import CONTROL_TIMEOUT, AgreedError, AgreedFailure, World
 from distill.types import UserError
 
 log = logging.getLogger(__name__)
@@ -135,7 +137,7 @@ class Checkpoints:
 
         Every file is compared with the sum taken when it was written, each rank reading its share. One that is damaged
         is named, set aside and passed over. Raises UserError where there are some and none is whole: a run must not
-        begin anew over them.
+        begin anew over them; and AgreedFailure where a disk doesn't answer, for which no checkpoint is given up.
         """
         if not self._config.enabled:
             return None
@@ -148,7 +150,13 @@ class Checkpoints:
             if fault is None:
                 self._set_aside(faults, path)
                 return Found(path, info, _history(path, info) if self._world.main else [])
-            faults[path.name] = fault
+            if fault.may_pass:
+                raise AgreedFailure(
+                    f"{path}: {fault.text}, which may pass: start again when the disk answers, or move the folder away"
+                    " to go on from the checkpoint before it",
+                    passes=True,
+                )
+            faults[path.name] = fault.text
         if faults:
             told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
             raise AgreedError(
@@ -157,11 +165,12 @@ class Checkpoints:
             )
         return None
 
-    def _fault(self, path: Path, sums: Sums) -> str | None:
-        """What is wrong with the first damaged file; each rank reads every n-th."""
+    def _fault(self, path: Path, sums: Sums) -> Fault | None:
+        """What is wrong with a file, if anything is; each rank reads every n-th."""
         with self._world.agreed("comparing the checkpoint's files with their sums"):
             own = fault_of(path, sums, sorted(sums)[self._world.rank :: self._world.size])
-        return next((fault for fault in self._world.gather(own) if fault is not None), None)
+        found = [fault for fault in self._world.gather(own) if fault is not None]
+        return min(found, key=lambda fault: fault.may_pass, default=None)  # what is damaged surely, before what may be
 
     def _set_aside(self, faults: Mapping[str, str], whole: Path) -> None:
         """Rename damaged checkpoints, so that they don't count among the kept, nor are read again at the next start."""
@@ -206,6 +215,8 @@ class Checkpoints:
         beside = self._dir / f"{_UNFINISHED}step_{step}"
         with self._world.agreed("making the checkpoint's folder"), self._writing():
             if self._world.main:
+                if self._claim is not None:
+                    self._claim.check()
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
         if export is not None:
@@ -374,11 +385,11 @@ def _appears(file: Path) -> bool:
     return True
 
 
-def _info_or_fault(path: Path) -> tuple[dict[str, Any], str | None]:
+def _info_or_fault(path: Path) -> tuple[dict[str, Any], Fault | None]:
     try:
         return read_info(path), None
     except Damaged as fault:
-        return {}, f"{fault}"
+        return {}, Fault(f"{fault}", isinstance(fault, Unreadable))
 
 
 def _history(path: Path, info: Mapping[str, Any]) -> list[dict[str, float | None]]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from distill.runtime.place import progressed
 
@@ -24,7 +24,7 @@ INFO = "training_info.json"
 _SEAL, _FILES = "sha256", "files"
 
 _PIECE = 2**24
-_AGAIN_AFTER_S = (0.5, 2.0, 8.0)
+_AGAIN_AFTER_S = (0.5, 2.0, 8.0, 30.0, 60.0)
 _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
 T = TypeVar("T")
 
@@ -36,22 +36,34 @@ class Damaged(Exception):
     """A checkpoint is not what was written; says which file and what is wrong with it."""
 
 
+class Unreadable(Damaged):
+    """A disk or file server doesn't answer now, which says nothing about what lies there."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with a checkpoint."""
+
+    text: str
+    may_pass: bool = False
+    """Whether a disk or file server doesn't answer now, which says nothing about what lies there."""
+
+
 def sums_of(folder: Path, names: Iterable[str]) -> Sums:
     """Size and sum of files as they lie on disk, by their paths inside ``folder``."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
-def fault_of(folder: Path, sums: Sums, names: Sequence[str]) -> str | None:
+def fault_of(folder: Path, sums: Sums, names: Sequence[str]) -> Fault | None:
     """What is wrong with the first of these files that isn't as written; None if all are."""
     for name in names:
         try:
             found, wanted = patiently((folder / name).stat).st_size, sums[name]["bytes"]
             if found != wanted:
-                return f"{name} has {found} of {wanted} bytes"
+                return Fault(f"{name} has {found} of {wanted} bytes")
             if patiently(partial(_sha256, folder / name)) != sums[name]["sha256"]:
-                return f"{name} holds other bytes than were written"
+                return Fault(f"{name} holds other bytes than were written")
         except OSError as error:
-            return f"{name} can't be read: {error.strerror}"
+            return Fault(f"{name} can't be read: {error.strerror}", error.errno in _MAY_PASS)
     return None
 
 
@@ -94,12 +106,14 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """The info of a checkpoint. Raises Damaged where there is none, or not the one that was written."""
+    """The info of a checkpoint. Raises Damaged where there is none, or not the one that was written, and Unreadable."""
     try:
         text = patiently((folder / INFO).read_text)
     except FileNotFoundError:
         raise Damaged(f"it has no {INFO}") from None
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in _MAY_PASS:
+            raise Unreadable(f"{INFO} can't be read: {error.strerror}") from error
         raise Damaged(f"{INFO} can't be read ({error})") from error
     try:
         info = json.loads(text)
@@ -117,7 +131,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     info = read_info(folder)
     sums = files_of(info)
     if (fault := fault_of(folder, sums, sorted(sums))) is not None:
-        raise Damaged(fault)
+        raise Damaged(fault.text)
     return info
 
 
