@@ -226,6 +226,20 @@ def test_an_answer_depends_on_its_own_seed_and_not_on_its_neighbours(folder) -> 
     assert _ids(_ready(folder).generate(prompts, _sampling(answers_per_prompt=2), step=5)) != together
 
 
+@pytest.mark.parametrize("batch_size", [64, 1])
+def test_abandoned_answers_are_none_at_all_and_the_engine_is_as_good_as_before(folder, batch_size) -> None:
+    engine, asked = _ready(folder, batch_size), []
+
+    def abandon() -> bool:
+        asked.append(engine.state)
+        return len(asked) == 3
+
+    whole = _ids(engine.generate(_prompts(5, 6), _sampling(), step=0))
+    assert engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=abandon) == [] and len(asked) == 3
+    assert _ids(engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=lambda: False)) == whole
+    engine.sleep()
+
+
 def test_global_random_state_is_neither_read_nor_moved(ready) -> None:
     torch.manual_seed(1)
     first = _ids(ready.generate(_prompts(5), _sampling(), step=0))

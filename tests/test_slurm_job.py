@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,3 +113,93 @@ def test_the_scripts_readme_runs_every_recipe_of_a_cluster_that_the_old_commands
     runs = {word for command in COMMANDS for word in command.split() if word.startswith("recipes/")}
     on_a_cluster = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*-[0-9]n[0-9]g*")}
     assert len(COMMANDS) >= 12 and {name for name in on_a_cluster if "-4n4g" not in name} <= runs
+
+
+# ---- the batch script, with stand-ins for Slurm's commands (tests/test_slurm.py has the real ones) -------------------
+
+STANDS_IN = {
+    "srun": 'printf "%s" "$STATUS" > "$DISTILL_STATUS_FILE"; exit "$CODE"',
+    "squeue": "echo RUNNING",
+    "scontrol": 'echo "$@" >> "$ASKED"; exit "${SCONTROL:-0}"',
+}
+
+
+class Submitted:
+    """A job's folder, and what its script did with the ends of its runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "distill").symlink_to(ROOT / "distill")
+        (folder / "bin").mkdir()
+        for name, does in STANDS_IN.items():
+            (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{does}\n")
+            (folder / "bin" / name).chmod(0o755)
+
+    def start(self, restarts: int, code: int, status: dict[str, object] | None, **more: str) -> tuple[int, bool, str]:
+        """The script's exit code, whether it asked for a requeue, and what it said."""
+        asked = self.folder / "asked"
+        asked.unlink(missing_ok=True)
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+            **JOB,
+            "PATH": f"{self.folder}/bin:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "ASKED": str(asked),
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_RESTART_COUNT": f"{restarts}",
+            "CODE": f"{code}",
+            "STATUS": "" if status is None else json.dumps(status, indent=2),
+            **more,
+        }
+        arguments = [*RECIPE, f"runtime.run_dir={self.folder}/run"]
+        command = ["bash", str(ROOT / "scripts/train.sbatch"), *arguments]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        requeued = asked.exists() and asked.read_text() == "requeue 4242\n"
+        return ended.returncode, requeued, ended.stderr
+
+
+@pytest.fixture
+def submitted(tmp_path: Path) -> Submitted:
+    return Submitted(tmp_path)
+
+
+def _status(state: str, reason: str = "", began: int = 0, step: int = 0, lost: bool = False) -> dict[str, object]:
+    return {"state": state, "began": began, "step": step, "reason": reason, "exit_code": 1, "lost": lost}
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "ends", "requeues"),
+    [
+        (0, _status("finished"), 0, False),
+        (1, _status("refused", "a=1 is wrong: set 2"), 2, False),
+        (1, _status("failed", "rank 1: RuntimeError: broken"), 1, False),
+        (1, _status("failed", "rank 1 on node2 died without a word", lost=True), 0, True),
+        (1, _status("stopped", "SIGTERM"), 0, True),
+        (1, _status("stopped", "checkpointing.checkpoint_must_save_by=00:04:00:00"), 0, False),
+        (137, _status("running"), 0, True),
+        (3, None, 3, False),
+    ],
+    ids=["finished", "refused", "failed", "lost", "told to stop", "by the clock", "all killed", "never began"],
+)
+def test_how_a_run_ended_decides_what_becomes_of_its_job(submitted, code, status, ends, requeues) -> None:
+    found, requeued, said = submitted.start(0, code, status)
+    assert (found, requeued) == (ends, requeues), said
+
+
+def test_a_job_whose_starts_save_nothing_is_given_up_at_the_fourth(submitted) -> None:
+    """However many steps each start took; what was begun from another step is progress."""
+    died = "rank 1 on node2 died without a word"
+    begins = [0, 0, 0, 20, 20, 20, 20]
+    found = [
+        submitted.start(restarts, 1, _status("failed", died, began, began + 7 + restarts, lost=True))
+        for restarts, began in enumerate(begins)
+    ]
+    assert [requeued for _, requeued, _ in found] == [True] * 6 + [False]
+    assert found[-1][0] == 1 and "four starts in a row from step 20 have saved nothing" in found[-1][2]
+    _, requeued, _ = submitted.start(0, 1, _status("failed", died, 20, 21, lost=True))
+    assert requeued, "another job in the same folder begins to count anew"
+
+
+def test_a_job_that_slurm_does_not_requeue_says_so(submitted) -> None:
+    code, _, said = submitted.start(0, 1, _status("stopped", "SIGUSR1"), SCONTROL="1")
+    assert code == 1 and "Slurm doesn't requeue it: submit it again to continue" in said

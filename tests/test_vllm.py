@@ -131,6 +131,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["probe"] = engine.probe(PROBE), plain.probe(PROBE)
     seen["greedy"] = engine.generate(PROMPTS, GREEDY, 0), plain.generate(PROMPTS, GREEDY, 0)
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
+    seen["abandoned"] = _abandoned(engine)
     seen["one by one"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
     seen["cached"] = [_cached(engine, 2)]
     many = _prompts(*[40] * 8)
@@ -158,6 +159,20 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["groups after closing"] = dist.is_initialized(), _said(world.barrier)
     world.close()
     return seen
+
+
+def _abandoned(engine: VllmEngine) -> tuple[list[Any], int, bool]:
+    """The answers that nobody wants from the third step on; how often that was asked; whether something is left."""
+    asked = 0
+
+    def abandon() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 3
+
+    answers = engine.generate(PROMPTS, SAMPLED, 0, abandon=abandon)
+    scheduler = engine._engine.engine_core.engine_core.scheduler
+    return answers, asked, scheduler.has_requests() or engine._engine.has_unfinished_requests()
 
 
 def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
@@ -244,6 +259,7 @@ def test_answers_repeat_and_do_not_depend_on_their_neighbours(alone) -> None:
     first, second = alone["sampled"]
     assert first == second
     assert alone["one by one"] == first
+    assert alone["abandoned"] == ([], 3, False)
     assert _ids(alone["another step"]) != _ids(first)
     assert len({r.response_ids for r in first}) > len(PROMPTS), "answers to one prompt share a stream"
 

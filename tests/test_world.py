@@ -102,6 +102,7 @@ def test_the_rendezvous_listens_at_the_given_address_alone() -> None:
 
 
 TAKEN, LONELY, NOBODY = "the port is taken", "rank 1 never comes", "nobody keeps the rendezvous"
+ELSEWHERE = "the address is another machine's"
 
 
 def _before_there_is_a_world(folder: str) -> dict[str, tuple[int, str, dict[str, object]]]:
@@ -110,10 +111,11 @@ def _before_there_is_a_world(folder: str) -> dict[str, tuple[int, str, dict[str,
 
     rendezvous.PATIENCE_S = 2.0
     found = {}
-    for name, rank, size in ((TAKEN, 0, 2), (LONELY, 0, 3), (NOBODY, 1, 2)):
+    for name, rank, size in ((TAKEN, 0, 2), (LONELY, 0, 3), (NOBODY, 1, 2), (ELSEWHERE, 0, 2)):
         status = Path(folder) / f"{name}.json"
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_PORT": str(free_port()), "DISTILL_STATUS_FILE": str(status)}
+        os.environ["MASTER_ADDR"] = "192.0.2.1" if name == ELSEWHERE else "127.0.0.1"  # an address of documentation's
         with contextlib.ExitStack() as stack:
             if name == TAKEN:
                 stack.enter_context(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
@@ -131,9 +133,32 @@ def test_ranks_that_do_not_find_each_other_say_why_and_leave(tmp_path) -> None:
         LONELY: (1, "ranks 1, 2 of 3 did not come to the rendezvous 127.0.0.1:PORT in 2 s"),
         NOBODY: (1, "rank 1 found nobody who keeps the rendezvous 127.0.0.1:PORT, rank 0 or a launcher, for 2 s"),
     }
+    code, said, status = found.pop(ELSEWHERE)
+    assert code == status["exit_code"] == 2 and said.startswith("error: MASTER_ADDR=192.0.2.1 is where rank 0 can't be")
     for name, (code, sentence) in says.items():
         assert found[name][:2] == (code, f"error: {sentence}\n")
         assert found[name][2]["exit_code"] == code and found[name][2]["lost"] is (code == 1)
+
+
+def _two_of_three(folder: str) -> tuple[int, str, dict[str, object]]:
+    """As on ranks 0 and 2 of a world whose rank 1 never comes; the first has the longer patience."""
+    from distill.runtime import rendezvous
+
+    rank = 2 * int(os.environ["RANK"])
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    os.environ["DISTILL_STATUS_FILE"] = f"{folder}/status.json"
+    rendezvous.PATIENCE_S = 60.0 if rank == 0 else 2.0
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = guarded(lambda world: None, needs_world=True)
+    return code, said.getvalue(), read_status(Path(folder) / "status.json")
+
+
+@pytest.mark.slow
+def test_the_first_rank_to_give_up_speaks_for_all(tmp_path) -> None:
+    first, last = run_ranks(2, _two_of_three, str(tmp_path))
+    assert (first[0], last[0]) == (1, 1)
+    assert first[1] == "" and last[1].startswith("error: rank 1 of 3 did not come to the rendezvous 127.0.0.1:")
+    assert first[2]["reason"] == last[2]["reason"] == last[1].removeprefix("error: ").strip()
 
 
 def _agree() -> dict[str, object]:
