@@ -134,7 +134,13 @@ class Run:
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
             self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
         self._values = values
-        self.world.guard.status.at(step)
+        self._tell(step)
+
+    def _tell(self, step: int) -> None:
+        """Write to the status how far the run is."""
+        status = self.world.guard.status
+        status.saved = self.checkpoints.newest_step or status.saved
+        status.at(step)
 
     def _asked_to_stop(self, phases: Phases) -> float:
         """What of this rank asks for an end after this step: a signal's number, the time, or nothing."""
@@ -159,7 +165,8 @@ class Run:
         """
         if not self.validation.due(step):
             return False
-        self._stop = max(self.world.gather(float(self.world.guard.asked)))
+        late = self.first_step < step < self.last_step and self.deadline.near()  # elsewhere there would be no progress
+        self._stop = max(self.world.gather(float(self.world.guard.asked or (_TIME if late else _NOTHING))))
         if self._stop == _NOTHING:
             return False
         self.engine.sleep()
@@ -177,6 +184,7 @@ class Run:
                 self._save(step, exports=False)
                 self.checkpoints.note(step, self._values)
             self.checkpoints.settle(wait=True)
+        self._tell(step)
         self.world.guard.stopped = reason
         log.warning("stopped after step %d: %s", step, reason)
 
@@ -273,8 +281,7 @@ class Run:
         if self.world.main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
-        self.world.barrier()
-        self.world.guard.stop_watching()  # the engine takes the process groups along, and ranks end one by one
+        self.world.part()  # the engine takes the process groups along
         self.engine.close()
 
 

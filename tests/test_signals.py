@@ -152,9 +152,24 @@ def test_the_status_says_how_a_run_goes_and_how_it_ended(tmp_path: Path, monkeyp
     main.end(Ending("failed", "what comes of that", 1))
     found = read_status(tmp_path / STATUS_FILE)
     found.pop("time")
-    told = {"state": "stopped", "began": 3, "step": 4, "reason": "SIGTERM", "exit_code": 0, "lost": False}
-    assert found == told, "the first end holds"
+    told = {"state": "stopped", "reason": "SIGTERM", "exit_code": 0, "lost": False}
+    assert found == {**told, "began": 3, "step": 4, "saved": 3}, "the first end holds"
+    main.at(5)
+    assert read_status(tmp_path / STATUS_FILE)["state"] == "stopped", "a main thread that goes on for a moment"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", STATUS_FILE]
+
+
+def test_what_stands_there_before_is_an_old_end_or_one_of_a_faster_rank(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "elsewhere.json"
+    monkeypatch.setenv("DISTILL_STATUS_FILE", str(file))
+    file.write_text('{"state": "failed", "reason": "rank 3: broken"}')
+    Status(main=True).end(Ending("stopped", "SIGTERM before the first step", 0))
+    assert read_status(file)["reason"] == "rank 3: broken"
+    os.utime(file, (0, 0))
+    Status(main=False)
+    assert read_status(file)["state"] == "failed"
+    Status(main=True)
+    assert read_status(file)["state"] == "running"
 
 
 def test_a_rank_that_leaves_alone_says_so_unless_an_end_is_known(tmp_path: Path) -> None:

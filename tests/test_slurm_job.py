@@ -163,8 +163,9 @@ def submitted(tmp_path: Path) -> Submitted:
     return Submitted(tmp_path)
 
 
-def _status(state: str, reason: str = "", began: int = 0, step: int = 0, lost: bool = False) -> dict[str, object]:
-    return {"state": state, "began": began, "step": step, "reason": reason, "exit_code": 1, "lost": lost}
+def _status(state: str, reason: str = "", saved: int | None = 0, lost: bool = False) -> dict[str, object]:
+    where = {"began": saved, "step": 5, "saved": saved}
+    return {"state": state, **where, "reason": reason, "exit_code": 1, "lost": lost}
 
 
 @pytest.mark.parametrize(
@@ -186,18 +187,25 @@ def test_how_a_run_ended_decides_what_becomes_of_its_job(submitted, code, status
     assert (found, requeued) == (ends, requeues), said
 
 
-def test_a_job_whose_starts_save_nothing_is_given_up_at_the_fourth(submitted) -> None:
-    """However many steps each start took; what was begun from another step is progress."""
+def test_a_job_that_saves_nothing_any_more_is_given_up_at_the_fourth_end(submitted) -> None:
+    """However many steps it took in between; a start that never looked for a checkpoint changes nothing."""
     died = "rank 1 on node2 died without a word"
-    begins = [0, 0, 0, 20, 20, 20, 20]
-    found = [
-        submitted.start(restarts, 1, _status("failed", died, began, began + 7 + restarts, lost=True))
-        for restarts, began in enumerate(begins)
-    ]
-    assert [requeued for _, requeued, _ in found] == [True] * 6 + [False]
-    assert found[-1][0] == 1 and "four starts in a row from step 20 have saved nothing" in found[-1][2]
-    _, requeued, _ = submitted.start(0, 1, _status("failed", died, 20, 21, lost=True))
-    assert requeued, "another job in the same folder begins to count anew"
+
+    def requeues(*saved: int | None, since: int = 0) -> list[bool]:
+        ends = [_status("failed", died, step, lost=True) for step in saved]
+        return [submitted.start(since + i, 1, status)[1] for i, status in enumerate(ends)]
+
+    assert requeues(None, 0, 0, 20, 20, 20, 60, 60, None, 60) == [True] * 9 + [False]
+    assert requeues(60, since=10) == [True], "whom an operator gives one more chance begins to count anew"
+    assert requeues(60, 60, 60, 60) == [True] * 3 + [False], "and so does another job in the same folder"
+    code, _, said = submitted.start(0, 1, _status("failed", died, 60, lost=True))
+    assert code == 0, said
+
+
+def test_a_job_that_is_given_up_says_what_is_missing(submitted) -> None:
+    ends = [submitted.start(restarts, 1, _status("running", saved=7)) for restarts in range(4)]
+    assert [code for code, _, _ in ends] == [0, 0, 0, 1]
+    assert "it has ended four times in a row with nothing saved after step 7" in ends[-1][2]
 
 
 def test_a_job_that_slurm_does_not_requeue_says_so(submitted) -> None:

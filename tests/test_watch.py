@@ -17,6 +17,7 @@ from distill.runtime import place, watch
 from distill.runtime.place import Place
 from distill.runtime.status import Ending
 from distill.runtime.watch import POLL_S, SILENT_POLLS, Beat, Roll, Watch
+from distill.runtime.world import _lost_by
 from scripts.launch import ROOT
 
 
@@ -207,3 +208,22 @@ def test_a_store_that_comes_back_is_forgiven(keeper, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(watch, "_STORE_S", 60.0)
     assert watching._look() is None and not asked.is_set()
     assert watching._look() is None and asked.is_set()
+
+
+@pytest.mark.parametrize(
+    ("words", "is_lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22431", True),
+        ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
+        ("Application timeout caused pair closure", True),
+        ("NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27", True),
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", True),
+        ("CUDA error: uncorrectable ECC error encountered", True),
+        ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000", False),
+        ("libnccl.so.2: cannot open shared object file", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("index 5 is out of bounds for dimension 0 with size 0", False),
+    ],
+)
+def test_what_tells_of_a_lost_rank_and_what_of_a_fault_of_the_program(words, is_lost) -> None:
+    assert _lost_by(RuntimeError(words)) is is_lost

@@ -41,7 +41,8 @@ class Guard:
         """Why the loop was left before its last step."""
         self.stacks_to: Path | None = None
         """Where the stacks of all threads are written when the run fails from outside of its program."""
-        self._loops = self._over = False
+        self._loops = False
+        self._told: Ending | None = None
         self._signals = StopSignals(self._first_signal, self._later_signal)
         self._watch: Watch | None = None
 
@@ -84,7 +85,7 @@ class Guard:
 
     def ends(self, ending: Ending, alone: bool = False) -> None:
         """The program is over, and how: a signal to hurry changes nothing about that."""
-        self._over = True
+        self._told = ending
         self.status.end(ending, alone)
 
     def leave_alone(self, ending: Ending, say: Callable[[str], None] = lambda reason: None) -> NoReturn:
@@ -94,8 +95,7 @@ class Guard:
         """
         mine = True
         if self._watch is not None:
-            if ending.state == "failed":
-                ending = self._watch.missed() or ending
+            ending = self._watch.missed() or ending
             ending, mine = self._watch.announce(ending)
         if mine:
             say(ending.reason)
@@ -114,13 +114,17 @@ class Guard:
         self._signals.close()
 
     def _first_signal(self, name: str) -> None:
-        if self._over:
+        if self._told is not None:
             return
         if not self._loops:
-            self._announce_and_leave(Ending("stopped", f"{name} before the first step", 0))
+            # A launcher that has seen a rank die tells the others to go, sooner than their watch looks.
+            died = None if self._watch is None else self._watch.missed()
+            self._announce_and_leave(died or Ending("stopped", f"{name} before the first step", 0))
         log.warning("%s: the run saves and ends after this step; one more signal, later, ends it at once", name)
 
     def _later_signal(self, name: str) -> None:
+        if self._told is not None:
+            self._announce_and_leave(self._told)
         code = 128 + self.asked
         self._announce_and_leave(Ending("stopped", f"{name} once more: left at once, unfinished step unsaved", code))
 

@@ -27,9 +27,11 @@ from distill.runtime.status import Ending, lost
 from distill.types import Layout, UserError
 
 __all__ = ["AgreedError", "AgreedFailure", "World", "guarded", "leave", "log_to_console", "new_run_dir"]
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+_PARTING = datetime.timedelta(minutes=1)
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
 """Ranks wait here for others that may have far more to do: the watch knows who stands still, a timeout doesn't."""
 
@@ -262,11 +264,18 @@ class World:
     def close(self) -> None:
         """Leave together: wait for all ranks, then end the process groups."""
         if dist.is_initialized():
-            self.barrier()
-        self.guard.stop_watching()
-        if dist.is_initialized():
-            self.barrier()  # nobody's end is seen by one who still watches
+            self.part()
             dist.destroy_process_group()
+        self.guard.stop_watching()
+
+    def part(self) -> None:
+        """The ranks have done all that they do together, and may end one by one from here on; collective."""
+        self.barrier()
+        self.guard.stop_watching()
+        try:  # nobody's end is to be seen by one who still watches
+            dist.monitored_barrier(group=self.control, timeout=_PARTING)
+        except (dist.DistError, RuntimeError) as error:
+            log.warning("the ranks parted early (%s)", str(error).splitlines()[0])
 
 
 class _RankLog(logging.FileHandler):
@@ -312,10 +321,12 @@ def guarded(program: Callable[[World | None], None], needs_world: bool) -> int:
     try:
         world = World(guard=guard)
     except UserError as error:
+        ending = Ending("refused", str(error), 2)
         if guard.watches:
             guard.wait_for_the_cause()
-            guard.leave_alone(Ending("refused", str(error), 2), _say)
-        return _without_the_others(guard, Ending("refused", str(error), 2))
+            of_others = error.__cause__ is not None and _lost_by(error.__cause__)
+            guard.leave_alone(lost(str(error.__cause__)) if of_others else ending, _say)
+        return _without_the_others(guard, ending)
     except AbsentError as error:
         return _without_the_others(guard, lost(str(error)), error.speaks)
     except Exception as error:
@@ -384,11 +395,15 @@ def _comes_of_others(error: Exception) -> bool:
 
 
 _LOST = re.compile(
-    r"connection (was )?(closed|reset)|closed by peer|remote process exited|uncorrectable ECC|fallen off the bus", re.I
+    r"connection (was )?(likely )?(closed|reset)|closed by peer|broken pipe|pair closure|(got|sent|of) 0 bytes"
+    r"|remote process exit|ncclRemoteError|unhandled system error|no route to host|unreachable"
+    r"|uncorrectable ECC|fallen off the bus",
+    re.IGNORECASE,
 )
+"""What gloo, NCCL, torch's store and CUDA say of a rank, a machine or a device that is gone."""
 
 
-def _lost_by(error: Exception) -> bool:
+def _lost_by(error: BaseException) -> bool:
     """Whether an error says that another rank, or this one's device, is gone; else the program may be to blame."""
     return _LOST.search(str(error)) is not None
 

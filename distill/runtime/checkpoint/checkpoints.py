@@ -94,6 +94,8 @@ class Checkpoints:
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
         self._claim: Claim | None = None
+        self.newest_step: int | None = None
+        """The step of the newest checkpoint that this object has written; None before there is one."""
         self.slowest_s = 0.0
         """Seconds of the longest write so far, in the background."""
         self._said: set[str] = set()
@@ -250,6 +252,7 @@ class Checkpoints:
             with self._world.agreed("finishing the checkpoint"), self._writing():
                 if self._world.main:
                     self._finish(pending, ended)
+        self.newest_step = pending.step
         log.info("checkpoint %s", self._dir / f"step_{pending.step}")
 
     def _finish(self, pending: _Pending, parts: list[Written]) -> None:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 120.0
 """How long the run before may take to end, or a file server to notice that its machine did."""
 FILE = ".owner"
+_TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -35,11 +36,10 @@ class Claim:
     def __init__(self, folder: Path, key: str) -> None:
         # Of this process's locks on a file all end when it closes any of its handles: this one is the only one.
         self._file = (folder / FILE).open("a+", encoding="utf-8")
-        began, owner = time.monotonic(), ""
+        began, owner = 0.0, ""
         while not self._locked():
-            if not owner:
-                self._file.seek(0)
-                owner = self._file.read().strip() or "an unknown process"
+            if owner != (found := self._read().strip() or "an unknown process"):
+                began, owner = time.monotonic(), found
                 log.warning("%s=%s is in use by %s: waiting up to %g s for its end", key, folder, owner, PATIENCE_S)
             elif time.monotonic() - began >= PATIENCE_S:
                 if _earlier_start(owner):
@@ -60,19 +60,22 @@ class Claim:
         """Raise UserError where another run has taken the folder all the same: on some file systems locks hold on one
         machine only.
         """
-        self._file.seek(0)
-        owner = self._file.read()
+        owner = self._read()
         if owner != self._mine:
             raise UserError(
                 f"another run ({owner.strip() or 'unknown'}) has taken this one's folder"
                 f" {Path(self._file.name).parent}: give each run a folder of its own"
             )
 
+    def _read(self) -> str:
+        self._file.seek(0)
+        return self._file.read()
+
     def _locked(self) -> bool:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno == errno.EAGAIN:
+            if error.errno in _TAKEN:
                 return False
             if error.errno not in _NO_LOCKS:
                 raise
