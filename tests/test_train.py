@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill.runtime.checkpoint.claim import FILE
 from tests.helpers import free_port, run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -332,7 +333,7 @@ def test_the_checkpoint_that_the_metric_ranks_first_stays_and_the_console_shows_
     kls = {row["step"]: row["validation/forward_kl"] for row in _validations(root, "validated")}
     assert kls[0] > max(kls[2], kls[3]), "the student learns the hint"
     best = max((2, 3), key=kls.__getitem__)
-    assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {"step_3", f"step_{best}"}
+    assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {FILE, "step_3", f"step_{best}"}
     said = runs[0][6][2]
     assert said.count("validation at") == 3
     assert all(said.count(f"problem: What is {problem}?\nanswer: ") == 3 for problem in ("0 + 0", "3"))
@@ -380,7 +381,7 @@ def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
-    assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == ["step_2", "step_4"]
+    assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == [FILE, "step_2", "step_4"]
 
 
 def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(root, runs, tmp_path, capsys) -> None:
@@ -569,7 +570,7 @@ def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoin
         return lambda *_: happened.append(what)
 
     run = MagicMock(first_step=0, last_step=2)
-    run.ends_early.return_value = False
+    run.ends_early.return_value = run.leaves_unjudged.return_value = False
     run.phases.return_value = lambda name: contextlib.nullcontext()
     run.views.prefixed.return_value = ([], None)
     run.freshness.renew.side_effect = notes("sync")

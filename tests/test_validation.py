@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -310,7 +310,9 @@ class Engine:
         self._answers = answers
         self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Callable[[], bool]
+    ) -> list[Rollout]:
         self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
         return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
 
