@@ -71,6 +71,7 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
         begin=lambda: None,
         finite=lambda *_: contextlib.nullcontext(),
         ends_early=lambda step: False,
+        leaves_unjudged=lambda step: False,
         save_if_due=lambda step: look("checkpoint"),
         record=lambda *_: None,
         **dict.fromkeys(("sampling", "layout", "packing", "seed")),

@@ -213,7 +213,7 @@ def test_a_store_that_comes_back_is_forgiven(keeper, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("words", "is_lost"),
     [
-        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22431", True),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22431", True),
         ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
         ("Application timeout caused pair closure", True),
         ("NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27", True),
