@@ -28,7 +28,7 @@ class Ending(NamedTuple):
     reason: str
     exit_code: int
     lost: bool = False
-    """Whether a rank or its machine was lost: nothing that the run did, so it may go well when it starts again."""
+    """Whether a rank, its machine or its disk was lost: nothing that the run did, so it may go well once more."""
 
 
 def lost(reason: str) -> Ending:
