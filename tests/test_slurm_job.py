@@ -51,6 +51,10 @@ def test_a_job_is_told_where_its_ranks_meet_and_write(job, capsys) -> None:
     assert int(_told(capsys)["PORT"]) == port, "a requeued job would tell its ranks otherwise"
     job.setenv("SLURM_JOB_ID", "4243")
     assert int(_told(capsys)["PORT"]) != port, "two jobs on one node would clash"
+    with socket.create_server(("", port)):
+        job.setenv("SLURM_JOB_ID", "4242")
+        assert int(_told(capsys)["PORT"]) == port + 1, "some other program is there"
+    job.setenv("SLURM_JOB_ID", "4243")
     assert _told(capsys, "runtime.run_dir=my runs/one")["RUN_DIR"] == "'my runs/one'"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from distill.runtime import slurm
+from distill.runtime.rendezvous import Rendezvous
 from distill.runtime.status import read_status
 from distill.runtime.world import World, guarded, new_run_dir
 from distill.types import UserError
@@ -34,7 +35,7 @@ SRUN = {
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.delenv(name)
     return monkeypatch
 
@@ -138,6 +139,31 @@ def test_ranks_that_do_not_find_each_other_say_why_and_leave(tmp_path) -> None:
     for name, (code, sentence) in says.items():
         assert found[name][:2] == (code, f"error: {sentence}\n")
         assert found[name][2]["exit_code"] == code and found[name][2]["lost"] is (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("launched", "other"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "8"}),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "0"}),
+        ({"TORCHELASTIC_RUN_ID": "7.0", "TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RUN_ID": "8.0"}),
+        ({"TORCHELASTIC_RUN_ID": "7.0", "TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "0"}),
+    ],
+    ids=["a job", "an earlier start of the job", "a launcher", "an earlier start by the launcher"],
+)
+def test_a_rank_of_another_start_at_the_same_rendezvous_is_not_taken_for_ours(environment, launched, other) -> None:
+    """Though it calls itself what a rank of ours would."""
+    stores = []
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for variables in ({"RANK": "0"}, {"RANK": "1", **other}, {"RANK": "1"}):
+        for name, value in {**common, **launched, **variables}.items():
+            environment.setenv(name, value)
+        stores.append(Rendezvous().store)
+    first, strange, ours = stores
+    ours.set("come/1", "")
+    assert first.check(["come/1"]) and not strange.check(["come/1"])
+    strange.set("come/0", "")
+    assert not first.check(["come/0"])
 
 
 def _two_of_three(folder: str) -> tuple[int, str, dict[str, object]]:

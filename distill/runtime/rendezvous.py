@@ -60,9 +60,10 @@ class Rendezvous:
         patience = datetime.timedelta(seconds=PATIENCE_S)
         try:
             listener = _listen(host, port) if self._holds and _is_address(host) else None
-            return dist.TCPStore(
+            store = dist.TCPStore(
                 host, port, self.size, self._holds, patience, wait_for_workers=False, master_listen_fd=listener
             )
+            return dist.PrefixStore(_run(), store)
         except (OSError, dist.DistError, RuntimeError) as error:
             if not self._holds:
                 raise AbsentError(
@@ -80,8 +81,7 @@ class Rendezvous:
 
     def meet(self) -> None:
         """Wait until every rank has come; raises AbsentError, with their numbers, where some don't."""
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher may keep its store when it restarts
-        doors = dist.PrefixStore(f"come/{attempt}", self.store)
+        doors = dist.PrefixStore("come", self.store)
         everyone = [f"{rank}" for rank in range(self.size)]
         began, said = time.monotonic(), False
         try:
@@ -127,6 +127,16 @@ class Rendezvous:
                 f" ({' '.join(str(error).split())[:200]}): set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the"
                 " network interface on which the nodes reach each other"
             ) from error
+
+
+def _run() -> str:
+    """What the ranks of one start have in common, and no others: a rank of another job, or one that is left of an
+    earlier start, may come to the same store.
+    """
+    names = ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's --rdzv-id; its agents keep their store when they start again
+        names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
+    return "/".join(["distill", *(os.environ.get(name, "-") for name in names)])
 
 
 def named(ranks: list[int]) -> str:

@@ -12,6 +12,8 @@ from distill.types import UserError
 
 _PORT_BASE, _PORT_SPAN = 20000, 12000
 """Below the ports that Linux gives to any connection (from 32768 on): one of those may be taken."""
+PORTS_OF_JOB = 31
+"""So many are no other job's whose number is near."""
 
 
 def torch_environment() -> dict[str, str]:
@@ -73,7 +75,7 @@ def allocation() -> tuple[int, int | None]:
 
 def port(job: int, step: int = 0) -> int:
     """A port for the rendezvous of a job, or of one of its steps: jobs that run side by side have different ones."""
-    return _PORT_BASE + (job * 31 + step) % _PORT_SPAN
+    return _PORT_BASE + (job * PORTS_OF_JOB + step) % _PORT_SPAN
 
 
 def address_of(node: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -47,7 +48,7 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
         "NODES": str(nodes),
         "RANKS": str(config.cluster.gpus_per_node),
         "ADDRESS": address(),
-        "PORT": str(slurm.port(job)),
+        "PORT": str(free_port(job)),
         "RUN_DIR": str(run_dir),
     }
 
@@ -65,6 +66,14 @@ def check_allocation(config: Config) -> None:
             f"cluster.gpus_per_node={cluster.gpus_per_node} but the job has {gpus} GPUs on a node: submit it by sbatch"
             f" --gpus-per-node={cluster.gpus_per_node}, or set cluster.gpus_per_node={gpus}"
         )
+
+
+def free_port(job: int) -> int:
+    """The first of the job's ports that nobody on this machine listens at."""
+    for port in (slurm.port(job, place) for place in range(slurm.PORTS_OF_JOB)):
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+    return slurm.port(job)  # what is wrong with it shall be said by who listens there
 
 
 def address() -> str:
