@@ -522,6 +522,31 @@ def test_an_error_that_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest
     assert kept(tmp_path) == [1, 2]
 
 
+@pytest.mark.parametrize(("number", "times"), [(errno.ESTALE, 3), (errno.ESTALE, 4), (errno.EACCES, 1)])
+def test_a_disk_that_fails_while_the_shards_are_read(tmp_path: Path, monkeypatch, number: int, times: int) -> None:
+    """It may pass behind the sums as before them: the read begins again, and where it never succeeds, the run ends."""
+    saved = checkpoints(tmp_path)
+    save(saved, 1)
+    monkeypatch.setattr(record, "_AGAIN_AFTER_S", (0.0, 0.0, 0.0))
+    slice_of, left = shards.ShardsReader._slice_file, [times]
+
+    def hiccup(reader: shards.ShardsReader, file: Any, place: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return slice_of(reader, file, place)
+
+    monkeypatch.setattr(shards.ShardsReader, "_slice_file", hiccup)
+    tensors = {"x": torch.zeros(3)}
+    if (number, times) == (errno.ESTALE, 3):
+        saved.load(tmp_path / "step_1", tensors)
+        assert tensors["x"].tolist() == [1.0] * 3
+        return
+    with pytest.raises(AgreedFailure, match=rf"step_1: shards can't be read: {os.strerror(number)}") as failed:
+        saved.load(tmp_path / "step_1", tensors)
+    assert failed.value.passes is (number == errno.ESTALE) and left[0] == 0
+
+
 def test_slow_writes_and_reads_are_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the watch goes by: a disk that takes its time is no standstill."""
     pieces = threading.Semaphore(0)

@@ -24,6 +24,7 @@ from distill.config import CheckpointingConfig
 from distill.runtime.checkpoint.background import Write, Written
 from distill.runtime.checkpoint.claim import Claim
 from distill.runtime.checkpoint.record import (
+    MAY_PASS,
     Damaged,
     Fault,
     Sums,
@@ -153,11 +154,7 @@ class Checkpoints:
                 self._set_aside(faults, path)
                 return Found(path, info, _history(path, info) if self._world.main else [])
             if fault.may_pass:
-                raise AgreedFailure(
-                    f"{path}: {fault.text}, which may pass: start again when the disk answers, or move the folder away"
-                    " to go on from the checkpoint before it",
-                    passes=True,
-                )
+                raise _unreadable(path, fault)
             faults[path.name] = fault.text
         if faults:
             told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
@@ -185,7 +182,9 @@ class Checkpoints:
                     log.warning("%s is damaged (%s): it is %s from now on, and %s is used", name, fault, aside, whole)
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill ``tensors`` in place from a checkpoint. Raises UserError where they don't fit."""
+        """Fill ``tensors`` in place from a checkpoint. Raises UserError where they don't fit, and AgreedFailure where
+        the disk fails.
+        """
         reader = ShardsReader(path / SHARDS)
         with self._world.agreed("comparing the checkpoint with the model"):
             stored = reader.shapes()
@@ -195,7 +194,14 @@ class Checkpoints:
                         f"the checkpoint {path} does not fit the model ({name}: {stored.get(name)} against"
                         f" {tuple(tensor.shape)}): {_OTHER_FOLDER}, or the model to the checkpoint's"
                     )
-        dcp.load(tensors, storage_reader=reader, planner=CountedLoad(), process_group=self._world.control)
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=CountedLoad(), process_group=self._world.control)
+        except dcp.CheckpointException as failed:  # of any rank, on all
+            refused = next((error for error, _ in failed.failures.values() if isinstance(error, OSError)), None)
+            if refused is None:
+                raise
+            fault = Fault(f"{SHARDS} can't be read: {refused.strerror}", refused.errno in MAY_PASS)
+            raise _unreadable(path, fault) from failed
 
     # ---- while the run goes ----
 
@@ -386,6 +392,15 @@ def _appears(file: Path) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+def _unreadable(path: Path, fault: Fault) -> AgreedFailure:
+    may = ", which may pass" if fault.may_pass else ""
+    return AgreedFailure(
+        f"{path}: {fault.text}{may}: start again when the disk answers, or move the folder away to go on from the"
+        " checkpoint before it",
+        passes=fault.may_pass,
+    )
 
 
 def _info_or_fault(path: Path) -> tuple[dict[str, Any], Fault | None]:

@@ -25,7 +25,8 @@ _SEAL, _FILES = "sha256", "files"
 
 _PIECE = 2**24
 _AGAIN_AFTER_S = (0.5, 2.0, 8.0, 30.0, 60.0)
-_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
+"""Errors of a disk or file server that doesn't answer now."""
 T = TypeVar("T")
 
 Sums = dict[str, dict[str, int | str]]
@@ -63,7 +64,7 @@ def fault_of(folder: Path, sums: Sums, names: Sequence[str]) -> Fault | None:
             if patiently(partial(_sha256, folder / name)) != sums[name]["sha256"]:
                 return Fault(f"{name} holds other bytes than were written")
         except OSError as error:
-            return Fault(f"{name} can't be read: {error.strerror}", error.errno in _MAY_PASS)
+            return Fault(f"{name} can't be read: {error.strerror}", error.errno in MAY_PASS)
     return None
 
 
@@ -76,7 +77,7 @@ def patiently(read: Callable[[], T]) -> T:
         try:
             return read()
         except OSError as error:
-            if error.errno not in _MAY_PASS:
+            if error.errno not in MAY_PASS:
                 raise
             log.warning("%s; trying again in %g s", error, wait_s)
             time.sleep(wait_s)
@@ -112,7 +113,7 @@ def read_info(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Damaged(f"it has no {INFO}") from None
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno in _MAY_PASS:
+        if isinstance(error, OSError) and error.errno in MAY_PASS:
             raise Unreadable(f"{INFO} can't be read: {error.strerror}") from error
         raise Damaged(f"{INFO} can't be read ({error})") from error
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from distill.runtime.checkpoint.record import patiently
 from distill.runtime.disk import disk_error
 from distill.runtime.place import progressed
 
@@ -75,6 +77,7 @@ class ShardsReader(dcp.FileSystemReader):
     """A reader that takes nothing but tensors and their places out of a checkpoint, and reads the places once.
 
     torch keeps the places in a pickle, which could hold anything: other classes than those it is made of are refused.
+    A disk that doesn't answer is asked again; then, or where it refuses, it is an OSError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,10 +87,20 @@ class ShardsReader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Where which part of which tensor lies."""
         if self._metadata is None:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                self._metadata = _Unpickler(file).load()
+            pickled = patiently((Path(self.path) / ".metadata").read_bytes)
+            self._metadata = _Unpickler(io.BytesIO(pickled)).load()
         assert self._metadata is not None
         return self._metadata
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        """Read this rank's part; once more from its beginning, where the disk failed."""
+        return patiently(lambda: self._read_data(plan, planner))
+
+    def _read_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().read_data(plan, planner)
+        except Exception as error:
+            raise disk_error(error) or error from error
 
     def shapes(self) -> dict[str, torch.Size]:
         """The whole shape of every tensor by its name."""
