@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -131,16 +132,17 @@ def test_a_run_that_was_cut_off_says_so_and_leaves_what_it_saw(tmp_path, monkeyp
     report.run("first", lambda: iter([Check("good", 1.0, bound=exactly(1))]))
     assert _written(tmp_path)["finished"] is False and _written(tmp_path)["passed"] is True
     with gpu_check.time_limit(0.05, report):
-        for _ in range(100):
-            time.sleep(0.05)
+        for _ in range(1200):
             if codes:
                 break
+            time.sleep(0.05)
     assert codes == [1] and _written(tmp_path)["passed"] is False and _written(tmp_path)["finished"] is False
     assert "good" in capsys.readouterr().out
-    with gpu_check.time_limit(0.05, report):
-        pass
-    time.sleep(0.2)
-    assert codes == [1], "the clock went on"
+    before = set(threading.enumerate())
+    with gpu_check.time_limit(600, report):
+        (clock,) = set(threading.enumerate()) - before
+    clock.join(60)
+    assert not clock.is_alive() and codes == [1], "the clock went on"
 
 
 def test_growth_is_counted_from_the_second_cycle(tmp_path) -> None:

@@ -203,7 +203,7 @@ def test_a_lost_node_ends_the_job_soon_and_it_resumes_on_another(cluster, tiny, 
 def test_two_jobs_on_the_same_nodes_keep_apart(cluster, tiny, undisturbed) -> None:
     names = ("one", "two")
     jobs = [
-        cluster.submit("-wnode[1,3]", "-N2", "scripts/train.sbatch", *_run(tiny, name), **_braked(cluster, tiny, 0.2))
+        cluster.submit("-wnode[1,3]", "-N2", "scripts/train.sbatch", *_run(tiny, name), **_braked(cluster, tiny, 0.5))
         for name in names
     ]
     cluster.until("both to take steps", lambda: all(_rows(tiny, *pair) for pair in zip(names, jobs, strict=True)))
