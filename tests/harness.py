@@ -1,15 +1,15 @@
 """The numbers are the same: fixed answers in, loss and every parameter's gradient out, for any layout and packing.
 
-``plain_step`` is the reference: one process, plain transformers and autograd, one answer at a time. ``sharded_step`` is
-the product on this rank's part of the work. ``differences`` compares the two.
+``plain_step`` is the reference: one process, plain transformers and autograd, one answer at a time; ``plain_update``
+is its optimizer. ``sharded_step`` is the product on this rank's part of the work. ``differences`` compares the two.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -72,6 +72,10 @@ def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rol
     return rollouts
 
 
+WARM_UP = 0.1
+"""The part of the learning rate that the first step has."""
+
+
 @dataclass
 class Step:
     """What one optimizer step did: everything that must not depend on the layout."""
@@ -79,7 +83,8 @@ class Step:
     loss: float
     grad_norm: float
     gradients: dict[str, Tensor]
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Behind the update; ``plain_update`` has the reference's."""
 
 
 def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
@@ -106,14 +111,26 @@ def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype =
         forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
         total = total + (weight * forward + (1 - weight) * reverse).sum() / tokens
     total.backward()
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+    return Step(total.item(), _norm(gradients), gradients)
+
+
+def _norm(gradients: Mapping[str, Tensor]) -> float:
+    return torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
+
+
+def plain_update(config: Config, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that PyTorch's optimizer makes of the student with these gradients: the first step's oracle."""
+    student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=torch.float32)
     named = dict(student.named_parameters())
-    gradients = {name: p.grad.clone() for name, p in named.items()}
-    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
-    torch.nn.utils.clip_grads_with_norm_(named.values(), config.policy.max_grad_norm or math.inf, torch.tensor(norm))
+    for name, parameter in named.items():
+        parameter.grad = gradients[name].clone()
+    norm = torch.tensor(_norm(gradients))
+    torch.nn.utils.clip_grads_with_norm_(named.values(), config.policy.max_grad_norm or math.inf, norm)
     kwargs = config.policy.optimizer.kwargs
-    lr = kwargs.lr * 0.1  # the warm-up begins at a tenth
+    lr = kwargs.lr * WARM_UP
     torch.optim.AdamW(named.values(), lr, kwargs.betas, kwargs.eps, kwargs.weight_decay).step()
-    return Step(total.item(), norm, gradients, {name: p.detach().clone() for name, p in named.items()})
+    return {name: p.detach().clone() for name, p in named.items()}
 
 
 def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: tuple[int, ...]) -> Tensor:

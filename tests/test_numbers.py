@@ -9,7 +9,16 @@ import torch
 
 from distill.runtime.packing import PackingConfig
 from distill.runtime.world import World
-from tests.harness import Step, config_for, differences, fixed_rollouts, plain_step, sharded_step
+from tests.harness import (
+    WARM_UP,
+    Step,
+    config_for,
+    differences,
+    fixed_rollouts,
+    plain_step,
+    plain_update,
+    sharded_step,
+)
 from tests.helpers import run_ranks, save_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -113,14 +122,16 @@ def test_activation_checkpointing_and_chunked_logits_change_nothing(models, step
 
 
 def test_the_update_is_the_same_and_ranks_hold_the_same_weights(models, steps) -> None:
+    """Adam divides by the gradient's own size: of one that is mere rounding the update is as well. So PyTorch's own
+    optimizer is given the very gradients that were compared above.
+    """
     for family, tied in SHAPES:
         config = config_for(*_folders(models, family, tied), "loss_fn.outside_topk=bucket")
-        reference = plain_step(config, fixed_rollouts(vocab=VOCAB))
         for ranks in (1, 2):
             step = steps[ranks][0][family, tied, "several, by tokens"]
-            for name, weight in reference.weights.items():
-                moved = (step.weights[name] - weight).abs().max()
-                # Adam divides by the gradient's own size: where that is mere rounding, so is the update.
-                assert moved < 2e-2 * config.policy.optimizer.kwargs.lr, (family, tied, ranks, name, moved)
+            for name, weight in plain_update(config, step.gradients).items():
+                lr, ulp = config.policy.optimizer.kwargs.lr * WARM_UP, torch.finfo(torch.float32).eps
+                moved, may = (step.weights[name] - weight).abs(), 1e-3 * lr + ulp * weight.abs()
+                assert (moved <= may).all(), (family, tied, ranks, name, (moved - may).max())
         ours, theirs = (seen[family, tied, "several, by tokens"] for seen in steps[2])
         assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in ours.weights)
