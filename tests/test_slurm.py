@@ -206,8 +206,13 @@ def test_two_jobs_on_the_same_nodes_keep_apart(cluster, tiny, undisturbed) -> No
         cluster.submit("-wnode[1,3]", "-N2", "scripts/train.sbatch", *_run(tiny, name), **_braked(cluster, tiny, 0.5))
         for name in names
     ]
-    cluster.until("both to take steps", lambda: all(_rows(tiny, *pair) for pair in zip(names, jobs, strict=True)))
-    assert [cluster.job(job)["JobState"] for job in jobs] == ["RUNNING"] * 2
+
+    def at_work() -> bool:
+        for job in jobs:
+            assert cluster.job(job)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), cluster.output(job)
+        return all(_rows(tiny, *pair) for pair in zip(names, jobs, strict=True))
+
+    cluster.until("both to take steps", at_work)
     for name, job in zip(names, jobs, strict=True):
         _ended_well(cluster, job)
         _same(_rows(tiny, name, job), undisturbed[1])

@@ -111,7 +111,8 @@ def _before_there_is_a_world(folder: str) -> dict[str, tuple[int, str, dict[str,
     """The program's exit code, what it says and its status, where its ranks don't find each other."""
     from distill.runtime import rendezvous
 
-    rendezvous.PATIENCE_S = 2.0
+    rendezvous.PATIENCE_S = 2.0  # of who waits for others; rank 0 knows sooner that it can't reach itself
+    rendezvous._OWN_PATIENCE_S = 1.0
     found = {}
     for name, rank, size in ((TAKEN, 0, 2), (LONELY, 0, 3), (NOBODY, 1, 2), (ELSEWHERE, 0, 2)):
         status = Path(folder) / f"{name}.json"

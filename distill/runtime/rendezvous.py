@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 600.0
 """How long ranks wait for those that have not come: their file systems may be cold, but the others may be dead."""
+_OWN_PATIENCE_S = 20.0
+"""How long rank 0 tries to reach the store that it keeps itself."""
 _SAID_AFTER_S = 20.0
 _POLL_S = 0.1
 _GIVEN_UP = "given up"
@@ -57,7 +59,7 @@ class Rendezvous:
 
         That listens, where MASTER_ADDR is an address, there and nowhere else; PyTorch's own would on every interface.
         """
-        patience = datetime.timedelta(seconds=PATIENCE_S)
+        patience = datetime.timedelta(seconds=_OWN_PATIENCE_S if self._holds else PATIENCE_S)
         try:
             listener = _listen(host, port) if self._holds and _is_address(host) else None
             store = dist.TCPStore(
