@@ -43,7 +43,7 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None, model: str | N
     config = model_config(files, _KEY)
     tokenizer = load_tokenizer(files, None if model else policy["tokenizer"]["name"], "policy.tokenizer.name")
     kind = DTYPES[dtype or policy["precision"]]
-    weights = _weights(ShardsReader(checkpoint / SHARDS), config, kind, files)
+    weights = _weights(checkpoint, config, kind, files)
     try:
         with writing_to(f"{out}", "free space there, or name a folder that can be written to"):
             export_hf(part, weights, files, config, tokenizer, kind, writes=True)
@@ -52,20 +52,23 @@ def export(checkpoint: Path, out: Path, dtype: str | None = None, model: str | N
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _weights(
-    reader: ShardsReader, config: Any, dtype: torch.dtype, files: ModelFiles
-) -> Iterator[tuple[str, Tensor]]:
+def _weights(checkpoint: Path, config: Any, dtype: torch.dtype, files: ModelFiles) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors in its own order, in ``dtype``."""
-    stored = reader.shapes()
+    reader = ShardsReader(checkpoint / SHARDS)
     wanted = manifest_of(meta_model(config, "eager", dtype))
-    for name, shape in wanted.items():
-        if stored.get(f"model.{name}") != shape:
-            raise UserError(
-                f"the checkpoint does not fit {files.name} ({name}: {stored.get(f'model.{name}')} against"
-                f" {tuple(shape)}): give the model that the run began with as --model"
-            )
-    for name, tensor in reader.tensors(f"model.{name}" for name in wanted):
-        yield name.removeprefix("model."), tensor.to(dtype)
+    try:
+        stored = reader.shapes()
+        for name, shape in wanted.items():
+            if stored.get(f"model.{name}") != shape:
+                raise UserError(
+                    f"the checkpoint does not fit {files.name} ({name}: {stored.get(f'model.{name}')} against"
+                    f" {tuple(shape)}): give the model that the run began with as --model"
+                )
+        for name, tensor in reader.tensors(f"model.{name}" for name in wanted):
+            yield name.removeprefix("model."), tensor.to(dtype)
+    except OSError as error:  # whoever takes the tensors has errors of his own
+        sentence = f"{checkpoint} can't be read ({error.strerror or error}): try again when the disk answers"
+        raise UserError(sentence) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.config import CheckpointingConfig
@@ -163,6 +164,19 @@ def _on_two_ranks(folder: Path) -> dict[str, Any]:
                 patch.setattr("distill.runtime.checkpoint.background.sums_of", MagicMock(side_effect=error))
             saved.save(step, {"x": sharded}, {"step": step})
             refused(f"failed {step}", lambda: saved.settle(wait=True))
+    stale, denied = OSError(errno.ESTALE, "Stale"), OSError(errno.EACCES, "Denied")
+    mistake = AssertionError("a mistake")
+    for what, method, errors in (
+        ("unread", "_slice_file", (stale, denied)),
+        ("unread by one", "_slice_file", (None, stale)),
+        ("unread places", "shapes", (None, stale)),
+        ("misread", "_slice_file", (stale, mistake)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(record, "_AGAIN_AFTER_S", ())
+            if errors[world.rank] is not None:
+                patch.setattr(shards.ShardsReader, method, MagicMock(side_effect=errors[world.rank]))
+            refused(what, lambda: saved.load(folder / "saved/step_1", {"x": sharded}))
     world.barrier()
     told["left"] = sorted(path.name for path in (folder / "saved").iterdir())
     with (folder / "saved/step_1/shards/__1_0.distcp").open("r+b") as file:
@@ -189,6 +203,15 @@ def test_two_ranks_write_what_they_have_and_fail_together(tmp_path: Path) -> Non
         "RuntimeError",
         "rank 1 failed while writing the checkpoint of step 3: RuntimeError(\"AssertionError('a mistake')\")",
     )
+    may = "which may pass: start again when the disk answers, or move the folder away to go on from the checkpoint"
+    for what, cannot in (
+        ("unread", "(Denied) by rank 1, mend that, or move the folder away to go on from the checkpoint"),
+        ("unread by one", f"(Stale) by rank 1, {may}"),
+        ("unread places", f"(Stale) by rank 1, {may}"),
+    ):
+        step = tmp_path / "saved/step_1"
+        assert first[what] == ("AgreedFailure", f"{step}: shards can't be read {cannot} before it")
+    assert first["misread"][0] == "RuntimeError" and "AssertionError: a mistake" in first["misread"][1]
     kind, sentence = first["damaged"]
     assert kind == "AgreedError" and "(step_1: shards/__1_0.distcp has 10 of" in sentence
     kind, sentence = first["apart"]
@@ -522,29 +545,50 @@ def test_an_error_that_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest
     assert kept(tmp_path) == [1, 2]
 
 
+@pytest.mark.parametrize("where", ["a tensor", "the places of all tensors"])
 @pytest.mark.parametrize(("number", "times"), [(errno.ESTALE, 3), (errno.ESTALE, 4), (errno.EACCES, 1)])
-def test_a_disk_that_fails_while_the_shards_are_read(tmp_path: Path, monkeypatch, number: int, times: int) -> None:
+def test_a_disk_that_fails_while_the_shards_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int, times: int
+) -> None:
     """It may pass behind the sums as before them: the read begins again, and where it never succeeds, the run ends."""
     saved = checkpoints(tmp_path)
     save(saved, 1)
     monkeypatch.setattr(record, "_AGAIN_AFTER_S", (0.0, 0.0, 0.0))
-    slice_of, left = shards.ShardsReader._slice_file, [times]
+    owner, name = (shards.ShardsReader, "_slice_file") if where == "a tensor" else (Path, "read_bytes")
+    read, left = getattr(owner, name), [times]
 
-    def hiccup(reader: shards.ShardsReader, file: Any, place: Any) -> Any:
+    def hiccup(*args: Any) -> Any:
         if left[0]:
             left[0] -= 1
             raise OSError(number, os.strerror(number))
-        return slice_of(reader, file, place)
+        return read(*args)
 
-    monkeypatch.setattr(shards.ShardsReader, "_slice_file", hiccup)
+    monkeypatch.setattr(owner, name, hiccup)
     tensors = {"x": torch.zeros(3)}
     if (number, times) == (errno.ESTALE, 3):
         saved.load(tmp_path / "step_1", tensors)
         assert tensors["x"].tolist() == [1.0] * 3
         return
-    with pytest.raises(AgreedFailure, match=rf"step_1: shards can't be read: {os.strerror(number)}") as failed:
+    with pytest.raises(AgreedFailure, match=rf"step_1: shards can't be read \({os.strerror(number)}\), ") as failed:
         saved.load(tmp_path / "step_1", tensors)
     assert failed.value.passes is (number == errno.ESTALE) and left[0] == 0
+
+
+def test_each_file_of_shards_has_the_disks_patience_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "_AGAIN_AFTER_S", (0.0,))
+    reader = shards.ShardsReader(tmp_path)
+    reader.storage_data = {name: MagicMock(relative_path=name) for name in "abc"}
+    failed: list[str] = []
+
+    def hiccup(self: shards.ShardsReader, plan: Any, planner: Any) -> None:
+        (name,) = (item.storage_index for item in plan.items)
+        if name not in failed:
+            failed.append(name)
+            raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(shards.ShardsReader, "_read_file", hiccup)
+    reader.read_data(LoadPlan([MagicMock(storage_index=name) for name in "abc"]), None).wait()
+    assert failed == ["a", "b", "c"]
 
 
 def test_slow_writes_and_reads_are_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,18 +19,22 @@ STEPS = 24
 
 BRAKE = """
 import os, time
-if os.environ.get("BRAKE_S"):
+if os.environ.get("BRAKE_S") or os.environ.get("BRAKE_UNTIL"):
     from distill.runtime.status import Status
 
     at = Status.at
 
     def slow(self, step):
         at(self, step)
-        time.sleep(float(os.environ["BRAKE_S"]))
+        time.sleep(float(os.environ.get("BRAKE_S", 0)))
+        while step > 2 and not os.path.exists(os.environ.get("BRAKE_UNTIL", "/")):
+            time.sleep(0.1)
 
     Status.at = slow
 """
-"""Every step takes so many seconds longer: what happens to a run in its middle needs one, on any machine."""
+"""Every step takes so many seconds longer, or the third one until a file is there: what happens to a run in its middle
+needs one, on any machine.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +205,10 @@ def test_a_lost_node_ends_the_job_soon_and_it_resumes_on_another(cluster, tiny, 
 
 
 def test_two_jobs_on_the_same_nodes_keep_apart(cluster, tiny, undisturbed) -> None:
-    names = ("one", "two")
+    names, go = ("one", "two"), tiny / "both are at work"
+    held = {**_braked(cluster, tiny, 0.0), "BRAKE_UNTIL": str(go)}
     jobs = [
-        cluster.submit("-wnode[1,3]", "-N2", "scripts/train.sbatch", *_run(tiny, name), **_braked(cluster, tiny, 0.5))
-        for name in names
+        cluster.submit("-wnode[1,3]", "-N2", "scripts/train.sbatch", *_run(tiny, name), **held) for name in names
     ]
 
     def at_work() -> bool:
@@ -213,6 +217,7 @@ def test_two_jobs_on_the_same_nodes_keep_apart(cluster, tiny, undisturbed) -> No
         return all(_rows(tiny, *pair) for pair in zip(names, jobs, strict=True))
 
     cluster.until("both to take steps", at_work)
+    go.touch()
     for name, job in zip(names, jobs, strict=True):
         _ended_well(cluster, job)
         _same(_rows(tiny, name, job), undisturbed[1])

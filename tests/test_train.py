@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill.runtime.checkpoint import ShardsReader
 from distill.runtime.checkpoint.claim import FILE
 from tests.helpers import free_port, run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -384,7 +386,9 @@ def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:
     assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == [FILE, "step_2", "step_4"]
 
 
-def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(root, runs, tmp_path, capsys) -> None:
+def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(
+    root, runs, tmp_path, monkeypatch, capsys
+) -> None:
     from scripts import export_hf
 
     step, out = root / "checkpoints/whole/step_4", tmp_path / "out"
@@ -406,6 +410,11 @@ def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(root, runs
         assert export_hf.main([str(checkpoint), str(target)]) == 2 and said in capsys.readouterr().err
     assert export_hf.main([str(step), str(tmp_path / "no"), "--model", str(root / "teacher")]) == 2
     assert "give the model that the run began with as --model" in capsys.readouterr().err
+    for name, error in (("_slice_file", errno.EACCES), ("read_metadata", errno.EIO)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardsReader, name, MagicMock(side_effect=OSError(error, os.strerror(error))))
+            assert export_hf.main([str(step), str(tmp_path / "no")]) == 2
+        assert f"{step} can't be read ({os.strerror(error)}): try again" in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "no.part").exists()
 
 

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from distill.runtime import slurm
 from distill.runtime.rendezvous import Rendezvous
@@ -46,6 +47,7 @@ def test_srun_tells_a_task_its_place(environment) -> None:
         environment.setenv(name, value)
     found = slurm.torch_environment()
     port = int(found.pop("MASTER_PORT"))
+    assert found.pop(slurm.START) == "4242.0.0"
     assert found == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -111,14 +113,14 @@ def _before_there_is_a_world(folder: str) -> dict[str, tuple[int, str, dict[str,
     """The program's exit code, what it says and its status, where its ranks don't find each other."""
     from distill.runtime import rendezvous
 
-    rendezvous.PATIENCE_S = 2.0  # of who waits for others; rank 0 knows sooner that it can't reach itself
-    rendezvous._OWN_PATIENCE_S = 1.0
+    rendezvous.PATIENCE_S = 2.0
     found = {}
     for name, rank, size in ((TAKEN, 0, 2), (LONELY, 0, 3), (NOBODY, 1, 2), (ELSEWHERE, 0, 2)):
         status = Path(folder) / f"{name}.json"
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_PORT": str(free_port()), "DISTILL_STATUS_FILE": str(status)}
         os.environ["MASTER_ADDR"] = "192.0.2.1" if name == ELSEWHERE else "127.0.0.1"  # an address of documentation's
+        rendezvous._OWN_PATIENCE_S = 1.0 if name == ELSEWHERE else 60.0
         with contextlib.ExitStack() as stack:
             if name == TAKEN:
                 stack.enter_context(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
@@ -150,22 +152,41 @@ def test_ranks_that_do_not_find_each_other_say_why_and_leave(tmp_path) -> None:
         ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "0"}),
         ({"TORCHELASTIC_RUN_ID": "7.0", "TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RUN_ID": "8.0"}),
         ({"TORCHELASTIC_RUN_ID": "7.0", "TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "0"}),
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, None),
     ],
-    ids=["a job", "an earlier start of the job", "a launcher", "an earlier start by the launcher"],
+    ids=[
+        "a job",
+        "an earlier start of the job",
+        "a launcher",
+        "an earlier start by the launcher",
+        "none: ranks by hand",
+        "none: ranks by hand in steps of a job",
+    ],
 )
 def test_a_rank_of_another_start_at_the_same_rendezvous_is_not_taken_for_ours(environment, launched, other) -> None:
     """Though it calls itself what a rank of ours would."""
-    stores = []
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for variables in ({"RANK": "0"}, {"RANK": "1", **other}, {"RANK": "1"}):
-        for name, value in {**common, **launched, **variables}.items():
-            environment.setenv(name, value)
-        stores.append(Rendezvous().store)
-    first, strange, ours = stores
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **launched}
+    by_srun = "SLURM_JOB_ID" in launched and other is not None
+
+    def store(rank: int, variables: dict[str, str]) -> dist.Store:
+        with environment.context() as context:
+            places = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
+            placed = {**places, "SLURM_TASKS_PER_NODE": "2"} if by_srun else {"RANK": str(rank)}
+            for name, value in {**common, **placed, **variables}.items():
+                context.setenv(name, value)
+            for name, value in slurm.torch_environment().items():
+                context.setenv(name, value)
+            return Rendezvous().store
+
+    first, ours = store(0, {}), store(1, {} if other is not None else {"SLURM_STEP_ID": "1"})
     ours.set("come/1", "")
-    assert first.check(["come/1"]) and not strange.check(["come/1"])
-    strange.set("come/0", "")
-    assert not first.check(["come/0"])
+    assert first.check(["come/1"])
+    if other is not None:
+        strange = store(1, other)
+        assert not strange.check(["come/1"])
+        strange.set("come/0", "")
+        assert not first.check(["come/0"])
 
 
 def _two_of_three(folder: str) -> tuple[int, str, dict[str, object]]:

@@ -28,6 +28,18 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+@contextmanager
+def as_disk_error() -> Iterator[None]:
+    """The block's error is the operating system's that led to it, where one did: others may see nothing behind it."""
+    try:
+        yield
+    except Exception as error:
+        refused = disk_error(error)
+        if refused is None or refused is error:
+            raise
+        raise refused from error
+
+
 def cannot_write(what: str, error: OSError, remedy: str) -> UserError:
     """The sentence about a folder, or the key that names it: what can't be written, why, and what to do."""
     return UserError(f"{what} can't be written ({error.strerror or error}): {remedy}")

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from distill.runtime import slurm
 from distill.runtime.launch import launcher, launcher_lives
 from distill.types import UserError
 
@@ -65,7 +66,7 @@ class Rendezvous:
             store = dist.TCPStore(
                 host, port, self.size, self._holds, patience, wait_for_workers=False, master_listen_fd=listener
             )
-            return dist.PrefixStore(_run(), store)
+            return dist.PrefixStore(f"start/{_start()}", store)
         except (OSError, dist.DistError, RuntimeError) as error:
             if not self._holds:
                 raise AbsentError(
@@ -131,14 +132,14 @@ class Rendezvous:
             ) from error
 
 
-def _run() -> str:
-    """What the ranks of one start have in common, and no others: a rank of another job, or one that is left of an
-    earlier start, may come to the same store.
+def _start() -> str:
+    """What the ranks of one start have in common, as far as their launcher tells, and others have not: a rank of
+    another job, or one that is left of an earlier start, may come to the same store.
     """
-    names = ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's --rdzv-id; its agents keep their store when they start again
-        names = ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
-    return "/".join(["distill", *(os.environ.get(name, "-") for name in names)])
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        return "/".join(os.environ.get(name, "0") for name in names)
+    return os.environ.get(slurm.START, "0")
 
 
 def named(ranks: list[int]) -> str:

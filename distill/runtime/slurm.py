@@ -12,12 +12,15 @@ from distill.types import UserError
 
 _PORT_BASE, _PORT_SPAN = 20000, 12000
 """Below the ports that Linux gives to any connection (from 32768 on): one of those may be taken."""
+START = "DISTILL_START"
+"""The variable that names a start of ``srun python -m distill.train``, the same on all its ranks and on no others."""
 PORTS_OF_JOB = 31
 """So many are no other job's whose number is near."""
 
 
 def torch_environment() -> dict[str, str]:
-    """The variables that torch.distributed reads, from those of ``srun python -m distill.train`` (one task a GPU).
+    """The variables that torch.distributed reads, and START, from those of ``srun python -m distill.train`` (one task a
+    GPU).
 
     Empty where torchrun has set them already, or where there is no step of more than one task (a lone process needs
     no rendezvous). The address is the step's first node; the port comes from job and step, so that two jobs on one
@@ -40,6 +43,7 @@ def torch_environment() -> dict[str, str]:
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or address_of(first_host(nodes)),
         "MASTER_PORT": os.environ.get("MASTER_PORT")
         or str(port(_number("SLURM_JOB_ID", "0"), _number("SLURM_STEP_ID", "0") + 1)),
+        START: ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")),
     }
 
 

@@ -24,7 +24,6 @@ from distill.config import CheckpointingConfig
 from distill.runtime.checkpoint.background import Write, Written
 from distill.runtime.checkpoint.claim import Claim
 from distill.runtime.checkpoint.record import (
-    MAY_PASS,
     Damaged,
     Fault,
     Sums,
@@ -37,7 +36,7 @@ from distill.runtime.checkpoint.record import (
     write_info,
 )
 from distill.runtime.checkpoint.retention import to_drop
-from distill.runtime.checkpoint.shards import SHARDS, CountedLoad, ShardsReader
+from distill.runtime.checkpoint.shards import SHARDS, CountedLoad, ShardsReader, fault_of_read
 from distill.runtime.disk import cannot_write, writing_to
 from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics, rows_until
 from distill.runtime.world import CONTROL_TIMEOUT, AgreedError, AgreedFailure, World
@@ -186,8 +185,10 @@ class Checkpoints:
         the disk fails.
         """
         reader = ShardsReader(path / SHARDS)
+        with self._world.agreed("reading which tensors the checkpoint has"):
+            stored, fault = reader.shapes_or_fault()
+        self._refuse(path, {rank: fault for rank, fault in enumerate(self._world.gather(fault)) if fault})
         with self._world.agreed("comparing the checkpoint with the model"):
-            stored = reader.shapes()
             for name, tensor in tensors.items():
                 if stored.get(name) != tensor.shape:
                     raise UserError(
@@ -196,12 +197,17 @@ class Checkpoints:
                     )
         try:
             dcp.load(tensors, storage_reader=reader, planner=CountedLoad(), process_group=self._world.control)
-        except dcp.CheckpointException as failed:  # of any rank, on all
-            refused = next((error for error, _ in failed.failures.values() if isinstance(error, OSError)), None)
-            if refused is None:
-                raise
-            fault = Fault(f"{SHARDS} can't be read: {refused.strerror}", refused.errno in MAY_PASS)
-            raise _unreadable(path, fault) from failed
+        except dcp.CheckpointException as failed:  # of any ranks, on all; it is no Exception
+            errors = {rank: error for rank, (error, _) in failed.failures.items()}
+            if not all(isinstance(error, OSError) for error in errors.values()):
+                raise RuntimeError(f"{failed}") from failed
+            self._refuse(path, {rank: fault_of_read(error) for rank, error in errors.items()})
+
+    def _refuse(self, path: Path, faults: Mapping[int, Fault]) -> None:
+        """Raise AgreedFailure where ranks can't read ``path``: for a fault that doesn't pass, if there is one."""
+        if faults:
+            rank = min(faults, key=lambda rank: faults[rank].may_pass)
+            raise _unreadable(path, faults[rank], f" by rank {rank}" if self._world.size > 1 else "")
 
     # ---- while the run goes ----
 
@@ -394,11 +400,10 @@ def _appears(file: Path) -> bool:
     return True
 
 
-def _unreadable(path: Path, fault: Fault) -> AgreedFailure:
-    may = ", which may pass" if fault.may_pass else ""
+def _unreadable(path: Path, fault: Fault, by: str = "") -> AgreedFailure:
+    again = "which may pass: start again when the disk answers" if fault.may_pass else "mend that"
     return AgreedFailure(
-        f"{path}: {fault.text}{may}: start again when the disk answers, or move the folder away to go on from the"
-        " checkpoint before it",
+        f"{path}: {fault.text}{by}, {again}, or move the folder away to go on from the checkpoint before it",
         passes=fault.may_pass,
     )
 

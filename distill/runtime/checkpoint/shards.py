@@ -6,6 +6,8 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.futures import Future
 
-from distill.runtime.checkpoint.record import patiently
-from distill.runtime.disk import disk_error
+from distill.runtime.checkpoint.record import MAY_PASS, Fault, patiently
+from distill.runtime.disk import as_disk_error
 from distill.runtime.place import progressed
 
 SHARDS = "shards"
@@ -45,10 +48,8 @@ class ShardsWriter(dcp.FileSystemWriter):
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Write this rank's part."""
-        try:
+        with as_disk_error():
             return super().write_data(plan, planner)
-        except Exception as error:
-            raise disk_error(error) or error from error
 
 
 class CountedSave(dcp.DefaultSavePlanner):
@@ -92,23 +93,37 @@ class ShardsReader(dcp.FileSystemReader):
         assert self._metadata is not None
         return self._metadata
 
-    def read_data(self, plan: Any, planner: Any) -> Any:
-        """Read this rank's part; once more from its beginning, where the disk failed."""
-        return patiently(lambda: self._read_data(plan, planner))
+    def read_data(self, plan: Any, planner: Any) -> Future[None]:
+        """Read this rank's part, file by file."""
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for items in by_file.values():
+            patiently(partial(self._read_file, replace(plan, items=items), planner))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-    def _read_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().read_data(plan, planner)
-        except Exception as error:
-            raise disk_error(error) or error from error
+    def _read_file(self, plan: Any, planner: Any) -> None:
+        with as_disk_error():
+            super().read_data(plan, planner)
 
     def shapes(self) -> dict[str, torch.Size]:
         """The whole shape of every tensor by its name."""
         stored = self.read_metadata().state_dict_metadata
         return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
+    def shapes_or_fault(self) -> tuple[dict[str, torch.Size], Fault | None]:
+        """``shapes``, or why a disk doesn't tell them."""
+        try:
+            return self.shapes(), None
+        except OSError as error:
+            return {}, fault_of_read(error)
+
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors, put together from their shards one at a time, in this process alone."""
+        """Whole tensors, put together from their shards one at a time, in this process alone. Raises OSError where the
+        disk fails.
+        """
         stored = self.read_metadata().state_dict_metadata
         for name in names:
             entry = stored[name]
@@ -116,8 +131,16 @@ class ShardsReader(dcp.FileSystemReader):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of a single process
-                dcp.load({name: tensor}, storage_reader=self, no_dist=True)
+                try:
+                    dcp.load({name: tensor}, storage_reader=self, no_dist=True)
+                except dcp.CheckpointException as failed:
+                    raise failed.failures[0][0] from failed
             yield name, tensor
+
+
+def fault_of_read(error: OSError) -> Fault:
+    """The disk's error as what is wrong with a checkpoint."""
+    return Fault(f"{SHARDS} can't be read ({error.strerror or error})", error.errno in MAY_PASS)
 
 
 class _Unpickler(pickle.Unpickler):
