@@ -198,8 +198,8 @@ class Checkpoints:
         try:
             dcp.load(tensors, storage_reader=reader, planner=CountedLoad(), process_group=self._world.control)
         except dcp.CheckpointException as failed:  # of any ranks, on all; it is no Exception
-            errors = {rank: error for rank, (error, _) in failed.failures.items()}
-            if not all(isinstance(error, OSError) for error in errors.values()):
+            errors = {rank: error for rank, (error, _) in failed.failures.items() if isinstance(error, OSError)}
+            if len(errors) < len(failed.failures):
                 raise RuntimeError(f"{failed}") from failed
             self._refuse(path, {rank: fault_of_read(error) for rank, error in errors.items()})
 
