@@ -67,8 +67,10 @@ def _weights(checkpoint: Path, config: Any, dtype: torch.dtype, files: ModelFile
         for name, tensor in reader.tensors(f"model.{name}" for name in wanted):
             yield name.removeprefix("model."), tensor.to(dtype)
     except OSError as error:  # whoever takes the tensors has errors of his own
-        sentence = f"{checkpoint} can't be read ({error.strerror or error}): try again when the disk answers"
-        raise UserError(sentence) from error
+        raise UserError(
+            f"{checkpoint} can't be read ({error.strerror or error}): try again when the disk answers, as a user who may"
+            " read it"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
