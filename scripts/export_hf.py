@@ -68,8 +68,8 @@ def _weights(checkpoint: Path, config: Any, dtype: torch.dtype, files: ModelFile
             yield name.removeprefix("model."), tensor.to(dtype)
     except OSError as error:  # whoever takes the tensors has errors of his own
         raise UserError(
-            f"{checkpoint} can't be read ({error.strerror or error}): try again when the disk answers, as a user who may"
-            " read it"
+            f"{checkpoint} can't be read ({error.strerror or error}): try again when the disk answers, as a user who"
+            " may read it"
         ) from error
 
 
