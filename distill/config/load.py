@@ -22,6 +22,7 @@ from distill.config.build import build, hints, key_paths, members, reason, refus
 from distill.config.check import check
 from distill.config.hardware import decide_precision
 from distill.config.old import drop_old_keys
+from distill.config.paths import normalize, normalize_paths
 from distill.config.schema import Config
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
@@ -133,6 +134,7 @@ def build_config(tree: dict[str, Any]) -> Config:
         entries = data[name] if isinstance(data[name], list) else [] if data[name] is None else [data[name]]
         data[name] = [_fill_dataset(data.get("default") or {}, entry) for entry in entries]
     data["default"] = data.get("default") or {}
+    normalize_paths(plain)
     config: Config = build(Config, plain, "")
     check(config)
     return config
@@ -208,7 +210,7 @@ def find_recipe(path: Path | None) -> Path:
     if path is None:
         beside = Path(__file__).resolve().parents[2] / BASE_RECIPE
         return BASE_RECIPE if BASE_RECIPE.is_file() or not beside.is_file() else beside
-    return path
+    return Path(normalize(str(path), "--config"))
 
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -221,7 +223,8 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         refuse(f"defaults={show(parents)} in {path} is no recipe: write a file name or a list of them")
     tree: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        tree = merge(tree, read_recipe(path.parent / str(parent), (*children, path.resolve())))
+        named = Path(normalize(str(parent), "defaults"))
+        tree = merge(tree, read_recipe(path.parent / named, (*children, path.resolve())))
     return merge(tree, layer)  # type: ignore[no-any-return]
 
 

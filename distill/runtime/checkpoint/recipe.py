@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.config.paths import same_value
+
 _SECTIONS = ("distillation", "loss_fn", "policy", "teacher")
 _SAME_RUN = (
     "distillation.context_distillation.metrics.",
@@ -32,13 +34,14 @@ _SAME_RUN = (
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``key was VALUE and is VALUE`` for every key that shapes what is learnt, in the recipe's order.
 
-    A key that only one of them has, as another version's would, is left out.
+    A key that only one of them has, as another version's would, is left out. Two paths to one place are no change.
     """
     before = dict(_flat(then, ""))
     return [
         f"{key} was {before[key]} and is {value}"
         for key, value in _flat(json.loads(json.dumps(now)), "")
-        if key.startswith(_SECTIONS) and not key.startswith(_SAME_RUN) and before.get(key, value) != value
+        if key.startswith(_SECTIONS) and not key.startswith(_SAME_RUN)
+        if not same_value(key, before.get(key, value), value)
     ]
 
 
