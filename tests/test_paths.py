@@ -94,8 +94,8 @@ def test_a_home_folder_of_an_unknown_user_is_refused(home: Path, key: str) -> No
 
 def test_a_symbolic_link_to_nothing_is_refused(home: Path) -> None:
     (home / "link").symlink_to("gone/folder")
-    with pytest.raises(UserError, match=r"checkpoint_dir=~/link is a symbolic link to gone/folder"):
-        loaded("checkpointing.checkpoint_dir=~/link")
+    with pytest.raises(UserError, match=r"checkpoint_dir=~/link/ is a symbolic link to gone/folder"):
+        loaded("checkpointing.checkpoint_dir=~/link/")
 
 
 def test_another_path_to_the_same_model_is_no_change_of_a_recipe(home: Path) -> None:

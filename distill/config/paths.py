@@ -32,6 +32,7 @@ def normalize(path: str, key: str) -> str:
     ``key``, for the home folder of an unknown user and for a symbolic link to nothing.
     """
     expanded = os.path.expanduser(path)
+    expanded = str(Path(expanded)) if expanded else expanded
     if os.path.islink(expanded) and not os.path.exists(expanded):
         refuse(
             f"{key}={path} is a symbolic link to {os.readlink(expanded)}, which does not exist: create that, or correct"
@@ -42,7 +43,7 @@ def normalize(path: str, key: str) -> str:
             f"{key}={path} begins with the home folder of a user that this machine doesn't have: write the complete"
             f" path, or ./{path} for a folder of that name"
         )
-    return str(Path(expanded)) if expanded else expanded
+    return expanded
 
 
 def normalize_paths(tree: dict[str, Any]) -> None:
