@@ -23,8 +23,9 @@ from distill.data.context import ContextViews
 from distill.data.prompts import load_prompts
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
 from distill.data.verify import THINK_TAGS, Judge, final_part
-from distill.types import Problem, Prompt, Rollout, UserError
-from distill.validation import load_held_out
+from distill.types import Problem, Prompt, Rollout, Sampling, UserError
+from distill.validation import HeldOut, load_held_out
+from tests.test_validation import Engine, validation
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 
 BODY = (
@@ -137,7 +138,11 @@ def test_other_tags_are_recognised_when_they_are_set_and_named_when_they_are_not
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     chats = [[{"role": "user", "content": "1+1?"}]]
-    for opening, closing in (MISTRAL, ("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>")):
+    for opening, closing in (
+        MISTRAL,
+        ("<seed:think>", "</seed:think>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ):
         tokenizer = tiny_tokenizer(THINKING_2507.replace("<think>", opening), extra=(opening, closing))
         ids = [tokenizer(tokenizer.apply_chat_template(chats[0], tokenize=False, add_generation_prompt=True)).input_ids]
         with caplog.at_level(logging.WARNING):
@@ -170,14 +175,16 @@ def test_a_message_that_ends_with_another_tag_is_no_reason_to_warn(caplog: pytes
         ("</think><think>b</think>", "", ""),  # first of two spans
     ],
 )
-def test_a_response_to_a_prompt_that_ends_inside_a_thought_begins_inside_it(text: str, to_end: str, ignore: str) -> None:
+def test_a_response_to_a_prompt_that_ends_inside_a_thought_begins_inside_it(
+    text: str, to_end: str, ignore: str
+) -> None:
     assert extract_trace(text, EXTRACTOR, inside_thought=True) == to_end
     assert extract_trace(text, replace(EXTRACTOR, unclosed_span="ignore"), inside_thought=True) == ignore
 
 
 def test_the_span_that_the_prompt_opened_is_one_of_those_that_are_selected_from() -> None:
     text = "a</think>b<think>cd</think><think>e</think>"
-    found = [extract_trace(text, replace(EXTRACTOR, selection=s), True) for s in ("first", "last", "longest")]  # type: ignore[arg-type]
+    found = [extract_trace(text, replace(EXTRACTOR, selection=s), True) for s in ("first", "last", "longest")]
     assert found == ["a", "e", "cd"]
     assert extract_trace("a</think>b", replace(EXTRACTOR, type="full_text"), True) == "a</think>b"
 
@@ -267,9 +274,9 @@ def test_an_answer_that_ends_inside_a_thought_that_the_prompt_opened_is_wrong() 
         assert judge("regex", "42", "42", inside_thought=True) == "wrong"
         assert judge("exact", "C", "C", inside_thought=True) == "wrong"
         assert judge("exact", "B?</think>C", "C", inside_thought=True) == "right"
-        assert judge("exact", "[THINK]B?[/THINK]use <think>", "use <think>", MISTRAL) == "right"
-        assert judge("regex", "[THINK]B?[/THINK]use <think>", "use <think>", MISTRAL) == "right"
-        assert judge("regex", "[THINK]B?", "B", MISTRAL) == "wrong"
+        assert judge("exact", "[THINK]B?[/THINK]use <think>", "use <think>", think_tags=MISTRAL) == "right"
+        assert judge("regex", "[THINK]B?[/THINK]use <think>", "use <think>", think_tags=MISTRAL) == "right"
+        assert judge("regex", "[THINK]B?", "B", think_tags=MISTRAL) == "wrong"
 
 
 # -- the setting ------------------------------------------------------------------------------------------------------
@@ -285,8 +292,44 @@ def test_the_default_tags_are_one_pair() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["[]", "['<think>']", "[a, b, c]", "[a, a]", "['', '</think>']", "[' ', b]", "[think, /think]", "null", "x"]
+    "value",
+    ["[]", "['<think>']", "[a, b, c]", "[a, a]", "['', '</think>']", "[' ', b]", "[think, /think]", "null", "x"],
 )
 def test_think_tags_that_are_not_a_pair_are_refused(value: str) -> None:
     with pytest.raises(UserError, match=rf"^{KEY}\S*=.*: set it to "):
         load_config([RECIPE, f"{KEY}={value}"])
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+def test_validation_grades_each_answer_by_the_prompt_that_was_read(tmp_path: Path) -> None:
+    """The plain prompt opens a thought and the context does not, then the other way round."""
+    tokenizer = tiny_tokenizer()
+
+    class OneAnswer(Engine):
+        def generate(self, prompts: Any, *_: Any, **__: Any) -> list[Rollout]:
+            ids = tuple(tokenizer("5")["input_ids"])
+            return [Rollout(p, 0, ids, (0.0,), "length", 0) for p in prompts]
+
+    for inside in (True, False):
+        template = "'Hint: {problem}'" if inside else "'Hint: {problem}<think>'"
+        context = "distillation.context_distillation"
+        keys = [f"{context}.enabled=true", f"{context}.chat_template=false", "distillation.val_at_start=true"]
+        held_out = HeldOut((Prompt(0, (5,), Problem("1", "5", "s"), inside),), {0: "exact"}, {0: "s"})
+        parts = {
+            "held_out": held_out,
+            "engine": OneAnswer(),
+            "decode": tokenizer.decode,
+            "sampling": Sampling(1, 8, ()),
+        }
+        overrides = [*keys, f"{context}.teacher_prefix_template={template}"]
+        given_views = views(tokenizer, template.strip("'"))
+        found = validation(tmp_path, *overrides, **parts, views=given_views)
+        answers = found.answers(0)
+        assert answers is not None and answers.in_context is not None
+        plain, in_context = (found._verdicts(mine)[0, 0] for mine in (answers.mine, answers.in_context.mine))
+        assert (plain, in_context) == (("wrong", "right") if inside else ("right", "wrong"))
+    tags = f"{context}.trace_extractor.think_tags=[t, /u]"
+    found = validation(tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, views=given_views)
+    assert answers is not None and found._verdicts(answers.mine)[0, 0] == "right", "the recipe's tags"

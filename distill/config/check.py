@@ -310,8 +310,8 @@ def _think_tags(tags: tuple[str, str], key: str) -> None:
         )
     if opening in closing or closing in opening:
         refuse(
-            f"{key}={show(list(tags))} has one tag inside the other, so that the two can't be told apart: set it to two "
-            'different tags, such as ["<think>", "</think>"]'
+            f"{key}={show(list(tags))} has a tag that equals or contains the other: set it to two different tags, such "
+            'as ["<think>", "</think>"]'
         )
 
 

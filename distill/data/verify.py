@@ -122,6 +122,7 @@ class Judge:
         name: str,
         answer: str,
         gold: str,
+        *,
         think_tags: tuple[str, str] = THINK_TAGS,
         inside_thought: bool = False,
     ) -> Verdict:

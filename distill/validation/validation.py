@@ -238,7 +238,7 @@ class Validation:
                 progressed()
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer
                 text, inside = answer_text(rollout, self.decode), rollout.prompt.inside_thought
-                verdict = None if name is None else judge(name, text, gold, tags, inside)
+                verdict = None if name is None else judge(name, text, gold, think_tags=tags, inside_thought=inside)
                 found[rollout.prompt.prompt_id, rollout.answer] = verdict
         return found
 
