@@ -91,6 +91,7 @@ def views(tokenizer: Any, template: str = "{problem}|{trace}", window: int = 100
         (ALWAYS, "What is <think>", True),
         (TRAINING_END, "What is <think>", True),
         (BODY + START, "What is <think>", False),
+        ("{{ messages[-1]['content'] }}", "What is <think>", False),  # the message is the last text
         (PER_PROMPT, "1+1? /no_think", False),
         (PER_PROMPT, "<think> /no_think", False),
         (PER_PROMPT, "1+1?", True),
