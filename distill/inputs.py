@@ -8,8 +8,9 @@ from typing import Any
 
 from distill.config import Config, ContextDistillationConfig
 from distill.config.template import teacher_template
-from distill.data.context import TeacherViews, extract_trace
+from distill.data.context import TeacherViews
 from distill.data.prompts import PromptOrder, load_prompts
+from distill.data.thoughts import extract_column_trace
 from distill.model.load import (
     ModelFiles,
     compare_vocabularies,
@@ -94,8 +95,9 @@ def read_prompts(config: Config, models: Models) -> PromptOrder:
     """The training problems as prompts, in the order of their steps."""
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = config.policy.tokenizer.chat_template_kwargs
-    trace_column = config.distillation.context_distillation.trace_column
-    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=trace_column)
+    context = config.distillation.context_distillation
+    column, tags = context.trace_column, context.trace_extractor.think_tags
+    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=column, think_tags=tags)
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
 
 
@@ -121,7 +123,7 @@ def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
         return False
     column = context.trace_column
     texts = (problem.columns.get(column, "") for problem in order.prompts.problems) if column else ()
-    return column is None or any(extract_trace(text, context.trace_extractor) for text in texts)
+    return column is None or any(extract_column_trace(text, context.trace_extractor) for text in texts)
 
 
 def validates(config: Config) -> bool:
@@ -141,8 +143,9 @@ def read_held_out(config: Config, models: Models) -> HeldOut:
         )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
-    column = config.distillation.context_distillation.trace_column
-    return load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column)
+    context = config.distillation.context_distillation
+    column, tags = context.trace_column, context.trace_extractor.think_tags
+    return load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:

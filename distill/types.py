@@ -46,6 +46,8 @@ class Prompt:
     student_ids: tuple[int, ...]
     """Token ids with the chat template and the generation prompt."""
     problem: Problem
+    inside_thought: bool = False
+    """The prompt ends inside an open thought (a generation prompt that ends with ``<think>``)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Rollout:
     """The version of the weights that sampled it: the step of the sync."""
     teacher_prefix_ids: tuple[int, ...] = ()
     """What the teacher reads before the answer; made by the rank that generated it, so that tokenising is spread."""
+    teacher_inside_thought: bool = False
+    """``teacher_prefix_ids`` end inside an open thought."""
 
     def __post_init__(self) -> None:
         assert len(self.response_ids) == len(self.logprobs) >= 1, (len(self.response_ids), len(self.logprobs))

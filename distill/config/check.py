@@ -269,6 +269,7 @@ def check_jsd(loss: LossConfig) -> None:
 def _context(config: Config) -> None:
     context, key = config.distillation.context_distillation, "distillation.context_distillation"
     teacher_template(context.teacher_prefix_template)
+    _think_tags(context.trace_extractor.think_tags, f"{key}.trace_extractor.think_tags")
     if not 0 < context.ema_decay < 1:
         refuse(
             f"{key}.ema_decay={context.ema_decay} must lie between 0 and 1: set it so, or mode to self_frozen (1) or "
@@ -297,6 +298,20 @@ def _context(config: Config) -> None:
         refuse(
             f"{key}.trace_extractor.type=full_text would show the teacher the whole answer that it scores under "
             f"{key}.trace_source=dynamic: set the type to think_tag, or the source to static_dataset"
+        )
+
+
+def _think_tags(tags: tuple[str, str], key: str) -> None:
+    opening, closing = tags
+    if not all(tag and tag == tag.strip() for tag in tags):
+        refuse(
+            f"{key}={show(list(tags))} has a tag that is empty or has white space around it: set it to the opening and "
+            'the closing tag alone, such as ["<think>", "</think>"]'
+        )
+    if opening in closing or closing in opening:
+        refuse(
+            f"{key}={show(list(tags))} has a tag that equals or contains the other: set it to two different tags, such "
+            'as ["<think>", "</think>"]'
         )
 
 

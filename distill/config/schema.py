@@ -21,11 +21,14 @@ class TraceExtractorConfig:
     """How a trace (a stretch of reasoning) is taken out of the student's answer or a dataset's column."""
 
     type: Literal["think_tag", "full_text"] = "think_tag"
-    """think_tag: the text between <think> and </think>; full_text: all of a column that holds nothing but the trace."""
+    """think_tag: the text between the think_tags; full_text: all of a column that holds nothing but the trace."""
+    think_tags: tuple[str, str] = ("<think>", "</think>")
+    """What opens and closes a thought in this model's text ([THINK] and [/THINK] for Mistral); also for grading. A
+    prompt that ends with an open thought, as its chat template may write it, lets the answer begin inside it."""
     selection: Literal["first", "last", "longest"] = "first"
     """Which of several spans is taken; longest counts characters, and of equally long ones the first is taken."""
     unclosed_span: Literal["to_end", "ignore"] = "to_end"
-    """A <think> that no </think> follows, as in an answer cut short. to_end: its span reaches to the end of the text;
+    """A thought that is not closed, as in an answer cut short. to_end: its span reaches to the end of the text;
     ignore: it is no span."""
     missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
     """An answer without a trace: empty fills the template with an empty one, drop_sample leaves the answer out."""
@@ -192,8 +195,8 @@ class DatasetConfig:
     system_prompt_file: str | None = None
     """A text file with the system message; null: none."""
     env_name: str | None = "math"
-    """Who judges what follows an answer's last </think>. math: math-verify; exact: it is the gold answer; regex: the
-    gold answer is a regular expression that is found in it; null: nobody."""
+    """Who judges what follows an answer's last closing tag (think_tags). math: math-verify; exact: it is the gold
+    answer; regex: the gold answer is a regular expression that is found in it; null: nobody."""
     repeat: int = 1
     """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
     seed: int | None = None

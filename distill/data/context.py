@@ -7,37 +7,24 @@ is compared with the i-th. An answer never is cut: the prefix gives way, or the 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distill.config.template import teacher_template
-from distill.data.prompts import chat_ids, token_ids
+from distill.data.prompts import Messages, chat_ids, token_ids
+from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
 from distill.types import Rollout, Stats, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from distill.config import Config, ContextDistillationConfig, TraceExtractorConfig
+    from distill.config import Config, ContextDistillationConfig
 
 logger = logging.getLogger(__name__)
 
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
 _KEY = "distillation.context_distillation"
-_CLOSED_SPAN = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_SPAN = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
-
-
-def extract_trace(text: str, extractor: TraceExtractorConfig) -> str:
-    """The span of ``text`` that ``extractor`` chooses, without the white space around it; "" where there is none."""
-    if extractor.type == "full_text":
-        return text.strip()
-    pattern = _SPAN if extractor.unclosed_span == "to_end" else _CLOSED_SPAN
-    spans = [found.group(1).strip() for found in pattern.finditer(text)]
-    if not spans:
-        return ""
-    return {"first": spans[0], "last": spans[-1], "longest": max(spans, key=len)}[extractor.selection]
 
 
 @dataclass(frozen=True)
@@ -66,7 +53,11 @@ class SamePromptViews:
 
     def prefixed(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], ViewCounts]:
         """All answers, each with its own prompt as the teacher's prefix; no metrics."""
-        return [replace(rollout, teacher_prefix_ids=rollout.prompt.student_ids) for rollout in rollouts], ViewCounts()
+        views = [
+            replace(r, teacher_prefix_ids=r.prompt.student_ids, teacher_inside_thought=r.prompt.inside_thought)
+            for r in rollouts
+        ]
+        return views, ViewCounts()
 
 
 def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherViews:
@@ -154,11 +145,25 @@ class ContextViews:
             "prefix_too_long": len(roomy) - len(valid),
         }
         truncated = sum(len(cut) < len(ids) for _, ids, cut in valid)
-        views = [replace(s.rollout, teacher_prefix_ids=tuple(cut)) for s, _, cut in valid]
+        inside = self._inside_thoughts([(s, cut) for s, _, cut in valid])
+        views = [
+            replace(s.rollout, teacher_prefix_ids=tuple(cut), teacher_inside_thought=opened)
+            for (s, _, cut), opened in zip(valid, inside, strict=True)
+        ]
         return views, ViewCounts(self._means(samples, views, truncated), _totals(dropped, truncated, len(valid)))
 
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
-        return [extract_trace(text, self._context.trace_extractor) for text in map(self._trace_source, rollouts)]
+        extractor, texts = self._context.trace_extractor, map(self._trace_source, rollouts)
+        if self._context.trace_source == "static_dataset":
+            return [extract_column_trace(text, extractor) for text in texts]
+        return [extract_trace(t, extractor, r.prompt.inside_thought) for r, t in zip(rollouts, texts, strict=True)]
+
+    def _inside_thoughts(self, views: Sequence[tuple[_Sample, list[int]]]) -> list[bool]:
+        """Whether each (sample, prefix as the teacher reads it) ends inside an open thought."""
+        texts = self._texts([(s.rollout.prompt.problem.text, s.trace) for s, _ in views])
+        chats = _chats(texts) if self._context.chat_template else None
+        prefixes, tags = [ids for _, ids in views], self._context.trace_extractor.think_tags
+        return [*map(bool, inside_thoughts(self._tokenizer, chats, prefixes, tags, self._template_kwargs))]
 
     def _trace_source(self, rollout: Rollout) -> str:
         """The text that an answer's trace is taken from."""
@@ -181,10 +186,13 @@ class ContextViews:
 
     def _filled(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
         """The token ids of the template with each (problem, trace)."""
-        texts = [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
+        texts = self._texts(values)
         if not self._context.chat_template:
             return token_ids(self._tokenizer, texts)
-        return chat_ids(self._tokenizer, [[{"role": "user", "content": text}] for text in texts], self._template_kwargs)
+        return chat_ids(self._tokenizer, _chats(texts), self._template_kwargs)
+
+    def _texts(self, values: Sequence[tuple[str, str]]) -> list[str]:
+        return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
 
     def _fitted(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
         """The prefix itself where it fits before its answer, else what the overflow policy leaves; None: nothing."""
@@ -219,6 +227,10 @@ class ContextViews:
             "prefix_mean_tokens": (sum(len(view.teacher_prefix_ids) for view in views), len(views)),
         }
         return {_named(name): (float(total), float(count)) for name, (total, count) in means.items() if count}
+
+
+def _chats(texts: Sequence[str]) -> list[Messages]:
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def _most_that_fits(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:

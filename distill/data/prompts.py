@@ -19,6 +19,8 @@ from distill.config.build import reason
 from distill.config.template import Template
 from distill.data.problems import keyed, load_dataset_problems
 from distill.data.template import read_prompt_file, read_text
+from distill.data.thoughts import inside_thoughts
+from distill.data.verify import THINK_TAGS
 from distill.types import Problem, Prompt, UserError
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ class Prompts:
     """len + 1 cumulative token counts."""
     skipped: int
     """How many prompts were too long."""
+    inside_thought: bytes = b""
+    """One byte a prompt: 1 if it ends inside an open thought, else 0. Empty: none does."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -100,7 +104,7 @@ class Prompts:
         if not 0 <= i < len(self):
             raise IndexError(i)
         ids = tuple(self.tokens[self.bounds[i] : self.bounds[i + 1]])
-        return Prompt(self.prompt_ids[i], ids, self.problems[i])
+        return Prompt(self.prompt_ids[i], ids, self.problems[i], any(self.inside_thought[i : i + 1]))
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[i] for i in range(len(self)))
@@ -128,23 +132,29 @@ def load_prompts(
     where: str = "data.train",
     trace_column: str | None = None,
     trace_needed: bool = True,
+    think_tags: tuple[str, str] = THINK_TAGS,
 ) -> Prompts:
     """Load the datasets and tokenise their prompts, each with its own prompt file and system prompt.
 
     A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names,
     ``trace_column`` a column that every problem must have (see load_problems), or may have without ``trace_needed``.
+    ``think_tags`` open and close a thought (see inside_thoughts).
     Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
     can put right, also if no prompt is left.
     """
     problems: list[Problem] = []
     rows: list[array[int]] = []
+    inside = bytearray()
     for key, dataset in keyed(datasets, where):
         wording = _Wording.of(dataset, key)
         found = load_dataset_problems(dataset, key, trace_column, trace_needed)
         once = found[: len(found) // dataset.repeat]
-        rows += _tokenised(tokenizer, [wording.chat(problem) for problem in once], template_kwargs) * dataset.repeat
+        chats = [wording.chat(problem) for problem in once]
+        found_rows = _tokenised(tokenizer, chats, template_kwargs)
+        inside += inside_thoughts(tokenizer, chats, found_rows, think_tags, template_kwargs) * dataset.repeat
+        rows += found_rows * dataset.repeat
         problems += found
-    return _fitting(problems, rows, max_tokens, where)
+    return _fitting(problems, rows, inside, max_tokens, where)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,9 @@ def _tokenised(
     return rows
 
 
-def _fitting(problems: Sequence[Problem], rows: Sequence[array[int]], max_tokens: int, where: str) -> Prompts:
+def _fitting(
+    problems: Sequence[Problem], rows: Sequence[array[int]], inside_thought: bytearray, max_tokens: int, where: str
+) -> Prompts:
     """The prompts of at most ``max_tokens`` tokens; says how many there are, and warns of those left out."""
     kept = [i for i, ids in enumerate(rows) if len(ids) <= max_tokens]
     skipped = len(rows) - len(kept)
@@ -197,7 +209,8 @@ def _fitting(problems: Sequence[Problem], rows: Sequence[array[int]], max_tokens
     for i in kept:
         tokens.extend(rows[i])
         bounds.append(len(tokens))
-    return Prompts(tuple(problems[i] for i in kept), tuple(kept), tokens, bounds, skipped)
+    inside = bytes(inside_thought[i] for i in kept)
+    return Prompts(tuple(problems[i] for i in kept), tuple(kept), tokens, bounds, skipped, inside)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from typing import Literal
 Verdict = Literal["right", "wrong", "failed"]
 """failed: the judge came to no end, or could not read the gold answer; it counts as wrong and is counted itself."""
 JUDGES = ("math", "exact", "regex")
+THINK_TAGS = ("<think>", "</think>")
+"""The tags that open and close a thought, unless a recipe sets others."""
 
 SECONDS = 10.0
 """How long one answer may take to judge."""
@@ -33,13 +35,15 @@ _MEMORY = 8 * 2**30
 _BOX = re.compile(r"\\boxed\s*{")
 
 
-def final_part(answer: str) -> str:
-    """What an answer says after its last span of thinking, stripped; all of it where there is none.
+def final_part(answer: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
+    """The text after the last closing tag, stripped; all of the answer if it has no thoughts.
 
-    Empty where the answer ends within its thoughts.
+    Empty if the answer ends inside a thought. ``inside_thought``: the prompt opened a thought, so the answer begins
+    inside it.
     """
-    after = answer.rpartition("</think>")[2]
-    return "" if "<think>" in after else after.strip()
+    opening, closing = think_tags
+    _, closed, after = answer.rpartition(closing)
+    return "" if opening in after or (inside_thought and not closed) else after.strip()
 
 
 def last_box(text: str) -> str:
@@ -55,17 +59,29 @@ def last_box(text: str) -> str:
 
 def exact(answer: str, gold: str) -> Verdict:
     """Whether the final part of ``answer`` is ``gold``, blanks around both aside."""
-    return "right" if final_part(answer) == gold.strip() else "wrong"
+    return _exact(final_part(answer), gold)
 
 
 def by_regex(answer: str, gold: str) -> Verdict:
     """Whether the regular expression ``gold`` is found in the final part of ``answer``; ^ and $ are its ends."""
-    return "right" if re.search(gold, final_part(answer)) else "wrong"
+    return _by_regex(final_part(answer), gold)
 
 
 def by_math(answer: str, gold: str) -> Verdict:
     """Whether math-verify finds the last box of the final part of ``answer``, or else its last expression, equal to
     ``gold``."""
+    return _by_math(final_part(answer), gold)
+
+
+def _exact(final: str, gold: str) -> Verdict:
+    return "right" if final == gold.strip() else "wrong"
+
+
+def _by_regex(final: str, gold: str) -> Verdict:
+    return "right" if re.search(gold, final) else "wrong"
+
+
+def _by_math(final: str, gold: str) -> Verdict:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
@@ -73,11 +89,12 @@ def by_math(answer: str, gold: str) -> Verdict:
     wanted = parse(f"\\boxed{{{gold}}}", [latex], **no_limit) or parse(gold, [latex, expression], **no_limit)
     if not wanted:
         return "failed"
-    found = parse(last_box(final_part(answer)), [expression, latex], **no_limit)
+    found = parse(last_box(final), [expression, latex], **no_limit)
     return "right" if verify(wanted, found, timeout_seconds=None, raise_on_error=True) else "wrong"
 
 
-_IN_A_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"math": by_math, "regex": by_regex}
+_IN_A_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"math": _by_math, "regex": _by_regex}
+"""Graders of a final part."""
 
 
 class Judge:
@@ -100,13 +117,25 @@ class Judge:
             child.end()
         self._children.clear()
 
-    def __call__(self, name: str, answer: str, gold: str) -> Verdict:
-        """The verdict of the judge ``name``, one of JUDGES. Raises RuntimeError where its process doesn't start."""
+    def __call__(
+        self,
+        name: str,
+        answer: str,
+        gold: str,
+        *,
+        think_tags: tuple[str, str] = THINK_TAGS,
+        inside_thought: bool = False,
+    ) -> Verdict:
+        """The verdict of the judge ``name``, one of JUDGES, on the ``final_part`` of ``answer``.
+
+        Raises RuntimeError where its process doesn't start.
+        """
+        final = final_part(answer, think_tags, inside_thought)
         if name not in _IN_A_PROCESS:
-            return exact(answer, gold)
+            return _exact(final, gold)
         if name not in self._children:
             self._children[name] = _Child(name)
-        verdict = self._children[name].ask(answer, gold, self._seconds)
+        verdict = self._children[name].ask(final, gold, self._seconds)
         if verdict is None:
             self._children.pop(name).end()  # the next answer gets another one
         return verdict or "failed"
@@ -126,11 +155,11 @@ class _Child:
             self.end()
             raise RuntimeError(f"the process that judges by {name} does not start: try {sys.executable} {__file__}")
 
-    def ask(self, answer: str, gold: str, seconds: float) -> Verdict | None:
+    def ask(self, final: str, gold: str, seconds: float) -> Verdict | None:
         """The verdict; None where there was none in time."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps([answer, gold, seconds]).encode() + b"\n")
+            self._process.stdin.write(json.dumps([final, gold, seconds]).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             return None
@@ -185,10 +214,10 @@ def _serve(name: str) -> None:
     judge("1", "1")  # imports what it needs
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        answer, gold, seconds = json.loads(line)
+        final, gold, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)  # ends the process even where nobody is left to do it
         try:
-            verdict: str = judge(answer, gold)
+            verdict: str = judge(final, gold)
         except Exception:  # of any kind: expressions of an untrained model reach every corner of a library
             verdict = "failed"
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

@@ -19,7 +19,10 @@ def gather_rollouts(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
     travelling: list[tuple[Any, ...]] = [
-        (r.prompt.prompt_id, r.answer, r.response_ids, r.logprobs, r.finish, r.version, r.teacher_prefix_ids)
+        (
+            *(r.prompt.prompt_id, r.answer, r.response_ids, r.logprobs, r.finish, r.version),
+            *(r.teacher_prefix_ids, r.teacher_inside_thought),
+        )
         for r in mine
     ]
     everyones = [Rollout(by_id[prompt_id], *rest) for part in world.gather(travelling) for prompt_id, *rest in part]

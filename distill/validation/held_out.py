@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distill.config import DatasetConfig
 from distill.data.problems import keyed
 from distill.data.prompts import load_prompts
-from distill.data.verify import check_gold, check_judge
+from distill.data.verify import THINK_TAGS, check_gold, check_judge
 from distill.types import Prompt, UserError
 from distill.validation.scores import source_names
 
@@ -49,11 +49,13 @@ def load_held_out(
     template_kwargs: Mapping[str, Any] | None,
     at_most: int | None,
     trace_column: str | None = None,
+    think_tags: tuple[str, str] = THINK_TAGS,
 ) -> HeldOut:
     """Exactly ``at_most`` prompts (None: all), or all there are where there are fewer.
 
     Several datasets give one each in turn, in their own order, so that a limit starves none of them. A prompt of more
     than ``max_tokens`` is left out before. A problem may lack the ``trace_column``; the teacher can't read it then.
+    ``think_tags`` open and close a thought.
     Raises UserError for what the user can put right.
     """
     each: list[list[Prompt]] = []
@@ -62,7 +64,7 @@ def load_held_out(
     for key, dataset in keyed(datasets, _WHERE):
         if dataset.env_name is not None:
             check_judge(dataset.env_name, key)
-        found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column, trace_needed=False)
+        found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column, False, think_tags)
         prompts = [replace(prompt, prompt_id=first + prompt.prompt_id) for prompt in found]
         first += len(found) + found.skipped
         each.append(prompts)

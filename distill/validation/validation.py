@@ -128,16 +128,21 @@ class Validation:
         """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""
         with self.world.agreed("making the contexts of held-out problems"):
             contexts = {prompt.prompt_id: self._context(prompt) for prompt in share}
-        prefixes = {number: context for number, context in contexts.items() if not isinstance(context, str)}
+        views = {number: context for number, context in contexts.items() if not isinstance(context, str)}
         left_out = {number: context for number, context in contexts.items() if isinstance(context, str)}
-        asked = [replace(p, student_ids=prefixes[p.prompt_id]) for p in share if p.prompt_id in prefixes]
+        prefixes = {number: view.teacher_prefix_ids for number, view in views.items()}
+        asked = [
+            replace(p, student_ids=view.teacher_prefix_ids, inside_thought=view.teacher_inside_thought)
+            for p in share
+            if (view := views.get(p.prompt_id)) is not None
+        ]
         seed = stream_seed(self.config.distillation.seed, _IN_CONTEXT)
         sampling = replace(self.sampling, seed=seed, max_total_length=None)  # a longer prompt shall not mean less room
         found = self.engine.generate(asked, sampling, step, abandon=self._asked)
         return InContext([replace(r, teacher_prefix_ids=prefixes[r.prompt.prompt_id]) for r in found], left_out)
 
-    def _context(self, prompt: Prompt) -> tuple[int, ...] | str:
-        """What the teacher reads before an answer to ``prompt``, or why there is nothing that can be answered."""
+    def _context(self, prompt: Prompt) -> Rollout | str:
+        """A rollout with what the teacher reads before an answer to ``prompt``, or why the problem is left out."""
         if not self._comparable(prompt):
             return _NO_TRACE
         views, counts = self.views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
@@ -146,7 +151,7 @@ class Validation:
         (view,) = views
         room = self.engine.window - len(view.teacher_prefix_ids)
         fits = room >= answer_limit(self.sampling, prompt, self.engine.window)
-        return view.teacher_prefix_ids if fits else _NO_ROOM
+        return view if fits else _NO_ROOM
 
     def _comparable(self, prompt: Prompt) -> bool:
         """Whether the problem has the column that the teacher's traces come from; without traces every one has."""
@@ -227,11 +232,13 @@ class Validation:
 
     def _verdicts(self, mine: Sequence[Rollout]) -> dict[tuple[int, int], Verdict | None]:
         found: dict[tuple[int, int], Verdict | None] = {}
+        tags = self.config.distillation.context_distillation.trace_extractor.think_tags
         with Judge() as judge:
             for rollout in mine:
                 progressed()
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer
-                verdict = None if name is None else judge(name, answer_text(rollout, self.decode), gold)
+                text, inside = answer_text(rollout, self.decode), rollout.prompt.inside_thought
+                verdict = None if name is None else judge(name, text, gold, think_tags=tags, inside_thought=inside)
                 found[rollout.prompt.prompt_id, rollout.answer] = verdict
         return found
 
