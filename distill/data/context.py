@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distill.config.template import teacher_template
 from distill.data.prompts import chat_ids, token_ids
-from distill.types import Rollout, Stats, UserError
+from distill.data.text_checks import check_ids
+from distill.types import Problem, Rollout, Stats, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,17 +70,18 @@ class SamePromptViews:
         return [replace(rollout, teacher_prefix_ids=rollout.prompt.student_ids) for rollout in rollouts], ViewCounts()
 
 
-def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherViews:
+def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase, valid_vocab: int | None = None) -> TeacherViews:
     """The views that a recipe asks for.
 
     ``tokenizer``: the teacher's, whose chat template is used; it gets the teacher's own arguments, or the student's.
+    ``valid_vocab``: ids at or past it are in no context, as an embedding lacks them; None: not checked.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
         return SamePromptViews()
     own = config.teacher.tokenizer.chat_template_kwargs
     kwargs = config.policy.tokenizer.chat_template_kwargs if own is None else own
-    return ContextViews(tokenizer, context, config.teacher.max_total_sequence_length, kwargs)
+    return ContextViews(tokenizer, context, config.teacher.max_total_sequence_length, kwargs, valid_vocab)
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class ContextViews:
     """The teacher reads a template with the raw problem, and the trace of the answer that it scores or a dataset's.
 
     ``max_tokens`` is the teacher's window, prefix and answer together. With ``context.chat_template`` the filled
-    template is a user message with a generation prompt; without, it is bare text. Raises UserError for a template that
-    names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills the window by itself.
+    template is a user message with a generation prompt; without, it is bare text after the tokenizer's BOS. Raises
+    UserError for a template that names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills
+    the window by itself, and for a context with an id at or past ``valid_vocab``.
     """
 
     def __init__(
@@ -108,8 +111,10 @@ class ContextViews:
         context: ContextDistillationConfig,
         max_tokens: int,
         template_kwargs: Mapping[str, Any] | None = None,
+        valid_vocab: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._valid_vocab = valid_vocab
         self._context = context
         self._max_tokens = max_tokens
         self._template_kwargs = template_kwargs
@@ -157,6 +162,10 @@ class ContextViews:
         views = [replace(s.rollout, teacher_prefix_ids=tuple(cut)) for s, _, cut in valid]
         return views, ViewCounts(self._means(samples, views, truncated), _totals(dropped, truncated, len(valid)))
 
+    def check_problem(self, problem: Problem, trace: str) -> None:
+        """Raise UserError for an id at or past ``valid_vocab`` in the problem's context, which shows ``trace``."""
+        self._filled([(problem.text, trace)])
+
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
         return [extract_trace(text, self._context.trace_extractor) for text in map(self._trace_source, rollouts)]
 
@@ -182,9 +191,15 @@ class ContextViews:
     def _filled(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
         """The token ids of the template with each (problem, trace)."""
         texts = [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
-        if not self._context.chat_template:
-            return token_ids(self._tokenizer, texts)
-        return chat_ids(self._tokenizer, [[{"role": "user", "content": text}] for text in texts], self._template_kwargs)
+        if self._context.chat_template:
+            chats = [[{"role": "user", "content": text}] for text in texts]
+            filled = chat_ids(self._tokenizer, chats, self._template_kwargs)
+        else:
+            filled = token_ids(self._tokenizer, texts, special_tokens=True)
+        for (problem, _), ids in zip(values, filled, strict=True):
+            if self._valid_vocab is not None:
+                check_ids(self._tokenizer, ids, self._valid_vocab, f"the teacher's context of {problem[:40]!r}")
+        return filled
 
     def _fitted(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
         """The prefix itself where it fits before its answer, else what the overflow policy leaves; None: nothing."""
