@@ -196,9 +196,10 @@ class ContextViews:
             filled = chat_ids(self._tokenizer, chats, self._template_kwargs)
         else:
             filled = token_ids(self._tokenizer, texts, special_tokens=True)
-        for (problem, _), ids in zip(values, filled, strict=True):
-            if self._valid_vocab is not None:
-                check_ids(self._tokenizer, ids, self._valid_vocab, f"the teacher's context of {problem[:40]!r}")
+        if self._valid_vocab is not None:
+            for (problem, _), ids in zip(values, filled, strict=True):
+                what = f"{_KEY}.teacher_prefix_template" + (f" for the problem {problem[:40]!r}" if problem else "")
+                check_ids(self._tokenizer, ids, self._valid_vocab, what)
         return filled
 
     def _fitted(self, sample: _Sample, prefix: list[int]) -> list[int] | None:

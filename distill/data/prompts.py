@@ -64,7 +64,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
         roles = ", ".join(message["role"] for message in chats[0])
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({reason(error)}): "
-            "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs"
+            "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs or"
+            " policy.tokenizer.chat_template"
         ) from None
 
 
