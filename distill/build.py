@@ -80,9 +80,10 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("reading the data"), world.main_first():
         order = read_prompts(config, models)
         views = teacher_views(config, models.teachers_tokenizer, models.valid_vocab)
-        check_contexts(config, models, views, order)
         check_reading(config, views, order)
         held_out = read_held_out(config, models)
+        for problems in (order.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
+            check_contexts(config, models, views, problems)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()

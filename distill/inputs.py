@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from distill.model.teacher import check_top_k
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
-from distill.types import Rollout, UserError
+from distill.types import Problem, Rollout, UserError
 from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> No
         )
 
 
-def check_contexts(config: Config, models: Models, views: TeacherViews, order: PromptOrder) -> None:
+def check_contexts(config: Config, models: Models, views: TeacherViews, problems: Iterable[Problem]) -> None:
     """Refuse a problem whose context has an id past the embeddings, before the first step where it is known by then.
 
     Tokenising every context takes minutes for large data, and nearly all models have a row for each id: then nothing
@@ -144,7 +145,7 @@ def check_contexts(config: Config, models: Models, views: TeacherViews, order: P
     if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(views, ContextViews):
         return
     context = config.distillation.context_distillation
-    for problem in order.prompts.problems:
+    for problem in problems:
         known = problem.columns.get(context.trace_column, "") if context.trace_column else ""
         trace = extract_trace(known, context.trace_extractor)
         views.check_problem(problem, trace)

@@ -142,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
     out, weights, config = Path(argv[0]), argv[1], load_config(argv[2:])
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
-    tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
+    ours = config.policy.tokenizer
+    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template)
     tokenizer.padding_side = "left"
     ranks, clock = config.cluster.num_nodes * config.cluster.gpus_per_node, Clock()
     trainer = DistillationTrainer(

@@ -486,7 +486,9 @@ def test_an_id_past_the_embeddings_is_refused_with_its_row(tmp_path: Path) -> No
     for last, refused in (("<x122>", False), ("<x123>", True)):  # 261 + 122 = 383, the last row
         rows = "".join(json.dumps({"input": f"What is {text}?"}) + "\n" for text in ("1", "2", last))
         (tmp_path / "rows.jsonl").write_text(rows)
-        config = config_for(tmp_path / "m", tmp_path / "m", *names, "distillation.allow_degenerate=true")
+        few = ("distillation.allow_degenerate=true", "distillation.num_prompts_per_step=1",
+               "policy.train_global_batch_size=1")  # fmt: skip
+        config = config_for(tmp_path / "m", tmp_path / "m", *names, *few)
         train = (replace(config.data.train[0], data_path=f"{tmp_path}/rows.jsonl", output_key=None, prompt_file=None),)
         config = replace(config, data=replace(config.data, train=train))
         found = find_models(config)
@@ -511,7 +513,7 @@ def test_a_context_with_an_id_past_the_embeddings_is_refused_before_the_first_st
     def checked(hint: str) -> None:
         views = ContextViews(found.teachers_tokenizer, config.distillation.context_distillation, 99, None, 384)
         problem = Problem("1+1?", columns={"hint": f"<think>{hint}</think>"})
-        check_contexts(config, found, views, SimpleNamespace(prompts=SimpleNamespace(problems=[problem])))  # type: ignore[arg-type]
+        check_contexts(config, found, views, [problem])
 
     checked("<x122>")
     with pytest.raises(UserError, match=r"teacher_prefix_template for the problem '1\+1\?' holds the token '<x123>'"):

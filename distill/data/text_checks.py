@@ -88,7 +88,7 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
     backend = getattr(tokenizer, "backend_tokenizer", None)
     unknown = str(getattr(getattr(backend, "model", None), "unk_token", None))
     number = tokenizer.get_vocab().get(unknown)
-    if number is None or (number in tokenizer.all_special_ids and number != tokenizer.unk_token_id):
+    if number is None or number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
     hits = ((prompt, unknown) for prompt in prompts if number in prompt.student_ids)
     _warn_of(hits, where, "have characters that the vocabulary lacks and that the model reads as %s")
