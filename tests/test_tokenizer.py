@@ -380,7 +380,7 @@ def test_stop_ids_without_a_row_of_ordinary_text_or_missing_are_named_in_warning
 # ---- chat templates --------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_template_of_the_users_own_is_used_by_the_student_and_by_itself_as_teacher(tmp_path: Path) -> None:
+def test_the_users_chat_template_is_used_by_the_student_and_by_itself_as_teacher(tmp_path: Path) -> None:
     for name in ("student", "other"):
         save_tiny_model(tmp_path / name, "qwen3")
         tiny_tokenizer(chat_template=f"{name}: {{{{ messages[0].content }}}}").save_pretrained(tmp_path / name)

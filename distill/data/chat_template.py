@@ -1,4 +1,4 @@
-"""Chat templates: a file of the user's own, and a check that a template shows the model what the user wrote."""
+"""Chat templates: one from the user's file, and a check that a template contains the user's message."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def set_chat_template(tokenizer: Any, path: str, key: str) -> None:
     except Exception as error:  # too deeply nested, say
         raise UserError(f"{key}={path} is no Jinja template ({reason(error)}): correct the file") from None
     tokenizer.chat_template = text
-    if (shown := _without_message(tokenizer)) is not None:
+    if (rendered := _without_message(tokenizer)) is not None:
         raise UserError(
-            f"{key}={path} leaves out the user's message ({_MESSAGE!r} becomes {shown!r}): write the messages'"
+            f"{key}={path} leaves out the user's message ({_MESSAGE!r} becomes {rendered!r}): write the messages'"
             " content into it"
         )
 
@@ -55,9 +55,9 @@ def check_chat_template(tokenizer: Any, what: str, key: str) -> None:
             " Jinja file for conversations",
             *(what, remark, key),
         )
-    elif (shown := _without_message(tokenizer)) is not None:
+    elif (rendered := _without_message(tokenizer)) is not None:
         raise UserError(
-            f"{what} has a chat template that leaves out the user's message ({_MESSAGE!r} becomes {shown!r}): set {key}"
+            f"{what} has a chat template that leaves out the user's message ({_MESSAGE!r} becomes {rendered!r}): set {key}"
             " to a Jinja file that has it"
         )
 

@@ -21,7 +21,7 @@ _ROUND_TRIPS = 32
 def check_texts(
     prompts: Iterable[Prompt], tokenizer: Any, valid_vocab: int, where: str, trace_column: str | None = None
 ) -> None:
-    """Check prompts: refuse an id past the embeddings, warn of text that the model reads otherwise.
+    """Check prompts: refuse an id past the embeddings, warn of text that the model reads differently.
 
     ``prompts`` are iterated more than once; ``where``: the key that a message names; ``trace_column``: a column whose
     text the teacher reads. Each warning names the number of prompts and the first one: control tokens of the chat

@@ -62,7 +62,7 @@ def load_tokenizer(files: ModelFolder, name: str | None, key: str, chat_template
     """The tokenizer of the model, or the one that ``key`` (``*.tokenizer.name``) names instead.
 
     Its ids are those of its tokenizer.json, whatever class tokenizer_config.json names; a warning is logged where that
-    class reads text otherwise. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template.
+    class gives other ids. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template.
     Raises UserError for files that can't be read, for a tokenizer that loses plain text and for a chat template that
     can't be parsed or that leaves out the user's message.
     """
@@ -154,7 +154,7 @@ def _is_sentencepiece(tokenizer: Any, source: str | Path, what: str) -> bool:
 def _from_pretrained(cls: Any, source: str | Path) -> tuple[Any, Exception | None]:
     try:
         return cls.from_pretrained(source, trust_remote_code=False), None
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError or TypeError for one and the same
+    except Exception as error:  # the same fault raises OSError, ValueError, KeyError or TypeError
         return None, error
 
 
@@ -184,7 +184,9 @@ def _tokenizer_json(path: Path | None, what: str) -> Tokenizer | None:
     own.no_truncation()
     own.no_padding()
     if getattr(own.model, "dropout", None):
-        log.warning("%s has BPE dropout in its tokenizer.json, which makes its ids random: it is switched off", what)
+        log.warning(
+            "%s has BPE dropout in its tokenizer.json, which makes its ids random: dropout is not applied", what
+        )
         own.model.dropout = None
     return own
 
@@ -229,7 +231,7 @@ def _add_bos(tokenizer: Any, what: str) -> None:
     if bos is None or tokenizer.bos_token_id in opening_ids(tokenizer) or not hasattr(tokenizer, "backend_tokenizer"):
         return
     log.warning(
-        "%s puts %s before bare text, as add_bos_token in its tokenizer_config.json or its class asks for, though"
+        "%s puts %s before bare text, as add_bos_token in its tokenizer_config.json or its class requires, though"
         " transformers %s does not",
         *(what, bos, transformers.__version__),
     )
@@ -249,7 +251,7 @@ def _texts(own: Tokenizer) -> list[str]:
 
 
 def _difference(read: Any, own: Tokenizer) -> str | None:
-    """How ``read`` reads a text otherwise than tokenizer.json, in words; None where all ids are equal."""
+    """How ``read`` reads a text differently from tokenizer.json, for a message; None where all ids are equal."""
     if read is None:
         return "it can't be made from these files"
     texts = _texts(own)
