@@ -57,8 +57,8 @@ def check_chat_template(tokenizer: Any, what: str, key: str) -> None:
         )
     elif (rendered := _without_message(tokenizer)) is not None:
         raise UserError(
-            f"{what} has a chat template that leaves out the user's message ({_MESSAGE!r} becomes {rendered!r}): set {key}"
-            " to a Jinja file that has it"
+            f"{what} has a chat template that leaves out the user's message ({_MESSAGE!r} becomes {rendered!r}): set"
+            f" {key} to a Jinja file that has it"
         )
 
 
