@@ -19,7 +19,15 @@ import yaml
 
 from distill.config import Arguments, Config
 from distill.data.context import teacher_views
-from distill.inputs import check_reading, find_models, packing_of, read_held_out, read_prompts, validates
+from distill.inputs import (
+    check_contexts,
+    check_reading,
+    find_models,
+    packing_of,
+    read_held_out,
+    read_prompts,
+    validates,
+)
 from distill.loss import check_loss_backend
 from distill.model.following import build_teacher
 from distill.model.load import model_config
@@ -71,9 +79,11 @@ def build_run(arguments: Arguments, world: World) -> Run:
         check_backend(config, models.student, world)
     with world.agreed("reading the data"), world.main_first():
         order = read_prompts(config, models)
-        views = teacher_views(config, models.teachers_tokenizer)
+        views = teacher_views(config, models.teachers_tokenizer, models.valid_vocab)
         check_reading(config, views, order)
         held_out = read_held_out(config, models)
+        for problems in (order.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
+            check_contexts(config, models, views, problems)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from distill.config import Config, ContextDistillationConfig
 from distill.config.template import teacher_template
-from distill.data.context import TeacherViews
+from distill.data.chat_template import check_chat_template
+from distill.data.context import ContextViews, TeacherViews
 from distill.data.prompts import PromptOrder, load_prompts
+from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
-from distill.model.load import (
-    ModelFiles,
-    compare_vocabularies,
-    find_model,
-    load_tokenizer,
-    model_config,
-    stop_ids,
-)
+from distill.data.tokenizer import compare_vocabularies, load_tokenizer, stop_ids, usable_stop_ids
+from distill.model.load import ModelFiles, find_model, model_config
 from distill.model.shapes import ModelShape, shape_of
 from distill.model.teacher import check_top_k
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
-from distill.types import Rollout, UserError
+from distill.types import Problem, Rollout, UserError
 from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
@@ -56,15 +53,35 @@ def find_models(config: Config) -> Models:
         shape_of(config_of_student, student.name),
         shape_of(model_config(teacher, "teacher.model_name"), teacher.name),
     )
-    tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
-    teachers = load_tokenizer(teacher, config.teacher.tokenizer.name, "teacher.tokenizer.name")
+    tokenizer, teachers = _tokenizers(config, student, teacher)
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
     check_tensor_parallel(config, config_of_student, valid_vocab)
     stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers, valid_vocab)
-    other = config.distillation.context_distillation.mode == "frozen"
-    return Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
+    context = config.distillation.context_distillation
+    other = context.mode == "frozen" or config.teacher.tokenizer.chat_template is not None
+    models = Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
+    what = f"policy.tokenizer.name={config.policy.tokenizer.name}"
+    check_chat_template(tokenizer, what, "policy.tokenizer.chat_template")
+    if context.enabled and context.chat_template and models.teachers_tokenizer is not tokenizer:
+        what = f"teacher.tokenizer.name={config.teacher.tokenizer.name}"
+        check_chat_template(teachers, what, "teacher.tokenizer.chat_template")
+    return models
+
+
+def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
+    """The student's and the teacher's tokenizer: one object where model, tokenizer and chat template are the same.
+
+    Without teacher.tokenizer.chat_template, a teacher that is the student itself has policy.tokenizer.chat_template.
+    """
+    ours, theirs = config.policy.tokenizer, config.teacher.tokenizer
+    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template)
+    itself = student.folder.resolve() == teacher.folder.resolve()
+    template = ours.chat_template if itself and theirs.chat_template is None else theirs.chat_template
+    if itself and (ours.name, ours.chat_template) == (theirs.name, template):
+        return tokenizer, tokenizer
+    return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template)
 
 
 def _stop_token_ids(
@@ -80,7 +97,10 @@ def _stop_token_ids(
                 f" 0..{valid_vocab - 1}, or null for the models' own"
             )
         return given
-    ours, theirs = stop_ids(student, tokenizer), stop_ids(teacher, teachers)
+    ours = usable_stop_ids(stop_ids(student, tokenizer), tokenizer, valid_vocab, student.name)
+    if teachers is tokenizer:
+        return ours
+    theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):
         log.warning(
             "the student %s stops at %s and the teacher %s at %s (a base student under an instruct teacher?):"
@@ -98,6 +118,7 @@ def read_prompts(config: Config, models: Models) -> PromptOrder:
     context = config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=column, think_tags=tags)
+    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column)
     return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
 
 
@@ -115,6 +136,21 @@ def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> No
             " the two are one model: put into it what the teacher should know, or for a control set"
             " distillation.allow_degenerate=true"
         )
+
+
+def check_contexts(config: Config, models: Models, views: TeacherViews, problems: Iterable[Problem]) -> None:
+    """Refuse a problem whose context has an id past the embeddings, before the first step where it is known by then.
+
+    Tokenising every context takes minutes for large data, and nearly all models have a row for each id: then nothing
+    is done. Traces of responses are checked when they are read. Raises UserError with the problem.
+    """
+    if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(views, ContextViews):
+        return
+    context = config.distillation.context_distillation
+    for problem in problems:
+        known = problem.columns.get(context.trace_column, "") if context.trace_column else ""
+        trace = extract_column_trace(known, context.trace_extractor)
+        views.check_problem(problem, trace)
 
 
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
@@ -145,7 +181,9 @@ def read_held_out(config: Config, models: Models) -> HeldOut:
     kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
     context = config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
-    return load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
+    held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
+    check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column)
+    return held_out
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.data.tokenizer import load_tokenizer
 from distill.model.export import export_hf
-from distill.model.load import ModelFiles, find_model, load_tokenizer, manifest_of, meta_model, model_config
+from distill.model.load import ModelFiles, find_model, manifest_of, meta_model, model_config
 from distill.model.student import DTYPES
 from distill.runtime.checkpoint import SHARDS, Damaged, ShardsReader, read_whole
 from distill.runtime.disk import writing_to

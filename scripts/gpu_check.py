@@ -36,9 +36,10 @@ from torch import Tensor
 
 from distill.config import Config, load_config
 from distill.data.prompts import load_prompts
+from distill.data.tokenizer import load_tokenizer
 from distill.model.attention import attend_at_once, attend_one_by_one
 from distill.model.checksum import BitSums
-from distill.model.load import find_model, load_tokenizer, model_config
+from distill.model.load import find_model, model_config
 from distill.model.student import Student
 from distill.model.weights import GatheredWeights
 from distill.rollout.build import build_engine, check_backend

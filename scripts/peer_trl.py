@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 
 from distill.config import Config, load_config
 from distill.data.prompts import PromptOrder, load_prompts
-from distill.model.load import find_model, load_tokenizer
+from distill.data.tokenizer import load_tokenizer
+from distill.model.load import find_model
 
 MICRO_BATCH_TOKENS = 1024
 """Of the answers in a micro-batch: 8 x 256 take 11 GB a rank, and halves of a batch take no longer than the whole."""
@@ -141,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
     out, weights, config = Path(argv[0]), argv[1], load_config(argv[2:])
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
-    tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
+    ours = config.policy.tokenizer
+    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template)
     tokenizer.padding_side = "left"
     ranks, clock = config.cluster.num_nodes * config.cluster.gpus_per_node, Clock()
     trainer = DistillationTrainer(

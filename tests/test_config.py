@@ -425,7 +425,6 @@ def test_keys_without_a_meaning_here_give_one_warning_that_names_them_all(
         ("policy.generation.vllm_cfg.pipeline_parallel_size=2", "set it to 1"),
         ("policy.generation.vllm_cfg.expert_parallel_size=2", "set it to 1"),
         ("distillation.max_rollout_turns=2", "set it to 1"),
-        ("policy.tokenizer.chat_template=abc", "leave it out"),
         ("data.train.split_validation_size=0.05", "data.validation"),
         ("checkpointing.ft_save_period=3", "checkpointing.save_period"),
         ("checkpointing.is_peft=true", "set it to false"),

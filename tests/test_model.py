@@ -32,7 +32,6 @@ from distill.runtime.world import World
 from distill.types import UserError
 from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model, tiny_config
-from tests.tiny_tokenizer import tiny_tokenizer
 
 SEQUENCES = [((5, 6, 7), tuple(range(8, 30))), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
 SHAPES = [("llama", False), ("qwen3", True), ("qwen2", False), ("gemma3_text", True)]
@@ -223,15 +222,6 @@ def test_the_streamed_plain_model_is_the_plain_model(root) -> None:
             assert torch.equal(streamed, plain(input_ids=torch.tensor(sequences)).logits)
 
 
-def test_vocabularies_are_compared_by_content() -> None:
-    same, other = tiny_tokenizer(), tiny_tokenizer(extra=("<|other|>",))
-    load.compare_vocabularies(same, tiny_tokenizer(), "a", "b")
-    with pytest.raises(
-        UserError, match=r"policy\.model_name=a and teacher\.model_name=b have different tokenizers \(1 "
-    ):
-        load.compare_vocabularies(same, other, "a", "b")
-
-
 def _refusal(folder: Path, **config: Any) -> str:
     (folder / "config.json").write_text(json.dumps(config))
     save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
@@ -291,13 +281,6 @@ def test_a_folder_with_pickled_weights_only_is_refused(tmp_path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="no safetensors"):
         load.find_model(str(tmp_path), "policy.model_name")
-
-
-def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path) -> None:
-    save_tiny_model(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    files = load.find_model(str(tmp_path), "policy.model_name")
-    assert load.stop_ids(files, tiny_tokenizer()) == (3, 4, 258)
 
 
 def test_released_weights_take_no_memory_and_come_back_bit_for_bit() -> None:

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from distill.config import load_config
 from distill.data.prompts import chat_ids
-from distill.model.load import ModelFiles, find_model, load_tokenizer, model_config
+from distill.data.tokenizer import load_tokenizer
+from distill.model.load import ModelFiles, find_model, model_config
 from distill.rollout.vllm_engine import fixed_arguments
 from distill.runtime.checkpoint.shards import ShardsReader
 from distill.types import UserError

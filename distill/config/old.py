@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 MEANINGLESS = {
     "*": "megatron_cfg offload_optimizer_for_logprob",
-    "*.tokenizer": "chat_template",
     "*.dtensor_cfg": """_v2 env_vars lora_cfg automodel_kwargs clear_cache_every_n_steps model_save_format
         save_consolidated single_rank_consolidation consolidation_timeout_minutes""",
     "*.dynamic_batching": "sequence_length_round",
@@ -45,7 +44,6 @@ MEANINGLESS = {
 NO_CHANGE: dict[str, tuple[tuple[Any, ...], str]] = {
     "*.megatron_cfg.enabled": ((False,), "Megatron isn't supported, so set it to false; dtensor_cfg (FSDP2) trains"),
     "*.dtensor_cfg.lora_cfg.enabled": ((False,), "LoRA isn't supported, so set it to false to train every parameter"),
-    "*.tokenizer.chat_template": (("default",), "the model's own chat template is used, so leave it out"),
     "data.*.split_validation_size": ((0,), "put the held-out problems into a file and name it in data.validation"),
     "checkpointing.pretrained_checkpoint": ((), "name the folder of the weights in policy.model_name instead"),
     "checkpointing.is_peft": ((False,), "adapters aren't supported, so set it to false"),
@@ -58,6 +56,7 @@ NO_CHANGE: dict[str, tuple[tuple[Any, ...], str]] = {
 def drop_old_keys(config: DictConfig) -> tuple[str, ...]:
     """Take them out of ``config``, warn of them once, and return their paths."""
     _refuse_other_teacher_temperature(config)
+    _own_chat_template(config)
     dropped = []
     for path in list(_paths(OmegaConf.to_container(config, resolve=False))):
         for pattern, (harmless, remedy) in NO_CHANGE.items():
@@ -85,6 +84,13 @@ def _refuse_other_teacher_temperature(config: DictConfig) -> None:
             f"teacher.generation.temperature={teacher} differs from policy.generation.temperature={student}, but both "
             "models' logits are divided by one temperature: leave it out, and set loss_fn.temperature if need be"
         )
+
+
+def _own_chat_template(config: DictConfig) -> None:
+    """The reference system writes ``default`` for the tokenizer's own chat template; here that is null."""
+    for key in ("policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"):
+        if OmegaConf.select(config, key) == "default":
+            OmegaConf.update(config, key, None)
 
 
 def _paths(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -18,6 +18,9 @@ class TokenizerConfig:
     """Hub name or folder. Left out: the model's."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Passed to the chat template, such as {enable_thinking: false}."""
+    chat_template: str | None = None
+    """A Jinja file to use as chat template; null: the tokenizer's own. Null for the teacher: its own, or
+    policy.tokenizer.chat_template where teacher and student are the same model."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from distill.config.template import teacher_template
 from distill.data.prompts import Messages, chat_ids, token_ids
+from distill.data.text_checks import check_ids
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
-from distill.types import Rollout, Stats, UserError
+from distill.types import Problem, Rollout, Stats, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,17 +61,18 @@ class SamePromptViews:
         return views, ViewCounts()
 
 
-def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase) -> TeacherViews:
+def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase, valid_vocab: int | None = None) -> TeacherViews:
     """The views that a recipe asks for.
 
     ``tokenizer``: the teacher's, whose chat template is used; it gets the teacher's own arguments, or the student's.
+    ``valid_vocab``: ids at or past it are in no context, as an embedding lacks them; None: not checked.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
         return SamePromptViews()
     own = config.teacher.tokenizer.chat_template_kwargs
     kwargs = config.policy.tokenizer.chat_template_kwargs if own is None else own
-    return ContextViews(tokenizer, context, config.teacher.max_total_sequence_length, kwargs)
+    return ContextViews(tokenizer, context, config.teacher.max_total_sequence_length, kwargs, valid_vocab)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ class ContextViews:
     """The teacher reads a template with the raw problem, and the trace of the answer that it scores or a dataset's.
 
     ``max_tokens`` is the teacher's window, prefix and answer together. With ``context.chat_template`` the filled
-    template is a user message with a generation prompt; without, it is bare text. Raises UserError for a template that
-    names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills the window by itself.
+    template is a user message with a generation prompt; without, it is bare text after the tokenizer's BOS. Raises
+    UserError for a template that names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills
+    the window by itself, and for a context with an id at or past ``valid_vocab``.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class ContextViews:
         context: ContextDistillationConfig,
         max_tokens: int,
         template_kwargs: Mapping[str, Any] | None = None,
+        valid_vocab: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._valid_vocab = valid_vocab
         self._context = context
         self._max_tokens = max_tokens
         self._template_kwargs = template_kwargs
@@ -152,6 +157,10 @@ class ContextViews:
         ]
         return views, ViewCounts(self._means(samples, views, truncated), _totals(dropped, truncated, len(valid)))
 
+    def check_problem(self, problem: Problem, trace: str) -> None:
+        """Raise UserError for an id at or past ``valid_vocab`` in the problem's context, which shows ``trace``."""
+        self._filled([(problem.text, trace)])
+
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
         extractor, texts = self._context.trace_extractor, map(self._trace_source, rollouts)
         if self._context.trace_source == "static_dataset":
@@ -187,9 +196,15 @@ class ContextViews:
     def _filled(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
         """The token ids of the template with each (problem, trace)."""
         texts = self._texts(values)
-        if not self._context.chat_template:
-            return token_ids(self._tokenizer, texts)
-        return chat_ids(self._tokenizer, _chats(texts), self._template_kwargs)
+        if self._context.chat_template:
+            filled = chat_ids(self._tokenizer, _chats(texts), self._template_kwargs)
+        else:
+            filled = token_ids(self._tokenizer, texts, special_tokens=True)
+        if self._valid_vocab is not None:
+            for (problem, _), ids in zip(values, filled, strict=True):
+                what = f"{_KEY}.teacher_prefix_template" + (f" for the problem {problem[:40]!r}" if problem else "")
+                check_ids(self._tokenizer, ids, self._valid_vocab, what)
+        return filled
 
     def _texts(self, values: Sequence[tuple[str, str]]) -> list[str]:
         return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]

@@ -39,11 +39,12 @@ _CHUNK = 1000
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """The token ids of each conversation, ready for the model's answer.
+    """The token ids of each conversation, ready for the model's response.
 
-    They end with the chat template's generation prompt. A tokenizer without a chat template reads the messages' bare
-    texts, blank lines between them, with the special tokens it adds by itself. ``template_kwargs`` go to the chat
-    template (``enable_thinking``, say). Raises UserError where the template refuses a conversation.
+    They end with the chat template's generation prompt. As in transformers and vLLM, a template writes all special
+    tokens itself, BOS too: the tokenizer adds none. A tokenizer without a chat template reads the messages' bare texts,
+    blank lines between them, after its own BOS (see token_ids). ``template_kwargs`` go to the chat template
+    (``enable_thinking``, say). Raises UserError where the template refuses a conversation.
     """
     if not chats:
         return []
@@ -65,18 +66,30 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
         roles = ", ".join(message["role"] for message in chats[0])
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({reason(error)}): "
-            "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs"
+            "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs or"
+            " policy.tokenizer.chat_template"
         ) from None
 
 
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False
 ) -> list[list[int]]:
-    """The token ids of each text, without the tokenizer's own additions unless ``special_tokens``."""
+    """The token ids of each text; ``special_tokens``: after the tokens that the tokenizer puts before a text (BOS).
+
+    BOS is never doubled where the text begins with it, and nothing is appended: a prompt must not end in EOS.
+    """
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    return ids
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    opening = opening_ids(tokenizer) if special_tokens else []
+    return [row if row[: len(opening)] == opening else opening + row for row in ids]
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before a text: BOS in most models, none in others."""
+    bare, full = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
+    starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
+    return list(full[: next(starts, 0)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a name or a folder to a model: files, configuration, tokenizer, weights slice by slice."""
+"""From a name or a folder to a model: files, configuration, weights slice by slice."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from distill.config.build import reason, show
+from distill.config.build import reason
 from distill.runtime.place import progressed
 from distill.types import UserError
 
@@ -190,57 +190,6 @@ def model_config(files: ModelFiles, key: str) -> Any:
                 " choose a model without it"
             )
     return config
-
-
-def load_tokenizer(files: ModelFiles, name: str | None, key: str) -> Any:
-    """The tokenizer of the model, or the one that ``key`` names instead."""
-    source = files.folder if name in (None, files.name) else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if not tokenizer.get_vocab():
-            raise ValueError("it knows no token")
-    except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
-        raise UserError(
-            f"{key}={name or files.name} has no tokenizer that can be read ({reason(error)}): give the folder or hub"
-            " name of a model with a tokenizer.json, whose own code is never run"
-        ) from error
-    return tokenizer
-
-
-def stop_ids(files: ModelFiles, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end an answer of this model: its generation configuration's and its tokenizer's.
-
-    Raises UserError for a generation configuration that can't be read or that names no ids.
-    """
-    ids = {tokenizer.eos_token_id} - {None}
-    path = files.folder / "generation_config.json"
-    if path.is_file():
-        eos = json_object(path, files.name).get("eos_token_id")
-        listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(token) is int and token >= 0 for token in listed):
-            raise UserError(
-                f"{path} has eos_token_id={show(eos)}, which is no id of a token: correct it there, or set"
-                " policy.generation.stop_token_ids"
-            )
-        ids |= set(listed)
-    return tuple(sorted(ids))
-
-
-def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Refuse two models that don't share their tokens, told by content: the same id must mean the same token.
-
-    The padded size of the embeddings may differ. Raises UserError with both names.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    token = differing[0]
-    raise UserError(
-        f"policy.model_name={student_name} and teacher.model_name={teacher_name} have different tokenizers"
-        f" ({len(differing)} tokens differ; {token!r} is {ours.get(token)} and {theirs.get(token)}):"
-        " choose a teacher with the student's tokenizer"
-    )
 
 
 def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedModel:
