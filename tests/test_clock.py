@@ -213,11 +213,13 @@ def dated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("problems.jsonl", "prompt.txt"):
         shutil.copy(root / name, root / "elsewhere" / name)
     (root / "other.txt").write_text("Solve: {}")
+    four = [{"question": f"What is {i}?", "answer": f"{i}"} for i in ("1 + 1", 5, 6, 7)]
+    (root / "four.jsonl").write_text("".join(json.dumps(row) + "\n" for row in four))
     return root
 
 
 def line_of(root: Path, name: str, *overrides: str) -> list[str]:
-    """A run of four steps whose student is its own teacher with a hint in view, validated each second step."""
+    """A run whose student is its own teacher with a hint in view, validated each second step."""
     return _command(
         root,
         name,
@@ -239,93 +241,102 @@ def _info(root: Path, name: str, step: int) -> dict[str, Any]:
     return info
 
 
-def _ran(root: Path, *runs: tuple[str, str, Sequence[str]]) -> list[tuple[int, str, str]]:
-    (ended,) = run_ranks(1, dated_mains, [(free_port(), *run) for run in runs])
-    return list(ended)
+JULY, LATER = ("2024-07-26T23:50:00", "Europe/Berlin"), ("2031-01-01T10:00:00", "Asia/Tokyo")
+ALLOWED = "checkpointing.allow_changes=true"
+REFUSED = {
+    "data.train.prompt_file has changed (of its 10 prompts 10 are gone": "data.default.prompt_file={root}/other.txt",
+    "data.train.system_prompt_file has changed (of": "data.default.system_prompt_file={root}/other.txt",
+    "the chat template of policy.tokenizer and the chat template of": "policy.tokenizer.name={root}/undated",
+    "policy.tokenizer.chat_template_kwargs and": "policy.tokenizer.chat_template_kwargs={{date_string: today}}",
+    "teacher.tokenizer.chat_template_kwargs has changed, since": "teacher.tokenizer.chat_template_kwargs={{a: b}}",
+    "data.train has changed (of its 10 prompts 9 are gone, and of the 4 now 3 are new": "data.train.data_path={root}/four.jsonl",
+    "data.shuffle was True and is False, since": "data.shuffle=false",
+}
+CHANGE = (
+    "data.default.prompt_file={root}/other.txt",
+    "data.shuffle=false",
+    "distillation.num_prompts_per_step=2",
+    "data.validation={{data_path: {root}/few.jsonl}}",
+)
 
 
-JULY = "2024-07-26T23:50:00"
-
-
-@pytest.mark.slow
-def test_a_run_resumed_under_another_date_and_time_zone_continues_bit_for_bit(dated: Path) -> None:
-    two = "distillation.max_num_steps=2"
-    moved = f"data.train.data_path={dated}/elsewhere/problems.jsonl", f"data.default.prompt_file={dated}/elsewhere/prompt.txt"
-    ended = _ran(
-        dated,
-        (JULY, "Europe/Berlin", line_of(dated, "straight")),
-        (JULY, "Europe/Berlin", line_of(dated, "parted", two)),
-        ("2031-01-01T10:00:00", "Asia/Tokyo", line_of(dated, "parted", *moved)),
-        ("2031-01-01T10:00:00", "Asia/Tokyo", line_of(dated, "another day", two)),
+@pytest.fixture(scope="module")
+def ended(dated: Path) -> dict[str, tuple[int, str, str]]:
+    """The code and output of each run, by its name or what it is refused for; all in one process."""
+    one, two = (f"distillation.max_num_steps={n}" for n in (1, 2))
+    moved = (
+        f"data.train.data_path={dated}/elsewhere/problems.jsonl",
+        f"data.default.prompt_file={dated}/elsewhere/prompt.txt",
     )
-    assert [code for code, _, _ in ended] == [0] * 4, ended
-    straight, parted, other = (_train_rows(dated / f"runs/{name}") for name in ("straight", "parted", "another day"))
-    for name in SINCE_THE_LAST_SYNC:
-        parted[2][name] = straight[2][name]
-    assert parted == straight
-    assert other[0]["train/loss"] != straight[0]["train/loss"], "the date does not reach the prompts"
-    ours, theirs = (load_file(dated / f"checkpoints/{n}/step_4/hf/model.safetensors") for n in ("straight", "parted"))
-    assert all((ours[name] == theirs[name]).all() for name in ours)
-    (first,) = {_info(dated, "straight", step)["clock"] for step in (2, 4)} | {_info(dated, "parted", 4)["clock"]}
-    assert first == "2024-07-27T23:50:00+02:00"
-    assert all(f"chat templates see the date of the run's first start: {first}" in said for _, _, said in ended[:3])
-    assert json.loads((dated / "runs/parted/versions.json").read_text())["clock"] == first
-    assert "changed" not in ended[2][2] and not (dated / "runs/parted/changes.json").exists()
-
-
-@pytest.mark.slow
-def test_changed_inputs_are_refused_at_a_resume_unless_changes_are_allowed(dated: Path) -> None:
-    one, later = "distillation.max_num_steps=1", ("2031-01-01T10:00:00", "UTC")
-    first = line_of(dated, "changed", one, "checkpointing.save_period=1")
-
-    def resumed(*overrides: str) -> list[str]:
-        return line_of(dated, "changed", "distillation.max_num_steps=2", "checkpointing.save_period=1", *overrides)
-
-    refused = {
-        "data.train.prompt_file has changed (of its": f"data.default.prompt_file={dated}/other.txt",
-        "data.train.system_prompt_file has changed": f"data.default.system_prompt_file={dated}/prompt.txt",
-        "the chat template of policy.tokenizer has changed": f"policy.tokenizer.name={dated}/undated",
-        "the chat template of teacher.tokenizer has": f"teacher.tokenizer.name={dated}/undated",
-        "data.shuffle was True and is False": "data.shuffle=false",
+    runs = {
+        "straight": (*JULY, line_of(dated, "straight", "distillation.max_num_steps=3")),
+        "parted": (*JULY, line_of(dated, "parted", two)),
+        "resumed": (*LATER, line_of(dated, "parted", "distillation.max_num_steps=3", *moved)),
+        "another day": (*LATER, line_of(dated, "another day", one)),
     }
-    refused.pop("the chat template of teacher.tokenizer has")  # the student is the teacher: it reads its own template
-    change = (
-        f"data.default.prompt_file={dated}/other.txt",
-        "data.shuffle=false",
-        "distillation.num_prompts_per_step=2",
-        f"data.validation={{data_path: {dated}/few.jsonl}}",
-    )
-    allowed = "checkpointing.allow_changes=true"
-    ended = _ran(
-        dated,
-        (JULY, "UTC", first),
-        *((*later, resumed(override)) for override in refused.values()),
-        (*later, resumed(*change, allowed)),
-        (*later, resumed(*change)),
-    )
-    assert ended[0][0] == 0, ended[0]
-    for message, (code, _, said) in zip(refused, ended[1:], strict=False):
-        assert code == 2 and f"error: {message}" in said and allowed in said.splitlines()[-1], said
-    assert [code for code, _, _ in ended[-2:]] == [0, 0], ended[-2:]
-    info, said = _info(dated, "changed", 2), ended[-2][2]
-    changes = json.loads((dated / "runs/changed/changes.json").read_text())
-    assert info["changes"] == changes and {change["step"] for change in changes} == {1}
-    expected = ("data.train.prompt_file has changed", "distillation.num_prompts_per_step was 4 and is 2", "data.shuffle was")
-    for what in (*expected, "validation has other problems"):
-        assert sum(change["what"].startswith(what) for change in changes) == 1 and what in said, (what, changes)
-    assert all(change["when"].startswith("2031-") for change in changes)
-    assert info["in_context"] is None and info["clock"].startswith("2024-07-27"), "the clock stays, the reference not"
-    assert "have changed since" not in ended[-1][2], "the new checkpoint holds the new inputs"
+    for message, override in REFUSED.items():
+        runs[message] = (*LATER, line_of(dated, "another day", two, override.format(root=dated)))
+    change = [override.format(root=dated) for override in CHANGE]
+    runs["allowed"] = (*LATER, line_of(dated, "another day", two, *change, ALLOWED))
+    runs["again"] = (*LATER, line_of(dated, "another day", two, *change))
+    (found,) = run_ranks(1, dated_mains, [(free_port(), *run) for run in runs.values()])
+    return dict(zip(runs, found, strict=True))
 
 
-def _differing_mains(ports: Sequence[int], line: Sequence[str], patched: bool) -> list[tuple[int, str, str]]:
-    """The program on ranks of which rank 1 renders prompts of its own, where ``patched``."""
+@pytest.mark.slow
+def test_a_run_resumed_under_another_date_and_time_zone_continues_bit_for_bit(dated: Path, ended) -> None:
+    assert all(ended[name][0] == 0 for name in ("straight", "parted", "resumed", "another day")), ended
+    straight, parted, other = (_train_rows(dated / f"runs/{name}") for name in ("straight", "parted", "another day"))
+    (third,) = (i for i, row in enumerate(straight) if row["step"] == 3)
+    for name in SINCE_THE_LAST_SYNC:
+        parted[third][name] = straight[third][name]
+    assert parted == straight and any("validation/forward_kl" in row for row in straight)
+    losses = {row["train/loss"] for rows in (straight, other) for row in rows if row["step"] == 1}
+    assert len(losses) == 2, "the date does not reach the prompts"
+    ours, theirs = (load_file(dated / f"checkpoints/{n}/step_3/hf/model.safetensors") for n in ("straight", "parted"))
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    (first,) = {_info(dated, name, step)["clock"] for name in ("straight", "parted") for step in (2, 3)}
+    assert first == "2024-07-27T23:50:00+02:00"
+    shown = f"chat templates see the date of the run's first start: {first}"
+    assert all(shown in ended[name][2] for name in ("straight", "parted", "resumed"))
+    assert json.loads((dated / "runs/parted/versions.json").read_text())["clock"] == first
+    assert "changed since" not in ended["resumed"][2] and not (dated / "runs/parted/changes.json").exists()
+
+
+@pytest.mark.slow
+def test_changed_inputs_are_refused_at_a_resume_unless_changes_are_allowed(dated: Path, ended) -> None:
+    for message in REFUSED:
+        code, _, said = ended[message]
+        assert code == 2 and f"error: {message}" in said and ALLOWED in said.splitlines()[-1], said
+    assert [ended[name][0] for name in ("allowed", "again")] == [0, 0], ended
+    info, said = _info(dated, "another day", 2), ended["allowed"][2]
+    changes = info["changes"]
+    expected = (
+        "data.train.prompt_file has changed (of its 10 prompts 10 are gone, and of the 10 now 10 are new)",
+        "distillation.num_prompts_per_step was 4 and is 2",
+        "data.shuffle was True and is False",
+        "validation has other problems and gold answers",
+    )
+    assert sorted(change["what"] for change in changes) == sorted(expected)
+    assert all(what in said for what in expected), said
+    assert all(change["step"] == 1 and change["when"].startswith("2031-") for change in changes)
+    assert info["in_context"] is None and "with the teacher's context in view are left out" in said
+    assert info["clock"] == _info(dated, "another day", 1)["clock"], "the clock stays"
+    assert info["data"]["num_prompts_per_step"] == 2
+    # The new checkpoint holds the new inputs: nothing has changed since.
+    assert "changed since" not in ended["again"][2] and "can't be compared" not in ended["again"][2]
+    assert json.loads((dated / "runs/another day/changes.json").read_text()) == changes
+
+
+def _differing_mains(ports: Sequence[int], line: Sequence[str], by_rank: str) -> list[tuple[int, str, str]]:
+    """Two runs: one whose rank 1 tokenises the same texts in another way, and one whose ranks read different files."""
     from distill.data import prompts
 
-    tokenised = prompts.token_ids
-    other = mock.patch.object(prompts, "token_ids", lambda *args, **kwargs: [i[:-1] for i in tokenised(*args, **kwargs)])
-    with other if patched and os.environ["RANK"] == "1" else contextlib.nullcontext():
-        return _mains(ports, [line])
+    made = prompts.token_ids
+    other = mock.patch.object(prompts, "token_ids", lambda *args, **kwargs: [ids[:-1] for ids in made(*args, **kwargs)])
+    with other if os.environ["RANK"] == "1" else contextlib.nullcontext():
+        tokenised = _mains(ports[:1], [line])
+    return tokenised + _mains(ports[1:], [[*line, by_rank]])
 
 
 @pytest.mark.slow
@@ -333,12 +344,12 @@ def test_ranks_that_render_other_prompts_or_read_other_data_leave_with_code_2(da
     shutil.copy(dated / "problems.jsonl", dated / "rank_0.jsonl")
     (dated / "rank_1.jsonl").write_text((dated / "problems.jsonl").read_text().replace("3 + 3", "3 + 4"))
     by_rank = f"data.train.data_path={dated}/rank_${{oc.env:RANK}}.jsonl"
-    for message, override, patched in [
-        ("data.train: rank 1 on .* has other tokens for the same texts than rank 0", "data.shuffle=true", True),
-        ("data.train: rank 1 on .* has other problems than rank 0 .*: give all nodes the same files", by_rank, False),
-    ]:
-        line = _command(dated, "differing", override, f"policy.tokenizer.name={dated}/undated")
-        ended = run_ranks(2, _differing_mains, [free_port()], line, patched)
-        assert [code for ((code, _, _),) in ended] == [2, 2], ended
-        ((_, _, said),) = ended[0]
-        assert re.search(f"error: {message}", said), said
+    line = _command(dated, "differing", f"policy.tokenizer.name={dated}/undated")
+    first, second = run_ranks(2, _differing_mains, [free_port(), free_port()], line, by_rank)
+    assert [code for code, _, _ in first + second] == [2] * 4, first
+    expected = (
+        "error: data.train: rank 1 on .* has other tokens for the same texts than rank 0 .*: give all nodes the same",
+        "error: data.train: rank 1 on .* has other problems than rank 0 .*: give all nodes the same files",
+    )
+    for message, (_, _, said) in zip(expected, first, strict=True):
+        assert re.search(message, said), said
