@@ -1,4 +1,4 @@
-"""Prompts are the same on all ranks and after every resume: the run's clock, and hashes of what prompts are made from."""
+"""Prompts are the same on all ranks and after every resume: the run's clock, and hashes of the prompts' inputs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,11 +18,13 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file
 
-from distill.config import DatasetConfig
+from distill.config import Config, DatasetConfig
 from distill.data import clock as clock_module
 from distill.data.clock import RunClock
 from distill.data.content import changed_parts, data_content, raise_if_ranks_differ, tokenizer_content
-from distill.data.prompts import PromptOrder, Prompts, chat_ids, load_prompts
+from distill.data.prompts import PromptOrder, chat_ids, load_prompts
+from distill.data.resume import clock_of, origin_of
+from distill.runtime.checkpoint import Found
 from distill.types import UserError
 from tests.helpers import free_port, run_ranks
 from tests.test_train import SINCE_THE_LAST_SYNC, _command, _mains, _train_rows, make_tiny_run
@@ -32,6 +35,7 @@ DATED = (
     "{% if date_string is not defined %}{% set date_string = today() %}{% endif %}<|im_start|>{{ date_string }}\n"
 )
 """The date as Llama's templates write it; inside a macro, whose names come from the same place."""
+LATER = datetime(2031, 1, 1, tzinfo=UTC)
 FIRST = datetime(2024, 7, 26, 23, 59, 59, tzinfo=timezone(timedelta(hours=2)))
 CHAT = [{"role": "user", "content": "What is 3?"}]
 
@@ -124,7 +128,9 @@ def inputs(folder: Path, changes: dict[str, Any], day: datetime = FIRST) -> Prom
 CHANGED = {
     "data.train has changed (of its 3 prompts 1 are gone, and of the 3 now 1 are new)": {"problems": ["1", "2", "4"]},
     "data.train has changed (its 3 prompts are the same in another order)": {"problems": ["1", "3", "2"]},
-    "data.train and the traces of data.train have changed (of its 3 prompts 0 are gone": {"problems": ["1", "2", "3", "3"]},
+    "data.train and the traces of data.train have changed (of its 3 prompts 0 are gone": {
+        "problems": ["1", "2", "3", "3"]
+    },
     "the traces of data.train has changed": {"solution": "b"},
     "data.train.prompt_file has changed (of its 3 prompts 3 are gone": {"prompt": "Solve: {}"},
     "data.train.system_prompt_file has changed (of its 3 prompts 3": {"system": "Be brief."},
@@ -163,12 +169,71 @@ def test_ranks_with_other_inputs_are_refused_by_cause() -> None:
     raise_if_ranks_differ([("a", same), ("b", same)])
     assert changed_parts(first, {"problems": "0", "tokens": "0"}) == ["problems"]
     for key, content, message in [
-        ("data.train", {**first, "problems": "0", "tokens": "0"}, "data.train: rank 2 on c has other problems than rank 0"),
+        (
+            "data.train",
+            {**first, "problems": "0", "tokens": "0"},
+            "data.train: rank 2 on c has other problems than rank 0",
+        ),
         ("data.train", {**first, "tokens": "0"}, "data.train: rank 2 on c has other tokens for the same texts"),
         ("teacher.tokenizer", {"tokens": "0"}, "teacher.tokenizer: rank 2 on c has other tokens"),
     ]:
         with pytest.raises(UserError, match=message):
             raise_if_ranks_differ([("a", same), ("b", same), ("c", {**same, key: content})])
+
+
+def found_at(step: int, order: PromptOrder, **info: Any) -> Found:
+    """A checkpoint as a run with ``order`` and an unchanged recipe wrote it."""
+    written = {"step": step, "data": order.state(step), "recipe": asdict(Config()), "in_context": {"a": 1.0}, **info}
+    return Found(Path("step"), json.loads(json.dumps(written)), [])
+
+
+def allowing(allowed: bool) -> Config:
+    return replace(Config(), checkpointing=replace(Config().checkpointing, allow_changes=allowed))
+
+
+def test_a_checkpoint_without_a_clock_resumes_where_its_prompts_have_no_date(tmp_path: Path) -> None:
+    undated = {"template": CHATML}
+    found = found_at(3, inputs(tmp_path / "first", undated))
+    clock = clock_of(found)
+    origin = origin_of(found, allowing(False), inputs(tmp_path / "now", undated, clock.time), clock, {"tokens": "1"})
+    assert origin.changes == [] and origin.info["clock"] == str(clock) != str(FIRST)
+    assert origin.info["validation_inputs"] == {"tokens": "1"}
+    assert origin.reference(found) == {"a": 1.0}, "what that checkpoint validated is not known to differ"
+
+
+def test_a_checkpoint_without_a_clock_whose_prompts_have_a_date_is_refused_with_that_reason(tmp_path: Path) -> None:
+    found, now, clock = (
+        found_at(3, inputs(tmp_path / "first", {})),
+        inputs(tmp_path / "now", {}, LATER),
+        RunClock(LATER),
+    )
+    clock.was_read = True
+    refusal = (
+        "3 prompts 3 are gone.*writes the date, and the checkpoint is from a version.*allow_changes=true.*step 4 on"
+    )
+    with pytest.raises(UserError, match=refusal):
+        origin_of(found, allowing(False), now, clock, None)
+    assert len(origin_of(found, allowing(True), now, clock, None).changes) == 1
+
+
+def test_every_change_of_a_run_stays_on_record(tmp_path: Path) -> None:
+    """Of the data, of a key that shapes what is learnt, and of the validation, which nothing refuses."""
+    order = inputs(tmp_path / "first", {})
+    then: dict[str, Any] = {"problems": "1", "tokens": "2"}
+    earlier = [{"step": 1, "what": "a key was 1 and is 2", "when": "2024-01-01"}]
+    found = found_at(3, order, clock=str(FIRST), changes=earlier, validation_inputs=then)
+    clock, seeded = clock_of(found), replace(allowing(True), distillation=replace(Config().distillation, seed=7))
+    assert clock.time == FIRST
+    one = origin_of(found, seeded, inputs(tmp_path / "other", {"prompt": "Q: {}"}), clock, {**then, "problems": "0"})
+    assert one.info["changes"][0] == earlier[0]
+    assert [(change["step"], change["what"].partition(" has")[0]) for change in one.changes[1:]] == [
+        (3, "data.train.prompt_file"),
+        (3, "distillation.seed was 42 and is 7"),
+        (3, "validation"),
+    ]
+    assert one.reference(found) is None and one.info["validation_inputs"] == {**then, "problems": "0"}
+    off = origin_of(found, allowing(False), order, clock, {})  # not validated now: comparable again later
+    assert off.changes == earlier and off.reference(found) and off.info["validation_inputs"] == then
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -241,7 +306,7 @@ def _info(root: Path, name: str, step: int) -> dict[str, Any]:
     return info
 
 
-JULY, LATER = ("2024-07-26T23:50:00", "Europe/Berlin"), ("2031-01-01T10:00:00", "Asia/Tokyo")
+JULY, NEW_YEAR = ("2024-07-26T23:50:00", "Europe/Berlin"), ("2031-01-01T10:00:00", "Asia/Tokyo")
 ALLOWED = "checkpointing.allow_changes=true"
 REFUSED = {
     "data.train.prompt_file has changed (of its 10 prompts 10 are gone": "data.default.prompt_file={root}/other.txt",
@@ -249,7 +314,7 @@ REFUSED = {
     "the chat template of policy.tokenizer and the chat template of": "policy.tokenizer.name={root}/undated",
     "policy.tokenizer.chat_template_kwargs and": "policy.tokenizer.chat_template_kwargs={{date_string: today}}",
     "teacher.tokenizer.chat_template_kwargs has changed, since": "teacher.tokenizer.chat_template_kwargs={{a: b}}",
-    "data.train has changed (of its 10 prompts 9 are gone, and of the 4 now 3 are new": "data.train.data_path={root}/four.jsonl",
+    "data.train has changed (of its 10 prompts 9 are gone, and of the 4": "data.train.data_path={root}/four.jsonl",
     "data.shuffle was True and is False, since": "data.shuffle=false",
 }
 CHANGE = (
@@ -271,14 +336,14 @@ def ended(dated: Path) -> dict[str, tuple[int, str, str]]:
     runs = {
         "straight": (*JULY, line_of(dated, "straight", "distillation.max_num_steps=3")),
         "parted": (*JULY, line_of(dated, "parted", two)),
-        "resumed": (*LATER, line_of(dated, "parted", "distillation.max_num_steps=3", *moved)),
-        "another day": (*LATER, line_of(dated, "another day", one)),
+        "resumed": (*NEW_YEAR, line_of(dated, "parted", "distillation.max_num_steps=3", *moved)),
+        "another day": (*NEW_YEAR, line_of(dated, "another day", one)),
     }
     for message, override in REFUSED.items():
-        runs[message] = (*LATER, line_of(dated, "another day", two, override.format(root=dated)))
+        runs[message] = (*NEW_YEAR, line_of(dated, "another day", two, override.format(root=dated)))
     change = [override.format(root=dated) for override in CHANGE]
-    runs["allowed"] = (*LATER, line_of(dated, "another day", two, *change, ALLOWED))
-    runs["again"] = (*LATER, line_of(dated, "another day", two, *change))
+    runs["allowed"] = (*NEW_YEAR, line_of(dated, "another day", two, *change, ALLOWED))
+    runs["again"] = (*NEW_YEAR, line_of(dated, "another day", two, *change))
     (found,) = run_ranks(1, dated_mains, [(free_port(), *run) for run in runs.values()])
     return dict(zip(runs, found, strict=True))
 

@@ -74,7 +74,8 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
 
 def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any]) -> None:
     """Refuse a chat template that draws random numbers: ranks and resumed runs could not render the same prompts."""
-    if not any(name in str(tokenizer.chat_template) for name in _RANDOM):
+    sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
+    if not any(name in sources for name in _RANDOM):
         return
     if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs))) > 1:
         raise UserError(
