@@ -125,7 +125,7 @@ def inputs(folder: Path, changes: dict[str, Any], day: datetime = FIRST) -> Prom
     return PromptOrder(prompts, 1, 0, inputs=content)
 
 
-CHANGED = {
+CHANGED: dict[str, dict[str, Any]] = {
     "data.train has changed (of its 3 prompts 1 are gone, and of the 3 now 1 are new)": {"problems": ["1", "2", "4"]},
     "data.train has changed (its 3 prompts are the same in another order)": {"problems": ["1", "3", "2"]},
     "data.train and the traces of data.train have changed (of its 3 prompts 0 are gone": {

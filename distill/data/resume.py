@@ -78,7 +78,7 @@ def origin_of(
     if inputs and not config.checkpointing.allow_changes:
         undated = clock.was_read and _CLOCK not in found.info
         raise UserError(
-            f"{'; '.join(inputs)}, since the checkpoint {found.path}{_NO_DATE if undated else ''}: set it back, set"
+            f"{'; '.join(inputs)}, since the checkpoint {found.path}{_NO_DATE if undated else ''}: restore it, set"
             f" {_ALLOW} to continue with the change from step {found.info['step'] + 1} on, or start anew in another"
             " checkpointing.checkpoint_dir, from the checkpoint's weights if policy.model_name is what"
             " scripts.export_hf makes of it"
