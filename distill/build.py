@@ -19,7 +19,7 @@ import yaml
 from distill.config import Arguments, Config
 from distill.data.content import raise_if_ranks_differ
 from distill.data.context import teacher_views
-from distill.data.resume import Origin, clock_of, origin_of, warn_of_changes
+from distill.data.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
 from distill.inputs import (
     check_reading,
     contents_of,
@@ -91,8 +91,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
     everyone = world.gather((platform.node(), contents))
     with world.agreed("comparing the prompts of all ranks"):
         raise_if_ranks_differ(everyone)
-    if world.main and clock.was_read:
-        log.info("chat templates see the date of the run's first start: %s", clock)
+    log_clock(clock, found)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     with world.agreed("comparing the checkpoint with the recipe"):
         origin = origin_of(found, config, order, clock, contents["data.validation"])

@@ -118,9 +118,6 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> Content:
     return inputs
 
 
-_EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
-
-
 def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> None:
     """Refuse a student that is its own teacher and reads no more as such: neither text around the problem nor a trace
     of any problem.
@@ -168,6 +165,9 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
     return load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column)
 
 
+_EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
+
+
 def contents_of(config: Config, order: PromptOrder, views: TeacherViews, held_out: HeldOut) -> dict[str, Content]:
     """Hashes of this rank's inputs, by the key that they come from; those of the validation are empty without one."""
     column = config.distillation.context_distillation.trace_column
@@ -177,8 +177,8 @@ def contents_of(config: Config, order: PromptOrder, views: TeacherViews, held_ou
     validation = held_out.content(column)
     return {
         "data.train": order.content,
-        "data.validation": {**validation, "teacher's context": context} if validation else {},
         "teacher.tokenizer": {TOKENS: context},
+        "data.validation": {**validation, "teacher's context": context} if validation else {},
     }
 
 

@@ -23,7 +23,7 @@ from distill.data import clock as clock_module
 from distill.data.clock import RunClock
 from distill.data.content import changed_parts, data_content, raise_if_ranks_differ, tokenizer_content
 from distill.data.prompts import PromptOrder, chat_ids, load_prompts
-from distill.data.resume import clock_of, origin_of
+from distill.data.resume import clock_of, log_clock, origin_of
 from distill.runtime.checkpoint import Found
 from distill.types import UserError
 from tests.helpers import free_port, run_ranks
@@ -201,7 +201,9 @@ def test_a_checkpoint_without_a_clock_resumes_where_its_prompts_have_no_date(tmp
     assert origin.reference(found) == {"a": 1.0}, "what that checkpoint validated is not known to differ"
 
 
-def test_a_checkpoint_without_a_clock_whose_prompts_have_a_date_is_refused_with_that_reason(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_clock_whose_prompts_have_a_date_is_refused_with_that_reason(
+    tmp_path: Path, caplog
+) -> None:
     found, now, clock = (
         found_at(3, inputs(tmp_path / "first", {})),
         inputs(tmp_path / "now", {}, LATER),
@@ -213,6 +215,9 @@ def test_a_checkpoint_without_a_clock_whose_prompts_have_a_date_is_refused_with_
     )
     with pytest.raises(UserError, match=refusal):
         origin_of(found, allowing(False), now, clock, None)
+    log_clock(clock, found)
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING" and f"see the date {clock} from here on" in warning.getMessage()
     assert len(origin_of(found, allowing(True), now, clock, None).changes) == 1
 
 

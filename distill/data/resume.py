@@ -34,6 +34,16 @@ def clock_of(found: Found | None) -> RunClock:
     return RunClock.saved(found.info[_CLOCK])
 
 
+def log_clock(clock: RunClock, found: Found | None) -> None:
+    """Log the time that chat templates see, where this process has rendered one that reads it."""
+    if not clock.was_read:
+        return
+    if found is not None and _CLOCK not in found.info:
+        log.warning("chat templates see the date %s from here on: %s holds no earlier one", clock, found.path)
+    else:
+        log.info("chat templates see the date of the run's first start: %s", clock)
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a run's state comes from; every checkpoint of the run records it."""
