@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +17,13 @@ from typing import Any
 import yaml
 
 from distill.config import Arguments, Config
+from distill.data.content import raise_if_ranks_differ
 from distill.data.context import teacher_views
+from distill.data.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
 from distill.inputs import (
     check_contexts,
     check_reading,
+    contents_of,
     find_models,
     packing_of,
     read_held_out,
@@ -36,7 +38,7 @@ from distill.model.student import Student
 from distill.rollout.build import build_engine, check_backend, sampling_of, validation_sampling_of
 from distill.rollout.freshness import Freshness
 from distill.run import Run
-from distill.runtime.checkpoint import Checkpoints, Found, changed_keys, has_validation
+from distill.runtime.checkpoint import Checkpoints, has_validation
 from distill.runtime.disk import writing_run
 from distill.runtime.metrics_sinks import open_recorder
 from distill.runtime.place import doing
@@ -77,21 +79,28 @@ def build_run(arguments: Arguments, world: World) -> Run:
             log.info("%s", forecast.table())
     with world.agreed("checking the generation backend"):
         check_backend(config, models.student, world)
-    with world.agreed("reading the data"), world.main_first():
-        order = read_prompts(config, models)
-        views = teacher_views(config, models.teachers_tokenizer, models.valid_vocab)
-        check_reading(config, views, order)
-        held_out = read_held_out(config, models)
-        for problems in (order.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
-            check_contexts(config, models, views, problems)
-    last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()
     found = checkpoints.newest()
+    clock = world.broadcast(clock_of(found))  # before the data are read: chat templates may write the date
+    with world.agreed("reading the data"), world.main_first():
+        order = read_prompts(config, models, clock)
+        views = teacher_views(config, models.teachers_tokenizer, models.valid_vocab, clock)
+        check_reading(config, views, order)
+        held_out = read_held_out(config, models, clock)
+        for problems in (order.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
+            check_contexts(config, models, views, problems)
+        contents = contents_of(config, order, views, held_out)
+    everyone = world.gather((platform.node(), contents))
+    with world.agreed("comparing the prompts of all ranks"):
+        raise_if_ranks_differ(everyone)
+    log_clock(clock, found)
+    last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     with world.agreed("comparing the checkpoint with the recipe"):
-        first_step = order.resume(found.info["data"]) if found else 0
+        origin = origin_of(found, config, order, clock, contents["data.validation"])
+        first_step = int(found.info["data"]["step"]) if found else 0
     with world.agreed("making the run's folder"):
-        made = _start_run_dir(arguments) if world.main else Path()
+        made = _start_run_dir(arguments, origin) if world.main else Path()
     run_dir = world.broadcast(made)
     with world.agreed("opening the log"), writing_run(run_dir):
         world.log_to(run_dir)
@@ -119,7 +128,12 @@ def build_run(arguments: Arguments, world: World) -> Run:
         student.resume(first_step)
         teacher.resume(student)
         log.info("resumed from %s after %d steps", found.path, first_step)
-        _warn_of_another_run(found, config)
+        if not has_moments:
+            log.warning(
+                "%s holds no optimizer (checkpointing.save_optimizer=false): AdamW begins with fresh moments",
+                found.path,
+            )
+        warn_of_changes(origin, found)
         if first_step >= last_step:
             remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
             log.warning(f"nothing is left to do: {remedy}", last_step)
@@ -139,8 +153,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         run_dir=run_dir,
         recorder=recorder,
         checkpoints=checkpoints,
-        measured_at=first_step if found and has_validation(found.info) else -1,
-        reference=found.info["in_context"] if found else None,
+        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changed else -1,
+        reference=origin.reference(found),
     )
     return Run(
         config=config,
@@ -148,6 +162,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         run_dir=run_dir,
         models=models,
         order=order,
+        origin=origin,
         views=views,
         engine=engine,
         student=student,
@@ -192,26 +207,14 @@ def _check_supported(config: Config) -> None:
         )
 
 
-def _warn_of_another_run(found: Found, config: Config) -> None:
-    """Say in what a resumed run is not the one that it goes on from."""
-    if not found.info["recipe"]["checkpointing"]["save_optimizer"]:
-        log.warning(
-            "%s holds no optimizer (checkpointing.save_optimizer=false): AdamW begins with fresh moments", found.path
-        )
-    if changed := changed_keys(found.info["recipe"], asdict(config)):
-        log.warning(
-            "the recipe has changed since %s, so this is another run from here on (%s): set the keys back for the same",
-            *(found.path, ", ".join(changed)),
-        )
-
-
-def _start_run_dir(arguments: Arguments) -> Path:
+def _start_run_dir(arguments: Arguments, origin: Origin) -> Path:
     """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
     with writing_run(run_dir):
         (run_dir / "config.yaml").write_text(arguments.resolved)
-        (run_dir / "versions.json").write_text(json.dumps(_versions(), indent=2) + "\n")
+        (run_dir / "versions.json").write_text(json.dumps(_versions() | {"clock": str(origin.clock)}, indent=2) + "\n")
+        origin.write(run_dir)
     log.info("run folder %s", os.path.relpath(run_dir))
     return run_dir
 

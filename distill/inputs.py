@@ -10,8 +10,10 @@ from typing import Any
 from distill.config import Config, ContextDistillationConfig
 from distill.config.template import teacher_template
 from distill.data.chat_template import check_chat_template
-from distill.data.context import ContextViews, TeacherViews
-from distill.data.prompts import PromptOrder, load_prompts
+from distill.data.clock import RunClock
+from distill.data.content import TOKENS, Content, content_hash, data_content, tokenizer_content
+from distill.data.context import ContextViews, TeacherViews, teacher_template_kwargs
+from distill.data.prompts import PromptOrder, Prompts, load_prompts
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
 from distill.data.tokenizer import compare_vocabularies, load_tokenizer, stop_ids, usable_stop_ids
@@ -21,7 +23,7 @@ from distill.model.teacher import check_top_k
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
-from distill.types import Problem, Rollout, UserError
+from distill.types import Problem, Prompt, Rollout, UserError
 from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
@@ -111,15 +113,32 @@ def _stop_token_ids(
     return tuple(sorted({*ours, *theirs}))
 
 
-def read_prompts(config: Config, models: Models) -> PromptOrder:
-    """The training problems as prompts, in the order of their steps."""
+_TEMPLATE_KWARGS = "policy.tokenizer.chat_template_kwargs"
+
+
+def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder:
+    """The training problems as prompts, in the order of their steps; chat templates see the clock's time."""
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
-    kwargs = config.policy.tokenizer.chat_template_kwargs
+    kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
     context = config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=column, think_tags=tags)
     check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column)
-    return PromptOrder(prompts, config.distillation.num_prompts_per_step, config.distillation.seed, config.data.shuffle)
+    loop, inputs = config.distillation, _inputs(config, models, prompts)
+    return PromptOrder(prompts, loop.num_prompts_per_step, loop.seed, config.data.shuffle, inputs)
+
+
+def _inputs(config: Config, models: Models, prompts: Prompts) -> Content:
+    """Hashes of what the prompts and the teacher's prefixes are made from."""
+    context = config.distillation.context_distillation
+    inputs = {
+        **data_content(config.data.train, prompts.problems, context.trace_column),
+        **tokenizer_content(models.tokenizer, config.policy.tokenizer.chat_template_kwargs),
+    }
+    if context.enabled and context.chat_template:
+        inputs["teacher_chat_template"] = content_hash([models.teachers_tokenizer.chat_template])
+        inputs["teacher_chat_template_kwargs"] = content_hash([dict(teacher_template_kwargs(config)[0] or {})])
+    return inputs
 
 
 def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> None:
@@ -168,8 +187,8 @@ def validates(config: Config) -> bool:
     return loop.val_period > 0 or loop.val_at_start or loop.val_at_end
 
 
-def read_held_out(config: Config, models: Models) -> HeldOut:
-    """The held-out problems; none where none are due."""
+def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
+    """The held-out problems; none where none are due. Chat templates see the clock's time."""
     if not validates(config):
         return HeldOut()
     if context_is_known(config) and not config.distillation.val_at_start:
@@ -178,12 +197,29 @@ def read_held_out(config: Config, models: Models) -> HeldOut:
             " distillation.val_at_start=true to see how much there is to learn"
         )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
-    kwargs, at_most = config.policy.tokenizer.chat_template_kwargs, config.distillation.max_val_samples
-    context = config.distillation.context_distillation
+    kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
+    at_most, context = config.distillation.max_val_samples, config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
     check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column)
     return held_out
+
+
+_EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
+
+
+def contents_of(config: Config, order: PromptOrder, views: TeacherViews, held_out: HeldOut) -> dict[str, Content]:
+    """Hashes of this rank's inputs, by the key that they come from; those of the validation are empty without one."""
+    column = config.distillation.context_distillation.trace_column
+    problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
+    read, _ = views.prefixed([Rollout(Prompt(0, (0,), problem), 0, (0,), (0.0,), "length", 0)])
+    context = content_hash(view.teacher_prefix_ids for view in read)
+    validation = held_out.content(column)
+    return {
+        "data.train": order.content,
+        "teacher.tokenizer": {TOKENS: context},
+        "data.validation": {**validation, "teacher's context": context} if validation else {},
+    }
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.config import Config
 from distill.data.context import TRUNCATION_RATE, TeacherViews, ViewCounts
 from distill.data.prompts import PromptOrder
+from distill.data.resume import Origin
 from distill.inputs import Models
 from distill.model.export import export_hf
 from distill.model.load import model_config
@@ -51,6 +52,7 @@ class Run:
     run_dir: Path
     models: Models
     order: PromptOrder
+    origin: Origin
     views: TeacherViews
     engine: Engine
     student: Student
@@ -215,6 +217,7 @@ class Run:
     def _save(self, step: int, exports: bool) -> None:
         info = {
             "step": step,
+            **self.origin.info,
             "data": self.order.state(step),
             "in_context": self.validation.reference,
             "recipe": asdict(self.config),

@@ -214,7 +214,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
     assert "nothing is left to do" not in runs[0][2][2]
     again = _run([_command(root, "whole", "distillation.seed=7")])
     assert again[0][0][0] == 0 and "nothing is left to do: raise distillation.max_num_steps=4" in again[0][0][2]
-    said = "the recipe has changed since", "another run from here on (distillation.seed was 42 and is 7): set the keys"
+    said = "have changed since", "another run from here on (distillation.seed was 42 and is 7): set them back"
     assert all(part in again[0][0][2] and part not in runs[0][2][2] for part in said), "more steps are the same run"
 
 

@@ -258,6 +258,9 @@ class CheckpointingConfig:
     """The format of the Hugging Face export."""
     save_consolidated: bool = False
     """Write a Hugging Face export with every checkpoint, not only with the last."""
+    allow_changes: bool = False
+    """Resume from a checkpoint of other training data, prompts or order of prompts: the step number continues and the
+    change is logged and recorded. false: such a run is refused."""
     save_optimizer: bool = True
     """Save the optimizer too; without it a resumed run begins with fresh moments, and says so."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distill.config.template import teacher_template
+from distill.data.clock import RunClock
 from distill.data.prompts import Messages, chat_ids, token_ids
 from distill.data.text_checks import check_ids
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
@@ -61,18 +62,33 @@ class SamePromptViews:
         return views, ViewCounts()
 
 
-def teacher_views(config: Config, tokenizer: PreTrainedTokenizerBase, valid_vocab: int | None = None) -> TeacherViews:
+def teacher_views(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    valid_vocab: int | None = None,
+    clock: RunClock | None = None,
+) -> TeacherViews:
     """The views that a recipe asks for.
 
     ``tokenizer``: the teacher's, whose chat template is used; it gets the teacher's own arguments, or the student's.
     ``valid_vocab``: ids at or past it are in no context, as an embedding lacks them; None: not checked.
+    ``clock``: the time that the chat template sees; None: the current time at each rendering.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
         return SamePromptViews()
-    own = config.teacher.tokenizer.chat_template_kwargs
-    kwargs = config.policy.tokenizer.chat_template_kwargs if own is None else own
+    kwargs, key = teacher_template_kwargs(config)
+    if clock is not None:
+        kwargs = clock.template_kwargs(tokenizer, kwargs, key)
     return ContextViews(tokenizer, context, config.teacher.max_total_sequence_length, kwargs, valid_vocab)
+
+
+def teacher_template_kwargs(config: Config) -> tuple[Mapping[str, Any] | None, str]:
+    """The recipe's arguments of the teacher's chat template, and the key that they come from."""
+    own = config.teacher.tokenizer.chat_template_kwargs
+    if own is None:
+        return config.policy.tokenizer.chat_template_kwargs, "policy.tokenizer.chat_template_kwargs"
+    return own, "teacher.tokenizer.chat_template_kwargs"
 
 
 @dataclass(frozen=True)

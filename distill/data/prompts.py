@@ -11,12 +11,13 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distill.config.build import reason
 from distill.config.template import Template
+from distill.data.content import TOKENS, Content, changed_parts, subjects
 from distill.data.problems import keyed, load_dataset_problems
 from distill.data.template import read_prompt_file, read_text
 from distill.data.thoughts import inside_thoughts
@@ -34,6 +35,8 @@ Messages = list[dict[str, str]]
 
 _CHUNK = 1000
 """Conversations rendered and tokenised at a time."""
+_RANDOM, _RENDERINGS = ("random", "lipsum"), 16
+"""Jinja's names that draw random numbers, and how many renderings of one conversation are compared."""
 
 
 def chat_ids(
@@ -50,7 +53,9 @@ def chat_ids(
         return []
     if tokenizer.chat_template is None:
         return token_ids(tokenizer, ["\n\n".join(m["content"] for m in chat) for chat in chats], special_tokens=True)
-    return token_ids(tokenizer, _rendered(tokenizer, chats, dict(template_kwargs or {})))
+    kwargs = dict(template_kwargs or {})
+    _raise_if_random(tokenizer, chats[0], kwargs)
+    return token_ids(tokenizer, _rendered(tokenizer, chats, kwargs))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any]) -> list[str]:
@@ -69,6 +74,18 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
             "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs or"
             " policy.tokenizer.chat_template"
         ) from None
+
+
+def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any]) -> None:
+    """Refuse a chat template that draws random numbers: ranks and resumed runs could not render the same prompts."""
+    sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
+    if not any(name in sources for name in _RANDOM):
+        return
+    if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs))) > 1:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} writes another text each time it renders one conversation"
+            f" ({' or '.join(_RANDOM)}), so no run could be resumed: remove the random part from the template"
+        )
 
 
 def token_ids(
@@ -239,6 +256,8 @@ class PromptOrder:
     num_prompts_per_step: int
     seed: int
     shuffle: bool = True
+    inputs: Content = field(default_factory=dict)
+    """Hashes of what the prompts and the teacher's prefixes are made from."""
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
@@ -282,8 +301,13 @@ class PromptOrder:
         """The latest epoch's permutation, kept because a shuffle of 100k takes longer than a batch."""
         return {}
 
-    def state(self, step: int) -> dict[str, int | str]:
-        """The position before ``step``, for a checkpoint: plain numbers and strings."""
+    @property
+    def content(self) -> Content:
+        """``inputs``, and the hash of the tokens that follow from them."""
+        return {**self.inputs, TOKENS: self.prompts.fingerprint}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The position before ``step``, for a checkpoint: plain JSON."""
         return {
             "step": step,
             "epoch": self.epoch(step),
@@ -293,39 +317,37 @@ class PromptOrder:
             "num_prompts_per_step": self.num_prompts_per_step,
             "num_prompts": len(self.prompts),
             "fingerprint": self.prompts.fingerprint,
+            "content": dict(self.content),
             "sums": base64.b85encode(self.prompts.sums.tobytes()).decode(),
         }
 
-    def resume(self, state: Mapping[str, int | str]) -> int:
-        """The step at which a saved position goes on; UserError if its prompts or their order are not these.
+    def changes(self, state: Mapping[str, Any]) -> list[str]:
+        """What differs from a saved position's data, prompts and order of prompts, one phrase each.
 
-        The seed may differ: then only what comes from here on is in another order.
+        The seed may differ: then only the steps from here on have another order. A position of an earlier version holds
+        the hash of the tokens alone.
         """
-        step = int(state["step"])
-        now = self.state(step)
-        if state["fingerprint"] != now["fingerprint"]:
-            raise UserError(
-                f"data.train has changed since the checkpoint ({self._difference(state)}): set it, its prompt file and"
-                " policy.tokenizer back, or start anew in another checkpointing.checkpoint_dir, from the checkpoint's"
-                " weights if policy.model_name is what scripts.export_hf makes of it"
-            )
-        for name, key in _SETTINGS.items():
-            if state.get(name) != now[name]:
-                raise UserError(
-                    f"{key} has changed since the checkpoint ({name} was {state.get(name)} and is {now[name]}): set it "
-                    "back, or start anew in another checkpointing.checkpoint_dir"
-                )
-        return step
+        then: Content = state.get("content", {TOKENS: state["fingerprint"]})
+        changes = []
+        if parts := changed_parts(then, self.content):
+            changes.append(f"{subjects(parts, known=len(then) > 1)} changed{self._difference(state)}")
+        return changes + [
+            f"{key} was {type(now)(state[name])} and is {now}"
+            for name, key in _SETTINGS.items()
+            if state[name] != (now := getattr(self, name))
+        ]
 
-    def _difference(self, state: Mapping[str, int | str]) -> str:
-        """How many prompts a saved position had, and how many of them are not, or not at their place, among these."""
+    def _difference(self, state: Mapping[str, Any]) -> str:
+        """In brackets, how many prompts a saved position had and how many are other ones; empty where none is."""
+        if state["fingerprint"] == self.prompts.fingerprint:
+            return ""
         then = Counter(array("I", base64.b85decode(str(state["sums"]))))
         now = Counter(self.prompts.sums)
         gone, new = (then - now).total(), (now - then).total()
         if not gone and not new:
-            return f"its {now.total()} prompts are the same in another order"
-        return f"of its {then.total()} prompts {gone} are gone, and of the {now.total()} now {new} are new"
+            return f" (its {now.total()} prompts are the same in another order)"
+        return f" (of its {then.total()} prompts {gone} are gone, and of the {now.total()} now {new} are new)"
 
 
 _SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
-"""The parts of a position that make its order of prompts, and the keys they come from."""
+"""The fields that make the order of prompts, and the keys they come from."""

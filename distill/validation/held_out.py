@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distill.config import DatasetConfig
+from distill.data.content import TOKENS, Content, content_hash
 from distill.data.problems import keyed
 from distill.data.prompts import load_prompts
 from distill.data.verify import THINK_TAGS, check_gold, check_judge
@@ -32,6 +33,18 @@ class HeldOut:
     """The judge of each prompt by its id; a prompt without one, or without a gold answer, is not judged."""
     names: Mapping[int, str] | None = None
     """The name in metrics of each prompt's dataset, by the prompt's id."""
+
+    def content(self, trace_column: str | None) -> Content:
+        """Hashes of what validation metrics depend on; empty without prompts."""
+        if not self.prompts:
+            return {}
+        problems = [prompt.problem for prompt in self.prompts]
+        return {
+            "problems": content_hash(problem.text for problem in problems),
+            "gold answers": content_hash((p.problem.answer, self.judge(p), self.name(p)) for p in self.prompts),
+            **({} if trace_column is None else {"traces": content_hash(p.columns.get(trace_column) for p in problems)}),
+            TOKENS: content_hash(prompt.student_ids for prompt in self.prompts),
+        }
 
     def judge(self, prompt: Prompt) -> str | None:
         """Who judges answers to ``prompt``."""
