@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from distill.config.build import reason
 from distill.config.template import Template
 from distill.data.problems import keyed, load_dataset_problems
+from distill.data.table import Problems
 from distill.data.template import read_prompt_file, read_text
 from distill.types import Problem, Prompt, UserError
 
@@ -84,7 +85,7 @@ class Prompts:
     Token ids are kept in one array: 4 bytes a token, and a Prompt is made when it is asked for.
     """
 
-    problems: tuple[Problem, ...]
+    problems: Sequence[Problem]
     prompt_ids: tuple[int, ...]
     """Each prompt's place in the list of all problems, repeats and skipped ones counted."""
     tokens: array[int]
@@ -136,15 +137,15 @@ def load_prompts(
     Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
     can put right, also if no prompt is left.
     """
-    problems: list[Problem] = []
+    problems: list[Problems] = []
     rows: list[array[int]] = []
     for key, dataset in keyed(datasets, where):
         wording = _Wording.of(dataset, key)
         found = load_dataset_problems(dataset, key, trace_column, trace_needed)
         once = found[: len(found) // dataset.repeat]
-        rows += _tokenised(tokenizer, [wording.chat(problem) for problem in once], template_kwargs) * dataset.repeat
-        problems += found
-    return _fitting(problems, rows, max_tokens, where)
+        rows += _tokenised(tokenizer, wording, once, template_kwargs) * dataset.repeat
+        problems.append(found)
+    return _fitting(Problems.joined(problems), rows, max_tokens, where)
 
 
 @dataclass(frozen=True)
@@ -169,17 +170,21 @@ class _Wording:
 
 
 def _tokenised(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None
+    tokenizer: PreTrainedTokenizerBase,
+    wording: _Wording,
+    problems: Sequence[Problem],
+    template_kwargs: Mapping[str, Any] | None,
 ) -> list[array[int]]:
     rows: list[array[int]] = []
-    for start in range(0, len(chats), _CHUNK):
-        rows += [array("i", ids) for ids in chat_ids(tokenizer, chats[start : start + _CHUNK], template_kwargs)]
+    for start in range(0, len(problems), _CHUNK):
+        chats = [wording.chat(problem) for problem in problems[start : start + _CHUNK]]
+        rows += [array("i", ids) for ids in chat_ids(tokenizer, chats, template_kwargs)]
         if len(rows) % (10 * _CHUNK) == 0:
-            logger.info("tokenised %d of %d prompts", len(rows), len(chats))
+            logger.info("tokenised %d of %d prompts", len(rows), len(problems))
     return rows
 
 
-def _fitting(problems: Sequence[Problem], rows: Sequence[array[int]], max_tokens: int, where: str) -> Prompts:
+def _fitting(problems: Problems, rows: Sequence[array[int]], max_tokens: int, where: str) -> Prompts:
     """The prompts of at most ``max_tokens`` tokens; says how many there are, and warns of those left out."""
     kept = [i for i, ids in enumerate(rows) if len(ids) <= max_tokens]
     skipped = len(rows) - len(kept)
@@ -197,7 +202,7 @@ def _fitting(problems: Sequence[Problem], rows: Sequence[array[int]], max_tokens
     for i in kept:
         tokens.extend(rows[i])
         bounds.append(len(tokens))
-    return Prompts(tuple(problems[i] for i in kept), tuple(kept), tokens, bounds, skipped)
+    return Prompts(problems.select(kept), tuple(kept), tokens, bounds, skipped)
 
 
 @dataclass(frozen=True)
