@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from distill.config.build import reason, show
@@ -36,7 +36,7 @@ _BATCH = 1000
 """Rows of a Parquet file decoded at a time."""
 
 
-def kind_of(path: Path) -> tuple[str, str]:
+def kind_of(path: PurePath) -> tuple[str, str]:
     """A file's kind and its compression, by its name: (".jsonl", ".gz"); "" for none or an unknown one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""

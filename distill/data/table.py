@@ -15,8 +15,8 @@ from distill.types import Problem, UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BATCH_ROWS = 4096
-_BATCH_CHARACTERS = 2**22
+_BATCH_ROWS = 1024
+_BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)

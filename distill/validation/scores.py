@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from distill.data.files import kind_of
 from distill.data.verify import Verdict
 from distill.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids as text, special tokens included."""
-_FILE_KINDS = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
     slashes, and at last their number.
     """
     paths = [PurePath(source) for source, _, _ in datasets]
-    short = [path.stem if path.suffix in _FILE_KINDS else path.name for path in paths]
+    kinds = [kind_of(path) for path in paths]
+    short = [path.name[: -len("".join(kind))] if kind[0] else path.name for path, kind in zip(paths, kinds, strict=True)]
     details = [re.sub(r"[^\w.-]+", "_", ".".join(filter(None, detail))) for _, *detail in datasets]
     whole = [source.replace("/", ".") for source, _, _ in datasets]
     names = short
