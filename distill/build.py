@@ -36,6 +36,7 @@ from distill.runtime.signals import Deadline, seconds_of
 from distill.runtime.world import World, new_run_dir
 from distill.types import UserError
 from distill.validation import Validation
+from distill.validation.golds import warn_of_unusable_golds
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ def build_run(arguments: Arguments, world: World) -> Run:
         views = teacher_views(config, models.teachers_tokenizer)
         check_reading(config, views, order)
         held_out = read_held_out(config, models)
+    with world.agreed("checking the gold answers"):
+        if world.main:
+            warn_of_unusable_golds(held_out)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\f?box(?:ed)?\s*{")
+_BRACE = re.compile(r"\\[{}]|(?P<open>(?:\\f?box(?:ed)?\s{0,9})?{)|(?P<close>})")
 _MARKUP = re.compile(
     r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it)?|bf|rm|left|right|quad)\b|\\[()\[\]!,;: ]"
     r"|[*_`${}~“”\"]|<[^<>\n]{1,20}>"
 )
 """LaTeX, Markdown and HTML around a letter."""
+_BLANK = re.compile(r"\s+")
 _MARK, _END = "\x02", "\x03"
 _LETTER = (
     r"(?:\(\s*(?P<inside>[A-Ja-j])\s*\)|\[\s*(?P<bracketed>[A-J])\s*\]"
@@ -21,7 +22,7 @@ _LETTER = (
 _SAYS = r"(?:is|are|was|(?:would|should|must|will)\s+be|:|：|=|->|→)"
 _STATEMENT = re.compile(
     rf"{_MARK}(?P<box>[^{_END}]*){_END}"
-    r"|(?:(?i:\b(?:answer|choice|option)(?:\s+(?:letter|choice|option|to\s+th(?:is|e)\s+(?:question|problem)))*"
+    r"|(?:(?i:\b(?:answer|choice|option)(?:\s+(?:letter|choice|option|to\s+th(?:is|e)\s+(?:question|problem))){0,3}"
     rf"\s*{_SAYS}(?:\s*[:：])?\s*"
     r"(?:(?:thus|therefore|clearly|definitely|indeed|likely|probably|most\s+likely)\s+)?"
     r"(?:(?:the\s+)?(?:option|choice|letter)\s*:?\s*)?)"
@@ -39,7 +40,7 @@ _SECOND = re.compile(
     r"|,\s*\(?[A-HJ](?![\w'’-])(?!\s+[a-z]))"
 )
 """Another option right behind the first."""
-_PROSE = re.compile(r"\s+(?!(?:because|since|as|due|which|so|given|and|or|with|for)\b)[a-z]")
+_PROSE = re.compile(r" (?!(?:because|since|as|due|which|so|given|and|or|with|for)\b)[a-z]")
 """A word after a bare A or I, which makes it an article or a pronoun."""
 _ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
 _LED = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])[).:])(?:\s+(\S.*))?", re.IGNORECASE)
@@ -57,7 +58,7 @@ def chosen(text: str) -> str | None:
 
     None: no statement names exactly one option.
     """
-    plain = _MARKUP.sub("", _marked(text))
+    plain = _plain(text)
     found = [(match.end(), _stated(match, plain)) for match in _STATEMENT.finditer(plain)]
     found += [(match.end(), _first(match.groups())) for match in _VERDICT.finditer(plain)]
     stated = [letter for _, letter in sorted(found, key=lambda statement: statement[0]) if letter != ""]
@@ -66,7 +67,7 @@ def chosen(text: str) -> str | None:
 
 def option(text: str) -> str | None:
     """The letter of a text that holds nothing but an option: ``B``, ``(b)``, ``B.``, ``B) Paris``; None: it is none."""
-    plain = _MARKUP.sub("", _marked(text)).replace(_MARK, "").replace(_END, "").strip()
+    plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
     plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
     if alone := _ALONE.fullmatch(plain):
         return _first(alone.groups())
@@ -77,19 +78,30 @@ def option(text: str) -> str | None:
     return None if _BRACKETED.search(rest) or _ABOUT.match(rest) else _first(led.groups()[:2])
 
 
+def _plain(text: str) -> str:
+    """The text without markup, with each closed box between marks, and one white character between words."""
+    return _BLANK.sub(_shortened, _MARKUP.sub("", _marked(text)))
+
+
+def _shortened(blank: re.Match[str]) -> str:
+    return "\n" if "\n" in blank.group() else " "
+
+
 def _marked(text: str) -> str:
     """The text with each closed box between marks."""
+    opened: list[tuple[bool, int, int]] = []
+    boxes = []
+    for brace in _BRACE.finditer(text):
+        if brace["open"]:
+            opened.append((brace["open"] != "{", brace.start(), brace.end()))
+        elif brace["close"] and opened:
+            is_box, start, inside = opened.pop()
+            boxes += [(start, inside, brace.start())] * is_box
     parts, at = [], 0
-    for box in _BOX.finditer(text):
-        depth = 0
-        for brace in re.finditer("[{}]", text[box.end() - 1 :]):
-            depth += 1 if brace.group() == "{" else -1
-            if depth == 0:
-                end = box.end() - 1 + brace.start()
-                if box.start() >= at:
-                    parts += [text[at : box.start()], _MARK, text[box.end() : end], _END]
-                    at = end + 1
-                break
+    for start, inside, end in sorted(boxes):
+        if start >= at:
+            parts += [text[at:start], _MARK, text[inside:end], _END]
+            at = end + 1
     return "".join([*parts, text[at:]])
 
 
@@ -107,9 +119,8 @@ def _last_line(plain: str) -> str | None:
     if not lines:
         return None
     last = lines[-1]
-    if len(lines) == 1 or _ALONE.fullmatch(last):
-        if letter := option(last):
-            return letter
+    if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := option(last)):
+        return letter
     letters = set(_BRACKETED.findall(last))
     listed = sum(_LED.match(line) is not None for line in lines)
     return letters.pop() if len(letters) == 1 and listed <= 1 and not _NEGATION.search(last) else None

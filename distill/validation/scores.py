@@ -45,8 +45,8 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
     slashes, and at last their number.
     """
     paths = [PurePath(source) for source, _, _ in datasets]
-    kinds = [kind_of(path) for path in paths]
-    short = [path.name[: -len("".join(kind))] if kind[0] else path.name for path, kind in zip(paths, kinds, strict=True)]
+    endings = [len("".join(kind_of(path))) if kind_of(path)[0] else 0 for path in paths]
+    short = [path.name[: len(path.name) - ending] for path, ending in zip(paths, endings, strict=True)]
     details = [re.sub(r"[^\w.-]+", "_", ".".join(filter(None, detail))) for _, *detail in datasets]
     whole = [source.replace("/", ".") for source, _, _ in datasets]
     names = short
