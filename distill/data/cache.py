@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.runtime.environment import cache_folders
+from distill.runtime.hostmemory import give_back_freed_memory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,6 +104,7 @@ def _shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -> pa.
         table = _mapped(path)
         if table is None:
             _write(path, schema, batches)
+            _release_memory()
             _remove_old(folder, keep=path)
             table = _mapped(path)
     finally:
@@ -169,7 +171,14 @@ def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
     except BaseException:
         os.unlink(written)
         raise
+
+
+def _release_memory() -> None:
+    """Return to the system what reading needed: allocators keep tens of MiB for nothing that comes after."""
+    import pyarrow as pa
+
     pa.default_memory_pool().release_unused()
+    give_back_freed_memory()
 
 
 def _remove_old(folder: Path, keep: Path) -> None:

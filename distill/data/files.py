@@ -168,7 +168,7 @@ class _JsonList:
     def _row(self) -> Row:
         place = f"entry {self._entry}"
         if self._next_character() != "{":
-            value = self._text[self._at : self._at + 40].split(",")[0].split("]")[0].strip()
+            value = self._text[self._at : self._at + 20].split(",")[0].split("]")[0].strip()
             raise UserError(
                 f"{self._file.key} has {value or 'nothing'} in {place}, line {self._line}, where an object is needed:"
                 " write one list of JSON objects, or one object a line"
@@ -285,7 +285,7 @@ def _parquet(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(stream) as table:
+        with pq.ParquetFile(stream, buffer_size=_CHUNK) as table:
             names = file.columns.select(table.schema_arrow.names, str(file.path))
             yield from table_rows(table.iter_batches(_BATCH, columns=names, use_threads=False))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
