@@ -71,8 +71,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-RANK = """
-import gc, json, sys
+RANKS = """
+import gc, json, os, sys
 from distill.config import DatasetConfig
 from distill.data.problems import load_problems
 import pyarrow.parquet, filelock
@@ -81,33 +81,49 @@ def anonymous():
     gc.collect()
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 
-kept = []
-for path in [sys.argv[1], *sys.argv[1:]]:  # the first one fills the allocators' pools
-    before = anonymous()
-    kept.append(load_problems([DatasetConfig(data_path=path, input_key="question", output_key="answer")]))
-    print(json.dumps([len(kept[-1]), anonymous() - before]))
+def load(path):
+    return load_problems([DatasetConfig(data_path=path, input_key="question", output_key="answer")])
+
+def grown():
+    kept, found = [], []
+    for path in sys.argv[1:]:
+        before = anonymous()
+        kept.append(load(path))
+        found.append([len(kept[-1]), anonymous() - before])
+    print(json.dumps(found), flush=True)
+
+load("warm.jsonl")  # what is imported late
+ready, go = os.pipe()
+if os.fork():
+    grown()  # the rank that builds the files
+    os.write(go, b".")
+    os.wait()
+else:
+    os.read(ready, 1)
+    grown()  # the rank that finds them
 """
 
 
 @pytest.mark.slow
 def test_two_ranks_hold_neither_the_data_nor_an_unused_column_in_memory(tmp_path: Path) -> None:
-    """In MiB of anonymous memory of both ranks: 8 MB of used columns, and the same rows with 12 MB more."""
+    """In MiB of anonymous memory: 8 MB of used columns, and the same rows with 12 MB more."""
     rng = random.Random(1)
     rows = [{"question": f"{i} " + rng.randbytes(400).hex(), "answer": str(i)} for i in range(10_000)]
-    paths = []
+    names = []
     for name, more in (("plain", {}), ("long", {"unused": rng.randbytes(600).hex()})):
         table = [row | more for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
         pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet", use_dictionary=False)
-        paths += [str(tmp_path / f"{name}.jsonl"), str(tmp_path / f"{name}.parquet")]
+        names += [f"{name}.jsonl", f"{name}.parquet"]
+    write(tmp_path / "warm.jsonl", ["a" * 1000] * 8000)
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-c", RANK]
-    for growth_mib in (2, 1):  # the rank that builds the files, and one that finds them
-        done = subprocess.run([*program, *paths], env=env, stdout=subprocess.PIPE, text=True, check=True)
-        found = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [count for count, _ in found] == [10_000] * 5
-        assert all(grown < growth_mib for _, grown in found[1:]), found
-    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 4
+    program = [sys.executable, "-c", RANKS, *names]
+    done = subprocess.run(program, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    for rank, found in enumerate(map(json.loads, done.stdout.splitlines())):
+        assert [count for count, _ in found] == [10_000] * 4
+        assert all(grown < 2 for _, grown in found), (rank, found)
+    assert rank == 1
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 5
 
 
 def test_a_table_is_built_once_for_the_same_columns(folder: Path, reads: list[Path], tmp_path: Path) -> None:
