@@ -36,7 +36,7 @@ _VERDICT = re.compile(
 )
 """Option B is correct; B is the best answer."""
 _SECOND = re.compile(
-    r"\s*\)?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
+    r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
     r"|,\s*\(?[A-HJ](?![\w'’-])(?!\s+[a-z]))"
 )
 """Another option right behind the first."""
