@@ -263,8 +263,10 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
 def _decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
     for number, line in _lines(stream):
         try:
+            if b"\0" in line:
+                raise ValueError("a NUL byte")
             yield line.decode()
-        except UnicodeDecodeError as error:
+        except ValueError as error:
             fault = f"is malformed in line {number} ({reason(error)})"
             raise UserError(f"{file.key} {fault}: write it as UTF-8 text") from None
 
