@@ -245,6 +245,23 @@ def test_without_a_writable_folder_the_data_stay_in_memory(
     assert "no folder can hold the data's cache" in caplog.text
 
 
+def test_a_saved_dataset_is_read_once_by_splits_and_slices(folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"question": f"{i}", "answer": i, "unused": [i]} for i in range(10)]
+    parts = datasets.Dataset.from_list(rows).train_test_split(test_size=4, shuffle=False)
+    parts.save_to_disk(str(tmp_path / "saved"))
+
+    def read(split: str | None) -> str:
+        dataset = DatasetConfig(data_path=str(tmp_path / "saved"), input_key="question", split=split)
+        return "".join(texts(load_problems([dataset])))
+
+    assert [read(split) for split in (None, "test", "test[:2]+train[:50%]")] == ["012345", "6789", "67012"]
+    assert len(built(folder)) == 2
+    with pytest.raises(UserError, match=r"data\.train\.split=dev is not in .*: set data\.train\.split to one of train, test"):
+        read("dev")
+
+
 def test_problems_are_a_sequence_over_their_tables(folder: Path, tmp_path: Path) -> None:
     first = load(write(tmp_path / "a.jsonl", ["a", "", "b", "c"]))
     joined = Problems.joined([first, load(write(tmp_path / "b.jsonl", ["d"])).repeated(2)])

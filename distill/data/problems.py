@@ -204,15 +204,18 @@ def _file_table(columns: Columns, files: Sequence[Path]) -> ProblemTable:
 
 
 def _file_source(path: Path, columns: Columns) -> Source:
-    def identity() -> list[Any]:
-        try:
-            found = path.stat()
-        except OSError as error:
-            key = f"{columns.where}.data_path={path}"
-            raise UserError(f"{key} can't be read ({reason(error)}): correct its permissions or the path") from None
-        return [os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    file = DataFile(path, columns)
+    identity = partial(_identity, path, file.key)
+    return Source(str(path), identity()[1], identity, partial(read_rows, file))
 
-    return Source(str(path), identity()[1], identity, partial(read_rows, DataFile(path, columns)))
+
+def _identity(path: Path, key: str) -> list[Any]:
+    """The path, size, times and inode of a file, which change with its content."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{key} can't be read ({reason(error)}): correct its permissions or the path") from None
+    return [os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _sliced(
@@ -303,5 +306,8 @@ def _library_table(loaded: Any, key: str, columns: Columns) -> ProblemTable:
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise UserError(f"{key} can't be read ({reason(error)}): write or fetch it again") from None
 
-    identity = ["datasets", loaded._fingerprint, len(loaded), [file["filename"] for file in loaded.cache_files]]
-    return read_table([Source(columns.source, loaded.data.nbytes, lambda: identity, rows)], columns)
+    def identity() -> list[Any]:
+        stored = [_identity(Path(file["filename"]), key) for file in loaded.cache_files]
+        return ["datasets", loaded._fingerprint, len(loaded), stored]
+
+    return read_table([Source(columns.source, loaded.data.nbytes, identity, rows)], columns)
