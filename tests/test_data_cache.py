@@ -258,7 +258,7 @@ def test_a_saved_dataset_is_read_once_by_splits_and_slices(folder: Path, tmp_pat
 
     assert [read(split) for split in (None, "test", "test[:2]+train[:50%]")] == ["012345", "6789", "67012"]
     assert len(built(folder)) == 2
-    with pytest.raises(UserError, match=r"data\.train\.split=dev is not in .*: set data\.train\.split to one of train, test"):
+    with pytest.raises(UserError, match=r"split=dev is not in .*: set data\.train\.split to one of train, test"):
         read("dev")
 
 

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.config.build import reason
 from distill.runtime.environment import cache_folders
 from distill.runtime.hostmemory import give_back_freed_memory
 
@@ -65,8 +66,8 @@ def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) ->
     for folder in cache_folders():
         try:
             return _shared(folder / "data", f"{digest}-{socket.gethostname()}.arrow", schema, batches)
-        except OSError as error:
-            failures.append(f"{folder / 'data'}: {error.strerror or error}")
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            failures.append(f"{folder / 'data'}: {reason(error)}")
     logger.warning(
         "no folder can hold the data's cache (%s), so every rank keeps the data in its memory: set XDG_CACHE_HOME to a"
         " folder with free space",
@@ -153,7 +154,7 @@ def _checksum(content: Any) -> int:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write the file beside its place, then rename it: nobody reads half of it."""
+    """Write a temporary file and rename it, so that no reader finds an incomplete one."""
     import pyarrow as pa
 
     descriptor, written = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
