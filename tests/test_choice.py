@@ -53,6 +53,8 @@ CHOSEN = {
         "**B**",
         "B. Paris",
         "(B) Paris",
+        "B) Paris\n\nIt is the capital.",
+        "The answer is (B), (A) is wrong.",
         "A is too small.\nSo it must be (B).",
         "First, answer: A.\nWait.\nAnswer: B",
         r"\boxed{A} no, \boxed{B}",
@@ -89,6 +91,9 @@ NOT_CHOSEN = [
     r"\boxed{B",
     "A. x\nB. y\nC. z",
     "(A) x\n(B) y\n(C) z",
+    "A) x\nB) y\nI am not sure.",
+    "A man walked in.\nThat is all.",
+    "(A) is wrong.\nThat is all.",
     "The answer is B. \\boxed{5}",
     "<think>The answer is B",
 ]

@@ -22,6 +22,7 @@ from distill.data import files
 from distill.data.columns import TextColumn
 from distill.data.problems import load_problems
 from distill.types import UserError
+from distill.validation.scores import source_names
 
 ROWS = [
     {"question": "1+1?", "answer": "2"},
@@ -205,6 +206,11 @@ def test_a_malformed_file_names_the_place_and_the_cause(name: str, tmp_path: Pat
     content, message = BAD[name]
     (tmp_path / name).write_bytes(content)
     assert message in refusal(tmp_path / name)
+
+
+def test_metrics_name_a_file_without_its_kind_and_compression() -> None:
+    sources = ["x/a.jsonl.gz", "b.csv", "C.PARQUET", "owner/v1.5", "x.tsv.zst/d"]
+    assert source_names([(source, "", "") for source in sources]) == ["a", "b", "C", "v1.5", "d"]
 
 
 def test_nested_fields_are_read_from_every_format_that_has_them(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ _VERDICT = re.compile(
 """Option B is correct; B is the best answer."""
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
-    r"|,\s*\(?[A-HJ](?![\w'’-])(?!\s+[a-z]))"
+    r"|,\s*\(?[A-HJ](?![\w'’-])\)?+(?!\s+[a-z]))"
 )
 """Another option right behind the first."""
 _PROSE = re.compile(r" (?!(?:because|since|as|due|which|so|given|and|or|with|for)\b)[a-z]")
@@ -54,7 +54,7 @@ _NEGATION = re.compile(
 
 
 def chosen(text: str) -> str | None:
-    """The letter that ``text`` chooses: by its last statement (a box, "Answer: B"), or else by its last line.
+    """The letter that ``text`` chooses: by its last statement (a box, "Answer: B"), or else by its last or first line.
 
     None: no statement names exactly one option.
     """
@@ -62,7 +62,7 @@ def chosen(text: str) -> str | None:
     found = [(match.end(), _stated(match, plain)) for match in _STATEMENT.finditer(plain)]
     found += [(match.end(), _first(match.groups())) for match in _VERDICT.finditer(plain)]
     stated = [letter for _, letter in sorted(found, key=lambda statement: statement[0]) if letter != ""]
-    return stated[-1] if stated else _last_line(plain)
+    return stated[-1] if stated else _outer_line(plain)
 
 
 def option(text: str) -> str | None:
@@ -114,16 +114,20 @@ def _stated(match: re.Match[str], plain: str) -> str | None:
     return None if _SECOND.match(plain, match.end()) else _first(match.groups()[1:])
 
 
-def _last_line(plain: str) -> str | None:
+def _outer_line(plain: str) -> str | None:
+    """The option that the last line names, or that the first line consists of."""
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     if not lines:
         return None
     last = lines[-1]
     if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := option(last)):
         return letter
-    letters = set(_BRACKETED.findall(last))
-    listed = sum(_LED.match(line) is not None for line in lines)
-    return letters.pop() if len(letters) == 1 and listed <= 1 and not _NEGATION.search(last) else None
+    if sum(_LED.match(line) is not None or _ALONE.fullmatch(line) is not None for line in lines) > 1:
+        return None  # a list of options
+    letters: set[str] = set(_BRACKETED.findall(last))
+    if len(letters) == 1 and not _NEGATION.search(last):
+        return letters.pop()
+    return None if letters else option(lines[0])
 
 
 def _first(groups: tuple[str | None, ...]) -> str:
