@@ -46,6 +46,7 @@ from distill.runtime.signals import Deadline, seconds_of
 from distill.runtime.world import World, new_run_dir
 from distill.types import UserError
 from distill.validation import Validation
+from distill.validation.golds import warn_of_unusable_golds
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,9 @@ def build_run(arguments: Arguments, world: World) -> Run:
     with world.agreed("comparing the prompts of all ranks"):
         raise_if_ranks_differ(everyone)
     log_clock(clock, found)
+    with world.agreed("checking the gold answers"):
+        if world.main:
+            warn_of_unusable_golds(held_out)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     with world.agreed("comparing the checkpoint with the recipe"):
         origin = origin_of(found, config, order, clock, contents["data.validation"])

@@ -34,7 +34,7 @@ class Problem:
     source: str = ""
     """Which dataset it came from: a path or a hub name."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The line's other string columns (a precomputed trace, say)."""
+    """The other columns that the configuration names (a precomputed trace, say), by their names there."""
 
 
 @dataclass(frozen=True)

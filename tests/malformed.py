@@ -593,7 +593,7 @@ def _data_of_other_bytes(shop: Workshop) -> Case:
             ("other.json", b'[{"question": "a"'),
             ("other.json", b'[{"question": "a"}, 3]'),
             ("other.json", b'{"data": [{"question": "a"}]}'),
-            ("other.csv", b"question,answer\na,b\n"),
+            ("other.csv", b"question,answer\na,b,c\n"),
             ("other", text.encode()),
             ("other.jsonl.gz", b"\x1f\x8b\x08\x00"),
             ("other.pkl", b"\x80\x04."),

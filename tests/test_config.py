@@ -568,7 +568,7 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
         (["data.train={dataset_name: a, data_path: b}"], ["data.train has both dataset_name and data_path"]),
         (["data.train=[{data_path: a}, {}]"], ["data.train.1 has neither dataset_name nor data_path"]),
         (["data.train.repeat=0"], ["data.train.repeat=0 must be at least 1"]),
-        (["data.train.env_name=code"], ["data.train.env_name=code is no known judge", "math, exact, regex or null"]),
+        (["data.train.env_name=code"], ["data.train.env_name=code is no known judge", "exact, regex, choice or null"]),
         (["data.validation=null"], ["data.validation=null leaves nothing to validate on", "val_period=0"]),
         (["checkpointing.metric_name=accuracy"], ["checkpointing.metric_name=accuracy is neither train:NAME nor val:"]),
         (["checkpointing.checkpoint_must_save_by=4h"], ["checkpoint_must_save_by=4h isn't DD:HH:MM:SS"]),

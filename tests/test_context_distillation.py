@@ -180,7 +180,7 @@ def trace_problems(tmp_path: Path, *rows: dict[str, Any], column: str = "solutio
 def test_the_column_of_the_traces_is_read_with_the_problems(tmp_path: Path) -> None:
     rows: tuple[dict[str, Any], ...] = ({"solution": "a"}, {"solution": None}, {"solution": "", "hint": "b"})
     found = [problem.columns for problem in trace_problems(tmp_path, *rows)]
-    assert found == [{"solution": "a"}, {"solution": ""}, {"solution": "", "hint": "b"}]
+    assert found == [{"solution": "a"}, {"solution": ""}, {"solution": ""}]
     (nested,) = trace_problems(tmp_path, {"turns": [{"text": "a"}]}, column="turns.0.text")
     assert nested.columns == {"turns.0.text": "a"}
 

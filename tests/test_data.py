@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from distill.config import DatasetConfig
 from distill.config.template import Template
+from distill.data.columns import TextColumn
 from distill.data.problems import load_problems
 from distill.data.prompts import PromptOrder, Prompts, chat_ids, load_prompts
 from distill.data.template import read_prompt_file
@@ -43,13 +44,13 @@ def questions(*texts: str) -> list[dict[str, Any]]:
 # -- problems ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_jsonl_file_gives_problems_with_their_other_string_columns(tmp_path: Path) -> None:
+def test_a_jsonl_file_gives_problems_with_their_named_columns(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"question": "1+1?", "answer": 2, "trace": "carry", "level": 3},
+        {"question": "1+1?", "answer": 2, "trace": "carry", "level": 3, "hint": "count"},
         {"question": "é?", "answer": None},
     ]
     dataset = jsonl(tmp_path / "a.jsonl", rows)
-    assert load_problems([dataset]) == [
+    assert load_problems([dataset], columns=[TextColumn("trace", "some.key", needed=False)]) == [
         Problem("1+1?", "2", dataset.data_path or "", {"trace": "carry"}),
         Problem("é?", "", dataset.data_path or "", {}),
     ]
@@ -60,10 +61,11 @@ def test_parquet_gives_the_same_problems_as_jsonl(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{**row, "unread": [[1.0] * 8]} for row in rows])
     pq.write_table(table, tmp_path / "a.parquet")
     parquet = DatasetConfig(data_path=str(tmp_path / "a.parquet"), input_key="question", output_key="answer")
-    lines = load_problems([jsonl(tmp_path / "a.jsonl", rows)])
-    assert [(p.text, p.answer, p.columns) for p in load_problems([parquet])] == [
+    lines = load_problems([jsonl(tmp_path / "a.jsonl", rows)], trace_column="trace")
+    assert [(p.text, p.answer, p.columns) for p in load_problems([parquet], trace_column="trace")] == [
         (p.text, p.answer, p.columns) for p in lines
     ]
+    assert lines[0].columns == {"trace": "carry"}
 
 
 def test_datasets_are_put_end_to_end_and_repeated_whole(tmp_path: Path) -> None:
@@ -127,9 +129,9 @@ def test_known_names_bring_their_hub_names_and_columns(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     names = [DatasetConfig(dataset_name=name) for name in ("gsm8k", "DAPOMath17K", "HuggingFaceH4/aime_2024")]
     assert load_problems(names) == [
-        Problem("1+1?", "2", "openai/gsm8k", {}),
-        Problem("3?", "3", "BytedTsinghua-SIA/DAPO-Math-17k", {"kind": "x"}),
-        Problem("4?", "4", "HuggingFaceH4/aime_2024", {"solution": "s"}),
+        Problem("1+1?", "2", "openai/gsm8k"),
+        Problem("3?", "3", "BytedTsinghua-SIA/DAPO-Math-17k"),
+        Problem("4?", "4", "HuggingFaceH4/aime_2024"),
     ]
     assert asked[0] == ("openai/gsm8k", "main", "train")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import tests.malformed_data
 import tests.malformed_prompts
 import tests.malformed_thoughts
 import tests.malformed_tokenizer  # noqa: F401 registers its ways

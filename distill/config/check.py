@@ -335,8 +335,8 @@ def _dataset(key: str, entry: DatasetConfig) -> None:
         refuse(f"{key} has {both}: set one of them")
     if entry.repeat < 1:
         refuse(f"{key}.repeat={entry.repeat} must be at least 1: set it so")
-    if entry.env_name not in ("math", "exact", "regex", None):
-        refuse(f"{key}.env_name={entry.env_name} is no known judge: set it to math, exact, regex or null")
+    if entry.env_name not in ("math", "exact", "regex", "choice", None):
+        refuse(f"{key}.env_name={entry.env_name} is no known judge: set it to math, exact, regex, choice or null")
 
 
 def _saving(config: Config) -> None:

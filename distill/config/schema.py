@@ -181,11 +181,14 @@ class DatasetConfig:
     dataset_name: str | None = None
     """A known name (DeepScaler, AIME2024) or a hub path (openai/gsm8k); of this and data_path the later set wins."""
     data_path: str | None = None
-    """A JSONL or Parquet file, or a folder of them."""
+    """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
     input_key: str | None = None
     """The column with the problem; null: the known dataset's own, or "input"."""
     output_key: str | None = None
     """The column with the gold answer; null: the known dataset's own, or "output"."""
+    output_pattern: str | None = None
+    """A regular expression that finds the gold answer in its column: the group's text in the last match, or without a
+    group the text after that match ("####" for GSM8K's solutions); null: the known dataset's own, or all of it."""
     subset: str | None = None
     """The hub dataset's configuration (main of openai/gsm8k, say)."""
     split: str | None = None
@@ -196,7 +199,8 @@ class DatasetConfig:
     """A text file with the system message; null: none."""
     env_name: str | None = "math"
     """Who judges what follows an answer's last closing tag (think_tags). math: math-verify; exact: it is the gold
-    answer; regex: the gold answer is a regular expression that is found in it; null: nobody."""
+    answer; regex: the gold answer is a regular expression that is found in it; choice: it chooses the option, A to J,
+    that the gold answer names; null: nobody."""
     repeat: int = 1
     """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
     seed: int | None = None

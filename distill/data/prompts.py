@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from distill.config.build import reason
 from distill.config.template import Template
 from distill.data.content import TOKENS, Content, changed_parts, subjects
 from distill.data.problems import keyed, load_dataset_problems
+from distill.data.table import Problems
 from distill.data.template import read_prompt_file, read_text
 from distill.data.thoughts import inside_thoughts
 from distill.data.verify import THINK_TAGS
@@ -116,7 +117,7 @@ class Prompts:
     Token ids are kept in one array: 4 bytes a token, and a Prompt is made when it is asked for.
     """
 
-    problems: tuple[Problem, ...]
+    problems: Sequence[Problem]
     prompt_ids: tuple[int, ...]
     """Each prompt's place in the list of all problems, repeats and skipped ones counted."""
     tokens: array[int]
@@ -172,19 +173,19 @@ def load_prompts(
     Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
     can put right, also if no prompt is left.
     """
-    problems: list[Problem] = []
+    problems: list[Problems] = []
     rows: list[array[int]] = []
     inside = bytearray()
     for key, dataset in keyed(datasets, where):
         wording = _Wording.of(dataset, key)
         found = load_dataset_problems(dataset, key, trace_column, trace_needed)
         once = found[: len(found) // dataset.repeat]
-        chats = [wording.chat(problem) for problem in once]
+        chats = _Chats(wording, once)
         found_rows = _tokenised(tokenizer, chats, template_kwargs)
         inside += inside_thoughts(tokenizer, chats, found_rows, think_tags, template_kwargs) * dataset.repeat
         rows += found_rows * dataset.repeat
-        problems += found
-    return _fitting(problems, rows, inside, max_tokens, where)
+        problems.append(found)
+    return _fitting(Problems.joined(problems), rows, inside, max_tokens, where)
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,26 @@ class _Wording:
         return [*system, {"role": "user", "content": text}]
 
 
+@dataclass(frozen=True)
+class _Chats(Sequence[Messages]):
+    """The conversations of a dataset's problems, each made when it is read: all at once they would fill the memory."""
+
+    wording: _Wording
+    problems: Problems
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @overload
+    def __getitem__(self, place: int) -> Messages: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Messages]: ...
+    def __getitem__(self, place: int | slice) -> Messages | list[Messages]:
+        if isinstance(place, slice):
+            return [self.wording.chat(problem) for problem in self.problems[place]]
+        return self.wording.chat(self.problems[place])
+
+
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None
 ) -> list[array[int]]:
@@ -220,7 +241,7 @@ def _tokenised(
 
 
 def _fitting(
-    problems: Sequence[Problem], rows: Sequence[array[int]], inside_thought: bytearray, max_tokens: int, where: str
+    problems: Problems, rows: Sequence[array[int]], inside_thought: bytearray, max_tokens: int, where: str
 ) -> Prompts:
     """The prompts of at most ``max_tokens`` tokens; says how many there are, and warns of those left out."""
     kept = [i for i, ids in enumerate(rows) if len(ids) <= max_tokens]
@@ -240,7 +261,7 @@ def _fitting(
         tokens.extend(rows[i])
         bounds.append(len(tokens))
     inside = bytes(inside_thought[i] for i in kept)
-    return Prompts(tuple(problems[i] for i in kept), tuple(kept), tokens, bounds, skipped, inside)
+    return Prompts(problems.select(kept), tuple(kept), tokens, bounds, skipped, inside)
 
 
 @dataclass(frozen=True)

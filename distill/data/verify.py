@@ -1,4 +1,4 @@
-"""Whether an answer is right: as mathematics, as exact text, or by a regular expression.
+"""Whether an answer is right: as mathematics, as exact text, by a regular expression, or by the option it chooses.
 
 To compare expressions may take for ever, take all memory or crash, and so may a regular expression. Both are done in a
 process of their own, which is ended when it takes too long. This file is that process's program too: it is started by
@@ -23,7 +23,7 @@ from typing import Literal
 
 Verdict = Literal["right", "wrong", "failed"]
 """failed: the judge came to no end, or could not read the gold answer; it counts as wrong and is counted itself."""
-JUDGES = ("math", "exact", "regex")
+JUDGES = ("math", "exact", "regex", "choice")
 THINK_TAGS = ("<think>", "</think>")
 """The tags that open and close a thought, unless a recipe sets others."""
 
@@ -93,8 +93,23 @@ def _by_math(final: str, gold: str) -> Verdict:
     return "right" if verify(wanted, found, timeout_seconds=None, raise_on_error=True) else "wrong"
 
 
+def by_choice(answer: str, gold: str) -> Verdict:
+    """Whether the final part of ``answer`` chooses the option, A to J, that ``gold`` names."""
+    return _by_choice(final_part(answer), gold)
+
+
+def _by_choice(final: str, gold: str) -> Verdict:
+    from distill.data.choice import chosen, option
+
+    wanted = option(gold)
+    if wanted is None:
+        return "failed"
+    return "right" if chosen(final) == wanted else "wrong"
+
+
+_HERE: Mapping[str, Callable[[str, str], Verdict]] = {"exact": _exact, "choice": _by_choice}
 _IN_A_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"math": _by_math, "regex": _by_regex}
-"""Graders of a final part."""
+"""Graders of a final part: those of _HERE can neither hang nor crash."""
 
 
 class Judge:
@@ -131,8 +146,8 @@ class Judge:
         Raises RuntimeError where its process doesn't start.
         """
         final = final_part(answer, think_tags, inside_thought)
-        if name not in _IN_A_PROCESS:
-            return _exact(final, gold)
+        if name in _HERE:
+            return _HERE[name](final, gold)
         if name not in self._children:
             self._children[name] = _Child(name)
         verdict = self._children[name].ask(final, gold, self._seconds)
@@ -186,14 +201,23 @@ def check_judge(name: str, where: str) -> None:
     if name == "math" and find_spec("math_verify") is None:
         raise UserError(
             f"{where}.env_name=math but math-verify is not installed: pip install math-verify, or set env_name to"
-            " exact, regex or null"
+            " exact, regex, choice or null"
         )
 
 
 def check_gold(name: str, gold: str, where: str) -> None:
-    """Refuse a gold answer that the judge ``name`` can't read: a regular expression that is none."""
+    """Refuse a gold answer that the judge ``name`` can't read: no regular expression, no option."""
     from distill.types import UserError
 
+    if name == "choice":
+        from distill.data.choice import option
+
+        if option(gold) is None:
+            raise UserError(
+                f"{where}.env_name=choice but the gold answer {gold[:80]!r} names no option from A to J: name the"
+                f" column of the letters in {where}.output_key, extract them with {where}.output_pattern, or set"
+                " env_name to exact"
+            )
     if name != "regex":
         return
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
+from pathlib import Path
 
 _VLLM = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this very process
@@ -26,3 +28,10 @@ def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # it reads the variable late
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
+def cache_folders() -> list[Path]:
+    """Folders for files that can be built again, best first: the user's cache folder, then the temporary one."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    user = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache"
+    return [user / "distill", Path(tempfile.gettempdir()) / f"distill-{os.getuid()}"]

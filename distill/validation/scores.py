@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from distill.data.files import kind_of
 from distill.data.verify import Verdict
 from distill.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids as text, special tokens included."""
-_FILE_KINDS = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
     slashes, and at last their number.
     """
     paths = [PurePath(source) for source, _, _ in datasets]
-    short = [path.stem if path.suffix in _FILE_KINDS else path.name for path in paths]
+    endings = [len("".join(kind_of(path))) if kind_of(path)[0] else 0 for path in paths]
+    short = [path.name[: len(path.name) - ending] for path, ending in zip(paths, endings, strict=True)]
     details = [re.sub(r"[^\w.-]+", "_", ".".join(filter(None, detail))) for _, *detail in datasets]
     whole = [source.replace("/", ".") for source, _, _ in datasets]
     names = short

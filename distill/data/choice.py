@@ -1,0 +1,134 @@
+"""Which option of a multiple-choice problem, A to J, a text chooses.
+
+A text that could mean two options, or none, chooses none: a wrong reading would count as a right answer by accident.
+"""
+
+from __future__ import annotations
+
+import re
+
+_BRACE = re.compile(r"\\[{}]|(?P<open>(?:\\f?box(?:ed)?\s{0,9})?{)|(?P<close>})")
+_MARKUP = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it)?|bf|rm|left|right|quad)\b|\\[()\[\]!,;: ]"
+    r"|[*_`${}~“”\"]|<[^<>\n]{1,20}>"
+)
+"""LaTeX, Markdown and HTML around a letter."""
+_BLANK = re.compile(r"\s+")
+_MARK, _END = "\x02", "\x03"
+_LETTER = (
+    r"(?:\(\s*(?P<inside>[A-Ja-j])\s*\)|\[\s*(?P<bracketed>[A-J])\s*\]"
+    r"|(?P<bare>[A-J])(?![\w'’-])|(?P<small>[b-hj])(?=[.)]?\s*(?:\n|$)))"
+)
+_SAYS = r"(?:is|are|was|(?:would|should|must|will)\s+be|:|：|=|->|→)"
+_STATEMENT = re.compile(
+    rf"{_MARK}(?P<box>[^{_END}]*){_END}"
+    r"|(?:(?i:\b(?:answer|choice|option)(?:\s+(?:letter|choice|option|to\s+th(?:is|e)\s+(?:question|problem))){0,3}"
+    rf"\s*{_SAYS}(?:\s*[:：])?\s*"
+    r"(?:(?:thus|therefore|clearly|definitely|indeed|likely|probably|most\s+likely)\s+)?"
+    r"(?:(?:the\s+)?(?:option|choice|letter)\s*:?\s*)?)"
+    rf"|答案(?:应该|应)?(?:是|为|选)?\s*[:：]?\s*(?:选项)?\s*){_LETTER}"
+)
+"""A box, or words that introduce the answer: Answer: B; the correct option is (B)."""
+_VERDICT = re.compile(
+    r"(?:\b(?i:option|choice|answer)\s+\(?(?P<named>[A-J])\)?|(?<!\S)\((?P<inside>[A-J])\))"
+    r"\s+is\s+(?:the\s+)?(?:correct|right|best)\b"
+    r"|\b(?P<bare>[A-J])\s+is\s+the\s+(?:correct|right|best)\s+(?:answer|option|choice)\b"
+)
+"""Option B is correct; B is the best answer."""
+_SECOND = re.compile(
+    r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
+    r"|,\s*\(?[A-HJ](?![\w'’-])\)?+(?!\s+[a-z]))"
+)
+"""Another option right behind the first."""
+_PROSE = re.compile(r" (?!(?:because|since|as|due|which|so|given|and|or|with|for)\b)[a-z]")
+"""A word after a bare A or I, which makes it an article or a pronoun."""
+_ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
+_LED = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])[).:])(?:\s+(\S.*))?", re.IGNORECASE)
+"""An option with its text: (B) Paris; B. Paris."""
+_ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
+"""A sentence about an option, not its text: (B) is wrong."""
+_BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
+_NEGATION = re.compile(
+    r"\b(?:not|no|neither|nor|never|wrong|incorrect|false|except|eliminate\w*|rule[sd]?\s+out|either)\b|n['’]t\b", re.I
+)
+
+
+def chosen(text: str) -> str | None:
+    """The letter that ``text`` chooses: by its last statement (a box, "Answer: B"), or else by its last or first line.
+
+    None: no statement names exactly one option.
+    """
+    plain = _plain(text)
+    found = [(match.end(), _stated(match, plain)) for match in _STATEMENT.finditer(plain)]
+    found += [(match.end(), _first(match.groups())) for match in _VERDICT.finditer(plain)]
+    stated = [letter for _, letter in sorted(found, key=lambda statement: statement[0]) if letter != ""]
+    return stated[-1] if stated else _outer_line(plain)
+
+
+def option(text: str) -> str | None:
+    """The letter of a text that holds nothing but an option: ``B``, ``(b)``, ``B.``, ``B) Paris``; None: it is none."""
+    plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
+    plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
+    if alone := _ALONE.fullmatch(plain):
+        return _first(alone.groups())
+    led = _LED.fullmatch(plain)
+    if led is None or _SECOND.match(plain, led.end(1) if led[1] else led.end(2)):
+        return None
+    rest = led[3] or ""
+    return None if _BRACKETED.search(rest) or _ABOUT.match(rest) else _first(led.groups()[:2])
+
+
+def _plain(text: str) -> str:
+    """The text without markup, with each closed box between marks, and one white character between words."""
+    return _BLANK.sub(_shortened, _MARKUP.sub("", _marked(text)))
+
+
+def _shortened(blank: re.Match[str]) -> str:
+    return "\n" if "\n" in blank.group() else " "
+
+
+def _marked(text: str) -> str:
+    """The text with each closed box between marks."""
+    opened: list[tuple[bool, int, int]] = []
+    boxes = []
+    for brace in _BRACE.finditer(text):
+        if brace["open"]:
+            opened.append((brace["open"] != "{", brace.start(), brace.end()))
+        elif brace["close"] and opened:
+            is_box, start, inside = opened.pop()
+            boxes += [(start, inside, brace.start())] * is_box
+    parts, at = [], 0
+    for start, inside, end in sorted(boxes):
+        if start >= at:
+            parts += [text[at:start], _MARK, text[inside:end], _END]
+            at = end + 1
+    return "".join([*parts, text[at:]])
+
+
+def _stated(match: re.Match[str], plain: str) -> str | None:
+    """The letter of a statement; None: it names no single option; "": it is none, as the letter is a word."""
+    if match["box"] is not None:
+        return option(match["box"])
+    if match["bare"] in ("A", "I") and _PROSE.match(plain, match.end()):
+        return ""
+    return None if _SECOND.match(plain, match.end()) else _first(match.groups()[1:])
+
+
+def _outer_line(plain: str) -> str | None:
+    """The option that the last line names, or that the first line consists of."""
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    if not lines:
+        return None
+    last = lines[-1]
+    if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := option(last)):
+        return letter
+    if sum(_LED.match(line) is not None or _ALONE.fullmatch(line) is not None for line in lines) > 1:
+        return None  # a list of options
+    letters: set[str] = set(_BRACKETED.findall(last))
+    if len(letters) == 1 and not _NEGATION.search(last):
+        return letters.pop()
+    return None if letters else option(lines[0])
+
+
+def _first(groups: tuple[str | None, ...]) -> str:
+    return next(group for group in groups if group).upper()

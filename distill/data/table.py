@@ -1,0 +1,175 @@
+"""Problems as a table: projected rows in Arrow columns, and a lazy sequence of Problem over such tables."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+from distill.data.cache import open_table
+from distill.data.columns import Columns, Row
+from distill.types import Problem, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH_ROWS = 1024
+_BATCH_CHARACTERS = 2**20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a table of the datasets library: what is projected by itself."""
+
+    origin: str
+    """Its name in messages."""
+    size: int
+    """Bytes."""
+    identity: Callable[[], Any]
+    """JSON that changes whenever the rows change."""
+    rows: Callable[[], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class ProblemTable:
+    """The rows of one split of a dataset, blank ones included."""
+
+    columns: Columns
+    origins: Sequence[str]
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def problem(self, row: int) -> Problem:
+        """The problem in ``row``, which must have a text."""
+        text, answer, *others = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.others)))
+        named = zip(self.columns.others, others, strict=True)
+        given = {column.name: value for column, value in named if value is not None}
+        return Problem(text, answer or "", self.columns.source, given)
+
+    def place(self, row: int) -> str:
+        """Where a row was read, for messages: line 3 of FILE."""
+        origin = self.origins[self.table.column("origin")[row].as_py()]
+        return f"{self.table.column('place')[row].as_py()} of {origin}"
+
+    def with_text(self, start: int, stop: int) -> Sequence[int]:
+        """The rows of start..stop that have a text."""
+        texts = self.table.column("text").slice(start, stop - start)
+        if texts.null_count == 0:
+            return range(start, stop)
+        return _rows_where(texts, start, lambda column: column.is_valid())
+
+    def without_match(self, rows: Sequence[int]) -> list[int]:
+        """Those of ``rows`` in whose gold answers output_pattern found nothing."""
+        answers = self.table.column("answer")
+        if answers.null_count == 0:
+            return []
+        lacking = set(_rows_where(answers, 0, lambda column: column.is_null()))
+        return [row for row in rows if row in lacking]
+
+
+def _rows_where(column: pa.ChunkedArray, start: int, holds: Callable[[Any], Any]) -> array[int]:
+    import pyarrow.compute as pc
+
+    return array("q", (start + row for row in pc.indices_nonzero(holds(column)).to_pylist()))
+
+
+def read_table(sources: Sequence[Source], columns: Columns) -> ProblemTable:
+    """The projected rows of ``sources``, one after the other, from the cache or by way of it.
+
+    Every rank of a node calls it; the first builds the file. Raises UserError for a malformed row, and for a file that
+    changes while it is read.
+    """
+    identities = [source.identity() for source in sources]
+    read = [columns.input_key, columns.output_key, columns.needs_answer, columns.output_pattern]
+    named = [[column.name, column.needed] for column in columns.others]
+    table = open_table(
+        [read, named, identities],
+        sum(source.size for source in sources),
+        _schema(columns),
+        lambda: _batches(sources, identities, columns),
+    )
+    return ProblemTable(columns, [source.origin for source in sources], table)
+
+
+def _schema(columns: Columns) -> pa.Schema:
+    import pyarrow as pa
+
+    others = [(f"column {i}", pa.string()) for i in range(len(columns.others))]
+    place = [("place", pa.string()), ("origin", pa.int32())]
+    return pa.schema([("text", pa.string()), ("answer", pa.string()), *others, *place])
+
+
+def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Columns) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    schema = _schema(columns)
+    rows: list[tuple[Any, ...]] = []
+    characters = 0
+    for i, source in enumerate(sources):
+        for row in source.rows():
+            values = columns.project(row, source.origin)
+            rows.append((*values, row[0], i))
+            characters += sum(len(value) for value in values if value)
+            if len(rows) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+                yield pa.record_batch(list(zip(*rows, strict=True)), schema=schema)
+                rows, characters = [], 0
+        if source.identity() != identities[i]:
+            raise UserError(f"{columns.where}: {source.origin} changed while it was read: start again")
+    if rows:
+        yield pa.record_batch(list(zip(*rows, strict=True)), schema=schema)
+
+
+class Problems(Sequence[Problem]):
+    """The problems in chosen rows of tables; a Problem is made when it is read, and nothing is copied.
+
+    ``rows`` counts through all tables: the second table's first row comes after the first table's last one.
+    """
+
+    def __init__(self, tables: Sequence[ProblemTable], rows: Sequence[int]) -> None:
+        self._tables = tables
+        self._starts = [0]
+        for table in tables:
+            self._starts.append(self._starts[-1] + len(table))
+        self._rows = rows
+
+    @classmethod
+    def joined(cls, parts: Sequence[Problems]) -> Problems:
+        """The problems of all ``parts``, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        rows, start = array("q"), 0
+        for part in parts:
+            rows.extend(start + row for row in part._rows)
+            start += part._starts[-1]
+        return cls([table for part in parts for table in part._tables], rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Problem: ...
+    @overload
+    def __getitem__(self, at: slice) -> Problems: ...
+    def __getitem__(self, at: int | slice) -> Problem | Problems:
+        if isinstance(at, slice):
+            return Problems(self._tables, self._rows[at])
+        row = self._rows[at]
+        i = bisect_right(self._starts, row) - 1
+        return self._tables[i].problem(row - self._starts[i])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def select(self, positions: Sequence[int]) -> Problems:
+        """The problems at ``positions``, in their order."""
+        return Problems(self._tables, array("q", (self._rows[i] for i in positions)))
+
+    def repeated(self, times: int) -> Problems:
+        """All problems once, then all of them again."""
+        return self if times == 1 else Problems(self._tables, array("q", self._rows) * times)
