@@ -23,7 +23,7 @@ CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 @torch.inference_mode()
 def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Mapping[str, str] = {}) -> dict[str, Any]:
     """By folder: log-probs [T, V] in float32, the ids of TEXTS, the rendered CHAT, greedy tokens after ``ids``."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     found: dict[str, Any] = {}
     for folder in folders:
@@ -38,7 +38,7 @@ def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Ma
             "chat": tokenizer.apply_chat_template(list(CHAT), tokenize=False, add_generation_prompt=True),
             "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side],
             "generated": generated[0, len(ids) :].tolist(),
-            "dtype": str(AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").dtype),
+            "dtype": str(AutoConfig.from_pretrained(folder).dtype),
             "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         }
         if folder in resave:
