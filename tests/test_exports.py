@@ -134,7 +134,8 @@ def _export(jobs: Sequence[Job]) -> list[list[float]]:
     world = World()
     world.build_mesh("cpu", tp=1, cp=1)
     for source, out, precision, stops in jobs:
-        config = config_for(Path(source), Path(source), f"policy.precision={precision}", "distillation.allow_degenerate=true")
+        settings = f"policy.precision={precision}", "distillation.allow_degenerate=true"
+        config = config_for(Path(source), Path(source), *settings)
         files = find_model(source, "policy.model_name")
         tokenizer = load_tokenizer(files, None, "policy.tokenizer.name")
         student = Student(config, files, world, max(tokenizer.vocab_size, 384), stops)
@@ -225,7 +226,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 def _check(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
-    exact = folder.endswith("float32") or folder.endswith("smollm2")
+    exact = folder.endswith(("float32", "smollm2"))
     if exact:
         after_first = torch.tensor(IDS[1:])[:, None]
         ours, theirs = torch.tensor(seen.trainer[folder]), found["logprobs"][:-1].gather(1, after_first)[:, 0]
@@ -251,7 +252,9 @@ def test_transformers_5_reads_exports_of_models_in_either_dialect_as_the_trainer
     found = read(list(seen.by_4), IDS, NEW_TOKENS)
     for folder in found:
         _check(found[folder], folder, seen)
-    assert {Path(f).name: x["tied"] for f, x in found.items()} == {Path(f).name: x["tied"] for f, x in seen.by_4.items()}
+    assert {folder: each["tied"] for folder, each in found.items()} == {
+        folder: each["tied"] for folder, each in seen.by_4.items()
+    }
 
 
 def test_vllm_reads_an_export_as_the_trainer_does(seen: Seen) -> None:

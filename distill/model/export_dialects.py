@@ -95,13 +95,13 @@ def with_stop_ids(
 
 
 def tokenizer_config_for_export(
-    source: Mapping[str, Any], special_tokens: Mapping[str, str], *, has_json: bool, misread: bool, own_template: bool
+    source: Mapping[str, Any], *, has_json: bool, misread: bool, own_template: bool
 ) -> Json:
     """tokenizer_config.json for both versions of transformers.
 
-    Files in version 5's dialect and those whose class is ``misread`` get a class that reads tokenizer.json as it is,
-    where there is one (``has_json``), and with it the ``special_tokens`` that the former class had by default.
-    ``own_template``: the user gave a chat template, so that the one in this file no longer holds.
+    Files in version 5's dialect, without a class, or with a class that is ``misread`` get one that reads tokenizer.json
+    as it is, where there is one (``has_json``). Without a class, version 4 takes the model's, and Llama's puts a BOS
+    token before every text. ``own_template``: the user gave a chat template, so the one in this file no longer holds.
     """
     edited = {key: value for key, value in source.items() if key != _CODE}
     if own_template:
@@ -111,7 +111,7 @@ def tokenizer_config_for_export(
         del edited["extra_special_tokens"]
         old = edited.get("additional_special_tokens") or []
         edited["additional_special_tokens"] = [*old, *(token for token in extra if token not in old)]
-    newer = edited.get("tokenizer_class") == "TokenizersBackend" or "backend" in edited or isinstance(extra, list)
-    if has_json and (newer or misread) and edited.get("tokenizer_class") != _READ_BY_BOTH:
-        edited = {**special_tokens, **edited, "tokenizer_class": _READ_BY_BOTH}
+    newer = edited.get("tokenizer_class") in (None, "TokenizersBackend") or "backend" in edited
+    if has_json and (newer or misread or isinstance(extra, list)):
+        edited["tokenizer_class"] = _READ_BY_BOTH
     return edited

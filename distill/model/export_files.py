@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import os.path
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+import transformers
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from distill.model.export_dialects import (
@@ -26,18 +30,21 @@ from distill.model.load import LICENSE_FILES, ModelFiles, json_object
 from distill.model.model_card import model_card
 from distill.types import UserError
 
+log = logging.getLogger(__name__)
+
 EXPORT_FILES = "export_files"
 """The folder of a checkpoint that holds them."""
 _HEAD = "lm_head.weight"
-_CONFIG, _GENERATION, _CARD = "config.json", "generation_config.json", "README.md"
+_CONFIG, _GENERATION, _CARD, _TOKENIZER_JSON = "config.json", "generation_config.json", "README.md", "tokenizer.json"
 _TOKENIZER_CONFIG, _SPECIAL_MAP, _TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 _OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates/*.jinja")
 _TOKENIZER = (
-    *("tokenizer.json", _TOKENIZER_CONFIG, _SPECIAL_MAP, "added_tokens.json", "vocab.json", "vocab.txt"),
+    *(_TOKENIZER_JSON, _TOKENIZER_CONFIG, _SPECIAL_MAP, "added_tokens.json", "vocab.json", "vocab.txt"),
     *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "*.tiktoken"),
     *("tekken.json", _TEMPLATE, *_OTHER_TEMPLATES),
 )
 _MODEL = (_CONFIG, _GENERATION, *LICENSE_FILES)
+_TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -106,18 +113,44 @@ def read_export_files(
     if template is not None:
         contents = {name: content for name, content in contents.items() if not _matches(name, _OTHER_TEMPLATES)}
         contents[_TEMPLATE] = template
-    if _TOKENIZER_CONFIG in contents or fix_tokenizer_class:
-        special = {name: str(token) for name in _SPECIAL if (token := getattr(tokenizer, name, None)) is not None}
-        named = _object(contents, tokenizer_files, _SPECIAL_MAP, what)
+    if _TOKENIZER_CONFIG in contents or _TOKENIZER_JSON in contents:
+        former = _object(contents, tokenizer_files, _TOKENIZER_CONFIG, what)
         tokenizer_config = tokenizer_config_for_export(
-            _object(contents, tokenizer_files, _TOKENIZER_CONFIG, what),
-            {name: token for name, token in special.items() if name not in named},
-            has_json="tokenizer.json" in contents,
+            former,
+            has_json=_TOKENIZER_JSON in contents,
             misread=fix_tokenizer_class,
             own_template=template is not None,
         )
+        if tokenizer_config.get("tokenizer_class") != former.get("tokenizer_class"):
+            tokenizer_config = _special_tokens(contents, tokenizer) | tokenizer_config
         _put(contents, _TOKENIZER_CONFIG, tokenizer_config)
+    if fix_tokenizer_class and _TOKENIZER_JSON in contents:
+        _warn_if_misread(contents, what)
     return ExportFiles(contents, bool(config.tie_word_embeddings))
+
+
+def _special_tokens(contents: Mapping[str, bytes], tokenizer: Any) -> dict[str, str]:
+    """The special tokens that the class of ``tokenizer`` may have named, of those that tokenizer.json has."""
+    there = {entry["content"] for entry in json.loads(contents[_TOKENIZER_JSON]).get("added_tokens", ())}
+    named = json.loads(contents.get(_SPECIAL_MAP, b"{}"))
+    found = {name: str(getattr(tokenizer, name, None)) for name in _SPECIAL if name not in named}
+    return {name: token for name, token in found.items() if token in there}
+
+
+def _warn_if_misread(contents: Mapping[str, bytes], what: str) -> None:
+    """Read the tokenizer of the export back: for some model types transformers ignores the class in the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (_CONFIG, _TOKENIZER_CONFIG, _TOKENIZER_JSON):
+            Path(folder, name).write_bytes(contents[name])
+        own = Tokenizer.from_file(f"{folder}/{_TOKENIZER_JSON}")
+        read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        plain = {"add_special_tokens": False}
+        if any(read.encode(text, **plain) != own.encode(text, **plain).ids for text in _TEXTS):
+            log.warning(
+                "%s: AutoTokenizer of transformers %s misreads the tokenizer of exports, as it ignores the class in"
+                " tokenizer_config.json for this type of model: read it with PreTrainedTokenizerFast.from_pretrained",
+                *(what, transformers.__version__),
+            )
 
 
 def _object(contents: Mapping[str, bytes], folder: Path, name: str, what: str) -> Json:
