@@ -83,7 +83,7 @@ test-demo: venv models  ## the demonstration and what it must show: five to twen
 	@cp $< $@
 
 test-exports: venv models .venv-transformers4/installed.lock  ## exports read by transformers 4 (an environment of its own), 5 and vLLM
-	@$(PY) -m pytest -q -m exports
+	@$(PY) -m pytest -q -m exports tests/test_exports.py
 
 test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan
 	@$(PY) -m pytest -q -m faults

@@ -281,6 +281,7 @@ def test_sharded_weights_have_an_index_with_their_size_and_replace_an_earlier_ex
     index = read_json(out / "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == sum(4 * weight.numel() for weight in weights.values())
     assert len(set(index["weight_map"].values())) == len(list(out.glob("*.safetensors"))) > 1
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "as the umask has it, weights too"
     sharded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     monkeypatch.setattr(export, "_SHARD_BYTES", 10**9)
     export.export_hf(out, weights.items(), files, torch.float32)

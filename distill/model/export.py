@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from distill.model.export_files import ExportFiles
 
 _SHARD_BYTES = 5 * 2**30
+_CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -49,6 +51,9 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFil
     for name, content in files.complete(dtype, names.keys()).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+    mode = stat.S_IMODE((folder / _CONFIG).stat().st_mode)
+    for weights_file in renamed.values():  # safetensors lets only the owner read it, whatever the umask allows
+        (folder / weights_file).chmod(mode)
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], int]:
