@@ -168,6 +168,9 @@ def test_a_source_in_version_5s_dialect_gets_version_4s_keys_too(name: str, newe
     architecture = AutoModelForCausalLM.from_config(config).__class__.__name__
     changed = {"dtype": "float32", "torch_dtype": "float32", "architectures": [architecture]}
     assert after == before | changed | expected | {"eos_token_id": [256, 258]}
+    again = shutil.copytree(out, tmp_path / "again")  # an export is the student of another run
+    shutil.copy(folder / "model.safetensors", again)
+    assert read_json(written(files_of(again), tmp_path / "twice") / "config.json") == after
     assert type(config).from_pretrained(out).rope_parameters == type(config).from_pretrained(folder).rope_parameters
 
 
@@ -206,8 +209,10 @@ def test_generation_config_gets_the_stop_ids_of_training(generation, config, sto
 
 def test_a_generation_config_made_from_config_json_does_not_override_the_stop_ids() -> None:
     """transformers makes it anew from config.json where ``_from_model_config`` is set."""
-    edited, _ = with_stop_ids({"_from_model_config": True, "eos_token_id": 2}, {"eos_token_id": 2}, (2, 3))
-    assert edited == {"eos_token_id": [2, 3]}
+    for source in (2, [2, 3]):
+        generation = {"_from_model_config": True, "eos_token_id": source}
+        expected = {"eos_token_id": [2, 3]}
+        assert with_stop_ids(generation, {"eos_token_id": 2}, (2, 3)) == (expected, expected)
 
 
 def test_the_users_own_chat_template_replaces_every_other_one(older: Path, tmp_path: Path) -> None:

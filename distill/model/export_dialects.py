@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 
 _QUANTIZATION = ("quantization_config", "compression_config")
-_CODE = "auto_map"
+_CODE, _FROM_CONFIG = "auto_map", "_from_model_config"
 _READ_BY_BOTH = "PreTrainedTokenizerFast"
 """Reads tokenizer.json as it is, in version 4 and in version 5."""
 
@@ -29,7 +29,8 @@ def model_config_for_export(source: Mapping[str, Any], config: Any, architecture
     tying of the head and the stop ids are set by the other functions.
     """
     edited = {key: value for key, value in source.items() if key not in (*_QUANTIZATION, _CODE)}
-    if architecture not in (edited.get("architectures") or ()):  # vLLM chooses the model's class by it
+    named = edited.get("architectures")
+    if not isinstance(named, list) or architecture not in named:  # vLLM chooses the model's class by it
         edited["architectures"] = [architecture]
     if "rope_parameters" in source:
         edited |= _rope_of_version_4(config.rope_parameters)
@@ -37,13 +38,12 @@ def model_config_for_export(source: Mapping[str, Any], config: Any, architecture
 
 
 def _rope_of_version_4(rope_parameters: Mapping[str, Any]) -> Json:
-    by_layer_type = "full_attention" in rope_parameters
-    every = rope_parameters["full_attention"] if by_layer_type else rope_parameters
+    every = rope_parameters.get("full_attention", rope_parameters)
+    local = rope_parameters.get("sliding_attention")
     keys: Json = {"rope_theta": every["rope_theta"]}
     if every.get("rope_type", "default") != "default":
         keys["rope_scaling"] = {name: value for name, value in every.items() if name != "rope_theta"}
-    if by_layer_type:
-        local = rope_parameters["sliding_attention"]
+    if local is not None:
         keys["rope_local_base_freq"] = local["rope_theta"]
         if local.get("rope_type", "default") != "default":
             log.warning(
@@ -68,9 +68,15 @@ def with_tying(config: Mapping[str, Any], as_read: bool, tied: bool) -> Json:
     return dict(config) if as_read == tied else {**config, "tie_word_embeddings": tied}
 
 
-def listed_ids(eos: Any) -> list[int]:
-    """The ids of an ``eos_token_id``, which is null, one id or a list."""
+def _listed_ids(config: Mapping[str, Any]) -> list[Any]:
+    eos = config.get("eos_token_id")
     return list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
+    """Whether ``eos_token_id``, which is null, one id or a list, has these ids and no other."""
+    listed = _listed_ids(config)
+    return all(token in ids for token in listed) and all(token in listed for token in ids)
 
 
 def with_stop_ids(
@@ -79,18 +85,23 @@ def with_stop_ids(
     """generation_config.json and config.json with the stop ids of training.
 
     Both stay as they are where generation_config.json has these ids already, or where training had none. A missing
-    generation_config.json is made from config.json's special tokens.
+    generation_config.json is made from config.json's special tokens. One that is marked as made from config.json is
+    made again by transformers when it is read, so config.json must have these ids too.
     """
-    if not stop_token_ids or (generation and set(listed_ids(generation.get("eos_token_id"))) == set(stop_token_ids)):
+    if not stop_token_ids:
         return (None if generation is None else dict(generation)), dict(config)
+    made = dict(generation or {})
+    read = (made, config) if made.get(_FROM_CONFIG) else (made,)
+    if all(_has_ids(each, stop_token_ids) for each in read):
+        return made, dict(config)
     if generation is None:
         names = ("bos_token_id", "pad_token_id")
         generation = {name: config[name] for name in names if config.get(name) is not None}
     # The source's own ids stay first: generate() pads with the first one.
-    first = [*listed_ids(generation.get("eos_token_id")), *listed_ids(config.get("eos_token_id"))]
+    first = [*_listed_ids(generation), *_listed_ids(config)]
     ordered = list(dict.fromkeys(token for token in (*first, *sorted(stop_token_ids)) if token in stop_token_ids))
     eos = ordered[0] if len(ordered) == 1 else ordered
-    edited = {name: value for name, value in generation.items() if name != "_from_model_config"}
+    edited = {name: value for name, value in generation.items() if name != _FROM_CONFIG}
     return {**edited, "eos_token_id": eos}, {**config, "eos_token_id": eos}
 
 

@@ -122,18 +122,19 @@ def read_export_files(
             own_template=template is not None,
         )
         if tokenizer_config.get("tokenizer_class") != former.get("tokenizer_class"):
-            tokenizer_config = _special_tokens(contents, tokenizer) | tokenizer_config
+            named = _object(contents, tokenizer_files, _SPECIAL_MAP, what)
+            special = _special_tokens(json.loads(contents[_TOKENIZER_JSON]), tokenizer)
+            tokenizer_config = {name: token for name, token in special.items() if name not in named} | tokenizer_config
         _put(contents, _TOKENIZER_CONFIG, tokenizer_config)
     if fix_tokenizer_class and _TOKENIZER_JSON in contents:
         _warn_if_misread(contents, what)
     return ExportFiles(contents, bool(config.tie_word_embeddings))
 
 
-def _special_tokens(contents: Mapping[str, bytes], tokenizer: Any) -> dict[str, str]:
-    """The special tokens that the class of ``tokenizer`` may have named, of those that tokenizer.json has."""
-    there = {entry["content"] for entry in json.loads(contents[_TOKENIZER_JSON]).get("added_tokens", ())}
-    named = json.loads(contents.get(_SPECIAL_MAP, b"{}"))
-    found = {name: str(getattr(tokenizer, name, None)) for name in _SPECIAL if name not in named}
+def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
+    """The named special tokens of ``tokenizer``, by its class perhaps, that tokenizer.json has."""
+    there = {entry["content"] for entry in tokenizer_json.get("added_tokens", ())}
+    found = {name: str(getattr(tokenizer, name, None)) for name in _SPECIAL}
     return {name: token for name, token in found.items() if token in there}
 
 
