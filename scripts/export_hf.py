@@ -70,7 +70,8 @@ def _files(checkpoint: Path, info: Mapping[str, Any], model: str | None) -> tupl
     if ids is None:
         ids = stop_ids(source, tokenizer)
         log.warning("%s records no stop ids of the training: the export gets %s of %s", checkpoint, ids, source.name)
-    files = read_export_files(source, tokenizer, tokenizer_name, ids)
+    template = recipe["policy"]["tokenizer"].get("chat_template")
+    files = read_export_files(source, tokenizer, tokenizer_name, ids, chat_template=template)
     tokens = {id_: tokenizer.convert_ids_to_tokens(id_) for id_ in ids}
     return files.with_card(recipe, info["step"], tokens), config, source.name
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from distill.model import export
 from distill.model.export_dialects import with_stop_ids
@@ -253,6 +253,20 @@ def test_a_class_that_misreads_the_tokenizer_is_replaced(family: str, newer: Pat
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.encode(text) == own and tokenizer.eos_token == "<|im_end|>" and not caplog.text
     assert read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_tokenizer_that_transformers_misreads_under_any_class_is_warned_of(newer, tmp_path, caplog) -> None:
+    """For a qwen2 model transformers 5 takes Qwen2Tokenizer, whatever the file says."""
+    folder = shutil.copytree(newer, tmp_path / "source")
+    tiny_config("qwen2", True).save_pretrained(folder)
+    own = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "▁a": 2}, merges=[("▁", "a")]))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    own.save(str(folder / "tokenizer.json"))
+    with caplog.at_level(logging.WARNING):
+        files = files_of(folder, fix_tokenizer_class=True)
+    assert "ignores the class" in caplog.text and "PreTrainedTokenizerFast.from_pretrained" in caplog.text
+    read = PreTrainedTokenizerFast.from_pretrained(written(files, tmp_path / "out"))
+    assert read.encode("a a") == own.encode("a a").ids
 
 
 def test_extra_special_tokens_as_a_list_are_written_as_version_4_reads_them(newer: Path, tmp_path: Path) -> None:
