@@ -174,7 +174,7 @@ def test_a_source_in_version_5s_dialect_gets_version_4s_keys_too(name: str, newe
     assert type(config).from_pretrained(out).rope_parameters == type(config).from_pretrained(folder).rope_parameters
 
 
-def test_version_4s_gemma_can_not_express_a_scaled_local_rope_and_a_warning_says_so(newer, tmp_path, caplog) -> None:
+def test_a_scaled_local_rope_is_warned_of_as_version_4_can_not_express_it(newer, tmp_path, caplog) -> None:
     folder = shutil.copytree(newer, tmp_path / "source")
     config = tiny_config("gemma3_text", True)
     local = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -216,7 +216,7 @@ def test_a_generation_config_made_from_config_json_does_not_override_the_stop_id
 
 
 def test_the_users_own_chat_template_replaces_every_other_one(older: Path, tmp_path: Path) -> None:
-    (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    (tmp_path / "own.jinja").write_text("\ufeff{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
     (older / "additional_chat_templates").mkdir()
     (older / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     write_json(older / "chat_template.json", {"chat_template": "old"})

@@ -95,8 +95,10 @@ def read_export_files(
     try:
         tokenizer_files = tokenizer_folder(files, tokenizer_name)
         contents = _read(files.folder, _MODEL) | _read(tokenizer_files, _TOKENIZER)
-        template = None if chat_template is None else Path(chat_template).expanduser().read_bytes()
-    except OSError as error:
+        own_template = None
+        if chat_template is not None:  # an editor's byte order mark would begin every rendered prompt
+            own_template = Path(chat_template).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{what} has a file that can't be copied to exports ({error}): make it readable, or download the model"
             " again"
@@ -110,16 +112,16 @@ def read_export_files(
     _put(contents, _CONFIG, edited)
     if generation is not None:
         _put(contents, _GENERATION, generation)
-    if template is not None:
+    if own_template is not None:
         contents = {name: content for name, content in contents.items() if not _matches(name, _OTHER_TEMPLATES)}
-        contents[_TEMPLATE] = template
+        contents[_TEMPLATE] = own_template.encode()
     if _TOKENIZER_CONFIG in contents or _TOKENIZER_JSON in contents:
         former = _object(contents, tokenizer_files, _TOKENIZER_CONFIG, what)
         tokenizer_config = tokenizer_config_for_export(
             former,
             has_json=_TOKENIZER_JSON in contents,
             misread=fix_tokenizer_class,
-            own_template=template is not None,
+            own_template=own_template is not None,
         )
         if tokenizer_config.get("tokenizer_class") != former.get("tokenizer_class"):
             named = _object(contents, tokenizer_files, _SPECIAL_MAP, what)
