@@ -19,7 +19,7 @@ RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311
 	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
 
 .PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing soak lint types check \
-	test test-demo test-faults test-slurm clean
+	test test-demo test-exports test-faults test-slurm clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -67,13 +67,23 @@ types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo and not faults and not slurm" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not faults and not slurm" -n 2 --dist loadfile
 
-test: venv models lint types  ## everything that a merge must pass, without demonstration, faults and Slurm: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo and not faults and not slurm" -n 2 --dist loadfile
+test: venv models lint types  ## everything that a merge must pass, without demonstration, exports, faults and Slurm: under fifteen minutes
+	@$(PY) -m pytest -q -m "not demo and not exports and not faults and not slurm" -n 2 --dist loadfile
 
 test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
+
+.venv-transformers4/installed.lock: tests/requirements-transformers4.lock requirements-cpu.lock | venv
+	@rm -rf .venv-transformers4 && $(PY) -m venv --without-pip .venv-transformers4
+	@$(PY) -m pip --python .venv-transformers4/bin/python install --quiet --no-compile --disable-pip-version-check --no-deps -r $<
+	@.venv-transformers4/bin/python -c 'import pathlib, sys, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "main.pth").write_text(sys.argv[1])' \
+	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@cp $< $@
+
+test-exports: venv models .venv-transformers4/installed.lock  ## exports read by transformers 4 (an environment of its own), 5 and vLLM
+	@$(PY) -m pytest -q -m exports tests/test_exports.py
 
 test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan
 	@$(PY) -m pytest -q -m faults

@@ -21,6 +21,7 @@ from distill.data.content import raise_if_ranks_differ
 from distill.data.context import teacher_views
 from distill.data.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
 from distill.inputs import (
+    Models,
     check_contexts,
     check_reading,
     contents_of,
@@ -31,6 +32,7 @@ from distill.inputs import (
     validates,
 )
 from distill.loss import check_loss_backend
+from distill.model.export_files import ExportFiles, read_export_files
 from distill.model.following import build_teacher
 from distill.model.load import model_config
 from distill.model.memory import plan_memory
@@ -74,6 +76,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         check_loss_backend(config.loss_fn, world.device)
     with world.agreed("finding the models"), world.main_first():
         models = find_models(config)
+    with world.agreed("reading the files that exports copy"):
+        exported = _export_files(config, models) if world.main and config.checkpointing.enabled else None
     with world.agreed("checking the layout and the memory"):
         forecast = plan_memory(config, *models.shapes, world.device)
         if world.main:
@@ -173,6 +177,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         teacher=teacher,
         freshness=Freshness(world, engine, student, models.valid_vocab),
         checkpoints=checkpoints,
+        exported=exported,
         recorder=recorder,
         validation=validation,
         sampling=sampling_of(config, models.stop_token_ids),
@@ -209,6 +214,17 @@ def _check_supported(config: Config) -> None:
             " val_at_end are false: the newest checkpoints are kept",
             checkpointing.metric_name,
         )
+
+
+def _export_files(config: Config, models: Models) -> ExportFiles:
+    tokenizer = config.policy.tokenizer
+    return read_export_files(
+        models.student,
+        models.tokenizer,
+        tokenizer.name,
+        models.stop_token_ids,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def _start_run_dir(arguments: Arguments, origin: Origin) -> Path:

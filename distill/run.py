@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from distill.data.prompts import PromptOrder
 from distill.data.resume import Origin
 from distill.inputs import Models
 from distill.model.export import export_hf
-from distill.model.load import model_config
+from distill.model.export_files import ExportFiles
 from distill.model.memory import PHASES, Forecast
 from distill.model.nonfinite import NonFinite, not_finite, sample_lines, sentence, write_report
 from distill.model.student import Student
@@ -59,6 +60,8 @@ class Run:
     teacher: Teacher
     freshness: Freshness
     checkpoints: Checkpoints
+    exported: ExportFiles | None
+    """The small files of exports; on the main rank of a run with checkpoints."""
     recorder: Recorder
     validation: Validation
     sampling: Sampling
@@ -221,12 +224,22 @@ class Run:
             "data": self.order.state(step),
             "in_context": self.validation.reference,
             "recipe": asdict(self.config),
+            "stop_token_ids": self.models.stop_token_ids,
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
         self.checkpoints.settle(wait=True)  # the one before is good, whatever this one is
         give_back_freed_memory()  # of which a save leaves the smallest pieces
         self._check_finite(step, tensors)
-        self.checkpoints.save(step, tensors, info, self._export if exports else None, self.run_dir / METRICS_FILE)
+        small = self._small_files(step)
+        names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
+        self.checkpoints.save(
+            step,
+            tensors,
+            info,
+            partial(self._export, files=small) if exports else None,
+            self.run_dir / METRICS_FILE,
+            {} if small is None else small.stored(self.student.dtype, names),
+        )
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
         """Raise AgreedFailure, on all ranks, where one is about to save nan or infinity; collective."""
@@ -256,10 +269,15 @@ class Run:
                 write_report(files / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
             raise AgreedFailure(sentence(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
 
-    def _export(self, folder: Path) -> None:
-        files, dtype = self.models.student, self.student.dtype
-        config = model_config(files, "policy.model_name")
-        export_hf(folder / "hf", self.student.weights(), files, config, self.models.tokenizer, dtype, self.world.main)
+    def _small_files(self, step: int) -> ExportFiles | None:
+        """What an export of the weights after ``step`` steps holds beside them; None on ranks that write none."""
+        if self.exported is None:
+            return None
+        tokens = {id_: self.models.tokenizer.convert_ids_to_tokens(id_) for id_ in self.models.stop_token_ids}
+        return self.exported.with_card(asdict(self.config), step, tokens)
+
+    def _export(self, folder: Path, files: ExportFiles | None) -> None:
+        export_hf(folder / "hf", self.student.weights(), files, self.student.dtype)
 
     def validate_at_end(self) -> None:
         """Validate the last step's weights where that is due, after one more sync; collective."""

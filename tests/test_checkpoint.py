@@ -25,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.config import CheckpointingConfig
 from distill.model.export import export_hf
+from distill.model.export_files import ExportFiles
 from distill.runtime.checkpoint import (
     Checkpoints,
     background,
@@ -256,7 +257,7 @@ def test_an_export_that_fails_ends_the_gather_that_others_wait_in(tmp_path: Path
     (tmp_path / "hf").write_text("a file in the way")
     weights = iter([(f"w{i}", torch.zeros(1)) for i in range(3)])
     with pytest.raises(FileExistsError):
-        export_hf(tmp_path / "hf", weights, MagicMock(), None, None, torch.float32, writes=True)
+        export_hf(tmp_path / "hf", weights, ExportFiles({}, tied_as_read=True), torch.float32)
     assert next(weights, None) is None
 
 

@@ -22,8 +22,9 @@ from distill.config import (
     load_config,
 )
 from distill.config.template import teacher_template
-from distill.data.context import ContextViews, SamePromptViews, extract_trace, teacher_views
+from distill.data.context import ContextViews, SamePromptViews, teacher_views
 from distill.data.prompts import PromptOrder, load_prompts
+from distill.data.thoughts import extract_trace
 from distill.inputs import check_reading, find_models
 from distill.types import Problem, Prompt, Rollout, UserError
 from tests.harness import config_for

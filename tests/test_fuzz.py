@@ -18,6 +18,7 @@ import pytest
 import torch.distributed as dist
 
 import tests.malformed_data
+import tests.malformed_exports
 import tests.malformed_prompts
 import tests.malformed_thoughts
 import tests.malformed_tokenizer  # noqa: F401 registers its ways

@@ -24,6 +24,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from distill.config import ContextDistillationConfig
+from distill.data.clock import RunClock, current_time
 from distill.data.context import ContextViews
 from distill.data.prompts import chat_ids, token_ids
 from distill.data.text_checks import check_texts
@@ -494,10 +495,10 @@ def test_an_id_past_the_embeddings_is_refused_with_its_row(tmp_path: Path) -> No
         found = find_models(config)
         assert found.valid_vocab == 384
         if not refused:
-            assert len(read_prompts(config, found).prompts) == 3
+            assert len(read_prompts(config, found, RunClock(current_time())).prompts) == 3
             continue
         with pytest.raises(UserError, match=r"data\.train: problem 3 \(.*rows\.jsonl: 'What is <x123>\?'\) .*id 384"):
-            read_prompts(config, found)
+            read_prompts(config, found, RunClock(current_time()))
 
 
 def test_a_context_with_an_id_past_the_embeddings_is_refused_before_the_first_step(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.runtime.checkpoint import ShardsReader
+from distill.runtime.checkpoint import ShardsReader, files_of, read_info
 from distill.runtime.checkpoint.claim import FILE
+from distill.runtime.checkpoint.record import write_info
 from tests.helpers import free_port, run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -382,6 +383,7 @@ def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:
     folder = root / "checkpoints/whole/step_4/hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
+    assert model.generation_config.eos_token_id == 258 and "| steps | 4 |" in (folder / "README.md").read_text()
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
     assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == [FILE, "step_2", "step_4"]
 
@@ -400,6 +402,18 @@ def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(
     half, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", out))
     assert half.keys() == whole.keys()
     assert all(torch.equal(half[name], tensor.to(torch.bfloat16)) for name, tensor in whole.items())
+    with monkeypatch.context() as patch:  # the model is gone: the checkpoint has all that is needed
+        patch.setattr(export_hf, "find_model", MagicMock(side_effect=AssertionError))
+        patch.setattr(export_hf, "load_tokenizer", MagicMock(side_effect=AssertionError))
+        assert export_hf.main([str(step), str(tmp_path / "alone")]) == 0
+    older = shutil.copytree(step, tmp_path / "older/step_4")
+    shutil.rmtree(older / "export_files")
+    info = read_info(older)
+    del info["stop_token_ids"]
+    write_info(older, info, {name: sum_ for name, sum_ in files_of(info).items() if "export_files" not in name})
+    assert export_hf.main([str(older), str(tmp_path / "of an older one")]) == 0
+    for folder in (tmp_path / "alone", tmp_path / "of an older one"):
+        assert all((folder / name).read_bytes() == (out / name).read_bytes() for name in files), folder
     shutil.copytree(step, tmp_path / "step_4")
     os.truncate(tmp_path / "step_4/shards/__1_0.distcp", 100)
     for checkpoint, target, said in (

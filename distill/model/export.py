@@ -3,73 +3,64 @@
 from __future__ import annotations
 
 import json
-import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.model.load import ModelFiles
+from distill.model.export_files import ExportFiles
 
 _SHARD_BYTES = 5 * 2**30
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
 
 
 def export_hf(
-    folder: Path,
-    weights: Iterable[tuple[str, Tensor]],
-    files: ModelFiles,
-    config: Any,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    writes: bool,
+    folder: Path, weights: Iterable[tuple[str, Tensor]], files: ExportFiles | None, dtype: torch.dtype
 ) -> None:
     """Write what ``AutoModelForCausalLM.from_pretrained(folder)`` loads: weights, configuration, tokenizer.
 
-    All ranks call it and drain ``weights`` (a gather); the one that ``writes`` holds one file's worth, 5 GB, at most.
-    An error of writing comes behind the gather's end, for the others wait in it.
+    All ranks call it and drain ``weights`` (a gather). The rank with ``files`` writes; it holds one file's worth of
+    weights, 5 GB, at most. It raises its errors after the gather, in which the other ranks wait.
     """
     left = iter(weights)
     try:
-        if writes:
-            _write(folder, left, files, config, tokenizer, dtype)
+        if files is not None:
+            _write(folder, left, files, dtype)
     finally:
         for _ in left:
             pass
 
 
-def _write(
-    folder: Path,
-    weights: Iterator[tuple[str, Tensor]],
-    files: ModelFiles,
-    config: Any,
-    tokenizer: Any,
-    dtype: torch.dtype,
-) -> None:
+def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFiles, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    names = _write_shards(folder, weights)
+    for stale in (*folder.glob("model*.safetensors"), folder / _INDEX):  # of an earlier export with other shards
+        stale.unlink(missing_ok=True)
+    names, nbytes = _write_shards(folder, weights)
     total = len(set(names.values()))
     renamed = {file: _shard_name(i, total) for i, file in enumerate(dict.fromkeys(names.values()))}
     for file, final in renamed.items():
         (folder / file).rename(folder / final)
     if total > 1:
-        index = {"metadata": {}, "weight_map": {name: renamed[file] for name, file in names.items()}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = type(config).from_dict(config.to_dict())
-    config.dtype = dtype
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if (files.folder / "generation_config.json").is_file():
-        shutil.copyfile(files.folder / "generation_config.json", folder / "generation_config.json")
+        weight_map = {name: renamed[file] for name, file in names.items()}
+        index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2))
+    for name, content in files.complete(dtype, names.keys()).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    mode = stat.S_IMODE((folder / _CONFIG).stat().st_mode)
+    for weights_file in renamed.values():  # safetensors lets only the owner read it, whatever the umask allows
+        (folder / weights_file).chmod(mode)
 
 
-def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Tensor name -> file, in files of a few GB, named by their order."""
+def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], int]:
+    """Tensor name -> file, in files of a few GB named by their order, and the bytes of all tensors."""
     names: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
-    size = 0
+    size = total = 0
 
     def flush() -> None:
         file = f"part-{len(set(names.values())):05d}.safetensors"
@@ -84,8 +75,9 @@ def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> dict[s
             size = 0
         shard[name] = tensor.cpu().clone()
         size += nbytes
+        total += nbytes
     flush()
-    return names
+    return names, total
 
 
 def _shard_name(place: int, total: int) -> str:

@@ -21,6 +21,8 @@ from distill.types import UserError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 """Model types whose packed, sharded path is tested against the plain model."""
+LICENSE_FILES = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
+"""The model card and what else a model comes with that exports copy."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
@@ -77,7 +79,7 @@ def _from_hub(name: str, key: str) -> Path:
     ):
         raise UserError(f"{key}={name} does not exist: give a folder with config.json and safetensors, or a hub name")
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *LICENSE_FILES]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client has a dozen kinds; to the user they all mean this
         raise UserError(

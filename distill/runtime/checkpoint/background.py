@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from distill.runtime.checkpoint.record import Sums, sums_of
+from distill.runtime.checkpoint.record import Sums, sums_of, write_durably
 from distill.runtime.checkpoint.shards import SHARDS, CountedSave, ShardsWriter
 from distill.runtime.place import progressed
 
@@ -36,12 +36,20 @@ class Write:
     """Tensors written to ``folder/shards`` by a thread; made by all ranks of ``group`` together, which it has for
     itself.
 
-    They are copied to host memory before it returns, so they may change right after. The thread dies with the process.
+    They are copied to host memory before it returns, so they may change right after. ``files``: further files that this
+    rank writes, content by path in ``folder``. The thread dies with the process.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None, rank: int) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        folder: Path,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        files: Mapping[str, bytes],
+    ) -> None:
         self._copies = {name: copied(tensor) for name, tensor in tensors.items()}
-        self._folder, self._group, self._rank = folder, group, rank
+        self._folder, self._group, self._rank, self._files = folder, group, rank, files
         self._began = time.monotonic()
         self.seconds = 0.0
         """From its beginning to its end."""
@@ -94,7 +102,10 @@ class Write:
         beginnings = (f"__{self._rank}_", ".metadata") if self._rank == 0 else (f"__{self._rank}_",)
         mine = [f"{SHARDS}/{path.name}" for path in sorted(folder.iterdir()) if path.name.startswith(beginnings)]
         expected = {f"{SHARDS}/{place.relative_path}" for place in (metadata.storage_data or {}).values()}
-        return Written(None, sums_of(self._folder, mine), frozenset(expected))
+        for name, content in self._files.items():
+            (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self._folder / name, content)
+        return Written(None, sums_of(self._folder, [*mine, *self._files]), frozenset(expected))
 
 
 @torch.no_grad()

@@ -218,12 +218,14 @@ class Checkpoints:
         info: Mapping[str, Any],
         export: Callable[[Path], None] | None = None,
         history: Path | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Begin to write ``step_N``; ``settle`` makes it a checkpoint. An earlier one that is on its way is awaited.
 
         ``tensors`` are copied before it returns. ``info`` is plain JSON. ``export`` writes more into the folder, is
         called on all ranks at once, and may fail on one of them only behind its last collective. ``history``: the run's
         metrics.jsonl, of which the rows up to ``step`` that are there when it settles become part of the checkpoint.
+        ``files``: small files that this rank adds, content by path in the checkpoint.
         """
         self.settle(wait=True)
         beside = self._dir / f"{_UNFINISHED}step_{step}"
@@ -239,7 +241,7 @@ class Checkpoints:
         if self._group is None and dist.is_initialized():
             # A group of its own: the background's collectives must not meet the run's.
             self._group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        write = Write(tensors, beside, self._group, self._world.rank)
+        write = Write(tensors, beside, self._group, self._world.rank, files or {})
         self._pending = _Pending(step, beside, dict(info), history, write)
 
     def settle(self, wait: bool) -> None:

@@ -98,10 +98,10 @@ def write_info(folder: Path, info: Mapping[str, Any], sums: Sums | None = None) 
     part.replace(folder / INFO)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write a text that survives a machine that loses power."""
-    with path.open("w") as file:
-        file.write(text)
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Write a file and flush it to the disk, so that it survives a power failure."""
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,0 +1,267 @@
+"""Exports read by transformers 4, transformers 5 and vLLM give the trainer's log-probs, and generation stops.
+
+`make test-exports` makes the environment with transformers 4 and runs these tests alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from distill.data.tokenizer import load_tokenizer
+from distill.model.export import export_hf
+from distill.model.export_files import read_export_files
+from distill.model.load import find_model
+from distill.model.student import Student
+from distill.runtime.world import World
+from tests.harness import config_for
+from tests.helpers import run_ranks, tiny_config
+from tests.read_exports import TEXTS, read
+from tests.tiny_tokenizer import tiny_tokenizer
+
+pytestmark = pytest.mark.exports
+REPO = Path(__file__).resolve().parent.parent
+PYTHON_4 = REPO / ".venv-transformers4/bin/python"
+SMOLLM2 = REPO / "models/SmolLM2-135M-pruned"
+
+IDS = [(37 * i) % 250 for i in range(1, 31)]
+NEW_TOKENS = 16
+SOURCE_EOS = 256  # <|endoftext|>, which the base models stop at
+RENDERED = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1+2?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+
+@dataclass(frozen=True)
+class Variant:
+    family: str
+    tied: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+
+VARIANTS = {
+    "llama": Variant("llama", settings={"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
+    "llama-untied-biases": Variant("llama", False, {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": Variant(
+        "llama", settings={"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}}
+    ),
+    "llama-llama3": Variant("llama", False, {"rope_parameters": LLAMA3}),
+    "llama-yarn": Variant("llama", settings={"rope_parameters": YARN}),
+    "llama-float16": Variant("llama", dtype=torch.float16),
+    "qwen2": Variant("qwen2", settings={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2-untied-sliding": Variant("qwen2", False, SLIDING),
+    "qwen3-untied": Variant("qwen3", False, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3-yarn-sliding": Variant("qwen3", True, {"rope_parameters": YARN, **SLIDING}),
+    "gemma3": Variant("gemma3_text"),
+    "gemma3-untied-linear": Variant(
+        "gemma3_text",
+        False,
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            }
+        },
+    ),
+}
+BFLOAT16 = ("llama-llama3", "gemma3")
+"""Also exported in bfloat16."""
+VLLM = "llama-llama3"
+
+
+def save_source(folder: Path, variant: Variant, seed: int) -> None:
+    """A random model as the installed transformers 5 saves it, whose own generation stops at <|endoftext|>."""
+    torch.manual_seed(seed)
+    config = tiny_config(variant.family, variant.tied)
+    values = {**config.to_dict(), **variant.settings}
+    values.pop("layer_types", None) if "use_sliding_window" in values and variant.settings else None
+    config = type(config).from_dict(values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = SOURCE_EOS
+    model.to(variant.dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+@torch.inference_mode()
+def greedy(folder: Path) -> list[int]:
+    """The plain greedy continuation of IDS, one token at a time, with no stop id."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tokens = list(IDS)
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(IDS) :]
+
+
+def stop_of(continuation: Sequence[int]) -> int:
+    """Of the first half of a continuation, the token that occurs there last for the first time."""
+    half = continuation[: NEW_TOKENS // 2]
+    return max(set(half), key=half.index)
+
+
+Job = tuple[str, str, str, tuple[int, ...]]
+"""Source folder, export folder, precision, stop ids."""
+
+
+def _export(jobs: Sequence[Job]) -> list[list[float]]:
+    """Load each source as the trainer does and export it; the trainer's log-probs of IDS after the first."""
+    found = []
+    world = World()
+    world.build_mesh("cpu", tp=1, cp=1)
+    for source, out, precision, stops in jobs:
+        settings = f"policy.precision={precision}", "distillation.allow_degenerate=true"
+        config = config_for(Path(source), Path(source), *settings)
+        files = find_model(source, "policy.model_name")
+        tokenizer = load_tokenizer(files, None, "policy.tokenizer.name")
+        student = Student(config, files, world, max(tokenizer.vocab_size, 384), stops)
+        export_hf(Path(out), student.weights(), read_export_files(files, tokenizer, None, stops), student.dtype)
+        found.append(student.logprobs(IDS))
+    return found
+
+
+@dataclass
+class Seen:
+    """What the trainer has and the readers found, by export folder."""
+
+    trainer: dict[str, list[float]] = field(default_factory=dict)
+    expected: dict[str, list[int]] = field(default_factory=dict)
+    """Greedy tokens up to and with the first stop id."""
+    by_4: dict[str, Any] = field(default_factory=dict)
+    by_vllm: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, Path] = field(default_factory=dict)
+
+
+def _start(python: Path, root: Path, name: str, job: Mapping[str, Any]) -> tuple[subprocess.Popen[str], Path]:
+    (root / f"{name}.json").write_text(json.dumps(job))
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [str(python), str(REPO / "tests/read_exports.py"), f"{root / name}.json", f"{root / name}.pt"]
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return process, root / f"{name}.pt"
+
+
+def _result(process: subprocess.Popen[str], file: Path, version: str) -> Any:
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-3000:]
+    saved = torch.load(file, weights_only=False)
+    assert saved["version"].startswith(version), saved["version"]
+    return saved["result"]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Sources in version 5's dialect, exported and read; then what version 4 saves of them, exported and read."""
+    assert PYTHON_4.exists(), "run `make test-exports`, which makes the environment with transformers 4"
+    root, seen = tmp_path_factory.mktemp("exports"), Seen()
+    jobs: list[Job] = []
+    for seed, (name, variant) in enumerate(VARIANTS.items()):
+        source = root / "source-5" / name
+        save_source(source, variant, seed)
+        continuation = greedy(source)
+        stop = stop_of(continuation)
+        precisions = ("float32", "bfloat16") if name in BFLOAT16 else ("float32",)
+        for precision in precisions:
+            out = str(root / "export-5" / f"{name}-{precision}")
+            jobs.append((str(source), out, precision, (stop, SOURCE_EOS)))
+            seen.sources[out] = source
+            end = next(i for i, token in enumerate(continuation, 1) if token in (stop, SOURCE_EOS))
+            seen.expected[out] = continuation[:end]
+    smollm2 = str(root / "export-5" / "smollm2")
+    jobs.append((str(SMOLLM2), smollm2, "float32", ()))
+    seen.sources[smollm2] = SMOLLM2
+    (logprobs,) = run_ranks(1, _export, jobs)
+    seen.trainer |= {job[1]: values for job, values in zip(jobs, logprobs, strict=True)}
+    resaved = {job[1]: str(root / "source-4" / Path(job[1]).name) for job in jobs if job[1] != smollm2}
+    arguments: dict[str, Any] = {"ids": IDS, "new_tokens": NEW_TOKENS}
+    with ExitStack() as stack:
+        vllm_folder = str(root / "export-5" / f"{VLLM}-float32")
+        started = [
+            _start(Path(sys.executable), root, "vllm", {"folder": vllm_folder, **arguments}),
+            _start(PYTHON_4, root, "first", {"folders": [job[1] for job in jobs], "resave": resaved, **arguments}),
+        ]
+        for process, _ in started:
+            stack.callback(process.kill)
+        seen.by_4 |= _result(*started[1], "4.")
+        second = [
+            (resaved[out], out.replace("export-5", "export-4"), "float32", stops)
+            for _, out, precision, stops in jobs
+            if out != smollm2 and precision == "float32"
+        ]
+        (logprobs,) = run_ranks(1, _export, second)
+        seen.trainer |= {job[1]: values for job, values in zip(second, logprobs, strict=True)}
+        seen.sources |= {job[1]: Path(job[0]) for job in second}
+        seen.expected |= {job[1]: seen.expected[job[1].replace("export-4", "export-5")] for job in second}
+        started.append(_start(PYTHON_4, root, "second", {"folders": [job[1] for job in second], **arguments}))
+        stack.callback(started[-1][0].kill)
+        seen.by_4 |= _result(*started[-1], "4.")
+        seen.by_vllm[vllm_folder] = _result(*started[0], "5.")
+    return seen
+
+
+def _check(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
+    exact = folder.endswith(("float32", "smollm2"))
+    if exact:
+        after_first = torch.tensor(IDS[1:])[:, None]
+        ours, theirs = torch.tensor(seen.trainer[folder]), found["logprobs"][:-1].gather(1, after_first)[:, 0]
+        assert float((ours - theirs).abs().max()) < 1e-4, folder
+    tokenizer = Tokenizer.from_file(str(seen.sources[folder] / "tokenizer.json"))
+    assert found["text_ids"] == [tokenizer.encode(text).ids for text in TEXTS], folder
+    if not folder.endswith("smollm2"):
+        assert found["chat"] == RENDERED, folder
+        assert found["special"][:3] == [None, "<|im_end|>", "<|endoftext|>"], folder
+        assert found["dtype"] == f"torch.{'float32' if exact else 'bfloat16'}", folder
+    if exact and folder in seen.expected:
+        assert found["generated"] == seen.expected[folder], folder
+        assert len(found["generated"]) < NEW_TOKENS, "the stop id was not reached: the test shows nothing"
+
+
+def test_transformers_4_reads_exports_of_models_in_either_dialect_as_the_trainer_does(seen: Seen) -> None:
+    assert len(seen.by_4) == 2 * len(VARIANTS) + len(BFLOAT16) + 1
+    for folder, found in seen.by_4.items():
+        _check(found, folder, seen)
+
+
+def test_transformers_5_reads_exports_of_models_in_either_dialect_as_the_trainer_does(seen: Seen) -> None:
+    found = read(list(seen.by_4), IDS, NEW_TOKENS)
+    for folder in found:
+        _check(found[folder], folder, seen)
+    assert {folder: each["tied"] for folder, each in found.items()} == {
+        folder: each["tied"] for folder, each in seen.by_4.items()
+    }
+
+
+def test_vllm_reads_an_export_as_the_trainer_does(seen: Seen) -> None:
+    ((folder, found),) = seen.by_vllm.items()
+    ours, theirs = torch.tensor(seen.trainer[folder]), torch.tensor(found["logprobs"])
+    assert float((ours - theirs).abs().max()) < 1e-4
+    assert found["generated"] == seen.expected[folder], "vLLM stops at the stop ids of training"
+    tokenizer = Tokenizer.from_file(str(seen.sources[folder] / "tokenizer.json"))
+    assert found["text_ids"] == [tokenizer.encode(text).ids for text in TEXTS]
