@@ -20,6 +20,7 @@ from distill.model.load import (
 )
 from distill.model.shapes import ModelShape, shape_of
 from distill.model.teacher import check_top_k
+from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
@@ -51,10 +52,10 @@ def find_models(config: Config) -> Models:
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
     config_of_student = model_config(student, "policy.model_name")
-    shapes = (
-        shape_of(config_of_student, student.name),
-        shape_of(model_config(teacher, "teacher.model_name"), teacher.name),
-    )
+    config_of_teacher = model_config(teacher, "teacher.model_name")
+    shapes = shape_of(config_of_student, student.name), shape_of(config_of_teacher, teacher.name)
+    check_tensors(student, config_of_student, "policy.model_name")
+    check_tensors(teacher, config_of_teacher, "teacher.model_name")
     tokenizer = load_tokenizer(student, config.policy.tokenizer.name, "policy.tokenizer.name")
     teachers = load_tokenizer(teacher, config.teacher.tokenizer.name, "teacher.tokenizer.name")
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
