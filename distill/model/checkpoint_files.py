@@ -40,6 +40,8 @@ def json_object(path: Path, what: str) -> dict[str, Any]:
 def _object(path: Path, what: str, pairs: Any) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
+    except UserError:  # raised by ``pairs``
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} has a {path.name} that can't be read ({reason(error)}): download it again") from error
     if not isinstance(found, dict):

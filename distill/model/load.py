@@ -260,11 +260,12 @@ def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 model._init_weights(module)
 
 
-def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) -> None:
+def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, key: str = "model_name") -> None:
     """Fill parameters from the checkpoint, each rank reading its own slices only; no rank holds a whole model.
 
-    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or whole, of any floating dtype. Raises
-    UserError where the checkpoint lacks one, has another shape, or holds numbers that are not finite.
+    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or whole, of any floating dtype; ``key`` is the
+    configuration key that names the checkpoint. Raises UserError where the checkpoint lacks one, has another shape, or
+    holds numbers that are not finite.
     """
     with torch.no_grad():
         for name, parameter in parameters:
@@ -281,8 +282,8 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) ->
                 read = files.tensor(name, local_slices(parameter)).to(local.dtype)
                 if not read.isfinite().all():
                     raise UserError(
-                        f"the checkpoint {files.name} holds nan or infinite numbers in {name} (as {local.dtype}):"
-                        " download it again, or choose another one"
+                        f"{key}={files.name} holds nan or infinite numbers in {name} (as {local.dtype}): download it"
+                        " again, or choose another checkpoint"
                     )
                 local.copy_(read)
 

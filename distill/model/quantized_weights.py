@@ -106,7 +106,7 @@ def _declared(folder: Path, what: str) -> tuple[str, Any] | None:
     for section, prefix in ((config, ""), (nested if isinstance(nested, dict) else {}, "text_config.")):
         for key in ("quantization_config", "compression_config", "quantization"):
             if section.get(key) is not None:
-                return f"{prefix}{key} in config.json", section[key]
+                return f"config.json's {prefix}{key}", section[key]
     for file, method in (("hf_quant_config.json", "modelopt"), ("quantize_config.json", "gptq")):
         if (folder / file).is_file():
             return file, {"quant_method": method, **json_object(folder / file, what)}
@@ -184,9 +184,9 @@ def _compressed_layout(weights: Any, where: str) -> Layout:
 
 def _modelopt_layouts(settings: Mapping[str, Any], what: str, place: str) -> tuple[Layout, ...]:
     nested = settings.get("quantization")
-    algorithm = (nested if isinstance(nested, dict) else settings).get("quant_algo")
+    algorithm = (nested if isinstance(nested, dict) else settings).get("quant_algo", "a method that it does not name")
     layouts = {
-        "NONE": (),  # only the KV cache is quantized
+        "NONE": (),  # null: only the KV cache is quantized
         "FP8": (_TENSOR,),
         "FP8_PER_CHANNEL_PER_TOKEN": (_CHANNEL,),
         "FP8_PB_WO": (Layout(128, 128),),
