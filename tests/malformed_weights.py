@@ -72,10 +72,9 @@ def _weights_stored_otherwise(shop: Workshop) -> Case:
     import torch
 
     model = shop.model()
-    end = shop.rng.choice(
-        ["weight_scale", "weight_scale_inv", "scales", "qzeros", "g_idx", "weight_packed", "weight.absmax", "SCB"]
-        + ["weight_zero_point", "lora_A.weight", "weight.quant_state.bitsandbytes__nf4", "pre_quant_scale"]
-    )
+    ends = "weight_scale weight_scale_inv scales qzeros g_idx weight_packed weight.absmax SCB weight_zero_point"
+    ends += " lora_A.weight weight.quant_state.bitsandbytes__nf4 pre_quant_scale"
+    end = shop.rng.choice(ends.split())
     name = f"model.layers.1.mlp.up_proj.{end}"
     change_weights(model, lambda tensors: tensors.update({name: torch.ones(4)}))
     return _model(shop, name, model, name)
@@ -105,15 +104,15 @@ def _files_that_contradict_each_other(shop: Workshop) -> Case:
     name = shop.rng.choice(sorted(tensors))
     kind = shop.rng.randrange(5)
     if kind == 0:
-        placed = dict.fromkeys(tensors, "a.safetensors")
         save_file(tensors, model / "a.safetensors")
-        index.write_text(json.dumps({"weight_map": placed}))
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors")}))
     elif kind == 1:
         save_file({name: torch.ones(3)}, model / "b.safetensors")
-        index.write_text(json.dumps({"weight_map": {**dict.fromkeys(tensors, "model.safetensors"), name: "b.safetensors"}}))
+        placed = {**dict.fromkeys(tensors, "model.safetensors"), name: "b.safetensors"}
+        index.write_text(json.dumps({"weight_map": placed}))
     elif kind == 2:
-        placed = json.dumps(dict.fromkeys(tensors, "model.safetensors"))
-        index.write_text(f'{{"weight_map": {{"{name}": "b.safetensors", {placed[1:]}}}')
+        entries = json.dumps(dict.fromkeys(tensors, "model.safetensors")).strip("{}")
+        index.write_text(f'{{"weight_map": {{"{name}": "b.safetensors", {entries}}}}}')
     elif kind == 3:
         (model / "adapter_config.json").write_text("{}")
     else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
@@ -75,11 +76,10 @@ def test_no_slice_reads_more_than_its_elements_and_their_scales(
 ) -> None:
     to_fp8(folder, "fp8 in partial blocks")
     files, read = _accounted(folder), []
-    opened = quantized_weights.safe_open
 
     class Recorded:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._file = opened(*args, **kwargs)
+            self._file = safe_open(*args, **kwargs)
 
         def __enter__(self) -> Any:
             self._file.__enter__()
@@ -90,7 +90,7 @@ def test_no_slice_reads_more_than_its_elements_and_their_scales(
 
         def get_slice(self, name: str) -> Any:
             class Part:
-                def __getitem__(_, slices: Any) -> Tensor:  # noqa: N805
+                def __getitem__(_, slices: Any) -> Tensor:
                     part: Tensor = self._file.get_slice(name)[slices]
                     read.append((name.rpartition(".")[2], tuple(part.shape)))
                     return part

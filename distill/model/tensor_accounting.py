@@ -48,8 +48,8 @@ def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
     for name, shape in needed.items():
         if files.shape(name) != tuple(shape):
             raise UserError(
-                f"{what} has {name} of shape {files.shape(name)}, and its config.json describes {tuple(shape)}: the"
-                " files don't belong together, so download it again"
+                f"{what} has {name} of another shape than its config.json describes ({files.shape(name)} and"
+                f" {tuple(shape)}): the files don't belong together, so download it again"
             )
     _check_types(files, needed, what)
     _check_others(files, model, needed, what)
