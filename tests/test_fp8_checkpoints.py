@@ -57,8 +57,11 @@ def _refusal(folder: Path, key: str = KEY) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, torch.float8_e4m3fn) for kind in FORMATS]
+    + [(kind, torch.float8_e5m2) for kind in ("fp8 in partial blocks", "modelopt")],
+)
 def test_every_slice_of_an_fp8_weight_is_elements_times_scales(folder: Path, kind: str, dtype: torch.dtype) -> None:
     meaning = to_fp8(folder, kind, dtype)
     files, rng = _accounted(folder), random.Random(0)

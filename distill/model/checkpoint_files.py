@@ -67,7 +67,8 @@ def stored_tensors(folder: Path, what: str) -> dict[str, StoredTensor]:
     does. Raises UserError, beginning with ``what``, where files are missing, damaged or contradict each other.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _files(folder, what):
+    named = _weight_map(folder, what)
+    for file in _files(folder, named, what):
         for stored in _headers(file, what):
             name = f"model.{stored.name}" if _OF_THE_BASE_MODEL.match(stored.name) else stored.name
             if name in tensors:
@@ -76,35 +77,34 @@ def stored_tensors(folder: Path, what: str) -> dict[str, StoredTensor]:
                     " not defined: remove the file that is not part of the model, or download it again"
                 )
             tensors[name] = stored
+    there = {(stored.name, stored.file.name) for stored in tensors.values()}
+    if lacking := sorted(tensor for tensor, file in named.items() if (tensor, file) not in there):
+        raise UserError(
+            f"{what} names {len(lacking)} tensors that their files don't hold ({lacking[0]}): download it again"
+        )
     return tensors
 
 
-def _files(folder: Path, what: str) -> list[Path]:
-    """The files that transformers would read: one, or those of the index."""
-    index, single = folder / _INDEX, folder / _SINGLE
-    if not index.is_file():
+def _files(folder: Path, named: dict[str, str], what: str) -> list[Path]:
+    """The files that transformers would read: one, or those that the index names."""
+    single = folder / _SINGLE
+    if not named:
         if single.is_file():
             return [single]
         raise UserError(f"{what} {_why_no_weights(folder)}")
-    named = _weight_map(index, what)
     files = sorted({folder / file for file in named.values()})
     if absent := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{what} lacks {len(absent)} of its files ({absent[0]}): download it whole")
+        raise UserError(f"{what} lacks {len(absent)} of its files ({absent[0]}): download it completely")
     if single.is_file() and single not in files:
         raise UserError(
             f"{what} holds both a {_SINGLE} and a {_INDEX} that names other files, so which weights count is not"
             " defined: remove the one that is not the model"
         )
-    there = {(stored.name, file.name) for file in files for stored in _headers(file, what)}
-    if lacking := sorted(tensor for tensor, file in named.items() if (tensor, file) not in there):
-        raise UserError(
-            f"{what} names {len(lacking)} tensors that their files don't hold ({lacking[0]}): download it again"
-        )
     return files
 
 
 def _why_no_weights(folder: Path) -> str:
-    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    shards = sorted(file.name for file in folder.glob("*.safetensors") if file.is_file())
     if shards:
         return (
             f"holds {shards[0]} but neither {_SINGLE} nor {_INDEX}, so which tensors belong to the model is not"
@@ -116,8 +116,11 @@ def _why_no_weights(folder: Path) -> str:
     )
 
 
-def _weight_map(index: Path, what: str) -> dict[str, str]:
-    """Tensor -> file name, from the index."""
+def _weight_map(folder: Path, what: str) -> dict[str, str]:
+    """Tensor -> file name, from the index; empty where the folder has no index."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return {}
     named = _object(index, what, _each_key_once(index, what)).get("weight_map")
     valid = isinstance(named, dict) and all(
         isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in named.values()

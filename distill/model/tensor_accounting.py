@@ -41,9 +41,11 @@ def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
     model = meta_model(config, "eager", torch.float32)
     needed = manifest_of(model)
     if missing := sorted(needed.keys() - files.tensors.keys()):
+        others = sorted(files.tensors.keys() - needed.keys())
         raise UserError(
-            f"{what} lacks {_listed(missing)} of the {len(needed)} tensors that its config.json describes: download it"
-            " again, or choose a complete checkpoint"
+            f"{what} lacks {_listed(missing)} of the {len(needed)} that its config.json describes"
+            f"{f', and holds {_listed(others)} that it does not describe' if others else ''}: download it again, or"
+            " choose a complete checkpoint of this model"
         )
     for name, shape in needed.items():
         if files.shape(name) != tuple(shape):
