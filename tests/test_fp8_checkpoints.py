@@ -102,7 +102,9 @@ def test_no_slice_reads_more_than_its_elements_and_their_scales(
 
     monkeypatch.setattr(quantized_weights, "safe_open", Recorded)
     files.tensor(UP, (slice(40, 60), slice(39, 41)))  # 128 x 64 in blocks of 48 x 40: borders at 48 and at 40
-    assert read == [("weight", (20, 2)), ("weight_scale_inv", (2, 2))]
+    files.tensor(UP, (slice(100, 110), slice(50, 64)))
+    assert read[:2] == [("weight", (20, 2)), ("weight_scale_inv", (2, 2))]
+    assert read[2:] == [("weight", (10, 14)), ("weight_scale_inv", (1, 1))]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,9 @@ def test_no_engine_builds_a_quantized_model_of_an_fp8_student(folder: Path, monk
     build._build_vllm(config, files, {}, 384)
     assert given[0]["hf_overrides"] == {"rope_theta": 5.0}
     assert given[1]["hf_overrides"] == {"rope_theta": 5.0, "quantization_config": None, "compression_config": None}
+    generation.vllm_kwargs = {"hf_overrides": "rope_theta"}
+    with pytest.raises(UserError, match="hf_overrides is no section"):
+        build._build_vllm(config, files, {}, 384)
     shape = model_config(files, "policy.model_name")
     assert not hasattr(shape, "quantization_config")
     assert manifest_of(meta_model(shape, "eager", torch.float32)).keys() <= files.tensors.keys()

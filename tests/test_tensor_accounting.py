@@ -197,6 +197,11 @@ def test_a_tensor_that_the_index_leaves_out_is_read_from_its_file_as_transformer
     assert (_logits(folder) - _logits_of_transformers(folder)).abs().max() < 1e-4
 
 
+def test_a_tensor_that_the_index_names_and_its_file_lacks_is_refused(folder: Path) -> None:
+    _in_two_files(folder, **{"mtp.weight": FIRST})
+    assert "names 1 tensors that their files don't hold (mtp.weight)" in _refusal(folder)
+
+
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     tensors = _in_two_files(folder)
     save_file({**load_file(folder / FIRST), UP: tensors[UP] * 2}, folder / FIRST)

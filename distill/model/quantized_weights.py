@@ -95,7 +95,7 @@ def read_quantization(folder: Path, what: str) -> Quantization | None:
         return Quantization(method, _modelopt_layouts(settings, what, place))
     raise UserError(
         f"{what} is quantized with {_NAMES.get(method, method)} ({place}), which is not supported: {_INSTEAD}; if its"
-        f" weights are stored as plain floats, remove it"
+        " weights are stored as plain floats, remove that entry"
     )
 
 

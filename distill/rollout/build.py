@@ -117,8 +117,10 @@ def _build_vllm(config: Config, files: ModelFiles, manifest: dict[str, torch.Siz
     arguments.update(config.policy.generation.vllm_kwargs)
     if read_quantization(files.folder, f"policy.model_name={files.name}") is not None:
         # The student was dequantized, and every sync brings plain floats.
-        plain = {"quantization_config": None, "compression_config": None}
-        arguments["hf_overrides"] = {**(arguments.get("hf_overrides") or {}), **plain}
+        given = arguments.get("hf_overrides") or {}
+        if not isinstance(given, dict):
+            raise UserError("policy.generation.vllm_kwargs.hf_overrides is no section: give keys with values")
+        arguments["hf_overrides"] = {**given, "quantization_config": None, "compression_config": None}
     try:
         return VllmEngine(
             str(files.folder),
