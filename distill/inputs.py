@@ -20,6 +20,7 @@ from distill.data.tokenizer import compare_vocabularies, load_tokenizer, stop_id
 from distill.model.load import ModelFiles, find_model, model_config
 from distill.model.shapes import ModelShape, shape_of
 from distill.model.teacher import check_top_k
+from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.runtime.dealing import quadratic_cost
 from distill.runtime.packing import PackingConfig
@@ -51,10 +52,11 @@ def find_models(config: Config) -> Models:
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
     config_of_student = model_config(student, "policy.model_name")
-    shapes = (
-        shape_of(config_of_student, student.name),
-        shape_of(model_config(teacher, "teacher.model_name"), teacher.name),
-    )
+    config_of_teacher = model_config(teacher, "teacher.model_name")
+    shapes = shape_of(config_of_student, student.name), shape_of(config_of_teacher, teacher.name)
+    check_tensors(student, config_of_student, "policy.model_name")
+    if teacher.folder != student.folder:
+        check_tensors(teacher, config_of_teacher, "teacher.model_name")
     tokenizer, teachers = _tokenizers(config, student, teacher)
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os.path
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill.config.build import reason
+from distill.model.checkpoint_files import StoredTensor, check_format, stored_tensors
+from distill.model.checkpoint_files import json_object as json_object
+from distill.model.quantized_weights import WeightScale, dequantized, read_quantization, weight_scales
 from distill.runtime.place import progressed
 from distill.types import UserError
 
@@ -23,6 +25,8 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 """Model types whose packed, sharded path is tested against the plain model."""
 LICENSE_FILES = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
 """The model card and what else a model comes with that exports copy."""
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""Element types, as safetensors names them, that are the weights themselves. F64 is rounded, as transformers does."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 
@@ -34,38 +38,53 @@ class ModelFiles:
     name: str
     """As the user wrote it."""
     folder: Path
-    files: dict[str, Path]
-    """Tensor name -> the safetensors file that holds it."""
+    tensors: Mapping[str, StoredTensor]
+    """Every tensor of the files, by the name of the parameter that takes it."""
+    scales: Mapping[str, WeightScale] = field(default_factory=dict)
+    """Of the weights that are stored in FP8."""
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the safetensors file that holds it."""
+        return {name: stored.file for name, stored in self.tensors.items()}
 
     def tensor(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One tensor, or one slice of it, read from its file; never more than that is in memory."""
-        with safe_open(self.files[name], framework="pt") as file:
-            part = file.get_slice(name)
+        """One tensor, or one slice of it, in plain floats; never more than that is in memory.
+
+        An FP8 weight is dequantized to float32. Raises UserError for any other type that is not a plain float.
+        """
+        stored = self.tensors[name]
+        if name in self.scales:
+            return dequantized(stored, self.scales[name], slices)
+        if stored.dtype not in PLAIN:
+            raise UserError(
+                f"the checkpoint {self.name} has {name} in the element type {stored.dtype}, which is no plain float:"
+                " choose one that is not quantized"
+            )
+        with safe_open(stored.file, framework="pt") as file:
+            part = file.get_slice(stored.name)
             tensor: Tensor = part[slices] if slices else part[:]
             return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole shape of a tensor, from its file's header."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def is_floating(self, name: str) -> bool:
-        """Whether a tensor holds floating-point numbers, from its file's header."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return "F" in str(file.get_slice(name).get_dtype())
+        """The complete shape of a tensor, from its file's header."""
+        return self.tensors[name].shape
 
 
 def find_model(name: str, key: str) -> ModelFiles:
     """The checkpoint that ``key`` names: a folder, or a model of the hub (taken from its cache or fetched).
 
-    Raises UserError where there is none, or where it holds no safetensors.
+    Raises UserError where it is missing, holds no safetensors, or is quantized with a method that is not supported.
     """
     folder = Path(name)
     if not os.path.isdir(folder):  # unlike Path.is_dir, also false for a name that no file can have
         folder = _from_hub(name, key)
+    what = f"{key}={name}"
+    check_format(folder, what)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}={name} holds no config.json: give the folder or hub name of a Hugging Face model")
-    return ModelFiles(name, folder, _tensor_files(folder, name, key))
+        raise UserError(f"{what} holds no config.json: give the folder or hub name of a Hugging Face model")
+    tensors = stored_tensors(folder, what)
+    return ModelFiles(name, folder, tensors, weight_scales(tensors, read_quantization(folder, what)))
 
 
 def _from_hub(name: str, key: str) -> Path:
@@ -80,63 +99,13 @@ def _from_hub(name: str, key: str) -> Path:
         raise UserError(f"{key}={name} does not exist: give a folder with config.json and safetensors, or a hub name")
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *LICENSE_FILES]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        others = ["original/*", "consolidated*"]  # the same weights once more, in their makers' own formats
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=others))
     except Exception as error:  # the hub's client has a dozen kinds; to the user they all mean this
         raise UserError(
             f"{key}={name} is no folder, and the hub did not give it ({type(error).__name__}): download it first,"
             " or give a folder"
         ) from error
-
-
-def _tensor_files(folder: Path, name: str, key: str) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = json_object(index, f"{key}={name}").get("weight_map")
-        plain = isinstance(named, dict) and all(
-            isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in named.values()
-        )
-        if not plain or not named:
-            raise UserError(
-                f"{key}={name} has a {index.name} without a weight_map from tensors to safetensors files beside it:"
-                " download it again"
-            )
-        files = {tensor: folder / file for tensor, file in named.items()}
-        if absent := sorted({file.name for file in files.values() if not file.is_file()}):
-            raise UserError(f"{key}={name} lacks {len(absent)} of its files ({absent[0]}): download it whole")
-    else:
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise UserError(
-                f"{key}={name} holds no safetensors, and pickled weights are never read, as they can run code: convert"
-                " them where you trust them with save_pretrained(safe_serialization=True)"
-            )
-        files = dict.fromkeys(_tensor_names(single, f"{key}={name}"), single)
-    there = {(tensor, file) for file in set(files.values()) for tensor in _tensor_names(file, f"{key}={name}")}
-    if lacking := sorted(tensor for tensor, file in files.items() if (tensor, file) not in there):
-        raise UserError(
-            f"{key}={name} names {len(lacking)} tensors that their files don't hold ({lacking[0]}): download it again"
-        )
-    return files
-
-
-def _tensor_names(file: Path, what: str) -> list[str]:
-    """The names in a safetensors file's header, which also tells whether the file is as long as it should be."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{what} has a damaged {file.name} ({reason(error)}): download it again") from error
-
-
-def json_object(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file of a model; UserError, beginning with ``what``, where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what} has a {path.name} that can't be read ({reason(error)}): download it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{what} has a {path.name} that holds no keys and values: download it again")
-    return found
 
 
 def _has_experts(folder: Path) -> bool:
@@ -157,8 +126,9 @@ _POSITIVE = (
 def model_config(files: ModelFiles, key: str) -> Any:
     """The model's Hugging Face configuration; reads no weights, and never runs code that the folder brings.
 
-    Raises UserError for a family whose path is not tested and for a mixture of experts, by name, for sizes that no
-    model has, and for a setting that the packed path would pass over silently.
+    It is the configuration of the model in plain floats: a quantization is left out of it. Raises UserError for a
+    family whose path is not tested and for a mixture of experts, by name, for sizes that no model has, for a setting
+    that the packed path would pass over silently, and for a quantization that is not supported.
     """
     what = f"{key}={files.name}"
     raw = json_object(files.folder / "config.json", what)
@@ -174,6 +144,11 @@ def model_config(files: ModelFiles, key: str) -> Any:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
         raise UserError(f"{what} has a config.json that can't be read ({reason(error)}): download it again") from error
+    read_quantization(files.folder, what)  # refuses what can't be read as plain floats
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(part, name):
+                delattr(part, name)  # the model is built for plain floats
     for name in _POSITIVE:
         value = getattr(config, name, None)
         if name == "head_dim" and value is None:
@@ -236,29 +211,32 @@ def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 model._init_weights(module)
 
 
-def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles) -> None:
+def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, key: str = "model_name") -> None:
     """Fill parameters from the checkpoint, each rank reading its own slices only; no rank holds a whole model.
 
-    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or whole, of any floating dtype. Raises
-    UserError where the checkpoint lacks one or has another shape.
+    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or whole, of any floating dtype; ``key`` is the
+    configuration key that names the checkpoint. Raises UserError where the checkpoint lacks one, has another shape, or
+    holds numbers that are not finite.
     """
     with torch.no_grad():
         for name, parameter in parameters:
             progressed()
-            if name not in files.files:
+            if name not in files.tensors:
                 raise UserError(f"the checkpoint {files.name} lacks the tensor {name}: it is not a whole model")
             if (shape := files.shape(name)) != tuple(parameter.shape):
                 raise UserError(
                     f"the checkpoint {files.name} has {name} of another shape than its config.json says"
                     f" ({shape} against {tuple(parameter.shape)}): the files don't belong together"
                 )
-            if not files.is_floating(name):
-                raise UserError(
-                    f"the checkpoint {files.name} has {name} in whole numbers: choose one that is not quantized"
-                )
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.numel() > 0:
-                local.copy_(files.tensor(name, local_slices(parameter)))
+                read = files.tensor(name, local_slices(parameter)).to(local.dtype)
+                if not read.isfinite().all():
+                    raise UserError(
+                        f"{key}={files.name} holds nan or infinite numbers in {name} (as {local.dtype}): download it"
+                        " again, or choose another checkpoint"
+                    )
+                local.copy_(read)
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:

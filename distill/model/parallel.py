@@ -131,7 +131,7 @@ def load_sharded(
     materialize(model, torch.device("cpu") if offloaded else device)
     restore_buffers(model.causal_lm, device)
     with world.agreed(f"loading {files.name}"):
-        load_weights(model.named_hf_parameters(), files)
+        load_weights(model.named_hf_parameters(), files, key)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 
 from distill.config import Config
 from distill.model.load import ModelFiles, manifest_of, meta_model, model_config
+from distill.model.quantized_weights import read_quantization
 from distill.model.student import DTYPES
 from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
@@ -20,6 +21,7 @@ from distill.types import Sampling, UserError
 _NO_PARALLEL = "would lay the ranks out otherwise: use policy.generation.vllm_cfg.tensor_parallel_size"
 _NOT_HERE = {
     "quantization": "is not possible: the student samples with the weights that are trained, so remove it",
+    "quantization_config": "is not possible: the student samples with the weights that are trained, so remove it",
     "enable_lora": "is not possible: whole weights are trained, so remove it",
     "speculative_config": "is not possible: the draft model would never be synced, so remove it",
     "enable_batch_sharded_sampling": "is not possible: it would sample padding of the vocabulary, so remove it",
@@ -112,6 +114,13 @@ def _build_vllm(config: Config, files: ModelFiles, manifest: dict[str, torch.Siz
     arguments: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
     if settings.enforce_eager:
         arguments["enforce_eager"] = True
+    arguments.update(config.policy.generation.vllm_kwargs)
+    if read_quantization(files.folder, f"policy.model_name={files.name}") is not None:
+        # The student was dequantized, and every sync brings plain floats.
+        given = arguments.get("hf_overrides") or {}
+        if not isinstance(given, dict):
+            raise UserError("policy.generation.vllm_kwargs.hf_overrides is no section: give keys with values")
+        arguments["hf_overrides"] = {**given, "quantization_config": None, "compression_config": None}
     try:
         return VllmEngine(
             str(files.folder),
@@ -120,7 +129,7 @@ def _build_vllm(config: Config, files: ModelFiles, manifest: dict[str, torch.Siz
             settings.max_model_len,
             valid_vocab,
             settings.tensor_parallel_size,
-            {**arguments, **config.policy.generation.vllm_kwargs},
+            arguments,
         )
     except ValueError as error:  # what vLLM refuses of a model or an argument, in its own words
         reason = " ".join(str(error).split())[:400]

@@ -46,6 +46,7 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
         "distributed_executor_backend": "external_launcher",  # the only one whose worker is this very rank
         "enable_sleep_mode": can_sleep,
         "trust_remote_code": False,  # no code that a model's folder brings is ever run
+        "config_format": "hf",  # config.json, also where Mistral's params.json lies beside it
         "load_format": "dummy",  # every step begins with a whole sync; nothing is read from disk
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # no sampling defaults from the model's folder
