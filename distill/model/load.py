@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distill.config.build import reason, show
+from distill.model.architecture import check_architecture, check_config_file, decide_tied_head
 from distill.runtime.place import progressed
 from distill.types import UserError
 
@@ -168,6 +169,7 @@ def model_config(files: ModelFiles, key: str) -> Any:
             f"{what} is of the family {family}{mixture}{code}, which is not supported yet:"
             f" choose a dense model of {', '.join(FAMILIES)}"
         )
+    check_config_file(raw, what)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
@@ -189,6 +191,8 @@ def model_config(files: ModelFiles, key: str) -> Any:
                 f"{key}={files.name} has {name}={value} in its config.json, which is not supported:"
                 " choose a model without it"
             )
+    check_architecture(config, raw, what)
+    decide_tied_head(config, files, what)
     return config
 
 
