@@ -219,7 +219,7 @@ LONGROPE = {
 }
 _CHOOSE = "choose a model with one of default, linear, llama3, yarn"
 
-REFUSED: dict[str, tuple[Variant | str, ...]] = {
+REFUSED: dict[str, tuple[Any, ...]] = {
     "llama dynamic": (
         Variant("llama", theta(DYNAMIC)),
         *("rope_type=dynamic in the rope_parameters", "frequencies follow the longest position", _CHOOSE),

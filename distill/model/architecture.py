@@ -118,21 +118,25 @@ def _is_positive(number: object) -> bool:
 
 
 def foreign_settings(config: Any) -> list[str]:
-    """Names of the settings in a config.json that are not of its family: transformers' model ignores them."""
+    """Names of the settings that are not of the configuration's family: transformers' model ignores them.
+
+    Those in its config.json, and those of the key-value cache, which ``model_config`` has removed.
+    """
     known = {field.name for field in dataclasses.fields(config)} | {"model_type", "quantization_config"}
-    return [name for name in vars(config) if name not in known and not name.startswith("_")]
+    names = dict.fromkeys([*vars(config), *_CACHE_ONLY])
+    return [name for name in names if name not in known and not name.startswith("_")]
 
 
 def _drop_ignored(config: Any, what: str) -> None:
     for name in foreign_settings(config):
-        value = getattr(config, name)
+        value = getattr(config, name, None)
         if (name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]):
             _warn_once(
                 f"{what} has {name}={value} in its config.json, which the family {config.model_type} does not have:"
                 " transformers ignores it, and so do training and generation"
             )
         if name in _CACHE_ONLY:
-            delattr(config, name)
+            vars(config).pop(name, None)
 
 
 def _check_layer_types(config: Any, what: str) -> None:
