@@ -99,18 +99,26 @@ def _check_rotary(config: Any, raw: Mapping[str, Any], what: str) -> None:
             raise UserError(
                 f"{what} has rope_type={kind} in the {key} of its config.json, which is not supported: {choose}"
             )
-        factor = parameters.get("factor")
-        if kind != "default" and not _is_positive(factor) and not (kind == "yarn" and factor is None):
-            raise UserError(
-                f"{what} has factor={factor} in the {key} of its config.json, which must be a number above 0 for"
-                f" rope_type={kind}: download it again"
-            )
+        for name in _numbers_of(kind, parameters):
+            if not _is_positive(parameters.get(name)):
+                raise UserError(
+                    f"{what} has {name}={parameters.get(name)} in the {key} of its config.json, which must be a number"
+                    f" above 0 for rope_type={kind}: download it again"
+                )
         partial = parameters.get("partial_rotary_factor")
         if kind != "default" and partial not in (None, 1.0):
             raise UserError(
                 f"{what} has partial_rotary_factor={partial} in its config.json, which transformers can't combine with"
                 f" rope_type={kind} in the family {config.model_type}: choose a model without it"
             )
+
+
+def _numbers_of(kind: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Names of the rotary parameters that must be numbers above 0; some of YaRN's may be null."""
+    if kind == "default":
+        return ["rope_theta"]
+    optional = [name for name in ("factor", "attention_factor") if parameters.get(name) is not None]
+    return ["rope_theta", *optional] if kind == "yarn" else ["rope_theta", "factor"]
 
 
 def _is_positive(number: object) -> bool:
