@@ -43,7 +43,7 @@ def _rotary_positions(shop: Workshop) -> Case:
 
 @way
 def _settings_of_another_kind_of_model(shop: Workshop) -> Case:
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"is_causal": False},
         {"per_layer_config": {"0": {"intermediate_size": 64}}},
         {"layer_types": ["chunked_attention"] * 2},

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import tests.malformed_variants  # registers its ways
+import tests.malformed_variants  # noqa: F401  it registers its ways
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 from tests.helpers import free_port, run_ranks
 from tests.malformed import BROKEN, CANARY, TORCHRUN, WAYS, Case, malformed

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from distill.config import Config
 from distill.model.load import ModelFiles, find_model, model_config
 from distill.model.parallel import RowsModel, Sharding, load_sharded
 from distill.model.plain import plain_logits
@@ -23,15 +24,16 @@ from distill.rollout.engine import Engine
 from distill.rollout.transformers_engine import TransformersEngine
 from distill.rollout.vllm_config import check_vllm_config
 from distill.runtime.environment import prepare_for_vllm
-from distill.runtime.packing import view_of
+from distill.runtime.packing import PackingConfig, view_of
 from distill.runtime.world import World
 from distill.types import Problem, Prompt, Sampling, UserError
-from tests.harness import config_for
+from tests.harness import Step, config_for, differences, fixed_rollouts, plain_step, sharded_step
 from tests.helpers import run_ranks
 from tests.variants import (
     ENGINE_VARIANTS,
     NOT_IN_VLLM,
     REFUSED,
+    TENSOR_PARALLEL,
     VARIANTS,
     Variant,
     save_variant,
@@ -110,7 +112,7 @@ def _all_differences(root: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     root = tmp_path_factory.mktemp("variants")
     for name, variant in VARIANTS.items():
         save_variant(root / name, variant)
@@ -119,8 +121,8 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_of_a_variant_equal_those_of_from_pretrained(differences, name) -> None:
-    assert max(differences[name].values()) < 1e-5, differences[name]
+def test_logits_of_a_variant_equal_those_of_from_pretrained(measured, name) -> None:
+    assert max(measured[name].values()) < 1e-5, measured[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -217,3 +219,31 @@ def test_log_probs_of_a_variant_in_vllm_equal_those_of_from_pretrained(tmp_path:
     variant, ranks = ENGINE_VARIANTS[name]
     folder = save_variant(tmp_path / "m", variant)
     assert max(run_ranks(ranks, _vllm_difference, folder, ranks)) < 1e-4
+
+
+def _step_config(folder: Path, tp: int) -> Config:
+    settings = ("loss_fn.outside_topk=bucket", f"policy.dtensor_cfg.tensor_parallel_size={tp}")
+    window = [f"{model}.max_total_sequence_length=128" for model in ("policy", "teacher")]
+    return config_for(folder / "student", folder / "teacher", *settings, *window, ranks=2)
+
+
+def _tensor_parallel_steps(root: Path) -> dict[str, Step]:
+    world = World()
+    world.build_mesh("cpu", 2, 1)
+    packing = PackingConfig(12, sequences=None, tokens=120)
+    steps = {
+        name: sharded_step(_step_config(root / name, 2), world, fixed_rollouts(), packing) for name in TENSOR_PARALLEL
+    }
+    world.close()
+    return steps
+
+
+@pytest.mark.slow
+def test_gradients_of_biases_and_untied_heads_do_not_depend_on_tensor_parallelism(tmp_path: Path) -> None:
+    for name, variant in TENSOR_PARALLEL.items():
+        save_variant(tmp_path / name / "student", variant, seed=1)
+        save_variant(tmp_path / name / "teacher", variant, seed=2)
+    steps = run_ranks(2, _tensor_parallel_steps, tmp_path)[0]
+    for name, step in steps.items():
+        found = differences(step, plain_step(_step_config(tmp_path / name, 1), fixed_rollouts()))
+        assert max(found.values()) < 1e-5, (name, found)

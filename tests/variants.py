@@ -292,19 +292,15 @@ ENGINE_VARIANTS = {
     "llama3, biases, wide heads, a window and two ranks": (
         Variant(
             "llama",
-            {**BIASES, "head_dim": 64, "num_key_value_heads": 2, **theta(LLAMA3)},
-            raw={**FOREIGN, "sliding_window": 4, "architectures": ["LlamaForSequenceClassification"]},
+            {**BIASES, "head_dim": 64, "num_key_value_heads": 2},
+            raw={
+                **FOREIGN,
+                **as_version_4(LLAMA3),
+                "sliding_window": 4,
+                "architectures": ["LlamaForSequenceClassification"],
+            },
         ),
         2,
-    ),
-    "llama both spellings, a head beside a tie, named a draft model": (
-        Variant(
-            "llama",
-            {**TIED, **theta(LINEAR)},
-            raw={**as_version_4({"rope_type": "linear", "factor": 4}), "architectures": ["EagleLlamaForCausalLM"]},
-            tensors="other head",
-        ),
-        1,
     ),
     "qwen2 yarn in version 4, windows, dual chunk, float16 files": (
         Variant(
@@ -314,6 +310,7 @@ ENGINE_VARIANTS = {
                 **as_version_4({**YARN, "factor": None}),
                 "dual_chunk_attention_config": {"chunk_size": 8, "local_size": 4},
                 "qk_norm": True,
+                "architectures": ["Qwen2ForRewardModel"],
             },
             dtype=torch.float16,
         ),
@@ -338,3 +335,11 @@ ENGINE_VARIANTS = {
     ),
 }
 """Independent settings combined, and the ranks of the engine: starting one takes seconds."""
+
+_FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+TENSOR_PARALLEL = {
+    "llama biases": Variant("llama", {**BIASES, **_FOUR_HEADS, "head_dim": 48, **theta(LLAMA3)}),
+    # its padding token 0 is in the texts, and the embedding of 0 is zeros: a gradient there would be large
+    "gemma untied": Variant("gemma3_text", {**_FOUR_HEADS, "attention_bias": True}, tensors="other head"),
+}
+"""Checkpoints whose gradients must not depend on tensor parallelism."""
