@@ -53,9 +53,9 @@ def check_config_file(raw: Mapping[str, Any], what: str) -> None:
 
     ``what``: the key and value that name the model. Raises UserError.
     """
-    if raw.get("is_causal", True) is False:
+    if not raw.get("is_causal", True):
         raise UserError(
-            f"{what} has is_causal=False in its config.json, and a model that reads later tokens can't generate:"
+            f"{what} has is_causal={raw['is_causal']} in its config.json, and a model that reads later tokens can't generate:"
             " choose a causal language model"
         )
     if raw.get("per_layer_config"):
