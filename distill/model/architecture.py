@@ -55,8 +55,8 @@ def check_config_file(raw: Mapping[str, Any], what: str) -> None:
     """
     if not raw.get("is_causal", True):
         raise UserError(
-            f"{what} has is_causal={raw['is_causal']} in its config.json, and a model that reads later tokens can't generate:"
-            " choose a causal language model"
+            f"{what} has is_causal={raw['is_causal']} in its config.json, and a model that reads later tokens can't"
+            " generate: choose a causal language model"
         )
     if raw.get("per_layer_config"):
         raise UserError(
