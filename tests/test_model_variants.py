@@ -45,7 +45,7 @@ WINDOW = 96
 VOCAB = 384
 TOKENS = list(range(5, 70))  # longer than every window and every original length in the table
 PACK = [(tuple(TOKENS[:3]), tuple(TOKENS[3:])), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
-SAMPLING = Sampling(temperature=1.0, max_new_tokens=40, stop_token_ids=())
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=16, stop_token_ids=())
 
 
 def _plain(folder: Path) -> Any:

@@ -43,7 +43,7 @@ class Variant:
     raw: dict[str, Any] = field(default_factory=dict)
     """Keys of config.json to replace after saving; ``REMOVED`` takes one out."""
     tensors: str = ""
-    """How the files are changed: "other head" (one that differs from the embedding), "same head" or "no head"."""
+    """A change of the files: "other head" (it differs from the embedding), "same head", "no head", "no embedding"."""
     dtype: torch.dtype = torch.float32
     """Of the files."""
 
@@ -94,6 +94,8 @@ def _change_head(path: Path, change: str) -> None:
     embedding = tensors["model.embed_tokens.weight"]
     if change == "no head":
         del tensors["lm_head.weight"]
+    elif change == "no embedding":
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     else:
         tensors["lm_head.weight"] = embedding.clone() + (0.1 if change == "other head" else 0.0)
         if change == "other head":
@@ -263,6 +265,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "gemma window that is null": (Variant("gemma3_text", raw={"sliding_window": None}), "sliding_window=None"),
     "qwen3 fewer layer types": (Variant("qwen3", raw={"layer_types": ["full_attention"]}), "layer_types"),
     "llama without a head": (Variant("llama", tensors="no head"), "tie_word_embeddings=False", "no lm_head.weight"),
+    "llama embedding under the head's name": (
+        Variant("llama", TIED, tensors="no embedding"),
+        *("has its embedding under the name lm_head.weight", "save_pretrained"),
+    ),
     "gemma without a head": (
         Variant("gemma3_text", {"tie_word_embeddings": False}, tensors="no head"),
         *("tie_word_embeddings=False", "no lm_head.weight"),

@@ -173,8 +173,9 @@ def decide_tied_head(config: Any, files: ModelFiles, what: str) -> None:
     """Set ``config.tie_word_embeddings`` to whether the head is the embedding, as ``from_pretrained`` decides it.
 
     A head in the files that differs from the embedding is a head of its own, whatever config.json sets; logs a warning
-    then. Reads both tensors where a tied model has both. Raises UserError for an untied model without a head, which
-    transformers would initialise at random. Without files (a plan made from config.json alone) nothing changes.
+    then. Reads both tensors where a tied model has both. Without files (a plan made from config.json alone) nothing
+    changes. Raises UserError for an untied model without a head, which transformers would initialise at random, and
+    for an embedding under the head's name.
     """
     if not files.files:
         return
@@ -183,7 +184,14 @@ def decide_tied_head(config: Any, files: ModelFiles, what: str) -> None:
             f"{what} has tie_word_embeddings=False in its config.json (or by default) and no {HEAD} in its files:"
             " download it again, or set tie_word_embeddings to true there if the head is the embedding"
         )
-    if config.tie_word_embeddings and HEAD in files.files and EMBEDDING in files.files and not _same_values(files):
+    if not config.tie_word_embeddings or HEAD not in files.files:
+        return
+    if EMBEDDING not in files.files:
+        raise UserError(
+            f"{what} has its embedding under the name {HEAD} alone: load it with transformers' from_pretrained and save"
+            f" it with save_pretrained, which names it {EMBEDDING}"
+        )
+    if not _same_values(files):
         config.tie_word_embeddings = False
         _warn_once(
             f"{what} has tie_word_embeddings=True in its config.json (or by default), but its {HEAD} differs from its"
