@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
 
 from distill.model import quantized_weights
 from distill.model.load import ModelFiles, find_model, load_weights, manifest_of, materialize, meta_model, model_config
@@ -207,18 +207,15 @@ def test_no_engine_builds_a_quantized_model_of_an_fp8_student(folder: Path, monk
         vllm_cfg=SimpleNamespace(
             gpu_memory_utilization=0.5, enforce_eager=True, max_model_len=64, tensor_parallel_size=1
         ),
-        vllm_kwargs={"hf_overrides": {"rope_theta": 5.0}},
+        vllm_kwargs={},
     )
     config: Any = SimpleNamespace(policy=SimpleNamespace(precision="float32", generation=generation))
-    build._build_vllm(config, find_model(str(folder), "policy.model_name"), {}, 384)
     to_fp8(folder, "fp8 in blocks")
     files = find_model(str(folder), "policy.model_name")
-    build._build_vllm(config, files, {}, 384)
-    assert given[0]["hf_overrides"] == {"rope_theta": 5.0}
-    assert given[1]["hf_overrides"] == {"rope_theta": 5.0, "quantization_config": None, "compression_config": None}
-    generation.vllm_kwargs = {"hf_overrides": "rope_theta"}
-    with pytest.raises(UserError, match="hf_overrides is no section"):
-        build._build_vllm(config, files, {}, 384)
+    build._build_vllm(config, files, model_config(files, "policy.model_name"), 384)
+    read = AutoConfig.from_pretrained(folder)
+    assert hasattr(read, "quantization_config")
+    assert not hasattr(given[0]["hf_overrides"](read), "quantization_config")
     shape = model_config(files, "policy.model_name")
     assert not hasattr(shape, "quantization_config")
     assert manifest_of(meta_model(shape, "eager", torch.float32)).keys() <= files.tensors.keys()

@@ -34,6 +34,7 @@ from distill.types import Problem, Prompt, Rollout, Sampling, UserError
 from tests.harness import config_for
 from tests.helpers import run_ranks, save_tiny_model
 from tests.test_freshness import FakeMemory
+from tests.variants import NOT_IN_VLLM, save_variant
 
 pytestmark = pytest.mark.slow
 
@@ -489,6 +490,7 @@ def _refused(folder: Path, *overrides: str, ranks: int) -> str:
         (["policy.generation.vllm_kwargs={seed: 3}"], "vllm_kwargs.seed is set by the trainer: remove it"),
         (["policy.generation.vllm_kwargs={max_seqs: 3}"], "vllm_kwargs.max_seqs is no argument of vLLM's engine"),
         (["policy.generation.vllm_kwargs={max_num_seqs: 3}"], ""),
+        (["policy.generation.vllm_kwargs={hf_overrides: {sliding_window: 4}}"], "vllm_kwargs.hf_overrides is set by"),
         (["policy.generation.vllm_kwargs={quantization: fp8}"], "vllm_kwargs.quantization is not possible"),
         (
             ["policy.generation.vllm_kwargs={gpu_memory_utilization: 0.5}"],
@@ -518,6 +520,12 @@ def test_an_engine_of_several_ranks_needs_a_model_that_splits(tmp_path: Path, ra
     overrides = ("policy.generation.backend=vllm", f"policy.generation.vllm_cfg.tensor_parallel_size={ranks}")
     said = _refusal(folder, *overrides, ranks=ranks)
     assert sentence in said and bool(said) == bool(sentence)
+
+
+def test_a_model_that_vllm_builds_differently_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    folder = save_variant(tmp_path / "m", NOT_IN_VLLM["qwen3 biases"][0])
+    assert f"policy.model_name={folder} has attention_bias=True" in _refusal(folder, "policy.generation.backend=vllm")
+    assert _refusal(folder, "policy.generation.backend=transformers") == ""
 
 
 def test_without_vllm_the_other_member_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from distill.config.build import reason
+from distill.model.architecture import check_architecture, check_config_file, decide_tied_head
 from distill.model.checkpoint_files import StoredTensor, check_format, stored_tensors
 from distill.model.checkpoint_files import json_object as json_object
 from distill.model.quantized_weights import WeightScale, dequantized, read_quantization, weight_scales
@@ -140,6 +141,7 @@ def model_config(files: ModelFiles, key: str) -> Any:
             f"{what} is of the family {family}{mixture}{code}, which is not supported yet:"
             f" choose a dense model of {', '.join(FAMILIES)}"
         )
+    check_config_file(raw, what)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError or KeyError for one and the same thing
@@ -166,6 +168,8 @@ def model_config(files: ModelFiles, key: str) -> Any:
                 f"{key}={files.name} has {name}={value} in its config.json, which is not supported:"
                 " choose a model without it"
             )
+    check_architecture(config, raw, what)
+    decide_tied_head(config, files, what)
     return config
 
 

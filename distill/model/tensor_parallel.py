@@ -258,13 +258,16 @@ def _look_up_over_ranks(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     """Let an embedding whose rows are spread over ranks find a token's row wherever it is."""
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()
+    padding = -1 if embedding.padding_idx is None else embedding.padding_idx - first
 
     def forward(ids: Tensor) -> Tensor:
         rows = _local(embedding.weight)
         assert rows is not None
         own = ids - first
         absent = (own < 0) | (own >= len(rows))
-        found = F.embedding(own.masked_fill(absent, 0), rows).masked_fill(absent.unsqueeze(-1), 0.0)
+        # As in torch's own embedding, the padding row gets no gradient.
+        ignored = padding if 0 <= padding < len(rows) else None
+        found = F.embedding(own.masked_fill(absent, 0), rows, ignored).masked_fill(absent.unsqueeze(-1), 0.0)
         hidden: Tensor = _SumOverRanks.apply(found, group)  # type: ignore[no-untyped-call]
         scale = getattr(embedding, "embed_scale", None)  # Gemma's
         return hidden if scale is None else hidden * scale.to(hidden.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 
 from distill.config import Config
 from distill.model.load import ModelFiles, manifest_of, meta_model, model_config
-from distill.model.quantized_weights import read_quantization
 from distill.model.student import DTYPES
 from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
+from distill.rollout.vllm_config import apply_overrides, architecture_overrides, check_vllm_config
 from distill.runtime.environment import prepare_for_vllm
 from distill.runtime.world import World
 from distill.types import Sampling, UserError
@@ -32,6 +33,8 @@ _NOT_HERE = {
     "enforce_eager": "has a key of its own: set policy.generation.vllm_cfg.enforce_eager",
 }
 """Arguments of vLLM's that would break what the trainer relies on, and what to do instead."""
+_CONFIG_ARGUMENTS = ("hf_overrides", "hf_config_path", "config_format", "disable_sliding_window", "model_impl")
+"""Arguments that would have vLLM build another model than the one that is trained."""
 _INSTEAD = "or generate with transformers, slowly (policy.generation.backend=transformers)"
 
 
@@ -57,7 +60,7 @@ def check_backend(config: Config, files: ModelFiles, world: World) -> None:
             f"policy.generation.backend=vllm but the installed vllm runs on {theirs} and the run is on {ours}:"
             f" install its build for {ours}, {_INSTEAD}"
         )
-    fixed = {"model", "dtype", "tensor_parallel_size", "max_model_len", *fixed_arguments(False)}
+    fixed = {"model", "dtype", "tensor_parallel_size", "max_model_len", *_CONFIG_ARGUMENTS, *fixed_arguments(False)}
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in generation.vllm_kwargs:
         if name in fixed:
@@ -67,6 +70,17 @@ def check_backend(config: Config, files: ModelFiles, world: World) -> None:
         if name not in known:
             raise UserError(f"policy.generation.vllm_kwargs.{name} is no argument of vLLM's engine: remove it")
     _check_tensor_parallel(config, files, world)
+    what = f"policy.model_name={files.name}"
+    check_vllm_config(model_config(files, "policy.model_name"), generation.vllm_cfg.max_model_len, what)
+
+
+def vllm_config_overrides(config: Any) -> dict[str, Any]:
+    """Settings that vLLM must read otherwise than config.json has them, so that it builds the model that is trained.
+
+    ``config``: the Hugging Face configuration as ``model_config`` returns it. A value of None removes a setting. A
+    quantization goes: a quantized student is dequantized when it is loaded, and every sync brings plain floats.
+    """
+    return {**architecture_overrides(config), "quantization_config": None, "compression_config": None}
 
 
 def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> None:
@@ -104,28 +118,26 @@ def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: i
             replica=world.rank,
             replicas=world.size,
         )
-    return _build_vllm(config, files, manifest_of(meta_model(shape, "eager", dtype)), valid_vocab)
+    return _build_vllm(config, files, shape, valid_vocab)
 
 
-def _build_vllm(config: Config, files: ModelFiles, manifest: dict[str, torch.Size], valid_vocab: int) -> Engine:
+def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int) -> Engine:
     from distill.rollout.vllm_engine import VllmEngine
 
-    settings = config.policy.generation.vllm_cfg
-    arguments: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+    settings, dtype = config.policy.generation.vllm_cfg, DTYPES[config.policy.precision]
+    manifest = manifest_of(meta_model(shape, "eager", dtype))
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "hf_overrides": partial(apply_overrides, vllm_config_overrides(shape)),
+    }
     if settings.enforce_eager:
         arguments["enforce_eager"] = True
     arguments.update(config.policy.generation.vllm_kwargs)
-    if read_quantization(files.folder, f"policy.model_name={files.name}") is not None:
-        # The student was dequantized, and every sync brings plain floats.
-        given = arguments.get("hf_overrides") or {}
-        if not isinstance(given, dict):
-            raise UserError("policy.generation.vllm_kwargs.hf_overrides is no section: give keys with values")
-        arguments["hf_overrides"] = {**given, "quantization_config": None, "compression_config": None}
     try:
         return VllmEngine(
             str(files.folder),
             manifest,
-            DTYPES[config.policy.precision],
+            dtype,
             settings.max_model_len,
             valid_vocab,
             settings.tensor_parallel_size,

@@ -1,0 +1,232 @@
+"""What a config.json and its files say about the model: settings that are refused, dropped, or decided by the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distill.runtime.place import progressed
+from distill.types import UserError
+
+if TYPE_CHECKING:
+    from distill.model.load import ModelFiles
+
+log = logging.getLogger(__name__)
+
+ROTARY = ("default", "linear", "llama3", "yarn")
+"""Types of rotary position embeddings whose frequencies are the same at every position and for every length."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_BY_LENGTH = ("dynamic", "longrope", "su")
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_CACHE_ONLY = ("sliding_window", "layer_types", "attention_chunk_size", "num_kv_shared_layers")
+"""Settings that transformers' key-value cache reads even where the model's layers do not."""
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "partial_rotary_factor": (None, 1.0),
+    "rotary_pct": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
+    "logits_scaling": (None, 1.0),
+    "logit_scale": (None, 1.0),
+    "query_pre_attn_scalar": (None,),
+    "clip_qkv": (None,),
+    "bias": (None, False),
+    "qkv_bias": (None, False),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "qk_norm": (None, False),
+    "qk_layernorm": (None, False),
+    "use_qk_norm": (None, False),
+    "dual_chunk_attention_config": (None,),
+    "alibi": (None, False),
+}
+"""Settings of other families that would change the logits -> values with which they change nothing."""
+
+
+def check_config_file(raw: Mapping[str, Any], what: str) -> None:
+    """Refuse settings of a config.json with which transformers' own configuration is another kind of model.
+
+    ``what``: the key and value that name the model. Raises UserError.
+    """
+    if not raw.get("is_causal", True):
+        raise UserError(
+            f"{what} has is_causal={raw['is_causal']} in its config.json, and a model that reads later tokens can't"
+            " generate: choose a causal language model"
+        )
+    if raw.get("per_layer_config"):
+        raise UserError(
+            f"{what} has per_layer_config in its config.json, and layers of different sizes are not supported: choose a"
+            " model whose layers are alike"
+        )
+
+
+def check_architecture(config: Any, raw: Mapping[str, Any], what: str) -> None:
+    """Refuse settings under which packed sequences would differ from transformers' model; drop those it ignores.
+
+    ``config``: the Hugging Face configuration, changed in place; ``raw``: its config.json; ``what``: the key and value
+    that name the model. Logs a warning, once, for a setting that transformers ignores although it would change the
+    logits. Raises UserError.
+    """
+    _check_rotary(config, raw, what)
+    _drop_ignored(config, what)
+    _check_layer_types(config, what)
+    config.return_dict, config.output_hidden_states, config._output_attentions = True, False, False
+
+
+def rotary_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    """The rotary parameters of a Hugging Face configuration: one dictionary, or one for each type of layer in it."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [parameters[kind] for kind in _LAYER_TYPES if isinstance(parameters.get(kind), dict)]
+    yield from nested or [parameters]
+
+
+def _check_rotary(config: Any, raw: Mapping[str, Any], what: str) -> None:
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    choose = f"choose a model with one of {', '.join(ROTARY)}"
+    for parameters in rotary_parameters(config):
+        kind = parameters.get("rope_type", "default")
+        if isinstance(kind, str) and (kind in _BY_LENGTH or "dynamic" in kind):
+            raise UserError(
+                f"{what} has rope_type={kind} in the {key} of its config.json, and its frequencies follow the longest"
+                f" position in a batch, so that packing would change the logits: {choose}"
+            )
+        if kind not in ROTARY:
+            raise UserError(
+                f"{what} has rope_type={kind} in the {key} of its config.json, which is not supported: {choose}"
+            )
+        for name in _numbers_of(kind, parameters):
+            if not _is_positive(parameters.get(name)):
+                raise UserError(
+                    f"{what} has {name}={parameters.get(name)} in the {key} of its config.json, which must be a number"
+                    f" above 0 for rope_type={kind}: download it again"
+                )
+        partial = parameters.get("partial_rotary_factor")
+        if kind != "default" and partial not in (None, 1.0):
+            raise UserError(
+                f"{what} has partial_rotary_factor={partial} in its config.json, which transformers can't combine with"
+                f" rope_type={kind} in the family {config.model_type}: choose a model without it"
+            )
+
+
+def _numbers_of(kind: str, parameters: Mapping[str, Any]) -> list[str]:
+    """Names of the rotary parameters that must be numbers above 0; some of YaRN's may be null."""
+    if kind == "default":
+        return ["rope_theta"]
+    optional = [name for name in ("factor", "attention_factor") if parameters.get(name) is not None]
+    return ["rope_theta", *optional] if kind == "yarn" else ["rope_theta", "factor"]
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < float("inf")
+
+
+def foreign_settings(config: Any) -> list[str]:
+    """Names of the settings that are not of the configuration's family: transformers' model ignores them.
+
+    Those in its config.json, and those of the key-value cache, which ``model_config`` has removed.
+    """
+    known = {field.name for field in dataclasses.fields(config)} | {"model_type", "quantization_config"}
+    names = dict.fromkeys([*vars(config), *_CACHE_ONLY])
+    return [name for name in names if name not in known and not name.startswith("_")]
+
+
+def _drop_ignored(config: Any, what: str) -> None:
+    for name in foreign_settings(config):
+        value = getattr(config, name, None)
+        if (name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]):
+            _warn_once(
+                f"{what} has {name}={value} in its config.json, which the family {config.model_type} does not have:"
+                " transformers ignores it, and so do training and generation"
+            )
+        if name in _CACHE_ONLY:
+            vars(config).pop(name, None)
+
+
+def _check_layer_types(config: Any, what: str) -> None:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return
+    if unknown := sorted({str(kind) for kind in types} - set(_LAYER_TYPES)):
+        raise UserError(
+            f"{what} has layer_types with {unknown[0]} in its config.json, which is not supported: choose a model whose"
+            f" layers are {' or '.join(_LAYER_TYPES)}"
+        )
+    if len(types) != config.num_hidden_layers:
+        raise UserError(
+            f"{what} has {len(types)} layer_types and num_hidden_layers={config.num_hidden_layers} in its config.json,"
+            " which must be equal: download it again"
+        )
+    window = config.sliding_window
+    if "sliding_attention" in types and not (type(window) is int and window > 0):
+        raise UserError(
+            f"{what} has layer_types with sliding_attention in its config.json, and sliding_window={window}, which must"
+            " be a number of tokens above 0: download it again"
+        )
+
+
+def decide_tied_head(config: Any, files: ModelFiles, what: str) -> None:
+    """Set ``config.tie_word_embeddings`` to whether the head is the embedding, as ``from_pretrained`` decides it.
+
+    A head in the files that differs from the embedding is a head of its own, whatever config.json sets; logs a warning
+    then. Reads both tensors where a tied model has both. Without files (a plan made from config.json alone) nothing
+    changes. Raises UserError for an untied model without a head, which transformers would initialise at random, and
+    for an embedding under the head's name.
+    """
+    if not files.files:
+        return
+    if not config.tie_word_embeddings and HEAD not in files.files and EMBEDDING in files.files:
+        raise UserError(
+            f"{what} has tie_word_embeddings=False in its config.json (or by default) and no {HEAD} in its files:"
+            " download it again, or set tie_word_embeddings to true there if the head is the embedding"
+        )
+    if not config.tie_word_embeddings or HEAD not in files.files:
+        return
+    if EMBEDDING not in files.files:
+        raise UserError(
+            f"{what} has its embedding under the name {HEAD} alone: load it with transformers' from_pretrained and save"
+            f" it with save_pretrained, which names it {EMBEDDING}"
+        )
+    if not _same_values(files):
+        config.tie_word_embeddings = False
+        _warn_once(
+            f"{what} has tie_word_embeddings=True in its config.json (or by default), but its {HEAD} differs from its"
+            f" {EMBEDDING}: both are used, as transformers 5 does; set tie_word_embeddings to false there, as other"
+            " programs may drop the head"
+        )
+
+
+_COMPARED: dict[tuple[object, ...], bool] = {}
+_CHUNK = 2**24
+"""Elements that are compared at a time: 64 MiB in float32 for each tensor."""
+
+
+def _same_values(files: ModelFiles) -> bool:
+    """Whether head and embedding are equal, element by element; each pair of files is read once per process."""
+    places = [files.files[name] for name in (HEAD, EMBEDDING)]
+    key = tuple((path, path.stat().st_mtime_ns) for path in places)
+    if key not in _COMPARED:
+        _COMPARED[key] = files.shape(HEAD) == files.shape(EMBEDDING) and _equal_in_chunks(files)
+    return _COMPARED[key]
+
+
+def _equal_in_chunks(files: ModelFiles) -> bool:
+    rows, columns = files.shape(HEAD)
+    step = max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        progressed()
+        part = (slice(first, min(rows, first + step)), slice(0, columns))
+        head, embedding = (files.tensor(name, part).float() for name in (HEAD, EMBEDDING))
+        if not torch.equal(head, embedding):
+            return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    """A configuration is read many times in a run; its warning is logged once."""
+    log.warning("%s", message)
