@@ -253,7 +253,8 @@ def test_a_class_that_misreads_the_tokenizer_is_replaced(family: str, newer: Pat
     with caplog.at_level(logging.WARNING):
         out = written(files_of(folder), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.encode(text) == own and tokenizer.eos_token == "<|im_end|>" and "ignores the class" not in caplog.text
+    assert tokenizer.encode(text) == own and tokenizer.eos_token == "<|im_end|>"
+    assert "ignores the class" not in caplog.text
     assert read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
