@@ -118,7 +118,7 @@ def test_other_losses_take_the_step_of_plain_pytorch(models, steps, kl_type, set
 def test_activation_checkpointing_and_chunked_logits_change_nothing(models, steps, ranks) -> None:
     config = config_for(*_folders(models, "qwen3", True), "loss_fn.outside_topk=bucket")
     found = differences(steps[ranks][0]["qwen3", True, "checkpointed"], plain_step(config, fixed_rollouts(vocab=VOCAB)))
-    assert max(found.values()) < TOLERANCE, found
+    assert all(value < TOLERANCE for value in found.values()), found
 
 
 def test_the_update_is_the_same_and_ranks_hold_the_same_weights(models, steps) -> None:

@@ -197,16 +197,47 @@ def test_a_tensor_that_the_index_leaves_out_is_read_from_its_file_as_transformer
     assert (_logits(folder) - _logits_of_transformers(folder)).abs().max() < 1e-4
 
 
-def test_a_tensor_that_the_index_names_and_its_file_lacks_is_refused(folder: Path) -> None:
+def test_a_tensor_that_only_the_index_names_is_warned_of_unless_the_model_needs_it(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _in_two_files(folder, **{"mtp.weight": FIRST})
-    assert "names 1 tensors that their files don't hold (mtp.weight)" in _refusal(folder)
+    assert (_logits(folder) - _logits_of_transformers(folder)).abs().max() < 1e-4
+    assert "names tensors that its files don't hold: 1, such as mtp.weight" in caplog.text
+    kept = {name: tensor for name, tensor in load_file(folder / FIRST).items() if name != UP}
+    save_file(kept, folder / FIRST)
+    if UP in load_file(folder / SECOND):
+        save_file({n: t for n, t in load_file(folder / SECOND).items() if n != UP}, folder / SECOND)
+    assert f"lacks 1 tensor ({UP})" in _refusal(folder)
+
+
+def test_a_stale_index_beside_a_complete_single_file_is_passed_over(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = {"metadata": {}, "weight_map": {UP: FIRST}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (_logits(folder) - _logits_of_transformers(folder)).abs().max() < 1e-4
+    assert "stale model.safetensors.index.json" in caplog.text
+
+
+@pytest.mark.parametrize("shape", [(384,), (), (384, 64, 1), (384, 0)])
+def test_head_and_embedding_of_a_shape_that_no_model_has_are_refused(folder: Path, shape: tuple[int, ...]) -> None:
+    change_config(folder, tie_word_embeddings=True)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    change_weights(folder, lambda t: t.update({name: torch.zeros(shape) for name in names}))
+    assert "model.embed_tokens.weight of another shape" in _refusal(folder)
+
+
+@pytest.mark.parametrize("value", [{"hidden_size": 64}, 3, "text"])
+def test_a_model_inside_the_model_is_refused(folder: Path, value: object) -> None:
+    change_config(folder, text_config=value)
+    assert "has text_config in its config.json" in _refusal(folder)
 
 
 def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
     tensors = _in_two_files(folder)
     save_file({**load_file(folder / FIRST), UP: tensors[UP] * 2}, folder / FIRST)
     sentence = _refusal(folder)
-    assert f"holds {UP} twice (in {FIRST} and {SECOND})" in sentence
+    assert f"holds {UP} twice ({UP} in {FIRST} and {UP} in {SECOND})" in sentence
 
 
 def test_a_tensor_with_and_without_the_prefix_is_refused(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a config.json and its files say about the model: settings that are refused, dropped, or decided by the files."""
+"""Check the settings of a config.json: refuse them, drop them, or decide them by the files of the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BY_LENGTH = ("dynamic", "longrope", "su")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_OTHER_MODELS = ("text_config", "decoder", "generator", "text_encoder")
+"""Settings that hold the configuration of a model inside the model."""
 _CACHE_ONLY = ("sliding_window", "layer_types", "attention_chunk_size", "num_kv_shared_layers")
 """Settings that transformers' key-value cache reads even where the model's layers do not."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -57,6 +59,11 @@ def check_config_file(raw: Mapping[str, Any], what: str) -> None:
         raise UserError(
             f"{what} has is_causal={raw['is_causal']} in its config.json, and a model that reads later tokens can't"
             " generate: choose a causal language model"
+        )
+    if parts := [name for name in _OTHER_MODELS if raw.get(name) is not None]:
+        raise UserError(
+            f"{what} has {parts[0]} in its config.json, and a model of several parts is not supported: choose a model"
+            " that only reads and writes text"
         )
     if raw.get("per_layer_config"):
         raise UserError(
@@ -172,10 +179,10 @@ def _check_layer_types(config: Any, what: str) -> None:
 def decide_tied_head(config: Any, files: ModelFiles, what: str) -> None:
     """Set ``config.tie_word_embeddings`` to whether the head is the embedding, as ``from_pretrained`` decides it.
 
-    A head in the files that differs from the embedding is a head of its own, whatever config.json sets; logs a warning
-    then. Reads both tensors where a tied model has both. Without files (a plan made from config.json alone) nothing
-    changes. Raises UserError for an untied model without a head, which transformers would initialise at random, and
-    for an embedding under the head's name.
+    A head in the files that differs from the embedding is a head of its own, even if config.json ties them; logs a
+    warning then. Reads both tensors where a tied model has both. Without files (a plan made from config.json alone)
+    nothing changes. Raises UserError for an untied model without a head, which transformers would initialise at random,
+    and for an embedding under the head's name.
     """
     if not files.files:
         return
@@ -207,6 +214,8 @@ _CHUNK = 2**24
 
 def _same_values(files: ModelFiles) -> bool:
     """Whether head and embedding are equal, element by element; each pair of files is read once per process."""
+    if len(shape := files.shape(HEAD)) != 2 or 0 in shape:
+        return True  # of no model: the comparison of all shapes refuses it
     places = [files.files[name] for name in (HEAD, EMBEDDING)]
     key = tuple((path, path.stat().st_mtime_ns) for path in places)
     if key not in _COMPARED:

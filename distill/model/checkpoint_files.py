@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from distill.config.build import reason
 from distill.types import UserError
+
+log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -33,7 +36,7 @@ class StoredTensor:
 
 
 def json_object(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file of a model; UserError, beginning with ``what``, where there is none."""
+    """The object in a JSON file of a model; raises UserError, beginning with ``what``, where it holds none."""
     return _object(path, what, dict)
 
 
@@ -72,15 +75,19 @@ def stored_tensors(folder: Path, what: str) -> dict[str, StoredTensor]:
         for stored in _headers(file, what):
             name = f"model.{stored.name}" if _OF_THE_BASE_MODEL.match(stored.name) else stored.name
             if name in tensors:
+                first = tensors[name]
+                places = f"{first.name} in {first.file.name} and {stored.name} in {file.name}"
                 raise UserError(
-                    f"{what} holds {name} twice (in {tensors[name].file.name} and {file.name}), so which one counts is"
-                    " not defined: remove the file that is not part of the model, or download it again"
+                    f"{what} holds {name} twice ({places}), so which one counts is not defined: remove the one that is"
+                    " not part of the model, or download it again"
                 )
             tensors[name] = stored
     there = {(stored.name, stored.file.name) for stored in tensors.values()}
-    if lacking := sorted(tensor for tensor, file in named.items() if (tensor, file) not in there):
-        raise UserError(
-            f"{what} names {len(lacking)} tensors that their files don't hold ({lacking[0]}): download it again"
+    absent = sorted(tensor for tensor, file in named.items() if (tensor, file) not in there)
+    if absent and named.keys() - absent:  # an index of other files alone is stale, and was warned of
+        log.warning(
+            "%s has a %s that names tensors that its files don't hold: %d, such as %s",
+            *(what, _INDEX, len(absent), absent[0]),
         )
     return tensors
 
@@ -93,6 +100,9 @@ def _files(folder: Path, named: dict[str, str], what: str) -> list[Path]:
             return [single]
         raise UserError(f"{what} {_why_no_weights(folder)}")
     files = sorted({folder / file for file in named.values()})
+    if single.is_file() and not any(file.is_file() for file in files):
+        log.warning("%s has a stale %s, none of whose files exist: %s is read", what, _INDEX, _SINGLE)
+        return [single]
     if absent := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{what} lacks {len(absent)} of its files ({absent[0]}): download it completely")
     if single.is_file() and single not in files:

@@ -83,7 +83,10 @@ def read_quantization(folder: Path, what: str) -> Quantization | None:
         return None
     place, settings = found
     if not isinstance(settings, dict) or not settings:
-        raise UserError(f"{what} has {place}={show(settings)}, which describes no quantization: download it again")
+        raise UserError(
+            f"{what} has {place}={show(settings)}, which describes no quantization: remove that entry, or download it"
+            " again"
+        )
     method = _method(settings)
     if method == "fp8":
         return Quantization(method, tuple(_fp8_layouts(settings, f"{what} has {place}")))
@@ -95,7 +98,7 @@ def read_quantization(folder: Path, what: str) -> Quantization | None:
         return Quantization(method, _modelopt_layouts(settings, what, place))
     raise UserError(
         f"{what} is quantized with {_NAMES.get(method, method)} ({place}), which is not supported: {_INSTEAD}; if its"
-        " weights are stored as plain floats, remove that entry"
+        " weights are stored as plain floats, remove that entry or file"
     )
 
 
@@ -146,7 +149,7 @@ def _block(block: Any, where: str) -> Layout:
 
 
 def _compressed_layouts(settings: Mapping[str, Any], where: str) -> Iterator[Layout]:
-    """Those of all groups: which group a weight belongs to follows from the shape of its scale."""
+    """The layouts of all groups; the shape of a weight's scale decides which group it belongs to."""
     sparsity = settings.get("sparsity_config") or {}
     formats = [settings.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else "sparsity"]
     groups = settings.get("config_groups") or {}
@@ -234,7 +237,7 @@ def _fits(layout: Layout, weight: tuple[int, ...], scale: tuple[int, ...]) -> bo
 
 
 def _sizes(layout: Layout, weight: tuple[int, ...]) -> tuple[int, ...]:
-    """Rows and columns of a block of this weight, so that layouts that come to the same are equal."""
+    """Rows and columns of a block of this weight, so that two layouts with the same blocks are equal."""
     if layout == _TENSOR:
         return weight
     return min(layout.rows or weight[0], weight[0]), min(layout.columns or weight[1], weight[1])

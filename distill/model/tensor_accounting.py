@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def _check_others(files: ModelFiles, model: PreTrainedModel, needed: Collection[
     """The tensors that are no parameter: ignored by name, refused, or named in a warning."""
     used = {scale.stored.name for scale in files.scales.values()}
     left = [name for name, stored in files.tensors.items() if name not in needed and stored.name not in used]
-    left = [name for name in left if not _OF_ACTIVATIONS.search(name) and not _dropped_silently(name, model)]
+    dropped = _dropped_silently(model)
+    left = [name for name in left if not _OF_ACTIVATIONS.search(name) and not dropped(name)]
     modules = {name.rpartition(".")[0] for name in needed}
     if parts := sorted(name for name in left if _PART_OF_A_WEIGHT.search(name) and _within(name, modules)):
         raise UserError(
@@ -99,17 +100,16 @@ def _within(name: str, modules: Collection[str]) -> bool:
     return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
-def _dropped_silently(name: str, model: PreTrainedModel) -> bool:
-    """Whether transformers' ``from_pretrained`` leaves a tensor out without a message."""
-    if name in tied_names(model):
-        return True
+def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether transformers' ``from_pretrained`` leaves the tensor of a name out without a message."""
+    tied = tied_names(model)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
         patterns.add(r"rotary_emb\.inv_freq")
     if any(buffer.endswith("position_ids") for buffer in buffers):
         patterns.add(r"(^|\.)position_ids$")
-    return any(re.search(pattern, name) for pattern in patterns)
+    return lambda name: name in tied or any(re.search(pattern, name) for pattern in patterns)
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

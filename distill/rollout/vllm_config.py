@@ -1,4 +1,4 @@
-"""Where vLLM reads a config.json differently from transformers: settings to override, models it can't run correctly."""
+"""Override the settings of a config.json that vLLM reads differently; refuse models that it can't run correctly."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
     plain = {name: value for name, value in parameters.items() if value is not None and name not in dropped}
     for name in ("beta_fast", "beta_slow"):
         if not plain.get(name, True):
-            del plain[name]  # 0 is transformers' word for its default
+            del plain[name]  # transformers takes 0 for its default
     return {**plain, "factor": _factor(parameters, config)}
 
 
