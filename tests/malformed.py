@@ -900,11 +900,10 @@ def _broken_index(shop: Workshop) -> Case:
             '{"weight_map": 3}',
             '{"weight_map": {}}',
             '{"weight_map": {"model.norm.weight": 3}}',
-            '{"weight_map": {"model.norm.weight": "gone.safetensors"}}',
+            '{"weight_map": {"model.norm.weight": "gone.safetensors", "lm_head.weight": "model.safetensors"}}',
             json.dumps({"weight_map": {"model.norm.weight": os.path.join("..", "model.safetensors")}}),
             '{"weight_map": {"model.norm.weight": "pytorch_model.bin"}}',
             '{"weight_map": {"model.norm.weight": "."}}',
-            '{"weight_map": {"nothing": "model.safetensors"}}',
         ]
     )
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")

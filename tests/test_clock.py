@@ -251,8 +251,12 @@ class FakeDatetime(datetime):
 
     @classmethod
     def now(cls, tz: Any = None) -> FakeDatetime:
-        FakeDatetime.today_ += timedelta(days=1)
-        return cls(*FakeDatetime.today_.timetuple()[:6], tzinfo=tz)
+        cls.today_ += timedelta(days=1)
+        return cls(*cls.today_.timetuple()[:6], tzinfo=tz)
+
+
+class DatetimeOfTemplates(FakeDatetime):
+    """The clock of transformers' own renderings, which no prompt may see."""
 
 
 def dated_mains(runs: Sequence[tuple[int, str, str, Sequence[str]]]) -> list[tuple[int, str, str]]:
@@ -263,10 +267,10 @@ def dated_mains(runs: Sequence[tuple[int, str, str, Sequence[str]]]) -> list[tup
     for port, date, zone, line in runs:
         os.environ["TZ"] = zone
         time.tzset()
-        FakeDatetime.today_ = datetime.fromisoformat(date)
+        FakeDatetime.today_ = DatetimeOfTemplates.today_ = datetime.fromisoformat(date)
         with (
             mock.patch.object(clock_module, "datetime", FakeDatetime),
-            mock.patch.object(of_templates, "datetime", FakeDatetime),
+            mock.patch.object(of_templates, "datetime", DatetimeOfTemplates),
         ):
             ended += _mains([port], [line])
     return ended
@@ -403,7 +407,13 @@ def _differing_mains(ports: Sequence[int], line: Sequence[str], by_rank: str) ->
     from distill.data import prompts
 
     made = prompts.token_ids
-    other = mock.patch.object(prompts, "token_ids", lambda *args, **kwargs: [ids[:-1] for ids in made(*args, **kwargs)])
+
+    def shorter(tokenizer: Any, texts: Sequence[str], *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Prompts without their last token; the texts that check the tokenizer at start stay as they are."""
+        found = zip(texts, made(tokenizer, texts, *args, **kwargs), strict=True)
+        return [ids[:-1] if "<|im_start|>" in text else ids for text, ids in found]
+
+    other = mock.patch.object(prompts, "token_ids", shorter)
     with other if os.environ["RANK"] == "1" else contextlib.nullcontext():
         tokenised = _mains(ports[:1], [line])
     return tokenised + _mains(ports[1:], [[*line, by_rank]])

@@ -14,7 +14,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    LlamaConfig,
+)
 
 from distill.model import quantized_weights
 from distill.model.load import ModelFiles, find_model, load_weights, manifest_of, materialize, meta_model, model_config
@@ -31,6 +37,12 @@ from tests.helpers import run_ranks, save_tiny_model
 IDS = torch.randint(0, 384, (2, 16), generator=torch.Generator().manual_seed(0))
 KEY = "teacher.model_name"
 UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' quantizers add entries to the tensor-parallel plan of the configuration's class."""
+    monkeypatch.setattr(LlamaConfig, "base_model_tp_plan", dict(LlamaConfig.base_model_tp_plan))
 
 
 @pytest.fixture(scope="module")

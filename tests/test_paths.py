@@ -63,15 +63,16 @@ def test_a_hub_model_is_its_snapshot_in_the_cache(home: Path) -> None:
 def test_every_path_is_normalized(home: Path) -> None:
     config = loaded(
         "checkpointing.checkpoint_dir=~/runs/x/",
-        "logger.log_dir=./logs//y/",
+        "logger.log_dir=logs/.//y/",
         "runtime.run_dir=~",
-        "data.train={data_path: ~/d.jsonl, prompt_file: ~/p.txt, system_prompt_file: ./s.txt}",
+        "data.train={data_path: ~/d.jsonl, prompt_file: ~/p.txt, system_prompt_file: a//s.txt}",
         "policy.model_name=some/model/",
     )
     assert config.checkpointing.checkpoint_dir == f"{home}/runs/x"
     assert (config.logger.log_dir, config.runtime.run_dir) == ("logs/y", str(home))
     (data,) = config.data.train
-    assert (data.data_path, data.prompt_file, data.system_prompt_file) == (f"{home}/d.jsonl", f"{home}/p.txt", "s.txt")
+    assert (data.data_path, data.prompt_file) == (f"{home}/d.jsonl", f"{home}/p.txt")
+    assert data.system_prompt_file == "a/s.txt"
     assert config.policy.model_name == "some/model"
 
 
@@ -80,6 +81,12 @@ def test_parents_and_recipes_may_lie_in_the_home_folder(home: Path) -> None:
     (home / "sub").mkdir()
     (home / "sub/child.yaml").write_text("defaults: ~/base.yaml\n")
     assert load_config(["--config=~/sub/child.yaml"]).distillation.max_num_steps == 7
+
+
+def test_a_missing_folder_does_not_become_a_name_of_the_hub(home: Path) -> None:
+    assert loaded("policy.model_name=./owner/name/").policy.model_name == "./owner/name"
+    (home / "owner/name").mkdir(parents=True)
+    assert loaded("policy.model_name=./owner/name/").policy.model_name == "owner/name"
 
 
 def test_the_parent_folder_of_a_link_stays(home: Path) -> None:

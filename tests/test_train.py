@@ -73,6 +73,7 @@ def make_tiny_run(root: Path) -> Path:
     weights = load_file(root / "cut/model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:380].clone()  # rank 1's slice is short
     save_file(weights, root / "cut/model.safetensors", metadata={"format": "pt"})
+    (root / "half/model.safetensors").rename(root / "half/model-1.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-2.safetensors"}}
     (root / "half/model.safetensors.index.json").write_text(json.dumps(index))
     traces = ["", *(f"<think>{i} twice</think>" for i in range(1, 10))]

@@ -28,11 +28,16 @@ DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
 def normalize(path: str, key: str) -> str:
     """``path`` with ``~`` expanded and without ``.`` parts, doubled and trailing slashes.
 
+    A leading ``./`` stays in front of what does not exist: ``./owner/name`` must not become a name of the hub.
+
     ``..`` stays: behind a symbolic link its target is not the folder that the text suggests. Raises UserError, naming
     ``key``, for the home folder of an unknown user and for a symbolic link to nothing.
     """
     expanded = os.path.expanduser(path)
+    dotted = expanded.startswith("./")
     expanded = str(Path(expanded)) if expanded else expanded
+    if dotted and not os.path.lexists(expanded):
+        expanded = f"./{expanded}"
     if os.path.islink(expanded) and not os.path.exists(expanded):
         refuse(
             f"{key}={path} is a symbolic link to {os.readlink(expanded)}, which does not exist: create that, or correct"

@@ -84,7 +84,7 @@ def stored_tensors(folder: Path, what: str) -> dict[str, StoredTensor]:
             tensors[name] = stored
     there = {(stored.name, stored.file.name) for stored in tensors.values()}
     absent = sorted(tensor for tensor, file in named.items() if (tensor, file) not in there)
-    if absent and named.keys() - absent:  # an index of other files alone is stale, and was warned of
+    if absent:
         log.warning(
             "%s has a %s that names tensors that its files don't hold: %d, such as %s",
             *(what, _INDEX, len(absent), absent[0]),
@@ -100,9 +100,6 @@ def _files(folder: Path, named: dict[str, str], what: str) -> list[Path]:
             return [single]
         raise UserError(f"{what} {_why_no_weights(folder)}")
     files = sorted({folder / file for file in named.values()})
-    if single.is_file() and not any(file.is_file() for file in files):
-        log.warning("%s has a stale %s, none of whose files exist: %s is read", what, _INDEX, _SINGLE)
-        return [single]
     if absent := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{what} lacks {len(absent)} of its files ({absent[0]}): download it completely")
     if single.is_file() and single not in files:
@@ -127,7 +124,7 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def _weight_map(folder: Path, what: str) -> dict[str, str]:
-    """Tensor -> file name, from the index; empty where the folder has no index."""
+    """Tensor -> file name, from the index; empty without an index, and for a stale one beside a single file."""
     index = folder / _INDEX
     if not index.is_file():
         return {}
@@ -140,6 +137,9 @@ def _weight_map(folder: Path, what: str) -> dict[str, str]:
             f"{what} has a {index.name} without a weight_map from tensors to safetensors files beside it:"
             " download it again"
         )
+    if (folder / _SINGLE).is_file() and not any((folder / file).is_file() for file in named.values()):
+        log.warning("%s has a stale %s, none of whose files exist: %s is read", what, _INDEX, _SINGLE)
+        return {}
     return dict(named)
 
 

@@ -234,13 +234,20 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, ke
                 )
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.numel() > 0:
-                read = files.tensor(name, local_slices(parameter)).to(local.dtype)
-                if not read.isfinite().all():
+                local.copy_(files.tensor(name, local_slices(parameter)))
+                if not _is_finite(local):
                     raise UserError(
                         f"{key}={files.name} holds nan or infinite numbers in {name} (as {local.dtype}): download it"
                         " again, or choose another checkpoint"
                     )
-                local.copy_(read)
+
+
+_CHECKED = 2**22
+"""Elements that are compared with infinity at a time: the comparison needs as much memory as they do."""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), _CHECKED))
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
