@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from distill.data.tokenizer import load_tokenizer
 from distill.model import export
@@ -154,6 +154,82 @@ ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ),
 }
+
+
+V4 = {"rope_parameters": ..., "rope_theta": ..., "rope_scaling": ...}
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+LINEAR, YARN = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "original_max_position_embeddings": 128}
+
+
+def _rotary_buffers(config: Any) -> list[torch.Tensor]:
+    """The rotary frequencies of transformers' own model."""
+    return [buffer for name, buffer in AutoModelForCausalLM.from_config(config).named_buffers() if "inv_freq" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "theta", "scaling"),
+    [
+        pytest.param("llama", {"rope_scaling": {**LINEAR, "rope_theta": 5e5}}, 5e5, ..., id="theta in rope_scaling"),
+        pytest.param(
+            "llama", {"rope_theta": 1e6, "rope_scaling": {**LINEAR, "rope_theta": 5e3}}, 5e3, ..., id="two values"
+        ),
+        pytest.param("llama", {"rope_theta": 5e5, "rope_scaling": {}}, 5e5, None, id="empty rope_scaling"),
+        pytest.param("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, 5e5, ..., id="default"),
+        pytest.param("qwen2", {"rope_theta": 5e5, "rope_scaling": {**LINEAR, "type": "linear"}}, 5e5, ..., id="type"),
+        pytest.param("llama", {}, 1e4, None, id="no rotary key"),
+        pytest.param(
+            "qwen3",
+            {"rope_parameters": {**YARN, "rope_theta": 1e6, "factor": None}, "max_position_embeddings": 512},
+            *(1e6, {**YARN, "factor": 4.0}),
+            id="yarn factor of null",
+        ),
+        pytest.param("llama", {"rope_parameters": DEFAULT, "rope_theta": 1e4}, 5e5, None, id="dialects disagree"),
+        pytest.param("llama", {"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, 1e4, ..., id="rope_scaling wins"),
+        pytest.param(
+            "gemma3_text",
+            {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT), "rope_theta": 3e6},
+            *(5e5, None),
+            id="by layer type",
+        ),
+    ],
+)
+def test_version_4_gets_the_rotary_values_of_version_5(newer, tmp_path, family, changes, theta, scaling) -> None:
+    """``scaling``: of the export; ``...``: as the source has it."""
+    folder = shutil.copytree(newer, tmp_path / "source")
+    tiny_config(family, True).save_pretrained(folder)
+    source = edit(folder / "config.json", **V4 | changes)
+    out = written(files_of(folder), tmp_path / "out")
+    found = read_json(out / "config.json")
+    assert found["rope_theta"] == theta
+    assert found.get("rope_scaling") == (source["rope_scaling"] if scaling is ... else scaling)
+    read, trained = AutoConfig.from_pretrained(out), AutoConfig.from_pretrained(folder)
+    pairs = list(zip(_rotary_buffers(read), _rotary_buffers(trained), strict=True))
+    assert pairs and all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_settings_that_transformers_ignores_are_left_out_as_other_programs_apply_them(newer, tmp_path) -> None:
+    folder = shutil.copytree(newer, tmp_path / "source")
+    foreign = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "attention_chunk_size": 4}
+    foreign |= {"partial_rotary_factor": 0.5, "logit_scale": 2.0, "qk_norm": True, "clip_qkv": 1.0}
+    kept = {"logits_scaling": 1.0, "num_kv_shared_layers": 0, "of_nobody": 3, "attention_bias": True}
+    edit(folder / "config.json", **foreign, **kept, rope_parameters={**DEFAULT, "partial_rotary_factor": 0.5})
+    found = json.loads(files_of(folder).contents["config.json"])
+    assert not foreign.keys() & found.keys() and kept.items() <= found.items()
+    assert found["rope_parameters"] == DEFAULT
+
+
+def test_settings_of_the_models_own_family_stay(newer: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(newer, tmp_path / "source")
+    tiny_config("gemma3_text", True).save_pretrained(folder)
+    found, source = json.loads(files_of(folder).contents["config.json"]), read_json(folder / "config.json")
+    own = ("sliding_window", "layer_types", "query_pre_attn_scalar", "attention_bias")
+    assert all(found[name] == source[name] is not None for name in own)
+
+
+@pytest.mark.parametrize("listed", [["LlamaForSequenceClassification", "LlamaForCausalLM"], ["LlamaModel"], [], None])
+def test_architectures_names_the_trained_models_class_alone(older: Path, listed: Any) -> None:
+    edit(older / "config.json", architectures=listed)
+    assert json.loads(files_of(older).contents["config.json"])["architectures"] == ["LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("name", ROPES)

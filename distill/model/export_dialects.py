@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from distill.model.architecture import rotary_factor, without_ignored_settings
+
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
@@ -28,21 +30,25 @@ def model_config_for_export(source: Mapping[str, Any], config: Any, architecture
     ``config``: the source as the trainer reads it. ``architecture``: the class of the trained model. The dtype, the
     tying of the head and the stop ids are set by the other functions.
     """
-    edited = {key: value for key, value in source.items() if key not in (*_QUANTIZATION, _CODE)}
-    named = edited.get("architectures")
-    if not isinstance(named, list) or architecture not in named:  # vLLM chooses the model's class by it
-        edited["architectures"] = [architecture]
-    if "rope_parameters" in source:
-        edited |= _rope_of_version_4(config.rope_parameters)
-    return edited
+    edited = without_ignored_settings(source, config)
+    edited = {key: value for key, value in edited.items() if key not in (*_QUANTIZATION, _CODE)}
+    # vLLM and transformers choose the model's class by it: a classifier in first place is one they can't load.
+    return edited | {"architectures": [architecture]} | _rope_of_version_4(edited.get("rope_scaling"), config)
 
 
-def _rope_of_version_4(rope_parameters: Mapping[str, Any]) -> Json:
-    every = rope_parameters.get("full_attention", rope_parameters)
-    local = rope_parameters.get("sliding_attention")
+def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
+    """The rotary keys of version 4 from the values that version 5 reads.
+
+    ``rope_scaling``: the source's, which stays as it is where version 4 reads the same from it.
+    """
+    every = config.rope_parameters.get("full_attention", config.rope_parameters)
+    local = config.rope_parameters.get("sliding_attention")
     keys: Json = {"rope_theta": every["rope_theta"]}
-    if every.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {name: value for name, value in every.items() if name != "rope_theta"}
+    derived = _scaling(every)
+    if derived is not None and derived.get("factor", 1.0) is None:
+        derived["factor"] = rotary_factor(derived, config)
+    if (rope_scaling is not None and not rope_scaling) or _scaling(rope_scaling) != derived:
+        keys["rope_scaling"] = derived
     if local is not None:
         keys["rope_local_base_freq"] = local["rope_theta"]
         if local.get("rope_type", "default") != "default":
@@ -52,6 +58,15 @@ def _rope_of_version_4(rope_parameters: Mapping[str, Any]) -> Json:
                 local["rope_type"],
             )
     return keys
+
+
+def _scaling(parameters: Mapping[str, Any] | None) -> Json | None:
+    """Rotary parameters as version 4 reads them from ``rope_scaling``; None for the default type."""
+    if not parameters:
+        return None
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    others = {name: value for name, value in parameters.items() if name not in ("rope_theta", "type", "rope_type")}
+    return None if kind == "default" else {"rope_type": kind, **others}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> Json:
