@@ -334,6 +334,43 @@ def test_a_class_that_misreads_the_tokenizer_is_replaced(family: str, newer: Pat
     assert read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.parametrize(
+    ("named", "padding_side"),
+    [
+        ("LlamaTokenizerFast", "left"),
+        ("GemmaTokenizer", "left"),
+        ("Qwen2TokenizerFast", None),
+        ("TokenizersBackend", None),
+        (None, "left"),
+    ],
+)
+def test_the_defaults_of_a_replaced_class_are_written_out(newer: Path, tmp_path: Path, named, padding_side) -> None:
+    """Version 4 would return token_type_ids, which ``generate`` refuses, and pad at the other end."""
+    folder = shutil.copytree(newer, tmp_path / "source")
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "tokenizer_class": named})
+    found = json.loads(files_of(folder).contents["tokenizer_config.json"])
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["model_input_names"] == ["input_ids", "attention_mask"] and found.get("padding_side") == padding_side
+    edit(folder / "tokenizer_config.json", padding_side="right", model_input_names=["input_ids"])
+    found = json.loads(files_of(folder).contents["tokenizer_config.json"])
+    assert (found["padding_side"], found["model_input_names"]) == ("right", ["input_ids"]), "the source's own stay"
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_bos_that_add_bos_token_requires_is_in_the_exported_tokenizer_json(newer, tmp_path, named: str) -> None:
+    folder = shutil.copytree(newer, tmp_path / "source")
+    settings = {"tokenizer_class": named, "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    write_json(folder / "tokenizer_config.json", settings | {"add_bos_token": True})
+    trained = load_tokenizer(find_model(str(folder), "policy.model_name"), None, "policy.tokenizer.name")
+    out = written(files_of(folder), tmp_path / "out")
+    read = AutoTokenizer.from_pretrained(out)
+    assert read("a b").input_ids == trained("a b").input_ids and trained("a b").input_ids[0] == 256
+    before, after = read_json(folder / "tokenizer.json"), read_json(out / "tokenizer.json")
+    assert before | {"post_processor": after["post_processor"]} == after
+    edit(folder / "tokenizer_config.json", add_bos_token=False)
+    assert files_of(folder).contents["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
+
+
 def test_a_tokenizer_that_transformers_misreads_under_any_class_is_warned_of(newer, tmp_path, caplog) -> None:
     """For a qwen2 model transformers 5 takes Qwen2Tokenizer, whatever the file says."""
     folder = shutil.copytree(newer, tmp_path / "source")

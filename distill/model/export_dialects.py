@@ -21,7 +21,15 @@ Json = dict[str, Any]
 _QUANTIZATION = ("quantization_config", "compression_config")
 _CODE, _FROM_CONFIG = "auto_map", "_from_model_config"
 _READ_BY_BOTH = "PreTrainedTokenizerFast"
-"""Reads tokenizer.json as it is, in version 4 and in version 5."""
+"""Reads tokenizer.json as it is, in version 4 and in version 5; version 4 adds token_type_ids by default."""
+_CLASSES = {
+    "llama": "LlamaTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "gemma3_text": "GemmaTokenizer",
+}
+"""Family -> the class that version 4 takes where tokenizer_config.json names none."""
+_PADDED_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "XLNetTokenizer")
 
 
 def model_config_for_export(source: Mapping[str, Any], config: Any, architecture: str) -> Json:
@@ -121,13 +129,14 @@ def with_stop_ids(
 
 
 def tokenizer_config_for_export(
-    source: Mapping[str, Any], *, has_json: bool, misread: bool, own_template: bool
+    source: Mapping[str, Any], *, family: str, has_json: bool, misread: bool, own_template: bool
 ) -> Json:
     """tokenizer_config.json for both versions of transformers.
 
     Files in version 5's dialect, without a class, or with a class that is ``misread`` get one that reads tokenizer.json
-    as it is, where there is one (``has_json``). Without a class, version 4 takes the model's, and Llama's puts a BOS
-    token before every text. ``own_template``: the user gave a chat template, so the one in this file no longer holds.
+    as it is, where there is one (``has_json``). Without a class, version 4 takes the model's (by ``family``), and
+    Llama's puts a BOS token before every text. The defaults of the replaced class are written out.
+    ``own_template``: the user gave a chat template, so the one in this file no longer holds.
     """
     edited = {key: value for key, value in source.items() if key != _CODE}
     if own_template:
@@ -139,5 +148,8 @@ def tokenizer_config_for_export(
         edited["additional_special_tokens"] = [*old, *(token for token in extra if token not in old)]
     newer = edited.get("tokenizer_class") in (None, "TokenizersBackend") or "backend" in edited
     if has_json and (newer or misread or isinstance(extra, list)):
+        edited.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if str(edited.get("tokenizer_class") or _CLASSES[family]).removesuffix("Fast") in _PADDED_LEFT:
+            edited.setdefault("padding_side", "left")
         edited["tokenizer_class"] = _READ_BY_BOTH
     return edited

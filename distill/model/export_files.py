@@ -120,6 +120,7 @@ def read_export_files(
         former = _object(contents, tokenizer_files, _TOKENIZER_CONFIG, what)
         tokenizer_config = tokenizer_config_for_export(
             former,
+            family=config.model_type,
             has_json=_TOKENIZER_JSON in contents,
             misread=misread,
             own_template=own_template is not None,
@@ -129,9 +130,22 @@ def read_export_files(
             special = _special_tokens(json.loads(contents[_TOKENIZER_JSON]), tokenizer)
             tokenizer_config = {name: token for name, token in special.items() if name not in named} | tokenizer_config
         _put(contents, _TOKENIZER_CONFIG, tokenizer_config)
+        if former.get("add_bos_token") is True and _TOKENIZER_JSON in contents:
+            _write_bos(contents, tokenizer)
     if misread and _TOKENIZER_JSON in contents:
         _warn_if_misread(contents, what)
     return ExportFiles(contents, bool(config.tie_word_embeddings))
+
+
+def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
+    """Give tokenizer.json the post-processor of ``tokenizer`` where only that one puts BOS before a text.
+
+    No version of transformers applies add_bos_token for the class that exports name.
+    """
+    own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
+    if own.encode("a").ids != used.encode("a").ids:
+        post_processor = json.loads(used.post_processor.__getstate__())
+        _put(contents, _TOKENIZER_JSON, json.loads(contents[_TOKENIZER_JSON]) | {"post_processor": post_processor})
 
 
 def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
