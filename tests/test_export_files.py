@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
@@ -456,7 +457,7 @@ def test_the_model_card_keeps_the_sources_and_adds_the_training() -> None:
 def test_a_model_card_is_written_where_the_source_has_none() -> None:
     card = model_card("", RECIPE, 40, {})
     head = card.split("---")[1].strip().splitlines()
-    assert head[:2] == ["base_model: Base-1B", "library_name: transformers"] and "- on-policy-distillation" in head
+    assert head[:2] == ['base_model: "Base-1B"', "library_name: transformers"] and "- on-policy-distillation" in head
 
 
 @pytest.mark.parametrize(
@@ -465,6 +466,61 @@ def test_a_model_card_is_written_where_the_source_has_none() -> None:
 )
 def test_a_model_card_shows_no_path_of_the_machine(name: str, shown: str) -> None:
     assert public_name(name) == shown
+
+
+@pytest.mark.parametrize("name", ["Qwen3: v2 #1", "*star", "@org", "2024-06-01", "123", "yes", "[a]", 'a"b', "ü|x"])
+def test_the_front_matter_of_a_new_card_holds_any_name_of_a_folder(name: str) -> None:
+    recipe = {**RECIPE, "policy": {**RECIPE["policy"], "model_name": f"/models/{name}"}}
+    front = yaml.safe_load(model_card("", recipe, 40, {}).split("---\n")[1])
+    assert front["base_model"] == name and front["library_name"] == "transformers"
+
+
+def test_a_folder_of_the_hubs_cache_is_shown_as_the_hub_name(tmp_path: Path) -> None:
+    for stored, shown in (("models--org--Base-1B", "org/Base-1B"), ("models--gpt2", "gpt2")):
+        folder = tmp_path / stored / "snapshots/c1899de289a04d12100db370d81485cdf75e47ca"
+        folder.mkdir(parents=True)
+        (tmp_path / f"link-{shown[-4:]}").symlink_to(folder)
+        assert public_name(str(folder)) == public_name(f"{folder}/") == shown
+        assert public_name(str(tmp_path / f"link-{shown[-4:]}")) == shown
+
+
+def test_the_card_of_the_source_keeps_its_line_ends_and_its_code_blocks_are_closed() -> None:
+    section = "\n\n## On-policy distillation\n"
+    blocks = (("# T\n```py\nx", "\n```"), ("~~~~\n```\n~~~", "\n~~~~"), ("```\nx\n```", ""), ("```a``` b\nc", ""))
+    for text, closed in blocks:
+        expected = text + closed + section
+        assert model_card(text, RECIPE, 40, {}).startswith(expected)
+        card = model_card(text.replace("\n", "\r\n"), RECIPE, 40, {})
+        assert card.startswith(expected.replace("\n", "\r\n")) and card.count("\n") == card.count("\r\n")
+
+
+def test_the_table_of_the_card_is_clear_and_holds_any_token() -> None:
+    assert "| mixed KL over the teacher's top 64 tokens |" in model_card("", RECIPE, 40, {})
+    recipe = {**RECIPE, "distillation": {**RECIPE["distillation"], "topk_logits_k": None}}
+    card = model_card("", recipe, 40, {5: "a`b", 6: "\r\n|"})
+    assert "| mixed KL over all tokens |" in card and "| sampling top_p, top_k | 1, off |" in card
+    assert "| stop tokens | `` a`b `` (5), `\\r\\n\\|` (6) |\n" in card
+
+
+def test_a_card_under_another_spelling_is_extended_and_odd_licences_are_copied(older: Path) -> None:
+    (older / "readme.md").write_bytes(b"\xef\xbb\xbf---\nlicense: other\n---\n# Own\n")
+    (older / "license").mkdir()
+    names = ("GEMMA_TERMS.md", "Llama3_License.pdf", "license/LICENSE", "Terms_of_Use.txt", "my_LICENCE")
+    for name in names:
+        (older / name).write_text(name)
+    found = files_of(older).with_card(RECIPE, 40, {}).contents
+    assert "README.md" not in found
+    assert found["readme.md"].startswith(b"---\nlicense: other\n---\n# Own\n\n## On-policy")
+    assert all(found[name] == name.encode() for name in names)
+
+
+@pytest.mark.parametrize("ids", [[256.0, 258], [True, 258], 258.0])
+def test_stop_ids_are_written_as_integers(ids: Any) -> None:
+    stops = (1, 258) if ids == [True, 258] else (258,) if ids == 258.0 else (256, 258)
+    edited, _ = with_stop_ids({"eos_token_id": ids}, {}, stops)
+    eos = edited["eos_token_id"] if edited else None
+    listed = eos if isinstance(eos, list) else [eos]
+    assert sorted(listed) == list(stops) and all(type(token) is int for token in listed)
 
 
 def test_an_export_of_a_base_student_stops_where_training_ended_responses(newer: Path, tmp_path: Path) -> None:

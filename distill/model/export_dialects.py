@@ -99,7 +99,8 @@ def _listed_ids(config: Mapping[str, Any]) -> list[Any]:
 def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
     """Whether ``eos_token_id``, which is null, one id or a list, has these ids and no other."""
     listed = _listed_ids(config)
-    return all(token in ids for token in listed) and all(token in listed for token in ids)
+    known = all(type(token) is int and token in ids for token in listed)  # 256.0 is not an id for version 4
+    return known and all(token in listed for token in ids)
 
 
 def with_stop_ids(
@@ -121,7 +122,7 @@ def with_stop_ids(
         names = ("bos_token_id", "pad_token_id")
         generation = {name: config[name] for name in names if config.get(name) is not None}
     # The source's own ids stay first: generate() pads with the first one.
-    first = [*_listed_ids(generation), *_listed_ids(config)]
+    first = [token for token in (*_listed_ids(generation), *_listed_ids(config)) if type(token) is int]
     ordered = list(dict.fromkeys(token for token in (*first, *sorted(stop_token_ids)) if token in stop_token_ids))
     eos = ordered[0] if len(ordered) == 1 else ordered
     edited = {name: value for name, value in generation.items() if name != _FROM_CONFIG}

@@ -44,6 +44,8 @@ _TOKENIZER = (
     *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "*.tiktoken"),
     *("tekken.json", _TEMPLATE, *_OTHER_TEMPLATES),
 )
+_FOLDERS = ("additional_chat_templates", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")
+"""Folders of a model whose files are copied, where their names match."""
 _MODEL = (_CONFIG, _GENERATION, *LICENSE_FILES)
 _TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -73,8 +75,9 @@ class ExportFiles:
 
         ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: id -> token.
         """
-        card = model_card(self.contents.get(_CARD, b"").decode(errors="replace"), recipe, step, stop_tokens)
-        return replace(self, contents={**self.contents, _CARD: card.encode()})
+        name = next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
+        source = self.contents.get(name, b"").decode("utf-8-sig", errors="replace")
+        return replace(self, contents={**self.contents, name: model_card(source, recipe, step, stop_tokens).encode()})
 
 
 def read_export_files(
@@ -209,7 +212,7 @@ def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+    for path in (*folder.iterdir(), *(path for name in _FOLDERS for path in folder.glob(f"{name}/*"))):
         if path.is_file():
             yield path.relative_to(folder).as_posix()
 
