@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from distill.data.template import read_text
 from distill.data.tokenizer import tokenizer_class_misreads
 from distill.model.export_dialects import (
     Json,
@@ -98,14 +99,15 @@ def read_export_files(
     try:
         tokenizer_files = tokenizer_folder(files, tokenizer_name)
         contents = _read(files.folder, _MODEL) | _read(tokenizer_files, _TOKENIZER)
-        own_template = None
-        if chat_template is not None:  # an editor's byte order mark would begin every rendered prompt
-            own_template = Path(chat_template).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{what} has a file that can't be copied to exports ({error}): make it readable, or download the model"
             " again"
         ) from error
+    own_template = None
+    if chat_template is not None:  # an editor's byte order mark would begin every rendered prompt
+        path = os.path.expanduser(chat_template)
+        own_template = read_text(path, "policy.tokenizer.chat_template").removeprefix("\ufeff")
     config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     edited = model_config_for_export(
         json_object(files.folder / _CONFIG, what), config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
@@ -196,14 +198,17 @@ def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles |
 
 
 def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
-    """The folder of the tokenizer that ``policy.tokenizer.name`` names: the model's, another one, or the hub's."""
+    """The folder of the tokenizer that ``name`` names: that of ``files`` (also for None), another one, or the hub's.
+
+    From the hub it has the tokenizer and the configurations; no weights are downloaded.
+    """
     if name in (None, files.name):
         return files.folder
     if os.path.isdir(str(name)):
         return Path(str(name))
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name), allow_patterns=list(_TOKENIZER)))
+    return Path(snapshot_download(str(name), allow_patterns=[*_TOKENIZER, _CONFIG, _GENERATION]))
 
 
 def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
