@@ -159,6 +159,7 @@ ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 V4 = {"rope_parameters": ..., "rope_theta": ..., "rope_scaling": ...}
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+GEMMA_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 LINEAR, YARN = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "original_max_position_embeddings": 128}
 
 
@@ -191,6 +192,15 @@ def _rotary_buffers(config: Any) -> list[torch.Tensor]:
             {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT), "rope_theta": 3e6},
             *(5e5, None),
             id="by layer type",
+        ),
+        *(
+            pytest.param(
+                "gemma3_text",
+                {"rope_parameters": {"full_attention": GEMMA_YARN | inside, "sliding_attention": DEFAULT} | beside},
+                *(1e6, {**YARN, "factor": 4.0, **beside}),
+                id=f"truncate {place} the types of layers",
+            )
+            for place, inside, beside in (("inside", {"truncate": False}, {}), ("beside", {}, {"truncate": False}))
         ),
     ],
 )

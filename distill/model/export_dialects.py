@@ -55,6 +55,9 @@ def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
     derived = _scaling(every)
     if derived is not None and derived.get("factor", 1.0) is None:
         derived["factor"] = rotary_factor(derived, config)
+    if derived is not None and local is not None:  # version 5 reads truncate beside the types of layers
+        derived.pop("truncate", None)
+        derived |= {key: value for key, value in config.rope_parameters.items() if key == "truncate"}
     if (rope_scaling is not None and not rope_scaling) or _scaling(rope_scaling) != derived:
         keys["rope_scaling"] = derived
     if local is not None:
