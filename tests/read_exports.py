@@ -22,7 +22,10 @@ CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 @torch.inference_mode()
 def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Mapping[str, str] = {}) -> dict[str, Any]:
-    """By folder: log-probs [T, V] in float32, the ids of TEXTS, the rendered CHAT, greedy tokens after ``ids``."""
+    """By folder: log-probs [T, V] in float32, the ids of TEXTS, the rendered CHAT, greedy tokens after ``ids``.
+
+    ``continued``: greedy tokens after a text, from what the tokenizer returns for it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     found: dict[str, Any] = {}
@@ -32,12 +35,15 @@ def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Ma
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokens = torch.tensor([ids])
         generated = model.generate(tokens, max_new_tokens=new_tokens, do_sample=False)
+        encoded = tokenizer(TEXTS[0], return_tensors="pt")
+        continued = model.generate(**encoded, max_new_tokens=new_tokens, do_sample=False)
         found[folder] = {
             "logprobs": model(tokens).logits[0].log_softmax(-1),
             "text_ids": [tokenizer(text)["input_ids"] for text in TEXTS],
             "chat": tokenizer.apply_chat_template(list(CHAT), tokenize=False, add_generation_prompt=True),
             "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side],
             "generated": generated[0, len(ids) :].tolist(),
+            "continued": continued[0, encoded["input_ids"].shape[1] :].tolist(),
             "dtype": str(AutoConfig.from_pretrained(folder).dtype),
             "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         }
@@ -47,8 +53,12 @@ def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Ma
     return found
 
 
-def read_by_vllm(folder: str, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """Log-probs of ``ids`` after the first, the prompt's ids of TEXTS, and greedy tokens after ``ids``, by vLLM."""
+def read_by_vllm(vllm_folders: Sequence[str], ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
+    """By folder: log-probs of ``ids`` after the first, the ids of TEXTS, and greedy tokens after ``ids``, by vLLM."""
+    return {folder: _read_by_vllm(folder, ids, new_tokens) for folder in vllm_folders}
+
+
+def _read_by_vllm(folder: str, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(folder, dtype="float32", max_model_len=64, enforce_eager=True, gpu_memory_utilization=0.3)
@@ -72,7 +82,7 @@ def main(job_file: str, result_file: str) -> None:
     with open(job_file) as file:
         job = json.load(file)
     torch.set_num_threads(1)
-    result = read_by_vllm(**job) if "folder" in job else read(**job)
+    result = read_by_vllm(**job) if "vllm_folders" in job else read(**job)
     torch.save({"version": transformers.__version__, "result": result}, result_file)
 
 

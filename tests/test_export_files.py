@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from distill.data.tokenizer import load_tokenizer
 from distill.model import export
@@ -156,6 +157,92 @@ ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+V4 = {"rope_parameters": ..., "rope_theta": ..., "rope_scaling": ...}
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+GEMMA_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+LINEAR, YARN = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "original_max_position_embeddings": 128}
+
+
+def _rotary_buffers(config: Any) -> list[torch.Tensor]:
+    """The rotary frequencies of transformers' own model."""
+    return [buffer for name, buffer in AutoModelForCausalLM.from_config(config).named_buffers() if "inv_freq" in name]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "theta", "scaling"),
+    [
+        pytest.param("llama", {"rope_scaling": {**LINEAR, "rope_theta": 5e5}}, 5e5, ..., id="theta in rope_scaling"),
+        pytest.param(
+            "llama", {"rope_theta": 1e6, "rope_scaling": {**LINEAR, "rope_theta": 5e3}}, 5e3, ..., id="two values"
+        ),
+        pytest.param("llama", {"rope_theta": 5e5, "rope_scaling": {}}, 5e5, None, id="empty rope_scaling"),
+        pytest.param("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, 5e5, ..., id="default"),
+        pytest.param("qwen2", {"rope_theta": 5e5, "rope_scaling": {**LINEAR, "type": "linear"}}, 5e5, ..., id="type"),
+        pytest.param("llama", {}, 1e4, None, id="no rotary key"),
+        pytest.param(
+            "qwen3",
+            {"rope_parameters": {**YARN, "rope_theta": 1e6, "factor": None}, "max_position_embeddings": 512},
+            *(1e6, {**YARN, "factor": 4.0}),
+            id="yarn factor of null",
+        ),
+        pytest.param("llama", {"rope_parameters": DEFAULT, "rope_theta": 1e4}, 5e5, None, id="dialects disagree"),
+        pytest.param("llama", {"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, 1e4, ..., id="rope_scaling wins"),
+        pytest.param(
+            "gemma3_text",
+            {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT), "rope_theta": 3e6},
+            *(5e5, None),
+            id="by layer type",
+        ),
+        *(
+            pytest.param(
+                "gemma3_text",
+                {"rope_parameters": {"full_attention": GEMMA_YARN | inside, "sliding_attention": DEFAULT} | beside},
+                *(1e6, {**YARN, "factor": 4.0, **beside}),
+                id=f"truncate {place} the types of layers",
+            )
+            for place, inside, beside in (("inside", {"truncate": False}, {}), ("beside", {}, {"truncate": False}))
+        ),
+    ],
+)
+def test_version_4_gets_the_rotary_values_of_version_5(newer, tmp_path, family, changes, theta, scaling) -> None:
+    """``scaling``: of the export; ``...``: as the source has it."""
+    folder = shutil.copytree(newer, tmp_path / "source")
+    tiny_config(family, True).save_pretrained(folder)
+    source = edit(folder / "config.json", **V4 | changes)
+    out = written(files_of(folder), tmp_path / "out")
+    found = read_json(out / "config.json")
+    assert found["rope_theta"] == theta
+    assert found.get("rope_scaling") == (source["rope_scaling"] if scaling is ... else scaling)
+    read, trained = AutoConfig.from_pretrained(out), AutoConfig.from_pretrained(folder)
+    pairs = list(zip(_rotary_buffers(read), _rotary_buffers(trained), strict=True))
+    assert pairs and all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_settings_that_transformers_ignores_are_left_out_as_other_programs_apply_them(newer, tmp_path) -> None:
+    folder = shutil.copytree(newer, tmp_path / "source")
+    foreign = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "attention_chunk_size": 4}
+    foreign |= {"partial_rotary_factor": 0.5, "logit_scale": 2.0, "qk_norm": True, "clip_qkv": 1.0}
+    kept = {"logits_scaling": 1.0, "num_kv_shared_layers": 0, "of_nobody": 3, "attention_bias": True}
+    edit(folder / "config.json", **foreign, **kept, rope_parameters={**DEFAULT, "partial_rotary_factor": 0.5})
+    found = json.loads(files_of(folder).contents["config.json"])
+    assert not foreign.keys() & found.keys() and kept.items() <= found.items()
+    assert found["rope_parameters"] == DEFAULT
+
+
+def test_settings_of_the_models_own_family_stay(newer: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(newer, tmp_path / "source")
+    tiny_config("gemma3_text", True).save_pretrained(folder)
+    found, source = json.loads(files_of(folder).contents["config.json"]), read_json(folder / "config.json")
+    own = ("sliding_window", "layer_types", "query_pre_attn_scalar", "attention_bias")
+    assert all(found[name] == source[name] is not None for name in own)
+
+
+@pytest.mark.parametrize("listed", [["LlamaForSequenceClassification", "LlamaForCausalLM"], ["LlamaModel"], [], None])
+def test_architectures_names_the_trained_models_class_alone(older: Path, listed: Any) -> None:
+    edit(older / "config.json", architectures=listed)
+    assert json.loads(files_of(older).contents["config.json"])["architectures"] == ["LlamaForCausalLM"]
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_a_source_in_version_5s_dialect_gets_version_4s_keys_too(name: str, newer: Path, tmp_path: Path) -> None:
     family, parameters, expected = ROPES[name]
@@ -258,6 +345,43 @@ def test_a_class_that_misreads_the_tokenizer_is_replaced(family: str, newer: Pat
     assert read_json(out / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.parametrize(
+    ("named", "padding_side"),
+    [
+        ("LlamaTokenizerFast", "left"),
+        ("GemmaTokenizer", "left"),
+        ("Qwen2TokenizerFast", None),
+        ("TokenizersBackend", None),
+        (None, "left"),
+    ],
+)
+def test_the_defaults_of_a_replaced_class_are_written_out(newer: Path, tmp_path: Path, named, padding_side) -> None:
+    """Version 4 would return token_type_ids, which ``generate`` refuses, and pad at the other end."""
+    folder = shutil.copytree(newer, tmp_path / "source")
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "tokenizer_class": named})
+    found = json.loads(files_of(folder).contents["tokenizer_config.json"])
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["model_input_names"] == ["input_ids", "attention_mask"] and found.get("padding_side") == padding_side
+    edit(folder / "tokenizer_config.json", padding_side="right", model_input_names=["input_ids"])
+    found = json.loads(files_of(folder).contents["tokenizer_config.json"])
+    assert (found["padding_side"], found["model_input_names"]) == ("right", ["input_ids"]), "the source's own stay"
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_bos_that_add_bos_token_requires_is_in_the_exported_tokenizer_json(newer, tmp_path, named: str) -> None:
+    folder = shutil.copytree(newer, tmp_path / "source")
+    settings = {"tokenizer_class": named, "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    write_json(folder / "tokenizer_config.json", settings | {"add_bos_token": True})
+    trained = load_tokenizer(find_model(str(folder), "policy.model_name"), None, "policy.tokenizer.name")
+    out = written(files_of(folder), tmp_path / "out")
+    read = AutoTokenizer.from_pretrained(out)
+    assert read("a b").input_ids == trained("a b").input_ids and trained("a b").input_ids[0] == 256
+    before, after = read_json(folder / "tokenizer.json"), read_json(out / "tokenizer.json")
+    assert before | {"post_processor": after["post_processor"]} == after
+    edit(folder / "tokenizer_config.json", add_bos_token=False)
+    assert files_of(folder).contents["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
+
+
 def test_a_tokenizer_that_transformers_misreads_under_any_class_is_warned_of(newer, tmp_path, caplog) -> None:
     """For a qwen2 model transformers 5 takes Qwen2Tokenizer, whatever the file says."""
     folder = shutil.copytree(newer, tmp_path / "source")
@@ -343,7 +467,7 @@ def test_the_model_card_keeps_the_sources_and_adds_the_training() -> None:
 def test_a_model_card_is_written_where_the_source_has_none() -> None:
     card = model_card("", RECIPE, 40, {})
     head = card.split("---")[1].strip().splitlines()
-    assert head[:2] == ["base_model: Base-1B", "library_name: transformers"] and "- on-policy-distillation" in head
+    assert head[:2] == ['base_model: "Base-1B"', "library_name: transformers"] and "- on-policy-distillation" in head
 
 
 @pytest.mark.parametrize(
@@ -352,6 +476,61 @@ def test_a_model_card_is_written_where_the_source_has_none() -> None:
 )
 def test_a_model_card_shows_no_path_of_the_machine(name: str, shown: str) -> None:
     assert public_name(name) == shown
+
+
+@pytest.mark.parametrize("name", ["Qwen3: v2 #1", "*star", "@org", "2024-06-01", "123", "yes", "[a]", 'a"b', "ü|x"])
+def test_the_front_matter_of_a_new_card_holds_any_name_of_a_folder(name: str) -> None:
+    recipe = {**RECIPE, "policy": {**RECIPE["policy"], "model_name": f"/models/{name}"}}
+    front = yaml.safe_load(model_card("", recipe, 40, {}).split("---\n")[1])
+    assert front["base_model"] == name and front["library_name"] == "transformers"
+
+
+def test_a_folder_of_the_hubs_cache_is_shown_as_the_hub_name(tmp_path: Path) -> None:
+    for stored, shown in (("models--org--Base-1B", "org/Base-1B"), ("models--gpt2", "gpt2")):
+        folder = tmp_path / stored / "snapshots/c1899de289a04d12100db370d81485cdf75e47ca"
+        folder.mkdir(parents=True)
+        (tmp_path / f"link-{shown[-4:]}").symlink_to(folder)
+        assert public_name(str(folder)) == public_name(f"{folder}/") == shown
+        assert public_name(str(tmp_path / f"link-{shown[-4:]}")) == shown
+
+
+def test_the_card_of_the_source_keeps_its_line_ends_and_its_code_blocks_are_closed() -> None:
+    section = "\n\n## On-policy distillation\n"
+    blocks = (("# T\n```py\nx", "\n```"), ("~~~~\n```\n~~~", "\n~~~~"), ("```\nx\n```", ""), ("```a``` b\nc", ""))
+    for text, closed in blocks:
+        expected = text + closed + section
+        assert model_card(text, RECIPE, 40, {}).startswith(expected)
+        card = model_card(text.replace("\n", "\r\n"), RECIPE, 40, {})
+        assert card.startswith(expected.replace("\n", "\r\n")) and card.count("\n") == card.count("\r\n")
+
+
+def test_the_table_of_the_card_is_clear_and_holds_any_token() -> None:
+    assert "| mixed KL over the teacher's top 64 tokens |" in model_card("", RECIPE, 40, {})
+    recipe = {**RECIPE, "distillation": {**RECIPE["distillation"], "topk_logits_k": None}}
+    card = model_card("", recipe, 40, {5: "a`b", 6: "\r\n|"})
+    assert "| mixed KL over all tokens |" in card and "| sampling top_p, top_k | 1, off |" in card
+    assert "| stop tokens | `` a`b `` (5), `\\r\\n\\|` (6) |\n" in card
+
+
+def test_a_card_under_another_spelling_is_extended_and_odd_licences_are_copied(older: Path) -> None:
+    (older / "readme.md").write_bytes(b"\xef\xbb\xbf---\nlicense: other\n---\n# Own\n")
+    (older / "license").mkdir()
+    names = ("GEMMA_TERMS.md", "Llama3_License.pdf", "license/LICENSE", "Terms_of_Use.txt", "my_LICENCE")
+    for name in names:
+        (older / name).write_text(name)
+    found = files_of(older).with_card(RECIPE, 40, {}).contents
+    assert "README.md" not in found
+    assert found["readme.md"].startswith(b"---\nlicense: other\n---\n# Own\n\n## On-policy")
+    assert all(found[name] == name.encode() for name in names)
+
+
+@pytest.mark.parametrize("ids", [[256.0, 258], [True, 258], 258.0])
+def test_stop_ids_are_written_as_integers(ids: Any) -> None:
+    stops = (1, 258) if ids == [True, 258] else (258,) if ids == 258.0 else (256, 258)
+    edited, _ = with_stop_ids({"eos_token_id": ids}, {}, stops)
+    eos = edited["eos_token_id"] if edited else None
+    listed = eos if isinstance(eos, list) else [eos]
+    assert sorted(listed) == list(stops) and all(type(token) is int for token in listed)
 
 
 def test_an_export_of_a_base_student_stops_where_training_ended_responses(newer: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.data.tokenizer import load_tokenizer
 from distill.model.export import export_hf
@@ -61,16 +61,22 @@ class Variant:
     tied: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    """Settings in tokenizer_config.json."""
+    padding_side: str = "right"
 
 
+LLAMA_CLASS = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<|endoftext|>", "add_bos_token": True}
 VARIANTS = {
     "llama": Variant("llama", settings={"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}),
     "llama-untied-biases": Variant("llama", False, {"attention_bias": True, "mlp_bias": True}),
+    "llama-class-bos": Variant("llama", tokenizer=LLAMA_CLASS, padding_side="left"),
     "llama-linear": Variant(
         "llama", settings={"rope_parameters": {"rope_type": "linear", "rope_theta": 1e5, "factor": 4.0}}
     ),
     "llama-llama3": Variant("llama", False, {"rope_parameters": LLAMA3}),
     "llama-yarn": Variant("llama", settings={"rope_parameters": YARN}),
+    "llama-foreign": Variant("llama", settings={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "llama-float16": Variant("llama", dtype=torch.float16),
     "qwen2": Variant("qwen2", settings={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-untied-sliding": Variant("qwen2", False, SLIDING),
@@ -90,7 +96,10 @@ VARIANTS = {
 }
 BFLOAT16 = ("llama-llama3", "gemma3")
 """Also exported in bfloat16."""
-VLLM = "llama-llama3"
+VLLM = ("llama-llama3", "llama-foreign", "qwen3-untied", "gemma3")
+"""Also read by vLLM."""
+FOREIGN = {"partial_rotary_factor": 0.5, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
+"""Settings that transformers' Llama ignores and vLLM applies."""
 
 
 def save_source(folder: Path, variant: Variant, seed: int) -> None:
@@ -107,16 +116,29 @@ def save_source(folder: Path, variant: Variant, seed: int) -> None:
     model.generation_config.eos_token_id = SOURCE_EOS
     model.to(variant.dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    if folder.name == "llama-foreign":
+        _set(folder / "config.json", FOREIGN)
+    _set(folder / "tokenizer_config.json", variant.tokenizer)
+
+
+def _set(path: Path, settings: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(settings)))
 
 
 @torch.inference_mode()
-def greedy(folder: Path) -> list[int]:
-    """The plain greedy continuation of IDS, one token at a time, with no stop id."""
+def greedy(folder: Path, ids: Sequence[int] = IDS) -> list[int]:
+    """The plain greedy continuation of ``ids``, one token at a time, with no stop id."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = list(IDS)
+    tokens = list(ids)
     for _ in range(NEW_TOKENS):
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(IDS) :]
+    return tokens[len(ids) :]
+
+
+def until(continuation: Sequence[int], stops: Collection[int]) -> list[int]:
+    """A continuation up to and with its first stop id."""
+    end = next((i for i, token in enumerate(continuation, 1) if token in stops), len(continuation))
+    return list(continuation[:end])
 
 
 def stop_of(continuation: Sequence[int]) -> int:
@@ -129,8 +151,9 @@ Job = tuple[str, str, str, tuple[int, ...]]
 """Source folder, export folder, precision, stop ids."""
 
 
-def _export(jobs: Sequence[Job]) -> list[list[float]]:
-    """Load each source as the trainer does and export it; the trainer's log-probs of IDS after the first."""
+def _export(jobs: Sequence[Job]) -> list[tuple[list[float], list[list[int]]]]:
+    """Load each source as the trainer does and export it; the trainer's log-probs of IDS after the first, and the ids
+    of TEXTS."""
     found = []
     world = World()
     world.build_mesh("cpu", tp=1, cp=1)
@@ -141,7 +164,7 @@ def _export(jobs: Sequence[Job]) -> list[list[float]]:
         tokenizer = load_tokenizer(files, None, "policy.tokenizer.name")
         student = Student(config, files, world, max(tokenizer.vocab_size, 384), stops)
         export_hf(Path(out), student.weights(), read_export_files(files, tokenizer, None, stops), student.dtype)
-        found.append(student.logprobs(IDS))
+        found.append((student.logprobs(IDS), [tokenizer(text)["input_ids"] for text in TEXTS]))
     return found
 
 
@@ -150,6 +173,9 @@ class Seen:
     """What the trainer has and the readers found, by export folder."""
 
     trainer: dict[str, list[float]] = field(default_factory=dict)
+    text_ids: dict[str, list[list[int]]] = field(default_factory=dict)
+    continued: dict[str, list[int]] = field(default_factory=dict)
+    """Greedy tokens after the first of TEXTS, up to and with the first stop id."""
     expected: dict[str, list[int]] = field(default_factory=dict)
     """Greedy tokens up to and with the first stop id."""
     by_4: dict[str, Any] = field(default_factory=dict)
@@ -192,19 +218,17 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
             out = str(root / "export-5" / f"{name}-{precision}")
             jobs.append((str(source), out, precision, (stop, SOURCE_EOS)))
             seen.sources[out] = source
-            end = next(i for i, token in enumerate(continuation, 1) if token in (stop, SOURCE_EOS))
-            seen.expected[out] = continuation[:end]
+            seen.expected[out] = until(continuation, (stop, SOURCE_EOS))
     smollm2 = str(root / "export-5" / "smollm2")
     jobs.append((str(SMOLLM2), smollm2, "float32", ()))
     seen.sources[smollm2] = SMOLLM2
-    (logprobs,) = run_ranks(1, _export, jobs)
-    seen.trainer |= {job[1]: values for job, values in zip(jobs, logprobs, strict=True)}
+    _add_trainer(seen, jobs)
     resaved = {job[1]: str(root / "source-4" / Path(job[1]).name) for job in jobs if job[1] != smollm2}
     arguments: dict[str, Any] = {"ids": IDS, "new_tokens": NEW_TOKENS}
     with ExitStack() as stack:
-        vllm_folder = str(root / "export-5" / f"{VLLM}-float32")
+        vllm_folders = [str(root / "export-5" / f"{name}-float32") for name in VLLM]
         started = [
-            _start(Path(sys.executable), root, "vllm", {"folder": vllm_folder, **arguments}),
+            _start(Path(sys.executable), root, "vllm", {"vllm_folders": vllm_folders, **arguments}),
             _start(PYTHON_4, root, "first", {"folders": [job[1] for job in jobs], "resave": resaved, **arguments}),
         ]
         for process, _ in started:
@@ -215,15 +239,24 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
             for _, out, precision, stops in jobs
             if out != smollm2 and precision == "float32"
         ]
-        (logprobs,) = run_ranks(1, _export, second)
-        seen.trainer |= {job[1]: values for job, values in zip(second, logprobs, strict=True)}
+        _add_trainer(seen, second)
         seen.sources |= {job[1]: Path(job[0]) for job in second}
         seen.expected |= {job[1]: seen.expected[job[1].replace("export-4", "export-5")] for job in second}
         started.append(_start(PYTHON_4, root, "second", {"folders": [job[1] for job in second], **arguments}))
         stack.callback(started[-1][0].kill)
         seen.by_4 |= _result(*started[-1], "4.")
-        seen.by_vllm[vllm_folder] = _result(*started[0], "5.")
+        seen.by_vllm |= _result(*started[0], "5.")
     return seen
+
+
+def _add_trainer(seen: Seen, jobs: Sequence[Job]) -> None:
+    """Export, and keep what the trainer reads; the continuation of the first text is that of transformers."""
+    (found,) = run_ranks(1, _export, jobs)
+    for (source, out, precision, stops), (logprobs, text_ids) in zip(jobs, found, strict=True):
+        seen.trainer[out], seen.text_ids[out] = logprobs, text_ids
+        if precision == "float32":
+            ends = stops or {AutoConfig.from_pretrained(source).eos_token_id}
+            seen.continued[out] = until(greedy(Path(source), text_ids[0]), ends)
 
 
 def _check(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
@@ -232,15 +265,27 @@ def _check(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
         after_first = torch.tensor(IDS[1:])[:, None]
         ours, theirs = torch.tensor(seen.trainer[folder]), found["logprobs"][:-1].gather(1, after_first)[:, 0]
         assert float((ours - theirs).abs().max()) < 1e-4, folder
-    tokenizer = Tokenizer.from_file(str(seen.sources[folder] / "tokenizer.json"))
-    assert found["text_ids"] == [tokenizer.encode(text).ids for text in TEXTS], folder
+    _check_texts(found, folder, seen)
     if not folder.endswith("smollm2"):
+        variant = VARIANTS[Path(folder).name.rpartition("-")[0]]
         assert found["chat"] == RENDERED, folder
-        assert found["special"][:3] == [None, "<|im_end|>", "<|endoftext|>"], folder
+        special = [variant.tokenizer.get("bos_token"), "<|im_end|>", "<|endoftext|>", variant.padding_side]
+        assert found["special"] == special, folder
         assert found["dtype"] == f"torch.{'float32' if exact else 'bfloat16'}", folder
+    if exact:
+        assert found["continued"] == seen.continued[folder], folder
     if exact and folder in seen.expected:
         assert found["generated"] == seen.expected[folder], folder
         assert len(found["generated"]) < NEW_TOKENS, "the stop id was not reached: the test shows nothing"
+
+
+def _check_texts(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
+    """A text has the trainer's ids: those of the source's tokenizer.json, after BOS where a setting requires it."""
+    assert found["text_ids"] == seen.text_ids[folder], folder
+    bos = [SOURCE_EOS] if "-bos-" in folder else []
+    tokenizer = Tokenizer.from_file(str(seen.sources[folder] / "tokenizer.json"))
+    own = [tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    assert found["text_ids"] == [bos + ids for ids in own], folder
 
 
 def test_transformers_4_reads_exports_of_models_in_either_dialect_as_the_trainer_does(seen: Seen) -> None:
@@ -258,10 +303,10 @@ def test_transformers_5_reads_exports_of_models_in_either_dialect_as_the_trainer
     }
 
 
-def test_vllm_reads_an_export_as_the_trainer_does(seen: Seen) -> None:
-    ((folder, found),) = seen.by_vllm.items()
-    ours, theirs = torch.tensor(seen.trainer[folder]), torch.tensor(found["logprobs"])
-    assert float((ours - theirs).abs().max()) < 1e-4
-    assert found["generated"] == seen.expected[folder], "vLLM stops at the stop ids of training"
-    tokenizer = Tokenizer.from_file(str(seen.sources[folder] / "tokenizer.json"))
-    assert found["text_ids"] == [tokenizer.encode(text).ids for text in TEXTS]
+def test_vllm_reads_exports_as_the_trainer_does(seen: Seen) -> None:
+    assert len(seen.by_vllm) == len(VLLM)
+    for folder, found in seen.by_vllm.items():
+        ours, theirs = torch.tensor(seen.trainer[folder]), torch.tensor(found["logprobs"])
+        assert float((ours - theirs).abs().max()) < 1e-4, folder
+        assert found["generated"] == seen.expected[folder], f"vLLM stops at the stop ids of training: {folder}"
+        _check_texts(found, folder, seen)

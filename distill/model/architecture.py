@@ -92,6 +92,14 @@ def rotary_parameters(config: Any) -> Iterator[dict[str, Any]]:
     yield from nested or [parameters]
 
 
+def rotary_factor(parameters: Mapping[str, Any], config: Any) -> float:
+    """The scaling factor of rotary parameters; transformers derives a YaRN factor of null from the two lengths."""
+    factor = parameters["factor"]
+    if factor is None:
+        factor = config.max_position_embeddings / parameters["original_max_position_embeddings"]
+    return float(factor)
+
+
 def _check_rotary(config: Any, raw: Mapping[str, Any], what: str) -> None:
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     choose = f"choose a model with one of {', '.join(ROTARY)}"
@@ -137,15 +145,42 @@ def foreign_settings(config: Any) -> list[str]:
 
     Those in its config.json, and those of the key-value cache, which ``model_config`` has removed.
     """
-    known = {field.name for field in dataclasses.fields(config)} | {"model_type", "quantization_config"}
+    known = _own_settings(config)
     names = dict.fromkeys([*vars(config), *_CACHE_ONLY])
     return [name for name in names if name not in known and not name.startswith("_")]
+
+
+def without_ignored_settings(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """config.json without the settings that transformers ignores and other programs apply, also in its rotary ones.
+
+    ``raw``: the file; ``config``: the Hugging Face configuration that it is read as.
+    """
+    known = _own_settings(config)
+
+    def kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name in known or not _has_effect(name, value)}
+
+    edited = kept(raw)
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rotary := edited.get(key), dict):
+            nested = {name: kept(value) if isinstance(value, dict) else value for name, value in rotary.items()}
+            edited[key] = kept(nested)
+    return edited
+
+
+def _own_settings(config: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)} | {"model_type", "quantization_config"}
+
+
+def _has_effect(name: str, value: object) -> bool:
+    """Whether a setting changes the logits or the key-value cache in the families that have it."""
+    return bool((name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]))
 
 
 def _drop_ignored(config: Any, what: str) -> None:
     for name in foreign_settings(config):
         value = getattr(config, name, None)
-        if (name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]):
+        if _has_effect(name, value):
             _warn_once(
                 f"{what} has {name}={value} in its config.json, which the family {config.model_type} does not have:"
                 " transformers ignores it, and so do training and generation"

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from distill.model.architecture import rotary_factor, without_ignored_settings
+
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
@@ -19,7 +21,15 @@ Json = dict[str, Any]
 _QUANTIZATION = ("quantization_config", "compression_config")
 _CODE, _FROM_CONFIG = "auto_map", "_from_model_config"
 _READ_BY_BOTH = "PreTrainedTokenizerFast"
-"""Reads tokenizer.json as it is, in version 4 and in version 5."""
+"""Reads tokenizer.json as it is, in version 4 and in version 5; version 4 adds token_type_ids by default."""
+_CLASSES = {
+    "llama": "LlamaTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "gemma3_text": "GemmaTokenizer",
+}
+"""Family -> the class that version 4 takes where tokenizer_config.json names none."""
+_PADDED_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "XLNetTokenizer")
 
 
 def model_config_for_export(source: Mapping[str, Any], config: Any, architecture: str) -> Json:
@@ -28,21 +38,28 @@ def model_config_for_export(source: Mapping[str, Any], config: Any, architecture
     ``config``: the source as the trainer reads it. ``architecture``: the class of the trained model. The dtype, the
     tying of the head and the stop ids are set by the other functions.
     """
-    edited = {key: value for key, value in source.items() if key not in (*_QUANTIZATION, _CODE)}
-    named = edited.get("architectures")
-    if not isinstance(named, list) or architecture not in named:  # vLLM chooses the model's class by it
-        edited["architectures"] = [architecture]
-    if "rope_parameters" in source:
-        edited |= _rope_of_version_4(config.rope_parameters)
-    return edited
+    edited = without_ignored_settings(source, config)
+    edited = {key: value for key, value in edited.items() if key not in (*_QUANTIZATION, _CODE)}
+    # vLLM and transformers choose the model's class by it: a classifier in first place is one they can't load.
+    return edited | {"architectures": [architecture]} | _rope_of_version_4(edited.get("rope_scaling"), config)
 
 
-def _rope_of_version_4(rope_parameters: Mapping[str, Any]) -> Json:
-    every = rope_parameters.get("full_attention", rope_parameters)
-    local = rope_parameters.get("sliding_attention")
+def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
+    """The rotary keys of version 4 from the values that version 5 reads.
+
+    ``rope_scaling``: the source's, which stays as it is where version 4 reads the same from it.
+    """
+    every = config.rope_parameters.get("full_attention", config.rope_parameters)
+    local = config.rope_parameters.get("sliding_attention")
     keys: Json = {"rope_theta": every["rope_theta"]}
-    if every.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = {name: value for name, value in every.items() if name != "rope_theta"}
+    derived = _scaling(every)
+    if derived is not None and derived.get("factor", 1.0) is None:
+        derived["factor"] = rotary_factor(derived, config)
+    if derived is not None and local is not None:  # version 5 reads truncate beside the types of layers
+        derived.pop("truncate", None)
+        derived |= {key: value for key, value in config.rope_parameters.items() if key == "truncate"}
+    if (rope_scaling is not None and not rope_scaling) or _scaling(rope_scaling) != derived:
+        keys["rope_scaling"] = derived
     if local is not None:
         keys["rope_local_base_freq"] = local["rope_theta"]
         if local.get("rope_type", "default") != "default":
@@ -52,6 +69,15 @@ def _rope_of_version_4(rope_parameters: Mapping[str, Any]) -> Json:
                 local["rope_type"],
             )
     return keys
+
+
+def _scaling(parameters: Mapping[str, Any] | None) -> Json | None:
+    """Rotary parameters as version 4 reads them from ``rope_scaling``; None for the default type."""
+    if not parameters:
+        return None
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    others = {name: value for name, value in parameters.items() if name not in ("rope_theta", "type", "rope_type")}
+    return None if kind == "default" else {"rope_type": kind, **others}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> Json:
@@ -76,7 +102,8 @@ def _listed_ids(config: Mapping[str, Any]) -> list[Any]:
 def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
     """Whether ``eos_token_id``, which is null, one id or a list, has these ids and no other."""
     listed = _listed_ids(config)
-    return all(token in ids for token in listed) and all(token in listed for token in ids)
+    known = all(type(token) is int and token in ids for token in listed)  # 256.0 is not an id for version 4
+    return known and all(token in listed for token in ids)
 
 
 def with_stop_ids(
@@ -98,7 +125,7 @@ def with_stop_ids(
         names = ("bos_token_id", "pad_token_id")
         generation = {name: config[name] for name in names if config.get(name) is not None}
     # The source's own ids stay first: generate() pads with the first one.
-    first = [*_listed_ids(generation), *_listed_ids(config)]
+    first = [token for token in (*_listed_ids(generation), *_listed_ids(config)) if type(token) is int]
     ordered = list(dict.fromkeys(token for token in (*first, *sorted(stop_token_ids)) if token in stop_token_ids))
     eos = ordered[0] if len(ordered) == 1 else ordered
     edited = {name: value for name, value in generation.items() if name != _FROM_CONFIG}
@@ -106,13 +133,14 @@ def with_stop_ids(
 
 
 def tokenizer_config_for_export(
-    source: Mapping[str, Any], *, has_json: bool, misread: bool, own_template: bool
+    source: Mapping[str, Any], *, family: str, has_json: bool, misread: bool, own_template: bool
 ) -> Json:
     """tokenizer_config.json for both versions of transformers.
 
     Files in version 5's dialect, without a class, or with a class that is ``misread`` get one that reads tokenizer.json
-    as it is, where there is one (``has_json``). Without a class, version 4 takes the model's, and Llama's puts a BOS
-    token before every text. ``own_template``: the user gave a chat template, so the one in this file no longer holds.
+    as it is, where there is one (``has_json``). Without a class, version 4 takes the model's (by ``family``), and
+    Llama's puts a BOS token before every text. The defaults of the replaced class are written out.
+    ``own_template``: the user gave a chat template, so the one in this file no longer holds.
     """
     edited = {key: value for key, value in source.items() if key != _CODE}
     if own_template:
@@ -124,5 +152,8 @@ def tokenizer_config_for_export(
         edited["additional_special_tokens"] = [*old, *(token for token in extra if token not in old)]
     newer = edited.get("tokenizer_class") in (None, "TokenizersBackend") or "backend" in edited
     if has_json and (newer or misread or isinstance(extra, list)):
+        edited.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if str(edited.get("tokenizer_class") or _CLASSES[family]).removesuffix("Fast") in _PADDED_LEFT:
+            edited.setdefault("padding_side", "left")
         edited["tokenizer_class"] = _READ_BY_BOTH
     return edited

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from distill.data.template import read_text
 from distill.data.tokenizer import tokenizer_class_misreads
 from distill.model.export_dialects import (
     Json,
@@ -44,6 +45,8 @@ _TOKENIZER = (
     *("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "*.tiktoken"),
     *("tekken.json", _TEMPLATE, *_OTHER_TEMPLATES),
 )
+_FOLDERS = ("additional_chat_templates", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")
+"""Folders of a model whose files are copied, where their names match."""
 _MODEL = (_CONFIG, _GENERATION, *LICENSE_FILES)
 _TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -73,8 +76,9 @@ class ExportFiles:
 
         ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: id -> token.
         """
-        card = model_card(self.contents.get(_CARD, b"").decode(errors="replace"), recipe, step, stop_tokens)
-        return replace(self, contents={**self.contents, _CARD: card.encode()})
+        name = next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
+        source = self.contents.get(name, b"").decode("utf-8-sig", errors="replace")
+        return replace(self, contents={**self.contents, name: model_card(source, recipe, step, stop_tokens).encode()})
 
 
 def read_export_files(
@@ -95,14 +99,15 @@ def read_export_files(
     try:
         tokenizer_files = tokenizer_folder(files, tokenizer_name)
         contents = _read(files.folder, _MODEL) | _read(tokenizer_files, _TOKENIZER)
-        own_template = None
-        if chat_template is not None:  # an editor's byte order mark would begin every rendered prompt
-            own_template = Path(chat_template).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{what} has a file that can't be copied to exports ({error}): make it readable, or download the model"
             " again"
         ) from error
+    own_template = None
+    if chat_template is not None:  # an editor's byte order mark would begin every rendered prompt
+        path = os.path.expanduser(chat_template)
+        own_template = read_text(path, "policy.tokenizer.chat_template").removeprefix("\ufeff")
     config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     edited = model_config_for_export(
         json_object(files.folder / _CONFIG, what), config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
@@ -120,6 +125,7 @@ def read_export_files(
         former = _object(contents, tokenizer_files, _TOKENIZER_CONFIG, what)
         tokenizer_config = tokenizer_config_for_export(
             former,
+            family=config.model_type,
             has_json=_TOKENIZER_JSON in contents,
             misread=misread,
             own_template=own_template is not None,
@@ -129,9 +135,22 @@ def read_export_files(
             special = _special_tokens(json.loads(contents[_TOKENIZER_JSON]), tokenizer)
             tokenizer_config = {name: token for name, token in special.items() if name not in named} | tokenizer_config
         _put(contents, _TOKENIZER_CONFIG, tokenizer_config)
+        if former.get("add_bos_token") is True and _TOKENIZER_JSON in contents:
+            _write_bos(contents, tokenizer)
     if misread and _TOKENIZER_JSON in contents:
         _warn_if_misread(contents, what)
     return ExportFiles(contents, bool(config.tie_word_embeddings))
+
+
+def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
+    """Give tokenizer.json the post-processor of ``tokenizer`` where only that one puts BOS before a text.
+
+    No version of transformers applies add_bos_token for the class that exports name.
+    """
+    own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
+    if own.encode("a").ids != used.encode("a").ids:
+        post_processor = json.loads(used.post_processor.__getstate__())
+        _put(contents, _TOKENIZER_JSON, json.loads(contents[_TOKENIZER_JSON]) | {"post_processor": post_processor})
 
 
 def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
@@ -179,14 +198,17 @@ def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles |
 
 
 def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
-    """The folder of the tokenizer that ``policy.tokenizer.name`` names: the model's, another one, or the hub's."""
+    """The folder of the tokenizer that ``name`` names: that of ``files`` (also for None), another one, or the hub's.
+
+    From the hub it has the tokenizer and the configurations; no weights are downloaded.
+    """
     if name in (None, files.name):
         return files.folder
     if os.path.isdir(str(name)):
         return Path(str(name))
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(name), allow_patterns=list(_TOKENIZER)))
+    return Path(snapshot_download(str(name), allow_patterns=[*_TOKENIZER, _CONFIG, _GENERATION]))
 
 
 def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
@@ -195,7 +217,7 @@ def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+    for path in (*folder.iterdir(), *(path for name in _FOLDERS for path in folder.glob(f"{name}/*"))):
         if path.is_file():
             yield path.relative_to(folder).as_posix()
 

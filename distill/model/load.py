@@ -24,7 +24,7 @@ from distill.types import UserError
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 """Model types whose packed, sharded path is tested against the plain model."""
-LICENSE_FILES = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
+LICENSE_FILES = ("README.md", "*LICEN[CS]E*", "NOTICE*", "*USE_POLICY*", "COPYING*", "*TERMS.*", "*TERMS", "TERMS_OF_*")
 """The model card and what else a model comes with that exports copy."""
 PLAIN = ("F64", "F32", "F16", "BF16")
 """Element types, as safetensors names them, that are the weights themselves. F64 is rounded, as transformers does."""

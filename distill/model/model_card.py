@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os.path
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from distill.config.build import show
 
 _TITLE = "## On-policy distillation"
 _TEACHERS = {
@@ -23,9 +23,10 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
     ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: id -> token. The model licence and the front
     matter of ``source`` stay.
     """
-    begin = source.rstrip() or _front_matter(recipe)
+    windows = "\r\n" in source
+    begin = _with_closed_fence(source.replace("\r\n", "\n").rstrip()) or _front_matter(recipe)
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(recipe, step, stop_tokens))
-    return (
+    card = (
         f"{begin}\n\n{_TITLE}\n\n"
         "The student model was trained on its own responses: the teacher's probabilities of each response token were"
         " the target.\n\n"
@@ -33,20 +34,38 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
         "`generation_config.json` holds the stop tokens of the training. The sampling settings of the training are in"
         " this table only.\n"
     )
+    return card.replace("\n", "\r\n") if windows else card
+
+
+def _with_closed_fence(text: str) -> str:
+    """``text`` with the end of a code block that is still open after it: the section would become code."""
+    fence = ""
+    for mark, rest in re.findall(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.MULTILINE):
+        if not fence:
+            fence = "" if mark[0] == "`" and "`" in rest else mark
+        elif mark.startswith(fence) and not rest.strip():
+            fence = ""
+    return f"{text}\n{fence}" if fence else text
 
 
 def public_name(name: str) -> str:
-    """A model's hub name, or the last part of a folder's path: a card shows no path of the machine."""
+    """A model's hub name, or the last part of a folder's path: a card shows no path of the machine.
+
+    A folder of the hub's cache, whose last part is a hash, gives the hub name.
+    """
     expanded = os.path.expanduser(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(expanded)
-    return Path(os.path.abspath(expanded)).name if is_path else name
+    if not is_path:
+        return name
+    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", os.path.realpath(expanded))
+    return cached[1].replace("--", "/") if cached else Path(os.path.abspath(expanded)).name
 
 
 def _front_matter(recipe: Mapping[str, Any]) -> str:
     name = public_name(recipe["policy"]["model_name"])
     return (
-        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        f"tags:\n- on-policy-distillation\n---\n\n# {name}, distilled"
+        f"---\nbase_model: {json.dumps(name, ensure_ascii=False)}\nlibrary_name: transformers\n"
+        f"pipeline_tag: text-generation\ntags:\n- on-policy-distillation\n---\n\n# {name}, distilled"
     )
 
 
@@ -59,14 +78,24 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
     yield "steps", str(step)
     yield "prompts per step", str(loop["num_prompts_per_step"])
     yield "responses per prompt", str(loop["num_generations_per_prompt"])
-    yield "loss", f"{loss['kl_type']} KL, teacher top-{loop['topk_logits_k'] or 'all'}"
+    top_k = loop["topk_logits_k"]
+    tokens = f"the teacher's top {top_k} tokens" if top_k else "all tokens"
+    yield "loss", f"{loss['kl_type']} KL over {tokens}"
     yield "optimizer", f"AdamW, learning rate {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}"
     yield "precision", f"{policy['precision']} compute, float32 master weights"
     yield "sampling temperature", f"{sampling['temperature']:g}"
-    yield "sampling top_p, top_k", f"{sampling['top_p']:g}, {show(sampling['top_k'])}"
+    yield "sampling top_p, top_k", f"{sampling['top_p']:g}, {sampling['top_k'] or 'off'}"
     yield "longest response", f"{sampling['max_new_tokens']} tokens"
-    yield "stop tokens", ", ".join(f"`{token}` ({id_})" for id_, token in stop_tokens.items()) or "none"
+    yield "stop tokens", ", ".join(f"{_code(token)} ({id_})" for id_, token in stop_tokens.items()) or "none"
+
+
+def _code(text: str) -> str:
+    """Text as inline code, whose marks are longer than any that it holds."""
+    if "`" not in text:
+        return f"`{text}`"
+    mark = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{mark} {text} {mark}"
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "\\n")
+    return text.replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n")

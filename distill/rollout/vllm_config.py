@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.model.architecture import foreign_settings, rotary_parameters
+from distill.model.architecture import foreign_settings, rotary_factor, rotary_parameters
 from distill.types import UserError
 
 ARCHITECTURES = {
@@ -71,15 +71,7 @@ def _longest(parameters: Mapping[str, Any], config: Any) -> int | None:
     """Positions for which vLLM tabulates the rotary embedding, where that doesn't follow from its window."""
     if parameters.get("rope_type") != "yarn":
         return None
-    return int(parameters["original_max_position_embeddings"] * _factor(parameters, config))
-
-
-def _factor(parameters: Mapping[str, Any], config: Any) -> float:
-    """The scaling factor; where it is null, transformers derives it from the two lengths."""
-    factor = parameters["factor"]
-    if factor is None:
-        factor = config.max_position_embeddings / parameters["original_max_position_embeddings"]
-    return float(factor)
+    return int(parameters["original_max_position_embeddings"] * rotary_factor(parameters, config))
 
 
 def architecture_overrides(config: Any) -> dict[str, Any]:
@@ -121,7 +113,7 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
     for name in ("beta_fast", "beta_slow"):
         if not plain.get(name, True):
             del plain[name]  # transformers takes 0 for its default
-    return {**plain, "factor": _factor(parameters, config)}
+    return {**plain, "factor": rotary_factor(parameters, config)}
 
 
 def apply_overrides(overrides: Mapping[str, Any], config: Any) -> Any:
