@@ -437,7 +437,7 @@ def test_sharded_weights_have_an_index_with_their_size_and_replace_an_earlier_ex
         assert all(torch.equal(state[name], weight) for name, weight in weights.items())
 
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "distillation": {
         "num_prompts_per_step": 8,
         "num_generations_per_prompt": 2,
