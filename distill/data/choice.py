@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 
 _BRACE = re.compile(r"\\[{}]|(?P<open>(?:\\f?box(?:ed)?\s{0,9})?{)|(?P<close>})")
+_SPACE = re.compile(r"\\(?:q?quad|(?:thin|en)?space)\b|\\[,;: ]|~")
+"""LaTeX for a space."""
 _MARKUP = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it)?|bf|rm|left|right|quad)\b|\\[()\[\]!,;: ]"
-    r"|[*_`${}~“”\"]|<[^<>\n]{1,20}>"
+    r"\\(?:text[a-z]*|math[a-z]*|operatorname|boldsymbol|mbox|bm|bf|rm|left|right)\b|\\[()\[\]!]"
+    r"|[*_`${}“”\"]|<[^<>\n]{1,20}>"
 )
 """LaTeX, Markdown and HTML around a letter."""
 _BLANK = re.compile(r"\s+")
@@ -43,7 +45,7 @@ _SECOND = re.compile(
 _PROSE = re.compile(r" (?!(?:because|since|as|due|which|so|given|and|or|with|for)\b)[a-z]")
 """A word after a bare A or I, which makes it an article or a pronoun."""
 _ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
-_LED = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])[).:])(?:\s+(\S.*))?", re.IGNORECASE)
+_LED = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])[).:](?=\s|$))\s*(\S.*)?", re.IGNORECASE)
 """An option with its text: (B) Paris; B. Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
 """A sentence about an option, not its text: (B) is wrong."""
@@ -80,7 +82,7 @@ def option(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     """The text without markup, with each closed box between marks, and one white character between words."""
-    return _BLANK.sub(_shortened, _MARKUP.sub("", _marked(text)))
+    return _BLANK.sub(_shortened, _MARKUP.sub("", _SPACE.sub(" ", _marked(text))))
 
 
 def _shortened(blank: re.Match[str]) -> str:
