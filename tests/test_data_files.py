@@ -187,6 +187,44 @@ def test_a_folders_splits_are_those_of_its_file_names_or_its_card(tmp_path: Path
     assert [len(read(tmp_path, subset=subset)) for subset in ("easy", "hard")] == [4, 2]
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "read_of_these", "left"),
+    [
+        (["train.jsonl", "extra.jsonl", "part-2.jsonl"], None, 1, "2 data files are in no split by their names"),
+        (["train.jsonl", "train2.jsonl", "sub/more.jsonl"], None, 2, "left out (sub/more.jsonl first)"),
+        (["a.jsonl", "speed-test.jsonl"], "test", 1, "left out (a.jsonl first)"),
+        (["train.jsonl", "test.jsonl", "metadata.jsonl", "config.json", ".b.jsonl", "__x/a.jsonl"], None, 1, ""),
+        (["a.jsonl", "b.jsonl"], None, 2, ""),
+    ],
+)
+def test_files_of_a_folder_that_are_in_no_split_are_named(
+    names: list[str], split: str | None, read_of_these: int, left: str, tmp_path: Path, caplog: Any
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(as_lines(ROWS[:1]))
+    (tmp_path / "README.md").write_text("# No settings\n")
+    assert len(read(tmp_path, split=split)) == read_of_these
+    if left:
+        assert left in caplog.text
+    assert len(caplog.records) == bool(left)
+
+
+def test_folders_with_glob_characters_are_read_and_linked_ones_are_named(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "glob[1]*").mkdir()
+    (tmp_path / "glob[1]*" / "a.jsonl").write_bytes(as_lines(ROWS))
+    assert len(read(tmp_path / "glob[1]*")) == 3
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "more").symlink_to(tmp_path / "glob[1]*")
+    (tmp_path / "links" / "self").symlink_to(tmp_path / "links")
+    assert "only in folders that are symbolic links (more/a.jsonl first)" in refusal(tmp_path / "links")
+    (tmp_path / "links" / "b.jsonl").write_bytes(as_lines(ROWS[:1]))
+    assert len(read(tmp_path / "links")) == 1
+    assert "left out (more/a.jsonl first)" in caplog.text
+    (tmp_path / "links" / "c.jsonl").symlink_to(tmp_path / "glob[1]*" / "a.jsonl")
+    assert len(read(tmp_path / "links")) == 4
+
+
 def test_a_fault_in_a_folder_names_file_line_and_cause(tmp_path: Path) -> None:
     path = folder(tmp_path)
     (path / "2.jsonl").write_bytes(as_lines([{"question": "a", "answer": 1}]) + b'{"question": "b", "ans')
