@@ -67,10 +67,12 @@ def find_models(config: Config) -> Models:
     other = context.mode == "frozen" or config.teacher.tokenizer.chat_template is not None
     models = Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
     what = f"policy.tokenizer.name={config.policy.tokenizer.name}"
-    check_chat_template(tokenizer, what, "policy.tokenizer.chat_template")
-    if context.enabled and context.chat_template and models.teachers_tokenizer is not tokenizer:
+    kwargs, theirs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
+    check_chat_template(tokenizer, what, "policy.tokenizer.chat_template", kwargs)
+    differ = models.teachers_tokenizer is not tokenizer or kwargs != theirs
+    if context.enabled and context.chat_template and differ:
         what = f"teacher.tokenizer.name={config.teacher.tokenizer.name}"
-        check_chat_template(teachers, what, "teacher.tokenizer.chat_template")
+        check_chat_template(models.teachers_tokenizer, what, "teacher.tokenizer.chat_template", theirs)
     return models
 
 
@@ -80,12 +82,13 @@ def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tup
     Without teacher.tokenizer.chat_template, a teacher that is the student itself has policy.tokenizer.chat_template.
     """
     ours, theirs = config.policy.tokenizer, config.teacher.tokenizer
-    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template)
+    kwargs, their_kwargs = ours.chat_template_kwargs, teacher_template_kwargs(config)[0]
+    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template, kwargs)
     itself = student.folder.resolve() == teacher.folder.resolve()
     template = ours.chat_template if itself and theirs.chat_template is None else theirs.chat_template
     if itself and (ours.name, ours.chat_template) == (theirs.name, template):
         return tokenizer, tokenizer
-    return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template)
+    return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template, their_kwargs)
 
 
 def _stop_token_ids(

@@ -24,6 +24,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from distill.config import ContextDistillationConfig
+from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock, current_time
 from distill.data.context import ContextViews
 from distill.data.prompts import chat_ids, token_ids
@@ -427,6 +428,36 @@ def test_a_chat_template_file_that_is_none_is_refused_with_its_line(
         (tmp_path / "own.jinja").write_bytes(content)
     with pytest.raises(UserError, match=rf"^policy\.tokenizer\.chat_template=.*own\.jinja {fault}"):
         load(tmp_path, chat_template=str(tmp_path / "own.jinja"))
+
+
+MESSAGES = "{% for m in messages %}CONTENT{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ m.content.split()|join('\n') }}", "{{ m.content.replace(' ', '') }}", "{{ m.content.upper() }}"]
+)
+def test_a_chat_template_may_change_white_space_and_case(tmp_path: Path, content: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=MESSAGES.replace("CONTENT", content))
+    check_chat_template(tokenizer, "policy.tokenizer.name=x", "policy.tokenizer.chat_template")
+
+
+def test_a_chat_template_is_checked_with_the_recipes_arguments(tmp_path: Path) -> None:
+    template = MESSAGES.replace("CONTENT", "{% if mode == 'solve' %}{{ m.content }}{% endif %}")
+    save_tiny_model(tmp_path / "own", "qwen3")
+    tiny_tokenizer(chat_template=template).save_pretrained(tmp_path / "own")
+    (tmp_path / "template.jinja").write_text(template)
+    solve, other = "tokenizer.chat_template_kwargs={mode: solve}", "tokenizer.chat_template_kwargs={mode: other}"
+    context = [f"distillation.context_distillation.{word}" for word in ("enabled=true", "chat_template=true")]
+    context.append("distillation.context_distillation.teacher_prefix_template={problem}")
+    for key in ((), (f"policy.tokenizer.chat_template={tmp_path}/template.jinja",)):
+        words = ("distillation.allow_degenerate=true", *key)
+        find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", *words))
+        with pytest.raises(UserError, match="leaves out the user's message"):
+            find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{other}", *words))
+        with pytest.raises(UserError, match=r"teacher\.tokenizer.*leaves out the user's message"):
+            find_models(
+                config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", f"teacher.{other}", *words, *context)
+            )
 
 
 def test_of_named_templates_the_default_is_used_and_a_folder_without_a_template_is_logged(

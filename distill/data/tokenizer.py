@@ -6,7 +6,7 @@ import json
 import logging
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,11 +58,18 @@ class ModelFolder(Protocol):
         """The folder of its files."""
 
 
-def load_tokenizer(files: ModelFolder, name: str | None, key: str, chat_template: str | None = None) -> Any:
+def load_tokenizer(
+    files: ModelFolder,
+    name: str | None,
+    key: str,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """The tokenizer of the model, or the one that ``key`` (``*.tokenizer.name``) names instead.
 
     Its ids are those of its tokenizer.json, whatever class tokenizer_config.json names; a warning is logged where that
-    class gives other ids. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template.
+    class gives other ids. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template;
+    ``template_kwargs``: the recipe's arguments for it.
     Raises UserError for files that can't be read, for a tokenizer that loses plain text and for a chat template that
     can't be parsed or that leaves out the user's message.
     """
@@ -72,7 +79,8 @@ def load_tokenizer(files: ModelFolder, name: str | None, key: str, chat_template
     tokenizer.clean_up_tokenization_spaces = False  # it removes spaces from decoded text
     _check_round_trip(tokenizer, what)
     if chat_template is not None:
-        set_chat_template(tokenizer, chat_template, key.removesuffix(".name") + ".chat_template")
+        key = key.removesuffix(".name") + ".chat_template"
+        set_chat_template(tokenizer, chat_template, key, template_kwargs)
     return tokenizer
 
 
