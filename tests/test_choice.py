@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distill.config import DatasetConfig
 from distill.data.choice import chosen, option
-from distill.data.verify import Judge, by_choice
+from distill.data.verify import Judge, by_choice, check_gold
 from distill.types import Problem, Prompt, UserError
 from distill.validation import HeldOut, load_held_out
 from distill.validation.golds import warn_of_unusable_golds
@@ -121,7 +121,10 @@ CHOSEN = {
         r"\boxed{A} and an open \boxed{C, then: Answer: B",
         "<think>Answer: A</think>Answer: B",
     ],
-    "A": ["Answer: A", "So A is correct.", "故选A", "The answer is A because it is.", "\\boxed{A}", "A", "Answer: A, I think", "(A)"],
+    "A": [
+        *("Answer: A", "So A is correct.", "故选A", "The answer is A because it is.", "\\boxed{A}", "A"),
+        *("Answer: A, I think", "(A)"),
+    ],
 }
 NOT_CHOSEN = [
     "",
@@ -204,7 +207,11 @@ def test_any_text_is_read(text: str) -> None:
     assert chosen(text) in (None, *"ABCDEFGHIJ")
 
 
-@pytest.mark.parametrize("text", ["option letter ", "answer to this ", "selection for the ", "[[", "' ", "A is ", "选", "not A, ", "\x02", "\\boxed{", "answer is ", "(A) ", " ", "{"])
+REPEATED = ["option letter ", "answer to this ", "selection for the ", "answer is not A, ", "\\boxed{", "answer is ", "(A) "]
+REPEATED += ["[[", "' ", "A is ", "选", "not A, ", "\x02", " ", "{"]
+
+
+@pytest.mark.parametrize("text", REPEATED)
 def test_a_repetitive_answer_takes_no_quadratic_time(text: str) -> None:
     """In linear time ten times the text takes ten times as long; in quadratic time a hundred times."""
     begun = time.process_time()
@@ -220,6 +227,14 @@ def test_a_gold_answer_is_a_letter_alone_or_before_its_text() -> None:
     for gold in ("0", "1", "", "Paris", "A man", "I am", "AB", "A,B", "(A) or (B)", "A. or B", "K", "True"):
         assert option(gold) is None, gold
     assert by_choice("Answer: B", "1") == "failed"
+
+
+@pytest.mark.parametrize("gold", ["0", "3"])
+def test_numbers_of_options_are_refused_with_what_to_write(gold: str) -> None:
+    """A column of letters may be missing, as in cais/mmlu, and env_name=exact would grade every response as wrong."""
+    with pytest.raises(UserError, match="write the gold answers as letters") as caught:
+        check_gold("choice", gold, "data.validation")
+    assert "exact" not in str(caught.value)
 
 
 def test_the_judge_grades_choices() -> None:
