@@ -128,7 +128,7 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
     context = config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=column, think_tags=tags)
-    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column)
+    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column, tags)
     loop, inputs = config.distillation, _inputs(config, models, prompts)
     return PromptOrder(prompts, loop.num_prompts_per_step, loop.seed, config.data.shuffle, inputs)
 
@@ -206,7 +206,7 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
     at_most, context = config.distillation.max_val_samples, config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
-    check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column)
+    check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column, tags)
     return held_out
 
 

@@ -245,6 +245,9 @@ BAD = {
     "spaces.csv": (b"id, question\n1,2\n", "which has id, ' question': set"),
     "macintosh.csv": (b"question,answer\ra,1\rb\r", "malformed in line 3 (1 fields under a header of 2)"),
     "utf16.jsonl": ('{"question": "a"}\n'.encode("utf-16"), "write it as UTF-8 text with one JSON object a line"),
+    "wrapped.json": (
+        b'{\n "data": [\n  {"question": "a", "answer": 1}]}', "write one list of JSON objects, or one object a line"
+    ),
     "headless.csv": (b"1+1?,2\n2+2?,4\n", "input_key=question is missing in the table of"),
     "header.csv": (b"question,answer\n", "is empty"),
     "nothing.csv": (b"", "is empty"),

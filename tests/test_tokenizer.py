@@ -4,6 +4,7 @@ text that is lost is refused. Oracles: tokenizers.Tokenizer.from_file, transform
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from tokenizers import (
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from distill.config import ContextDistillationConfig
+from distill.data import text_checks
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock, current_time
 from distill.data.context import ContextViews
@@ -320,6 +322,16 @@ def test_bare_text_begins_with_bos_once_and_never_ends_with_eos(
     assert ContextViews(tokenizer, context, 100)._filled([("is", "")]) == [opening + bare]
 
 
+def test_a_post_processor_that_adds_bos_against_the_settings_is_named_in_a_warning(tmp_path: Path, caplog: Any) -> None:
+    tokenizer = load(byte_level(tmp_path, {"add_bos_token": False}))
+    assert token_ids(tokenizer, ["a"], special_tokens=True)[0][0] == tokenizer.bos_token_id
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "has add_bos_token=false" in warning and f"puts {BOS} before bare text" in warning
+    caplog.clear()
+    load(byte_level(tmp_path, {"add_bos_token": False}, post_processor=processors.ByteLevel(trim_offsets=False)))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
 def test_a_chat_template_writes_all_special_tokens_itself_as_in_transformers(tmp_path: Path, template: str) -> None:
     tokenizer = load(byte_level(tmp_path, {"chat_template": template, "add_bos_token": True}))
@@ -564,6 +576,31 @@ def test_control_tokens_inside_problems_and_traces_are_named_in_a_warning(caplog
     ]
     check_texts(prompts, tokenizer, 261, "data.train")
     check_texts(prompts, tokenizer, 261, "data.train", "hint")
-    first, second = [record.getMessage() for record in caplog.records]
+    first, again, second = [record.getMessage() for record in caplog.records]
     assert first.startswith("data.train: 1 prompts have '<|im_end|>'") and "problem 3 (file.jsonl: 'y<" in first
-    assert second.startswith("data.train: 2 prompts have '<|im_start|>'") and "problem 2 " in second
+    assert again == first
+    assert second.startswith("data.train: 1 prompts have '<|im_start|>' in the column hint") and "problem 2 " in second
+
+
+def test_think_tags_are_meant_in_the_trace_column_and_not_in_a_problem(caplog: Any) -> None:
+    tokenizer = tiny_tokenizer(special_think=True)
+    tags = ("<think>", "</think>")
+    prompts = [_prompt(tokenizer, i, "x", hint="<think>a</think>b") for i in range(3)]
+    check_texts(prompts, tokenizer, 261, "data.train", "hint", tags)
+    assert not caplog.records
+    prompts += [_prompt(tokenizer, 3, "x", hint="<think>a<|im_end|>"), _prompt(tokenizer, 4, "<think>")]
+    check_texts(prompts, tokenizer, 261, "data.train", "hint", tags)
+    in_text, in_column = [record.getMessage() for record in caplog.records]
+    assert in_text.startswith("data.train: 1 prompts have '<think>' in their text") and "problem 5" in in_text
+    assert in_column.startswith("data.train: 1 prompts have '<|im_end|>' in the column hint") and "unless" in in_column
+
+
+def test_thousands_of_control_tokens_are_searched_for_in_little_time(caplog: Any) -> None:
+    tokens = [f"{'<[abcdefg'[i % 9]}{i * 7919 % 6200}]>" for i in range(6200)]
+    decoder = {i: AddedToken(token, special=True) for i, token in enumerate(tokens)}
+    text = "If a < b and [c, d] be given, find the sum of all of them. " * 40
+    prompts = [Prompt(i, (1,), Problem(text)) for i in range(300)]
+    tokenizer = SimpleNamespace(added_tokens_decoder=decoder)
+    begun = time.process_time()
+    text_checks._warn_of_control_tokens(prompts, tokenizer, "data.train", None, ("<think>", "</think>"))
+    assert time.process_time() - begun < 3

@@ -117,14 +117,19 @@ def _json_line(place: str, line: bytes, file: DataFile) -> Row:
         if isinstance(row, dict) and file.columns.answer_is_float(row):
             row = json.loads(line, parse_float=WrittenFloat)
     except (ValueError, RecursionError) as error:
-        utf16 = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line
-        form = "it as UTF-8 text with one JSON object a line" if utf16 else "one JSON object a line"
+        form = "one list of JSON objects, or one object a line" if _is_json(file) else "one JSON object a line"
+        if b"\0" in line:  # UTF-16 or UTF-32
+            form = f"it as UTF-8 text with {form}"
         raise UserError(f"{file.key} is malformed in {place} ({reason(error)}): write {form}") from None
     if not isinstance(row, dict):
         raise UserError(
             f"{file.key} has {show(row)} in {place}, where an object is needed: write one JSON object a line"
         )
     return place, row
+
+
+def _is_json(file: DataFile) -> bool:
+    return kind_of(file.path)[0] == ".json"
 
 
 def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:

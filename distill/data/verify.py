@@ -215,8 +215,8 @@ def check_gold(name: str, gold: str, where: str) -> None:
         if option(gold) is None:
             raise UserError(
                 f"{where}.env_name=choice but the gold answer {gold[:80]!r} names no option from A to J: write the gold"
-                f" answers as letters (A for the first option), name the column of the letters in {where}.output_key, or"
-                f" extract them with {where}.output_pattern"
+                f" answers as letters (A for the first option), name the column of the letters in {where}.output_key,"
+                f" or extract them with {where}.output_pattern"
             )
     if name != "regex":
         return
