@@ -599,8 +599,8 @@ def test_thousands_of_control_tokens_are_searched_for_in_little_time(caplog: Any
     tokens = [f"{'<[abcdefg'[i % 9]}{i * 7919 % 6200}]>" for i in range(6200)]
     decoder = {i: AddedToken(token, special=True) for i, token in enumerate(tokens)}
     text = "If a < b and [c, d] be given, find the sum of all of them. " * 40
-    prompts = [Prompt(i, (1,), Problem(text)) for i in range(300)]
+    prompts = [Prompt(i, (1,), Problem(text)) for i in range(600)]
     tokenizer = SimpleNamespace(added_tokens_decoder=decoder)
     begun = time.process_time()
     text_checks._warn_of_control_tokens(prompts, tokenizer, "data.train", None, ("<think>", "</think>"))
-    assert time.process_time() - begun < 3
+    assert time.process_time() - begun < 2.5

@@ -30,8 +30,9 @@ def check_texts(
     """Check prompts: refuse an id past the embeddings, warn of text that the model reads differently.
 
     ``prompts`` are iterated more than once; ``where``: the key that a message names; ``trace_column``: a column whose
-    text the teacher reads, where ``think_tags`` are meant. Each warning names the number of prompts and the first one: control tokens of the chat
-    template inside a problem or a trace, characters that the vocabulary lacks, texts that encoding and decoding change.
+    text the teacher reads, where ``think_tags`` are meant. Each warning names the number of prompts and the first one:
+    control tokens of the chat template inside a problem or a trace, characters that the vocabulary lacks, texts that
+    encoding and decoding change.
     Raises UserError with the row.
     """
     if largest_id(tokenizer) >= valid_vocab:

@@ -130,7 +130,7 @@ def _read(source: str | Path, what: str) -> Any:
         by_default = type(tokenizer).__name__ in _BOS_BY_DEFAULT
     if settings.get("add_bos_token", by_default) is True:
         _add_bos(tokenizer, what)
-    elif own is not None and settings.get("add_bos_token") is False and tokenizer.bos_token_id in opening_ids(tokenizer):
+    elif own and settings.get("add_bos_token") is False and tokenizer.bos_token_id in opening_ids(tokenizer):
         log.warning(
             "%s has add_bos_token=false in its tokenizer_config.json, and its tokenizer.json puts %s before bare text:"
             " tokenizer.json is used",
