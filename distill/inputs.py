@@ -16,7 +16,13 @@ from distill.data.context import ContextViews, TeacherViews, teacher_template_kw
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
-from distill.data.tokenizer import compare_vocabularies, load_tokenizer, stop_ids, usable_stop_ids
+from distill.data.tokenizer import (
+    compare_vocabularies,
+    load_tokenizer,
+    same_tokenizer_files,
+    stop_ids,
+    usable_stop_ids,
+)
 from distill.model.load import ModelFiles, find_model, model_config
 from distill.model.shapes import ModelShape, shape_of
 from distill.model.teacher import check_top_k
@@ -77,7 +83,7 @@ def find_models(config: Config) -> Models:
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
-    """The student's and the teacher's tokenizer: one object where model, tokenizer and chat template are the same.
+    """The student's and the teacher's tokenizer: one object where their files and chat template are the same.
 
     Without teacher.tokenizer.chat_template, a teacher that is the student itself has policy.tokenizer.chat_template.
     """
@@ -88,6 +94,9 @@ def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tup
     template = ours.chat_template if itself and theirs.chat_template is None else theirs.chat_template
     if itself and (ours.name, ours.chat_template) == (theirs.name, template):
         return tokenizer, tokenizer
+    own = ours.name in (None, student.name) and theirs.name in (None, teacher.name)
+    if own and ours.chat_template is template is None and same_tokenizer_files(student.folder, teacher.folder):
+        return tokenizer, tokenizer  # loading a large one takes several seconds
     return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template, their_kwargs)
 
 
@@ -105,7 +114,7 @@ def _stop_token_ids(
             )
         return given
     ours = usable_stop_ids(stop_ids(student, tokenizer), tokenizer, valid_vocab, student.name)
-    if teachers is tokenizer:
+    if teachers is tokenizer and student.folder.resolve() == teacher.folder.resolve():
         return ours
     theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):

@@ -24,6 +24,7 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from distill import inputs
 from distill.config import ContextDistillationConfig
 from distill.data import text_checks
 from distill.data.chat_template import check_chat_template
@@ -440,6 +441,28 @@ def test_a_chat_template_file_that_is_none_is_refused_with_its_line(
         (tmp_path / "own.jinja").write_bytes(content)
     with pytest.raises(UserError, match=rf"^policy\.tokenizer\.chat_template=.*own\.jinja {fault}"):
         load(tmp_path, chat_template=str(tmp_path / "own.jinja"))
+
+
+def test_a_teacher_with_the_students_tokenizer_files_shares_its_tokenizer_but_not_its_stop_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load_and_count(*given: Any) -> Any:
+        loaded.append(given)
+        return load_tokenizer(*given)
+
+    monkeypatch.setattr(inputs, "load_tokenizer", load_and_count)
+    for name, stop in (("student", 258), ("teacher", 256)):
+        save_tiny_model(tmp_path / name, "qwen3")
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    config = config_for(tmp_path / "student", tmp_path / "teacher", "distillation.context_distillation.mode=frozen")
+    found = find_models(config)
+    assert found.stop_token_ids == (256, 258) and found.teachers_tokenizer is found.tokenizer and len(loaded) == 1
+    (tmp_path / "teacher/chat_template.jinja").write_text("T {{ messages[0].content }}")
+    assert find_models(config).teachers_tokenizer.chat_template == "T {{ messages[0].content }}"
+    assert len(loaded) == 3
 
 
 MESSAGES = "{% for m in messages %}CONTENT{% endfor %}"
