@@ -16,7 +16,13 @@ from distill.data.context import ContextViews, TeacherViews, teacher_template_kw
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
-from distill.data.tokenizer import compare_vocabularies, load_tokenizer, stop_ids, usable_stop_ids
+from distill.data.tokenizer import (
+    compare_vocabularies,
+    load_tokenizer,
+    same_tokenizer_files,
+    stop_ids,
+    usable_stop_ids,
+)
 from distill.model.load import ModelFiles, find_model, model_config
 from distill.model.shapes import ModelShape, shape_of
 from distill.model.teacher import check_top_k
@@ -67,25 +73,31 @@ def find_models(config: Config) -> Models:
     other = context.mode == "frozen" or config.teacher.tokenizer.chat_template is not None
     models = Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
     what = f"policy.tokenizer.name={config.policy.tokenizer.name}"
-    check_chat_template(tokenizer, what, "policy.tokenizer.chat_template")
-    if context.enabled and context.chat_template and models.teachers_tokenizer is not tokenizer:
+    kwargs, theirs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
+    check_chat_template(tokenizer, what, "policy.tokenizer.chat_template", kwargs)
+    differ = models.teachers_tokenizer is not tokenizer or kwargs != theirs
+    if context.enabled and context.chat_template and differ:
         what = f"teacher.tokenizer.name={config.teacher.tokenizer.name}"
-        check_chat_template(teachers, what, "teacher.tokenizer.chat_template")
+        check_chat_template(models.teachers_tokenizer, what, "teacher.tokenizer.chat_template", theirs)
     return models
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
-    """The student's and the teacher's tokenizer: one object where model, tokenizer and chat template are the same.
+    """The student's and the teacher's tokenizer: one object where their files and chat template are the same.
 
     Without teacher.tokenizer.chat_template, a teacher that is the student itself has policy.tokenizer.chat_template.
     """
     ours, theirs = config.policy.tokenizer, config.teacher.tokenizer
-    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template)
+    kwargs, their_kwargs = ours.chat_template_kwargs, teacher_template_kwargs(config)[0]
+    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template, kwargs)
     itself = student.folder.resolve() == teacher.folder.resolve()
     template = ours.chat_template if itself and theirs.chat_template is None else theirs.chat_template
     if itself and (ours.name, ours.chat_template) == (theirs.name, template):
         return tokenizer, tokenizer
-    return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template)
+    own = ours.name in (None, student.name) and theirs.name in (None, teacher.name)
+    if own and ours.chat_template is template is None and same_tokenizer_files(student.folder, teacher.folder):
+        return tokenizer, tokenizer  # loading a large one takes several seconds
+    return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template, their_kwargs)
 
 
 def _stop_token_ids(
@@ -102,7 +114,7 @@ def _stop_token_ids(
             )
         return given
     ours = usable_stop_ids(stop_ids(student, tokenizer), tokenizer, valid_vocab, student.name)
-    if teachers is tokenizer:
+    if teachers is tokenizer and student.folder.resolve() == teacher.folder.resolve():
         return ours
     theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):
@@ -125,7 +137,7 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
     context = config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=column, think_tags=tags)
-    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column)
+    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column, tags)
     loop, inputs = config.distillation, _inputs(config, models, prompts)
     return PromptOrder(prompts, loop.num_prompts_per_step, loop.seed, config.data.shuffle, inputs)
 
@@ -203,7 +215,7 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
     at_most, context = config.distillation.max_val_samples, config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
     held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
-    check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column)
+    check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column, tags)
     return held_out
 
 

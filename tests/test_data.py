@@ -358,6 +358,12 @@ def test_a_chat_template_that_refuses_is_one_clear_sentence() -> None:
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(UserError, match=r"refuses a conversation of system, user \(System role not supported\)"):
         chat_ids(tokenizer, [chat])
+    with pytest.raises(UserError, match="not supported") as caught:
+        chat_ids(tokenizer, [chat[1:]])
+    assert "system_prompt_file" not in str(caught.value)
+    tokenizer.chat_template = {"short": "{{ messages[0].content }}", "long": "{{ messages[0].content * 2 }}"}
+    with pytest.raises(UserError, match=r"set policy\.tokenizer\.chat_template_kwargs\.chat_template to one of short"):
+        chat_ids(tokenizer, [chat[1:]])
     with pytest.raises(UserError, match="chat_template_kwargs sets tokenize"):
         chat_ids(tiny_tokenizer(), [chat], {"tokenize": True})
 

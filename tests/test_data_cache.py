@@ -25,6 +25,7 @@ from distill.data import cache, files, problems
 from distill.data.columns import TextColumn
 from distill.data.problems import load_problems
 from distill.data.table import Problems
+from distill.runtime.environment import cache_folders
 from distill.types import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +226,28 @@ def test_the_least_recently_used_files_are_removed_but_none_in_use(
     assert second not in left and {first, third} < left and len(left) == 3
     assert not (folder / "left.arrow.tmp").exists()
     assert [texts(part)[0][0] for part in (*old, found)] == ["0", "2", "3"]
+
+
+def test_files_of_other_hosts_are_removed_a_day_after_their_last_use(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(write(tmp_path / "a.jsonl", ["a" * 500]))
+    ages = {"0-other.arrow": 2 * 24, "1-another.arrow": 30, "2-other.arrow": 20}
+    for name, hours in ages.items():
+        (folder / name).write_bytes(bytes(1000))
+        os.utime(folder / name, (time.time() - hours * 3600, time.time() - hours * 3600))
+    monkeypatch.setattr(cache, "MOST_BYTES", 1)
+    load(write(tmp_path / "b.jsonl", ["b" * 500]))
+    assert [name for name in ages if (folder / name).exists()] == ["2-other.arrow"]
+
+
+def test_a_user_without_a_home_folder_has_the_cache_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert cache_folders() == [tmp_path / f"distill-{os.getuid()}"]
 
 
 def test_without_a_writable_folder_the_data_stay_in_memory(

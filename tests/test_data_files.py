@@ -10,6 +10,7 @@ import json
 import logging
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ FORMATS: dict[str, Callable[[], bytes]] = {
     "a.csv": lambda: as_table(ROWS),
     "bom.csv": lambda: b"\xef\xbb\xbf" + as_table(ROWS),
     "semicolons.csv": lambda: as_table(ROWS, ";"),
+    "macintosh.csv": lambda: as_table(ROWS).replace(b"\r\n", b"\r"),
+    "blank.csv": lambda: b"\r\n \n" + as_table(ROWS, ";"),
     "a.tsv": lambda: as_table(ROWS, "\t"),
     "a.parquet": lambda: as_parquet(ROWS),
     "A.JSONL": lambda: as_lines(ROWS),
@@ -113,6 +116,26 @@ def test_golds_are_kept_as_the_file_writes_them(tmp_path: Path) -> None:
     assert [gold for _, gold in read(tmp_path / "a.csv")] == ["1", "007", "1.0", "true", "NaN"]
     pq.write_table(pa.table({"question": ["q"] * 3, "answer": [18, None, 7]}), tmp_path / "a.parquet")
     assert [gold for _, gold in read(tmp_path / "a.parquet")] == ["18", "", "7"]
+
+
+def test_numbers_of_parquet_are_shown_as_they_were_written(tmp_path: Path) -> None:
+    decimals = pa.array([Decimal("1.50"), None, Decimal("-0.05")], pa.decimal128(20, 2))
+    floats = {"answer": [0.1, None, 1e10]}
+    for column, golds in [
+        (decimals, ["1.50", "", "-0.05"]),
+        (pa.array(floats["answer"], pa.float32()), ["0.1", "", "1e+10"]),
+        (pa.array(floats["answer"], pa.float64()), ["0.1", "", "10000000000.0"]),
+    ]:
+        pq.write_table(pa.table({"question": ["q"] * 3, "answer": column}), tmp_path / "a.parquet")
+        assert [gold for _, gold in read(tmp_path / "a.parquet")] == golds
+    pq.write_table(pa.table({"question": ["q"], "answer": pa.array([0], pa.date32())}), tmp_path / "a.parquet")
+    assert "output_key=answer is of type date in row 0" in refusal(tmp_path / "a.parquet")
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["1"]), pa.array(["2"])], ["question", "answer", "answer"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "has two columns answer in its header" in refusal(tmp_path / "a.parquet")
 
 
 def test_a_list_is_decoded_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +187,44 @@ def test_a_folders_splits_are_those_of_its_file_names_or_its_card(tmp_path: Path
     assert [len(read(tmp_path, subset=subset)) for subset in ("easy", "hard")] == [4, 2]
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "read_of_these", "left"),
+    [
+        (["train.jsonl", "extra.jsonl", "part-2.jsonl"], None, 1, "2 data files are in no split by their names"),
+        (["train.jsonl", "train2.jsonl", "sub/more.jsonl"], None, 2, "left out (sub/more.jsonl first)"),
+        (["a.jsonl", "speed-test.jsonl"], "test", 1, "left out (a.jsonl first)"),
+        (["train.jsonl", "test.jsonl", "metadata.jsonl", "config.json", ".b.jsonl", "__x/a.jsonl"], None, 1, ""),
+        (["a.jsonl", "b.jsonl"], None, 2, ""),
+    ],
+)
+def test_files_of_a_folder_that_are_in_no_split_are_named(
+    names: list[str], split: str | None, read_of_these: int, left: str, tmp_path: Path, caplog: Any
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(as_lines(ROWS[:1]))
+    (tmp_path / "README.md").write_text("# No settings\n")
+    assert len(read(tmp_path, split=split)) == read_of_these
+    if left:
+        assert left in caplog.text
+    assert len(caplog.records) == bool(left)
+
+
+def test_folders_with_glob_characters_are_read_and_linked_ones_are_named(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "glob[1]*").mkdir()
+    (tmp_path / "glob[1]*" / "a.jsonl").write_bytes(as_lines(ROWS))
+    assert len(read(tmp_path / "glob[1]*")) == 3
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "more").symlink_to(tmp_path / "glob[1]*")
+    (tmp_path / "links" / "self").symlink_to(tmp_path / "links")
+    assert "only in folders that are symbolic links (more/a.jsonl first)" in refusal(tmp_path / "links")
+    (tmp_path / "links" / "b.jsonl").write_bytes(as_lines(ROWS[:1]))
+    assert len(read(tmp_path / "links")) == 1
+    assert "left out (more/a.jsonl first)" in caplog.text
+    (tmp_path / "links" / "c.jsonl").symlink_to(tmp_path / "glob[1]*" / "a.jsonl")
+    assert len(read(tmp_path / "links")) == 4
+
+
 def test_a_fault_in_a_folder_names_file_line_and_cause(tmp_path: Path) -> None:
     path = folder(tmp_path)
     (path / "2.jsonl").write_bytes(as_lines([{"question": "a", "answer": 1}]) + b'{"question": "b", "ans')
@@ -181,6 +242,12 @@ BAD = {
     "after.csv": (b'question,answer\n"a"b,1\n', "malformed in line 2 ("),
     "bytes.csv": (b'question,answer\na,1\n"b\n\xff",1\n', "malformed in line 4 ("),
     "twice.csv": (b"question,answer,question\na,1,b\n", "has two columns question in its header"),
+    "spaces.csv": (b"id, question\n1,2\n", "which has id, ' question': set"),
+    "macintosh.csv": (b"question,answer\ra,1\rb\r", "malformed in line 3 (1 fields under a header of 2)"),
+    "utf16.jsonl": ('{"question": "a"}\n'.encode("utf-16"), "write it as UTF-8 text with one JSON object a line"),
+    "wrapped.json": (
+        b'{\n "data": [\n  {"question": "a", "answer": 1}]}', "write one list of JSON objects, or one object a line"
+    ),
     "headless.csv": (b"1+1?,2\n2+2?,4\n", "input_key=question is missing in the table of"),
     "header.csv": (b"question,answer\n", "is empty"),
     "nothing.csv": (b"", "is empty"),

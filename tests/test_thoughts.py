@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,12 @@ def test_validation_grades_each_answer_by_the_prompt_that_was_read(tmp_path: Pat
     tags = f"{context}.trace_extractor.think_tags=[t, /u]"
     found = validation(tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, views=given_views)
     assert answers is not None and found._verdicts(answers.mine)[0, 0] == "right", "the recipe's tags"
+
+
+def test_many_unclosed_tags_take_linear_time() -> None:
+    """In quadratic time this takes minutes."""
+    extractor = replace(EXTRACTOR, unclosed_span="ignore")
+    text = "<think>ab</think>" + "<think> and so on, " * 100_000
+    begun = time.process_time()
+    assert extract_trace(text, extractor) == "ab"
+    assert time.process_time() - begun < 20

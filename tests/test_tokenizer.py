@@ -4,6 +4,7 @@ text that is lost is refused. Oracles: tokenizers.Tokenizer.from_file, transform
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,10 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from distill import inputs
 from distill.config import ContextDistillationConfig
+from distill.data import text_checks
+from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock, current_time
 from distill.data.context import ContextViews
 from distill.data.prompts import chat_ids, token_ids
@@ -319,6 +323,16 @@ def test_bare_text_begins_with_bos_once_and_never_ends_with_eos(
     assert ContextViews(tokenizer, context, 100)._filled([("is", "")]) == [opening + bare]
 
 
+def test_a_post_processor_that_adds_bos_against_the_settings_is_named_in_a_warning(tmp_path: Path, caplog: Any) -> None:
+    tokenizer = load(byte_level(tmp_path, {"add_bos_token": False}))
+    assert token_ids(tokenizer, ["a"], special_tokens=True)[0][0] == tokenizer.bos_token_id
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "has add_bos_token=false" in warning and f"puts {BOS} before bare text" in warning
+    caplog.clear()
+    load(byte_level(tmp_path, {"add_bos_token": False}, post_processor=processors.ByteLevel(trim_offsets=False)))
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("template", [CHATML, "{{ bos_token }}" + CHATML])
 def test_a_chat_template_writes_all_special_tokens_itself_as_in_transformers(tmp_path: Path, template: str) -> None:
     tokenizer = load(byte_level(tmp_path, {"chat_template": template, "add_bos_token": True}))
@@ -429,6 +443,58 @@ def test_a_chat_template_file_that_is_none_is_refused_with_its_line(
         load(tmp_path, chat_template=str(tmp_path / "own.jinja"))
 
 
+def test_a_teacher_with_the_students_tokenizer_files_shares_its_tokenizer_but_not_its_stop_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load_and_count(*given: Any) -> Any:
+        loaded.append(given)
+        return load_tokenizer(*given)
+
+    monkeypatch.setattr(inputs, "load_tokenizer", load_and_count)
+    for name, stop in (("student", 258), ("teacher", 256)):
+        save_tiny_model(tmp_path / name, "qwen3")
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    config = config_for(tmp_path / "student", tmp_path / "teacher", "distillation.context_distillation.mode=frozen")
+    found = find_models(config)
+    assert found.stop_token_ids == (256, 258) and found.teachers_tokenizer is found.tokenizer and len(loaded) == 1
+    (tmp_path / "teacher/chat_template.jinja").write_text("T {{ messages[0].content }}")
+    assert find_models(config).teachers_tokenizer.chat_template == "T {{ messages[0].content }}"
+    assert len(loaded) == 3
+
+
+MESSAGES = "{% for m in messages %}CONTENT{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ m.content.split()|join('\n') }}", "{{ m.content.replace(' ', '') }}", "{{ m.content.upper() }}"]
+)
+def test_a_chat_template_may_change_white_space_and_case(tmp_path: Path, content: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=MESSAGES.replace("CONTENT", content))
+    check_chat_template(tokenizer, "policy.tokenizer.name=x", "policy.tokenizer.chat_template")
+
+
+def test_a_chat_template_is_checked_with_the_recipes_arguments(tmp_path: Path) -> None:
+    template = MESSAGES.replace("CONTENT", "{% if mode == 'solve' %}{{ m.content }}{% endif %}")
+    save_tiny_model(tmp_path / "own", "qwen3")
+    tiny_tokenizer(chat_template=template).save_pretrained(tmp_path / "own")
+    (tmp_path / "template.jinja").write_text(template)
+    solve, other = "tokenizer.chat_template_kwargs={mode: solve}", "tokenizer.chat_template_kwargs={mode: other}"
+    context = [f"distillation.context_distillation.{word}" for word in ("enabled=true", "chat_template=true")]
+    context.append("distillation.context_distillation.teacher_prefix_template={problem}")
+    for key in ((), (f"policy.tokenizer.chat_template={tmp_path}/template.jinja",)):
+        words = ("distillation.allow_degenerate=true", *key)
+        find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", *words))
+        with pytest.raises(UserError, match="leaves out the user's message"):
+            find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{other}", *words))
+        with pytest.raises(UserError, match=r"teacher\.tokenizer.*leaves out the user's message"):
+            find_models(
+                config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", f"teacher.{other}", *words, *context)
+            )
+
+
 def test_of_named_templates_the_default_is_used_and_a_folder_without_a_template_is_logged(
     tmp_path: Path, caplog: Any
 ) -> None:
@@ -533,6 +599,31 @@ def test_control_tokens_inside_problems_and_traces_are_named_in_a_warning(caplog
     ]
     check_texts(prompts, tokenizer, 261, "data.train")
     check_texts(prompts, tokenizer, 261, "data.train", "hint")
-    first, second = [record.getMessage() for record in caplog.records]
+    first, again, second = [record.getMessage() for record in caplog.records]
     assert first.startswith("data.train: 1 prompts have '<|im_end|>'") and "problem 3 (file.jsonl: 'y<" in first
-    assert second.startswith("data.train: 2 prompts have '<|im_start|>'") and "problem 2 " in second
+    assert again == first
+    assert second.startswith("data.train: 1 prompts have '<|im_start|>' in the column hint") and "problem 2 " in second
+
+
+def test_think_tags_are_meant_in_the_trace_column_and_not_in_a_problem(caplog: Any) -> None:
+    tokenizer = tiny_tokenizer(special_think=True)
+    tags = ("<think>", "</think>")
+    prompts = [_prompt(tokenizer, i, "x", hint="<think>a</think>b") for i in range(3)]
+    check_texts(prompts, tokenizer, 261, "data.train", "hint", tags)
+    assert not caplog.records
+    prompts += [_prompt(tokenizer, 3, "x", hint="<think>a<|im_end|>"), _prompt(tokenizer, 4, "<think>")]
+    check_texts(prompts, tokenizer, 261, "data.train", "hint", tags)
+    in_text, in_column = [record.getMessage() for record in caplog.records]
+    assert in_text.startswith("data.train: 1 prompts have '<think>' in their text") and "problem 5" in in_text
+    assert in_column.startswith("data.train: 1 prompts have '<|im_end|>' in the column hint") and "unless" in in_column
+
+
+def test_thousands_of_control_tokens_are_searched_for_in_little_time(caplog: Any) -> None:
+    tokens = [f"{'<[abcdefg'[i % 9]}{i * 7919 % 6200}]>" for i in range(6200)]
+    decoder = {i: AddedToken(token, special=True) for i, token in enumerate(tokens)}
+    text = "If a < b and [c, d] be given, find the sum of all of them. " * 40
+    prompts = [Prompt(i, (1,), Problem(text)) for i in range(600)]
+    tokenizer = SimpleNamespace(added_tokens_decoder=decoder)
+    begun = time.process_time()
+    text_checks._warn_of_control_tokens(prompts, tokenizer, "data.train", None, ("<think>", "</think>"))
+    assert time.process_time() - begun < 2.5

@@ -185,7 +185,8 @@ def _release_memory() -> None:
 def _remove_old(folder: Path, keep: Path) -> None:
     """Remove the least recently used files above MOST_BYTES, and what crashed builders left.
 
-    Locks may not reach other hosts, so their files are removed only a month after their last use.
+    Files of other hosts too, as every container may have another host name, but only a day after they were opened:
+    file systems whose locks don't reach other hosts (Lustre) keep a removed file for those that have it open.
     """
     found = []
     for path in folder.iterdir():
@@ -196,7 +197,7 @@ def _remove_old(folder: Path, keep: Path) -> None:
         ours = f"-{socket.gethostname()}.arrow" in path.name
         since = time.time() - used
         abandoned = path.suffix == ".tmp" and since > _DAY
-        surplus = path.suffix == ".arrow" and total > MOST_BYTES and (ours or since > 30 * _DAY)
+        surplus = path.suffix == ".arrow" and total > MOST_BYTES and (ours or since > _DAY)
         if path != keep and (abandoned or surplus) and not _in_use(path):
             with suppress(OSError):
                 path.unlink()
@@ -206,7 +207,7 @@ def _remove_old(folder: Path, keep: Path) -> None:
 
 def _in_use(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # NFS locks exclusively only what is open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return True

@@ -6,45 +6,90 @@ A text that could mean two options, or none, chooses none: a wrong reading would
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _BRACE = re.compile(r"\\[{}]|(?P<open>(?:\\f?box(?:ed)?\s{0,9})?{)|(?P<close>})")
+_SPACE = re.compile(r"\\(?:q?quad|(?:thin|en)?space)\b|\\[,;: ]|~")
+"""LaTeX for a space."""
 _MARKUP = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf)?|math(?:rm|bf|sf|it)?|bf|rm|left|right|quad)\b|\\[()\[\]!,;: ]"
-    r"|[*_`${}~“”\"]|<[^<>\n]{1,20}>"
+    r"\\(?:text[a-z]*|math[a-z]*|operatorname|boldsymbol|mbox|bm|bf|rm|left|right)\b|\\[()\[\]!]"
+    r"|[*_`${}“”\"]|<[^<>\n]{1,20}>|(?<!\w)['‘’](?=\w{1,20}['‘’])|(?<=\w)['’](?=\s*(?:[:,.\n]|$))"
 )
-"""LaTeX, Markdown and HTML around a letter."""
-_BLANK = re.compile(r"\s+")
+"""LaTeX, Markdown, HTML and quotes around a letter or a word."""
 _MARK, _END = "\x02", "\x03"
+_WIDE = str.maketrans({"。": ". ", "、": ", ", "【": "[", "】": "]", _MARK: "", _END: ""})
+"""East Asian punctuation that Unicode's compatibility form keeps."""
+_DOUBLE = re.compile(r"\[\[\s*([A-J])\s*\]\]")
+_BLANK = re.compile(r"\s+")
+
+# ---- a letter, and what may be around it
+
 _LETTER = (
     r"(?:\(\s*(?P<inside>[A-Ja-j])\s*\)|\[\s*(?P<bracketed>[A-J])\s*\]"
-    r"|(?P<bare>[A-J])(?![\w'’-])|(?P<small>[b-hj])(?=[.)]?\s*(?:\n|$)))"
+    r"|(?P<bare>[A-J])|(?P<small>[b-hj])(?=[.)]?\s*(?:\n|$)))"
 )
-_SAYS = r"(?:is|are|was|(?:would|should|must|will)\s+be|:|：|=|->|→)"
-_STATEMENT = re.compile(
-    rf"{_MARK}(?P<box>[^{_END}]*){_END}"
-    r"|(?:(?i:\b(?:answer|choice|option)(?:\s+(?:letter|choice|option|to\s+th(?:is|e)\s+(?:question|problem))){0,3}"
-    rf"\s*{_SAYS}(?:\s*[:：])?\s*"
-    r"(?:(?:thus|therefore|clearly|definitely|indeed|likely|probably|most\s+likely)\s+)?"
-    r"(?:(?:the\s+)?(?:option|choice|letter)\s*:?\s*)?)"
-    rf"|答案(?:应该|应)?(?:是|为|选)?\s*[:：]?\s*(?:选项)?\s*){_LETTER}"
+_NAME = (
+    r"\.\s?(?:[A-Z]\.|(?:coli|elegans|subtilis|cereus|anthracis|pertussis|burgdorferi|difficile|botulinum|tetani"
+    r"|perfringens|albicans|jejuni|diphtheriae|trachomatis|melanogaster|rerio|thaliana|fumigatus|pylori|influenzae"
+    r"|sapiens|erectus|lamblia|histolytica|faecalis|gallus|discoideum)\b)"
 )
-"""A box, or words that introduce the answer: Answer: B; the correct option is (B)."""
-_VERDICT = re.compile(
-    r"(?:\b(?i:option|choice|answer)\s+\(?(?P<named>[A-J])\)?|(?<!\S)\((?P<inside>[A-J])\))"
-    r"\s+is\s+(?:the\s+)?(?:correct|right|best)\b"
-    r"|\b(?P<bare>[A-J])\s+is\s+the\s+(?:correct|right|best)\s+(?:answer|option|choice)\b"
+"""What makes a letter and a dot an initial (J. K. Rowling) or a genus (E. coli)."""
+_CORRECT = r"(?:(?:clearly|indeed|definitely|therefore)\s)?(?:the\s)?(?:only\s)?(?:correct|right|best|true)\b"
+_AFTER = re.compile(
+    rf"\s?(?:$|[\n,;:!?)\]\\{_MARK}{_END}]|[-–—]\s|—|\((?!\w\))|因为|而|(?:选项|项|是)?(?:正确|对)|选?项(?:$|[\n.,]))"
+    rf"|(?!{_NAME})\.(?!\w)"
+    rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
+    r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Option B is correct; B is the best answer."""
+"""What may follow a bare letter that is an option: any other word makes it an article or a name (A man, B cells)."""
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
     r"|,\s*\(?[A-HJ](?![\w'’-])\)?+(?!\s+[a-z]))"
 )
 """Another option right behind the first."""
-_PROSE = re.compile(r" (?!(?:because|since|as|due|which|so|given|and|or|with|for)\b)[a-z]")
-"""A word after a bare A or I, which makes it an article or a pronoun."""
+_AT_THE_END = r"(?=\s*[.!]?\s*(?:\n|$|\.\s))"
+
+# ---- words that introduce a letter
+
+_OF = r"(?:\s(?:to|for|of|in|on)\s(?:this|the|that|your)(?:\s[\w-]{1,20}){0,4}?)?"
+_SAYS = (
+    r"(?:\b(?:is|are|was|(?:would|should|must|will|has\sto|appears\sto|seems\sto)\sbe|seems|appears)\b"
+    r"|['’]s\b|:|=|->|→)"
+)
+_ADVERB = r"(?:(?:thus|therefore|clearly|definitely|indeed|likely|probably|most\slikely)\s)?"
+_NOT = r"(?:not\s(?:option\s)?\(?[A-J]\)?\s?[,;.]?\s?(?:but(?:\srather)?|rather|it(?:\sis|['’]s))\s)?"
+_OPTION = r"(?:(?:the\s)?(?:option|choice|letter)\s?:?\s?)?"
+_STATEMENT = re.compile(
+    rf"{_MARK}(?P<box>[^{_END}]*){_END}"
+    r"|(?:(?i:\b(?:answer|choice|option|verdict|selection|correct\s(?:one|letter|statement|alternative))"
+    rf"(?:\s(?:letter|choice|option|here)){{0,2}}{_OF}\s?{_SAYS}\s?:?\s?{_ADVERB}{_NOT}{_OPTION})"
+    r"|\bI(?:['’]?(?:ll|d)|\swill|\swould)?\s(?i:choose|chose|pick|select|go\swith|answer)\s(?i:" + _OPTION + ")"
+    r"|(?<![^\n])(?:A|Ans)\s?:\s?"
+    r"|答案(?:应该|应)?(?:是|为|选)?\s?:?\s?(?:选项)?\s?"
+    rf"|(?<![不没如若果])选(?:择|项?[是为])?\s?:?\s?){_LETTER}"
+)
+"""A box, or words that introduce the option: Answer: B; the correct option is (B); I choose B."""
+_CONCLUSION = re.compile(
+    r"(?:\b(?i:so|hence|thus|therefore)|∴),?\s(?i:it(?:\sis|['’]s|\smust\sbe)\s)?(?i:" + _OPTION + r")"
+    rf"\(?(?P<bare>[A-J])\)?{_AT_THE_END}(?!{_NAME})"
+)
+"""Hence, B."""
+_VERDICT = re.compile(
+    r"(?:\b(?i:option|choice|answer)\s\(?(?P<named>[A-J])\)?|(?<!\S)\((?P<inside>[A-J])\))"
+    r"\sis\s(?:the\s)?(?:correct|right|best)\b"
+    r"|(?:^|[\n.!?,]\s?|\b(?i:so|hence|thus|therefore|only|think|believe)\s)(?P<begins>[A-J])"
+    rf"\sis\s(?:{_CORRECT}(?:\s(?:answer|option|choice)\b)?|the\sanswer\b)"
+    r"(?=\s?(?:[.,;:!\n]|$)|\s(?:because|since|as|here)\b)"
+    r"|选项\s?\(?(?P<chinese>[A-J])\)?\s?是?(?:正确|对)"
+)
+"""Option B is correct; B is the best answer; B is correct."""
 _ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
-_LED = re.compile(r"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])[).:])(?:\s+(\S.*))?", re.IGNORECASE)
-"""An option with its text: (B) Paris; B. Paris."""
+_LED = re.compile(
+    rf"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])(?!(?-i:{_NAME}))"
+    r"(?:[).:](?=\s|$)|(?-i:\s[-–—]\s(?=[^\W\d]{2}))))\s*(\S.*)?",
+    re.IGNORECASE,
+)
+"""An option with its text: (B) Paris; B. Paris; B - Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
 """A sentence about an option, not its text: (B) is wrong."""
 _BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
@@ -60,7 +105,10 @@ def chosen(text: str) -> str | None:
     """
     plain = _plain(text)
     found = [(match.end(), _stated(match, plain)) for match in _STATEMENT.finditer(plain)]
-    found += [(match.end(), _first(match.groups())) for match in _VERDICT.finditer(plain)]
+    found += [(match.end(), match["bare"]) for match in _CONCLUSION.finditer(plain)]
+    verdicts = [(match.end(), _first(match.groups())) for match in _VERDICT.finditer(plain)]
+    one = len({letter for _, letter in verdicts}) == 1
+    found += [(end, letter if one else None) for end, letter in verdicts]
     stated = [letter for _, letter in sorted(found, key=lambda statement: statement[0]) if letter != ""]
     return stated[-1] if stated else _outer_line(plain)
 
@@ -80,7 +128,9 @@ def option(text: str) -> str | None:
 
 def _plain(text: str) -> str:
     """The text without markup, with each closed box between marks, and one white character between words."""
-    return _BLANK.sub(_shortened, _MARKUP.sub("", _marked(text)))
+    plain = unicodedata.normalize("NFKC", text).translate(_WIDE)
+    plain = _marked(_DOUBLE.sub(r"\\boxed{\1}", plain))
+    return _BLANK.sub(_shortened, _MARKUP.sub("", _SPACE.sub(" ", plain)))
 
 
 def _shortened(blank: re.Match[str]) -> str:
@@ -109,9 +159,9 @@ def _stated(match: re.Match[str], plain: str) -> str | None:
     """The letter of a statement; None: it names no single option; "": it is none, as the letter is a word."""
     if match["box"] is not None:
         return option(match["box"])
-    if match["bare"] in ("A", "I") and _PROSE.match(plain, match.end()):
-        return ""
-    return None if _SECOND.match(plain, match.end()) else _first(match.groups()[1:])
+    if _SECOND.match(plain, match.end()):
+        return None
+    return "" if match["bare"] and not _AFTER.match(plain, match.end()) else _first(match.groups()[1:])
 
 
 def _outer_line(plain: str) -> str | None:
@@ -119,6 +169,7 @@ def _outer_line(plain: str) -> str | None:
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     if not lines:
         return None
+    lines = [line for line in lines if not line.startswith("A:")] or [""]  # Q: and A: of a dialogue
     last = lines[-1]
     if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := option(last)):
         return letter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from distill.config.build import reason
@@ -101,7 +102,7 @@ class Columns:
             return ""
         key = f"{self.where}.output_key"
         answer = self._value(row, key, self.output_key, origin)
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal | None):
             raise self._wrong_type(row, key, self.output_key, answer, "strings or numbers", origin)
         text = "" if answer is None else self._encodable(str(answer), row, origin)
         return text if self.pattern is None or not text else extract(self.pattern, text)
@@ -123,7 +124,7 @@ class Columns:
             raise self._missing(key, name, f"{row[0]} of {origin}", row[1]) from None
 
     def _missing(self, key: str, name: str, place: str, there: Iterable[str]) -> UserError:
-        columns = ", ".join(there) or "nothing"
+        columns = ", ".join(name if name == name.strip() else repr(name) for name in there) or "nothing"
         columns = columns if len(columns) <= 400 else columns[:397] + "..."
         return UserError(f"{key}={name} is missing in {place}, which has {columns}: set {key} to one of these")
 

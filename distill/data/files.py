@@ -117,14 +117,19 @@ def _json_line(place: str, line: bytes, file: DataFile) -> Row:
         if isinstance(row, dict) and file.columns.answer_is_float(row):
             row = json.loads(line, parse_float=WrittenFloat)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file.key} is malformed in {place} ({reason(error)}): write one JSON object a line"
-        ) from None
+        form = "one list of JSON objects, or one object a line" if _is_json(file) else "one JSON object a line"
+        if b"\0" in line:  # UTF-16 or UTF-32
+            form = f"it as UTF-8 text with {form}"
+        raise UserError(f"{file.key} is malformed in {place} ({reason(error)}): write {form}") from None
     if not isinstance(row, dict):
         raise UserError(
             f"{file.key} has {show(row)} in {place}, where an object is needed: write one JSON object a line"
         )
     return place, row
+
+
+def _is_json(file: DataFile) -> bool:
+    return kind_of(file.path)[0] == ".json"
 
 
 def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
@@ -231,9 +236,12 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
     """A header and rows of as many fields; quoted fields may hold line breaks. All values are strings."""
     csv.field_size_limit(sys.maxsize)
     lines = _decoded_lines(stream, file)
-    first = next(lines, "")
+    head: list[str] = []
+    while not any(map(str.strip, head)) and (line := next(lines, "")):
+        head.append(line)
+    first = "".join(head[-1:])
     delimiter = next((d for d in delimiters if file.columns.input_key in _fields(first, d)), delimiters[0])
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         place = f"line {reader.line_num + 1}"
@@ -246,7 +254,7 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
                 f"{file.key} is malformed in {place} ({reason(error)}): put fields with quotes, separators or line"
                 ' breaks into quotes, and write a quote inside as ""'
             ) from None
-        if not fields:
+        if not fields or not (header or any(map(str.strip, fields))):
             continue
         if not header:
             header = fields
@@ -261,7 +269,9 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
 
 
 def _decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
-    for number, line in _lines(stream):
+    """Lines that end with LF, CRLF or, as old Macintosh programs write them, CR."""
+    ended_by_any = chain.from_iterable(line.splitlines(keepends=True) for line in stream)
+    for number, line in _lines(ended_by_any):
         try:
             if b"\0" in line:
                 raise ValueError("a NUL byte")
@@ -275,11 +285,12 @@ def _fields(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line.rstrip("\r\n")], delimiter=delimiter), [])
 
 
-def _check_header(header: list[str], file: DataFile) -> None:
-    """Refuse two columns of one name, of which only one could be read."""
+def _check_header(header: list[str], file: DataFile) -> list[str]:
+    """The columns to read; two of one name are refused, of which only one could be read."""
     used = file.columns.select(header, str(file.path))
     if twice := [name for name in used if header.count(name) > 1]:
         raise UserError(f"{file.key} has two columns {twice[0]} in its header: rename one of them")
+    return used
 
 
 def _parquet(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
@@ -288,7 +299,7 @@ def _parquet(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(stream, buffer_size=_CHUNK) as table:
-            names = file.columns.select(table.schema_arrow.names, str(file.path))
+            names = _check_header(table.schema_arrow.names, file)
             yield from table_rows(table.iter_batches(_BATCH, columns=names, use_threads=False))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -300,9 +311,19 @@ def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
     """The rows of Arrow record batches or tables, numbered from 0."""
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        for row in _short_floats(batch).to_pylist():
             yield f"row {number}", row
             number += 1
+
+
+def _short_floats(batch: Any) -> Any:
+    """Narrow floats as their shortest texts: as a Python float, a float32 0.1 is 0.10000000149011612."""
+    import pyarrow as pa
+
+    for i, field in enumerate(batch.schema):
+        if field.type in (pa.float16(), pa.float32()):
+            batch = batch.set_column(i, field.name, batch.column(i).cast(pa.string()))
+    return batch
 
 
 _READERS: dict[str, Callable[[Any, DataFile], Iterator[Row]]] = {

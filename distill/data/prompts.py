@@ -70,10 +70,15 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
         return [str(tokenizer.apply_chat_template(chat, **ours, **kwargs)) for chat in chats]
     except Exception as error:  # the template is a program of the model's: it can fail in any way
         roles = ", ".join(message["role"] for message in chats[0])
+        remedy = "change policy.tokenizer.chat_template_kwargs or policy.tokenizer.chat_template"
+        if isinstance(tokenizer.chat_template, dict) and "chat_template" not in kwargs:
+            names = ", ".join(tokenizer.chat_template)
+            remedy = f"set policy.tokenizer.chat_template_kwargs.chat_template to one of {names}, or {remedy}"
+        if chats[0][0]["role"] == "system":
+            remedy = f"leave out data.default.system_prompt_file, or {remedy}"
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({reason(error)}): "
-            "leave out data.default.system_prompt_file, or change policy.tokenizer.chat_template_kwargs or"
-            " policy.tokenizer.chat_template"
+            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({reason(error)}):"
+            f" {remedy}"
         ) from None
 
 

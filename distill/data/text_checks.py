@@ -10,6 +10,7 @@ from typing import Any
 
 from distill.config.build import show
 from distill.data.tokenizer import changed_by_round_trip
+from distill.data.verify import THINK_TAGS
 from distill.types import Problem, Prompt, UserError
 
 log = logging.getLogger(__name__)
@@ -19,19 +20,25 @@ _ROUND_TRIPS = 32
 
 
 def check_texts(
-    prompts: Iterable[Prompt], tokenizer: Any, valid_vocab: int, where: str, trace_column: str | None = None
+    prompts: Iterable[Prompt],
+    tokenizer: Any,
+    valid_vocab: int,
+    where: str,
+    trace_column: str | None = None,
+    think_tags: tuple[str, str] = THINK_TAGS,
 ) -> None:
     """Check prompts: refuse an id past the embeddings, warn of text that the model reads differently.
 
     ``prompts`` are iterated more than once; ``where``: the key that a message names; ``trace_column``: a column whose
-    text the teacher reads. Each warning names the number of prompts and the first one: control tokens of the chat
-    template inside a problem or a trace, characters that the vocabulary lacks, texts that encoding and decoding change.
+    text the teacher reads, where ``think_tags`` are meant. Each warning names the number of prompts and the first one:
+    control tokens of the chat template inside a problem or a trace, characters that the vocabulary lacks, texts that
+    encoding and decoding change.
     Raises UserError with the row.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
             check_ids(tokenizer, prompt.student_ids, valid_vocab, _row(prompt, where))
-    _warn_of_control_tokens(prompts, tokenizer, where, trace_column)
+    _warn_of_control_tokens(prompts, tokenizer, where, trace_column, think_tags)
     _warn_of_unknown_tokens(prompts, tokenizer, where)
     problems = list(islice(prompts, _ROUND_TRIPS))
     changed = changed_by_round_trip(tokenizer, [prompt.problem.text for prompt in problems])
@@ -69,19 +76,29 @@ def named(problem: Problem) -> str:
     return f" ({source}{problem.text[:40]!r})"
 
 
-def _warn_of_control_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None) -> None:
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+def _warn_of_control_tokens(
+    prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None, think_tags: tuple[str, str]
+) -> None:
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
+    remedy = "as a control token, not as text: take it out of the data unless that is meant"
+    texts = ((prompt, prompt.problem.text) for prompt in prompts)
+    _warn_of(_control_tokens(texts, tokens), where, f"have %s in their text, which the model reads {remedy}")
+    if column is not None:
+        texts = ((prompt, prompt.problem.columns.get(column, "")) for prompt in prompts)
+        found = _control_tokens(texts, tokens - set(think_tags))
+        _warn_of(found, where, f"have %s in the column {column}, which the teacher reads {remedy}")
+
+
+def _control_tokens(texts: Iterable[tuple[Prompt, str]], tokens: set[str]) -> Iterator[tuple[Prompt, str]]:
+    """The first token in each text that has one. A pattern of thousands of tokens would take milliseconds a text."""
     if not tokens:
         return
-    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-    def found() -> Iterator[tuple[Prompt, str]]:
-        for prompt in prompts:
-            texts = (prompt.problem.text, prompt.problem.columns.get(column, "") if column else "")
-            if hit := next((hit for hit in map(pattern.search, texts) if hit), None):
-                yield prompt, hit.group()
-
-    _warn_of(found(), where, "have %s in their text, which the model reads as a control token, not as text")
+    starts = re.compile(f"[{''.join(re.escape(start) for start in sorted({token[0] for token in tokens}))}]")
+    lengths = sorted({len(token) for token in tokens}, reverse=True)
+    for prompt, text in texts:
+        parts = (text[at.start() : at.start() + length] for at in starts.finditer(text) for length in lengths)
+        if hit := next((part for part in parts if part in tokens), None):
+            yield prompt, hit
 
 
 def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.data.verify import THINK_TAGS
@@ -39,13 +39,22 @@ def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bo
     """
     if extractor.type == "full_text":
         return text.strip()
-    opening, closing = map(re.escape, extractor.think_tags)
-    end = rf"(?:{closing}|\Z)" if extractor.unclosed_span == "to_end" else closing
-    whole = extractor.think_tags[0] + text if inside_thought else text
-    spans = [found.group(1).strip() for found in re.finditer(rf"{opening}(.*?){end}", whole, re.DOTALL)]
+    spans = list(_spans(extractor.think_tags[0] + text if inside_thought else text, extractor))
     if not spans:
         return ""
     return {"first": spans[0], "last": spans[-1], "longest": max(spans, key=len)}[extractor.selection]
+
+
+def _spans(text: str, extractor: TraceExtractorConfig) -> Iterator[str]:
+    (opening, closing), at = extractor.think_tags, 0
+    while (start := text.find(opening, at)) >= 0:
+        start += len(opening)
+        end = text.find(closing, start)
+        if end >= 0 or extractor.unclosed_span == "to_end":
+            yield text[start : end if end >= 0 else None].strip()
+        if end < 0:  # no later span is closed either
+            return
+        at = end + len(closing)
 
 
 def extract_column_trace(text: str, extractor: TraceExtractorConfig) -> str:

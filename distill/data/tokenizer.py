@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import os.path
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +41,11 @@ OTHER_TEXTS = (
 )
 """Texts on which tokenizer classes are known to differ."""
 
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+_TEMPLATES = "additional_chat_templates"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BOS_BY_DEFAULT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 """Classes that put BOS before a text unless add_bos_token=false; transformers 5 does so for a tokenizer.json only."""
@@ -58,11 +64,18 @@ class ModelFolder(Protocol):
         """The folder of its files."""
 
 
-def load_tokenizer(files: ModelFolder, name: str | None, key: str, chat_template: str | None = None) -> Any:
+def load_tokenizer(
+    files: ModelFolder,
+    name: str | None,
+    key: str,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
     """The tokenizer of the model, or the one that ``key`` (``*.tokenizer.name``) names instead.
 
     Its ids are those of its tokenizer.json, whatever class tokenizer_config.json names; a warning is logged where that
-    class gives other ids. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template.
+    class gives other ids. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template;
+    ``template_kwargs``: the recipe's arguments for it.
     Raises UserError for files that can't be read, for a tokenizer that loses plain text and for a chat template that
     can't be parsed or that leaves out the user's message.
     """
@@ -72,7 +85,8 @@ def load_tokenizer(files: ModelFolder, name: str | None, key: str, chat_template
     tokenizer.clean_up_tokenization_spaces = False  # it removes spaces from decoded text
     _check_round_trip(tokenizer, what)
     if chat_template is not None:
-        set_chat_template(tokenizer, chat_template, key.removesuffix(".name") + ".chat_template")
+        key = key.removesuffix(".name") + ".chat_template"
+        set_chat_template(tokenizer, chat_template, key, template_kwargs)
     return tokenizer
 
 
@@ -91,6 +105,20 @@ def tokenizer_class_misreads(folder: Path) -> bool:
     return _difference(read, own) is not None
 
 
+def same_tokenizer_files(student: Path, teacher: Path) -> bool:
+    """Whether two folders have the same tokenizer.json, settings and chat template, so that one need not be loaded."""
+    if not (student / "tokenizer.json").is_file() or any((f / _TEMPLATES).exists() for f in (student, teacher)):
+        return False
+    types = [_json(folder / "config.json", str(folder)).get("model_type") for folder in (student, teacher)]
+    return types[0] == types[1] and all(_same_bytes(student / name, teacher / name) for name in _FILES)
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    """Whether two files are equal, or neither exists."""
+    there = one.is_file(), other.is_file()
+    return there[0] == there[1] and (not there[0] or filecmp.cmp(one, other, shallow=False))
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +130,7 @@ def _read(source: str | Path, what: str) -> Any:
     if own is not None and (difference is not None or not read.get_vocab().keys() <= own.get_vocab().keys()):
         # This class takes everything from tokenizer.json, and has no special tokens by default.
         tokenizer, error = _from_pretrained(PreTrainedTokenizerFast, source)
-    if tokenizer is None or not tokenizer.get_vocab():
+    if tokenizer is None or not len(tokenizer):
         raise UserError(
             f"{what} has no tokenizer that can be read ({reason(error or ValueError('it knows no token'))}): give the"
             " folder or hub name of a model with a tokenizer.json, whose own code is never run"
@@ -122,6 +150,12 @@ def _read(source: str | Path, what: str) -> Any:
         by_default = type(tokenizer).__name__ in _BOS_BY_DEFAULT
     if settings.get("add_bos_token", by_default) is True:
         _add_bos(tokenizer, what)
+    elif own and settings.get("add_bos_token") is False and tokenizer.bos_token_id in opening_ids(tokenizer):
+        log.warning(
+            "%s has add_bos_token=false in its tokenizer_config.json, and its tokenizer.json puts %s before bare text:"
+            " tokenizer.json is used",
+            *(what, tokenizer.bos_token),
+        )
     return tokenizer
 
 
@@ -175,7 +209,7 @@ def _tokenizer_json(path: Path | None, what: str) -> Tokenizer | None:
         return None
     try:
         own = Tokenizer.from_file(str(path))
-        if not own.get_vocab():
+        if not own.get_vocab_size():
             raise ValueError("it knows no token")
     except Exception as error:  # the library raises a bare Exception
         raise UserError(

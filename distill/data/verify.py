@@ -214,9 +214,9 @@ def check_gold(name: str, gold: str, where: str) -> None:
 
         if option(gold) is None:
             raise UserError(
-                f"{where}.env_name=choice but the gold answer {gold[:80]!r} names no option from A to J: name the"
-                f" column of the letters in {where}.output_key, extract them with {where}.output_pattern, or set"
-                " env_name to exact"
+                f"{where}.env_name=choice but the gold answer {gold[:80]!r} names no option from A to J: write the gold"
+                f" answers as letters (A for the first option), name the column of the letters in {where}.output_key,"
+                f" or extract them with {where}.output_pattern"
             )
     if name != "regex":
         return

@@ -31,7 +31,11 @@ def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
 
 
 def cache_folders() -> list[Path]:
-    """Folders for files that can be built again, best first: the user's cache folder, then the temporary one."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    user = Path(home) if os.path.isabs(home) else Path(os.path.expanduser("~")) / ".cache"
-    return [user / "distill", Path(tempfile.gettempdir()) / f"distill-{os.getuid()}"]
+    """Folders for files that can be built again, best first: the user's cache folder, then the temporary one.
+
+    A user without HOME and without an entry in the system's list of users has the temporary one only.
+    """
+    given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    user = Path(given) if os.path.isabs(given) else Path(home, ".cache")
+    temporary = Path(tempfile.gettempdir(), f"distill-{os.getuid()}")
+    return [user / "distill", temporary] if user.is_absolute() else [temporary]
