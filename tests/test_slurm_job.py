@@ -194,22 +194,20 @@ def test_how_a_run_ended_decides_what_becomes_of_its_job(submitted, code, status
 def test_a_job_that_saves_nothing_any_more_is_given_up_at_the_fourth_end(submitted) -> None:
     """However many steps it took in between; a start that never looked for a checkpoint changes nothing."""
     died = "rank 1 on node2 died without a word"
+    messages: list[str] = []
 
     def requeues(*saved: int | None, since: int = 0) -> list[bool]:
         ends = [_status("failed", died, step, lost=True) for step in saved]
-        return [submitted.start(since + i, 1, status)[1] for i, status in enumerate(ends)]
+        started = [submitted.start(since + i, 1, status) for i, status in enumerate(ends)]
+        messages.extend(message for _, _, message in started)
+        return [requeued for _, requeued, _ in started]
 
-    assert requeues(None, 0, 0, 20, 20, 20, 60, 60, None, 60) == [True] * 9 + [False]
-    assert requeues(60, since=10) == [True], "whom an operator gives one more chance begins to count anew"
+    assert requeues(None, 0, 0, 20, 20, None, 20) == [True] * 6 + [False]
+    assert "it has ended four times in a row with nothing saved after step 20" in messages[-1]
+    assert requeues(20, since=7) == [True], "whom an operator gives one more chance begins to count anew"
     assert requeues(60, 60, 60, 60) == [True] * 3 + [False], "and so does another job in the same folder"
     code, _, said = submitted.start(0, 1, _status("failed", died, 60, lost=True))
     assert code == 0, said
-
-
-def test_a_job_that_is_given_up_says_what_is_missing(submitted) -> None:
-    ends = [submitted.start(restarts, 1, _status("running", saved=7)) for restarts in range(4)]
-    assert [code for code, _, _ in ends] == [0, 0, 0, 1]
-    assert "it has ended four times in a row with nothing saved after step 7" in ends[-1][2]
 
 
 def test_a_job_that_slurm_does_not_requeue_says_so(submitted) -> None:
