@@ -198,9 +198,9 @@ class DatasetConfig:
     system_prompt_file: str | None = None
     """A text file with the system message; null: none."""
     env_name: str | None = "math"
-    """Who judges what follows an answer's last closing tag (think_tags). math: math-verify; exact: it is the gold
-    answer; regex: the gold answer is a regular expression that is found in it; choice: it chooses the option, A to J,
-    that the gold answer names; null: nobody."""
+    """The grader of the text after an answer's last closing tag (think_tags). math: math-verify finds it equal to the
+    gold answer; exact: it is the gold answer; regex: the gold answer is a regular expression that matches in it;
+    choice: it chooses the option, A to J, that the gold answer names; null: not graded."""
     repeat: int = 1
     """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
     seed: int | None = None

@@ -124,7 +124,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _mapped(path: Path) -> pa.Table | None:
-    """The table of a complete, undamaged file, which stays locked while the table lives; None: there is none."""
+    """The table of a complete, undamaged file, which stays locked while the table lives; None for any other file."""
     import pyarrow as pa
 
     try:

@@ -144,7 +144,7 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
     if compiled.groups > 1:
         raise UserError(
             f"{where}.output_pattern={pattern} has {compiled.groups} groups, and the gold answer is one: keep one group"
-            " and write the others as (?:...)"
+            " and write every other group as (?:...)"
         )
     return compiled
 

@@ -19,7 +19,7 @@ Content = Mapping[str, str]
 """A hash by the name of a part, in an order in which a part's causes come before it."""
 
 TOKENS = "tokens"
-"""The part that follows from the others: the rendered and tokenised prompts."""
+"""The rendered and tokenised prompts, which follow from all other parts."""
 
 _SAME_DATA = "give all nodes the same files"
 _SAME_RENDERING = (
@@ -63,7 +63,7 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
 
 
 def changed_parts(then: Content, now: Content) -> list[str]:
-    """The parts of ``now`` that ``then`` has with another hash; ``tokens`` only where none of the others differs."""
+    """The parts of ``now`` that have another hash in ``then``; ``tokens`` only if no other part differs."""
     changed = [part for part, value in now.items() if then.get(part, value) != value]
     return [part for part in changed if part != TOKENS] or changed
 

@@ -109,7 +109,7 @@ class ContextViews:
     ``max_tokens`` is the teacher's window, prefix and answer together. With ``context.chat_template`` the filled
     template is a user message with a generation prompt; without, it is bare text after the tokenizer's BOS. Raises
     UserError for a template that names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills
-    the window by itself, and for a context with an id at or past ``valid_vocab``.
+    the window alone, and for a context with an id at or past ``valid_vocab``.
     """
 
     def __init__(

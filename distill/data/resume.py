@@ -1,4 +1,4 @@
-"""A checkpoint's inputs compared with those of the run that resumes from it: what changed is refused or recorded."""
+"""Compare a checkpoint's inputs with those of the run that resumes from it: refuse or record the changes."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Origin:
     validation: Content | None = None
     """Hashes of what validation metrics depend on; None: never validated."""
     learning: Sequence[str] = ()
-    """What this resume changed in what is learnt."""
+    """Changes by this resume to data and keys that shape the training."""
     validation_changed: Sequence[str] = ()
-    """What this resume changed in what is validated."""
+    """Changes by this resume to the validation data."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -104,11 +104,11 @@ def origin_of(
 
 
 def warn_of_changes(origin: Origin, found: Found) -> None:
-    """Log, after the checkpoint is loaded, in what the resumed run differs from the checkpoint's."""
+    """Log how the resumed run differs from the checkpoint; called after the checkpoint is loaded."""
     if origin.learning:
         log.warning(
-            "the recipe or its data have changed since %s, so this is another run from here on (%s): set them back for"
-            " the same",
+            "the recipe or its data have changed since %s, so this is another run from here on (%s): set them back"
+            " to continue the same run",
             *(found.path, "; ".join(origin.learning)),
         )
     if origin.validation_changed:

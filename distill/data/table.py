@@ -21,7 +21,7 @@ _BATCH_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a table of the datasets library: what is projected by itself."""
+    """A file, or a table of the datasets library: each is projected to the wanted columns separately."""
 
     origin: str
     """Its name in messages."""

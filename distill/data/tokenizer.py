@@ -73,9 +73,9 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of the model, or the one that ``key`` (``*.tokenizer.name``) names instead.
 
-    Its ids are those of its tokenizer.json, whatever class tokenizer_config.json names; a warning is logged where that
-    class gives other ids. ``chat_template``: path of a Jinja file that replaces the tokenizer's own template;
-    ``template_kwargs``: the recipe's arguments for it.
+    Its ids are those of its tokenizer.json. If the class that tokenizer_config.json names gives other ids, a warning is
+    logged and that class is not used. ``chat_template``: path of a Jinja file that replaces the tokenizer's own
+    template; ``template_kwargs``: the recipe's arguments for it.
     Raises UserError for files that can't be read, for a tokenizer that loses plain text and for a chat template that
     can't be parsed or that leaves out the user's message.
     """
@@ -193,7 +193,7 @@ def _from_pretrained(cls: Any, source: str | Path) -> tuple[Any, Exception | Non
 
 
 def _file(source: str | Path, name: str) -> Path | None:
-    """A file of a folder, or of a hub name that transformers has just loaded; None where there is none."""
+    """A file of a folder, or of a hub name that transformers has just loaded; None if it is missing."""
     if os.path.isdir(source):
         return Path(source, name) if Path(source, name).is_file() else None
     try:
@@ -253,7 +253,7 @@ def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, what: str) -> No
 
 
 def _settings(source: str | Path) -> dict[str, Any]:
-    """tokenizer_config.json, which transformers has read already; empty where there is none."""
+    """tokenizer_config.json, which transformers has read already; empty if it is missing."""
     path = _file(source, "tokenizer_config.json")
     found = json.loads(path.read_text(encoding="utf-8")) if path else {}
     return found if isinstance(found, dict) else {}
@@ -400,7 +400,7 @@ def stop_ids(files: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
 
 
 def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: str) -> tuple[int, ...]:
-    """Those of ``ids`` that the model can produce; warns of the others, of ordinary text among them and of none."""
+    """The stop ids among ``ids`` that the model can produce; warns of all other ids, of ordinary text, and of none."""
     if beyond := [token for token in ids if token >= valid_vocab]:
         log.warning("%s: stop ids %s are past its vocabulary of %d and are not used", name, beyond, valid_vocab)
     usable = tuple(token for token in ids if token < valid_vocab)

@@ -52,7 +52,7 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFil
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     mode = stat.S_IMODE((folder / _CONFIG).stat().st_mode)
-    for weights_file in renamed.values():  # safetensors lets only the owner read it, whatever the umask allows
+    for weights_file in renamed.values():  # safetensors gives it mode 0600 under any umask
         (folder / weights_file).chmod(mode)
 
 

@@ -33,7 +33,7 @@ _NOT_HERE = {
     "enforce_eager": "has a key of its own: set policy.generation.vllm_cfg.enforce_eager",
 }
 """Arguments of vLLM's that would break what the trainer relies on, and what to do instead."""
-_CONFIG_ARGUMENTS = ("hf_overrides", "hf_config_path", "config_format", "disable_sliding_window", "model_impl")
+_CONFIG_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
 """Arguments that would have vLLM build another model than the one that is trained."""
 _INSTEAD = "or generate with transformers, slowly (policy.generation.backend=transformers)"
 
