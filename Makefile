@@ -60,8 +60,10 @@ bench-packing: venv  ## how evenly answers are dealt to ranks, beside simpler wa
 soak: venv models  ## 300 steps of a tiny model on two ranks: does memory, or anything else they hold, grow?
 	@$(PY) -m scripts.soak
 
-lint: venv  ## ruff
+lint: venv  ## ruff, formatting and import contracts
 	@$(RUFF) $(SOURCES)
+	@.venv/bin/ruff format --quiet --check --isolated --line-length 120 $(SOURCES)
+	@.venv/bin/lint-imports setup.cfg > .import_contracts.log || { cat .import_contracts.log; exit 1; }
 
 types: venv  ## mypy, strict in distill/
 	@.venv/bin/mypy $(SOURCES)

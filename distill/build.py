@@ -16,10 +16,13 @@ from typing import Any
 
 import yaml
 
+from distill.checkpoint import Checkpoints, has_validation
+from distill.checkpoint.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
 from distill.config import Arguments, Config
 from distill.data.content import raise_if_ranks_differ
-from distill.data.context import teacher_views
-from distill.data.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
+from distill.data.teacher_prefix import build_teacher_prefixes
+from distill.distributed.world import World
+from distill.errors import UserError, writing_run
 from distill.inputs import (
     Models,
     check_contexts,
@@ -32,21 +35,18 @@ from distill.inputs import (
     validates,
 )
 from distill.loss import check_loss_backend
+from distill.memory.forecast import plan_memory
+from distill.metrics.sinks import open_recorder
 from distill.model.export_files import ExportFiles, read_export_files
 from distill.model.following import build_teacher
-from distill.model.load import model_config
-from distill.model.memory import plan_memory
+from distill.model.hf_config import model_config
 from distill.model.student import Student
-from distill.rollout.build import build_engine, check_backend, sampling_of, validation_sampling_of
-from distill.rollout.freshness import Freshness
+from distill.rollout.factory import build_engine, check_backend, sampling_of, validation_sampling_of
+from distill.rollout.sync import WeightSync
 from distill.run import Run
-from distill.runtime.checkpoint import Checkpoints, has_validation
-from distill.runtime.disk import writing_run
-from distill.runtime.metrics_sinks import open_recorder
-from distill.runtime.place import doing
-from distill.runtime.signals import Deadline, seconds_of
-from distill.runtime.world import World, new_run_dir
-from distill.types import UserError
+from distill.run_dir import new_run_dir
+from distill.supervise.progress import phase
+from distill.supervise.signals import Deadline, seconds_of
 from distill.validation import Validation
 from distill.validation.golds import warn_of_unusable_golds
 
@@ -62,68 +62,68 @@ def build_run(arguments: Arguments, world: World) -> Run:
     Raises UserError, on all ranks alike, for what the user can put right.
     """
     config = arguments.config
-    world.guard.expect_loading(config.runtime.phase_timeout_s)
-    with world.agreed("checking the recipe"):
+    world.supervisor.expect_loading(config.runtime.phase_timeout_s)
+    with world.all_or_none("checking the recipe"):
         _check_supported(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
-    with world.agreed("checking the cluster"):
+    with world.all_or_none("checking the cluster"):
         world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
     theirs = config.teacher.dtensor_cfg
     teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
-    with world.agreed("checking the loss"):
+    with world.all_or_none("checking the loss"):
         check_loss_backend(config.loss_fn, world.device)
-    with world.agreed("finding the models"), world.main_first():
+    with world.all_or_none("finding the models"), world.main_first():
         models = find_models(config)
-    with world.agreed("reading the files that exports copy"):
-        exported = _export_files(config, models) if world.main and config.checkpointing.enabled else None
-    with world.agreed("checking the layout and the memory"):
+    with world.all_or_none("reading the files that exports copy"):
+        exported = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
+    with world.all_or_none("checking the layout and the memory"):
         forecast = plan_memory(config, *models.shapes, world.device)
-        if world.main:
+        if world.is_main:
             log.info("%s", forecast.table())
-    with world.agreed("checking the generation backend"):
+    with world.all_or_none("checking the generation backend"):
         check_backend(config, models.student, world)
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()
     found = checkpoints.newest()
     clock = world.broadcast(clock_of(found))  # before the data are read: chat templates may write the date
-    with world.agreed("reading the data"), world.main_first():
+    with world.all_or_none("reading the data"), world.main_first():
         order = read_prompts(config, models, clock)
-        views = teacher_views(config, models.teachers_tokenizer, models.valid_vocab, clock)
+        views = build_teacher_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
         check_reading(config, views, order)
         held_out = read_held_out(config, models, clock)
         for problems in (order.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
             check_contexts(config, models, views, problems)
         contents = contents_of(config, order, views, held_out)
     everyone = world.gather((platform.node(), contents))
-    with world.agreed("comparing the prompts of all ranks"):
+    with world.all_or_none("comparing the prompts of all ranks"):
         raise_if_ranks_differ(everyone)
     log_clock(clock, found)
-    with world.agreed("checking the gold answers"):
-        if world.main:
+    with world.all_or_none("checking the gold answers"):
+        if world.is_main:
             warn_of_unusable_golds(held_out)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
-    with world.agreed("comparing the checkpoint with the recipe"):
+    with world.all_or_none("comparing the checkpoint with the recipe"):
         origin = origin_of(found, config, order, clock, contents["data.validation"])
         first_step = int(found.info["data"]["step"]) if found else 0
-    with world.agreed("making the run's folder"):
-        made = _start_run_dir(arguments, origin) if world.main else Path()
+    with world.all_or_none("making the run's folder"):
+        made = _start_run_dir(arguments, origin) if world.is_main else Path()
     run_dir = world.broadcast(made)
-    with world.agreed("opening the log"), writing_run(run_dir):
+    with world.all_or_none("opening the log"), writing_run(run_dir):
         world.log_to(run_dir)
-    world.guard.status.begin(run_dir, first_step)
-    with world.agreed("opening the metrics"), writing_run(run_dir):
+    world.supervisor.status.begin(run_dir, first_step)
+    with world.all_or_none("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(
             config.logger,
             run_dir,
-            main=world.main,
+            main=world.is_main,
             total_steps=last_step,
             resumed_step=first_step,
             recipe=yaml.safe_load(arguments.resolved),
             history=found.history if found else (),
         )
-    with doing("making the engine"):
+    with phase("making the engine"):
         engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
@@ -175,7 +175,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         engine=engine,
         student=student,
         teacher=teacher,
-        freshness=Freshness(world, engine, student, models.valid_vocab),
+        sync=WeightSync(world, engine, student, models.valid_vocab),
         checkpoints=checkpoints,
         exported=exported,
         recorder=recorder,
@@ -183,7 +183,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         sampling=sampling_of(config, models.stop_token_ids),
         packing=packing,
         forecast=forecast,
-        deadline=Deadline(seconds_of(config.checkpointing.checkpoint_must_save_by), world.guard.started),
+        deadline=Deadline(seconds_of(config.checkpointing.checkpoint_must_save_by), world.supervisor.started),
         first_step=first_step,
         last_step=last_step,
     )

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from distill.batching.balance import quadratic_cost
+from distill.batching.plan import PackingConfig
 from distill.config import Config, ContextDistillationConfig
 from distill.config.template import teacher_template
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
 from distill.data.content import TOKENS, Content, content_hash, data_content, tokenizer_content
-from distill.data.context import ContextViews, TeacherViews, teacher_template_kwargs
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
+from distill.data.teacher_prefix import ContextPrefixes, TeacherPrefixes, teacher_template_kwargs
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
 from distill.data.tokenizer import (
@@ -23,14 +25,14 @@ from distill.data.tokenizer import (
     stop_ids,
     usable_stop_ids,
 )
-from distill.model.load import ModelFiles, find_model, model_config
-from distill.model.shapes import ModelShape, shape_of
+from distill.errors import UserError
+from distill.memory.shapes import ModelShape, shape_of
+from distill.model.hf_config import model_config
+from distill.model.hf_files import ModelFiles, find_model
 from distill.model.teacher import check_top_k
 from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
-from distill.runtime.dealing import quadratic_cost
-from distill.runtime.packing import PackingConfig
-from distill.types import Problem, Prompt, Rollout, UserError
+from distill.types import Problem, Prompt, Rollout
 from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
@@ -155,14 +157,14 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> Content:
     return inputs
 
 
-def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> None:
+def check_reading(config: Config, views: TeacherPrefixes, order: PromptOrder) -> None:
     """Refuse a student that is its own teacher and reads no more as such: neither text around the problem nor a trace
     of any problem.
     """
     itself, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
     if not context.enabled or config.distillation.allow_degenerate or not itself or _has_traces(context, order):
         return
-    read, _ = views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in order.batch(0)])
+    read, _ = views.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in order.batch(0)])
     if read and all(rollout.teacher_prefix_ids == rollout.prompt.student_ids for rollout in read):
         raise UserError(
             "distillation.context_distillation.teacher_prefix_template shows the teacher what the student reads, and"
@@ -171,13 +173,13 @@ def check_reading(config: Config, views: TeacherViews, order: PromptOrder) -> No
         )
 
 
-def check_contexts(config: Config, models: Models, views: TeacherViews, problems: Iterable[Problem]) -> None:
+def check_contexts(config: Config, models: Models, views: TeacherPrefixes, problems: Iterable[Problem]) -> None:
     """Refuse a problem whose context has an id past the embeddings, before the first step where it is known by then.
 
     Tokenising every context takes minutes for large data, and nearly all models have a row for each id: then nothing
     is done. Traces of responses are checked when they are read. Raises UserError with the problem.
     """
-    if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(views, ContextViews):
+    if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(views, ContextPrefixes):
         return
     context = config.distillation.context_distillation
     for problem in problems:
@@ -222,11 +224,11 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
 _EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
 
 
-def contents_of(config: Config, order: PromptOrder, views: TeacherViews, held_out: HeldOut) -> dict[str, Content]:
+def contents_of(config: Config, order: PromptOrder, views: TeacherPrefixes, held_out: HeldOut) -> dict[str, Content]:
     """Hashes of this rank's inputs, by the key that they come from; those of the validation are empty without one."""
     column = config.distillation.context_distillation.trace_column
     problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
-    read, _ = views.prefixed([Rollout(Prompt(0, (0,), problem), 0, (0,), (0.0,), "length", 0)])
+    read, _ = views.add([Rollout(Prompt(0, (0,), problem), 0, (0,), (0.0,), "length", 0)])
     context = content_hash(view.teacher_prefix_ids for view in read)
     validation = held_out.content(column)
     return {

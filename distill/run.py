@@ -13,27 +13,28 @@ from pathlib import Path
 
 from torch import Tensor
 
+from distill.batching.plan import PackingConfig
+from distill.checkpoint import Checkpoints
+from distill.checkpoint.resume import Origin
 from distill.config import Config
-from distill.data.context import TRUNCATION_RATE, TeacherViews, ViewCounts
 from distill.data.prompts import PromptOrder
-from distill.data.resume import Origin
+from distill.data.teacher_prefix import TRUNCATION_RATE, PrefixStats, TeacherPrefixes
+from distill.distributed.host_memory import give_back_freed_memory
+from distill.distributed.world import World
+from distill.errors import RunFailed
 from distill.inputs import Models
+from distill.memory.forecast import PHASES, Forecast
+from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics, summary
+from distill.metrics.step import Metrics, Phases, add_rollouts, finish_step
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
-from distill.model.memory import PHASES, Forecast
 from distill.model.nonfinite import NonFinite, not_finite, sample_lines, sentence, write_report
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine
-from distill.rollout.freshness import Freshness
-from distill.runtime.checkpoint import Checkpoints
-from distill.runtime.hostmemory import give_back_freed_memory
-from distill.runtime.metrics import Metrics, Phases, add_rollouts, finish_step
-from distill.runtime.metrics_sinks import METRICS_FILE, Recorder, read_metrics, summary
-from distill.runtime.packing import PackingConfig
-from distill.runtime.place import at_step, doing
-from distill.runtime.signals import Deadline
-from distill.runtime.world import AgreedFailure, World
+from distill.rollout.sync import WeightSync
+from distill.supervise.progress import at_step, phase
+from distill.supervise.signals import Deadline
 from distill.types import Layout, OptimizerBatch, Rollout, Sampling
 from distill.validation import Validation
 
@@ -54,11 +55,11 @@ class Run:
     models: Models
     order: PromptOrder
     origin: Origin
-    views: TeacherViews
+    views: TeacherPrefixes
     engine: Engine
     student: Student
     teacher: Teacher
-    freshness: Freshness
+    sync: WeightSync
     checkpoints: Checkpoints
     exported: ExportFiles | None
     """The small files of exports; on the main rank of a run with checkpoints."""
@@ -86,7 +87,7 @@ class Run:
 
     def begin(self) -> None:
         """The steps begin: from now on a signal waits for the end of a step."""
-        self.world.guard.begin_loop(self.config.runtime.phase_timeout_s)
+        self.world.supervisor.begin_loop(self.config.runtime.phase_timeout_s)
 
     def phases(self, step: int) -> Phases:
         """A fresh clock for the making of step ``step``, the first being 1."""
@@ -100,7 +101,7 @@ class Run:
         phases: Phases,
         mine: list[Rollout],
         trained: list[Rollout],
-        counts: ViewCounts,
+        counts: PrefixStats,
         lr: float,
     ) -> None:
         """Reduce the numbers of a finished step over ranks and write them; collective.
@@ -130,20 +131,20 @@ class Run:
         metrics.add_max({_STOP: self._asked_to_stop(phases)})
         values = finish_step(metrics, phases, self.world.control)
         self._stop = values.pop(_STOP)
-        with self.world.agreed("writing the step's numbers"):
+        with self.world.all_or_none("writing the step's numbers"):
             self.recorder.record(step, values)
         if step == self.first_step + 2:  # the optimizer's state appears with the first
             self._compare_memory(phases)
-        self.checkpoints.note(step, values)
-        self.checkpoints.settle(wait=step == self.last_step)
+        self.checkpoints.record_metrics(step, values)
+        self.checkpoints.finalize_pending(block=step == self.last_step)
         if self.sampling.full:  # else the sampler's log-probs are those of a part of the vocabulary
-            self.freshness.observe(values.get("train/sampler_logprob_diff", math.nan))
+            self.sync.observe(values.get("train/sampler_logprob_diff", math.nan))
         self._values = values
         self._tell(step)
 
     def _tell(self, step: int) -> None:
         """Write to the status how far the run is."""
-        status = self.world.guard.status
+        status = self.world.supervisor.status
         status.saved = self.checkpoints.newest_step or status.saved
         status.at(step)
 
@@ -152,7 +153,7 @@ class Run:
         copied = phases.seconds["checkpointing"]
         written = self.checkpoints.slowest_s
         self.deadline.took(sum(phases.seconds.values()) - copied, copied + written if written else 0.0)
-        return float(self.world.guard.asked or (_TIME if self.deadline.near() else _NOTHING))
+        return float(self.world.supervisor.asked or (_TIME if self.deadline.near() else _NOTHING))
 
     def ends_early(self, step: int) -> bool:
         """Whether any rank was asked to stop, as ``record`` gathered; if so the run is saved now; collective."""
@@ -171,7 +172,7 @@ class Run:
         if not self.validation.due(step):
             return False
         late = self.first_step < step < self.last_step and self.deadline.near()  # elsewhere there would be no progress
-        self._stop = max(self.world.gather(float(self.world.guard.asked or (_TIME if late else _NOTHING))))
+        self._stop = max(self.world.gather(float(self.world.supervisor.asked or (_TIME if late else _NOTHING))))
         if self._stop == _NOTHING:
             return False
         self.engine.sleep()
@@ -184,13 +185,13 @@ class Run:
         by_time = f"checkpointing.checkpoint_must_save_by={self.config.checkpointing.checkpoint_must_save_by}"
         reason = by_time if self._stop == _TIME else signal.Signals(int(self._stop)).name
         saved = step == self.first_step or self.checkpoints.due(step, step == self.last_step)
-        with doing("saving before the end"):
+        with phase("saving before the end"):
             if self.config.checkpointing.enabled and not saved:
                 self._save(step, exports=False)
-                self.checkpoints.note(step, self._values)
-            self.checkpoints.settle(wait=True)
+                self.checkpoints.record_metrics(step, self._values)
+            self.checkpoints.finalize_pending(block=True)
         self._tell(step)
-        self.world.guard.stopped = reason
+        self.world.supervisor.stopped = reason
         log.warning("stopped after step %d: %s", step, reason)
 
     def _compare_memory(self, phases: Phases) -> None:
@@ -202,7 +203,7 @@ class Run:
             if name in phases.memory
         }
         everyone = self.world.gather(found)
-        if self.world.main:
+        if self.world.is_main:
             cuda = self.world.device.type == "cuda"
             how = "measured at torch's peak" if cuda else "resident of the whole process (no GPU to measure)"
             largest = {phase: max(rank[phase] for rank in everyone) for phase in found}
@@ -227,7 +228,7 @@ class Run:
             "stop_token_ids": self.models.stop_token_ids,
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
-        self.checkpoints.settle(wait=True)  # the one before is good, whatever this one is
+        self.checkpoints.finalize_pending(block=True)  # the one before is good, whatever this one is
         give_back_freed_memory()  # of which a save leaves the smallest pieces
         self._check_finite(step, tensors)
         small = self._small_files(step)
@@ -242,11 +243,11 @@ class Run:
         )
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        """Raise AgreedFailure, on all ranks, where one is about to save nan or infinity; collective."""
+        """Raise RunFailed, on all ranks, where one is about to save nan or infinity; collective."""
         everyone = self.world.gather(not_finite(state))
         broken = [f"rank {rank}'s shard of {names[0]}" for rank, names in enumerate(everyone) if names]
         if broken:
-            raise AgreedFailure(
+            raise RunFailed(
                 f"after step {step} {', '.join(broken[:4])} is not finite: no checkpoint was written, and the newest"
                 " one stays"
             )
@@ -254,20 +255,20 @@ class Run:
     @contextmanager
     def finite(self, step: int, batch: OptimizerBatch, rollouts: Sequence[Rollout]) -> Iterator[None]:
         """Train on ``batch`` inside: where a loss or gradient isn't finite, each rank writes its answers to a file, and
-        all raise AgreedFailure.
+        all raise RunFailed.
         """
         try:
             yield
         except NonFinite as error:
-            self.checkpoints.settle(wait=True)
+            self.checkpoints.finalize_pending(block=True)
             found, rank = error.found, self.world.rank
             everyone = self.world.gather(found)
             unnamed = not any(other.micro_batches for other in everyone)
             lines = sample_lines(found, batch, rollouts, self.models.tokenizer.decode, all_=unnamed)
             files = self.run_dir / "nonfinite"
-            with self.world.agreed("writing the answers whose loss isn't finite"):
+            with self.world.all_or_none("writing the answers whose loss isn't finite"):
                 write_report(files / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
-            raise AgreedFailure(sentence(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
+            raise RunFailed(sentence(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
 
     def _small_files(self, step: int) -> ExportFiles | None:
         """What an export of the weights after ``step`` steps holds beside them; None on ranks that write none."""
@@ -285,7 +286,7 @@ class Run:
         if self.first_step > step or not self.validation.due(step):
             return
         self.student.offload()
-        self.freshness.renew(step)
+        self.sync.push_weights(step)
         if self.leaves_unjudged(step):
             return
         held_out = self.validation.answers(step)
@@ -296,13 +297,11 @@ class Run:
 
     def finish(self) -> None:
         """Say how it went, and close what must be closed, the engine last; collective."""
-        self.checkpoints.settle(wait=True)
-        with self.world.agreed("closing the metrics"):
+        self.checkpoints.finalize_pending(block=True)
+        with self.world.all_or_none("closing the metrics"):
             self.recorder.close()
-        if self.world.main:
+        if self.world.is_main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
         self.world.part()  # the engine takes the process groups along
         self.engine.close()
-
-

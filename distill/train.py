@@ -12,19 +12,20 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from distill.batching.plan import plan
 from distill.config import parse_args
-from distill.runtime.metrics import Metrics
-from distill.runtime.packing import plan
-from distill.runtime.world import AgreedError, AgreedFailure, guarded, leave
+from distill.distributed.program import leave, run_program
+from distill.errors import CollectiveUserError, RunFailed
+from distill.metrics.step import Metrics
 
 if TYPE_CHECKING:
+    from distill.distributed.world import World
     from distill.run import Run
-    from distill.runtime.world import World
 
 
 def train(run: Run) -> None:
     """The loop, from the first step that isn't done to the last."""
-    from distill.rollout.exchange import gather_rollouts
+    from distill.rollout.gather import gather_rollouts
 
     student, teacher, engine = run.student, run.teacher, run.engine
     run.begin()
@@ -34,7 +35,7 @@ def train(run: Run) -> None:
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
             student.offload()
-            run.freshness.renew(step, metrics)
+            run.sync.push_weights(step, metrics)
 
         if run.leaves_unjudged(step):
             return
@@ -51,9 +52,9 @@ def train(run: Run) -> None:
             run.validation.report(held_out)
 
         with phases("data_processing"):
-            run.checkpoints.settle(wait=False)  # the last step's may be whole by now
-            with run.world.agreed("making the teacher's views"):
-                read, counts = run.views.prefixed(mine)
+            run.checkpoints.finalize_pending(block=False)  # the last step's may be whole by now
+            with run.world.all_or_none("making the teacher's views"):
+                read, counts = run.views.add(mine)
             rollouts = gather_rollouts(run.world, read, prompts, version=step)
             batches = plan(rollouts, run.layout, run.packing, run.seed, step)
 
@@ -87,24 +88,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world is None:
             arguments = parse_args([*argv, "--dry-run"])
             print(arguments.resolved)
-            from distill.model.memory import dry_run  # slow to import, and --help is done by now
+            from distill.memory.forecast import dry_run  # slow to import, and --help is done by now
 
             for part in dry_run(arguments.config):
                 print(part)
             return
         from distill.build import build_run
 
-        with world.agreed("reading the recipe"):
+        with world.all_or_none("reading the recipe"):
             arguments = parse_args(argv)
         run = build_run(arguments, world)
         try:
             train(run)
-        except (AgreedError, AgreedFailure):
-            run.checkpoints.settle(wait=True)  # all ranks leave here, and what is on its way to the disk is good
+        except (CollectiveUserError, RunFailed):
+            run.checkpoints.finalize_pending(
+                block=True
+            )  # all ranks leave here, and what is on its way to the disk is good
             raise
         run.finish()
 
-    return guarded(program, needs_world=not {"--help", "-h", "--dry-run"} & set(argv))
+    return run_program(program, needs_world=not {"--help", "-h", "--dry-run"} & set(argv))
 
 
 if __name__ == "__main__":

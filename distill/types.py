@@ -15,11 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """What a user set can't be done: key, value, rule and remedy in one sentence; the program leaves with code 2."""
-
-
 Stats = dict[str, tuple[float | Tensor, float | Tensor]]
 """Metrics as (sum, count) pairs by name: added up over micro-batches and ranks, divided once at the end."""
 
@@ -58,7 +53,7 @@ class Sampling:
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     """Ids that end an answer (and belong to it): the union of student's and teacher's."""
-    answers_per_prompt: int = 1
+    responses_per_prompt: int = 1
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
@@ -96,34 +91,34 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedPrefixes:
     """How T positions that are read once stand for S positions of sequences with common prefixes."""
 
-    spread_S: Tensor
+    expand_S: Tensor
     """int64 [S]: the position, of T, that stands at each place of the sequences."""
-    first_T: Tensor
+    source_T: Tensor
     """int64 [T]: the first place, of S, where each position stands."""
 
-    def to(self, device: torch.device) -> Shared:
+    def to(self, device: torch.device) -> SharedPrefixes:
         """The same with its tensors on ``device``."""
-        return Shared(self.spread_S.to(device), self.first_T.to(device))
+        return SharedPrefixes(self.expand_S.to(device), self.source_T.to(device))
 
 
 @dataclass(frozen=True)
-class Spread:
+class SequenceShards:
     """How the T positions of a pack lie on the R ranks that read it together, each of them M positions.
 
     Every rank has room for as many; what no position fills is padding, which nobody attends to.
     """
 
-    place_T: Tensor
+    slot_T: Tensor
     """int64 [T]: where each position of the pack stands in the ranks' parts end to end."""
     position_P: Tensor
     """int64 [R * M]: the position at each place of the ranks' parts end to end; 0 at padding."""
 
-    def to(self, device: torch.device) -> Spread:
+    def to(self, device: torch.device) -> SequenceShards:
         """The same with its tensors on ``device``."""
-        return Spread(self.place_T.to(device), self.position_P.to(device))
+        return SequenceShards(self.slot_T.to(device), self.position_P.to(device))
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class View:
     """One model's reading of a packed micro-batch: B sequences end to end, without padding.
 
     S is the length of all sequences together. Where sequences share a prefix that is read once, T is smaller than S
-    and ``shared`` says which of the T positions make up each sequence; otherwise T is S. With ``spread`` the ranks of a
+    and ``shared`` says which of the T positions make up each sequence; otherwise T is S. With ``shards`` the ranks of a
     group read the pack together: ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions),
     while ``bounds`` and ``shared`` are still about the whole pack.
     """
@@ -144,8 +139,8 @@ class View:
     """B + 1 cumulative lengths, from 0 to S."""
     rows_N: Tensor
     """int64 [N]: the position whose hidden state predicts response token n."""
-    shared: Shared | None = None
-    spread: Spread | None = None
+    shared: SharedPrefixes | None = None
+    shards: SequenceShards | None = None
 
     def to(self, device: torch.device) -> View:
         """The same view with its tensors on ``device``."""
@@ -155,7 +150,7 @@ class View:
             self.bounds,
             self.rows_N.to(device),
             None if self.shared is None else self.shared.to(device),
-            None if self.spread is None else self.spread.to(device),
+            None if self.shards is None else self.shards.to(device),
         )
 
 
@@ -165,7 +160,7 @@ class MicroBatch:
 
     Row n of the student's view and row n of the teacher's predict the same token, ``sampled_N[n]``. Under tensor
     parallelism the ranks of a group train the same rows, and the teacher's view has this rank's share of them:
-    ``shares`` says how many each has, in the order of the rows.
+    ``rows_per_tp_rank`` says how many each has, in the order of the rows.
     """
 
     student: View
@@ -178,7 +173,7 @@ class MicroBatch:
     """float32 [N]: 1 for a row that counts, 0 for one that does not (a dummy's)."""
     rollout_N: Tensor
     """int64 [N]: which answer the row belongs to, by its place in the step's list of rollouts; -1 for a dummy's."""
-    shares: tuple[int, ...] = ()
+    rows_per_tp_rank: tuple[int, ...] = ()
     """Rows of the teacher's view on each rank of the tensor-parallel group; empty where there is no such group."""
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -190,7 +185,7 @@ class MicroBatch:
             self.sampled_logprobs_N.to(device),
             self.weight_N.to(device),
             self.rollout_N.to(device),
-            self.shares,
+            self.rows_per_tp_rank,
         )
 
 

@@ -569,9 +569,7 @@ def race(report: Report, problem: Problem, rivals: Sequence[Contender], machine:
     for rival in rivals:
         report.say(f"{case}: {rival.name}{': ' + rival.skip if rival.skip else ''}")
         found[rival.name] = (
-            Result(case, rival.name, note=f"skipped: {rival.skip}")
-            if rival.skip
-            else first_run(problem, rival, case)
+            Result(case, rival.name, note=f"skipped: {rival.skip}") if rival.skip else first_run(problem, rival, case)
         )
     reference.cache_clear()
     running = [rival for rival in rivals if found[rival.name].errors]
@@ -621,7 +619,7 @@ def compare_memory(report: Report, size: Size, device: torch.device, ours: Conte
 def kernel(module: str, name: str) -> Any:
     """A kernel of ours, or None where there is none."""
     try:
-        return getattr(importlib.import_module(f"distill.loss.kernels.{module}"), name, None)
+        return getattr(importlib.import_module(f"distill.kernels.{module}"), name, None)
     except ImportError:
         return None
 
@@ -653,10 +651,10 @@ def bench_student_kernels(
     report: Report, machine: Machine, z_NV: Tensor, topk: TopK, repeats: int, judged: bool, goals: bool
 ) -> None:
     """``reduce_rows`` and ``gradient_rows`` of given logits into a bfloat16 gradient, beside eager's two passes."""
-    reduce_rows, gradient_rows = kernel("student", "reduce_rows"), kernel("student", "gradient_rows")
+    reduce_rows, gradient_rows = kernel("loss_student", "reduce_rows"), kernel("loss_student", "gradient_rows")
     name = f"loss kernel, {str(z_NV.dtype)[6:]} logits"
     if reduce_rows is None or gradient_rows is None:
-        report.say(f"{name}: skipped: distill.loss.kernels.student has no such kernels")
+        report.say(f"{name}: skipped: distill.kernels.loss_student has no such kernels")
         return
     report.say(f"{name}: eager")
     eager, rows = eager_given_logits(z_NV, topk, repeats)
@@ -696,7 +694,7 @@ def bench_teacher_kernel(report: Report, z_NV: Tensor, k: int, repeats: int, goa
     topk_with_tail = kernel("topk", "topk_with_tail")
     name = f"teacher's top-{k}, {str(z_NV.dtype)[6:]} logits"
     if topk_with_tail is None:
-        report.say(f"{name}: skipped: distill.loss.kernels.topk has no such kernel")
+        report.say(f"{name}: skipped: distill.kernels.topk has no such kernel")
         return
     report.say(name)
     log_p_RV = z_NV[:DISTINCT].double().log_softmax(dim=1)
@@ -778,7 +776,7 @@ def quick(plan: Plan) -> Plan:
     return dataclasses.replace(plan, raced=(SMALL,), memory=memory, kernels=kernels, repeats=2, copied=2**24, side=512)
 
 
-def guarded(report: Report, name: str, section: Callable[[], None]) -> None:
+def run_program(report: Report, name: str, section: Callable[[], None]) -> None:
     """Nobody watches: what breaks in one section is a failed check, and the others go on."""
     try:
         section()
@@ -796,15 +794,15 @@ def measure(report: Report, plan: Plan, device: torch.device, rivals: Sequence[C
     judged = device.type == "cuda" and plan.raced == GPU.raced
     goals = judged and "H200" in report.about["device"]
     if (kernels := plan.kernels) is not None:
-        guarded(
+        run_program(
             report,
             "kernels",
             lambda: bench_kernels(report, kernels, device, machine, plan.repeats, judged, goals),
         )
     for size in plan.raced:
-        guarded(report, str(size), lambda size=size: race_at(report, plan, size, device, rivals, machine, goals))  # type: ignore[misc]
+        run_program(report, str(size), lambda size=size: race_at(report, plan, size, device, rivals, machine, goals))  # type: ignore[misc]
     for size in plan.memory:
-        guarded(report, str(size), lambda size=size: compare_memory(report, size, device, rivals[0]))  # type: ignore[misc]
+        run_program(report, str(size), lambda size=size: compare_memory(report, size, device, rivals[0]))  # type: ignore[misc]
 
 
 def race_at(

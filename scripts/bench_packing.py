@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.runtime.dealing import deal, fewest_rows, quadratic_cost
-from distill.runtime.packing import PackingConfig, plan
+from distill.batching.balance import deal, fewest_rows, quadratic_cost
+from distill.batching.plan import PackingConfig, plan
 from distill.types import Layout, Problem, Prompt, Rollout
 
 MEDIAN, SIGMA = 2048, 1.0

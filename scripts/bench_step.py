@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from distill.runtime.metrics_sinks import METRICS_FILE, TIMING, Row, read_metrics
+from distill.metrics.sinks import METRICS_FILE, TIMING, Row, read_metrics
 from scripts.launch import ROOT, run, torchrun
 
 RUN_DIR = ROOT / "runs" / "bench_step"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.runtime.metrics_sinks import METRICS_FILE, read_metrics
+from distill.metrics.sinks import METRICS_FILE, read_metrics
 from distill.validation.validation import FOLDER as VALIDATION
 from scripts.launch import ROOT, run, torchrun
 from scripts.prepare_models import EVENLY, prepare, pruned

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from distill.config.build import reason
+from distill.checkpoint import SHARDS, Damaged, ShardsReader, files_of, read_whole
 from distill.data.tokenizer import load_tokenizer, stop_ids, usable_stop_ids
+from distill.errors import UserError, reason, writing_to
 from distill.model.export import export_hf
 from distill.model.export_files import (
     EXPORT_FILES,
@@ -34,11 +35,10 @@ from distill.model.export_files import (
     stored_export_files,
     tokenizer_folder,
 )
-from distill.model.load import ModelFiles, find_model, manifest_of, meta_model, model_config
+from distill.model.hf_config import model_config
+from distill.model.hf_files import ModelFiles, find_model
+from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import DTYPES
-from distill.runtime.checkpoint import SHARDS, Damaged, ShardsReader, files_of, read_whole
-from distill.runtime.disk import writing_to
-from distill.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -34,22 +34,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill.batching.plan import pack
 from distill.config import Config, load_config
 from distill.data.prompts import load_prompts
 from distill.data.tokenizer import load_tokenizer
+from distill.distributed.program import leave, log_to_console
+from distill.distributed.world import World
+from distill.errors import UserError
+from distill.metrics.step import Metrics, Phases
 from distill.model.attention import attend_at_once, attend_one_by_one
 from distill.model.checksum import BitSums
-from distill.model.load import find_model, model_config
+from distill.model.hf_config import model_config
+from distill.model.hf_files import find_model
 from distill.model.student import Student
 from distill.model.weights import GatheredWeights
-from distill.rollout.build import build_engine, check_backend
-from distill.rollout.freshness import Freshness
-from distill.rollout.memory import CudaMemory
+from distill.rollout.factory import build_engine, check_backend
+from distill.rollout.gpu_memory import CudaMemory
+from distill.rollout.sync import WeightSync
 from distill.rollout.vllm_engine import VllmEngine, pool_bytes
-from distill.runtime.metrics import Metrics, Phases
-from distill.runtime.packing import pack
-from distill.runtime.world import World, leave, log_to_console
-from distill.types import Problem, Prompt, Rollout, Sampling, TopK, UserError
+from distill.types import Problem, Prompt, Rollout, Sampling, TopK
 from scripts.launch import ENVIRONMENT, ROOT
 
 WINDOW = 512
@@ -359,7 +362,7 @@ class Stage:
         self.engine = engine
         self.left_asleep = self.used() - before
         self.student = Student(self.config, self.files, self.world, self.valid_vocab, ())
-        self.freshness = Freshness(self.world, self.engine, self.student, self.valid_vocab)
+        self.sync = WeightSync(self.world, self.engine, self.student, self.valid_vocab)
 
     def used(self) -> int:
         """Bytes in use on the device, what torch only caches left out; 0 without a GPU."""
@@ -395,12 +398,12 @@ class Stage:
             self.ready()
             self.engine.sleep()
 
-    def renew(self) -> dict[str, float]:
+    def push_weights(self) -> dict[str, float]:
         """Sync as a run's step does, with every proof of it; its metrics."""
         self.asleep()
         self.version += 1
         metrics = Metrics()
-        self.freshness.renew(self.version, metrics)
+        self.sync.push_weights(self.version, metrics)
         return metrics.reduce(None)
 
     def sums(self) -> dict[str, BitSums]:
@@ -467,8 +470,7 @@ def one_calls_error(device: torch.device, window: int | None) -> float:
     exact = found(attend_one_by_one, torch.float64)
     ours, twins = (found(attend, torch.bfloat16) for attend in (attend_at_once, attend_one_by_one))
     return max(
-        float((our - right).norm() / (twin - right).norm())
-        for our, twin, right in zip(ours, twins, exact, strict=True)
+        float((our - right).norm() / (twin - right).norm()) for our, twin, right in zip(ours, twins, exact, strict=True)
     )
 
 
@@ -544,12 +546,12 @@ def agreement(ours: Sequence[Rollout], theirs: Sequence[Rollout]) -> tuple[float
 def sync_checks(stage: Stage) -> Iterator[Check]:
     """A sync brings everything, says what changed, and the answers follow."""
     names = stage.parameter_names()
-    stage.renew()
-    again = stage.renew()
+    stage.push_weights()
+    again = stage.push_weights()
     yield Check("tensors changed between two syncs of the same", again["sync_changed_tensors"], bound=exactly(0))
     moved = names[::2]
     stage.nudge(moved)
-    found = stage.renew()
+    found = stage.push_weights()
     note = f"{len(moved)} of {len(names)} were changed"
     yield Check("tensors changed, by the report", found["sync_changed_tensors"], "", exactly(len(moved)), note)
     yield Check("log-probs of the probe moved by", found["probe_change"], "nats", at_least(1e-3))

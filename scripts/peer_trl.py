@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from distill.config import Config, load_config
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.data.tokenizer import load_tokenizer
-from distill.model.load import find_model
+from distill.model.hf_files import find_model
 
 MICRO_BATCH_TOKENS = 1024
 """Of the answers in a micro-batch: 8 x 256 take 11 GB a rank, and halves of a batch take no longer than the whole."""

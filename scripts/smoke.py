@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from distill.runtime.metrics_sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics, summary
+from distill.metrics.sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics, summary
 from scripts.launch import ROOT, run, torchrun
 
 RUNS = ROOT / "runs" / "smoke"

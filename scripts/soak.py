@@ -22,7 +22,7 @@ from statistics import mean
 
 import psutil
 
-from distill.runtime.metrics_sinks import METRICS_FILE
+from distill.metrics.sinks import METRICS_FILE
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 
 RUN = ROOT / "runs" / "soak"

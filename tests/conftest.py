@@ -36,7 +36,7 @@ def _import_interpreted() -> None:
     try:
         for name in ("triton", "triton.language", "triton.experimental.gluon"):
             importlib.import_module(name)
-        package = importlib.import_module("distill.loss.kernels")
+        package = importlib.import_module("distill.kernels")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     finally:

@@ -17,30 +17,30 @@ from typing import Any
 
 import torch
 
-from distill.runtime.place import HERE
-from distill.runtime.world import leave
+from distill.distributed.program import leave
+from distill.supervise.progress import CURRENT
 from distill.train import main
 
 FELL = "FAULT_FELL"
 """Variable that names a file for the time at which the fault happened, in seconds since the epoch."""
 
 MOMENTS = {
-    "loading": "distill.model.load:load_weights",
+    "loading": "distill.model.hf_load:load_weights",
     "sync": "distill.model.weights:GatheredWeights._finish",
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
-    "vllm": "distill.rollout.vllm_engine:progressed",
-    "data": "distill.runtime.packing:view_of",
+    "vllm": "distill.rollout.vllm_engine:heartbeat",
+    "data": "distill.batching.plan:view_of",
     "teacher": "distill.model.teacher:Teacher.targets",
     "forward": "distill.model.student:Student._loss",
     "backward": "torch:Tensor.backward",
     "optimizer": "distill.model.student:Student.end_step",
-    "save": "distill.runtime.checkpoint:Checkpoints.save",
-    "shards": "distill.runtime.checkpoint.background:Write._write",
+    "save": "distill.checkpoint:Checkpoints.save",
+    "shards": "distill.checkpoint.async_save:Write._write",
     "bytes": "torch.distributed.checkpoint.filesystem:_write_item",
-    "finish": "distill.runtime.checkpoint:Checkpoints._finish",
-    "naming": "distill.runtime.checkpoint:Checkpoints._give_name",
+    "finish": "distill.checkpoint:Checkpoints._finish",
+    "naming": "distill.checkpoint:Checkpoints._give_name",
     "validation": "distill.validation:Validation.answers",
-    "metrics": "distill.runtime.metrics_sinks:Recorder.record",
+    "metrics": "distill.metrics.sinks:Recorder.record",
 }
 """What is about to be called at each moment."""
 
@@ -127,7 +127,7 @@ def plant(fault: dict[str, Any]) -> None:
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        now = fault["step"] in (None, HERE.step)
+        now = fault["step"] in (None, CURRENT.step)
         calls += now
         if now and calls == fault.get("nth", 1):
             calls += 1

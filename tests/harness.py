@@ -18,14 +18,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from distill.batching.plan import PackingConfig, plan
 from distill.config import Config, load_config
-from distill.model.load import find_model, model_config
+from distill.distributed.world import World
+from distill.metrics.step import Metrics
+from distill.model.hf_config import model_config
+from distill.model.hf_files import find_model
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.model.weights import GatheredWeights, tp_dim
-from distill.runtime.metrics import Metrics
-from distill.runtime.packing import PackingConfig, plan
-from distill.runtime.world import World
 from distill.types import Problem, Prompt, Rollout
 
 REPO = Path(__file__).resolve().parent.parent

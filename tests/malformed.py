@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from distill.config.build import hints, key_paths, members, type_of
-from distill.config.check import ABOVE_ZERO, AT_LEAST, AT_MOST_1
+from distill.config.parse import hints, key_paths, members, type_of
+from distill.config.rules import ABOVE_ZERO, AT_LEAST, AT_MOST_1
 from distill.config.schema import Config
 
 CANARY = "executed"
@@ -239,7 +239,7 @@ def _no_text_as_key(shop: Workshop) -> Case:
 @way
 def _out_of_range(shop: Workshop) -> Case:
     ranges: list[tuple[str, Any]] = [(key, least - 1) for least, keys in AT_LEAST.items() for key in keys.split()]
-    ranges += [(key, -(10**shop.rng.randrange(30))) for keys in AT_LEAST.values() for key in keys.split()]
+    ranges += [(key, -(10 ** shop.rng.randrange(30))) for keys in AT_LEAST.values() for key in keys.split()]
     ranges += [(key, 0) for key in ABOVE_ZERO.split()] + [(key, 1.5) for key in AT_MOST_1.split()]
     ranges += [("data.train.repeat", 0), ("data.train.repeat", -3)]
     ranges += [("policy.generation.val_temperature", -0.1), ("policy.optimizer.kwargs.betas", [0.9, 1.0])]

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.data.tokenizer import load_tokenizer
+from distill.distributed.world import World
 from distill.model.export import export_hf
 from distill.model.export_files import read_export_files
-from distill.model.load import find_model
+from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.runtime.world import World
 from tests.harness import config_for
 from tests.helpers import run_ranks, tiny_config
 from tests.read_exports import TEXTS, read
@@ -39,9 +39,7 @@ SMOLLM2 = REPO / "models/SmolLM2-135M-pruned"
 IDS = [(37 * i) % 250 for i in range(1, 31)]
 NEW_TOKENS = 16
 SOURCE_EOS = 256  # <|endoftext|>, which the base models stop at
-RENDERED = (
-    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1+2?<|im_end|>\n<|im_start|>assistant\n"
-)
+RENDERED = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1+2?<|im_end|>\n<|im_start|>assistant\n"
 
 LLAMA3 = {
     "rope_type": "llama3",

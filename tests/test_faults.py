@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.runtime.status import STATUS_FILE, read_status
+from distill.supervise.status import STATUS_FILE, read_status
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 from tests.faulty_train import FELL
 from tests.helpers import free_port
@@ -276,7 +276,7 @@ def test_nan_stops_the_step_on_all_ranks_and_names_the_samples_and_the_checkpoin
     assert (failed.status["state"], failed.status["exit_code"], failed.status["step"]) == ("failed", 1, 2)
     assert says in failed.status["reason"], failed.said
     assert failed.said.count(f"error: {failed.status['reason']}") == 1 and failed.said.count("exitcode  : 1") == 2
-    assert newest(root, what) == 2 and "Traceback (most recent call last):\n  File \"/tmp" not in failed.said
+    assert newest(root, what) == 2 and 'Traceback (most recent call last):\n  File "/tmp' not in failed.said
     files = root / f"runs/{what}/nonfinite"
     if what == "nan_weight_after":
         assert not files.exists()

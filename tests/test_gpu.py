@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from distill.model.load import find_model
-from distill.model.offload import HostCopy, HostState
+from distill.batching.plan import PackingConfig, pack, plan
+from distill.distributed.world import World
+from distill.metrics.step import Metrics
+from distill.model.hf_files import find_model
+from distill.model.host_offload import FrozenOffload, OptimizerOffload
 from distill.model.student import Student
 from distill.model.teacher import Teacher
-from distill.runtime.metrics import Metrics
-from distill.runtime.packing import PackingConfig, pack, plan
-from distill.runtime.world import World
 from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model
 
@@ -36,7 +36,7 @@ def _away_and_back(folder: str, device: str) -> dict[str, bool]:
     world.build_mesh(device, tp=1, cp=1)
     config = config_for(Path(folder), Path(folder), "distillation.allow_degenerate=true", f"runtime.device={device}")
     teacher = Teacher(config, find_model(folder, "teacher.model_name"), world, 384)
-    teacher._host = HostCopy(teacher.model.parameters())  # on CPU it has none by itself: nothing would be saved
+    teacher._host = FrozenOffload(teacher.model.parameters())  # on CPU it has none by itself: nothing would be saved
     micro_batch = pack(list(enumerate(fixed_rollouts())))
     before = teacher.targets(micro_batch)
     teacher.offload()
@@ -70,7 +70,7 @@ def _trained(folder: str, device: str) -> dict[str, Any]:
         student, teacher = Student(config, files, world, 384, ()), Teacher(config, files, world, 384)
         assert (student._moments is not None) == (away and device == "cuda")
         if away and device == "cpu":  # there it has none by itself: nothing would be saved
-            student._moments = HostState(student._optimizer)
+            student._moments = OptimizerOffload(student._optimizer)
         with torch.no_grad():
             for parameter in student.model.parameters():
                 parameter.mul_(1.1)  # away from its teacher

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from distill.batching.plan import PackingConfig
 from distill.config import Config
-from distill.runtime.packing import PackingConfig
-from distill.runtime.world import World
+from distill.distributed.world import World
 from tests.harness import Step, config_for, differences, five_steps, fixed_rollouts, plain_step, sharded_step
 from tests.helpers import run_ranks, save_tiny_model
 
@@ -97,7 +97,7 @@ def _all_steps(root: Path) -> dict[str, Any]:
         _build(world, CASES[name])
         drifted[name] = five_steps(_config(root, HARDEST, CASES[name]), world, rollouts, CASES[name].packing)
     world.close()
-    return {"steps": steps if world.main else {}, "drifted": drifted}
+    return {"steps": steps if world.is_main else {}, "drifted": drifted}
 
 
 @pytest.fixture(scope="module")

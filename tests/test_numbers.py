@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.runtime.packing import PackingConfig
-from distill.runtime.world import World
+from distill.batching.plan import PackingConfig
+from distill.distributed.world import World
 from tests.harness import (
     WARM_UP,
     Step,

@@ -14,13 +14,14 @@ import torch
 import yaml
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from distill.checkpoint.storage import ShardsReader
 from distill.config import load_config
 from distill.data.prompts import chat_ids
 from distill.data.tokenizer import load_tokenizer
-from distill.model.load import ModelFiles, find_model, model_config
+from distill.errors import UserError
+from distill.model.hf_config import model_config
+from distill.model.hf_files import ModelFiles, find_model
 from distill.rollout.vllm_engine import fixed_arguments
-from distill.runtime.checkpoint.shards import ShardsReader
-from distill.types import UserError
 from tests.helpers import save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from distill.runtime.checkpoint import ShardsReader, files_of, read_info
-from distill.runtime.checkpoint.claim import FILE
-from distill.runtime.checkpoint.record import write_info
+from distill.checkpoint import ShardsReader, files_of, read_info
+from distill.checkpoint.lock import FILE
+from distill.checkpoint.manifest import write_info
 from tests.helpers import free_port, run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -586,7 +586,7 @@ def test_dry_run_prints_the_recipe_that_it_would_run(root) -> None:
 
 def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoint(monkeypatch) -> None:
     from distill import train as loop
-    from distill.rollout import exchange
+    from distill.rollout import gather as exchange
 
     happened: list[str] = []
 
@@ -597,7 +597,7 @@ def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoin
     run.ends_early.return_value = run.leaves_unjudged.return_value = False
     run.phases.return_value = lambda name: contextlib.nullcontext()
     run.views.prefixed.return_value = ([], None)
-    run.freshness.renew.side_effect = notes("sync")
+    run.sync.renew.side_effect = notes("sync")
     run.engine.generate.side_effect = notes("generate")
     run.teacher.onload.side_effect = notes("teacher")
     run.student.onload.side_effect = notes("here")

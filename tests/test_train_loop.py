@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from distill import train
-from distill.rollout import exchange
-from distill.runtime.world import AgreedError, AgreedFailure
+from distill.errors import CollectiveUserError, RunFailed
+from distill.rollout import gather as exchange
 from distill.types import TeacherRows
 
 
@@ -62,11 +62,11 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
         last_step=2,
         phases=lambda step: lambda name: contextlib.nullcontext(),
         order=SimpleNamespace(batch=lambda step: []),
-        freshness=SimpleNamespace(renew=lambda *_: None),
-        world=SimpleNamespace(agreed=lambda what: contextlib.nullcontext()),
+        sync=SimpleNamespace(renew=lambda *_: None),
+        world=SimpleNamespace(all_or_none=lambda what: contextlib.nullcontext()),
         views=SimpleNamespace(prefixed=lambda mine: (mine, {})),
         validation=SimpleNamespace(answers=lambda step: None, report=lambda answers: None),
-        checkpoints=SimpleNamespace(settle=lambda wait: look("settled" if not wait else "waited")),
+        checkpoints=SimpleNamespace(finalize_pending=lambda block: look("settled" if not block else "waited")),
         validate_at_end=lambda: None,
         begin=lambda: None,
         finite=lambda *_: contextlib.nullcontext(),
@@ -84,16 +84,16 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
     assert seen == [*step, ("end of step", 1), ("checkpoint", 0)] * 2
 
 
-@pytest.mark.parametrize("error", [AgreedError("a full disk"), AgreedFailure("no number")])
+@pytest.mark.parametrize("error", [CollectiveUserError("a full disk"), RunFailed("no number")])
 def test_a_checkpoint_on_its_way_is_made_whole_before_all_ranks_leave(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     run = MagicMock()
-    monkeypatch.setattr(train, "guarded", lambda program, needs_world: program(MagicMock()))
+    monkeypatch.setattr(train, "run_program", lambda program, needs_world: program(MagicMock()))
     monkeypatch.setattr(train, "parse_args", lambda argv: None)
     monkeypatch.setattr("distill.build.build_run", lambda arguments, world: run)
     monkeypatch.setattr(train, "train", MagicMock(side_effect=error))
     with pytest.raises(type(error)):
         train.main([])
-    run.checkpoints.settle.assert_called_once_with(wait=True)
+    run.checkpoints.finalize_pending.assert_called_once_with(block=True)
     run.finish.assert_not_called()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.config.load import Arguments, load_config, parse_args, to_yaml
-from distill.config.policy import (
+from distill.config.models import (
     BatchingConfig,
     ColocatedConfig,
     DtensorConfig,

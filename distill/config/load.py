@@ -18,12 +18,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.build import build, hints, key_paths, members, reason, refuse, show, type_of
-from distill.config.check import check
-from distill.config.hardware import decide_precision
-from distill.config.old import drop_old_keys
+from distill.config.nemo_compat import drop_old_keys
+from distill.config.parse import build, hints, key_paths, members, refuse, type_of
 from distill.config.paths import normalize, normalize_paths
+from distill.config.precision import decide_precision
+from distill.config.rules import check
 from distill.config.schema import Config
+from distill.errors import reason, show
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
 """What runs without --config, in the current folder or beside the package."""

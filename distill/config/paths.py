@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.config.build import refuse
+from distill.config.parse import refuse
 
 PATH_KEYS = (
     "policy.model_name",
@@ -115,5 +115,3 @@ def is_path_key(key: str) -> bool:
 def same_value(key: str, one: Any, other: Any) -> bool:
     """Whether two values of ``key`` mean the same: equal, or paths to the same place."""
     return bool(one == other) or (is_path_key(key) and same_place(one, other))
-
-

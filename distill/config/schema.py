@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distill.config.policy import PolicyConfig, TeacherConfig
+from distill.config.models import PolicyConfig, TeacherConfig
 
 Outside = Literal["bucket", "renormalize", "floor"]
 """What the loss does with the vocabulary outside the top-k."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from distill.config.build import refuse
+from distill.config.parse import refuse
 
 _TEACHER_KEY = "distillation.context_distillation.teacher_prefix_template"
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

@@ -23,9 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.config.build import reason
-from distill.runtime.environment import cache_folders
-from distill.runtime.hostmemory import give_back_freed_memory
+from distill.distributed.host_memory import give_back_freed_memory
+from distill.errors import reason
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -212,3 +211,14 @@ def _in_use(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def cache_folders() -> list[Path]:
+    """Folders for files that can be built again, best first: the user's cache folder, then the temporary one.
+
+    A user without HOME and without an entry in the system's list of users has the temporary one only.
+    """
+    given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    user = Path(given) if os.path.isabs(given) else Path(home, ".cache")
+    temporary = Path(tempfile.gettempdir(), f"distill-{os.getuid()}")
+    return [user / "distill", temporary] if user.is_absolute() else [temporary]

@@ -10,9 +10,8 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from distill.config.build import reason, show
 from distill.data.template import read_text
-from distill.types import UserError
+from distill.errors import UserError, reason, show
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from distill.types import UserError
+from distill.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from distill.config.build import reason
-from distill.types import UserError
+from distill.errors import UserError, reason
 
 Row = tuple[str, Mapping[str, Any]]
 """A row with its place in its file, for messages: ("line 3", {...})."""

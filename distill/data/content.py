@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.data.template import read_text
-from distill.types import Problem, UserError
+from distill.errors import UserError
+from distill.types import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

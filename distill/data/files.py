@@ -24,9 +24,8 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from distill.config.build import reason, show
 from distill.data.columns import Columns, Row, WrittenFloat
-from distill.types import UserError
+from distill.errors import UserError, reason, show
 
 KINDS = (".jsonl", ".json", ".parquet", ".ndjson", ".csv", ".tsv")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distill.config.build import reason
 from distill.data.files import KINDS, kind_of
-from distill.types import UserError
+from distill.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 

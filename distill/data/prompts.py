@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
-from distill.config.build import reason
 from distill.config.template import Template
 from distill.data.content import TOKENS, Content, changed_parts, subjects
-from distill.data.problems import keyed, load_dataset_problems
+from distill.data.grading import THINK_TAGS
+from distill.data.sources import keyed, load_dataset_problems
 from distill.data.table import Problems
 from distill.data.template import read_prompt_file, read_text
 from distill.data.thoughts import inside_thoughts
-from distill.data.verify import THINK_TAGS
-from distill.types import Problem, Prompt, UserError
+from distill.errors import UserError, reason
+from distill.types import Problem, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

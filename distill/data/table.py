@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from distill.data.cache import open_table
 from distill.data.columns import Columns, Row
-from distill.types import Problem, UserError
+from distill.errors import UserError
+from distill.types import Problem
 
 if TYPE_CHECKING:
     import pyarrow as pa

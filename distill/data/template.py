@@ -6,7 +6,7 @@ import os.path
 from pathlib import Path
 
 from distill.config.template import Template
-from distill.types import UserError
+from distill.errors import UserError
 
 
 def read_text(path: str, where: str) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from distill.config.build import show
+from distill.data.grading import THINK_TAGS
 from distill.data.tokenizer import changed_by_round_trip
-from distill.data.verify import THINK_TAGS
-from distill.types import Problem, Prompt, UserError
+from distill.errors import UserError, show
+from distill.types import Problem, Prompt
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill.data.verify import THINK_TAGS
+from distill.data.grading import THINK_TAGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

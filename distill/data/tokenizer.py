@@ -16,10 +16,9 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from distill.config.build import reason, show
 from distill.data.chat_template import set_chat_template
 from distill.data.prompts import opening_ids, token_ids
-from distill.types import UserError
+from distill.errors import UserError, reason, show
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distill.loss.backend import check_loss_backend
 from distill.loss.divergences import Tokens, loss_temperature, topk_kl
-from distill.loss.head import VocabParallel, fused_linear_kl
+from distill.loss.fused import VocabParallel, fused_linear_kl
 from distill.loss.sampled import Sampled
 from distill.loss.targets import teacher_topk
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
+from distill.errors import UserError
 from distill.loss.reduction import Partial, Reduced, Scratch, reduce_in_place
-from distill.types import TopK, UserError
+from distill.types import TopK
 
 
 class Pass(Protocol):
@@ -66,7 +67,7 @@ class _TritonReduced:
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """See ``Reduced``."""
-        from distill.loss.kernels.student import gradient_rows
+        from distill.kernels.loss_student import gradient_rows
 
         out_CV = self.z_CV
         if out_CV.dtype != self.gradient_dtype:
@@ -94,20 +95,20 @@ class TritonPass:
         self, z_CV: Tensor, ids_CK: Tensor, temperature: float, scratch: Scratch, gradient_dtype: torch.dtype
     ) -> Reduced:
         """See ``Pass``."""
-        from distill.loss.kernels.student import reduce_rows
+        from distill.kernels.loss_student import reduce_rows
 
         partial = Partial(*reduce_rows(z_CV, ids_CK, 1 / temperature))
         return _TritonReduced(partial, z_CV, ids_CK, 1 / temperature, scratch, gradient_dtype)
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
         """See ``Pass``."""
-        from distill.loss.kernels.topk import topk_ids
+        from distill.kernels.topk import topk_ids
 
         return topk_ids(z_CV, k)
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
         """See ``Pass``."""
-        from distill.loss.kernels.topk import topk_with_tail
+        from distill.kernels.topk import topk_with_tail
 
         return TopK(*topk_with_tail(z_CV, k, 1 / temperature))
 
@@ -129,7 +130,7 @@ def choose_pass(backend: str, device: torch.device, dtype: torch.dtype) -> Pass:
             "loss_fn.backend=torch for slower passes"
         )
     if device.type != "cuda":
-        from distill.loss.kernels import interpreted
+        from distill.kernels import interpreted
 
         if not interpreted():
             raise UserError(f"loss_fn.backend=triton can't run on {device.type}: set loss_fn.backend=auto")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
-from distill.config.check import check_jsd
-from distill.types import TopK, UserError
+from distill.config.rules import check_jsd
+from distill.errors import UserError
+from distill.types import TopK
 
 
 @cache

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
+from distill.errors import UserError
 from distill.loss import checks
 from distill.loss.backend import Pass, choose_pass, divide
 from distill.loss.divergences import entropy
-from distill.loss.projection import Projection
+from distill.loss.lm_head import Projection
 from distill.loss.reduction import Scratch, combine
-from distill.types import Targets, TeacherRows, TopK, UserError
+from distill.types import Targets, TeacherRows, TopK
 
 _MIB = 2**20
 
@@ -30,7 +31,7 @@ def teacher_topk(
     temperature: float,
     chunk_rows: int | None = None,
     valid_vocab: int | None = None,
-    also_N: Tensor | None = None,
+    extra_ids_N: Tensor | None = None,
     backend: str = "auto",
 ) -> TopK:
     """The teacher's k most likely tokens of each row, exactly, with log tail mass and entropy; no gradient.
@@ -42,8 +43,8 @@ def teacher_topk(
         temperature: the loss's temperature; the student's logits are divided by the same.
         chunk_rows: rows of logits held at once; None: ``default_chunk_rows``.
         valid_vocab: columns from here on are padding and never kept.
-        also_N: an id that each row keeps besides, the sampled token: one more column, -1 where it is among the k (no
-            more column where k is the whole vocabulary).
+        extra_ids_N: one more id that each row keeps, the sampled token: one more column, -1 where it is among the k
+            (no more column where k is the complete vocabulary).
         backend: as ``loss_fn.backend``.
 
     Returns:
@@ -57,15 +58,15 @@ def teacher_topk(
     checks.check_support_size(k, vocab)
     checks.check_temperature(temperature)
     count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND, vocab)
-    if also_N is not None:
-        checks.check_rows(count, also_N=also_N)
-        checks.check_ids(vocab, sampled_ids_N=also_N)
+    if extra_ids_N is not None:
+        checks.check_rows(count, extra_ids_N=extra_ids_N)
+        checks.check_ids(vocab, sampled_ids_N=extra_ids_N)
     scratch = Scratch(min(count, step), vocab, hidden_ND.device)
     scorer = Scorer.of(head_VD[:vocab], temperature, backend, scratch)
     chunks = []
     for start in range(0, max(count, 1), step):
         rows = slice(start, start + step)
-        chunks.append(scorer.topk(hidden_ND[rows], k, None if also_N is None else also_N[rows]))
+        chunks.append(scorer.topk(hidden_ND[rows], k, None if extra_ids_N is None else extra_ids_N[rows]))
     return TopK(
         torch.cat([chunk.ids_NK for chunk in chunks]),
         torch.cat([chunk.logprobs_NK for chunk in chunks]),
@@ -86,9 +87,7 @@ class Scorer:
     """The name of the scratch's buffer that takes the teacher's logits."""
 
     @classmethod
-    def of(
-        cls, head_VD: Tensor, temperature: float, backend: str, scratch: Scratch, buffer: str = "logits"
-    ) -> Scorer:
+    def of(cls, head_VD: Tensor, temperature: float, backend: str, scratch: Scratch, buffer: str = "logits") -> Scorer:
         """A scorer whose logits go to the scratch's ``buffer``."""
         head = Projection(head_VD)
         return cls(head, temperature, choose_pass(backend, head_VD.device, head.dtype), scratch, buffer)
@@ -156,11 +155,11 @@ def targets_by_chunk(
 
     ``sampled_ids_N`` are checked too, and kept among the ids that are made here if the loss is about them.
     """
-    also_N = sampled_ids_N if loss_config.kl_type == "sampled" else None
+    extra_ids_N = sampled_ids_N if loss_config.kl_type == "sampled" else None
     if isinstance(targets, TeacherRows):
         checks.check_ids(vocab, sampled_ids_N=sampled_ids_N)
     if isinstance(targets, TeacherRows):
-        return _teacher_by_chunk(targets, loss_config, temperature, rows, vocab, k, also_N, way, scratch)
+        return _teacher_by_chunk(targets, loss_config, temperature, rows, vocab, k, extra_ids_N, way, scratch)
     if loss_config.support == "student":
         raise UserError(
             "loss_fn.support=student has the teacher score the student's tokens, but its targets are a finished top-k: "
@@ -189,7 +188,7 @@ def _teacher_by_chunk(
     rows: int,
     vocab: int,
     k: int | None,
-    also_N: Tensor | None,
+    extra_ids_N: Tensor | None,
     way: Pass,
     scratch: Scratch,
 ) -> ChunkTargets:
@@ -205,7 +204,7 @@ def _teacher_by_chunk(
     scorer = Scorer.of(targets.head_VD[:vocab], temperature, loss_config.backend, scratch, buffer)
 
     def also(chunk: Rows) -> Tensor | None:
-        return None if also_N is None else also_N[chunk]
+        return None if extra_ids_N is None else extra_ids_N[chunk]
 
     def of_students(chunk: Rows, student_CV: Tensor) -> tuple[TopK, Tensor]:
         ids_CK = with_also(way.topk(student_CV, k), also(chunk), vocab)

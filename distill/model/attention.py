@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from distill.model.exchange import Exchange
-from distill.types import Shared
+from distill.model.ulysses import UlyssesAllToAll
+from distill.types import SharedPrefixes
 
 PACKED = "distill_packed"
 """The name under which transformers knows it (``attn_implementation``); the model's forward takes ``packed_bounds``."""
@@ -26,8 +26,8 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     packed_bounds: tuple[int, ...],
-    packed_shared: Shared | None = None,
-    packed_exchange: Exchange | None = None,
+    packed_shared: SharedPrefixes | None = None,
+    packed_exchange: UlyssesAllToAll | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **unused: object,
@@ -48,21 +48,21 @@ def packed_attention(
     if packed_exchange is not None:
         query, key, value = packed_exchange.heads(query, key, value)
     if packed_shared is not None:
-        query, key, value = (_spread(heads, packed_shared.spread_S) for heads in (query, key, value))
+        query, key, value = (_spread(heads, packed_shared.expand_S) for heads in (query, key, value))
     if dtype == torch.bfloat16 and not query.is_cuda:
         # PyTorch's kernel for the CPU takes twice as long in bf16, and rounds inside.
         query, key, value = query.float(), key.float(), value.float()
     attended = _attend(query, key, value, packed_bounds, scaling, sliding_window).to(dtype)
     if packed_shared is not None:
-        attended = attended.index_select(1, packed_shared.first_T)
+        attended = attended.index_select(1, packed_shared.source_T)
     if packed_exchange is not None:
         attended = packed_exchange.positions(attended)
     return attended, None
 
 
-def _spread(heads: Tensor, spread_S: Tensor) -> Tensor:
+def _spread(heads: Tensor, expand_S: Tensor) -> Tensor:
     """[1, H, T, Dh] to [1, H, S, Dh]; transposed, because heads come as columns of [T, H * Dh]."""
-    return heads.transpose(1, 2).index_select(1, spread_S).transpose(1, 2)
+    return heads.transpose(1, 2).index_select(1, expand_S).transpose(1, 2)
 
 
 def _attend(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from distill.model.architecture import rotary_factor, without_ignored_settings
+from distill.model.hf_config import rotary_factor, without_ignored_settings
 
 log = logging.getLogger(__name__)
 

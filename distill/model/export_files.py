@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distill.data.template import read_text
 from distill.data.tokenizer import tokenizer_class_misreads
+from distill.errors import UserError
 from distill.model.export_dialects import (
     Json,
     model_config_for_export,
@@ -28,9 +29,9 @@ from distill.model.export_dialects import (
     with_stop_ids,
     with_tying,
 )
-from distill.model.load import LICENSE_FILES, ModelFiles, json_object
+from distill.model.hf_files import LICENSE_FILES, ModelFiles
+from distill.model.hf_index import json_object
 from distill.model.model_card import model_card
-from distill.types import UserError
 
 log = logging.getLogger(__name__)
 

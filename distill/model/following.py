@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distill.config import Config
-from distill.model.load import ModelFiles, local_slices
+from distill.distributed.world import World
+from distill.model.hf_files import ModelFiles
+from distill.model.hf_load import local_slices
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.model.weights import GatheredWeights
-from distill.runtime.world import World
 
 
 class FollowingTeacher(Teacher):
@@ -66,7 +67,7 @@ class FollowingTeacher(Teacher):
         for name, whole in weights:
             _local(own[name]).copy_(whole[local_slices(own[name])])
         if self._host is not None:
-            self._host.renew()
+            self._host.push_weights()
         self.offload()
 
 

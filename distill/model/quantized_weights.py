@@ -16,9 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distill.config.build import show
-from distill.model.checkpoint_files import StoredTensor, json_object
-from distill.types import UserError
+from distill.errors import UserError, show
+from distill.model.hf_index import StoredTensor, json_object
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 """Element types, as safetensors names them, that are numbers only together with a scale."""
@@ -199,9 +198,7 @@ def _modelopt_layouts(settings: Mapping[str, Any], what: str, place: str) -> tup
     return layouts[name]
 
 
-def scale_of(
-    name: str, tensors: Mapping[str, StoredTensor], quantization: Quantization | None
-) -> WeightScale | str:
+def scale_of(name: str, tensors: Mapping[str, StoredTensor], quantization: Quantization | None) -> WeightScale | str:
     """The scale of the FP8 weight ``name``, or why it has none that is well defined."""
     if quantization is None:
         return "config.json has no quantization_config that defines how its scale is applied"
@@ -210,8 +207,10 @@ def scale_of(
         candidates.append(f"{name.removesuffix('.weight')}.scale")
     found = [tensors[candidate] for candidate in candidates if candidate in tensors]
     if len(found) != 1:
-        return f"it has {len(found)} tensors of scales ({', '.join(s.name for s in found)})" if found else (
-            f"its scale ({candidates[1]} or {candidates[0].rpartition('.')[2]}) is missing"
+        return (
+            f"it has {len(found)} tensors of scales ({', '.join(s.name for s in found)})"
+            if found
+            else (f"its scale ({candidates[1]} or {candidates[0].rpartition('.')[2]}) is missing")
         )
     (scale,) = found
     if scale.dtype not in _SCALES:

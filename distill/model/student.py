@@ -12,17 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.batching.plan import view_of
 from distill.config import Config
+from distill.distributed.world import World
 from distill.loss import Sampled, VocabParallel, fused_linear_kl
-from distill.model.load import ModelFiles, causal_lm_parts, chunk_of
+from distill.metrics.step import Metrics
+from distill.model.hf_files import ModelFiles
+from distill.model.hf_load import causal_lm_parts, chunk_of
+from distill.model.host_offload import OptimizerOffload
 from distill.model.nonfinite import Broken, NonFinite, not_finite
-from distill.model.offload import HostState
-from distill.model.parallel import RowsModel, Sharding, load_sharded
+from distill.model.sharded import ShardedLM, Sharding, load_sharded
 from distill.model.weights import GatheredWeights, tp_dim
-from distill.runtime.metrics import Metrics
-from distill.runtime.packing import view_of
-from distill.runtime.place import progressed
-from distill.runtime.world import World
+from distill.supervise.progress import heartbeat
 from distill.types import LossOutput, MicroBatch, OptimizerBatch, Stats, Targets
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -81,7 +82,7 @@ class Student:
         self._optimizer = torch.optim.AdamW(self.model.parameters(), **kwargs)
         self._scheduler = build_scheduler(self._optimizer, policy.scheduler)
         leaves = config.runtime.offload_optimizer and world.device.type == "cuda" and not policy.dtensor_cfg.cpu_offload
-        self._moments = HostState(self._optimizer) if leaves else None
+        self._moments = OptimizerOffload(self._optimizer) if leaves else None
 
     @property
     def learning_rate(self) -> float:
@@ -103,10 +104,8 @@ class Student:
         self.model.reshard_all()
         return found
 
-    def _loss(
-        self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None
-    ) -> LossOutput:
-        progressed()
+    def _loss(self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None) -> LossOutput:
+        heartbeat()
         micro_batch = micro_batch.to(self.device)
         sampled = Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature)
 
@@ -302,7 +301,7 @@ def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
     metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})
 
 
-def _vocab_parallel(model: RowsModel, world: World) -> VocabParallel:
+def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
     """The head's rows of this rank, as the loss wants to know them."""
     _, head = causal_lm_parts(model.causal_lm)
     mesh, vocab = world.tp_mesh, head.weight.shape[0]

@@ -8,18 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.batching.context_parallel import shard_view
+from distill.batching.plan import view_of
 from distill.config import Config
+from distill.distributed.world import World
+from distill.errors import UserError
 from distill.loss import teacher_topk
-from distill.model.load import ModelFiles, model_config
-from distill.model.offload import HostCopy
-from distill.model.parallel import Sharding, load_sharded
-from distill.model.plain import plain_logits
+from distill.model.hf_config import model_config
+from distill.model.hf_files import ModelFiles
+from distill.model.host_offload import FrozenOffload
+from distill.model.sharded import Sharding, load_sharded
 from distill.model.student import DTYPES, Student, loss_at_temperature
-from distill.runtime.packing import view_of
-from distill.runtime.place import progressed
-from distill.runtime.split import spread
-from distill.runtime.world import World
-from distill.types import MicroBatch, Targets, TeacherRows, TopK, UserError, View
+from distill.model.teacher_check import plain_logits
+from distill.supervise.progress import heartbeat
+from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 
 PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Mean |difference| of log-probs in nats that the packed path may show: rounding makes 1e-5 and 0.1, a fault over 1."""
@@ -60,7 +62,7 @@ class Teacher:
             compute_dtype=self.dtype,
             trainable=False,
         )
-        self._host = HostCopy(self.model.parameters()) if world.device.type == "cuda" else None
+        self._host = FrozenOffload(self.model.parameters()) if world.device.type == "cuda" else None
 
     @torch.no_grad()
     def targets(self, micro_batch: MicroBatch) -> Targets:
@@ -70,16 +72,18 @@ class Teacher:
         The top-k of each row; or its hidden row, where the loss asks for the student's tokens or for all of them: the
         head is then kept beside it, whole, until ``after_step``.
         """
-        progressed()
+        heartbeat()
         view = micro_batch.teacher.to(self.device)
         if self._gives_rows:
             return self._rows(view)
-        also_N = None
+        extra_ids_N = None
         if self._keeps_sampled:
-            also_N = micro_batch.sampled_N.to(self.device)
-            if micro_batch.shares:
-                also_N = torch.split(also_N, list(micro_batch.shares))[dist.get_rank(self._tp_group)]
-        return self._of_group(self._topk(view, self._top_k, also_N), micro_batch.shares)
+            extra_ids_N = micro_batch.sampled_N.to(self.device)
+            if micro_batch.rows_per_tp_rank:
+                extra_ids_N = torch.split(extra_ids_N, list(micro_batch.rows_per_tp_rank))[
+                    dist.get_rank(self._tp_group)
+                ]
+        return self._of_group(self._topk(view, self._top_k, extra_ids_N), micro_batch.rows_per_tp_rank)
 
     def _of_group(self, topk: TopK, shares: tuple[int, ...]) -> TopK:
         """The targets of all rows of a tensor-parallel group, each of whose ranks made its share of them."""
@@ -101,7 +105,7 @@ class Teacher:
             None if topk.entropy_N is None else gathered(topk.entropy_N),
         )
 
-    def _topk(self, view: View, k: int, also_N: Tensor | None = None) -> TopK:
+    def _topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
             topk = teacher_topk(
                 hidden_ND,
@@ -110,7 +114,7 @@ class Teacher:
                 self._temperature,
                 self._chunk_rows,
                 self._valid_vocab,
-                also_N=also_N,
+                extra_ids_N=extra_ids_N,
                 backend=self._backend,
             )
             return vars(topk)
@@ -161,12 +165,12 @@ class Teacher:
         layout = self._world.layout
         if layout.teacher_size > 1:
             rows = torch.arange(len(view.rows_N)).tensor_split(layout.teacher_size)
-            view = spread(view, rows, layout.rank % layout.teacher_size)
+            view = shard_view(view, rows, layout.rank % layout.teacher_size)
         found = self._topk(view.to(self.device), min(8, self._valid_vocab))
         of_group = self._world.gather((found.ids_NK.long().cpu(), found.logprobs_NK.cpu()))[: layout.teacher_size]
         ids_NK, logprobs_NK = (torch.cat(parts).to(self.device) for parts in zip(*of_group, strict=True))
         difference = torch.zeros(())
-        if self._world.main:
+        if self._world.is_main:
             config = model_config(self._files, "teacher.model_name")
             plain = plain_logits(self._files, config, [s[:-1] for s in sequences], self.dtype, self.device)
             logits_NV = plain.flatten(0, 1)[:, : self._valid_vocab] / self._temperature

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distill.model.load import PLAIN, ModelFiles, manifest_of, meta_model
+from distill.errors import UserError
+from distill.model.hf_files import PLAIN, ModelFiles
+from distill.model.hf_load import manifest_of, meta_model
 from distill.model.quantized_weights import FP8, read_quantization, scale_of
-from distill.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from transformers import PreTrainedModel
 
 from distill.config import Config
+from distill.errors import UserError
 from distill.loss.checks import check_part
-from distill.model.load import causal_lm_parts, chunk_of, meta_model
-from distill.types import UserError
+from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
 REPLICATED = "replicated_with_grad_allreduce"
 """Weights that are whole on every rank but act on its heads only: their gradients are summed over the group."""

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, whole_bit_sums
-from distill.model.load import chunk_of
-from distill.runtime.place import progressed
+from distill.model.hf_load import chunk_of
+from distill.supervise.progress import heartbeat
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
@@ -148,7 +148,7 @@ class GatheredWeights:
     @torch.no_grad()
     def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor]]:
         gather.work.wait()
-        progressed()
+        heartbeat()
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
         self._read(header, gather.names)

@@ -15,11 +15,11 @@ from torch import Tensor
 from distill.model.checksum import BitSums, bit_sums, changed
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
-Abandon = Callable[[], bool]
+Cancelled = Callable[[], bool]
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
 
 
-class Abandoned(Exception):
+class GenerationCancelled(Exception):
     """Nobody waits for the answers any more."""
 
 
@@ -56,7 +56,7 @@ class Engine(Protocol):
         """Log-probs in nats of every token after the first, at temperature 1; the engine's own ranks, while ready."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled | None = None
     ) -> list[Rollout]:
         """Answer the prompts; the engine's own ranks, any number of times while ready.
 
@@ -136,7 +136,7 @@ class EngineBase(ABC):
         return found
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled | None = None
     ) -> list[Rollout]:
         """See Engine.generate. Raises RuntimeError for a prompt it can't read and for answers that can't be right."""
         self._expect("ready", "generate")
@@ -144,7 +144,7 @@ class EngineBase(ABC):
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
         try:
             rollouts = self._generate(prompts, sampling, step, abandon or (lambda: False))
-        except Abandoned:
+        except GenerationCancelled:
             return []
         for rollout in rollouts:
             self._check_answer(rollout, sampling)
@@ -226,7 +226,7 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled
     ) -> list[Rollout]: ...
 
     @abstractmethod

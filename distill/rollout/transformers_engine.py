@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from distill.model.checksum import BitSums, whole_bit_sums
-from distill.model.load import manifest_of, materialize, meta_model, restore_buffers
-from distill.rollout.engine import Abandon, Abandoned, EngineBase, answer_limit, answer_seed, longest_first
-from distill.runtime.place import progressed
+from distill.model.hf_load import manifest_of, materialize, meta_model, restore_buffers
+from distill.rollout.engine import Cancelled, EngineBase, GenerationCancelled, answer_limit, answer_seed, longest_first
+from distill.supervise.progress import heartbeat
 from distill.types import Prompt, Rollout, Sampling
 
 
@@ -72,11 +72,9 @@ class TransformersEngine(EngineBase):
         self._model.tie_weights()
 
     @torch.no_grad()
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon
-    ) -> list[Rollout]:
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled) -> list[Rollout]:
         order = longest_first(prompts)
-        per_batch = max(1, self._batch_size // sampling.answers_per_prompt)
+        per_batch = max(1, self._batch_size // sampling.responses_per_prompt)
         done: dict[int, list[Rollout]] = {}
         silent = self.replica != 0 or not sys.stderr.isatty()
         with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=silent) as bar:
@@ -87,11 +85,9 @@ class TransformersEngine(EngineBase):
                 bar.update(len(places))
         return [rollout for place in range(len(prompts)) for rollout in done[place]]
 
-    def _answer(
-        self, prompts: list[Prompt], sampling: Sampling, step: int, abandon: Abandon
-    ) -> list[list[Rollout]]:
+    def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int, abandon: Cancelled) -> list[list[Rollout]]:
         """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
-        G = sampling.answers_per_prompt
+        G = sampling.responses_per_prompt
         batch = _Decoding(prompts, sampling, step, self.window, self._device)
         width = max(len(prompt.student_ids) for prompt in prompts)
         tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
@@ -105,7 +101,7 @@ class TransformersEngine(EngineBase):
         mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
         while True:
             if abandon():
-                raise Abandoned
+                raise GenerationCancelled
             sampled = batch.sample(logits, self._valid_vocab)
             keep = batch.unfinished_rows()
             if not keep:
@@ -120,7 +116,7 @@ class TransformersEngine(EngineBase):
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         """Logits of the last position, float32 [B, V]."""
-        progressed()
+        heartbeat()
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = self._model(
             input_ids=tokens,
@@ -140,7 +136,7 @@ class _Decoding:
     def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, window: int, device: torch.device) -> None:
         self._sampling = sampling
         self._prompts = prompts
-        answers = [(prompt, answer) for prompt in prompts for answer in range(sampling.answers_per_prompt)]
+        answers = [(prompt, answer) for prompt in prompts for answer in range(sampling.responses_per_prompt)]
         self._limits = [answer_limit(sampling, prompt, window) for prompt, _ in answers]
         self._uniforms = torch.stack(
             [_uniforms(answer_seed(sampling.seed, step, p.prompt_id, a), max(self._limits)) for p, a in answers]
@@ -178,7 +174,7 @@ class _Decoding:
 
     def rollouts(self, version: int) -> list[list[Rollout]]:
         """The answers, a list a prompt."""
-        G = self._sampling.answers_per_prompt
+        G = self._sampling.responses_per_prompt
         return [
             [
                 Rollout(

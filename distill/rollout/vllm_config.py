@@ -6,8 +6,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.model.architecture import foreign_settings, rotary_factor, rotary_parameters
-from distill.types import UserError
+from distill.errors import UserError
+from distill.model.hf_config import foreign_settings, rotary_factor, rotary_parameters
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

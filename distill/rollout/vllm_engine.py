@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.memory.forecast import CPU_CACHE
 from distill.model.checksum import BitSums
-from distill.model.memory import CPU_CACHE
-from distill.rollout.engine import Abandon, Abandoned, EngineBase, answer_limit, answer_seed, longest_first
-from distill.rollout.memory import CudaMemory, Memory, SleepGuard
+from distill.rollout.engine import Cancelled, EngineBase, GenerationCancelled, answer_limit, answer_seed, longest_first
+from distill.rollout.gpu_memory import CudaMemory, Memory, SleepGuard
 from distill.rollout.vllm_weights import VllmWeights
-from distill.runtime.place import progressed
+from distill.supervise.progress import heartbeat
 from distill.types import Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class VllmEngine(EngineBase):
             made = sum(len(output.new_token_ids) for output in outputs.outputs)
             self._tokens_made += made
             if made:
-                progressed()
+                heartbeat()
             return outputs
 
         core.get_output = counted
@@ -211,12 +211,10 @@ class VllmEngine(EngineBase):
         (output,) = self._run([(tuple(token_ids), params)])
         return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
 
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Abandon
-    ) -> list[Rollout]:
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled) -> list[Rollout]:
         asked = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
         self._agree("prompts, sampling or step", asked, sampling, step, self._version)
-        answers = [(prompts[i], a) for i in longest_first(prompts) for a in range(sampling.answers_per_prompt)]
+        answers = [(prompts[i], a) for i in longest_first(prompts) for a in range(sampling.responses_per_prompt)]
         outputs = self._run(
             [(prompt.student_ids, self._params(prompt, answer, sampling, step)) for prompt, answer in answers],
             show=self.replica == 0 and self._tp_rank == 0,
@@ -262,10 +260,10 @@ class VllmEngine(EngineBase):
         )
 
     def _run(
-        self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, abandon: Abandon | None = None
+        self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, abandon: Cancelled | None = None
     ) -> list[Any]:
         """The outputs of all requests, in their order. Raises RuntimeError where the engine makes no progress, and
-        Abandoned, with nothing left in the engine, where ``abandon`` says so.
+        GenerationCancelled, with nothing left in the engine, where ``abandon`` says so.
         """
         if self._engine.is_sleeping():
             raise RuntimeError("vLLM is asleep: it would accept the requests and never answer")
@@ -281,7 +279,7 @@ class VllmEngine(EngineBase):
             while self._engine.has_unfinished_requests():
                 if abandon is not None and abandon():
                     self._abort(range(first, self._requests))
-                    raise Abandoned
+                    raise GenerationCancelled
                 made = self._tokens_made
                 for output in self._engine.step():
                     outputs[int(output.request_id)] = output

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from distill.data.verify import Judge, exact
+from distill.data.grading import Judge, exact
 from distill.validation.held_out import HeldOut
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config import DatasetConfig
 from distill.data.content import TOKENS, Content, content_hash
-from distill.data.problems import keyed
+from distill.data.grading import THINK_TAGS, check_gold, check_judge
 from distill.data.prompts import load_prompts
-from distill.data.verify import THINK_TAGS, check_gold, check_judge
-from distill.types import Prompt, UserError
+from distill.data.sources import keyed
+from distill.errors import UserError
+from distill.types import Prompt
 from distill.validation.scores import source_names
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.data.files import kind_of
-from distill.data.verify import Verdict
+from distill.data.grading import Verdict
 from distill.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]

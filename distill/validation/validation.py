@@ -8,25 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distill.batching.plan import PackingConfig
+from distill.checkpoint import Checkpoints
 from distill.config import Config
 from distill.config.template import teacher_template
-from distill.data.context import TeacherViews
-from distill.data.verify import Judge, Verdict
+from distill.data.grading import Judge, Verdict
+from distill.data.teacher_prefix import TeacherPrefixes
+from distill.distributed.world import World
+from distill.errors import writing_run
+from distill.metrics.sinks import Recorder
+from distill.metrics.step import Phases
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine, answer_limit, stream_seed
-from distill.rollout.exchange import gather_rollouts
-from distill.runtime.checkpoint import Checkpoints
-from distill.runtime.disk import writing_run
-from distill.runtime.metrics import Phases
-from distill.runtime.metrics_sinks import Recorder
-from distill.runtime.packing import PackingConfig
-from distill.runtime.place import progressed
-from distill.runtime.world import World
+from distill.rollout.gather import gather_rollouts
+from distill.supervise.progress import heartbeat
 from distill.types import Prompt, Rollout, Sampling
-from distill.validation.comparison import token_kls
 from distill.validation.held_out import HeldOut
 from distill.validation.scores import Decode, Sample, answer_text, by_source, jsonl_line, shown
+from distill.validation.token_kl import token_kls
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Validation:
     world: World
     held_out: HeldOut
     decode: Decode
-    views: TeacherViews
+    views: TeacherPrefixes
     engine: Engine
     student: Student
     teacher: Teacher
@@ -122,11 +122,11 @@ class Validation:
         return Answers(step, phases, mine, in_context)
 
     def _asked(self) -> bool:
-        return bool(self.world.guard.asked)
+        return bool(self.world.supervisor.asked)
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> InContext:
         """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""
-        with self.world.agreed("making the contexts of held-out problems"):
+        with self.world.all_or_none("making the contexts of held-out problems"):
             contexts = {prompt.prompt_id: self._context(prompt) for prompt in share}
         views = {number: context for number, context in contexts.items() if not isinstance(context, str)}
         left_out = {number: context for number, context in contexts.items() if isinstance(context, str)}
@@ -145,7 +145,7 @@ class Validation:
         """A rollout with what the teacher reads before an answer to ``prompt``, or why the problem is left out."""
         if not self._comparable(prompt):
             return _NO_TRACE
-        views, counts = self.views.prefixed([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
+        views, counts = self.views.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
         if not views:
             return _NO_TRACE if counts.totals["context_distillation_dropped_missing_trace"] else _NO_ROOM
         (view,) = views
@@ -177,8 +177,8 @@ class Validation:
             prefix = f"{_IN_CONTEXT}_"
             found = {f"validation/{prefix}num_problems": 0.0} | by_source(in_context, prefix)
             self.reference = {name: n for name, n in found.items() if name.rpartition(prefix)[2] in _OF_REFERENCE}
-        with phases("writing"), self.world.agreed("writing the validation's samples"), writing_run(self.run_dir):
-            if self.world.main:
+        with phases("writing"), self.world.all_or_none("writing the validation's samples"), writing_run(self.run_dir):
+            if self.world.is_main:
                 self._write(f"step_{step}", samples)
                 self._write(_IN_CONTEXT, in_context)
         failures = sum(s.verdict == "failed" for s in samples)
@@ -196,10 +196,10 @@ class Validation:
         firsts = [sample for sample in samples if sample.rollout.answer == 0]
         few = [shown(sample, self.decode) for sample in firsts[: self.config.logger.num_val_samples_to_print]]
         values = by_source(samples) | dict(self.reference or {}) | timing
-        with self.world.agreed("recording the validation"):
+        with self.world.all_or_none("recording the validation"):
             self.recorder.record(step, values)
             self.recorder.show(step, few)
-        self.checkpoints.note(step, values)
+        self.checkpoints.record_metrics(step, values)
 
     def _warn_of_left_out(self, found: InContext) -> None:
         """Say how many problems have no answer in context, and why."""
@@ -217,13 +217,13 @@ class Validation:
     def _with_views(self, mine: Sequence[Rollout]) -> list[Rollout]:
         """The answers with what the teacher reads before them, as in training; those it leaves out without."""
         comparable = [r for r in mine if self._comparable(r.prompt)]
-        with self.world.agreed("making the teacher's views of held-out answers"):
-            views = {(r.prompt.prompt_id, r.answer): r for r in self.views.prefixed(comparable)[0]}
+        with self.world.all_or_none("making the teacher's views of held-out answers"):
+            views = {(r.prompt.prompt_id, r.answer): r for r in self.views.add(comparable)[0]}
         return [views.get((r.prompt.prompt_id, r.answer), r) for r in mine]
 
     def _judged(self, mine: Sequence[Rollout], step: int) -> list[Sample]:
         """The answers of all ranks in the order of problems, each judged by the rank that has it."""
-        with self.world.agreed("judging answers"):
+        with self.world.all_or_none("judging answers"):
             verdicts = self._verdicts(mine)
         by_answer = {key: verdict for part in self.world.gather(verdicts) for key, verdict in part.items()}
         rollouts = gather_rollouts(self.world, mine, self.held_out.prompts, version=step)
@@ -235,7 +235,7 @@ class Validation:
         tags = self.config.distillation.context_distillation.trace_extractor.think_tags
         with Judge() as judge:
             for rollout in mine:
-                progressed()
+                heartbeat()
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer
                 text, inside = answer_text(rollout, self.decode), rollout.prompt.inside_thought
                 verdict = None if name is None else judge(name, text, gold, think_tags=tags, inside_thought=inside)

@@ -1,0 +1,1 @@
+"""Rollouts to micro-batches: pure functions."""

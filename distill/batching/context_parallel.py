@@ -1,0 +1,130 @@
+"""A micro-batch spread over the ranks that read it together: whose positions, whose rows. Pure functions.
+
+The ranks of a group exchange keys and values inside attention, so any rank may have any position. Each has the
+positions of the rows that it scores, in both models' views, so that hidden rows, targets and loss never travel; the
+positions that predict nothing fill up the ranks that have fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distill.types import Layout, MicroBatch, SequenceShards, SharedPrefixes, View
+
+
+def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
+    """This rank's part of whole micro-batches: those that one group of the teacher's reads, in order of dp rank.
+
+    The student's group shares its own of them, by context parallelism; the teacher's group reads all as one pack.
+    """
+    if layout.teacher_size == 1:
+        (whole,) = group
+        return whole
+    parts = [_deal_rows(micro_batch, layout.group_size) for micro_batch in group]
+    own = layout.dp_rank % len(group)
+    whole, first = group[own], layout.cp_rank * layout.tp_size
+    trained = parts[own][first : first + layout.tp_size]
+    rows_N = torch.cat(trained)
+    teacher = join([micro_batch.teacher for micro_batch in group])
+    offsets = torch.tensor([0, *(len(micro_batch.sampled_N) for micro_batch in group)]).cumsum(0).tolist()
+    by_rank = [rows + offset for offset, of_group in zip(offsets, parts, strict=False) for rows in of_group]
+    student = whole.student
+    if layout.cp_size > 1:
+        tp = layout.tp_size
+        by_cp_rank = [torch.cat(parts[own][i * tp : (i + 1) * tp]) for i in range(layout.cp_size)]
+        student = shard_view(student, by_cp_rank, layout.cp_rank)
+    else:
+        student = replace(student, rows_N=student.rows_N[rows_N])
+    return MicroBatch(
+        student=student,
+        teacher=shard_view(teacher, by_rank, layout.rank % layout.teacher_size),
+        sampled_N=whole.sampled_N[rows_N],
+        sampled_logprobs_N=whole.sampled_logprobs_N[rows_N],
+        weight_N=whole.weight_N[rows_N],
+        rollout_N=whole.rollout_N[rows_N],
+        rows_per_tp_rank=tuple(len(rows) for rows in trained) if layout.tp_size > 1 else (),
+    )
+
+
+def _deal_rows(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
+    """The rows of each rank, rising: equal shares, but that the first rank has the first row of every answer.
+
+    Answers with a common prefix have the position of their first row in common, in one view or the other, and a
+    position lies on one rank.
+    """
+    rollout_N = micro_batch.rollout_N
+    total = len(rollout_N)
+    begins_N = torch.ones(total, dtype=torch.bool)
+    begins_N[1:] = rollout_N[1:] != rollout_N[:-1]
+    first = begins_N.nonzero().squeeze(1)
+    others = (~begins_N).nonzero().squeeze(1)
+    share = -(-total // ranks)
+    spare = max(0, share - len(first))
+    rest = others[spare:]
+    parts = [torch.cat([first, others[:spare]]).sort().values]
+    per_rank = -(-len(rest) // max(ranks - 1, 1))
+    return parts + [rest[i * per_rank : (i + 1) * per_rank] for i in range(ranks - 1)]
+
+
+def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
+    """``rank``'s part of a view whose row numbers ``rows[r]`` are rank r's, in that order."""
+    count, ranks = len(view.tokens_T), len(rows)
+    owner_T = torch.full((count,), -1)
+    for r, numbers in enumerate(rows):
+        positions = view.rows_N[numbers]
+        assert bool(((owner_T[positions] == -1) | (owner_T[positions] == r)).all()), "a position has rows of two ranks"
+        owner_T[positions] = r
+    held = torch.bincount(owner_T[owner_T >= 0], minlength=ranks)
+    size = max(-(-count // ranks), int(held.max()))
+    free = (owner_T == -1).nonzero().squeeze(1)
+    owner_T[free] = torch.repeat_interleave(torch.arange(ranks), size - held)[: len(free)]
+    by_owner = torch.argsort(owner_T, stable=True)
+    counts = torch.bincount(owner_T, minlength=ranks)
+    begins = counts.cumsum(0) - counts
+    slot_T = torch.empty(count, dtype=torch.int64)
+    slot_T[by_owner] = torch.arange(count) + (torch.arange(ranks) * size - begins).repeat_interleave(counts)
+    position_P = torch.zeros(ranks * size, dtype=torch.int64)
+    position_P[slot_T] = torch.arange(count)
+    own = by_owner[begins[rank] : begins[rank] + counts[rank]]
+    tokens_T, positions_T = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    tokens_T[: len(own)], positions_T[: len(own)] = view.tokens_T[own], view.positions_T[own]
+    return View(
+        tokens_T,
+        positions_T,
+        view.bounds,
+        slot_T[view.rows_N[rows[rank]]] - rank * size,
+        view.shared,
+        SequenceShards(slot_T, position_P),
+    )
+
+
+def join(views: Sequence[View]) -> View:
+    """Views end to end, as one pack; rows in the same order."""
+    if len(views) == 1:
+        return views[0]
+    tokens = places = 0
+    rows_N, expand_S, source_T, bounds = [], [], [], [0]
+    for view in views:
+        shared = view.shared or _unshared(len(view.tokens_T))
+        rows_N.append(view.rows_N + tokens)
+        expand_S.append(shared.expand_S + tokens)
+        source_T.append(shared.source_T + places)
+        bounds += [places + bound for bound in view.bounds[1:]]
+        tokens, places = tokens + len(view.tokens_T), places + view.bounds[-1]
+    shares = any(view.shared for view in views)
+    return View(
+        torch.cat([view.tokens_T for view in views]),
+        torch.cat([view.positions_T for view in views]),
+        tuple(bounds),
+        torch.cat(rows_N),
+        SharedPrefixes(torch.cat(expand_S), torch.cat(source_T)) if shares else None,
+    )
+
+
+def _unshared(count: int) -> SharedPrefixes:
+    each = torch.arange(count)
+    return SharedPrefixes(each, each)

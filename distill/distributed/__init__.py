@@ -1,0 +1,1 @@
+"""The ranks of a run: launcher, rendezvous, process groups, meshes."""

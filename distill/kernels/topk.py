@@ -1,0 +1,476 @@
+"""The exact top-k of rows of logits, and what a distillation target says of the rest: little more than one read.
+
+``_scan_tiles`` reads a row once and leaves the largest logit of each tile. The k-th largest of these, t, bounds the
+k-th largest logit from below: k tiles hold one at least as large. ``_select`` therefore rereads only the tiles whose
+maximum reaches t, about k of them, keeps their logits >= t (the candidates, hardly more than k) and finds the k-th
+largest among these. Logits that tie by the hundreds, as bf16 ones may, can overflow the room for candidates; such rows
+are marked and done again by ``_whole_row``, which needs no room but rereads the row for every halving of its search.
+Nothing waits for the device.
+
+A tile is not a run of neighbours but ``W / VEC`` runs of 16 bytes, far apart: then one thread holds a tile whole, and
+its maximum and sums need no exchange between threads, which would cost more than the read. It also spreads neighbours,
+often large together, over many tiles.
+
+Suffixes inside the kernels: R x S x VEC a group of S tiles (R runs of VEC neighbouring logits each), T the tiles of a
+row, G its groups, B a block of logits, A the room for candidates.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_TILED_K = 2048
+"""Above this k, or where k is no small part of the row, every row is searched whole."""
+
+_GROUP = 8192
+"""Logits that a program of ``_scan_tiles`` reads: 64 for each of its 128 threads, all in registers."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_FAR = tl.constexpr(-1e30)
+"""Stands for -inf where a distance is multiplied by e^distance = 0: 0 * -inf would be NaN."""
+_LOWEST = tl.constexpr(-(2**31))
+"""Below the key of every number."""
+_HIGHEST = tl.constexpr(2**31 - 1)
+"""The key of NaN."""
+
+
+class Tiling(NamedTuple):
+    """How a row is cut into tiles."""
+
+    width: int
+    """Logits of a tile."""
+    per_group: int
+    """Tiles of a group, S; a group is a run of neighbouring logits."""
+    groups: int
+    """Groups of a row; the last may reach past its end."""
+    room: int
+    """Candidates of a row that there is room for."""
+
+    @property
+    def tiles(self) -> int:
+        """All tiles of a row, with those past its end."""
+        return self.per_group * self.groups
+
+
+def tiling(vocab: int, k: int) -> Tiling | None:
+    """The tiles for the ``k`` largest of ``vocab`` logits; None where they gain nothing, and the row is searched whole.
+
+    Two 4-byte numbers a tile are written and read, and k tiles are reread in halves of 32-byte sectors: together least
+    at a width of about sqrt(2 V / k). Far fewer than 2 k tiles would make nearly all of them, and of their logits,
+    candidates.
+    """
+    width = 64
+    while width > 8 and width * width * k > 4 * vocab:
+        width //= 2
+    if k > MAX_TILED_K or 4 * -(-vocab // width) < 5 * k:
+        return None
+    group = min(_GROUP, max(_power_of_2(vocab), width))
+    return Tiling(width, group // width, -(-vocab // group), _power_of_2(3 * k))
+
+
+def topk_ids(z_CV: Tensor, k: int) -> Tensor:
+    """The ids of the ``k`` largest logits of each row, exactly; of equal logits the lowest ids.
+
+    Args:
+        z_CV: logits, float32 or bf16, neighbouring columns; rows may lie further apart than V, and are read 16 bytes
+            at a time where they lie a multiple of 16 numbers apart, whatever V is. -inf is a logit like any other. In
+            a row with NaN the ids are distinct and in range, but which ones is left open.
+        k: 1 to V.
+
+    Returns:
+        int32 [C, K], each row in an order of no meaning, which is the same on every call.
+
+    Errors: ``ValueError`` for dtypes, shapes, strides or a k other than these.
+    """
+    return _topk(z_CV, k, inverse_temperature=None)[0]
+
+
+def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``topk_ids`` and what it takes to make a target of them, from the same read.
+
+    Args:
+        z_CV: raw logits, as for ``topk_ids``.
+        k: 1 to V; the whole vocabulary leaves an empty tail.
+        inverse_temperature: the logits times this are what the outputs speak of; above 0.
+
+    Returns:
+        ids_CK (int32) and in float32, nats: logprobs_CK over the whole row, log_tail_C (log of the mass of all other
+        ids, summed up over them alone so that a small tail keeps its digits; -inf for an empty one), entropy_C of
+        the whole row. A row with NaN or +inf has NaN among its log-probs.
+
+    Errors: ``ValueError`` as for ``topk_ids``, and for an inverse temperature that is not above 0.
+    """
+    if not inverse_temperature > 0:
+        raise ValueError(f"inverse_temperature must be above 0, not {inverse_temperature}")
+    return _topk(z_CV, k, inverse_temperature)
+
+
+def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, log-probs, log tail and entropy; the last three are empty without a temperature."""
+    _check(z_CV, k)
+    (rows, vocab), device = z_CV.shape, z_CV.device
+    stats = inverse_temperature is not None
+    ids_CK = torch.empty(rows, k, dtype=torch.int32, device=device)
+    logprobs_CK = torch.empty(rows, k if stats else 0, dtype=torch.float32, device=device)
+    log_tail_C, entropy_C = (torch.empty(rows if stats else 0, dtype=torch.float32, device=device) for _ in range(2))
+    outputs = (ids_CK, logprobs_CK, log_tail_C, entropy_C)
+    if rows == 0:
+        return outputs
+    cut = tiling(vocab, k)
+    whole_C = torch.empty(rows, dtype=torch.int32, device=device)
+    rest = (vocab, z_CV.stride(0), inverse_temperature or 1.0)
+    with torch.cuda.device(device) if z_CV.is_cuda else nullcontext():
+        if cut is None:
+            whole_C.fill_(1)
+        else:
+            _by_tiles(z_CV, cut, whole_C, outputs, rest, k, stats)
+        block = min(_power_of_2(vocab), 4096)
+        _whole_row[(rows,)](z_CV, whole_C, *outputs, *rest, K=k, STATS=stats, BLOCK=block, num_warps=8)
+    return outputs
+
+
+def _by_tiles(
+    z_CV: Tensor,
+    cut: Tiling,
+    whole_C: Tensor,
+    outputs: tuple[Tensor, ...],
+    rest: tuple[int, int, float],
+    k: int,
+    stats: bool,
+) -> None:
+    """Fill the outputs of all rows but those that it marks in ``whole_C``."""
+    (rows, vocab), device = z_CV.shape, z_CV.device
+    top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)
+    sum_CT = torch.empty_like(top_CT) if stats else top_CT
+    groups_C3G = torch.empty(rows if stats else 0, 3, cut.groups, dtype=torch.float32, device=device)
+    found_C3A = torch.empty(rows, 3, cut.room, dtype=torch.int32, device=device)
+    shape = {"W": cut.width, "S": cut.per_group, "VEC": min(16 // z_CV.element_size(), cut.width), "STATS": stats}
+    _scan_tiles[(rows * cut.groups,)](
+        z_CV, top_CT, sum_CT, groups_C3G, *rest, cut.groups, **shape, num_warps=4 if vocab >= 1024 else 1
+    )
+    tiles = _power_of_2(cut.tiles)
+    # 16 tiles and 16 candidates a thread. A row is a chain of short steps, so that speed is the number of rows that run
+    # side by side: at 64 registers a multiprocessor holds 1024 of its 2048 threads, and few values spill.
+    num_warps = min(max(max(tiles, cut.room) // 512, 4), 32)
+    _select[(rows,)](
+        *(z_CV, top_CT, sum_CT, groups_C3G, found_C3A, whole_C, *outputs, *rest, cut.groups),
+        **{**shape, "K": k, "TILES": tiles, "GROUPS": _power_of_2(cut.groups), "ROOM": cut.room},
+        BLOCK=min(256 * num_warps, 4096),
+        num_warps=num_warps,
+        maxnreg=64,
+    )
+
+
+def _check(z_CV: Tensor, k: int) -> None:
+    if z_CV.dim() != 2 or z_CV.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"z_CV must be [C, V], float32 or bf16, not {list(z_CV.shape)}, {z_CV.dtype}")
+    if z_CV.stride(1) != 1 and z_CV.shape[1] > 1:
+        raise ValueError(f"z_CV must have neighbouring columns, not a stride of {z_CV.stride(1)}")
+    if not 1 <= k <= z_CV.shape[1]:
+        raise ValueError(f"k={k} must be between 1 and the number of columns ({z_CV.shape[1]})")
+
+
+def _power_of_2(number: int) -> int:
+    """The next one up, or the number itself."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _key(z: tl.tensor) -> tl.tensor:
+    """int32 in the order of the float32s: -0 equals 0, NaN is above all."""
+    bits = z.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(z == 0.0, 0, key)
+    return tl.where(z != z, _HIGHEST, key)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _number(key: tl.tensor) -> tl.tensor:
+    """The float32 whose key it is."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finite(top: tl.tensor) -> tl.tensor:
+    """``top`` as something to subtract: 0 for the maximum of what is all -inf, as -inf - -inf would be NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) -> tl.tensor:
+    """A bound that at least ``k`` keys reach, by bisection: at most k + slack of them, or it is the k-th largest key.
+
+    ``low`` is a bound that at least k keys reach. The search ends as soon as few enough reach the middle, after ten to
+    twenty halvings of what are 2^32 possible keys at most.
+    """
+    low = low.to(tl.int64)
+    high = tl.max(keys, axis=0).to(tl.int64)
+    while low < high:
+        middle = low + ((high - low + 1) >> 1)
+        count = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), axis=0)
+        high = tl.where(count < k, middle - 1, tl.where(count <= k + slack, middle, high))
+        low = tl.where(count < k, low, middle)
+    return low.to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
+    """(largest, sum of e^(z - largest)) of a tail that the ``taken`` ones of ``z`` join."""
+    z = tl.where(taken, z, float("-inf"))
+    new_top = tl.maximum(top, tl.max(z, axis=0))
+    base = _finite(new_top)
+    total = total * tl.exp2((top - base) * to_log2) + tl.sum(tl.exp2((z - base) * to_log2), axis=0)
+    return new_top, total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
+    """(largest m, sum of e^(z - m), sum of (z - m) e^(z - m)) of all from those of its parts."""
+    top = tl.max(top_X, axis=0)
+    moved_X = tl.maximum(top_X - _finite(top), _FAR)
+    shrink_X = tl.exp2(moved_X * to_log2)
+    return top, tl.sum(sum_X * shrink_X, axis=0), tl.sum((product_X + sum_X * moved_X) * shrink_X, axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scan_tiles(
+    z_ptr: tl.tensor,
+    top_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    groups_ptr: tl.tensor,
+    vocab: tl.tensor,
+    z_stride: tl.tensor,
+    inverse_temperature: tl.tensor,
+    groups: tl.tensor,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    VEC: tl.constexpr,
+    STATS: tl.constexpr,
+) -> None:
+    """Of each tile the largest logit m and the sum of e^(z - m); of the group m, that sum, and of (z - m) e^(z - m).
+
+    m is a raw logit. Distances are taken before the temperature: the difference of two near logits is exact, their
+    quotients are not.
+    """
+    row = tl.program_id(0).to(tl.int64) // groups  # row * stride exceeds 32 bits
+    group = tl.program_id(0) % groups
+    z_ptr += row * z_stride
+    runs_R11 = tl.arange(0, W // VEC)[:, None, None] * (S * VEC)
+    column_RSV = runs_R11 + tl.arange(0, S)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
+    column_RSV += group * (S * W)
+    if (group + 1) * (S * W) <= vocab:  # a mask would cost 16-byte loads wherever V is not a multiple of 16
+        z_RSV = tl.load(z_ptr + column_RSV)
+    else:
+        z_RSV = tl.load(z_ptr + column_RSV, mask=column_RSV < vocab, other=float("-inf"))
+    z_RSV = z_RSV.to(tl.float32)
+    top_S = tl.max(tl.max(z_RSV, axis=0), axis=1)  # first what is certainly in one thread
+    at_S = (row * groups + group) * S + tl.arange(0, S)
+    tl.store(top_ptr + at_S, top_S)
+    if STATS:
+        to_log2 = inverse_temperature * _LOG2_E
+        base_S = _finite(top_S)
+        distance_RSV = z_RSV - base_S[None, :, None]
+        mass_RSV = tl.exp2(distance_RSV * to_log2)
+        sum_S = tl.sum(tl.sum(mass_RSV, axis=0), axis=1)
+        tl.store(sum_ptr + at_S, sum_S)
+        # maximum() would hide a NaN, but its mass is NaN too.
+        product_S = tl.sum(tl.sum(mass_RSV * tl.maximum(distance_RSV, _FAR), axis=0), axis=1)
+        top, total, product = _join(top_S, sum_S, product_S, to_log2)
+        groups_ptr += row * 3 * groups + group
+        tl.store(groups_ptr, top)
+        tl.store(groups_ptr + groups, total)
+        tl.store(groups_ptr + 2 * groups, product)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _select(
+    z_ptr: tl.tensor,
+    top_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    groups_ptr: tl.tensor,
+    found_ptr: tl.tensor,
+    whole_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    logprobs_ptr: tl.tensor,
+    log_tail_ptr: tl.tensor,
+    entropy_ptr: tl.tensor,
+    vocab: tl.tensor,
+    z_stride: tl.tensor,
+    inverse_temperature: tl.tensor,
+    groups: tl.tensor,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    S: tl.constexpr,
+    VEC: tl.constexpr,
+    STATS: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The outputs of a row from its tiles, or a mark in ``whole``: more candidates than there is room for."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * z_stride
+    keys_ptr = found_ptr + row * 3 * ROOM
+    columns_ptr, tiles_ptr = keys_ptr + ROOM, keys_ptr + 2 * ROOM
+    to_log2 = inverse_temperature * _LOG2_E
+
+    # The tiles that matter. Those past the end of the row would only lengthen the search.
+    tile_T = tl.arange(0, TILES)
+    real_T = (tile_T < groups * S) & (tile_T // S * (S * W) + tile_T % S * VEC < vocab)
+    top_T = tl.load(top_ptr + row * groups * S + tile_T, mask=real_T, other=float("-inf"))
+    key_T = tl.where(real_T, _key(top_T), _LOWEST)
+    least = tl.min(tl.where(real_T, key_T, _HIGHEST), axis=0)
+    bound = _threshold(key_T, K, K // 8, least)
+    chosen_T = key_T >= bound
+    chosen = tl.sum(chosen_T.to(tl.int32), axis=0)
+    slot_T = tl.cumsum(chosen_T.to(tl.int32), axis=0) - 1
+    tl.store(tiles_ptr + slot_T, tile_T, mask=chosen_T & (slot_T < ROOM))
+    tail_top = tl.full([], float("-inf"), tl.float32)
+    tail_sum = tl.full([], 0.0, tl.float32)
+    if STATS:
+        # Not top_T, which would hold registers till here.
+        rest_T = tl.where(chosen_T | (key_T == _LOWEST), float("-inf"), _number(key_T))
+        tail_top = tl.max(rest_T, axis=0)
+        sum_T = tl.load(sum_ptr + row * groups * S + tile_T, mask=real_T & (key_T < bound), other=0.0)
+        tail_sum = tl.sum(sum_T * tl.exp2((rest_T - _finite(tail_top)) * to_log2), axis=0)
+
+    # Their logits: candidates, or more of the tail.
+    tl.debug_barrier()  # the tiles were written by other threads
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, tl.minimum(chosen, ROOM) * W, BLOCK):
+        lane_B = start + tl.arange(0, BLOCK)
+        held_B = lane_B < tl.minimum(chosen, ROOM) * W
+        tile_B = tl.load(tiles_ptr + lane_B // W, mask=held_B, other=0)
+        within_B = lane_B % W
+        column_B = tile_B // S * (S * W) + tile_B % S * VEC + within_B // VEC * (S * VEC) + within_B % VEC
+        held_B = held_B & (column_B < vocab)
+        z_B = tl.load(z_ptr + column_B, mask=held_B, other=float("-inf")).to(tl.float32)
+        key_B = _key(z_B)
+        candidate_B = held_B & (key_B >= bound)
+        place_B = count + tl.cumsum(candidate_B.to(tl.int32), axis=0) - 1
+        room_B = candidate_B & (place_B < ROOM)
+        tl.store(keys_ptr + place_B, key_B, mask=room_B)
+        tl.store(columns_ptr + place_B, column_B, mask=room_B)
+        count += tl.sum(candidate_B.to(tl.int32), axis=0)
+        if STATS:
+            tail_top, tail_sum = _add_sum(z_B, held_B & (key_B < bound), tail_top, tail_sum, to_log2)
+    overflow = (chosen > ROOM) | (count > ROOM)
+    tl.store(whole_ptr + row, overflow.to(tl.int32))
+
+    # The k-th largest of the candidates, and of those that equal it the lowest ids.
+    tl.debug_barrier()
+    live_A = tl.arange(0, ROOM) < count
+    key_A = tl.load(keys_ptr + tl.arange(0, ROOM), mask=live_A, other=_LOWEST)
+    column_A = tl.load(columns_ptr + tl.arange(0, ROOM), mask=live_A, other=0)
+    kth = _threshold(key_A, K, 0, bound)
+    need = K - tl.sum((key_A > kth).to(tl.int32), axis=0)
+    ties = tl.sum((key_A == kth).to(tl.int32), axis=0)
+    order_A = tl.where(key_A == kth, -column_A, _LOWEST)
+    last = tl.full([], _LOWEST, tl.int32)
+    if ties > need:
+        last = _threshold(order_A, need, 0, -vocab)
+    kept_A = (key_A > kth) | ((key_A == kth) & (order_A >= last))
+    place_A = tl.cumsum(kept_A.to(tl.int32), axis=0) - 1
+    kept_A = kept_A & (place_A < K)
+    tl.store(ids_ptr + row * K + place_A, column_A, mask=kept_A)
+    if STATS:
+        tail_top, tail_sum = _add_sum(_number(key_A), live_A & (kept_A == 0), tail_top, tail_sum, to_log2)
+        group_G = tl.arange(0, GROUPS)
+        groups_ptr += row * 3 * groups
+        group_top_G = tl.load(groups_ptr + group_G, mask=group_G < groups, other=float("-inf"))
+        group_sum_G = tl.load(groups_ptr + groups + group_G, mask=group_G < groups, other=0.0)
+        group_product_G = tl.load(groups_ptr + 2 * groups + group_G, mask=group_G < groups, other=0.0)
+        top, total, product = _join(group_top_G, group_sum_G, group_product_G, to_log2)
+        logprob_A = (_number(key_A) - top) * inverse_temperature - tl.log(total)
+        tl.store(logprobs_ptr + row * K + place_A, logprob_A, mask=kept_A)
+        tl.store(log_tail_ptr + row, (tail_top - top) * inverse_temperature + tl.log(tail_sum) - tl.log(total))
+        tl.store(entropy_ptr + row, tl.log(total) - product * inverse_temperature / total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _whole_row(
+    z_ptr: tl.tensor,
+    whole_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    logprobs_ptr: tl.tensor,
+    log_tail_ptr: tl.tensor,
+    entropy_ptr: tl.tensor,
+    vocab: tl.tensor,
+    z_stride: tl.tensor,
+    inverse_temperature: tl.tensor,
+    K: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The outputs of a row marked in ``whole``, from at most 32 reads to find the k-th largest and three more."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(whole_ptr + row) == 0:
+        return
+    z_ptr += row * z_stride
+    lane_B = tl.arange(0, BLOCK)
+    to_log2 = inverse_temperature * _LOG2_E
+
+    top_B = tl.full([BLOCK], float("-inf"), tl.float32)
+    low_B = tl.full([BLOCK], _HIGHEST, tl.int32)
+    high_B = tl.full([BLOCK], _LOWEST, tl.int32)
+    for start in range(0, vocab, BLOCK):
+        z_B = tl.load(z_ptr + start + lane_B, mask=start + lane_B < vocab, other=float("-inf")).to(tl.float32)
+        top_B = tl.maximum(top_B, z_B)
+        low_B = tl.minimum(low_B, tl.where(start + lane_B < vocab, _key(z_B), _HIGHEST))
+        high_B = tl.maximum(high_B, _key(z_B))
+    low, high = tl.min(low_B, axis=0).to(tl.int64), tl.max(high_B, axis=0).to(tl.int64)
+    while low < high:
+        middle = low + ((high - low + 1) >> 1)
+        count_B = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, vocab, BLOCK):
+            held_B = start + lane_B < vocab
+            z_B = tl.load(z_ptr + start + lane_B, mask=held_B, other=float("-inf")).to(tl.float32)
+            count_B += (held_B & (_key(z_B) >= middle.to(tl.int32))).to(tl.int32)
+        count = tl.sum(count_B, axis=0)
+        high = tl.where(count < K, middle - 1, tl.where(count == K, middle, high))
+        low = tl.where(count < K, low, middle)
+    kth = low.to(tl.int32)
+
+    base = _finite(tl.max(top_B, axis=0))
+    above_B = tl.zeros([BLOCK], tl.int32)
+    sum_B = tl.zeros([BLOCK], tl.float32)
+    product_B = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        z_B = tl.load(z_ptr + start + lane_B, mask=start + lane_B < vocab, other=float("-inf")).to(tl.float32)
+        above_B += ((_key(z_B) > kth) & (start + lane_B < vocab)).to(tl.int32)
+        if STATS:
+            mass_B = tl.exp2((z_B - base) * to_log2)
+            sum_B += mass_B
+            product_B += mass_B * tl.maximum(z_B - base, _FAR)
+    need = K - tl.sum(above_B, axis=0)
+    total = tl.sum(sum_B, axis=0)
+
+    kept = tl.full([], 0, tl.int32)
+    ties = tl.full([], 0, tl.int32)
+    tail_top = tl.full([], float("-inf"), tl.float32)
+    tail_sum = tl.full([], 0.0, tl.float32)
+    for start in range(0, vocab, BLOCK):
+        held_B = start + lane_B < vocab
+        z_B = tl.load(z_ptr + start + lane_B, mask=held_B, other=float("-inf")).to(tl.float32)
+        tie_B = held_B & (_key(z_B) == kth)
+        rank_B = ties + tl.cumsum(tie_B.to(tl.int32), axis=0) - 1
+        kept_B = (held_B & (_key(z_B) > kth)) | (tie_B & (rank_B < need))
+        place_B = kept + tl.cumsum(kept_B.to(tl.int32), axis=0) - 1
+        tl.store(ids_ptr + row * K + place_B, start + lane_B, mask=kept_B & (place_B < K))
+        ties += tl.sum(tie_B.to(tl.int32), axis=0)
+        kept += tl.sum(kept_B.to(tl.int32), axis=0)
+        if STATS:
+            logprob_B = (z_B - base) * inverse_temperature - tl.log(total)
+            tl.store(logprobs_ptr + row * K + place_B, logprob_B, mask=kept_B & (place_B < K))
+            tail_top, tail_sum = _add_sum(z_B, held_B & (kept_B == 0), tail_top, tail_sum, to_log2)
+    if STATS:
+        tl.store(log_tail_ptr + row, (tail_top - base) * inverse_temperature + tl.log(tail_sum) - tl.log(total))
+        product = tl.sum(product_B, axis=0)
+        tl.store(entropy_ptr + row, tl.log(total) - product * inverse_temperature / total)

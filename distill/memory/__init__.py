@@ -1,0 +1,1 @@
+"""Memory forecast of a run."""

@@ -1,0 +1,111 @@
+"""Paths of a recipe are brought to one spelling before they are compared or created."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from distill.checkpoint.recipe_diff import changed_keys
+from distill.config import Config, load_config
+from distill.config.paths import normalize, same_place
+from distill.errors import UserError
+
+RECIPE = str(Path(__file__).resolve().parents[2] / "recipes/distillation_math.yaml")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder, also the current one, with a model folder and a symbolic link to it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/A").mkdir(parents=True)
+    (tmp_path / "models/B").mkdir()
+    (tmp_path / "models/link").symlink_to("A")
+    return tmp_path
+
+
+def loaded(*overrides: str) -> Config:
+    return load_config(["--config", RECIPE, *overrides])
+
+
+@pytest.mark.parametrize(
+    "spelling", ["models/A/", "./models/A", "models//A", "models/./A", "~/models/A", "~/models/A//", "models/link/"]
+)
+def test_one_folder_under_two_spellings_is_one_model(home: Path, spelling: str) -> None:
+    with pytest.raises(UserError, match="is the student itself"):
+        loaded("policy.model_name=models/A", f"teacher.model_name={spelling}")
+    with pytest.raises(UserError, match="is the student itself"):
+        loaded(f"policy.model_name={spelling}", "teacher.model_name=models/A")
+    config = loaded(
+        f"policy.model_name={home}/models/A",
+        f"teacher.model_name={spelling}",
+        "distillation.context_distillation.enabled=true",
+    )
+    names = (config.policy.model_name, config.teacher.model_name, config.teacher.tokenizer.name)
+    assert set(names) == {f"{home}/models/A"}
+
+
+def test_two_folders_are_two_models(home: Path) -> None:
+    config = loaded("policy.model_name=models/A/", "teacher.model_name=./models/B")
+    assert (config.policy.model_name, config.teacher.model_name) == ("models/A", "models/B")
+
+
+def test_a_hub_model_is_its_snapshot_in_the_cache(home: Path) -> None:
+    snapshot = home / "hub/models--some--model/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    assert same_place(str(snapshot), "some/model") and same_place("some/model", f"{snapshot}/")
+    assert not same_place(str(snapshot), "some/other")
+    assert not same_place(str(snapshot.parent), "some/model")
+
+
+def test_every_path_is_normalized(home: Path) -> None:
+    config = loaded(
+        "checkpointing.checkpoint_dir=~/runs/x/",
+        "logger.log_dir=logs/.//y/",
+        "runtime.run_dir=~",
+        "data.train={data_path: ~/d.jsonl, prompt_file: ~/p.txt, system_prompt_file: a//s.txt}",
+        "policy.model_name=some/model/",
+    )
+    assert config.checkpointing.checkpoint_dir == f"{home}/runs/x"
+    assert (config.logger.log_dir, config.runtime.run_dir) == ("logs/y", str(home))
+    (data,) = config.data.train
+    assert (data.data_path, data.prompt_file) == (f"{home}/d.jsonl", f"{home}/p.txt")
+    assert data.system_prompt_file == "a/s.txt"
+    assert config.policy.model_name == "some/model"
+
+
+def test_parents_and_recipes_may_lie_in_the_home_folder(home: Path) -> None:
+    (home / "base.yaml").write_text(f"defaults: {RECIPE}\ndistillation: {{max_num_steps: 7}}\n")
+    (home / "sub").mkdir()
+    (home / "sub/child.yaml").write_text("defaults: ~/base.yaml\n")
+    assert load_config(["--config=~/sub/child.yaml"]).distillation.max_num_steps == 7
+
+
+def test_a_missing_folder_does_not_become_a_name_of_the_hub(home: Path) -> None:
+    assert loaded("policy.model_name=./owner/name/").policy.model_name == "./owner/name"
+    (home / "owner/name").mkdir(parents=True)
+    assert loaded("policy.model_name=./owner/name/").policy.model_name == "owner/name"
+
+
+def test_the_parent_folder_of_a_link_stays(home: Path) -> None:
+    assert normalize(f"link/{os.pardir}/x", "key") == f"link/{os.pardir}/x"
+
+
+@pytest.mark.parametrize("key", ["checkpointing.checkpoint_dir", "policy.model_name", "logger.log_dir"])
+def test_a_home_folder_of_an_unknown_user_is_refused(home: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}=~nobody-here/x"):
+        loaded(f"{key}=~nobody-here/x")
+
+
+def test_a_symbolic_link_to_nothing_is_refused(home: Path) -> None:
+    (home / "link").symlink_to("gone/folder")
+    with pytest.raises(UserError, match=r"checkpoint_dir=~/link/ is a symbolic link to gone/folder"):
+        loaded("checkpointing.checkpoint_dir=~/link/")
+
+
+def test_another_path_to_the_same_model_is_no_change_of_a_recipe(home: Path) -> None:
+    then = {"policy": {"model_name": "models/A", "precision": "float32"}}
+    assert changed_keys(then, {"policy": {"model_name": f"{home}/models/link", "precision": "float32"}}) == []
+    assert len(changed_keys(then, {"policy": {"model_name": "models/B", "precision": "float32"}})) == 1

@@ -1,0 +1,338 @@
+"""The members and settings beyond the teacher's top-k: sampled, the student's support, caps, the whole vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distill.config import LossConfig
+from distill.errors import UserError
+from distill.loss import Sampled, Tokens, fused_linear_kl, teacher_topk, topk_kl
+from distill.loss.targets import chunk_buffers, default_chunk_rows
+from distill.types import Targets, TeacherRows, TopK
+from scripts.bench_loss import LiveBytes
+from tests.loss.test_fused import assert_close, gradients, mean, name, rows_and_head
+from tests.loss_oracle import MEMBERS, definition, exact_topk, make_case
+
+SAMPLED = LossConfig(kl_type="sampled")
+
+
+def draw(logits_NV: Tensor, seed: int = 0) -> Tensor:
+    """A token of each row, drawn from its distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(torch.softmax(logits_NV, 1), 1, generator=generator).squeeze(1)
+
+
+def policy_gradient(student_NV: Tensor, teacher_NV: Tensor, ids_N: Tensor, sampler_N: Tensor, cap: float) -> Tensor:
+    """[N, V]: ratio (log q - log p) d log q / d z at the sampled token, written out."""
+    log_q_NV, log_p_NV = torch.log_softmax(student_NV, 1), torch.log_softmax(teacher_NV, 1)
+    own_N, teachers_N = (x.gather(1, ids_N[:, None]).squeeze(1) for x in (log_q_NV, log_p_NV))
+    cost_N = (own_N - sampler_N).exp().clamp(max=cap) * (own_N - teachers_N)
+    one_hot_NV = torch.nn.functional.one_hot(ids_N, student_NV.shape[1])
+    return cost_N[:, None] * (one_hot_NV - log_q_NV.exp())
+
+
+def value(student_NV: Tensor, teacher_NV: Tensor, ids_N: Tensor) -> Tensor:
+    log_q_NV, log_p_NV = torch.log_softmax(student_NV, 1), torch.log_softmax(teacher_NV, 1)
+    return (log_q_NV - log_p_NV).gather(1, ids_N[:, None]).squeeze(1)
+
+
+def with_token(topk: TopK, teacher_NV: Tensor, ids_N: Tensor) -> TopK:
+    """The same targets with the sampled token as one more id, its mass taken out of the tail term by term."""
+    inside = (topk.ids_NK == ids_N[:, None]).any(1)
+    log_p_NV = torch.log_softmax(teacher_NV.double(), 1)
+    extra_N = log_p_NV.gather(1, ids_N[:, None]).squeeze(1).masked_fill(inside, -math.inf)
+    ids_NK = torch.cat([topk.ids_NK, ids_N.int().masked_fill(inside, -1)[:, None]], 1)
+    rest_NV = log_p_NV.scatter(1, ids_NK.long().clamp(min=0), -math.inf)
+    rest_NV = torch.where(inside[:, None], log_p_NV.scatter(1, topk.ids_NK.long(), -math.inf), rest_NV)
+    return TopK(ids_NK, torch.cat([topk.logprobs_NK, extra_N[:, None]], 1), rest_NV.logsumexp(1))
+
+
+@pytest.mark.parametrize("cap", [0.7, 2.0])
+def test_sampled_is_a_policy_gradient_with_a_truncated_ratio(cap: float) -> None:
+    case = make_case(12, 30, 4)
+    ids_N = draw(case.student_NV)
+    sampler_N = torch.log_softmax(case.student_NV, 1).gather(1, ids_N[:, None]).squeeze(1) + torch.linspace(-2, 2, 12)
+    topk = with_token(case.topk, case.teacher_NV, ids_N)
+    config = dataclasses.replace(SAMPLED, importance_ratio_cap=cap)
+    student = case.student_NV.clone().requires_grad_()
+    kl_N = topk_kl(student, topk, config, tokens=Tokens(ids_N, sampler_N))
+    kl_N.sum().backward()
+    assert student.grad is not None
+    expected = policy_gradient(case.student_NV, case.teacher_NV, ids_N, sampler_N, cap)
+    assert_close(student.grad, expected, 1e-10)
+    ratio_N = (torch.log_softmax(case.student_NV, 1).gather(1, ids_N[:, None]).squeeze(1) - sampler_N).exp()
+    assert (ratio_N > cap).any() and (ratio_N < cap).any()
+    assert_close(kl_N.detach(), ratio_N.clamp(max=cap) * value(case.student_NV, case.teacher_NV, ids_N), 1e-10)
+
+
+def test_the_gradient_of_sampled_is_a_slope_once_the_cost_is_frozen() -> None:
+    """Its value is no antiderivative of its gradient, as it is of a KL: what slopes is cost * log q(y)."""
+    case = make_case(3, 9, 4)
+    ids_N = draw(case.student_NV)
+    topk = with_token(case.topk, case.teacher_NV, ids_N)
+    tokens = Tokens(ids_N, torch.log_softmax(case.student_NV, 1).gather(1, ids_N[:, None]).squeeze(1) - 0.3)
+    leaf = case.student_NV.clone().requires_grad_()
+    kl_N = topk_kl(leaf, topk, SAMPLED, tokens=tokens)
+    kl_N.sum().backward()
+    assert leaf.grad is not None
+    for row in range(3):
+        for column in range(9):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved_V = case.student_NV[row].clone()
+                moved_V[column] += step
+                ends.append(kl_N[row].detach() * torch.log_softmax(moved_V, 0)[ids_N[row]])
+            assert float((ends[0] - ends[1]) / 2e-6) == pytest.approx(float(leaf.grad[row, column]), abs=1e-8)
+
+
+def test_sampled_is_the_reverse_kl_and_its_gradient_on_average() -> None:
+    """Summed over every token by its probability: nothing is left to chance."""
+    vocab = 17
+    case = make_case(1, vocab, 3)
+    q_V = torch.softmax(case.student_NV[0], 0)
+    student_NV, teacher_NV = case.student_NV.expand(vocab, -1), case.teacher_NV.expand(vocab, -1)
+    ids_N = torch.arange(vocab)
+    topk = with_token(exact_topk(teacher_NV, 3), teacher_NV, ids_N)
+    leaf = student_NV.clone().requires_grad_()
+    kl_N = topk_kl(leaf, topk, SAMPLED, tokens=Tokens(ids_N, q_V.log()))
+    (q_V * kl_N).sum().backward()
+    one = case.student_NV.clone().requires_grad_()
+    reverse = definition(one, case.teacher_NV, torch.arange(vocab)[None], LossConfig(kl_type="reverse"), 1.0)
+    reverse.sum().backward()
+    assert leaf.grad is not None and one.grad is not None
+    assert_close((q_V * kl_N.detach()).sum(), reverse.detach().sum(), 1e-10)
+    assert_close(leaf.grad.sum(0), one.grad[0], 1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(2, 40), st.integers(1, 12)),
+    data=st.data(),
+    temperature=st.sampled_from([0.6, 1.0, 2.0]),
+)
+def test_every_way_to_hand_over_targets_gives_the_sampled_loss_of_its_definition(shape, data, temperature) -> None:
+    rows, vocab, width = shape
+    hidden, head, t_hidden, t_head = rows_and_head(rows, vocab, width, data.draw(st.integers(0, 999)))
+    student_NV, teacher_NV = hidden @ head.t() / temperature, t_hidden @ t_head.t() / temperature
+    ids_N = draw(student_NV, data.draw(st.integers(0, 999)))
+    sampler_N = torch.log_softmax(student_NV, 1).gather(1, ids_N[:, None]).squeeze(1) - 0.3
+    sampled, k = Sampled(ids_N, sampler_N, temperature), data.draw(st.integers(1, vocab))
+    kept = teacher_topk(t_hidden, t_head, k, temperature, extra_ids_N=ids_N, chunk_rows=3)
+    assert kept.ids_NK.shape == (rows, min(k + 1, vocab))
+    expected = policy_gradient(student_NV, teacher_NV, ids_N, sampler_N, 2.0) @ head / temperature
+    ways: list[tuple[Targets, int | None, Any]] = [
+        (kept, None, "teacher"),
+        (TeacherRows(t_hidden, t_head), k, "teacher"),
+        (TeacherRows(t_hidden, t_head), k, "student"),
+        (TeacherRows(t_hidden, t_head), 0, "teacher"),
+    ]
+    for targets, kept_k, support in ways:
+        config = LossConfig(kl_type="sampled", support=support)
+        output, (d_hidden, _) = gradients(
+            lambda h, w, t=targets, k=kept_k, c=config: fused_linear_kl(
+                h, w, t, c, torch.ones(rows), sampled, chunk_rows=4, topk_logits_k=k
+            ),
+            hidden,
+            head,
+        )
+        assert_close(d_hidden * 3, expected, 1e-10)
+        assert_close(output.kl_sum, (value(student_NV, teacher_NV, ids_N) * math.exp(0.3)).sum(), 1e-10)
+
+
+def test_a_sampled_token_that_the_targets_lack_is_refused() -> None:
+    case = make_case(3, 30, 4)
+    ids_N = torch.tensor([int(case.topk.ids_NK[0, 0]), int(exact_topk(case.teacher_NV, 30).ids_NK[1, -1]), 0])
+    words = rf"row 1 sampled the token {ids_N[1]}, which is not among the teacher's ids"
+    with pytest.raises(UserError, match=words):
+        topk_kl(case.student_NV, case.topk, SAMPLED, tokens=Tokens(ids_N, torch.zeros(3)))
+    with pytest.raises(UserError, match="needs the sampled tokens"):
+        topk_kl(case.student_NV, case.topk, SAMPLED)
+    eye = torch.eye(30).double()
+    with pytest.raises(UserError, match="needs the sampled tokens"):
+        fused_linear_kl(case.student_NV, eye, case.topk, SAMPLED, torch.ones(3))
+    config = dataclasses.replace(SAMPLED, temperature=2.0)
+    with pytest.raises(UserError, match=r"temperature=2.0 differs from the sampling temperature 1.0"):
+        fused_linear_kl(case.student_NV, eye, case.topk, config, torch.ones(3), Sampled(ids_N, torch.zeros(3), 1.0))
+
+
+@pytest.mark.parametrize("k", [1, 6, 40])
+@pytest.mark.parametrize("config", MEMBERS, ids=name)
+def test_the_students_support_has_the_teacher_score_the_students_tokens(config: LossConfig, k: int) -> None:
+    hidden, head, t_hidden, t_head = rows_and_head(9, 40, 8)
+    student_NV, teacher_NV = hidden @ head.t(), t_hidden @ t_head.t()
+    ids_NK = student_NV.topk(k, dim=1).indices
+    leaf = student_NV.clone().requires_grad_()
+    weight_N = torch.tensor([1.0, 1, 0, 1, 0.5, 1, 1, 1, 1]).double()
+    expected = (weight_N * definition(leaf, teacher_NV, ids_NK, config, 0.6)).sum()
+    expected.backward()
+    assert leaf.grad is not None
+    config = dataclasses.replace(config, support="student", temperature=0.6)
+    output, (d_hidden, d_head) = gradients(
+        lambda h, w: fused_linear_kl(
+            h, w, TeacherRows(t_hidden, t_head), config, weight_N, chunk_rows=4, topk_logits_k=k
+        ),
+        hidden,
+        head,
+    )
+    assert_close(output.kl_sum, expected.detach(), 1e-10)
+    assert_close(d_hidden * 3, leaf.grad @ head, 1e-10)
+    assert_close(d_head * 3, leaf.grad.t() @ hidden, 1e-10)
+    agrees = (student_NV.argmax(1) == teacher_NV.argmax(1))[weight_N > 0].double().mean()
+    assert mean(output, "top1_agreement") == pytest.approx(float(agrees)) and 0 < agrees < 1
+    p_NV = torch.softmax(teacher_NV / 0.6, 1)
+    mass = p_NV.gather(1, ids_NK).sum(1)[weight_N > 0].mean()
+    assert mean(output, "teacher_topk_mass") == pytest.approx(float(mass))
+    entropy = -(p_NV * p_NV.log()).sum(1)[weight_N > 0].mean()
+    assert mean(output, "teacher_entropy") == pytest.approx(float(entropy))
+
+
+def test_the_students_support_needs_the_teachers_rows() -> None:
+    case = make_case(3, 30, 4)
+    with pytest.raises(UserError, match=r"support=student .* pass TeacherRows"):
+        fused_linear_kl(
+            case.student_NV, torch.eye(30).double(), case.topk, LossConfig(support="student"), torch.ones(3)
+        )
+
+
+@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
+def test_a_cap_shrinks_a_rows_gradient_and_never_stops_it(config: LossConfig) -> None:
+    case = make_case(12, 30, 4)
+    ids_N = draw(case.student_NV)
+    topk = with_token(case.topk, case.teacher_NV, ids_N) if config.kl_type == "sampled" else case.topk
+    sampler_N = torch.log_softmax(case.student_NV, 1).gather(1, ids_N[:, None]).squeeze(1)
+
+    def run(cap: float | None) -> tuple[Tensor, Tensor, Any]:
+        capped = dataclasses.replace(config, token_kl_cap=cap)
+        leaf = case.student_NV.clone().requires_grad_()
+        kl_N = topk_kl(leaf, topk, capped, tokens=Tokens(ids_N, sampler_N))
+        kl_N.sum().backward()
+        assert leaf.grad is not None
+        fused = gradients(
+            lambda x, w: fused_linear_kl(x, w, topk, capped, torch.ones(12), Sampled(ids_N, sampler_N, 1.0)),
+            case.student_NV,
+            torch.eye(30).double(),
+        )
+        assert_close(fused[0].kl_sum, kl_N.sum(), 1e-10)
+        assert_close(fused[1][0] * 3, leaf.grad, 1e-10)
+        return kl_N.detach(), leaf.grad, fused
+
+    free_N, free, _ = run(None)
+    cap = float(free_N.abs().median())
+    capped_N, capped, _ = run(cap)
+    factor_N = (cap / free_N.abs()).clamp(max=1)
+    assert (factor_N < 1).sum() >= 4 and (factor_N == 1).sum() >= 4
+    assert_close(capped_N, free_N * factor_N, 1e-12)
+    assert_close(capped, free * factor_N[:, None], 1e-12)
+    assert (capped.abs().sum(1) > 0).all()
+
+
+def test_a_cap_turns_an_infinite_row_into_a_finite_one() -> None:
+    case = make_case(2, 30, 4)
+    student = case.student_NV.clone()
+    student[0, int(case.topk.ids_NK[0, 0])] = -math.inf
+    config = LossConfig(kl_type="forward")
+    assert topk_kl(student, case.topk, config).tolist()[0] == math.inf
+    leaf = student.requires_grad_()
+    kl_N = topk_kl(leaf, case.topk, dataclasses.replace(config, token_kl_cap=5.0))
+    assert kl_N.tolist()[0] == 5.0 and kl_N.tolist()[1] > 0
+    kl_N.sum().backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    assert (leaf.grad[0] == 0).all() and leaf.grad[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_vocabulary_in_narrow_numbers(config: LossConfig, dtype: torch.dtype) -> None:
+    """Near a teacher that is the student itself, where differences of sums would be all error."""
+    hidden, head, t_hidden, t_head = rows_and_head(16, 3000, 32, dtype=dtype)
+    ids_N = draw((hidden @ head.t()).double())
+    sampled = Sampled(ids_N, torch.zeros(16) - 1, 1.0)
+
+    def run(teacher: TeacherRows, to: torch.dtype) -> Any:
+        return gradients(
+            lambda h, w: fused_linear_kl(
+                h,
+                w,
+                TeacherRows(teacher.hidden_ND.to(to), teacher.head_VD.to(to)),
+                config,
+                torch.ones(16),
+                sampled,
+                topk_logits_k=0,
+            ),
+            hidden.to(to),
+            head.to(to),
+        )
+
+    (far, far_grads), (exact, exact_grads) = (run(TeacherRows(t_hidden, t_head), to) for to in (dtype, torch.float64))
+    assert float(far.kl_sum.detach()) == pytest.approx(float(exact.kl_sum.detach()), rel=1e-5)
+    for ours, expected in zip(far_grads, exact_grads, strict=True):
+        bound = 1e-5 if dtype == torch.float32 else 6e-3
+        assert (ours.double() - expected).norm() < bound * expected.norm()
+    if dtype == torch.float32:
+        same, (d_hidden, _) = run(TeacherRows(hidden, head), dtype)
+        assert abs(mean(same, "loss")) < 1e-5 and d_hidden.abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
+def test_a_cap_on_the_whole_vocabulary_is_that_of_k_equal_to_it(config: LossConfig) -> None:
+    hidden, head, t_hidden, t_head = rows_and_head(12, 40, 8)
+    sampled = Sampled(draw(hidden @ head.t()), -torch.ones(12).double(), 1.0)
+    everything = exact_topk(t_hidden @ t_head.t(), 40)
+
+    def run(targets: Targets, cap: float | None) -> Any:
+        capped = dataclasses.replace(config, token_kl_cap=cap)
+        return gradients(
+            lambda h, w: fused_linear_kl(h, w, targets, capped, torch.ones(12), sampled, topk_logits_k=0), hidden, head
+        )
+
+    rows = TeacherRows(t_hidden, t_head)
+    free, _ = run(rows, None)
+    cap = 0.3 * abs(mean(free, "loss"))
+    (ours, our_grads), (theirs, their_grads) = run(rows, cap), run(everything, cap)
+    assert abs(mean(ours, "loss")) < 0.9 * abs(mean(free, "loss")), "nothing was capped"
+    assert_close(ours.kl_sum, theirs.kl_sum, 1e-10)
+    for gradient, expected in zip(our_grads, their_grads, strict=True):
+        assert_close(gradient, expected, 1e-10)
+
+
+@pytest.mark.parametrize(("support", "k", "buffers"), [("teacher", 5, 2), ("student", 5, 3), ("teacher", 0, 4)])
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig("jsd"), SAMPLED], ids=name)
+def test_teacher_rows_hold_so_many_chunks_of_logits(config: LossConfig, support: Any, k: int, buffers: int) -> None:
+    """Bytes alive at once, beyond one gradient of hidden rows and head each; the default chunk is made by the same."""
+    rows, vocab, width, chunk_rows = 48, 4000, 4, 16
+    hidden, head, t_hidden, t_head = rows_and_head(rows, vocab, width, dtype=torch.float32)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    config = dataclasses.replace(config, support=support)
+    targets, ids_N = TeacherRows(t_hidden, t_head), torch.arange(rows)
+    with LiveBytes((hidden.numel(), head.numel())) as memory:
+        fused_linear_kl(
+            hidden,
+            head,
+            targets,
+            config,
+            torch.ones(rows),
+            Sampled(ids_N, torch.zeros(rows), 1.0),
+            chunk_rows=chunk_rows,
+            topk_logits_k=k,
+        ).kl_sum.backward()
+    assert buffers <= memory.peak / (4 * chunk_rows * vocab) < buffers + 0.3
+    assert chunk_buffers(config, k) == buffers
+
+
+def test_the_default_chunk_is_a_budget_of_memory() -> None:
+    hidden = torch.empty(0, 1)
+    assert default_chunk_rows(hidden, 49_152) == default_chunk_rows(hidden, 500) == 256
+    for vocab, buffers in ((49_152, 4), (151_936, 2), (151_936, 4)):
+        rows = default_chunk_rows(hidden, vocab, buffers)
+        assert rows >= 16 and 0.7 < rows * buffers * vocab * 4 / (96 * 2**20) <= 1
+    assert default_chunk_rows(hidden.double(), 151_936) == default_chunk_rows(hidden, 151_936, 4)
+    assert default_chunk_rows(hidden, 10**8) == 16

@@ -1,0 +1,164 @@
+"""A vocabulary-parallel head on two and four ranks gives the numbers of a whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill.config import LossConfig
+from distill.errors import UserError
+from distill.loss import Sampled, VocabParallel, fused_linear_kl, teacher_topk
+from distill.types import LossOutput, TeacherRows
+from tests.helpers import run_ranks
+from tests.loss.test_fused import name, rows_and_head
+from tests.loss_oracle import MEMBERS
+
+SAMPLED = LossConfig(kl_type="sampled", token_kl_cap=1.5)
+CASES = [*MEMBERS, SAMPLED]
+ROWS, VOCAB, PADDED, VALID = 9, 40, 48, 43
+"""Four ranks hold 12 columns each; of the last rank's, 7 count."""
+
+
+def _inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+    hidden, head, t_hidden, t_head = rows_and_head(ROWS, PADDED, 8, dtype=dtype)
+    ids_N = torch.arange(ROWS) * 4
+    weight_N = torch.tensor([1.0, 1, 0, 1, 0.5, 1, 1, 0, 1], dtype=torch.float64)
+    return hidden, head, t_hidden, t_head, ids_N, weight_N
+
+
+def _step(config: LossConfig, dtype: torch.dtype, k: int, sampling: float, parallel: VocabParallel | None) -> Any:
+    """The loss, the gradients and the metrics of this rank's part of the head, or of the whole one."""
+    hidden, head, t_hidden, t_head, ids_N, weight_N = _inputs(dtype)
+    extra_ids_N = ids_N if config.kl_type == "sampled" else None
+    topk = teacher_topk(t_hidden, t_head, k, config.temperature or sampling, valid_vocab=VALID, extra_ids_N=extra_ids_N)
+    if parallel is not None:
+        columns = PADDED // dist.get_world_size(parallel.group)
+        head = head[parallel.first : parallel.first + columns].clone()
+    hidden.requires_grad_()
+    head.requires_grad_()
+    output: LossOutput = fused_linear_kl(
+        hidden,
+        head,
+        topk,
+        config,
+        weight_N,
+        Sampled(ids_N, torch.zeros(ROWS, dtype=dtype) - 2, sampling),
+        chunk_rows=4,
+        valid_vocab=VALID,
+        stop_token_ids=[3, 17],
+        parallel=parallel,
+    )
+    (output.kl_sum / 3).backward()
+    stats = {metric: float(total) / float(count) for metric, (total, count) in output.stats.items()}
+    return output.kl_sum.detach(), hidden.grad, head.grad, stats
+
+
+def _all_steps(parallel: VocabParallel | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for config in CASES:
+        found[name(config)] = _step(config, torch.float64, 6, 0.6, parallel)
+    for k in (1, VALID):  # K is the vocabulary: no rank has a tail
+        found[f"{k} ids"] = _step(LossConfig(kl_type="reverse"), torch.float64, k, 0.6, parallel)
+    found["two temperatures"] = _step(LossConfig(temperature=2.0), torch.float64, 6, 0.6, parallel)
+    return found
+
+
+def _d_hidden(dtype: torch.dtype, parallel: VocabParallel | None) -> torch.Tensor:
+    """Of bf16 operands, with enough rows for the size of the rounding to be no matter of luck."""
+    tensors = rows_and_head(64, 512, 64, dtype=torch.bfloat16)
+    hidden, head, t_hidden, t_head = (tensor.to(dtype) for tensor in tensors)
+    topk = teacher_topk(t_hidden, t_head, 16, 1.0)
+    if parallel is not None:
+        columns = 512 // dist.get_world_size(parallel.group)
+        parallel = VocabParallel(parallel.group, dist.get_rank() * columns, 512)
+        head = head[parallel.first : parallel.first + columns].clone()
+    hidden.requires_grad_()
+    fused_linear_kl(hidden, head, topk, LossConfig(), torch.ones(64), parallel=parallel).kl_sum.backward()
+    assert hidden.grad is not None
+    return hidden.grad.double()
+
+
+def _on_ranks() -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parallel = VocabParallel(dist.group.WORLD, rank * PADDED // ranks, PADDED)
+    found = _all_steps(parallel)
+    found["rounded"] = _d_hidden(torch.bfloat16, parallel)
+    calls: list[tuple[Any, int]] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        calls.append((op, tensor.numel()))
+        all_reduce(tensor, op=op, group=group)
+
+    dist.all_reduce = counted  # type: ignore[assignment]
+    _step(LossConfig(), torch.float64, 6, 1.0, parallel)
+    found["calls"] = [(str(op), numel) for op, numel in calls]
+    dist.all_reduce = all_reduce
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_head_spread_over_ranks_gives_the_whole_heads_numbers(ranks: int) -> None:
+    whole = _all_steps(None)
+    exact = _d_hidden(torch.float64, None)
+    rounding = (_d_hidden(torch.bfloat16, None) - exact).norm()
+    for rank, found in enumerate(run_ranks(ranks, _on_ranks)):
+        own = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
+        for case, (loss, d_hidden, d_head, stats) in whole.items():
+            loss_, d_hidden_, d_head_, stats_ = found[case]
+            assert float(loss_) == pytest.approx(float(loss), rel=1e-12), case
+            assert (d_hidden_ - d_hidden).norm() <= 1e-12 * d_hidden.norm(), case
+            assert (d_head_ - d_head[own]).norm() <= 1e-12 * d_head.norm(), case
+            assert stats_ == pytest.approx(stats, rel=1e-9), case
+            if rank == ranks - 1:
+                assert (d_head_[VALID - own.start :] == 0).all()
+        assert (found["rounded"] - exact).norm() <= 1.02 * rounding, "the ranks' parts are rounded before their sum"
+        # seven rows of weight other than 0 in chunks of four: one maximum, one packed sum and dHidden a chunk
+        kept = [4, 3]
+        assert found["calls"] == [
+            call
+            for rows in kept
+            for call in (
+                ("RedOpType.MAX", rows),
+                ("RedOpType.SUM", rows * (6 + 2 + 1)),
+                ("RedOpType.SUM", rows * 8),
+            )
+        ]
+
+
+def test_what_a_spread_head_cannot_do_is_refused_by_all_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that raised alone would leave the others waiting for it."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
+    hidden, head, t_hidden, t_head, _, weight_N = _inputs(torch.float64)
+    topk = teacher_topk(t_hidden, t_head, 6, 1.0, valid_vocab=36)
+    nobody: Any = None
+    for first in (0, 12, 24, 36):
+        with pytest.raises(UserError, match=r"last of 4 parts .* begins at column 36 of a vocabulary of 36, so it has"):
+            fused_linear_kl(
+                hidden,
+                head[first : first + 12],
+                topk,
+                LossConfig(),
+                weight_N,
+                valid_vocab=36,
+                parallel=VocabParallel(nobody, first, PADDED),
+            )
+    for config, k in ((LossConfig(support="student"), 5), (LossConfig(), 0)):
+        with pytest.raises(UserError, match="not made with a vocabulary-parallel head"):
+            fused_linear_kl(
+                hidden,
+                head[:24],
+                TeacherRows(t_hidden, t_head),
+                config,
+                weight_N,
+                topk_logits_k=k,
+                valid_vocab=VALID,
+                parallel=VocabParallel(nobody, 0, PADDED),
+            )

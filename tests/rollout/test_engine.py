@@ -1,0 +1,312 @@
+"""The engine: its order of calls, what a sync must bring, and whether its answers are the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distill.model.checksum import whole_bit_sums
+from distill.model.hf_config import model_config
+from distill.model.hf_files import find_model
+from distill.model.weights import WholeWeights
+from distill.rollout.engine import answer_seed, longest_first
+from distill.rollout.transformers_engine import TransformersEngine, draw, processed_logprobs
+from distill.types import Problem, Prompt, Rollout, Sampling
+from tests.helpers import save_tiny_model
+
+VALID = 300  # ids from here on are padding of the embedding
+WINDOW = 100
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "m", "qwen3", True, seed=1)
+
+
+def _engine(folder: Path, batch_size: int = 64) -> TransformersEngine:
+    config = model_config(find_model(str(folder), "policy.model_name"), "policy.model_name")
+    return TransformersEngine(config, torch.float32, torch.device("cpu"), batch_size, WINDOW, VALID)
+
+
+def _tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    files = find_model(str(folder), "policy.model_name")
+    return [(name, files.tensor(name)) for name in files.files]
+
+
+def _weights(folder: Path) -> WholeWeights:
+    return WholeWeights(_tensors(folder))
+
+
+@pytest.fixture
+def ready(folder: Path) -> TransformersEngine:
+    return _ready(folder)
+
+
+def _ready(folder: Path, batch_size: int = 64) -> TransformersEngine:
+    engine = _engine(folder, batch_size)
+    engine.wake("weights")
+    engine.sync(_weights(folder), version=7)
+    engine.wake("kv")
+    return engine
+
+
+def _prompts(*lengths: int) -> list[Prompt]:
+    return [Prompt(i, tuple(range(10 * i, 10 * i + n)), Problem("p")) for i, n in enumerate(lengths)]
+
+
+def _sampling(**settings: object) -> Sampling:
+    return Sampling(**{"temperature": 1.0, "max_new_tokens": 12, "stop_token_ids": (5,), "seed": 3, **settings})  # type: ignore[arg-type]
+
+
+def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
+    return [(r.prompt.prompt_id, r.answer, r.response_ids) for r in rollouts]
+
+
+VERBS: dict[str, Callable[[TransformersEngine], object]] = {
+    "weights": lambda engine: engine.wake("weights"),
+    "sync": lambda engine: engine.sync(WholeWeights([]), 0),
+    "probe": lambda engine: engine.probe((1, 2, 3)),
+    "kv": lambda engine: engine.wake("kv"),
+    "generate": lambda engine: engine.generate(_prompts(3), _sampling(), 0),
+    "sleep": lambda engine: engine.sleep(),
+}
+ORDER = ["weights", "sync", "kv", "generate", "sleep"]
+
+
+@pytest.mark.parametrize("done", range(5))
+def test_any_call_out_of_order_raises(folder, done) -> None:
+    ready = {"generate", "sleep", "probe"}
+    allowed = {0: {"weights"}, 1: {"sync"}, 2: {"kv"}, 3: ready, 4: ready}[done]
+    for verb in VERBS.keys() - allowed:
+        engine = _engine(folder)
+        for earlier in ORDER[:done]:
+            engine.sync(_weights(folder), 0) if earlier == "sync" else VERBS[earlier](engine)
+        with pytest.raises(RuntimeError, match="only when"):
+            VERBS[verb](engine)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights[:-1], "left out 1 tensors"),
+        (lambda weights: [*weights, weights[0]], "twice"),
+        (lambda weights: [*weights, ("lm_head.bias", weights[0][1])], "does not have"),
+        (lambda weights: [(weights[0][0], weights[0][1][:-1]), *weights[1:]], r"as \(383, 64\); it is \(384, 64\)"),
+    ],
+)
+def test_a_sync_that_is_not_whole_raises(folder, change, message) -> None:
+    engine = _engine(folder)
+    engine.wake("weights")
+    with pytest.raises(RuntimeError, match=message):
+        engine.sync(WholeWeights(change(_tensors(folder))), 0)
+
+
+def _swapped(tensors: dict[str, torch.Tensor]) -> None:
+    first, second = (f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def _stale(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = torch.nextafter(tensors[name], torch.tensor(torch.inf))  # every element differs by one bit or more
+
+
+def _with_rows_exchanged(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+
+
+@pytest.mark.parametrize("spoil", [_swapped, _stale, _with_rows_exchanged])
+def test_tensors_that_are_not_what_was_sent_are_refused_at_the_door(folder, spoil) -> None:
+    engine = _engine(folder)
+    engine.wake("weights")
+    tensors = dict(_tensors(folder))
+    sent = whole_bit_sums(tensors.items())
+    spoil(tensors)
+    arriving = WholeWeights(tensors.items())
+    arriving.sums = sent
+    with pytest.raises(RuntimeError, match="did not arrive as it was sent"):
+        engine.sync(arriving, 0)
+
+
+def test_weights_that_the_engine_does_not_take_over_are_found(folder, monkeypatch) -> None:
+    engine = _engine(folder)
+    engine.wake("weights")
+    take = engine._receive
+
+    def forgetful(weights):
+        take((name, tensor) for name, tensor in weights if name != "model.norm.weight")
+
+    monkeypatch.setattr(engine, "_receive", forgetful)
+    with pytest.raises(RuntimeError, match=r"model.norm.weight does not have the bits that were sent"):
+        engine.sync(_weights(folder), 0)
+
+
+def test_a_sync_reports_what_it_brought(folder) -> None:
+    engine = _engine(folder)
+    tensors = _tensors(folder)
+    parameters = sum(tensor.numel() for _, tensor in tensors)
+    for version, changed in ((4, len(tensors)), (5, 0), (6, 1)):
+        if version == 6:
+            tensors[0] = (tensors[0][0], -tensors[0][1])
+        engine.wake("weights")
+        report = engine.sync(WholeWeights(tensors), version)
+        assert (report.version, report.tensors, report.bytes) == (version, len(tensors), 4 * parameters)
+        assert report.changed == changed
+        engine.wake("kv")
+        engine.sleep()
+
+
+def test_the_probe_is_the_plain_models(folder, ready) -> None:
+    ids = list(range(40, 60))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logprobs = plain(input_ids=torch.tensor([ids])).logits[0, :-1, :VALID].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(ids)[1:, None])[:, 0]
+    assert (expected - torch.tensor(ready.probe(ids))).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (tuple(range(WINDOW)), "window of 100 needs one more"),
+        ((), "has 0 tokens"),
+        ((1, VALID), r"not in 0\.\.299"),
+        ((-1,), r"not in 0\.\.299"),
+    ],
+)
+def test_a_prompt_that_the_engine_cannot_read_is_refused(ready, ids, message) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ready.generate([Prompt(0, ids, Problem("p"))], _sampling(), 0)
+
+
+def test_answers_without_finite_log_probs_are_refused(ready) -> None:
+    ready._model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="log-probs of the probe are not finite"):
+        ready.probe(range(10))
+    with pytest.raises(RuntimeError, match="log-probs of answer 0 to prompt 0 are not finite"):
+        ready.generate(_prompts(3), _sampling(temperature=0.0), 0)
+
+
+def test_asleep_the_engine_holds_no_memory_and_forgets_the_weights(ready) -> None:
+    ready.sleep()
+    assert all(parameter.is_meta for parameter in ready._model.parameters())
+    ready.wake("weights")
+    with pytest.raises(RuntimeError, match="only when synced"):
+        ready.wake("kv")
+
+
+@pytest.mark.parametrize("batch_size", [64, 4, 1])
+def test_log_probs_are_those_of_the_plain_model_for_prompts_of_any_length(folder, batch_size) -> None:
+    engine, plain = _ready(folder, batch_size), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stops = tuple(range(0, VALID, 8))  # answers end at different times, and their rows leave the batch
+    sampling = _sampling(responses_per_prompt=3, temperature=0.7, stop_token_ids=stops)
+    rollouts = engine.generate(_prompts(7, 1, 30), sampling, step=0)
+    assert [(r.prompt.prompt_id, r.answer) for r in rollouts] == [(p, a) for p in range(3) for a in range(3)]
+    for rollout in rollouts:
+        prompt = rollout.prompt.student_ids
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([prompt + rollout.response_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (
+            (logits[:, :VALID] / 0.7).log_softmax(-1).gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        )
+        assert (expected - torch.tensor(rollout.logprobs)).abs().max() < 2e-5
+
+
+def test_an_answer_depends_on_its_own_seed_and_not_on_its_neighbours(folder) -> None:
+    prompts = _prompts(7, 3, 20)
+    together = _ids(_ready(folder).generate(prompts, _sampling(responses_per_prompt=2), step=4))
+    alone = [_ids(_ready(folder, 1).generate([p], _sampling(responses_per_prompt=2), step=4)) for p in prompts]
+    assert together == [answer for answers in alone for answer in answers]
+    assert len({response for _, _, response in together}) == len(together), "answers share a stream"
+    for changed in (_sampling(responses_per_prompt=2, seed=4),):
+        assert _ids(_ready(folder).generate(prompts, changed, step=4)) != together
+    assert _ids(_ready(folder).generate(prompts, _sampling(responses_per_prompt=2), step=5)) != together
+
+
+@pytest.mark.parametrize("batch_size", [64, 1])
+def test_abandoned_answers_are_none_at_all_and_the_engine_is_as_good_as_before(folder, batch_size) -> None:
+    engine, asked = _ready(folder, batch_size), []
+
+    def abandon() -> bool:
+        asked.append(engine.state)
+        return len(asked) == 3
+
+    whole = _ids(engine.generate(_prompts(5, 6), _sampling(), step=0))
+    assert engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=abandon) == [] and len(asked) == 3
+    assert _ids(engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=lambda: False)) == whole
+    engine.sleep()
+
+
+def test_global_random_state_is_neither_read_nor_moved(ready) -> None:
+    torch.manual_seed(1)
+    first = _ids(ready.generate(_prompts(5), _sampling(), step=0))
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == after
+    torch.manual_seed(2)
+    assert _ids(ready.generate(_prompts(5), _sampling(), step=0)) == first
+
+
+def test_the_longest_prompt_goes_first() -> None:
+    assert longest_first(_prompts(3, 9, 20, 9)) == [2, 1, 3, 0]
+
+
+def test_seeds_of_neighbours_are_unrelated() -> None:
+    seeds = {answer_seed(s, step, p, a) for s in range(3) for step in range(5) for p in range(5) for a in range(5)}
+    assert len(seeds) == 375 and all(0 <= seed < 2**63 for seed in seeds)
+    assert answer_seed(1, 23, 4, 5) != answer_seed(12, 3, 4, 5)
+
+
+def test_an_answer_ends_with_its_stop_token_or_at_the_limit(ready) -> None:
+    stops = tuple(range(0, VALID, 6))
+    rollouts = ready.generate(_prompts(4, 9), _sampling(responses_per_prompt=8, stop_token_ids=stops), step=0)
+    assert {r.finish for r in rollouts} == {"stop", "length"}
+    for r in rollouts:
+        assert not set(r.response_ids[:-1]) & set(stops)
+        assert (r.response_ids[-1] in stops) == (r.finish == "stop")
+        assert r.finish == "stop" or len(r.response_ids) == 12
+        assert max(r.response_ids) < VALID and r.version == 7
+
+
+def test_prompt_and_answer_stay_within_the_window(ready) -> None:
+    rollouts = ready.generate(_prompts(4, 9), _sampling(stop_token_ids=(), max_total_length=14), step=0)
+    assert [len(r.response_ids) for r in rollouts] == [10, 5]
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logprobs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).log().expand(20_000, 4)
+    uniforms = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shares = torch.bincount(draw(logprobs, uniforms), minlength=4) / 20_000
+    assert shares[1] == 0
+    assert (shares - torch.tensor([0.5, 0.0, 0.3, 0.2])).abs().max() < 0.015
+    edges = draw(logprobs[:3], torch.tensor([0.0, 0.50001, 1 - 1e-16], dtype=torch.float64))
+    assert edges.tolist() == [0, 2, 3]
+
+
+def test_processed_log_probs_are_those_that_are_sampled_from() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 9.0]])
+    sampling = _sampling(temperature=0.5)
+    assert processed_logprobs(logits, sampling, 4).exp()[0].tolist() == pytest.approx(
+        [*torch.tensor([4.0, 2.0, 0.0, -2.0]).softmax(0).tolist(), 0.0]
+    )
+    top2 = processed_logprobs(logits, _sampling(top_k=2), 4).exp()[0]
+    assert top2.tolist() == pytest.approx([*torch.tensor([2.0, 1.0]).softmax(0).tolist(), 0.0, 0.0, 0.0])
+    nucleus = processed_logprobs(logits, _sampling(top_p=0.7), 4).exp()[0]  # 0.64 is not enough, 0.88 is
+    assert nucleus.tolist() == pytest.approx(top2.tolist())
+
+
+def test_answers_that_end_otherwise_than_they_should_are_refused(ready, monkeypatch) -> None:
+    def answers(response: tuple[int, ...], finish: str) -> None:
+        made = [Rollout(_prompts(3)[0], 0, response, (-1.0,) * len(response), finish, 7)]  # type: ignore[arg-type]
+        monkeypatch.setattr(ready, "_generate", lambda *args: made)
+        ready.generate(_prompts(3), _sampling(), 0)
+
+    answers((1, 2, 5), "stop")
+    answers((1, 2), "length")
+    for response, finish in (((1, 2, 3), "stop"), ((1, 5, 2), "length"), ((5, 2, 5), "stop"), ((1, 5), "length")):
+        with pytest.raises(RuntimeError, match=f"ended by {finish} after {len(response)} tokens, with stop tokens at"):
+            answers(response, finish)

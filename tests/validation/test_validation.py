@@ -1,0 +1,500 @@
+"""Validation: which problems, who judges, what the numbers mean, and which checkpoints the numbers keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from distill.batching.plan import PackingConfig
+from distill.config import DatasetConfig, LoggerConfig
+from distill.data.grading import Judge
+from distill.data.teacher_prefix import PrefixStats
+from distill.distributed.world import World
+from distill.errors import UserError
+from distill.metrics.sinks import open_recorder, summary, validation_line
+from distill.model.hf_files import find_model
+from distill.model.student import Student
+from distill.model.teacher import Teacher
+from distill.rollout.engine import answer_seed, stream_seed
+from distill.rollout.factory import validation_sampling_of
+from distill.types import Problem, Prompt, Rollout, Sampling
+from distill.validation import HeldOut, Validation, load_held_out
+from distill.validation.scores import Sample, by_source, jsonl_line, scores, shown, source_names
+from distill.validation.token_kl import token_kls
+from tests.harness import config_for, fixed_rollouts
+from tests.helpers import run_ranks, save_tiny_model
+from tests.tiny_tokenizer import tiny_tokenizer
+
+# ---- judges ----------------------------------------------------------------------------------------------------------
+
+VERDICTS = [
+    ("math", r"so it is \boxed{\frac{1}{2}}", "0.5", "right"),
+    ("math", "She has 3 left, then 764.", "764", "right"),
+    ("math", "She has 764, then 3 left.", "764", "wrong"),
+    ("math", r"\boxed{(x+1)^2}", "x^2+2x+1", "right"),
+    ("math", r"$18$ pies", r"\boxed{18}", "right"),
+    ("math", "I do not know.", "5", "wrong"),
+    ("math", "3", "", "failed"),
+    ("math", r"\boxed{5} no, wait: \boxed{6}", "6", "right"),
+    ("math", r"\boxed{5} no, wait: \boxed{6}", "5", "wrong"),
+    ("math", r"First \boxed{5}, then \boxed{\frac{1}{2}} of {it", "0.5", "right"),
+    ("math", r"It is \boxed{5}, or \boxed{1", "5", "right"),
+    ("math", r"<think>\boxed{5}?</think> It is 6.", "6", "right"),
+    ("math", r"<think>\boxed{5}?</think> It is 6.", "5", "wrong"),
+    ("math", r"<think>it may be \boxed{5}", "5", "wrong"),
+    ("math", r"<think>5</think> It is 5. <think>or", "5", "wrong"),
+    ("exact", "<think>B or C?</think>\n C \n", "C", "right"),
+    ("exact", "It is C", "C", "wrong"),
+    ("regex", "<think>Not so.</think> Once upon a time", r"^Once\b", "right"),
+    ("regex", "Once <think>Not so.</think> so", r"^Once\b", "wrong"),
+    ("regex", "(", "(", "failed"),
+    ("regex", "<think>perhaps 42, but no", "42", "wrong"),
+    ("exact", "<think>\nC", "<think>\nC", "wrong"),
+]
+
+
+def test_an_answer_is_judged_as_its_dataset_says() -> None:
+    with Judge() as judge:
+        found = [(*asked, judge(*asked)) for *asked, _ in VERDICTS]
+    assert found == VERDICTS
+
+
+def test_a_judge_that_hangs_fails_that_answer_and_goes_on_with_the_next() -> None:
+    with Judge(seconds=2.0) as judge:
+        assert judge("regex", "a" * 40 + "!", "^(a+)+$") == "failed"
+        assert judge("regex", "aaa", "^(a+)+$") == "right"
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def sample(
+    problem: str, verdict: Any, tokens: int = 4, finish: Any = "stop", source: str = "set", **more: Any
+) -> Sample:
+    prompt = Prompt(more.pop("prompt_id", 0), (7, 8), Problem(problem, "5", source))
+    return Sample(Rollout(prompt, 0, (1,) * tokens, (-1.0,) * tokens, finish, 0), source, verdict, **more)
+
+
+def test_the_numbers_of_six_answers_to_three_problems_worked_by_hand() -> None:
+    samples = [
+        sample("a", "right", 2, forward_kl_R=torch.tensor([1.0, 2.0]), reverse_kl_R=torch.tensor([0.5, 1.5])),
+        sample("a", "wrong", 1, "length", forward_kl_R=torch.tensor([6.0]), reverse_kl_R=torch.tensor([4.0])),
+        sample("b", "right", 3),
+        sample("b", "right", 3),
+        sample("c", "failed", 9, "length"),
+        sample("c", "wrong", 6, "length"),
+    ]
+    assert scores(samples) == {
+        "accuracy": 0.5,  # 3 of 6; by problem 1/2, 1 and 0
+        "accuracy_stderr": pytest.approx(0.2886751),  # their deviation, 0.5, over the root of 3
+        "judge_failures": 1.0,
+        "avg_length": 4.0,  # 24 / 6
+        "truncation_rate": 0.5,
+        "num_answers": 6.0,
+        "num_problems": 3.0,
+        "num_compared": 2.0,
+        "forward_kl": 3.0,  # (1 + 2 + 6) / 3 tokens; the mean of the answers' means would be 3.75
+        "reverse_kl": 2.0,
+    }
+
+
+def test_repeats_of_a_problem_are_answers_to_one_problem() -> None:
+    """Four prompts, two problems: by problem 1 and 0, deviation 0.7071 over the root of 2. By prompts: 0.2887."""
+    samples = [sample(p, v, prompt_id=i) for i, (p, v) in enumerate(zip("abab", ["right", "wrong"] * 2, strict=True))]
+    assert scores(samples)["accuracy_stderr"] == pytest.approx(0.5)
+    assert scores(samples)["num_problems"] == 2
+
+
+def test_problems_with_unequal_numbers_of_answers_weigh_by_their_answers() -> None:
+    """1 of 1 and 1 of 3: sqrt(2 / 1 * ((1 - 0.5)^2 + (1 - 1.5)^2)) / 4."""
+    samples = [sample("a", "right"), sample("b", "right"), sample("b", "wrong"), sample("b", "wrong")]
+    assert scores(samples)["accuracy"] == 0.5 and scores(samples)["accuracy_stderr"] == pytest.approx(0.25)
+
+
+def test_what_was_not_judged_or_compared_has_no_number() -> None:
+    unjudged = sample("b", None)
+    names = {"avg_length", "truncation_rate", "num_answers", "num_problems", "num_compared"}
+    assert scores([unjudged]).keys() == names
+    both = scores([sample("a", "right"), unjudged])
+    assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem tells nothing of others"
+    assert scores([]) == {}
+
+
+def test_each_dataset_has_its_own_numbers_beside_those_of_all() -> None:
+    values = by_source([sample("a", "right", 2), sample("a", "wrong", 4, source="other"), sample("b", "wrong", 9)])
+    assert values["validation/accuracy"] == pytest.approx(1 / 3) and values["validation/avg_length"] == 5.0
+    assert values["validation/set/accuracy"] == 0.5 and values["validation/set/avg_length"] == 5.5
+    assert values["validation/other/accuracy"] == 0.0 and values["validation/other/num_answers"] == 1.0
+
+
+def test_datasets_are_named_shortly_unless_two_would_have_one_name() -> None:
+    different = ("HuggingFaceH4/aime_2024", "prompts/gsm.jsonl", "x/Qwen2.5")
+    assert source_names([(source, "", "") for source in different]) == ["aime_2024", "gsm", "Qwen2.5"]
+    assert source_names([("a/test.jsonl", "", ""), ("b/test.jsonl", "", "")]) == ["a.test.jsonl", "b.test.jsonl"]
+    parts = [("o/AIME2025", "I", "test"), ("o/AIME2025", "II", "test"), ("o/x", "", "train[:9%]")]
+    assert source_names(parts) == ["AIME2025.I.test", "AIME2025.II.test", "x"]
+    assert source_names([("a.jsonl", "", "train[:9%]"), ("a.jsonl", "", "")]) == ["a.train_9_", "a"]
+    assert source_names([("a.jsonl", "", "")] * 2) == ["a.jsonl.0", "a.jsonl.1"]
+
+
+def test_one_problem_in_two_datasets_is_a_problem_of_each() -> None:
+    assert by_source([sample("a", "right"), sample("a", "wrong", source="other")])["validation/num_problems"] == 2
+
+
+def test_a_line_of_the_samples_file_tells_all_of_an_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = (*tokenizer("4<think>")["input_ids"], 258)
+    prompt = Prompt(3, tuple(tokenizer("2+2?")["input_ids"]), Problem("2+2?", "4", "x.jsonl"))
+    answer = Rollout(prompt, 1, ids, (-1.0,) * 3, "stop", 0)
+    kl = torch.tensor([0.25, 0.0, 1.0])
+    found = Sample(answer, "x", "right", kl, 2 * kl)
+    assert json.loads(jsonl_line(found, tokenizer.decode)) == {
+        "prompt_id": 3,
+        "answer_number": 1,
+        "source": "x",
+        "prompt": "2+2?",
+        "answer": "4<think>",
+        "gold": "4",
+        "verdict": "right",
+        "finish": "stop",
+        "tokens": 3,
+        "forward_kl": [0.25, 0.0, 1.0],
+        "reverse_kl": [0.5, 0.0, 2.0],
+    }
+    assert shown(found, tokenizer.decode) == "problem: 2+2?\nanswer: 4<think>\nright (gold: 4)"
+    cut = Sample(replace(answer, finish="length"), "x", read_ids=(*prompt.student_ids, 258))
+    row = json.loads(jsonl_line(cut, tokenizer.decode))
+    assert (row["prompt"], row["answer"], row["forward_kl"]) == ("2+2?<|im_end|>", "4<think><|im_end|>", None)
+    assert "[cut short]\nnot judged" in shown(cut, tokenizer.decode)
+
+
+# ---- problems --------------------------------------------------------------------------------------------------------
+
+
+def dataset(path: Path, texts: Sequence[str], answer: str = "5", **keys: Any) -> DatasetConfig:
+    path.write_text("".join(json.dumps({"input": text, "output": answer}) + "\n" for text in texts))
+    return DatasetConfig(data_path=str(path), **keys)
+
+
+def held_out(datasets: Sequence[DatasetConfig], at_most: int | None = None) -> Any:
+    return load_held_out(datasets, tiny_tokenizer(chat_template=None), 20, None, at_most)
+
+
+def test_exactly_as_many_problems_as_asked_for_are_taken_in_turn_from_each_dataset(tmp_path: Path) -> None:
+    sets = [
+        dataset(tmp_path / "a.jsonl", ["a0", "too long a problem, this one", "a1", "a2", "a3"]),
+        dataset(tmp_path / "b.jsonl", ["b0", "b1"], env_name=None),
+    ]
+    five = held_out(sets, 5)
+    assert [prompt.problem.text for prompt in five.prompts] == ["a0", "b0", "a1", "b1", "a2"]
+    assert [prompt.prompt_id for prompt in five.prompts] == [0, 5, 2, 6, 3]
+    assert [five.judge(prompt) for prompt in five.prompts] == ["math", None, "math", None, "math"]
+    assert [five.name(prompt) for prompt in five.prompts] == ["a", "b", "a", "b", "a"]
+    assert [len(held_out(sets, n).prompts) for n in (1, 6, 7, None)] == [1, 6, 6, 6]
+
+
+def test_a_problem_without_a_gold_answer_is_not_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = dataset(tmp_path / "a.jsonl", ["a0"], answer="")
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"input": "a1", "output": "5"}\n')
+    found = held_out([entry])
+    assert [found.judge(prompt) for prompt in found.prompts] == [None, "math"]
+    assert caplog.messages == ["data.validation: 1 of 2 problems have no gold answer and are not judged"]
+
+
+def test_two_entries_of_one_file_are_two_datasets(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    entries = [dataset(path, ["a0", "a1", "a2"], split="train[:1]"), dataset(path, ["a0", "a1", "a2"])]
+    found = held_out(entries)
+    assert [found.name(prompt) for prompt in found.prompts] == ["a.train_1_", "a", "a", "a"]
+
+
+def test_held_out_problems_may_lack_the_column_of_the_traces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In lines or in a table; a null is a trace that is missing, as in training."""
+    rows = [{"input": "a0", "output": "5", "solution": "s"}, {"input": "a1", "output": "5", "solution": None}]
+    lines = [*rows, {"input": "a2", "output": "5"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    pq.write_table(pa.Table.from_pylist([{"input": "b0", "output": "5"}]), tmp_path / "b.parquet")
+    entries = [DatasetConfig(data_path=str(tmp_path / name)) for name in ("a.jsonl", "b.parquet")]
+    found = load_held_out(entries, tiny_tokenizer(chat_template=None), 20, None, None, "solution")
+    columns = {prompt.problem.text: dict(prompt.problem.columns) for prompt in found.prompts}
+    assert columns == {"a0": {"solution": "s"}, "a1": {"solution": ""}, "a2": {}, "b0": {}}
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "data.validation[0]: 1 of 3 problems have no solution",
+        "data.validation[1]: 1 of 1 problems have no solution",
+    ]
+
+
+def test_what_cannot_be_validated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.validation: .*a\.jsonl is empty"):
+        held_out([dataset(tmp_path / "a.jsonl", [])])
+    with pytest.raises(UserError, match=r"env_name=math has no gold answer .* in data\.validation\.output_key, or set"):
+        held_out([dataset(tmp_path / "a.jsonl", ["a"], answer="")])
+    with pytest.raises(
+        UserError, match=r"data\.validation\[1\]\.env_name=regex but the gold answer '\(' is no regular"
+    ):
+        held_out(
+            [dataset(tmp_path / "a.jsonl", ["a"]), dataset(tmp_path / "b.jsonl", ["b"], answer="(", env_name="regex")]
+        )
+
+
+def test_a_missing_math_verify_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.data.grading.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data\.validation\.env_name=math but math-verify is not installed: pip"):
+        held_out([dataset(tmp_path / "a.jsonl", ["a"])])
+
+
+def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> None:
+    own = ["val_temperature=0.5", "val_top_p=0.9", "val_top_k=7"]
+    config = config_for(
+        tmp_path / "a",
+        tmp_path / "b",
+        *(f"policy.generation.{key}" for key in own),
+        "distillation.val_num_generations=3",
+    )
+    sampling = validation_sampling_of(config, (1,))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.responses_per_prompt) == (0.5, 0.9, 7, 3)
+    seeds = {answer_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
+    assert sampling.seed != 42 and len(seeds) == 3
+    assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
+
+
+# ---- when, and with what in view -------------------------------------------------------------------------------------
+
+
+def validation(tmp_path: Path, *overrides: str, **parts: Any) -> Validation:
+    """Validation of two problems by parts that do nothing."""
+    prompts = tuple(Prompt(i, (5,), Problem(f"p{i}", "5", "set")) for i in range(2))
+    config = config_for(tmp_path / "model", tmp_path / "model", "distillation.allow_degenerate=true", *overrides)
+    anything = MagicMock()
+    anything.device = None
+    anything.agreed.side_effect = lambda doing: nullcontext()
+    names = [field.name for field in fields(Validation) if field.name not in ("measured_at", "reference")]
+    whole: dict[str, Any] = {**dict.fromkeys(names, anything), "config": config, "held_out": HeldOut(prompts)}
+    return Validation(**{**whole, "last_step": 5, **parts})
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured_at", "steps"),
+    [
+        (("val_period=2", "val_at_start=true", "val_at_end=true"), -1, [0, 2, 4, 5]),
+        (("val_period=2",), -1, [2, 4]),
+        (("val_period=5",), -1, [5]),
+        (("val_period=2", "val_at_end=true"), 4, [2, 5]),
+        (("val_period=0", "val_at_end=true"), -1, [5]),
+        (("val_period=0",), -1, []),
+    ],
+)
+def test_validation_is_due_when_the_recipe_says_so_and_not_twice(tmp_path, settings, measured_at, steps) -> None:
+    found = validation(tmp_path, *(f"distillation.{key}" for key in settings), measured_at=measured_at)
+    assert [step for step in range(6) if found.due(step)] == steps
+
+
+class Engine:
+    """Answers every prompt with one token, and notes what it was asked."""
+
+    replica, replicas, window = 0, 1, 100
+
+    def __init__(self, answers: int = 1) -> None:
+        self._answers = answers
+        self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Callable[[], bool]
+    ) -> list[Rollout]:
+        self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
+        return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
+
+
+class Contexts:
+    """Contexts of 0 tokens (a missing trace) or more, by the prompt's id."""
+
+    def __init__(self, *lengths: int) -> None:
+        self._lengths = lengths
+
+    def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
+        views = [replace(r, teacher_prefix_ids=(9,) * self._lengths[r.prompt.prompt_id]) for r in rollouts]
+        kept = [view for view in views if view.teacher_prefix_ids]
+        return kept, PrefixStats({}, {"context_distillation_dropped_missing_trace": float(len(views) - len(kept))})
+
+
+def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_known_and_fits(tmp_path) -> None:
+    context = "distillation.context_distillation"
+    keys = [f"{context}.enabled=true", "distillation.val_at_start=true", "distillation.val_period=2"]
+    plain = Sampling(1.0, 8, (), seed=7, max_total_length=256)
+    parts = {"views": Contexts(3, 93), "sampling": plain}
+    known = [*keys, context + ".teacher_prefix_template='Hint: {problem}'"]
+    asked = validation(tmp_path, *known, **parts, engine=(engine := Engine()))
+    answers = asked.answers(0)
+    assert answers is not None and answers.in_context is not None
+    assert [r.teacher_prefix_ids for r in answers.in_context.mine] == [(9, 9, 9)]
+    assert answers.in_context.left_out == {1: "no room"}, "93 of 100 tokens leave 7, and the plain prompt has 8"
+    (first, sampling), (second, other) = engine.asked
+    assert (first, second) == ([(5,), (5,)], [(9, 9, 9)])
+    assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
+    later = asked.answers(2)
+    assert later is not None and later.in_context is None, "by now the student is another"
+    another = f"teacher.model_name={tmp_path}/other"
+    for settings in (keys, [*known, another, f"{context}.enabled=false"], [*known, another, f"{context}.mode=frozen"]):
+        at_start = validation(tmp_path, *settings, **parts, engine=Engine()).answers(0)
+        assert at_start is not None and at_start.in_context is None
+
+
+def reported(tmp_path: Path, contexts: Contexts, prompts: Sequence[Prompt], *overrides: str, answers: int = 1) -> Any:
+    """The numbers and the texts of a validation at the start, on one rank, its student agreeing with its teacher."""
+    world, recorder = MagicMock(), MagicMock()
+    world.device, world.is_main, world.size = None, False, 1
+    world.agreed.side_effect = lambda doing: nullcontext()
+    world.gather.side_effect = lambda value: [value]
+    keys = ["distillation.val_at_start=true", "distillation.context_distillation.enabled=true"]
+    keys += ["distillation.context_distillation.teacher_prefix_template='Hint: {problem}'"]
+    names = {p.prompt_id: p.problem.source for p in prompts}
+    parts = {"engine": Engine(answers), "views": contexts, "sampling": Sampling(1.0, 8, ()), "world": world}
+    found = validation(tmp_path, *keys, *overrides, **parts, recorder=recorder, decode=lambda ids: f"{len(ids)}")
+    found.held_out = HeldOut(tuple(prompts), dict.fromkeys(names, "exact"), names)
+    found.run_dir = tmp_path
+    found._compared = lambda samples, step: [  # type: ignore[method-assign]
+        replace(s, forward_kl_R=torch.zeros(1), reverse_kl_R=torch.zeros(1)) if s.rollout.teacher_prefix_ids else s
+        for s in samples
+    ]
+    found.report(found.answers(0))
+    return recorder.record.call_args.args[1], recorder.show.call_args.args[1]
+
+
+def problems_of(sources: str, **columns: str) -> list[Prompt]:
+    return [Prompt(i, (5,), Problem(f"p{i}", "0", source, columns)) for i, source in enumerate(sources)]
+
+
+def test_the_accuracy_in_context_says_of_how_many_problems_it_is_and_why(tmp_path: Path, caplog: Any) -> None:
+    values, _ = reported(tmp_path, Contexts(3, 0, 93, 4), problems_of("aabb"))
+    assert values["validation/num_problems"] == 4 and values["validation/in_context_num_problems"] == 2
+    assert (values["validation/a/in_context_num_problems"], values["validation/b/in_context_num_problems"]) == (1, 1)
+    assert values["validation/b/in_context_accuracy"] == 1.0 and "validation/in_context_accuracy_stderr" in values
+    assert (values["validation/num_compared"], values["validation/a/num_compared"]) == (3, 1)
+    in_context, compared = caplog.messages
+    assert in_context.startswith("2 of 4 held-out problems") and "1 have no trace, and the context of 1 " in in_context
+    assert compared.startswith("1 of 4 held-out answers are not compared")
+
+
+def test_where_no_context_fits_the_number_of_problems_in_context_is_zero(tmp_path: Path) -> None:
+    values, _ = reported(tmp_path, Contexts(93, 94), problems_of("aa"))
+    assert values["validation/in_context_num_problems"] == 0 and "validation/in_context_accuracy" not in values
+
+
+def test_a_problem_without_the_column_of_the_traces_is_answered_but_not_compared(tmp_path: Path) -> None:
+    context = "distillation.context_distillation"
+    static = [f"{context}.trace_source=static_dataset", f"{context}.static_trace.answer_column=solution"]
+    with_it, without = problems_of("a", solution="s"), problems_of("ab")[1:]
+    values, _ = reported(tmp_path, Contexts(3, 3), [*with_it, *without], *static)
+    assert (values["validation/accuracy"], values["validation/num_compared"]) == (1.0, 1)
+    assert "validation/b/forward_kl" not in values and values["validation/in_context_num_problems"] == 1
+
+
+def test_the_texts_shown_are_of_different_problems(tmp_path: Path) -> None:
+    keys = ["logger.num_val_samples_to_print=2"]
+    _, texts = reported(tmp_path, Contexts(3, 3, 3), problems_of("aaa"), *keys, answers=2)
+    assert [text.partition("\n")[0] for text in texts] == ["problem: p0", "problem: p1"]
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "validation/accuracy": 0.125,
+    "validation/accuracy_stderr": 0.0625,
+    "validation/in_context_accuracy": 0.5,
+    "validation/in_context_accuracy_stderr": 0.125,
+    "validation/forward_kl": 0.25,
+    "validation/reverse_kl": 0.5,
+    "validation/num_answers": 8.0,
+    "validation/num_problems": 4.0,
+}
+
+
+def test_a_validation_has_its_own_line_and_its_texts_on_console_and_tensorboard(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    recorder = open_recorder(LoggerConfig(wandb_enabled=False), tmp_path, main=True, total_steps=4)
+    recorder.record(0, VALUES)
+    recorder.show(0, ["problem: 1+1\nanswer: *2*"])
+    recorder.close()
+    line = "validation at 0/4  accuracy 12.5% +- 6.2%  (in context 50.0% +- 12.5%)  KL fwd 0.2500 rev 0.5000"
+    line += "  8 answers to 4 problems"
+    assert caplog.messages == [line, "problem: 1+1\nanswer: *2*\n"]
+    assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  length 3.0"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("validation/sample_0/text_summary")
+    assert text.tensor_proto.string_val == [b"    problem: 1+1\n    answer: *2*\n"]
+    assert [event.step for event in events.Scalars("validation/accuracy")] == [0]
+
+
+def test_the_table_at_the_end_counts_steps_and_shows_what_validation_saw(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, **VALUES},
+        {"step": 1, "train/loss": 2.0, "timing/train/validation": 3.0, "timing/train/checkpointing": 0.0},
+        {"step": 2, "train/loss": 1.0, "timing/train/validation": 0.0, "timing/train/checkpointing": 0.0},
+        {"step": 2, **VALUES, "validation/accuracy": 0.375},
+    ]
+    lines = [line.split() for line in summary({"run": (rows, tmp_path)}).splitlines()]
+    assert ["steps", "2"] in lines
+    assert ["validation", "accuracy", "12.5%", "->", "37.5%"] in lines and ["in", "context", "50.0%"] in lines
+    assert ["validation", "forward", "KL", "0.2500", "->", "0.2500"] in lines
+    assert ["validation", "3.00"] in lines, "the median of the steps that validate"
+    assert "checkpointing" not in [line[0] for line in lines]
+
+
+# ---- the comparison --------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"fsdp": (1, 1), "tp": (2, 1), "cp": (1, 2)}
+PACKED = PackingConfig(4, sequences=None, tokens=120, expected=64)  # more than a validation has
+
+
+def _kls(root: Path) -> dict[str, Any]:
+    """Every layout's KLs on this rank."""
+    world = World()
+    found: dict[str, Any] = {}
+    for name, (tp, cp) in LAYOUTS.items():
+        world.build_mesh("cpu", tp, cp)
+        config = config_for(root / "student", root / "teacher", ranks=2)
+        student = Student(config, find_model(str(root / "student"), ""), world, 384, ())
+        teacher = Teacher(config, find_model(str(root / "teacher"), ""), world, 384)
+        found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
+        assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
+    world.close()
+    return found
+
+
+@pytest.mark.slow
+def test_every_token_is_compared_once_in_any_layout_as_plain_models_compare_it(tmp_path: Path) -> None:
+    for seed, name in ((1, "student"), (2, "teacher")):
+        save_tiny_model(tmp_path / name, "qwen3", True, seed=seed)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher"))
+    wanted = []
+    for rollout in fixed_rollouts():
+        q, p = (
+            model(torch.tensor([[*prefix, *rollout.response_ids]])).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+            for model, prefix in ((student, rollout.prompt.student_ids), (teacher, rollout.teacher_prefix_ids))
+        )
+        kept_ids = p.topk(16).indices
+        q, p = (
+            torch.cat([x.gather(1, kept_ids), x.scatter(1, kept_ids, -torch.inf).logsumexp(1, keepdim=True)], 1)
+            for x in (q, p)
+        )
+        wanted.append(((p.exp() * (p - q)).sum(1), (q.exp() * (q - p)).sum(1)))
+    for rank in run_ranks(2, _kls, tmp_path):
+        for name in LAYOUTS:
+            for ours, theirs in zip(rank[name], wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
