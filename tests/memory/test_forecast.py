@@ -492,10 +492,10 @@ def test_a_part_of_the_vocabulary_that_would_be_padding_alone_is_refused_before_
     sizes = ("policy.dtensor_cfg.tensor_parallel_size=4", "teacher.dtensor_cfg.tensor_parallel_size=4")
     split = config_for(tmp_path / "five rows", tmp_path / "another", *sizes, ranks=4)
     check_tensor_parallel(split, config, 289)
-    with pytest.raises(UserError, match=r"last of 4 parts of the head begins at column 288 of a vocabulary of 288"):
+    with pytest.raises(UserError, match="288 of 288"):
         check_tensor_parallel(split, config, 288)
     check_tensor_parallel(config_for(tmp_path / "five rows", tmp_path / "another"), config, 1)
-    with pytest.raises(UserError, match=r"begins at column 6 of a vocabulary of 5, so it has only padding: set a sm"):
+    with pytest.raises(UserError, match="6 of 5"):
         said(split)
 
 
