@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from distill.batching.plan import plan
 from distill.config import parse_args
-from distill.distributed.program import leave, run_program
+from distill.distributed.program import exit_process, run_program
 from distill.errors import CollectiveUserError, RunFailed
 from distill.metrics.step import Metrics
 
@@ -111,4 +111,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

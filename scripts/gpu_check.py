@@ -38,7 +38,7 @@ from distill.batching.plan import pack
 from distill.config import Config, load_config
 from distill.data.prompts import load_prompts
 from distill.data.tokenizer import load_tokenizer
-from distill.distributed.program import leave, log_to_console
+from distill.distributed.program import exit_process, log_to_console
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.step import Metrics, Phases
@@ -835,7 +835,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.alone:
         alone(args.alone)
         return 0
-    log_to_console(main=True)
+    log_to_console(is_main=True)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     sizes = QUICK if args.quick or device == "cpu" else FULL
     args.out = args.out.resolve()
@@ -853,4 +853,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

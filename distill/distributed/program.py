@@ -11,14 +11,15 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch.distributed as dist
 
-from distill.distributed.launcher import deny_others_writing, rank_by_launcher
+from distill.distributed.launcher import rank_by_launcher, restrict_umask
 from distill.distributed.rendezvous import RendezvousError
 from distill.distributed.world import World
 from distill.errors import CollectiveUserError, RunFailed, UserError
-from distill.supervise.status import ExitStatus, lost
-from distill.supervise.supervisor import Supervisor, leave, log_to_console
+from distill.supervise.logs import log_to_console
+from distill.supervise.status import ExitStatus, retryable_failure
+from distill.supervise.supervisor import Supervisor, exit_process
 
-__all__ = ["leave", "log_to_console", "run_program"]
+__all__ = ["exit_process", "log_to_console", "run_program"]
 
 
 def run_program(program: Callable[[World | None], None], needs_world: bool) -> int:
@@ -29,7 +30,7 @@ def run_program(program: Callable[[World | None], None], needs_world: bool) -> i
     Any other error keeps its traceback and does the same. Only the main rank prints. Ranks that don't come are waited
     for, but not for ever. From here on the process obeys signals as Supervisor says; status.json says how it ended.
     """
-    deny_others_writing()
+    restrict_umask()
     try:
         main = rank_by_launcher() == 0
     except UserError as error:  # nobody knows who the main rank is
@@ -44,25 +45,27 @@ def run_program(program: Callable[[World | None], None], needs_world: bool) -> i
         world = World(supervisor=supervisor)
     except UserError as error:
         ending = ExitStatus("refused", str(error), 2)
-        if supervisor.watches:
-            supervisor.wait_for_the_cause()
+        if supervisor.has_watchdog:
+            supervisor.wait_grace_period()
             of_others = error.__cause__ is not None and _lost_by(error.__cause__)
-            supervisor.leave_alone(lost(str(error.__cause__)) if of_others else ending, _say)
+            supervisor.abort(retryable_failure(str(error.__cause__)) if of_others else ending, _say)
         return _without_the_others(supervisor, ending)
     except RendezvousError as error:
-        return _without_the_others(supervisor, lost(str(error)), error.speaks)
+        return _without_the_others(supervisor, retryable_failure(str(error)), error.report)
     except Exception as error:
         traceback.print_exc()
         ending = ExitStatus("failed", f"before the ranks were together: {error}", 1, _lost_by(error))
-        if supervisor.watches:
-            supervisor.wait_for_the_cause()
-            supervisor.leave_alone(ending)
+        if supervisor.has_watchdog:
+            supervisor.wait_grace_period()
+            supervisor.abort(ending)
         return _without_the_others(supervisor, ending, speaks=False)
     alone = False
     try:
         with nullcontext() if main else redirect_stdout(io.StringIO()):
             program(world)
-        ending = ExitStatus("finished" if supervisor.stopped is None else "stopped", supervisor.stopped or "", 0)
+        ending = ExitStatus(
+            "finished" if supervisor.stop_reason is None else "stopped", supervisor.stop_reason or "", 0
+        )
     except UserError as error:
         ending, alone = (
             ExitStatus("refused", str(error), 2),
@@ -73,19 +76,19 @@ def run_program(program: Callable[[World | None], None], needs_world: bool) -> i
     except Exception as error:
         ending = ExitStatus("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, _lost_by(error))
         if world.size == 1:
-            supervisor.ends(ending)
+            supervisor.set_exit_status(ending)
             supervisor.close()
             raise
         if _comes_of_others(error):
-            supervisor.wait_for_the_cause()
+            supervisor.wait_grace_period()
         # The interpreter's own end may wait for ranks that wait for this one.
         traceback.print_exc()
-        supervisor.leave_alone(ending)
+        supervisor.abort(ending)
     if alone:
-        supervisor.leave_alone(ending, _say)
+        supervisor.abort(ending, _say)
     if ending.exit_code and main:
         _say(ending.reason)
-    supervisor.ends(ending)
+    supervisor.set_exit_status(ending)
     world.close()
     supervisor.close()
     return ending.exit_code
@@ -95,7 +98,7 @@ def _without_the_others(supervisor: Supervisor, ending: ExitStatus, speaks: bool
     """The end of a rank that never had a world."""
     if speaks:
         _say(ending.reason)
-    supervisor.ends(ending, alone=True)
+    supervisor.set_exit_status(ending, alone=True)
     supervisor.close()
     return ending.exit_code
 
