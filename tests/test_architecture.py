@@ -1,7 +1,7 @@
 """Rules of the source tree that neither ruff nor import-linter checks.
 
-Each rule is a function from a source tree to the list of violations. The tests apply it to the repository and to a small
-bad tree that it must refuse.
+Each rule is a function from a source tree to the list of violations. The tests apply it to the repository and to a
+small bad tree that it must refuse.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 def lines_of_code(function: ast.FunctionDef) -> int:
     """Number of lines from ``def`` to the end, without the docstring."""
     first = function.body[0]
-    is_doc = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    is_doc = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
     docstring = (first.end_lineno or 0) - first.lineno + 1 if is_doc else 0
     return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
@@ -133,7 +135,9 @@ def the_repository_is_self_contained(sources: Sources) -> list[str]:
         for path, text in sources.items()
         for number, line in enumerate(text.splitlines(), 1)
         if pattern.search(line) and path != "tests/test_architecture.py" and not path.endswith("README.md")
-    ] + [path for path, text in sources.items() if path.endswith("README.md") and re.search(r"/(home|root|work)/", text)]
+    ] + [
+        path for path, text in sources.items() if path.endswith("README.md") and re.search(r"/(home|root|work)/", text)
+    ]
 
 
 def long_function(lines: int, name: str = "f") -> str:

@@ -1,4 +1,4 @@
-"""Prose of the repository uses ordinary technical English: a list of words to avoid, and messages that tests may quote."""
+"""Prose of the repository uses ordinary technical English; tests quote few messages of the product."""
 
 from __future__ import annotations
 
@@ -30,7 +30,15 @@ AVOID = {
 }
 """Regular expression of words to avoid -> words to write instead."""
 PATTERN = re.compile("|".join(rf"\b(?:{words})\b" for words in AVOID), re.IGNORECASE)
-FILES = ("distill/**/*.py", "scripts/**/*.py", "scripts/*.sbatch", "tests/**/*.py", "**/README.md", "Makefile", "recipes/*")
+FILES = (
+    "distill/**/*.py",
+    "scripts/**/*.py",
+    "scripts/*.sbatch",
+    "tests/**/*.py",
+    "**/README.md",
+    "Makefile",
+    "recipes/*",
+)
 EXEMPT = ("tests/test_language.py",)
 MAX_QUOTES = 50
 
@@ -70,6 +78,8 @@ def test_tests_quote_few_messages_of_the_product() -> None:
 def test_a_quoted_message_is_found(tmp_path: Path) -> None:
     (tmp_path / "distill").mkdir()
     (tmp_path / "tests").mkdir()
-    (tmp_path / "distill" / "a.py").write_text('def f(n):\n    raise ValueError(f"{n} is not a prime number: choose one")\n')
+    (tmp_path / "distill" / "a.py").write_text(
+        'def f(n):\n    raise ValueError(f"{n} is not a prime number: choose one")\n'
+    )
     (tmp_path / "tests" / "test_a.py").write_text('assert "is not a prime" in text\nassert "a prime" in text\n')
     assert quotes(tmp_path) == ["tests/test_a.py:1 is not a prime"]
