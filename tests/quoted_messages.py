@@ -3,8 +3,8 @@
     python -m tests.quoted_messages
 
 A quote is a constant of three or more words, docstrings and lines of data files included, that also occurs in a
-string literal or in an f-string piece of distill/, docstrings excepted. A test that quotes a message breaks when the message is
-improved; tests assert on ``UserError.key`` and on values instead.
+string literal or in an f-string piece of distill/, docstrings excepted. A test that quotes a message breaks when the
+message is improved; tests assert on ``UserError.key`` and on values instead.
 """
 
 from __future__ import annotations
