@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from distill.distributed import launcher, slurm
-from distill.distributed.program import run_program
+from distill.distributed.program import run_program, start_process
 from distill.distributed.rendezvous import Rendezvous
 from distill.distributed.world import World
 from distill.errors import UserError
@@ -149,7 +149,8 @@ def _failed_rendezvous(folder: str) -> dict[str, tuple[int, str, dict[str, objec
             if name == PORT_IN_USE:
                 stack.enter_context(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
             printed = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            code = run_program(lambda world: None, needs_world=True)
+            start_process()
+            code = run_program(lambda world: None)
         found[name] = (code, printed.getvalue().replace(os.environ["MASTER_PORT"], "PORT"), read_status(status))
     return found
 
@@ -222,7 +223,8 @@ def _two_of_three(folder: str) -> tuple[int, str, dict[str, object]]:
     os.environ["DISTILL_STATUS_FILE"] = f"{folder}/status.json"
     rendezvous.TIMEOUT_S = 60.0 if rank == 0 else 2.0
     with contextlib.redirect_stderr(io.StringIO()) as printed:
-        code = run_program(lambda world: None, needs_world=True)
+        start_process()
+        code = run_program(lambda world: None)
     return code, printed.getvalue(), read_status(Path(folder) / "status.json")
 
 

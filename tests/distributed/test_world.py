@@ -66,7 +66,7 @@ def test_an_error_on_one_rank_is_raised_on_all_ranks_with_its_fields() -> None:
 
 ERROR_ON_ONE_RANK = """
 import torch.distributed as dist
-from distill.distributed.program import run_program, exit_process
+from distill.distributed.program import exit_process, run_program, start_process
 from distill.errors import UserError
 
 def program(world):
@@ -74,7 +74,8 @@ def program(world):
         raise UserError("a=1 is wrong", "set 2", key="a", value=1)
     dist.barrier()  # a collective of the models: not on the control group
 
-exit_process(run_program(program, needs_world=True))
+start_process()
+exit_process(run_program(program))
 """
 
 

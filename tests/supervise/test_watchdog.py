@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch.distributed as dist
 
-from distill.distributed.program import _lost_by
+from distill.distributed.program import is_connection_loss
 from distill.supervise import progress, watchdog
 from distill.supervise.progress import Progress
 from distill.supervise.status import ExitStatus
@@ -254,4 +254,4 @@ def test_a_store_that_replies_again_in_time_ends_nothing(store_host, monkeypatch
     ],
 )
 def test_a_failed_peer_or_device_is_retryable_and_an_error_of_the_program_is_not(message, of_peer) -> None:
-    assert _lost_by(RuntimeError(message)) is of_peer
+    assert is_connection_loss(RuntimeError(message)) is of_peer
