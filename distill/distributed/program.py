@@ -66,7 +66,9 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
                 if refused is not None:
                     raise refused
             program(world)
-        status = ExitStatus("finished" if supervisor.stop_reason is None else "stopped", supervisor.stop_reason or "", 0)
+        status = ExitStatus(
+            "finished" if supervisor.stop_reason is None else "stopped", supervisor.stop_reason or "", 0
+        )
     except UserError as error:
         status = ExitStatus("refused", str(error), 2)
         single_rank = world.size > 1 and not isinstance(error, CollectiveUserError)

@@ -113,12 +113,12 @@ class World:
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """Return the mesh for FSDP: dp and cp as one axis, preceded by the replica axis if there are several replicas."""
+        """Return the mesh for FSDP: dp and cp as one axis, after the replica axis if there are several replicas."""
         return self._axes("shard") if self._axes("replica").size() == 1 else self._axes("replica", "shard")
 
     @property
     def replica_mesh(self) -> DeviceMesh:
-        """Return the one-dimensional mesh of the ranks that together hold one complete model: shard and tp flattened."""
+        """Return the flat mesh (shard and tp) of the ranks that together hold one complete model."""
         mesh: DeviceMesh = self._axes("shard", "tp")._flatten("shard_tp")
         return mesh
 
