@@ -92,9 +92,9 @@ class GatheredWeights:
 
     Every rank of ``mesh`` (one axis: all ranks that hold a whole model between them, ``tp`` innermost) must drain it
     once, in the same order. The cast to ``dtype`` comes before the gather, so that float32 shards travel as bfloat16. A
-    yielded tensor is a view of its bucket: copy it or lose it. A tensor's bit sums are added up from those of its shards,
-    which every rank computes of its own. Raises RuntimeError, on all ranks alike, for a
-    tensor that isn't finite, before it is yielded.
+    yielded tensor is a view of its bucket: copy it or lose it. Every rank computes the bit sums of its own shards; their
+    totals are the tensor's. Raises RuntimeError, on all ranks alike, for a tensor that isn't finite, before it is
+    yielded.
     """
 
     def __init__(
