@@ -37,6 +37,11 @@ def rank_by_launcher() -> int:
     return rank
 
 
+def has_launcher() -> bool:
+    """Return whether torchrun or Slurm started this process as one of several ranks (or as the only one)."""
+    return "RANK" in {**os.environ, **slurm.torch_environment()}
+
+
 def launcher() -> int | None:
     """The process that started this one, which may not outlive it; None without torchrun, as a shell may end first."""
     return _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -184,8 +184,8 @@ class EngineBase(ABC):
     def _check_response(self, rollout: Rollout, sampling: Sampling) -> None:
         if not all(map(math.isfinite, rollout.logprobs)):
             raise RuntimeError(
-                f"the engine's log-probs of answer {rollout.answer} to prompt {rollout.prompt.prompt_id} are not"
-                " finite: its weights or its kernels are broken"
+                f"the engine's log-probs of answer {rollout.response_index} to prompt {rollout.prompt.prompt_id} are"
+                " not finite: its weights or its kernels are broken"
             )
         if not 0 <= min(rollout.response_ids) <= max(rollout.response_ids) < self._valid_vocab:
             raise RuntimeError(f"the engine sampled a token id that is not in 0..{self._valid_vocab - 1}")
@@ -193,7 +193,7 @@ class EngineBase(ABC):
         last = len(rollout.response_ids) - 1
         if stops != ([last] if rollout.finish == "stop" else []):
             raise RuntimeError(
-                f"answer {rollout.answer} to prompt {rollout.prompt.prompt_id} ended by {rollout.finish} after"
+                f"answer {rollout.response_index} to prompt {rollout.prompt.prompt_id} ended by {rollout.finish} after"
                 f" {last + 1} tokens, with stop tokens at {stops}"
             )
 

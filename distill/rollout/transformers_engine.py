@@ -190,7 +190,7 @@ class _Decoding:
             [
                 Rollout(
                     prompt=prompt,
-                    answer=answer,
+                    response_index=answer,
                     response_ids=tuple(self._tokens[p * G + answer]),
                     logprobs=tuple(self._logprobs[p * G + answer]),
                     finish="stop" if self._stopped[p * G + answer] else "length",

@@ -237,7 +237,7 @@ class VllmEngine(EngineBase):
         self._agree("answers", [rollout.response_ids for rollout in rollouts])
         place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
         mine = rollouts[self._tp_rank :: self._tp_size]
-        return sorted(mine, key=lambda rollout: (place[rollout.prompt.prompt_id], rollout.answer))
+        return sorted(mine, key=lambda rollout: (place[rollout.prompt.prompt_id], rollout.response_index))
 
     def _params(self, prompt: Prompt, answer: int, sampling: Sampling, step: int) -> Any:
         from vllm import SamplingParams
@@ -263,7 +263,7 @@ class VllmEngine(EngineBase):
             raise RuntimeError(f"vLLM ended answer {answer} to prompt {prompt.prompt_id} by {said.finish_reason}")
         return Rollout(
             prompt=prompt,
-            answer=answer,
+            response_index=answer,
             response_ids=tuple(said.token_ids),
             logprobs=tuple(said.logprobs.logprobs),
             finish=said.finish_reason,

@@ -193,7 +193,7 @@ class Validation:
             )
         seconds = {**phases.seconds, "total_validation_time": sum(phases.seconds.values())}
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
-        firsts = [sample for sample in samples if sample.rollout.answer == 0]
+        firsts = [sample for sample in samples if sample.rollout.response_index == 0]
         few = [shown(sample, self.decode) for sample in firsts[: self.config.logger.num_val_samples_to_print]]
         values = by_source(samples) | dict(self.reference or {}) | timing
         with self.world.all_or_none("recording the validation"):
@@ -218,8 +218,8 @@ class Validation:
         """The answers with what the teacher reads before them, as in training; those it leaves out without."""
         comparable = [r for r in mine if self._comparable(r.prompt)]
         with self.world.all_or_none("making the teacher's views of held-out answers"):
-            views = {(r.prompt.prompt_id, r.answer): r for r in self.views.add(comparable)[0]}
-        return [views.get((r.prompt.prompt_id, r.answer), r) for r in mine]
+            views = {(r.prompt.prompt_id, r.response_index): r for r in self.views.add(comparable)[0]}
+        return [views.get((r.prompt.prompt_id, r.response_index), r) for r in mine]
 
     def _judged(self, mine: Sequence[Rollout], step: int) -> list[Sample]:
         """The answers of all ranks in the order of problems, each judged by the rank that has it."""
@@ -228,7 +228,7 @@ class Validation:
         by_answer = {key: verdict for part in self.world.gather(verdicts) for key, verdict in part.items()}
         rollouts = gather_rollouts(self.world, mine, self.held_out.prompts, version=step)
         name = self.held_out.name
-        return [Sample(r, name(r.prompt), by_answer[r.prompt.prompt_id, r.answer]) for r in rollouts]
+        return [Sample(r, name(r.prompt), by_answer[r.prompt.prompt_id, r.response_index]) for r in rollouts]
 
     def _verdicts(self, mine: Sequence[Rollout]) -> dict[tuple[int, int], Verdict | None]:
         found: dict[tuple[int, int], Verdict | None] = {}
@@ -239,7 +239,7 @@ class Validation:
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer
                 text, inside = answer_text(rollout, self.decode), rollout.prompt.inside_thought
                 verdict = None if name is None else judge(name, text, gold, think_tags=tags, inside_thought=inside)
-                found[rollout.prompt.prompt_id, rollout.answer] = verdict
+                found[rollout.prompt.prompt_id, rollout.response_index] = verdict
         return found
 
     def _compared(self, samples: list[Sample], step: int) -> list[Sample]:

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from distill.distributed import slurm
-from distill.distributed.program import run_program
+from distill.distributed.program import run_program, start_process
 from distill.distributed.rendezvous import Rendezvous
 from distill.distributed.world import World
 from distill.errors import UserError
@@ -127,7 +127,8 @@ def _before_there_is_a_world(folder: str) -> dict[str, tuple[int, str, dict[str,
             if name == TAKEN:
                 stack.enter_context(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
             said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            code = run_program(lambda world: None, needs_world=True)
+            start_process()
+            code = run_program(lambda world: None)
         found[name] = (code, said.getvalue().replace(os.environ["MASTER_PORT"], "PORT"), read_status(status))
     return found
 
@@ -200,7 +201,8 @@ def _two_of_three(folder: str) -> tuple[int, str, dict[str, object]]:
     os.environ["DISTILL_STATUS_FILE"] = f"{folder}/status.json"
     rendezvous.PATIENCE_S = 60.0 if rank == 0 else 2.0
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = run_program(lambda world: None, needs_world=True)
+        start_process()
+        code = run_program(lambda world: None)
     return code, said.getvalue(), read_status(Path(folder) / "status.json")
 
 
@@ -258,7 +260,7 @@ def test_ranks_agree_before_anyone_leaves() -> None:
 
 ALONE = """
 import torch.distributed as dist
-from distill.distributed.program import run_program, leave
+from distill.distributed.program import run_program, leave, start_process
 from distill.errors import UserError
 
 def program(world):
@@ -266,7 +268,8 @@ def program(world):
         raise UserError("a=1 is wrong: set 2")
     dist.barrier()  # as in a collective of the models: not the control group's
 
-leave(run_program(program, needs_world=True))
+start_process()
+leave(run_program(program))
 """
 
 

@@ -67,7 +67,7 @@ def _sampling(**settings: object) -> Sampling:
 
 
 def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
-    return [(r.prompt.prompt_id, r.answer, r.response_ids) for r in rollouts]
+    return [(r.prompt.prompt_id, r.response_index, r.response_ids) for r in rollouts]
 
 
 VERBS: dict[str, Callable[[TransformersEngine], object]] = {
@@ -209,7 +209,7 @@ def test_log_probs_are_those_of_the_plain_model_for_prompts_of_any_length(folder
     stops = tuple(range(0, VALID, 8))  # answers end at different times, and their rows leave the batch
     sampling = _sampling(responses_per_prompt=3, temperature=0.7, stop_token_ids=stops)
     rollouts = engine.generate(_prompts(7, 1, 30), sampling, step=0)
-    assert [(r.prompt.prompt_id, r.answer) for r in rollouts] == [(p, a) for p in range(3) for a in range(3)]
+    assert [(r.prompt.prompt_id, r.response_index) for r in rollouts] == [(p, a) for p in range(3) for a in range(3)]
     for rollout in rollouts:
         prompt = rollout.prompt.student_ids
         with torch.no_grad():

@@ -89,7 +89,7 @@ def _said(act: Callable[[], object]) -> str:
 
 
 def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...], str]]:
-    return [(r.prompt.prompt_id, r.answer, r.response_ids, r.finish) for r in rollouts]
+    return [(r.prompt.prompt_id, r.response_index, r.response_ids, r.finish) for r in rollouts]
 
 
 def _apart(one: list[Rollout], other: list[Rollout]) -> float:
@@ -280,7 +280,7 @@ def test_a_prompt_is_read_once_for_its_answers_and_anew_after_a_sync(alone) -> N
 
 def test_answers_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) -> None:
     rollouts = alone["sampled"][0]
-    assert [(r.prompt.prompt_id, r.answer) for r in rollouts] == [(p, a) for p in range(4) for a in range(3)]
+    assert [(r.prompt.prompt_id, r.response_index) for r in rollouts] == [(p, a) for p in range(4) for a in range(3)]
     assert {r.finish for r in rollouts} == {"stop", "length"}
     for r in rollouts:
         assert (r.response_ids[-1] in SAMPLED.stop_token_ids) == (r.finish == "stop")

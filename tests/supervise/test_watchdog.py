@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch.distributed as dist
 
-from distill.distributed.program import _lost_by
+from distill.distributed.program import is_connection_loss
 from distill.supervise import progress, watchdog
 from distill.supervise.progress import Progress
 from distill.supervise.status import ExitStatus
@@ -238,4 +238,4 @@ def test_a_store_that_comes_back_is_forgiven(keeper, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_tells_of_a_lost_rank_and_what_of_a_fault_of_the_program(words, is_lost) -> None:
-    assert _lost_by(RuntimeError(words)) is is_lost
+    assert is_connection_loss(RuntimeError(words)) is is_lost
