@@ -92,7 +92,7 @@ class GatheredWeights:
 
     Every rank of ``mesh`` (one axis: all ranks that hold a whole model between them, ``tp`` innermost) must drain it
     once, in the same order. The cast to ``dtype`` comes before the gather, so that float32 shards travel as bfloat16. A
-    yielded tensor is a view of its bucket: copy it or lose it. Every rank computes the bit sums of its own shards; their
+    yielded tensor is a view of its bucket: copy it or lose it. Each rank computes the bit sums of its own shards; their
     totals are the tensor's. Raises RuntimeError, on all ranks alike, for a tensor that isn't finite, before it is
     yielded.
     """
