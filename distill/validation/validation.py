@@ -12,7 +12,7 @@ from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints
 from distill.config import Config
 from distill.config.template import teacher_template
-from distill.data.grading import Judge, Verdict
+from distill.data.grading import Grader, Verdict
 from distill.data.teacher_prefix import TeacherPrefixes
 from distill.distributed.world import World
 from distill.errors import writing_run
@@ -233,7 +233,7 @@ class Validation:
     def _verdicts(self, mine: Sequence[Rollout]) -> dict[tuple[int, int], Verdict | None]:
         found: dict[tuple[int, int], Verdict | None] = {}
         tags = self.config.distillation.context_distillation.trace_extractor.think_tags
-        with Judge() as judge:
+        with Grader() as judge:
             for rollout in mine:
                 heartbeat()
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer

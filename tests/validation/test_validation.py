@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.batching.plan import PackingConfig
 from distill.config import DatasetConfig, LoggerConfig
-from distill.data.grading import Judge
+from distill.data.grading import Grader
 from distill.data.teacher_prefix import PrefixStats
 from distill.distributed.world import World
 from distill.errors import UserError
@@ -66,13 +66,13 @@ VERDICTS = [
 
 
 def test_an_answer_is_judged_as_its_dataset_says() -> None:
-    with Judge() as judge:
+    with Grader() as judge:
         found = [(*asked, judge(*asked)) for *asked, _ in VERDICTS]
     assert found == VERDICTS
 
 
 def test_a_judge_that_hangs_fails_that_answer_and_goes_on_with_the_next() -> None:
-    with Judge(seconds=2.0) as judge:
+    with Grader(seconds=2.0) as judge:
         assert judge("regex", "a" * 40 + "!", "^(a+)+$") == "failed"
         assert judge("regex", "aaa", "^(a+)+$") == "right"
 
@@ -242,18 +242,18 @@ def test_what_cannot_be_validated_is_refused(tmp_path: Path) -> None:
         held_out([dataset(tmp_path / "a.jsonl", [])])
     with pytest.raises(UserError, match=r"env_name=math has no gold answer .* in data\.validation\.output_key, or set"):
         held_out([dataset(tmp_path / "a.jsonl", ["a"], answer="")])
-    with pytest.raises(
-        UserError, match=r"data\.validation\[1\]\.env_name=regex but the gold answer '\(' is no regular"
-    ):
+    with pytest.raises(UserError) as caught:
         held_out(
             [dataset(tmp_path / "a.jsonl", ["a"]), dataset(tmp_path / "b.jsonl", ["b"], answer="(", env_name="regex")]
         )
+    assert (caught.value.key, caught.value.value) == ("data.validation[1].env_name", "(")
 
 
 def test_a_missing_math_verify_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.data.grading.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"data\.validation\.env_name=math but math-verify is not installed: pip"):
+    with pytest.raises(UserError, match="math-verify") as caught:
         held_out([dataset(tmp_path / "a.jsonl", ["a"])])
+    assert caught.value.key == "data.validation.env_name"
 
 
 def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> None:
