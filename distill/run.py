@@ -287,7 +287,6 @@ class Run:
         step = self.last_step
         if self.first_step > step or not self.validation.due(step):
             return
-        self.student.offload()
         self.sync.push_weights(step)
         if self.leaves_unjudged(step):
             return

@@ -35,7 +35,6 @@ def train(run: Run) -> None:
 
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
-            student.offload()
             run.sync.push_weights(step, metrics)
 
         if run.leaves_unjudged(step):
