@@ -29,13 +29,6 @@ def load_datasets(
 def refusal(path: Path | str, **keys: Any) -> UserError:
     """Return the error of loading ``path``; its message must be one line."""
     with pytest.raises(UserError) as caught:
-        load_datasets(
-            [
-                DatasetConfig(
-                    data_path=str(path),
-                    **{"input_key": "question", "output_key": "answer"} | keys,
-                )
-            ]
-        )
+        load_datasets([DatasetConfig(data_path=str(path), **{"input_key": "question", "output_key": "answer"} | keys)])
     assert "\n" not in str(caught.value)
     return caught.value
