@@ -73,7 +73,7 @@ def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
 
 _SUBJECTS = {
     "problems": "data.train",
-    "traces": "the traces of data.train",
+    "traces": "the trace column of data.train",
     "prompt_file": "data.train.prompt_file",
     "system_prompt_file": "data.train.system_prompt_file",
     "chat_template": "the chat template of policy.tokenizer",

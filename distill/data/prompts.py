@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from distill.config import DatasetConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 
@@ -267,7 +267,7 @@ def _tokenized(
     for start in range(0, len(chats), _CHUNK):
         rows += [array("i", ids) for ids in chat_ids(tokenizer, chats[start : start + _CHUNK], template_kwargs)]
         if len(rows) % (10 * _CHUNK) == 0:
-            logger.info("tokenized %d of %d prompts", len(rows), len(chats))
+            log.info("tokenized %d of %d prompts", len(rows), len(chats))
     return rows
 
 
@@ -282,11 +282,11 @@ def _without_long_prompts(
             f"{key}: all {len(rows)} prompts are longer than {max_tokens} tokens", fix, key=key, value=len(rows)
         )
     if skipped:
-        logger.warning(
+        log.warning(
             "%s: skipping %d of %d prompts that are longer than %d tokens (longest: %d): %s",
             *(key, skipped, len(rows), max_tokens, max(map(len, rows)), fix),
         )
-    logger.info("%s: %d prompts", key, len(kept))
+    log.info("%s: %d prompts", key, len(kept))
     tokens, bounds = array("i"), array("q", [0])
     for i in kept:
         tokens.extend(rows[i])
@@ -386,7 +386,8 @@ class PromptOrder:
         """Return one phrase per difference from a saved position: inputs of the prompts, and settings of the order.
 
         A different seed is no difference: it changes the order of later steps only. Positions of earlier versions
-        contain the hash of the tokens only.
+        contain the hash of the tokens only. Phrases about settings equal those of ``recipe_diff.changed_keys``, so that
+        a resume reports them once.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []

@@ -24,7 +24,7 @@ from distill.errors import UserError, reason
 if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ KNOWN_DATASETS = {
     "OpenR1-Math-220k": KnownDataset("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
     "DAPOMath17K": KnownDataset("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
 }
-"""Short names of NeMo-RL, with the columns that it reads."""
+"""Short names of NeMo-RL, with the columns that NeMo-RL reads."""
 
 
 _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
@@ -99,10 +99,13 @@ def load_problems(
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
         raise setting_error(
-            f"{key}.input_key", columns.input_key, f"has no text in any row of {source}", "name the problems' column"
+            f"{key}.input_key",
+            columns.input_key,
+            f"has no text in any row of {source}",
+            "name the column of the problems",
         )
     if skipped:
-        logger.warning("%s: skipping %d of %d rows without text in %s", key, skipped, rows, source)
+        log.warning("%s: skipping %d of %d rows without text in %s", key, skipped, rows, source)
     _check_matches(found, columns)
     return Problems.joined([Problems([table], kept) for table, kept in found]).repeated(dataset.repeat)
 
@@ -137,8 +140,8 @@ def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns:
             f"matches no gold answer in {columns.output_key} of {columns.source} (first row: {table.location(row)})",
             "correct it, or set it to null if the column contains only gold answers",
         )
-    logger.warning(
-        "%s=%s does not match the gold answers of %d of %d problems: they have no gold answer (first: %s)",
+    log.warning(
+        "%s=%s does not match the gold answers of %d of %d problems, so these have no gold answer (first: %s)",
         *(key, pattern, len(unmatched), sum(len(kept) for _, kept in found), table.location(row)),
     )
 
