@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os.path
 import re
@@ -10,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.config import Config
 from distill.errors import UserError, any_of, reason
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
-from distill.model.hf_load import causal_lm_parts, meta_model
+from distill.model.hf_load import causal_lm_parts
+from distill.model.tensor_parallel import one_layer_model
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +43,6 @@ class ModelShape:
     vocab: int
     window: int
     """Positions that the model knows."""
-    norms: int
-    """Norms of a layer as wide as ``hidden``."""
     qk_norm: bool
     """Whether queries and keys are normalised."""
     embedding: int
@@ -74,10 +70,8 @@ def shape_of(config: Any, name: str) -> ModelShape:
     Raises UserError where no model can be built by it.
     """
     text = config.get_text_config()
-    one = copy.deepcopy(config)
-    one.get_text_config().num_hidden_layers = 1
     try:
-        model = meta_model(one, "eager", torch.float32)
+        model = one_layer_model(config)
     except Exception as error:  # what transformers makes of an activation or a kind of positions that it doesn't know
         raise UserError(
             f"the config.json of {name} describes no model that can be built ({reason(error)}): download it again"
@@ -87,7 +81,6 @@ def shape_of(config: Any, name: str) -> ModelShape:
     embedding = model.get_input_embeddings().weight.numel()
     own_head = 0 if head.weight is model.get_input_embeddings().weight else head.weight.numel()
     of_layer = sum(parameter.numel() for parameter in layer.parameters())
-    norms = [name for name, _ in layer.named_modules() if name.endswith("norm")]
     return ModelShape(
         name=name,
         hidden=text.hidden_size,
@@ -98,8 +91,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
         intermediate=text.intermediate_size,
         vocab=text.vocab_size,
         window=text.max_position_embeddings,
-        norms=sum(norm.count(".") == 0 for norm in norms),
-        qk_norm=any(norm.endswith("q_norm") for norm in norms),
+        qk_norm=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
         embedding=embedding,
         head=own_head,
         layer=of_layer,
@@ -166,7 +158,7 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
                 f"{owner}.max_total_sequence_length={length} exceeds the window of {shape.name}"
                 f" ({shape.window}): set it to at most that"
             )
-    ours, theirs = group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg)
+    ours, theirs = (group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
     if 1 < theirs < ours:  # 1 asks for no group
         log.warning(
             "teacher.dtensor_cfg asks for groups of %d ranks and policy.dtensor_cfg for %d: the teacher reads in groups"
@@ -181,7 +173,7 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
 
 def _check_student(config: Config, shape: ModelShape) -> None:
     """Tensor parallelism splits heads and inner channels, context parallelism what it leaves of the heads."""
-    parallel, ranks = config.policy.dtensor_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node
+    parallel, ranks = (config.policy.dtensor_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node)
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     parts = {
         "attention heads": shape.heads,
@@ -208,7 +200,7 @@ def _check_student(config: Config, shape: ModelShape) -> None:
 
 def _check_teacher(config: Config, shape: ModelShape) -> None:
     """A teacher's group shares positions, so that all of it splits the heads."""
-    ranks, students = config.cluster.num_nodes * config.cluster.gpus_per_node, group_size(config.policy.dtensor_cfg)
+    ranks, students = (config.cluster.num_nodes * config.cluster.gpus_per_node, group_size(config.policy.dtensor_cfg))
     group = teacher_group(config)
     if not _splits(shape.heads, shape.kv_heads, group):
         fitting = [n for n in _divisors(ranks) if n % students == 0 and _splits(shape.heads, shape.kv_heads, n)]

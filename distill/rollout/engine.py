@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from distill.model.checksum import BitSums, bit_sums, changed
+from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
@@ -118,7 +118,7 @@ class EngineBase(ABC):
         if missing:
             raise RuntimeError(f"the sync to version {version} left out {len(missing)} tensors: {sorted(missing)[:3]}")
         self._prove(weights.sums)
-        differ = changed(self._sums, weights.sums)
+        differ = changed_names(self._sums, weights.sums)
         self._sums = dict(weights.sums)
         self._version = version
         self.state = "synced"

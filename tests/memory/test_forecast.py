@@ -44,7 +44,8 @@ from distill.model.attention import PACKED
 from distill.model.hf_files import find_model
 from distill.model.hf_load import causal_lm_parts, meta_model
 from distill.model.student import Student
-from distill.model.teacher import Teacher
+from distill.model.teacher import ShardedTeacher
+from distill.model.teacher_check import verify_teacher
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.types import OptimizerBatch, Problem, Prompt, Rollout
 from scripts.bench_loss import LiveBytes
@@ -107,7 +108,7 @@ def test_a_published_shape_counts_the_parameters_that_transformers_builds(size: 
     shape = known(f"Qwen/Qwen3-{size}B")
     assert shape.parameters == PUBLISHED[size]
     assert (shape.kv_heads, shape.head_dim, shape.vocab, shape.window) == (8, 128, 151936, 40960)
-    assert (shape.norms, shape.qk_norm) == (2, True)
+    assert shape.qk_norm
     _check_counts(shape, _published(f"Qwen/Qwen3-{size}B"))
 
 
@@ -215,7 +216,7 @@ def _peaks(root: str, world: World) -> dict[bool, tuple[int, int, Forecast]]:
             ranks=2,
         )
         student = Student(config, files, world, shape.vocab, ())
-        teacher = Teacher(config, files, world, shape.vocab)
+        teacher = ShardedTeacher(config, files, world, shape.vocab)
         targets = [teacher.targets(micro_batch)] * 2
         student.train(batch, targets, Metrics())  # the optimizer's state is there from now on
         with LiveBytes() as training:
@@ -367,9 +368,9 @@ class _Wide(TorchDispatchMode):
 def _wide_of_a_teacher(root: str, world: World) -> set[int]:
     config = config_for(Path(root), Path(root), "teacher.precision=bfloat16", "distillation.allow_degenerate=true")
     with _Wide() as wide:
-        teacher = Teacher(config, find_model(root, "teacher.model_name"), world, 4104)
+        teacher = ShardedTeacher(config, find_model(root, "teacher.model_name"), world, 4104)
         teacher.targets(pack(list(enumerate(fixed_rollouts(2, seed=1)))))
-        teacher.prove([(1, 2, 3), (4, 5)])
+        verify_teacher(teacher, [(1, 2, 3), (4, 5)])
     return wide.numels
 
 

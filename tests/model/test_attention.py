@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.batching.plan import view_of
 from distill.model import attention
-from distill.model.attention import attend_at_once, attend_one_by_one, packed_attention, takes_whole_packs
+from distill.model.attention import attend_packed, attend_per_sequence, packed_attention, supports_packed_kernel
 from tests.test_gpu import DEVICES
 
 BOUNDS = (0, 4, 5, 17)
@@ -80,7 +80,7 @@ def _flash_with_a_word_for_fewer_key_heads(*args: Any, enable_gqa: bool = False,
     ],
 )
 def test_whole_packs_are_for_half_precision_on_gpus_with_flash_attention(dtype, channels, capability, whole) -> None:
-    assert takes_whole_packs(dtype, channels, capability) == whole
+    assert supports_packed_kernel(dtype, channels, capability) == whole
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -93,7 +93,7 @@ def test_the_one_call_is_asked_for_what_the_twin_computes(
     upstream = torch.randn(1, BOUNDS[-1], 4, 8, dtype=torch.float64)
     for scaling in (None, 0.3):
         found = []
-        for attend in (attend_at_once, attend_one_by_one):
+        for attend in (attend_packed, attend_per_sequence):
             out = attend(heads[0], heads[1], heads[2], BOUNDS, scaling, window)
             found.append([out, *torch.autograd.grad(out, heads, upstream)])
         for our, other in zip(*found, strict=True):
@@ -109,7 +109,7 @@ def test_attention_goes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch,
         return _flash(*args, **kwargs)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
-    monkeypatch.setattr(attention, "takes_whole_packs", lambda dtype, channels, capability: whole)
+    monkeypatch.setattr(attention, "supports_packed_kernel", lambda dtype, channels, capability: whole)
     query, key, value = _heads(BOUNDS[-1], 8, torch.float32)
     packed_attention(torch.nn.Module(), query, key, value, None, BOUNDS)
     assert len(calls) == whole
@@ -130,7 +130,7 @@ def test_bf16_attention_over_shared_prefixes_errs_no_more_than_a_sequence_at_a_t
     def run(tensors: list[Tensor], one_by_one: bool) -> list[Tensor]:
         with pytest.MonkeyPatch.context() as patch:
             if one_by_one:
-                patch.setattr(attention, "takes_whole_packs", lambda *args: False)
+                patch.setattr(attention, "supports_packed_kernel", lambda *args: False)
             q, k, v = tensors
             out = packed_attention(torch.nn.Module(), q, k, v, None, view.bounds, shared, sliding_window=window)[0]
         return [out, *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]

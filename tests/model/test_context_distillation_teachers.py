@@ -15,10 +15,9 @@ from distill.config import Config
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.step import Metrics
-from distill.model.following import build_teacher
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import Teacher
+from distill.model.teacher import ShardedTeacher, build_teacher
 from distill.model.weights import GatheredWeights
 from distill.types import TopK
 from tests.harness import config_for, fixed_rollouts
@@ -83,7 +82,7 @@ def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
     }
 
 
-def _whole_teacher(teacher: Teacher) -> dict[str, Tensor]:
+def _whole_teacher(teacher: ShardedTeacher) -> dict[str, Tensor]:
     teacher.model.reshard_all()
     return {name: p.to_local().clone() for name, p in teacher.model.named_hf_parameters()}  # type: ignore[attr-defined]
 
