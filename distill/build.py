@@ -21,6 +21,7 @@ from distill.checkpoint.resume import Origin, clock_of, log_clock, origin_of, wa
 from distill.config import Arguments, Config
 from distill.data.content import raise_if_ranks_differ
 from distill.data.teacher_prefix import build_teacher_prefixes
+from distill.distributed.cluster import check_cluster
 from distill.distributed.world import World
 from distill.errors import UserError, writing_run
 from distill.inputs import (
@@ -63,13 +64,13 @@ def build_run(arguments: Arguments, world: World) -> Run:
     Raises UserError, on all ranks alike, for what the user can put right.
     """
     config = arguments.config
-    world.supervisor.expect_loading(config.runtime.phase_timeout_s)
+    world.supervisor.allow_loading(config.runtime.phase_timeout_s)
     with world.all_or_none("checking the recipe"):
         _check_supported(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.all_or_none("checking the cluster"):
-        world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
+        check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
     theirs = config.teacher.dtensor_cfg
     teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
@@ -112,7 +113,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         made = _start_run_dir(arguments, origin) if world.is_main else Path()
     run_dir = world.broadcast(made)
     with world.all_or_none("opening the log"), writing_run(run_dir):
-        world.log_to(run_dir)
+        world.supervisor.log_to(run_dir, world.rank)
     world.supervisor.status.begin(run_dir, first_step)
     with world.all_or_none("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(

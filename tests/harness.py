@@ -21,7 +21,7 @@ from distill.batching.plan import PackingConfig, plan
 from distill.config import Config, load_config
 from distill.distributed.world import World
 from distill.metrics.step import Metrics
-from distill.model.checksum import bit_sums_by_name
+from distill.model.checksum import BitSums, bit_sums_by_name
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
@@ -221,6 +221,11 @@ class CompleteWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._weights)
+
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        """Yield each tensor with its name and its bit sums."""
+        for name, tensor in self._weights:
+            yield name, tensor, self.sums[name]
 
 
 def differences(ours: Step, reference: Step) -> dict[str, float]:

@@ -579,7 +579,7 @@ def test_dry_run_prints_the_recipe_that_it_would_run(root) -> None:
     command = [sys.executable, "-m", "distill.train", "--config", str(root / "recipe.yaml"), "--dry-run"]
     first = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
     (root / "resolved.yaml").write_text(first.stdout)
-    command[4] = str(root / "resolved.yaml")
+    command[4:] = [str(root / "resolved.yaml"), "--dry_run"]
     again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
     assert "max_num_steps: 4" in first.stdout and again.stdout == first.stdout
 
@@ -596,8 +596,8 @@ def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoin
     run = MagicMock(first_step=0, last_step=2)
     run.ends_early.return_value = run.leaves_unjudged.return_value = False
     run.phases.return_value = lambda name: contextlib.nullcontext()
-    run.views.prefixed.return_value = ([], None)
-    run.sync.renew.side_effect = notes("sync")
+    run.views.add.return_value = ([], None)
+    run.sync.push_weights.side_effect = notes("sync")
     run.engine.generate.side_effect = notes("generate")
     run.teacher.onload.side_effect = notes("teacher")
     run.student.onload.side_effect = notes("here")

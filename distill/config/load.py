@@ -76,8 +76,6 @@ class Arguments:
 
     config: Config
     """The recipe with its overrides."""
-    config_path: Path
-    """The recipe's file."""
     dry_run: bool
     """Whether to print the resolved configuration and stop."""
 
@@ -101,7 +99,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     path = find_recipe(line.config_path)
     if line.help:
         _help(path, line.overrides)
-    return Arguments(_load(path, line.overrides), path, line.dry_run)
+    return Arguments(_load(path, line.overrides), line.dry_run)
 
 
 def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:

@@ -98,7 +98,7 @@ _NEGATION = re.compile(
 )
 
 
-def chosen(text: str) -> str | None:
+def chosen_option(text: str) -> str | None:
     """The letter that ``text`` chooses: by its last statement (a box, "Answer: B"), or else by its last or first line.
 
     None: no statement names exactly one option.
@@ -113,7 +113,7 @@ def chosen(text: str) -> str | None:
     return stated[-1] if stated else _outer_line(plain)
 
 
-def option(text: str) -> str | None:
+def named_option(text: str) -> str | None:
     """The letter of a text that holds nothing but an option: ``B``, ``(b)``, ``B.``, ``B) Paris``; None: it is none."""
     plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
     plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
@@ -158,7 +158,7 @@ def _marked(text: str) -> str:
 def _stated(match: re.Match[str], plain: str) -> str | None:
     """The letter of a statement; None: it names no single option; "": it is none, as the letter is a word."""
     if match["box"] is not None:
-        return option(match["box"])
+        return named_option(match["box"])
     if _SECOND.match(plain, match.end()):
         return None
     return "" if match["bare"] and not _AFTER.match(plain, match.end()) else _first(match.groups()[1:])
@@ -171,14 +171,14 @@ def _outer_line(plain: str) -> str | None:
         return None
     lines = [line for line in lines if not line.startswith("A:")] or [""]  # Q: and A: of a dialogue
     last = lines[-1]
-    if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := option(last)):
+    if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := named_option(last)):
         return letter
     if sum(_LED.match(line) is not None or _ALONE.fullmatch(line) is not None for line in lines) > 1:
         return None  # a list of options
     letters: set[str] = set(_BRACKETED.findall(last))
     if len(letters) == 1 and not _NEGATION.search(last):
         return letters.pop()
-    return None if letters else option(lines[0])
+    return None if letters else named_option(lines[0])
 
 
 def _first(groups: tuple[str | None, ...]) -> str:

@@ -33,6 +33,7 @@ class WrittenFloat(float):
     """A JSON number that is shown as the file writes it: 1e5 stays 1e5."""
 
     def __new__(cls, text: str) -> WrittenFloat:
+        """Parse ``text`` and keep it."""
         number = super().__new__(cls, text)
         number.text = text
         return number

@@ -37,7 +37,7 @@ def check_texts(
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
-            check_ids(tokenizer, prompt.student_ids, valid_vocab, _row(prompt, where))
+            check_ids(tokenizer, prompt.student_ids, valid_vocab, _row(prompt, where), where)
     _warn_of_control_tokens(prompts, tokenizer, where, trace_column, think_tags)
     _warn_of_unknown_tokens(prompts, tokenizer, where)
     problems = list(islice(prompts, _ROUND_TRIPS))
@@ -55,7 +55,7 @@ def largest_id(tokenizer: Any) -> int:
     return int(max(tokenizer.get_vocab().values()))
 
 
-def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str) -> None:
+def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, key: str) -> None:
     """Raise UserError, beginning with ``what``, for an id that the models' embeddings don't have."""
     if (beyond := max(ids, default=0)) >= valid_vocab:
         (token,) = tokenizer.convert_ids_to_tokens([beyond])

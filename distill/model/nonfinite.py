@@ -70,7 +70,7 @@ def sample_lines(
 def _sample(rollout: Rollout, decode: Callable[..., str]) -> dict[str, Any]:
     return {
         "prompt_id": rollout.prompt.prompt_id,
-        "answer": rollout.answer,
+        "answer": rollout.response_index,
         "prompt": decode(rollout.prompt.student_ids),
         "text": decode(rollout.response_ids),
         "prompt_ids": list(rollout.prompt.student_ids),

@@ -45,7 +45,7 @@ class ShardedLM(nn.Module):
         self._group = group
 
     def forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
-        """Run the packed sequences of this rank's view and return the result of ``use``; collective over the shard mesh."""
+        """Run this rank's packed sequences and return the result of ``use``; collective over the shard mesh."""
         body, head = causal_lm_parts(self.causal_lm)
         hidden_TD = body(
             input_ids=view.tokens_T[None],

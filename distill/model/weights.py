@@ -83,8 +83,8 @@ class GatheredWeights:
     Every rank of ``mesh`` (one axis over all ranks of a replica, ``tp`` innermost) must iterate over it once, to the
     end, with the same parameters in the same order. At most two buckets exist at a time. Shards are cast to ``dtype``
     before the gather, so float32 shards are sent as bfloat16. A yielded tensor is a view of its bucket: copy it before
-    the next one is requested. ``sums`` has a tensor's bit sums from the moment it is yielded; each rank computed those
-    of its own shard before sending. Raises RuntimeError on all ranks before yielding a tensor that is not finite.
+    the next one is requested. Each rank computes the bit sums of its own shards before sending; their totals are the
+    tensor's. Raises RuntimeError on all ranks before yielding a tensor that is not finite.
     """
 
     def __init__(
@@ -95,7 +95,6 @@ class GatheredWeights:
         mesh: DeviceMesh,
         tp: int = 1,
     ) -> None:
-        self.sums: dict[str, BitSums] = {}
         self._parameters = parameters
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
@@ -103,6 +102,11 @@ class GatheredWeights:
         self._tp = tp
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor, _ in self.with_sums():
+            yield name, tensor
+
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        """Yield each tensor with its name and its bit sums."""
         ahead: _Gather | None = None
         for bucket in self._buckets():
             # The next bucket is gathered while the caller uses this one.
@@ -136,14 +140,14 @@ class GatheredWeights:
         return _Gather([name for name, _ in bucket], layouts, starts, flat, gathered.view(ranks, -1), work)
 
     @torch.no_grad()
-    def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor]]:
+    def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor, BitSums]]:
         gather.work.wait()
         heartbeat()
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
-        self._read_header(header, gather.names)
-        for name, layout, begin in zip(gather.names, gather.layouts, starts, strict=True):
-            yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()])
+        sums = _total_sums(header, gather.names)
+        for name, layout, begin, sent in zip(gather.names, gather.layouts, starts, sums, strict=True):
+            yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
     def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
         """Copy header and shards into one buffer of ``dtype``; return it and the offset of each shard."""
@@ -167,13 +171,14 @@ class GatheredWeights:
             header[i, 2] = local.sum(dtype=torch.float32).isfinite()
         return flat, starts
 
-    def _read_header(self, header: Tensor, names: Sequence[str]) -> None:
-        sums, finite = header.sum(0).tolist(), (header[..., 2] == 1).all(0).tolist()
-        broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
-        if broken:
-            raise RuntimeError(
-                f"{len(broken)} of the student's weights contain nan or infinity; the first is {broken[0]}"
-            )
-        self.sums.update(
-            {name: BitSums(plain, weighted) for name, (plain, weighted, _) in zip(names, sums, strict=True)}
-        )
+
+def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
+    """Return the bit sums of a bucket's tensors from the headers of all ranks [S * TP, tensors, 3].
+
+    Raises RuntimeError if a tensor is not finite.
+    """
+    finite = (header[..., 2] == 1).all(0).tolist()
+    broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    if broken:
+        raise RuntimeError(f"{len(broken)} of the student's weights contain nan or infinity; the first is {broken[0]}")
+    return [BitSums(plain, weighted) for plain, weighted, _ in header.sum(0).tolist()]

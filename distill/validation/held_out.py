@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.config import DatasetConfig
 from distill.data.content import TOKENS, Content, content_hash
-from distill.data.grading import THINK_TAGS, check_gold, check_judge
+from distill.data.grading import THINK_TAGS, check_gold, check_grader
 from distill.data.prompts import load_prompts
 from distill.data.sources import keyed
 from distill.errors import UserError
@@ -77,7 +77,7 @@ def load_held_out(
     first = 0
     for key, dataset in keyed(datasets, _WHERE):
         if dataset.env_name is not None:
-            check_judge(dataset.env_name, key)
+            check_grader(dataset.env_name, key)
         found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column, False, think_tags)
         prompts = [replace(prompt, prompt_id=first + prompt.prompt_id) for prompt in found]
         first += len(found) + found.skipped

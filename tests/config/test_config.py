@@ -128,10 +128,9 @@ def test_a_word_that_sets_nothing_is_refused(words: list[str], parts: list[str])
     assert all(part in sentence for part in parts), sentence
 
 
-def test_dry_run_is_reported_with_the_recipe_that_was_read() -> None:
-    arguments = parse_args(["--dry-run", "--config", SMALL])
-    assert arguments.dry_run
-    assert str(arguments.config_path) == SMALL
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
+def test_dry_run_is_parsed_in_both_spellings(flag: str) -> None:
+    assert parse_args([flag, "--config", SMALL]).dry_run
     assert not parse_args([f"--config={SMALL}"]).dry_run
 
 

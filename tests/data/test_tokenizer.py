@@ -30,7 +30,7 @@ from distill.data import text_checks
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock, current_time
 from distill.data.prompts import chat_ids, token_ids
-from distill.data.teacher_prefix import ContextPrefixes
+from distill.data.teacher_prefix import ContextPrefixes, Prefix
 from distill.data.text_checks import check_texts
 from distill.data.tokenizer import (
     OTHER_TEXTS,
@@ -321,7 +321,8 @@ def test_bare_text_begins_with_bos_once_and_never_ends_with_eos(
         assert token_ids(tokenizer, [text], special_tokens=True) == expected
         assert chat_ids(tokenizer, [[{"role": "user", "content": text}]]) == expected
     context = ContextDistillationConfig(enabled=True, chat_template=False, teacher_prefix_template="What {problem}")
-    assert ContextPrefixes(tokenizer, context, 100)._filled([("is", "")]) == [opening + bare]
+    prefix = ContextPrefixes(tokenizer, context, 100).prefix_of(Prompt(0, (), Problem("is")))
+    assert isinstance(prefix, Prefix) and [*prefix.token_ids] == opening + bare
 
 
 def test_a_post_processor_that_adds_bos_against_the_settings_is_named_in_a_warning(tmp_path: Path, caplog: Any) -> None:

@@ -239,7 +239,7 @@ def test_forecast_equals_the_memory_of_a_step_on_two_ranks(two_ranks: Sequence[M
             )
 
 
-# ---- formulas against numbers computed by hand -----------------------------------------------------------------------------------------
+# ---- formulas against numbers computed by hand -----------------------------------------------------------------------
 
 
 def test_forecast_of_a_32b_teacher_on_eight_cards_of_80_gb() -> None:
@@ -254,7 +254,7 @@ def test_forecast_of_a_32b_teacher_on_eight_cards_of_80_gb() -> None:
         "teacher shards": 2 * 32_762_123_264 // 8,  # 8.2 GB of the 65.5; in float32 it would be 16.4
         "gathered layers": 2 * 2 * layer,  # the current and the prefetched one
         "gathered embedding and head": 2 * outside,
-        # Four ranks read four packs together, 8192 positions each: the MLP's three inner tensors, four of the residual stream.
+        # Four ranks read four packs together, 8192 positions each: three inner tensors of the MLP, four residual ones.
         "teacher's working set": 2 * (3 * 25600 + 4 * 5120) * 8192,
         "targets": 8 * (64 + 1) * 8 * 8191,  # 8 of 64 responses per rank
         "master weights": 4 * 1_720_574_976 // 8,
@@ -402,12 +402,12 @@ def two_ranks(root: Path) -> Sequence[Measured]:
 
 @pytest.mark.slow
 def test_a_bfloat16_teacher_is_never_copied_to_float32(root: Path, two_ranks: Sequence[Measured]) -> None:
-    """From loading to targets, no float32 tensor has the size of a matrix or its shard, or is larger than the logits."""
+    """No float32 tensor has the size of a matrix or its shard, or is larger than the logits."""
     weights = load_file(root / "bfloat16/model.safetensors")
     matrices = {tensor.numel() for tensor in weights.values() if tensor.dim() == 2}
     head = weights["lm_head.weight"].numel()
     for _, numels in two_ranks:
-        # CPUs have no bfloat16 product with float32 output, so the head alone is copied to float32 there, once per pass.
+        # CPUs have no bfloat16 product with float32 output, so the head is copied to float32 there, once per pass.
         rest = numels - {head}
         assert rest & {matrix // part for matrix in matrices for part in (1, 2)} == set()
         assert max(rest) == 64 * 4104 < max(matrices)

@@ -26,7 +26,7 @@ SEQUENCES = [
 
 
 def _heads(length: int, channels: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """Return queries [1, 4, T, Dh], keys and values [1, 2, T, Dh] with gradients, in the memory layout of projections."""
+    """Return queries [1, 4, T, Dh], keys and values [1, 2, T, Dh] with gradients, laid out as by projections."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(1, length, heads, channels, generator=generator) for heads in (4, 2, 2)]
     return [heads.to(device, dtype).transpose(1, 2).requires_grad_() for heads in made]
