@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from distill.checkpoint import Checkpoints, has_validation
-from distill.checkpoint.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
+from distill.checkpoint.resume import RunHistory, clock_of, compare_with_checkpoint, log_clock, warn_of_changes
 from distill.config import Arguments, Config
 from distill.data.content import raise_if_ranks_differ
 from distill.data.teacher_prefix import build_teacher_prefixes
@@ -107,7 +107,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
             warn_of_unusable_golds(held_out)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     with world.all_or_none("comparing the checkpoint with the recipe"):
-        origin = origin_of(found, config, order, clock, contents["data.validation"])
+        origin = compare_with_checkpoint(found, config, order, clock, contents["data.validation"])
         first_step = int(found.info["data"]["step"]) if found else 0
     with world.all_or_none("making the run's folder"):
         made = _start_run_dir(arguments, origin) if world.is_main else Path()
@@ -163,8 +163,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         run_dir=run_dir,
         recorder=recorder,
         checkpoints=checkpoints,
-        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changed else -1,
-        reference=origin.reference(found),
+        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changes else -1,
+        reference=origin.in_context_metrics(found),
     )
     return Run(
         config=config,
@@ -229,7 +229,7 @@ def _export_files(config: Config, models: Models) -> ExportFiles:
     )
 
 
-def _start_run_dir(arguments: Arguments, origin: Origin) -> Path:
+def _start_run_dir(arguments: Arguments, origin: RunHistory) -> Path:
     """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints
-from distill.checkpoint.resume import Origin
+from distill.checkpoint.resume import RunHistory
 from distill.config import Config
 from distill.data.prompts import PromptOrder
 from distill.data.teacher_prefix import TRUNCATION_RATE, PrefixStats, TeacherPrefixes
@@ -54,7 +54,7 @@ class Run:
     run_dir: Path
     models: Models
     order: PromptOrder
-    origin: Origin
+    origin: RunHistory
     views: TeacherPrefixes
     engine: Engine
     student: Student
