@@ -30,17 +30,11 @@ from distill.data import text_checks
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock, current_time
 from distill.data.prompts import chat_ids, token_ids
+from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.teacher_prefix import ContextPrefixes, Prefix
 from distill.data.text_checks import check_texts
-from distill.data.tokenizer import (
-    OTHER_TEXTS,
-    PLAIN_TEXTS,
-    compare_vocabularies,
-    load_tokenizer,
-    stop_ids,
-    tokenizer_class_misreads,
-    usable_stop_ids,
-)
+from distill.data.tokenizer import load_tokenizer, tokenizer_class_misreads
+from distill.data.tokenizer_checks import OTHER_TEXTS, PLAIN_TEXTS, compare_vocabularies
 from distill.errors import UserError
 from distill.inputs import check_contexts, find_models, read_prompts
 from distill.types import Problem, Prompt
