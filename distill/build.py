@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from distill.checkpoint import Checkpoints, has_validation
-from distill.checkpoint.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
+from distill.checkpoint.resume import RunHistory, clock_of, compare_with_checkpoint, log_clock, warn_of_changes
 from distill.config import Arguments, Config
 from distill.data.content import raise_if_ranks_differ
 from distill.data.teacher_prefix import build_teacher_prefixes
+from distill.distributed.cluster import check_cluster
 from distill.distributed.world import World
 from distill.errors import UserError, writing_run
 from distill.inputs import (
@@ -62,13 +63,13 @@ def build_run(arguments: Arguments, world: World) -> Run:
     Raises UserError, on all ranks alike, for what the user can put right.
     """
     config = arguments.config
-    world.supervisor.expect_loading(config.runtime.phase_timeout_s)
+    world.supervisor.allow_loading(config.runtime.phase_timeout_s)
     with world.all_or_none("checking the recipe"):
         _check_supported(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.all_or_none("checking the cluster"):
-        world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
+        check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
     theirs = config.teacher.dtensor_cfg
     teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
@@ -105,13 +106,13 @@ def build_run(arguments: Arguments, world: World) -> Run:
             warn_of_unusable_golds(held_out)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     with world.all_or_none("comparing the checkpoint with the recipe"):
-        origin = origin_of(found, config, order, clock, contents["data.validation"])
+        origin = compare_with_checkpoint(found, config, order, clock, contents["data.validation"])
         first_step = int(found.info["data"]["step"]) if found else 0
     with world.all_or_none("making the run's folder"):
         made = _start_run_dir(arguments, origin) if world.is_main else Path()
     run_dir = world.broadcast(made)
     with world.all_or_none("opening the log"), writing_run(run_dir):
-        world.log_to(run_dir)
+        world.supervisor.log_to(run_dir, world.rank)
     world.supervisor.status.begin(run_dir, first_step)
     with world.all_or_none("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(
@@ -161,8 +162,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         run_dir=run_dir,
         recorder=recorder,
         checkpoints=checkpoints,
-        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changed else -1,
-        reference=origin.reference(found),
+        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changes else -1,
+        reference=origin.in_context_metrics(found),
     )
     return Run(
         config=config,
@@ -227,7 +228,7 @@ def _export_files(config: Config, models: Models) -> ExportFiles:
     )
 
 
-def _start_run_dir(arguments: Arguments, origin: Origin) -> Path:
+def _start_run_dir(arguments: Arguments, origin: RunHistory) -> Path:
     """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)

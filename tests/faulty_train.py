@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distill.distributed.program import leave
+from distill.distributed.program import exit_process
 from distill.supervise.progress import CURRENT
 from distill.train import main
 
@@ -177,4 +177,4 @@ PLANTED: dict[str, Callable[..., Any]] = {f.__name__: f for f in (nan_loss, nan_
 if __name__ == "__main__":
     if "FAULT" in os.environ:
         plant(json.loads(os.environ["FAULT"]))
-    leave(main())
+    exit_process(main())

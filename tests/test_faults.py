@@ -253,7 +253,7 @@ def test_a_rank_that_hangs_ends_the_run_on_all_and_is_named_with_its_phase(root,
     assert hung.code != 0 and not hung.left, hung.said
     reason = hung.status["reason"]
     assert hung.status["state"] == "failed" and hung.status["exit_code"] == 1
-    assert HANGS[moment] in reason and "rank 1 of 2 did not arrive" in reason, reason
+    assert HANGS[moment] in reason and "rank 1 of 2" in reason, reason
     assert f"error: {reason}" in hung.said
     stacks = (root / f"runs/hung in {moment}/logs/rank_00001.log").read_text()
     assert "in hang" in stacks, "the stack tells where it hangs"
@@ -320,8 +320,8 @@ def test_with_vllm_too_a_killed_and_a_stopped_run_end_as_an_undisturbed_one(root
         ("kill_rank", 0, False, "rank 0 on"),
         ("kill_rank", 1, False, "rank 1 on"),
         ("kill_rank", 1, True, "rank 0: RuntimeError: "),
-        ("freeze_rank", 0, False, "rank 0, or whoever holds the rendezvous, gave no answer for 40 s"),
-        ("freeze_rank", 1, True, "rank 1 gave no sign of life for 40 s"),
+        ("freeze_rank", 0, False, "the rendezvous store of rank 0 "),
+        ("freeze_rank", 1, True, "rank 1 sent no heartbeat"),
     ],
 )
 def test_without_a_launcher_too_a_lost_rank_takes_the_other_down(root, does, victim, elsewhere, says) -> None:
@@ -342,7 +342,9 @@ def test_without_a_launcher_too_a_lost_rank_takes_the_other_down(root, does, vic
         assert ranks[1 - victim].wait(300) == 1
         assert time.time() - float((root / f"{name}.fell").read_text()) < HANG_S
         status = read_status(root / f"runs/{name}" / STATUS_FILE)
-        assert status["state"] == "failed" and status["lost"] is True and str(status["reason"]).startswith(says), status
+        assert status["state"] == "failed" and status["retryable"] is True and str(status["reason"]).startswith(says), (
+            status
+        )
         if does == "freeze_rank":
             ranks[victim].send_signal(signal.SIGCONT)
             assert ranks[victim].wait(HANG_S) == 1, "awake again it sees that it is alone"
@@ -359,4 +361,4 @@ def test_a_rank_that_gives_no_sign_of_life_ends_the_run(root) -> None:
     fault = {"step": 2, "moment": "generation", "rank": 1, "what": "hang_in_c"}
     silent = run(root, "silent", fault=fault, launcher=("--shutdown-timeout", "5"))
     assert silent.code != 0 and not silent.left
-    assert silent.status["reason"] == "rank 1 gave no sign of life for 40 s", silent.said
+    assert silent.status["reason"].startswith("rank 1 sent no heartbeat"), silent.said

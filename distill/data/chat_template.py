@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from distill.data.template import read_text
+from distill.data.files import read_text
 from distill.errors import UserError, reason, show
 
 log = logging.getLogger(__name__)

@@ -92,9 +92,9 @@ class GatheredWeights:
 
     Every rank of ``mesh`` (one axis: all ranks that hold a whole model between them, ``tp`` innermost) must drain it
     once, in the same order. The cast to ``dtype`` comes before the gather, so that float32 shards travel as bfloat16. A
-    yielded tensor is a view of its bucket: copy it or lose it. ``sums`` has a tensor's bit sums as soon as it is
-    yielded: added up from the shards, each taken where the shard lies. Raises RuntimeError, on all ranks alike, for a
-    tensor that isn't finite, before it is yielded.
+    yielded tensor is a view of its bucket: copy it or lose it. Each rank computes the bit sums of its own shards; their
+    totals are the tensor's. Raises RuntimeError, on all ranks alike, for a tensor that isn't finite, before it is
+    yielded.
     """
 
     def __init__(
@@ -105,7 +105,6 @@ class GatheredWeights:
         mesh: DeviceMesh,
         tp: int = 1,
     ) -> None:
-        self.sums: dict[str, BitSums] = {}
         self._parameters = parameters
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
@@ -113,6 +112,11 @@ class GatheredWeights:
         self._tp = tp
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor, _ in self.with_sums():
+            yield name, tensor
+
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        """Yield each tensor with its name and its bit sums."""
         ahead: _Gather | None = None
         for bucket in self._buckets():
             # The next bucket travels while this one is taken in.
@@ -146,14 +150,14 @@ class GatheredWeights:
         return _Gather([name for name, _ in bucket], places, starts, flat, gathered.view(ranks, -1), work)
 
     @torch.no_grad()
-    def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor]]:
+    def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor, BitSums]]:
         gather.work.wait()
         heartbeat()
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
-        self._read(header, gather.names)
-        for name, place, begin in zip(gather.names, gather.places, starts, strict=True):
-            yield name, place.whole(by_rank[:, begin : begin + place.room()])
+        sums = _sums_of(header, gather.names)
+        for name, place, begin, sent in zip(gather.names, gather.places, starts, sums, strict=True):
+            yield name, place.whole(by_rank[:, begin : begin + place.room()]), sent
 
     def _packed(self, shards: Sequence[Tensor], places: Sequence[_Place]) -> tuple[Tensor, list[int]]:
         """This rank's shards end to end behind their header, in one pass that also casts; where each begins."""
@@ -177,18 +181,21 @@ class GatheredWeights:
             header[i, 2] = local.sum(dtype=torch.float32).isfinite()
         return flat, starts
 
-    def _read(self, header: Tensor, names: Sequence[str]) -> None:
-        sums, finite = header.sum(0).tolist(), (header[..., 2] == 1).all(0).tolist()
-        broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
-        if broken:
-            raise RuntimeError(f"{len(broken)} of the student's weights hold nan or infinity, {broken[0]} first")
-        self.sums.update(
-            {name: BitSums(plain, weighted) for name, (plain, weighted, _) in zip(names, sums, strict=True)}
-        )
+
+def _sums_of(header: Tensor, names: Sequence[str]) -> list[BitSums]:
+    """The bit sums of a bucket's tensors, from the headers of all ranks [S * TP, tensors, 3].
+
+    Raises RuntimeError for a tensor that is not finite.
+    """
+    finite = (header[..., 2] == 1).all(0).tolist()
+    broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    if broken:
+        raise RuntimeError(f"{len(broken)} of the student's weights hold nan or infinity, {broken[0]} first")
+    return [BitSums(plain, weighted) for plain, weighted, _ in header.sum(0).tolist()]
 
 
 class WholeWeights:
-    """Whole tensors of one process as a sync wants them, with their bit sums: for tests and measurements."""
+    """Complete tensors of one process as a sync sends them, with their bit sums: for tests and measurements."""
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._weights = list(weights)
@@ -196,3 +203,8 @@ class WholeWeights:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._weights)
+
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        """Yield each tensor with its name and its bit sums."""
+        for name, tensor in self._weights:
+            yield name, tensor, self.sums[name]

@@ -196,18 +196,18 @@ def test_the_traces_of_a_table_are_read_with_the_problems(tmp_path: Path) -> Non
     dataset = DatasetConfig(data_path=str(tmp_path / "a.parquet"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns.0.text")
     assert [prompt.problem.columns for prompt in prompts] == [{"turns.0.text": "a"}, {"turns.0.text": ""}]
-    with pytest.raises(UserError, match=r"answer_column=solution is missing in the table of .* has input, turns: set"):
+    with pytest.raises(UserError, match=r"answer_column=solution .* input, turns:"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
-    with pytest.raises(UserError, match=r"answer_column=turns is of type list in row 0 of .*: name a column of str"):
+    with pytest.raises(UserError, match=r"answer_column=turns .* list in row 0 of"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"hint": "b"}, r"answer_column=solution is missing in line 2 of .*, which has input, hint: set distillation"),
-        ({"solution": 3}, r"answer_column=solution is of type int in line 2 of .*: name a column of strings"),
-        ({"solution": ["a"]}, r"answer_column=solution is of type list in line 2 of .*: name a column of strings"),
+        ({"hint": "b"}, r"answer_column=solution .* line 2 of .* input, hint:"),
+        ({"solution": 3}, r"answer_column=solution .* int in line 2 of"),
+        ({"solution": ["a"]}, r"answer_column=solution .* list in line 2 of"),
     ],
 )
 def test_a_column_of_traces_that_is_none_is_one_clear_sentence(tmp_path: Path, row: Any, message: str) -> None:

@@ -22,15 +22,15 @@ import os, time
 if os.environ.get("BRAKE_S") or os.environ.get("BRAKE_UNTIL"):
     from distill.supervise.status import Status
 
-    at = Status.at
+    set_step = Status.set_step
 
     def slow(self, step):
-        at(self, step)
+        set_step(self, step)
         time.sleep(float(os.environ.get("BRAKE_S", 0)))
         while step > 2 and not os.path.exists(os.environ.get("BRAKE_UNTIL", "/")):
             time.sleep(0.1)
 
-    Status.at = slow
+    Status.set_step = slow
 """
 """Every step takes so many seconds longer, or the third one until a file is there: what happens to a run in its middle
 needs one, on any machine.
@@ -175,7 +175,7 @@ def test_a_run_that_nears_its_time_limit_saves_and_requeues_itself(cluster, tiny
     found = _ended_well(cluster, job)
     said = cluster.output(job)
     assert int(found["Restarts"]) >= 1 and "received SIGUSR1" in said, said
-    assert "stopped SIGUSR1" in said and "requeued; it will continue" in said and "resumed from" in said, said
+    assert "stopped SIGUSR1" in said and "requeueing;" in said and "resumed from" in said, said
     assert "TIME LIMIT" not in said, said
     _same(_rows(tiny, "limited", job), undisturbed[1])
 
@@ -186,7 +186,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, tiny) -> None:
     cluster.run("scancel", str(job))
     assert cluster.ended(job)["JobState"] == "CANCELLED"
     said = cluster.output(job)
-    assert "stopped after step" in said and "requeued; it" not in said, said
+    assert "stopped after step" in said and "requeueing;" not in said, said
     steps = len(_rows(tiny, "cancelled", job))
     assert (tiny / f"checkpoints/cancelled/step_{steps}").exists(), said
 
@@ -199,7 +199,7 @@ def test_a_lost_node_ends_the_job_soon_and_it_resumes_on_another(cluster, tiny, 
     cluster.until("the requeue", lambda: cluster.job(job)["Restarts"] != "0", 60, job)
     assert _ended_well(cluster, job)["NodeList"] == "node[1,3]"
     said = cluster.output(job)
-    assert "died without a word" in said and "resumed from" in said, said
+    assert "killed or crashed" in said and "resumed from" in said, said
     _same(_rows(tiny, "lost", job), undisturbed[1])
     cluster.start_node("node2")
 

@@ -13,8 +13,12 @@ from distill.model.checksum import whole_bit_sums
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.weights import WholeWeights
-from distill.rollout.engine import answer_seed, longest_first
-from distill.rollout.transformers_engine import TransformersEngine, draw, processed_logprobs
+from distill.rollout.engine import longest_first, response_seed
+from distill.rollout.transformers_engine import (
+    TransformersEngine,
+    draw,
+    processed_logprobs,
+)
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.helpers import save_tiny_model
 
@@ -236,8 +240,8 @@ def test_abandoned_answers_are_none_at_all_and_the_engine_is_as_good_as_before(f
         return len(asked) == 3
 
     whole = _ids(engine.generate(_prompts(5, 6), _sampling(), step=0))
-    assert engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=abandon) == [] and len(asked) == 3
-    assert _ids(engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=lambda: False)) == whole
+    assert engine.generate(_prompts(5, 6), _sampling(), step=0, cancelled=abandon) == [] and len(asked) == 3
+    assert _ids(engine.generate(_prompts(5, 6), _sampling(), step=0, cancelled=lambda: False)) == whole
     engine.sleep()
 
 
@@ -256,9 +260,9 @@ def test_the_longest_prompt_goes_first() -> None:
 
 
 def test_seeds_of_neighbours_are_unrelated() -> None:
-    seeds = {answer_seed(s, step, p, a) for s in range(3) for step in range(5) for p in range(5) for a in range(5)}
+    seeds = {response_seed(s, step, p, a) for s in range(3) for step in range(5) for p in range(5) for a in range(5)}
     assert len(seeds) == 375 and all(0 <= seed < 2**63 for seed in seeds)
-    assert answer_seed(1, 23, 4, 5) != answer_seed(12, 3, 4, 5)
+    assert response_seed(1, 23, 4, 5) != response_seed(12, 3, 4, 5)
 
 
 def test_an_answer_ends_with_its_stop_token_or_at_the_limit(ready) -> None:

@@ -96,7 +96,8 @@ def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         weights = GatheredWeights(student.model.named_hf_parameters(), dtype, 50_000, world.replica_mesh, tp)
-        found[dtype] = ({name: tensor.clone() for name, tensor in weights}, dict(weights.sums))
+        sent = [(name, tensor.clone(), sums) for name, tensor, sums in weights.with_sums()]
+        found[dtype] = {name: t for name, t, _ in sent}, {name: sums for name, _, sums in sent}
     return found
 
 
@@ -186,7 +187,9 @@ class OneRank:
 
 
 def _freshness(changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16) -> WeightSync:
-    trainer = SimpleNamespace(dtype=dtype, weights=lambda: WholeWeights([]), logprobs=lambda ids: [-1.0, -2.0])
+    trainer = SimpleNamespace(
+        dtype=dtype, offload=lambda: None, weights=lambda: WholeWeights([]), logprobs=lambda ids: [-1.0, -2.0]
+    )
     return WeightSync(OneRank(), ScriptedEngine(changed, probes), trainer, 50)  # type: ignore[arg-type]
 
 
@@ -254,7 +257,7 @@ class ShortEngine(ScriptedEngine):
 
 def _short() -> str:
     world = World(datetime.timedelta(seconds=20))
-    trainer = SimpleNamespace(dtype=torch.bfloat16, weights=lambda: WholeWeights([]))
+    trainer = SimpleNamespace(dtype=torch.bfloat16, weights=lambda: WholeWeights([]), offload=lambda: None)
     try:
         WeightSync(world, ShortEngine([1], []), trainer, 50).push_weights(0)  # type: ignore[arg-type]
     except RuntimeError as error:

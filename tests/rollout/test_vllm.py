@@ -174,14 +174,14 @@ def _abandoned(engine: VllmEngine) -> tuple[list[Any], int, bool]:
         asked += 1
         return asked == 3
 
-    answers = engine.generate(PROMPTS, SAMPLED, 0, abandon=abandon)
+    answers = engine.generate(PROMPTS, SAMPLED, 0, cancelled=abandon)
     scheduler = engine._engine.engine_core.engine_core.scheduler
     return answers, asked, scheduler.has_requests() or engine._engine.has_unfinished_requests()
 
 
 def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
     """Break the awake engine in one way after another; what it, or the proof of its weights, says to each."""
-    said = {"nothing": _said(lambda: engine._prove(weights.sums))}
+    said = {"nothing": _said(lambda: engine._verify(weights.sums))}
     core = engine._engine
     norm: Any = engine._weights.model.get_parameter("model.norm.weight")
     core.sleep(1)
@@ -192,7 +192,7 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
     core.step = step
     core.abort_request([str(i) for i in range(engine._requests)])
     norm.data += 1
-    said["written over"] = _said(lambda: engine._prove(weights.sums))
+    said["written over"] = _said(lambda: engine._verify(weights.sums))
     norm.data.fill_(torch.nan)
     said["nan in the engine"] = _said(lambda: engine.generate(PROMPTS, GREEDY, 0))
     for name, lost, factor in (
@@ -201,19 +201,19 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
     ):
         later = WholeWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
         engine._weights.receive((n, t) for n, t in later if n != lost)
-        said[name] = _said(lambda later=later: engine._prove(later.sums))  # type: ignore[misc]
+        said[name] = _said(lambda later=later: engine._verify(later.sums))  # type: ignore[misc]
     engine._weights.receive((EXCHANGED.get(n, n), t) for n, t in weights)
-    said["key and value exchanged"] = _said(lambda: engine._prove(weights.sums))
+    said["key and value exchanged"] = _said(lambda: engine._verify(weights.sums))
     engine._weights.receive(iter(weights))
     norm.data = norm.data[[1, 0, *range(2, len(norm))]]
-    said["rows exchanged"] = _said(lambda: engine._prove(weights.sums))
+    said["rows exchanged"] = _said(lambda: engine._verify(weights.sums))
     head = engine._weights.model.lm_head
     engine._weights.model.lm_head = None  # type: ignore[assignment]
     engine._weights.receive(iter(weights))
     engine._weights.model.lm_head = head
-    said["a head that is not repacked"] = _said(lambda: engine._prove(weights.sums))
+    said["a head that is not repacked"] = _said(lambda: engine._verify(weights.sums))
     engine._weights.receive(iter(weights))
-    said["repaired"] = _said(lambda: engine._prove(weights.sums))
+    said["repaired"] = _said(lambda: engine._verify(weights.sums))
     engine.sleep()
     engine.wake("weights")
     stale = WholeWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
@@ -371,7 +371,7 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     engine.wake("weights")
     sent = dict(engine._sums)
     norm.data += float(other)
-    seen["one rank's weights"] = _said(lambda: engine._prove(sent))
+    seen["one rank's weights"] = _said(lambda: engine._verify(sent))
     norm.data -= float(other)
     run = engine._run
 

@@ -27,7 +27,7 @@ from distill.metrics.sinks import open_recorder, summary, validation_line
 from distill.model.hf_files import find_model
 from distill.model.student import Student
 from distill.model.teacher import Teacher
-from distill.rollout.engine import answer_seed, stream_seed
+from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
 from distill.types import Problem, Prompt, Rollout, Sampling
 from distill.validation import HeldOut, Validation, load_held_out
@@ -266,7 +266,7 @@ def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> Non
     )
     sampling = validation_sampling_of(config, (1,))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.responses_per_prompt) == (0.5, 0.9, 7, 3)
-    seeds = {answer_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
+    seeds = {response_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
     assert sampling.seed != 42 and len(seeds) == 3
     assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
 
@@ -312,7 +312,7 @@ class Engine:
         self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Callable[[], bool]
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Callable[[], bool]
     ) -> list[Rollout]:
         self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
         return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
