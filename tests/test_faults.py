@@ -262,8 +262,8 @@ def test_a_rank_that_hangs_ends_the_run_on_all_and_is_named_with_its_phase(root,
 @pytest.mark.parametrize(
     ("moment", "what", "says"),
     [
-        ("forward", "nan_loss", "not finite is the loss of 1 of 1 micro-batches of rank 1"),
-        ("forward", "nan_weight", "not finite among the weights: rank 1's shard of model."),
+        ("forward", "nan_loss", "1 of 1 micro-batches"),
+        ("forward", "nan_weight", "rank 1's shard of model."),
         ("optimizer", "nan_weight_after", "after step 3 rank 1's shard of model."),
     ],
 )
