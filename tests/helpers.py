@@ -30,7 +30,7 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "ge
 def tiny_config(
     family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2
 ) -> Any:
-    """Return a small configuration of a family; default: two layers, four query and two key-value heads of 32 channels."""
+    """Return a small configuration of a family, by default two layers, four query heads and two key-value heads."""
     shape: dict[str, Any] = dict(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -45,7 +45,9 @@ def tiny_config(
     )
     if family == "qwen2":  # transformers ignores head_dim here: it is hidden / heads
         shape.update(num_attention_heads=hidden // 32, num_key_value_heads=1)
-    if family == "gemma3_text":  # alternating sliding and full layers; a window shorter than most texts; a different scale
+    if (
+        family == "gemma3_text"
+    ):  # alternating sliding and full layers; a window shorter than most texts; a different scale
         shape.update(sliding_window=8, sliding_window_pattern=2, query_pre_attn_scalar=24)
     return CONFIGS[family](**shape)
 
@@ -64,7 +66,7 @@ def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed
 
 
 _PORTS = itertools.count(random.Random(os.getpid()).randrange(10_000))
-"""Candidates; they start at a random number, so that processes that search at the same time find different ports."""
+"""Candidates; they start at a random number, so that concurrent processes find different ports."""
 
 
 def free_port() -> int:
