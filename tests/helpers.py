@@ -82,7 +82,7 @@ def free_port() -> int:
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(*args)`` in ``ranks`` processes that can create a World; return their results in order of rank."""
+    """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results by rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank_main, (ranks, free_port(), folder, function, args), nprocs=ranks, start_method="spawn")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
