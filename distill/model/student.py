@@ -173,7 +173,7 @@ class Student:
         Called once, after the last backward. Weights that act on a rank's own heads (Qwen3's q_norm and k_norm) get
         gradients of those heads only, so theirs are summed: without the sum the loss would be right and these gradients
         too small. All other replicated weights get the same gradient on every rank, except for the order of additions
-        on a GPU. They are averaged: otherwise the copies would drift apart over the steps.
+        on a GPU. They are averaged: otherwise the copies would diverge over the steps.
         """
         if self._tp == 1:
             return

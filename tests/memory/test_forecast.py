@@ -152,7 +152,7 @@ def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[Model
     )
     shape = shape_of(config, family)
     config._attn_implementation = "sdpa"
-    positions, dtype = 2**16, torch.bfloat16  # so many that the weights' gradients are negligible
+    positions, dtype = 2**16, torch.bfloat16  # enough to make the weights' gradients negligible
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode():
