@@ -134,9 +134,8 @@ def _open_mapped(path: Path) -> pa.Table | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_size <= _TRAILER.size:
             return None
-        content = pa.py_buffer(
-            mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        )  # duplicates the descriptor, with its lock
+        # mmap duplicates the descriptor, so the lock lives as long as the mapping.
+        content = pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
     finally:
         os.close(descriptor)
     body = content.slice(0, content.size - _TRAILER.size)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from distill.config.template import Template
-from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_parts
+from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_change
 from distill.data.files import read_text
 from distill.data.grading import THINK_TAGS
 from distill.data.sources import keyed, load_problems
@@ -64,7 +64,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
     fixed = {"tokenize": False, "add_generation_prompt": True}
     if keys := sorted(fixed.keys() & kwargs.keys()):
         raise UserError(
-            f"{_KWARGS_KEY} sets {' and '.join(keys)}, but prompts need fixed values", "remove it", key=_KWARGS_KEY
+            f"{_KWARGS_KEY} sets {' and '.join(keys)}, which prompts do not allow", "remove it", key=_KWARGS_KEY
         )
     try:
         return [str(tokenizer.apply_chat_template(chat, **fixed, **kwargs)) for chat in chats]
@@ -392,8 +392,8 @@ class PromptOrder:
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
         if parts := changed_parts(saved, self.content_hashes):
-            subject = describe_parts(parts, all_compared=len(saved) > 1)
-            changes.append(f"{subject} changed{self._count_changed_prompts(state)}")
+            change = describe_change(parts, all_compared=len(saved) > 1)
+            changes.append(f"{change}{self._count_changed_prompts(state)}")
         return changes + [
             f"{key} was {type(now)(state[name])} and is {now}"
             for name, key in _SETTINGS.items()

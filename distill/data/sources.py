@@ -99,19 +99,18 @@ def load_problems(
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
         raise setting_error(
-            f"{key}.input_key",
-            columns.input_key,
+            *(f"{key}.input_key", columns.input_key),
             f"has no text in any row of {source}",
             "name the column of the problems",
         )
     if skipped:
-        log.warning("%s: skipping %d of %d rows without text in %s", key, skipped, rows, source)
+        log.warning("%s: %d of %d rows of %s have no text and are skipped", key, skipped, rows, source)
     _check_matches(found, columns)
     return Problems.joined([Problems([table], kept) for table, kept in found]).repeated(dataset.repeat)
 
 
 def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
-    """Complete the dataset's keys from its short name's defaults, else with "input" and "output"."""
+    """Complete the dataset's keys from the defaults of its short name, otherwise with "input" and "output"."""
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
     if pattern is None and known is not None and dataset.output_key in (None, known.output_key):

@@ -158,7 +158,7 @@ def test_different_tokens_from_equal_inputs_are_reported_with_possible_causes(tm
     state = inputs(tmp_path / "first", {}).state(1)
     other_day = inputs(tmp_path / "day", {}, FIRST + timedelta(days=1))
     (change,) = other_day.changes(state)
-    assert "tokenizer files" in change and "3 of 3 prompts" in change
+    assert "tokenization" in change and "3 of 3 prompts" in change
     del state["content"]
     (change,) = other_day.changes(state)  # checkpoints of earlier versions have no such entry
     assert change.startswith("data.train, ") and "policy.tokenizer has changed (3 of 3 prompts" in change
