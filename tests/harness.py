@@ -1,4 +1,4 @@
-"""Reference and product steps on fixed responses, to compare loss, gradients and weights for any layout and packing.
+"""Reference and product steps on fixed responses, for any layout and packing.
 
 ``plain_step`` is the reference: one process, plain transformers and autograd, one response at a time; ``plain_update``
 is its optimizer. ``sharded_step`` is the product's step on this rank. ``differences`` compares two steps.
@@ -58,7 +58,7 @@ def config_for(student: Path, teacher: Path, *overrides: str, ranks: int = 1) ->
 
 
 def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rollout]:
-    """Return responses of 1 to 40 random tokens; every second teacher prefix differs from the student's prompt."""
+    """Return responses of 1 to 40 random tokens; every second teacher prefix is different."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -90,7 +90,7 @@ class Step:
 
 
 def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
-    """Compute loss and gradients of one step in plain PyTorch: the independent oracle. No floor, cap or jsd."""
+    """Compute loss and gradients in plain PyTorch: the independent oracle. No floor, cap or jsd."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
     temperature, k = (config.policy.generation.temperature, config.distillation.topk_logits_k)
@@ -122,7 +122,7 @@ def _norm(gradients: Mapping[str, Tensor]) -> float:
 
 
 def plain_update(config: Config, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's weights after the first step of PyTorch's optimizer with ``gradients``: an oracle."""
+    """Return the student's weights after one step of PyTorch's optimizer with ``gradients``."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=torch.float32)
     named = dict(student.named_parameters())
     for name, parameter in named.items():
@@ -141,7 +141,10 @@ def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: 
 
 
 def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
-    """Return log-probs of the top-k of ``choosing`` (0: all ids), and of the other ids together or without them."""
+    """Return log-probs of the top-k of ``choosing``; k = 0: of all ids.
+
+    ``outside``: "bucket" adds the other ids together as one outcome, "renormalize" drops them.
+    """
     if k == 0:
         return logits.log_softmax(-1)
     best = choosing.topk(k + 1, -1)
@@ -229,7 +232,7 @@ class CompleteWeights:
 
 
 def differences(ours: Step, reference: Step) -> dict[str, float]:
-    """Return relative differences of loss, norm and every gradient (norm of the difference / norm, in float64)."""
+    """Return relative differences of loss, norm and every gradient (2-norms in float64)."""
     assert ours.gradients.keys() == reference.gradients.keys()
     found = {
         f"gradient of {name}": float((ours.gradients[name].double() - g.double()).norm() / g.double().norm())
