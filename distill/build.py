@@ -39,9 +39,10 @@ from distill.loss import check_loss_backend
 from distill.memory.forecast import plan_memory
 from distill.metrics.sinks import open_recorder
 from distill.model.export_files import ExportFiles, read_export_files
-from distill.model.following import build_teacher
 from distill.model.hf_config import model_config
 from distill.model.student import Student
+from distill.model.teacher import build_teacher
+from distill.model.teacher_check import verify_teacher
 from distill.rollout.factory import build_engine, check_backend, sampling_of, validation_sampling_of
 from distill.rollout.sync import WeightSync
 from distill.run import Run
@@ -128,7 +129,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
-    difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
+    difference = verify_teacher(teacher, [prompt.student_ids for prompt in order.batch(0)])
     log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
     teacher.offload()
     if found is not None:

@@ -28,7 +28,7 @@ from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics, summary
 from distill.metrics.step import Metrics, Phases, add_rollouts, finish_step
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
-from distill.model.nonfinite import NonFinite, not_finite, sample_lines, sentence, write_report
+from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine
@@ -261,7 +261,7 @@ class Run:
         """
         try:
             yield
-        except NonFinite as error:
+        except NonFiniteError as error:
             self.checkpoints.finalize_pending(block=True)
             found, rank = error.found, self.world.rank
             everyone = self.world.gather(found)
@@ -270,7 +270,7 @@ class Run:
             files = self.run_dir / "nonfinite"
             with self.world.all_or_none("writing the answers whose loss isn't finite"):
                 write_report(files / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
-            raise RunFailed(sentence(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
+            raise RunFailed(describe(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
 
     def _small_files(self, step: int) -> ExportFiles | None:
         """What an export of the weights after ``step`` steps holds beside them; None on ranks that write none."""

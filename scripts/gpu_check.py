@@ -42,7 +42,7 @@ from distill.distributed.program import exit_process, log_to_console
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.step import Metrics, Phases
-from distill.model.attention import attend_at_once, attend_one_by_one
+from distill.model.attention import attend_packed, attend_per_sequence
 from distill.model.checksum import BitSums
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
@@ -464,8 +464,8 @@ def one_calls_error(device: torch.device, window: int | None) -> float:
         out = attend(query, key, value, bounds, None, window)
         return [tensor.detach().double() for tensor in (out, *torch.autograd.grad(out, heads, upstream.to(dtype)))]
 
-    exact = found(attend_one_by_one, torch.float64)
-    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_at_once, attend_one_by_one))
+    exact = found(attend_per_sequence, torch.float64)
+    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_packed, attend_per_sequence))
     return max(
         float((our - right).norm() / (twin - right).norm()) for our, twin, right in zip(ours, twins, exact, strict=True)
     )

@@ -29,7 +29,7 @@ from distill.errors import reason
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Batches = Callable[[], Iterator["pa.RecordBatch"]]
 
@@ -67,7 +67,7 @@ def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) ->
             return _open_shared(folder / "data", f"{digest}-{socket.gethostname()}.arrow", schema, batches)
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             failures.append(f"{folder / 'data'}: {reason(error)}")
-    logger.warning(
+    log.warning(
         "the data cache cannot be written (%s); every rank keeps the data in memory: set XDG_CACHE_HOME to a folder"
         " with free space",
         "; ".join(failures),
@@ -99,7 +99,7 @@ def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -
     try:
         lock.acquire()
     except Timeout:  # two processes may build the same file: each renames a complete file into place
-        logger.warning("another process has been building %s for %.0f s; building it here too", path, _LOCK_SECONDS)
+        log.warning("another process has been building %s for %.0f s; building it here too", path, _LOCK_SECONDS)
     try:
         table = _open_mapped(path)
         if table is None:
@@ -134,9 +134,8 @@ def _open_mapped(path: Path) -> pa.Table | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_size <= _TRAILER.size:
             return None
-        content = pa.py_buffer(
-            mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        )  # duplicates the descriptor, with its lock
+        # mmap duplicates the descriptor, so the lock lives as long as the mapping.
+        content = pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
     finally:
         os.close(descriptor)
     body = content.slice(0, content.size - _TRAILER.size)

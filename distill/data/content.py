@@ -66,14 +66,14 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, An
 
 
 def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
-    """Return the parts whose hash differs, except those that one side lacks; ``tokens`` only if no other differs."""
+    """Return the parts in both arguments whose hashes differ, without ``tokens`` if any other part differs."""
     changed = [part for part, value in after.items() if before.get(part, value) != value]
     return [part for part in changed if part != TOKENS] or changed
 
 
-_SUBJECTS = {
+_PART_NAMES = {
     "problems": "data.train",
-    "traces": "the traces of data.train",
+    "traces": "the trace column of data.train",
     "prompt_file": "data.train.prompt_file",
     "system_prompt_file": "data.train.system_prompt_file",
     "chat_template": "the chat template of policy.tokenizer",
@@ -85,20 +85,20 @@ _SUBJECTS = {
 """Name of each part in messages."""
 
 
-def describe_parts(parts: Sequence[str], all_compared: bool) -> str:
-    """Return the names of ``parts`` for users, and the verb "has" or "have".
+def describe_change(parts: Sequence[str], all_compared: bool) -> str:
+    """Return a clause for users: the names of ``parts`` and "has changed".
 
     Without ``all_compared`` only the tokens were compared, so the cause is unknown.
     """
     if not all_compared:
-        return "data.train, its prompt file, or policy.tokenizer has"
+        return "data.train, its prompt file, or policy.tokenizer has changed"
     if list(parts) == [TOKENS]:
         return (
-            "the tokenization of the same problems and chat template (by tokenizer files, by the versions of"
-            " transformers and tokenizers, or because the template depends on more than its arguments) has"
+            "the tokenization of the same problems with the same chat template has changed (possible causes: tokenizer"
+            " files, versions of transformers and tokenizers, a template that depends on more than its arguments)"
         )
-    names = [_SUBJECTS[part] for part in parts]
-    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}"
+    names = [_PART_NAMES[part] for part in parts]
+    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
 
 
 def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHashes]]]) -> None:

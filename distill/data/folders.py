@@ -12,7 +12,7 @@ from distill.data.columns import setting_error
 from distill.data.files import KINDS, kind_of
 from distill.errors import UserError, reason
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _DOCUMENTS = (".md", ".txt", ".yaml", ".yml", ".py", "")
 _FILE_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
@@ -65,13 +65,13 @@ def _warn_of_ignored(
     """Warn of files of unknown types, and of data files in no split if splits were found ``by_names``."""
     unknown = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
     if unknown:
-        logger.warning(
+        log.warning(
             "%s: ignoring %d files of unknown types (first: %s); known types are %s",
             *(label, len(unknown), unknown[0].name, ", ".join(KINDS)),
         )
     listed = {file for files in splits.values() for file in files}
     if by_names and (unlisted := [file for file in _all_readable(base) if file not in listed]):
-        logger.warning(
+        log.warning(
             "%s: ignoring %d data files that are in a linked folder, or whose names match no split (first: %s): rename"
             " them, name one of the files, or list all files under configs in README.md",
             *(label, len(unlisted), unlisted[0].relative_to(base)),

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from distill.config.template import Template
-from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_parts
+from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_change
 from distill.data.files import read_text
 from distill.data.grading import THINK_TAGS
 from distill.data.sources import keyed, load_problems
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from distill.config import DatasetConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 
@@ -64,7 +64,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
     fixed = {"tokenize": False, "add_generation_prompt": True}
     if keys := sorted(fixed.keys() & kwargs.keys()):
         raise UserError(
-            f"{_KWARGS_KEY} sets {' and '.join(keys)}, but prompts need fixed values", "remove it", key=_KWARGS_KEY
+            f"{_KWARGS_KEY} sets {' and '.join(keys)}, which prompts do not allow", "remove it", key=_KWARGS_KEY
         )
     try:
         return [str(tokenizer.apply_chat_template(chat, **fixed, **kwargs)) for chat in chats]
@@ -267,7 +267,7 @@ def _tokenized(
     for start in range(0, len(chats), _CHUNK):
         rows += [array("i", ids) for ids in chat_ids(tokenizer, chats[start : start + _CHUNK], template_kwargs)]
         if len(rows) % (10 * _CHUNK) == 0:
-            logger.info("tokenized %d of %d prompts", len(rows), len(chats))
+            log.info("tokenized %d of %d prompts", len(rows), len(chats))
     return rows
 
 
@@ -282,11 +282,11 @@ def _without_long_prompts(
             f"{key}: all {len(rows)} prompts are longer than {max_tokens} tokens", fix, key=key, value=len(rows)
         )
     if skipped:
-        logger.warning(
+        log.warning(
             "%s: skipping %d of %d prompts that are longer than %d tokens (longest: %d): %s",
             *(key, skipped, len(rows), max_tokens, max(map(len, rows)), fix),
         )
-    logger.info("%s: %d prompts", key, len(kept))
+    log.info("%s: %d prompts", key, len(kept))
     tokens, bounds = array("i"), array("q", [0])
     for i in kept:
         tokens.extend(rows[i])
@@ -386,13 +386,14 @@ class PromptOrder:
         """Return one phrase per difference from a saved position: inputs of the prompts, and settings of the order.
 
         A different seed is no difference: it changes the order of later steps only. Positions of earlier versions
-        contain the hash of the tokens only.
+        contain the hash of the tokens only. Phrases about settings equal those of ``recipe_diff.changed_keys``, so that
+        a resume reports them once.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
         if parts := changed_parts(saved, self.content_hashes):
-            subject = describe_parts(parts, all_compared=len(saved) > 1)
-            changes.append(f"{subject} changed{self._count_changed_prompts(state)}")
+            change = describe_change(parts, all_compared=len(saved) > 1)
+            changes.append(f"{change}{self._count_changed_prompts(state)}")
         return changes + [
             f"{key} was {type(now)(state[name])} and is {now}"
             for name, key in _SETTINGS.items()

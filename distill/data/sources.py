@@ -24,7 +24,7 @@ from distill.errors import UserError, reason
 if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ KNOWN_DATASETS = {
     "OpenR1-Math-220k": KnownDataset("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
     "DAPOMath17K": KnownDataset("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
 }
-"""Short names of NeMo-RL, with the columns that it reads."""
+"""Short names of NeMo-RL, with the columns that NeMo-RL reads."""
 
 
 _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
@@ -99,16 +99,18 @@ def load_problems(
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
         raise setting_error(
-            f"{key}.input_key", columns.input_key, f"has no text in any row of {source}", "name the problems' column"
+            *(f"{key}.input_key", columns.input_key),
+            f"has no text in any row of {source}",
+            "name the column of the problems",
         )
     if skipped:
-        logger.warning("%s: skipping %d of %d rows without text in %s", key, skipped, rows, source)
+        log.warning("%s: %d of %d rows of %s have no text and are skipped", key, skipped, rows, source)
     _check_matches(found, columns)
     return Problems.joined([Problems([table], kept) for table, kept in found]).repeated(dataset.repeat)
 
 
 def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
-    """Complete the dataset's keys from its short name's defaults, else with "input" and "output"."""
+    """Complete the dataset's keys from the defaults of its short name, otherwise with "input" and "output"."""
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
     if pattern is None and known is not None and dataset.output_key in (None, known.output_key):
@@ -137,8 +139,8 @@ def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns:
             f"matches no gold answer in {columns.output_key} of {columns.source} (first row: {table.location(row)})",
             "correct it, or set it to null if the column contains only gold answers",
         )
-    logger.warning(
-        "%s=%s does not match the gold answers of %d of %d problems: they have no gold answer (first: %s)",
+    log.warning(
+        "%s=%s does not match the gold answers of %d of %d problems, so these have no gold answer (first: %s)",
         *(key, pattern, len(unmatched), sum(len(kept) for _, kept in found), table.location(row)),
     )
 

@@ -61,7 +61,7 @@ class ProblemTable:
         return f"{self.table.column('place')[row].as_py()} of {origin}"
 
     def with_text(self, start: int, stop: int) -> Sequence[int]:
-        """Return the numbers of the rows with a text in [start, stop)."""
+        """Return the numbers of the rows in [start, stop) that have a text."""
         texts = self.table.column("text").slice(start, stop - start)
         if texts.null_count == 0:
             return range(start, stop)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrapped
+from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrap_int64
 
 
 class Section(NamedTuple):
@@ -88,7 +88,7 @@ class VllmWeights:
         if self._tp_size > 1:
             dist.all_reduce(found, group=self._tp_group)
         for (name, section), total in zip(places, found.tolist(), strict=True):
-            if total != [wrapped(part * section.copies) for part in sent[section.tensor]]:
+            if total != [wrap_int64(part * section.copies) for part in sent[section.tensor]]:
                 raise RuntimeError(f"vLLM's {name} does not hold the bits of {section.tensor} that were sent")
 
     def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:

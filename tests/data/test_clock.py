@@ -130,10 +130,10 @@ def inputs(folder: Path, changes: dict[str, Any], day: datetime = FIRST) -> Prom
 CHANGED: dict[str, dict[str, Any]] = {
     "data.train has changed (1 of 3 prompts removed, 1 added)": {"problems": ["1", "2", "4"]},
     "data.train has changed (same 3 prompts": {"problems": ["1", "3", "2"]},
-    "data.train and the traces of data.train have changed (0 of 3 prompts removed, 1 added)": {
+    "data.train and the trace column of data.train have changed (0 of 3 prompts removed, 1 added)": {
         "problems": ["1", "2", "3", "3"]
     },
-    "the traces of data.train has changed": {"solution": "b"},
+    "the trace column of data.train has changed": {"solution": "b"},
     "data.train.prompt_file has changed (3 of 3 prompts": {"prompt": "Solve: {}"},
     "data.train.system_prompt_file has changed (3 of 3": {"system": "Be brief."},
     "the chat template of policy.tokenizer has changed (3 of 3": {"template": CHATML},
@@ -158,7 +158,7 @@ def test_different_tokens_from_equal_inputs_are_reported_with_possible_causes(tm
     state = inputs(tmp_path / "first", {}).state(1)
     other_day = inputs(tmp_path / "day", {}, FIRST + timedelta(days=1))
     (change,) = other_day.changes(state)
-    assert "tokenizer files" in change and "3 of 3 prompts" in change
+    assert "tokenization" in change and "3 of 3 prompts" in change
     del state["content"]
     (change,) = other_day.changes(state)  # checkpoints of earlier versions have no such entry
     assert change.startswith("data.train, ") and "policy.tokenizer has changed (3 of 3 prompts" in change

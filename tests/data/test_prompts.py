@@ -321,14 +321,14 @@ def test_prompts_render_system_prompt_and_prompt_file_in_the_chat_template(tmp_p
 
 
 def test_each_dataset_uses_its_own_prompt_file(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("Say {}")
+    (tmp_path / "p.txt").write_text("Solve {}")
     first = jsonl(tmp_path / "a.jsonl", questions("a"))
     second = DatasetConfig(
         data_path=first.data_path, input_key="question", prompt_file=str(tmp_path / "p.txt"), repeat=2
     )
     tokenizer = tiny_tokenizer(chat_template=None)
     prompts = load_prompts([first, second], tokenizer, 100)
-    assert [tokenizer.decode(list(p.student_ids)) for p in prompts] == ["a", "Say a", "Say a"]
+    assert [tokenizer.decode(list(p.student_ids)) for p in prompts] == ["a", "Solve a", "Solve a"]
     assert [p.prompt_id for p in prompts] == [0, 1, 2]
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.model.checksum import whole_bit_sums
+from distill.model.checksum import bit_sums_by_name
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
-from distill.model.weights import WholeWeights
 from distill.rollout.engine import longest_first, response_seed
 from distill.rollout.transformers_engine import (
     TransformersEngine,
@@ -20,6 +19,7 @@ from distill.rollout.transformers_engine import (
     processed_logprobs,
 )
 from distill.types import Problem, Prompt, Rollout, Sampling
+from tests.harness import CompleteWeights
 from tests.helpers import save_tiny_model
 
 VALID = 300  # ids from here on are padding of the embedding
@@ -41,8 +41,8 @@ def _tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, files.tensor(name)) for name in files.files]
 
 
-def _weights(folder: Path) -> WholeWeights:
-    return WholeWeights(_tensors(folder))
+def _weights(folder: Path) -> CompleteWeights:
+    return CompleteWeights(_tensors(folder))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 VERBS: dict[str, Callable[[TransformersEngine], object]] = {
     "weights": lambda engine: engine.wake("weights"),
-    "sync": lambda engine: engine.sync(WholeWeights([]), 0),
+    "sync": lambda engine: engine.sync(CompleteWeights([]), 0),
     "probe": lambda engine: engine.probe((1, 2, 3)),
     "kv": lambda engine: engine.wake("kv"),
     "generate": lambda engine: engine.generate(_prompts(3), _sampling(), 0),
@@ -106,7 +106,7 @@ def test_a_sync_that_is_not_whole_raises(folder, change, message) -> None:
     engine = _engine(folder)
     engine.wake("weights")
     with pytest.raises(RuntimeError, match=message):
-        engine.sync(WholeWeights(change(_tensors(folder))), 0)
+        engine.sync(CompleteWeights(change(_tensors(folder))), 0)
 
 
 def _swapped(tensors: dict[str, torch.Tensor]) -> None:
@@ -128,9 +128,9 @@ def test_tensors_that_are_not_what_was_sent_are_refused_at_the_door(folder, spoi
     engine = _engine(folder)
     engine.wake("weights")
     tensors = dict(_tensors(folder))
-    sent = whole_bit_sums(tensors.items())
+    sent = bit_sums_by_name(tensors.items())
     spoil(tensors)
-    arriving = WholeWeights(tensors.items())
+    arriving = CompleteWeights(tensors.items())
     arriving.sums = sent
     with pytest.raises(RuntimeError, match="did not arrive as it was sent"):
         engine.sync(arriving, 0)
@@ -157,7 +157,7 @@ def test_a_sync_reports_what_it_brought(folder) -> None:
         if version == 6:
             tensors[0] = (tensors[0][0], -tensors[0][1])
         engine.wake("weights")
-        report = engine.sync(WholeWeights(tensors), version)
+        report = engine.sync(CompleteWeights(tensors), version)
         assert (report.version, report.tensors, report.bytes) == (version, len(tensors), 4 * parameters)
         assert report.changed == changed
         engine.wake("kv")

@@ -26,7 +26,6 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import Student
-from distill.model.weights import WholeWeights
 from distill.rollout.factory import check_backend
 from distill.rollout.gather import gather_rollouts
 from distill.rollout.sync import WeightSync
@@ -34,7 +33,7 @@ from distill.rollout.transformers_engine import TransformersEngine, processed_lo
 from distill.rollout.vllm_engine import VllmEngine
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Rollout, Sampling
-from tests.harness import config_for
+from tests.harness import CompleteWeights, config_for
 from tests.helpers import run_ranks, save_tiny_model
 from tests.rollout.test_sync import FakeMemory
 from tests.variants import NOT_IN_VLLM, save_variant
@@ -99,7 +98,7 @@ def _apart(one: list[Rollout], other: list[Rollout]) -> float:
 
 def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
     engine.wake("weights")
-    report = engine.sync(WholeWeights(tensors.items()), version)
+    report = engine.sync(CompleteWeights(tensors.items()), version)
     engine.wake("kv")
     return report
 
@@ -127,7 +126,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     tensors = _tensors(folder)
     seen["asleep"] = {
         "generate": _said(lambda: engine.generate(PROMPTS, GREEDY, 0)),
-        "sync": _said(lambda: engine.sync(WholeWeights(tensors.items()), 0)),
+        "sync": _said(lambda: engine.sync(CompleteWeights(tensors.items()), 0)),
     }
     seen["report"] = _awake(engine, tensors, 3)
     plain = _plain_engine(folder)
@@ -158,7 +157,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["cached"].append(_cached(engine, 1))
     engine.sleep()
     _awake(engine, tensors, 5)
-    seen["spoilt"] = _spoil(engine, WholeWeights(tensors.items()))
+    seen["spoilt"] = _spoil(engine, CompleteWeights(tensors.items()))
     engine.close()
     seen["groups after closing"] = dist.is_initialized(), _said(world.barrier)
     world.close()
@@ -179,7 +178,7 @@ def _abandoned(engine: VllmEngine) -> tuple[list[Any], int, bool]:
     return answers, asked, scheduler.has_requests() or engine._engine.has_unfinished_requests()
 
 
-def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
+def _spoil(engine: VllmEngine, weights: CompleteWeights) -> dict[str, str]:
     """Break the awake engine in one way after another; what it, or the proof of its weights, says to each."""
     said = {"nothing": _said(lambda: engine._verify(weights.sums))}
     core = engine._engine
@@ -199,7 +198,7 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
         ("a lost half", "model.layers.1.mlp.up_proj.weight", 1.5),
         ("a lost norm", "model.norm.weight", 1.7),
     ):
-        later = WholeWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
+        later = CompleteWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
         engine._weights.receive((n, t) for n, t in later if n != lost)
         said[name] = _said(lambda later=later: engine._verify(later.sums))  # type: ignore[misc]
     engine._weights.receive((EXCHANGED.get(n, n), t) for n, t in weights)
@@ -216,7 +215,7 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
     said["repaired"] = _said(lambda: engine._verify(weights.sums))
     engine.sleep()
     engine.wake("weights")
-    stale = WholeWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
+    stale = CompleteWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
     stale.sums = weights.sums
     said["stale"] = _said(lambda: engine.sync(stale, 6))
     return said
