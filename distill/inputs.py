@@ -15,16 +15,12 @@ from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
 from distill.data.content import TOKENS, ContentHashes, content_hash, data_hashes, tokenizer_hashes
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
+from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.teacher_prefix import ContextPrefixes, TeacherPrefixes, teacher_template_kwargs
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
-from distill.data.tokenizer import (
-    compare_vocabularies,
-    load_tokenizer,
-    same_tokenizer_files,
-    stop_ids,
-    usable_stop_ids,
-)
+from distill.data.tokenizer import load_tokenizer, same_tokenizer_files
+from distill.data.tokenizer_checks import compare_vocabularies
 from distill.errors import UserError
 from distill.memory.shapes import ModelShape, shape_of
 from distill.model.hf_config import model_config
