@@ -1,4 +1,4 @@
-"""Nan and infinity in losses, gradients and weights: detection, and a report with the responses that caused them."""
+"""Detection and reports of nan and infinity in losses, gradients and weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,10 @@ def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], ste
 
 
 def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
-    """Return one sentence for the log; ``reports`` are in order of rank, ``files`` is the pattern of their paths."""
+    """Return one sentence that summarises the reports of all ranks.
+
+    ``reports``: in order of rank; ``files``: the pattern of the report files' paths.
+    """
     parts = [f"step {step} was not taken, because the norm of gradient and losses is {reports[0].norm}"]
     losses = [
         f"{len(found.micro_batches)} of {len(found.losses)} micro-batches of rank {rank}"

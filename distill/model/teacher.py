@@ -173,11 +173,12 @@ class ShardedTeacher(Teacher):
 
 
 class FollowingTeacher(ShardedTeacher):
-    """A teacher with the student's weights: the current ones (``decay`` None) or their exponential moving average.
+    """A teacher that follows the student: its weights or their exponential moving average.
 
-    The forward uses a copy in the teacher's precision, sharded like any other teacher. The average is float32 on the
-    student's own shards, so its update needs no communication: average <- decay * average + (1 - decay) * weights,
-    once per step. In bfloat16 most of these small updates would round to nothing.
+    ``decay`` None: the student's current weights. The forward uses a copy in the teacher's precision, sharded like any
+    other teacher. The average is float32 on the student's own shards, so its update needs no communication: average <-
+    decay * average + (1 - decay) * weights, once per step. In bfloat16 most of these small updates would round to
+    nothing.
     """
 
     def __init__(

@@ -172,7 +172,10 @@ def _split(weight: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce in the forward. Every rank then computes the same, so the backward passes its gradient through."""
+    """All-reduce in the forward, identity in the backward.
+
+    Every rank computes the same from the sum, so every rank already has its complete gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -186,7 +189,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _SumGradients(torch.autograd.Function):
-    """Identity in the forward; the backward sums the gradients of the ranks, each of which used a part of the input."""
+    """Identity in the forward, all-reduce in the backward.
+
+    Each rank used the input for its part of the outputs, so the complete gradient is the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -246,7 +252,7 @@ class _Columns(ParallelStyle):
 
 
 class _Rows(ParallelStyle):
-    """A linear layer whose inputs are split over the ranks; every rank adds the complete bias, after the sum."""
+    """A linear layer whose inputs are split over the ranks; the complete bias is added after the sum."""
 
     def __init__(self, inputs: _SharedInput) -> None:
         self._inputs = inputs
@@ -266,7 +272,10 @@ class _Rows(ParallelStyle):
 
 
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
-    """Replace the forward of an embedding whose rows are split: look up local rows, then sum over the ranks."""
+    """Replace the forward of an embedding whose rows are split over the ranks.
+
+    Each rank looks up its own rows, and the results are summed.
+    """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()
     padding = -1 if embedding.padding_idx is None else embedding.padding_idx - first
