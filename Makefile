@@ -13,11 +13,6 @@ export TOKENIZERS_PARALLELISM := false
 # Compiled modules are kept: without them every process of a test compiles torch and vLLM anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-# ruff reads neither setup.cfg nor our pyproject.toml, so its rules stand here. N is left out: tensor names end in capital
-# letters. RUF001-3 are about look-alike letters, RUF022/RUF023 about the order of __all__ and __slots__.
-RUFF := .venv/bin/ruff check --isolated --line-length 120 --target-version py311 \
-	--select E,W,F,I,UP,B,SIM,RUF,C4,PIE,PT --ignore RUF001,RUF002,RUF003,RUF022,RUF023,SIM108,SIM905,C408,PT011,PT018
-
 .PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing soak lint types check \
 	test test-demo test-exports test-faults test-slurm clean
 
@@ -61,8 +56,8 @@ soak: venv models  ## 300 steps of a tiny model on two ranks: does memory, or an
 	@$(PY) -m scripts.soak
 
 lint: venv  ## ruff, formatting and import contracts
-	@$(RUFF) $(SOURCES)
-	@.venv/bin/ruff format --quiet --check --isolated --line-length 120 $(SOURCES)
+	@.venv/bin/ruff check --quiet $(SOURCES)
+	@.venv/bin/ruff format --quiet --check $(SOURCES)
 	@.venv/bin/lint-imports setup.cfg > .import_contracts.log || { cat .import_contracts.log; exit 1; }
 
 types: venv  ## mypy, strict in distill/
@@ -88,7 +83,7 @@ test-exports: venv models .venv-transformers4/installed.lock  ## exports read by
 	@$(PY) -m pytest -q -m exports tests/test_exports.py
 
 test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan
-	@$(PY) -m pytest -q -m faults
+	@$(PY) -m pytest -q -m faults -n 3 --dist worksteal
 
 test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \

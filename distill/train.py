@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from distill.batching.plan import plan
-from distill.config import parse_args
-from distill.distributed.program import leave, run_program
-from distill.errors import CollectiveUserError, RunFailed
+from distill.config import Arguments, parse_args
+from distill.distributed.program import exit_process, refuse, run_program, start_process
+from distill.errors import CollectiveUserError, RunFailed, UserError
 from distill.metrics.step import Metrics
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ def train(run: Run) -> None:
 
         with phases("prepare_for_generation"):
             prompts = run.order.batch(step)
-            student.offload()
             run.sync.push_weights(step, metrics)
 
         if run.leaves_unjudged(step):
@@ -81,34 +81,39 @@ def train(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 where the user must change something."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command line; return the exit code: 0, 1 if the run failed, 2 if the user must change something."""
+    start_process()
+    try:
+        arguments = parse_args(sys.argv[1:] if argv is None else argv)
+        if arguments.dry_run:
+            print_dry_run(arguments)
+            return 0
+    except UserError as error:
+        return refuse(error)
+    return run_program(partial(train_from, arguments))
 
-    def program(world: World | None) -> None:
-        if world is None:
-            arguments = parse_args([*argv, "--dry-run"])
-            print(arguments.resolved)
-            from distill.memory.forecast import dry_run  # slow to import, and --help is done by now
 
-            for part in dry_run(arguments.config):
-                print(part)
-            return
-        from distill.build import build_run
+def print_dry_run(arguments: Arguments) -> None:
+    """Print the resolved recipe and the memory forecast. Raises UserError if the models cannot run in this layout."""
+    print(arguments.resolved)
+    from distill.memory.forecast import dry_run  # slow to import, and the recipe is printed by now
 
-        with world.all_or_none("reading the recipe"):
-            arguments = parse_args(argv)
-        run = build_run(arguments, world)
-        try:
-            train(run)
-        except (CollectiveUserError, RunFailed):
-            run.checkpoints.finalize_pending(
-                block=True
-            )  # all ranks leave here, and what is on its way to the disk is good
-            raise
-        run.finish()
+    for part in dry_run(arguments.config):
+        print(part)
 
-    return run_program(program, needs_world=not {"--help", "-h", "--dry-run"} & set(argv))
+
+def train_from(arguments: Arguments, world: World) -> None:
+    """Build the run of a command line and train it; every rank calls it."""
+    from distill.build import build_run
+
+    run = build_run(arguments, world)
+    try:
+        train(run)
+    except (CollectiveUserError, RunFailed):
+        run.checkpoints.finalize_pending(block=True)  # all ranks exit; let the checkpoint in flight complete first
+        raise
+    run.finish()
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

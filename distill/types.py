@@ -72,8 +72,8 @@ class Rollout:
     """One answer of the student."""
 
     prompt: Prompt
-    answer: int
-    """0..G-1 among the answers to the same prompt."""
+    response_index: int
+    """Index of the response among the G responses to its prompt."""
     response_ids: tuple[int, ...]
     """R >= 1 token ids, with the stop token if it stopped."""
     logprobs: tuple[float, ...]

@@ -1,319 +1,169 @@
-"""The house: who may import whom, where foreign packages live, how long files are.
+"""Rules of the source tree that neither ruff nor import-linter checks.
 
-Each rule is a function from a tree of sources to what breaks it. It is held against the repository, and against a small
-bad tree that it must refuse: a rule that can't fail is none.
+Each rule is a function from a source tree to the list of violations. The tests apply it to the repository and to a
+small bad tree that it must refuse.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_MEDIAN_LINES, MAX_LOOP_LINES = 450, 80, 8, 45
 
 Sources = dict[str, str]
 """Text by path, from the top of the repository, with slashes."""
 Rule = Callable[[Sources], list[str]]
 
-FLOORS = (
-    ("types",),
-    ("config",),
-    ("runtime",),
-    ("data", "loss"),
-    ("model",),
-    ("rollout",),
-    ("validation",),
-    ("inputs",),
-    ("run",),
-    ("build",),
-    ("train",),
-)
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-HOMES = {
-    "vllm": "distill/rollout/",
-    "triton": "distill/kernels/",
-    "tyro": "distill/config",
-    "omegaconf": "distill/config",
-    "tensorboard": "distill/metrics/step",
-    "torch.utils.tensorboard": "distill/metrics/step",
-    "wandb": "distill/metrics/step",
-    "datasets": "distill/data/",
-    "math_verify": "distill/data/",
-}
-"""Foreign package: how the paths begin that may import it."""
-
-MAX_LINES = 450
+@cache
+def parse(text: str) -> ast.Module:
+    """The syntax tree of a file, parsed once."""
+    return ast.parse(text)
 
 
-def house(sources: Sources) -> Iterator[tuple[str, ast.Module]]:
-    """The modules of the package, parsed."""
+def product(sources: Sources, *folders: str) -> Iterator[tuple[str, str, ast.Module]]:
+    """Path, text and syntax tree of the Python files in ``folders``, by default distill."""
     for path, text in sorted(sources.items()):
-        if path.startswith("distill/"):
-            yield path, ast.parse(text, path)
+        if path.endswith(".py") and path.split("/")[0] in (folders or ("distill",)):
+            yield path, text, parse(text)
 
 
-def dotted(path: str) -> str:
-    """The module's name: distill/data/grading.py is distill.data.grading."""
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """All functions and methods, nested ones too."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
-def imports(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of everything imported, lazily inside functions too, also by a literal name."""
-    package = dotted(path).split(".") if path.endswith("/__init__.py") else dotted(path).split(".")[:-1]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            for alias in node.names:
-                yield node.lineno, f"{module}.{alias.name}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            for argument in node.args[:1]:
-                if isinstance(argument, ast.Constant):
-                    yield node.lineno, str(argument.value)
+def lines_of_code(function: ast.FunctionDef) -> int:
+    """Number of lines from ``def`` to the end, without the docstring."""
+    first = function.body[0]
+    is_doc = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if is_doc else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
 
-def within(name: str, package: str) -> bool:
-    """Whether the dotted ``name`` is ``package`` or lies in it."""
-    return name == package or name.startswith(package + ".")
-
-
-def imports_go_down(sources: Sources) -> list[str]:
-    """A module imports from lower floors, or from its own room."""
+def slurm_variables_have_one_file(sources: Sources) -> list[str]:
+    """Only distributed/slurm*.py name variables SLURM_*; docstrings may mention them."""
     found = []
-    for path, tree in house(sources):
-        room = dotted(path).split(".")[1:2]
-        for line, name in imports(path, tree):
-            target = name.split(".")[1:2] if within(name, "distill") else []
-            if not room or not target or target == room:
-                continue
-            if target[0] not in FLOOR_OF or room[0] not in FLOOR_OF:
-                found.append(f"{path}:{line} a room without a floor: {name}")
-            elif FLOOR_OF[target[0]] >= FLOOR_OF[room[0]]:
-                found.append(f"{path}:{line} {room[0]} may not import {name}")
-    return found
-
-
-def rooms_are_known(sources: Sources) -> list[str]:
-    """Every module stands on a floor."""
-    rooms = {dotted(path).split(".")[1] for path in sources if path.startswith("distill/") and "." in dotted(path)}
-    return [f"distill/{room} stands on no floor" for room in sorted(rooms - set(FLOOR_OF))]
-
-
-def types_know_only_torch(sources: Sources) -> list[str]:
-    """What flows between rooms imports torch and the standard library."""
-    allowed = {"__future__", "collections", "dataclasses", "typing", "torch"}
-    trees = [(path, tree) for path, tree in house(sources) if path == "distill/types.py"]
-    return [
-        f"{path}:{line} {name}"
-        for path, tree in trees
-        for line, name in imports(path, tree)
-        if name.split(".")[0] not in allowed
-    ]
-
-
-def foreign_packages_have_one_home(sources: Sources) -> list[str]:
-    """A foreign package is imported in one room only."""
-    return [
-        f"{path}:{line} imports {name}, whose home is {home}"
-        for path, tree in house(sources)
-        for line, name in imports(path, tree)
-        for package, home in HOMES.items()
-        if within(name, package) and not path.startswith(home)
-    ]
-
-
-def environment_is_read_in_runtime(sources: Sources) -> list[str]:
-    """os.environ and its relatives are named in runtime/ only."""
-    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-    found = []
-    for path, tree in house(sources):
-        if path.startswith("distill/runtime/"):
-            continue
+    for path, _, tree in product(sources):
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in names and ast.unparse(node.value) == "os":
-                found.append(f"{path}:{node.lineno} os.{node.attr}")
-        found += [f"{path}:{line} {name}" for line, name in imports(path, tree) if name in {f"os.{n}" for n in names}]
-    return found
-
-
-def slurm_is_known_in_one_file(sources: Sources) -> list[str]:
-    """Variables SLURM_* are named in runtime/slurm only; docstrings may speak of them."""
-    found = []
-    for path, tree in house(sources):
-        if path.startswith("distill/distributed/slurm"):
-            continue
-        spoken = {id(doc) for doc in docstrings(tree)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and id(node) not in spoken and "SLURM_" in str(node.value):
-                found.append(f"{path}:{node.lineno} {node.value!r}")
-    return found
-
-
-def docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
-    """Every string that stands alone as a statement: docstrings of modules, classes, functions and fields."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            yield node.value
+            if isinstance(node, ast.Constant) and id(node) not in docstrings and "SLURM_" in str(node.value):
+                found.append(f"{path}:{node.lineno}")
+    return [violation for violation in found if not violation.startswith("distill/distributed/slurm")]
 
 
 def files_are_short(sources: Sources) -> list[str]:
-    """A file that grows past the limit becomes a folder."""
-    lengths = {path: len(text.splitlines()) for path, text in sources.items() if path.startswith("distill/")}
-    return [f"{path} has {length} lines" for path, length in lengths.items() if length > MAX_LINES]
+    """A file that exceeds the limit becomes a folder."""
+    lengths = {path: len(text.splitlines()) for path, text, _ in product(sources, "distill", "scripts")}
+    return [f"{path}: {n} lines" for path, n in lengths.items() if n > MAX_FILE_LINES and "gpu_check" not in path]
 
 
-def nothing_is_called_utils(sources: Sources) -> list[str]:
-    """A module is named for what it holds."""
-    vague = {"utils", "util", "helpers", "misc", "common"}
-    return [path for path in sources if path.startswith("distill/") and vague & set(re.split(r"[./]", path))]
+def functions_are_short(sources: Sources) -> list[str]:
+    """No function exceeds the limit; kernels may."""
+    return [
+        f"{path}:{function.lineno} {function.name}: {lines_of_code(function)} lines"
+        for path, _, tree in product(sources)
+        for function in functions(tree)
+        if lines_of_code(function) > MAX_FUNCTION_LINES and not path.startswith("distill/kernels/")
+    ]
 
 
-def loop_holds_no_arithmetic(sources: Sources) -> list[str]:
-    """train.py tells the algorithm: no torch, no numpy, no rank asked for by number."""
+def the_median_function_is_short(sources: Sources) -> list[str]:
+    """Half of all functions have at most eight lines."""
+    lengths = [lines_of_code(function) for _, _, tree in product(sources) for function in functions(tree)]
+    median = statistics.median(lengths or [0])
+    return [f"median {median} lines"] if median > MAX_MEDIAN_LINES else []
+
+
+def the_loop_is_short(sources: Sources) -> list[str]:
+    """train() fits on one screen."""
+    return [
+        f"{path}:{function.lineno} {function.end_lineno} train() is too long"
+        for path, _, tree in product(sources)
+        for function in functions(tree)
+        if path == "distill/train.py" and function.name == "train"
+        if (function.end_lineno or 0) - function.lineno + 1 > MAX_LOOP_LINES
+    ]
+
+
+def the_loop_has_no_arithmetic(sources: Sources) -> list[str]:
+    """train.py imports no torch and no numpy, and compares no rank numbers."""
     found = []
-    for path, tree in house(sources):
-        if not re.match(r"distill/train(\.py|/)", path):
-            continue
-        for line, name in imports(path, tree):
-            if name.split(".")[0] in ("torch", "numpy"):
-                found.append(f"{path}:{line} imports {name}")
-        for node in ast.walk(tree):
+    for path, _, tree in product(sources):
+        for node in ast.walk(tree) if path == "distill/train.py" else ():
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path}: {name}" for name in modules if name.split(".")[0] in ("torch", "numpy")]
             if isinstance(node, ast.Compare) and "rank" in ast.unparse(node).lower():
                 found.append(f"{path}:{node.lineno} {ast.unparse(node)}")
     return found
 
 
-def public_names_have_docstrings(sources: Sources) -> list[str]:
-    """Modules, and public classes, functions and methods at their top, say what they are."""
-    return [
-        f"{path}:{getattr(node, 'lineno', 1)} {name}"
-        for path, tree in house(sources)
-        for name, node in public(path, tree)
-        if not (ast.get_docstring(node) or "").strip()
-    ]
+def types_import_only_torch(sources: Sources) -> list[str]:
+    """types.py imports torch and the standard library's typing modules; errors.py the standard library."""
+    allowed = {"distill/types.py": r"(__future__|collections|dataclasses|typing|torch)\b"}
+    found = []
+    for path, _, tree in product(sources):
+        for node in ast.walk(tree) if path in allowed else ():
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path}: {name}" for name in modules if not re.match(allowed[path], name)]
+    return found
 
 
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+def names_are_specific(sources: Sources) -> list[str]:
+    """No module is called utils or the like."""
+    vague = {"utils", "util", "helpers", "misc", "common"}
+    return [path for path, _, _ in product(sources) if vague & set(re.split(r"[./]", path))]
 
 
-def public(path: str, tree: ast.Module) -> Iterator[tuple[str, Documented]]:
-    """The module and its public classes and functions, with the public methods of public classes.
-
-    An override that is marked so, a property's setter and an overload have their words elsewhere.
-    """
-    if tree.body:
-        yield dotted(path), tree
-    scopes: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
-    while scopes:
-        prefix, scope = scopes.pop()
-        for node in scope.body:
-            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
-                continue
-            marks = {ast.unparse(mark).split(".")[-1] for mark in node.decorator_list}
-            if not marks & {"override", "setter", "overload"}:
-                yield prefix + node.name, node
-            if isinstance(node, ast.ClassDef):
-                scopes.append((f"{prefix}{node.name}.", node))
-
-
-def nothing_reaches_outside_the_repository(sources: Sources) -> list[str]:
-    """The repository stands alone: no file names a folder beside it or one of a single machine."""
+def the_repository_is_self_contained(sources: Sources) -> list[str]:
+    """No file names a folder next to the repository or a folder of one machine."""
     pattern = re.compile(r"(?<![\w.])(\.\./|/(home|root|mnt|work)/)")
     return [
         f"{path}:{number} {line.strip()}"
         for path, text in sources.items()
         for number, line in enumerate(text.splitlines(), 1)
-        if pattern.search(line) and path != "tests/test_architecture.py"
+        if pattern.search(line) and path != "tests/test_architecture.py" and not path.endswith("README.md")
+    ] + [
+        path for path, text in sources.items() if path.endswith("README.md") and re.search(r"/(home|root|work)/", text)
     ]
 
 
-BAD: dict[Rule, dict[str, Sources]] = {
-    imports_go_down: {
-        "up": {"distill/distributed/world.py": "from distill.model.student import Student\n"},
-        "lazily": {"distill/data/prompts.py": "def f():\n    import distill.train\n"},
-        "sideways": {"distill/loss/fused.py": "from distill.data import verify\n"},
-        "relative": {"distill/model/hf_load.py": "from ..rollout import engine\n"},
-        "relative, from a room's front": {"distill/model/__init__.py": "from ..rollout import engine\n"},
-        "of the package": {"distill/types.py": "from distill import runtime\n"},
-        "by name": {"distill/types.py": "import importlib\nx = importlib.import_module('distill.data')\n"},
-        "of no floor": {"distill/train.py": "import distill.magic\n"},
-        "for types only": {
-            "distill/loss/fused.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import distill.model\n"
-        },
-    },
-    rooms_are_known: {"a new room": {"distill/magic.py": "x = 1\n"}},
-    types_know_only_torch: {"numpy": {"distill/types.py": "import numpy\n"}},
-    foreign_packages_have_one_home: {
-        "vllm": {"distill/model/student.py": "def f():\n    from vllm import LLM\n"},
-        "triton": {"distill/loss/fused.py": "import triton.language as tl\n"},
-        "tyro": {"distill/train.py": "import tyro\n"},
-        "omegaconf": {"distill/data/sources.py": "from omegaconf import OmegaConf\n"},
-        "tensorboard": {"distill/distributed/world.py": "from torch.utils.tensorboard import SummaryWriter\n"},
-        "tensorboard's module": {"distill/distributed/world.py": "from torch.utils import tensorboard\n"},
-        "wandb": {"distill/train.py": "import wandb\n"},
-        "datasets": {"distill/model/hf_load.py": "import datasets\n"},
-        "math_verify": {"distill/rollout/engine.py": "from math_verify import parse\n"},
-    },
-    environment_is_read_in_runtime: {
-        "environ": {"distill/model/hf_load.py": "import os\nx = os.environ['HOME']\n"},
-        "getenv": {"distill/train.py": "import os\nx = os.getenv('HOME')\n"},
-        "from os": {"distill/train.py": "from os import environ\n"},
-    },
-    slurm_is_known_in_one_file: {"a variable": {"distill/distributed/world.py": "x = 'SLURM_NODEID'\n"}},
-    files_are_short: {"one line more": {"distill/train.py": "x = 1\n" * (MAX_LINES + 1)}},
-    nothing_is_called_utils: {
-        "a file": {"distill/data/utils.py": ""},
-        "a folder": {"distill/utils/text.py": ""},
-    },
-    loop_holds_no_arithmetic: {
-        "torch": {"distill/train.py": "import torch\n"},
-        "a rank": {"distill/train.py": "if world.rank == 0:\n    pass\n"},
-        "a rank, turned round": {"distill/train.py": "if 0 != get_rank():\n    pass\n"},
-    },
-    public_names_have_docstrings: {
-        "a function": {"distill/train.py": '"""m"""\ndef run():\n    pass\n'},
-        "a class": {"distill/train.py": '"""m"""\nclass Run:\n    x = 1\n'},
-        "a method": {"distill/train.py": '"""m"""\nclass Run:\n    """r"""\n    def go(self):\n        pass\n'},
-        "a module": {"distill/train.py": "x = 1\n"},
-    },
-    nothing_reaches_outside_the_repository: {
-        "beside": {"recipes/x.yaml": "path: ../data/x\n"},
-        "absolute": {"README.md": "see /home/me/notes\n"},
-    },
-}
+def long_function(lines: int, name: str = "f") -> str:
+    """Source of a function with ``lines`` lines."""
+    return f"def {name}():\n" + "    x = 1\n" * (lines - 1)
 
-GOOD: Sources = {
-    "distill/__init__.py": "",
-    "distill/types.py": '"""m"""\nimport torch\n',
-    "distill/config/__init__.py": '"""m"""\nfrom distill.config.schema import Config\nimport tyro\nimport omegaconf\n',
-    "distill/distributed/slurm.py": '"""m"""\nimport os\nx = os.environ["SLURM_NODEID"]\n',
-    "distill/metrics/step.py": '"""m"""\nfrom . import slurm\nfrom torch.utils.tensorboard import Writer\n',
-    "distill/kernels/kl.py": '"""m"""\nimport triton\nfrom ..head import head\nfrom distill import config\n',
-    "distill/data/grading.py": '"""SLURM_NODEID is only spoken of."""\nimport math_verify\nimport datasets\n',
-    "distill/rollout/vllm.py": '"""m"""\nimport distill.model.hf_load\nfrom vllm import LLM\n',
-    "distill/train.py": (
-        '"""m"""\nimport distill.rollout.vllm\nfrom distill import data\n'
-        "def _private():\n    pass\n"
-        'def main():\n    """d"""\n    if world.is_main and step == last:\n        pass\n'
-    ),
-    "scripts/x.py": "import os\nimport vllm\nx = os.environ\n",
+
+BAD: dict[Rule, Sources] = {
+    slurm_variables_have_one_file: {"distill/distributed/world.py": "x = 'SLURM_NODEID'\n"},
+    files_are_short: {"scripts/x.py": "x = 1\n" * (MAX_FILE_LINES + 1)},
+    functions_are_short: {"distill/run.py": long_function(MAX_FUNCTION_LINES + 1)},
+    the_median_function_is_short: {"distill/run.py": long_function(MAX_MEDIAN_LINES + 1)},
+    the_loop_is_short: {"distill/train.py": long_function(MAX_LOOP_LINES + 1, "train")},
+    the_loop_has_no_arithmetic: {"distill/train.py": "if 0 != get_rank():\n    pass\n"},
+    types_import_only_torch: {"distill/types.py": "import numpy\n"},
+    names_are_specific: {"distill/data/utils.py": ""},
+    the_repository_is_self_contained: {"recipes/x.yaml": "path: ../data/x\n"},
 }
 
 
 @pytest.fixture(scope="module")
 def repository() -> Sources:
-    """Every text file of ours in the repository."""
-    kinds = (".py", ".yaml", ".txt", ".md", ".cfg", ".toml", ".jsonl")
-    rooms = ("distill", "scripts", "recipes", "prompts", "tests")
-    files = [file for room in rooms for file in (ROOT / room).rglob("*") if file.suffix in kinds]
+    """All text files of the repository's own folders."""
+    kinds = (".py", ".yaml", ".txt", ".md", ".cfg", ".toml", ".jsonl", ".sbatch")
+    folders = ("distill", "scripts", "recipes", "prompts", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in kinds]
     files += [file for file in ROOT.iterdir() if file.suffix in kinds or file.name == "Makefile"]
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
@@ -323,27 +173,6 @@ def test_the_repository_keeps_the_rule(rule: Rule, repository: Sources) -> None:
     assert rule(repository) == []
 
 
-@pytest.mark.parametrize(
-    ("rule", "sources"),
-    [pytest.param(rule, bad, id=f"{rule.__name__}: {what}") for rule in BAD for what, bad in BAD[rule].items()],
-)
-def test_a_bad_tree_is_refused(rule: Rule, sources: Sources) -> None:
-    assert len(rule(sources)) == 1
-
-
 @pytest.mark.parametrize("rule", BAD, ids=lambda rule: rule.__name__)
-def test_a_good_tree_is_not_refused(rule: Rule) -> None:
-    assert rule(GOOD) == []
-
-
-def test_the_repository_was_read(repository: Sources) -> None:
-    assert {"distill/types.py", "distill/metrics/step.py", "Makefile", "setup.cfg"} <= set(repository)
-
-
-def test_the_top_of_the_repository_is_tidy() -> None:
-    """Only what a newcomer is told about stands at the top; folders made by runs and tools are git's to ignore."""
-    ignored = {line.strip("/\n") for line in (ROOT / ".gitignore").read_text().splitlines()}
-    known = {"distill", "scripts", "recipes", "prompts", "tests", "Makefile", "setup.cfg", "README.md", ".ci", ".git"}
-    known |= {".gitignore", "pyproject.toml", "requirements-cpu.lock"}
-    found = {path.name for path in ROOT.iterdir()}
-    assert {name for name in found - known - ignored if not name.endswith(".egg-info")} == set()
+def test_the_rule_refuses_a_bad_tree(rule: Rule) -> None:
+    assert len(rule(BAD[rule])) == 1

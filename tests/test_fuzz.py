@@ -17,13 +17,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import tests.malformed_data
-import tests.malformed_exports
-import tests.malformed_prompts
-import tests.malformed_thoughts
-import tests.malformed_tokenizer
-import tests.malformed_variants
-import tests.malformed_weights  # noqa: F401 registers its ways
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 from tests.helpers import free_port, run_ranks
 from tests.malformed import BROKEN, CANARY, TORCHRUN, WAYS, Case, malformed

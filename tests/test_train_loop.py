@@ -62,9 +62,9 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
         last_step=2,
         phases=lambda step: lambda name: contextlib.nullcontext(),
         order=SimpleNamespace(batch=lambda step: []),
-        sync=SimpleNamespace(renew=lambda *_: None),
+        sync=SimpleNamespace(push_weights=lambda *_: None),
         world=SimpleNamespace(all_or_none=lambda what: contextlib.nullcontext()),
-        views=SimpleNamespace(prefixed=lambda mine: (mine, {})),
+        views=SimpleNamespace(add=lambda mine: (mine, {})),
         validation=SimpleNamespace(answers=lambda step: None, report=lambda answers: None),
         checkpoints=SimpleNamespace(finalize_pending=lambda block: look("settled" if not block else "waited")),
         validate_at_end=lambda: None,
@@ -84,13 +84,26 @@ def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeyp
     assert seen == [*step, ("end of step", 1), ("checkpoint", 0)] * 2
 
 
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
+def test_a_dry_run_trains_nothing_in_both_spellings(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "start_process", lambda: None)
+    monkeypatch.setattr(train, "run_program", MagicMock(side_effect=AssertionError))
+    monkeypatch.setattr("distill.memory.forecast.dry_run", lambda config: ["# forecast"])
+    assert train.main([flag]) == 0
+    printed = capsys.readouterr().out
+    assert "max_num_steps" in printed and "# forecast" in printed
+
+
 @pytest.mark.parametrize("error", [CollectiveUserError("a full disk"), RunFailed("no number")])
 def test_a_checkpoint_on_its_way_is_made_whole_before_all_ranks_leave(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     run = MagicMock()
-    monkeypatch.setattr(train, "run_program", lambda program, needs_world: program(MagicMock()))
-    monkeypatch.setattr(train, "parse_args", lambda argv: None)
+    monkeypatch.setattr(train, "run_program", lambda program: program(MagicMock()))
+    monkeypatch.setattr(train, "parse_args", lambda argv: SimpleNamespace(dry_run=False))
+    monkeypatch.setattr(train, "start_process", lambda: None)
     monkeypatch.setattr("distill.build.build_run", lambda arguments, world: run)
     monkeypatch.setattr(train, "train", MagicMock(side_effect=error))
     with pytest.raises(type(error)):

@@ -1,8 +1,8 @@
-"""Whether an answer is right: as mathematics, as exact text, by a regular expression, or by the option it chooses.
+"""Grade a response against the gold answer: by math-verify, exact text, a regular expression or a chosen option.
 
-To compare expressions may take for ever, take all memory or crash, and so may a regular expression. Both are done in a
-process of their own, which is ended when it takes too long. This file is that process's program too: it is started by
-its path, so at its top it imports nothing of this package, whose import takes seconds.
+Comparing expressions or matching a regular expression can take unlimited time or memory, or crash. A worker process
+does both and is killed at a time limit. This file is also the worker's program and is started by its path: its top
+imports nothing of this package, because importing the package takes seconds.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from types import TracebackType
 from typing import Literal
 
 Verdict = Literal["right", "wrong", "failed"]
-"""failed: the judge came to no end, or could not read the gold answer; it counts as wrong and is counted itself."""
-JUDGES = ("math", "exact", "regex", "choice")
+"""Result of a grader. "failed": time limit, crash or unreadable gold answer; counted separately and as wrong."""
 THINK_TAGS = ("<think>", "</think>")
-"""The tags that open and close a thought, unless a recipe sets others."""
+"""Default opening and closing tag of a think block."""
 
 SECONDS = 10.0
-"""How long one answer may take to judge."""
-_STARTING = 300.0
-"""How long the process may take to begin: on a shared file system at 1000 ranks, minutes."""
+"""Default time limit for grading one response."""
+_START_SECONDS = 300.0
+"""Time limit for starting a worker: imports take minutes when 1000 ranks load them from one file system."""
 _MEMORY = 8 * 2**30
+"""Limit of a worker's address space in bytes."""
 _BOX = re.compile(r"\\boxed\s*{")
 
 
-def final_part(answer: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
-    """The text after the last closing tag, stripped; all of the answer if it has no thoughts.
+def final_part(response: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
+    """Return the stripped text after the last closing tag; the complete response if it has no think block.
 
-    Empty if the answer ends inside a thought. ``inside_thought``: the prompt opened a thought, so the answer begins
-    inside it.
+    Return "" if the response ends inside a think block. ``inside_thought``: the prompt ends with an opening tag, so the
+    response begins inside a think block.
     """
     opening, closing = think_tags
-    _, closed, after = answer.rpartition(closing)
+    _, closed, after = response.rpartition(closing)
     return "" if opening in after or (inside_thought and not closed) else after.strip()
 
 
 def last_box(text: str) -> str:
-    """The last ``\\boxed{...}`` of ``text`` that is closed; all of ``text`` where there is none."""
+    r"""Return the last closed ``\boxed{...}`` of ``text``, or ``text`` if it has none."""
     for start in reversed([box.start() for box in _BOX.finditer(text)]):
         depth = 0
         for brace in re.finditer("[{}]", text[start:]):
@@ -57,35 +57,25 @@ def last_box(text: str) -> str:
     return text
 
 
-def exact(answer: str, gold: str) -> Verdict:
-    """Whether the final part of ``answer`` is ``gold``, blanks around both aside."""
-    return _exact(final_part(answer), gold)
+# ---- graders: each compares the final part of a response with the gold answer ----------------------------------------
 
 
-def by_regex(answer: str, gold: str) -> Verdict:
-    """Whether the regular expression ``gold`` is found in the final part of ``answer``; ^ and $ are its ends."""
-    return _by_regex(final_part(answer), gold)
-
-
-def by_math(answer: str, gold: str) -> Verdict:
-    """Whether math-verify finds the last box of the final part of ``answer``, or else its last expression, equal to
-    ``gold``."""
-    return _by_math(final_part(answer), gold)
-
-
-def _exact(final: str, gold: str) -> Verdict:
+def _grade_exact(final: str, gold: str) -> Verdict:
     return "right" if final == gold.strip() else "wrong"
 
 
-def _by_regex(final: str, gold: str) -> Verdict:
+def _grade_regex(final: str, gold: str) -> Verdict:
+    """Search the pattern ``gold`` in ``final``."""
     return "right" if re.search(gold, final) else "wrong"
 
 
-def _by_math(final: str, gold: str) -> Verdict:
+def _grade_math(final: str, gold: str) -> Verdict:
+    """Compare the last box of ``final``, or else its last expression, with ``gold`` by math-verify."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
-    no_limit = {"parsing_timeout": None, "raise_on_error": True}  # its alarms don't stop long arithmetic; ours does
+    # math-verify's own time limits use alarms, which do not interrupt long arithmetic. The worker's limit does.
+    no_limit = {"parsing_timeout": None, "raise_on_error": True}
     wanted = parse(f"\\boxed{{{gold}}}", [latex], **no_limit) or parse(gold, [latex, expression], **no_limit)
     if not wanted:
         return "failed"
@@ -93,96 +83,91 @@ def _by_math(final: str, gold: str) -> Verdict:
     return "right" if verify(wanted, found, timeout_seconds=None, raise_on_error=True) else "wrong"
 
 
-def by_choice(answer: str, gold: str) -> Verdict:
-    """Whether the final part of ``answer`` chooses the option, A to J, that ``gold`` names."""
-    return _by_choice(final_part(answer), gold)
+def _grade_choice(final: str, gold: str) -> Verdict:
+    """Compare the option, A to J, that ``final`` chooses with the option that ``gold`` names."""
+    from distill.data.choice import chosen_option, named_option
 
-
-def _by_choice(final: str, gold: str) -> Verdict:
-    from distill.data.choice import chosen, option
-
-    wanted = option(gold)
+    wanted = named_option(gold)
     if wanted is None:
         return "failed"
-    return "right" if chosen(final) == wanted else "wrong"
+    return "right" if chosen_option(final) == wanted else "wrong"
 
 
-_HERE: Mapping[str, Callable[[str, str], Verdict]] = {"exact": _exact, "choice": _by_choice}
-_IN_A_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"math": _by_math, "regex": _by_regex}
-"""Graders of a final part: those of _HERE can neither hang nor crash."""
+_IN_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"exact": _grade_exact, "choice": _grade_choice}
+"""Graders that run in the calling process, because they can neither hang nor crash."""
+_IN_WORKER: Mapping[str, Callable[[str, str], Verdict]] = {"math": _grade_math, "regex": _grade_regex}
+"""Graders that run in a worker process with a time limit."""
 
 
-class Judge:
-    """Judges answers one after the other; a context manager, which ends the processes that were needed.
+class Grader:
+    """Grades responses one by one; a context manager that ends its worker processes.
 
-    ``seconds``: how long one answer may take.
+    ``seconds``: time limit for one response.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds
-        self._children: dict[str, _Child] = {}
+        self._workers: dict[str, _Worker] = {}
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> Grader:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for child in self._children.values():
-            child.end()
-        self._children.clear()
+        for worker in self._workers.values():
+            worker.end()
+        self._workers.clear()
 
     def __call__(
         self,
         name: str,
-        answer: str,
+        response: str,
         gold: str,
         *,
         think_tags: tuple[str, str] = THINK_TAGS,
         inside_thought: bool = False,
     ) -> Verdict:
-        """The verdict of the judge ``name``, one of JUDGES, on the ``final_part`` of ``answer``.
+        """Grade the ``final_part`` of ``response`` with the grader ``name``: math, exact, regex or choice.
 
-        Raises RuntimeError where its process doesn't start.
+        Raises RuntimeError if the worker process does not start.
         """
-        final = final_part(answer, think_tags, inside_thought)
-        if name in _HERE:
-            return _HERE[name](final, gold)
-        if name not in self._children:
-            self._children[name] = _Child(name)
-        verdict = self._children[name].ask(final, gold, self._seconds)
+        final = final_part(response, think_tags, inside_thought)
+        if name in _IN_PROCESS:
+            return _IN_PROCESS[name](final, gold)
+        if name not in self._workers:
+            self._workers[name] = _Worker(name)
+        verdict = self._workers[name].grade(final, gold, self._seconds)
         if verdict is None:
-            self._children.pop(name).end()  # the next answer gets another one
+            self._workers.pop(name).end()  # the next response gets a new worker
         return verdict or "failed"
 
 
-class _Child:
-    """A process that judges by one judge."""
+class _Worker:
+    """A worker process that runs one grader."""
 
     def __init__(self, name: str) -> None:
+        command = [sys.executable, "-P", __file__, name]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", __file__, name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        if self._said(_STARTING) != "ready":
+        if self._read_line(_START_SECONDS) != "ready":
             self.end()
-            raise RuntimeError(f"the process that judges by {name} does not start: try {sys.executable} {__file__}")
+            raise RuntimeError(f"the worker process of the grader {name} does not start: run {' '.join(command)}")
 
-    def ask(self, final: str, gold: str, seconds: float) -> Verdict | None:
-        """The verdict; None where there was none in time."""
+    def grade(self, final: str, gold: str, seconds: float) -> Verdict | None:
+        """Return the worker's verdict, or None if the worker crashed or exceeded ``seconds``."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps([final, gold, seconds]).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             return None
-        said = self._said(seconds)
-        return said if said in ("right", "wrong", "failed") else None  # type: ignore[return-value]
+        reply = self._read_line(seconds)
+        return reply if reply in ("right", "wrong", "failed") else None  # type: ignore[return-value]
 
-    def _said(self, seconds: float) -> str:
-        """The next line; empty where it is not there in time, or the process is gone."""
+    def _read_line(self, seconds: float) -> str:
+        """Return the worker's next line; "" after ``seconds`` or if the worker has exited."""
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         ready, _, _ = select.select([pipe], [], [], seconds)
@@ -194,55 +179,76 @@ class _Child:
             self._process.communicate()
 
 
-def check_judge(name: str, where: str) -> None:
-    """Refuse a judge that can't be asked here; ``where`` is the key of the dataset that names it."""
+# ---- checks at start -------------------------------------------------------------------------------------------------
+
+
+def check_grader(name: str, where: str) -> None:
+    """Raise UserError if the package of the grader ``name`` is missing; ``where``: the dataset's configuration key."""
     from distill.errors import UserError
 
     if name == "math" and find_spec("math_verify") is None:
         raise UserError(
-            f"{where}.env_name=math but math-verify is not installed: pip install math-verify, or set env_name to"
-            " exact, regex, choice or null"
+            f"{where}.env_name=math needs the package math-verify, which is not installed",
+            "install it with pip install math-verify, or set env_name to exact, regex, choice or null",
+            key=f"{where}.env_name",
+            value=name,
         )
 
 
 def check_gold(name: str, gold: str, where: str) -> None:
-    """Refuse a gold answer that the judge ``name`` can't read: no regular expression, no option."""
+    """Raise UserError if the grader ``name`` cannot read ``gold``; ``where``: the dataset's configuration key."""
+    if name == "choice":
+        _check_option(gold, where)
+    elif name == "regex":
+        _check_regex(gold, where)
+
+
+def _check_option(gold: str, where: str) -> None:
+    from distill.data.choice import named_option
     from distill.errors import UserError
 
-    if name == "choice":
-        from distill.data.choice import option
+    if named_option(gold) is None:
+        raise UserError(
+            f"{where}.env_name=choice requires gold answers that name one option from A to J, but one is {gold[:80]!r}",
+            f"write the gold answers as letters (A for the first option), set {where}.output_key to the column of the"
+            f" letters, or extract the letters with {where}.output_pattern",
+            key=f"{where}.env_name",
+            value=gold,
+        )
 
-        if option(gold) is None:
-            raise UserError(
-                f"{where}.env_name=choice but the gold answer {gold[:80]!r} names no option from A to J: write the gold"
-                f" answers as letters (A for the first option), name the column of the letters in {where}.output_key,"
-                f" or extract them with {where}.output_pattern"
-            )
-    if name != "regex":
-        return
+
+def _check_regex(gold: str, where: str) -> None:
+    from distill.errors import UserError
+
     try:
         re.compile(gold)
     except re.error as error:
         raise UserError(
-            f"{where}.env_name=regex but the gold answer {gold!r} is no regular expression ({error}): correct it, or"
-            " set env_name to exact"
+            f"{where}.env_name=regex requires regular expressions as gold answers, but {gold!r} is not a valid one"
+            f" ({error})",
+            "correct it, or set env_name to exact",
+            key=f"{where}.env_name",
+            value=gold,
         ) from None
 
 
+# ---- the worker's program --------------------------------------------------------------------------------------------
+
+
 def _serve(name: str) -> None:
-    """Judge what standard input asks, a line a question, until it ends."""
+    """Grade the requests on standard input, one JSON list [final, gold, seconds] per line, until it is closed."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no verdict
+    os.dup2(2, 1)  # a library's prints must not be read as verdicts
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    judge = _IN_A_PROCESS[name]
-    judge("1", "1")  # imports what it needs
+    grade = _IN_WORKER[name]
+    grade("1", "1")  # imports the grader's packages before the first time limit starts
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         final, gold, seconds = json.loads(line)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)  # ends the process even where nobody is left to do it
+        signal.setitimer(signal.ITIMER_VIRTUAL, 2 * seconds)  # ends this worker if the parent process was killed
         try:
-            verdict: str = judge(final, gold)
-        except Exception:  # of any kind: expressions of an untrained model reach every corner of a library
+            verdict: str = grade(final, gold)
+        except Exception:  # responses of an untrained model trigger many kinds of library errors
             verdict = "failed"
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         print(verdict, file=out, flush=True)

@@ -1,7 +1,8 @@
-"""What the teacher reads before each answer: the student's own prompt, or a template with the problem and a trace.
+"""Build the teacher's prefixes: the token ids that the teacher reads before each response.
 
-Only the tokens before the answer differ between the two models; the answer's tokens are the same, and the i-th of them
-is compared with the i-th. An answer never is cut: the prefix gives way, or the answer is left out and counted.
+A prefix is the student's prompt, or a filled template with the problem and a trace. The response tokens are the same
+for both models and are compared one by one, so a response is never cut: the prefix is shortened, or the response is
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from distill.config.template import teacher_template
 from distill.data.clock import RunClock
@@ -17,50 +18,76 @@ from distill.data.prompts import Messages, chat_ids, token_ids
 from distill.data.text_checks import check_ids
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
 from distill.errors import UserError
-from distill.types import Problem, Rollout, Stats
+from distill.types import Problem, Prompt, Rollout, Stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from distill.config import Config, ContextDistillationConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
+"""Name of the metric: truncated prefixes over kept responses."""
 _KEY = "distillation.context_distillation"
+_TEMPLATE_KEY = f"{_KEY}.teacher_prefix_template"
+
+DropReason = Literal["missing_trace", "too_long_response", "no_prefix_budget", "prefix_too_long"]
+"""Why a response is dropped: no trace; longer than the teacher's window; exactly as long as the window; the part of the
+prefix that must not be cut does not fit."""
+_REFERENCE_ZERO_METRICS = ("invalid_message", "for_dp_divisibility")
+"""Drop reasons of the reference system that cannot occur here; reported as 0 so that its dashboards find the names."""
 
 
 @dataclass(frozen=True)
 class PrefixStats:
-    """What happened on this rank while prefixes were made, to be added up over ranks."""
+    """Metrics of one rank's prefixes; add them up over ranks."""
 
     means: Stats = field(default_factory=dict)
-    """(sum, count) by name; a mean over nothing is left out."""
+    """(sum, count) by metric name; without the metrics whose count is 0."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Counts by name."""
+    """Counts by metric name."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The teacher's prefix for one prompt."""
+
+    token_ids: tuple[int, ...]
+    inside_thought: bool
+    """Whether the prefix ends inside an open think block."""
 
 
 class TeacherPrefixes(Protocol):
-    """Gives answers what the teacher reads before them."""
+    """Builds the teacher's prefixes of prompts and rollouts."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """The answers that are trained on, in order, with ``teacher_prefix_ids``; and what happened to the others.
+        """Return the kept rollouts, in order, with ``teacher_prefix_ids`` set, and this rank's counts.
 
-        Called by each rank for the answers it generated, without talking to the others.
+        Not collective: each rank passes the rollouts that it generated.
         """
         ...
 
+    def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
+        """Return the prefix before a response of one token, or the reason why that response would be dropped."""
+        ...
 
-class SamePromptViews:
-    """The teacher reads what the student read: plain distillation."""
+
+class SamePromptPrefixes:
+    """Prefixes of plain distillation: the teacher reads the student's prompt."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """All answers, each with its own prompt as the teacher's prefix; no metrics."""
-        views = [
-            replace(r, teacher_prefix_ids=r.prompt.student_ids, teacher_inside_thought=r.prompt.inside_thought)
-            for r in rollouts
-        ]
-        return views, PrefixStats()
+        """Return all rollouts with their own prompt as the teacher's prefix, and no metrics."""
+        prefixes = [self.prefix_of(rollout.prompt) for rollout in rollouts]
+        return [_with_prefix(*pair) for pair in zip(rollouts, prefixes, strict=True)], PrefixStats()
+
+    def prefix_of(self, prompt: Prompt) -> Prefix:
+        """Return the student's prompt."""
+        return Prefix(prompt.student_ids, prompt.inside_thought)
+
+
+def _with_prefix(rollout: Rollout, prefix: Prefix) -> Rollout:
+    return replace(rollout, teacher_prefix_ids=prefix.token_ids, teacher_inside_thought=prefix.inside_thought)
 
 
 def build_teacher_prefixes(
@@ -69,15 +96,15 @@ def build_teacher_prefixes(
     valid_vocab: int | None = None,
     clock: RunClock | None = None,
 ) -> TeacherPrefixes:
-    """The views that a recipe asks for.
+    """Return the builder of teacher prefixes that the configuration selects.
 
-    ``tokenizer``: the teacher's, whose chat template is used; it gets the teacher's own arguments, or the student's.
-    ``valid_vocab``: ids at or past it are in no context, as an embedding lacks them; None: not checked.
-    ``clock``: the time that the chat template sees; None: the current time at each rendering.
+    ``tokenizer``: the teacher's. Its chat template receives the teacher's arguments, or else the student's.
+    ``valid_vocab``: number of ids that have an embedding; a context with another id is refused; None: not checked.
+    ``clock``: the time that chat templates see; None: the current time of each rendering.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
-        return SamePromptViews()
+        return SamePromptPrefixes()
     kwargs, key = teacher_template_kwargs(config)
     if clock is not None:
         kwargs = clock.template_kwargs(tokenizer, kwargs, key)
@@ -85,7 +112,7 @@ def build_teacher_prefixes(
 
 
 def teacher_template_kwargs(config: Config) -> tuple[Mapping[str, Any] | None, str]:
-    """The recipe's arguments of the teacher's chat template, and the key that they come from."""
+    """Return the arguments of the teacher's chat template and the configuration key that sets them."""
     own = config.teacher.tokenizer.chat_template_kwargs
     if own is None:
         return config.policy.tokenizer.chat_template_kwargs, "policy.tokenizer.chat_template_kwargs"
@@ -94,10 +121,12 @@ def teacher_template_kwargs(config: Config) -> tuple[Mapping[str, Any] | None, s
 
 @dataclass(frozen=True)
 class _Sample:
-    """An answer on its way, and its trace."""
-
     rollout: Rollout
     trace: str
+
+    @property
+    def problem(self) -> str:
+        return self.rollout.prompt.problem.text
 
     @property
     def length(self) -> int:
@@ -105,12 +134,13 @@ class _Sample:
 
 
 class ContextPrefixes:
-    """The teacher reads a template with the raw problem, and the trace of the answer that it scores or a dataset's.
+    """Prefixes of context distillation: a template filled with the raw problem and a trace.
 
-    ``max_tokens`` is the teacher's window, prefix and answer together. With ``context.chat_template`` the filled
-    template is a user message with a generation prompt; without, it is bare text after the tokenizer's BOS. Raises
-    UserError for a template that names anything but ``{problem}`` and ``{trace}``, or not the problem, or that fills
-    the window alone, and for a context with an id at or past ``valid_vocab``.
+    The trace is a span of the scored response or of a dataset column. ``max_tokens``: the teacher's window, for prefix
+    and response together. With ``context.chat_template`` the filled template is a user message, followed by a
+    generation prompt; without, it is bare text after the tokenizer's BOS. Raises UserError for a template that lacks
+    ``{problem}``, has unknown placeholders or fills the window alone, and for a context with an id that is not below
+    ``valid_vocab``.
     """
 
     def __init__(
@@ -128,55 +158,68 @@ class ContextPrefixes:
         self._template_kwargs = template_kwargs
         self._template = teacher_template(context.teacher_prefix_template)
         shows_trace = self._template.count("trace") > 0
-        # A template without {trace} needs none: plain context distillation.
+        # A template without {trace} needs no trace, so no response lacks one.
         self._drops_missing = context.trace_extractor.missing_trace_policy == "drop_sample" and shows_trace
-        (alone,) = self._filled([("", "")])
-        if len(alone) >= max_tokens:
-            raise UserError(
-                f"{_KEY}.teacher_prefix_template has {len(alone)} tokens before problem, trace and answer come in, and "
-                f"teacher.max_total_sequence_length={max_tokens} is to hold all of them: shorten it, or raise "
-                "teacher.max_total_sequence_length"
-            )
+        self._check_window()
         if shows_trace and context.trace_source == "dynamic":
-            logger.warning(
-                "%s.trace_source=dynamic lets the teacher read the reasoning of the answer before it scores that "
-                "answer, and it may agree with what it has read: %s.trace_source=static_dataset takes traces from the "
-                "data, and a template without {trace} needs none",
+            log.warning(
+                "%s.trace_source=dynamic shows the teacher the reasoning of the same response that it then scores, so"
+                " its scores may just agree with that reasoning: set %s.trace_source=static_dataset to take traces from"
+                " the data, or remove {trace} from the template",
                 *(_KEY, _KEY),
             )
 
-    def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """The answers with the teacher's prefixes, those left out that lack a trace or do not fit; and the counts.
+    def _check_window(self) -> None:
+        """Refuse a template that leaves no room for problem, trace and response."""
+        (empty,) = self._fill([("", "")])
+        if len(empty) >= self._max_tokens:
+            raise UserError(
+                f"{_TEMPLATE_KEY} has {len(empty)} tokens without problem, trace and response, but all of them must fit"
+                f" into teacher.max_total_sequence_length={self._max_tokens}",
+                "shorten the template, or raise teacher.max_total_sequence_length",
+                key=_TEMPLATE_KEY,
+                value=self._context.teacher_prefix_template,
+            )
 
-        Names and formulas are the reference system's: ``trace_coverage`` is answers with a trace over all answers,
-        before any is left out; ``prefix_truncation_rate`` is cut prefixes over answers that stay
-        (``valid_samples``); ``dropped_samples`` is the sum of its parts. Raises UserError for a problem without the
-        column of the traces.
+    def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
+        """Return the kept rollouts with their prefixes, and this rank's counts.
+
+        Metric names and formulas are the reference system's. ``trace_coverage``: responses with a trace over all
+        responses, dropped ones included. ``prefix_truncation_rate``: truncated prefixes over kept responses
+        (``valid_samples``). ``dropped_samples``: the sum of the ``dropped_*`` counts. Raises UserError for a problem
+        without the column of the traces.
         """
         samples = [_Sample(rollout, trace) for rollout, trace in zip(rollouts, self._traces(rollouts), strict=True)]
         traced = [s for s in samples if s.trace or not self._drops_missing]
         short = [s for s in traced if s.length <= self._max_tokens]
-        roomy = [s for s in short if s.length < self._max_tokens]
-        whole = self._prefixes(roomy)
-        fitted = [(s, ids, self._fitted(s, ids)) for s, ids in zip(roomy, whole, strict=True)]
-        valid = [(s, ids, cut) for s, ids, cut in fitted if cut is not None]
-        dropped = {
+        with_budget = [s for s in short if s.length < self._max_tokens]
+        complete = self._prefixes(with_budget)
+        fitted = [(s, ids, self._fit(s, ids)) for s, ids in zip(with_budget, complete, strict=True)]
+        valid = [(s, ids, fit) for s, ids, fit in fitted if fit is not None]
+        dropped: dict[DropReason, int] = {
             "missing_trace": len(samples) - len(traced),
             "too_long_response": len(traced) - len(short),
-            "no_prefix_budget": len(short) - len(roomy),
-            "prefix_too_long": len(roomy) - len(valid),
+            "no_prefix_budget": len(short) - len(with_budget),
+            "prefix_too_long": len(with_budget) - len(valid),
         }
-        truncated = sum(len(cut) < len(ids) for _, ids, cut in valid)
-        inside = self._inside_thoughts([(s, cut) for s, _, cut in valid])
-        views = [
-            replace(s.rollout, teacher_prefix_ids=tuple(cut), teacher_inside_thought=opened)
-            for (s, _, cut), opened in zip(valid, inside, strict=True)
+        truncated = sum(len(fit) < len(ids) for _, ids, fit in valid)
+        inside = self._inside_thoughts([(s, fit) for s, _, fit in valid])
+        kept = [
+            _with_prefix(s.rollout, Prefix(tuple(fit), opened))
+            for (s, _, fit), opened in zip(valid, inside, strict=True)
         ]
-        return views, PrefixStats(self._means(samples, views, truncated), _totals(dropped, truncated, len(valid)))
+        return kept, PrefixStats(self._means(samples, kept, truncated), _totals(dropped, truncated, len(valid)))
+
+    def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
+        """Return the prefix before a response of one token, or the reason why that response would be dropped."""
+        kept, stats = self.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
+        if kept:
+            return Prefix(kept[0].teacher_prefix_ids, kept[0].teacher_inside_thought)
+        return next(reason for reason in get_args(DropReason) if stats.totals[_metric(f"dropped_{reason}")])
 
     def check_problem(self, problem: Problem, trace: str) -> None:
-        """Raise UserError for an id at or past ``valid_vocab`` in the problem's context, which shows ``trace``."""
-        self._filled([(problem.text, trace)])
+        """Raise UserError if the context of ``problem`` and ``trace`` has an id without an embedding."""
+        self._fill([(problem.text, trace)])
 
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
         extractor, texts = self._context.trace_extractor, map(self._trace_source, rollouts)
@@ -184,34 +227,38 @@ class ContextPrefixes:
             return [extract_column_trace(text, extractor) for text in texts]
         return [extract_trace(t, extractor, r.prompt.inside_thought) for r, t in zip(rollouts, texts, strict=True)]
 
-    def _inside_thoughts(self, views: Sequence[tuple[_Sample, list[int]]]) -> list[bool]:
-        """Whether each (sample, prefix as the teacher reads it) ends inside an open thought."""
-        texts = self._texts([(s.rollout.prompt.problem.text, s.trace) for s, _ in views])
+    def _inside_thoughts(self, prefixes: Sequence[tuple[_Sample, list[int]]]) -> list[bool]:
+        """Return for each (sample, fitted prefix) whether the prefix ends inside an open think block."""
+        texts = self._texts([(s.problem, s.trace) for s, _ in prefixes])
         chats = _chats(texts) if self._context.chat_template else None
-        prefixes, tags = [ids for _, ids in views], self._context.trace_extractor.think_tags
-        return [*map(bool, inside_thoughts(self._tokenizer, chats, prefixes, tags, self._template_kwargs))]
+        ids, tags = [ids for _, ids in prefixes], self._context.trace_extractor.think_tags
+        return [*map(bool, inside_thoughts(self._tokenizer, chats, ids, tags, self._template_kwargs))]
 
     def _trace_source(self, rollout: Rollout) -> str:
-        """The text that an answer's trace is taken from."""
+        """Return the text that contains the trace: the response, or the dataset column."""
         if self._context.trace_source == "dynamic":
-            # Special tokens stay in the text: in some tokenizers the think tags are among them. The stop token goes: an
-            # unclosed span would take it along, and it would end the teacher's user message.
+            # Keep special tokens: some tokenizers have the think tags among them. Drop the stop token: it would become
+            # part of an unclosed span and would end the teacher's user message.
             ids = rollout.response_ids[:-1] if rollout.finish == "stop" else rollout.response_ids
-            as_it_is = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            return str(self._tokenizer.decode(list(ids), **as_it_is))
+            verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return str(self._tokenizer.decode(list(ids), **verbatim))
         column, problem = self._context.static_trace.answer_column or "", rollout.prompt.problem
         if column not in problem.columns:
+            key = f"{_KEY}.static_trace.answer_column"
             raise UserError(
-                f"{_KEY}.static_trace.answer_column={column} is missing in a problem of {problem.source}, which has "
-                f"{', '.join(problem.columns) or 'no other column of texts'}: set it to a column of all its problems"
+                f"{key}={column} is missing in a problem of {problem.source}, which has"
+                f" {', '.join(problem.columns) or 'no other text column'}",
+                "set it to a column that all problems have",
+                key=key,
+                value=column,
             )
         return problem.columns[column]
 
     def _prefixes(self, samples: Sequence[_Sample]) -> list[list[int]]:
-        return self._filled([(s.rollout.prompt.problem.text, s.trace) for s in samples])
+        return self._fill([(s.problem, s.trace) for s in samples])
 
-    def _filled(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """The token ids of the template with each (problem, trace)."""
+    def _fill(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Return the token ids of the template filled with each (problem, trace)."""
         texts = self._texts(values)
         if self._context.chat_template:
             filled = chat_ids(self._tokenizer, _chats(texts), self._template_kwargs)
@@ -219,15 +266,15 @@ class ContextPrefixes:
             filled = token_ids(self._tokenizer, texts, special_tokens=True)
         if self._valid_vocab is not None:
             for (problem, _), ids in zip(values, filled, strict=True):
-                what = f"{_KEY}.teacher_prefix_template" + (f" for the problem {problem[:40]!r}" if problem else "")
-                check_ids(self._tokenizer, ids, self._valid_vocab, what)
+                what = _TEMPLATE_KEY + (f" for the problem {problem[:40]!r}" if problem else "")
+                check_ids(self._tokenizer, ids, self._valid_vocab, what, _TEMPLATE_KEY)
         return filled
 
     def _texts(self, values: Sequence[tuple[str, str]]) -> list[str]:
         return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
 
-    def _fitted(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
-        """The prefix itself where it fits before its answer, else what the overflow policy leaves; None: nothing."""
+    def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
+        """Return the prefix, shortened by the overflow policy if it exceeds the window; None if it cannot fit."""
         budget = self._max_tokens - sample.length
         if len(prefix) <= budget:
             return prefix
@@ -235,41 +282,42 @@ class ContextPrefixes:
             return prefix[-budget:]
         if self._context.overflow_policy == "truncate_prefix_from_end":
             return prefix[:budget]
-        return self._with_less_trace(sample, budget)
+        return self._with_shorter_trace(sample, budget)
 
-    def _with_less_trace(self, sample: _Sample, budget: int) -> list[int] | None:
-        """The prefix with as much of the trace's beginning as fits; None where the rest alone does not."""
+    def _with_shorter_trace(self, sample: _Sample, budget: int) -> list[int] | None:
+        """Return the prefix with the longest start of the trace that fits; None if it does not fit without a trace."""
 
         def prefix(characters: int) -> list[int]:
             return self._prefixes([replace(sample, trace=sample.trace[:characters])])[0]
 
-        # Where an answer without a trace is left out, one whose trace is cut to nothing is too.
+        # If responses without a trace are dropped, a trace must not be cut to nothing.
         least = 1 if self._drops_missing else 0
-        kept = _most_that_fits(lambda characters: len(prefix(characters)), least, len(sample.trace), budget)
+        kept = _largest_fitting(lambda characters: len(prefix(characters)), least, len(sample.trace), budget)
         return None if kept is None else prefix(kept)
 
-    def _means(self, samples: Sequence[_Sample], views: Sequence[Rollout], truncated: int) -> Stats:
+    def _means(self, samples: Sequence[_Sample], kept: Sequence[Rollout], truncated: int) -> Stats:
         traces = [s.trace for s in samples if s.trace]
         trace_tokens = sum(map(len, token_ids(self._tokenizer, traces)))
         means = {
             "trace_coverage": (len(traces), len(samples)),
             "trace_mean_chars": (sum(map(len, traces)), len(traces)),
             "trace_mean_tokens": (trace_tokens, len(traces)),
-            "prefix_truncation_rate": (truncated, len(views)),
-            "prefix_mean_tokens": (sum(len(view.teacher_prefix_ids) for view in views), len(views)),
+            "prefix_truncation_rate": (truncated, len(kept)),
+            "prefix_mean_tokens": (sum(len(rollout.teacher_prefix_ids) for rollout in kept), len(kept)),
         }
-        return {_named(name): (float(total), float(count)) for name, (total, count) in means.items() if count}
+        return {_metric(name): (float(total), float(count)) for name, (total, count) in means.items() if count}
 
 
 def _chats(texts: Sequence[str]) -> list[Messages]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def _most_that_fits(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
-    """The largest number from ``low`` to below ``high`` whose rising ``length`` is within ``limit``, or one before it
-    that reaches the limit; None where there is none. ``high`` is known not to fit.
+def _largest_fitting(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
+    """Return the largest n in [low, high) with ``length(n) <= limit``, or the first tried n with equality.
 
-    A length is a tokenisation, so a guess goes where a straight line would; to the middle once lines have led nowhere.
+    ``length`` must not decrease, and ``length(high)`` must exceed ``limit``. Return None if ``length(low)`` does, too.
+    Each call of ``length`` tokenises a text, so the search interpolates linearly. It bisects after four steps in a row
+    that do not halve the interval.
     """
     short, long, slow = length(low), length(high), 0
     if short > limit:
@@ -287,20 +335,16 @@ def _most_that_fits(length: Callable[[int], int], low: int, high: int, limit: in
     return low
 
 
-_NEVER = ("invalid_message", "for_dp_divisibility")
-"""Reasons of the reference system that no answer is left out for here; their zeros stand where they always stood."""
-
-
-def _totals(dropped: Mapping[str, int], truncated: int, valid: int) -> dict[str, float]:
+def _totals(dropped: Mapping[DropReason, int], truncated: int, valid: int) -> dict[str, float]:
     totals = {
         "valid_samples": valid,
         "prefix_truncation_count": truncated,
         "dropped_samples": sum(dropped.values()),
         **{f"dropped_{reason}": count for reason, count in dropped.items()},
-        **{f"dropped_{reason}": 0 for reason in _NEVER},
+        **{f"dropped_{reason}": 0 for reason in _REFERENCE_ZERO_METRICS},
     }
-    return {_named(name): float(total) for name, total in totals.items()}
+    return {_metric(name): float(total) for name, total in totals.items()}
 
 
-def _named(name: str) -> str:
+def _metric(name: str) -> str:
     return f"context_distillation_{name}"

@@ -1,4 +1,4 @@
-"""The frame of the program on every rank: start, exit status, exit code."""
+"""The program's frame on every rank: start of the process, error handling, exit status and exit code."""
 
 from __future__ import annotations
 
@@ -11,123 +11,149 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch.distributed as dist
 
-from distill.distributed.launcher import deny_others_writing, rank_by_launcher
+from distill.distributed.launcher import has_launcher, rank_by_launcher, restrict_umask
 from distill.distributed.rendezvous import RendezvousError
 from distill.distributed.world import World
 from distill.errors import CollectiveUserError, RunFailed, UserError
-from distill.supervise.status import ExitStatus, lost
-from distill.supervise.supervisor import Supervisor, leave, log_to_console
+from distill.supervise.logs import log_to_console
+from distill.supervise.status import ExitStatus, retryable_failure
+from distill.supervise.supervisor import Supervisor, exit_process
 
-__all__ = ["leave", "log_to_console", "run_program"]
+__all__ = ["exit_process", "log_to_console", "refuse", "run_program", "start_process"]
 
 
-def run_program(program: Callable[[World | None], None], needs_world: bool) -> int:
-    """Run a program in its world and turn how it ended into an exit code, the same on every rank.
+def start_process() -> None:
+    """Set the umask and log to the console of the main rank; comes before anything that logs or writes files."""
+    restrict_umask()
+    log_to_console(_is_main_or_unknown())
 
-    A UserError that all ranks agreed on is one sentence on the main rank's console and code 2, an RunFailed one and
-    code 1. A UserError that this rank met alone is said by this rank, which leaves at once and takes the others along.
-    Any other error keeps its traceback and does the same. Only the main rank prints. Ranks that don't come are waited
-    for, but not for ever. From here on the process obeys signals as Supervisor says; status.json says how it ended.
+
+def run_program(program: Callable[[World], None]) -> int:
+    """Run ``program`` in the world of all ranks and return the exit code, the same on every rank.
+
+    Exit codes: 0; 2 for a UserError; 1 for RunFailed or any other exception. The main rank prints one sentence for an
+    error that all ranks raise together. An error of one rank is printed by that rank, which exits and thereby ends the
+    other ranks. Supervisor handles signals and ``status.json``. ``start_process`` comes before.
     """
-    deny_others_writing()
+    return _run(program, None)
+
+
+def refuse(error: UserError) -> int:
+    """Exit as ``run_program`` does for an error that this rank met before it joined the world.
+
+    Other ranks may be in ``run_program``: they raise the error too, and the main rank prints it.
+    """
+    return _run(lambda world: None, error)
+
+
+def _run(program: Callable[[World], None], refused: UserError | None) -> int:
     try:
-        main = rank_by_launcher() == 0
-    except UserError as error:  # nobody knows who the main rank is
-        _say(str(error))
+        is_main = rank_by_launcher() == 0
+    except UserError as error:
+        _print_error(str(error))
         return 2
-    log_to_console(main)
-    if not needs_world:
-        return _without_world(program)
-    supervisor = Supervisor(main)
+    supervisor = Supervisor(is_main)
     supervisor.listen()
+    if refused is not None and not has_launcher():
+        return _exit_without_world(supervisor, ExitStatus("refused", str(refused), 2))
+    world = _join_world(supervisor)
+    if isinstance(world, int):
+        return world
+    single_rank = False
     try:
-        world = World(supervisor=supervisor)
-    except UserError as error:
-        ending = ExitStatus("refused", str(error), 2)
-        if supervisor.watches:
-            supervisor.wait_for_the_cause()
-            of_others = error.__cause__ is not None and _lost_by(error.__cause__)
-            supervisor.leave_alone(lost(str(error.__cause__)) if of_others else ending, _say)
-        return _without_the_others(supervisor, ending)
-    except RendezvousError as error:
-        return _without_the_others(supervisor, lost(str(error)), error.speaks)
-    except Exception as error:
-        traceback.print_exc()
-        ending = ExitStatus("failed", f"before the ranks were together: {error}", 1, _lost_by(error))
-        if supervisor.watches:
-            supervisor.wait_for_the_cause()
-            supervisor.leave_alone(ending)
-        return _without_the_others(supervisor, ending, speaks=False)
-    alone = False
-    try:
-        with nullcontext() if main else redirect_stdout(io.StringIO()):
+        with nullcontext() if is_main else redirect_stdout(io.StringIO()):
+            with world.all_or_none("reading the recipe"):
+                if refused is not None:
+                    raise refused
             program(world)
-        ending = ExitStatus("finished" if supervisor.stopped is None else "stopped", supervisor.stopped or "", 0)
-    except UserError as error:
-        ending, alone = (
-            ExitStatus("refused", str(error), 2),
-            world.size > 1 and not isinstance(error, CollectiveUserError),
+        status = ExitStatus(
+            "finished" if supervisor.stop_reason is None else "stopped", supervisor.stop_reason or "", 0
         )
+    except UserError as error:
+        status = ExitStatus("refused", str(error), 2)
+        single_rank = world.size > 1 and not isinstance(error, CollectiveUserError)
     except RunFailed as error:
-        ending = ExitStatus("failed", str(error), 1, error.retryable)
+        status = ExitStatus("failed", str(error), 1, error.retryable)
     except Exception as error:
-        ending = ExitStatus("failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, _lost_by(error))
+        status = ExitStatus(
+            "failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, is_connection_loss(error)
+        )
         if world.size == 1:
-            supervisor.ends(ending)
+            supervisor.set_exit_status(status)
             supervisor.close()
             raise
-        if _comes_of_others(error):
-            supervisor.wait_for_the_cause()
-        # The interpreter's own end may wait for ranks that wait for this one.
+        if _may_follow_from_peer(error):
+            supervisor.wait_grace_period()
+        # A normal interpreter exit could block: its destructors wait for ranks that wait for this one.
         traceback.print_exc()
-        supervisor.leave_alone(ending)
-    if alone:
-        supervisor.leave_alone(ending, _say)
-    if ending.exit_code and main:
-        _say(ending.reason)
-    supervisor.ends(ending)
+        supervisor.abort(status)
+    if single_rank:
+        supervisor.abort(status, _print_error)
+    if status.exit_code and is_main:
+        _print_error(status.reason)
+    supervisor.set_exit_status(status)
     world.close()
     supervisor.close()
-    return ending.exit_code
+    return status.exit_code
 
 
-def _without_the_others(supervisor: Supervisor, ending: ExitStatus, speaks: bool = True) -> int:
-    """The end of a rank that never had a world."""
-    if speaks:
-        _say(ending.reason)
-    supervisor.ends(ending, alone=True)
-    supervisor.close()
-    return ending.exit_code
-
-
-def _without_world(program: Callable[[None], None]) -> int:
+def _join_world(supervisor: Supervisor) -> World | int:
+    """Return the world once all ranks have joined, or the exit code if this rank cannot join."""
     try:
-        program(None)
+        return World(supervisor=supervisor)
     except UserError as error:
-        _say(str(error))
-        return 2
-    return 0
+        status = ExitStatus("refused", str(error), 2)
+        if supervisor.has_watchdog:
+            supervisor.wait_grace_period()
+            by_peer = error.__cause__ is not None and is_connection_loss(error.__cause__)
+            supervisor.abort(retryable_failure(str(error.__cause__)) if by_peer else status, _print_error)
+        return _exit_without_world(supervisor, status)
+    except RendezvousError as error:
+        return _exit_without_world(supervisor, retryable_failure(str(error)), error.report)
+    except Exception as error:
+        traceback.print_exc()
+        status = ExitStatus("failed", f"before all ranks joined: {error}", 1, is_connection_loss(error))
+        if supervisor.has_watchdog:
+            supervisor.wait_grace_period()
+            supervisor.abort(status)
+        return _exit_without_world(supervisor, status, prints=False)
 
 
-def _say(reason: str) -> None:
-    """One line on the console, whatever a path or a library's own words have in them."""
+def _exit_without_world(supervisor: Supervisor, status: ExitStatus, prints: bool = True) -> int:
+    if prints:
+        _print_error(status.reason)
+    supervisor.set_exit_status(status, alone=True)
+    supervisor.close()
+    return status.exit_code
+
+
+def _is_main_or_unknown() -> bool:
+    """Return whether this is the main rank; a process whose rank is unknown logs for itself."""
+    try:
+        return rank_by_launcher() == 0
+    except UserError:
+        return True
+
+
+def _print_error(reason: str) -> None:
+    """Print the reason in one line, also if a path or a library's message in it has several."""
     print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
-def _comes_of_others(error: Exception) -> bool:
-    """Whether an error is what a collective says when another rank is gone."""
+def _may_follow_from_peer(error: Exception) -> bool:
+    """Return whether a collective may have raised ``error`` because another rank exited."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
-_LOST = re.compile(
+_CONNECTION_LOSS = re.compile(
     r"connection (was )?(likely )?(closed|reset)|closed by peer|broken pipe|pair closure|(got|sent|of) 0 bytes"
     r"|remote process exit|ncclRemoteError|unhandled system error|no route to host|unreachable"
     r"|uncorrectable ECC|fallen off the bus",
     re.IGNORECASE,
 )
-"""What gloo, NCCL, torch's store and CUDA say of a rank, a machine or a device that is gone."""
+"""Messages of gloo, NCCL, torch's store and CUDA when a rank, a machine or a device is gone."""
 
 
-def _lost_by(error: BaseException) -> bool:
-    """Whether an error says that another rank, or this one's device, is gone; else the program may be to blame."""
-    return _LOST.search(str(error)) is not None
+def is_connection_loss(error: BaseException) -> bool:
+    """Return whether ``error`` means that another rank or this rank's device is gone, so a restart may succeed."""
+    return _CONNECTION_LOSS.search(str(error)) is not None

@@ -37,7 +37,6 @@ _SHORT_PHASES = {
     "prepare_for_generation": "sync",
     "generation": "generate",
     "teacher_logprob_inference": "teacher",
-    "training_prep": "plan",
     "policy_training": "train",
     "validation": "validate",
     "checkpointing": "save",

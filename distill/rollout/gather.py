@@ -20,11 +20,11 @@ def gather_rollouts(
     place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
     travelling: list[tuple[Any, ...]] = [
         (
-            *(r.prompt.prompt_id, r.answer, r.response_ids, r.logprobs, r.finish, r.version),
+            *(r.prompt.prompt_id, r.response_index, r.response_ids, r.logprobs, r.finish, r.version),
             *(r.teacher_prefix_ids, r.teacher_inside_thought),
         )
         for r in mine
     ]
     everyones = [Rollout(by_id[prompt_id], *rest) for part in world.gather(travelling) for prompt_id, *rest in part]
     assert version is None or all(r.version == version for r in everyones), f"answers of other weights than {version}"
-    return sorted(everyones, key=lambda r: (place[r.prompt.prompt_id], r.answer))
+    return sorted(everyones, key=lambda r: (place[r.prompt.prompt_id], r.response_index))

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from distill.data.grading import Judge, exact
+from distill.data.grading import Grader
 from distill.validation.held_out import HeldOut
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def warn_of_unusable_golds(held_out: HeldOut) -> None:
     for prompt in held_out.prompts:
         if judge := held_out.judge(prompt):
             golds.setdefault((held_out.name(prompt), judge), []).append(prompt.problem.answer)
-    with Judge(_SECONDS) as judge_of:
+    with Grader(_SECONDS) as judge_of:
         for (name, judge), found in golds.items():
             sample = found[:: -(-len(found) // _SAMPLE)]
             unusable = [gold for gold in sample if not _usable(gold, judge, judge_of)]
@@ -43,14 +43,14 @@ def warn_of_unusable_golds(held_out: HeldOut) -> None:
                 )
 
 
-def _usable(gold: str, judge: str, judge_of: Judge) -> bool:
+def _usable(gold: str, judge: str, judge_of: Grader) -> bool:
     """Whether an answer that states ``gold`` would count as right."""
     if judge in ("regex", "choice"):  # each gold answer is checked when it is loaded
         return True
     if "\n" in gold.strip():
         return False
     if judge == "exact":
-        return exact(gold, gold) == "right"
+        return judge_of(judge, gold, gold) == "right"
     if _NUMBER.fullmatch(gold.strip()):
         return True
     if len(_WORD.findall(gold)) > _MOST_WORDS:

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distill.config import DatasetConfig
-from distill.data.content import TOKENS, Content, content_hash
-from distill.data.grading import THINK_TAGS, check_gold, check_judge
+from distill.data.content import TOKENS, ContentHashes, content_hash
+from distill.data.grading import THINK_TAGS, check_gold, check_grader
 from distill.data.prompts import load_prompts
 from distill.data.sources import keyed
 from distill.errors import UserError
@@ -35,7 +35,7 @@ class HeldOut:
     names: Mapping[int, str] | None = None
     """The name in metrics of each prompt's dataset, by the prompt's id."""
 
-    def content(self, trace_column: str | None) -> Content:
+    def content(self, trace_column: str | None) -> ContentHashes:
         """Hashes of what validation metrics depend on; empty without prompts."""
         if not self.prompts:
             return {}
@@ -77,7 +77,7 @@ def load_held_out(
     first = 0
     for key, dataset in keyed(datasets, _WHERE):
         if dataset.env_name is not None:
-            check_judge(dataset.env_name, key)
+            check_grader(dataset.env_name, key)
         found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column, False, think_tags)
         prompts = [replace(prompt, prompt_id=first + prompt.prompt_id) for prompt in found]
         first += len(found) + found.skipped

@@ -135,7 +135,7 @@ def jsonl_line(sample: Sample, decode: Decode) -> str:
     rollout = sample.rollout
     row: dict[str, Any] = {
         "prompt_id": rollout.prompt.prompt_id,
-        "answer_number": rollout.answer,
+        "answer_number": rollout.response_index,
         "source": sample.source,
         "prompt": decode(rollout.prompt.student_ids if sample.read_ids is None else sample.read_ids),
         "answer": answer_text(rollout, decode),

@@ -12,7 +12,7 @@ from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints
 from distill.config import Config
 from distill.config.template import teacher_template
-from distill.data.grading import Judge, Verdict
+from distill.data.grading import Grader, Verdict
 from distill.data.teacher_prefix import TeacherPrefixes
 from distill.distributed.world import World
 from distill.errors import writing_run
@@ -20,7 +20,7 @@ from distill.metrics.sinks import Recorder
 from distill.metrics.step import Phases
 from distill.model.student import Student
 from distill.model.teacher import Teacher
-from distill.rollout.engine import Engine, answer_limit, stream_seed
+from distill.rollout.engine import Engine, response_limit, stream_seed
 from distill.rollout.gather import gather_rollouts
 from distill.supervise.progress import heartbeat
 from distill.types import Prompt, Rollout, Sampling
@@ -114,7 +114,7 @@ class Validation:
         engine, prompts = self.engine, self.held_out.prompts
         share = prompts[engine.replica :: engine.replicas]
         with phases("generation"):
-            mine = engine.generate(share, self.sampling, step, abandon=self._asked)
+            mine = engine.generate(share, self.sampling, step, cancelled=self._asked)
         in_context = None
         if step == 0 and context_is_known(self.config):
             with phases("generation_in_context"):
@@ -122,7 +122,7 @@ class Validation:
         return Answers(step, phases, mine, in_context)
 
     def _asked(self) -> bool:
-        return bool(self.world.supervisor.asked)
+        return bool(self.world.supervisor.stop_signal)
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> InContext:
         """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""
@@ -138,7 +138,7 @@ class Validation:
         ]
         seed = stream_seed(self.config.distillation.seed, _IN_CONTEXT)
         sampling = replace(self.sampling, seed=seed, max_total_length=None)  # a longer prompt shall not mean less room
-        found = self.engine.generate(asked, sampling, step, abandon=self._asked)
+        found = self.engine.generate(asked, sampling, step, cancelled=self._asked)
         return InContext([replace(r, teacher_prefix_ids=prefixes[r.prompt.prompt_id]) for r in found], left_out)
 
     def _context(self, prompt: Prompt) -> Rollout | str:
@@ -150,7 +150,7 @@ class Validation:
             return _NO_TRACE if counts.totals["context_distillation_dropped_missing_trace"] else _NO_ROOM
         (view,) = views
         room = self.engine.window - len(view.teacher_prefix_ids)
-        fits = room >= answer_limit(self.sampling, prompt, self.engine.window)
+        fits = room >= response_limit(self.sampling, prompt, self.engine.window)
         return view if fits else _NO_ROOM
 
     def _comparable(self, prompt: Prompt) -> bool:
@@ -193,7 +193,7 @@ class Validation:
             )
         seconds = {**phases.seconds, "total_validation_time": sum(phases.seconds.values())}
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
-        firsts = [sample for sample in samples if sample.rollout.answer == 0]
+        firsts = [sample for sample in samples if sample.rollout.response_index == 0]
         few = [shown(sample, self.decode) for sample in firsts[: self.config.logger.num_val_samples_to_print]]
         values = by_source(samples) | dict(self.reference or {}) | timing
         with self.world.all_or_none("recording the validation"):
@@ -218,8 +218,8 @@ class Validation:
         """The answers with what the teacher reads before them, as in training; those it leaves out without."""
         comparable = [r for r in mine if self._comparable(r.prompt)]
         with self.world.all_or_none("making the teacher's views of held-out answers"):
-            views = {(r.prompt.prompt_id, r.answer): r for r in self.views.add(comparable)[0]}
-        return [views.get((r.prompt.prompt_id, r.answer), r) for r in mine]
+            views = {(r.prompt.prompt_id, r.response_index): r for r in self.views.add(comparable)[0]}
+        return [views.get((r.prompt.prompt_id, r.response_index), r) for r in mine]
 
     def _judged(self, mine: Sequence[Rollout], step: int) -> list[Sample]:
         """The answers of all ranks in the order of problems, each judged by the rank that has it."""
@@ -228,18 +228,18 @@ class Validation:
         by_answer = {key: verdict for part in self.world.gather(verdicts) for key, verdict in part.items()}
         rollouts = gather_rollouts(self.world, mine, self.held_out.prompts, version=step)
         name = self.held_out.name
-        return [Sample(r, name(r.prompt), by_answer[r.prompt.prompt_id, r.answer]) for r in rollouts]
+        return [Sample(r, name(r.prompt), by_answer[r.prompt.prompt_id, r.response_index]) for r in rollouts]
 
     def _verdicts(self, mine: Sequence[Rollout]) -> dict[tuple[int, int], Verdict | None]:
         found: dict[tuple[int, int], Verdict | None] = {}
         tags = self.config.distillation.context_distillation.trace_extractor.think_tags
-        with Judge() as judge:
+        with Grader() as judge:
             for rollout in mine:
                 heartbeat()
                 name, gold = self.held_out.judge(rollout.prompt), rollout.prompt.problem.answer
                 text, inside = answer_text(rollout, self.decode), rollout.prompt.inside_thought
                 verdict = None if name is None else judge(name, text, gold, think_tags=tags, inside_thought=inside)
-                found[rollout.prompt.prompt_id, rollout.answer] = verdict
+                found[rollout.prompt.prompt_id, rollout.response_index] = verdict
         return found
 
     def _compared(self, samples: list[Sample], step: int) -> list[Sample]:

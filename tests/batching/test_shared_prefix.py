@@ -40,7 +40,7 @@ def _grouped(answers: int = 2) -> list[Rollout]:
     """Answers that share prompts, and teacher's prefixes too where these are the student's."""
     rollouts = fixed_rollouts(vocab=VOCAB)
     return [
-        replace(rollouts[i - i % answers], response_ids=r.response_ids, logprobs=r.logprobs, answer=i % answers)
+        replace(rollouts[i - i % answers], response_ids=r.response_ids, logprobs=r.logprobs, response_index=i % answers)
         for i, r in enumerate(rollouts)
     ]
 

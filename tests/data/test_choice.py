@@ -12,13 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import DatasetConfig
-from distill.data.choice import chosen, option
-from distill.data.grading import Judge, by_choice, check_gold
+from distill.data.choice import chosen_option, named_option
+from distill.data.grading import Grader, check_gold
 from distill.errors import UserError
 from distill.types import Problem, Prompt
 from distill.validation import HeldOut, load_held_out
 from distill.validation.golds import warn_of_unusable_golds
 from tests.tiny_tokenizer import tiny_tokenizer
+
+GRADE = Grader()
+"""Grades choices in this process, so that there is no worker to end."""
 
 CHOSEN = {
     "B": [
@@ -194,18 +197,18 @@ NOT_CHOSEN = [
 
 @pytest.mark.parametrize(("letter", "answer"), [(letter, answer) for letter in CHOSEN for answer in CHOSEN[letter]])
 def test_an_answer_chooses_the_option_of_its_last_statement(letter: str, answer: str) -> None:
-    assert by_choice(answer, letter) == "right"
-    assert by_choice(answer, "C") == "wrong"
+    assert GRADE("choice", answer, letter) == "right"
+    assert GRADE("choice", answer, "C") == "wrong"
 
 
 @pytest.mark.parametrize("answer", NOT_CHOSEN)
 def test_an_answer_without_exactly_one_option_is_wrong_for_every_gold(answer: str) -> None:
-    assert {by_choice(answer, gold) for gold in "ABCDEFGHIJ"} == {"wrong"}
+    assert {GRADE("choice", answer, gold) for gold in "ABCDEFGHIJ"} == {"wrong"}
 
 
 @given(st.text(st.sampled_from("ABab (){}\\.:*\n answeroptinbx")))
 def test_any_text_is_read(text: str) -> None:
-    assert chosen(text) in (None, *"ABCDEFGHIJ")
+    assert chosen_option(text) in (None, *"ABCDEFGHIJ")
 
 
 REPEATED = ["option letter ", "answer to this ", "selection for the ", "answer is not A, ", "\\boxed{", "answer is "]
@@ -216,30 +219,31 @@ REPEATED += ["(A) ", "[[", "' ", "A is ", "选", "not A, ", "\x02", " ", "{"]
 def test_a_repetitive_answer_takes_no_quadratic_time(text: str) -> None:
     """In linear time ten times the text takes ten times as long; in quadratic time a hundred times."""
     begun = time.process_time()
-    chosen(text * 3_000)
+    chosen_option(text * 3_000)
     short = time.process_time() - begun
-    chosen(text * 30_000)
+    chosen_option(text * 30_000)
     assert time.process_time() - begun - short < 40 * short + 0.5
 
 
 def test_a_gold_answer_is_a_letter_alone_or_before_its_text() -> None:
     for gold in ("B", " B ", "b", "(B)", "B.", "B)", "B) Paris", "(B) Paris", "B. A man", r"\boxed{B}", "Answer: B"):
-        assert option(gold) == "B", gold
+        assert named_option(gold) == "B", gold
     for gold in ("0", "1", "", "Paris", "A man", "I am", "AB", "A,B", "(A) or (B)", "A. or B", "K", "True"):
-        assert option(gold) is None, gold
-    assert by_choice("Answer: B", "1") == "failed"
+        assert named_option(gold) is None, gold
+    assert GRADE("choice", "Answer: B", "1") == "failed"
 
 
 @pytest.mark.parametrize("gold", ["0", "3"])
 def test_numbers_of_options_are_refused_with_what_to_write(gold: str) -> None:
     """A column of letters may be missing, as in cais/mmlu, and env_name=exact would grade every response as wrong."""
-    with pytest.raises(UserError, match="write the gold answers as letters") as caught:
+    with pytest.raises(UserError) as caught:
         check_gold("choice", gold, "data.validation")
-    assert "exact" not in str(caught.value)
+    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", gold)
+    assert "letters" in caught.value.fix and "exact" not in str(caught.value)
 
 
 def test_the_judge_grades_choices() -> None:
-    with Judge() as judge:
+    with Grader() as judge:
         assert [judge("choice", answer, "(B)") for answer in ("Answer: B", "Answer: A")] == ["right", "wrong"]
 
 
@@ -256,8 +260,9 @@ def held_out(path: Path, env_name: str, golds: list[str], output_pattern: str | 
 
 
 def test_a_gold_answer_that_names_no_option_is_refused_at_start(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.validation\.env_name=choice but the gold answer '2' names no option"):
+    with pytest.raises(UserError) as caught:
         held_out(tmp_path / "a.jsonl", "choice", ["B", "2"])
+    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "2")
     found = held_out(tmp_path / "a.jsonl", "choice", ["so it is\n#### B", "#### C"], "####")
     graded = [(found.judge(prompt), prompt.problem.answer) for prompt in found.prompts]
     assert graded == [("choice", "B"), ("choice", "C")]

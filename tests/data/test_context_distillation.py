@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from distill.config import (
     TraceExtractorConfig,
     load_config,
 )
-from distill.config.template import teacher_template
 from distill.data.prompts import PromptOrder, load_prompts
-from distill.data.teacher_prefix import ContextPrefixes, SamePromptViews, build_teacher_prefixes
+from distill.data.teacher_prefix import ContextPrefixes, SamePromptPrefixes, build_teacher_prefixes
 from distill.data.thoughts import extract_trace
 from distill.errors import UserError
 from distill.inputs import check_reading, find_models
@@ -46,7 +44,7 @@ def rollout(answer: str, problem: str = "1+1?", tokenizer: Any = None, **columns
 EXTRACTOR = TraceExtractorConfig()
 
 
-def views(
+def prefixes(
     template: str = "{problem}|{trace}",
     max_tokens: int = 1000,
     tokenizer: Any = None,
@@ -120,14 +118,14 @@ def test_a_span_that_is_not_closed_counts_to_the_end_unless_told_not_to(
 def test_an_unclosed_trace_does_not_take_the_stop_token_along() -> None:
     stopped = rollout("<think>carry")
     cut = replace(stopped, response_ids=stopped.response_ids[:-1], logprobs=stopped.logprobs[:-1], finish="length")
-    made, _ = views().add([stopped, cut])
+    made, _ = prefixes().add([stopped, cut])
     assert read(made) == ["1+1?|carry", "1+1?|carry"]
 
 
 @pytest.mark.parametrize("special_think", [True, False])
 def test_a_trace_is_found_whether_its_tags_are_special_tokens_or_not(special_think: bool) -> None:
     tokenizer = tiny_tokenizer(special_think=special_think)
-    made, _ = views(tokenizer=tokenizer).add([rollout("<think>carry</think>2", tokenizer=tokenizer)])
+    made, _ = prefixes(tokenizer=tokenizer).add([rollout("<think>carry</think>2", tokenizer=tokenizer)])
     assert tokenizer.decode(list(made[0].teacher_prefix_ids)) == "1+1?|carry"
 
 
@@ -136,7 +134,7 @@ def test_a_trace_keeps_its_spaces_before_punctuation() -> None:
     tokenizer.clean_up_tokenization_spaces = True  # as some models' tokenizers are set
     tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     answer = rollout("<think>a , b . c 's</think>2")
-    made, _ = views(tokenizer=tokenizer).add([answer])
+    made, _ = prefixes(tokenizer=tokenizer).add([answer])
     assert read(made) == ["1+1?|a , b . c 's"]
 
 
@@ -152,24 +150,24 @@ def test_a_static_trace_is_the_datasets_and_not_the_answers() -> None:
         rollout("<think>mine</think>2", solution=""),
         rollout("<think>mine</think>2", solution="a<think>b{trace}"),
     ]
-    made, counts = views(**STATIC).add(answers)
+    made, counts = prefixes(**STATIC).add(answers)
     assert read(made) == ["1+1?|theirs", "1+1?|", "1+1?|", "1+1?|b{trace}"]
     assert counted(counts)["trace_coverage"] == (2.0, 4.0)
-    made, counts = views(**STATIC, missing_trace_policy="drop_sample").add(answers)
+    made, counts = prefixes(**STATIC, missing_trace_policy="drop_sample").add(answers)
     assert read(made) == ["1+1?|theirs", "1+1?|b{trace}"]
     assert counted(counts)["dropped_missing_trace"] == 2.0
 
 
 def test_a_column_that_is_nothing_but_the_trace_is_read_whole() -> None:
     answers = [rollout("2", solution=" carry <think>x</think> "), rollout("2", solution="  ")]
-    made, _ = views(**STATIC, type="full_text").add(answers)
+    made, _ = prefixes(**STATIC, type="full_text").add(answers)
     assert read(made) == ["1+1?|carry <think>x</think>", "1+1?|"]
 
 
 def test_a_problem_without_the_column_of_the_traces_is_one_clear_sentence() -> None:
-    message = r"static_trace\.answer_column=solution is missing in a problem of a\.jsonl, which has hint: set it to"
+    message = r"answer_column=solution is missing in a problem of a\.jsonl, which has hint: set it to"
     with pytest.raises(UserError, match=message):
-        views(**STATIC).add([rollout("2", hint="h")])
+        prefixes(**STATIC).add([rollout("2", hint="h")])
 
 
 def trace_problems(tmp_path: Path, *rows: dict[str, Any], column: str = "solution") -> list[Problem]:
@@ -196,18 +194,18 @@ def test_the_traces_of_a_table_are_read_with_the_problems(tmp_path: Path) -> Non
     dataset = DatasetConfig(data_path=str(tmp_path / "a.parquet"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns.0.text")
     assert [prompt.problem.columns for prompt in prompts] == [{"turns.0.text": "a"}, {"turns.0.text": ""}]
-    with pytest.raises(UserError, match=r"answer_column=solution is missing in the table of .* has input, turns: set"):
+    with pytest.raises(UserError, match=r"answer_column=solution .* input, turns:"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
-    with pytest.raises(UserError, match=r"answer_column=turns is of type list in row 0 of .*: name a column of str"):
+    with pytest.raises(UserError, match=r"answer_column=turns .* list in row 0 of"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"hint": "b"}, r"answer_column=solution is missing in line 2 of .*, which has input, hint: set distillation"),
-        ({"solution": 3}, r"answer_column=solution is of type int in line 2 of .*: name a column of strings"),
-        ({"solution": ["a"]}, r"answer_column=solution is of type list in line 2 of .*: name a column of strings"),
+        ({"hint": "b"}, r"answer_column=solution .* line 2 of .* input, hint:"),
+        ({"solution": 3}, r"answer_column=solution .* int in line 2 of"),
+        ({"solution": ["a"]}, r"answer_column=solution .* list in line 2 of"),
     ],
 )
 def test_a_column_of_traces_that_is_none_is_one_clear_sentence(tmp_path: Path, row: Any, message: str) -> None:
@@ -219,7 +217,7 @@ def test_a_column_of_traces_that_is_none_is_one_clear_sentence(tmp_path: Path, r
 
 
 def test_the_template_holds_the_raw_problem_in_the_chat_template() -> None:
-    made, _ = views("Given {problem} and {trace}, in {{braces}}.", chat_template=True).add(
+    made, _ = prefixes("Given {problem} and {trace}, in {{braces}}.", chat_template=True).add(
         [rollout("<think>carry {x}</think>2", problem="1{}1 {trace}")]
     )
     assert read(made) == [
@@ -228,12 +226,12 @@ def test_the_template_holds_the_raw_problem_in_the_chat_template() -> None:
 
 
 def test_the_chat_template_gets_its_arguments() -> None:
-    made, _ = views("{problem}", chat_template=True, template_kwargs={"enable_thinking": False}).add([rollout("2")])
+    made, _ = prefixes("{problem}", chat_template=True, template_kwargs={"enable_thinking": False}).add([rollout("2")])
     assert read(made) == ["<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"]
 
 
 def test_without_chat_template_the_teacher_reads_the_bare_text() -> None:
-    made, _ = views("{problem} + {trace}").add([rollout("<think>t</think>2"), rollout("3", problem="2+1?")])
+    made, _ = prefixes("{problem} + {trace}").add([rollout("<think>t</think>2"), rollout("3", problem="2+1?")])
     assert read(made) == ["1+1? + t", "2+1? + "]
 
 
@@ -241,19 +239,19 @@ def test_without_chat_template_the_teacher_reads_the_bare_text() -> None:
 @given(st.text(alphabet="{}<>|ab\n %", max_size=20), st.text(alphabet="{}ab $", max_size=20))
 def test_braces_in_the_data_mean_nothing(problem: str, trace: str) -> None:
     answer = rollout(f"<think>{trace}</think>2", problem=problem)
-    (made,), _ = views("{{{problem}}} \\boxed{{}} {trace}{problem}").add([answer])
+    (made,), _ = prefixes("{{{problem}}} \\boxed{{}} {trace}{problem}").add([answer])
     assert read([made]) == [f"{{{problem}}} \\boxed{{}} {trace.strip()}{problem}"]
 
 
 def test_the_answer_is_untouched() -> None:
     given = rollout("<think>t</think>2")
     for policy in ("truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"):
-        (made,), _ = views(max_tokens=len(given.response_ids) + 5, overflow_policy=policy).add([given])
+        (made,), _ = prefixes(max_tokens=len(given.response_ids) + 5, overflow_policy=policy).add([given])
         assert replace(made, teacher_prefix_ids=()) == given
 
 
 def test_plain_distillation_reads_the_students_prompt() -> None:
-    made, counts = SamePromptViews().add([rollout("2"), rollout("3")])
+    made, counts = SamePromptPrefixes().add([rollout("2"), rollout("3")])
     assert [r.teacher_prefix_ids for r in made] == [(7, 8), (7, 8)]
     assert (counts.means, counts.totals) == ({}, {})
 
@@ -279,7 +277,7 @@ ANSWER = "<think>abc</think>2"
     ],
 )
 def test_a_prefix_gives_way_to_its_answer(max_tokens: int, policy: Any, prefix: str, cut: float) -> None:
-    made, counts = views(max_tokens=max_tokens, overflow_policy=policy).add([rollout(ANSWER)])
+    made, counts = prefixes(max_tokens=max_tokens, overflow_policy=policy).add([rollout(ANSWER)])
     assert read(made) == [prefix]
     assert len(made[0].teacher_prefix_ids) + len(made[0].response_ids) <= max_tokens
     assert counts.means["context_distillation_prefix_truncation_rate"] == (cut, 1.0)
@@ -293,10 +291,10 @@ def test_by_default_the_trace_alone_gives_way_and_the_chat_stands() -> None:
     assert ContextDistillationConfig().overflow_policy == "truncate_trace"
     kept_at = {58: "0123é678", 57: "0123é678", 56: "0123é67", 54: "0123é", 53: "0123", 48: ""}
     for max_tokens, kept in kept_at.items():
-        made, counts = views("P: {problem} T: {trace} {problem}", max_tokens, chat_template=True).add([answer])
+        made, counts = prefixes("P: {problem} T: {trace} {problem}", max_tokens, chat_template=True).add([answer])
         assert read(made) == [f"<|im_start|>user\nP: 1+1? T: {kept} 1+1?<|im_end|>\n<|im_start|>assistant\n"]
         assert counted(counts)["prefix_truncation_count"] == float(kept != "0123é678")
-    made, counts = views("P: {problem} T: {trace} {problem}", 47, chat_template=True).add([answer])
+    made, counts = prefixes("P: {problem} T: {trace} {problem}", 47, chat_template=True).add([answer])
     assert made == []
     assert (counted(counts)["dropped_prefix_too_long"], counted(counts)["dropped_samples"]) == (1.0, 1.0)
 
@@ -304,7 +302,7 @@ def test_by_default_the_trace_alone_gives_way_and_the_chat_stands() -> None:
 def test_a_prefix_without_a_trace_to_cut_is_left_out_and_counted() -> None:
     answers = [rollout("2"), rollout("2", problem="1+1+1?")]
     for template in ("{problem}.{trace}", "{problem}."):
-        made, counts = views(template, max_tokens=7).add(answers)
+        made, counts = prefixes(template, max_tokens=7).add(answers)
         assert read(made) == ["1+1?."]
         assert {name: n for name, n in counted(counts).items() if "dropped" in name and n} == {
             "dropped_samples": 1.0,
@@ -315,10 +313,10 @@ def test_a_prefix_without_a_trace_to_cut_is_left_out_and_counted() -> None:
 
 def test_where_a_trace_is_needed_one_cut_to_nothing_is_missing() -> None:
     cases: Any = ((13, "drop_sample", ["1+1?|a"]), (12, "drop_sample", []), (12, "empty", ["1+1?|"]))
-    for max_tokens, policy, prefixes in cases:
-        made, counts = views(max_tokens=max_tokens, missing_trace_policy=policy).add([rollout(ANSWER)])
-        assert read(made) == prefixes
-        assert counted(counts)["dropped_prefix_too_long"] == 1.0 - len(prefixes)
+    for max_tokens, policy, expected in cases:
+        made, counts = prefixes(max_tokens=max_tokens, missing_trace_policy=policy).add([rollout(ANSWER)])
+        assert read(made) == expected
+        assert counted(counts)["dropped_prefix_too_long"] == 1.0 - len(expected)
 
 
 @settings(max_examples=150, deadline=None)
@@ -326,7 +324,7 @@ def test_where_a_trace_is_needed_one_cut_to_nothing_is_missing() -> None:
 def test_as_much_of_the_trace_is_kept_as_fits(trace: str, max_tokens: int, needed: bool) -> None:
     trace = trace.strip()
     answer = rollout("2", solution=trace)
-    made, _ = views(
+    made, _ = prefixes(
         "{problem}|{trace}|", max_tokens, **STATIC, type="full_text",
         missing_trace_policy="drop_sample" if needed else "empty",
     ).add([answer])  # fmt: skip
@@ -350,7 +348,7 @@ def test_a_tokenizer_that_merges_is_filled_to_its_window() -> None:
     trace = " " * 400 + "+-*/" * 300 + "the sum of both " * 200 + "1234567890" * 40
     for max_tokens in (60, 61, 100, 333, 1000):
         answer = Rollout(Prompt(0, (1,), Problem("1+1?", columns={"solution": trace})), 0, (5,), (0.0,), "stop", 0)
-        (made,), _ = views(
+        (made,), _ = prefixes(
             "P {problem} T {trace} end", max_tokens, tokenizer, **STATIC, type="full_text", chat_template=True
         ).add([answer])
         text = tokenizer.decode(list(made.teacher_prefix_ids))
@@ -363,7 +361,7 @@ def test_a_tokenizer_that_merges_is_filled_to_its_window() -> None:
 def test_an_answer_that_leaves_no_room_is_left_out() -> None:
     for policy in ("truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"):
         for max_tokens, reason in ((7, "no_prefix_budget"), (6, "too_long_response")):
-            made, counts = views(max_tokens=max_tokens, overflow_policy=policy).add([rollout(ANSWER)])
+            made, counts = prefixes(max_tokens=max_tokens, overflow_policy=policy).add([rollout(ANSWER)])
             assert made == []
             assert counts.totals == {
                 "context_distillation_valid_samples": 0.0,
@@ -380,17 +378,17 @@ def test_an_answer_that_leaves_no_room_is_left_out() -> None:
 
 def test_an_answer_without_a_trace_is_kept_or_left_out_as_asked() -> None:
     answers = [rollout("2"), rollout("<think></think>2"), rollout("<think>t</think>2")]
-    made, counts = views(missing_trace_policy="drop_sample").add(answers)
+    made, counts = prefixes(missing_trace_policy="drop_sample").add(answers)
     assert read(made) == ["1+1?|t"]
     assert counts.totals["context_distillation_dropped_missing_trace"] == 2.0
     assert counts.means["context_distillation_trace_coverage"] == (1.0, 3.0)
-    made, counts = views(missing_trace_policy="empty").add(answers)
+    made, counts = prefixes(missing_trace_policy="empty").add(answers)
     assert read(made) == ["1+1?|", "1+1?|", "1+1?|t"]
     assert counts.totals["context_distillation_dropped_samples"] == 0.0
 
 
 def test_a_template_without_a_trace_misses_none() -> None:
-    made, counts = views("{problem}", missing_trace_policy="drop_sample").add([rollout("2")])
+    made, counts = prefixes("{problem}", missing_trace_policy="drop_sample").add([rollout("2")])
     assert read(made) == ["1+1?"]
     assert counts.totals["context_distillation_dropped_samples"] == 0.0
 
@@ -409,7 +407,7 @@ def test_every_metric_of_a_batch_worked_by_hand() -> None:
         rollout("<think>0123456789abcdefghi</think>"),  # 22: too long, with a trace
     ]
     assert [len(r.response_ids) for r in answers] == [7, 11, 2, 19, 20, 22]
-    made, counts = views(max_tokens=20, overflow_policy="truncate_prefix_only").add(answers)
+    made, counts = prefixes(max_tokens=20, overflow_policy="truncate_prefix_only").add(answers)
     assert read(made) == ["1+1?|abc", "?|né+fgh", "1+1?|", "e"]
     assert {name.removeprefix("context_distillation_"): pair for name, pair in counts.means.items()} == {
         "trace_coverage": (4.0, 6.0),
@@ -429,7 +427,7 @@ def test_every_metric_of_a_batch_worked_by_hand() -> None:
         "dropped_invalid_message": 0.0,
         "dropped_for_dp_divisibility": 0.0,
     }
-    made, counts = views(max_tokens=20).add(answers)  # the fourth's template and problem alone are 5, and 1 fits
+    made, counts = prefixes(max_tokens=20).add(answers)  # the fourth's template and problem alone are 5, and 1 fits
     assert read(made) == ["1+1?|abc", "1+1?|né+", "1+1?|"]
     assert counted(counts) == {
         "trace_coverage": (4.0, 6.0),
@@ -451,8 +449,8 @@ def test_every_metric_of_a_batch_worked_by_hand() -> None:
 
 def test_two_ranks_counts_add_up_to_those_of_one() -> None:
     answers = [rollout(text) for text in ("<think>abc</think>2", "2", "x" * 30, "<think>é</think>3", "4")]
-    _, whole = views(max_tokens=12).add(answers)
-    parts = [views(max_tokens=12).add(part)[1] for part in (answers[:2], answers[2:], [])]
+    _, whole = prefixes(max_tokens=12).add(answers)
+    parts = [prefixes(max_tokens=12).add(part)[1] for part in (answers[:2], answers[2:], [])]
     for name, (total, count) in whole.means.items():
         pairs = [part.means.get(name, (0.0, 0.0)) for part in parts]
         assert (sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)) == (total, count)
@@ -460,87 +458,13 @@ def test_two_ranks_counts_add_up_to_those_of_one() -> None:
 
 
 def test_a_mean_over_nothing_is_left_out() -> None:
-    made, counts = views().add([])
+    made, counts = prefixes().add([])
     assert (made, counts.means) == ([], {})
-    _, counts = views().add([rollout("2")])
+    _, counts = prefixes().add([rollout("2")])
     assert "context_distillation_trace_mean_chars" not in counts.means
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            "{problem} {hint}",
-            r"teacher_prefix_template has the unknown placeholder \{hint\}.*\{problem\} and \{trace\}",
-        ),
-        ("{problem.text}", r"unknown placeholder \{problem\.text\}"),
-        ("{problem}\n{problem.__class__}", r"unknown placeholder \{problem\.__class__\} on line 2"),
-        ("{problem[0]}", r"unknown placeholder \{problem\[0\]\}"),
-        ("{problem} {trace!r}", r"unknown placeholder \{trace!r\}"),
-        ("{problem} {trace:>9}", r"unknown placeholder \{trace:>9\}"),
-        ("{problem} \\text{answer}", r"placeholder \{answer\} on line 1.* a literal brace is written twice"),
-        ("{problem", r"has no \{problem\}: put it in"),
-        ("{trace}", r"has no \{problem\}: put it in"),
-        ("Always answer in French.", r"has no \{problem\}: put it in"),
-        ("{{problem}}", r"has no \{problem\}: put it in"),
-    ],
-)
-def test_a_bad_template_is_one_clear_sentence(template: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        views(template)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=message):
-        load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
-
-
-@pytest.mark.parametrize(
-    ("template", "filled"),
-    [
-        ("{problem} in \\boxed{}", "1+1? in \\boxed{}"),
-        ("\\frac{\\sqrt{2}}{3} {problem}", "\\frac{\\sqrt{2}}{3} 1+1?"),
-        ('{"a": {"b": 1}}\n{problem}', '{"a": {"b": 1}}\n1+1?'),
-        ("\\boxed{ {problem} } }} {", "\\boxed{ 1+1? } } {"),
-        ("{{problem}} {problem}} {{{problem}}}", "{problem} 1+1?} {1+1?}"),
-        ("{ {{x}} } {problem} }", "{ {x} } 1+1? }"),
-        ("{{ } }} {problem} {0} {a b} { trace }", "{ } } 1+1? {0} {a b} { trace }"),
-    ],
-)
-def test_a_brace_that_belongs_to_no_placeholder_is_literal(template: str, filled: str) -> None:
-    made, _ = views(template).add([rollout("2")])
-    assert read(made) == [filled]
-    load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
-
-
-PIECES = ["{problem}", "{trace}", "{{", "}}", "{", "}", "a", "\n", "problem", ".x", "!r", ":>3", "[0]", " "]
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
-def test_what_str_format_takes_as_a_template_means_the_same(text: str) -> None:
-    values = {"problem": "p{trace}", "trace": "t}{"}
-    try:
-        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
-        plain = all(field[1:] in (("problem", "", None), ("trace", "", None)) for field in fields)
-        good = plain and any(field[1] == "problem" for field in fields)
-    except ValueError:
-        good = False
-    if good:
-        assert teacher_template(text).fill(values) == text.format(**values)
-    else:
-        with contextlib.suppress(UserError):  # literal braces, or one clear sentence
-            teacher_template(text).fill(values)
-
-
-LITERAL = st.recursive(st.sampled_from(["a b", "\\x", "1", ""]), lambda inner: inner.map(lambda text: f"{{ {text}}}"))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(LITERAL, max_size=6).map("".join))
-def test_nested_literal_braces_stay_as_they_are_written(text: str) -> None:
-    assert teacher_template(f"{text}{{problem}}{text}").fill({"problem": "p"}) == f"{text}p{text}"
 
 
 @pytest.mark.parametrize(
@@ -575,14 +499,14 @@ def test_a_student_that_is_its_teacher_and_reads_no_more_as_such_is_refused(
 
 def test_a_template_that_fills_the_window_by_itself_is_one_clear_sentence() -> None:
     message = (
-        r"teacher_prefix_template has 9 tokens before problem, trace and answer come in, and "
-        r"teacher\.max_total_sequence_length=9 is to hold all of them: shorten it, or raise"
+        r"teacher_prefix_template has 9 tokens without problem, trace and response, but all of them must fit into "
+        r"teacher\.max_total_sequence_length=9: shorten"
     )
     with pytest.raises(UserError, match=message):
-        views("Solve: {problem}, {trace}", max_tokens=9)
-    views("Solve: {problem}, {trace}", max_tokens=10)
+        prefixes("Solve: {problem}, {trace}", max_tokens=9)
+    prefixes("Solve: {problem}, {trace}", max_tokens=10)
     with pytest.raises(UserError, match="has 28 tokens"):  # the chat template's count too
-        views("Solve: {problem}, {trace}", max_tokens=28, chat_template=True)
+        prefixes("Solve: {problem}, {trace}", max_tokens=28, chat_template=True)
 
 
 @pytest.mark.parametrize(
@@ -593,17 +517,17 @@ def test_a_trace_that_leaks_the_answer_being_scored_is_warned_of_once(
     caplog: pytest.LogCaptureFixture, template: str, source: dict[str, Any], warns: int
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        found = views(template, **source)
+        found = prefixes(template, **source)
         for _ in range(3):
             found.add([rollout(ANSWER, solution="")])
     assert len(caplog.records) == warns
-    assert all("read the reasoning of the answer before it scores" in record.message for record in caplog.records)
+    assert all("trace_source=dynamic" in record.message for record in caplog.records)
 
 
 def test_a_recipe_chooses_its_views() -> None:
     config = load_config([])
     tokenizer = tiny_tokenizer()
-    assert isinstance(build_teacher_prefixes(config, tokenizer), SamePromptViews)
+    assert isinstance(build_teacher_prefixes(config, tokenizer), SamePromptPrefixes)
     context = replace(
         config.distillation.context_distillation, enabled=True, overflow_policy="truncate_prefix_from_end",
         teacher_prefix_template="{problem} {trace}", chat_template=False,

@@ -20,7 +20,7 @@ from distill.config import (
     TraceExtractorConfig,
     load_config,
 )
-from distill.data.grading import THINK_TAGS, Judge, final_part
+from distill.data.grading import THINK_TAGS, Grader, final_part
 from distill.data.prompts import load_prompts
 from distill.data.teacher_prefix import ContextPrefixes
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
@@ -65,7 +65,9 @@ def response(text: str, tokenizer: Any, inside: bool, finish: Any = "length", **
     return Rollout(Prompt(0, (1,), Problem("1+1?", columns=columns), inside), 0, ids, (0.0,) * len(ids), finish, 0)
 
 
-def views(tokenizer: Any, template: str = "{problem}|{trace}", window: int = 1000, **context: Any) -> ContextPrefixes:
+def prefixes(
+    tokenizer: Any, template: str = "{problem}|{trace}", window: int = 1000, **context: Any
+) -> ContextPrefixes:
     given = {"chat_template": False, **context}
     return ContextPrefixes(
         tokenizer, ContextDistillationConfig(True, teacher_prefix_template=template, **given), window
@@ -154,7 +156,7 @@ def test_other_tags_are_recognised_when_they_are_set_and_named_when_they_are_not
             assert inside_thoughts(tokenizer, chats, ids, (opening, closing)) == b"\1" and not caplog.messages
             assert inside_thoughts(tokenizer, chats, ids) == b"\0"
         (warning,) = caplog.messages
-        assert f"ends a prompt with {opening}" in warning and "trace_extractor.think_tags" in warning
+        assert f" {opening}," in warning and "trace_extractor.think_tags" in warning
         caplog.clear()
 
 
@@ -226,7 +228,7 @@ def test_a_column_whose_first_tag_closes_a_thought_begins_inside_it(text: str, t
     tokenizer = tiny_tokenizer()
     static: dict[str, Any] = {"trace_source": "static_dataset", "static_trace": StaticTraceConfig("s")}
     for inside in (True, False):  # the state of the student's prompt is not the column's
-        made, _ = views(tokenizer, **static).add([response("x", tokenizer, inside, s=text)])
+        made, _ = prefixes(tokenizer, **static).add([response("x", tokenizer, inside, s=text)])
         assert tokenizer.decode(list(made[0].teacher_prefix_ids)) == f"1+1?|{trace}"
 
 
@@ -235,7 +237,7 @@ def test_trace_metrics_count_responses_that_hold_only_the_closing_tag(special_th
     tokenizer = tiny_tokenizer(THINKING_2507, special_think)
     texts = ["carry</think>2", "abc"]
     for inside, coverage in ((True, 1.0), (False, 0.0)):
-        made, counts = views(tokenizer).add([response(text, tokenizer, inside) for text in texts])
+        made, counts = prefixes(tokenizer).add([response(text, tokenizer, inside) for text in texts])
         traced, all_of_them = counts.means["context_distillation_trace_coverage"]
         assert traced == coverage * all_of_them
         read = [tokenizer.decode(list(r.teacher_prefix_ids)) for r in made]
@@ -248,7 +250,7 @@ def test_traces_of_other_tags_are_found_in_responses() -> None:
     tokenizer = tiny_tokenizer(extra=MISTRAL)
     extractor = TraceExtractorConfig(think_tags=MISTRAL)
     answers = [response("[THINK]a.b[/THINK]2", tokenizer, False), response("c<think>[/THINK]2", tokenizer, True)]
-    made, _ = views(tokenizer, trace_extractor=extractor).add(answers)
+    made, _ = prefixes(tokenizer, trace_extractor=extractor).add(answers)
     assert [tokenizer.decode(list(r.teacher_prefix_ids)) for r in made] == ["1+1?|a.b", "1+1?|c<think>"]
 
 
@@ -261,7 +263,7 @@ def test_the_teachers_prefix_has_its_own_state() -> None:
         ({"chat_template": False, "template": "{problem} {trace} <think>\n"}, True),
         ({"chat_template": True, "window": 26, "overflow_policy": "truncate_prefix_from_end"}, False),
     ):
-        made, _ = views(tokenizer, **context).add(answers)
+        made, _ = prefixes(tokenizer, **context).add(answers)
         assert [view.teacher_inside_thought for view in made] == [inside, inside], context
 
 
@@ -271,17 +273,17 @@ CUT = r"Maybe \boxed{5}? No wait"
 
 
 def test_an_answer_that_ends_inside_a_thought_that_the_prompt_opened_is_wrong() -> None:
-    with Judge() as judge:
-        assert judge("math", CUT, "5", inside_thought=True) == "wrong"
-        assert judge("math", CUT, "5") == "right", "no thought was opened"
-        assert judge("math", CUT + r"</think> \boxed{6}", "6", inside_thought=True) == "right"
-        assert judge("math", CUT + r"</think> \boxed{6}", "5", inside_thought=True) == "wrong"
-        assert judge("regex", "42", "42", inside_thought=True) == "wrong"
-        assert judge("exact", "C", "C", inside_thought=True) == "wrong"
-        assert judge("exact", "B?</think>C", "C", inside_thought=True) == "right"
-        assert judge("exact", "[THINK]B?[/THINK]use <think>", "use <think>", think_tags=MISTRAL) == "right"
-        assert judge("regex", "[THINK]B?[/THINK]use <think>", "use <think>", think_tags=MISTRAL) == "right"
-        assert judge("regex", "[THINK]B?", "B", think_tags=MISTRAL) == "wrong"
+    with Grader() as grade:
+        assert grade("math", CUT, "5", inside_thought=True) == "wrong"
+        assert grade("math", CUT, "5") == "right", "no thought was opened"
+        assert grade("math", CUT + r"</think> \boxed{6}", "6", inside_thought=True) == "right"
+        assert grade("math", CUT + r"</think> \boxed{6}", "5", inside_thought=True) == "wrong"
+        assert grade("regex", "42", "42", inside_thought=True) == "wrong"
+        assert grade("exact", "C", "C", inside_thought=True) == "wrong"
+        assert grade("exact", "B?</think>C", "C", inside_thought=True) == "right"
+        assert grade("exact", "[THINK]B?[/THINK]use <think>", "use <think>", think_tags=MISTRAL) == "right"
+        assert grade("regex", "[THINK]B?[/THINK]use <think>", "use <think>", think_tags=MISTRAL) == "right"
+        assert grade("regex", "[THINK]B?", "B", think_tags=MISTRAL) == "wrong"
 
 
 # -- the setting ------------------------------------------------------------------------------------------------------
@@ -329,14 +331,16 @@ def test_validation_grades_each_answer_by_the_prompt_that_was_read(tmp_path: Pat
             "sampling": Sampling(1, 8, ()),
         }
         overrides = [*keys, f"{context}.teacher_prefix_template={template}"]
-        given_views = views(tokenizer, template.strip("'"))
-        found = validation(tmp_path, *overrides, **parts, views=given_views)
+        teacher_prefixes = prefixes(tokenizer, template.strip("'"))
+        found = validation(tmp_path, *overrides, **parts, views=teacher_prefixes)
         answers = found.answers(0)
         assert answers is not None and answers.in_context is not None
         plain, in_context = (found._verdicts(mine)[0, 0] for mine in (answers.mine, answers.in_context.mine))
         assert (plain, in_context) == (("wrong", "right") if inside else ("right", "wrong"))
     tags = f"{context}.trace_extractor.think_tags=[t, /u]"
-    found = validation(tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, views=given_views)
+    found = validation(
+        tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, views=teacher_prefixes
+    )
     assert answers is not None and found._verdicts(answers.mine)[0, 0] == "right", "the recipe's tags"
 
 

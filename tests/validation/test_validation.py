@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from distill.batching.plan import PackingConfig
 from distill.config import DatasetConfig, LoggerConfig
-from distill.data.grading import Judge
+from distill.data.grading import Grader
 from distill.data.teacher_prefix import PrefixStats
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.sinks import open_recorder, summary, validation_line
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import Teacher
-from distill.rollout.engine import answer_seed, stream_seed
+from distill.model.teacher import ShardedTeacher
+from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
 from distill.types import Problem, Prompt, Rollout, Sampling
 from distill.validation import HeldOut, Validation, load_held_out
@@ -66,13 +66,13 @@ VERDICTS = [
 
 
 def test_an_answer_is_judged_as_its_dataset_says() -> None:
-    with Judge() as judge:
+    with Grader() as judge:
         found = [(*asked, judge(*asked)) for *asked, _ in VERDICTS]
     assert found == VERDICTS
 
 
 def test_a_judge_that_hangs_fails_that_answer_and_goes_on_with_the_next() -> None:
-    with Judge(seconds=2.0) as judge:
+    with Grader(seconds=2.0) as judge:
         assert judge("regex", "a" * 40 + "!", "^(a+)+$") == "failed"
         assert judge("regex", "aaa", "^(a+)+$") == "right"
 
@@ -242,18 +242,18 @@ def test_what_cannot_be_validated_is_refused(tmp_path: Path) -> None:
         held_out([dataset(tmp_path / "a.jsonl", [])])
     with pytest.raises(UserError, match=r"env_name=math has no gold answer .* in data\.validation\.output_key, or set"):
         held_out([dataset(tmp_path / "a.jsonl", ["a"], answer="")])
-    with pytest.raises(
-        UserError, match=r"data\.validation\[1\]\.env_name=regex but the gold answer '\(' is no regular"
-    ):
+    with pytest.raises(UserError) as caught:
         held_out(
             [dataset(tmp_path / "a.jsonl", ["a"]), dataset(tmp_path / "b.jsonl", ["b"], answer="(", env_name="regex")]
         )
+    assert (caught.value.key, caught.value.value) == ("data.validation[1].env_name", "(")
 
 
 def test_a_missing_math_verify_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.data.grading.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"data\.validation\.env_name=math but math-verify is not installed: pip"):
+    with pytest.raises(UserError, match="math-verify") as caught:
         held_out([dataset(tmp_path / "a.jsonl", ["a"])])
+    assert caught.value.key == "data.validation.env_name"
 
 
 def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> Non
     )
     sampling = validation_sampling_of(config, (1,))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.responses_per_prompt) == (0.5, 0.9, 7, 3)
-    seeds = {answer_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
+    seeds = {response_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
     assert sampling.seed != 42 and len(seeds) == 3
     assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
 
@@ -312,7 +312,7 @@ class Engine:
         self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Callable[[], bool]
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Callable[[], bool]
     ) -> list[Rollout]:
         self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
         return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
@@ -470,7 +470,7 @@ def _kls(root: Path) -> dict[str, Any]:
         world.build_mesh("cpu", tp, cp)
         config = config_for(root / "student", root / "teacher", ranks=2)
         student = Student(config, find_model(str(root / "student"), ""), world, 384, ())
-        teacher = Teacher(config, find_model(str(root / "teacher"), ""), world, 384)
+        teacher = ShardedTeacher(config, find_model(str(root / "teacher"), ""), world, 384)
         found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
         assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
     world.close()

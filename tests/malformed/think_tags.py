@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.malformed import Case, Workshop, way
+from tests.malformed.case import Case, Workshop, way
 
 _KEY = "distillation.context_distillation.trace_extractor.think_tags"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.malformed import Case, Workshop, _lines, _model, _rows, way
+from tests.malformed.case import Case, Workshop, way
+from tests.malformed.data import json_lines, problem_rows
+from tests.malformed.models import model_case
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 
 PAST = tuple(f"<|extra{i}|>" for i in range(200))
@@ -37,7 +39,7 @@ def _tokenizer_that_loses_text(shop: Workshop) -> Case:
         written["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
         written["pre_tokenizer"] = {"type": "Whitespace"}
     (model / "tokenizer.json").write_text(json.dumps(written))
-    return _model(shop, "tokenizer.name", model, f"loses text {kind}")
+    return model_case(shop, "tokenizer.name", model, f"loses text {kind}")
 
 
 @way
@@ -51,7 +53,7 @@ def _tokenizer_of_files_that_lose_text(shop: Workshop) -> Case:
     settings = json.loads((model / "tokenizer_config.json").read_text())
     name = shop.rng.choice(["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "PreTrainedTokenizerFast"])
     (model / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
-    return _model(shop, "tokenizer.name", model, name)
+    return model_case(shop, "tokenizer.name", model, name)
 
 
 @way
@@ -103,9 +105,9 @@ def _past_the_embeddings(shop: Workshop, template: str = CHATML) -> tuple[str, s
 
 @way
 def _problem_with_an_id_past_the_embeddings(shop: Workshop) -> Case:
-    rows = _rows(shop)
+    rows = problem_rows(shop)
     rows[shop.rng.randrange(len(rows))]["question"] += f" {shop.rng.choice(PAST[123:])}"
-    path = shop.file("past.jsonl", _lines(rows))
+    path = shop.file("past.jsonl", json_lines(rows))
     return shop.case("past.jsonl", *_past_the_embeddings(shop), f"data.train.data_path={path}")
 
 
@@ -120,8 +122,8 @@ def _context_with_an_id_past_the_embeddings(shop: Workshop) -> Case:
     if shop.rng.random() < 0.5:
         words: tuple[str, ...] = (f'{context}.teacher_prefix_template="{PAST[-1]} {{problem}}"',)
     else:
-        rows = [{**row, "solution": f"<think>{PAST[-1]}</think>"} for row in _rows(shop)]
-        path = shop.file("hints.jsonl", _lines(rows))
+        rows = [{**row, "solution": f"<think>{PAST[-1]}</think>"} for row in problem_rows(shop)]
+        path = shop.file("hints.jsonl", json_lines(rows))
         words = (
             *(f"data.train.data_path={path}", f"{context}.trace_source=static_dataset"),
             *(
@@ -141,4 +143,4 @@ def _stop_ids_of_config_json(shop: Workshop) -> Case:
     config = json.loads((model / "config.json").read_text())
     eos = shop.rng.choice(["<|im_end|>", -7, [1.5], [[2]], {"a": 1}, [3, True], [-1]])
     (model / "config.json").write_text(json.dumps({**config, "eos_token_id": eos}))
-    return _model(shop, "config.json", model, f"eos_token_id {eos}")
+    return model_case(shop, "config.json", model, f"eos_token_id {eos}")

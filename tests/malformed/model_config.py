@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from tests.malformed import Case, Workshop, way
+from tests.malformed.case import Case, Workshop, way
 
 _ROTARY: list[Any] = [
     {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},

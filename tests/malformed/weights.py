@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from tests.fp8_checkpoints import FORMATS, change_config, change_weights, compressed, to_fp8
-from tests.malformed import Case, Workshop, _model, way
+from tests.malformed.case import Case, Workshop, way
+from tests.malformed.models import model_case
 
 
 @way
@@ -31,7 +32,7 @@ def _unsupported_quantization(shop: Workshop) -> Case:
     )
     key = shop.rng.choice(["quantization_config", "compression_config"])
     change_config(model, **{key: settings})
-    return _model(shop, "MODEL", model, f"{key}: {settings!r}"[:200])
+    return model_case(shop, "MODEL", model, f"{key}: {settings!r}"[:200])
 
 
 @way
@@ -40,7 +41,7 @@ def _broken_quantization_file(shop: Workshop) -> Case:
     name = shop.rng.choice(["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
     text = shop.rng.choice(["{", "[]", "3", "{}", '{"quantization": 3}', '{"quantization": {"quant_algo": "NVFP4"}}'])
     (model / name).write_text(text)
-    return _model(shop, "MODEL", model, f"{name}: {text}")
+    return model_case(shop, "MODEL", model, f"{name}: {text}")
 
 
 @way
@@ -64,7 +65,7 @@ def _undefined_fp8_weights(shop: Workshop) -> Case:
     change_weights(model, change)
     if broken == 3:
         change_config(model, quantization_config=None)
-    return _model(shop, "MODEL", model, f"{kind}: {broken}")
+    return model_case(shop, "MODEL", model, f"{kind}: {broken}")
 
 
 @way
@@ -77,7 +78,7 @@ def _weights_stored_otherwise(shop: Workshop) -> Case:
     end = shop.rng.choice(ends.split())
     name = f"model.layers.1.mlp.up_proj.{end}"
     change_weights(model, lambda tensors: tensors.update({name: torch.ones(4)}))
-    return _model(shop, name, model, name)
+    return model_case(shop, name, model, name)
 
 
 @way
@@ -91,7 +92,7 @@ def _weights_that_are_not_finite(shop: Workshop) -> Case:
         tensors[named[0]].view(-1)[:1].fill_(number)
 
     change_weights(model, change)
-    return _model(shop, named[0], model, f"{named[0]}: {number}")
+    return model_case(shop, named[0], model, f"{named[0]}: {number}")
 
 
 @way
@@ -117,4 +118,4 @@ def _files_that_contradict_each_other(shop: Workshop) -> Case:
         (model / "adapter_config.json").write_text("{}")
     else:
         (model / "model.safetensors").rename(model / "consolidated.safetensors")
-    return _model(shop, "MODEL", model, f"{kind}: {name}")
+    return model_case(shop, "MODEL", model, f"{kind}: {name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.malformed import Case, Workshop, way
+from tests.malformed.case import Case, Workshop, way
 
 
 @way
