@@ -80,7 +80,7 @@ def teacher_topk(
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """The teacher's head, applied chunk by chunk. Its logits are never rounded, whatever ``loss_fn.logits_dtype`` is."""
+    """The teacher's head, applied chunk by chunk; ``loss_fn.logits_dtype`` does not round its logits."""
 
     head: Projection
     temperature: float

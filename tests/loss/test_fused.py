@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from distill.config import LossConfig
-from distill.loss import Sampled, fused_linear_kl, teacher_topk, topk_kl
-from distill.loss.lm_head import Projection
-from distill.types import LossOutput, TeacherRows, TopK
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts.bench_loss import LiveBytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distill.config import LossConfig
+from distill.loss import Sampled, fused_linear_kl, teacher_topk, topk_kl
+from distill.loss.lm_head import Projection
+from distill.types import LossOutput, TeacherRows, TopK
+from scripts.bench_loss import LiveBytes
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import loss_temperature, topk_kl
 from distill.types import TopK
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scripts.bench_loss import LiveBytes
-from torch import Tensor
-
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case, reference_kl
 
 BUCKETS = [config for config in LOSSES if config.outside == "bucket"]

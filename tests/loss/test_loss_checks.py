@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import Sampled, Tokens, fused_linear_kl, teacher_topk, topk_kl
 from distill.types import Targets, TeacherRows, TopK
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from tests.loss.test_fused import rows_and_head
 
 EYE = torch.eye(30)

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import Sampled, Tokens, checks, divergences, full_vocab, fused_linear_kl, teacher_topk, topk_kl
@@ -15,11 +19,7 @@ from distill.loss.divergences import DIVERGENCES, Pair
 from distill.loss.full_vocab import FAST_GRADIENTS
 from distill.loss.targets import chunk_buffers, default_chunk_rows
 from distill.types import Targets, TeacherRows, TopK
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scripts.bench_loss import LiveBytes
-from torch import Tensor
-
 from tests.loss.test_fused import assert_close, gradients, mean, name, rows_and_head
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from distill.config import LossConfig
 from distill.loss import Sampled, fused_linear_kl
 from distill.types import Targets, TeacherRows, TopK
-from torch import Tensor
-
 from tests.loss.test_fused import gradients, name, rows_and_head
 from tests.loss.test_loss_family import draw, with_token
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import Sampled, VocabParallel, fused_linear_kl, teacher_topk
 from distill.types import LossOutput, TeacherRows
-
 from tests.helpers import run_ranks
 from tests.loss.test_fused import name, rows_and_head
 from tests.loss_oracle import LOSSES

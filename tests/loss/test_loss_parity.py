@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from distill.config import LossConfig
 from distill.loss import Sampled, fused_linear_kl, teacher_topk
-
 from tests.loss.test_fused import gradients, rows_and_head
 from tests.loss_oracle import reference_kl
 
