@@ -240,7 +240,7 @@ class Student:
 
         Their dtype is the compute dtype or ``dtype``. Every rank must iterate over the result to its end.
         """
-        self._synced = True
+        self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
         return GatheredWeights(parameters, dtype or self.dtype, self._bucket_bytes, self._mesh, self._tp)
 
@@ -255,6 +255,7 @@ class Student:
         first = 0 if self._parallel is None else self._parallel.first
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+            # A log-softmax over the vocabulary, which tensor parallelism splits over the ranks.
             logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()
             logits_NV[:, max(0, self._valid_vocab - first) :] = -torch.inf
             top_N = self._all_reduce(logits_NV.amax(1), dist.ReduceOp.MAX)
