@@ -128,10 +128,9 @@ class Student:
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
-        Adds the rows' statistics, ``grad_norm`` and ``lr`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
+        Adds the rows' statistics and ``grad_norm`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
         or gradient is not finite; the weights are unchanged then.
         """
-        metrics.add_same({"lr": self.learning_rate})
         losses = []
         for micro_batch, its_targets in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, its_targets)
