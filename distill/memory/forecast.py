@@ -63,6 +63,7 @@ class Forecast:
     about: tuple[str, ...]
     """Lines of the table that name the models and the layout."""
     phases: dict[str, Lines]
+    """Lines of each phase's largest moment."""
     host: Lines
     """Pinned host memory."""
     window_cache: int
