@@ -38,11 +38,11 @@ from distill.batching.plan import pack
 from distill.config import Config, load_config
 from distill.data.prompts import load_prompts
 from distill.data.tokenizer import load_tokenizer
-from distill.distributed.program import leave, log_to_console
+from distill.distributed.program import exit_process, log_to_console
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.step import Metrics, Phases
-from distill.model.attention import attend_at_once, attend_one_by_one
+from distill.model.attention import attend_packed, attend_per_sequence
 from distill.model.checksum import BitSums
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
@@ -408,10 +408,7 @@ class Stage:
 
     def sums(self) -> dict[str, BitSums]:
         """The bit sums of the student's weights as they are now."""
-        weights = self.student.weights()
-        for _ in weights:
-            pass
-        return dict(weights.sums)
+        return {name: sums for name, _, sums in self.student.weights().with_sums()}
 
     def nudge(self, names: Sequence[str]) -> None:
         """Change every element of these weights by a 64th, up or down: bfloat16 shows it in all of them."""
@@ -467,8 +464,8 @@ def one_calls_error(device: torch.device, window: int | None) -> float:
         out = attend(query, key, value, bounds, None, window)
         return [tensor.detach().double() for tensor in (out, *torch.autograd.grad(out, heads, upstream.to(dtype)))]
 
-    exact = found(attend_one_by_one, torch.float64)
-    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_at_once, attend_one_by_one))
+    exact = found(attend_per_sequence, torch.float64)
+    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_packed, attend_per_sequence))
     return max(
         float((our - right).norm() / (twin - right).norm()) for our, twin, right in zip(ours, twins, exact, strict=True)
     )
@@ -569,7 +566,7 @@ def proof_checks(stage: Stage) -> Iterator[Check]:
     note = "changes that cancel in a plain sum"
     yield Check("stale tensors found, two rows exchanged", found, "", exactly(len(stale)), note)
     parameters = dict(weights.model.named_parameters())
-    flipped_ = one_of_each_kind([name for name in parameters if name not in weights._through_door])
+    flipped_ = one_of_each_kind([name for name in parameters if name not in weights._repacked_names])
     found = sum(flipped_is_refused(stage, parameters[name], sent) for name in flipped_)
     note = "one bit, one of each kind" + ("" if stage.on_gpu else "; on CPU only those that aren't repacked")
     yield Check("damaged tensors found in vLLM's memory", found, "", exactly(len(flipped_)), note)
@@ -579,7 +576,7 @@ def proof_checks(stage: Stage) -> Iterator[Check]:
 def refused(stage: Stage, sent: dict[str, BitSums]) -> bool:
     """Whether the proof refuses what lies in vLLM's memory, if these are the sums of what was sent."""
     try:
-        stage.engine._weights.prove(sent)
+        stage.engine._weights.verify(sent)
     except RuntimeError as error:
         if "that were sent" not in str(error):
             raise
@@ -625,12 +622,11 @@ class SentStale:
     """The student's weights with one tensor as it was before, under the sums of what it is now."""
 
     def __init__(self, weights: GatheredWeights, name: str, before: Tensor) -> None:
-        self.sums = weights.sums
         self._weights, self._name, self._before = weights, name, before
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._weights:
-            yield name, self._before if name == self._name else tensor
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        for name, tensor, sums in self._weights.with_sums():
+            yield name, self._before if name == self._name else tensor, sums
 
 
 def door_checks(stage: Stage) -> Iterator[Check]:
@@ -835,7 +831,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.alone:
         alone(args.alone)
         return 0
-    log_to_console(main=True)
+    log_to_console(is_main=True)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     sizes = QUICK if args.quick or device == "cpu" else FULL
     args.out = args.out.resolve()
@@ -853,4 +849,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

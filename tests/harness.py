@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.batching.plan import PackingConfig, plan
 from distill.config import Config, load_config
 from distill.distributed.world import World
 from distill.metrics.step import Metrics
+from distill.model.checksum import BitSums, bit_sums_by_name
+from distill.model.dtensor import local_shard, tp_dim
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import Teacher
-from distill.model.weights import GatheredWeights, tp_dim
+from distill.model.teacher import ShardedTeacher
+from distill.model.weights import GatheredWeights
 from distill.types import Problem, Prompt, Rollout
 
 REPO = Path(__file__).resolve().parent.parent
@@ -92,7 +93,7 @@ def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype =
     """One step of the loss, written out: the independent oracle. It knows no floor, no cap and no jsd."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
-    temperature, k = config.policy.generation.temperature, config.distillation.topk_logits_k
+    temperature, k = (config.policy.generation.temperature, config.distillation.topk_logits_k)
     weight = {"forward": 1.0, "mixed": config.loss_fn.mixed_kl_weight}.get(config.loss_fn.kl_type, 0.0)
     tokens = sum(len(r.response_ids) for r in rollouts)
     total = torch.zeros((), dtype=dtype)
@@ -160,7 +161,7 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
-    teacher = Teacher(config, models[1], world, vocab)
+    teacher = ShardedTeacher(config, models[1], world, vocab)
     (batch,) = plan(rollouts, world.layout, packing, seed=0, step=0)
     targets = [teacher.targets(micro_batch) for micro_batch in batch]
     teacher.offload()
@@ -190,7 +191,7 @@ def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packin
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
-    teacher = Teacher(config, models[1], world, vocab)
+    teacher = ShardedTeacher(config, models[1], world, vocab)
     for step in range(5):
         for batch in plan(rollouts, world.layout, packing, seed=0, step=step):
             student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], Metrics())
@@ -207,8 +208,24 @@ def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, i
     shard, tp_rank = divmod(world.replica_mesh.get_local_rank(), world.layout.tp_size)
     for name, parameter in student.model.named_hf_parameters():
         part = 0 if tp_dim(parameter) is None else tp_rank
-        local = cast(DTensor, parameter).to_local()
-        yield (name, shard, part), hashlib.sha256(local.detach().numpy().tobytes()).digest()
+        local = local_shard(parameter)
+        yield ((name, shard, part), hashlib.sha256(local.detach().numpy().tobytes()).digest())
+
+
+class CompleteWeights:
+    """Complete tensors of one process and their bit sums, in the interface of ``GatheredWeights``."""
+
+    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self._weights = list(weights)
+        self.sums = bit_sums_by_name(self._weights)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._weights)
+
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        """Yield each tensor with its name and its bit sums."""
+        for name, tensor in self._weights:
+            yield name, tensor, self.sums[name]
 
 
 def differences(ours: Step, reference: Step) -> dict[str, float]:

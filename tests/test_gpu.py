@@ -16,7 +16,7 @@ from distill.metrics.step import Metrics
 from distill.model.hf_files import find_model
 from distill.model.host_offload import FrozenOffload, OptimizerOffload
 from distill.model.student import Student
-from distill.model.teacher import Teacher
+from distill.model.teacher import ShardedTeacher
 from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model
 
@@ -35,7 +35,7 @@ def _away_and_back(folder: str, device: str) -> dict[str, bool]:
     world = World()
     world.build_mesh(device, tp=1, cp=1)
     config = config_for(Path(folder), Path(folder), "distillation.allow_degenerate=true", f"runtime.device={device}")
-    teacher = Teacher(config, find_model(folder, "teacher.model_name"), world, 384)
+    teacher = ShardedTeacher(config, find_model(folder, "teacher.model_name"), world, 384)
     teacher._host = FrozenOffload(teacher.model.parameters())  # on CPU it has none by itself: nothing would be saved
     micro_batch = pack(list(enumerate(fixed_rollouts())))
     before = teacher.targets(micro_batch)
@@ -67,7 +67,7 @@ def _trained(folder: str, device: str) -> dict[str, Any]:
             *(Path(folder), Path(folder), "distillation.allow_degenerate=true", f"runtime.device={device}"),
             *("policy.precision=float32", f"runtime.offload_optimizer={str(away).lower()}"),
         )
-        student, teacher = Student(config, files, world, 384, ()), Teacher(config, files, world, 384)
+        student, teacher = Student(config, files, world, 384, ()), ShardedTeacher(config, files, world, 384)
         assert (student._moments is not None) == (away and device == "cuda")
         if away and device == "cpu":  # there it has none by itself: nothing would be saved
             student._moments = OptimizerOffload(student._optimizer)

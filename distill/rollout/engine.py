@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from distill.model.checksum import BitSums, bit_sums, changed
+from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
@@ -24,11 +24,10 @@ class GenerationCancelled(Exception):
 
 
 class Weights(Protocol):
-    """Whole tensors under their Hugging Face names; ``sums`` holds a tensor's bit sums, the sender's, once it came."""
+    """The student's weights as one sync sends them."""
 
-    sums: dict[str, BitSums]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
+    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
+        """Yield each tensor, complete, with its Hugging Face name and the bit sums that its sender computed."""
 
 
 class Engine(Protocol):
@@ -44,7 +43,10 @@ class Engine(Protocol):
     pool_bytes: int
     """Bytes that torch counts as given out and that are free while the engine sleeps."""
     window: int
-    """Prompt and answer together, in tokens, at most."""
+    """Maximum number of tokens of a prompt and its response together."""
+
+    def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Return the prompts that this engine generates for, out of those of all engines."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """Take back the memory of the weights (from asleep) or of the key-value cache (from synced)."""
@@ -56,12 +58,12 @@ class Engine(Protocol):
         """Log-probs in nats of every token after the first, at temperature 1; the engine's own ranks, while ready."""
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
         """Answer the prompts; the engine's own ranks, any number of times while ready.
 
         Every rank of an engine brings the same prompts and gets its own part of the answers: each answer is one
-        rank's, whose work it is to hand it on. ``abandon`` is asked at every token: once it is true there are no
+        rank's, whose work it is to hand it on. ``cancelled`` is asked at every token: once it is true there are no
         answers at all; an engine of several ranks, which go in step, doesn't ask.
         """
 
@@ -93,6 +95,10 @@ class EngineBase(ABC):
         self._version = -1
         self._sums: dict[str, BitSums] = {}
 
+    def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """See Engine.share_of."""
+        return prompts[self.replica :: self.replicas]
+
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """See Engine.wake."""
         if what == "weights":
@@ -112,14 +118,15 @@ class EngineBase(ABC):
         """
         self._expect("weights", "sync")
         started = time.monotonic()
+        sums: dict[str, BitSums] = {}
         seen: dict[str, int] = {}
-        self._receive(self._checked(weights, seen))
+        self._receive(self._checked(weights, seen, sums))
         missing = self._manifest.keys() - seen.keys()
         if missing:
             raise RuntimeError(f"the sync to version {version} left out {len(missing)} tensors: {sorted(missing)[:3]}")
-        self._prove(weights.sums)
-        differ = changed(self._sums, weights.sums)
-        self._sums = dict(weights.sums)
+        self._verify(sums)
+        differ = changed_names(self._sums, sums)
+        self._sums = sums
         self._version = version
         self.state = "synced"
         seconds, differing = time.monotonic() - started, sum(seen[name] for name in differ)
@@ -136,18 +143,18 @@ class EngineBase(ABC):
         return found
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
         """See Engine.generate. Raises RuntimeError for a prompt it can't read and for answers that can't be right."""
         self._expect("ready", "generate")
         for prompt in prompts:
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
         try:
-            rollouts = self._generate(prompts, sampling, step, abandon or (lambda: False))
+            rollouts = self._generate(prompts, sampling, step, cancelled or (lambda: False))
         except GenerationCancelled:
             return []
         for rollout in rollouts:
-            self._check_answer(rollout, sampling)
+            self._check_response(rollout, sampling)
         return rollouts
 
     def sleep(self) -> None:
@@ -174,7 +181,7 @@ class EngineBase(ABC):
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
             raise RuntimeError(f"{what} holds a token id that is not in 0..{self._valid_vocab - 1}")
 
-    def _check_answer(self, rollout: Rollout, sampling: Sampling) -> None:
+    def _check_response(self, rollout: Rollout, sampling: Sampling) -> None:
         if not all(map(math.isfinite, rollout.logprobs)):
             raise RuntimeError(
                 f"the engine's log-probs of answer {rollout.response_index} to prompt {rollout.prompt.prompt_id} are"
@@ -190,8 +197,10 @@ class EngineBase(ABC):
                 f" {last + 1} tokens, with stop tokens at {stops}"
             )
 
-    def _checked(self, weights: Weights, seen: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
+    def _checked(
+        self, weights: Weights, seen: dict[str, int], sums: dict[str, BitSums]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor, sent in weights.with_sums():
             if name in seen:
                 raise RuntimeError(f"the sync sent {name} twice")
             if name not in self._manifest:
@@ -201,10 +210,9 @@ class EngineBase(ABC):
                     f"the sync sent {name} as {tuple(tensor.shape)}; it is {tuple(self._manifest[name])}"
                 )
             arrived = BitSums(*bit_sums(tensor).tolist())
-            if arrived != weights.sums[name]:
-                raise RuntimeError(
-                    f"{name} did not arrive as it was sent: bit sums {arrived}, not {weights.sums[name]}"
-                )
+            if arrived != sent:
+                raise RuntimeError(f"{name} did not arrive as it was sent: bit sums {arrived}, not {sent}")
+            sums[name] = sent
             seen[name] = tensor.numel() * tensor.element_size()
             yield name, tensor
 
@@ -215,7 +223,7 @@ class EngineBase(ABC):
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None: ...
 
     @abstractmethod
-    def _prove(self, sent: Mapping[str, BitSums]) -> None:
+    def _verify(self, sent: Mapping[str, BitSums]) -> None:
         """Raise RuntimeError unless what lies in the engine's memory is what was sent."""
 
     @abstractmethod
@@ -226,7 +234,7 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[Rollout]: ...
 
     @abstractmethod
@@ -236,7 +244,7 @@ class EngineBase(ABC):
         self._sleep()
 
 
-def answer_seed(seed: int, step: int, prompt_id: int, answer: int) -> int:
+def response_seed(seed: int, step: int, prompt_id: int, answer: int) -> int:
     """The seed of one answer, of 63 bits; neighbours are unrelated, so no two answers share a stream."""
     digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{answer}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -248,7 +256,7 @@ def stream_seed(seed: int, stream: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def answer_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
+def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
     """How many tokens an answer to ``prompt`` may have."""
     total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
     limit = min(sampling.max_new_tokens, total - len(prompt.student_ids))

@@ -18,7 +18,11 @@ from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import DTYPES
 from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
-from distill.rollout.vllm_config import apply_overrides, architecture_overrides, check_vllm_config
+from distill.rollout.vllm_config import (
+    apply_overrides,
+    architecture_overrides,
+    check_vllm_config,
+)
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Sampling
 

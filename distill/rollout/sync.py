@@ -33,6 +33,9 @@ class Trainer(Protocol):
 
     dtype: torch.dtype
 
+    def offload(self) -> None:
+        """Move the optimizer's moments to host memory."""
+
     def weights(self) -> Weights:
         """The weights as they are now; all ranks drain them."""
 
@@ -64,6 +67,7 @@ class WeightSync:
         Raises RuntimeError, on all ranks, where the engine's answers don't follow the weights.
         """
         engine, student = self._engine, self._student
+        student.offload()  # the engine needs the memory of the optimizer's moments
         with self._world.all_or_none("waking the engine"):
             engine.wake("weights")
         report = engine.sync(student.weights(), version)

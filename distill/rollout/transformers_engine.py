@@ -11,9 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from distill.model.checksum import BitSums, whole_bit_sums
+from distill.model.checksum import BitSums, bit_sums_by_name
 from distill.model.hf_load import manifest_of, materialize, meta_model, restore_buffers
-from distill.rollout.engine import Cancelled, EngineBase, GenerationCancelled, answer_limit, answer_seed, longest_first
+from distill.rollout.engine import (
+    Cancelled,
+    EngineBase,
+    GenerationCancelled,
+    longest_first,
+    response_limit,
+    response_seed,
+)
 from distill.supervise.progress import heartbeat
 from distill.types import Prompt, Rollout, Sampling
 
@@ -51,8 +58,8 @@ class TransformersEngine(EngineBase):
         for name, tensor in weights:
             parameters[name].copy_(tensor)
 
-    def _prove(self, sent: Mapping[str, BitSums]) -> None:
-        for name, sums in whole_bit_sums(self._model.named_parameters()).items():
+    def _verify(self, sent: Mapping[str, BitSums]) -> None:
+        for name, sums in bit_sums_by_name(self._model.named_parameters()).items():
             if sums != sent[name]:
                 raise RuntimeError(f"the engine's {name} does not have the bits that were sent")
 
@@ -72,7 +79,9 @@ class TransformersEngine(EngineBase):
         self._model.tie_weights()
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled) -> list[Rollout]:
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
+    ) -> list[Rollout]:
         order = longest_first(prompts)
         per_batch = max(1, self._batch_size // sampling.responses_per_prompt)
         done: dict[int, list[Rollout]] = {}
@@ -80,12 +89,14 @@ class TransformersEngine(EngineBase):
         with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=silent) as bar:
             for i in range(0, len(order), per_batch):
                 places = order[i : i + per_batch]
-                answers = self._answer([prompts[place] for place in places], sampling, step, abandon)
+                answers = self._answer([prompts[place] for place in places], sampling, step, cancelled)
                 done.update(zip(places, answers, strict=True))
                 bar.update(len(places))
         return [rollout for place in range(len(prompts)) for rollout in done[place]]
 
-    def _answer(self, prompts: list[Prompt], sampling: Sampling, step: int, abandon: Cancelled) -> list[list[Rollout]]:
+    def _answer(
+        self, prompts: list[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
+    ) -> list[list[Rollout]]:
         """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
         G = sampling.responses_per_prompt
         batch = _Decoding(prompts, sampling, step, self.window, self._device)
@@ -100,7 +111,7 @@ class TransformersEngine(EngineBase):
         cache.batch_repeat_interleave(G)
         mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
         while True:
-            if abandon():
+            if cancelled():
                 raise GenerationCancelled
             sampled = batch.sample(logits, self._valid_vocab)
             keep = batch.unfinished_rows()
@@ -137,9 +148,9 @@ class _Decoding:
         self._sampling = sampling
         self._prompts = prompts
         answers = [(prompt, answer) for prompt in prompts for answer in range(sampling.responses_per_prompt)]
-        self._limits = [answer_limit(sampling, prompt, window) for prompt, _ in answers]
+        self._limits = [response_limit(sampling, prompt, window) for prompt, _ in answers]
         self._uniforms = torch.stack(
-            [_uniforms(answer_seed(sampling.seed, step, p.prompt_id, a), max(self._limits)) for p, a in answers]
+            [_uniforms(response_seed(sampling.seed, step, p.prompt_id, a), max(self._limits)) for p, a in answers]
         ).to(device)
         self._tokens: list[list[int]] = [[] for _ in answers]
         self._logprobs: list[list[float]] = [[] for _ in answers]

@@ -18,9 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.memory.forecast import CPU_CACHE
+from distill.memory.phases import CPU_CACHE
 from distill.model.checksum import BitSums
-from distill.rollout.engine import Cancelled, EngineBase, GenerationCancelled, answer_limit, answer_seed, longest_first
+from distill.rollout.engine import (
+    Cancelled,
+    EngineBase,
+    GenerationCancelled,
+    longest_first,
+    response_limit,
+    response_seed,
+)
 from distill.rollout.gpu_memory import CudaMemory, Memory, SleepGuard
 from distill.rollout.vllm_weights import VllmWeights
 from distill.supervise.progress import heartbeat
@@ -70,7 +77,9 @@ def _name_shared_memory() -> None:
     vLLM names it by the ranks' numbers alone: two jobs of one machine would share it, and what a killed one left there
     would let no other begin.
     """
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.cpu_communicator import (
+        _CPUSHMDistributed,
+    )
 
     token = [secrets.token_hex(4)]
     dist.broadcast_object_list(token, src=0)
@@ -201,8 +210,8 @@ class VllmEngine(EngineBase):
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self._weights.receive(weights)
 
-    def _prove(self, sent: Mapping[str, BitSums]) -> None:
-        self._weights.prove(sent)
+    def _verify(self, sent: Mapping[str, BitSums]) -> None:
+        self._weights.verify(sent)
 
     def _probe(self, token_ids: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
@@ -211,14 +220,16 @@ class VllmEngine(EngineBase):
         (output,) = self._run([(tuple(token_ids), params)])
         return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
 
-    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Cancelled) -> list[Rollout]:
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
+    ) -> list[Rollout]:
         asked = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
         self._agree("prompts, sampling or step", asked, sampling, step, self._version)
         answers = [(prompts[i], a) for i in longest_first(prompts) for a in range(sampling.responses_per_prompt)]
         outputs = self._run(
             [(prompt.student_ids, self._params(prompt, answer, sampling, step)) for prompt, answer in answers],
             show=self.replica == 0 and self._tp_rank == 0,
-            abandon=abandon if self._tp_size == 1 else None,
+            cancelled=cancelled if self._tp_size == 1 else None,
         )
         rollouts = [
             self._rollout(prompt, answer, output) for (prompt, answer), output in zip(answers, outputs, strict=True)
@@ -236,10 +247,10 @@ class VllmEngine(EngineBase):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=answer_limit(sampling, prompt, self.window),
+            max_tokens=response_limit(sampling, prompt, self.window),
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # or vLLM adds the stop ids of the model's folder to ours
-            seed=answer_seed(sampling.seed, step, prompt.prompt_id, answer),
+            seed=response_seed(sampling.seed, step, prompt.prompt_id, answer),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -260,10 +271,10 @@ class VllmEngine(EngineBase):
         )
 
     def _run(
-        self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, abandon: Cancelled | None = None
+        self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, cancelled: Cancelled | None = None
     ) -> list[Any]:
         """The outputs of all requests, in their order. Raises RuntimeError where the engine makes no progress, and
-        GenerationCancelled, with nothing left in the engine, where ``abandon`` says so.
+        GenerationCancelled, with nothing left in the engine, where ``cancelled`` says so.
         """
         if self._engine.is_sleeping():
             raise RuntimeError("vLLM is asleep: it would accept the requests and never answer")
@@ -277,7 +288,7 @@ class VllmEngine(EngineBase):
         disable = not (show and sys.stderr.isatty())
         with tqdm(total=len(requests), desc="generate", unit="answer", leave=False, disable=disable) as bar:
             while self._engine.has_unfinished_requests():
-                if abandon is not None and abandon():
+                if cancelled is not None and cancelled():
                     self._abort(range(first, self._requests))
                     raise GenerationCancelled
                 made = self._tokens_made

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrapped
+from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrap_int64
 
 
 class Section(NamedTuple):
@@ -43,12 +43,12 @@ class VllmWeights:
         self._repacks = bool(current_platform.is_cpu())
         self._in_place = not self._repacks and llm.llm_engine.model_config.quantization is None
         self.model: nn.Module = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
-        self._at_door: dict[str, Tensor] = {}
-        self._through_door: set[str] = set()
+        self._sums_before_repack: dict[str, Tensor] = {}
+        self._repacked_names: set[str] = set()
         if self._repacks:
             for name, module in self.model.named_modules():
                 if hasattr(module, "quant_method"):
-                    self._watch_door(name, module)
+                    self._hook_repack(name, module)
         self._names = self._names_by_parameter(manifest)
 
     @property
@@ -59,19 +59,19 @@ class VllmWeights:
     @torch.no_grad()
     def receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Write all weights, streaming: at most a bucket and a layer are held beside the model."""
-        self._at_door.clear()
+        self._sums_before_repack.clear()
         if self._in_place:
             self.model.load_weights(weights)  # type: ignore[operator]
             return
         # Without an iterator vLLM would read the first checkpoint again, from disk.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         head = getattr(self.model, "lm_head", None)
-        if self._repacks and head is not None and "lm_head.weight" not in self._at_door:
+        if self._repacks and head is not None and "lm_head.weight" not in self._sums_before_repack:
             # A tied head has no tensor of its own that would make vLLM repack it: it would keep its first weights.
             head.quant_method.process_weights_after_loading(head)
 
     @torch.no_grad()
-    def prove(self, sent: Mapping[str, BitSums]) -> None:
+    def verify(self, sent: Mapping[str, BitSums]) -> None:
         """Compare the bits of every tensor, added over the engine's ranks, with those sent; collective over them.
 
         Each tensor is found by itself, also where vLLM fused several into one parameter.
@@ -88,33 +88,36 @@ class VllmWeights:
         if self._tp_size > 1:
             dist.all_reduce(found, group=self._tp_group)
         for (name, section), total in zip(places, found.tolist(), strict=True):
-            if total != [wrapped(part * section.copies) for part in sent[section.tensor]]:
+            if total != [wrap_int64(part * section.copies) for part in sent[section.tensor]]:
                 raise RuntimeError(f"vLLM's {name} does not hold the bits of {section.tensor} that were sent")
 
     def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:
         """The bit sums of a parameter's sections, int64 [sections, 2]."""
-        if name not in self._through_door:
+        if name not in self._repacked_names:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
-        if name not in self._at_door:
+        if name not in self._sums_before_repack:
             raise RuntimeError(f"vLLM computes with its old {name}: the sync did not make it repack that")
-        return self._at_door[name]
+        return self._sums_before_repack[name]
 
-    def _watch_door(self, prefix: str, module: nn.Module) -> None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+    def _hook_repack(self, prefix: str, module: nn.Module) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
+            VocabParallelEmbedding,
+        )
 
         has_head = isinstance(getattr(self.model, "lm_head", None), ParallelLMHead)
         looked_up = type(module) is VocabParallelEmbedding and has_head
         if looked_up:  # it is never multiplied: what the kernels would be given isn't read
             module.quant_method.process_weights_after_loading = lambda layer: None  # type: ignore[union-attr]
             return
-        self._through_door.update(f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
+        self._repacked_names.update(f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
         method: Any = module.quant_method
         repack = method.process_weights_after_loading
 
         def summed_first(layer: nn.Module) -> None:
             for leaf, parameter in layer.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
-                self._at_door[name] = section_sums(parameter, self._sections(layer, leaf, self._names[name]))
+                self._sums_before_repack[name] = section_sums(parameter, self._sections(layer, leaf, self._names[name]))
             repack(layer)
 
         method.process_weights_after_loading = summed_first
@@ -139,8 +142,14 @@ class VllmWeights:
 
     def _sections(self, module: Any, leaf: str, tensors: list[str]) -> list[Section]:
         """The sections of a parameter, as vLLM's layers split it over an engine's ranks."""
-        from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+        from vllm.model_executor.layers.linear import (
+            ColumnParallelLinear,
+            QKVParallelLinear,
+            RowParallelLinear,
+        )
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            VocabParallelEmbedding,
+        )
 
         rows = len(module.get_parameter(leaf))
         if isinstance(module, VocabParallelEmbedding):  # its last rank's end is padded with zeros

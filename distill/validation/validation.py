@@ -20,7 +20,7 @@ from distill.metrics.sinks import Recorder
 from distill.metrics.step import Phases
 from distill.model.student import Student
 from distill.model.teacher import Teacher
-from distill.rollout.engine import Engine, answer_limit, stream_seed
+from distill.rollout.engine import Engine, response_limit, stream_seed
 from distill.rollout.gather import gather_rollouts
 from distill.supervise.progress import heartbeat
 from distill.types import Prompt, Rollout, Sampling
@@ -114,7 +114,7 @@ class Validation:
         engine, prompts = self.engine, self.held_out.prompts
         share = prompts[engine.replica :: engine.replicas]
         with phases("generation"):
-            mine = engine.generate(share, self.sampling, step, abandon=self._asked)
+            mine = engine.generate(share, self.sampling, step, cancelled=self._asked)
         in_context = None
         if step == 0 and context_is_known(self.config):
             with phases("generation_in_context"):
@@ -122,7 +122,7 @@ class Validation:
         return Answers(step, phases, mine, in_context)
 
     def _asked(self) -> bool:
-        return bool(self.world.supervisor.asked)
+        return bool(self.world.supervisor.stop_signal)
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> InContext:
         """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""
@@ -138,7 +138,7 @@ class Validation:
         ]
         seed = stream_seed(self.config.distillation.seed, _IN_CONTEXT)
         sampling = replace(self.sampling, seed=seed, max_total_length=None)  # a longer prompt shall not mean less room
-        found = self.engine.generate(asked, sampling, step, abandon=self._asked)
+        found = self.engine.generate(asked, sampling, step, cancelled=self._asked)
         return InContext([replace(r, teacher_prefix_ids=prefixes[r.prompt.prompt_id]) for r in found], left_out)
 
     def _context(self, prompt: Prompt) -> Rollout | str:
@@ -150,7 +150,7 @@ class Validation:
             return _NO_TRACE if counts.totals["context_distillation_dropped_missing_trace"] else _NO_ROOM
         (view,) = views
         room = self.engine.window - len(view.teacher_prefix_ids)
-        fits = room >= answer_limit(self.sampling, prompt, self.engine.window)
+        fits = room >= response_limit(self.sampling, prompt, self.engine.window)
         return view if fits else _NO_ROOM
 
     def _comparable(self, prompt: Prompt) -> bool:

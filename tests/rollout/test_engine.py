@@ -9,13 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.model.checksum import whole_bit_sums
+from distill.model.checksum import bit_sums_by_name
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
-from distill.model.weights import WholeWeights
-from distill.rollout.engine import answer_seed, longest_first
-from distill.rollout.transformers_engine import TransformersEngine, draw, processed_logprobs
+from distill.rollout.engine import longest_first, response_seed
+from distill.rollout.transformers_engine import (
+    TransformersEngine,
+    draw,
+    processed_logprobs,
+)
 from distill.types import Problem, Prompt, Rollout, Sampling
+from tests.harness import CompleteWeights
 from tests.helpers import save_tiny_model
 
 VALID = 300  # ids from here on are padding of the embedding
@@ -37,8 +41,8 @@ def _tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, files.tensor(name)) for name in files.files]
 
 
-def _weights(folder: Path) -> WholeWeights:
-    return WholeWeights(_tensors(folder))
+def _weights(folder: Path) -> CompleteWeights:
+    return CompleteWeights(_tensors(folder))
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 VERBS: dict[str, Callable[[TransformersEngine], object]] = {
     "weights": lambda engine: engine.wake("weights"),
-    "sync": lambda engine: engine.sync(WholeWeights([]), 0),
+    "sync": lambda engine: engine.sync(CompleteWeights([]), 0),
     "probe": lambda engine: engine.probe((1, 2, 3)),
     "kv": lambda engine: engine.wake("kv"),
     "generate": lambda engine: engine.generate(_prompts(3), _sampling(), 0),
@@ -102,7 +106,7 @@ def test_a_sync_that_is_not_whole_raises(folder, change, message) -> None:
     engine = _engine(folder)
     engine.wake("weights")
     with pytest.raises(RuntimeError, match=message):
-        engine.sync(WholeWeights(change(_tensors(folder))), 0)
+        engine.sync(CompleteWeights(change(_tensors(folder))), 0)
 
 
 def _swapped(tensors: dict[str, torch.Tensor]) -> None:
@@ -124,9 +128,9 @@ def test_tensors_that_are_not_what_was_sent_are_refused_at_the_door(folder, spoi
     engine = _engine(folder)
     engine.wake("weights")
     tensors = dict(_tensors(folder))
-    sent = whole_bit_sums(tensors.items())
+    sent = bit_sums_by_name(tensors.items())
     spoil(tensors)
-    arriving = WholeWeights(tensors.items())
+    arriving = CompleteWeights(tensors.items())
     arriving.sums = sent
     with pytest.raises(RuntimeError, match="did not arrive as it was sent"):
         engine.sync(arriving, 0)
@@ -153,7 +157,7 @@ def test_a_sync_reports_what_it_brought(folder) -> None:
         if version == 6:
             tensors[0] = (tensors[0][0], -tensors[0][1])
         engine.wake("weights")
-        report = engine.sync(WholeWeights(tensors), version)
+        report = engine.sync(CompleteWeights(tensors), version)
         assert (report.version, report.tensors, report.bytes) == (version, len(tensors), 4 * parameters)
         assert report.changed == changed
         engine.wake("kv")
@@ -236,8 +240,8 @@ def test_abandoned_answers_are_none_at_all_and_the_engine_is_as_good_as_before(f
         return len(asked) == 3
 
     whole = _ids(engine.generate(_prompts(5, 6), _sampling(), step=0))
-    assert engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=abandon) == [] and len(asked) == 3
-    assert _ids(engine.generate(_prompts(5, 6), _sampling(), step=0, abandon=lambda: False)) == whole
+    assert engine.generate(_prompts(5, 6), _sampling(), step=0, cancelled=abandon) == [] and len(asked) == 3
+    assert _ids(engine.generate(_prompts(5, 6), _sampling(), step=0, cancelled=lambda: False)) == whole
     engine.sleep()
 
 
@@ -256,9 +260,9 @@ def test_the_longest_prompt_goes_first() -> None:
 
 
 def test_seeds_of_neighbours_are_unrelated() -> None:
-    seeds = {answer_seed(s, step, p, a) for s in range(3) for step in range(5) for p in range(5) for a in range(5)}
+    seeds = {response_seed(s, step, p, a) for s in range(3) for step in range(5) for p in range(5) for a in range(5)}
     assert len(seeds) == 375 and all(0 <= seed < 2**63 for seed in seeds)
-    assert answer_seed(1, 23, 4, 5) != answer_seed(12, 3, 4, 5)
+    assert response_seed(1, 23, 4, 5) != response_seed(12, 3, 4, 5)
 
 
 def test_an_answer_ends_with_its_stop_token_or_at_the_limit(ready) -> None:

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.distributed.world import World
 from distill.metrics.step import Metrics, waits
-from distill.model.checksum import BitSums, bit_sums, changed, whole_bit_sums, wrapped
+from distill.model.checksum import BitSums, bit_sums, bit_sums_by_name, changed_names, wrap_int64
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.weights import GatheredWeights, WholeWeights
+from distill.model.weights import GatheredWeights
 from distill.rollout.gpu_memory import SleepGuard
 from distill.rollout.sync import FLOAT32_LIMIT, WeightSync, check_equal
 from distill.types import SyncReport
-from tests.harness import config_for
+from tests.harness import CompleteWeights, config_for
 from tests.helpers import run_ranks, save_tiny_model
 
 GIB = 2**30
@@ -42,7 +42,7 @@ def _slow_sums(tensor: torch.Tensor) -> BitSums:
             places = enumerate(row[start : start + per_word])
             words.append(sum((value & mask) << (8 * tensor.element_size() * place) for place, value in places))
         sums.append(sum(words))
-    return BitSums(wrapped(sum(sums)), wrapped(sum(i * row for i, row in enumerate(sums, 1))))
+    return BitSums(wrap_int64(sum(sums)), wrap_int64(sum(i * row for i, row in enumerate(sums, 1))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -72,8 +72,8 @@ def test_bit_sums_see_one_bit_a_sign_of_zero_and_rows_in_another_order() -> None
 
 def test_changed_counts_tensors() -> None:
     one, other = BitSums(1, 2), BitSums(1, 3)
-    assert changed({}, {"a": one, "b": other}) == ["a", "b"]
-    assert changed({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
+    assert changed_names({}, {"a": one, "b": other}) == ["a", "b"]
+    assert changed_names({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
 
 
 def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
@@ -96,7 +96,8 @@ def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         weights = GatheredWeights(student.model.named_hf_parameters(), dtype, 50_000, world.replica_mesh, tp)
-        found[dtype] = ({name: tensor.clone() for name, tensor in weights}, dict(weights.sums))
+        sent = [(name, tensor.clone(), sums) for name, tensor, sums in weights.with_sums()]
+        found[dtype] = {name: t for name, t, _ in sent}, {name: sums for name, _, sums in sent}
     return found
 
 
@@ -109,7 +110,7 @@ def test_gathered_weights_are_the_checkpoints_and_carry_their_bit_sums(tmp_path:
             assert tensors.keys() == files.files.keys()
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, files.tensor(name).to(dtype)), name
-            assert sums == whole_bit_sums(tensors.items())
+            assert sums == bit_sums_by_name(tensors.items())
 
 
 class _Collectives(TorchDispatchMode):
@@ -152,7 +153,7 @@ def test_weights_that_are_not_finite_never_leave_and_every_rank_says_so(tmp_path
     folder = save_tiny_model(tmp_path / "m", "llama", True)
     said = run_ranks(2, _gathered, folder, True)
     assert said[0] == said[1]
-    assert "1 of the student's weights hold nan or infinity, model.layers.1.mlp.up_proj.weight first" in said[0]
+    assert "model.layers.1.mlp.up_proj.weight" in said[0]
 
 
 class ScriptedEngine:
@@ -167,7 +168,7 @@ class ScriptedEngine:
     def wake(self, what: str) -> None:
         self.calls.append(what)
 
-    def sync(self, weights: WholeWeights, version: int) -> SyncReport:
+    def sync(self, weights: CompleteWeights, version: int) -> SyncReport:
         self.calls.append("sync")
         changed = next(self._changed)
         return SyncReport(version, 10, 1000, 0.5, changed, 950 if changed > 5 else 10 * changed)
@@ -186,7 +187,9 @@ class OneRank:
 
 
 def _freshness(changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16) -> WeightSync:
-    trainer = SimpleNamespace(dtype=dtype, weights=lambda: WholeWeights([]), logprobs=lambda ids: [-1.0, -2.0])
+    trainer = SimpleNamespace(
+        dtype=dtype, offload=lambda: None, weights=lambda: CompleteWeights([]), logprobs=lambda ids: [-1.0, -2.0]
+    )
     return WeightSync(OneRank(), ScriptedEngine(changed, probes), trainer, 50)  # type: ignore[arg-type]
 
 
@@ -254,7 +257,7 @@ class ShortEngine(ScriptedEngine):
 
 def _short() -> str:
     world = World(datetime.timedelta(seconds=20))
-    trainer = SimpleNamespace(dtype=torch.bfloat16, weights=lambda: WholeWeights([]))
+    trainer = SimpleNamespace(dtype=torch.bfloat16, weights=lambda: CompleteWeights([]), offload=lambda: None)
     try:
         WeightSync(world, ShortEngine([1], []), trainer, 50).push_weights(0)  # type: ignore[arg-type]
     except RuntimeError as error:

@@ -26,7 +26,6 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import Student
-from distill.model.weights import WholeWeights
 from distill.rollout.factory import check_backend
 from distill.rollout.gather import gather_rollouts
 from distill.rollout.sync import WeightSync
@@ -34,7 +33,7 @@ from distill.rollout.transformers_engine import TransformersEngine, processed_lo
 from distill.rollout.vllm_engine import VllmEngine
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Rollout, Sampling
-from tests.harness import config_for
+from tests.harness import CompleteWeights, config_for
 from tests.helpers import run_ranks, save_tiny_model
 from tests.rollout.test_sync import FakeMemory
 from tests.variants import NOT_IN_VLLM, save_variant
@@ -99,7 +98,7 @@ def _apart(one: list[Rollout], other: list[Rollout]) -> float:
 
 def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
     engine.wake("weights")
-    report = engine.sync(WholeWeights(tensors.items()), version)
+    report = engine.sync(CompleteWeights(tensors.items()), version)
     engine.wake("kv")
     return report
 
@@ -127,7 +126,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     tensors = _tensors(folder)
     seen["asleep"] = {
         "generate": _said(lambda: engine.generate(PROMPTS, GREEDY, 0)),
-        "sync": _said(lambda: engine.sync(WholeWeights(tensors.items()), 0)),
+        "sync": _said(lambda: engine.sync(CompleteWeights(tensors.items()), 0)),
     }
     seen["report"] = _awake(engine, tensors, 3)
     plain = _plain_engine(folder)
@@ -158,7 +157,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["cached"].append(_cached(engine, 1))
     engine.sleep()
     _awake(engine, tensors, 5)
-    seen["spoilt"] = _spoil(engine, WholeWeights(tensors.items()))
+    seen["spoilt"] = _spoil(engine, CompleteWeights(tensors.items()))
     engine.close()
     seen["groups after closing"] = dist.is_initialized(), _said(world.barrier)
     world.close()
@@ -174,14 +173,14 @@ def _abandoned(engine: VllmEngine) -> tuple[list[Any], int, bool]:
         asked += 1
         return asked == 3
 
-    answers = engine.generate(PROMPTS, SAMPLED, 0, abandon=abandon)
+    answers = engine.generate(PROMPTS, SAMPLED, 0, cancelled=abandon)
     scheduler = engine._engine.engine_core.engine_core.scheduler
     return answers, asked, scheduler.has_requests() or engine._engine.has_unfinished_requests()
 
 
-def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
+def _spoil(engine: VllmEngine, weights: CompleteWeights) -> dict[str, str]:
     """Break the awake engine in one way after another; what it, or the proof of its weights, says to each."""
-    said = {"nothing": _said(lambda: engine._prove(weights.sums))}
+    said = {"nothing": _said(lambda: engine._verify(weights.sums))}
     core = engine._engine
     norm: Any = engine._weights.model.get_parameter("model.norm.weight")
     core.sleep(1)
@@ -192,31 +191,31 @@ def _spoil(engine: VllmEngine, weights: WholeWeights) -> dict[str, str]:
     core.step = step
     core.abort_request([str(i) for i in range(engine._requests)])
     norm.data += 1
-    said["written over"] = _said(lambda: engine._prove(weights.sums))
+    said["written over"] = _said(lambda: engine._verify(weights.sums))
     norm.data.fill_(torch.nan)
     said["nan in the engine"] = _said(lambda: engine.generate(PROMPTS, GREEDY, 0))
     for name, lost, factor in (
         ("a lost half", "model.layers.1.mlp.up_proj.weight", 1.5),
         ("a lost norm", "model.norm.weight", 1.7),
     ):
-        later = WholeWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
+        later = CompleteWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
         engine._weights.receive((n, t) for n, t in later if n != lost)
-        said[name] = _said(lambda later=later: engine._prove(later.sums))  # type: ignore[misc]
+        said[name] = _said(lambda later=later: engine._verify(later.sums))  # type: ignore[misc]
     engine._weights.receive((EXCHANGED.get(n, n), t) for n, t in weights)
-    said["key and value exchanged"] = _said(lambda: engine._prove(weights.sums))
+    said["key and value exchanged"] = _said(lambda: engine._verify(weights.sums))
     engine._weights.receive(iter(weights))
     norm.data = norm.data[[1, 0, *range(2, len(norm))]]
-    said["rows exchanged"] = _said(lambda: engine._prove(weights.sums))
+    said["rows exchanged"] = _said(lambda: engine._verify(weights.sums))
     head = engine._weights.model.lm_head
     engine._weights.model.lm_head = None  # type: ignore[assignment]
     engine._weights.receive(iter(weights))
     engine._weights.model.lm_head = head
-    said["a head that is not repacked"] = _said(lambda: engine._prove(weights.sums))
+    said["a head that is not repacked"] = _said(lambda: engine._verify(weights.sums))
     engine._weights.receive(iter(weights))
-    said["repaired"] = _said(lambda: engine._prove(weights.sums))
+    said["repaired"] = _said(lambda: engine._verify(weights.sums))
     engine.sleep()
     engine.wake("weights")
-    stale = WholeWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
+    stale = CompleteWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
     stale.sums = weights.sums
     said["stale"] = _said(lambda: engine.sync(stale, 6))
     return said
@@ -371,7 +370,7 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     engine.wake("weights")
     sent = dict(engine._sums)
     norm.data += float(other)
-    seen["one rank's weights"] = _said(lambda: engine._prove(sent))
+    seen["one rank's weights"] = _said(lambda: engine._verify(sent))
     norm.data -= float(other)
     run = engine._run
 

@@ -26,8 +26,8 @@ from distill.errors import UserError
 from distill.metrics.sinks import open_recorder, summary, validation_line
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import Teacher
-from distill.rollout.engine import answer_seed, stream_seed
+from distill.model.teacher import ShardedTeacher
+from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
 from distill.types import Problem, Prompt, Rollout, Sampling
 from distill.validation import HeldOut, Validation, load_held_out
@@ -266,7 +266,7 @@ def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> Non
     )
     sampling = validation_sampling_of(config, (1,))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.responses_per_prompt) == (0.5, 0.9, 7, 3)
-    seeds = {answer_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
+    seeds = {response_seed(seed, 0, 0, 0) for seed in (42, sampling.seed, stream_seed(42, "in_context"))}
     assert sampling.seed != 42 and len(seeds) == 3
     assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
 
@@ -312,7 +312,7 @@ class Engine:
         self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, abandon: Callable[[], bool]
+        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Callable[[], bool]
     ) -> list[Rollout]:
         self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
         return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
@@ -470,7 +470,7 @@ def _kls(root: Path) -> dict[str, Any]:
         world.build_mesh("cpu", tp, cp)
         config = config_for(root / "student", root / "teacher", ranks=2)
         student = Student(config, find_model(str(root / "student"), ""), world, 384, ())
-        teacher = Teacher(config, find_model(str(root / "teacher"), ""), world, 384)
+        teacher = ShardedTeacher(config, find_model(str(root / "teacher"), ""), world, 384)
         found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
         assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
     world.close()
