@@ -269,9 +269,9 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
     assert score["teacher shards"] == pytest.approx(2 * teachers / ranks, abs=2)
     assert score["master weights"] == generate["master weights"] == train["master weights"]
     assert score["optimizer state"] == generate["optimizer state"] == 0  # on the host
-    assert generate["engine's weights"] == pytest.approx(2 * P / engine, abs=2)
+    assert generate["engine weights"] == pytest.approx(2 * P / engine, abs=2)
     share = config.policy.generation.vllm_cfg.gpu_memory_utilization
-    assert generate["engine's weights"] + generate["engine's cache"] == int(share * gigabytes * 0.98 * GIB)
+    assert generate["engine weights"] + generate["engine cache"] == int(share * gigabytes * 0.98 * GIB)
     for phase in found.phases:
         assert sum(found.phases[phase].values()) <= card_bytes(gigabytes) == int(gigabytes * 0.98 * GIB)
 
