@@ -83,7 +83,7 @@ test-exports: venv models .venv-transformers4/installed.lock  ## exports read by
 	@$(PY) -m pytest -q -m exports tests/test_exports.py
 
 test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan
-	@$(PY) -m pytest -q -m faults
+	@$(PY) -m pytest -q -m faults -n 3 --dist worksteal
 
 test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \

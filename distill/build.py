@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from distill.checkpoint import Checkpoints, has_validation
-from distill.checkpoint.resume import Origin, clock_of, log_clock, origin_of, warn_of_changes
+from distill.checkpoint.resume import RunHistory, clock_of, compare_with_checkpoint, log_clock, warn_of_changes
 from distill.config import Arguments, Config
 from distill.data.content import raise_if_ranks_differ
 from distill.data.teacher_prefix import build_teacher_prefixes
+from distill.distributed.cluster import check_cluster
 from distill.distributed.world import World
-from distill.errors import UserError, writing_run
+from distill.errors import writing_run
 from distill.inputs import (
     Models,
     check_contexts,
@@ -38,9 +39,10 @@ from distill.loss import check_loss_backend
 from distill.memory.forecast import plan_memory
 from distill.metrics.sinks import open_recorder
 from distill.model.export_files import ExportFiles, read_export_files
-from distill.model.following import build_teacher
 from distill.model.hf_config import model_config
 from distill.model.student import Student
+from distill.model.teacher import build_teacher
+from distill.model.teacher_check import verify_teacher
 from distill.rollout.factory import build_engine, check_backend, sampling_of, validation_sampling_of
 from distill.rollout.sync import WeightSync
 from distill.run import Run
@@ -62,13 +64,13 @@ def build_run(arguments: Arguments, world: World) -> Run:
     Raises UserError, on all ranks alike, for what the user can put right.
     """
     config = arguments.config
-    world.supervisor.expect_loading(config.runtime.phase_timeout_s)
+    world.supervisor.allow_loading(config.runtime.phase_timeout_s)
     with world.all_or_none("checking the recipe"):
         _check_supported(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.all_or_none("checking the cluster"):
-        world.check_cluster(cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
+        check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
     theirs = config.teacher.dtensor_cfg
     teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
@@ -105,13 +107,13 @@ def build_run(arguments: Arguments, world: World) -> Run:
             warn_of_unusable_golds(held_out)
     last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
     with world.all_or_none("comparing the checkpoint with the recipe"):
-        origin = origin_of(found, config, order, clock, contents["data.validation"])
+        origin = compare_with_checkpoint(found, config, order, clock, contents["data.validation"])
         first_step = int(found.info["data"]["step"]) if found else 0
     with world.all_or_none("making the run's folder"):
         made = _start_run_dir(arguments, origin) if world.is_main else Path()
     run_dir = world.broadcast(made)
     with world.all_or_none("opening the log"), writing_run(run_dir):
-        world.log_to(run_dir)
+        world.supervisor.log_to(run_dir, world.rank)
     world.supervisor.status.begin(run_dir, first_step)
     with world.all_or_none("opening the metrics"), writing_run(run_dir):
         recorder = open_recorder(
@@ -127,7 +129,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
         engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
-    difference = teacher.prove([prompt.student_ids for prompt in order.batch(0)])
+    difference = verify_teacher(teacher, [prompt.student_ids for prompt in order.batch(0)])
     log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
     teacher.offload()
     if found is not None:
@@ -161,8 +163,8 @@ def build_run(arguments: Arguments, world: World) -> Run:
         run_dir=run_dir,
         recorder=recorder,
         checkpoints=checkpoints,
-        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changed else -1,
-        reference=origin.reference(found),
+        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changes else -1,
+        reference=origin.in_context_metrics(found),
     )
     return Run(
         config=config,
@@ -190,16 +192,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
 
 
 def _check_supported(config: Config) -> None:
-    if config.policy.generation.stop_strings:
-        raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
     checkpointing = config.checkpointing
-    not_yet = {
-        "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
-        "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
-        "data.train.seed": any(dataset.seed is not None for dataset in config.data.train),
-    }
-    if ignored := [key for key, is_set in not_yet.items() if is_set]:
-        log.warning("not there yet, so without effect: %s", ", ".join(ignored))
     low = _LOW_IS_GOOD.search(checkpointing.metric_name or "")
     if checkpointing.enabled and checkpointing.higher_is_better and low:
         log.warning(
@@ -227,7 +220,7 @@ def _export_files(config: Config, models: Models) -> ExportFiles:
     )
 
 
-def _start_run_dir(arguments: Arguments, origin: Origin) -> Path:
+def _start_run_dir(arguments: Arguments, origin: RunHistory) -> Path:
     """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)

@@ -13,18 +13,14 @@ from distill.config import Config, ContextDistillationConfig
 from distill.config.template import teacher_template
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
-from distill.data.content import TOKENS, Content, content_hash, data_content, tokenizer_content
+from distill.data.content import TOKENS, ContentHashes, content_hash, data_hashes, tokenizer_hashes
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
+from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.teacher_prefix import ContextPrefixes, TeacherPrefixes, teacher_template_kwargs
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
-from distill.data.tokenizer import (
-    compare_vocabularies,
-    load_tokenizer,
-    same_tokenizer_files,
-    stop_ids,
-    usable_stop_ids,
-)
+from distill.data.tokenizer import load_tokenizer, same_tokenizer_files
+from distill.data.tokenizer_checks import compare_vocabularies
 from distill.errors import UserError
 from distill.memory.shapes import ModelShape, shape_of
 from distill.model.hf_config import model_config
@@ -144,12 +140,12 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
     return PromptOrder(prompts, loop.num_prompts_per_step, loop.seed, config.data.shuffle, inputs)
 
 
-def _inputs(config: Config, models: Models, prompts: Prompts) -> Content:
+def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
     """Hashes of what the prompts and the teacher's prefixes are made from."""
     context = config.distillation.context_distillation
     inputs = {
-        **data_content(config.data.train, prompts.problems, context.trace_column),
-        **tokenizer_content(models.tokenizer, config.policy.tokenizer.chat_template_kwargs),
+        **data_hashes(config.data.train, prompts.problems, context.trace_column),
+        **tokenizer_hashes(models.tokenizer, config.policy.tokenizer.chat_template_kwargs),
     }
     if context.enabled and context.chat_template:
         inputs["teacher_chat_template"] = content_hash([models.teachers_tokenizer.chat_template])
@@ -224,7 +220,9 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
 _EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
 
 
-def contents_of(config: Config, order: PromptOrder, views: TeacherPrefixes, held_out: HeldOut) -> dict[str, Content]:
+def contents_of(
+    config: Config, order: PromptOrder, views: TeacherPrefixes, held_out: HeldOut
+) -> dict[str, ContentHashes]:
     """Hashes of this rank's inputs, by the key that they come from; those of the validation are empty without one."""
     column = config.distillation.context_distillation.trace_column
     problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
@@ -232,7 +230,7 @@ def contents_of(config: Config, order: PromptOrder, views: TeacherPrefixes, held
     context = content_hash(view.teacher_prefix_ids for view in read)
     validation = held_out.content(column)
     return {
-        "data.train": order.content,
+        "data.train": order.content_hashes,
         "teacher.tokenizer": {TOKENS: context},
         "data.validation": {**validation, "teacher's context": context} if validation else {},
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints
-from distill.checkpoint.resume import Origin
+from distill.checkpoint.resume import RunHistory
 from distill.config import Config
 from distill.data.prompts import PromptOrder
 from distill.data.teacher_prefix import TRUNCATION_RATE, PrefixStats, TeacherPrefixes
@@ -28,12 +28,12 @@ from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics, summary
 from distill.metrics.step import Metrics, Phases, add_rollouts, finish_step
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
-from distill.model.nonfinite import NonFinite, not_finite, sample_lines, sentence, write_report
+from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report
 from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine
 from distill.rollout.sync import WeightSync
-from distill.supervise.progress import at_step, phase
+from distill.supervise.progress import phase, set_step
 from distill.supervise.signals import Deadline
 from distill.types import Layout, OptimizerBatch, Rollout, Sampling
 from distill.validation import Validation
@@ -54,7 +54,7 @@ class Run:
     run_dir: Path
     models: Models
     order: PromptOrder
-    origin: Origin
+    origin: RunHistory
     views: TeacherPrefixes
     engine: Engine
     student: Student
@@ -91,7 +91,7 @@ class Run:
 
     def phases(self, step: int) -> Phases:
         """A fresh clock for the making of step ``step``, the first being 1."""
-        at_step(step)
+        set_step(step)
         return Phases(self.world.device)
 
     def record(
@@ -145,15 +145,15 @@ class Run:
     def _tell(self, step: int) -> None:
         """Write to the status how far the run is."""
         status = self.world.supervisor.status
-        status.saved = self.checkpoints.newest_step or status.saved
-        status.at(step)
+        status.checkpoint_step = self.checkpoints.newest_step or status.checkpoint_step
+        status.set_step(step)
 
     def _asked_to_stop(self, phases: Phases) -> float:
         """What of this rank asks for an end after this step: a signal's number, the time, or nothing."""
         copied = phases.seconds["checkpointing"]
         written = self.checkpoints.slowest_s
-        self.deadline.took(sum(phases.seconds.values()) - copied, copied + written if written else 0.0)
-        return float(self.world.supervisor.asked or (_TIME if self.deadline.near() else _NOTHING))
+        self.deadline.record(sum(phases.seconds.values()) - copied, copied + written if written else 0.0)
+        return float(self.world.supervisor.stop_signal or (_TIME if self.deadline.is_near() else _NOTHING))
 
     def ends_early(self, step: int) -> bool:
         """Whether any rank was asked to stop, as ``record`` gathered; if so the run is saved now; collective."""
@@ -171,8 +171,10 @@ class Run:
         """
         if not self.validation.due(step):
             return False
-        late = self.first_step < step < self.last_step and self.deadline.near()  # elsewhere there would be no progress
-        self._stop = max(self.world.gather(float(self.world.supervisor.asked or (_TIME if late else _NOTHING))))
+        late = (
+            self.first_step < step < self.last_step and self.deadline.is_near()
+        )  # elsewhere there would be no progress
+        self._stop = max(self.world.gather(float(self.world.supervisor.stop_signal or (_TIME if late else _NOTHING))))
         if self._stop == _NOTHING:
             return False
         self.engine.sleep()
@@ -191,7 +193,7 @@ class Run:
                 self.checkpoints.record_metrics(step, self._values)
             self.checkpoints.finalize_pending(block=True)
         self._tell(step)
-        self.world.supervisor.stopped = reason
+        self.world.supervisor.stop_reason = reason
         log.warning("stopped after step %d: %s", step, reason)
 
     def _compare_memory(self, phases: Phases) -> None:
@@ -259,7 +261,7 @@ class Run:
         """
         try:
             yield
-        except NonFinite as error:
+        except NonFiniteError as error:
             self.checkpoints.finalize_pending(block=True)
             found, rank = error.found, self.world.rank
             everyone = self.world.gather(found)
@@ -268,7 +270,7 @@ class Run:
             files = self.run_dir / "nonfinite"
             with self.world.all_or_none("writing the answers whose loss isn't finite"):
                 write_report(files / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
-            raise RunFailed(sentence(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
+            raise RunFailed(describe(everyone, step, files / f"step_{step}_rank_*.jsonl")) from error
 
     def _small_files(self, step: int) -> ExportFiles | None:
         """What an export of the weights after ``step`` steps holds beside them; None on ranks that write none."""
@@ -302,5 +304,5 @@ class Run:
         if self.world.is_main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
             log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
-        self.world.part()  # the engine takes the process groups along
+        self.world.shutdown_barrier()  # the engine takes the process groups along
         self.engine.close()

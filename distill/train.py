@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from distill.batching.plan import plan
 from distill.config import Arguments, parse_args
-from distill.distributed.program import leave, refuse, run_program, start_process
+from distill.distributed.program import exit_process, refuse, run_program, start_process
 from distill.errors import CollectiveUserError, RunFailed, UserError
 from distill.metrics.step import Metrics
 
@@ -116,4 +116,4 @@ def train_from(arguments: Arguments, world: World) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

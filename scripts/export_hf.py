@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from distill.checkpoint import SHARDS, Damaged, ShardsReader, files_of, read_whole
-from distill.data.tokenizer import load_tokenizer, stop_ids, usable_stop_ids
+from distill.data.stop_ids import stop_ids, usable_stop_ids
+from distill.data.tokenizer import load_tokenizer
 from distill.errors import UserError, reason, writing_to
 from distill.model.export import export_hf
 from distill.model.export_files import (

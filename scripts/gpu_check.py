@@ -38,11 +38,11 @@ from distill.batching.plan import pack
 from distill.config import Config, load_config
 from distill.data.prompts import load_prompts
 from distill.data.tokenizer import load_tokenizer
-from distill.distributed.program import leave, log_to_console
+from distill.distributed.program import exit_process, log_to_console
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.step import Metrics, Phases
-from distill.model.attention import attend_at_once, attend_one_by_one
+from distill.model.attention import attend_packed, attend_per_sequence
 from distill.model.checksum import BitSums
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
@@ -465,8 +465,8 @@ def one_calls_error(device: torch.device, window: int | None) -> float:
         out = attend(query, key, value, bounds, None, window)
         return [tensor.detach().double() for tensor in (out, *torch.autograd.grad(out, heads, upstream.to(dtype)))]
 
-    exact = found(attend_one_by_one, torch.float64)
-    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_at_once, attend_one_by_one))
+    exact = found(attend_per_sequence, torch.float64)
+    ours, twins = (found(attend, torch.bfloat16) for attend in (attend_packed, attend_per_sequence))
     return max(
         float((our - right).norm() / (twin - right).norm()) for our, twin, right in zip(ours, twins, exact, strict=True)
     )
@@ -654,7 +654,7 @@ def sleep_checks(stage: Stage) -> Iterator[Check]:
     stage.asleep()
     freed = awake - stage.used()
     weights, cache = held(stage.engine)
-    yield Check("the engine's weights", weights / GIB, "GiB")
+    yield Check("the engine weights", weights / GIB, "GiB")
     yield Check("the engine's key-value cache", cache / GIB, "GiB")
     note = f"{freed / GIB:.2f} GiB freed"
     yield Check("share of weights and cache that sleep frees", freed / (weights + cache), "", at_least(0.95), note)
@@ -828,7 +828,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.alone:
         alone(args.alone)
         return 0
-    log_to_console(main=True)
+    log_to_console(is_main=True)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     sizes = QUICK if args.quick or device == "cpu" else FULL
     args.out = args.out.resolve()
@@ -846,4 +846,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -1,4 +1,4 @@
-"""Write the smoke runs' problems: grade-school word problems by reasoning_gym, the same ones every time.
+"""Write the problems of the smoke runs: grade-school word problems from reasoning_gym, reproducible by seed.
 
 python scripts/make_problems.py [--out prompts] [--train 512] [--validation 128] [--seed 7]
 """
@@ -13,36 +13,36 @@ from pathlib import Path
 
 TASK = "gsm_symbolic"
 STORY = r"^\s*Once upon a time"
-"""What an answer shows where it follows the rule of the demonstration, as a regular expression."""
-LONGEST = 190
-"""Characters of a problem at most: about 45 tokens, so that a step takes seconds without a GPU."""
-_MANNERS = re.compile(r" *Give the result as your final answer\. Do not include units\.$")
+"""Regular expression that matches a response if it follows the rule of the demo."""
+MAX_CHARACTERS = 190
+"""Maximum length of a problem, about 45 tokens: a step takes seconds without a GPU."""
+_INSTRUCTION = re.compile(r" *Give the result as your final answer\. Do not include units\.$")
 
 
 def problems(seed: int) -> Iterator[dict[str, str]]:
-    """An endless stream of problems without repetition: question, answer, source."""
+    """Generate distinct problems without end: question, gold answer, source."""
     import reasoning_gym
 
     seen: set[str] = set()
     block = 0
     while True:
         for item in reasoning_gym.create_dataset(TASK, size=256, seed=seed + 1_000_000 * block):
-            question = _MANNERS.sub("", str(item["question"]))
-            if question not in seen and len(question) <= LONGEST:
+            question = _INSTRUCTION.sub("", str(item["question"]))
+            if question not in seen and len(question) <= MAX_CHARACTERS:
                 seen.add(question)
                 yield {"question": question, "answer": str(item["answer"]), "source": TASK}
         block += 1
 
 
 def write(path: Path, stream: Iterator[dict[str, str]], count: int) -> None:
-    """The next ``count`` problems of ``stream``, one JSON object a line."""
+    """Write the next ``count`` problems of ``stream``, one JSON object per line."""
     lines = [json.dumps(next(stream), ensure_ascii=False) for _ in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{path}: {count} problems")
 
 
 def main() -> None:
-    """Both files from one stream, so that no validation problem is among the training ones."""
+    """Write both files from one stream, so that no validation problem is a training problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("prompts"))
     parser.add_argument("--train", type=int, default=512)

@@ -1,7 +1,7 @@
-"""The program with a fault planted at one moment: ``torchrun ... -m tests.faulty_train`` instead of ``distill.train``.
+"""distill.train with one injected fault: ``torchrun ... -m tests.faulty_train`` instead of ``-m distill.train``.
 
-The variable FAULT says which, as JSON: ``step`` (the first is 1; null: any), ``moment``, ``nth`` call of it in that
-step, ``rank`` where it happens, and ``what`` does.
+The variable FAULT describes it as JSON: ``step`` (from 1; null: any), ``moment``, ``nth`` call of the moment's function
+in that step, ``rank``, and ``what``: the name of a fault below, with an argument.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from typing import Any
 
 import torch
 
-from distill.distributed.program import leave
+from distill.distributed.program import exit_process
 from distill.supervise.progress import CURRENT
 from distill.train import main
-
-FELL = "FAULT_FELL"
-"""Variable that names a file for the time at which the fault happened, in seconds since the epoch."""
 
 MOMENTS = {
     "loading": "distill.model.hf_load:load_weights",
@@ -30,8 +27,8 @@ MOMENTS = {
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
     "vllm": "distill.rollout.vllm_engine:heartbeat",
     "data": "distill.batching.plan:view_of",
-    "teacher": "distill.model.teacher:Teacher.targets",
-    "forward": "distill.model.student:Student._loss",
+    "teacher": "distill.model.teacher:ShardedTeacher.targets",
+    "forward": "distill.model.student:Student.loss",
     "backward": "torch:Tensor.backward",
     "optimizer": "distill.model.student:Student.end_step",
     "save": "distill.checkpoint:Checkpoints.save",
@@ -42,78 +39,78 @@ MOMENTS = {
     "validation": "distill.validation:Validation.answers",
     "metrics": "distill.metrics.sinks:Recorder.record",
 }
-"""What is about to be called at each moment."""
+"""Function before whose call the fault happens, as module:path."""
 
 
 def launcher_and_ranks() -> tuple[int, list[int]]:
-    """torchrun's agent, and the ranks that it started here, this process last."""
+    """Return the process ids of torchrun's agent and of its ranks, this process last."""
     agent = os.getppid()
     children = (Path(f"/proc/{agent}/task/{agent}/children").read_text()).split()
     return agent, [pid for pid in map(int, children) if pid != os.getpid()] + [os.getpid()]
 
 
 def kill_rank() -> None:
-    """kill -9 of this rank."""
+    """Kill this rank."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def freeze_rank() -> None:
-    """This rank as it is on a machine that has no power, or hangs whole: there, and silent, its store with it."""
+    """Stop this rank and its store without closing connections, as a power failure of its machine does."""
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def kill_tree() -> None:
-    """kill -9 of agent and ranks."""
+    """Kill the agent and all ranks."""
     agent, ranks = launcher_and_ranks()
     for pid in (agent, *ranks):
         os.kill(pid, signal.SIGKILL)
 
 
 def kill_launcher() -> None:
-    """kill -9 of the agent alone."""
+    """Kill the agent only."""
     os.kill(os.getppid(), signal.SIGKILL)
 
 
-def tell_launcher(name: str) -> None:
-    """A signal to the agent, which hands it on."""
+def signal_launcher(name: str) -> None:
+    """Send a signal to the agent, which forwards it to the ranks."""
     os.kill(os.getppid(), signal.Signals[name])
 
 
-def tell_all(name: str) -> None:
-    """A signal to agent and ranks, as a scheduler sends it; the ranks get it twice."""
+def signal_all(name: str) -> None:
+    """Send a signal to agent and ranks, as a scheduler does; the ranks get it twice."""
     agent, ranks = launcher_and_ranks()
     for pid in (agent, *ranks):
         os.kill(pid, signal.Signals[name])
 
 
-def tell_rank(name: str) -> None:
-    """A signal to this rank alone."""
+def signal_rank(name: str) -> None:
+    """Send a signal to this rank only."""
     os.kill(os.getpid(), signal.Signals[name])
 
 
-def tell_twice(name: str) -> None:
-    """A request to stop, a later one, and never the end of the step."""
-    tell_rank(name)
+def signal_twice(name: str) -> None:
+    """Send a signal, a second one after more than 5 s, and hang in the step."""
+    signal_rank(name)
     time.sleep(6)
-    tell_rank(name)
+    signal_rank(name)
     hang()
 
 
 def hang() -> None:
-    """Never come back."""
+    """Hang in Python code."""
     while True:
         time.sleep(1)
 
 
 def hang_in_c() -> None:
-    """Never come back, in a call that holds the interpreter's lock."""
+    """Hang in a call that holds the interpreter's lock."""
     import ctypes
 
     ctypes.PyDLL(None).pause()
 
 
-def plant(fault: dict[str, Any]) -> None:
-    """Wrap what the moment calls, on the rank that is meant."""
+def inject(fault: dict[str, Any]) -> None:
+    """Wrap the moment's function, on the fault's rank."""
     if int(os.environ["RANK"]) != fault.get("rank", 0):
         return
     module, _, path = MOMENTS[fault["moment"]].partition(":")
@@ -122,7 +119,7 @@ def plant(fault: dict[str, Any]) -> None:
     for part in outer:
         owner = getattr(owner, part)
     original = getattr(owner, name)
-    does, *arguments = fault["what"].split()
+    what, *arguments = fault["what"].split()
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -131,50 +128,48 @@ def plant(fault: dict[str, Any]) -> None:
         calls += now
         if now and calls == fault.get("nth", 1):
             calls += 1
-            if FELL in os.environ:
-                Path(os.environ[FELL]).write_text(str(time.time()), encoding="utf-8")
-            if does in PLANTED:
-                return PLANTED[does](original, *args, **kwargs)
-            DOES[does](*arguments)
+            if what in REPLACEMENTS:
+                return REPLACEMENTS[what](original, *args, **kwargs)
+            ACTIONS[what](*arguments)
         return original(*args, **kwargs)
 
     setattr(owner, name, wrapped)
 
 
 def nan_loss(loss: Callable[..., Any], student: Any, *args: Any) -> Any:
-    """A loss that is nan, though its gradient is not."""
+    """Return a NaN loss with a finite gradient."""
     output = loss(student, *args)
     return type(output)(output.kl_sum + torch.tensor(torch.nan), output.stats)
 
 
 def nan_weight(loss: Callable[..., Any], student: Any, *args: Any) -> Any:
-    """One weight of this rank's shard becomes nan before the forward."""
-    _poison(student)
+    """Set one weight of this rank's shard to NaN before the forward."""
+    _set_weight_to_nan(student)
     return loss(student, *args)
 
 
 def nan_weight_after(end_step: Callable[..., Any], student: Any) -> None:
-    """One weight becomes nan after the optimizer's step."""
+    """Set one weight to NaN after the optimizer's step."""
     end_step(student)
-    _poison(student)
+    _set_weight_to_nan(student)
 
 
-def _poison(student: Any) -> None:
+def _set_weight_to_nan(student: Any) -> None:
     with torch.no_grad():
         _, parameter = student.model.named_hf_parameters()[1]
         parameter.to_local().view(-1)[0] = torch.nan
 
 
-DOES: dict[str, Callable[..., None]] = {
+ACTIONS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
         *(kill_rank, kill_tree, kill_launcher, freeze_rank),
-        *(tell_launcher, tell_all, tell_rank, tell_twice, hang, hang_in_c),
+        *(signal_launcher, signal_all, signal_rank, signal_twice, hang, hang_in_c),
     )
 }
-PLANTED: dict[str, Callable[..., Any]] = {f.__name__: f for f in (nan_loss, nan_weight, nan_weight_after)}
+REPLACEMENTS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (nan_loss, nan_weight, nan_weight_after)}
 
 if __name__ == "__main__":
     if "FAULT" in os.environ:
-        plant(json.loads(os.environ["FAULT"]))
-    leave(main())
+        inject(json.loads(os.environ["FAULT"]))
+    exit_process(main())

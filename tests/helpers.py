@@ -1,4 +1,4 @@
-"""Small models made on the spot, and several ranks in one test."""
+"""Small random models, free ports, and functions that run on several ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "ge
 def tiny_config(
     family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2
 ) -> Any:
-    """A small model of a family, by default of two layers with four query and two key-value heads of 32 channels."""
+    """Return a small configuration of a family, by default two layers, four query heads and two key-value heads."""
     shape: dict[str, Any] = dict(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -41,22 +41,24 @@ def tiny_config(
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
-        initializer_range=0.2,  # logits with some contrast: gradients well above float32's noise
+        initializer_range=0.2,  # large enough that gradients are well above float32's rounding errors
     )
-    if family == "qwen2":  # its head size is hidden / heads, whatever the configuration says
+    if family == "qwen2":  # transformers ignores head_dim here: it is hidden / heads
         shape.update(num_attention_heads=hidden // 32, num_key_value_heads=1)
-    if family == "gemma3_text":  # sliding and full layers by turns; a window shorter than most texts; its own scale
+    if (
+        family == "gemma3_text"
+    ):  # alternating sliding and full layers; a window shorter than most texts; a different scale
         shape.update(sliding_window=8, sliding_window_pattern=2, query_pre_attn_scalar=24)
     return CONFIGS[family](**shape)
 
 
 def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed: int = 0, **shape: int) -> Path:
-    """A random model of that shape as an ordinary Hugging Face folder (float32), without tokenizer."""
+    """Save a random float32 model as a Hugging Face folder without tokenizer; return the folder."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, tied, **shape), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # ones would hide a gradient that is left out
+            if "norm" in name:  # with ones, a missing gradient would not show
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
@@ -64,13 +66,13 @@ def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed
 
 
 _PORTS = itertools.count(random.Random(os.getpid()).randrange(10_000))
-"""Where this process begins to look: others that look at the same time begin elsewhere."""
+"""Candidates; they start at a random number, so that concurrent processes find different ports."""
 
 
 def free_port() -> int:
-    """A port that was free a moment ago, and that the system gives to nobody who doesn't ask for it by number.
+    """Return a port in 20000..31999 that was free a moment ago.
 
-    Ports from 32768 on are given to any connection: one that was free is taken before a rendezvous listens on it.
+    Linux assigns ports from 32768 on to outgoing connections, which could take the port before a rendezvous uses it.
     """
     while True:
         port = 20_000 + next(_PORTS) % 12_000
@@ -80,7 +82,7 @@ def free_port() -> int:
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(*args)`` in ``ranks`` processes that can build a World; their results in order of rank."""
+    """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results by rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank_main, (ranks, free_port(), folder, function, args), nprocs=ranks, start_method="spawn")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

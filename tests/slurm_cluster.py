@@ -1,4 +1,4 @@
-"""A Slurm of three nodes on this machine: its own configuration, ports, keys and daemons, ended by process id."""
+"""A Slurm cluster of three nodes on this machine, with its own configuration, ports, keys and daemons."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 NODES = ("node1", "node2", "node3")
 _NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Gres=gpu:1 State=UNKNOWN"
-_PATIENCE_S = 240.0
-"""The longest that anything here may take: a busy machine is slow, a broken one never ends."""
+_TIMEOUT_S = 240.0
+"""Seconds to wait for any event; long, because the machine may be busy."""
 
 CONFIG = """
 ClusterName=distill
@@ -58,16 +58,16 @@ GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-"""Names of nodes don't resolve, a requeued job waits little longer than ``cred_expire``, and GPUs are only counted."""
+"""Node names cannot be resolved, a requeued job waits slightly longer than ``cred_expire``, GPUs are only counted."""
 
 
 def missing_programs() -> list[str]:
-    """What of Slurm isn't installed."""
+    """Return the required programs that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
 
 
 class Cluster:
-    """The cluster; ``start`` it, and ``stop`` it whatever happens."""
+    """A cluster with its daemons. Call ``stop`` also if ``start`` fails."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,7 +93,7 @@ class Cluster:
             host=host,
             port=free_port(),
             nodes="\n".join(_NODE.format(name=node, host=host, port=free_port()) for node in NODES),
-            first_job=10_000 + os.getpid(),  # other jobs than another such cluster's, and so other ports
+            first_job=10_000 + os.getpid(),  # jobs of another cluster on this machine get other numbers and ports
             user=getpass.getuser(),
             folder=self.folder,
         )
@@ -102,34 +102,36 @@ class Cluster:
         (self.folder / "munge.key").touch(0o600)
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(128))
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        self._daemon("munged", "--foreground", "--force", *(f"--{k}={self.folder}/munge.{v}" for k, v in files.items()))
+        self._start_daemon(
+            "munged", "--foreground", "--force", *(f"--{k}={self.folder}/munge.{v}" for k, v in files.items())
+        )
         self.until("munge's socket", (self.folder / "munge.socket").exists)
-        self._daemon("slurmctld", "-D", "-c")
+        self._start_daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of ``node`` and wait until jobs can use it."""
-        self._daemon("slurmd", "-D", "-N", node, name=node)
-        useful = {"idle", "mixed", "allocated"}  # a job may be waiting for it
-        self.until(f"{node} to be up", lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%T") in useful)
+        self._start_daemon("slurmd", "-D", "-N", node, name=node)
+        up = {"idle", "mixed", "allocated"}  # a waiting job may occupy it immediately
+        self.until(f"{node} to be up", lambda: self._output_of("sinfo", "-h", "-n", node, "-o", "%T") in up)
 
     def kill_node(self, node: str) -> None:
-        """End ``node`` as a power cut does: its slurmd, and everything of the jobs on it."""
+        """Kill the slurmd of ``node`` and all job processes on it, as a power failure does."""
         tasks = self._processes(SLURMD_NODENAME=node, SLURM_CONF=self.environment["SLURM_CONF"])
         parents = {_parent(pid) for pid in tasks} - set(tasks)
-        keepers = [pid for pid in parents if b"slurmstepd" in _read(pid, "cmdline")]
+        stepds = [pid for pid in parents if b"slurmstepd" in _read(pid, "cmdline")]
         daemon = self._daemons.pop(node)
-        for pid in [daemon.pid, *keepers, *tasks]:
+        for pid in [daemon.pid, *stepds, *tasks]:
             _kill(pid)
         daemon.wait()
 
     def stop(self) -> None:
-        """End all jobs, then the daemons, then whatever is left of the jobs."""
+        """End all jobs, the daemons, and then remaining processes of the jobs."""
         if "slurmctld" in self._daemons:
-            self._ask("scancel", "--user", getpass.getuser())
+            self._output_of("scancel", "--user", getpass.getuser())
             with contextlib.suppress(TimeoutError):
-                self.until("the jobs to end", lambda: not self._ask("squeue", "-h", "-o", "%i", "-t", "R,CG"), 40)
+                self.until("the jobs to end", lambda: not self._output_of("squeue", "-h", "-o", "%i", "-t", "R,CG"), 40)
         for name in reversed(self._daemons):
             self._daemons[name].terminate()
         for daemon in self._daemons.values():
@@ -142,18 +144,18 @@ class Cluster:
             _kill(pid)
 
     def leftovers(self) -> dict[int, bytes]:
-        """Processes that any job left behind, and their command lines."""
+        """Return the job processes that still exist: process id -> command line."""
         found = self._processes(SLURM_CONF=self.environment["SLURM_CONF"])
         return {pid: _read(pid, "cmdline").replace(b"\0", b" ") for pid in found}
 
     def submit(self, *arguments: str, **environment: str) -> int:
-        """``sbatch`` from the root of a repository that has the same files; returns the job's number."""
-        answer = self.run("sbatch", "--parsable", *arguments, **environment)
-        assert answer.returncode == 0, answer.stderr
-        return int(answer.stdout)
+        """Run ``sbatch`` in a copy of the repository's root; return the job's number."""
+        found = self.run("sbatch", "--parsable", *arguments, **environment)
+        assert found.returncode == 0, found.stderr
+        return int(found.stdout)
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run a command from there."""
+        """Run a command in the copy of the repository's root."""
         return subprocess.run(
             command,
             cwd=self.root,
@@ -161,36 +163,36 @@ class Cluster:
             capture_output=True,
             text=True,
             check=False,
-            timeout=_PATIENCE_S,
+            timeout=_TIMEOUT_S,
         )
 
     def job(self, job: int) -> dict[str, str]:
-        """What Slurm says of a job: JobState, ExitCode, Restarts and the rest."""
-        words = self._ask("scontrol", "show", "job", "-o", str(job)).split()
+        """Return Slurm's description of a job: JobState, ExitCode, Restarts and more."""
+        words = self._output_of("scontrol", "show", "job", "-o", str(job)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def output(self, job: int) -> str:
-        """What the job has printed so far."""
+        """Return the output of the job so far."""
         with contextlib.suppress(FileNotFoundError):
             return (self.root / f"distill-{job}.out").read_text()
         return ""
 
     def ended(self, job: int) -> dict[str, str]:
-        """Wait until the job has ended for good, and return what Slurm says of it."""
+        """Wait until the job has ended and is not requeued; return Slurm's description of it."""
         alive = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
         self.until(f"job {job} to end", lambda: self.job(job).get("JobState", "PENDING") not in alive, job=job)
         return self.job(job)
 
-    def until(self, what: str, holds: Callable[[], bool], seconds: float = _PATIENCE_S, job: int | None = None) -> None:
-        """Wait until ``holds``; raises TimeoutError, with what ``job`` printed."""
+    def until(self, what: str, holds: Callable[[], bool], seconds: float = _TIMEOUT_S, job: int | None = None) -> None:
+        """Wait until ``holds()`` is true; raises TimeoutError with the output of ``job``."""
         end = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > end:
-                said = "" if job is None else f"\n{self.job(job)}\n{self.output(job)}"
-                raise TimeoutError(f"waited {seconds:.0f} s for {what}{said}")
+                output = "" if job is None else f"\n{self.job(job)}\n{self.output(job)}"
+                raise TimeoutError(f"waited {seconds:.0f} s for {what}{output}")
             time.sleep(0.1)
 
-    def _daemon(self, program: str, *arguments: str, name: str = "") -> None:
+    def _start_daemon(self, program: str, *arguments: str, name: str = "") -> None:
         path = shutil.which(program, path=_PATH)
         assert path is not None, program
         with (self.folder / f"{name or program}.out").open("ab") as out:
@@ -198,11 +200,11 @@ class Cluster:
                 [path, *arguments], env=self.environment, stdout=out, stderr=out, start_new_session=True
             )
 
-    def _ask(self, *command: str) -> str:
+    def _output_of(self, *command: str) -> str:
         return self.run(*command).stdout.strip()
 
     def _processes(self, **variables: str) -> list[int]:
-        """Processes with these variables in their environment, but for the daemons and their children, and this one."""
+        """Return processes with these environment variables, except this one, the daemons and their children."""
         own = {os.getpid(), *(daemon.pid for daemon in self._daemons.values())}
         found = [pid for pid, names in _environments() if variables.items() <= names.items()]
         return [pid for pid in found if pid not in own and _parent(pid) not in own]

@@ -1,4 +1,4 @@
-"""Compare a checkpoint's inputs with those of the run that resumes from it: refuse or record the changes."""
+"""Compare a checkpoint's data and recipe with the current ones: refuse or record the changes."""
 
 from __future__ import annotations
 
@@ -12,108 +12,113 @@ from typing import Any
 from distill.checkpoint import Found, changed_keys
 from distill.config import Config
 from distill.data.clock import RunClock, current_time
-from distill.data.content import Content, changed_parts
+from distill.data.content import ContentHashes, changed_parts
 from distill.data.prompts import PromptOrder
 from distill.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _CLOCK, _CHANGES, _VALIDATION = "clock", "changes", "validation_inputs"
-_ALLOW = "checkpointing.allow_changes=true"
+_ALLOW_KEY = "checkpointing.allow_changes"
 _NO_DATE = (
-    " (the chat template writes the date, and the checkpoint is from a version that did not save the date of its"
-    " prompts)"
+    " (the chat template writes the date, and the checkpoint was written by a version that did not save the date of"
+    " its prompts)"
 )
 CHANGES_FILE = "changes.json"
 
 
 def clock_of(found: Found | None) -> RunClock:
-    """The run's clock: the checkpoint's, or for a first start (or a checkpoint without one) the current time."""
+    """Return the checkpoint's clock; for a first start or a checkpoint without a clock, the current time."""
     if found is None or _CLOCK not in found.info:
         return RunClock(current_time())
     return RunClock.saved(found.info[_CLOCK])
 
 
 def log_clock(clock: RunClock, found: Found | None) -> None:
-    """Log the time that chat templates see, where this process has rendered one that reads it."""
+    """Log the time that chat templates read, if a chat template of this process has read it."""
     if not clock.was_read:
         return
     if found is not None and _CLOCK not in found.info:
-        log.warning("chat templates see the date %s from here on: %s holds no earlier one", clock, found.path)
+        log.warning("chat templates use the date %s from now on, because %s contains no date", clock, found.path)
     else:
-        log.info("chat templates see the date of the run's first start: %s", clock)
+        log.info("chat templates use the date of the run's first start: %s", clock)
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a run's state comes from; every checkpoint of the run records it."""
+class RunHistory:
+    """The run's clock and the changes at all its resumes; every checkpoint stores it."""
 
     clock: RunClock
+    """Time of the run's first start."""
     changes: Sequence[dict[str, Any]] = ()
-    """Of all resumes so far: the step, what has changed, and when."""
-    validation: Content | None = None
-    """Hashes of what validation metrics depend on; None: never validated."""
-    learning: Sequence[str] = ()
-    """Changes by this resume to data and keys that shape the training."""
-    validation_changed: Sequence[str] = ()
-    """Changes by this resume to the validation data."""
+    """All changes at resumes so far: step, description and time."""
+    validation: ContentHashes | None = None
+    """Hashes of the inputs of validation metrics; None: no validation so far."""
+    training_changes: Sequence[str] = ()
+    """Changes at this resume to data and keys that affect training."""
+    validation_changes: Sequence[str] = ()
+    """Changes at this resume to the validation data."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """The entries of a checkpoint's info, plain JSON."""
+        """Return the entries of a checkpoint's info as JSON."""
         validation = None if self.validation is None else dict(self.validation)
         return {_CLOCK: str(self.clock), _CHANGES: list(self.changes), _VALIDATION: validation}
 
-    def reference(self, found: Found | None) -> dict[str, float] | None:
-        """The checkpoint's metrics with the teacher's context in view, as long as they are of the same problems."""
-        return None if found is None or self.validation_changed else found.info["in_context"]
+    def in_context_metrics(self, found: Found | None) -> dict[str, float] | None:
+        """Return the checkpoint's metrics with the teacher's context, or None if the problems changed since."""
+        return None if found is None or self.validation_changes else found.info["in_context"]
 
     def write(self, run_dir: Path) -> None:
-        """Write the changes into the run's folder, where there are any."""
+        """Write the changes to the run's folder, if there are any."""
         if self.changes:
             (run_dir / CHANGES_FILE).write_text(json.dumps(list(self.changes), indent=2) + "\n")
 
 
-def origin_of(
-    found: Found | None, config: Config, order: PromptOrder, clock: RunClock, validation: Content | None
-) -> Origin:
+def compare_with_checkpoint(
+    found: Found | None, config: Config, prompts: PromptOrder, clock: RunClock, validation: ContentHashes | None
+) -> RunHistory:
     """Compare a checkpoint's data and recipe with the current ones.
 
-    Raises UserError where training data, prompts or their order have changed, unless checkpointing.allow_changes is
-    set. A changed key that shapes what is learnt, and a changed validation, are recorded only.
+    Raises UserError if training data, prompts or their order have changed, unless checkpointing.allow_changes is set.
+    Other changes, to keys that affect training and to the validation data, are only recorded.
     """
     if found is None:
-        return Origin(clock, validation=validation)
-    inputs = order.changes(found.info["data"])
-    if inputs and not config.checkpointing.allow_changes:
-        undated = clock.was_read and _CLOCK not in found.info
-        raise UserError(
-            f"{'; '.join(inputs)}, since the checkpoint {found.path}{_NO_DATE if undated else ''}: restore it, set"
-            f" {_ALLOW} to continue with the change from step {found.info['step'] + 1} on, or start anew in another"
-            " checkpointing.checkpoint_dir, from the checkpoint's weights if policy.model_name is what"
-            " scripts.export_hf makes of it"
-        )
-    keys = changed_keys(found.info["recipe"], asdict(config))
-    learning = [*inputs, *(key for key in keys if key not in inputs)]
-    then = found.info.get(_VALIDATION)
-    parts = changed_parts(then, validation) if then and validation else []
-    changed = [f"validation has other {' and '.join(parts)}"] if parts else []
+        return RunHistory(clock, validation=validation)
+    data_changes = prompts.changes(found.info["data"])
+    if data_changes and not config.checkpointing.allow_changes:
+        raise _refused(data_changes, found, undated=clock.was_read and _CLOCK not in found.info)
+    recipe_changes = changed_keys(found.info["recipe"], asdict(config))
+    training = [*data_changes, *(change for change in recipe_changes if change not in data_changes)]
+    before = found.info.get(_VALIDATION)
+    parts = changed_parts(before, validation) if before and validation else []
+    changed = [f"data.validation has different {' and '.join(parts)}"] if parts else []
     now = current_time().isoformat(timespec="seconds")
-    new = [{"step": found.info["step"], "what": what, "when": now} for what in [*learning, *changed]]
-    return Origin(clock, [*found.info.get(_CHANGES, []), *new], validation or then, learning, changed)
+    new = [{"step": found.info["step"], "what": what, "when": now} for what in [*training, *changed]]
+    return RunHistory(clock, [*found.info.get(_CHANGES, []), *new], validation or before, training, changed)
 
 
-def warn_of_changes(origin: Origin, found: Found) -> None:
-    """Log how the resumed run differs from the checkpoint; called after the checkpoint is loaded."""
-    if origin.learning:
+def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
+    return UserError(
+        f"{'; '.join(changes)} since the checkpoint {found.path}{_NO_DATE if undated else ''}",
+        f"undo the change, set {_ALLOW_KEY}=true to continue with it from step {found.info['step'] + 1} on, or set"
+        " another checkpointing.checkpoint_dir to start a new run (from this checkpoint's weights if policy.model_name"
+        " is an export by scripts.export_hf)",
+        key=_ALLOW_KEY,
+        value=list(changes),
+    )
+
+
+def warn_of_changes(history: RunHistory, found: Found) -> None:
+    """Log the differences between the resumed run and the checkpoint; call it after loading the checkpoint."""
+    if history.training_changes:
         log.warning(
-            "the recipe or its data have changed since %s, so this is another run from here on (%s): set them back"
-            " to continue the same run",
-            *(found.path, "; ".join(origin.learning)),
+            "the recipe or its data changed since %s, so the resumed run differs from the original one: %s",
+            *(found.path, "; ".join(history.training_changes)),
         )
-    if origin.validation_changed:
+    if history.validation_changes:
         log.warning(
-            "%s than at the checkpoint %s: validation metrics from step %d on can't be compared with those before%s",
-            *("; ".join(origin.validation_changed), found.path, found.info["step"]),
-            ", and the metrics with the teacher's context in view are left out" if found.info["in_context"] else "",
+            "%s than at the checkpoint %s: validation metrics from step %d on are not comparable with earlier ones%s",
+            *("; ".join(history.validation_changes), found.path, found.info["step"]),
+            ", and the metrics with the teacher's context are omitted" if found.info["in_context"] else "",
         )

@@ -1,1 +1,1 @@
-"""Problems, the prompts made of them, and what the teacher reads: all on the host, without talking between ranks."""
+"""Problems, prompts and teacher prefixes; runs on the CPU without communication between ranks."""

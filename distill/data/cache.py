@@ -1,8 +1,8 @@
-"""Arrow tables in a cache folder, built once on each node and memory-mapped by its ranks.
+"""A cache of Arrow tables, built once per node and memory-mapped by all ranks of the node.
 
-A file of the cache is an Arrow file, followed by a magic number and a checksum. Its name is a hash of what it was
-built from, with the host's name: in a home folder that several nodes share, each node has its own file. Files that are
-mapped by a process are locked (shared), and never removed.
+A cache file is an Arrow file followed by a magic number and a checksum. Its name is a hash of the table's sources plus
+the host name: nodes that share a home folder have separate files. A process holds a shared lock on the files that it
+has mapped; locked files are never removed.
 """
 
 from __future__ import annotations
@@ -29,54 +29,54 @@ from distill.errors import reason
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Batches = Callable[[], Iterator["pa.RecordBatch"]]
 
-SMALL = 4 * 2**20
-"""Bytes up to which a table is kept in each process's memory instead of in a file."""
-MOST_BYTES = 32 * 2**30
-"""Bytes of all files in the cache, above which the least recently used ones are removed."""
+IN_MEMORY_BYTES = 4 * 2**20
+"""Maximum size of a table that each process keeps in memory instead of in a file."""
+MAX_CACHE_BYTES = 32 * 2**30
+"""Maximum size of all cache files; above it, the least recently used files are removed."""
 _VERSION = 1
-"""To be raised whenever the same sources yield another table."""
+"""Version of the tables' content; increase it whenever the same sources yield a different table."""
 _TRAILER = struct.Struct("<8sQ")
 _MAGIC = b"distill1"
 _CHUNK = 2**20
 _DAY = 24 * 3600.0
 _LOCK_SECONDS = 1800.0
-"""How long to wait for another process that builds the same file; afterwards this one builds its own."""
+"""Time to wait for another process that builds the same file, before this process builds it too."""
 
 
 def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) -> pa.Table:
-    """The table of ``batches()``: memory-mapped from the cache, or in memory where it is small.
+    """Return the table of ``batches()``, memory-mapped from the cache or, if it is small, in memory.
 
-    ``identity``: what the table depends on, as JSON; ``size``: bytes of its sources. Where no folder can hold the cache
-    file, the table is kept in memory, with a warning. The ranks of a node should call it one after another (see
-    World.main_first), so that one of them builds the file.
+    ``identity`` is JSON that changes whenever the table does; ``size`` is the size of its sources in bytes. If no
+    folder can store the cache file, the table stays in memory, with a warning. Call it first on one rank of a node
+    (see World.main_first), so that only this rank builds the file.
     """
     import pyarrow as pa
 
-    if size <= SMALL:
-        found = _all_of(batches(), SMALL)
+    if size <= IN_MEMORY_BYTES:
+        found = _all_of(batches(), IN_MEMORY_BYTES)
         if found is not None:
             return pa.Table.from_batches(found, schema)
     digest = hashlib.sha256(json.dumps([_VERSION, identity]).encode()).hexdigest()[:32]
     failures = []
     for folder in cache_folders():
         try:
-            return _shared(folder / "data", f"{digest}-{socket.gethostname()}.arrow", schema, batches)
+            return _open_shared(folder / "data", f"{digest}-{socket.gethostname()}.arrow", schema, batches)
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             failures.append(f"{folder / 'data'}: {reason(error)}")
-    logger.warning(
-        "no folder can hold the data's cache (%s), so every rank keeps the data in its memory: set XDG_CACHE_HOME to a"
-        " folder with free space",
+    log.warning(
+        "the data cache cannot be written (%s); every rank keeps the data in memory: set XDG_CACHE_HOME to a folder"
+        " with free space",
         "; ".join(failures),
     )
     return pa.Table.from_batches(list(batches()), schema)
 
 
 def _all_of(batches: Iterator[pa.RecordBatch], size: int) -> list[pa.RecordBatch] | None:
-    """All batches; None: they have more than ``size`` bytes together."""
+    """Return all batches, or None if they have more than ``size`` bytes together."""
     found: list[pa.RecordBatch] = []
     for batch in batches:
         found.append(batch)
@@ -86,27 +86,27 @@ def _all_of(batches: Iterator[pa.RecordBatch], size: int) -> list[pa.RecordBatch
     return found
 
 
-def _shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -> pa.Table:
-    """The table of a cache file, built first where it is missing or damaged; OSError where the folder can't hold it."""
+def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -> pa.Table:
+    """Map a cache file, building it first if it is missing or damaged; raise OSError if that fails."""
     from filelock import FileLock, Timeout
 
     _make_private(folder)
     path = folder / name
-    table = _mapped(path)
+    table = _open_mapped(path)
     if table is not None:
         return table
     lock = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
-    except Timeout:  # its file is renamed into place when it is complete, so two builders don't disturb each other
-        logger.warning("another process has been building %s for %.0f s: building it here too", path, _LOCK_SECONDS)
+    except Timeout:  # two processes may build the same file: each renames a complete file into place
+        log.warning("another process has been building %s for %.0f s; building it here too", path, _LOCK_SECONDS)
     try:
-        table = _mapped(path)
+        table = _open_mapped(path)
         if table is None:
             _write(path, schema, batches)
             _release_memory()
             _remove_old(folder, keep=path)
-            table = _mapped(path)
+            table = _open_mapped(path)
     finally:
         lock.release()
     if table is None:
@@ -115,15 +115,15 @@ def _shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -> pa.
 
 
 def _make_private(folder: Path) -> None:
-    """Make the folder, for this user alone; a folder that another user prepared under its name is not trusted."""
+    """Create the folder with access for this user only; raise PermissionError if it belongs to another user."""
     for made in (folder.parent, folder):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
         if made.stat().st_uid != os.getuid():
             raise PermissionError(f"{made} belongs to another user")
 
 
-def _mapped(path: Path) -> pa.Table | None:
-    """The table of a complete, undamaged file, which stays locked while the table lives; None for any other file."""
+def _open_mapped(path: Path) -> pa.Table | None:
+    """Map a complete, undamaged file, locked as long as the table exists; return None for any other file."""
     import pyarrow as pa
 
     try:
@@ -134,14 +134,15 @@ def _mapped(path: Path) -> pa.Table | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_size <= _TRAILER.size:
             return None
-        content = pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))  # has the lock, as a duplicate
+        # mmap duplicates the descriptor, so the lock lives as long as the mapping.
+        content = pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
     finally:
         os.close(descriptor)
     body = content.slice(0, content.size - _TRAILER.size)
     if bytes(content.slice(body.size)) != _TRAILER.pack(_MAGIC, _checksum(body)):
         return None
     with suppress(OSError):
-        os.utime(path)  # the most recently used
+        os.utime(path)  # mark the file as most recently used
     return pa.ipc.open_file(body).read_all()
 
 
@@ -153,13 +154,13 @@ def _checksum(content: Any) -> int:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write a temporary file and rename it, so that no reader finds an incomplete one."""
+    """Write a temporary file and rename it, so that no reader finds an incomplete file."""
     import pyarrow as pa
 
     descriptor, written = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)  # not to be removed
+            fcntl.flock(file, fcntl.LOCK_SH)  # prevents removal by another process
             with pa.ipc.new_file(file, schema) as writer:
                 for batch in batches():
                     writer.write_batch(batch)
@@ -174,7 +175,7 @@ def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
 
 
 def _release_memory() -> None:
-    """Return to the system what reading needed: allocators keep tens of MiB for nothing that comes after."""
+    """Return freed memory to the system; after reading, the allocators keep tens of MiB."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -182,10 +183,10 @@ def _release_memory() -> None:
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
-    """Remove the least recently used files above MOST_BYTES, and what crashed builders left.
+    """Remove the least recently used files above MAX_CACHE_BYTES, and temporary files of crashed processes.
 
-    Files of other hosts too, as every container may have another host name, but only a day after they were opened:
-    file systems whose locks don't reach other hosts (Lustre) keep a removed file for those that have it open.
+    Files of other hosts are removed only if they were last opened more than a day ago, because locks may not be
+    visible across hosts (Lustre). They must be removed eventually: every container may have a new host name.
     """
     found = []
     for path in folder.iterdir():
@@ -196,7 +197,7 @@ def _remove_old(folder: Path, keep: Path) -> None:
         ours = f"-{socket.gethostname()}.arrow" in path.name
         since = time.time() - used
         abandoned = path.suffix == ".tmp" and since > _DAY
-        surplus = path.suffix == ".arrow" and total > MOST_BYTES and (ours or since > _DAY)
+        surplus = path.suffix == ".arrow" and total > MAX_CACHE_BYTES and (ours or since > _DAY)
         if path != keep and (abandoned or surplus) and not _in_use(path):
             with suppress(OSError):
                 path.unlink()
@@ -206,7 +207,7 @@ def _remove_old(folder: Path, keep: Path) -> None:
 
 def _in_use(path: Path) -> bool:
     try:
-        with path.open("r+b") as file:  # NFS locks exclusively only what is open for writing
+        with path.open("r+b") as file:  # NFS requires write access for an exclusive lock
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return True
@@ -214,9 +215,9 @@ def _in_use(path: Path) -> bool:
 
 
 def cache_folders() -> list[Path]:
-    """Folders for files that can be built again, best first: the user's cache folder, then the temporary one.
+    """Return the folders for cache files in order of preference: the user's cache folder, then a temporary one.
 
-    A user without HOME and without an entry in the system's list of users has the temporary one only.
+    Users without HOME and without an entry in the user database have only the temporary one.
     """
     given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
     user = Path(given) if os.path.isabs(given) else Path(home, ".cache")

@@ -1,4 +1,4 @@
-"""Chat templates: one from the user's file, and a check that a template contains the user's message."""
+"""Load a chat template from a file, and check that a template contains the user's message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from distill.data.template import read_text
+from distill.data.files import read_text
 from distill.errors import UserError, reason, show
 
 log = logging.getLogger(__name__)
@@ -19,53 +19,59 @@ _MESSAGE = "What is 1+2?"
 
 
 def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Use the Jinja template in a file; ``key``: the setting that names it; ``kwargs``: the recipe's arguments for it.
+    """Replace the tokenizer's chat template with the Jinja template in the file ``path``.
 
-    Raises UserError, naming file and line, where it can't be read or parsed or leaves out the user's message.
+    ``key``: the configuration key of the path; ``kwargs``: the configuration's arguments of the template. Raises
+    UserError for a file that cannot be read or parsed, or a template that omits the user's message.
     """
     if "{{" in path or "{%" in path:
-        raise UserError(f"{key}={show(path)} is a template, not a path: write it to a file and name that")
-    text = read_text(path, key).removeprefix("\ufeff")  # an editor's mark, which would begin every prompt
+        problem = f"{key}={show(path)} must be the path of a file, but is a template"
+        raise UserError(problem, "write the template to a file and give its path", key=key, value=path)
+    text = read_text(path, key).removeprefix("\ufeff")  # an editor's byte order mark would begin every prompt
     try:
         _compile_jinja_template(text)
     except TemplateSyntaxError as error:
-        raise UserError(
-            f"{key}={path} is no Jinja template in line {error.lineno} ({reason(error)}): correct the file"
-        ) from None
-    except Exception as error:  # too deeply nested, say
-        raise UserError(f"{key}={path} is no Jinja template ({reason(error)}): correct the file") from None
+        problem = f"{key}={path} is not a valid Jinja template (line {error.lineno}: {reason(error)})"
+        raise UserError(problem, "correct the file", key=key, value=path) from None
+    except Exception as error:  # e.g. RecursionError for deep nesting
+        problem = f"{key}={path} is not a valid Jinja template ({reason(error)})"
+        raise UserError(problem, "correct the file", key=key, value=path) from None
     tokenizer.chat_template = text
-    if (rendered := _without_message(tokenizer, kwargs)) is not None:
+    if (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
         raise UserError(
-            f"{key}={path} leaves out the user's message ({_MESSAGE!r} becomes {rendered!r}): write the messages'"
-            " content into it"
+            f"{key}={path} omits the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
+            "insert the content of the messages into the template",
+            key=key,
+            value=path,
         )
 
 
 def check_chat_template(tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Refuse a tokenizer's own chat template that leaves out the user's message; log it where there is no template.
+    """Raise UserError if the tokenizer's own chat template omits the user's message; log if it has no template.
 
-    ``what`` names the tokenizer, ``key`` is the setting for another template, ``kwargs`` are the recipe's arguments.
+    ``what``: the tokenizer's name in messages; ``key``: the configuration key that sets another template; ``kwargs``:
+    the configuration's arguments of the template.
     """
     if tokenizer.chat_template is None:
         other = Path(tokenizer.name_or_path, "chat_template.json")
         remark = f" (transformers reads {other.name} for processors only)" if other.is_file() else ""
         log.info(
-            "%s has no chat template%s: the model reads bare text after the tokenizer's own special tokens; set %s to a"
-            " Jinja file for conversations",
+            "%s has no chat template%s: prompts are bare text after the tokenizer's own special tokens; set %s to a"
+            " Jinja file for chat prompts",
             *(what, remark, key),
         )
-    elif (rendered := _without_message(tokenizer, kwargs)) is not None:
+    elif (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
         raise UserError(
-            f"{what} has a chat template that leaves out the user's message ({_MESSAGE!r} becomes {rendered!r}): set"
-            f" {key} to a Jinja file that has it"
+            f"{what} has a chat template that omits the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
+            f"set {key} to a Jinja file that contains it",
+            key=key,
         )
 
 
-def _without_message(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
-    """The start of a rendered conversation that lacks the user's message, white space aside; None where it is there.
+def _rendered_without_message(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
+    """Return the start of a rendered chat if it lacks the user's message; white space is ignored.
 
-    None too for a template that fails: it may need arguments, and the prompts themselves will show its error.
+    Return None also if the template raises an error: it may need other arguments, and rendering the prompts reports it.
     """
     try:
         chat = [{"role": "user", "content": _MESSAGE}]

@@ -1,6 +1,6 @@
-"""Which option of a multiple-choice problem, A to J, a text chooses.
+"""Find the option of a multiple-choice problem, A to J, that a text chooses.
 
-A text that could mean two options, or none, chooses none: a wrong reading would count as a right answer by accident.
+An ambiguous text chooses no option, because a wrong guess could count as a right response.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import unicodedata
 
 _BRACE = re.compile(r"\\[{}]|(?P<open>(?:\\f?box(?:ed)?\s{0,9})?{)|(?P<close>})")
 _SPACE = re.compile(r"\\(?:q?quad|(?:thin|en)?space)\b|\\[,;: ]|~")
-"""LaTeX for a space."""
+"""LaTeX commands for a space."""
 _MARKUP = re.compile(
     r"\\(?:text[a-z]*|math[a-z]*|operatorname|boldsymbol|mbox|bm|bf|rm|left|right)\b|\\[()\[\]!]"
     r"|[*_`${}“”\"]|<[^<>\n]{1,20}>|(?<!\w)['‘’](?=\w{1,20}['‘’])|(?<=\w)['’](?=\s*(?:[:,.\n]|$))"
 )
-"""LaTeX, Markdown, HTML and quotes around a letter or a word."""
+"""LaTeX, Markdown, HTML and quotation marks around a letter or a word."""
 _MARK, _END = "\x02", "\x03"
+"""Characters that replace the start and end of a box."""
 _WIDE = str.maketrans({"。": ". ", "、": ", ", "【": "[", "】": "]", _MARK: "", _END: ""})
-"""East Asian punctuation that Unicode's compatibility form keeps."""
+"""East Asian punctuation that Unicode normalization (NFKC) keeps."""
 _DOUBLE = re.compile(r"\[\[\s*([A-J])\s*\]\]")
 _BLANK = re.compile(r"\s+")
 
-# ---- a letter, and what may be around it
+# ---- a letter and its context
 
 _LETTER = (
     r"(?:\(\s*(?P<inside>[A-Ja-j])\s*\)|\[\s*(?P<bracketed>[A-J])\s*\]"
@@ -33,7 +34,7 @@ _NAME = (
     r"|perfringens|albicans|jejuni|diphtheriae|trachomatis|melanogaster|rerio|thaliana|fumigatus|pylori|influenzae"
     r"|sapiens|erectus|lamblia|histolytica|faecalis|gallus|discoideum)\b)"
 )
-"""What makes a letter and a dot an initial (J. K. Rowling) or a genus (E. coli)."""
+"""Text after a letter that makes the letter an initial (J. K. Rowling) or a genus (E. coli)."""
 _CORRECT = r"(?:(?:clearly|indeed|definitely|therefore)\s)?(?:the\s)?(?:only\s)?(?:correct|right|best|true)\b"
 _AFTER = re.compile(
     rf"\s?(?:$|[\n,;:!?)\]\\{_MARK}{_END}]|[-–—]\s|—|\((?!\w\))|因为|而|(?:选项|项|是)?(?:正确|对)|选?项(?:$|[\n.,]))"
@@ -41,18 +42,18 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""What may follow a bare letter that is an option: any other word makes it an article or a name (A man, B cells)."""
+"""Text after a bare letter that is an option. Before any other word the letter is an article or a name (A man)."""
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
     r"|,\s*\(?[A-HJ](?![\w'’-])\)?+(?!\s+[a-z]))"
 )
-"""Another option right behind the first."""
-_AT_THE_END = r"(?=\s*[.!]?\s*(?:\n|$|\.\s))"
+"""A second option directly after the first."""
+_AT_END = r"(?=\s*[.!]?\s*(?:\n|$|\.\s))"
 
 # ---- words that introduce a letter
 
 _OF = r"(?:\s(?:to|for|of|in|on)\s(?:this|the|that|your)(?:\s[\w-]{1,20}){0,4}?)?"
-_SAYS = (
+_IS = (
     r"(?:\b(?:is|are|was|(?:would|should|must|will|has\sto|appears\sto|seems\sto)\sbe|seems|appears)\b"
     r"|['’]s\b|:|=|->|→)"
 )
@@ -62,19 +63,19 @@ _OPTION = r"(?:(?:the\s)?(?:option|choice|letter)\s?:?\s?)?"
 _STATEMENT = re.compile(
     rf"{_MARK}(?P<box>[^{_END}]*){_END}"
     r"|(?:(?i:\b(?:answer|choice|option|verdict|selection|correct\s(?:one|letter|statement|alternative))"
-    rf"(?:\s(?:letter|choice|option|here)){{0,2}}{_OF}\s?{_SAYS}\s?:?\s?{_ADVERB}{_NOT}{_OPTION})"
+    rf"(?:\s(?:letter|choice|option|here)){{0,2}}{_OF}\s?{_IS}\s?:?\s?{_ADVERB}{_NOT}{_OPTION})"
     r"|\bI(?:['’]?(?:ll|d)|\swill|\swould)?\s(?i:choose|chose|pick|select|go\swith|answer)\s(?i:" + _OPTION + ")"
     r"|(?<![^\n])(?:A|Ans)\s?:\s?"
     r"|答案(?:应该|应)?(?:是|为|选)?\s?:?\s?(?:选项)?\s?"
     rf"|(?<![不没如若果])选(?:择|项?[是为])?\s?:?\s?){_LETTER}"
 )
-"""A box, or words that introduce the option: Answer: B; the correct option is (B); I choose B."""
+"""A box, or words before the option: Answer: B; the correct option is (B); I choose B."""
 _CONCLUSION = re.compile(
     r"(?:\b(?i:so|hence|thus|therefore)|∴),?\s(?i:it(?:\sis|['’]s|\smust\sbe)\s)?(?i:" + _OPTION + r")"
-    rf"\(?(?P<bare>[A-J])\)?{_AT_THE_END}(?!{_NAME})"
+    rf"\(?(?P<bare>[A-J])\)?{_AT_END}(?!{_NAME})"
 )
-"""Hence, B."""
-_VERDICT = re.compile(
+"""Example: Hence, B."""
+_CALLED_CORRECT = re.compile(
     r"(?:\b(?i:option|choice|answer)\s\(?(?P<named>[A-J])\)?|(?<!\S)\((?P<inside>[A-J])\))"
     r"\sis\s(?:the\s)?(?:correct|right|best)\b"
     r"|(?:^|[\n.!?,]\s?|\b(?i:so|hence|thus|therefore|only|think|believe)\s)(?P<begins>[A-J])"
@@ -82,8 +83,9 @@ _VERDICT = re.compile(
     r"(?=\s?(?:[.,;:!\n]|$)|\s(?:because|since|as|here)\b)"
     r"|选项\s?\(?(?P<chinese>[A-J])\)?\s?是?(?:正确|对)"
 )
-"""Option B is correct; B is the best answer; B is correct."""
+"""Examples: Option B is correct; B is the best answer; B is correct."""
 _ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
+"""An option without text: B; (b); B."""
 _LED = re.compile(
     rf"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])(?!(?-i:{_NAME}))"
     r"(?:[).:](?=\s|$)|(?-i:\s[-–—]\s(?=[^\W\d]{2}))))\s*(\S.*)?",
@@ -91,7 +93,7 @@ _LED = re.compile(
 )
 """An option with its text: (B) Paris; B. Paris; B - Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
-"""A sentence about an option, not its text: (B) is wrong."""
+"""Start of a sentence about an option: (B) is wrong."""
 _BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
 _NEGATION = re.compile(
     r"\b(?:not|no|neither|nor|never|wrong|incorrect|false|except|eliminate\w*|rule[sd]?\s+out|either)\b|n['’]t\b", re.I
@@ -99,46 +101,47 @@ _NEGATION = re.compile(
 
 
 def chosen_option(text: str) -> str | None:
-    """The letter that ``text`` chooses: by its last statement (a box, "Answer: B"), or else by its last or first line.
+    """Return the letter that ``text`` chooses, or None if ``text`` does not choose exactly one option.
 
-    None: no statement names exactly one option.
+    The last statement counts (a box, "Answer: B"). Without a statement, the last or first line counts.
     """
     plain = _plain(text)
-    found = [(match.end(), _stated(match, plain)) for match in _STATEMENT.finditer(plain)]
+    found = [(match.end(), _stated_letter(match, plain)) for match in _STATEMENT.finditer(plain)]
     found += [(match.end(), match["bare"]) for match in _CONCLUSION.finditer(plain)]
-    verdicts = [(match.end(), _first(match.groups())) for match in _VERDICT.finditer(plain)]
-    one = len({letter for _, letter in verdicts}) == 1
-    found += [(end, letter if one else None) for end, letter in verdicts]
+    correct = [(match.end(), _first_letter(match.groups())) for match in _CALLED_CORRECT.finditer(plain)]
+    # "A is correct. B is correct." may discuss several statements: then it chooses nothing.
+    unique = len({letter for _, letter in correct}) == 1
+    found += [(end, letter if unique else None) for end, letter in correct]
     stated = [letter for _, letter in sorted(found, key=lambda statement: statement[0]) if letter != ""]
     return stated[-1] if stated else _outer_line(plain)
 
 
 def named_option(text: str) -> str | None:
-    """The letter of a text that holds nothing but an option: ``B``, ``(b)``, ``B.``, ``B) Paris``; None: it is none."""
+    """Return the letter of a text that is an option and nothing else (``B``, ``(b)``, ``B) Paris``), or None."""
     plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
     plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
     if alone := _ALONE.fullmatch(plain):
-        return _first(alone.groups())
+        return _first_letter(alone.groups())
     led = _LED.fullmatch(plain)
     if led is None or _SECOND.match(plain, led.end(1) if led[1] else led.end(2)):
         return None
     rest = led[3] or ""
-    return None if _BRACKETED.search(rest) or _ABOUT.match(rest) else _first(led.groups()[:2])
+    return None if _BRACKETED.search(rest) or _ABOUT.match(rest) else _first_letter(led.groups()[:2])
 
 
 def _plain(text: str) -> str:
-    """The text without markup, with each closed box between marks, and one white character between words."""
+    """Return ``text`` without markup, with boxes between marks, and with one space or line break between words."""
     plain = unicodedata.normalize("NFKC", text).translate(_WIDE)
-    plain = _marked(_DOUBLE.sub(r"\\boxed{\1}", plain))
-    return _BLANK.sub(_shortened, _MARKUP.sub("", _SPACE.sub(" ", plain)))
+    plain = _mark_boxes(_DOUBLE.sub(r"\\boxed{\1}", plain))
+    return _BLANK.sub(_one_blank, _MARKUP.sub("", _SPACE.sub(" ", plain)))
 
 
-def _shortened(blank: re.Match[str]) -> str:
+def _one_blank(blank: re.Match[str]) -> str:
     return "\n" if "\n" in blank.group() else " "
 
 
-def _marked(text: str) -> str:
-    """The text with each closed box between marks."""
+def _mark_boxes(text: str) -> str:
+    r"""Replace each outermost closed ``\boxed{...}`` by its content between ``_MARK`` and ``_END``."""
     opened: list[tuple[bool, int, int]] = []
     boxes = []
     for brace in _BRACE.finditer(text):
@@ -155,21 +158,21 @@ def _marked(text: str) -> str:
     return "".join([*parts, text[at:]])
 
 
-def _stated(match: re.Match[str], plain: str) -> str | None:
-    """The letter of a statement; None: it names no single option; "": it is none, as the letter is a word."""
+def _stated_letter(match: re.Match[str], plain: str) -> str | None:
+    """Return the letter of a statement, None for more than one option, or "" if the letter is a word (A man)."""
     if match["box"] is not None:
         return named_option(match["box"])
     if _SECOND.match(plain, match.end()):
         return None
-    return "" if match["bare"] and not _AFTER.match(plain, match.end()) else _first(match.groups()[1:])
+    return "" if match["bare"] and not _AFTER.match(plain, match.end()) else _first_letter(match.groups()[1:])
 
 
 def _outer_line(plain: str) -> str | None:
-    """The option that the last line names, or that the first line consists of."""
+    """Return the option that the last line names or that is the first line."""
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     if not lines:
         return None
-    lines = [line for line in lines if not line.startswith("A:")] or [""]  # Q: and A: of a dialogue
+    lines = [line for line in lines if not line.startswith("A:")] or [""]  # A: is the speaker of a dialogue
     last = lines[-1]
     if (len(lines) == 1 or _ALONE.fullmatch(last)) and (letter := named_option(last)):
         return letter
@@ -181,5 +184,5 @@ def _outer_line(plain: str) -> str | None:
     return None if letters else named_option(lines[0])
 
 
-def _first(groups: tuple[str | None, ...]) -> str:
+def _first_letter(groups: tuple[str | None, ...]) -> str:
     return next(group for group in groups if group).upper()

@@ -1,4 +1,4 @@
-"""The run's clock: the time that chat templates see, the same on all ranks and after every resume."""
+"""The run's clock: the time that chat templates read, equal on all ranks and after every resume."""
 
 from __future__ import annotations
 
@@ -14,58 +14,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAME = "strftime_now"
-"""The function that transformers gives to chat templates; it returns the current local time in a format."""
+"""Function that transformers passes to chat templates; it formats the current local time."""
 _PERCENT_OR_EPOCH = re.compile("%[%s]")
 
 
 def current_time() -> datetime:
-    """The current local time with its UTC offset."""
+    """Return the current local time with its UTC offset."""
     return datetime.now().astimezone()
 
 
 class RunClock:
-    """A clock that stands still at the run's first start.
+    """A clock that always shows the time of the run's first start.
 
-    Chat templates that write the date would otherwise render other prompts on every day, and on ranks that render
-    around midnight.
+    With the current time, chat templates that write the date would render different prompts every day, and different
+    prompts on ranks that render around midnight.
     """
 
     def __init__(self, time: datetime) -> None:
         self.time = time
         self.was_read = False
-        """Whether a template of this process has read the time."""
+        """Whether a chat template in this process has read the time."""
 
     @classmethod
     def saved(cls, text: str) -> RunClock:
-        """The clock of a checkpoint, from what ``str`` returned."""
+        """Restore a clock from its str(), as stored in checkpoints."""
         return cls(datetime.fromisoformat(text))
 
     def __str__(self) -> str:
         return self.time.isoformat()
 
     def strftime_now(self, format: str) -> str:
-        """The local time at the run's first start in a format, as transformers' function writes it.
+        """Format the local time of the run's first start, like the function of the same name in transformers.
 
-        ``%s``, the seconds since 1970, follows the saved UTC offset; the C library would use this machine's time zone.
+        ``%s``, the seconds since 1970, uses the saved UTC offset; the C library would use this machine's time zone.
         """
         self.was_read = True
         seconds = str(int(self.time.timestamp()))
-        known = _PERCENT_OR_EPOCH.sub(lambda found: seconds if found.group() == "%s" else found.group(), format)
-        return self.time.replace(tzinfo=None).strftime(known)
+        without_epoch = _PERCENT_OR_EPOCH.sub(lambda found: seconds if found.group() == "%s" else found.group(), format)
+        return self.time.replace(tzinfo=None).strftime(without_epoch)
 
     def template_kwargs(
         self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None, key: str
     ) -> Mapping[str, Any] | None:
-        """The arguments of the chat template, with this clock's ``strftime_now`` where the template names it.
+        """Return ``kwargs``, plus this clock's ``strftime_now`` if the chat template uses that name.
 
-        A template argument hides transformers' function of the same name. Raises UserError where ``kwargs``, which come
-        from the recipe's ``key``, have that name: a recipe holds no functions.
+        A template argument hides the function of the same name in transformers. ``key`` is the configuration key of
+        ``kwargs``. Raises UserError if ``kwargs`` contain ``strftime_now``: a recipe cannot define a function.
         """
         given = dict(kwargs or {})
         if _NAME in given:
             raise UserError(
-                f"{key}.{_NAME}={given[_NAME]} can't be used, because chat templates call {_NAME} as a function: remove"
-                " it, and set the argument that the template takes the date from (date_string in Llama's)"
+                f"{key}.{_NAME}={given[_NAME]} is not allowed, because chat templates call {_NAME} as a function",
+                "remove it, and set the template's argument for the date (date_string for Llama)",
+                key=f"{key}.{_NAME}",
+                value=given[_NAME],
             )
         sources = json.dumps([tokenizer.chat_template, given.get("chat_template")], default=str)
         return given | {_NAME: self.strftime_now} if _NAME in sources else kwargs

@@ -1,4 +1,4 @@
-"""The columns of a dataset that a run uses: how one row becomes the text, the gold answer and the named columns."""
+"""Projection of a dataset's rows to the columns that a run uses: text, gold answer and trace."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from typing import Any
 from distill.errors import UserError, reason
 
 Row = tuple[str, Mapping[str, Any]]
-"""A row with its place in its file, for messages: ("line 3", {...})."""
+"""A row after its location in its file (for messages): ("line 3", {...})."""
 Values = tuple[str | None, ...]
-"""A projected row: the text (None: blank), the gold answer (None: output_pattern found none), each named column (None:
+"""A projected row: text (None: blank), gold answer (None: output_pattern found none), then each extra column (None:
 absent)."""
+
+
+def setting_error(key: str, value: str, problem: str, fix: str) -> UserError:
+    """Return an error about one setting; ``problem`` continues a sentence that begins with key and value."""
+    return UserError(f"{key}={value} {problem}", fix, key=key, value=value)
 
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A column of texts beside the problem and its gold answer."""
+    """A column of texts in addition to the problem and its gold answer."""
 
     name: str
-    """Its name or a dotted path."""
+    """Name of the column, or a dotted path."""
     key: str
-    """The configuration key that names it, for messages."""
-    needed: bool = True
-    """Every row must have it; otherwise a row without it yields a problem without it."""
+    """Configuration key that names the column, for messages."""
+    required: bool = True
+    """Whether a row without the column is an error; otherwise its problem has no such column."""
 
 
 class WrittenFloat(float):
-    """A JSON number that is shown as the file writes it: 1e5 stays 1e5."""
+    """A JSON number whose str() is its spelling in the file: 1e5 stays 1e5."""
 
     def __new__(cls, text: str) -> WrittenFloat:
         """Parse ``text`` and keep it."""
@@ -46,113 +51,119 @@ class WrittenFloat(float):
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one dataset that are read. Raises UserError for a row that lacks one or has another type in it."""
+    """The columns of one dataset to read; methods raise UserError for a missing column or a wrong type."""
 
     source: str
-    """The dataset's name in messages and in Problem.source."""
-    where: str
-    """The dataset's configuration key: data.train, data.validation[1]."""
+    """Name of the dataset in messages and in Problem.source."""
+    key: str
+    """Configuration key of the dataset: data.train, data.validation[1]."""
     input_key: str
+    """Column of the problem's text, or a dotted path."""
     output_key: str
-    needs_answer: bool
-    """The column of the gold answers was named: a row without it is an error."""
+    """Column of the gold answer, or a dotted path."""
+    answer_required: bool
+    """Whether a row without a gold answer's column is an error: the configuration names the column."""
     output_pattern: str | None = None
-    others: tuple[TextColumn, ...] = ()
+    """Regular expression that extracts the gold answer from its column."""
+    extra: tuple[TextColumn, ...] = ()
+    """Further columns to read."""
     pattern: re.Pattern[str] | None = field(init=False)
+    """Compiled ``output_pattern``."""
 
     def __post_init__(self) -> None:
-        pattern = None if self.output_pattern is None else compile_pattern(self.output_pattern, self.where)
+        pattern = None if self.output_pattern is None else compile_pattern(self.output_pattern, self.key)
         object.__setattr__(self, "pattern", pattern)
 
     def project(self, row: Row, origin: str) -> Values:
-        """The row's values; ``origin``: the file or dataset that it was read from."""
-        text = self._text(row, f"{self.where}.input_key", self.input_key, origin)
-        others = [
-            self._text(row, column.key, column.name, origin) if column.needed or _has(row[1], column.name) else None
-            for column in self.others
+        """Return the row's values; ``origin`` is the file or dataset of the row, for messages."""
+        text = self._text(row, f"{self.key}.input_key", self.input_key, origin)
+        extra = [
+            self._text(row, column.key, column.name, origin) if column.required or _has(row[1], column.name) else None
+            for column in self.extra
         ]
-        return (text if text.strip() else None, self._answer(row, origin), *others)
+        return (text if text.strip() else None, self._answer(row, origin), *extra)
 
     def answer_is_float(self, row: Mapping[str, Any]) -> bool:
-        """Whether the gold answer is a float, whose spelling in the file is lost by parsing."""
+        """Return whether the gold answer is a float: parsing loses its spelling in the file."""
         return _has(row, self.output_key) and type(pick(row, self.output_key)) is float
 
     def select(self, names: Sequence[str], origin: str) -> list[str]:
-        """Those of a table's columns ``names`` that have to be read."""
-        wanted = [(f"{self.where}.input_key", self.input_key, True)]
-        wanted.append((f"{self.where}.output_key", self.output_key, self.needs_answer))
-        wanted += [(column.key, column.name, column.needed) for column in self.others]
+        """Return those of a table's column ``names`` that must be read."""
+        wanted = [(f"{self.key}.input_key", self.input_key, True)]
+        wanted.append((f"{self.key}.output_key", self.output_key, self.answer_required))
+        wanted += [(column.key, column.name, column.required) for column in self.extra]
         roots = []
-        for key, name, needed in wanted:
+        for key, name, required in wanted:
             root = name if name in names else name.split(".")[0]
             if root in names:
                 roots.append(root)
-            elif needed:
-                raise self._missing(key, name, f"the table of {origin}", names)
+            elif required:
+                raise _missing(key, name, f"the table of {origin}", names)
         return list(dict.fromkeys(roots))
 
     def _text(self, row: Row, key: str, name: str, origin: str) -> str:
         text = self._value(row, key, name, origin)
         if not isinstance(text, str | None):
-            raise self._wrong_type(row, key, name, text, "strings", origin)
+            raise _wrong_type(row, key, name, text, "strings", origin)
         return self._encodable(text or "", row, origin)
 
     def _answer(self, row: Row, origin: str) -> str | None:
-        if not self.needs_answer and not _has(row[1], self.output_key):
+        if not self.answer_required and not _has(row[1], self.output_key):
             return ""
-        key = f"{self.where}.output_key"
+        key = f"{self.key}.output_key"
         answer = self._value(row, key, self.output_key, origin)
         if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal | None):
-            raise self._wrong_type(row, key, self.output_key, answer, "strings or numbers", origin)
+            raise _wrong_type(row, key, self.output_key, answer, "strings or numbers", origin)
         text = "" if answer is None else self._encodable(str(answer), row, origin)
         return text if self.pattern is None or not text else extract(self.pattern, text)
 
     def _encodable(self, text: str, row: Row, origin: str) -> str:
-        """Half of a surrogate pair is a string in JSON, but no text."""
+        """Return ``text``; raise UserError for half of a surrogate pair, which JSON allows and UTF-8 does not."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"{self.where}: {origin} is malformed in {row[0]} ({reason(error)}): write it as UTF-8 text"
-            ) from None
+            problem = f"{self.key}: {origin} is malformed in {row[0]} ({reason(error)})"
+            raise UserError(problem, "write it as UTF-8 text", key=self.key, value=origin) from None
         return text
 
     def _value(self, row: Row, key: str, name: str, origin: str) -> Any:
         try:
             return pick(row[1], name)
         except KeyError:
-            raise self._missing(key, name, f"{row[0]} of {origin}", row[1]) from None
-
-    def _missing(self, key: str, name: str, place: str, there: Iterable[str]) -> UserError:
-        columns = ", ".join(name if name == name.strip() else repr(name) for name in there) or "nothing"
-        columns = columns if len(columns) <= 400 else columns[:397] + "..."
-        return UserError(f"{key}={name} is missing in {place}, which has {columns}: set {key} to one of these")
-
-    def _wrong_type(self, row: Row, key: str, name: str, found: Any, wanted: str, origin: str) -> UserError:
-        kind = type(found).__name__
-        return UserError(f"{key}={name} is of type {kind} in {row[0]} of {origin}: name a column of {wanted}")
+            raise _missing(key, name, f"{row[0]} of {origin}", row[1]) from None
 
 
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """The regular expression ``where``.output_pattern; refused unless it has one group at most."""
+def _missing(key: str, name: str, location: str, names: Iterable[str]) -> UserError:
+    columns = ", ".join(name if name == name.strip() else repr(name) for name in names) or "no columns"
+    columns = columns if len(columns) <= 400 else columns[:397] + "..."
+    return setting_error(
+        key, name, f"is missing in {location}, whose columns are: {columns}", f"set {key} to one of these"
+    )
+
+
+def _wrong_type(row: Row, key: str, name: str, found: Any, wanted: str, origin: str) -> UserError:
+    kind = type(found).__name__
+    return setting_error(key, name, f"has type {kind} in {row[0]} of {origin}", f"set {key} to a column of {wanted}")
+
+
+def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
+    """Compile ``output_pattern`` of the dataset ``key``; raise UserError unless it has at most one group."""
+    key = f"{key}.output_pattern"
     try:
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(
-            f"{where}.output_pattern={pattern} is not a regular expression ({reason(error)}): correct it"
-        ) from None
+        problem = f"is not a valid regular expression ({reason(error)})"
+        raise setting_error(key, pattern, problem, "correct it") from None
     if compiled.groups > 1:
-        raise UserError(
-            f"{where}.output_pattern={pattern} has {compiled.groups} groups, and the gold answer is one: keep one group"
-            " and write every other group as (?:...)"
-        )
+        problem = f"has {compiled.groups} groups, but at most one can be the gold answer"
+        raise setting_error(key, pattern, problem, "keep one group and write the rest as (?:...)")
     return compiled
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
-    """The pattern's group in its last match that has one, or without a group the text after it; None: no match.
+    """Return the last non-blank extraction: the pattern's group or, without a group, the text after the match.
 
-    An empty extraction is no match.
+    Return None if no match has one.
     """
     for match in reversed(list(pattern.finditer(text))):
         found = match.group(1) if pattern.groups else text[match.end() :]
@@ -162,7 +173,7 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def pick(row: Mapping[str, Any], name: str) -> Any:
-    """The column ``name``, or the value at a dotted path such as ``prompt.0.content``; KeyError where it is absent."""
+    """Return the column ``name`` or the value at a dotted path such as ``prompt.0.content``; raises KeyError."""
     if name in row:
         return row[name]
     found: Any = row

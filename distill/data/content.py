@@ -1,4 +1,4 @@
-"""Hashes of everything that prompts are made from, compared between ranks and with a checkpoint's."""
+"""Hashes of all inputs of the prompts, for comparisons between ranks and with a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from distill.data.template import read_text
+from distill.data.files import read_text
 from distill.errors import UserError
 from distill.types import Problem
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from distill.config import DatasetConfig
 
-Content = Mapping[str, str]
-"""A hash by the name of a part, in an order in which a part's causes come before it."""
+ContentHashes = Mapping[str, str]
+"""Hashes by the name of a part; a part comes after the parts that it depends on."""
 
 TOKENS = "tokens"
-"""The rendered and tokenised prompts, which follow from all other parts."""
+"""Name of the part with the tokenized prompts, which depend on all other parts."""
 
 _SAME_DATA = "give all nodes the same files"
 _SAME_RENDERING = (
@@ -30,15 +30,17 @@ _SAME_RENDERING = (
 
 
 def content_hash(values: Iterable[Any]) -> str:
-    """16 hex digits of the SHA-256 of JSON values in their order; the keys of a mapping may have any order."""
+    """Return 16 hex digits of the SHA-256 of JSON values; the order of keys in a mapping does not matter."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def data_content(datasets: Sequence[DatasetConfig], problems: Iterable[Problem], trace_column: str | None) -> Content:
-    """The parts of training data: problems and traces in their order, and the files around them; no path counts."""
+def data_hashes(
+    datasets: Sequence[DatasetConfig], problems: Iterable[Problem], trace_column: str | None
+) -> ContentHashes:
+    """Hash the problems, the traces and the content of the prompt files; paths do not matter."""
     texts, traces = hashlib.sha256(), hashlib.sha256()
     for problem in problems:
         texts.update(json.dumps(problem.text).encode())
@@ -54,8 +56,8 @@ def data_content(datasets: Sequence[DatasetConfig], problems: Iterable[Problem],
     }
 
 
-def tokenizer_content(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None) -> Content:
-    """The parts of a tokenizer and its chat template; ``kwargs`` are the recipe's, without the run's clock."""
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None) -> ContentHashes:
+    """Hash a tokenizer, its chat template and the recipe's template arguments ``kwargs``."""
     return {
         "chat_template": content_hash([tokenizer.chat_template]),
         "chat_template_kwargs": content_hash([dict(kwargs or {})]),
@@ -63,15 +65,15 @@ def tokenizer_content(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, A
     }
 
 
-def changed_parts(then: Content, now: Content) -> list[str]:
-    """The parts of ``now`` that have another hash in ``then``; ``tokens`` only if no other part differs."""
-    changed = [part for part, value in now.items() if then.get(part, value) != value]
+def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
+    """Return the parts in both arguments whose hashes differ, without ``tokens`` if any other part differs."""
+    changed = [part for part, value in after.items() if before.get(part, value) != value]
     return [part for part in changed if part != TOKENS] or changed
 
 
-_SUBJECTS = {
+_PART_NAMES = {
     "problems": "data.train",
-    "traces": "the traces of data.train",
+    "traces": "the trace column of data.train",
     "prompt_file": "data.train.prompt_file",
     "system_prompt_file": "data.train.system_prompt_file",
     "chat_template": "the chat template of policy.tokenizer",
@@ -80,34 +82,40 @@ _SUBJECTS = {
     "teacher_chat_template": "the chat template of teacher.tokenizer",
     "teacher_chat_template_kwargs": "teacher.tokenizer.chat_template_kwargs",
 }
-"""How a user knows each part."""
+"""Name of each part in messages."""
 
 
-def subjects(parts: Sequence[str], known: bool) -> str:
-    """The parts in a user's terms, with their verb; ``known``: all parts were compared, not only the tokens."""
-    if not known:
-        return "data.train, its prompt file, or policy.tokenizer has"
+def describe_change(parts: Sequence[str], all_compared: bool) -> str:
+    """Return a clause for users: the names of ``parts`` and "has changed".
+
+    Without ``all_compared`` only the tokens were compared, so the cause is unknown.
+    """
+    if not all_compared:
+        return "data.train, its prompt file, or policy.tokenizer has changed"
     if list(parts) == [TOKENS]:
         return (
-            "what the tokenizer makes of the same problems and chat template (by its files, by the versions of"
-            " transformers and tokenizers, or because the template depends on more than its arguments) has"
+            "the tokenization of the same problems with the same chat template has changed (possible causes: tokenizer"
+            " files, versions of transformers and tokenizers, a template that depends on more than its arguments)"
         )
-    names = [_SUBJECTS[part] for part in parts]
-    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'}"
+    names = [_PART_NAMES[part] for part in parts]
+    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
 
 
-def raise_if_ranks_differ(everyone: Sequence[tuple[str, Mapping[str, Content]]]) -> None:
-    """Raise UserError, the same on every rank, where a rank has other content than rank 0.
+def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHashes]]]) -> None:
+    """Raise UserError if the inputs of a rank differ from those of rank 0.
 
-    ``everyone``: each rank's host name and its content by key, such as ``data.train``.
+    ``gathered`` holds each rank's host name and its hashes by key, such as ``data.train``. With the same argument on
+    all ranks, all of them raise the same error.
     """
-    first_host, first = everyone[0]
+    first_host, first = gathered[0]
     for key in first:
-        for rank, (host, contents) in enumerate(everyone):
-            if parts := changed_parts(first[key], contents[key]):
-                rendered = parts == [TOKENS]
-                what = "tokens for the same texts" if rendered else " and ".join(parts).replace("_", " ")
+        for rank, (host, hashes) in enumerate(gathered):
+            if parts := changed_parts(first[key], hashes[key]):
+                only_tokens = parts == [TOKENS]
+                what = "tokens for the same texts" if only_tokens else " and ".join(parts).replace("_", " ")
                 raise UserError(
-                    f"{key}: rank {rank} on {host} has other {what} than rank 0 on {first_host}: "
-                    f"{_SAME_RENDERING if rendered else _SAME_DATA}"
+                    f"{key}: rank {rank} on {host} has different {what} than rank 0 on {first_host}",
+                    _SAME_RENDERING if only_tokens else _SAME_DATA,
+                    key=key,
+                    value=parts,
                 )

@@ -1,7 +1,7 @@
-"""Rows of JSON, CSV and Parquet files, read as a stream: a file's rows are never in memory together.
+"""Streaming readers of JSON, CSV and Parquet files; a file's rows are never in memory together.
 
-Every reader yields (place, row) pairs and raises UserError that names the configuration key, the file, the place in it
-and the cause.
+Every reader yields (location, row) pairs. For malformed content it raises UserError with the configuration key, the
+file, the location in the file and the cause.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import os.path
 import shutil
 import sys
 import tempfile
@@ -24,60 +25,71 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from distill.data.columns import Columns, Row, WrittenFloat
+from distill.data.columns import Columns, Row, WrittenFloat, setting_error
 from distill.errors import UserError, reason, show
 
 KINDS = (".jsonl", ".json", ".parquet", ".ndjson", ".csv", ".tsv")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BOM = codecs.BOM_UTF8
 _CHUNK = 2**20
+_LIST_OR_LINES = "one list of JSON objects, or one object per line"
 _BATCH = 1000
-"""Rows of a Parquet file decoded at a time."""
+"""Number of rows of a Parquet file that are decoded together."""
 
 
 def kind_of(path: PurePath) -> tuple[str, str]:
-    """A file's kind and its compression, by its name: (".jsonl", ".gz"); "" for none or an unknown one."""
+    """Return kind and compression of a file name, such as (".jsonl", ".gz"); "" if absent or unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
     return (kind if kind in KINDS else ""), compression
 
 
+def read_text(path: str, key: str) -> str:
+    """Return the text of a UTF-8 file, unchanged; raise UserError if it is missing or unreadable."""
+    if not os.path.isfile(path):  # reading a named pipe would block forever
+        problem = "is not a regular file" if os.path.exists(path) else "does not exist"
+        raise setting_error(key, path, f"{problem} (working directory: {Path.cwd()})", "correct the path")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise setting_error(key, path, f"is not a readable UTF-8 text file ({error})", "correct the file") from None
+
+
 @dataclass(frozen=True)
 class DataFile:
-    """A file to be read, and the columns that are read of it."""
+    """A data file and the columns to read from it."""
 
     path: Path
-    """Its kind is one of KINDS."""
+    """Path of a file whose kind is one of KINDS."""
     columns: Columns
 
-    @property
-    def key(self) -> str:
-        """How a message about the file begins."""
-        return f"{self.columns.where}.data_path={self.path}"
+    def error(self, problem: str, fix: str) -> UserError:
+        """Return an error about this file; ``problem`` continues a sentence that begins with key and path."""
+        return setting_error(f"{self.columns.key}.data_path", str(self.path), problem, fix)
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:
-    """The rows of one file."""
+    """Yield the rows of one file."""
     kind, compression = kind_of(file.path)
     try:
         with _opened(file.path, compression, seekable=kind == ".parquet") as stream:
             yield from _READERS[kind](stream, file)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-        raise _undecodable(file.key, compression, error) from None
+        raise _undecodable(file, compression, error) from None
     except OSError as error:
-        if compression and error.errno is None:  # bz2 and zstd have no exceptions of their own
-            raise _undecodable(file.key, compression, error) from None
-        raise UserError(f"{file.key} can't be read ({reason(error)}): correct its permissions or the path") from None
+        if compression and error.errno is None:  # bz2 and zstd report damage as a plain OSError
+            raise _undecodable(file, compression, error) from None
+        raise file.error(f"cannot be read ({reason(error)})", "correct its permissions or the path") from None
 
 
-def _undecodable(key: str, compression: str, error: Exception) -> UserError:
-    return UserError(f"{key} is not a complete {compression} file ({reason(error)}): compress it again")
+def _undecodable(file: DataFile, compression: str, error: Exception) -> UserError:
+    return file.error(f"is not a complete {compression} file ({reason(error)})", "compress the file again")
 
 
 @contextmanager
 def _opened(path: Path, compression: str, seekable: bool) -> Iterator[BinaryIO]:
-    """The file's decompressed bytes; a compressed file that has to be seekable is decompressed to a temporary file."""
+    """Open the decompressed bytes of a file; if they must be seekable, decompress to a temporary file."""
     with _decompressed(path, compression) as stream:
         if not (seekable and compression):
             yield stream
@@ -98,41 +110,34 @@ def _decompressed(path: Path, compression: str) -> Any:
 
 
 def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines from 1, without a byte order mark."""
+    """Number the lines from 1 and remove a byte order mark."""
     for number, line in enumerate(stream, start=1):
         yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
 def _json_lines(stream: Iterable[bytes], file: DataFile) -> Iterator[Row]:
-    """A JSON object a line."""
+    """Read one JSON object per line."""
     for number, line in _lines(stream):
         if line.strip():
             yield _json_line(f"line {number}", line, file)
 
 
-def _json_line(place: str, line: bytes, file: DataFile) -> Row:
+def _json_line(location: str, line: bytes, file: DataFile) -> Row:
     try:
         row = json.loads(line)
         if isinstance(row, dict) and file.columns.answer_is_float(row):
             row = json.loads(line, parse_float=WrittenFloat)
     except (ValueError, RecursionError) as error:
-        form = "one list of JSON objects, or one object a line" if _is_json(file) else "one JSON object a line"
-        if b"\0" in line:  # UTF-16 or UTF-32
-            form = f"it as UTF-8 text with {form}"
-        raise UserError(f"{file.key} is malformed in {place} ({reason(error)}): write {form}") from None
+        form = _LIST_OR_LINES if kind_of(file.path)[0] == ".json" else "one JSON object per line"
+        encoding = "UTF-8 text with " if b"\0" in line else ""  # NUL bytes: UTF-16 or UTF-32
+        raise file.error(f"is malformed in {location} ({reason(error)})", f"write {encoding}{form}") from None
     if not isinstance(row, dict):
-        raise UserError(
-            f"{file.key} has {show(row)} in {place}, where an object is needed: write one JSON object a line"
-        )
-    return place, row
-
-
-def _is_json(file: DataFile) -> bool:
-    return kind_of(file.path)[0] == ".json"
+        raise file.error(f"has {show(row)} instead of an object in {location}", "write one JSON object per line")
+    return location, row
 
 
 def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
-    """One list of JSON objects, or a JSON object a line."""
+    """Read one list of JSON objects, or one object per line."""
     head = stream.read(_CHUNK).removeprefix(_BOM)
     if head.lstrip().startswith(b"["):
         yield from _JsonList(stream, head, file).rows()
@@ -141,7 +146,7 @@ def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 class _JsonList:
-    """A list of JSON objects that is decoded one entry at a time."""
+    """Decoder of a list of JSON objects, one entry at a time."""
 
     def __init__(self, stream: BinaryIO, head: bytes, file: DataFile) -> None:
         self._stream, self._file = stream, file
@@ -152,7 +157,7 @@ class _JsonList:
         self._ended = False
 
     def rows(self) -> Iterator[Row]:
-        """The entries; the list must be closed, and nothing may follow it."""
+        """Yield the entries; raise UserError unless the list is closed and ends the file."""
         self._next_character()
         self._at += 1  # the opening bracket
         if self._next_character() != "]":
@@ -167,25 +172,26 @@ class _JsonList:
                 self._entry += 1
         self._at += 1
         if self._next_character():
-            raise self._malformed("there is more after the list")
+            raise self._malformed("text after the end of the list")
 
     def _row(self) -> Row:
-        place = f"entry {self._entry}"
+        location = f"entry {self._entry}"
         if self._next_character() != "{":
             value = self._text[self._at : self._at + 20].split(",")[0].split("]")[0].strip()
-            raise UserError(
-                f"{self._file.key} has {value or 'nothing'} in {place}, line {self._line}, where an object is needed:"
-                " write one list of JSON objects, or one object a line"
-            )
+            problem = f"has {value or 'nothing'} instead of an object in {location}, line {self._line}"
+            raise self._file.error(problem, f"write {_LIST_OR_LINES}")
         row, end = self._decoded(json.JSONDecoder())
         if self._file.columns.answer_is_float(row):
             row, end = self._decoded(json.JSONDecoder(parse_float=WrittenFloat))
         self._line += self._text.count("\n", self._at, end)
         self._at = end
-        return place, row
+        return location, row
 
     def _decoded(self, decoder: json.JSONDecoder) -> tuple[dict[str, Any], int]:
-        """The object at the current position and its end; reads on while it is incomplete, twice as far each time."""
+        """Decode the object at the current position; return it and its end.
+
+        While the object is incomplete, the buffered text is doubled.
+        """
         while True:
             try:
                 return decoder.raw_decode(self._text, self._at)
@@ -198,7 +204,7 @@ class _JsonList:
                 raise self._malformed(reason(error)) from None
 
     def _next_character(self) -> str:
-        """The next character that is not white space; "" at the end."""
+        """Skip white space and return the next character without consuming it; "" at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._line += self._text[self._at] == "\n"
@@ -217,10 +223,8 @@ class _JsonList:
         self._at = 0
 
     def _malformed(self, cause: str) -> UserError:
-        return UserError(
-            f"{self._file.key} is malformed in entry {self._entry}, line {self._line} ({cause}): write one list of JSON"
-            " objects, or one object a line"
-        )
+        location = f"entry {self._entry}, line {self._line}"
+        return self._file.error(f"is malformed in {location} ({cause})", f"write {_LIST_OR_LINES}")
 
 
 def _csv(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
@@ -232,43 +236,50 @@ def _tsv(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) -> Iterator[Row]:
-    """A header and rows of as many fields; quoted fields may hold line breaks. All values are strings."""
-    csv.field_size_limit(sys.maxsize)
+    """Read a header and rows; all values are strings, and quoted fields may contain line breaks.
+
+    Of ``delimiters``, the first that separates ``input_key`` from its neighbours in the header is used.
+    """
     lines = _decoded_lines(stream, file)
     head: list[str] = []
     while not any(map(str.strip, head)) and (line := next(lines, "")):
         head.append(line)
     first = "".join(head[-1:])
     delimiter = next((d for d in delimiters if file.columns.input_key in _fields(first, d)), delimiters[0])
-    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True)
     header: list[str] = []
-    while True:
-        place = f"line {reader.line_num + 1}"
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{file.key} is malformed in {place} ({reason(error)}): put fields with quotes, separators or line"
-                ' breaks into quotes, and write a quote inside as ""'
-            ) from None
+    for location, fields in _csv_records(chain(head, lines), delimiter, file):
         if not fields or not (header or any(map(str.strip, fields))):
-            continue
+            continue  # an empty line, or a blank one before the header
         if not header:
             header = fields
             _check_header(header, file)
         elif len(fields) != len(header):
-            raise UserError(
-                f"{file.key} is malformed in {place} ({len(fields)} fields under a header of {len(header)}): give every"
-                " row the header's fields, and put those with separators into quotes"
+            raise file.error(
+                f"is malformed in {location} (number of fields: {len(fields)}, in the header: {len(header)})",
+                "give every row as many fields as the header, and put fields with separators into quotes",
             )
         else:
-            yield place, dict(zip(header, fields, strict=True))
+            yield location, dict(zip(header, fields, strict=True))
+
+
+def _csv_records(lines: Iterable[str], delimiter: str, file: DataFile) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        location = f"line {reader.line_num + 1}"
+        try:
+            yield location, next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise file.error(
+                f"is malformed in {location} ({reason(error)})",
+                'put fields with quotes, separators or line breaks into quotes, and write an inner quote as ""',
+            ) from None
 
 
 def _decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
-    """Lines that end with LF, CRLF or, as old Macintosh programs write them, CR."""
+    """Decode the lines, which may end with LF, CRLF or (old Macintosh files) CR."""
     ended_by_any = chain.from_iterable(line.splitlines(keepends=True) for line in stream)
     for number, line in _lines(ended_by_any):
         try:
@@ -276,8 +287,7 @@ def _decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
                 raise ValueError("a NUL byte")
             yield line.decode()
         except ValueError as error:
-            fault = f"is malformed in line {number} ({reason(error)})"
-            raise UserError(f"{file.key} {fault}: write it as UTF-8 text") from None
+            raise file.error(f"is malformed in line {number} ({reason(error)})", "write it as UTF-8 text") from None
 
 
 def _fields(line: str, delimiter: str) -> list[str]:
@@ -285,10 +295,10 @@ def _fields(line: str, delimiter: str) -> list[str]:
 
 
 def _check_header(header: list[str], file: DataFile) -> list[str]:
-    """The columns to read; two of one name are refused, of which only one could be read."""
+    """Return the names of the columns to read; raise UserError if a name is missing or ambiguous."""
     used = file.columns.select(header, str(file.path))
-    if twice := [name for name in used if header.count(name) > 1]:
-        raise UserError(f"{file.key} has two columns {twice[0]} in its header: rename one of them")
+    if repeated := [name for name in used if header.count(name) > 1]:
+        raise file.error(f"has several columns named {repeated[0]}", "rename all but one of them")
     return used
 
 
@@ -303,11 +313,11 @@ def _parquet(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{file.key} is not a readable Parquet file ({reason(error)}): write it again") from None
+        raise file.error(f"is not a readable Parquet file ({reason(error)})", "write it again") from None
 
 
 def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
-    """The rows of Arrow record batches or tables, numbered from 0."""
+    """Yield the rows of Arrow record batches or tables, numbered from 0."""
     number = 0
     for batch in batches:
         for row in _short_floats(batch).to_pylist():
@@ -316,7 +326,7 @@ def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
 
 
 def _short_floats(batch: Any) -> Any:
-    """Narrow floats as their shortest texts: as a Python float, a float32 0.1 is 0.10000000149011612."""
+    """Convert narrow float columns to their shortest texts; a float32 0.1 would become 0.10000000149011612."""
     import pyarrow as pa
 
     for i, field in enumerate(batch.schema):

@@ -1,4 +1,4 @@
-"""The data files of a folder and the splits that they belong to, as the ``datasets`` library assigns them."""
+"""Find the data files of a folder and their splits, by the rules of the ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distill.data.columns import setting_error
 from distill.data.files import KINDS, kind_of
 from distill.errors import UserError, reason
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _DOCUMENTS = (".md", ".txt", ".yaml", ".yml", ".py", "")
 _FILE_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
-"""Keys of a dataset card's configuration that choose files; any other one changes how they are read."""
+"""Keys of a dataset card's configuration that select files; any other key changes how files are parsed."""
 
 
 def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Path]] | None:
-    """The files of each split, by the card's configuration or by the names of files and folders.
+    """Return the files of each split, by the dataset card's configuration or by the names of files and folders.
 
-    ``subset`` is the card's configuration; ``key`` begins a message: data.train.data_path=FOLDER. None: the folder has
-    to be read by the ``datasets`` library, as its files are of other kinds, or its card has settings for a reader.
-    Raises UserError for a folder without data files.
+    ``subset`` is the name of the card's configuration, ``key`` the configuration key of ``folder`` for messages. None:
+    the ``datasets`` library must read the folder, because of unknown file types or parser settings in the card. Raises
+    UserError for a folder without data files.
     """
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
@@ -38,36 +39,47 @@ def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Pa
         patterns = sanitize_patterns(settings["data_files"]) if "data_files" in settings else None
         found = DataFilesDict.from_patterns(patterns or get_data_patterns(searched), base_path=searched)
     except EmptyDatasetError:
-        if linked := _all_readable(base):
-            raise UserError(
-                f"{key} holds data files only in folders that are symbolic links ({linked[0].relative_to(base)} first):"
-                " name the linked folder, or link the files"
-            ) from None
-        raise UserError(f"{key} holds no data files: name a folder with files of {', '.join(KINDS)}") from None
-    except Exception as error:  # the card is the user's, and the library raises many kinds
-        raise UserError(f"{key} has files that can't be found ({reason(error)}): correct its README.md") from None
+        raise _no_files(key, folder, base) from None
+    except Exception as error:  # the card is user input, and the library raises many kinds of exception
+        problem = f"has files that cannot be found ({reason(error)})"
+        raise setting_error(key, str(folder), problem, "correct its README.md") from None
     splits = {str(split): [Path(name) for name in dict.fromkeys(files)] for split, files in found.items()}
     readable = {split: _readable(files) for split, files in splits.items()}
     if not any(readable.values()):
         return None
-    left = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
-    if left:
-        logger.warning(
-            "%s: %d files are of no kind that can be read, and are left out (%s first): the kinds are %s",
-            *(key, len(left), left[0].name, ", ".join(KINDS)),
-        )
-    listed = {file for files in splits.values() for file in files}
-    if not patterns and (unlisted := [file for file in _all_readable(base) if file not in listed]):
-        logger.warning(
-            "%s: %d data files are in no split by their names, or in a linked folder, and are left out (%s first):"
-            " rename them, name one of the files, or list all of them under configs in README.md",
-            *(key, len(unlisted), unlisted[0].relative_to(base)),
-        )
+    _warn_of_ignored(f"{key}={folder}", base, splits, readable, by_names=not patterns)
     return {split: files for split, files in readable.items() if files}
 
 
+def _no_files(key: str, folder: Path, base: Path) -> UserError:
+    if linked := _all_readable(base):
+        problem = f"has data files only in symbolic links to folders (first: {linked[0].relative_to(base)})"
+        return setting_error(key, str(folder), problem, "name the linked folder, or link the files")
+    fix = f"name a folder with files of type {', '.join(KINDS)}"
+    return setting_error(key, str(folder), "contains no data files", fix)
+
+
+def _warn_of_ignored(
+    label: str, base: Path, splits: dict[str, list[Path]], readable: dict[str, list[Path]], by_names: bool
+) -> None:
+    """Warn of files of unknown types, and of data files in no split if splits were found ``by_names``."""
+    unknown = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
+    if unknown:
+        log.warning(
+            "%s: ignoring %d files of unknown types (first: %s); known types are %s",
+            *(label, len(unknown), unknown[0].name, ", ".join(KINDS)),
+        )
+    listed = {file for files in splits.values() for file in files}
+    if by_names and (unlisted := [file for file in _all_readable(base) if file not in listed]):
+        log.warning(
+            "%s: ignoring %d data files that are in a linked folder, or whose names match no split (first: %s): rename"
+            " them, name one of the files, or list all files under configs in README.md",
+            *(label, len(unlisted), unlisted[0].relative_to(base)),
+        )
+
+
 def _all_readable(base: Path) -> list[Path]:
-    """All files of known kinds under ``base``, also in linked folders, but not hidden ones and metadata."""
+    """Return the data files under ``base``, including linked folders, excluding hidden files and metadata."""
     from datasets.data_files import FILES_TO_IGNORE
 
     found, seen = [], set()
@@ -82,7 +94,7 @@ def _all_readable(base: Path) -> list[Path]:
 
 
 def _readable(files: list[Path]) -> list[Path]:
-    """Files of known kinds; one that is named metadata counts where there is no other."""
+    """Return the files of known types; files named metadata count only if no other file does."""
     known = [file for file in files if kind_of(file)[0]]
     return [file for file in known if not _is_metadata(file)] or known
 
@@ -96,9 +108,9 @@ def _may_be_data(file: Path) -> bool:
 
 
 def _card_settings(folder: Path, subset: str | None) -> dict[str, Any] | None:
-    """The configuration ``subset`` of the folder's dataset card, or its default; {}: the card has none.
+    """Return the configuration ``subset`` of the folder's dataset card, or its default one; {} if the card has none.
 
-    None: there is no such configuration, which the ``datasets`` library explains.
+    None: no configuration has this name; the ``datasets`` library reports the error.
     """
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard

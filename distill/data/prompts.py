@@ -1,5 +1,4 @@
-"""Prompts: problems filled into a prompt file, put through the chat template, and dealt out in an order that depends on
-nothing but (seed, step)."""
+"""Render problems into tokenized prompts, and select the prompts of each step from (seed, step)."""
 
 from __future__ import annotations
 
@@ -16,11 +15,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from distill.config.template import Template
-from distill.data.content import TOKENS, Content, changed_parts, subjects
+from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_change
+from distill.data.files import read_text
 from distill.data.grading import THINK_TAGS
-from distill.data.sources import keyed, load_dataset_problems
+from distill.data.sources import keyed, load_problems
 from distill.data.table import Problems
-from distill.data.template import read_prompt_file, read_text
 from distill.data.thoughts import inside_thoughts
 from distill.errors import UserError, reason
 from distill.types import Problem, Prompt
@@ -30,25 +29,27 @@ if TYPE_CHECKING:
 
     from distill.config import DatasetConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 
+_TEMPLATE_KEY, _KWARGS_KEY = "policy.tokenizer.chat_template", "policy.tokenizer.chat_template_kwargs"
+
 _CHUNK = 1000
-"""Conversations rendered and tokenised at a time."""
+"""Number of conversations that are rendered and tokenized together."""
 _RANDOM, _RENDERINGS = ("random", "lipsum"), 16
-"""Jinja's names that draw random numbers, and how many renderings of one conversation are compared."""
+"""Jinja's functions that draw random numbers, and the number of renderings to compare if a template uses one."""
 
 
 def chat_ids(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """The token ids of each conversation, ready for the model's response.
+    """Return the token ids of each conversation, ending with the chat template's generation prompt.
 
-    They end with the chat template's generation prompt. As in transformers and vLLM, a template writes all special
-    tokens itself, BOS too: the tokenizer adds none. A tokenizer without a chat template reads the messages' bare texts,
-    blank lines between them, after its own BOS (see token_ids). ``template_kwargs`` go to the chat template
-    (``enable_thinking``, say). Raises UserError where the template refuses a conversation.
+    As in transformers and vLLM, a template writes all special tokens itself, including BOS; the tokenizer adds none. A
+    tokenizer without a chat template reads the messages' texts, separated by blank lines, after its own BOS (see
+    token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``. Raises UserError
+    if the template rejects a conversation.
     """
     if not chats:
         return []
@@ -60,46 +61,56 @@ def chat_ids(
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any]) -> list[str]:
-    ours = {"tokenize": False, "add_generation_prompt": True}
-    if ours.keys() & kwargs.keys():
-        keys = " and ".join(sorted(ours.keys() & kwargs.keys()))
+    fixed = {"tokenize": False, "add_generation_prompt": True}
+    if keys := sorted(fixed.keys() & kwargs.keys()):
         raise UserError(
-            f"policy.tokenizer.chat_template_kwargs sets {keys}, which a prompt needs as it is: take it out"
+            f"{_KWARGS_KEY} sets {' and '.join(keys)}, which prompts do not allow", "remove it", key=_KWARGS_KEY
         )
     try:
-        return [str(tokenizer.apply_chat_template(chat, **ours, **kwargs)) for chat in chats]
-    except Exception as error:  # the template is a program of the model's: it can fail in any way
-        roles = ", ".join(message["role"] for message in chats[0])
-        remedy = "change policy.tokenizer.chat_template_kwargs or policy.tokenizer.chat_template"
-        if isinstance(tokenizer.chat_template, dict) and "chat_template" not in kwargs:
-            names = ", ".join(tokenizer.chat_template)
-            remedy = f"set policy.tokenizer.chat_template_kwargs.chat_template to one of {names}, or {remedy}"
-        if chats[0][0]["role"] == "system":
-            remedy = f"leave out data.default.system_prompt_file, or {remedy}"
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} refuses a conversation of {roles} ({reason(error)}):"
-            f" {remedy}"
-        ) from None
+        return [str(tokenizer.apply_chat_template(chat, **fixed, **kwargs)) for chat in chats]
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise _rejected(tokenizer, chats[0], kwargs, error) from None
+
+
+def _rejected(
+    tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: Mapping[str, Any], error: Exception
+) -> UserError:
+    roles = ", ".join(message["role"] for message in chat)
+    fix = f"change {_KWARGS_KEY} or {_TEMPLATE_KEY}"
+    if isinstance(tokenizer.chat_template, dict) and "chat_template" not in kwargs:
+        fix = f"set {_KWARGS_KEY}.chat_template to one of {', '.join(tokenizer.chat_template)}, or {fix}"
+    if chat[0]["role"] == "system":
+        fix = f"remove data.default.system_prompt_file, or {fix}"
+    return UserError(
+        f"the chat template of {tokenizer.name_or_path} rejects a conversation with the roles {roles}"
+        f" ({reason(error)})",
+        fix,
+        key=_TEMPLATE_KEY,
+        value=tokenizer.name_or_path,
+    )
 
 
 def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any]) -> None:
-    """Refuse a chat template that draws random numbers: ranks and resumed runs could not render the same prompts."""
+    """Raise UserError if the chat template draws random numbers: other ranks and a resume would differ."""
     sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
     if not any(name in sources for name in _RANDOM):
         return
     if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs))) > 1:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} writes another text each time it renders one conversation"
-            f" ({' or '.join(_RANDOM)}), so no run could be resumed: remove the random part from the template"
+            f"the chat template of {tokenizer.name_or_path} renders the same conversation to different texts"
+            f" ({' or '.join(_RANDOM)}), so the run could not be resumed",
+            "remove the random part from the template",
+            key=_TEMPLATE_KEY,
+            value=tokenizer.name_or_path,
         )
 
 
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False
 ) -> list[list[int]]:
-    """The token ids of each text; ``special_tokens``: after the tokens that the tokenizer puts before a text (BOS).
+    """Return the token ids of each text; with ``special_tokens``, after the tokenizer's leading tokens (BOS).
 
-    BOS is never doubled where the text begins with it, and nothing is appended: a prompt must not end in EOS.
+    A text that already begins with BOS gets no second one. Nothing is appended: a prompt must not end with EOS.
     """
     if not texts:
         return []
@@ -109,7 +120,7 @@ def token_ids(
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text: BOS in most models, none in others."""
+    """Return the special tokens that the tokenizer puts before a text, usually BOS or none."""
     bare, full = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
     starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
     return list(full[: next(starts, 0)])
@@ -117,21 +128,23 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a list of datasets, in the datasets' order, those that are too long left out.
+    """The prompts of a list of datasets, in the order of the datasets, without those that are too long.
 
-    Token ids are kept in one array: 4 bytes a token, and a Prompt is made when it is asked for.
+    All token ids are in one array (4 bytes per token); a Prompt is created on access.
     """
 
     problems: Sequence[Problem]
+    """Problem of each prompt."""
     prompt_ids: tuple[int, ...]
-    """Each prompt's place in the list of all problems, repeats and skipped ones counted."""
+    """Index of each prompt in the list of all problems, including repetitions and skipped problems."""
     tokens: array[int]
+    """Concatenated token ids."""
     bounds: array[int]
-    """len + 1 cumulative token counts."""
+    """Cumulative token counts (len + 1 of them): prompt i is tokens[bounds[i]:bounds[i + 1]]."""
     skipped: int
-    """How many prompts were too long."""
+    """Number of prompts that were too long."""
     inside_thought: bytes = b""
-    """One byte a prompt: 1 if it ends inside an open thought, else 0. Empty: none does."""
+    """One byte per prompt: 1 if it ends inside an open think block, else 0. Empty: no prompt does."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -147,15 +160,15 @@ class Prompts:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every prompt's id and tokens: another dataset, prompt file or chat template has another one."""
+        """Return a hash of all prompt ids and tokens."""
         digest = hashlib.sha256(array("q", self.prompt_ids).tobytes())
         digest.update(self.bounds.tobytes())
         digest.update(self.tokens.tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
-    def sums(self) -> array[int]:
-        """A 32-bit sum of each prompt's tokens, to tell how many of another list's prompts are other ones."""
+    def checksums(self) -> array[int]:
+        """Return a 32-bit checksum of each prompt's tokens, to count the prompts that changed since a checkpoint."""
         bounds = zip(self.bounds, self.bounds[1:], strict=False)
         return array("I", (zlib.crc32(self.tokens[begin:end].tobytes()) for begin, end in bounds))
 
@@ -165,47 +178,60 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     template_kwargs: Mapping[str, Any] | None = None,
-    where: str = "data.train",
+    key: str = "data.train",
     trace_column: str | None = None,
-    trace_needed: bool = True,
+    trace_required: bool = True,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> Prompts:
-    """Load the datasets and tokenise their prompts, each with its own prompt file and system prompt.
+    """Load the datasets and tokenize their prompts, each with its own prompt file and system prompt.
 
-    A prompt of more than ``max_tokens`` tokens is skipped and counted. ``where`` is the key that a message names,
-    ``trace_column`` a column that every problem must have (see load_problems), or may have without ``trace_needed``.
-    ``think_tags`` open and close a thought (see inside_thoughts).
-    Every rank gets the same from the same arguments, without talking to the others. Raises UserError for what the user
-    can put right, also if no prompt is left.
+    Prompts of more than ``max_tokens`` tokens are skipped and counted. ``key`` is the datasets' configuration key, for
+    messages. For ``trace_column`` and ``trace_required`` see load_problems, for ``think_tags`` inside_thoughts. The
+    result depends on the arguments only, so it is equal on all ranks. Raises UserError for invalid data and if no
+    prompt is short enough.
     """
     problems: list[Problems] = []
     rows: list[array[int]] = []
     inside = bytearray()
-    for key, dataset in keyed(datasets, where):
-        wording = _Wording.of(dataset, key)
-        found = load_dataset_problems(dataset, key, trace_column, trace_needed)
-        once = found[: len(found) // dataset.repeat]
-        chats = _Chats(wording, once)
-        found_rows = _tokenised(tokenizer, chats, template_kwargs)
+    for dataset_key, dataset in keyed(datasets, key):
+        prompt_format = _PromptFormat.of(dataset, dataset_key)
+        found = load_problems(dataset, dataset_key, trace_column, trace_required)
+        chats = _Chats(prompt_format, found[: len(found) // dataset.repeat])  # repetitions are tokenized once
+        found_rows = _tokenized(tokenizer, chats, template_kwargs)
         inside += inside_thoughts(tokenizer, chats, found_rows, think_tags, template_kwargs) * dataset.repeat
         rows += found_rows * dataset.repeat
         problems.append(found)
-    return _fitting(Problems.joined(problems), rows, inside, max_tokens, where)
+    return _without_long_prompts(Problems.joined(problems), rows, inside, max_tokens, key)
+
+
+def read_prompt_file(path: str, key: str) -> Template:
+    """Read a prompt file: a text with ``{}`` exactly once, in place of the problem.
+
+    Two are refused: usually the second one is a ``\\boxed{}`` that was meant literally.
+    """
+    template = Template(read_text(path, key), ("",), key, path)
+    count = template.count("")
+    if count == 0:
+        raise UserError(f"{key}={path} contains no {{}}", "put {} where the problem goes", key=key, value=path)
+    if count > 1:
+        fix = "keep one for the problem and write literal braces as {{}}"
+        raise UserError(f"{key}={path} contains {count} {{}}", fix, key=key, value=path)
+    return template
 
 
 @dataclass(frozen=True)
-class _Wording:
-    """What stands around the problems of one dataset."""
+class _PromptFormat:
+    """The prompt file and the system prompt of one dataset."""
 
     prompt: Template | None
     system: str | None
 
     @classmethod
-    def of(cls, dataset: DatasetConfig, where: str) -> _Wording:
+    def of(cls, dataset: DatasetConfig, key: str) -> _PromptFormat:
         prompt_file, system_file = dataset.prompt_file, dataset.system_prompt_file
         return cls(
-            read_prompt_file(prompt_file, f"{where}.prompt_file") if prompt_file else None,
-            read_text(system_file, f"{where}.system_prompt_file") if system_file else None,
+            read_prompt_file(prompt_file, f"{key}.prompt_file") if prompt_file else None,
+            read_text(system_file, f"{key}.system_prompt_file") if system_file else None,
         )
 
     def chat(self, problem: Problem) -> Messages:
@@ -216,51 +242,51 @@ class _Wording:
 
 @dataclass(frozen=True)
 class _Chats(Sequence[Messages]):
-    """The conversations of a dataset's problems, each made when it is read: all at once they would fill the memory."""
+    """The conversations of a dataset, created on access to save memory."""
 
-    wording: _Wording
+    format: _PromptFormat
     problems: Problems
 
     def __len__(self) -> int:
         return len(self.problems)
 
     @overload
-    def __getitem__(self, place: int) -> Messages: ...
+    def __getitem__(self, at: int) -> Messages: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Messages]: ...
-    def __getitem__(self, place: int | slice) -> Messages | list[Messages]:
-        if isinstance(place, slice):
-            return [self.wording.chat(problem) for problem in self.problems[place]]
-        return self.wording.chat(self.problems[place])
+    def __getitem__(self, at: slice) -> list[Messages]: ...
+    def __getitem__(self, at: int | slice) -> Messages | list[Messages]:
+        if isinstance(at, slice):
+            return [self.format.chat(problem) for problem in self.problems[at]]
+        return self.format.chat(self.problems[at])
 
 
-def _tokenised(
+def _tokenized(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None
 ) -> list[array[int]]:
     rows: list[array[int]] = []
     for start in range(0, len(chats), _CHUNK):
         rows += [array("i", ids) for ids in chat_ids(tokenizer, chats[start : start + _CHUNK], template_kwargs)]
         if len(rows) % (10 * _CHUNK) == 0:
-            logger.info("tokenised %d of %d prompts", len(rows), len(chats))
+            log.info("tokenized %d of %d prompts", len(rows), len(chats))
     return rows
 
 
-def _fitting(
-    problems: Problems, rows: Sequence[array[int]], inside_thought: bytearray, max_tokens: int, where: str
+def _without_long_prompts(
+    problems: Problems, rows: Sequence[array[int]], inside_thought: bytearray, max_tokens: int, key: str
 ) -> Prompts:
-    """The prompts of at most ``max_tokens`` tokens; says how many there are, and warns of those left out."""
     kept = [i for i, ids in enumerate(rows) if len(ids) <= max_tokens]
     skipped = len(rows) - len(kept)
-    remedy = "raise data.max_input_seq_length and policy.max_total_sequence_length, or shorten the problems"
+    fix = "raise data.max_input_seq_length and policy.max_total_sequence_length, or shorten the problems"
     if not kept:
-        raise UserError(f"{where}: all {len(rows)} prompts are longer than {max_tokens} tokens: {remedy}")
-    if skipped:
-        longest = max(map(len, rows))
-        logger.warning(
-            "%s: %d of %d prompts are longer than %d tokens (the longest has %d) and are skipped: %s",
-            *(where, skipped, len(rows), max_tokens, longest, remedy),
+        raise UserError(
+            f"{key}: all {len(rows)} prompts are longer than {max_tokens} tokens", fix, key=key, value=len(rows)
         )
-    logger.info("%s: %d prompts", where, len(kept))
+    if skipped:
+        log.warning(
+            "%s: skipping %d of %d prompts that are longer than %d tokens (longest: %d): %s",
+            *(key, skipped, len(rows), max_tokens, max(map(len, rows)), fix),
+        )
+    log.info("%s: %d prompts", key, len(kept))
     tokens, bounds = array("i"), array("q", [0])
     for i in kept:
         tokens.extend(rows[i])
@@ -271,43 +297,49 @@ def _fitting(
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """Which prompts a step takes: a pure function of (seed, step), the same on every rank. Steps count from 0.
+    """The prompts of each step: a pure function of (seed, step), equal on all ranks. Steps count from 0.
 
-    Every epoch has its own permutation, by (seed, epoch), cut into batches of ``num_prompts_per_step``; the rest at the
-    end of an epoch that fills no batch is left out of that epoch. With ``shuffle`` off the order is the datasets'.
-    Raises UserError if there are fewer prompts than one step takes.
+    Every epoch has its own permutation, derived from (seed, epoch) and cut into batches of ``num_prompts_per_step``;
+    an incomplete last batch is dropped. Raises UserError if there are fewer prompts than one step needs.
     """
 
     prompts: Prompts
+    """All prompts."""
     num_prompts_per_step: int
+    """Number of prompts in a batch."""
     seed: int
+    """Seed of the permutations."""
     shuffle: bool = True
-    inputs: Content = field(default_factory=dict)
-    """Hashes of what the prompts and the teacher's prefixes are made from."""
+    """Whether epochs are permuted; otherwise prompts keep the order of the datasets."""
+    input_hashes: ContentHashes = field(default_factory=dict)
+    """Hashes of the inputs of prompts and teacher prefixes."""
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
         if not 1 <= self.num_prompts_per_step <= n:
             raise UserError(
-                f"distillation.num_prompts_per_step={self.num_prompts_per_step} does not fit the {n} prompts of "
-                f"data.train: set it to 1..{n}, or raise data.train.repeat"
+                f"distillation.num_prompts_per_step={self.num_prompts_per_step} must be between 1 and {n}, the number"
+                " of prompts in data.train",
+                "change it, or raise data.train.repeat",
+                key="distillation.num_prompts_per_step",
+                value=self.num_prompts_per_step,
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in one pass over the prompts."""
+        """Return the number of full batches in one epoch."""
         return len(self.prompts) // self.num_prompts_per_step
 
     def steps(self, max_num_steps: int, max_num_epochs: int) -> int:
-        """How many steps a whole run takes: until the first of the two limits."""
+        """Return the number of steps of the run: the smaller of the two limits."""
         return min(max_num_steps, max_num_epochs * self.steps_per_epoch)
 
     def epoch(self, step: int) -> int:
-        """The epoch that ``step`` belongs to, from 0."""
+        """Return the epoch of ``step``, from 0."""
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> tuple[Prompt, ...]:
-        """The prompts of ``step``."""
+        """Return the prompts of ``step``."""
         start = step % self.steps_per_epoch * self.num_prompts_per_step
         order = self._permutation(self.epoch(step))
         return tuple(self.prompts[i] for i in order[start : start + self.num_prompts_per_step])
@@ -324,16 +356,19 @@ class PromptOrder:
 
     @cached_property
     def _permutations(self) -> dict[int, list[int]]:
-        """The latest epoch's permutation, kept because a shuffle of 100k takes longer than a batch."""
+        """Return the cache of the current epoch's permutation: shuffling 100k prompts is slow."""
         return {}
 
     @property
-    def content(self) -> Content:
-        """``inputs``, and the hash of the tokens that follow from them."""
-        return {**self.inputs, TOKENS: self.prompts.fingerprint}
+    def content_hashes(self) -> ContentHashes:
+        """Return ``input_hashes`` and the hash of the tokens."""
+        return {**self.input_hashes, TOKENS: self.prompts.fingerprint}
 
     def state(self, step: int) -> dict[str, Any]:
-        """The position before ``step``, for a checkpoint: plain JSON."""
+        """Return the position before ``step`` as JSON, for a checkpoint.
+
+        ``sums`` holds the prompts' checksums in base85, so that a resume can report how many prompts changed.
+        """
         return {
             "step": step,
             "epoch": self.epoch(step),
@@ -343,37 +378,39 @@ class PromptOrder:
             "num_prompts_per_step": self.num_prompts_per_step,
             "num_prompts": len(self.prompts),
             "fingerprint": self.prompts.fingerprint,
-            "content": dict(self.content),
-            "sums": base64.b85encode(self.prompts.sums.tobytes()).decode(),
+            "content": dict(self.content_hashes),
+            "sums": base64.b85encode(self.prompts.checksums.tobytes()).decode(),
         }
 
     def changes(self, state: Mapping[str, Any]) -> list[str]:
-        """What differs from a saved position's data, prompts and order of prompts, one phrase each.
+        """Return one phrase per difference from a saved position: inputs of the prompts, and settings of the order.
 
-        The seed may differ: then only the steps from here on have another order. A position of an earlier version holds
-        the hash of the tokens alone.
+        A different seed is no difference: it changes the order of later steps only. Positions of earlier versions
+        contain the hash of the tokens only. Phrases about settings equal those of ``recipe_diff.changed_keys``, so that
+        a resume reports them once.
         """
-        then: Content = state.get("content", {TOKENS: state["fingerprint"]})
+        saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
-        if parts := changed_parts(then, self.content):
-            changes.append(f"{subjects(parts, known=len(then) > 1)} changed{self._difference(state)}")
+        if parts := changed_parts(saved, self.content_hashes):
+            change = describe_change(parts, all_compared=len(saved) > 1)
+            changes.append(f"{change}{self._count_changed_prompts(state)}")
         return changes + [
             f"{key} was {type(now)(state[name])} and is {now}"
             for name, key in _SETTINGS.items()
             if state[name] != (now := getattr(self, name))
         ]
 
-    def _difference(self, state: Mapping[str, Any]) -> str:
-        """In brackets, how many prompts a saved position had and how many are other ones; empty where none is."""
+    def _count_changed_prompts(self, state: Mapping[str, Any]) -> str:
+        """Return the numbers of removed and added prompts in brackets; empty if all prompts are equal."""
         if state["fingerprint"] == self.prompts.fingerprint:
             return ""
-        then = Counter(array("I", base64.b85decode(str(state["sums"]))))
-        now = Counter(self.prompts.sums)
-        gone, new = (then - now).total(), (now - then).total()
-        if not gone and not new:
-            return f" (its {now.total()} prompts are the same in another order)"
-        return f" (of its {then.total()} prompts {gone} are gone, and of the {now.total()} now {new} are new)"
+        before = Counter(array("I", base64.b85decode(str(state["sums"]))))
+        after = Counter(self.prompts.checksums)
+        removed, added = (before - after).total(), (after - before).total()
+        if not removed and not added:
+            return f" (same {after.total()} prompts in a different order)"
+        return f" ({removed} of {before.total()} prompts removed, {added} added)"
 
 
 _SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
-"""The fields that make the order of prompts, and the keys they come from."""
+"""Fields that determine the order of prompts, with their configuration keys."""

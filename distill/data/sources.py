@@ -1,7 +1,7 @@
-"""Problems from JSON, CSV and Parquet files, folders and hub datasets.
+"""Load problems from JSON, CSV and Parquet files, folders and hub datasets.
 
-Each file is projected to the columns that the run uses, row by row, and the projected rows are joined. More than a few
-MiB of them go into a memory-mapped file (see cache.py), so a rank's memory holds neither the data nor unused columns.
+Each file is projected row by row to the columns that the run uses. Projected rows of more than a few MiB are stored in
+a memory-mapped file (see cache.py), so a rank's memory holds neither the data nor unused columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.data.columns import Columns, Row, TextColumn
+from distill.data.columns import Columns, Row, TextColumn, setting_error
 from distill.data.files import COMPRESSIONS, KINDS, DataFile, kind_of, read_rows, table_rows
 from distill.data.folders import split_files
 from distill.data.table import Problems, ProblemTable, Source, read_table
@@ -24,158 +24,156 @@ from distill.errors import UserError, reason
 if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Known:
-    """The hub dataset and the columns behind a short name."""
+class KnownDataset:
+    """A hub dataset and its columns, selected by a short name."""
 
     hub: str
+    """Name of the dataset on the hub."""
     input_key: str
+    """Default of the dataset's input_key."""
     output_key: str
+    """Default of the dataset's output_key."""
     subsets: tuple[str | None, ...] = (None,)
-    """Read one after the other."""
+    """Subsets, which are concatenated."""
     split: str = "train"
+    """Default of the dataset's split."""
     output_pattern: str | None = None
-    """The default of the dataset's output_pattern, as long as its output_key is this one."""
+    """Default of the dataset's output_pattern, unless the recipe names another output_key."""
 
 
-KNOWN = {
-    "DeepScaler": Known("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer"),
-    "AIME2024": Known("HuggingFaceH4/aime_2024", "problem", "answer"),
-    "AIME2025": Known("opencompass/AIME2025", "question", "answer", ("AIME2025-I", "AIME2025-II"), "test"),
-    "AIME2026": Known("MathArena/aime_2026", "problem", "answer"),
-    "MATH500": Known("HuggingFaceH4/MATH-500", "problem", "answer", split="test"),
-    "GSM8K": Known("openai/gsm8k", "question", "answer", ("main",), output_pattern="####"),
-    "OpenMathInstruct-2": Known("nvidia/OpenMathInstruct-2", "problem", "expected_answer", split="train_1M"),
-    "OpenR1-Math-220k": Known("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
-    "DAPOMath17K": Known("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
+KNOWN_DATASETS = {
+    "DeepScaler": KnownDataset("agentica-org/DeepScaleR-Preview-Dataset", "problem", "answer"),
+    "AIME2024": KnownDataset("HuggingFaceH4/aime_2024", "problem", "answer"),
+    "AIME2025": KnownDataset("opencompass/AIME2025", "question", "answer", ("AIME2025-I", "AIME2025-II"), "test"),
+    "AIME2026": KnownDataset("MathArena/aime_2026", "problem", "answer"),
+    "MATH500": KnownDataset("HuggingFaceH4/MATH-500", "problem", "answer", split="test"),
+    "GSM8K": KnownDataset("openai/gsm8k", "question", "answer", ("main",), output_pattern="####"),
+    "OpenMathInstruct-2": KnownDataset("nvidia/OpenMathInstruct-2", "problem", "expected_answer", split="train_1M"),
+    "OpenR1-Math-220k": KnownDataset("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
+    "DAPOMath17K": KnownDataset("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
 }
-"""The reference system's short names, with its columns."""
+"""Short names of NeMo-RL, with the columns that NeMo-RL reads."""
 
 
 _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
-_FILE = "file, which is one split"
+
+
+def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, DatasetConfig]]:
+    """Yield each dataset with its key: "data.train" for a single dataset, "data.train[1]" for one of several."""
+    if not datasets:
+        raise _no_dataset(key)
+    for i, dataset in enumerate(datasets):
+        yield (key if len(datasets) == 1 else f"{key}[{i}]"), dataset
+
+
+def _no_dataset(key: str) -> UserError:
+    return UserError(f"{key} names no dataset", f"set {key}.data_path or {key}.dataset_name", key=key)
 
 
 def load_problems(
-    datasets: Sequence[DatasetConfig],
-    where: str = "data.train",
-    trace_column: str | None = None,
-    columns: Sequence[TextColumn] = (),
+    dataset: DatasetConfig, key: str, trace_column: str | None = None, trace_required: bool = True
 ) -> Problems:
-    """All problems of ``datasets``, one after the other, each dataset repeated as it asks.
+    """Load the problems of one dataset, concatenated ``repeat`` times.
 
-    ``where`` is the configuration key in messages. Problem.columns holds ``trace_column`` and ``columns``, whose values
-    are texts or null; null becomes "". Raises UserError for what the user can correct: a missing file, an empty
-    dataset, a missing column, a malformed line, a column of the wrong type, a hub that can't be reached.
-    """
-    parts = keyed(datasets, where)
-    return Problems.joined([load_dataset_problems(part, key, trace_column, columns=columns) for key, part in parts])
-
-
-def keyed(datasets: Sequence[DatasetConfig], where: str) -> Iterator[tuple[str, DatasetConfig]]:
-    """Each dataset with its key: "data.train" for a single one, "data.train[1]" for one of several."""
-    if not datasets:
-        raise UserError(f"{where} names no dataset: set {where}.data_path or {where}.dataset_name")
-    for i, dataset in enumerate(datasets):
-        yield (where if len(datasets) == 1 else f"{where}[{i}]"), dataset
-
-
-def load_dataset_problems(
-    dataset: DatasetConfig,
-    where: str,
-    trace_column: str | None = None,
-    trace_needed: bool = True,
-    columns: Sequence[TextColumn] = (),
-) -> Problems:
-    """The problems of one dataset, ``repeat`` times over: first all of them once, then all of them again.
-
-    Without ``trace_needed`` a row may lack ``trace_column``, and its problem lacks it then.
+    ``key`` is the dataset's configuration key, for messages. Problem.columns contains ``trace_column``; null becomes
+    "". Without ``trace_required``, rows may lack the column. Raises UserError for a missing file, an empty dataset, a
+    missing column or one of the wrong type, a malformed line, and a hub that cannot be reached.
     """
     if dataset.repeat < 1:
-        raise UserError(f"{where}.repeat={dataset.repeat} is no number of times to read it: set it to at least 1")
-    trace = () if trace_column is None else (TextColumn(trace_column, _TRACE_KEY, trace_needed),)
-    used = _columns(dataset, where, (*trace, *columns))
-    slices = _tables(dataset, used)
+        repeat = dataset.repeat
+        raise UserError(
+            f"{key}.repeat={repeat} must be positive", "set it to at least 1", key=f"{key}.repeat", value=repeat
+        )
+    trace = () if trace_column is None else (TextColumn(trace_column, _TRACE_KEY, trace_required),)
+    columns = _columns(dataset, key, trace)
+    slices = _tables(dataset, columns)
     rows = sum(stop - start for _, start, stop in slices)
+    source = columns.source
     if not rows:
-        raise UserError(f"{where}: {used.source} is empty: give it at least one problem")
+        raise UserError(f"{key}: {source} is empty", "add at least one problem", key=key, value=source)
     found = [(table, table.with_text(start, stop)) for table, start, stop in slices]
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
-        raise UserError(f"{where}: no row of {used.source} has any text in {used.input_key}: check {where}.input_key")
+        raise setting_error(
+            *(f"{key}.input_key", columns.input_key),
+            f"has no text in any row of {source}",
+            "name the column of the problems",
+        )
     if skipped:
-        logger.warning("%s: %d of the %d rows of %s have no text and are skipped", where, skipped, rows, used.source)
-    _check_matches(found, used)
+        log.warning("%s: %d of %d rows of %s have no text and are skipped", key, skipped, rows, source)
+    _check_matches(found, columns)
     return Problems.joined([Problems([table], kept) for table, kept in found]).repeated(dataset.repeat)
 
 
-def _columns(dataset: DatasetConfig, where: str, others: tuple[TextColumn, ...]) -> Columns:
-    """Keys that the user left out come from the short name's table; else they are "input" and "output"."""
+def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
+    """Complete the dataset's keys from the defaults of its short name, otherwise with "input" and "output"."""
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
     if pattern is None and known is not None and dataset.output_key in (None, known.output_key):
         pattern = known.output_pattern
     return Columns(
         source=dataset.data_path or (known.hub if known else dataset.dataset_name) or "",
-        where=where,
+        key=key,
         input_key=dataset.input_key or (known.input_key if known else "input"),
         output_key=dataset.output_key or (known.output_key if known else "output"),
-        needs_answer=dataset.output_key is not None or known is not None,
+        answer_required=dataset.output_key is not None or known is not None,
         output_pattern=pattern,
-        others=others,
+        extra=extra,
     )
 
 
-def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], used: Columns) -> None:
-    """Refuse an output_pattern that no gold answer matches, and warn of those that don't match."""
-    lacking = [(table, row) for table, kept in found for row in table.without_match(kept)]
-    if not lacking:
+def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns: Columns) -> None:
+    """Raise UserError if ``output_pattern`` matches no gold answer; warn if it misses some of them."""
+    unmatched = [(table, row) for table, kept in found for row in table.without_match(kept)]
+    if not unmatched:
         return
-    table, row = lacking[0]
-    pattern = f"{used.where}.output_pattern={used.output_pattern}"
+    table, row = unmatched[0]
+    key, pattern = f"{columns.key}.output_pattern", columns.output_pattern or ""
     if not any(table.problem(row).answer for table, kept in found for row in kept):
-        raise UserError(
-            f"{pattern} matches no gold answer in {used.output_key} of {used.source} (the first is in"
-            f" {table.place(row)}): correct it, or set it to null where the column holds nothing but the gold answer"
+        raise setting_error(
+            *(key, pattern),
+            f"matches no gold answer in {columns.output_key} of {columns.source} (first row: {table.location(row)})",
+            "correct it, or set it to null if the column contains only gold answers",
         )
-    logger.warning(
-        "%s does not match the gold answers of %d of %d problems, the first in %s: they have no gold answer now",
-        *(pattern, len(lacking), sum(len(kept) for _, kept in found), table.place(row)),
+    log.warning(
+        "%s=%s does not match the gold answers of %d of %d problems, so these have no gold answer (first: %s)",
+        *(key, pattern, len(unmatched), sum(len(kept) for _, kept in found), table.location(row)),
     )
 
 
-def _known(name: str | None) -> Known | None:
-    for short, known in KNOWN.items():
+def _known(name: str | None) -> KnownDataset | None:
+    for short, known in KNOWN_DATASETS.items():
         if name is not None and name.lower() in (short.lower(), known.hub.lower()):
             return known
     return None
 
 
 Slice = tuple[ProblemTable, int, int]
-"""Rows of a table, from the first to before the last."""
+"""A table, its first row to take and the row after the last one."""
 
 
 def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
-    """The rows of a file, a folder or a hub dataset; a path wins over a name."""
-    where = columns.where
+    """Read a file, a folder or a hub dataset; ``data_path`` has priority over ``dataset_name``."""
     if dataset.data_path:
         path = Path(dataset.data_path).expanduser()
         if os.path.exists(path) or not _is_hub_name(dataset.data_path):
             return _path_tables(path, dataset, columns)
         return _hub_tables(dataset.data_path, (dataset.subset,), dataset.split or "train", columns, "data_path")
     if not dataset.dataset_name:
-        raise UserError(f"{where} names no dataset: set {where}.data_path or {where}.dataset_name")
+        raise _no_dataset(columns.key)
     known = _known(dataset.dataset_name)
     if known is not None:
         subsets = (dataset.subset,) if dataset.subset else known.subsets
         return _hub_tables(known.hub, subsets, dataset.split or known.split, columns, "dataset_name")
     if not _is_hub_name(dataset.dataset_name):
-        raise UserError(
-            f"{where}.dataset_name={dataset.dataset_name} is not among the known names ({', '.join(KNOWN)}): "
-            f"write it as the hub does, owner/name, or set {where}.data_path to a file"
+        raise setting_error(
+            *(f"{columns.key}.dataset_name", dataset.dataset_name),
+            f"is neither a short name ({', '.join(KNOWN_DATASETS)}) nor a hub dataset (owner/name)",
+            f"correct it, or set {columns.key}.data_path to a file",
         )
     return _hub_tables(dataset.dataset_name, (dataset.subset,), dataset.split or "train", columns, "dataset_name")
 
@@ -185,18 +183,20 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _path_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
-    key = f"{columns.where}.data_path={path}"
+    file = DataFile(path, columns)
     if not os.path.exists(path):
-        raise UserError(f"{key} does not exist (looked in {Path.cwd()}): correct the path")
+        raise file.error(f"does not exist (working directory: {Path.cwd()})", "correct the path")
     if path.is_dir():
         return _folder_tables(path, dataset, columns)
-    if not path.is_file():  # a pipe, say, whose reader waits for ever
-        raise UserError(f"{key} is neither a file nor a folder: write the problems into a file")
+    if not path.is_file():  # reading a named pipe would block forever
+        raise file.error("is neither a file nor a folder", "write the problems into a regular file")
     if not kind_of(path)[0]:
-        raise UserError(
-            f"{key} is of no kind that can be read: use one of {', '.join(KINDS)}, also with {', '.join(COMPRESSIONS)}"
+        raise file.error(
+            "has an unknown file type",
+            f"use one of {', '.join(KINDS)}, optionally compressed ({', '.join(COMPRESSIONS)})",
         )
-    return _sliced(dataset.split or "train", {"train": [path]}, partial(_file_table, columns), columns, _FILE)
+    split = dataset.split or "train"
+    return _sliced(split, {"train": [path]}, partial(_file_table, columns), columns, single_file=True)
 
 
 def _file_table(columns: Columns, files: Sequence[Path]) -> ProblemTable:
@@ -204,17 +204,17 @@ def _file_table(columns: Columns, files: Sequence[Path]) -> ProblemTable:
 
 
 def _file_source(path: Path, columns: Columns) -> Source:
-    file = DataFile(path, columns)
-    identity = partial(_identity, path, file.key)
-    return Source(str(path), identity()[1], identity, partial(read_rows, file))
+    identity = partial(_identity, path, f"{columns.key}.data_path", str(path))
+    return Source(str(path), identity()[1], identity, partial(read_rows, DataFile(path, columns)))
 
 
-def _identity(path: Path, key: str) -> list[Any]:
-    """The path, size, times and inode of a file, which change with its content."""
+def _identity(path: Path, key: str, value: str) -> list[Any]:
+    """Return path, size, times and inode of a file: they change with its content."""
     try:
         found = path.stat()
     except OSError as error:
-        raise UserError(f"{key} can't be read ({reason(error)}): correct its permissions or the path") from None
+        problem, fix = f"cannot be read ({reason(error)})", "correct its permissions or the path"
+        raise setting_error(key, value, problem, fix) from None
     return [os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
@@ -223,20 +223,19 @@ def _sliced(
     splits: Mapping[str, Any],
     table_of: Callable[[Any], ProblemTable],
     columns: Columns,
-    what: str = "",
+    single_file: bool = False,
 ) -> Sequence[Slice]:
-    """The rows that a split's specification takes: ``train``, ``train[:90%]``, ``train+test[:10]``.
+    """Return the rows of a split specification such as ``train``, ``train[:90%]`` or ``train+test[:10]``.
 
-    ``table_of`` reads one of ``splits``; ``what``: a file, where there is only one.
+    ``table_of`` reads one of the values of ``splits``.
     """
+    key = f"{columns.key}.split"
     names = [part.partition("[")[0].strip() for part in spec.split("+")]
     if unknown := [name for name in names if name not in splits]:
-        if what:
-            raise _wrong_slice(spec, what, columns.where)
-        raise UserError(
-            f"{columns.where}.split={spec} is not in {columns.source}, which has no {unknown[0]}: set"
-            f" {columns.where}.split to one of {', '.join(splits)}"
-        )
+        if single_file:
+            raise _invalid_split(key, spec, single_file)
+        problem = f"is not in {columns.source}, which has no split {unknown[0]}"
+        raise setting_error(key, spec, problem, f"set {key} to one of {', '.join(splits)}")
     tables = {name: table_of(splits[name]) for name in dict.fromkeys(names)}
     if spec in tables:
         return [(tables[spec], 0, len(tables[spec]))]
@@ -245,22 +244,23 @@ def _sliced(
     try:
         parts = ReadInstruction.from_spec(spec).to_absolute({name: len(table) for name, table in tables.items()})
     except (ValueError, AssertionError):
-        raise _wrong_slice(spec, what or "split", columns.where) from None
+        raise _invalid_split(key, spec, single_file) from None
     taken = [(tables[part.splitname], slice(part.from_, part.to)) for part in parts]
     ends = [(table, *part.indices(len(table))[:2]) for table, part in taken]
     return [(table, start, max(start, stop)) for table, start, stop in ends]
 
 
-def _wrong_slice(spec: str, what: str, where: str) -> UserError:
-    return UserError(f"{where}.split={spec} does not fit a {what}: use null, train or a slice, train[:90%]")
+def _invalid_split(key: str, spec: str, single_file: bool) -> UserError:
+    rule = "does not fit a single file, whose only split is train" if single_file else "is not a valid split or slice"
+    return setting_error(key, spec, rule, "use null, train or a slice such as train[:90%]")
 
 
 def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
-    """A folder that ``save_to_disk`` wrote, or one of data files as the hub has them."""
+    """Read a folder written by ``save_to_disk``, or a folder of data files."""
     split = dataset.split or "train"
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         return _saved_tables(path, split, columns)
-    files = split_files(path, dataset.subset, f"{columns.where}.data_path={path}")
+    files = split_files(path, dataset.subset, f"{columns.key}.data_path")
     if files is None:
         return _hub_tables(str(path), (dataset.subset,), split, columns, "data_path")
     return _sliced(split, files, partial(_file_table, columns), columns)
@@ -269,32 +269,36 @@ def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequ
 def _saved_tables(path: Path, split: str, columns: Columns) -> Sequence[Slice]:
     from datasets import DatasetDict, load_from_disk
 
-    key = f"{columns.where}.data_path={path}"
+    key = f"{columns.key}.data_path"
     try:
         loaded = load_from_disk(str(path))
-    except Exception as error:  # of many kinds, raised by the library's readers for a damaged folder
-        raise UserError(f"{key} is not a complete folder of save_to_disk ({reason(error)}): write it again") from None
-    name = split.partition("[")[0].strip()  # a single dataset is its own split, by any name
+    except Exception as error:  # the library raises many kinds of exception for a damaged folder
+        problem = f"is not a complete save_to_disk folder ({reason(error)})"
+        raise setting_error(key, str(path), problem, "write it again") from None
+    name = split.partition("[")[0].strip()  # a single dataset has one split, which matches any name
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {name: loaded}
-    return _sliced(split, splits, lambda part: _library_table(part, key, columns), columns)
+    return _sliced(split, splits, lambda part: _library_table(part, key, str(path), columns), columns)
 
 
-def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: Columns, key: str) -> Sequence[Slice]:
+def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: Columns, field: str) -> Sequence[Slice]:
+    """Read a dataset that ``datasets.load_dataset`` finds by ``name``, the value of the key ``field``."""
     from datasets import load_dataset
 
+    key = f"{columns.key}.{field}"
     try:
         parts = [load_dataset(name, subset, split=split) for subset in subsets]
-    except Exception as error:  # the library's dozen kinds, and those of every format's reader
-        raise UserError(
-            f"{columns.where}.{key}={name} with split {split} can't be loaded ({reason(error)}): "
-            "check name, subset and split, or fetch it once where the hub can be reached"
+    except Exception as error:  # the library and its readers raise many kinds of exception
+        raise setting_error(
+            *(key, name),
+            f"with split {split} cannot be loaded ({reason(error)})",
+            "check name, subset and split, or download it first on a machine with access to the hub",
         ) from None
-    tables = [_library_table(part, f"{columns.where}.{key}={name}", columns) for part in parts]
+    tables = [_library_table(part, key, name, columns) for part in parts]
     return [(table, 0, len(table)) for table in tables]
 
 
-def _library_table(loaded: Any, key: str, columns: Columns) -> ProblemTable:
-    """The table of a dataset of the ``datasets`` library, which has it memory-mapped."""
+def _library_table(loaded: Any, key: str, value: str, columns: Columns) -> ProblemTable:
+    """Read a dataset of the ``datasets`` library, which is memory-mapped; ``key`` and ``value`` select it."""
     import pyarrow as pa
 
     def rows() -> Iterator[Row]:
@@ -302,10 +306,11 @@ def _library_table(loaded: Any, key: str, columns: Columns) -> ProblemTable:
         try:
             yield from table_rows(used.with_format("arrow").iter(1000))
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise UserError(f"{key} can't be read ({reason(error)}): write or fetch it again") from None
+            problem = f"cannot be read ({reason(error)})"
+            raise setting_error(key, value, problem, "write or download it again") from None
 
     def identity() -> list[Any]:
-        stored = [_identity(Path(file["filename"]), key) for file in loaded.cache_files]
+        stored = [_identity(Path(file["filename"]), key, value) for file in loaded.cache_files]
         return ["datasets", loaded._fingerprint, len(loaded), stored]
 
     return read_table([Source(columns.source, loaded.data.nbytes, identity, rows)], columns)

@@ -1,4 +1,4 @@
-"""Problems as a table: projected rows in Arrow columns, and a lazy sequence of Problem over such tables."""
+"""Problems in Arrow tables of projected rows, and a lazy sequence of Problem over such tables."""
 
 from __future__ import annotations
 
@@ -22,54 +22,58 @@ _BATCH_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a table of the datasets library: each is projected to the wanted columns separately."""
+    """A source of rows: a file, or a table of the datasets library."""
 
     origin: str
-    """Its name in messages."""
+    """Name in messages."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     identity: Callable[[], Any]
-    """JSON that changes whenever the rows change."""
+    """Function that returns JSON that changes whenever the rows change."""
     rows: Callable[[], Iterator[Row]]
+    """Function that reads the rows."""
 
 
 @dataclass(frozen=True)
 class ProblemTable:
-    """The rows of one split of a dataset, blank ones included."""
+    """The rows of one split of a dataset, including rows without text."""
 
     columns: Columns
+    """Columns that were read."""
     origins: Sequence[str]
+    """Names of the sources, indexed by the table's column "origin"."""
     table: pa.Table
+    """Arrow table with the schema of ``_schema``."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def problem(self, row: int) -> Problem:
-        """The problem in ``row``, which must have a text."""
-        text, answer, *others = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.others)))
-        named = zip(self.columns.others, others, strict=True)
+        """Return the problem in ``row``, which must have a text."""
+        text, answer, *extra = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.extra)))
+        named = zip(self.columns.extra, extra, strict=True)
         given = {column.name: value for column, value in named if value is not None}
         return Problem(text, answer or "", self.columns.source, given)
 
-    def place(self, row: int) -> str:
-        """Where a row was read, for messages: line 3 of FILE."""
+    def location(self, row: int) -> str:
+        """Return the location of a row in its source, for messages: line 3 of FILE."""
         origin = self.origins[self.table.column("origin")[row].as_py()]
         return f"{self.table.column('place')[row].as_py()} of {origin}"
 
     def with_text(self, start: int, stop: int) -> Sequence[int]:
-        """The rows of start..stop that have a text."""
+        """Return the numbers of the rows in [start, stop) that have a text."""
         texts = self.table.column("text").slice(start, stop - start)
         if texts.null_count == 0:
             return range(start, stop)
         return _rows_where(texts, start, lambda column: column.is_valid())
 
     def without_match(self, rows: Sequence[int]) -> list[int]:
-        """Those of ``rows`` in whose gold answers output_pattern found nothing."""
+        """Return those of ``rows`` whose gold answer does not match output_pattern."""
         answers = self.table.column("answer")
         if answers.null_count == 0:
             return []
-        lacking = set(_rows_where(answers, 0, lambda column: column.is_null()))
-        return [row for row in rows if row in lacking]
+        unmatched = set(_rows_where(answers, 0, lambda column: column.is_null()))
+        return [row for row in rows if row in unmatched]
 
 
 def _rows_where(column: pa.ChunkedArray, start: int, holds: Callable[[Any], Any]) -> array[int]:
@@ -79,16 +83,15 @@ def _rows_where(column: pa.ChunkedArray, start: int, holds: Callable[[Any], Any]
 
 
 def read_table(sources: Sequence[Source], columns: Columns) -> ProblemTable:
-    """The projected rows of ``sources``, one after the other, from the cache or by way of it.
+    """Return the concatenated projected rows of ``sources``, using the cache (see open_table).
 
-    Every rank of a node calls it; the first builds the file. Raises UserError for a malformed row, and for a file that
-    changes while it is read.
+    Raises UserError for a malformed row, and for a file that changes while it is read.
     """
     identities = [source.identity() for source in sources]
-    read = [columns.input_key, columns.output_key, columns.needs_answer, columns.output_pattern]
-    named = [[column.name, column.needed] for column in columns.others]
+    main = [columns.input_key, columns.output_key, columns.answer_required, columns.output_pattern]
+    extra = [[column.name, column.required] for column in columns.extra]
     table = open_table(
-        [read, named, identities],
+        [main, extra, identities],
         sum(source.size for source in sources),
         _schema(columns),
         lambda: _batches(sources, identities, columns),
@@ -99,9 +102,9 @@ def read_table(sources: Sequence[Source], columns: Columns) -> ProblemTable:
 def _schema(columns: Columns) -> pa.Schema:
     import pyarrow as pa
 
-    others = [(f"column {i}", pa.string()) for i in range(len(columns.others))]
-    place = [("place", pa.string()), ("origin", pa.int32())]
-    return pa.schema([("text", pa.string()), ("answer", pa.string()), *others, *place])
+    extra = [(f"column {i}", pa.string()) for i in range(len(columns.extra))]
+    location = [("place", pa.string()), ("origin", pa.int32())]
+    return pa.schema([("text", pa.string()), ("answer", pa.string()), *extra, *location])
 
 
 def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Columns) -> Iterator[pa.RecordBatch]:
@@ -119,15 +122,16 @@ def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Colu
                 yield pa.record_batch(list(zip(*rows, strict=True)), schema=schema)
                 rows, characters = [], 0
         if source.identity() != identities[i]:
-            raise UserError(f"{columns.where}: {source.origin} changed while it was read: start again")
+            problem = f"{columns.key}: {source.origin} changed while it was read"
+            raise UserError(problem, "start again", key=columns.key, value=source.origin)
     if rows:
         yield pa.record_batch(list(zip(*rows, strict=True)), schema=schema)
 
 
 class Problems(Sequence[Problem]):
-    """The problems in chosen rows of tables; a Problem is made when it is read, and nothing is copied.
+    """The problems in selected rows of tables; a Problem is created on access.
 
-    ``rows`` counts through all tables: the second table's first row comes after the first table's last one.
+    ``rows`` are row numbers of the concatenated tables.
     """
 
     def __init__(self, tables: Sequence[ProblemTable], rows: Sequence[int]) -> None:
@@ -139,7 +143,7 @@ class Problems(Sequence[Problem]):
 
     @classmethod
     def joined(cls, parts: Sequence[Problems]) -> Problems:
-        """The problems of all ``parts``, one after the other."""
+        """Concatenate ``parts``."""
         if len(parts) == 1:
             return parts[0]
         rows, start = array("q"), 0
@@ -168,9 +172,9 @@ class Problems(Sequence[Problem]):
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     def select(self, positions: Sequence[int]) -> Problems:
-        """The problems at ``positions``, in their order."""
+        """Return the problems at ``positions``, in this order."""
         return Problems(self._tables, array("q", (self._rows[i] for i in positions)))
 
     def repeated(self, times: int) -> Problems:
-        """All problems once, then all of them again."""
+        """Concatenate ``times`` copies; the tables are shared."""
         return self if times == 1 else Problems(self._tables, array("q", self._rows) * times)

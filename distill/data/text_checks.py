@@ -1,4 +1,4 @@
-"""Checks of the user's texts against the tokenizer before the first step: ids, control tokens, changed characters."""
+"""Checks of the prompts before the first step: ids without an embedding, control tokens, text that is not preserved."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any
 
 from distill.data.grading import THINK_TAGS
-from distill.data.tokenizer import changed_by_round_trip
+from distill.data.tokenizer_checks import changed_by_round_trip
 from distill.errors import UserError, show
-from distill.types import Problem, Prompt
+from distill.types import Prompt
 
 log = logging.getLogger(__name__)
 
 _ROUND_TRIPS = 32
-"""Problems of a dataset list whose text is decoded again."""
+"""Number of problems of a dataset list that are encoded and decoded for comparison."""
 
 
 def check_texts(
@@ -27,13 +27,12 @@ def check_texts(
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> None:
-    """Check prompts: refuse an id past the embeddings, warn of text that the model reads differently.
+    """Raise UserError for an id without an embedding; warn of text that the model does not read as written.
 
-    ``prompts`` are iterated more than once; ``where``: the key that a message names; ``trace_column``: a column whose
-    text the teacher reads, where ``think_tags`` are meant. Each warning names the number of prompts and the first one:
-    control tokens of the chat template inside a problem or a trace, characters that the vocabulary lacks, texts that
-    encoding and decoding change.
-    Raises UserError with the row.
+    ``prompts`` are iterated several times. ``where``: the configuration key of the datasets, for messages.
+    ``trace_column``: a column that the teacher reads and that may contain ``think_tags``. Warnings count the prompts
+    and name the first one. They report control tokens of the chat template inside a problem or a trace, characters
+    that the vocabulary lacks, and texts that encoding and decoding change.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
@@ -44,53 +43,56 @@ def check_texts(
     changed = changed_by_round_trip(tokenizer, [prompt.problem.text for prompt in problems])
     if changed:
         log.warning(
-            "%s: the tokenizer does not keep the text of %d of the first %d problems (%r comes back as %r): the model"
-            " reads them changed",
+            "%s: the tokenizer changes the text of %d of the first %d problems (%r is decoded as %r): the model reads"
+            " the changed text",
             *(where, len(changed), len(problems), *map(show, _around_difference(*changed[0]))),
         )
 
 
 def largest_id(tokenizer: Any) -> int:
-    """The largest id that the tokenizer can give."""
+    """Return the largest id in the tokenizer's vocabulary."""
     return int(max(tokenizer.get_vocab().values()))
 
 
 def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, key: str) -> None:
-    """Raise UserError, beginning with ``what``, for an id that the models' embeddings don't have."""
-    if (beyond := max(ids, default=0)) >= valid_vocab:
-        (token,) = tokenizer.convert_ids_to_tokens([beyond])
+    """Raise UserError if ``ids``, named ``what`` in the message, has an id that is not below ``valid_vocab``."""
+    largest = max(ids, default=0)
+    if largest >= valid_vocab:
+        (token,) = tokenizer.convert_ids_to_tokens([largest])
         raise UserError(
-            f"{what} holds the token {token!r} with the id {beyond}, and the smaller of the embeddings of"
-            f" policy.model_name and teacher.model_name ends at {valid_vocab - 1}: take it out of the text and the chat"
-            " template, or choose models whose embeddings have a row for it"
+            f"{what} contains the token {token!r} with id {largest}, but the smaller embedding of policy.model_name and"
+            f" teacher.model_name ends at id {valid_vocab - 1}",
+            "remove the token from the text and the chat template, or choose models with an embedding for it",
+            key=key,
+            value=token,
         )
 
 
 def _row(prompt: Prompt, where: str) -> str:
-    return f"{where}: problem {prompt.prompt_id + 1}{named(prompt.problem)}"
-
-
-def named(problem: Problem) -> str:
-    """A problem's source and the start of its text, in brackets."""
+    """Return the prompt's number, source and first characters, for messages."""
+    problem = prompt.problem
     source = f"{problem.source}: " if problem.source else ""
-    return f" ({source}{problem.text[:40]!r})"
+    return f"{where}: problem {prompt.prompt_id + 1} ({source}{problem.text[:40]!r})"
 
 
 def _warn_of_control_tokens(
     prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None, think_tags: tuple[str, str]
 ) -> None:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
-    remedy = "as a control token, not as text: take it out of the data unless that is meant"
+    remedy = "as a control token, not as text: remove it from the data unless that is intended"
     texts = ((prompt, prompt.problem.text) for prompt in prompts)
-    _warn_of(_control_tokens(texts, tokens), where, f"have %s in their text, which the model reads {remedy}")
+    _warn_of(_control_tokens(texts, tokens), where, f"contain %s in their text, and the model reads it {remedy}")
     if column is not None:
         texts = ((prompt, prompt.problem.columns.get(column, "")) for prompt in prompts)
         found = _control_tokens(texts, tokens - set(think_tags))
-        _warn_of(found, where, f"have %s in the column {column}, which the teacher reads {remedy}")
+        _warn_of(found, where, f"contain %s in the column {column}, and the teacher reads it {remedy}")
 
 
 def _control_tokens(texts: Iterable[tuple[Prompt, str]], tokens: set[str]) -> Iterator[tuple[Prompt, str]]:
-    """The first token in each text that has one. A pattern of thousands of tokens would take milliseconds a text."""
+    """Yield the prompt and first token of each text that contains one of ``tokens``.
+
+    Searches for first characters and then compares: a pattern of thousands of tokens takes milliseconds per text.
+    """
     if not tokens:
         return
     starts = re.compile(f"[{''.join(re.escape(start) for start in sorted({token[0] for token in tokens}))}]")
@@ -108,10 +110,11 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
     if number is None or number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
     hits = ((prompt, unknown) for prompt in prompts if number in prompt.student_ids)
-    _warn_of(hits, where, "have characters that the vocabulary lacks and that the model reads as %s")
+    _warn_of(hits, where, "contain characters that the vocabulary lacks and that the model reads as %s")
 
 
 def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str) -> None:
+    """Log the number of ``hits`` (prompt, token) and the first one; the token replaces %s in ``fault``."""
     first = next(hits, None)
     if first is not None:
         prompt, token = first
@@ -120,7 +123,7 @@ def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str) -> None
 
 
 def _around_difference(text: str, back: str) -> tuple[str, str]:
-    """The two texts from shortly before the first character in which they differ."""
+    """Return 60 characters of both texts around the first difference."""
     same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     begin = max(0, same - 20)
     return text[begin : begin + 60], back[begin : begin + 60]

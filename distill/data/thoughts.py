@@ -1,7 +1,7 @@
-"""Whether a prompt ends inside an open thought, and the spans of thought in a text.
+"""Think blocks: extract their text, and detect prompts that end inside one.
 
 Chat templates of reasoning models may end the generation prompt with an opening tag (``<think>``). The response then
-begins inside the thought and holds only the closing tag.
+begins inside the think block and contains only the closing tag.
 """
 
 from __future__ import annotations
@@ -22,46 +22,48 @@ log = logging.getLogger(__name__)
 
 _KEY = "distillation.context_distillation.trace_extractor.think_tags"
 _TAIL = 256
-"""Tokens at a prompt's end that are decoded: more than any generation prompt has."""
+"""Number of tokens at a prompt's end that are decoded; generation prompts are shorter."""
 _CHUNK = 1000
+"""Number of prompts that are decoded in one call."""
 _END_OF_MESSAGE = "[end of message 5b1c92e7]"
-"""Marks where the last message ends in a rendered conversation; a text that no message contains by chance."""
+"""Marks the end of the last message in a rendered chat; no real message contains this text."""
 _THINK_LIKE = re.compile(r"(?:<\|?[\w:]*(?:think|thought)\w*\|?>|\[THINK\])\Z", re.IGNORECASE)
+"""A text that ends with the opening tag of some model."""
 
 
 def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bool = False) -> str:
-    """The span of thought in ``text`` that ``extractor`` selects, without surrounding white space; "" if none.
+    """Return the stripped think block of ``text`` that ``extractor`` selects; "" if ``text`` has no think block.
 
-    A span begins after an opening tag, or at the start of the text with ``inside_thought``, and ends at the first
-    closing tag that follows; an opening tag inside a span is part of its text, a closing tag outside of a span is
-    ignored. A span without a closing tag is decided by ``extractor.unclosed_span``. So the result with
-    ``inside_thought`` is that of the opening tag followed by ``text``. ``type=full_text`` takes all of the text.
+    A think block begins after an opening tag and ends at the next closing tag. An opening tag inside a block is part of
+    its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines what happens without a
+    closing tag. ``inside_thought``: the prompt ends with an opening tag, so the text begins inside a block.
+    ``extractor.type="full_text"`` selects the complete text.
     """
     if extractor.type == "full_text":
         return text.strip()
-    spans = list(_spans(extractor.think_tags[0] + text if inside_thought else text, extractor))
-    if not spans:
+    blocks = list(_think_blocks(extractor.think_tags[0] + text if inside_thought else text, extractor))
+    if not blocks:
         return ""
-    return {"first": spans[0], "last": spans[-1], "longest": max(spans, key=len)}[extractor.selection]
+    return {"first": blocks[0], "last": blocks[-1], "longest": max(blocks, key=len)}[extractor.selection]
 
 
-def _spans(text: str, extractor: TraceExtractorConfig) -> Iterator[str]:
+def _think_blocks(text: str, extractor: TraceExtractorConfig) -> Iterator[str]:
     (opening, closing), at = extractor.think_tags, 0
     while (start := text.find(opening, at)) >= 0:
         start += len(opening)
         end = text.find(closing, start)
         if end >= 0 or extractor.unclosed_span == "to_end":
             yield text[start : end if end >= 0 else None].strip()
-        if end < 0:  # no later span is closed either
+        if end < 0:  # no later block is closed either: searching on would take quadratic time
             return
         at = end + len(closing)
 
 
 def extract_column_trace(text: str, extractor: TraceExtractorConfig) -> str:
-    """The trace in a dataset's column, whose prompt is not known; "" if none.
+    """Return the trace in a dataset's column, for which the prompt is unknown; "" if the column has no think block.
 
-    If the first tag is a closing one, with text before it, the column was written by a model whose prompt opened the
-    thought: that text is the first span. Otherwise as ``extract_trace``.
+    If a closing tag with text before it comes first, the column is a response whose prompt ended with the opening tag;
+    that text is then the first think block. In all other cases this is ``extract_trace``.
     """
     opening, closing = extractor.think_tags
     before, found, _ = text.partition(closing)
@@ -75,12 +77,12 @@ def inside_thoughts(
     think_tags: tuple[str, str] = THINK_TAGS,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """For each prompt 1 if it ends inside an open thought, else 0.
+    """Return one byte per prompt: 1 if the prompt ends inside an open think block, else 0.
 
-    ``ids`` are the prompts' token ids, ``chats`` the conversations that they were rendered from; None for bare text.
-    In a rendered conversation only the generation prompt counts: a tag in a message opens nothing. Bare text, also that
-    of a tokenizer without a chat template, has no such border: it ends inside a thought if the opening tag is its last
-    text. Logs a warning if a generation prompt ends with an opening tag that is not the one of ``think_tags``.
+    ``ids``: the prompts' token ids; ``chats``: the chats that they were rendered from, or None for bare text. In a
+    rendered chat only tags in the generation prompt count, not tags in messages. Bare text, including that of a
+    tokenizer without a chat template, ends inside a think block if its last text is the opening tag. Logs a warning if
+    a generation prompt ends with an opening tag other than that of ``think_tags``.
     """
     opening = think_tags[0]
     rendered = chats is not None and tokenizer.chat_template is not None
@@ -100,39 +102,39 @@ def inside_thoughts(
                 unknown = unknown or (found.group() if found else "")
                 continue
             assert chats is not None
-            # Rendering again is slow. It is needed only where the tag may be a message's.
+            # Rendering again is slow. It is needed only if the tag may belong to a message.
             clear = at_the_end and not any(opening in message["content"] for message in chats[i])
             states.append(clear or _opens(_generation_prompt(tokenizer, chats[i], template_kwargs or {}), think_tags))
     if unknown:
         log.warning(
-            "the chat template of %s ends a prompt with %s, which opens no thought under %s=[%s, %s]: set it to the"
-            " model's opening and closing tag, or traces and grading treat the thoughts as the answer",
+            "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s]: set the"
+            " key to the model's opening and closing tag, or traces and grading treat the reasoning as the final text",
             *(tokenizer.name_or_path, unknown, _KEY, *think_tags),
         )
     return bytes(states)
 
 
 def _opens(text: str, think_tags: tuple[str, str]) -> bool:
-    """Whether the last tag in ``text`` is an opening one."""
+    """Return whether the last tag in ``text`` is the opening tag."""
     return text.rfind(think_tags[0]) > text.rfind(think_tags[1])
 
 
 def _generation_prompt(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], template_kwargs: Mapping[str, Any]
 ) -> str:
-    """What the chat template writes behind the conversation for the response."""
+    """Return the text that the chat template adds after the last message to start the response."""
 
     def render(messages: list[dict[str, str]], generation: bool) -> str:
         settings = {**template_kwargs, "tokenize": False, "add_generation_prompt": generation}
         return str(tokenizer.apply_chat_template(messages, **settings))
 
-    with_it = render(chat, True)
+    complete = render(chat, True)
     try:
-        without = render(chat, False)
-    except Exception:  # the template is a program of the model: it can fail in any way
-        without = ""
-    if without and with_it != without and with_it.startswith(without):
-        return with_it[len(without) :]
-    # The template ignores add_generation_prompt, or ends a conversation without it otherwise.
+        messages_only = render(chat, False)
+    except Exception:  # the template is the model's code and can raise any exception
+        messages_only = ""
+    if messages_only and complete != messages_only and complete.startswith(messages_only):
+        return complete[len(messages_only) :]
+    # The template ignores add_generation_prompt, or renders the last message differently without it.
     last = {**chat[-1], "content": chat[-1]["content"] + _END_OF_MESSAGE}
     return render([*chat[:-1], last], True).rpartition(_END_OF_MESSAGE)[2]

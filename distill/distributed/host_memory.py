@@ -1,4 +1,4 @@
-"""A process's memory on the host: how it holds on to it between steps, and how much it has."""
+"""Host memory of this process: settings of glibc's allocator, and the resident size."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names and numbers of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Let this process's allocator keep what is freed, for what is asked for next; whether it could be told so.
+    """Make the allocator keep freed memory for later allocations; return whether it can.
 
-    By default glibc gives large blocks back at once and every step pays for them again, a page fault per 4 KB: on
-    virtual machines that is a second for 1.3 GB, which a step of a small model asks for. PyTorch does the same on CUDA.
-    Nothing happens where the C library is another one.
+    By default glibc returns large blocks to the operating system immediately, and every step pays a page fault per 4 KB
+    to get them again: on virtual machines that is a second for 1.3 GB, the amount that a step of a small model
+    allocates. PyTorch's allocator for CUDA keeps freed memory too. Other C libraries than glibc are left unchanged.
     """
     mallopt = _glibc("mallopt")
     if mallopt is None:
@@ -25,22 +25,23 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give back what was freed and not asked for again, in tens of milliseconds; now and then, not at every step.
+    """Return freed memory to the operating system.
 
-    What is kept falls to pieces between blocks that stay, and a new large block finds no piece that holds it: in 250
-    steps of a tiny model on two ranks that took 80 MB more, while what was in use stayed the same.
+    Takes tens of milliseconds, so call it at most once per step. Kept memory becomes fragmented, and a new large block
+    fits into no fragment: in 250 steps of a tiny model on two ranks, memory grew by 80 MB while the allocated size
+    stayed the same.
     """
     if (malloc_trim := _glibc("malloc_trim")) is not None:
         malloc_trim(0)
 
 
 def _glibc(name: str) -> Any:
-    """A function of glibc's; None where the C library is another one."""
+    """Return a function of glibc; None with another C library."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def resident_bytes() -> int | None:
-    """Host memory that this process has now, shared libraries and all; None where /proc doesn't tell."""
+    """Return the process's resident memory, including shared libraries; None if /proc is not available."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""What the launcher says of this process's place in the world, checked before anyone waits for others by it."""
+"""Launcher of this process: its variables for this rank, checked before any rank waits for others, and its process."""
 
 from __future__ import annotations
 
@@ -6,60 +6,78 @@ import os
 import socket
 
 from distill.distributed import slurm
+from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PARENT = os.getppid()
-"""Known before anything can take long: who lost it by then has another one already."""
-_REMEDY = "start the program by torchrun or srun, or unset it"
+"""Process id of the parent, read at import: if the parent dies later, os.getppid() changes."""
 
 
 def rank_by_launcher() -> int:
-    """This process's rank by torchrun's or Slurm's variables, 0 without them.
+    """Return this process's rank by the variables of torchrun or Slurm, 0 without them; not a collective.
 
-    Raises UserError for variables that name no place in a world: the process would wait half an hour for nobody. No
-    collective, so that each rank says what is wrong with its own.
+    Raises UserError for invalid variables, with which the process would wait half an hour for ranks that never come.
     """
     variables = {**os.environ, **slurm.torch_environment()}
     if "RANK" not in variables:
         return 0
-    size = _number(variables, "WORLD_SIZE", 1)
-    rank = _number(variables, "RANK", 0, size - 1)
-    local_size = _number({"LOCAL_WORLD_SIZE": str(size), **variables}, "LOCAL_WORLD_SIZE", 1, size)
-    _number({"LOCAL_RANK": "0", **variables}, "LOCAL_RANK", 0, local_size - 1)
-    _number(variables, "MASTER_PORT", 1, 65535)
+    size = integer(variables, "WORLD_SIZE", 1)
+    rank = integer(variables, "RANK", 0, size - 1)
+    local_size = integer(variables, "LOCAL_WORLD_SIZE", 1, size, default=str(size))
+    integer(variables, "LOCAL_RANK", 0, local_size - 1, default="0")
+    integer(variables, "MASTER_PORT", 1, 65535)
     address = variables.get("MASTER_ADDR", "")
     try:
         if not address:
             raise OSError("it is empty")
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR={address} can't be resolved ({error}): {_REMEDY}") from None
+        raise UserError(
+            f"MASTER_ADDR={address} cannot be resolved ({error})",
+            "start the program by torchrun or srun, or unset it",
+            key="MASTER_ADDR",
+            value=address,
+        ) from None
     return rank
 
 
 def has_launcher() -> bool:
-    """Return whether torchrun or Slurm started this process as one of several ranks (or as the only one)."""
+    """Return whether torchrun or Slurm started this process as a rank."""
     return "RANK" in {**os.environ, **slurm.torch_environment()}
 
 
-def launcher() -> int | None:
-    """The process that started this one, which may not outlive it; None without torchrun, as a shell may end first."""
-    return _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
+def is_torchrun() -> bool:
+    """Return whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def launcher_lives() -> bool:
-    """Whether there is no launcher, or it still runs."""
-    return launcher() in (None, os.getppid())
+def launcher_holds_store() -> bool:
+    """Return whether torchrun's agent holds the rendezvous store; otherwise rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def deny_others_writing() -> None:
-    """Whatever this process and its children make from now on, only its owner and perhaps its group can write to."""
+def launch_id() -> str:
+    """Return an id that only the ranks of this launch share; a restart by the launcher has another one.
+
+    It prefixes all keys in the store, so that ranks of another job, or of an earlier attempt, at the same port are
+    ignored. Without torchrun and Slurm it is "0".
+    """
+    if is_torchrun():  # the run id is torchrun's --rdzv-id; its agents keep their store when they restart the ranks
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        return "/".join(os.environ.get(name, "0") for name in names)
+    return os.environ.get(slurm.LAUNCH_ID, "0")
+
+
+def launcher_error(rank: int) -> str | None:
+    """Return a sentence if torchrun's agent, the parent of ``rank``, has ended; else None.
+
+    Always None without torchrun: a shell that starts a process in the background may end first.
+    """
+    if is_torchrun() and os.getppid() != _PARENT:
+        return f"the launcher (process {_PARENT}) of rank {rank} ended"
+    return None
+
+
+def restrict_umask() -> None:
+    """Deny other users write access to files that this process and its children create."""
     os.umask(os.umask(0o077) | 0o002)
-
-
-def _number(variables: dict[str, str], name: str, least: int, most: int | None = None) -> int:
-    text = variables.get(name)
-    if text is not None and text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
-        return int(text)
-    wanted = f"at least {least}" if most is None else f"in {least}..{most}"
-    raise UserError(f"the variable {name}={text or ''} is no whole number {wanted}: {_REMEDY}")

@@ -11,19 +11,20 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch.distributed as dist
 
-from distill.distributed.launcher import deny_others_writing, has_launcher, rank_by_launcher
+from distill.distributed.launcher import has_launcher, rank_by_launcher, restrict_umask
 from distill.distributed.rendezvous import RendezvousError
 from distill.distributed.world import World
 from distill.errors import CollectiveUserError, RunFailed, UserError
-from distill.supervise.status import ExitStatus, lost
-from distill.supervise.supervisor import Supervisor, leave, log_to_console
+from distill.supervise.logs import log_to_console
+from distill.supervise.status import ExitStatus, retryable_failure
+from distill.supervise.supervisor import Supervisor, exit_process
 
-__all__ = ["leave", "log_to_console", "refuse", "run_program", "start_process"]
+__all__ = ["exit_process", "log_to_console", "refuse", "run_program", "start_process"]
 
 
 def start_process() -> None:
     """Set the umask and log to the console of the main rank; comes before anything that logs or writes files."""
-    deny_others_writing()
+    restrict_umask()
     log_to_console(_is_main_or_unknown())
 
 
@@ -65,7 +66,9 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
                 if refused is not None:
                     raise refused
             program(world)
-        status = ExitStatus("finished" if supervisor.stopped is None else "stopped", supervisor.stopped or "", 0)
+        status = ExitStatus(
+            "finished" if supervisor.stop_reason is None else "stopped", supervisor.stop_reason or "", 0
+        )
     except UserError as error:
         status = ExitStatus("refused", str(error), 2)
         single_rank = world.size > 1 and not isinstance(error, CollectiveUserError)
@@ -76,19 +79,19 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
             "failed", f"rank {world.rank}: {type(error).__name__}: {error}", 1, is_connection_loss(error)
         )
         if world.size == 1:
-            supervisor.ends(status)
+            supervisor.set_exit_status(status)
             supervisor.close()
             raise
         if _may_follow_from_peer(error):
-            supervisor.wait_for_the_cause()
+            supervisor.wait_grace_period()
         # A normal interpreter exit could block: its destructors wait for ranks that wait for this one.
         traceback.print_exc()
-        supervisor.leave_alone(status)
+        supervisor.abort(status)
     if single_rank:
-        supervisor.leave_alone(status, _print_error)
+        supervisor.abort(status, _print_error)
     if status.exit_code and is_main:
         _print_error(status.reason)
-    supervisor.ends(status)
+    supervisor.set_exit_status(status)
     world.close()
     supervisor.close()
     return status.exit_code
@@ -100,26 +103,26 @@ def _join_world(supervisor: Supervisor) -> World | int:
         return World(supervisor=supervisor)
     except UserError as error:
         status = ExitStatus("refused", str(error), 2)
-        if supervisor.watches:
-            supervisor.wait_for_the_cause()
+        if supervisor.has_watchdog:
+            supervisor.wait_grace_period()
             by_peer = error.__cause__ is not None and is_connection_loss(error.__cause__)
-            supervisor.leave_alone(lost(str(error.__cause__)) if by_peer else status, _print_error)
+            supervisor.abort(retryable_failure(str(error.__cause__)) if by_peer else status, _print_error)
         return _exit_without_world(supervisor, status)
     except RendezvousError as error:
-        return _exit_without_world(supervisor, lost(str(error)), error.speaks)
+        return _exit_without_world(supervisor, retryable_failure(str(error)), error.report)
     except Exception as error:
         traceback.print_exc()
         status = ExitStatus("failed", f"before all ranks joined: {error}", 1, is_connection_loss(error))
-        if supervisor.watches:
-            supervisor.wait_for_the_cause()
-            supervisor.leave_alone(status)
+        if supervisor.has_watchdog:
+            supervisor.wait_grace_period()
+            supervisor.abort(status)
         return _exit_without_world(supervisor, status, prints=False)
 
 
 def _exit_without_world(supervisor: Supervisor, status: ExitStatus, prints: bool = True) -> int:
     if prints:
         _print_error(status.reason)
-    supervisor.ends(status, alone=True)
+    supervisor.set_exit_status(status, alone=True)
     supervisor.close()
     return status.exit_code
 

@@ -1,4 +1,4 @@
-"""Where ranks find each other: a store, and who has come to it."""
+"""Rendezvous: a key-value store through which the ranks of one launch find each other."""
 
 from __future__ import annotations
 
@@ -13,143 +13,138 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from distill.distributed import slurm
-from distill.distributed.launcher import launcher, launcher_lives
+from distill.distributed.launcher import launch_id, launcher_error, launcher_holds_store
 from distill.errors import UserError
+from distill.supervise.watchdog import rank_names
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 600.0
-"""How long ranks wait for those that have not come: their file systems may be cold, but the others may be dead."""
-_OWN_PATIENCE_S = 20.0
-"""How long rank 0 tries to reach the store that it keeps itself."""
-_SAID_AFTER_S = 20.0
+TIMEOUT_S = 600.0
+"""Seconds to wait for missing ranks: long, because reading Python's files from a cold file system takes minutes."""
+_OWN_STORE_TIMEOUT_S = 20.0
+"""Seconds to wait until rank 0 can connect to the store that it holds itself."""
+_LOG_AFTER_S = 20.0
 _POLL_S = 0.1
-_GIVEN_UP = "given up"
+_TIMED_OUT = "timed out"
 
 
 class RendezvousError(Exception):
-    """Ranks that were to come did not. ``speaks``: whether this rank is the one that says so."""
+    """Some ranks did not come to the rendezvous. ``report``: whether this rank is the one that prints the reason."""
 
-    def __init__(self, reason: str, speaks: bool = True) -> None:
+    def __init__(self, reason: str, report: bool = True) -> None:
         super().__init__(reason)
-        self.speaks = speaks
+        self.report = report
 
 
 class Rendezvous:
-    """The world that torchrun's or Slurm's variables tell of, and the store through which its ranks find each other.
+    """Rank, number of ranks and store of this launch, by the variables of torchrun or Slurm.
 
-    Every rank makes one, calls ``meet`` and then ``connect``. Raises UserError for a port that is taken, and
-    RendezvousError where nobody keeps a store. A world of one has no door at all.
+    Every rank creates one, and calls ``barrier`` and then ``connect``. Raises UserError if the port is in use, and
+    RendezvousError if no process holds a store. A single process without a launcher opens no port.
     """
 
     def __init__(self) -> None:
-        self.rank, self.size, self._where = 0, 1, "this process"
-        self._holds = True
+        self.rank, self.size, self._address = 0, 1, "this process"
+        self.holds_store = True
+        """Whether the store ends with this process."""
         if "RANK" not in os.environ:
             self.store: dist.Store = dist.HashStore()
             return
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._where = f"{host}:{port}"
-        self._holds = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self.store = self._store(host, port)
+        self._address = f"{host}:{port}"
+        self.holds_store = self.rank == 0 and not launcher_holds_store()
+        self.store = self._open_store(host, port)
 
-    def _store(self, host: str, port: int) -> dist.Store:
-        """Without torchrun, whose agents keep a store, it is the first rank's.
+    def _open_store(self, host: str, port: int) -> dist.Store:
+        """Open the store; without torchrun's agent rank 0 serves it.
 
-        That listens, where MASTER_ADDR is an address, there and nowhere else; PyTorch's own would on every interface.
+        If MASTER_ADDR is an IP address, rank 0 listens on that address only; PyTorch would listen on all interfaces.
         """
-        patience = datetime.timedelta(seconds=_OWN_PATIENCE_S if self._holds else PATIENCE_S)
+        timeout = datetime.timedelta(seconds=_OWN_STORE_TIMEOUT_S if self.holds_store else TIMEOUT_S)
         try:
-            listener = _listen(host, port) if self._holds and _is_address(host) else None
+            listener = _listen(host, port) if self.holds_store and _is_ip_address(host) else None
             store = dist.TCPStore(
-                host, port, self.size, self._holds, patience, wait_for_workers=False, master_listen_fd=listener
+                host, port, self.size, self.holds_store, timeout, wait_for_workers=False, master_listen_fd=listener
             )
-            return dist.PrefixStore(f"start/{_start()}", store)
+            return dist.PrefixStore(f"launch/{launch_id()}", store)
         except (OSError, dist.DistError, RuntimeError) as error:
-            if not self._holds:
+            if not self.holds_store:
                 raise RendezvousError(
-                    f"rank {self.rank} found nobody who keeps the rendezvous {self._where}, rank 0 or a launcher, for"
-                    f" {PATIENCE_S:g} s"
+                    f"rank {self.rank} could not connect to the rendezvous {self._address}, held by rank 0 or a"
+                    f" launcher, for {TIMEOUT_S:g} s"
                 ) from error
-            if _is_taken(error):
+            if _is_port_in_use(error):
                 raise UserError(
-                    f"MASTER_PORT={port} is taken on {host}, by another run perhaps: set it to a free port"
+                    f"MASTER_PORT={port} is in use on {host}, perhaps by another run",
+                    "set it to a free port",
+                    key="MASTER_PORT",
+                    value=port,
                 ) from error
             raise UserError(
-                f"MASTER_ADDR={host} is where rank 0 can't be reached, not even by itself"
-                f" ({' '.join(str(error).split())[:100]}): set it to an address of the machine that rank 0 is on"
+                f"MASTER_ADDR={host} is not an address at which rank 0 can be reached, not even by itself"
+                f" ({' '.join(str(error).split())[:100]})",
+                "set it to an address of rank 0's machine",
+                key="MASTER_ADDR",
+                value=host,
             ) from error
 
-    def meet(self) -> None:
-        """Wait until every rank has come; raises RendezvousError, with their numbers, where some don't."""
-        doors = dist.PrefixStore("come", self.store)
-        everyone = [f"{rank}" for rank in range(self.size)]
-        began, said = time.monotonic(), False
+    def barrier(self) -> None:
+        """Wait until every rank has called this; raises RendezvousError, with the missing ranks, after TIMEOUT_S."""
+        arrived = dist.PrefixStore("arrived", self.store)
+        all_ranks = [f"{rank}" for rank in range(self.size)]
+        began, logged = time.monotonic(), False
         try:
-            doors.set(f"{self.rank}", "")
-            while not doors.check(everyone):
-                if not launcher_lives():
-                    raise RendezvousError(f"the launcher (process {launcher()}) of rank {self.rank} ended")
+            arrived.set(f"{self.rank}", "")
+            while not arrived.check(all_ranks):
+                if message := launcher_error(self.rank):
+                    raise RendezvousError(message)
                 waited = time.monotonic() - began
-                if waited > _SAID_AFTER_S and not said:
-                    said = True
-                    log.info("waiting for %s of %d at %s", self._absent(doors), self.size, self._where)
-                if waited > PATIENCE_S or doors.check([_GIVEN_UP]):
-                    self._give_up(doors)
+                if waited > _LOG_AFTER_S and not logged:
+                    logged = True
+                    log.info("waiting for %s of %d at %s", self._missing(arrived), self.size, self._address)
+                if waited > TIMEOUT_S or arrived.check([_TIMED_OUT]):
+                    self._raise_timeout(arrived)
                 time.sleep(_POLL_S)
         except (dist.DistError, RuntimeError) as error:
             raise RendezvousError(
-                f"rank 0, or the launcher, left the rendezvous {self._where} while rank {self.rank} waited for others",
-                speaks=self.rank <= 1,
+                f"rank 0 or its launcher left the rendezvous {self._address} while rank {self.rank} waited there",
+                report=self.rank <= 1,
             ) from error
 
-    def _absent(self, doors: dist.Store) -> str:
-        return named([rank for rank in range(self.size) if not doors.check([f"{rank}"])])
+    def _missing(self, arrived: dist.Store) -> str:
+        return rank_names([rank for rank in range(self.size) if not arrived.check([f"{rank}"])])
 
-    def _give_up(self, doors: dist.Store) -> NoReturn:
-        """The first whose patience ends speaks for all."""
-        reason = f"{self._absent(doors)} of {self.size} did not come to the rendezvous {self._where} in"
-        told = f"{self.rank}:{reason} {PATIENCE_S:g} s"
-        first = doors.compare_set(_GIVEN_UP, "", told).decode()
-        if self._holds:
-            time.sleep(20 * _POLL_S)  # until the others have heard
-        raise RendezvousError(first.partition(":")[2], speaks=first == told)
+    def _raise_timeout(self, arrived: dist.Store) -> NoReturn:
+        """Raise RendezvousError with the reason of the rank that timed out first; only that rank reports it."""
+        reason = f"{self._missing(arrived)} of {self.size} did not come to the rendezvous {self._address} in"
+        message = f"{self.rank}:{reason} {TIMEOUT_S:g} s"
+        first = arrived.compare_set(_TIMED_OUT, "", message).decode()
+        if self.holds_store:
+            time.sleep(20 * _POLL_S)  # until the other ranks have read it
+        raise RendezvousError(first.partition(":")[2], report=first == message)
 
     def connect(self, backend: str, timeout: datetime.timedelta) -> None:
-        """Make the process group, when all have met; ``timeout``: of its collectives. Raises UserError where ranks
-        can't reach each other.
+        """Create the process group, whose collectives have this ``timeout``; collective, after ``barrier``.
+
+        Raises UserError if ranks cannot reach each other.
         """
         self.store.set_timeout(timeout)
         try:
             dist.init_process_group(backend, timeout=timeout, store=self.store, rank=self.rank, world_size=self.size)
         except (dist.DistError, RuntimeError) as error:
             raise UserError(
-                f"rank {self.rank} met the others at {self._where} but can't connect to all of them"
-                f" ({' '.join(str(error).split())[:200]}): set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the"
-                " network interface on which the nodes reach each other"
+                f"rank {self.rank} reached the rendezvous {self._address} but cannot connect to all other ranks"
+                f" ({' '.join(str(error).split())[:200]})",
+                "set GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) to the network interface on which the nodes reach"
+                " each other",
+                key="GLOO_SOCKET_IFNAME",
+                value=os.environ.get("GLOO_SOCKET_IFNAME"),
             ) from error
 
 
-def _start() -> str:
-    """What the ranks of one start have in common, as far as their launcher tells, and others have not: a rank of
-    another job, or one that is left of an earlier start, may come to the same store.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's --rdzv-id; its agents keep their store when they start again
-        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-        return "/".join(os.environ.get(name, "0") for name in names)
-    return os.environ.get(slurm.START, "0")
-
-
-def named(ranks: list[int]) -> str:
-    """``rank 3`` or ``ranks 3, 5``; of very many the first."""
-    text = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
-
-
-def _is_address(host: str) -> bool:
-    """A name may mean another interface to its own machine than to the others."""
+def _is_ip_address(host: str) -> bool:
+    """Return whether ``host`` is an IP address; a name may resolve to the loopback interface on its own machine."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -157,14 +152,14 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _is_taken(error: Exception) -> bool:
-    """Whether somebody else listens at the port; torch tells in words."""
-    words = str(error)
-    return getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in words or "already in use" in words
+def _is_port_in_use(error: Exception) -> bool:
+    """Return whether another process listens at the port; torch reports it only in the message."""
+    text = str(error)
+    return getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in text or "already in use" in text
 
 
 def _listen(host: str, port: int) -> int | None:
-    """A socket that listens at that address alone; None where it is another machine's, as behind a translated one."""
+    """Return a socket that listens at ``host`` only; None if it is not an address of this machine (behind a NAT)."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=4096).detach()

@@ -1,4 +1,4 @@
-"""Slurm's variables: what srun tells a task of its place in the world."""
+"""Slurm's environment variables: rank and rendezvous of a task, nodes and GPUs of a job."""
 
 from __future__ import annotations
 
@@ -8,82 +8,78 @@ import shutil
 import socket
 import subprocess
 
+from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PORT_BASE, _PORT_SPAN = 20000, 12000
-"""Below the ports that Linux gives to any connection (from 32768 on): one of those may be taken."""
-START = "DISTILL_START"
-"""The variable that names a start of ``srun python -m distill.train``, the same on all its ranks and on no others."""
-PORTS_OF_JOB = 31
-"""So many are no other job's whose number is near."""
+"""Ports below 32768, from which on Linux assigns ports to outgoing connections: such a port may be in use."""
+LAUNCH_ID = "DISTILL_LAUNCH_ID"
+"""Environment variable that identifies a launch by ``srun python -m distill.train``; equal on its ranks only."""
+PORTS_PER_JOB = 31
+"""Number of consecutive ports reserved for a job; jobs with close numbers use others."""
+_FIX = "start the program by srun, or unset it"
 
 
 def torch_environment() -> dict[str, str]:
-    """The variables that torch.distributed reads, and START, from those of ``srun python -m distill.train`` (one task a
-    GPU).
+    """Return torch.distributed's variables, and LAUNCH_ID, for ``srun python -m distill.train`` (one task per GPU).
 
-    Empty where torchrun has set them already, or where there is no step of more than one task (a lone process needs
-    no rendezvous). The address is the step's first node; the port comes from job and step, so that two jobs on one
-    node don't clash. What MASTER_ADDR and MASTER_PORT say goes before. Raises UserError for variables that tell no
-    place.
+    Empty if torchrun has set them, or if the step has only one task. The address is the step's first node. The port
+    depends on job and step, so that two jobs on one node use different ports. MASTER_ADDR and MASTER_PORT take
+    precedence. Raises UserError for invalid variables of Slurm.
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
         return {}
-    size = _number("SLURM_NTASKS", "1", least=1)
+    size = integer(os.environ, "SLURM_NTASKS", 1, default="1", fix=_FIX)
     if size == 1:
         return {}
     tasks_per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    tasks = tasks_of_node(tasks_per_node, _number("SLURM_NODEID", "0"))
+    tasks = tasks_of_node(tasks_per_node, integer(os.environ, "SLURM_NODEID", 0, default="0", fix=_FIX))
     return {
-        "RANK": str(_number("SLURM_PROCID", below=size)),
+        "RANK": str(integer(os.environ, "SLURM_PROCID", 0, size - 1, fix=_FIX)),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(_number("SLURM_LOCALID", below=tasks)),
+        "LOCAL_RANK": str(integer(os.environ, "SLURM_LOCALID", 0, tasks - 1, fix=_FIX)),
         "LOCAL_WORLD_SIZE": str(tasks),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or address_of(first_host(nodes)),
-        "MASTER_PORT": os.environ.get("MASTER_PORT")
-        or str(port(_number("SLURM_JOB_ID", "0"), _number("SLURM_STEP_ID", "0") + 1)),
-        START: ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")),
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_port_of_step()),
+        LAUNCH_ID: ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")),
     }
 
 
-def _number(name: str, default: str = "", least: int = 0, below: int | None = None) -> int:
-    text = os.environ.get(name, default)
-    if text.isdecimal() and least <= int(text) and (below is None or int(text) < below):
-        return int(text)
-    wanted = f"at least {least}" if below is None else f"in {least}..{below - 1}"
-    raise UserError(f"Slurm's variable {name}={text} is no whole number {wanted}: start by srun, or unset it")
+def _port_of_step() -> int:
+    job = integer(os.environ, "SLURM_JOB_ID", 0, default="0", fix=_FIX)
+    return port(job, integer(os.environ, "SLURM_STEP_ID", 0, default="0", fix=_FIX) + 1)
 
 
 def job_id() -> int:
-    """The number of the job that this process runs in, the same after a requeue."""
+    """Return the number of this process's job, which stays the same after a requeue."""
     return int(os.environ["SLURM_JOB_ID"])
 
 
 def start_of_job() -> tuple[int, int] | None:
-    """The job that this process runs in, and how often it was requeued before; None outside of Slurm."""
+    """Return the job's number and how often it was requeued; None outside of Slurm."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
     return (int(job), int(restarts)) if job.isdecimal() and restarts.isdecimal() else None
 
 
 def job_nodes() -> str:
-    """The nodes of the job, as Slurm lists them."""
+    """Return the nodes of the job in Slurm's notation."""
     return os.environ["SLURM_JOB_NODELIST"]
 
 
 def allocation() -> tuple[int, int | None]:
-    """Nodes of the job, and GPUs of its first node; None where Slurm counts none."""
+    """Return the job's number of nodes, and of GPUs on its first node (None if Slurm does not manage GPUs)."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]), int(gpus) if gpus else None
 
 
 def port(job: int, step: int = 0) -> int:
-    """A port for the rendezvous of a job, or of one of its steps: jobs that run side by side have different ones."""
-    return _PORT_BASE + (job * PORTS_OF_JOB + step) % _PORT_SPAN
+    """Return a port for the rendezvous of a job or one of its steps; jobs with close numbers get different ports."""
+    return _PORT_BASE + (job * PORTS_PER_JOB + step) % _PORT_SPAN
 
 
 def address_of(node: str) -> str:
-    """The node's name, or where that can't be resolved the address that Slurm reaches it by."""
+    """Return the node's name, or its address in Slurm's configuration if the name cannot be resolved."""
     if not resolves(node) and (scontrol := shutil.which("scontrol")):
         shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
         if found := re.search(r"NodeAddr=(\S+)", shown.stdout):
@@ -92,7 +88,7 @@ def address_of(node: str) -> str:
 
 
 def resolves(host: str) -> bool:
-    """Whether this machine knows the address of that name."""
+    """Return whether this machine can resolve the name ``host``."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:
@@ -101,31 +97,41 @@ def resolves(host: str) -> bool:
 
 
 def nodes_of_step() -> int:
-    """Nodes of the Slurm step that this process is a task of; 1 outside of Slurm."""
-    return _number("SLURM_STEP_NUM_NODES", "1", least=1)
+    """Return the number of nodes of this process's Slurm step; 1 outside of Slurm."""
+    return integer(os.environ, "SLURM_STEP_NUM_NODES", 1, default="1", fix=_FIX)
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a Slurm node list: ``jwb[0012-0014,0020],x1`` -> ``jwb0012``. UserError where there is none."""
+    """Return the first name of a Slurm node list: ``jwb[0012-0014,0020],x1`` -> ``jwb0012``.
+
+    Raises UserError for an invalid list.
+    """
     match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?", nodes)
     if match is None:
-        raise UserError(f"Slurm's variable SLURM_JOB_NODELIST={nodes} names no node: start by srun, or unset it")
+        raise UserError(
+            f"environment variable SLURM_JOB_NODELIST={nodes} names no node",
+            _FIX,
+            key="SLURM_JOB_NODELIST",
+            value=nodes,
+        )
     prefix, ranges = match.groups()
     return prefix + re.split(r"[,-]", ranges)[0] if ranges else prefix
 
 
 def tasks_of_node(tasks_per_node: str, node: int) -> int:
-    """Tasks on node ``node`` of a list such as ``4(x2),3``: two nodes of four, then one of three.
+    """Return the number of tasks on node ``node`` by a list such as ``4(x2),3``: two nodes of four, then one of three.
 
-    Raises UserError for another list.
+    Raises UserError for an invalid list.
     """
     counts: list[int] = []
     for part in tasks_per_node.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             raise UserError(
-                f"Slurm's variable SLURM_TASKS_PER_NODE={tasks_per_node} is no list such as 4(x2),3: start by srun, or"
-                " unset SLURM_PROCID"
+                f"environment variable SLURM_TASKS_PER_NODE={tasks_per_node} is not a list such as 4(x2),3",
+                "start the program by srun, or unset SLURM_PROCID",
+                key="SLURM_TASKS_PER_NODE",
+                value=tasks_per_node,
             )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts[min(node, len(counts) - 1)]

@@ -1,4 +1,4 @@
-"""What scripts/train.sbatch needs to know before it starts a run, as lines that a shell reads."""
+"""Variables of a run for scripts/train.sbatch, printed as shell assignments before any rank starts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 from distill.config import Config, parse_args
 from distill.distributed import slurm
-from distill.errors import UserError
+from distill.errors import UserError, any_of
 
-_ADDRESS_OF_INTERFACE = 0x8915
-"""SIOCGIFADDR of Linux."""
+_SIOCGIFADDR = 0x8915
+"""Linux's ioctl request for the IPv4 address of a network interface."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the job's variables for the run that ``argv`` describes; returns 2 where recipe and job don't match."""
+    """Print the variables of the run with the arguments ``argv``; returns 2 if the recipe does not fit the job."""
     try:
         found = variables(argv)
     except UserError as error:
@@ -33,13 +33,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def variables(argv: Sequence[str]) -> dict[str, str]:
-    """NODES, RANKS of a node, ADDRESS and PORT of the rendezvous, RUN_DIR; made on the job's first node.
+    """Return NODES, RANKS (per node), ADDRESS and PORT of the rendezvous, and RUN_DIR; call it on the first node.
 
-    The run folder is the same after a requeue. Raises UserError for a recipe that can't be read or doesn't match the
-    allocation.
+    The run directory is the same after a requeue. Raises UserError for an invalid recipe, or one that does not match
+    the allocation.
     """
-    if asked := {"--help", "-h", "--dry-run", "--dry_run"} & set(argv):
-        raise UserError(f"{min(asked)} needs no job: use python -m distill.train {min(asked)}")
+    if flags := {"--help", "-h", "--dry-run", "--dry_run"} & set(argv):
+        raise UserError(f"{min(flags)} needs no job", f"use python -m distill.train {min(flags)}", key=min(flags))
     config = parse_args(argv).config
     check_allocation(config)
     job, nodes = slurm.job_id(), config.cluster.num_nodes
@@ -54,51 +54,59 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check_allocation(config: Config) -> None:
-    """Raise UserError where ``cluster.*`` isn't what Slurm gave to the job; GPUs count where Slurm counts them."""
+    """Raise UserError if ``cluster.*`` differs from the job's allocation. GPUs are compared if Slurm manages them."""
     (nodes, gpus), cluster = slurm.allocation(), config.cluster
     if cluster.num_nodes != nodes:
         raise UserError(
-            f"cluster.num_nodes={cluster.num_nodes} but the job has {nodes} nodes: submit it by sbatch"
-            f" -N{cluster.num_nodes}, or set cluster.num_nodes={nodes}"
+            f"cluster.num_nodes={cluster.num_nodes} but the job has {nodes} nodes",
+            f"submit it by sbatch -N{cluster.num_nodes}, or set cluster.num_nodes={nodes}",
+            key="cluster.num_nodes",
+            value=cluster.num_nodes,
         )
     if gpus is not None and config.runtime.device != "cpu" and cluster.gpus_per_node != gpus:
         raise UserError(
-            f"cluster.gpus_per_node={cluster.gpus_per_node} but the job has {gpus} GPUs on a node: submit it by sbatch"
-            f" --gpus-per-node={cluster.gpus_per_node}, or set cluster.gpus_per_node={gpus}"
+            f"cluster.gpus_per_node={cluster.gpus_per_node} but the job has {gpus} GPUs on a node",
+            f"submit it by sbatch --gpus-per-node={cluster.gpus_per_node}, or set cluster.gpus_per_node={gpus}",
+            key="cluster.gpus_per_node",
+            value=cluster.gpus_per_node,
         )
 
 
 def free_port(job: int) -> int:
-    """The first of the job's ports that nobody on this machine listens at."""
-    for port in (slurm.port(job, place) for place in range(slurm.PORTS_OF_JOB)):
+    """Return the first of the job's ports that is free on this machine."""
+    for port in (slurm.port(job, index) for index in range(slurm.PORTS_PER_JOB)):
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port
-    return slurm.port(job)  # what is wrong with it shall be said by who listens there
+    return slurm.port(job)  # rank 0 or torchrun will report why it cannot listen there
 
 
 def address() -> str:
-    """Where the other nodes find this one: on the interface GLOO_SOCKET_IFNAME, where that is set."""
+    """Return this node's address for other nodes: on the interface GLOO_SOCKET_IFNAME, if that variable is set."""
     if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
         return interface_address(interface)
     found = slurm.address_of(node := slurm.first_host(slurm.job_nodes()))
     if not slurm.resolves(found):
         raise UserError(
-            f"the job's first node {node} has no address that can be resolved: set GLOO_SOCKET_IFNAME to the network"
-            " interface on which the nodes reach each other"
+            f"the job's first node {node} has no address that can be resolved",
+            "set GLOO_SOCKET_IFNAME to the network interface on which the nodes reach each other",
+            key="GLOO_SOCKET_IFNAME",
+            value=node,
         )
     return found
 
 
 def interface_address(name: str) -> str:
-    """The IPv4 address of this machine's network interface ``name``; raises UserError where it has none."""
+    """Return the IPv4 address of this machine's network interface ``name``; raises UserError if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            found = fcntl.ioctl(probe, _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode()[:15]))
+            found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
         except OSError as error:
-            known = ", ".join(name for _, name in socket.if_nameindex())
+            interfaces = any_of(interface for _, interface in socket.if_nameindex())
             raise UserError(
-                f"GLOO_SOCKET_IFNAME={name} has no address on {socket.gethostname()} ({error.strerror}): set it to one"
-                f" of {known}, or unset it"
+                f"GLOO_SOCKET_IFNAME={name} has no address on {socket.gethostname()} ({error.strerror})",
+                f"set it to {interfaces}, or unset it",
+                key="GLOO_SOCKET_IFNAME",
+                value=name,
             ) from error
     return socket.inet_ntoa(found[20:24])
 

@@ -1,15 +1,13 @@
-"""The ranks of a run: who they are, their mesh, how they agree, where their logs go."""
+"""The ranks of a run: ranks and their meshes, small collectives, and error consensus."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging.handlers import MemoryHandler
-from pathlib import Path
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distill.distributed import slurm
+from distill.distributed.launcher import launcher_error
 from distill.distributed.rendezvous import Rendezvous
-from distill.errors import CollectiveUserError, UserError
+from distill.errors import CollectiveUserError, UserError, show
 from distill.supervise import progress
 from distill.supervise.supervisor import Supervisor
 from distill.types import Layout
@@ -28,18 +27,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-_PARTING = datetime.timedelta(minutes=1)
+_SHUTDOWN_TIMEOUT = datetime.timedelta(minutes=1)
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
-"""Ranks wait here for others that may have far more to do: the watch knows who stands still, a timeout doesn't."""
+"""Timeout of collectives on the control group; longer than any work of another rank, as the watchdog detects hangs."""
 
 
 class World:
-    """All ranks of the run, seen from one of them.
+    """All ranks of the run, as seen by this rank; collective: every rank creates it at the same point.
 
-    Made by every rank at the same point; torchrun's, Slurm's or no variables at all (a world of one) are understood.
-    ``control`` is for small objects and agreements, so that they never mix with the collectives of the models on NCCL.
-    ``supervisor``: of this rank; without one there is no signal handling and no watchdog. Raises RendezvousError and
-    UserError as Rendezvous does.
+    Ranks are those of torchrun's or Slurm's variables; without them the world has one rank. ``supervisor``: of this
+    rank; without it there is no signal handling and no watchdog. Raises RendezvousError and UserError as Rendezvous.
     """
 
     def __init__(self, timeout: datetime.timedelta = _TIMEOUT, supervisor: Supervisor | None = None) -> None:
@@ -49,12 +46,19 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
             torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
-        meeting = Rendezvous()
+        rendezvous = Rendezvous()
         if supervisor is None:
-            meeting.meet()
-        else:  # from the meeting on: a machine may be lost at any time
-            supervisor.watch(meeting.store, meeting.rank, meeting.size, meeting.meet)
-        meeting.connect(backend, timeout)
+            rendezvous.barrier()
+        else:
+            supervisor.start_watchdog(
+                rendezvous.store,
+                rendezvous.rank,
+                rendezvous.size,
+                rendezvous.barrier,
+                partial(launcher_error, rendezvous.rank),
+                rendezvous.holds_store,
+            )
+        rendezvous.connect(backend, timeout)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))
@@ -66,49 +70,28 @@ class World:
 
     @property
     def control(self) -> dist.ProcessGroup:
-        """The gloo group of all ranks. Raises RuntimeError once the process groups are gone."""
+        """Return the gloo group of all ranks, for small objects; separate from the NCCL groups of the models.
+
+        Raises RuntimeError after the process groups were destroyed.
+        """
         if not dist.is_initialized():
-            raise RuntimeError("the process groups are gone: vLLM's engine takes them along, so it is closed last")
+            raise RuntimeError(
+                "the process groups are destroyed: closing vLLM's engine destroys them, so close it last"
+            )
         group: dist.ProcessGroup = self._control
         return group
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for all: the console, TensorBoard and the files of the run are its work."""
+        """Return whether this is the main rank, which writes to the console, TensorBoard and the run directory."""
         return self.rank == 0
 
-    def check_cluster(self, num_nodes: int, gpus_per_node: int, device: str, tp: int, cp: int) -> None:
-        """Check the recipe's cluster, device and group sizes against what was started; raises UserError."""
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("runtime.device=cuda but torch sees no CUDA device: set runtime.device=auto or cpu")
-        if num_nodes * gpus_per_node != self.size:
-            raise UserError(
-                f"cluster.num_nodes={num_nodes} x cluster.gpus_per_node={gpus_per_node} asks for"
-                f" {num_nodes * gpus_per_node} ranks but {self.size} were started: set the two keys to the allocation,"
-                f" or start {gpus_per_node} ranks on each of {num_nodes} nodes"
-            )
-        if slurm.nodes_of_step() > num_nodes:
-            raise UserError(
-                f"cluster.num_nodes={num_nodes} but this Slurm step runs on {slurm.nodes_of_step()} nodes, each with a"
-                " world of its own: give torchrun --nnodes and --rdzv-endpoint, and set the key to the allocation"
-            )
-        if self.local_size != gpus_per_node:
-            raise UserError(
-                f"cluster.gpus_per_node={gpus_per_node} but this node runs {self.local_size} ranks:"
-                " start one rank a GPU (torchrun --nproc-per-node) or set the key to that number"
-            )
-        if self.size % (tp * cp):
-            raise UserError(
-                f"policy.dtensor_cfg.tensor_parallel_size={tp} x context_parallel_size={cp} does not divide the"
-                f" {self.size} ranks: choose sizes whose product divides {self.size}"
-            )
-
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
-        """Lay out the mesh (replica, shard, tp), tp innermost, on ``device`` (auto, cpu or cuda); every rank calls it.
+        """Create the mesh (replica, shard, tp), tp innermost, on ``device`` (auto, cpu or cuda); collective.
 
-        A shard's rank is (dp, cp). Axes that are not used have size 1. ``replicas``: how many groups of ranks hold a
-        whole sharded model each. ``teacher``: consecutive ranks that read the teacher's packs together, at least
-        cp * tp. ``check_cluster`` comes first.
+        A shard's rank is (dp, cp). Unused axes have size 1. ``replicas``: number of groups of ranks that hold a
+        complete sharded model each. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
+        together, at least cp * tp. The sizes must have passed ``check_cluster``.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
@@ -116,9 +99,9 @@ class World:
         self.mesh = init_device_mesh(
             self.device.type, (replicas, shards, tp), mesh_dim_names=("replica", "shard", "tp")
         )
-        # Who reads together is another matter than who holds which shard, so these groups have meshes of their own.
-        reading = (self.size // (cp * tp), cp, tp)
-        self._cp_mesh = init_device_mesh(self.device.type, reading, mesh_dim_names=("dp", "cp", "tp"))["cp"]
+        # Groups that share a sequence are not the groups that share a parameter, so they have their own meshes.
+        sequence = (self.size // (cp * tp), cp, tp)
+        self._cp_mesh = init_device_mesh(self.device.type, sequence, mesh_dim_names=("dp", "cp", "tp"))["cp"]
         self._teacher_size = max(teacher, cp * tp)
         groups = (self.size // self._teacher_size, self._teacher_size)
         self._teacher_mesh = init_device_mesh(self.device.type, groups, mesh_dim_names=("groups", "teacher"))
@@ -130,35 +113,35 @@ class World:
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """The mesh that FSDP shards the student over, all of dp and cp, after the replicas where there are any."""
+        """Return the mesh for FSDP: dp and cp as one axis, after the replica axis if there are several replicas."""
         return self._axes("shard") if self._axes("replica").size() == 1 else self._axes("replica", "shard")
 
     @property
     def replica_mesh(self) -> DeviceMesh:
-        """The one-dimensional mesh of the ranks that hold one whole model between them: shard and tp flattened."""
+        """Return the flat mesh (shard and tp) of the ranks that together hold one complete model."""
         mesh: DeviceMesh = self._axes("shard", "tp")._flatten("shard_tp")
         return mesh
 
     @property
     def tp_mesh(self) -> DeviceMesh:
-        """The mesh of the ranks that share each layer's matrices."""
+        """Return the mesh of the ranks that split each layer's matrices."""
         return self._axes("tp")
 
     @property
     def cp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share a micro-batch's positions; None where each reads its own."""
+        """Return the group of ranks that split a micro-batch's positions; None without context parallelism."""
         assert self.mesh is not None, "build_mesh comes first"
         return self._cp_mesh.get_group() if self._cp_mesh.size() > 1 else None
 
     @property
     def teacher_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the positions of the teacher's packs; None where each reads its own."""
+        """Return the group of ranks that compute the teacher's micro-batches together; None if it has one rank."""
         assert self.mesh is not None, "build_mesh comes first"
         return self._teacher_mesh.get_group("teacher") if self._teacher_size > 1 else None
 
     @property
     def layout(self) -> Layout:
-        """This rank's place among those that train."""
+        """Return this rank's coordinates for batching: data, context and tensor parallel."""
         tp, cp = self._axes("tp"), self._cp_mesh
         group = cp.size() * tp.size()
         return Layout(
@@ -172,53 +155,54 @@ class World:
         )
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in order of rank; collective."""
+        """Return the values of all ranks, in order of rank; collective."""
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
 
     def broadcast(self, value: T) -> T:
-        """The main rank's value, on every rank; collective."""
+        """Return the main rank's value on every rank; collective."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this; collective."""
         dist.barrier(group=self.control)
 
     @contextmanager
-    def all_or_none(self, doing: str) -> Iterator[None]:
-        """Do something that may fail on one rank and not on another; all ranks go on, or all raise.
+    def all_or_none(self, action: str) -> Iterator[None]:
+        """Run a block that may fail on some ranks only; then all ranks continue, or all raise. Collective.
 
-        Every rank enters it with the same block, in which no collective runs. A UserError of any rank is raised on
-        all as CollectiveUserError, the lowest rank's; any other error where it happened and as RuntimeError elsewhere.
+        The block must not run a collective. If any rank raises UserError, all raise the lowest rank's as
+        CollectiveUserError. Any other error is re-raised on its rank, and other ranks raise RuntimeError. ``action``
+        names the block in that error and in the current phase.
         """
         error: Exception | None = None
-        with progress.phase(doing):
+        with progress.phase(action):
             try:
                 yield
-            except Exception as caught:  # every kind must reach the other ranks before anyone leaves
+            except Exception as caught:  # of any type: other ranks wait in the gather below
                 error = caught
-            kinds = self.gather(None if error is None else (isinstance(error, UserError), f"{error}" or repr(error)))
-        failed = [(rank, kind) for rank, kind in enumerate(kinds) if kind is not None]
+            errors = self.gather(None if error is None else _fields(error))
+        failed = [(rank, fields) for rank, fields in enumerate(errors) if fields is not None]
         if not failed:
             return
         if error is not None and not isinstance(error, UserError):
             raise error
-        for _, (is_users, message) in failed:
-            if is_users:
-                raise CollectiveUserError(message) from error
-        rank, (_, message) = failed[0]
-        raise RuntimeError(f"rank {rank} failed while {doing}: {message}")
+        for _, (is_user_error, fields) in failed:
+            if is_user_error:
+                raise CollectiveUserError(*fields) from error
+        rank, (_, fields) = failed[0]
+        raise RuntimeError(f"rank {rank} failed while {action}: {fields[0]}")
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The first rank of each node runs the block before its neighbours: one download, one build of a cache.
+        """Run the block on the first rank of each node before the node's other ranks; collective.
 
-        It may take as long as it likes.
+        So that a download or the build of a cache happens once per node. It has no timeout.
         """
-        with progress.phase("one rank a node first", timed=False):
+        with progress.phase("one rank per node first", timed=False):
             if self.local_rank != 0:
                 self.barrier()
             try:
@@ -227,54 +211,25 @@ class World:
                 if self.local_rank == 0:
                     self.barrier()
 
-    def log_to(self, run_dir: Path) -> None:
-        """Write this rank's log to ``run_dir/logs/rank_NNNNN.log`` from now on; the main one's stays on the console."""
-        folder = run_dir / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"rank_{self.rank:05d}.log"
-        self.supervisor.stacks_to = file
-        handler = _RankLog(file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger = logging.getLogger("distill")
-        kept = [h for h in logger.handlers if isinstance(h, MemoryHandler)]
-        logger.addHandler(handler)
-        for early in kept:
-            logger.removeHandler(early)  # first: what a full disk makes the log say must not come back to it
-            early.setTarget(handler)
-            early.close()
-
     def close(self) -> None:
-        """Leave together: wait for all ranks, then end the process groups."""
+        """Wait for all ranks, then destroy the process groups; collective."""
         if dist.is_initialized():
-            self.part()
+            self.shutdown_barrier()
             dist.destroy_process_group()
-        self.supervisor.stop_watching()
+        self.supervisor.stop_watchdog()
 
-    def part(self) -> None:
-        """The ranks have done all that they do together, and may end one by one from here on; collective."""
+    def shutdown_barrier(self) -> None:
+        """Last collective of the run; ranks may exit in any order afterwards."""
         self.barrier()
-        self.supervisor.stop_watching()
-        try:  # nobody's end is to be seen by one who still watches
-            dist.monitored_barrier(group=self.control, timeout=_PARTING)
+        self.supervisor.stop_watchdog()
+        try:  # every watchdog must have stopped before the first rank exits, or it would report a dead rank
+            dist.monitored_barrier(group=self.control, timeout=_SHUTDOWN_TIMEOUT)
         except (dist.DistError, RuntimeError) as error:
-            log.warning("the ranks parted early (%s)", str(error).splitlines()[0])
+            log.warning("shutdown barrier failed; a rank exited early (%s)", str(error).splitlines()[0])
 
 
-class _RankLog(logging.FileHandler):
-    """A rank's file. A disk that refuses ends it with one sentence on the console, not with a traceback a line."""
-
-    refused = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not self.refused:
-            super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-            return
-        self.refused = True
-        logger = logging.getLogger("distill")
-        logger.removeHandler(self)
-        logger.warning("%s can't be written (%s): the rest of this log is lost", self.baseFilename, error.strerror)
+def _fields(error: Exception) -> tuple[bool, tuple[str, str, str, str | None]]:
+    """Return whether ``error`` is a UserError, and its problem, fix, key and value as text that can be sent."""
+    if isinstance(error, UserError):
+        return True, (error.problem, error.fix, error.key, None if error.value is None else show(error.value))
+    return False, (f"{error}" or repr(error), "", "", None)

@@ -1,8 +1,7 @@
-"""A model by its numbers: what memory, tensor and context parallelism ask of it, before any of its weights is read."""
+"""Shapes of models, and the checks of windows and parallelism against them, before any weight is read."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import os.path
 import re
@@ -10,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.config import Config
 from distill.errors import UserError, any_of, reason
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
-from distill.model.hf_load import causal_lm_parts, meta_model
+from distill.model.hf_load import causal_lm_parts
+from distill.model.tensor_parallel import one_layer_model
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +26,12 @@ QWEN3 = {  # hidden width, layers, query heads, inner channels, tied; all have 8
     "14": (5120, 40, 40, 17408, False),
     "32": (5120, 64, 64, 25600, False),
 }
-"""The published shapes of Qwen3 by billions of parameters, for a plan made where the files are not."""
+"""Published shapes of Qwen3 by billions of parameters, for forecasts without the model's files."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Widths and parameter counts of a causal language model whose layers are alike."""
+    """Widths and parameter counts of a causal language model with equal layers."""
 
     name: str
     hidden: int
@@ -44,50 +42,47 @@ class ModelShape:
     intermediate: int
     vocab: int
     window: int
-    """Positions that the model knows."""
-    norms: int
-    """Norms of a layer as wide as ``hidden``."""
+    """Largest number of positions (``max_position_embeddings``)."""
     qk_norm: bool
     """Whether queries and keys are normalised."""
     embedding: int
     head: int
-    """Parameters of the head; 0 where it is the embedding."""
+    """Parameters of the head; 0 if it is tied to the embedding."""
     layer: int
     """Parameters of one layer."""
     rest: int
-    """Parameters outside layers, embedding and head: the last norm."""
+    """Parameters outside layers, embedding and head (the last norm)."""
 
     @property
     def parameters(self) -> int:
-        """All of them, a tied head once."""
+        """Return the number of all parameters, a tied head counted once."""
         return self.root + self.layers * self.layer
 
     @property
     def root(self) -> int:
-        """Parameters outside the layers: what FSDP gathers once a pass."""
+        """Return the number of parameters outside the layers, which FSDP gathers once per pass."""
         return self.embedding + self.head + self.rest
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
-    """The shape that a Hugging Face configuration describes; its parameters are counted on a model of one layer.
+    """Return the shape of a Hugging Face configuration; parameters are counted on a one-layer meta model.
 
-    Raises UserError where no model can be built by it.
+    Raises UserError if transformers cannot build a model from it.
     """
     text = config.get_text_config()
-    one = copy.deepcopy(config)
-    one.get_text_config().num_hidden_layers = 1
     try:
-        model = meta_model(one, "eager", torch.float32)
-    except Exception as error:  # what transformers makes of an activation or a kind of positions that it doesn't know
+        model = one_layer_model(config)
+    except Exception as error:  # transformers raises many types for unknown activations or rotary settings
         raise UserError(
-            f"the config.json of {name} describes no model that can be built ({reason(error)}): download it again"
+            f"transformers cannot build a model from the config.json of {name} ({reason(error)})",
+            "download the model again",
+            value=name,
         ) from error
     body, head = causal_lm_parts(model)
     (layer,) = body.layers  # type: ignore[misc]
     embedding = model.get_input_embeddings().weight.numel()
     own_head = 0 if head.weight is model.get_input_embeddings().weight else head.weight.numel()
-    of_layer = sum(parameter.numel() for parameter in layer.parameters())
-    norms = [name for name, _ in layer.named_modules() if name.endswith("norm")]
+    layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
     return ModelShape(
         name=name,
         hidden=text.hidden_size,
@@ -98,24 +93,25 @@ def shape_of(config: Any, name: str) -> ModelShape:
         intermediate=text.intermediate_size,
         vocab=text.vocab_size,
         window=text.max_position_embeddings,
-        norms=sum(norm.count(".") == 0 for norm in norms),
-        qk_norm=any(norm.endswith("q_norm") for norm in norms),
+        qk_norm=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
         embedding=embedding,
         head=own_head,
-        layer=of_layer,
-        rest=sum(parameter.numel() for parameter in model.parameters()) - embedding - own_head - of_layer,
+        layer=layer_parameters,
+        rest=sum(parameter.numel() for parameter in model.parameters()) - embedding - own_head - layer_parameters,
     )
 
 
 def find_shape(name: str, key: str) -> ModelShape | None:
-    """The shape of the model that ``key`` names, as ``find_config`` finds it; None where nothing knows it."""
+    """Return the shape of model ``name``, found as in ``find_config``; None if it is unknown."""
     config = find_config(name, key)
     return None if config is None else shape_of(config, name)
 
 
 def find_config(name: str, key: str) -> Any:
-    """The configuration of the model that ``key`` names, without a network: from its folder or the hub's cache, else
-    from the table of published shapes; None where all three don't know it. Raises UserError as ``model_config`` does.
+    """Return the Hugging Face configuration of model ``name``, without network access.
+
+    Looks in its folder, then the hub's cache, then the table of published shapes; None if all three lack it. ``key``:
+    the configuration key that names the model, for errors. Raises UserError as ``model_config`` does.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
@@ -130,7 +126,7 @@ def _cached(name: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # not a valid name of a hub model
         return None
     return Path(found).parent if isinstance(found, str) else None
 
@@ -156,21 +152,27 @@ def _published(name: str) -> Any:
 
 
 def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape | None) -> None:
-    """Raise UserError where a window or the parallelism doesn't suit a model; None is a model that isn't known."""
+    """Raise UserError if a window or the parallelism does not fit a model.
+
+    None: the shape is unknown, and the model is not checked.
+    """
     for owner, shape, length in (
         ("policy", student, config.policy.max_total_sequence_length),
         ("teacher", teacher, config.teacher.max_total_sequence_length),
     ):
         if shape is not None and length > shape.window:
+            key = f"{owner}.max_total_sequence_length"
             raise UserError(
-                f"{owner}.max_total_sequence_length={length} exceeds the window of {shape.name}"
-                f" ({shape.window}): set it to at most that"
+                f"{key}={length} exceeds the window of {shape.name}, which is {shape.window} tokens",
+                f"set it to at most {shape.window}",
+                key=key,
+                value=length,
             )
     ours, theirs = group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg)
-    if 1 < theirs < ours:  # 1 asks for no group
+    if 1 < theirs < ours:  # 1 is the default and needs no warning
         log.warning(
-            "teacher.dtensor_cfg asks for groups of %d ranks and policy.dtensor_cfg for %d: the teacher reads in groups"
-            " of %d too, as it reads the student's packs",
+            "teacher.dtensor_cfg sets groups of %d ranks, fewer than the %d of policy.dtensor_cfg: the teacher uses"
+            " groups of %d ranks, because it reads the student's packs",
             *(theirs, ours, ours),
         )
     if student is not None:
@@ -180,7 +182,7 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
 
 
 def _check_student(config: Config, shape: ModelShape) -> None:
-    """Tensor parallelism splits heads and inner channels, context parallelism what it leaves of the heads."""
+    """Raise UserError if tp does not divide heads and inner channels, or cp the heads of a tp rank."""
     parallel, ranks = config.policy.dtensor_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     parts = {
@@ -194,49 +196,60 @@ def _check_student(config: Config, shape: ModelShape) -> None:
                 size for size in _divisors(config.cluster.gpus_per_node) if not any(n % size for n in parts.values())
             ]
             raise UserError(
-                f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {number} {part} of {shape.name}:"
-                f" set it to {any_of(map(str, fitting))}"
+                f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {number} {part} of {shape.name}",
+                f"set it to {any_of(map(str, fitting))}",
+                key="policy.dtensor_cfg.tensor_parallel_size",
+                value=tp,
             )
     heads, kv_heads = shape.heads // tp, shape.kv_heads // tp
     if not _splits(heads, kv_heads, cp):
         fitting = [size for size in _divisors(ranks // tp) if _splits(heads, kv_heads, size)]
         raise UserError(
-            f"policy.dtensor_cfg.context_parallel_size={cp} can't split the {heads} attention and {kv_heads} key-value"
-            f" heads that tensor_parallel_size={tp} leaves of {shape.name}: set it to {any_of(map(str, fitting))}"
+            f"policy.dtensor_cfg.context_parallel_size={cp} cannot split the {heads} attention and {kv_heads} key-value"
+            f" heads that each rank of {shape.name} has with tensor_parallel_size={tp}",
+            f"set it to {any_of(map(str, fitting))}",
+            key="policy.dtensor_cfg.context_parallel_size",
+            value=cp,
         )
 
 
 def _check_teacher(config: Config, shape: ModelShape) -> None:
-    """A teacher's group shares positions, so that all of it splits the heads."""
+    """Raise UserError if the teacher's group, which shares positions, cannot split the teacher's heads."""
     ranks, students = config.cluster.num_nodes * config.cluster.gpus_per_node, group_size(config.policy.dtensor_cfg)
     group = teacher_group(config)
     if not _splits(shape.heads, shape.kv_heads, group):
         fitting = [n for n in _divisors(ranks) if n % students == 0 and _splits(shape.heads, shape.kv_heads, n)]
-        remedy = (
-            f"choose sizes whose product is {any_of(map(str, fitting))}"
-            if fitting
-            else "lower policy.dtensor_cfg.tensor_parallel_size and context_parallel_size, whose groups it contains"
-        )
+        tp, cp = config.teacher.dtensor_cfg.tensor_parallel_size, config.teacher.dtensor_cfg.context_parallel_size
         raise UserError(
-            f"teacher.dtensor_cfg.tensor_parallel_size={config.teacher.dtensor_cfg.tensor_parallel_size} and"
-            f" context_parallel_size={config.teacher.dtensor_cfg.context_parallel_size} have {group} ranks read"
-            f" together, which can't split the {shape.heads} attention and {shape.kv_heads} key-value heads of"
-            f" {shape.name}: {remedy}"
+            f"teacher.dtensor_cfg.tensor_parallel_size={tp} and context_parallel_size={cp} result in groups of {group}"
+            f" ranks, which cannot split the {shape.heads} attention and {shape.kv_heads} key-value heads of"
+            f" {shape.name}",
+            f"set sizes whose product is {any_of(map(str, fitting))}"
+            if fitting
+            else "lower policy.dtensor_cfg.tensor_parallel_size and context_parallel_size, whose groups it contains",
+            key="teacher.dtensor_cfg.context_parallel_size",
+            value=cp,
         )
 
 
 def group_size(parallel: Any) -> int:
-    """Ranks that read the same tokens, by a ``dtensor_cfg``."""
+    """Return the number of ranks that read the same tokens, from a ``dtensor_cfg``."""
     return int(parallel.tensor_parallel_size * parallel.context_parallel_size)
 
 
 def teacher_group(config: Config) -> int:
-    """Ranks that share the positions of a teacher's pack: the student's group, or more where the recipe asks for it."""
+    """Return the number of ranks that share the positions of a teacher's pack.
+
+    At least the student's group, because the teacher reads the student's packs.
+    """
     return max(group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
 
 
 def _splits(heads: int, kv_heads: int, size: int) -> bool:
-    """Whether ``size`` ranks can exchange positions for heads: key-value heads are shared out, or each one repeated."""
+    """Return whether ``size`` ranks can exchange positions for heads.
+
+    Key-value heads are split, or repeated if there are fewer than ranks.
+    """
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 

@@ -1,1 +1,1 @@
-"""The models: loading, attention over packed sequences, sharding, the student and its teacher."""
+"""Student and teacher models: loading, sharding, packed attention, weights for sync and export."""

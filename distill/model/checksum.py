@@ -1,4 +1,4 @@
-"""Exact sums of bit patterns: whether the weights that arrived are those that were sent."""
+"""Exact sums of bit patterns, to verify that the received weights are the sent ones."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ WORD_BYTES = 8
 class BitSums(NamedTuple):
     """Two sums of a tensor's bit patterns, modulo 2**64 (as int64).
 
-    A row is read as 64-bit words, its end padded with zeros. Both sums add over any split of the rows, and over a
-    split of the columns at a whole word. ``weighted`` tells rows that changed places, which ``plain`` can't. Whole
-    words that change places inside one row are seen by neither.
+    A row is read as 64-bit words, its end padded with zeros. Both sums add over any split of the rows, and over a split
+    of the columns at a word boundary. ``weighted`` detects exchanged rows, ``plain`` does not. Neither detects words
+    that are exchanged inside one row.
     """
 
     plain: int
-    """All words."""
+    """Sum of all words."""
     weighted: int
-    """All words, each times its row's number, counted from 1."""
+    """Sum of all words, each times its row number, counted from 1."""
 
 
 def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
-    """The two sums as int64 [2] on the tensor's device, without waiting for it; ``first_row``: that of a piece.
+    """Return the two sums as int64 [2] on the tensor's device, without synchronising.
 
-    A vector is a column: its elements are rows. Words are summed as they lie in memory: reading an element at a time
-    takes fifty times as long.
+    ``first_row``: index of the first row in the complete tensor if ``tensor`` is a slice of rows. A vector is read as a
+    column: its elements are rows. Words are read in place; reading single elements takes fifty times as long.
     """
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     short = -rows.shape[1] % (WORD_BYTES // tensor.element_size())
@@ -40,16 +40,16 @@ def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
     return torch.stack([sums.sum(), (sums * numbers).sum()])
 
 
-def whole_bit_sums(weights: Iterable[tuple[str, Tensor]]) -> dict[str, BitSums]:
-    """The sums of whole tensors by name."""
+def bit_sums_by_name(weights: Iterable[tuple[str, Tensor]]) -> dict[str, BitSums]:
+    """Return the sums of complete tensors by name."""
     return {name: BitSums(*bit_sums(tensor).tolist()) for name, tensor in weights}
 
 
-def wrapped(total: int) -> int:
-    """A Python sum of int64 numbers as int64 arithmetic would have it."""
+def wrap_int64(total: int) -> int:
+    """Return a Python integer modulo 2**64, as int64 arithmetic wraps it."""
     return (total + 2**63) % 2**64 - 2**63
 
 
-def changed(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> list[str]:
-    """The tensors that are not what they were."""
+def changed_names(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> list[str]:
+    """Return the names of ``after`` whose sums are new or differ from ``before``."""
     return [name for name, sums in after.items() if before.get(name) != sums]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from distill.data.template import read_text
+from distill.data.files import read_text
 from distill.data.tokenizer import tokenizer_class_misreads
 from distill.errors import UserError
 from distill.model.export_dialects import (

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from distill.errors import UserError
+from distill.model.dtensor import local_shard
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_index import json_object as json_object
 from distill.supervise.progress import heartbeat
@@ -75,7 +76,7 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, ke
                     f"the checkpoint {files.name} has {name} of another shape than its config.json says"
                     f" ({shape} against {tuple(parameter.shape)}): the files don't belong together"
                 )
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = local_shard(parameter)
             if local.numel() > 0:
                 local.copy_(files.tensor(name, local_slices(parameter)))
                 if not _is_finite(local):

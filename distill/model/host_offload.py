@@ -1,4 +1,4 @@
-"""Weights and optimizer state in host memory outside their phase."""
+"""Offload of weights and optimizer state to host memory, outside the phases that use them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from distill.model.dtensor import local_shard
 
 
 class FrozenOffload:
-    """A permanent copy of frozen tensors in (pinned) host memory, so that going away is only letting go.
+    """A permanent copy of frozen tensors in (pinned) host memory.
 
-    ``release`` frees the tensors' own storage without copying anything; ``restore`` allocates it again and fills it
-    from the copy, asynchronously on CUDA. The tensors stay the same objects, so whoever holds them need not know.
+    ``release`` frees the tensors' device storage without a copy. ``restore`` allocates it again and fills it from the
+    host, asynchronously on CUDA. The tensors stay the same objects, so references to them stay valid.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -24,26 +25,26 @@ class FrozenOffload:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that ``release`` frees on this rank."""
+        """Return the bytes that ``release`` frees on this rank."""
         return sum(self._sizes)
 
     def release(self) -> None:
-        """Free the tensors' storage; does nothing where it is free already."""
+        """Free the tensors' storage; does nothing if it is already free."""
         if not self.released:
             if any(storage.device.type == "cuda" for storage in self._storages):
-                torch.cuda.synchronize()  # a gather on another stream may still be reading
+                torch.cuda.synchronize()  # a gather on another stream may still read the storage
             for storage in self._storages:
                 storage.resize_(0)
         self.released = True
 
-    def push_weights(self) -> None:
-        """Copy tensors that have changed, and are in place, anew."""
+    def update_copy(self) -> None:
+        """Update the host copy after the tensors changed; they must be on the device."""
         assert not self.released
         for storage, copy in zip(self._storages, self._host, strict=True):
-            copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` waits for it
+            copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` synchronises
 
     def restore(self) -> None:
-        """Allocate and fill the tensors' storage; does nothing where they are in place."""
+        """Allocate and fill the tensors' storage; does nothing if they are on the device."""
         if not self.released:
             return
         for storage, size, copy in zip(self._storages, self._sizes, self._host, strict=True):
@@ -55,46 +56,46 @@ class FrozenOffload:
 class OptimizerOffload:
     """An optimizer's moments, in (pinned) host memory between ``release`` and ``restore``.
 
-    Unlike frozen weights they change, so every ``release`` copies them out. What there is to move is looked up each
-    time: nothing before the first step. Scalars (the count of steps) stay where they are. On CUDA both ways are
-    asynchronous: out on the stream that computes, back on one of its own, so whoever reads or steps calls ``wait``
-    first. The tensors stay the same objects; while they are away nobody may read them.
+    Moments change, unlike frozen weights, so every ``release`` copies them to the host. The moments are looked up on
+    every call: none exist before the first step. Scalars (the step count) are not moved. On CUDA both copies are
+    asynchronous: to the host on the current stream, back on a separate stream. Call ``wait`` before reading the moments
+    or stepping. The tensors stay the same objects; they have no data while they are released.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._away: list[tuple[torch.UntypedStorage, Tensor]] = []
+        self._released: list[tuple[torch.UntypedStorage, Tensor]] = []
         self._filling: torch.cuda.Stream | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the moments on this rank, away or not."""
-        return sum(storage.nbytes() for storage in self._storages()) + sum(copy.numel() for _, copy in self._away)
+        """Return the bytes of the moments on this rank, released or not."""
+        return sum(storage.nbytes() for storage in self._storages()) + sum(copy.numel() for _, copy in self._released)
 
     def release(self) -> None:
-        """Copy what is on the device to the host and free its storage; what is away already stays away."""
+        """Copy the moments on the device to the host and free their storage; skips released moments."""
         self.wait()
         for storage in self._storages():
             if storage.nbytes() > 0:
-                self._away.append((storage, _host_copy(storage)))
-                storage.resize_(0)  # used again only behind the copy, for both are on one stream
+                self._released.append((storage, _host_copy(storage)))
+                storage.resize_(0)  # the stream reuses the memory only after the copy, which is on the same stream
 
     def restore(self) -> None:
-        """Allocate the storage of what is away and begin to fill it; ``wait`` before it is read."""
-        if not self._away:
+        """Allocate the storage of released moments and start to fill it; call ``wait`` before reading them."""
+        if not self._released:
             return
-        for storage, copy in self._away:
+        for storage, copy in self._released:
             storage.resize_(copy.numel())
-        if self._away[0][0].device.type == "cuda":
+        if self._released[0][0].device.type == "cuda":
             self._filling = self._filling or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._filling.wait_stream(torch.cuda.current_stream())  # the memory may be in use till then
+            self._filling.wait_stream(torch.cuda.current_stream())  # the new storage may still be in use there
         with torch.cuda.stream(self._filling):
-            for storage, copy in self._away:
+            for storage, copy in self._released:
                 _bytes_of(storage).copy_(copy, non_blocking=True)
-        self._away.clear()
+        self._released.clear()
 
     def wait(self) -> None:
-        """Let the stream that computes wait until what ``restore`` began is done."""
+        """Make the current stream wait for the copies that ``restore`` started."""
         if self._filling is not None:
             torch.cuda.current_stream().wait_stream(self._filling)
 
@@ -104,11 +105,11 @@ class OptimizerOffload:
 
 
 def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return local_shard(tensor).untyped_storage()
 
 
 def _host_copy(storage: torch.UntypedStorage) -> Tensor:
-    """A copy in host memory, pinned where the storage is on a GPU: then it is whole only behind the stream."""
+    """Copy the storage to host memory; on CUDA into pinned memory, asynchronously on the current stream."""
     pinned = storage.device.type == "cuda"
     copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
     return copy.copy_(_bytes_of(storage), non_blocking=True)

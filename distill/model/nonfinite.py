@@ -1,4 +1,4 @@
-"""Nan and infinity: found before they reach weights or checkpoint, and told with the answers that they come of."""
+"""Detection and reports of nan and infinity in losses, gradients and weights."""
 
 from __future__ import annotations
 
@@ -11,57 +11,61 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from distill.model.dtensor import local_shard
 from distill.types import OptimizerBatch, Rollout
 
 
 @dataclass(frozen=True)
-class Broken:
-    """What a rank found not finite in an optimizer batch."""
+class NonFiniteReport:
+    """Non-finite values that one rank found in an optimizer batch."""
 
     norm: float
-    """Of the gradient, over all ranks; nan also where only a loss is not finite."""
+    """Gradient norm over all ranks; nan also if only a loss is not finite."""
     losses: list[float]
-    """This rank's summed loss of each micro-batch."""
+    """Summed loss of each micro-batch of this rank."""
     gradients: list[str]
     """Names of the gradients whose shard on this rank is not finite."""
     weights: list[str]
-    """The same of the weights."""
+    """Names of the weights whose shard on this rank is not finite."""
 
     @property
     def micro_batches(self) -> list[int]:
-        """Those whose loss is not finite."""
+        """Return the indices of the micro-batches whose loss is not finite."""
         return [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
 
 
-class NonFinite(RuntimeError):
-    """The optimizer's step was not taken; raised on all ranks together. ``found``: by this rank."""
+class NonFiniteError(RuntimeError):
+    """Raised by all ranks together instead of an optimizer step; ``found`` is this rank's report."""
 
-    def __init__(self, found: Broken) -> None:
+    def __init__(self, found: NonFiniteReport) -> None:
         super().__init__(f"the norm of gradient and losses is {found.norm}: the optimizer step was not taken")
         self.found = found
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors whose shard on this rank holds nan or infinity; waits for the device once."""
+    """Return the names of tensors whose shard on this rank has nan or infinity; waits for the device once."""
     if not tensors:
         return []
-    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
-    finite = [local.detach().sum(dtype=torch.float32).isfinite() for local in locals_]
+    # A sum is finite only if all elements are; it needs no temporary of the tensor's size.
+    finite = [local_shard(tensor).detach().sum(dtype=torch.float32).isfinite() for tensor in tensors.values()]
     device = next((flag.device for flag in finite if flag.device.type != "cpu"), torch.device("cpu"))
     flags = torch.stack([flag.to(device) for flag in finite]).tolist()
     return [name for name, is_finite in zip(tensors, flags, strict=True) if not is_finite]
 
 
 def sample_lines(
-    found: Broken, batch: OptimizerBatch, rollouts: Sequence[Rollout], decode: Callable[..., str], all_: bool
+    found: NonFiniteReport, batch: OptimizerBatch, rollouts: Sequence[Rollout], decode: Callable[..., str], all_: bool
 ) -> Iterator[str]:
-    """A JSON line for each answer of the micro-batches whose loss isn't finite, or of all; ``rollouts``: the step's."""
+    """Yield a JSON line per response of the micro-batches whose loss is not finite, or of all if ``all_``.
+
+    ``rollouts``: all rollouts of the step, which ``rollout_N`` indexes.
+    """
     for i in range(len(batch)) if all_ else found.micro_batches:
         rows_N = batch.micro_batches[i].rollout_N
-        for place in sorted(set(rows_N[rows_N >= 0].tolist())):
-            yield json.dumps({"micro_batch": i, "loss": _said(found.losses[i]), **_sample(rollouts[place], decode)})
+        for index in sorted(set(rows_N[rows_N >= 0].tolist())):
+            loss = _json_number(found.losses[i])
+            yield json.dumps({"micro_batch": i, "loss": loss, **_sample(rollouts[index], decode)})
 
 
 def _sample(rollout: Rollout, decode: Callable[..., str]) -> dict[str, Any]:
@@ -77,32 +81,35 @@ def _sample(rollout: Rollout, decode: Callable[..., str]) -> dict[str, Any]:
     }
 
 
-def _said(loss: float) -> float | str:
-    """JSON knows no nan."""
+def _json_number(loss: float) -> float | str:
+    """Return the number, or its text if it is not finite: JSON has no nan."""
     return loss if math.isfinite(loss) else str(loss)
 
 
-def write_report(path: Path, found: Broken, samples: Iterator[str], step: int, rank: int) -> None:
-    """This rank's file: its losses and what of its shards is broken, then a line a sample."""
-    numbers = {"norm": _said(found.norm), "losses": [_said(loss) for loss in found.losses]}
+def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], step: int, rank: int) -> None:
+    """Write this rank's report to ``path``: a line with losses and tensor names, then the ``samples``."""
+    numbers = {"norm": _json_number(found.norm), "losses": [_json_number(loss) for loss in found.losses]}
     tensors = {"gradients": found.gradients, "weights": found.weights}
     first = json.dumps({"step": step, "rank": rank, **numbers, **tensors})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([first, *samples]) + "\n", encoding="utf-8")
 
 
-def sentence(everyone: Sequence[Broken], step: int, files: Path) -> str:
-    """What happened; ``everyone``: what the ranks found, in order of rank."""
-    parts = [f"step {step} was not taken: the norm of gradient and losses is {everyone[0].norm}"]
+def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
+    """Return one sentence that summarises the reports of all ranks.
+
+    ``reports``: in order of rank; ``files``: the pattern of the report files' paths.
+    """
+    parts = [f"step {step} was not taken, because the norm of gradient and losses is {reports[0].norm}"]
     losses = [
         f"{len(found.micro_batches)} of {len(found.losses)} micro-batches of rank {rank}"
-        for rank, found in enumerate(everyone)
+        for rank, found in enumerate(reports)
         if found.micro_batches
     ]
     if losses:
-        parts.append(f"not finite is the loss of {', '.join(losses[:8])}")
-    for what in ("weights", "gradients"):
-        broken = [f"rank {r}'s shard of {getattr(e, what)[0]}" for r, e in enumerate(everyone) if getattr(e, what)]
+        parts.append(f"the loss is not finite in {', '.join(losses[:8])}")
+    for kind in ("weights", "gradients"):
+        broken = [f"rank {r}'s shard of {getattr(e, kind)[0]}" for r, e in enumerate(reports) if getattr(e, kind)]
         if broken:
-            parts.append(f"not finite among the {what}: {', '.join(broken[:4])}")
-    return f"{'; '.join(parts)}; the samples are in {files}, and nothing was saved"
+            parts.append(f"{kind} that are not finite: {', '.join(broken[:4])}")
+    return f"{'; '.join(parts)}; the responses are in {files}, and no checkpoint was saved"

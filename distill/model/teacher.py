@@ -1,119 +1,124 @@
-"""The model that judges: frozen, sharded, and asked for response rows only."""
+"""Teachers: their interface, a frozen sharded model, and a copy that follows the student."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.batching.context_parallel import shard_view
-from distill.batching.plan import view_of
 from distill.config import Config
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.loss import teacher_topk
-from distill.model.hf_config import model_config
+from distill.model.dtensor import local_shard
 from distill.model.hf_files import ModelFiles
+from distill.model.hf_load import local_slices
 from distill.model.host_offload import FrozenOffload
 from distill.model.sharded import Sharding, load_sharded
 from distill.model.student import DTYPES, Student, loss_at_temperature
-from distill.model.teacher_check import plain_logits
+from distill.model.weights import GatheredWeights
 from distill.supervise.progress import heartbeat
 from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 
-PROOF_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Mean |difference| of log-probs in nats that the packed path may show: rounding makes 1e-5 and 0.1, a fault over 1."""
-_PROOF_TOKENS = 32
-
 
 class Teacher:
-    """A frozen model sharded over the ranks in the compute dtype: another one, or the student as it was at the start.
+    """Interface of a teacher; every rank constructs it and calls its methods at the same points.
 
-    Every rank makes it and calls its methods at the same points. Away from its phase its shards lie in pinned host
-    memory where there is a GPU.
+    The defaults are those of a teacher that never changes and uses no device memory.
+    """
+
+    def targets(self, micro_batch: MicroBatch) -> Targets:
+        """Return the teacher's targets for the N rows of the micro-batch, in the order of the rows."""
+        raise NotImplementedError
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Keep the teacher's weights on the device inside the block."""
+        self.onload()
+        yield
+        self.offload()  # not in a finally: it waits for the device, which after an error may hang or hide the cause
+
+    def onload(self) -> None:
+        """Move the weights to the device; not collective."""
+
+    def offload(self) -> None:
+        """Move the weights to host memory; not collective."""
+
+    def after_step(self, student: Student) -> None:
+        """Update the teacher after the student's step and free the memory of the step's targets."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint must hold, by name; loading a checkpoint fills them in place."""
+        return {}
+
+    def resume(self, student: Student) -> None:
+        """Update the teacher from the loaded ``state`` or the loaded student."""
+
+
+class ShardedTeacher(Teacher):
+    """A frozen model, sharded over all ranks of a replica in ``teacher.precision``.
+
+    On GPUs its shards are in pinned host memory outside the teacher phase. ``valid_vocab``: number of ids that the
+    tokenizer has; columns from there on are padding and get no probability.
     """
 
     def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int) -> None:
         self.dtype = DTYPES[config.teacher.precision]
         self.device = world.device
-        self._files = files
-        self._world = world
-        self._valid_vocab = valid_vocab
+        self.files = files
+        self.world = world
+        self.valid_vocab = valid_vocab
         loss = loss_at_temperature(config)
+        self.temperature = loss.temperature
         self._top_k = config.distillation.topk_logits_k
-        self._temperature = loss.temperature
         self._backend = loss.backend
         self._keeps_sampled = loss.kl_type == "sampled"
-        self._gives_rows = loss.support == "student" or self._top_k == 0
+        self._returns_rows = loss.support == "student" or self._top_k == 0
         self._head_VD: Tensor | None = None
         self._chunk_rows = config.teacher.logprob_chunk_size or config.runtime.logits_chunk_rows
         self._tp_group = world.tp_mesh.get_group()
-        # Large packs are bound by arithmetic, so layers are gathered whole: the group shares positions, not matrices.
-        again = config.teacher.dtensor_cfg.reshard_after_forward
-        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=again)
+        # No tensor parallelism: large packs are compute-bound, so the group splits positions and gathers full layers.
+        reshard = config.teacher.dtensor_cfg.reshard_after_forward
+        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=reshard)
         self.model = load_sharded(
-            files,
-            "teacher.model_name",
-            world,
-            sharding,
-            dtype=self.dtype,
-            compute_dtype=self.dtype,
-            trainable=False,
+            files, "teacher.model_name", world, sharding, dtype=self.dtype, compute_dtype=self.dtype, trainable=False
         )
         self._host = FrozenOffload(self.model.parameters()) if world.device.type == "cuda" else None
 
     @torch.no_grad()
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """What the teacher says of every response row of the micro-batch, on its reading of it; collective over the
-        shard mesh.
+        """Return the top-k of each row, or its hidden row and the head; collective over the shard mesh.
 
-        The top-k of each row; or its hidden row, where the loss asks for the student's tokens or for all of them: the
-        head is then kept beside it, whole, until ``after_step``.
+        Hidden rows are needed if the loss uses the student's top-k or the full vocabulary. The complete head is then
+        copied once and kept until ``after_step``.
         """
         heartbeat()
         view = micro_batch.teacher.to(self.device)
-        if self._gives_rows:
-            return self._rows(view)
+        if self._returns_rows:
+            return self._hidden_rows(view)
         extra_ids_N = None
         if self._keeps_sampled:
             extra_ids_N = micro_batch.sampled_N.to(self.device)
             if micro_batch.rows_per_tp_rank:
-                extra_ids_N = torch.split(extra_ids_N, list(micro_batch.rows_per_tp_rank))[
-                    dist.get_rank(self._tp_group)
-                ]
-        return self._of_group(self._topk(view, self._top_k, extra_ids_N), micro_batch.rows_per_tp_rank)
+                by_rank = torch.split(extra_ids_N, list(micro_batch.rows_per_tp_rank))
+                extra_ids_N = by_rank[dist.get_rank(self._tp_group)]
+        return self._gather_rows(self.topk(view, self._top_k, extra_ids_N), micro_batch.rows_per_tp_rank)
 
-    def _of_group(self, topk: TopK, shares: tuple[int, ...]) -> TopK:
-        """The targets of all rows of a tensor-parallel group, each of whose ranks made its share of them."""
-        if not shares:
-            return topk
-        most = max(shares)
+    @torch.no_grad()
+    def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
+        """Return the top-k of the view's rows on this rank; collective over the shard mesh."""
 
-        def gathered(part: Tensor) -> Tensor:
-            padded = part.new_zeros(most, *part.shape[1:])
-            padded[: len(part)] = part
-            parts = [torch.empty_like(padded) for _ in shares]
-            dist.all_gather(parts, padded, group=self._tp_group)
-            return torch.cat([rows[:count] for rows, count in zip(parts, shares, strict=True)])
-
-        return TopK(
-            gathered(topk.ids_NK),
-            gathered(topk.logprobs_NK),
-            gathered(topk.log_tail_N),
-            None if topk.entropy_N is None else gathered(topk.entropy_N),
-        )
-
-    def _topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
             topk = teacher_topk(
                 hidden_ND,
                 head_VD,
                 k,
-                self._temperature,
+                self.temperature,
                 self._chunk_rows,
-                self._valid_vocab,
+                self.valid_vocab,
                 extra_ids_N=extra_ids_N,
                 backend=self._backend,
             )
@@ -121,10 +126,30 @@ class Teacher:
 
         return TopK(**self.model(view, use))
 
-    def _rows(self, view: View) -> TeacherRows:
+    def _gather_rows(self, topk: TopK, rows_per_tp_rank: tuple[int, ...]) -> TopK:
+        """Gather the targets of all rows over the tensor-parallel group, whose ranks computed different rows."""
+        if not rows_per_tp_rank:
+            return topk
+        most = max(rows_per_tp_rank)
+
+        def gather(part: Tensor) -> Tensor:
+            padded = part.new_zeros(most, *part.shape[1:])  # all_gather needs the same size on every rank
+            padded[: len(part)] = part
+            parts = [torch.empty_like(padded) for _ in rows_per_tp_rank]
+            dist.all_gather(parts, padded, group=self._tp_group)
+            return torch.cat([rows[:count] for rows, count in zip(parts, rows_per_tp_rank, strict=True)])
+
+        return TopK(
+            gather(topk.ids_NK),
+            gather(topk.logprobs_NK),
+            gather(topk.log_tail_N),
+            None if topk.entropy_N is None else gather(topk.entropy_N),
+        )
+
+    def _hidden_rows(self, view: View) -> TeacherRows:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
             if self._head_VD is None:
-                self._head_VD = head_VD.detach().clone()  # the gathered one goes when its module lets it go
+                self._head_VD = head_VD.detach().clone()  # FSDP frees the gathered head after the forward
             return hidden_ND
 
         hidden_ND = self.model(view, use)
@@ -132,64 +157,93 @@ class Teacher:
         return TeacherRows(hidden_ND, self._head_VD)
 
     def after_step(self, student: Student) -> None:
-        """Let go of what the step's targets needed; a frozen teacher stays as it is."""
+        """Free the copy of the head."""
         self._head_VD = None
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of the teacher: nothing of a frozen one."""
-        return {}
-
-    def resume(self, student: Student) -> None:
-        """Go on from what a checkpoint brought: nothing for a frozen one."""
-
     def onload(self) -> None:
-        """Bring the shards back to the device; no collective."""
+        """Copy the shards from host memory to the device; not collective."""
         if self._host is not None:
             self._host.restore()
 
     def offload(self) -> None:
-        """Let the shards go; their copy in host memory stays."""
+        """Free the shards on the device; their copy in host memory stays. Not collective."""
         if self._host is not None:
             self.model.reshard_all()
             self._host.release()
 
-    @torch.no_grad()
-    def prove(self, sequences: Sequence[Sequence[int]]) -> float:
-        """Compare the sharded, packed path with the plain model on 64 tokens of two sequences; the mean |difference|.
 
-        All ranks call it with the same sequences; the main rank streams the plain model. The difference is of the
-        log-probs of the teacher's eight likeliest tokens. Raises RuntimeError where it is beyond rounding.
-        """
-        sequences = [(tuple(s) * (_PROOF_TOKENS + 1))[: _PROOF_TOKENS + 1] for s in sequences[:2]]
-        view = view_of([(s[:1], s[1:]) for s in sequences])
-        layout = self._world.layout
-        if layout.teacher_size > 1:
-            rows = torch.arange(len(view.rows_N)).tensor_split(layout.teacher_size)
-            view = shard_view(view, rows, layout.rank % layout.teacher_size)
-        found = self._topk(view.to(self.device), min(8, self._valid_vocab))
-        of_group = self._world.gather((found.ids_NK.long().cpu(), found.logprobs_NK.cpu()))[: layout.teacher_size]
-        ids_NK, logprobs_NK = (torch.cat(parts).to(self.device) for parts in zip(*of_group, strict=True))
-        difference = torch.zeros(())
-        if self._world.is_main:
-            config = model_config(self._files, "teacher.model_name")
-            plain = plain_logits(self._files, config, [s[:-1] for s in sequences], self.dtype, self.device)
-            logits_NV = plain.flatten(0, 1)[:, : self._valid_vocab] / self._temperature
-            said = logits_NV.log_softmax(-1).gather(1, ids_NK)
-            difference = (said - logprobs_NK).abs().mean()
-        mean = self._world.broadcast(float(difference))
-        if not mean <= PROOF_LIMIT[self.dtype]:
-            raise RuntimeError(
-                f"the teacher {self._files.name} answers otherwise when sharded and packed than plainly: log-probs"
-                f" differ by {mean:.3g} nats on average, more than {PROOF_LIMIT[self.dtype]:g}"
-            )
-        return mean
+class FollowingTeacher(ShardedTeacher):
+    """A teacher that follows the student: its weights or their exponential moving average.
+
+    ``decay`` None: the student's current weights. The forward uses a copy in the teacher's precision, sharded like any
+    other teacher. The average is float32 on the student's own shards, so its update needs no communication: average <-
+    decay * average + (1 - decay) * weights, once per step. In bfloat16 most of these small updates would round to
+    nothing.
+    """
+
+    def __init__(
+        self, config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student, decay: float | None
+    ) -> None:
+        super().__init__(config, files, world, valid_vocab)
+        self._decay = decay
+        self._bucket_bytes = config.runtime.sync_bucket_mib * 2**20
+        named = student.model.named_hf_parameters() if decay is not None else []
+        self._average = {name: parameter.detach().clone() for name, parameter in named}
+
+    @torch.no_grad()
+    def after_step(self, student: Student) -> None:
+        """Update the average and the teacher's weights; collective over the ranks of a replica."""
+        super().after_step(student)
+        if self._decay is not None:
+            for name, parameter in student.model.named_hf_parameters():
+                local_shard(self._average[name]).lerp_(local_shard(parameter), 1 - self._decay)
+        self._reload(student)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the shards of the average by name; empty without an average."""
+        return {f"teacher.{name}": average for name, average in self._average.items()}
+
+    def resume(self, student: Student) -> None:
+        """Reload the teacher's weights from the loaded average or student; collective."""
+        self._reload(student)
+
+    @torch.no_grad()
+    def _reload(self, student: Student) -> None:
+        """Reload the teacher's shards from the source weights, bucket by bucket; collective."""
+        source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
+        tp = self.world.layout.tp_size
+        weights = GatheredWeights(
+            source or student.model.named_hf_parameters(), self.dtype, self._bucket_bytes, self.world.replica_mesh, tp
+        )
+        self.onload()
+        self.model.reshard_all()  # otherwise the next forward would use gathered copies of the old weights
+        own = dict(self.model.named_hf_parameters())
+        for name, complete in weights:
+            local_shard(own[name]).copy_(complete[local_slices(own[name])])
+        if self._host is not None:
+            self._host.update_copy()
+        self.offload()
+
+
+def build_teacher(
+    config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student
+) -> ShardedTeacher:
+    """Build the teacher that the recipe names; collective."""
+    context = config.distillation.context_distillation
+    if not context.enabled or context.mode in ("self_frozen", "frozen"):
+        return ShardedTeacher(config, files, world, valid_vocab)
+    decay = context.ema_decay if context.mode == "self_ema" else None
+    return FollowingTeacher(config, files, world, valid_vocab, student, decay)
 
 
 def check_top_k(config: Config, vocabulary: int) -> None:
-    """Refuse a top-k beyond the vocabulary, before any weight is loaded."""
+    """Raise UserError if ``distillation.topk_logits_k`` exceeds the vocabulary."""
     k = config.distillation.topk_logits_k
     if k > vocabulary:
         raise UserError(
-            f"distillation.topk_logits_k={k} exceeds the vocabulary ({vocabulary}) of {config.teacher.model_name}:"
-            f" set it to at most {vocabulary}"
+            f"distillation.topk_logits_k={k} exceeds the vocabulary of {vocabulary} tokens of"
+            f" {config.teacher.model_name}",
+            f"set it to at most {vocabulary}",
+            key="distillation.topk_logits_k",
+            value=k,
         )

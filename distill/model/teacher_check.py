@@ -1,43 +1,109 @@
-"""The plain model, a module at a time: the slow, readable twin of the sharded, packed path."""
+"""Verification of the teacher's sharded, packed forward against the plain model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.batching.context_parallel import shard_view
+from distill.batching.plan import view_of
+from distill.errors import RunFailed
+from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, meta_model, restore_buffers
+from distill.model.teacher import ShardedTeacher
+from distill.supervise.progress import heartbeat
+
+log = logging.getLogger(__name__)
+
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest accepted mean |difference| of log-probs in nats. Rounding causes 1e-5 and 0.1, a wrong forward over 1."""
+_TOKENS = 32
+_LOG_PERIOD_S = 10.0
+
+
+@torch.no_grad()
+def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) -> float:
+    """Compare the sharded, packed forward with the plain model on 64 tokens of two sequences; collective.
+
+    Every rank passes the same sequences. The main rank streams the complete checkpoint through its device, which takes
+    as long as reading it. Returns the mean |difference| of the log-probs of the teacher's top-8 tokens, in nats.
+    Raises RunFailed if it exceeds ``MAX_DIFFERENCE``.
+    """
+    world, device = teacher.world, teacher.device
+    sequences = [(tuple(s) * (_TOKENS + 1))[: _TOKENS + 1] for s in sequences[:2]]
+    view = view_of([(s[:1], s[1:]) for s in sequences])
+    layout = world.layout
+    if layout.teacher_size > 1:
+        rows = torch.arange(len(view.rows_N)).tensor_split(layout.teacher_size)
+        view = shard_view(view, rows, layout.rank % layout.teacher_size)
+    found = teacher.topk(view.to(device), min(8, teacher.valid_vocab))
+    of_group = world.gather((found.ids_NK.long().cpu(), found.logprobs_NK.cpu()))[: layout.teacher_size]
+    ids_NK, logprobs_NK = (torch.cat(parts).to(device) for parts in zip(*of_group, strict=True))
+    difference = torch.zeros(())
+    if world.is_main:
+        config = model_config(teacher.files, "teacher.model_name")
+        plain = plain_logits(teacher.files, config, [s[:-1] for s in sequences], teacher.dtype, device)
+        logits_NV = plain.flatten(0, 1)[:, : teacher.valid_vocab] / teacher.temperature
+        difference = (logits_NV.log_softmax(-1).gather(1, ids_NK) - logprobs_NK).abs().mean()
+    mean = float(world.broadcast(float(difference)))
+    limit = MAX_DIFFERENCE[teacher.dtype]
+    if not mean <= limit:  # also if it is nan
+        raise RunFailed(
+            f"the teacher {teacher.files.name} fails verification: log-probs of the sharded, packed model differ from"
+            f" the plain model's by {mean:.3g} nats on average, more than {limit:g}: set runtime.verify_teacher=false"
+            " to train without this check"
+        )
+    return mean
 
 
 @torch.no_grad()
 def plain_logits(
     files: ModelFiles, config: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Logits [B, T, V] of B sequences of one length by transformers' own eager attention, unsharded and unpacked.
+    """Return logits [B, T, V] of transformers' eager model for B sequences of one length.
 
-    One layer's weights are in memory at a time (read when its forward begins, let go when it ends), so that it works
-    for a model no rank could hold. For one rank; reads the checkpoint once.
+    The slow, readable twin of the sharded, packed forward. Only one layer's weights are in memory at a time, so it
+    works for models larger than the device. Runs on one rank; reads the checkpoint once.
     """
     model = meta_model(config, "eager", dtype).eval()
     restore_buffers(model, device)
     body, head = causal_lm_parts(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    in_turn = [body.get_input_embeddings(), *body.layers, body.norm, head]  # type: ignore[operator, misc]
-    for module in in_turn:
+    layers = list(body.layers)  # type: ignore[arg-type]
+    progress = _progress_log(len(layers))
+    for module in [body.get_input_embeddings(), *layers, body.norm, head]:  # type: ignore[operator]
         _stream(module, names, files, dtype, device)
+    for number, layer in enumerate(layers, 1):
+        layer.register_forward_pre_hook(lambda *_, number=number: progress(number))
     tokens = torch.tensor([list(sequence) for sequence in sequences], device=device)
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
     return logits
 
 
+def _progress_log(layers: int) -> Callable[[int], None]:
+    """Return a function of the layer's number that logs it, at most once per ``_LOG_PERIOD_S``."""
+    last = time.monotonic()
+
+    def progress(number: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LOG_PERIOD_S:
+            last = time.monotonic()
+            log.info("verifying the teacher: layer %d of %d", number, layers)
+
+    return progress
+
+
 def _stream(
     module: nn.Module, names: dict[int, str], files: ModelFiles, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Load a module's weights when its forward begins and let go of them when it ends."""
-    places = [
+    """Load the module's weights when its forward begins and free them when it ends."""
+    parameters = [
         (part, leaf, parameter, names[id(parameter)])
         for part in module.modules()
         for leaf, parameter in part._parameters.items()
@@ -45,12 +111,13 @@ def _stream(
     ]
 
     def load(*_: object) -> None:
-        for part, leaf, _meta, name in places:
+        for part, leaf, _meta, name in parameters:
+            heartbeat()
             part._parameters[leaf] = nn.Parameter(files.tensor(name).to(device, dtype), requires_grad=False)
 
-    def let_go(*_: object) -> None:
-        for part, leaf, meta, _name in places:
+    def free(*_: object) -> None:
+        for part, leaf, meta, _name in parameters:
             part._parameters[leaf] = meta
 
     module.register_forward_pre_hook(load)
-    module.register_forward_hook(let_go)
+    module.register_forward_hook(free)

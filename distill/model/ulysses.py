@@ -1,7 +1,7 @@
-"""Positions for heads and back: how ranks that share a pack attend over all of it (all-to-all over heads, Ulysses).
+"""Context parallelism by all-to-all over heads (Ulysses), for ranks that read one pack together.
 
-Everything but attention sees one position at a time, so each rank does that for its own. Inside attention every rank
-has all positions of some of the heads.
+Outside attention every position is independent, so each rank computes its own positions. Inside attention each rank has
+all positions of some of the heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill.types import SequenceShards
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part r of the first axis goes to rank r; the gradient goes the same way back."""
+    """Send part r of the first axis to rank r; the backward sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -36,18 +36,21 @@ class _AllToAll(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class UlyssesAllToAll:
-    """The R ranks of ``group``, M positions of a pack of T on each; every rank of the group calls it alike."""
+    """Exchange between R ranks that each have M positions of a pack of T positions.
+
+    All methods are collective over ``group``.
+    """
 
     group: dist.ProcessGroup
     shards: SequenceShards
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From all heads at M positions, [1, H, M, Dh], to H / R heads at all positions, [1, H / R, T, Dh].
+        """Exchange [1, H, M, Dh] for [1, H / R, T, Dh]: this rank's heads at all positions.
 
-        One exchange for the three. Fewer key-value heads than ranks are copied for those that share them.
+        One all-to-all for the three tensors. If there are fewer key-value heads than ranks, they are repeated.
         """
         ranks = self.group.size()
-        key, value = (self._for_every_rank(heads, ranks) for heads in (key, value))
+        key, value = (self._repeat(heads, ranks) for heads in (key, value))
         # [1, H, M, Dh] -> [R, M, H / R, Dh]
         parts = [heads[0].reshape(ranks, -1, *heads.shape[2:]).transpose(1, 2) for heads in (query, key, value)]
         received = _AllToAll.apply(torch.cat(parts, dim=2), self.group)  # type: ignore[no-untyped-call]
@@ -56,12 +59,12 @@ class UlyssesAllToAll:
         return q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
     def positions(self, attended: Tensor) -> Tensor:
-        """The way back: [1, T, H / R, Dh] to [1, M, H, Dh]."""
+        """Exchange [1, T, H / R, Dh] for [1, M, H, Dh]: all heads at this rank's positions."""
         ranks = self.group.size()
         parts = attended[0].index_select(0, self.shards.position_P).view(ranks, -1, *attended.shape[2:])
         received: Tensor = _AllToAll.apply(parts, self.group)  # type: ignore[no-untyped-call]
         return received.transpose(0, 1).flatten(1, 2)[None]
 
-    def _for_every_rank(self, heads: Tensor, ranks: int) -> Tensor:
+    def _repeat(self, heads: Tensor, ranks: int) -> Tensor:
         count = heads.shape[1]
         return heads if count % ranks == 0 else heads.repeat_interleave(ranks // count, dim=1)

@@ -1,4 +1,4 @@
-"""The student's weights on their way out: whole tensors from shards, each with the bit sums taken before it left."""
+"""Complete tensors gathered from shards, each with bit sums taken on the sending ranks."""
 
 from __future__ import annotations
 
@@ -11,28 +11,21 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, whole_bit_sums
+from distill.model.checksum import WORD_BYTES, BitSums, bit_sums
+from distill.model.dtensor import local_shard, tp_dim
 from distill.model.hf_load import chunk_of
 from distill.supervise.progress import heartbeat
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
-"""Words that a tensor adds to its bucket: two bit sums of the rank's shard, and whether all of it is finite."""
+"""Words per tensor in a bucket's header: two bit sums of the rank's shard, and 1 if the shard is finite."""
 
 
-def tp_dim(parameter: Tensor) -> int | None:
-    """The dimension that tensor parallelism splits; None: the parameter is whole on every rank of its group."""
-    assert isinstance(parameter, DTensor)
-    names = parameter.device_mesh.mesh_dim_names or ()
-    placement = parameter.placements[names.index("tp")] if "tp" in names else None
-    if placement is None or placement.is_replicate():
-        return None
-    dim: int = placement.dim  # type: ignore[attr-defined]
-    return dim
+class _ShardLayout(NamedTuple):
+    """Layout of a tensor on S x TP ranks.
 
-
-class _Place(NamedTuple):
-    """Where a tensor's parts lie on S x TP ranks: split by tensor parallelism first, each part by FSDP's rows."""
+    Tensor parallelism splits it first, then FSDP splits the rows of each part.
+    """
 
     shape: torch.Size
     tp_dim: int | None
@@ -40,31 +33,31 @@ class _Place(NamedTuple):
     tp: int
 
     @classmethod
-    def of(cls, parameter: DTensor, shards: int, tp: int) -> _Place:
+    def of(cls, parameter: DTensor, shards: int, tp: int) -> _ShardLayout:
         return cls(parameter.shape, tp_dim(parameter), shards, tp)
 
-    def part(self, tp_rank: int) -> torch.Size:
-        """The shape of a tensor-parallel part."""
+    def part_shape(self, tp_rank: int) -> torch.Size:
+        """Return the shape of a tensor-parallel part."""
         shape = list(self.shape)
         if self.tp_dim is not None:
             shape[self.tp_dim] = chunk_of(shape[self.tp_dim], self.tp, tp_rank)[1]
         return torch.Size(shape)
 
     def rows(self, shard: int, tp_rank: int) -> tuple[int, int]:
-        """The first row of a rank's shard, as the whole tensor counts them, and how many it has."""
-        begin, length = chunk_of(self.part(tp_rank)[0], self.shards, shard)
+        """Return the first row of a rank's shard in the complete tensor, and the shard's number of rows."""
+        begin, length = chunk_of(self.part_shape(tp_rank)[0], self.shards, shard)
         before = chunk_of(self.shape[0], self.tp, tp_rank)[0] if self.tp_dim == 0 else 0
         return before + begin, length
 
-    def room(self) -> int:
-        """Elements that every rank has room for: those of the largest shard."""
-        return self.rows(0, 0)[1] * self.part(0)[1:].numel()
+    def capacity(self) -> int:
+        """Return the elements reserved on every rank: those of the largest shard."""
+        return self.rows(0, 0)[1] * self.part_shape(0)[1:].numel()
 
-    def whole(self, by_rank: Tensor) -> Tensor:
-        """The tensor of all ranks' shards [S * TP, room]."""
+    def assemble(self, by_rank: Tensor) -> Tensor:
+        """Return the complete tensor from all ranks' shards [S * TP, capacity]."""
         parts = []
         for tp_rank in range(1 if self.tp_dim is None else self.tp):
-            shape = self.part(tp_rank)
+            shape = self.part_shape(tp_rank)
             shards = by_rank[tp_rank :: self.tp]
             if shape.numel() == shards.numel():
                 parts.append(shards.reshape(shape))
@@ -75,26 +68,26 @@ class _Place(NamedTuple):
 
 
 class _Gather(NamedTuple):
-    """A bucket on its way."""
+    """An all-gather in flight."""
 
     names: list[str]
-    places: list[_Place]
+    layouts: list[_ShardLayout]
     starts: list[int]
-    """Where each tensor's shard begins in a rank's part."""
+    """Offset of each tensor's shard in a rank's part of the bucket."""
     sent: Tensor
-    """Kept until all have read it."""
+    """The sent buffer; referenced so that it lives until the gather is complete."""
     by_rank: Tensor
     work: dist.Work
 
 
 class GatheredWeights:
-    """Whole tensors of sharded parameters, in order, by one all-gather a bucket; never more than two buckets at a time.
+    """Iterable of (name, complete tensor) from sharded parameters, one all-gather per bucket; collective.
 
-    Every rank of ``mesh`` (one axis: all ranks that hold a whole model between them, ``tp`` innermost) must drain it
-    once, in the same order. The cast to ``dtype`` comes before the gather, so that float32 shards travel as bfloat16. A
-    yielded tensor is a view of its bucket: copy it or lose it. Each rank computes the bit sums of its own shards; their
-    totals are the tensor's. Raises RuntimeError, on all ranks alike, for a tensor that isn't finite, before it is
-    yielded.
+    Every rank of ``mesh`` (one axis over all ranks of a replica, ``tp`` innermost) must iterate over it once, to the
+    end, with the same parameters in the same order. At most two buckets exist at a time. Shards are cast to ``dtype``
+    before the gather, so float32 shards are sent as bfloat16. A yielded tensor is a view of its bucket: copy it before
+    the next one is requested. Each rank computes the bit sums of its shards before sending; their totals are the
+    tensor's. Raises RuntimeError on all ranks before yielding a tensor that is not finite.
     """
 
     def __init__(
@@ -119,7 +112,7 @@ class GatheredWeights:
         """Yield each tensor with its name and its bit sums."""
         ahead: _Gather | None = None
         for bucket in self._buckets():
-            # The next bucket travels while this one is taken in.
+            # The next bucket is gathered while the caller uses this one.
             now, ahead = ahead, self._start(bucket)
             if now is not None:
                 yield from self._finish(now)
@@ -143,11 +136,11 @@ class GatheredWeights:
     @torch.no_grad()
     def _start(self, bucket: list[tuple[str, DTensor]]) -> _Gather:
         ranks = self._mesh.size()
-        places = [_Place.of(parameter, ranks // self._tp, self._tp) for _, parameter in bucket]
-        flat, starts = self._packed([parameter.to_local() for _, parameter in bucket], places)
+        layouts = [_ShardLayout.of(parameter, ranks // self._tp, self._tp) for _, parameter in bucket]
+        flat, starts = self._pack([local_shard(parameter) for _, parameter in bucket], layouts)
         gathered = flat.new_empty(ranks * flat.numel())
         work = _all_gather(gathered, flat, group=self._mesh.get_group(), async_op=True)
-        return _Gather([name for name, _ in bucket], places, starts, flat, gathered.view(ranks, -1), work)
+        return _Gather([name for name, _ in bucket], layouts, starts, flat, gathered.view(ranks, -1), work)
 
     @torch.no_grad()
     def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor, BitSums]]:
@@ -155,56 +148,40 @@ class GatheredWeights:
         heartbeat()
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
-        sums = _sums_of(header, gather.names)
-        for name, place, begin, sent in zip(gather.names, gather.places, starts, sums, strict=True):
-            yield name, place.whole(by_rank[:, begin : begin + place.room()]), sent
+        sums = _total_sums(header, gather.names)
+        for name, layout, begin, sent in zip(gather.names, gather.layouts, starts, sums, strict=True):
+            yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
-    def _packed(self, shards: Sequence[Tensor], places: Sequence[_Place]) -> tuple[Tensor, list[int]]:
-        """This rank's shards end to end behind their header, in one pass that also casts; where each begins."""
+    def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
+        """Copy header and shards into one buffer of ``dtype``; return it and the offset of each shard."""
         shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
-        # The header comes first, and everything begins at a whole word, where bits are summed.
+        # The header comes first. Every shard begins at a word boundary, because bits are summed by words.
         word = WORD_BYTES // self._dtype.itemsize
         starts = [len(shards) * _HEADER * word]
-        for place in places:
-            starts.append(starts[-1] + -(-place.room() // word) * word)
+        for layout in layouts:
+            starts.append(starts[-1] + -(-layout.capacity() // word) * word)
         ends = starts[1:]
         flat = torch.empty(starts.pop(), dtype=self._dtype, device=self._mesh.device_type)
         header = flat[: starts[0]].view(torch.int64).view(-1, _HEADER)
-        for i, (local, place) in enumerate(zip(shards, places, strict=True)):
-            assert place.tp_dim in (None, 0) or local.shape[1] % word == 0, f"{place}: a word would be cut in two"
+        for i, (local, layout) in enumerate(zip(shards, layouts, strict=True)):
+            assert layout.tp_dim in (None, 0) or local.shape[1] % word == 0, f"{layout}: a shard would split a word"
             flat[starts[i] + local.numel() : ends[i]] = 0
             sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
-            if place.tp_dim is None and tp_rank > 0:
-                header[i, :2] = 0  # the same shard is the first rank's, and counted there
+            if layout.tp_dim is None and tp_rank > 0:
+                header[i, :2] = 0  # a copy of the shard of tp rank 0, which counts it
             else:
-                header[i, :2] = bit_sums(sent, place.rows(shard, tp_rank)[0])
+                header[i, :2] = bit_sums(sent, layout.rows(shard, tp_rank)[0])
             header[i, 2] = local.sum(dtype=torch.float32).isfinite()
         return flat, starts
 
 
-def _sums_of(header: Tensor, names: Sequence[str]) -> list[BitSums]:
-    """The bit sums of a bucket's tensors, from the headers of all ranks [S * TP, tensors, 3].
+def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
+    """Return the bit sums of a bucket's tensors from the headers of all ranks [S * TP, tensors, 3].
 
-    Raises RuntimeError for a tensor that is not finite.
+    Raises RuntimeError if a tensor is not finite.
     """
     finite = (header[..., 2] == 1).all(0).tolist()
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if broken:
-        raise RuntimeError(f"{len(broken)} of the student's weights hold nan or infinity, {broken[0]} first")
+        raise RuntimeError(f"{len(broken)} of the student's weights contain nan or infinity; the first is {broken[0]}")
     return [BitSums(plain, weighted) for plain, weighted, _ in header.sum(0).tolist()]
-
-
-class WholeWeights:
-    """Complete tensors of one process as a sync sends them, with their bit sums: for tests and measurements."""
-
-    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._weights = list(weights)
-        self.sums = whole_bit_sums(self._weights)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self._weights)
-
-    def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
-        """Yield each tensor with its name and its bit sums."""
-        for name, tensor in self._weights:
-            yield name, tensor, self.sums[name]

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from distill.model.checksum import BitSums, bit_sums, changed
+from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
@@ -143,7 +143,7 @@ class EngineBase(ABC):
         if missing:
             raise SyncError(f"the sync to version {version} left out {len(missing)} tensors: {missing[:3]}", missing[0])
         self._verify(sums)
-        differ = changed(self._sums, sums)
+        differ = changed_names(self._sums, sums)
         self._sums = sums
         self._version = version
         self.state = "synced"

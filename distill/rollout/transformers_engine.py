@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from distill.model.checksum import BitSums, whole_bit_sums
+from distill.model.checksum import BitSums, bit_sums_by_name
 from distill.model.hf_load import manifest_of, materialize, meta_model, restore_buffers
 from distill.rollout.engine import (
     Cancelled,
@@ -60,7 +60,7 @@ class TransformersEngine(EngineBase):
             parameters[name].copy_(tensor)
 
     def _verify(self, sent: Mapping[str, BitSums]) -> None:
-        for name, sums in whole_bit_sums(self._model.named_parameters()).items():
+        for name, sums in bit_sums_by_name(self._model.named_parameters()).items():
             if sums != sent[name]:
                 raise SyncError(f"{name} in the engine differs from the student's weights", name, "memory")
 

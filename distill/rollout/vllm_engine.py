@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.memory.forecast import CPU_CACHE
+from distill.memory.phases import CPU_CACHE
 from distill.model.checksum import BitSums
 from distill.rollout.engine import (
     Cancelled,

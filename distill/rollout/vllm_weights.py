@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrapped
+from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrap_int64
 from distill.rollout.engine import SyncError
 
 
@@ -90,7 +90,7 @@ class VllmWeights:
         if self._tp_size > 1:
             dist.all_reduce(found, group=self._tp_group)
         for (name, section), total in zip(compared, found.tolist(), strict=True):
-            if total != [wrapped(value * section.copies) for value in sent[section.tensor]]:
+            if total != [wrap_int64(value * section.copies) for value in sent[section.tensor]]:
                 tensor = section.tensor
                 raise SyncError(f"{name} in vLLM differs from the student's {tensor}", tensor, "memory")
 

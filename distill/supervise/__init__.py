@@ -1,1 +1,1 @@
-"""Supervision of one rank: stop signals, peer-failure watchdog, exit status."""
+"""Supervision of one rank: stop signals, peer-failure watchdog, exit status, logs."""

@@ -1,4 +1,4 @@
-"""Where this rank is in the program, as the watch tells the other ranks: the phase, and what was done of it."""
+"""This rank's current phase and progress counter, as published to the watchdog."""
 
 from __future__ import annotations
 
@@ -11,54 +11,57 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """A rank's place; ranks run one program, so ``number`` tells who is behind."""
+    """Phase and progress of one rank. All ranks enter the same phases in the same order."""
 
-    number: int = 0
-    """How many phases were entered or left."""
+    phase_changes: int = 0
+    """Number of phases entered or left since the start; the rank with the smallest number is behind."""
     phase: str = "starting"
+    """Name of the current phase; a nested phase is ``outer: inner``."""
     step: int = 0
-    """The step that is being made, the first is 1; 0 before."""
-    done: int = 0
-    """Units of work since the start: tokens, micro-batches, tensors; it moves where work moves."""
+    """Number of the current training step, counted from 1; 0 before the first step."""
+    work_units: int = 0
+    """Number of finished units of work since the start: tokens, micro-batches, tensors."""
     timed: bool = True
-    """Whether standing still for long is a fault."""
+    """Whether the run fails if no rank makes progress for ``runtime.phase_timeout_s``."""
 
 
 CURRENT = Progress()
-"""This process's place: a process is one rank."""
+"""Progress of this process, which is one rank."""
 
 
 def heartbeat() -> None:
-    """Something of the phase is done; called wherever a long phase has a loop."""
-    CURRENT.done += 1
+    """Record one finished unit of work; every loop inside a long phase calls it."""
+    CURRENT.work_units += 1
 
 
-def at_step(step: int) -> None:
-    """Step ``step`` begins, the first being 1."""
+def set_step(step: int) -> None:
+    """Record that training step ``step``, counted from 1, begins."""
     CURRENT.step = step
 
 
 @contextmanager
 def phase(name: str, timed: bool = True) -> Iterator[None]:
-    """Be in ``phase``, which all ranks enter in the same order; inside another it is a part of that."""
+    """Set the current phase during the block; a phase inside another is shown as ``outer: inner``.
+
+    All ranks enter the same phases in the same order. ``timed=False`` disables the timeout, also in nested phases.
+    """
     before, timed_before = CURRENT.phase, CURRENT.timed
-    inner = before if before.startswith(_OUTSIDE) else f"{before}: {name}"
-    CURRENT.number, CURRENT.phase, CURRENT.timed = (
-        CURRENT.number + 1,
-        name if inner == before else inner,
-        timed and timed_before,
-    )
+    nested = not before.startswith(_BETWEEN_PHASES)
+    _change_phase(f"{before}: {name}" if nested else name, timed and timed_before)
     try:
         yield
     finally:
-        after = f"{_OUTSIDE[0]}{name}" if inner == before else before
-        CURRENT.number, CURRENT.phase, CURRENT.timed = CURRENT.number + 1, after, timed_before
+        _change_phase(before if nested else f"after {name}", timed_before)
 
 
-_OUTSIDE = ("after ", "starting")
+_BETWEEN_PHASES = ("after ", "starting")
 
 
-def waits_for_others() -> bool:
-    """Whether the main thread is inside a call of torch.distributed: it waits for ranks that have not come."""
+def _change_phase(name: str, timed: bool) -> None:
+    CURRENT.phase_changes, CURRENT.phase, CURRENT.timed = CURRENT.phase_changes + 1, name, timed
+
+
+def in_collective() -> bool:
+    """Return whether the main thread is inside a call of torch.distributed, and so waits for other ranks."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return frame is not None and "/torch/distributed/" in frame.f_code.co_filename

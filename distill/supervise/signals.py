@@ -1,4 +1,4 @@
-"""Requests to stop: signals of a launcher, a scheduler or a user, and the time by which a run must have saved."""
+"""Stop requests: signals of a launcher, a scheduler or a user, and the time limit of a run."""
 
 from __future__ import annotations
 
@@ -16,83 +16,84 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 5.0
-"""Seconds in which further signals are the same request: a scheduler signals every process, and a launcher hands on."""
+"""Seconds after a signal in which further signals are duplicates: a scheduler signals every process, and a launcher
+forwards its own signal."""
 
 _listening: list[StopSignals] = []
 
 
 class StopSignals:
-    """The first signal is noted and told to ``on_first``; one that comes later than duplicates do, to ``on_again``.
+    """Receiver of stop signals. ``on_first`` gets the first signal's name, ``on_later`` those that are no duplicates.
 
-    Both get the signal's name, in a thread of their own: Python runs handlers in the main thread alone, which may be
-    inside a collective for ever. Where that runs, it knows of the request at once, by ``asked``.
+    Both run in a thread of this object: Python runs signal handlers only in the main thread, which may hang in a
+    collective. The main thread reads ``requested``, which its own handler sets immediately.
     """
 
     def __init__(
         self,
         on_first: Callable[[str], None],
-        on_again: Callable[[str], None],
+        on_later: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.asked: signal.Signals | None = None
-        self._on_first, self._on_again = on_first, on_again
+        self.requested: signal.Signals | None = None
+        self._on_first, self._on_later = on_first, on_later
         self._clock = clock
-        self._since: float | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._first_time: float | None = None
+        self._handlers_before: dict[signal.Signals, Any] = {}
 
-    def notice(self, number: int) -> None:
-        """A signal came, as the thread hears."""
+    def handle(self, number: int) -> None:
+        """Process one signal; called on the signal thread."""
         name = signal.Signals(number).name
-        if self._since is None:
-            self._since = self._clock()
-            self.asked = self.asked or signal.Signals(number)
+        if self._first_time is None:
+            self._first_time = self._clock()
+            self.requested = self.requested or signal.Signals(number)
             self._on_first(name)
-        elif self._clock() - self._since > SAME_REQUEST_S:
-            self._on_again(name)
+        elif self._clock() - self._first_time > SAME_REQUEST_S:
+            self._on_later(name)
 
     def listen(self) -> None:
-        """Take the signals from now on; in the main thread."""
+        """Install the handlers and start the signal thread; call it in the main thread."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._before = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
+        self._handlers_before = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
         for number in SIGNALS:
-            signal.siginterrupt(number, False)  # no library's system call fails for it
+            signal.siginterrupt(number, False)  # otherwise system calls of libraries fail with EINTR
         self._descriptor_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
         _listening.append(self)
 
     def close(self) -> None:
-        """Leave the signals to whoever had them before."""
+        """Restore the previous signal handlers and stop the thread."""
         if self not in _listening:
             return
         _listening.remove(self)
         signal.set_wakeup_fd(self._descriptor_before)
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
-        self._writer.shutdown(socket.SHUT_WR)  # a forked child may hold it open
+        self._writer.shutdown(socket.SHUT_WR)  # close() is not enough: a forked child may hold the socket open
         self._thread.join()
         self._writer.close()
         self._reader.close()
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or signal.Signals(number)
+        self.requested = self.requested or signal.Signals(number)
 
     def _read(self) -> None:
         while numbers := self._reader.recv(64):
             for number in numbers:
                 if number in SIGNALS:
-                    self.notice(number)
+                    self.handle(number)
 
 
 def ignore_signals() -> None:
-    """From here on nothing but a kill ends the process before its work is done; in the main thread."""
+    """Ignore all stop signals from now on; call it in the main thread."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _in_a_forked_child() -> None:
-    """A child that shares this memory must end by a signal as any process does, and not report it as its parent's."""
+def _reset_in_forked_child() -> None:
+    """Restore the default handlers: a signal must end the child and must not reach its parent's socket."""
     if _listening:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -100,34 +101,34 @@ def _in_a_forked_child() -> None:
         _listening.clear()
 
 
-os.register_at_fork(after_in_child=_in_a_forked_child)
+os.register_at_fork(after_in_child=_reset_in_forked_child)
 
 
 class Deadline:
-    """Whether the next step might end, and its checkpoint be written, only after ``limit_s`` since ``started``.
+    """Time limit of a run: ``limit_s`` seconds after ``started``, a time of ``clock``; None for no limit.
 
-    ``limit_s``: seconds, None for no limit; ``started``: by ``clock``. A step is expected to take as long as the
-    longest so far, and so is a save; before the first save it is taken to last like a step.
+    The next step is expected to take as long as the slowest step so far, and its save as long as the slowest save.
+    Before the first save, a save is expected to take as long as a step.
     """
 
     def __init__(self, limit_s: float | None, started: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s, self._started, self._clock = limit_s, started, clock
         self._step_s = self._save_s = 0.0
 
-    def took(self, step_s: float, save_s: float) -> None:
-        """A step took so long, and a save so long beside it (0 where there was none yet)."""
+    def record(self, step_s: float, save_s: float) -> None:
+        """Record the seconds of a step without its save, and of the slowest save so far (0 before the first save)."""
         self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
-    def near(self) -> bool:
-        """Whether there is no time for one more step."""
+    def is_near(self) -> bool:
+        """Return whether one more step and its save may end after the limit."""
         if self._limit_s is None:
             return False
         return self._clock() - self._started + self._step_s + (self._save_s or self._step_s) > self._limit_s
 
 
 def seconds_of(text: str | None) -> float | None:
-    """``DD:HH:MM:SS`` in seconds; None stays None."""
+    """Convert ``DD:HH:MM:SS`` to seconds; None stays None."""
     if text is None:
         return None
     days, hours, minutes, seconds = map(int, text.split(":"))

@@ -1,4 +1,4 @@
-"""How a run goes and how it ended, in a file of its folder: a launcher's exit code doesn't tell."""
+"""``status.json``: state, progress and exit status of a run; a launcher's exit code does not contain them."""
 
 from __future__ import annotations
 
@@ -13,92 +13,104 @@ from typing import Literal, NamedTuple
 
 log = logging.getLogger(__name__)
 
-_STARTED, _MARGIN_S = time.time(), 60.0
-"""When this process began to be a rank; and how far clocks, and ranks that start together, may be apart."""
+_STARTED, _CLOCK_MARGIN_S = time.time(), 60.0
+"""Start time of this process, and the largest accepted difference of clocks and start times between ranks."""
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 STATUS_FILE = "status.json"
-_ELSEWHERE = "DISTILL_STATUS_FILE"
-"""Variable that names one more file for the same: there from the start, before a run has its folder."""
+_EXTRA_FILE = "DISTILL_STATUS_FILE"
+"""Environment variable with the path of a second status file, which exists before the run has a directory."""
 
 
 class ExitStatus(NamedTuple):
-    """Why a rank leaves; ``stopped`` is on request, with everything saved that was to be saved."""
+    """Why and how a rank exits. ``stopped``: on request, after saving a checkpoint if the loop had begun."""
 
     state: State
     reason: str
     exit_code: int
-    lost: bool = False
-    """Whether a rank, its machine or its disk was lost: nothing that the run did, so it may go well once more."""
+    retryable: bool = False
+    """Whether the same command may succeed: a rank, its machine or its disk failed, not the program."""
 
 
-def lost(reason: str) -> ExitStatus:
-    """The end of a run that lost a rank."""
-    return ExitStatus("failed", reason, 1, lost=True)
+_RUNNING = ExitStatus("running", "", 0)
+
+
+def retryable_failure(reason: str) -> ExitStatus:
+    """Return the exit status of a run that failed because a rank, its machine or its disk failed."""
+    return ExitStatus("failed", reason, 1, retryable=True)
 
 
 class Status:
-    """``status.json``: state, reason, exit code, lost, time, and the steps that were finished when the run ``began``,
-    that are now, and that are ``saved``; written beside and renamed.
+    """Writer of ``status.json`` in the run directory and at the path in DISTILL_STATUS_FILE.
 
-    The main rank writes it. Another does where it leaves alone, if no end stands there yet.
+    The main rank writes. Another rank writes only its exit status, if it exits without the agreement of all ranks and
+    the file has no exit status yet. Every write replaces the file atomically.
     """
 
-    def __init__(self, main: bool) -> None:
-        self._main = main
-        self._paths = [Path(os.environ[_ELSEWHERE])] if os.environ.get(_ELSEWHERE) else []
-        self._began: int | None = None
+    def __init__(self, is_main: bool) -> None:
+        self._is_main = is_main
+        self._paths = [Path(os.environ[_EXTRA_FILE])] if os.environ.get(_EXTRA_FILE) else []
+        self._start_step: int | None = None
         self._step = 0
-        self.saved: int | None = None
-        """The step of the newest whole checkpoint; None before the run has looked for one."""
+        self.checkpoint_step: int | None = None
+        """Step of the newest complete checkpoint; None before the run has searched for one."""
         self._ended = False
         self._lock = threading.Lock()
-        if main:
-            for path in self._paths:  # an end that stands there is of an earlier run, or of a rank that was faster
-                if not _has_ended(path) or _written(path) < _STARTED - _MARGIN_S:
-                    self._write([path], ExitStatus("running", "", 0))
+        if is_main:
+            # A recent exit status comes from a rank of this run that failed earlier; an old one from a previous run.
+            for path in self._paths:
+                if not _has_ended(path) or _modified(path) < _STARTED - _CLOCK_MARGIN_S:
+                    self._write([path], _RUNNING)
 
     def begin(self, run_dir: Path, step: int) -> None:
-        """The run has a folder and goes on after ``step`` finished steps."""
-        self._began = self.saved = step
+        """Write to ``run_dir`` from now on; the run starts or resumes after ``step`` finished steps."""
+        self._start_step = self.checkpoint_step = step
         with self._lock:
             self._paths.append(run_dir / STATUS_FILE)
-        self.at(step)
+        self.set_step(step)
 
-    def at(self, step: int) -> None:
-        """So many steps are finished."""
+    def set_step(self, step: int) -> None:
+        """Record the number of finished steps."""
         self._step = step
         with self._lock:
-            if self._main and not self._ended:
-                self._write(self._paths, ExitStatus("running", "", 0))
+            if self._is_main and not self._ended:
+                self._write(self._paths, _RUNNING)
 
-    def end(self, ending: ExitStatus, alone: bool = False) -> None:
-        """How it ended. ``alone``: no other rank knows, so this one writes, whichever it is.
+    def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
+        """Record the exit status; the first one wins, because later ones are consequences of it.
 
-        The first end that is told holds: what comes of it, as a launcher's signal to the others, is not why it ended.
+        ``alone``: this rank exits without the agreement of other ranks, so it writes even if it is not the main rank.
         """
         with self._lock:
-            if (self._main or alone) and not self._ended:
-                self._write([path for path in self._paths if not _has_ended(path)], ending)
+            if (self._is_main or alone) and not self._ended:
+                self._write([path for path in self._paths if not _has_ended(path)], status)
             self._ended = True
 
-    def _write(self, paths: Sequence[Path], ending: ExitStatus) -> None:
-        where = {"began": self._began, "step": self._step, "saved": self.saved}
-        found = {"state": ending.state, **where, **ending._asdict()}
-        text = json.dumps({**found, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=2) + "\n"
+    def _write(self, paths: Sequence[Path], status: ExitStatus) -> None:
+        fields = {
+            "state": status.state,
+            "reason": status.reason,
+            "exit_code": status.exit_code,
+            "start_step": self._start_step,
+            "step": self._step,
+            "checkpoint_step": self.checkpoint_step,
+            "retryable": status.retryable,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        text = json.dumps(fields, indent=2) + "\n"
         for path in paths:
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             try:
                 part.write_text(text, encoding="utf-8")
                 part.replace(path)
-            except OSError as error:  # a full disk must not hide what is said here from the log
-                log.warning("%s can't be written (%s)", path, error.strerror)
+            except OSError as error:  # not raised: a full disk must not hide the exit reason from the log
+                log.warning("cannot write %s (%s)", path, error.strerror)
 
 
 def _has_ended(path: Path) -> bool:
     return read_status(path).get("state", "running") != "running"
 
 
-def _written(path: Path) -> float:
+def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:
@@ -106,9 +118,9 @@ def _written(path: Path) -> float:
 
 
 def read_status(path: Path) -> dict[str, object]:
-    """What ``status.json`` says; empty where there is none, or no readable one."""
+    """Return the fields of a ``status.json``; empty if the file is missing or unreadable."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return fields if isinstance(fields, dict) else {}

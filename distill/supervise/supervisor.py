@@ -1,4 +1,4 @@
-"""What ends a rank from outside of its program, and what it says and leaves behind when it ends."""
+"""Supervision of one rank: stop signals, peer-failure watchdog, exit status."""
 
 from __future__ import annotations
 
@@ -9,157 +9,173 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from distill.supervise.logs import log_to_file
 from distill.supervise.signals import StopSignals, ignore_signals
 from distill.supervise.status import ExitStatus, Status
 from distill.supervise.watchdog import POLL_S, Watchdog
 
 log = logging.getLogger(__name__)
 
-_LAST_WORDS_S = 15
-"""Seconds that a rank may take to say why it leaves: a lock may be held by whatever hangs."""
+_EXIT_TIMEOUT_S = 15
+"""Seconds after which an exiting rank is ended by force: the thread that hangs may hold a lock that logging needs."""
+_GRACE_PERIOD_S = 4 * POLL_S
 _LOADING_TIMEOUT_S = 1800.0
 
 
 class Supervisor:
-    """Signals, watch and status of this rank; ``run_program`` makes it, and a World carries it.
+    """Signals, watchdog and exit status of this rank; created by ``run_program`` and available as World.supervisor.
 
-    Before the loop a signal ends the run at once: nothing would be lost. In the loop it is only noted, and the loop
-    ends between two steps.
+    A signal before the training loop ends the run immediately, because there is nothing to save. In the loop the
+    signal is only recorded; the loop stops between two steps.
     """
 
-    def __init__(self, main: bool) -> None:
-        self.status = Status(main)
+    def __init__(self, is_main: bool) -> None:
+        self.status = Status(is_main)
         self.started = time.monotonic()
-        """When the program began, by time.monotonic."""
-        self.stopped: str | None = None
-        """Why the loop was left before its last step."""
-        self.stacks_to: Path | None = None
-        """Where the stacks of all threads are written when the run fails from outside of its program."""
-        self._loops = False
-        self._told: ExitStatus | None = None
+        """Start time of the program, by time.monotonic."""
+        self.stop_reason: str | None = None
+        """Why the loop stopped before its last step; None if it did not."""
+        self._log_file: Path | None = None
+        self._in_loop = False
+        self._exit_status: ExitStatus | None = None
         self._signals = StopSignals(self._first_signal, self._later_signal)
-        self._watch: Watchdog | None = None
+        self._watchdog: Watchdog | None = None
 
     @property
-    def asked(self) -> int:
-        """The number of the signal that asked this rank to stop; 0 for none."""
-        return self._signals.asked or 0
+    def stop_signal(self) -> int:
+        """Return the number of the first stop signal that this rank received; 0 for none."""
+        return self._signals.requested or 0
 
     def listen(self) -> None:
-        """Take the signals from now on; in the main thread."""
+        """Handle stop signals from now on; call it in the main thread."""
         self._signals.listen()
 
-    def watch(self, store: dist.Store, rank: int, size: int, meet: Callable[[], None]) -> None:
-        """Watchdog the other ranks and be watched, from here on; collective. ``meet`` returns when all have come."""
-        watch = Watchdog(store, rank, size, self._leave)
-        watch.roll.timeout_s = _LOADING_TIMEOUT_S
-        watch.start(meet)
-        self._watch = watch
+    def log_to(self, run_dir: Path, rank: int) -> None:
+        """Write this rank's log, and its stacks if the run fails, to ``run_dir/logs/rank_NNNNN.log``."""
+        self._log_file = run_dir / "logs" / f"rank_{rank:05d}.log"
+        log_to_file(self._log_file)
+
+    def start_watchdog(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        barrier: Callable[[], None],
+        launcher_error: Callable[[], str | None],
+        holds_store: bool,
+    ) -> None:
+        """Watch the other ranks from now on; collective. The arguments are those of Watchdog and Watchdog.start."""
+        watchdog = Watchdog(store, rank, size, self._exit_from_thread, launcher_error, holds_store)
+        watchdog.detector.timeout_s = _LOADING_TIMEOUT_S
+        watchdog.start(barrier)
+        self._watchdog = watchdog
 
     @property
-    def watches(self) -> bool:
-        """Whether the others hear of this rank's end."""
-        return self._watch is not None
+    def has_watchdog(self) -> bool:
+        """Return whether the watchdog runs, so that other ranks receive this rank's exit status."""
+        return self._watchdog is not None
 
-    def expect_loading(self, phase_timeout_s: float) -> None:
-        """The recipe is read: loading may stand still for so long, where that is more than is usual."""
-        if self._watch is not None:
-            self._watch.roll.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
+    def allow_loading(self, phase_timeout_s: float) -> None:
+        """Set the timeout of phases while loading: ``phase_timeout_s``, but at least 30 minutes."""
+        if self._watchdog is not None:
+            self._watchdog.detector.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
 
     def begin_loop(self, phase_timeout_s: float) -> None:
-        """The steps begin: from now on signals wait for a step's end, and phases are timed."""
-        self._loops = True
-        if self._watch is not None:
-            self._watch.roll.timeout_s = phase_timeout_s
+        """Begin the training loop: from now on signals wait for the end of a step, and phases have this timeout."""
+        self._in_loop = True
+        if self._watchdog is not None:
+            self._watchdog.detector.timeout_s = phase_timeout_s
 
-    def wait_for_the_cause(self) -> None:
-        """An error may come of another rank's end: if the watch hears of that soon, it ends this one, and says so."""
-        if self._watch is not None:
-            time.sleep(4 * POLL_S)
+    def wait_grace_period(self) -> None:
+        """Wait until the watchdog could report another rank's failure, of which this rank's error is a consequence.
 
-    def ends(self, ending: ExitStatus, alone: bool = False) -> None:
-        """The program is over, and how: a signal to hurry changes nothing about that."""
-        self._told = ending
-        self.status.end(ending, alone)
-
-    def leave_alone(self, ending: ExitStatus, say: Callable[[str], None] = lambda reason: None) -> NoReturn:
-        """End this rank, which knows something that the others don't, and them through their watch.
-
-        ``say`` is told why, if no other rank was first. What follows from the death of a neighbour is not why.
+        Does not return if it does: the watchdog then ends the process with that failure as its reason.
         """
-        mine = True
-        if self._watch is not None:
-            ending = self._watch.missed() or ending
-            ending, mine = self._watch.announce(ending)
-        if mine:
-            say(ending.reason)
-        self.ends(ending, alone=True)
-        self._let_others_hear()
-        leave(ending.exit_code)
+        if self._watchdog is not None:
+            time.sleep(_GRACE_PERIOD_S)
 
-    def stop_watching(self) -> None:
-        """The ranks are about to end, in any order."""
-        if self._watch is not None:
-            self._watch.stop()
+    def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
+        """Record the final exit status; later signals do not change it. ``alone``: see Status.set_exit_status."""
+        self._exit_status = status
+        self.status.set_exit_status(status, alone)
+
+    def abort(self, status: ExitStatus, report: Callable[[str], None] = lambda reason: None) -> NoReturn:
+        """End this rank after an error that other ranks do not have, and end the other ranks through their watchdogs.
+
+        ``report`` gets the reason, unless another rank failed first: then this rank exits with that rank's status.
+        """
+        is_first = True
+        if self._watchdog is not None:
+            status = self._watchdog.dead_neighbour() or status
+            status, is_first = self._watchdog.announce(status)
+        if is_first:
+            report(status.reason)
+        self.set_exit_status(status, alone=True)
+        self._keep_store_alive()
+        exit_process(status.exit_code)
+
+    def stop_watchdog(self) -> None:
+        """Stop the watchdog, because ranks are about to exit in any order."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
 
     def close(self) -> None:
-        """The program has ended by itself, on all ranks."""
-        self.stop_watching()
+        """Stop the watchdog and restore the signal handlers, at the regular end of the program."""
+        self.stop_watchdog()
         self._signals.close()
 
     def _first_signal(self, name: str) -> None:
-        if self._told is not None:
+        if self._exit_status is not None:
             return
-        if not self._loops:
-            # A launcher that has seen a rank die tells the others to go, sooner than their watch looks.
-            died = None if self._watch is None else self._watch.missed()
-            self._announce_and_leave(died or ExitStatus("stopped", f"{name} before the first step", 0))
-        log.warning("%s: the run saves and ends after this step; one more signal, later, ends it at once", name)
-
-    def _later_signal(self, name: str) -> None:
-        if self._told is not None:
-            self._announce_and_leave(self._told)
-        code = 128 + self.asked
-        self._announce_and_leave(
-            ExitStatus("stopped", f"{name} once more: left at once, unfinished step unsaved", code)
+        if not self._in_loop:
+            # The launcher may send this signal because a rank died, before the watchdog's next poll detects it.
+            cause = None if self._watchdog is None else self._watchdog.dead_neighbour()
+            self._announce_and_exit(cause or ExitStatus("stopped", f"{name} before the first step", 0))
+        log.warning(
+            "%s: saving a checkpoint and stopping after this step; another signal after 5 s stops immediately", name
         )
 
-    def _announce_and_leave(self, ending: ExitStatus) -> NoReturn:
-        faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True)
-        self._leave(ending if self._watch is None else self._watch.announce(ending)[0])
+    def _later_signal(self, name: str) -> None:
+        if self._exit_status is not None:
+            self._announce_and_exit(self._exit_status)
+        reason = f"second {name}: stopped immediately, the unfinished step is not saved"
+        self._announce_and_exit(ExitStatus("stopped", reason, 128 + self.stop_signal))
 
-    def _leave(self, ending: ExitStatus) -> NoReturn:
-        """End the process from a thread, whatever the main thread does."""
-        faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True)
-        self.status.end(ending, alone=True)
-        if ending.state == "failed":
-            log.error("error: %s", ending.reason)
-            if self.stacks_to is not None:
-                with suppress(OSError), self.stacks_to.open("a", encoding="utf-8") as file:
+    def _announce_and_exit(self, status: ExitStatus) -> NoReturn:
+        faulthandler.dump_traceback_later(_EXIT_TIMEOUT_S, exit=True)
+        self._exit_from_thread(status if self._watchdog is None else self._watchdog.announce(status)[0])
+
+    def _exit_from_thread(self, status: ExitStatus) -> NoReturn:
+        """End the process from another thread, because the main thread may hang."""
+        faulthandler.dump_traceback_later(_EXIT_TIMEOUT_S, exit=True)
+        self.status.set_exit_status(status, alone=True)
+        if status.state == "failed":
+            log.error("error: %s", status.reason)
+            if self._log_file is not None:
+                with suppress(OSError), self._log_file.open("a", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file)
         else:
-            log.warning("%s", ending.reason)
-        self._let_others_hear()
+            log.warning("%s", status.reason)
+        self._keep_store_alive()
         logging.shutdown()
-        os._exit(ending.exit_code)
+        os._exit(status.exit_code)
 
-    def _let_others_hear(self) -> None:
-        """Where rank 0 itself holds the store (without torchrun), its word must be heard before it goes."""
-        if self._watch is not None and self._watch.holds_store:
+    def _keep_store_alive(self) -> None:
+        """Wait until other ranks have read this rank's exit status, if the store ends with this process."""
+        if self._watchdog is not None and self._watchdog.holds_store:
             time.sleep(2 * POLL_S)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process with ``code``; at once where it isn't 0.
+def exit_process(code: int) -> NoReturn:
+    """End the process with ``code``, without the interpreter's shutdown if it isn't 0.
 
-    A launcher ends the other ranks when it sees one fail. The interpreter takes longer to end than a launcher to look,
-    and all ranks should leave with the program's own code.
+    A launcher ends the other ranks when one fails. The shutdown takes longer than the launcher's poll interval, so a
+    rank that has not ended by then would exit by the launcher's signal instead of this code.
     """
     ignore_signals()
     logging.shutdown()
@@ -168,20 +184,3 @@ def leave(code: int) -> NoReturn:
     if code:
         os._exit(code)
     sys.exit(0)
-
-
-def log_to_console(main: bool) -> None:
-    """The main rank's log goes to standard error from INFO on; the others' console stays silent.
-
-    What is said before there is a run folder is kept for the rank's file there.
-    """
-    logger = logging.getLogger("distill")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    # Without any handler Python prints warnings itself: a silent one keeps the other ranks off the console.
-    handler = logging.StreamHandler(sys.stderr) if main else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.addHandler(MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))

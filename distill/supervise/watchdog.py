@@ -1,8 +1,7 @@
-"""Every rank watched by a thread of its own: who is gone, who stands still, and who has said that he leaves.
+"""Watchdog thread of each rank: detects ranks that died, are frozen, make no progress, or exit with an error.
 
-The ranks tell each other over the rendezvous's store, with a connection of the watch's own, so it works while all
-main threads sit in a collective for ever. Whoever holds the store may freeze, so nothing waits for its answer without a
-limit.
+Ranks exchange heartbeats through the rendezvous store, over connections of the watchdog's own, so it works while all
+main threads hang in a collective. The store's host may freeze too, so every call to the store has a timeout.
 """
 
 from __future__ import annotations
@@ -22,261 +21,286 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from distill.distributed.launcher import launcher, launcher_lives
-from distill.distributed.rendezvous import named
-from distill.supervise.progress import CURRENT, Progress, waits_for_others
-from distill.supervise.status import ExitStatus, lost
+from distill.supervise.progress import CURRENT, Progress, in_collective
+from distill.supervise.status import ExitStatus, retryable_failure
 
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 SILENT_POLLS = 20
-"""Looks without a sign of life after which a rank counts as gone: 40 s. Looks are counted, not seconds, so that a job
-that was suspended whole, or a machine that is out of breath, is not taken for dead."""
-_STORE_S = 8.0
-"""How long the store may take for an answer, whose own calls may wait for ever."""
-_NOBODY = "-"
-_NO_STORE = (dist.DistError, RuntimeError, TimeoutError)
+"""Number of polls without a new heartbeat after which a rank counts as dead: 40 s. Polls are counted instead of
+seconds, so that a suspended job or an overloaded machine is not declared dead."""
+_SILENCE = f"{SILENT_POLLS * POLL_S:g} s"
+_STORE_TIMEOUT_S = 8.0
+"""Seconds to wait for a reply of the store; torch's own calls may block forever."""
+_NO_STATUS = "-"
+_STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Beat:
-    """A sign of life."""
+class Heartbeat:
+    """Message of one rank to other ranks, sent once per poll."""
 
     count: int
-    place: Progress
-    waits: bool
-    """Whether the rank waits for others."""
+    """Number of heartbeats sent by this rank."""
+    progress: Progress
+    in_collective: bool
+    """Whether the rank's main thread waits for other ranks."""
 
     @classmethod
-    def parse(cls, text: bytes) -> Beat:
-        """Of what ``text`` made."""
-        count, place, waits = json.loads(text)
-        return cls(count, Progress(**place), waits)
+    def parse(cls, text: bytes) -> Heartbeat:
+        """Inverse of ``text``."""
+        count, progress, waiting = json.loads(text)
+        return cls(count, Progress(**progress), waiting)
 
     def text(self) -> str:
-        """As the store has it."""
-        return json.dumps([self.count, asdict(self.place), self.waits])
+        """Return the heartbeat as JSON."""
+        return json.dumps([self.count, asdict(self.progress), self.in_collective])
 
 
 class FailureDetector:
-    """The main rank's judgement of everyone's beats, look by look; it knows no clock.
+    """Rank 0's view of all heartbeats; counts polls rather than seconds, so a suspended job is not declared dead.
 
-    ``timeout_s``: of a phase in which no rank makes progress.
+    ``timeout_s``: seconds that a phase may last without progress on any rank.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._counts: list[int] = []
-        self._silent: list[int] = []
-        self._places: list[Progress] = []
-        self._still = 0
+        self._silent_polls: list[int] = []
+        self._progress: list[Progress] = []
+        self._polls_without_progress = 0
 
-    def read(self, beats: Sequence[Beat]) -> ExitStatus | None:
-        """Look at the beats of all ranks; why the run must end, if it must."""
-        counts, places = [beat.count for beat in beats], [beat.place for beat in beats]
+    def poll(self, heartbeats: Sequence[Heartbeat]) -> ExitStatus | None:
+        """Compare the ``heartbeats`` of all ranks with the previous poll; return why the run must end, if it must."""
+        counts = [heartbeat.count for heartbeat in heartbeats]
         if not self._counts:
-            self._counts, self._silent = [-1] * len(beats), [0] * len(beats)
-        self._silent = [
+            self._counts, self._silent_polls = [-1] * len(counts), [0] * len(counts)
+        self._silent_polls = [
             silent + 1 if count == before else 0
-            for silent, count, before in zip(self._silent, counts, self._counts, strict=True)
+            for silent, count, before in zip(self._silent_polls, counts, self._counts, strict=True)
         ]
         self._counts = counts
-        moves = places != self._places or not all(place.timed for place in places)
-        self._still = 0 if moves else self._still + 1
-        self._places = places
-        if gone := [rank for rank, silent in enumerate(self._silent) if silent >= SILENT_POLLS]:
-            return lost(f"{named(gone)} gave no sign of life for {SILENT_POLLS * POLL_S:g} s")
-        if self._still * POLL_S >= self.timeout_s:
-            return ExitStatus("failed", self._stands_still(beats), 1)
+        progress = [heartbeat.progress for heartbeat in heartbeats]
+        advanced = progress != self._progress or not all(each.timed for each in progress)
+        self._polls_without_progress = 0 if advanced else self._polls_without_progress + 1
+        self._progress = progress
+        if dead := [rank for rank, silent in enumerate(self._silent_polls) if silent >= SILENT_POLLS]:
+            return retryable_failure(f"{rank_names(dead)} sent no heartbeat for {_SILENCE}")
+        if self._polls_without_progress * POLL_S >= self.timeout_s:
+            return ExitStatus("failed", self._describe_stall(heartbeats), 1)
         return None
 
-    def _stands_still(self, beats: Sequence[Beat]) -> str:
-        furthest = max(beats, key=lambda beat: beat.place.number).place
-        late = [rank for rank, beat in enumerate(beats) if beat.place.number < furthest.number]
-        if not late:  # all are in one phase: some of them waiting, the others not come to where those wait
-            late = [rank for rank, beat in enumerate(beats) if not beat.waits]
-        if not late or len(late) == len(beats):
-            return f"no rank made progress in {_name(furthest)} for {self.timeout_s:g} s (runtime.phase_timeout_s)"
-        where = " and ".join(sorted({_name(beats[rank].place) for rank in late}))
+    def _describe_stall(self, heartbeats: Sequence[Heartbeat]) -> str:
+        furthest = max((heartbeat.progress for heartbeat in heartbeats), key=lambda progress: progress.phase_changes)
+        late = [r for r, each in enumerate(heartbeats) if each.progress.phase_changes < furthest.phase_changes]
+        if not late:  # all are in the same phase: those outside of a collective are the late ones
+            late = [rank for rank, heartbeat in enumerate(heartbeats) if not heartbeat.in_collective]
+        limit = f"{self.timeout_s:g} s (runtime.phase_timeout_s)"
+        if not late or len(late) == len(heartbeats):
+            return f"no rank made progress in {_phase_name(furthest)} for {limit}"
+        phases = " and ".join(sorted({_phase_name(heartbeats[rank].progress) for rank in late}))
         return (
-            f"{where} made no progress for {self.timeout_s:g} s (runtime.phase_timeout_s): {named(late)} of"
-            f" {len(beats)} did not arrive where the others wait, in {_name(furthest)}"
+            f"{phases} made no progress for {limit}: {rank_names(late)} of {len(heartbeats)} did not reach"
+            f" {_phase_name(furthest)}, in which the other ranks wait"
         )
 
 
-def _told(end: str) -> ExitStatus:
-    """How the run ends, as a rank has told."""
-    _, ending = json.loads(end)
-    return ExitStatus(*ending)
+def rank_names(ranks: Sequence[int]) -> str:
+    """Return ``rank 3`` or ``ranks 3, 5``, with at most 20 numbers."""
+    text = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
 
-def _asked(call: Callable[[], T]) -> Future[T]:
-    """What a call to the store will answer, if ever: by a thread of its own, that may be given up."""
+def _phase_name(progress: Progress) -> str:
+    return f"{progress.phase} of step {progress.step}" if progress.step else progress.phase
+
+
+def _parse_announcement(text: str) -> ExitStatus:
+    _, status = json.loads(text)
+    return ExitStatus(*status)
+
+
+def _in_thread(call: Callable[[], T]) -> Future[T]:
+    """Run ``call`` in a new thread, so that the caller can give up waiting for it."""
     future: Future[T] = Future()
 
-    def answer() -> None:
+    def run() -> None:
         try:
             future.set_result(call())
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=answer, name="watch's store", daemon=True).start()
+    threading.Thread(target=run, name="watchdog store call", daemon=True).start()
     return future
 
 
-def _name(place: Progress) -> str:
-    return f"{place.phase} of step {place.step}" if place.step else place.phase
-
-
 class Watchdog:
-    """The watching thread of this rank.
+    """Watchdog thread of this rank. All ranks create one and call ``start`` at the same point.
 
-    ``store``: the rendezvous's; ``leave`` ends the process and is called in the thread. All ranks make it and call
-    ``start`` at the same point.
+    ``store``: the rendezvous store. ``end_process``: ends the process with a status; called in the watchdog's thread.
+    ``launcher_error``: returns a sentence if the launcher has ended. ``holds_store``: the store ends with this process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, leave: Callable[[ExitStatus], None]) -> None:
-        self._store = dist.PrefixStore("watch", store.clone())  # type: ignore[attr-defined]
-        self._store.set_timeout(timedelta(seconds=2 * _STORE_S))
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        end_process: Callable[[ExitStatus], None],
+        launcher_error: Callable[[], str | None] = lambda: None,
+        holds_store: bool = False,
+    ) -> None:
+        self._store = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=2 * _STORE_TIMEOUT_S))
         self._rank, self._size = rank, size
-        self.holds_store = rank == 0 and size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        """Whether the store ends with this process."""
-        self._leave = leave
+        self.holds_store = holds_store and size > 1
+        self._end_process = end_process
+        self._launcher_error = launcher_error
         self._neighbours: Mapping[int, _Process] = {}
         self._count = 0
-        self._mains = -1
-        self._unheard = 0
-        self.roll = FailureDetector(timeout_s=float("inf"))
-        self._asking: Future[list[bytes]] | None = None
+        self._main_count = -1
+        self._main_silent_polls = 0
+        self.detector = FailureDetector(timeout_s=float("inf"))
+        self._pending: Future[list[bytes]] | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    def start(self, meet: Callable[[], None]) -> None:
-        """Tell the others of this rank, and watch; ``meet``: returns when all ranks came there."""
+    def start(self, barrier: Callable[[], None]) -> None:
+        """Publish this process and start the thread; collective. ``barrier`` returns when all ranks have called it."""
         if self._rank == 0:
-            self._store.set("end", _NOBODY)
-        self._store.set(f"process/{self._rank}", json.dumps(_Process.this()))
-        self._beat()
-        meet()
-        processes = [
-            _Process(*json.loads(text))
-            for text in self._store.multi_get([f"process/{rank}" for rank in range(self._size)])
-        ]
-        here = processes[self._rank].host
-        self._neighbours = {r: p for r, p in enumerate(processes) if p.host == here and r != self._rank}
+            self._store.set("exit", _NO_STATUS)
+        self._store.set(f"process/{self._rank}", json.dumps(_Process.current()))
+        self._send_heartbeat()
+        barrier()
+        replies = self._store.multi_get([f"process/{rank}" for rank in range(self._size)])
+        processes = [_Process(*json.loads(text)) for text in replies]
+        host = processes[self._rank].host
+        self._neighbours = {r: p for r, p in enumerate(processes) if p.host == host and r != self._rank}
         self._thread.start()
 
     def stop(self) -> None:
-        """Watchdog no more: from here on ranks may end in any order."""
+        """Stop watching: from now on ranks may exit in any order."""
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(_STORE_S + POLL_S)
+            self._thread.join(_STORE_TIMEOUT_S + POLL_S)
 
-    def announce(self, ending: ExitStatus) -> tuple[ExitStatus, bool]:
-        """Tell all ranks that this one leaves, and that they must; the ending that was told first, which holds, and
-        whether that is this rank's.
+    def announce(self, status: ExitStatus) -> tuple[ExitStatus, bool]:
+        """Announce to all ranks that the run ends with ``status``.
+
+        Returns the first announced status, with which all ranks exit, and whether this rank announced it.
         """
-        mine = json.dumps([self._rank, ending])
+        message = json.dumps([self._rank, status])
+        call = _in_thread(lambda: self._store.compare_set("exit", _NO_STATUS, message))
         try:
-            first = _asked(lambda: self._store.compare_set("end", _NOBODY, mine)).result(_STORE_S).decode()
-        except _NO_STORE:  # whoever holds the store is gone or frozen: the others see that too
-            return ending, True
-        return _told(first), first == mine
+            first = call.result(_STORE_TIMEOUT_S).decode()
+        except _STORE_ERRORS:  # the store's host is dead or frozen, which the other ranks detect themselves
+            return status, True
+        return _parse_announcement(first), first == message
+
+    def dead_neighbour(self) -> ExitStatus | None:
+        """Return the exit status of the run if a rank on this host has died; else None."""
+        dead = [rank for rank, process in self._neighbours.items() if not process.is_alive()]
+        if not dead:
+            return None
+        host = socket.gethostname()
+        return retryable_failure(f"{rank_names(dead)} on {host} exited without reporting a status (killed or crashed)")
 
     def _run(self) -> None:
-        failures = 0.0
+        failing_s = 0.0
         while not self._stopped.wait(POLL_S):
             began = time.monotonic()
             try:
-                ending = self._look()
-                failures = 0.0
-            except _NO_STORE as error:
-                # No longer than it waits: what a suspended machine sleeps beside that isn't the store's silence.
-                failures += POLL_S + min(time.monotonic() - began, _STORE_S)
-                # Who held the store may be known to be dead.
-                ending = self.missed() or (self._lost(error) if failures >= SILENT_POLLS * POLL_S else None)
-            if ending is not None and not self._stopped.is_set():
-                self._leave(ending)
+                status = self._poll()
+                failing_s = 0.0
+            except _STORE_ERRORS as error:
+                # At most the timeout: if the machine was suspended meanwhile, that time is not the store's silence.
+                failing_s += POLL_S + min(time.monotonic() - began, _STORE_TIMEOUT_S)
+                status = self.dead_neighbour()  # maybe rank 0, which held the store
+                if status is None and failing_s >= SILENT_POLLS * POLL_S:
+                    status = _store_failure(error)
+            if status is not None and not self._stopped.is_set():
+                self._end_process(status)
                 return
 
-    def _lost(self, error: Exception) -> ExitStatus:
-        if isinstance(error, TimeoutError | dist.DistStoreError):  # the store's calls know a limit for a part of them
-            return lost(f"rank 0, or whoever holds the rendezvous, gave no answer for {SILENT_POLLS * POLL_S:g} s")
-        return lost(f"rank 0, or whoever held the rendezvous, is gone ({str(error).splitlines()[0]})")
+    def _poll(self) -> ExitStatus | None:
+        """Exchange heartbeats once and return the run's exit status, if it must end. Raises one of _STORE_ERRORS."""
+        if message := self._launcher_error():
+            return self.announce(retryable_failure(message))[0]
+        announced, *messages = self._exchange()
+        if announced.decode() != _NO_STATUS:
+            return _parse_announcement(announced.decode())
+        if status := self.dead_neighbour():
+            return self.announce(status)[0]
+        heartbeats = [Heartbeat.parse(message) for message in messages]
+        found = self.detector.poll(heartbeats) if self._rank == 0 else self._check_main(heartbeats[0])
+        return None if found is None else self.announce(found)[0]
 
-    def _look(self) -> ExitStatus | None:
-        if not launcher_lives():
-            return self.announce(lost(f"the launcher (process {launcher()}) of rank {self._rank} ended"))[0]
-        end, *beats = self._heard()
-        if end.decode() != _NOBODY:
-            return _told(end.decode())
-        if missed := self.missed():
-            return self.announce(missed)[0]
-        found = [Beat.parse(beat) for beat in beats]
-        ending = self.roll.read(found) if self._rank == 0 else self._main_lives(found[0])
-        return None if ending is None else self.announce(ending)[0]
+    def _exchange(self) -> list[bytes]:
+        """Send a heartbeat and return the replies of ``_send_and_read``.
 
-    def _heard(self) -> list[bytes]:
-        """What the others have told, after this rank has; raises TimeoutError, and waits on at the next look."""
-        asking = self._asking or _asked(self._beat_and_hear)
-        self._asking = asking
+        Raises TimeoutError if the store does not reply in time; the next call then waits for the same reply.
+        """
+        pending = self._pending or _in_thread(self._send_and_read)
+        self._pending = pending
         try:
-            return asking.result(_STORE_S)
+            return pending.result(_STORE_TIMEOUT_S)
         finally:
-            if asking.done():
-                self._asking = None
+            if pending.done():
+                self._pending = None
 
-    def _beat_and_hear(self) -> list[bytes]:
-        self._beat()
+    def _send_and_read(self) -> list[bytes]:
+        """Return the announced exit status, then the heartbeats of all ranks on rank 0, of rank 0 on other ranks."""
+        self._send_heartbeat()
         ranks = range(self._size) if self._rank == 0 else [0]
-        return self._store.multi_get(["end", *(f"beat/{rank}" for rank in ranks)])
+        return self._store.multi_get(["exit", *(f"heartbeat/{rank}" for rank in ranks)])
 
-    def missed(self) -> ExitStatus | None:
-        """Why to leave where a rank of this host is dead."""
-        dead = [rank for rank, process in self._neighbours.items() if not process.lives()]
-        if not dead:
-            return None
-        return lost(f"{named(dead)} on {socket.gethostname()} died without a word: killed, or crashed")
-
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         self._count += 1
-        self._store.set(f"beat/{self._rank}", Beat(self._count, CURRENT, waits_for_others()).text())
+        self._store.set(f"heartbeat/{self._rank}", Heartbeat(self._count, CURRENT, in_collective()).text())
 
-    def _main_lives(self, beat: Beat) -> ExitStatus | None:
-        self._unheard = self._unheard + 1 if beat.count == self._mains else 0
-        self._mains = beat.count
-        if self._unheard < SILENT_POLLS:
+    def _check_main(self, heartbeat: Heartbeat) -> ExitStatus | None:
+        self._main_silent_polls = self._main_silent_polls + 1 if heartbeat.count == self._main_count else 0
+        self._main_count = heartbeat.count
+        if self._main_silent_polls < SILENT_POLLS:
             return None
-        return lost(f"rank 0 gave no sign of life for {SILENT_POLLS * POLL_S:g} s")
+        return retryable_failure(f"rank 0 sent no heartbeat for {_SILENCE}")
+
+
+def _store_failure(error: Exception) -> ExitStatus:
+    if isinstance(error, TimeoutError | dist.DistStoreError):  # only some of the store's calls have a timeout
+        return retryable_failure(f"the rendezvous store of rank 0 or its launcher did not reply for {_SILENCE}")
+    return retryable_failure(
+        f"the rendezvous store of rank 0 or its launcher disconnected ({str(error).splitlines()[0]})"
+    )
 
 
 class _Process(NamedTuple):
-    """A process as its neighbours know it."""
+    """Identity of a rank's process, for ranks on the same host."""
 
     host: str
-    """Where its number means something: processes of another container see other numbers, as on another host."""
+    """Host name and PID namespace: process ids of another container mean other processes, as on another host."""
     pid: int
-    began: str
-    """When, in the kernel's ticks; empty where that can't be known."""
+    start_ticks: str
+    """Start time in the kernel's ticks; empty if it is unknown."""
 
     @classmethod
-    def this(cls) -> _Process:
-        """The calling one."""
+    def current(cls) -> _Process:
+        """Return the identity of the calling process."""
         try:
-            space = os.readlink("/proc/self/ns/pid")
+            namespace = os.readlink("/proc/self/ns/pid")
         except OSError:
-            space = f"unknown to {os.getpid()}"
-        return cls(f"{socket.gethostname()} {space}", os.getpid(), _began(os.getpid()) or "")
+            namespace = f"unknown to {os.getpid()}"
+        return cls(f"{socket.gethostname()} {namespace}", os.getpid(), _start_ticks(os.getpid()) or "")
 
-    def lives(self) -> bool:
-        """Whether it still runs."""
-        return not self.began or _began(self.pid) == self.began
+    def is_alive(self) -> bool:
+        """Return whether the process still runs; True if its start time is unknown."""
+        return not self.start_ticks or _start_ticks(self.pid) == self.start_ticks
 
 
-def _began(pid: int) -> str | None:
-    """When process ``pid`` of this host began, in the kernel's ticks; None where it is gone or a zombie."""
+def _start_ticks(pid: int) -> str | None:
+    """Return the start time of process ``pid`` in the kernel's ticks; None if it has exited or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distill.config import DatasetConfig
-from distill.data.content import TOKENS, Content, content_hash
+from distill.data.content import TOKENS, ContentHashes, content_hash
 from distill.data.grading import THINK_TAGS, check_gold, check_grader
 from distill.data.prompts import load_prompts
 from distill.data.sources import keyed
@@ -35,7 +35,7 @@ class HeldOut:
     names: Mapping[int, str] | None = None
     """The name in metrics of each prompt's dataset, by the prompt's id."""
 
-    def content(self, trace_column: str | None) -> Content:
+    def content(self, trace_column: str | None) -> ContentHashes:
         """Hashes of what validation metrics depend on; empty without prompts."""
         if not self.prompts:
             return {}

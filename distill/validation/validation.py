@@ -122,7 +122,7 @@ class Validation:
         return Answers(step, phases, mine, in_context)
 
     def _asked(self) -> bool:
-        return bool(self.world.supervisor.asked)
+        return bool(self.world.supervisor.stop_signal)
 
     def _answers_in_context(self, share: Sequence[Prompt], step: int) -> InContext:
         """Answers to what the teacher reads; a context that leaves less room than the prompt itself is left out."""

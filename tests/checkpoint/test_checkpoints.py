@@ -602,17 +602,17 @@ def test_slow_writes_and_reads_are_progress(tmp_path: Path, monkeypatch: pytest.
     saved = checkpoints(tmp_path)
     tensors = {f"x{i}": torch.ones(2) for i in range(300)}
     saved.save(1, tensors, {"step": 1})
-    before = CURRENT.done
+    before = CURRENT.work_units
     waiting = threading.Thread(target=saved.finalize_pending, kwargs={"block": True})
     waiting.start()
     waiting.join(1.5)
-    assert CURRENT.done == before, "nothing is written yet"
-    while CURRENT.done == before and waiting.is_alive():
+    assert CURRENT.work_units == before, "nothing is written yet"
+    while CURRENT.work_units == before and waiting.is_alive():
         pieces.release()
         waiting.join(0.1)
-    assert CURRENT.done > before and waiting.is_alive()
+    assert CURRENT.work_units > before and waiting.is_alive()
     pieces.release(300)
     waiting.join()
-    before = CURRENT.done
+    before = CURRENT.work_units
     saved.load(tmp_path / "step_1", {name: torch.zeros(2) for name in tensors})
-    assert CURRENT.done == before + 300
+    assert CURRENT.work_units == before + 300

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from distill.config import (
     TraceExtractorConfig,
     load_config,
 )
-from distill.config.template import teacher_template
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.data.teacher_prefix import ContextPrefixes, SamePromptPrefixes, build_teacher_prefixes
 from distill.data.thoughts import extract_trace
@@ -196,18 +194,18 @@ def test_the_traces_of_a_table_are_read_with_the_problems(tmp_path: Path) -> Non
     dataset = DatasetConfig(data_path=str(tmp_path / "a.parquet"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns.0.text")
     assert [prompt.problem.columns for prompt in prompts] == [{"turns.0.text": "a"}, {"turns.0.text": ""}]
-    with pytest.raises(UserError, match=r"answer_column=solution is missing in the table of .* has input, turns: set"):
+    with pytest.raises(UserError, match=r"answer_column=solution .* input, turns:"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
-    with pytest.raises(UserError, match=r"answer_column=turns is of type list in row 0 of .*: name a column of str"):
+    with pytest.raises(UserError, match=r"answer_column=turns .* list in row 0 of"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"hint": "b"}, r"answer_column=solution is missing in line 2 of .*, which has input, hint: set distillation"),
-        ({"solution": 3}, r"answer_column=solution is of type int in line 2 of .*: name a column of strings"),
-        ({"solution": ["a"]}, r"answer_column=solution is of type list in line 2 of .*: name a column of strings"),
+        ({"hint": "b"}, r"answer_column=solution .* line 2 of .* input, hint:"),
+        ({"solution": 3}, r"answer_column=solution .* int in line 2 of"),
+        ({"solution": ["a"]}, r"answer_column=solution .* list in line 2 of"),
     ],
 )
 def test_a_column_of_traces_that_is_none_is_one_clear_sentence(tmp_path: Path, row: Any, message: str) -> None:
@@ -467,80 +465,6 @@ def test_a_mean_over_nothing_is_left_out() -> None:
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            "{problem} {hint}",
-            r"teacher_prefix_template has the unknown placeholder \{hint\}.*\{problem\} and \{trace\}",
-        ),
-        ("{problem.text}", r"unknown placeholder \{problem\.text\}"),
-        ("{problem}\n{problem.__class__}", r"unknown placeholder \{problem\.__class__\} on line 2"),
-        ("{problem[0]}", r"unknown placeholder \{problem\[0\]\}"),
-        ("{problem} {trace!r}", r"unknown placeholder \{trace!r\}"),
-        ("{problem} {trace:>9}", r"unknown placeholder \{trace:>9\}"),
-        ("{problem} \\text{answer}", r"placeholder \{answer\} on line 1.* a literal brace is written twice"),
-        ("{problem", r"has no \{problem\}: put it in"),
-        ("{trace}", r"has no \{problem\}: put it in"),
-        ("Always answer in French.", r"has no \{problem\}: put it in"),
-        ("{{problem}}", r"has no \{problem\}: put it in"),
-    ],
-)
-def test_a_bad_template_is_one_clear_sentence(template: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        prefixes(template)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=message):
-        load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
-
-
-@pytest.mark.parametrize(
-    ("template", "filled"),
-    [
-        ("{problem} in \\boxed{}", "1+1? in \\boxed{}"),
-        ("\\frac{\\sqrt{2}}{3} {problem}", "\\frac{\\sqrt{2}}{3} 1+1?"),
-        ('{"a": {"b": 1}}\n{problem}', '{"a": {"b": 1}}\n1+1?'),
-        ("\\boxed{ {problem} } }} {", "\\boxed{ 1+1? } } {"),
-        ("{{problem}} {problem}} {{{problem}}}", "{problem} 1+1?} {1+1?}"),
-        ("{ {{x}} } {problem} }", "{ {x} } 1+1? }"),
-        ("{{ } }} {problem} {0} {a b} { trace }", "{ } } 1+1? {0} {a b} { trace }"),
-    ],
-)
-def test_a_brace_that_belongs_to_no_placeholder_is_literal(template: str, filled: str) -> None:
-    made, _ = prefixes(template).add([rollout("2")])
-    assert read(made) == [filled]
-    load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
-
-
-PIECES = ["{problem}", "{trace}", "{{", "}}", "{", "}", "a", "\n", "problem", ".x", "!r", ":>3", "[0]", " "]
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
-def test_what_str_format_takes_as_a_template_means_the_same(text: str) -> None:
-    values = {"problem": "p{trace}", "trace": "t}{"}
-    try:
-        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
-        plain = all(field[1:] in (("problem", "", None), ("trace", "", None)) for field in fields)
-        good = plain and any(field[1] == "problem" for field in fields)
-    except ValueError:
-        good = False
-    if good:
-        assert teacher_template(text).fill(values) == text.format(**values)
-    else:
-        with contextlib.suppress(UserError):  # literal braces, or one clear sentence
-            teacher_template(text).fill(values)
-
-
-LITERAL = st.recursive(st.sampled_from(["a b", "\\x", "1", ""]), lambda inner: inner.map(lambda text: f"{{ {text}}}"))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(LITERAL, max_size=6).map("".join))
-def test_nested_literal_braces_stay_as_they_are_written(text: str) -> None:
-    assert teacher_template(f"{text}{{problem}}{text}").fill({"problem": "p"}) == f"{text}p{text}"
 
 
 @pytest.mark.parametrize(

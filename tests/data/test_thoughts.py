@@ -156,7 +156,7 @@ def test_other_tags_are_recognised_when_they_are_set_and_named_when_they_are_not
             assert inside_thoughts(tokenizer, chats, ids, (opening, closing)) == b"\1" and not caplog.messages
             assert inside_thoughts(tokenizer, chats, ids) == b"\0"
         (warning,) = caplog.messages
-        assert f"ends a prompt with {opening}" in warning and "trace_extractor.think_tags" in warning
+        assert f" {opening}," in warning and "trace_extractor.think_tags" in warning
         caplog.clear()
 
 

@@ -1,4 +1,4 @@
-"""Malformed data: CSV, compressed and JSON files, folders, and settings of the gold answers."""
+"""Malformed data: CSV, compressed and JSON files, folders, and settings of the gold answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.malformed.data import data_case, json_lines, problem_rows
 
 
 @way
-def _bad_csv(shop: Workshop) -> Case:
+def _malformed_csv(shop: Workshop) -> Case:
     good = "".join(f"What is {i}?,{i}\n" for i in range(shop.rng.randrange(1, 20)))
     header = "question,answer\n"
     name, content, names = shop.rng.choice(
@@ -38,14 +38,14 @@ def _bad_csv(shop: Workshop) -> Case:
 
 
 @way
-def _csv_of_other_bytes(shop: Workshop) -> Case:
+def _csv_with_invalid_bytes(shop: Workshop) -> Case:
     text = b"question,answer\na,1\n"
     others = [text.decode().encode("utf-16"), b"\x00" * 50, shop.noise(80) + b"\xff"]
     return data_case(shop, "bytes.csv", shop.rng.choice([text + b"b\xff,1\n", text + b"b\x00,1\n", *others]))
 
 
 @way
-def _bad_compressed_file(shop: Workshop) -> Case:
+def _damaged_compressed_file(shop: Workshop) -> Case:
     data = json_lines(problem_rows(shop))
     kinds = {
         ".gz": gzip.compress(data),
@@ -54,14 +54,14 @@ def _bad_compressed_file(shop: Workshop) -> Case:
         ".zst": pa.compress(data, codec="zstd", asbytes=True),
     }
     kind = shop.rng.choice(list(kinds))
-    whole = kinds[kind]
-    content = shop.rng.choice([data, whole[: len(whole) // 2], whole[:5], shop.noise(100)])
+    complete = kinds[kind]
+    content = shop.rng.choice([data, complete[: len(complete) // 2], complete[:5], shop.noise(100)])
     name = shop.rng.choice(["bad.jsonl", "bad.json", "bad.csv", "bad.parquet"]) + kind
     return data_case(shop, name, content)
 
 
 @way
-def _bad_json_list(shop: Workshop) -> Case:
+def _malformed_json_list(shop: Workshop) -> Case:
     rows = json.dumps(problem_rows(shop), indent=shop.rng.choice([None, 2]))
     content = shop.rng.choice(
         [
@@ -83,7 +83,7 @@ def _bad_json_list(shop: Workshop) -> Case:
 
 
 @way
-def _folder_with_a_bad_file(shop: Workshop) -> Case:
+def _folder_with_a_malformed_file(shop: Workshop) -> Case:
     folder = shop.folder / "files"
     folder.mkdir()
     rows = problem_rows(shop)
@@ -116,7 +116,7 @@ def _folder_without_the_split(shop: Workshop) -> Case:
 
 
 @way
-def _folder_whose_card_names_no_files(shop: Workshop) -> Case:
+def _folder_with_an_invalid_card(shop: Workshop) -> Case:
     folder = shop.folder / "files"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(json_lines(problem_rows(shop)))
@@ -134,13 +134,13 @@ def _folder_whose_card_names_no_files(shop: Workshop) -> Case:
 
 
 @way
-def _bad_output_pattern(shop: Workshop) -> Case:
+def _invalid_output_pattern(shop: Workshop) -> Case:
     pattern = shop.rng.choice(["(", "[a", "*", "(?P<a", "(a)(b)", "(?<=a*)b", "####", "nowhere"])
     return shop.case("data.train.output_pattern=", f"data.train.output_pattern='{pattern}'")
 
 
 @way
-def _gold_that_is_no_choice(shop: Workshop) -> Case:
+def _gold_answer_that_is_not_an_option(shop: Workshop) -> Case:
     gold = shop.rng.choice(["1", "K", "A, B", "Paris", "A or B", "none of these"])
     path = shop.file("choices.jsonl", json_lines([{"question": "a", "answer": "B"}, {"question": "b", "answer": gold}]))
     return shop.case(

@@ -23,14 +23,13 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles, find_model
 from distill.model.sharded import ShardedLM, Sharding, load_sharded
 from distill.model.teacher_check import plain_logits
-from distill.model.weights import WholeWeights
 from distill.rollout.engine import Engine
 from distill.rollout.factory import build_engine, vllm_config_overrides
 from distill.rollout.transformers_engine import TransformersEngine
 from distill.rollout.vllm_config import check_vllm_config
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Sampling
-from tests.harness import Step, config_for, differences, fixed_rollouts, plain_step, sharded_step
+from tests.harness import CompleteWeights, Step, config_for, differences, fixed_rollouts, plain_step, sharded_step
 from tests.helpers import run_ranks
 from tests.variants import (
     ENGINE_VARIANTS,
@@ -81,7 +80,7 @@ def _engine_difference(engine: Engine, model: ShardedLM, plain: Any) -> float:
     """Of the log-probs of given tokens and of generated ones, after a sync of the model's weights."""
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p.data for n, p in model.named_hf_parameters()}
     engine.wake("weights")
-    engine.sync(WholeWeights(weights.items()), 0)
+    engine.sync(CompleteWeights(weights.items()), 0)
     engine.wake("kv")
     given = (torch.tensor(engine.probe(TOKENS)) - _logprobs(plain, TOKENS)).abs().max()
     found = engine.generate([Prompt(0, tuple(TOKENS[:20]), Problem("p"))], SAMPLING, 0)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.model.checksum import whole_bit_sums
+from distill.model.checksum import bit_sums_by_name
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
-from distill.model.weights import WholeWeights
 from distill.rollout.engine import SyncError, longest_first, response_seed
 from distill.rollout.transformers_engine import (
     TransformersEngine,
@@ -20,6 +19,7 @@ from distill.rollout.transformers_engine import (
     processed_logprobs,
 )
 from distill.types import Problem, Prompt, Rollout, Sampling
+from tests.harness import CompleteWeights
 from tests.helpers import save_tiny_model
 
 VALID = 300  # ids from this one on are padding of the vocabulary
@@ -41,8 +41,8 @@ def _tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
     return [(name, files.tensor(name)) for name in files.files]
 
 
-def _weights(folder: Path) -> WholeWeights:
-    return WholeWeights(_tensors(folder))
+def _weights(folder: Path) -> CompleteWeights:
+    return CompleteWeights(_tensors(folder))
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...]]]:
 
 CALLS: dict[str, Callable[[TransformersEngine], object]] = {
     "weights": lambda engine: engine.wake("weights"),
-    "sync": lambda engine: engine.sync(WholeWeights([]), 0),
+    "sync": lambda engine: engine.sync(CompleteWeights([]), 0),
     "probe": lambda engine: engine.probe((1, 2, 3)),
     "kv": lambda engine: engine.wake("kv"),
     "generate": lambda engine: engine.generate(_prompts(3), _sampling(), 0),
@@ -113,7 +113,7 @@ def test_an_incomplete_sync_raises(folder, change, tensor, values) -> None:
     engine.wake("weights")
     tensors = sorted(_tensors(folder), key=lambda pair: pair[0] != "model.embed_tokens.weight")
     with pytest.raises(SyncError) as raised:
-        engine.sync(WholeWeights(change(tensors)), 0)
+        engine.sync(CompleteWeights(change(tensors)), 0)
     assert raised.value.tensor == tensor
     assert values in str(raised.value)
 
@@ -137,9 +137,9 @@ def test_a_tensor_that_changed_during_the_sync_is_refused(folder, spoil) -> None
     engine = _engine(folder)
     engine.wake("weights")
     tensors = dict(_tensors(folder))
-    sent = whole_bit_sums(tensors.items())
+    sent = bit_sums_by_name(tensors.items())
     spoil(tensors)
-    arriving = WholeWeights(tensors.items())
+    arriving = CompleteWeights(tensors.items())
     arriving.sums = sent
     with pytest.raises(SyncError) as raised:
         engine.sync(arriving, 0)
@@ -169,7 +169,7 @@ def test_a_sync_reports_its_tensors_bytes_and_changes(folder) -> None:
         if version == 6:
             tensors[0] = (tensors[0][0], -tensors[0][1])
         engine.wake("weights")
-        report = engine.sync(WholeWeights(tensors), version)
+        report = engine.sync(CompleteWeights(tensors), version)
         assert (report.version, report.tensors, report.bytes) == (version, len(tensors), 4 * parameters)
         assert report.changed == changed
         engine.wake("kv")

@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.distributed.world import World
 from distill.metrics.step import Metrics, waits
-from distill.model.checksum import BitSums, bit_sums, changed, whole_bit_sums, wrapped
+from distill.model.checksum import BitSums, bit_sums, bit_sums_by_name, changed_names, wrap_int64
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.weights import GatheredWeights, WholeWeights
+from distill.model.weights import GatheredWeights
 from distill.rollout.gpu_memory import SleepGuard
 from distill.rollout.sync import FLOAT32_LIMIT, WeightSync, check_equal
 from distill.types import SyncReport
-from tests.harness import config_for
+from tests.harness import CompleteWeights, config_for
 from tests.helpers import run_ranks, save_tiny_model
 
 GIB = 2**30
@@ -52,7 +52,7 @@ def _slow_sums(tensor: torch.Tensor) -> BitSums:
             places = enumerate(row[start : start + per_word])
             words.append(sum((value & mask) << (8 * tensor.element_size() * place) for place, value in places))
         sums.append(sum(words))
-    return BitSums(wrapped(sum(sums)), wrapped(sum(i * row for i, row in enumerate(sums, 1))))
+    return BitSums(wrap_int64(sum(sums)), wrap_int64(sum(i * row for i, row in enumerate(sums, 1))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -82,8 +82,8 @@ def test_bit_sums_detect_one_bit_the_sign_of_zero_and_exchanged_rows() -> None:
 
 def test_changed_names_the_tensors_with_other_sums() -> None:
     one, other = BitSums(1, 2), BitSums(1, 3)
-    assert changed({}, {"a": one, "b": other}) == ["a", "b"]
-    assert changed({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
+    assert changed_names({}, {"a": one, "b": other}) == ["a", "b"]
+    assert changed_names({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
 
 
 def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
@@ -124,7 +124,7 @@ def test_gathered_weights_equal_the_checkpoint_and_have_its_bit_sums(tmp_path: P
             assert tensors.keys() == files.files.keys()
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, files.tensor(name).to(dtype)), name
-            assert sums == whole_bit_sums(tensors.items())
+            assert sums == bit_sums_by_name(tensors.items())
 
 
 class _Collectives(TorchDispatchMode):
@@ -182,7 +182,7 @@ class ScriptedEngine:
     def wake(self, what: str) -> None:
         self.calls.append(what)
 
-    def sync(self, weights: WholeWeights, version: int) -> SyncReport:
+    def sync(self, weights: CompleteWeights, version: int) -> SyncReport:
         self.calls.append("sync")
         changed = next(self._changed)
         return SyncReport(version, 10, 1000, 0.5, changed, 950 if changed > 5 else 10 * changed)
@@ -204,7 +204,7 @@ def _sync(changed: list[int], probes: list[list[float]], dtype: torch.dtype = to
 
 def _trainer(dtype: torch.dtype = torch.bfloat16) -> Any:
     return SimpleNamespace(
-        dtype=dtype, offload=lambda: None, weights=lambda: WholeWeights([]), logprobs=lambda ids: [-1.0, -2.0]
+        dtype=dtype, offload=lambda: None, weights=lambda: CompleteWeights([]), logprobs=lambda ids: [-1.0, -2.0]
     )
 
 

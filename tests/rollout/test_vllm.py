@@ -26,7 +26,6 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import Student
-from distill.model.weights import WholeWeights
 from distill.rollout.engine import SyncError
 from distill.rollout.factory import check_backend
 from distill.rollout.gather import gather_rollouts
@@ -35,7 +34,7 @@ from distill.rollout.transformers_engine import TransformersEngine, processed_lo
 from distill.rollout.vllm_engine import VllmEngine
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Rollout, Sampling
-from tests.harness import config_for
+from tests.harness import CompleteWeights, config_for
 from tests.helpers import run_ranks, save_tiny_model
 from tests.rollout.test_sync import FakeMemory
 from tests.variants import NOT_IN_VLLM, save_variant
@@ -109,7 +108,7 @@ def _difference(one: list[Rollout], other: list[Rollout]) -> float:
 
 def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
     engine.wake("weights")
-    report = engine.sync(WholeWeights(tensors.items()), version)
+    report = engine.sync(CompleteWeights(tensors.items()), version)
     engine.wake("kv")
     return report
 
@@ -137,7 +136,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     tensors = _tensors(folder)
     seen["asleep"] = {
         "generate": _error(lambda: engine.generate(PROMPTS, GREEDY, 0)),
-        "sync": _error(lambda: engine.sync(WholeWeights(tensors.items()), 0)),
+        "sync": _error(lambda: engine.sync(CompleteWeights(tensors.items()), 0)),
     }
     seen["report"] = _awake(engine, tensors, 3)
     plain = _plain_engine(folder)
@@ -168,7 +167,7 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["cached"].append(_cached(engine, 1))
     engine.sleep()
     _awake(engine, tensors, 5)
-    seen["faults"] = _faults(engine, WholeWeights(tensors.items()))
+    seen["faults"] = _faults(engine, CompleteWeights(tensors.items()))
     engine.close()
     seen["groups after closing"] = dist.is_initialized(), _error(world.barrier)
     world.close()
@@ -189,7 +188,7 @@ def _cancelled(engine: VllmEngine) -> tuple[list[Any], int, bool]:
     return rollouts, calls, scheduler.has_requests() or engine._engine.has_unfinished_requests()
 
 
-def _faults(engine: VllmEngine, weights: WholeWeights) -> dict[str, Any]:
+def _faults(engine: VllmEngine, weights: CompleteWeights) -> dict[str, Any]:
     """Break the awake engine in several ways; return the error of each, and the tensor if it is a SyncError."""
     found: dict[str, Any] = {"none": _sync_error(lambda: engine._verify(weights.sums))}
     core = engine._engine
@@ -209,7 +208,7 @@ def _faults(engine: VllmEngine, weights: WholeWeights) -> dict[str, Any]:
         ("half of a fused parameter missing", "model.layers.1.mlp.up_proj.weight", 1.5),
         ("norm missing", "model.norm.weight", 1.7),
     ):
-        scaled = WholeWeights((n, t * factor) for n, t in weights)  # so that the previous weights are wrong too
+        scaled = CompleteWeights((n, t * factor) for n, t in weights)  # so that the previous weights are wrong too
         engine._weights.receive((n, t) for n, t in scaled if n != lost)
         found[name] = _sync_error(lambda scaled=scaled: engine._verify(scaled.sums))  # type: ignore[misc]
     engine._weights.receive((EXCHANGED.get(n, n), t) for n, t in weights)
@@ -226,7 +225,7 @@ def _faults(engine: VllmEngine, weights: WholeWeights) -> dict[str, Any]:
     found["repaired"] = _sync_error(lambda: engine._verify(weights.sums))
     engine.sleep()
     engine.wake("weights")
-    stale = WholeWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
+    stale = CompleteWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
     stale.sums = weights.sums
     found["stale"] = _sync_error(lambda: engine.sync(stale, 6))
     return found

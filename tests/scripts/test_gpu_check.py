@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distill.model.checksum import whole_bit_sums
+from distill.model.checksum import bit_sums_by_name
 from distill.types import Problem, Prompt, Rollout
 from scripts import gpu_check
 from scripts.gpu_check import Bound, Check, Report, at_least, at_most, exactly
@@ -174,7 +174,9 @@ def test_exchanged_rows_leave_the_sum_of_bits_and_growing_ones_do_not(weights) -
     exchanged, grown = weights.clone(), weights.clone()
     gpu_check.exchange_rows(exchanged)
     gpu_check.grow(grown)
-    sums = whole_bit_sums([("w", weights.bfloat16()), ("exchanged", exchanged.bfloat16()), ("grown", grown.bfloat16())])
+    sums = bit_sums_by_name(
+        [("w", weights.bfloat16()), ("exchanged", exchanged.bfloat16()), ("grown", grown.bfloat16())]
+    )
     assert sums["exchanged"].plain == sums["w"].plain and sums["exchanged"].weighted != sums["w"].weighted
     assert sums["grown"].plain != sums["w"].plain
 

@@ -1,4 +1,4 @@
-"""Requests to stop, and what stands in the status of a run."""
+"""Stop signals and the time limit of a run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from distill.supervise.signals import SAME_REQUEST_S, SIGNALS, Deadline, StopSignals, seconds_of
-from distill.supervise.status import STATUS_FILE, ExitStatus, Status, read_status
 from scripts.launch import ROOT
 
 
 class Clock:
-    """A clock that the test moves."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -25,66 +23,74 @@ class Clock:
         return self.now
 
 
-def test_duplicates_of_a_signal_are_one_request_and_a_later_one_is_another() -> None:
-    clock, told = Clock(), list[str]()
-    signals = StopSignals(lambda name: told.append(f"first {name}"), lambda name: told.append(f"again {name}"), clock)
-    assert signals.asked is None
-    signals.notice(signal.SIGUSR1)
+def _recording(clock: Clock, calls: list[str]) -> StopSignals:
+    return StopSignals(lambda name: calls.append(f"first {name}"), lambda name: calls.append(f"later {name}"), clock)
+
+
+def test_duplicates_of_a_signal_are_one_request_and_a_later_signal_is_another() -> None:
+    clock, calls = Clock(), list[str]()
+    signals = _recording(clock, calls)
+    assert signals.requested is None
+    signals.handle(signal.SIGUSR1)
     for wait in (0.0, 0.1, SAME_REQUEST_S - 0.1):
         clock.now += wait
-        signals.notice(signal.SIGTERM)
-    assert told == ["first SIGUSR1"] and signals.asked == signal.SIGUSR1
+        signals.handle(signal.SIGTERM)
+    assert calls == ["first SIGUSR1"] and signals.requested == signal.SIGUSR1
     clock.now += SAME_REQUEST_S
-    signals.notice(signal.SIGTERM)
-    assert told == ["first SIGUSR1", "again SIGTERM"]
+    signals.handle(signal.SIGTERM)
+    assert calls == ["first SIGUSR1", "later SIGTERM"]
 
 
-def test_the_main_thread_knows_a_signal_at_once_and_a_late_handler_is_no_second_request() -> None:
-    clock, told = Clock(), list[str]()
-    signals = StopSignals(lambda name: told.append(f"first {name}"), lambda name: told.append(f"again {name}"), clock)
+def test_the_main_thread_sees_a_signal_immediately_and_its_late_handler_is_no_second_request() -> None:
+    clock, calls = Clock(), list[str]()
+    signals = _recording(clock, calls)
     signals.listen()
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.asked == signal.SIGUSR1, "before another line of the loop runs"
-        clock.now += 60  # the thread may hear of it long after, and the main thread long after the thread
+        assert signals.requested == signal.SIGUSR1, "before the next line of the main thread"
+        clock.now += 60  # the main thread's handler may run long after the signal thread's
         signals._in_main_thread(signal.SIGUSR1, None)
     finally:
         signals.close()
-    assert told == ["first SIGUSR1"]
+    assert calls == ["first SIGUSR1"]
 
 
-LISTENS = """
-import os, signal, subprocess, sys, threading, time
+MAIN_THREAD_HANGS = """
+import os, signal, sys, threading, time
 from distill.supervise.signals import StopSignals
-heard = threading.Event()
-signals = StopSignals(lambda name: heard.set(), lambda name: None)
+received = threading.Event()
+signals = StopSignals(lambda name: received.set(), lambda name: None)
 signals.listen()
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 import ctypes
-threading.Thread(target=lambda: (heard.wait(30), print("heard", signals.asked.name, flush=True), os._exit(3))).start()
-ctypes.CDLL(None).select(0, None, None, None, None)  # the main thread never comes back to Python
+def wait():
+    received.wait(30)
+    print("received", signals.requested.name, flush=True)
+    os._exit(3)
+threading.Thread(target=wait).start()
+ctypes.CDLL(None).select(0, None, None, None, None)  # never returns to Python
 time.sleep(60)
 """
 
 FORKS = """
 import os, signal
 from distill.supervise.signals import StopSignals
-told = []
-signals = StopSignals(told.append, told.append)
+calls = []
+signals = StopSignals(calls.append, calls.append)
 signals.listen()
-ready, tell = os.pipe()
+read_end, write_end = os.pipe()
 children = []
 for _ in range(2):
     children.append(os.fork())
     if children[-1] == 0:
-        os.write(tell, b"x")
+        os.write(write_end, b"x")
         while True:
             signal.pause()
-    os.read(ready, 1)
+    os.read(read_end, 1)
 os.kill(children[0], signal.SIGTERM)
 _, code = os.waitpid(children[0], 0)
-print(os.waitstatus_to_exitcode(code), signals.asked)
-signals.close()  # though the other child still has what it inherited
+print(os.waitstatus_to_exitcode(code), signals.requested)
+signals.close()  # returns although the second child still holds the inherited socket
 os.kill(children[1], signal.SIGKILL)
 print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 """
@@ -94,17 +100,17 @@ def _python(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_a_signal_is_heard_while_the_main_thread_is_stuck_in_a_call() -> None:
-    found = _python(LISTENS)
-    assert (found.returncode, found.stdout) == (3, "heard SIGTERM\n"), found.stderr
+def test_a_signal_is_received_while_the_main_thread_hangs_in_a_call() -> None:
+    found = _python(MAIN_THREAD_HANGS)
+    assert (found.returncode, found.stdout) == (3, "received SIGTERM\n"), found.stderr
 
 
-def test_a_forked_child_ends_by_a_signal_and_its_parent_does_not_take_it_for_its_own() -> None:
+def test_a_signal_ends_a_forked_child_and_is_no_request_to_its_parent() -> None:
     found = _python(FORKS)
     assert found.stdout.split() == ["-15", "None", "True"], found.stderr
 
 
-def test_the_handlers_are_given_back() -> None:
+def test_close_restores_the_signal_handlers() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     signals = StopSignals(lambda name: None, lambda name: None)
     signals.listen()
@@ -115,76 +121,21 @@ def test_the_handlers_are_given_back() -> None:
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("00:03:45:00", 13500.0), ("01:00:00:01", 86401.0), (None, None)])
-def test_a_time_limit_in_seconds(text, seconds) -> None:
+def test_a_time_limit_is_converted_to_seconds(text, seconds) -> None:
     assert seconds_of(text) == seconds
 
 
-def test_a_run_stops_where_one_more_step_and_its_save_might_end_too_late() -> None:
+def test_the_deadline_is_near_when_one_more_step_and_its_save_may_end_after_it() -> None:
     clock = Clock()
     deadline = Deadline(1000.0, clock.now, clock)
-    assert not deadline.near()
+    assert not deadline.is_near()
     clock.now += 500
-    deadline.took(200.0, 0.0)  # a save is not known yet, and may last as long as a step
-    assert not deadline.near()
+    deadline.record(200.0, 0.0)  # no save yet: it is expected to take as long as a step
+    assert not deadline.is_near()
     clock.now += 101
-    assert deadline.near()
-    deadline.took(100.0, 50.0)
-    assert not deadline.near(), "200 for the step and 50 for the save end at 851"
+    assert deadline.is_near()
+    deadline.record(100.0, 50.0)
+    assert not deadline.is_near(), "200 s for the step and 50 s for the save end at 851 s"
     clock.now += 150
-    assert deadline.near()
-    assert not Deadline(None, 0.0, clock).near()
-
-
-def test_the_status_says_how_a_run_goes_and_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISTILL_STATUS_FILE", str(tmp_path / "elsewhere.json"))
-    main, other = Status(main=True), Status(main=False)
-    assert read_status(tmp_path / "elsewhere.json")["state"] == "running", "there before a run has a folder"
-    for status in (main, other):
-        status.begin(tmp_path, 3)
-    other.at(4)
-    found = read_status(tmp_path / STATUS_FILE)
-    assert found == read_status(tmp_path / "elsewhere.json")
-    assert (found["state"], found["step"]) == ("running", 3), "the main rank writes"
-    main.at(4)
-    other.end(ExitStatus("finished", "", 0))
-    assert read_status(tmp_path / STATUS_FILE)["state"] == "running"
-    main.end(ExitStatus("stopped", "SIGTERM", 0))
-    main.end(ExitStatus("failed", "what comes of that", 1))
-    found = read_status(tmp_path / STATUS_FILE)
-    found.pop("time")
-    told = {"state": "stopped", "reason": "SIGTERM", "exit_code": 0, "lost": False}
-    assert found == {**told, "began": 3, "step": 4, "saved": 3}, "the first end holds"
-    main.at(5)
-    assert read_status(tmp_path / STATUS_FILE)["state"] == "stopped", "a main thread that goes on for a moment"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere.json", STATUS_FILE]
-
-
-def test_what_stands_there_before_is_an_old_end_or_one_of_a_faster_rank(tmp_path: Path, monkeypatch) -> None:
-    file = tmp_path / "elsewhere.json"
-    monkeypatch.setenv("DISTILL_STATUS_FILE", str(file))
-    file.write_text('{"state": "failed", "reason": "rank 3: broken"}')
-    Status(main=True).end(ExitStatus("stopped", "SIGTERM before the first step", 0))
-    assert read_status(file)["reason"] == "rank 3: broken"
-    os.utime(file, (0, 0))
-    Status(main=False)
-    assert read_status(file)["state"] == "failed"
-    Status(main=True)
-    assert read_status(file)["state"] == "running"
-
-
-def test_a_rank_that_leaves_alone_says_so_unless_an_end_is_known(tmp_path: Path) -> None:
-    main, other = Status(main=True), Status(main=False)
-    for status in (main, other):
-        status.begin(tmp_path, 0)
-    other.end(ExitStatus("failed", "rank 1: broken", 1), alone=True)
-    assert read_status(tmp_path / STATUS_FILE)["reason"] == "rank 1: broken"
-    main.end(ExitStatus("stopped", "SIGTERM before the first step", 0))
-    assert read_status(tmp_path / STATUS_FILE)["reason"] == "rank 1: broken", "why the launcher ended the other one"
-
-
-def test_a_status_that_cannot_be_written_hides_nothing(tmp_path: Path) -> None:
-    status = Status(main=True)
-    status.begin(tmp_path / "gone", 0)
-    status.end(ExitStatus("finished", "", 0))
-    assert read_status(tmp_path / "gone" / STATUS_FILE) == {}
-    assert os.listdir(tmp_path) == []
+    assert deadline.is_near()
+    assert not Deadline(None, 0.0, clock).is_near()

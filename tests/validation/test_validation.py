@@ -26,7 +26,7 @@ from distill.errors import UserError
 from distill.metrics.sinks import open_recorder, summary, validation_line
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import Teacher
+from distill.model.teacher import ShardedTeacher
 from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
 from distill.types import Problem, Prompt, Rollout, Sampling
@@ -470,7 +470,7 @@ def _kls(root: Path) -> dict[str, Any]:
         world.build_mesh("cpu", tp, cp)
         config = config_for(root / "student", root / "teacher", ranks=2)
         student = Student(config, find_model(str(root / "student"), ""), world, 384, ())
-        teacher = Teacher(config, find_model(str(root / "teacher"), ""), world, 384)
+        teacher = ShardedTeacher(config, find_model(str(root / "teacher"), ""), world, 384)
         found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
         assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
     world.close()

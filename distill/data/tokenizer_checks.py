@@ -1,0 +1,144 @@
+"""Compare tokenizers on fixed texts: with tokenizer.json, with the original text, and student with teacher."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from distill.data.prompts import token_ids
+from distill.errors import UserError, reason, show
+
+log = logging.getLogger(__name__)
+
+PLAIN_TEXTS = ("What is 1+2, please?", "The first line.\nThe second line: x = 10 * (y - 3) / 2;")
+"""Texts that every tokenizer must preserve: words, spaces, a line break, digits and punctuation."""
+OTHER_TEXTS = (
+    " leading, trailing  and   double spaces ",
+    "Line one\r\n\n\n\tindented\n    four spaces",
+    "0 12 345 6789 1234567890 3.14159 1,000,000 2^10 -7",
+    "I'LL see it's DON'T, we've HelloWorld camelCase snake_case",
+    "def f(x):\n\treturn {'a': [x, x**2]}  # comment\n",
+    r"\frac{1}{2} \le \boxed{\sqrt{3}} $x_{1}$ <think>no</think> &amp; ...!?",
+    "café naïve Straße Ωmega ѐ",
+    "cafe\u0301 n\u0303 \u1112\u1161\u11ab",
+    "今天天气很好。 日本語のテキスト 한국어 مرحبا नमस्ते",
+    "😀👩‍👩‍👧 🇩🇪 ½ ﬁ ① \u00a0nbsp \u200bzero",
+    "▁underline ▁▁ Ġ Ċ <0x0A> ##ing </w>",
+    "x" * 40 + "=" * 20 + "-" * 7 + " " * 30 + ".",
+)
+"""Texts that tokenizer classes of transformers encode differently."""
+_VERBATIM = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+
+
+def encoding_difference(read: Any, own: Tokenizer) -> str | None:
+    """Describe a text that ``read``, transformers' tokenizer, encodes differently from tokenizer.json (``own``).
+
+    Return None if all ids are equal. ``read`` is None if transformers could not load the files.
+    """
+    if read is None:
+        return "it cannot be loaded from these files"
+    texts = _texts(token.content for token in own.get_added_tokens_decoder().values())
+    try:
+        ids = read(texts, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # the library raises a bare Exception if the unknown token has no id
+        return reason(error)
+    for text, found, written in zip(texts, ids, own.encode_batch(texts, add_special_tokens=False), strict=True):
+        if found != written.ids:
+            back = str(read.decode(found, **_VERBATIM))
+            other = f"is decoded as {show(back)!r}" if back != text else f"becomes {len(found)} other ids"
+            return f"{show(text)!r} {other}"
+    return None
+
+
+def _texts(added_tokens: Iterable[str]) -> list[str]:
+    """Return the fixed texts, and each added token between words, because its flags may strip spaces."""
+    return [*PLAIN_TEXTS, *OTHER_TEXTS, *(f"a {token} b{token}\n{token}c" for token in added_tokens)]
+
+
+def check_round_trip(tokenizer: Any, key: str, value: str) -> None:
+    """Raise UserError for a tokenizer that does not preserve plain text; warn if it changes other texts.
+
+    ``key``, ``value``: the configuration key that sets the tokenizer, and its value.
+    """
+    what = f"{key}={value}"
+    for text, back in changed_by_round_trip(tokenizer, PLAIN_TEXTS):
+        if not _preserves_words(_normalized(tokenizer, text), _normalized(tokenizer, back)):
+            raise UserError(
+                f"{what} has a tokenizer that does not preserve text ({text!r} is decoded as {show(back)!r})",
+                "choose a model whose tokenizer.json preserves spaces and has tokens for these characters",
+                key=key,
+                value=value,
+            )
+    texts = [*PLAIN_TEXTS, *OTHER_TEXTS]
+    if changed := changed_by_round_trip(tokenizer, texts):
+        log.warning(
+            "%s does not preserve %d of %d texts (%r is decoded as %r): the model reads changed text in such prompts",
+            *(what, len(changed), len(texts), *map(show, changed[0])),
+        )
+
+
+def changed_by_round_trip(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (text, decoded text) of each text that encoding and decoding changes.
+
+    The tokenizer's own normalizer is applied to both before the comparison.
+    """
+    pairs = [(text, _round_trip(tokenizer, text)) for text in texts]
+    return [(text, back) for text, back in pairs if _normalized(tokenizer, text) != _normalized(tokenizer, back)]
+
+
+def _round_trip(tokenizer: Any, text: str) -> str:
+    try:
+        (ids,) = token_ids(tokenizer, [text])
+        return str(tokenizer.decode(ids, **_VERBATIM))
+    except Exception as error:  # e.g. an unknown token without an id
+        return f"({reason(error)})"
+
+
+def _normalized(tokenizer: Any, text: str) -> str:
+    """Apply the tokenizer's normalizer (lower case, for example) and remove spaces at the start.
+
+    SentencePiece writes a space as ▁ and adds one before each text, which decoding removes.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return (normalizer.normalize_str(text) if normalizer is not None else text).replace("▁", " ").lstrip(" ")
+
+
+def _preserves_words(text: str, back: str) -> bool:
+    """Return whether ``back`` has all characters of ``text`` and all spaces between words; more spaces are allowed."""
+    words = [r"\s*".join(map(re.escape, word)) for word in text.split()]
+    return re.fullmatch(r"\s*" + r"\s+".join(words) + r"\s*", back) is not None
+
+
+def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
+    """Raise UserError unless each id is the same token for student and teacher, added and special tokens included.
+
+    The padded sizes of the embeddings may differ. Tokenizers with equal vocabularies may split text differently; a
+    warning reports this, because a teacher without its own context reads the student's prompt ids. Responses are always
+    passed to the teacher as ids, and a context is encoded by the teacher's tokenizer.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        token = differing[0]
+        raise UserError(
+            f"policy.model_name={student_name} and teacher.model_name={teacher_name} have different vocabularies"
+            f" ({len(differing)} tokens differ; {token!r} has the ids {ours.get(token)} and {theirs.get(token)})",
+            "choose a teacher with the student's tokenizer",
+            key="teacher.model_name",
+            value=teacher_name,
+        )
+    if student is teacher:
+        return
+    texts = _texts(student.get_added_vocab())
+    pairs = zip(texts, token_ids(student, texts), token_ids(teacher, texts), strict=True)
+    if differing := [text for text, of_student, of_teacher in pairs if of_student != of_teacher]:
+        log.warning(
+            "policy.model_name=%s and teacher.model_name=%s have the same tokens but split text differently (%d of %d"
+            " texts, for example %r): without a context the teacher reads prompts as the student's tokenizer splits"
+            " them",
+            *(student_name, teacher_name, len(differing), len(texts), show(differing[0])),
+        )

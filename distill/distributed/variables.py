@@ -1,0 +1,23 @@
+"""Integer environment variables of a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from distill.errors import UserError
+
+
+def integer(
+    variables: Mapping[str, str],
+    name: str,
+    least: int,
+    most: int | None = None,
+    default: str = "",
+    fix: str = "start the program by torchrun or srun, or unset it",
+) -> int:
+    """Return variable ``name``; raises UserError unless it is an integer in ``least``..``most`` (None: no maximum)."""
+    text = variables.get(name, default)
+    if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
+        return int(text)
+    allowed = f"at least {least}" if most is None else f"in {least}..{most}"
+    raise UserError(f"environment variable {name}={text} is not an integer {allowed}", fix, key=name, value=text)

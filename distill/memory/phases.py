@@ -1,0 +1,302 @@
+"""Bytes of one rank's memory in each phase of a step, computed from the recipe and the models' shapes.
+
+Every response is assumed to be as long as the recipe allows. A phase has moments; each moment is a table of lines, and
+the largest moment counts. Names: tp, cp and dp are the sizes of the student's mesh; ``shards``: number of ranks that
+hold one sharded model; ``positions``: the rank's part of a pack; b: bytes per element of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from distill.config import Config
+from distill.loss.targets import chunk_buffers, rows_within_budget
+from distill.memory.shapes import ModelShape, teacher_group
+from distill.model.student import DTYPES
+
+CPU_CACHE = 2**29
+"""Bytes of vLLM's key-value cache without a GPU."""
+
+Lines = dict[str, int]
+"""Bytes by purpose."""
+
+
+def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
+    """Return bytes per position that autograd saves for one layer without activation checkpointing.
+
+    Counted in transformers' layers. A norm saves its float32 input, and its output before and after its weight.
+    Attention saves queries, keys, values and its output twice (the kernel's, and the packed or exchanged copy that the
+    projection reads). The MLP saves four tensors of its inner width. Norms of queries and keys save theirs too.
+    """
+    queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
+    normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
+    statistics = 4 * shape.heads // tp
+    return (
+        2 * (4 + 2 * b) * shape.hidden
+        + normalised
+        + b * (3 * queries + 2 * keys)
+        + statistics
+        + 4 * b * shape.intermediate // tp
+    )
+
+
+def read_by_layer(shape: ModelShape, b: int) -> int:
+    """Return peak bytes per position of one layer's forward without gradient.
+
+    The peak is the MLP's inner tensors, or the queries and their float32 norm, plus the residual stream.
+    """
+    queries = shape.heads * shape.head_dim
+    return max(3 * b * shape.intermediate, (8 + b) * queries) + 2 * b * shape.hidden
+
+
+class StepMemory:
+    """Memory of one recipe: a method per phase returns the tables of its moments."""
+
+    def __init__(self, config: Config, student: ModelShape, teacher: ModelShape, cuda: bool, card: int | None) -> None:
+        policy, cluster = config.policy, config.cluster
+        self.config, self.student, self.teacher, self.cuda, self.card = config, student, teacher, cuda, card
+        self.b, self.teacher_b = DTYPES[policy.precision].itemsize, DTYPES[config.teacher.precision].itemsize
+        self.tp, self.cp = policy.dtensor_cfg.tensor_parallel_size, policy.dtensor_cfg.context_parallel_size
+        ranks, replicas = cluster.num_nodes * cluster.gpus_per_node, policy.dtensor_cfg.replicate_size
+        self.dp, self.shards = ranks // (self.tp * self.cp), ranks // replicas
+        self.group, self.engine_tp = teacher_group(config), policy.generation.vllm_cfg.tensor_parallel_size
+        self.triton = cuda and config.loss_fn.backend != "torch"
+        self.offloads = cuda and config.runtime.offload_optimizer
+        self.on_host = cuda and policy.dtensor_cfg.cpu_offload
+        self.tokens, self.teacher_tokens = _pack_tokens(config, self.dp)
+        self.about = (
+            f"{student.name} ({student.parameters / 1e9:.2f} B parameters) learns from {teacher.name}"
+            f" ({teacher.parameters / 1e9:.2f} B, {config.teacher.precision})",
+            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher packs on {self.group} ranks each;"
+            f" packs of at most {self.tokens} tokens (student) and {self.teacher_tokens} tokens (teacher)",
+        )
+
+    # ---- parts of several phases ----
+
+    def kept(self, training: bool = False) -> Lines:
+        """Return the student's float32 shards: weights and AdamW's two moments.
+
+        The moments exist after the first step. They are on the device during training, and in other phases only if they
+        are not offloaded.
+        """
+        weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
+        moments_here = not self.on_host and (training or not self.offloads)
+        lines = {"master weights": weights, "optimizer state": 2 * weights if moments_here else 0}
+        context = self.config.distillation.context_distillation
+        if context.enabled and context.mode == "self_ema":
+            lines["teacher average"] = weights  # FollowingTeacher keeps it on the student's shards
+        if not self.cuda:
+            lines |= {"teacher shards": self.teacher_shards, **self.engine_lines()}
+        return lines
+
+    @property
+    def teacher_shards(self) -> int:
+        """Return bytes of the teacher's shards in its own dtype; no float32 copy ever exists."""
+        return self.teacher_b * self.teacher.parameters // self.shards
+
+    def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool) -> Lines:
+        """Return FSDP's gathered parameters in the compute dtype.
+
+        Two layers (the current and the prefetched one), or all if they stay (reshard_after_forward=false); and the
+        root's embedding, head and last norm during the complete pass.
+        """
+        layers = shape.layers if stays else min(2, shape.layers)
+        return {
+            "gathered layers": layers * b * shape.layer // tp,
+            "gathered embeddings": b * shape.root // tp,
+        }
+
+    def engine_lines(self) -> Lines:
+        """Return the memory of the awake engine.
+
+        vLLM takes gpu_memory_utilization of the card, and its cache is the part that its weights leave. The
+        transformers engine has the complete model and a cache for a batch of its longest responses.
+        """
+        generation, shape = self.config.policy.generation, self.student
+        if generation.backend != "vllm":
+            cache = self.config.policy.generation_batch_size * self.window_cache()
+            return {"engine weights": self.b * shape.parameters, "engine cache": cache}
+        weights = self.b * shape.parameters // self.engine_tp
+        if not self.cuda:
+            return {"engine weights": weights, "engine cache": CPU_CACHE}
+        if self.card is None:
+            return {"engine weights": weights}
+        share = int(generation.vllm_cfg.gpu_memory_utilization * self.card)
+        return {"engine weights": weights, "engine cache": max(share - weights, 0)}
+
+    def window_cache(self) -> int:
+        """Return bytes of keys and values of one sequence of the window's length, on one rank of an engine."""
+        generation, shape = self.config.policy.generation, self.student
+        vllm = generation.backend == "vllm"
+        window = generation.vllm_cfg.max_model_len if vllm else self.config.policy.max_total_sequence_length
+        heads = shape.kv_heads // min(self.engine_tp, shape.kv_heads) if vllm else shape.kv_heads
+        return 2 * self.b * shape.layers * heads * shape.head_dim * window
+
+    def targets(self) -> Lines:
+        """Return the teacher's targets for all responses of a step.
+
+        They stay on the device until the student trains on them: K ids (int32) and log-probs, log tail and entropy in
+        float32; or hidden rows and a copy of the complete head.
+        """
+        loop, shape = self.config.distillation, self.teacher
+        responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
+        rows = -(-responses * self.longest_response() // self.cp)
+        if self.returns_rows:
+            return {"targets": self.teacher_b * shape.hidden * (rows + shape.vocab)}
+        return {"targets": 8 * (loop.topk_logits_k + 1) * rows}
+
+    @property
+    def returns_rows(self) -> bool:
+        """Return whether the teacher returns hidden rows instead of a top-k, as in ShardedTeacher."""
+        return self.config.loss_fn.support == "student" or self.config.distillation.topk_logits_k == 0
+
+    def longest_response(self) -> int:
+        """Return the largest number of tokens of a response."""
+        policy = self.config.policy
+        return min(policy.generation.max_new_tokens, policy.max_total_sequence_length - 1)
+
+    def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
+        """Return the rows of logits that exist at a time: set by a key, or within the loss's memory budget."""
+        set_rows = own or self.config.runtime.logits_chunk_rows
+        return min(set_rows or rows_within_budget(self.cuda, vocab, buffers), rows)
+
+    # ---- the phases ----
+
+    def sync_phase(self) -> list[Lines]:
+        """Return the moments of the sync: buckets of GatheredWeights, then the probe's forward.
+
+        Two buckets exist at a time (complete tensors, and this rank's part of them), none smaller than the largest
+        tensor. During the probe the complete engine is awake.
+        """
+        policy, shape = self.config.policy, self.student
+        bucket = max(self.config.runtime.sync_bucket_mib * 2**20, self.b * shape.embedding)
+        bucket = min(bucket, self.b * shape.parameters)
+        awake = self.engine_lines()
+        weights = {"engine weights": awake["engine weights"]}
+        gathered = self.gathered(shape, self.b, self.tp, not policy.dtensor_cfg.reshard_after_forward)
+        buckets = {"sync buckets": 2 * (bucket + bucket // self.shards)}
+        return [self.kept() | weights | buckets, self.kept() | awake | gathered]
+
+    def generation_phase(self) -> list[Lines]:
+        """Return the only moment of generation: the awake engine and the student's shards."""
+        return [self.kept() | self.engine_lines()]
+
+    def teacher_phase(self) -> list[Lines]:
+        """Return the moments of the teacher phase: a layer's forward, and the logits of a chunk of rows.
+
+        A larger teacher group reads as many more packs together, so ``positions`` does not depend on its size. Logits
+        are float32, twice with PyTorch's top-k, and need the complete head.
+        """
+        config, shape, b = self.config, self.teacher, self.teacher_b
+        positions = -(-self.teacher_tokens // (self.tp * self.cp))
+        stays = not config.teacher.dtensor_cfg.reshard_after_forward
+        lines = self.kept() | {"teacher shards": self.teacher_shards} | self.targets()
+        lines |= self.gathered(shape, b, 1, stays)
+        rows = self.chunk(config.teacher.logprob_chunk_size, positions, shape.vocab)
+        logits = 0 if self.returns_rows else (4 if self.triton else 8) * rows * shape.vocab
+        return [
+            # Includes the layer's input, and the first layer's input, which lives until the end.
+            lines | {"teacher workspace": (read_by_layer(shape, b) + 2 * b * shape.hidden) * positions},
+            lines | {"teacher workspace": b * shape.hidden * positions, "logits chunk": logits},
+        ]
+
+    def training_phase(self) -> list[Lines]:
+        """Return three moments of training, with gradients of an earlier micro-batch present.
+
+        The head inside the forward; a layer's backward during the reduction of the previous layer; the root's
+        reduction or the optimizer's step. Activation checkpointing saves each layer's input and recomputes one layer at
+        a time. A layer's backward has two more tensors each of the inner and of the residual width.
+        """
+        config, shape, b, tp = self.config, self.student, self.b, self.tp
+        parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
+        positions = -(-self.tokens // self.cp)
+        saved_layer = saved_by_layer(shape, b, tp)
+        checkpointed = parallel.activation_checkpointing
+        saved = positions * (
+            shape.layers * (b * shape.hidden if checkpointed else saved_layer) + (4 + b) * shape.hidden
+        )
+        working = positions * (2 * b * (shape.intermediate // tp + shape.hidden) + (saved_layer if checkpointed else 0))
+        kept = self.kept(training=True)
+        kept |= {"gradients": kept["master weights"], **self.targets()}
+        gathered = self.gathered(shape, b, tp, not parallel.reshard_after_forward)
+        root = {"gathered embeddings": gathered["gathered embeddings"]}
+        head = (shape.head or shape.embedding) // tp
+        buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
+        own_rows = self.chunk(own, positions, shape.vocab // tp, buffers)
+        largest = max(shape.embedding, shape.head) // self.shards
+        if config.policy.optimizer.kwargs.foreach:
+            largest = shape.parameters // self.shards
+        return [
+            kept
+            | (root if parallel.reshard_after_forward else gathered)
+            | {
+                "saved activations": saved,
+                "response rows": 2 * b * shape.hidden * positions,
+                "logits chunk": self.logits_bytes() * own_rows * shape.vocab // tp,
+                "embedding gradients": 4 * head,
+            },
+            kept
+            | gathered
+            | {
+                "saved activations": saved,
+                "layer workspace": working,
+                "gradient reduction": (b + 2 * 4) * shape.layer // tp,
+                "embedding gradients": b * head,
+            },
+            kept
+            | root
+            | {
+                "gradient reduction": 4 * shape.root // tp,
+                # A tied matrix has the embedding's complete gradient before it is added to the head's.
+                "embedding gradients": b * (shape.embedding + (shape.head or shape.embedding)) // tp,
+                # Per tensor: its shard in float64 for the norm, or two temporaries of the update. foreach: all tensors.
+                "optimizer temporaries": 0 if self.on_host else 8 * largest,
+            },
+        ]
+
+    def logits_bytes(self) -> int:
+        """Return bytes per element of [C, V / tp] in fused_linear_kl.
+
+        Logits in float32 and their gradient in the compute dtype; PyTorch's implementation needs one more float32
+        buffer; the full-vocabulary loss needs both models' logits and two more buffers.
+        """
+        b, rounded = self.b, self.config.loss_fn.logits_dtype == "bfloat16"
+        if self.config.distillation.topk_logits_k == 0:
+            return 16 + b + (2 if rounded else 0)
+        cast = b if b < 4 else 0
+        own = 4 + (4 + cast if not self.triton else cast)
+        if self.triton and rounded:
+            own = 2
+        return own + (4 if self.returns_rows else 0)
+
+    def host(self) -> Lines:
+        """Return pinned host memory.
+
+        The teacher's FrozenOffload, offloaded optimizer or student state, and a pending checkpoint.
+        """
+        context, saving = self.config.distillation.context_distillation, self.config.checkpointing
+        state = 4 * self.student.parameters // self.shards
+        average = state if context.enabled and context.mode == "self_ema" else 0
+        lines = {"teacher shards": self.teacher_shards}
+        if saving.enabled:
+            lines["pending checkpoint"] = state * (3 if saving.save_optimizer else 1) + average
+        if self.on_host:
+            lines |= {"master weights": state, "gradients": state, "optimizer state": 2 * state}
+            return lines | ({"teacher average": average} if average else {})
+        return lines | ({"optimizer state": 2 * state} if self.offloads else {})
+
+
+def _pack_tokens(config: Config, dp: int) -> tuple[int, int]:
+    """Return the tokens of the largest student pack and the largest teacher pack.
+
+    A pack is limited by a budget, or is one longer sequence. A budget counts the longer view of a sequence, so the
+    student's pack can be as long as the budget. No pack has more than one rank's responses of an optimizer batch.
+    """
+    policy, student = config.policy, config.policy.max_total_sequence_length
+    same = not config.distillation.context_distillation.enabled
+    teacher = student if same else config.teacher.max_total_sequence_length
+    responses = -(-policy.train_global_batch_size // dp)
+    for batching in (policy.sequence_packing, policy.dynamic_batching):
+        if batching.enabled:
+            budget = batching.train_mb_tokens
+            return min(max(budget, student), responses * student), min(max(budget, teacher), responses * teacher)
+    responses = min(responses, policy.train_micro_batch_size)
+    return responses * student, responses * teacher

@@ -1,0 +1,25 @@
+"""Local shards of parameters, sharded by FSDP and tensor parallelism (DTensor) or not."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return the rank's shard of a DTensor; return any other tensor unchanged."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    shard: Tensor = tensor.to_local()
+    return shard
+
+
+def tp_dim(parameter: Tensor) -> int | None:
+    """Return the dimension that tensor parallelism splits; None if it splits none."""
+    assert isinstance(parameter, DTensor), type(parameter)
+    names = parameter.device_mesh.mesh_dim_names or ()
+    placement = parameter.placements[names.index("tp")] if "tp" in names else None
+    if placement is None or placement.is_replicate():
+        return None
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim

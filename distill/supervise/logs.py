@@ -1,0 +1,61 @@
+"""Logging of one rank: the main rank's console, and a log file per rank."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def log_to_console(is_main: bool) -> None:
+    """Log from INFO on to the main rank's standard error; other ranks print nothing.
+
+    Records are also kept in memory, until ``log_to_file`` writes them to the rank's file.
+    """
+    logger = logging.getLogger("distill")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    # A logger without any handler prints warnings to standard error, so other ranks get a handler that drops records.
+    handler = logging.StreamHandler(sys.stderr) if is_main else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.addHandler(MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))
+
+
+def log_to_file(file: Path) -> None:
+    """Write this rank's log to ``file`` from now on, beginning with the records kept by ``log_to_console``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = _RankLog(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logger = logging.getLogger("distill")
+    kept = [h for h in logger.handlers if isinstance(h, MemoryHandler)]
+    logger.addHandler(handler)
+    for early in kept:
+        logger.removeHandler(early)  # before flushing: a warning about a full disk must not be added to it again
+        early.setTarget(handler)
+        early.close()
+
+
+class _RankLog(logging.FileHandler):
+    """Log file of a rank. The first write error removes the handler and logs one warning instead of tracebacks."""
+
+    failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.failed = True
+        logger = logging.getLogger("distill")
+        logger.removeHandler(self)
+        logger.warning("cannot write %s (%s): the rest of this log is missing", self.baseFilename, error.strerror)
