@@ -24,7 +24,7 @@ from distill.data.prompts import PromptOrder, load_prompts
 from distill.data.teacher_prefix import ContextPrefixes, SamePromptPrefixes, build_teacher_prefixes
 from distill.data.thoughts import extract_trace
 from distill.errors import UserError
-from distill.inputs import check_reading, find_models
+from distill.inputs import check_teacher_reads_more, find_models
 from distill.types import Problem, Prompt, Rollout
 from tests.harness import config_for
 from tests.helpers import save_tiny_model
@@ -493,8 +493,8 @@ def test_a_student_that_is_its_teacher_and_reads_no_more_as_such_is_refused(
     dataset = DatasetConfig(data_path=str(tmp_path / "a.jsonl"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
     order = PromptOrder(prompts, 1, seed=0, shuffle=False)
-    with pytest.raises(UserError, match="the two are one model") if refused else contextlib.nullcontext():
-        check_reading(config, build_teacher_prefixes(config, tiny_tokenizer()), order)
+    with pytest.raises(UserError, match="teacher_prefix_template") if refused else contextlib.nullcontext():
+        check_teacher_reads_more(config, build_teacher_prefixes(config, tiny_tokenizer()), order)
 
 
 def test_a_template_that_fills_the_window_by_itself_is_one_clear_sentence() -> None:
