@@ -118,8 +118,9 @@ def test_the_code_of_a_tokenizer_is_never_run(folder: Path) -> None:
     files = ModelFiles(str(folder), folder, {})
     assert type(load_tokenizer(files, None, "policy.tokenizer.name")).__module__.startswith("transformers.")
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer that can be read .* whose own code is never run"):
+    with pytest.raises(UserError) as caught:
         load_tokenizer(files, None, "policy.tokenizer.name")
+    assert caught.value.key == "policy.tokenizer.name"
     assert not (folder.parent / "it ran").exists()
 
 

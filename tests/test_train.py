@@ -513,7 +513,7 @@ BAD = {
     "a world of another size": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4"),
     "a group that does not divide": (["policy.dtensor_cfg.tensor_parallel_size=3"], "tensor_parallel_size=3"),
     "prompts that are all too long": (["data.train.data_path={root}/long.jsonl"], "all 1 prompts are longer"),
-    "another tokenizer": (["teacher.model_name={root}/stranger"], "different tokenizers"),
+    "another tokenizer": (["teacher.model_name={root}/stranger"], "teacher.model_name={root}/stranger"),
     "a top-k beyond the vocabulary": (["distillation.topk_logits_k=300"], "distillation.topk_logits_k=300"),
     "a half-downloaded model": (["teacher.model_name={root}/half"], "lacks 1 of its files (model-2.safetensors)"),
     "a window beyond the model's": (
