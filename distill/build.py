@@ -23,7 +23,7 @@ from distill.data.content import raise_if_ranks_differ
 from distill.data.teacher_prefix import build_teacher_prefixes
 from distill.distributed.cluster import check_cluster
 from distill.distributed.world import World
-from distill.errors import UserError, writing_run
+from distill.errors import writing_run
 from distill.inputs import (
     Models,
     check_contexts,
@@ -192,16 +192,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
 
 
 def _check_supported(config: Config) -> None:
-    if config.policy.generation.stop_strings:
-        raise UserError("policy.generation.stop_strings is not supported yet: use policy.generation.stop_token_ids")
     checkpointing = config.checkpointing
-    not_yet = {
-        "policy.dtensor_cfg.sequence_parallel": config.policy.dtensor_cfg.sequence_parallel,
-        "teacher.dtensor_cfg.cpu_offload": config.teacher.dtensor_cfg.cpu_offload,
-        "data.train.seed": any(dataset.seed is not None for dataset in config.data.train),
-    }
-    if ignored := [key for key, is_set in not_yet.items() if is_set]:
-        log.warning("not there yet, so without effect: %s", ", ".join(ignored))
     low = _LOW_IS_GOOD.search(checkpointing.metric_name or "")
     if checkpointing.enabled and checkpointing.higher_is_better and low:
         log.warning(

@@ -657,7 +657,7 @@ def sleep_checks(stage: Stage) -> Iterator[Check]:
     stage.asleep()
     freed = awake - stage.used()
     weights, cache = held(stage.engine)
-    yield Check("the engine's weights", weights / GIB, "GiB")
+    yield Check("the engine weights", weights / GIB, "GiB")
     yield Check("the engine's key-value cache", cache / GIB, "GiB")
     note = f"{freed / GIB:.2f} GiB freed"
     yield Check("share of weights and cache that sleep frees", freed / (weights + cache), "", at_least(0.95), note)

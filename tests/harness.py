@@ -1,7 +1,7 @@
-"""The numbers are the same: fixed answers in, loss and every parameter's gradient out, for any layout and packing.
+"""Reference and product steps on fixed responses, for any layout and packing.
 
-``plain_step`` is the reference: one process, plain transformers and autograd, one answer at a time; ``plain_update``
-is its optimizer. ``sharded_step`` is the product on this rank's part of the work. ``differences`` compares the two.
+``plain_step`` is the reference: one process, plain transformers and autograd, one response at a time; ``plain_update``
+is its optimizer. ``sharded_step`` is the product's step on this rank. ``differences`` compares two steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def config_for(student: Path, teacher: Path, *overrides: str, ranks: int = 1) -> Config:
-    """The base recipe in float32 for two small models."""
+    """Return the base recipe in float32 for two small models."""
     return load_config(
         [
             "--config",
@@ -58,7 +58,7 @@ def config_for(student: Path, teacher: Path, *overrides: str, ranks: int = 1) ->
 
 
 def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rollout]:
-    """Answers of 1 to 40 random tokens; the teacher's prefix differs from the student's in every second one."""
+    """Return responses of 1 to 40 random tokens; every second teacher prefix is different."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -75,22 +75,22 @@ def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rol
 
 
 WARM_UP = 0.1
-"""The part of the learning rate that the first step has."""
+"""Fraction of the learning rate at the first step."""
 
 
 @dataclass
 class Step:
-    """What one optimizer step did: everything that must not depend on the layout."""
+    """Results of one optimizer step, which must not depend on the layout."""
 
     loss: float
     grad_norm: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """Behind the update; ``plain_update`` has the reference's."""
+    """Weights after the update; ``plain_update`` returns the reference's."""
 
 
 def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
-    """One step of the loss, written out: the independent oracle. It knows no floor, no cap and no jsd."""
+    """Compute loss and gradients in plain PyTorch: the independent oracle. No floor, cap or jsd."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
     temperature, k = (config.policy.generation.temperature, config.distillation.topk_logits_k)
@@ -122,7 +122,7 @@ def _norm(gradients: Mapping[str, Tensor]) -> float:
 
 
 def plain_update(config: Config, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that PyTorch's optimizer makes of the student with these gradients: the first step's oracle."""
+    """Return the student's weights after one step of PyTorch's optimizer with ``gradients``."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=torch.float32)
     named = dict(student.named_parameters())
     for name, parameter in named.items():
@@ -141,12 +141,15 @@ def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: 
 
 
 def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
-    """Log-probs of the top-k of ``choosing`` (0: all), and of all others together (bucket) or of the top-k alone."""
+    """Return log-probs of the top-k of ``choosing``; k = 0: of all ids.
+
+    ``outside``: "bucket" adds the other ids together as one outcome, "renormalize" drops them.
+    """
     if k == 0:
         return logits.log_softmax(-1)
     best = choosing.topk(k + 1, -1)
     gap = float((best.values[:, k - 1] - best.values[:, k]).min())
-    assert gap > 2e-5, f"the teacher's top-{k} is a tie within float32 ({gap:.1g}): choose another seed for the test"
+    assert gap > 2e-5, f"top-{k} has a tie within float32 ({gap:.1g}): choose another seed for the test"
     ids = best.indices[:, :k]
     logprobs = logits.log_softmax(-1)
     kept = logprobs.gather(-1, ids)
@@ -157,7 +160,7 @@ def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
 
 
 def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> Step:
-    """The product's step on this rank's part; gradients and weights gathered whole. Collective."""
+    """Take the product's step on this rank; gathers complete gradients and weights. Collective."""
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
@@ -166,12 +169,12 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     targets = [teacher.targets(micro_batch) for micro_batch in batch]
     teacher.offload()
     loss = 0.0
-    for micro_batch, said in zip(batch, targets, strict=True):
-        output = student.loss(micro_batch, said)
+    for micro_batch, its_targets in zip(batch, targets, strict=True):
+        output = student.loss(micro_batch, its_targets)
         (output.kl_sum / batch.response_tokens).backward()
         loss += output.kl_sum.item() / batch.response_tokens
     student.sum_gradients()
-    gradients = whole_gradients(student, world)
+    gradients = complete_gradients(student, world)
     norm = student.step()
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
     layout = world.layout
@@ -179,15 +182,15 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     return Step(sum(world.gather(counted)), norm, gradients, weights)
 
 
-def whole_gradients(student: Student, world: World) -> dict[str, Tensor]:
-    """Every parameter's gradient by name, from the shards of all ranks. Collective."""
+def complete_gradients(student: Student, world: World) -> dict[str, Tensor]:
+    """Return every parameter's complete gradient by name. Collective."""
     sharded = [(name, cast(Tensor, p.grad)) for name, p in student.model.named_hf_parameters()]
     gathered = GatheredWeights(sharded, torch.float32, 2**30, world.replica_mesh, world.layout.tp_size)
     return {name: tensor.clone() for name, tensor in gathered}
 
 
 def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> list[str]:
-    """Train five steps; the names of weights that differ between ranks that should hold the same. Collective."""
+    """Train five steps; return the names of weights whose copies differ between ranks. Collective."""
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
@@ -198,13 +201,13 @@ def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packin
         student.end_step()
     copies: dict[tuple[str, int, int], set[bytes]] = {}
     for named in world.gather(list(_digests(student, world))):
-        for place, digest in named:
-            copies.setdefault(place, set()).add(digest)
+        for part, digest in named:
+            copies.setdefault(part, set()).add(digest)
     return sorted({name for (name, _, _), digests in copies.items() if len(digests) > 1})
 
 
 def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, int], bytes]]:
-    """(name, FSDP's shard, tensor-parallel part) and a digest of what this rank holds there."""
+    """Yield (name, FSDP shard, tensor-parallel part) and a digest of this rank's shard."""
     shard, tp_rank = divmod(world.replica_mesh.get_local_rank(), world.layout.tp_size)
     for name, parameter in student.model.named_hf_parameters():
         part = 0 if tp_dim(parameter) is None else tp_rank
@@ -229,7 +232,7 @@ class CompleteWeights:
 
 
 def differences(ours: Step, reference: Step) -> dict[str, float]:
-    """Relative differences of loss, norm and every gradient (norm of the difference over the norm, in float64)."""
+    """Return relative differences of loss, norm and every gradient (2-norms in float64)."""
     assert ours.gradients.keys() == reference.gradients.keys()
     found = {
         f"gradient of {name}": float((ours.gradients[name].double() - g.double()).norm() / g.double().norm())

@@ -1,4 +1,4 @@
-"""The distillation losses from their definitions, on dense distributions: shares no code with what it judges."""
+"""Oracle: the distillation losses by definition, on dense distributions; shares no code with ``distill.loss``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.types import TopK
 
-MEMBERS = [
+LOSSES = [
     LossConfig(kl_type=kl_type, mixed_kl_weight=0.3, outside_topk=outside)
     for kl_type in ("forward", "reverse", "mixed")
     for outside in ("bucket", "renormalize", "floor")
@@ -18,7 +18,7 @@ MEMBERS = [
 
 
 class Case(NamedTuple):
-    """Random logits of two models over V tokens, and the teacher's top-k of them."""
+    """Random logits of two models over V tokens, and the teacher's top-k."""
 
     student_NV: Tensor
     teacher_NV: Tensor
@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
 
 def make_case(rows: int, vocab: int, k: int, seed: int = 0, scale: float = 2.0, temperature: float = 1.0) -> Case:
-    """float64 logits; the student is the teacher with as much noise again."""
+    """Return float64 logits; the student is the teacher plus noise of the same scale."""
     generator = torch.Generator().manual_seed(seed)
     teacher_NV = scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
     student_NV = teacher_NV + scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)
@@ -34,7 +34,7 @@ def make_case(rows: int, vocab: int, k: int, seed: int = 0, scale: float = 2.0, 
 
 
 def exact_topk(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The k most likely tokens, the mass of the others summed one by one."""
+    """Return the k most likely tokens; the tail mass is a sum over the other tokens."""
     log_p_NV = torch.log_softmax(teacher_NV.double() / temperature, dim=1)
     order_NV = log_p_NV.argsort(dim=1, descending=True)
     sorted_NV = log_p_NV.gather(1, order_NV)
@@ -46,13 +46,13 @@ def exact_topk(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
 def definition(
     student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, config: LossConfig, temperature: float
 ) -> Tensor:
-    """kl_N of every member, from the two dense distributions."""
+    """Return kl_N of every loss, from the two dense distributions."""
     p_NV, q_NV = torch.softmax(teacher_NV / temperature, 1), torch.softmax(student_NV / temperature, 1)
     p_NK, q_NK = p_NV.gather(1, ids_NK.long()), q_NV.gather(1, ids_NK.long())
     if config.outside == "floor":
         forward_N, reverse_N = _on_floor(p_NK, q_NV, q_NK, ids_NK)
     else:
-        p_NE, q_NE = (_events(whole, kept, ids_NK, config.outside) for whole, kept in ((p_NV, p_NK), (q_NV, q_NK)))
+        p_NE, q_NE = (_events(full, kept, ids_NK, config.outside) for full, kept in ((p_NV, p_NK), (q_NV, q_NK)))
         if config.kl_type == "jsd":
             middle_NE = config.jsd_beta * p_NE + (1 - config.jsd_beta) * q_NE
             return config.jsd_beta * _kl(p_NE, middle_NE) + (1 - config.jsd_beta) * _kl(q_NE, middle_NE)
@@ -64,9 +64,9 @@ def definition(
 def reference_kl(
     student: Tensor, teacher: Tensor, ids: Tensor, kl_type: str, weight: float, zero_outside_topk: bool
 ) -> Tensor:
-    """NeMo-RL's loss of each place, written out; the vocabulary is the last axis, ``ids`` the teacher's top-k.
+    """Return NeMo-RL's loss of each position; the vocabulary is the last axis, ``ids`` are the teacher's top-k.
 
-    The teacher is renormalised over the ids; ``zero_outside_topk`` adds H_rest + 100 P_rest to what is not forward.
+    The teacher is renormalised over the ids; ``zero_outside_topk`` adds H_rest + 100 P_rest to the reverse KL.
     """
     log_t = torch.log_softmax(teacher.gather(-1, ids), dim=-1)
     log_all = torch.log_softmax(student, dim=-1)
@@ -85,11 +85,11 @@ def reference_kl(
     return weight * forward + (1 - weight) * reverse + (1 - weight) * correction
 
 
-def _events(whole_NV: Tensor, kept_NK: Tensor, ids_NK: Tensor, outside: str) -> Tensor:
+def _events(full_NV: Tensor, kept_NK: Tensor, ids_NK: Tensor, outside: str) -> Tensor:
     if outside == "renormalize":
         return kept_NK / kept_NK.sum(dim=1, keepdim=True)
-    tail_N1 = whole_NV.scatter(1, ids_NK.long(), 0.0).sum(dim=1, keepdim=True)
-    return torch.cat([kept_NK, tail_N1], dim=1) if ids_NK.shape[1] < whole_NV.shape[1] else kept_NK
+    tail_N1 = full_NV.scatter(1, ids_NK.long(), 0.0).sum(dim=1, keepdim=True)
+    return torch.cat([kept_NK, tail_N1], dim=1) if ids_NK.shape[1] < full_NV.shape[1] else kept_NK
 
 
 def _on_floor(p_NK: Tensor, q_NV: Tensor, q_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:

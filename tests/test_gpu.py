@@ -1,4 +1,4 @@
-"""The program on one device: teacher away and back, fused optimizer, resume. On CUDA where there is a GPU."""
+"""One device: offloaded teacher and optimizer, fused optimizer, resume. Runs on CUDA if there is a GPU."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ DEVICES = [
 ]
 
 
-def _away_and_back(folder: str, device: str) -> dict[str, bool]:
-    """Targets before and after the teacher's shards left the device, and whether they had left."""
+def _offload_and_onload(folder: str, device: str) -> dict[str, bool]:
+    """Return whether the teacher's shards were freed, and whether targets before and after are equal."""
     world = World()
     world.build_mesh(device, tp=1, cp=1)
     config = config_for(Path(folder), Path(folder), "distillation.allow_degenerate=true", f"runtime.device={device}")
     teacher = ShardedTeacher(config, find_model(folder, "teacher.model_name"), world, 384)
-    teacher._host = FrozenOffload(teacher.model.parameters())  # on CPU it has none by itself: nothing would be saved
+    teacher._host = FrozenOffload(
+        teacher.model.parameters()
+    )  # on CPUs the teacher has none, because it would save nothing
     micro_batch = pack(list(enumerate(fixed_rollouts())))
     before = teacher.targets(micro_batch)
     teacher.offload()
@@ -47,55 +49,59 @@ def _away_and_back(folder: str, device: str) -> dict[str, bool]:
     same = [
         torch.equal(getattr(before, name), getattr(after, name)) for name in ("ids_NK", "logprobs_NK", "log_tail_N")
     ]
-    return {"away": sum(storages) == 0, "same": all(same)}
+    return {"freed": sum(storages) == 0, "same": all(same)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_teacher_that_was_away_says_the_same(tmp_path, device) -> None:
+def test_offloading_the_teacher_changes_no_target(tmp_path, device) -> None:
     save_tiny_model(tmp_path / "m", "qwen3", True)
-    (seen,) = run_ranks(1, _away_and_back, str(tmp_path / "m"), device)
-    assert seen == {"away": True, "same": True}
+    (seen,) = run_ranks(1, _offload_and_onload, str(tmp_path / "m"), device)
+    assert seen == {"freed": True, "same": True}
 
 
 def _trained(folder: str, device: str) -> dict[str, Any]:
-    """A student whose moments leave between steps, and one whose stay; both asked for a checkpoint when away."""
+    """Train with and without offloading the moments, and read the checkpoint state while they are offloaded."""
     world = World()
     world.build_mesh(device, tp=1, cp=1)
     files, rollouts, found = find_model(folder, "a model"), fixed_rollouts(), {}
-    for away in (True, False):
+    for offload in (True, False):
         config = config_for(
             *(Path(folder), Path(folder), "distillation.allow_degenerate=true", f"runtime.device={device}"),
-            *("policy.precision=float32", f"runtime.offload_optimizer={str(away).lower()}"),
+            *("policy.precision=float32", f"runtime.offload_optimizer={str(offload).lower()}"),
         )
         student, teacher = Student(config, files, world, 384, ()), ShardedTeacher(config, files, world, 384)
-        assert (student._moments is not None) == (away and device == "cuda")
-        if away and device == "cpu":  # there it has none by itself: nothing would be saved
+        assert (student._moments is not None) == (offload and device == "cuda")
+        if offload and device == "cpu":  # on CPUs the student has none, because it would save nothing
             student._moments = OptimizerOffload(student._optimizer)
         with torch.no_grad():
             for parameter in student.model.parameters():
-                parameter.mul_(1.1)  # away from its teacher
-        left = []
+                parameter.mul_(1.1)  # different from its teacher
+        sizes = []
         for step in range(3):
             student.offload()
             moments = [t for s in student._optimizer.state.values() for t in s.values() if t.ndim > 0]
-            left.append(sum(t.to_local().untyped_storage().nbytes() for t in moments))
-            if step == 2:  # not away when they are read, and away again before it trains
+            sizes.append(sum(t.to_local().untyped_storage().nbytes() for t in moments))
+            if step == 2:  # state() restores the moments; offload them again before training
                 saved = {name: tensor.full_tensor().clone() for name, tensor in _sharded(student.state()).items()}
                 student.offload()
-            if step == 1:  # whoever steps without it gets them too
+            if step == 1:  # train() restores the moments itself in the other steps
                 student.onload()
             for batch in plan(rollouts, world.layout, PackingConfig(6, None, None), 0, step):
                 student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], Metrics())
         weights = {name: tensor.full_tensor().clone() for name, tensor in _sharded(student.state()).items()}
-        found[away] = (left, saved, weights)
+        found[offload] = (sizes, saved, weights)
     world.close()
-    (left, *ours), (stayed, *theirs) = found[True], found[False]
-    apart = [
+    (offloaded, *ours), (kept, *theirs) = found[True], found[False]
+    distances = [
         max(float((our[name] - tensor).norm() / tensor.norm()) for name, tensor in their.items())
         for our, their in zip(ours, theirs, strict=True)
     ]
-    limit = 0.0 if device == "cpu" else 1e-3  # sums of a GPU differ from run to run
-    return {"left": left, "stayed": [size > 0 for size in stayed], "same": [distance <= limit for distance in apart]}
+    limit = 0.0 if device == "cpu" else 1e-3  # floating-point sums on a GPU differ from run to run
+    return {
+        "offloaded": offloaded,
+        "kept": [size > 0 for size in kept],
+        "same": [distance <= limit for distance in distances],
+    }
 
 
 def _sharded(state: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +109,10 @@ def _sharded(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_student_whose_moments_were_away_trains_and_saves_the_same(tmp_path, device) -> None:
+def test_offloading_the_moments_changes_no_weight_and_no_checkpoint(tmp_path, device) -> None:
     save_tiny_model(tmp_path / "m", "qwen3", True)
     (seen,) = run_ranks(1, _trained, str(tmp_path / "m"), device)
-    assert seen == {"left": [0, 0, 0], "stayed": [False, True, True], "same": [True, True]}
+    assert seen == {"offloaded": [0, 0, 0], "kept": [False, True, True], "same": [True, True]}
 
 
 @pytest.mark.parametrize("device", DEVICES)

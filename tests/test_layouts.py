@@ -1,4 +1,4 @@
-"""Tensor parallel, context parallel, teacher groups, replicas: four ranks take the step of one, whatever the layout."""
+"""Tensor and context parallelism, teacher groups, replicas: four ranks take the same step as one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import run_ranks, save_tiny_model
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
-VOCAB = 383  # odd: ranks have parts of the vocabulary of different sizes
+VOCAB = 383  # odd: the ranks' parts of the vocabulary have different sizes
 SHAPES = [("llama", True), ("qwen3", True), ("qwen3", False), ("gemma3_text", True)]
 PACKED = PackingConfig(12, sequences=None, tokens=120)
 SINGLE = PackingConfig(12, sequences=1, tokens=None)
@@ -24,7 +24,7 @@ SINGLE = PackingConfig(12, sequences=1, tokens=None)
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of four ranks and what they train."""
+    """A layout of four ranks, with packing and settings."""
 
     tp: int
     cp: int
@@ -37,26 +37,26 @@ class Case:
 CASES = {
     "tp 2": Case(2, 1),
     "cp 2": Case(1, 2),
-    "cp 2, single answers": Case(1, 2, packing=SINGLE),
+    "cp 2, single responses": Case(1, 2, packing=SINGLE),
     "tp 2, cp 2": Case(2, 2),
-    "tp 2, cp 2, single answers": Case(2, 2, packing=SINGLE),
+    "tp 2, cp 2, single responses": Case(2, 2, packing=SINGLE),
     "tp 4": Case(4, 1),
     "teacher group of 2": Case(1, 1, teacher=2),
     "tp 2, teacher group of 4": Case(2, 1, teacher=4),
     "cp 2, teacher group of 4": Case(1, 2, teacher=4),
-    "teacher group of 2, single answers": Case(1, 1, teacher=2, packing=SINGLE),
+    "teacher group of 2, single responses": Case(1, 1, teacher=2, packing=SINGLE),
     "replicas, tp 2": Case(2, 1, replicas=2),
-    "cp 2, replicas, computed again": Case(
+    "cp 2, replicas, checkpointed": Case(
         1, 2, replicas=2, settings=("policy.dtensor_cfg.activation_checkpointing=true",)
     ),
-    "tp 2, cp 2, computed again": Case(2, 2, settings=("policy.dtensor_cfg.activation_checkpointing=true",)),
+    "tp 2, cp 2, checkpointed": Case(2, 2, settings=("policy.dtensor_cfg.activation_checkpointing=true",)),
     "tp 2, sampled": Case(2, 1, teacher=4, settings=("loss_fn.kl_type=sampled",)),
-    "cp 2, whole vocabulary": Case(1, 2, teacher=4, settings=("distillation.topk_logits_k=0",)),
-    "cp 2, the student's support": Case(1, 2, settings=("loss_fn.support=student",)),
+    "cp 2, full vocabulary": Case(1, 2, teacher=4, settings=("distillation.topk_logits_k=0",)),
+    "cp 2, student's support": Case(1, 2, settings=("loss_fn.support=student",)),
 }
 HARDEST = ("qwen3", False)
-OF_ALL = ("tp 2", "cp 2", "tp 2, cp 2", "tp 2, teacher group of 4", "cp 2, teacher group of 4")
-RUNS = [(shape, name) for shape in SHAPES[:3] for name in CASES if shape == HARDEST or name in OF_ALL]
+FOR_ALL_SHAPES = ("tp 2", "cp 2", "tp 2, cp 2", "tp 2, teacher group of 4", "cp 2, teacher group of 4")
+RUNS = [(shape, name) for shape in SHAPES[:3] for name in CASES if shape == HARDEST or name in FOR_ALL_SHAPES]
 RUNS.append((("gemma3_text", True), "tp 2, cp 2"))
 FIVE_STEPS = ("tp 2, cp 2", "replicas, tp 2")
 
@@ -85,7 +85,7 @@ def _build(world: World, case: Case) -> None:
 
 
 def _all_steps(root: Path) -> dict[str, Any]:
-    """Every shape and layout in one world of four ranks: a process costs more than a step."""
+    """Run all shapes and layouts in one world of four ranks: starting a process takes longer than a step."""
     world = World()
     steps = {}
     rollouts = fixed_rollouts(vocab=VOCAB)
@@ -102,7 +102,7 @@ def _all_steps(root: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(models: Path) -> dict[str, Any]:
-    """What the main rank saw."""
+    """Return the results of the main rank."""
     first: dict[str, Any] = run_ranks(4, _all_steps, models)[0]
     return first
 
@@ -118,12 +118,12 @@ def references(models: Path) -> dict[tuple[tuple[str, bool], tuple[str, ...]], S
 
 
 @pytest.mark.parametrize(("shape", "name"), RUNS)
-def test_every_layout_takes_the_step_of_plain_pytorch(found, references, shape, name) -> None:
-    apart = differences(found["steps"][shape, name], references[shape, CASES[name].settings])
-    worst = max(apart, key=apart.__getitem__)
-    assert apart[worst] < TOLERANCE, f"{worst} differs by {apart[worst]:.2g}"
+def test_step_equals_plain_pytorch_for_every_layout(found, references, shape, name) -> None:
+    found_differences = differences(found["steps"][shape, name], references[shape, CASES[name].settings])
+    worst = max(found_differences, key=found_differences.__getitem__)
+    assert found_differences[worst] < TOLERANCE, f"{worst} differs by {found_differences[worst]:.2g}"
 
 
 @pytest.mark.parametrize("name", FIVE_STEPS)
-def test_copies_of_a_weight_are_the_same_after_five_steps(found, name) -> None:
+def test_copies_of_a_weight_are_equal_after_five_steps(found, name) -> None:
     assert found["drifted"][name] == []

@@ -1,4 +1,4 @@
-"""One rank or two, one micro-batch or four, packed or single: the same optimizer step in float32."""
+"""The optimizer step in float32 does not depend on ranks, micro-batches or packing."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ LOSSES = [
 PACKINGS = {
     "one micro-batch": PackingConfig(12, sequences=None, tokens=None),
     "several, by tokens": PackingConfig(12, sequences=None, tokens=120),
-    "four of three answers or fewer": PackingConfig(12, sequences=3, tokens=None),
-    "single answers": PackingConfig(12, sequences=1, tokens=None),
+    "four of at most three responses": PackingConfig(12, sequences=3, tokens=None),
+    "single responses": PackingConfig(12, sequences=1, tokens=None),
 }
 
 
@@ -53,13 +53,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tiny_model(student, family, tied, seed=1, vocab=VOCAB)
         seed = (
             5 if (family, tied) == ("qwen3", False) else 2
-        )  # free of ties at the edge of the top-k: the oracle checks
+        )  # without ties at the edge of the top-k, which the oracle checks
         save_tiny_model(teacher, family, tied, seed=seed, layers=3, vocab=VOCAB)
     return root
 
 
 def _all_steps(root: Path) -> dict[tuple[str, bool, str], Step]:
-    """Every shape and packing in one world: a process costs more than a step."""
+    """Run all shapes and packings in one world: starting a process takes longer than a step."""
     world = World()
     world.build_mesh("cpu", tp=1, cp=1)
     steps = {}
@@ -88,13 +88,13 @@ def _all_steps(root: Path) -> dict[tuple[str, bool, str], Step]:
 
 @pytest.fixture(scope="module")
 def steps(models: Path) -> dict[int, list[dict[tuple[str, bool, str], Step]]]:
-    """Number of ranks -> what each rank saw."""
+    """Return the results of every rank by number of ranks."""
     return {ranks: run_ranks(ranks, _all_steps, models) for ranks in (1, 2)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(("family", "tied"), SHAPES)
-def test_every_layout_takes_the_step_of_plain_pytorch(models, steps, family, tied, ranks) -> None:
+def test_step_equals_plain_pytorch_for_every_packing(models, steps, family, tied, ranks) -> None:
     config = config_for(*_folders(models, family, tied), "loss_fn.outside_topk=bucket")
     reference = plain_step(config, fixed_rollouts(vocab=VOCAB))
     for name in PACKINGS:
@@ -105,7 +105,7 @@ def test_every_layout_takes_the_step_of_plain_pytorch(models, steps, family, tie
 
 @pytest.mark.parametrize(("kl_type", "setting"), LOSSES[1:])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_other_losses_take_the_step_of_plain_pytorch(models, steps, kl_type, setting, ranks) -> None:
+def test_step_equals_plain_pytorch_for_other_losses(models, steps, kl_type, setting, ranks) -> None:
     config = config_for(*_folders(models, "qwen3", True), f"loss_fn.kl_type={kl_type}", setting)
     found = differences(
         steps[ranks][0]["qwen3", True, f"{kl_type} {setting}"], plain_step(config, fixed_rollouts(vocab=VOCAB))
@@ -115,15 +115,16 @@ def test_other_losses_take_the_step_of_plain_pytorch(models, steps, kl_type, set
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_activation_checkpointing_and_chunked_logits_change_nothing(models, steps, ranks) -> None:
+def test_step_is_the_same_with_activation_checkpointing_and_chunked_logits(models, steps, ranks) -> None:
     config = config_for(*_folders(models, "qwen3", True), "loss_fn.outside_topk=bucket")
     found = differences(steps[ranks][0]["qwen3", True, "checkpointed"], plain_step(config, fixed_rollouts(vocab=VOCAB)))
     assert all(value < TOLERANCE for value in found.values()), found
 
 
-def test_the_update_is_the_same_and_ranks_hold_the_same_weights(models, steps) -> None:
-    """Adam divides by the gradient's own size: of one that is mere rounding the update is as well. So PyTorch's own
-    optimizer is given the very gradients that were compared above.
+def test_update_equals_plain_pytorch_and_is_equal_on_all_ranks(models, steps) -> None:
+    """PyTorch's optimizer gets the product's gradients, which other tests compare with the reference.
+
+    Adam divides by the gradient's size, so the rounding of a tiny gradient would become a large update.
     """
     for family, tied in SHAPES:
         config = config_for(*_folders(models, family, tied), "loss_fn.outside_topk=bucket")
@@ -131,7 +132,7 @@ def test_the_update_is_the_same_and_ranks_hold_the_same_weights(models, steps) -
             step = steps[ranks][0][family, tied, "several, by tokens"]
             for name, weight in plain_update(config, step.gradients).items():
                 lr, ulp = config.policy.optimizer.kwargs.lr * WARM_UP, torch.finfo(torch.float32).eps
-                moved, may = (step.weights[name] - weight).abs(), 1e-3 * lr + ulp * weight.abs()
-                assert (moved <= may).all(), (family, tied, ranks, name, (moved - may).max())
+                moved, limit = (step.weights[name] - weight).abs(), 1e-3 * lr + ulp * weight.abs()
+                assert (moved <= limit).all(), (family, tied, ranks, name, (moved - limit).max())
         ours, theirs = (seen[family, tied, "several, by tokens"] for seen in steps[2])
         assert all(torch.equal(ours.weights[name], theirs.weights[name]) for name in ours.weights)

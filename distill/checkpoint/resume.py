@@ -85,11 +85,11 @@ def compare_with_checkpoint(
     """
     if found is None:
         return RunHistory(clock, validation=validation)
-    inputs = prompts.changes(found.info["data"])
-    if inputs and not config.checkpointing.allow_changes:
-        raise _refused(inputs, found, undated=clock.was_read and _CLOCK not in found.info)
-    keys = changed_keys(found.info["recipe"], asdict(config))
-    training = [*inputs, *(key for key in keys if key not in inputs)]
+    data_changes = prompts.changes(found.info["data"])
+    if data_changes and not config.checkpointing.allow_changes:
+        raise _refused(data_changes, found, undated=clock.was_read and _CLOCK not in found.info)
+    recipe_changes = changed_keys(found.info["recipe"], asdict(config))
+    training = [*data_changes, *(change for change in recipe_changes if change not in data_changes)]
     before = found.info.get(_VALIDATION)
     parts = changed_parts(before, validation) if before and validation else []
     changed = [f"data.validation has different {' and '.join(parts)}"] if parts else []

@@ -1,18 +1,19 @@
-"""Recipes: YAML files and overrides on the command line become one frozen Config."""
+"""Read recipes (YAML files) and command-line overrides into a frozen Config."""
 
 from __future__ import annotations
 
 from distill.config.load import Arguments, load_config, parse_args, to_yaml
 from distill.config.models import (
     BatchingConfig,
-    ColocatedConfig,
     DtensorConfig,
     GenerationConfig,
     OptimizerConfig,
     OptimizerKwargs,
     PolicyConfig,
     SchedulerStage,
+    TeacherBatchingConfig,
     TeacherConfig,
+    TeacherDtensorConfig,
     TokenizerConfig,
     VllmConfig,
 )
@@ -25,10 +26,8 @@ from distill.config.schema import (
     DataConfig,
     DatasetConfig,
     DistillationConfig,
-    EnvConfig,
     LoggerConfig,
     LossConfig,
-    MathEnvConfig,
     RuntimeConfig,
     StaticTraceConfig,
     TraceExtractorConfig,
@@ -40,7 +39,6 @@ __all__ = [
     "BatchingConfig",
     "CheckpointingConfig",
     "ClusterConfig",
-    "ColocatedConfig",
     "Config",
     "ContextDistillationConfig",
     "ContextMetricsConfig",
@@ -48,18 +46,18 @@ __all__ = [
     "DatasetConfig",
     "DistillationConfig",
     "DtensorConfig",
-    "EnvConfig",
     "GenerationConfig",
     "LoggerConfig",
     "LossConfig",
-    "MathEnvConfig",
     "OptimizerConfig",
     "OptimizerKwargs",
     "PolicyConfig",
     "RuntimeConfig",
     "SchedulerStage",
     "StaticTraceConfig",
+    "TeacherBatchingConfig",
     "TeacherConfig",
+    "TeacherDtensorConfig",
     "TokenizerConfig",
     "TraceExtractorConfig",
     "VllmConfig",

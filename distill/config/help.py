@@ -1,4 +1,4 @@
-"""--help: every key with its meaning and the value that the recipe gives it, printed by tyro."""
+"""Print ``--help`` with tyro: every key with its docstring and its value in the recipe."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from distill.config.schema import Config
 
-DESCRIPTION = """Train a student language model on its own answers, judged token by token by a teacher.
+DESCRIPTION = """Train a student language model on its own responses; a teacher scores every token.
 
-A key is set in the recipe, or here as key.path=value, ++key.path=value, --key.path value or --key.path=value; later
-wins. Values are YAML: null, true, [1, 2], {a: 1}. The defaults shown are those of the recipe that --config names."""
+Keys are set in the recipe, or on the command line as key.path=value, ++key.path=value, --key.path value or
+--key.path=value; the last value counts. Values are YAML: null, true, [1, 2], {a: 1}. The defaults below are those of
+the recipe."""
 
 
 @dataclass(frozen=True)
 class _Usage:
     settings: Annotated[tyro.conf.FlagConversionOff[Config], tyro.conf.arg(name="")]
-    """The recipe's keys."""
+    """Keys of the recipe."""
     config: Path
-    """The recipe: a YAML file, whose key "defaults" may name parents."""
+    """Recipe: a YAML file. Its key "defaults" names parent recipes."""
     dry_run: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["--dry-run"])] = False
-    """Print the resolved configuration and stop."""
+    """Print the resolved configuration and the memory forecast, and exit."""
 
 
 def print_help(config: Config, path: Path) -> None:
-    """Print the usage to stdout, with ``config``'s values, those of the recipe at ``path``, as defaults."""
+    """Print the usage, with the values of ``config``, the recipe at ``path``, as defaults."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_as_yaml)
     try:
@@ -46,12 +47,12 @@ def print_help(config: Config, path: Path) -> None:
         )
     except SystemExit:
         return
-    except BrokenPipeError:  # `--help | head`: what is left to say goes nowhere
+    except BrokenPipeError:  # `--help | head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """One flag for a mapping or a list of sections, where tyro would make a flag of every entry or of none."""
+    """Show a mapping or a list of sections as one flag; tyro would show a flag per entry, or none."""
     options = get_args(info.type) if type(None) in get_args(info.type) else (info.type,)
     for option in options:
         items = get_args(option)
@@ -67,7 +68,7 @@ def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _shown(value: Any) -> str:
-    """A default in few words: what is set in it, as YAML would write it."""
+    """Return a default as YAML, without keys of sections that are not set."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
     if is_dataclass(value):

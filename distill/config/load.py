@@ -1,7 +1,7 @@
-"""From a command line to a Config: a recipe file, its parents beneath it, the overrides above it.
+"""Load a Config: defaults, then the recipe's parents, the recipe and the overrides of the command line.
 
-OmegaConf reads the files and resolves the interpolations; build.py gives every value its type. tyro only prints the
-help: its own errors fill a box, and here an error is one sentence.
+OmegaConf reads files and resolves interpolations, parse.py converts values to the types of the schema. tyro only prints
+the help, because its errors are not single sentences.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import os.path
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_origin
 
@@ -18,24 +18,24 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.config.nemo_compat import drop_old_keys
-from distill.config.parse import build, hints, key_paths, members, refuse, type_of
+from distill.config.nemo_compat import drop_ignored_keys, drop_inert_keys, inert_defaults
+from distill.config.parse import hints, key_paths, members, parse_value, type_of
 from distill.config.paths import normalize, normalize_paths
-from distill.config.precision import decide_precision
+from distill.config.precision import resolve_auto_precision
 from distill.config.rules import check
 from distill.config.schema import Config
-from distill.errors import reason, show
+from distill.errors import UserError, reason, show
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
-"""What runs without --config, in the current folder or beside the package."""
+"""Recipe used without --config, relative to the current folder or to the repository."""
 
-_MOST_VALUES = 100_000
-"""Of a recipe, every anchor's values counted wherever they are meant."""
+_MAX_VALUES = 100_000
+"""Limit on the values of a recipe with all aliases expanded; protects against exponential YAML."""
 
-RIVALS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
-"""Keys that say the same thing: the one set in a later layer sets the other back to null."""
+MUTUALLY_EXCLUSIVE_KEYS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
+"""Pairs of keys with one meaning: setting one of them in a later layer resets the other to null."""
 
-FOLLOWING: dict[str, str] = {
+DERIVED_DEFAULTS: dict[str, str] = {
     "policy.tokenizer.name": "${..model_name}",
     "policy.dynamic_batching.train_mb_tokens": "${mul:${..max_total_sequence_length},${..train_micro_batch_size}}",
     "policy.dynamic_batching.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
@@ -51,17 +51,15 @@ FOLLOWING: dict[str, str] = {
     "teacher.max_total_sequence_length": "${policy.max_total_sequence_length}",
     "teacher.precision": "${policy.precision}",
     "teacher.logprob_batch_size": "${policy.logprob_batch_size}",
-    "teacher.dynamic_batching.train_mb_tokens": "${.logprob_mb_tokens}",
     "teacher.dynamic_batching.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
-    "teacher.sequence_packing.train_mb_tokens": "${.logprob_mb_tokens}",
     "teacher.sequence_packing.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
     "data.max_input_seq_length": "${policy.max_total_sequence_length}",
 }
-"""Keys whose value follows another's where no recipe sets them."""
+"""Key -> interpolation that gives its value if no recipe sets it."""
 
 
-def _mul(a: Any, b: Any) -> Any:  # OmegaConf warns of an int where float is annotated
-    """The interpolation ${mul:a,b}. Python alone would repeat a text b times."""
+def _mul(a: Any, b: Any) -> Any:  # Any: OmegaConf warns if an int is passed for float
+    """Multiply two numbers, for the interpolation ${mul:a,b}."""
     if not (isinstance(a, (int, float)) and isinstance(b, (int, float))):
         raise TypeError(f"mul takes two numbers, not {a!r} and {b!r}")
     return a * b
@@ -72,30 +70,30 @@ OmegaConf.register_resolver("mul", _mul, replace=True)
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, understood."""
+    """A parsed command line."""
 
     config: Config
-    """The recipe with its overrides."""
+    """Configuration of the recipe with all overrides."""
     dry_run: bool
-    """Whether to print the resolved configuration and stop."""
+    """Whether to print the resolved configuration and exit."""
 
     @property
     def resolved(self) -> str:
-        """The configuration as YAML, every key with its value; as a recipe it gives the same Config again."""
+        """Return the configuration as YAML with all keys; used as a recipe, it gives the same Config."""
         return to_yaml(self.config)
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
-    """The configuration that ``argv`` (a command line without the program's name) asks for; errors are UserErrors."""
+    """Load the configuration for ``argv``, a command line without the program's name; raises UserError."""
     return parse_args(argv).config
 
 
 def parse_args(argv: Sequence[str]) -> Arguments:
-    """Read ``[--config FILE] [--dry-run] [--help] [a.b=value | ++a.b=value | --a.b value | --a.b=value] ...``.
+    """Parse ``[--config FILE] [--dry-run] [--help] [a.b=value | ++a.b=value | --a.b value | --a.b=value] ...``.
 
-    Raises UserError for what the user got wrong; --help prints and raises SystemExit(0).
+    Raises UserError for an invalid command line or recipe. ``--help`` prints and raises SystemExit(0).
     """
-    line = _split(argv)
+    line = _parse_command_line(argv)
     path = find_recipe(line.config_path)
     if line.help:
         _help(path, line.overrides)
@@ -110,8 +108,8 @@ def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
 
 
 def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
-    """Print the help with the recipe's values; a recipe that can't be read is no reason to withhold it."""
-    from distill.config.help import print_help  # tyro is slow to import, and only this needs it
+    """Print the help with the recipe's values, or with the defaults if the recipe is refused."""
+    from distill.config.help import print_help  # imported here, as tyro is slow to import
 
     try:
         config = _load(path, overrides)
@@ -122,25 +120,25 @@ def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """A merged tree, interpolations and old keys still in it, as a checked Config."""
+    """Build and check a Config from a merged tree that still has interpolations and ignored keys."""
     for name, section in hints(Config).items():
         if not isinstance(tree[name], dict):
-            build(section, tree[name], name)  # refuses; an interpolation into it would fail with a worse sentence
+            parse_value(section, tree[name], name)  # raises; resolving would fail with a less clear error
     plain = _resolve(tree)
-    decide_precision(plain)
+    resolve_auto_precision(plain)
     data = plain["data"]
     for name in ("train", "validation"):
         entries = data[name] if isinstance(data[name], list) else [] if data[name] is None else [data[name]]
         data[name] = [_fill_dataset(data.get("default") or {}, entry) for entry in entries]
     data["default"] = data.get("default") or {}
     normalize_paths(plain)
-    config: Config = build(Config, plain, "")
+    config: Config = parse_value(Config, plain, "")
     check(config)
     return config
 
 
 def _fill_dataset(default: Any, entry: Any) -> Any:
-    """``entry`` with what it leaves out taken from ``default``; the reference's name for own files goes."""
+    """Fill the missing keys of ``entry`` from ``default``; NeMo-RL's dataset_name for own files becomes null."""
     filled = merge(default, entry)
     if isinstance(filled, dict) and filled.get("dataset_name") == "ResponseDataset":
         filled["dataset_name"] = None
@@ -150,52 +148,57 @@ def _fill_dataset(default: Any, entry: Any) -> Any:
 def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
     try:
         config = OmegaConf.create(tree)
-        drop_old_keys(config)
+        drop_ignored_keys(config)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        _refuse_cause(tree)
-        refuse(f"{error.full_key or 'the recipe'} can't be resolved ({reason(error)}): correct the ${{...}}")
+        _refuse_wrong_types(tree)
+        key = error.full_key or ""
+        problem = f"{key or 'the recipe'} has an interpolation that cannot be resolved ({reason(error)})"
+        raise UserError(problem, "correct the ${...}", key=key) from None
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    drop_inert_keys(plain)
     return plain
 
 
-def _refuse_cause(tree: dict[str, Any]) -> None:
-    """Refuse a value of the wrong type that stands there by itself: what is made of it may have failed for that."""
+def _refuse_wrong_types(tree: dict[str, Any]) -> None:
+    """Refuse values of the wrong type, which may be why an interpolation to them failed."""
     for key in key_paths():
-        if key in ("data.train", "data.validation"):  # one dataset, a list or null: build_config makes a list of it
+        if key in ("data.train", "data.validation"):  # may be one dataset instead of a list
             continue
-        place: Any = tree
+        section: Any = tree
         *sections, last = key.split(".")
         for name in sections:
-            place = place.get(name) if isinstance(place, dict) else None
-        if isinstance(place, dict) and not isinstance(value := place.get(last, {}), dict) and "${" not in str(value):
-            build(type_of(key), value, key)
+            section = section.get(name) if isinstance(section, dict) else None
+        value = section.get(last) if isinstance(section, dict) and last in section else {}
+        if not isinstance(value, dict) and "${" not in str(value):
+            parse_value(type_of(key), value, key)
 
 
 def _defaults() -> dict[str, Any]:
-    """The lowest layer: the schema's defaults, and which keys follow which."""
+    """Return the lowest layer: the schema's defaults, derived defaults and those of keys without effect."""
     tree: dict[str, Any] = _plain(asdict(Config()))
-    # A complete section would leave nothing to fill: data.default holds only what a recipe sets.
+    # data.default may hold only keys that a recipe sets: it fills data.train and data.validation.
     tree["data"] |= {"default": {}, "train": None, "validation": None}
-    for key, interpolation in FOLLOWING.items():
-        tree = merge(tree, _nested(key, interpolation))
+    for key, value in (DERIVED_DEFAULTS | inert_defaults()).items():
+        tree = merge(tree, _nested(key, value))
     return tree
 
 
 def merge(base: Any, layer: Any, key: str = "") -> Any:
-    """``layer`` over ``base``: sections key by key, all else replaced; {"0": ...} changes one entry of a list."""
+    """Merge ``layer`` over ``base``: sections key by key, other values replaced; {"0": ...} changes one list entry."""
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(str(name).isdigit() for name in layer):
         entries = {int(name): value for name, value in layer.items()}
         if max(entries) >= len(base):
-            refuse(f"{key}.{max(entries)} doesn't exist: {key} has {len(base)} entries, counted from 0, so name one")
+            missing = f"{key}.{max(entries)}"
+            raise UserError(f"{missing} does not exist", f"{key} has entries 0 to {len(base) - 1}", key=missing)
         return [merge(item, entries[i], f"{key}.{i}") if i in entries else item for i, item in enumerate(base)]
     if not (isinstance(base, dict) and isinstance(layer, dict)):
         return layer
     merged = dict(base)
-    for pair in RIVALS:
-        for one, other in (pair, pair[::-1]):
-            if layer.get(one) is not None and other not in layer and other in base:
-                merged[other] = None
+    for pair in MUTUALLY_EXCLUSIVE_KEYS:
+        for later, earlier in (pair, pair[::-1]):
+            if layer.get(later) is not None and earlier not in layer and earlier in base:
+                merged[earlier] = None
     for name, value in layer.items():
         merged[name] = merge(base.get(name), value, f"{key}.{name}" if key else str(name))
     return merged
@@ -205,21 +208,23 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
 
 
 def find_recipe(path: Path | None) -> Path:
-    """The recipe's file; without one the base recipe, in the current folder or beside the package."""
+    """Return the recipe's path; without ``path`` the base recipe, of the current folder or of the repository."""
     if path is None:
-        beside = Path(__file__).resolve().parents[2] / BASE_RECIPE
-        return BASE_RECIPE if BASE_RECIPE.is_file() or not beside.is_file() else beside
+        repository = Path(__file__).resolve().parents[2] / BASE_RECIPE
+        return BASE_RECIPE if BASE_RECIPE.is_file() or not repository.is_file() else repository
     return Path(normalize(str(path), "--config"))
 
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe merged over the parents that its ``defaults`` name, relative to its own folder."""
+    """Read a recipe and merge it over the parents that its ``defaults`` name, relative to its folder."""
     if os.path.isfile(path) and path.resolve() in children:
-        refuse(f"defaults={path} in {children[-1]} makes a recipe its own ancestor: name another parent")
+        problem = f"defaults={path} in {children[-1]} makes a recipe its own parent"
+        raise UserError(problem, "name another recipe", key="defaults", value=str(path))
     layer = _read_yaml(path, children)
     parents = layer.pop("defaults", [])
     if not isinstance(parents, (str, list)):
-        refuse(f"defaults={show(parents)} in {path} is no recipe: write a file name or a list of them")
+        problem = f"defaults={show(parents)} in {path} is not a file name"
+        raise UserError(problem, "write the file name of a recipe, or a list of them", key="defaults", value=parents)
     tree: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
         named = Path(normalize(str(parent), "defaults"))
@@ -228,60 +233,65 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    key = "defaults" if children else "--config"
     what = f"defaults={path} in {children[-1]}" if children else f"--config={path}"
     if not os.path.isfile(path):
-        refuse(f"{what} {'is a folder' if os.path.isdir(path) else 'does not exist'}: {_nearby(path)}")
+        fault = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise UserError(f"{what} {fault}", _similar_recipes(path), key=key, value=str(path))
     try:
-        _count_values(path.read_text(encoding="utf-8"))
+        _check_expanded_size(path.read_text(encoding="utf-8"))
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        refuse(f"{what} isn't a readable recipe{line} ({error.problem}): correct it there")
+        where = f" on line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = f"{what} is not a readable recipe ({error.problem}{where})"
+        raise UserError(problem, "correct the file", key=key, value=str(path)) from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
-        refuse(f"{what} isn't a readable recipe ({reason(error)}): correct it there")
+        problem = f"{what} is not a readable recipe ({reason(error)})"
+        raise UserError(problem, "correct the file", key=key, value=str(path)) from None
     if not isinstance(layer, dict):
-        refuse(f"{what} holds no keys: write section: and its keys below it")
+        raise UserError(f"{what} has no keys", "write sections with keys below them", key=key, value=str(path))
     return layer  # type: ignore[return-value]
 
 
-def _count_values(text: str) -> None:
-    """Raise YAMLError where anchors make a text stand for more values than any recipe has, or hold themselves."""
+def _check_expanded_size(text: str) -> None:
+    """Raise YAMLError if aliases expand a text to more than ``_MAX_VALUES`` values, or refer to themselves."""
     if "&" not in text or "*" not in text:
         return
     nodes, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
-    while nodes and count <= _MOST_VALUES:
+    while nodes and count <= _MAX_VALUES:
         node, count = nodes.pop(), count + 1
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             nodes += [value for _, value in node.value]
     if nodes:
-        raise yaml.YAMLError(f"its anchors stand for more than {_MOST_VALUES} values")
+        raise yaml.YAMLError(f"its aliases expand to more than {_MAX_VALUES} values")
 
 
-def _nearby(path: Path) -> str:
+def _similar_recipes(path: Path) -> str:
+    """Return a sentence with recipes of similar names in the folder of ``path``."""
     folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     near = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
-    return f"in {folder} there are {', '.join(near)}" if near else f"there are no recipes in {folder}"
+    return f"{folder} has {', '.join(near)}" if near else f"{folder} has no recipes"
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Line:
-    config_path: Path | None
-    dry_run: bool
-    help: bool
-    overrides: list[tuple[str, str]]
+class _CommandLine:
+    config_path: Path | None = None
+    dry_run: bool = False
+    help: bool = False
+    overrides: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _split(argv: Sequence[str]) -> _Line:
-    """Sort the words of the command line."""
-    line, words = _Line(None, False, False, []), list(argv)
+def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
+    line, words = _CommandLine(), list(argv)
     if bad := [word for word in words if word != word.encode(errors="replace").decode()]:
-        refuse(f"{bad[0]!a} on the command line is no UTF-8 text: write it so")
+        problem = f"{bad[0]!a} on the command line is not UTF-8 text"
+        raise UserError(problem, "encode it as UTF-8", key=bad[0].partition("=")[0], value=bad[0])
     while words:
         word = words.pop(0)
         if word in ("--help", "-h"):
@@ -289,7 +299,7 @@ def _split(argv: Sequence[str]) -> _Line:
         elif word in ("--dry-run", "--dry_run"):
             line.dry_run = True
         else:
-            key, text = _key_and_text(word, words)
+            key, text = _parse_override(word, words)
             if key == "config":
                 line.config_path = Path(text)
             else:
@@ -297,22 +307,22 @@ def _split(argv: Sequence[str]) -> _Line:
     return line
 
 
-def _key_and_text(word: str, rest: list[str]) -> tuple[str, str]:
-    """One setting in any of its spellings; takes the value from ``rest`` where it stands apart."""
+def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
+    """Split an override into key and text; for ``--key value`` removes the value from ``rest``."""
     key, equals, text = word.partition("=")
     is_flag = key.startswith("--")
     key = key[2:].replace("-", "_") if is_flag else key.lstrip("+")
     if not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", key):
-        refuse(f"{word} is no setting: write key.path=value or --key.path value")
+        raise UserError(f"{word} is not an override", "write key.path=value or --key.path value", value=word)
     if equals:
         return key, text
     if not is_flag or not rest or rest[0].startswith("--"):
-        refuse(f"{word} has no value: write {key}=value")
+        raise UserError(f"{word} has no value", f"write {key}=value", key=key)
     return key, rest.pop(0)
 
 
 def _read_value(key: str, text: str) -> Any:
-    """A value from the command line: as YAML, but a key that takes a text gets it as it stands, colons and all."""
+    """Parse an override's value as YAML; for a key that holds text, return ``text`` unchanged."""
     options = members(type_of(key))
     is_text = any(option is str or get_origin(option) is Literal for option in options) and bool not in options
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -321,7 +331,8 @@ def _read_value(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
-        refuse(f"{key}={show(text)} can't be read: quote the value as YAML wants it")
+        problem = f"{key}={show(text)} is not a YAML value"
+        raise UserError(problem, "quote the value as YAML requires", key=key, value=text) from None
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -330,16 +341,16 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value  # type: ignore[no-any-return]
 
 
-# ---- and back --------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def to_yaml(config: Config) -> str:
-    """``config`` as a recipe that needs no parent and gives the same Config again."""
+    """Write ``config`` as a recipe without parents that gives the same Config."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config), escape=True)))
 
 
 def _plain(value: Any, escape: bool = False) -> Any:
-    """Lists for tuples; with ``escape``, ${ in a text is no interpolation."""
+    """Replace tuples by lists; with ``escape``, also escape ${ in texts, so that it is not an interpolation."""
     if isinstance(value, Mapping):
         return {name: _plain(v, escape) for name, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The keys of the two models: policy.* (the student) and teacher.*."""
+"""Keys of the two models: policy.* (the student) and teacher.*."""
 
 from __future__ import annotations
 
@@ -6,76 +6,95 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Precision = Literal["bfloat16", "float32", "auto"]
-"""auto: what the machine multiplies fast, decided when the configuration is read; a Config that was read has none."""
-"""The compute dtype; master weights, reduction and loss are float32 in both."""
+"""Compute dtype; master weights, gradient reduction and loss are float32. ``load_config`` replaces ``auto``."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer and what its chat template is given."""
+    """The tokenizer and its chat template."""
 
     name: str = "Qwen/Qwen3-1.7B-Base"
-    """Hub name or folder. Left out: the model's."""
+    """Hub name or folder. Default: model_name of the same section."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Passed to the chat template, such as {enable_thinking: false}."""
+    """Arguments of the chat template, such as {enable_thinking: false}."""
     chat_template: str | None = None
-    """A Jinja file to use as chat template; null: the tokenizer's own. Null for the teacher: its own, or
-    policy.tokenizer.chat_template where teacher and student are the same model."""
+    """Jinja file that replaces the tokenizer's chat template; null: the tokenizer's own. For the teacher, null means
+    policy.tokenizer.chat_template if teacher and student are the same model."""
 
 
 @dataclass(frozen=True)
-class DtensorConfig:
-    """How the model is spread over ranks: FSDP2 over all of them, tensor and context parallelism inside."""
+class TeacherDtensorConfig:
+    """Parallelism of the teacher, which is sharded over all ranks."""
 
-    enabled: bool = True
-    """FSDP2; there is no other way here, so false is refused."""
     tensor_parallel_size: int = 1
-    """Ranks that share each layer's matrices."""
+    """Ranks that share the matrices of each layer."""
     context_parallel_size: int = 1
-    """Ranks that share a sequence's positions."""
-    activation_checkpointing: bool = True
-    """Compute activations again in the backward instead of keeping them."""
-    cpu_offload: bool = False
-    """Keep parameters and optimizer in host memory."""
-    replicate_size: int = 1
-    """Groups of ranks that hold a whole sharded model each, one a node, say (HSDP): gathers stay inside a group, and
-    gradients are summed over the groups."""
-    sequence_parallel: bool = False
-    """Split activations between matrices over the tensor-parallel ranks too."""
-    custom_parallel_plan: dict[str, str] | None = None
-    """Tensor parallelism by module of the model's body (layers.*.mlp.up_proj: colwise, say); null: the family's own."""
+    """Ranks that share the positions of each sequence."""
     reshard_after_forward: bool = True
-    """Free a layer's gathered weights after its forward (less memory) instead of after its backward (less traffic)."""
+    """Free a layer's gathered weights after its forward pass (less memory); false: keep them (less communication)."""
+
+    @property
+    def group_size(self) -> int:
+        """Return the number of ranks that process a micro-batch together."""
+        return self.tensor_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True)
+class DtensorConfig(TeacherDtensorConfig):
+    """Parallelism of the student: FSDP2 over all ranks, with tensor and context parallelism inside."""
+
+    activation_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of storing them."""
+    cpu_offload: bool = False
+    """Keep parameters and optimizer state in host memory."""
+    replicate_size: int = 1
+    """Number of replicas of the sharded model (HSDP), for example one per node: parameters are gathered inside a
+    replica, gradients are summed over replicas."""
+    custom_parallel_plan: dict[str, str] | None = None
+    """Tensor-parallel plan of the model's body, from module name to style (layers.*.mlp.up_proj: colwise); null: the
+    plan of the model family."""
 
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """Micro-batches by tokens instead of by number of sequences."""
+    """Micro-batches with a token budget instead of a number of sequences."""
 
     enabled: bool = False
-    """Use the token budgets below."""
+    """Use the token budget."""
     train_mb_tokens: int = 8192
-    """Tokens of a training micro-batch at most. Left out: max_total_sequence_length * train_micro_batch_size."""
+    """Maximum number of tokens in a micro-batch, counted in the longer of student's and teacher's view. Default:
+    max_total_sequence_length * train_micro_batch_size."""
     logprob_mb_tokens: int = 8192
-    """Not used: the teacher reads the student's micro-batches, whose budget counts the longer of the two views."""
+    """No effect: the teacher uses the student's micro-batches. Default: max_total_sequence_length *
+    logprob_batch_size."""
+
+
+@dataclass(frozen=True)
+class TeacherBatchingConfig:
+    """Token budget of the teacher. No effect: the teacher uses the student's micro-batches."""
+
+    enabled: bool = False
+    """No effect."""
+    logprob_mb_tokens: int = 8192
+    """No effect. Default: max_total_sequence_length * logprob_batch_size."""
 
 
 @dataclass(frozen=True)
 class OptimizerKwargs:
-    """AdamW's arguments."""
+    """Arguments of AdamW."""
 
     lr: float = 2e-5
-    """Learning rate at its peak."""
+    """Maximum learning rate; policy.scheduler multiplies it."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
+    """Decay rates of the first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Constant added to the square root of the second moment."""
     foreach: bool = False
-    """torch's multi-tensor form."""
+    """Use torch's multi-tensor implementation."""
     fused: bool = False
-    """torch's fused form."""
+    """Use torch's fused implementation."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +102,9 @@ class OptimizerConfig:
     """The optimizer."""
 
     name: Literal["torch.optim.AdamW"] = "torch.optim.AdamW"
-    """AdamW."""
+    """Optimizer class."""
     kwargs: OptimizerKwargs = field(default_factory=OptimizerKwargs)
-    """Its arguments."""
+    """Arguments of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +119,16 @@ class SchedulerStage:
         ]
         | None
     ) = None
-    """The torch scheduler; null in the entry that holds the milestones."""
+    """Scheduler class of the stage; null in the entry with the milestones."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Its arguments: LinearLR start_factor, end_factor, total_iters; ConstantLR factor, total_iters;
-    CosineAnnealingLR T_max, eta_min."""
+    """Arguments of the scheduler. LinearLR: start_factor, end_factor, total_iters; ConstantLR: factor, total_iters;
+    CosineAnnealingLR: T_max, eta_min."""
     milestones: tuple[int, ...] = ()
-    """Steps at which the next stage begins, one fewer than there are stages."""
+    """Steps at which the next stage starts, one fewer than there are stages."""
 
 
 def reference_scheduler(warmup: int = 10) -> tuple[SchedulerStage, ...]:
-    """The base recipe's learning rate: a tenth of it rising linearly to all of it over ``warmup`` steps, then level."""
+    """Return NeMo-RL's default schedule: a linear warm-up from 0.1 to 1 in ``warmup`` steps, then constant."""
     return (
         SchedulerStage(
             "torch.optim.lr_scheduler.LinearLR", {"start_factor": 0.1, "end_factor": 1.0, "total_iters": warmup}
@@ -121,68 +140,62 @@ def reference_scheduler(warmup: int = 10) -> tuple[SchedulerStage, ...]:
 
 @dataclass(frozen=True)
 class VllmConfig:
-    """The vLLM engine."""
+    """Settings of the vLLM engine."""
 
-    async_engine: bool = False
-    """Must be false: the engine is driven in step with training."""
     precision: Precision = "bfloat16"
-    """Compute dtype of the engine: that of policy.precision, which it is when left out."""
-    kv_cache_dtype: Literal["auto"] = "auto"
-    """Dtype of the key-value cache: the compute dtype."""
-    logprobs_mode: Literal["processed_logprobs"] = "processed_logprobs"
-    """Log-probs of sampled tokens are those of the distribution sampled from."""
+    """Compute dtype of the engine. Must equal policy.precision, which is the default."""
     tensor_parallel_size: int = 1
-    """Consecutive ranks that make one engine."""
-    pipeline_parallel_size: int = 1
-    """Must be 1."""
-    expert_parallel_size: int = 1
-    """Must be 1."""
+    """Number of consecutive ranks that form one engine."""
     gpu_memory_utilization: float = 0.6
-    """Share of the GPU's memory that an engine takes while awake."""
+    """Fraction of the GPU's memory for an engine while it generates."""
     max_model_len: int = 8192
-    """The engine's window in tokens. Left out: policy.max_total_sequence_length."""
+    """Window of the engine in tokens. Default: policy.max_total_sequence_length."""
     enforce_eager: bool = False
-    """No CUDA graphs."""
-
-
-@dataclass(frozen=True)
-class ColocatedConfig:
-    """Where generation runs."""
-
-    enabled: bool = True
-    """On the GPUs that train; there is no other way here, so false is refused."""
+    """Do not use CUDA graphs."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How the student's answers are sampled."""
+    """Sampling of the student's responses."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
-    """vllm: fast; transformers: plain, slow, and needs nothing more."""
+    """Engine. vllm is fast; transformers is slow and needs no further package."""
     max_new_tokens: int = 8192
-    """Longest answer in tokens. Left out: policy.max_total_sequence_length (prompt and answer together)."""
+    """Maximum number of tokens in a response. Default: policy.max_total_sequence_length (prompt and response)."""
     temperature: float = 1.0
-    """Sampling temperature; it also divides both models' logits in the loss unless loss_fn.temperature is set."""
+    """Sampling temperature. It also divides the logits of both models in the loss if loss_fn.temperature is null."""
     top_p: float = 1.0
-    """Nucleus sampling; below 1 the loss no longer sees what was sampled, so it needs distillation.allow_degenerate."""
+    """Probability mass of nucleus sampling. Below 1 the loss does not match the sampling distribution, so
+    distillation.allow_degenerate is required."""
     top_k: int | None = None
-    """Sample from the k likeliest tokens; null: all. Needs distillation.allow_degenerate like top_p."""
+    """Number of most likely tokens to sample from; null: all. Requires distillation.allow_degenerate."""
     val_temperature: float = 1.0
-    """Temperature in validation. Left out: temperature."""
+    """Temperature in validation. Default: temperature."""
     val_top_p: float = 1.0
-    """top_p in validation. Left out: top_p."""
+    """top_p in validation. Default: top_p."""
     val_top_k: int | None = None
-    """top_k in validation. Left out: top_k."""
+    """top_k in validation. Default: top_k."""
     stop_token_ids: tuple[int, ...] | None = None
-    """Tokens that end an answer; null: those of both models' generation configs."""
-    stop_strings: tuple[str, ...] | None = None
-    """Texts that end an answer; null: none."""
+    """Token ids that end a response; null: the stop ids of both models' generation configs and tokenizers."""
     vllm_cfg: VllmConfig = field(default_factory=VllmConfig)
-    """Settings of vLLM."""
+    """Settings of the vLLM engine."""
     vllm_kwargs: dict[str, Any] = field(default_factory=dict)
-    """More arguments of vLLM's engine, passed as they are."""
-    colocated: ColocatedConfig = field(default_factory=ColocatedConfig)
-    """Where generation runs."""
+    """Further arguments of vLLM's engine, passed unchanged."""
+
+    @property
+    def engine_window(self) -> int | None:
+        """Return the engine's window in tokens; None: unlimited."""
+        return self.vllm_cfg.max_model_len if self.backend == "vllm" else None
+
+    @property
+    def engine_precision(self) -> Precision | None:
+        """Return the engine's own compute dtype; None: the engine uses the student's."""
+        return self.vllm_cfg.precision if self.backend == "vllm" else None
+
+    @property
+    def ranks_per_engine(self) -> int:
+        """Return the number of ranks that form one engine."""
+        return self.vllm_cfg.tensor_parallel_size if self.backend == "vllm" else 1
 
 
 @dataclass(frozen=True)
@@ -192,60 +205,58 @@ class PolicyConfig:
     model_name: str = "Qwen/Qwen3-1.7B-Base"
     """Hub name or folder of the student."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Its tokenizer."""
+    """Tokenizer of the student."""
     train_global_batch_size: int = 64
-    """Answers of one optimizer step; divides num_prompts_per_step * num_generations_per_prompt."""
+    """Responses per optimizer step. Must divide num_prompts_per_step * num_generations_per_prompt."""
     train_micro_batch_size: int = 1
-    """Answers of one forward and backward on a rank, where neither batching by tokens is enabled."""
+    """Responses per micro-batch and rank, if neither dynamic_batching nor sequence_packing is enabled."""
     generation_batch_size: int = 64
-    """Answers that the transformers engine samples at a time on a rank."""
+    """Responses that the transformers engine samples together on a rank."""
     logprob_batch_size: int = 1
-    """Not used: the teacher reads the student's micro-batches."""
+    """Factor in the default of logprob_mb_tokens. No other effect: the teacher uses the student's micro-batches."""
     max_total_sequence_length: int = 8192
-    """Prompt and answer together, in tokens."""
+    """Maximum number of tokens in prompt and response together."""
     precision: Precision = "bfloat16"
-    """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on processors with
-    bfloat16 arithmetic, float32 elsewhere, where bfloat16 is ten to sixty times slower."""
+    """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on CPUs with
+    bfloat16 instructions, float32 elsewhere, where bfloat16 is 10 to 60 times slower."""
     logprob_chunk_size: int | None = None
-    """As runtime.logits_chunk_rows, under the reference's name; null: that one."""
+    """NeMo-RL's name for runtime.logits_chunk_rows; null: the value of that key."""
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
-    """How the model is spread over ranks."""
+    """Parallelism of the student."""
     dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches by tokens, sequences sorted by length."""
+    """Micro-batches with a token budget, of sequences with similar lengths. Packed, like sequence_packing."""
     sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches by tokens, packed; here both are packed without padding."""
-    make_sequence_length_divisible_by: int = 1
-    """Not used: nothing is padded."""
+    """Micro-batches with a token budget, packed without padding."""
     max_grad_norm: float | None = 1.0
-    """Gradients are clipped to this norm; null: not clipped."""
+    """Maximum norm of the gradient, above which it is scaled down; null: no clipping."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     scheduler: tuple[SchedulerStage, ...] = field(default_factory=reference_scheduler)
-    """The learning rate's course: stages, then the milestones between them; stepped once a step, not once an optimizer
-    batch. Empty: constant."""
+    """Learning rate schedule: stages, then the milestones between them, advanced once per step. Empty: constant."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """How answers are sampled."""
+    """Sampling of responses."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The frozen teacher. It neither trains nor generates, so the keys for that don't exist here."""
+    """The teacher. It neither trains nor generates, so it has no keys for either."""
 
     model_name: str = "Qwen/Qwen3-4B"
     """Hub name or folder of the teacher."""
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig("Qwen/Qwen3-4B"))
-    """Its tokenizer; it must agree with the student's."""
+    """Tokenizer of the teacher. It must have the student's vocabulary."""
     max_total_sequence_length: int = 8192
-    """The teacher's window in tokens: what it reads and the answer. Left out: policy.max_total_sequence_length."""
+    """Maximum number of tokens in the teacher's prefix and response together. Default:
+    policy.max_total_sequence_length."""
     precision: Precision = "bfloat16"
-    """Dtype of its weights and arithmetic. Left out: policy.precision."""
+    """Dtype of weights and computation. Default: policy.precision."""
     logprob_batch_size: int = 1
-    """Not used: the teacher reads the student's micro-batches."""
+    """Factor in the default of logprob_mb_tokens. No other effect. Default: policy.logprob_batch_size."""
     logprob_chunk_size: int | None = None
-    """As policy.logprob_chunk_size."""
-    dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
-    """How the model is spread over ranks."""
-    dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
-    """Not used: the teacher reads the student's micro-batches."""
-    sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
-    """Not used: the teacher reads the student's micro-batches."""
+    """NeMo-RL's name for runtime.logits_chunk_rows, for the teacher; null: the value of that key."""
+    dtensor_cfg: TeacherDtensorConfig = field(default_factory=TeacherDtensorConfig)
+    """Parallelism of the teacher."""
+    dynamic_batching: TeacherBatchingConfig = field(default_factory=TeacherBatchingConfig)
+    """No effect: the teacher uses the student's micro-batches."""
+    sequence_packing: TeacherBatchingConfig = field(default_factory=TeacherBatchingConfig)
+    """No effect: the teacher uses the student's micro-batches."""

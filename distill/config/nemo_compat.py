@@ -1,7 +1,6 @@
-"""Keys of the system whose recipes this program reads that don't exist here.
+"""Keys of NeMo-RL recipes that have no effect here, so that such recipes load.
 
-Most have no meaning without Ray, servers or Megatron: they are dropped, and named in one warning. Some would change
-what a run computes: those are refused unless they have the value that changes nothing.
+A key that is set without effect is named in one warning. A value that would change what a run computes is refused.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config.parse import refuse
-from distill.errors import show
+from distill.config.parse import type_of
+from distill.errors import UserError, show
 
 log = logging.getLogger(__name__)
 
-MEANINGLESS = {
+IGNORED = {
     "*": "megatron_cfg offload_optimizer_for_logprob",
     "*.dtensor_cfg": """_v2 env_vars lora_cfg automodel_kwargs clear_cache_every_n_steps model_save_format
         save_consolidated single_rank_consolidation consolidation_timeout_minutes""",
@@ -29,73 +28,139 @@ MEANINGLESS = {
     "policy.generation.vllm_cfg": """load_format skip_tokenizer_init refit_with_reload_api use_deep_gemm
         num_first_layers_in_bf16 num_last_layers_in_bf16 distributed_executor_backend expose_http_server
         enable_vllm_metrics_logger vllm_metrics_logger_interval""",
-    # The teacher there is a copy of the student's section; here it neither trains nor generates.
+    # NeMo-RL copies the student's section for the teacher; here the teacher neither trains nor generates.
     "teacher": """train_global_batch_size train_micro_batch_size generation_batch_size max_grad_norm optimizer scheduler
         generation make_sequence_length_divisible_by""",
     "data": "num_workers",
-    "data.*": "processor download_dir split_validation_size",
+    "data.*": "processor download_dir split_validation_size seed",
     "env.*": "num_workers",
     "checkpointing": "is_async pretrained_checkpoint is_peft ft_save_period ft_keep_latest_k",
     "logger": """monitor_gpus gpu_monitoring mlflow_enabled mlflow swanlab_enabled swanlab tensorboard
         wandb.log_nemo_gym_full_result_tables""",
     "cluster": "master_port_range_low master_port_range_high segment_size",
 }
-"""Section -> its keys; a section among them goes with all it holds. * stands for any path."""
+"""Section -> names of its ignored keys and sections; ``*`` matches any path."""
 
-NO_CHANGE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "*.megatron_cfg.enabled": ((False,), "Megatron isn't supported, so set it to false; dtensor_cfg (FSDP2) trains"),
-    "*.dtensor_cfg.lora_cfg.enabled": ((False,), "LoRA isn't supported, so set it to false to train every parameter"),
+UNUSED: dict[str, Any] = {
+    "distillation.val_batch_size": 64,
+    "policy.make_sequence_length_divisible_by": 1,
+    "policy.dtensor_cfg.sequence_parallel": False,
+    "teacher.dtensor_cfg.sequence_parallel": False,
+    "teacher.dtensor_cfg.activation_checkpointing": True,
+    "teacher.dtensor_cfg.cpu_offload": False,
+    "teacher.dtensor_cfg.replicate_size": 1,
+    "teacher.dynamic_batching.train_mb_tokens": "${.logprob_mb_tokens}",
+    "teacher.sequence_packing.train_mb_tokens": "${.logprob_mb_tokens}",
+}
+"""Ignored keys that other keys of a recipe may refer to -> default."""
+
+ONE_VALUE: dict[str, tuple[Any, str]] = {
+    "distillation.max_rollout_turns": (1, "set it to 1, as the student responds once"),
+    "distillation.context_distillation.frozen_teacher_source": ("base_model", "set it to base_model"),
+    "distillation.context_distillation.problem_source": ("original_user_problem", "set it to original_user_problem"),
+    "distillation.context_distillation.alignment": ("response_token_index", "set it to response_token_index"),
+    "policy.dtensor_cfg.enabled": (True, "set it to true, as FSDP2 is the only way to train"),
+    "teacher.dtensor_cfg.enabled": (True, "set it to true, as FSDP2 is the only way to shard a model"),
+    "teacher.dtensor_cfg.custom_parallel_plan": (None, "set it to null, as the teacher's layers are gathered"),
+    "policy.generation.colocated.enabled": (True, "set it to true, as generation shares the GPUs with training"),
+    "policy.generation.stop_strings": (None, "set it to null and use policy.generation.stop_token_ids"),
+    "policy.generation.vllm_cfg.async_engine": (False, "set it to false, as generation and training alternate"),
+    "policy.generation.vllm_cfg.pipeline_parallel_size": (1, "set it to 1 and use tensor_parallel_size"),
+    "policy.generation.vllm_cfg.expert_parallel_size": (1, "set it to 1, as mixtures of experts are not supported"),
+    "policy.generation.vllm_cfg.kv_cache_dtype": ("auto", "set it to auto, the compute dtype"),
+    "policy.generation.vllm_cfg.logprobs_mode": ("processed_logprobs", "set it to processed_logprobs"),
+    "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify, the math-verify library"),
+    "checkpointing.model_save_format": ("safetensors", "set it to safetensors"),
+}
+"""Key -> its only possible value (besides null), and the fix for any other."""
+
+ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
+    **{key: ((value,), fix) for key, (value, fix) in ONE_VALUE.items()},
+    "*.megatron_cfg.enabled": ((False,), "set it to false, as dtensor_cfg (FSDP2) trains the model"),
+    "*.dtensor_cfg.lora_cfg.enabled": ((False,), "set it to false to train every parameter"),
     "data.*.split_validation_size": ((0,), "put the held-out problems into a file and name it in data.validation"),
-    "checkpointing.pretrained_checkpoint": ((), "name the folder of the weights in policy.model_name instead"),
-    "checkpointing.is_peft": ((False,), "adapters aren't supported, so set it to false"),
+    "checkpointing.pretrained_checkpoint": ((), "set policy.model_name to the folder of the weights"),
+    "checkpointing.is_peft": ((False,), "set it to false to train every parameter"),
     "checkpointing.ft_save_period": ((), "use checkpointing.save_period"),
     "checkpointing.ft_keep_latest_k": ((), "use checkpointing.keep_top_k"),
 }
-"""Pattern -> the values besides null that change nothing, and the remedy for any other."""
+"""Pattern of keys -> the values besides null that do not change a run, and the fix for any other."""
 
 
-def drop_old_keys(config: DictConfig) -> tuple[str, ...]:
-    """Take them out of ``config``, warn of them once, and return their paths."""
+def inert_defaults() -> dict[str, Any]:
+    """Return the defaults of keys that have no effect but that other keys may refer to."""
+    return UNUSED | {key: value for key, (value, _) in ONE_VALUE.items()}
+
+
+def drop_ignored_keys(config: DictConfig) -> None:
+    """Remove IGNORED keys from ``config``, before interpolations are resolved, and warn of all keys without effect."""
     _refuse_other_teacher_temperature(config)
     _own_chat_template(config)
-    dropped = []
-    for path in list(_paths(OmegaConf.to_container(config, resolve=False))):
-        for pattern, (harmless, remedy) in NO_CHANGE.items():
-            if fnmatchcase(path, pattern) and (value := OmegaConf.select(config, path)) not in (None, *harmless):
-                refuse(f"{path}={show(value)} would change the meaning of the run: {remedy}")
-        if any(
-            fnmatchcase(path, f"{section}.{name}") for section, names in MEANINGLESS.items() for name in names.split()
-        ):
-            dropped.append(path)
-    dropped = [path for path in dropped if not any(path.startswith(other + ".") for other in dropped)]
-    for path in dropped:
-        parent, _, name = path.rpartition(".")
-        del OmegaConf.select(config, parent)[name]
-    if dropped:
-        log.warning("these keys have no meaning here and are ignored: %s", ", ".join(dropped))
-    return tuple(dropped)
+    values = dict(_flat(OmegaConf.to_container(config, resolve=False)))
+    for key in values:
+        _check_allowed(config, key)
+    ignored = [key for key in values if any(fnmatchcase(key, pattern) for pattern in _ignored_patterns())]
+    ignored = [key for key in ignored if not any(key.startswith(f"{section}.") for section in ignored)]
+    for key in ignored:
+        section, _, name = key.rpartition(".")
+        del OmegaConf.select(config, section)[name]
+    ignored += [key for key, default in UNUSED.items() if values.get(key) not in (None, default)]
+    if ignored:
+        log.warning("these keys have no effect: %s", ", ".join(ignored))
+
+
+def drop_inert_keys(tree: dict[str, Any]) -> None:
+    """Remove UNUSED and ONE_VALUE keys from a resolved tree."""
+    for key in inert_defaults():
+        _drop(tree, key.split("."))
+
+
+def _drop(tree: dict[str, Any], path: list[str], prefix: str = "") -> None:
+    """Remove the key at ``path``, and sections on the way that are empty and not in the schema."""
+    name, *rest = path
+    section = tree.get(name)
+    if rest and isinstance(section, dict):
+        _drop(section, rest, f"{prefix}{name}.")
+    if not rest or (section in (None, {}) and type_of(f"{prefix}{name}") is None):
+        tree.pop(name, None)
+
+
+def _ignored_patterns() -> list[str]:
+    return [f"{section}.{name}" for section, names in IGNORED.items() for name in names.split()]
+
+
+def _check_allowed(config: DictConfig, key: str) -> None:
+    for pattern, (allowed, fix) in ALLOWED_VALUES.items():
+        if fnmatchcase(key, pattern):
+            value = OmegaConf.select(config, key)
+            if value is not None and (type(value) is bool, value) not in [(type(v) is bool, v) for v in allowed]:
+                raise UserError(f"{key}={show(value)} is not supported", fix, key=key, value=value)
 
 
 def _refuse_other_teacher_temperature(config: DictConfig) -> None:
-    """There, the teacher's logits were divided by the teacher's own temperature; here both models have one."""
+    """NeMo-RL divides the teacher's logits by the teacher's temperature; here both models have the same temperature."""
     teacher = OmegaConf.select(config, "teacher.generation.temperature")
     student = OmegaConf.select(config, "policy.generation.temperature")
     if teacher is not None and teacher != student:
-        refuse(
-            f"teacher.generation.temperature={teacher} differs from policy.generation.temperature={student}, but both "
-            "models' logits are divided by one temperature: leave it out, and set loss_fn.temperature if need be"
+        raise UserError(
+            f"teacher.generation.temperature={teacher} differs from policy.generation.temperature={student}, but the "
+            "loss divides the logits of both models by the same temperature",
+            "leave it out, or set loss_fn.temperature",
+            key="teacher.generation.temperature",
+            value=teacher,
         )
 
 
 def _own_chat_template(config: DictConfig) -> None:
-    """The reference system writes ``default`` for the tokenizer's own chat template; here that is null."""
+    """Replace ``default``, NeMo-RL's name for the tokenizer's own chat template, by null."""
     for key in ("policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"):
         if OmegaConf.select(config, key) == "default":
             OmegaConf.update(config, key, None)
 
 
-def _paths(tree: Any, prefix: str = "") -> Iterator[str]:
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key path, value) of every section, list and value; list indices are part of a path."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in entries:
-        yield f"{prefix}{name}"
-        yield from _paths(value, f"{prefix}{name}.")
+        yield f"{prefix}{name}", value
+        yield from _flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""A plain tree of values becomes the dataclasses of schema.py; a value that doesn't fit is refused in one sentence."""
+"""Convert plain values to the types of the schema, and describe keys and types in error sentences."""
 
 from __future__ import annotations
 
@@ -13,55 +13,49 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from distill.config.schema import Config
 from distill.errors import UserError, any_of, show
 
-
-def refuse(sentence: str) -> NoReturn:
-    """Raise UserError with ``sentence``."""
-    raise UserError(sentence)
-
-
 hints = cache(get_type_hints)
-"""Field name -> type of a dataclass."""
+"""Map from field name to type of a dataclass."""
 
 
-def build(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the type ``hint``; ``key`` is its path, for the sentence that refuses it."""
+def parse_value(hint: Any, value: Any, key: str) -> Any:
+    """Convert ``value`` to the type ``hint``; raises UserError with ``key``, or a key below it, if it does not fit."""
     options = members(hint)
     if value is None:
-        return None if type(None) in options else _wrong(key, value, options)
+        return None if type(None) in options else _refuse_type(key, value, options)
     for option in options:
         if is_dataclass(option) and isinstance(value, Mapping):
-            return _build_dataclass(option, value, key)
+            return _parse_section(option, value, key)
         if get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return _build_tuple(option, value, key)
-        if (fitting := _scalar(option, value)) is not None:
-            return fitting
-    _wrong(key, value, options)
+            return _parse_tuple(option, value, key)
+        if (parsed := _parse_scalar(option, value)) is not None:
+            return parsed
+    _refuse_type(key, value, options)
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the type itself."""
+    """Return the alternatives of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _build_dataclass(cls: Any, value: Mapping[Any, Any], key: str) -> Any:
+def _parse_section(cls: Any, value: Mapping[Any, Any], key: str) -> Any:
     known = hints(cls)
     for name in value:
         if name not in known:
-            refuse(unknown_key(f"{key}.{name}" if key else str(name)))
-    return cls(**{name: build(known[name], value[name], f"{key}.{name}" if key else name) for name in value})
+            raise unknown_key(f"{key}.{name}" if key else str(name))
+    return cls(**{name: parse_value(known[name], value[name], f"{key}.{name}" if key else name) for name in value})
 
 
-def _build_tuple(hint: Any, value: list[Any] | tuple[Any, ...], key: str) -> tuple[Any, ...]:
+def _parse_tuple(hint: Any, value: list[Any] | tuple[Any, ...], key: str) -> tuple[Any, ...]:
     items = get_args(hint)
     if items[-1] is Ellipsis:
-        return tuple(build(items[0], v, f"{key}.{i}" if len(value) > 1 else key) for i, v in enumerate(value))
+        return tuple(parse_value(items[0], v, f"{key}.{i}" if len(value) > 1 else key) for i, v in enumerate(value))
     if len(value) != len(items):
-        _wrong(key, value, (hint,))
-    return tuple(build(item, v, f"{key}.{i}") for i, (item, v) in enumerate(zip(items, value, strict=True)))
+        _refuse_type(key, value, (hint,))
+    return tuple(parse_value(item, v, f"{key}.{i}") for i, (item, v) in enumerate(zip(items, value, strict=True)))
 
 
-def _scalar(option: Any, value: Any) -> Any:
-    """``value`` if it fits ``option``, else None; no text is read as a number, and no number as a truth value."""
+def _parse_scalar(option: Any, value: Any) -> Any:
+    """Return ``value`` if it fits ``option``, else None. Text is never read as a number, nor a number as a boolean."""
     if get_origin(option) is Literal:
         return value if any(type(value) is type(choice) and value == choice for choice in get_args(option)) else None
     if option is float and type(value) in (int, float) and math.isfinite(value):
@@ -71,28 +65,29 @@ def _scalar(option: Any, value: Any) -> Any:
     return value if option in (bool, int, str) and type(value) is option else None
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "null"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "null"}
 
 
 def describe(option: Any) -> str:
-    """A type in the user's words."""
+    """Return the words for a type in an error sentence."""
     origin, items = get_origin(option), get_args(option)
     if origin is Literal:
         return any_of(map(str, items))
     if origin is tuple:
-        inner = "sections" if is_dataclass(items[0]) else describe(items[0]).split()[-1] + "s"
+        inner = "sections" if is_dataclass(items[0]) else "texts" if items[0] is str else "numbers"
         return f"a list of {inner}" if items[-1] is Ellipsis else f"a list of {len(items)} {inner}"
-    return _NAMES.get(option, "keys with values")
+    return _TYPE_NAMES.get(option, "keys with values")
 
 
-def _wrong(key: str, value: Any, options: tuple[Any, ...]) -> NoReturn:
-    closed = any(get_origin(option) is Literal for option in options)
-    fault = "isn't possible" if closed else "has the wrong type"
-    refuse(f"{key}={show(value)} {fault}: set it to {any_of(map(describe, options))}")
+def _refuse_type(key: str, value: Any, options: tuple[Any, ...]) -> NoReturn:
+    is_choice = any(get_origin(option) is Literal for option in options)
+    fault = "is not a possible value" if is_choice else "has the wrong type"
+    fix = f"set it to {any_of(map(describe, options))}"
+    raise UserError(f"{key}={show(value)} {fault}", fix, key=key, value=value)
 
 
 def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of the tree, sections before their keys; the keys of a list's entries stand under the list."""
+    """Yield every key path of the schema, sections before their keys; keys of list entries are below the list."""
     for field in fields(cls):
         path = f"{prefix}{field.name}"
         yield path
@@ -101,7 +96,7 @@ def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _section(hint: Any) -> Any:
-    """The dataclass that a key holds, alone or in a list; None if it holds values."""
+    """Return the dataclass that a key holds, alone or in a list; None if the key holds a value."""
     for option in members(hint):
         inner = get_args(option)[0] if get_origin(option) is tuple else option
         if is_dataclass(inner):
@@ -110,7 +105,7 @@ def _section(hint: Any) -> Any:
 
 
 def type_of(key: str) -> Any:
-    """The type of a key path, numbers being places in lists; None if there is no such key."""
+    """Return the type of a key path, or None if the key does not exist; numbers in the path are list indices."""
     hint: Any = Config
     for name in key.split("."):
         section = _section(hint)
@@ -121,16 +116,17 @@ def type_of(key: str) -> Any:
     return hint
 
 
-def unknown_key(key: str) -> str:
-    """The sentence for a key that doesn't exist, with the key that may have been meant."""
-    near = _near(key)
-    return f"unknown key {key}: " + (f"did you mean {any_of(near[:3])}?" if near else "--help lists every key")
+def unknown_key(key: str) -> UserError:
+    """Build the error for a key that does not exist, with the keys that the user may have meant."""
+    similar = _similar_keys(key)
+    fix = f"did you mean {any_of(similar[:3])}?" if similar else "--help lists every key"
+    return UserError(f"unknown key {key}", fix, key=key)
 
 
-def _near(key: str) -> list[str]:
-    """The keys of the same name elsewhere, or else the nearest by spelling: of its neighbours, or of all."""
+def _similar_keys(key: str) -> list[str]:
+    """Return keys of the same name in other sections, or else keys of similar spelling, those of the section first."""
     section, _, name = key.rpartition(".")
-    name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # its name in later versions of the reference
+    name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # its name in later versions of NeMo-RL
     by_name: dict[str, list[str]] = {}
     for path in key_paths():
         by_name.setdefault(path.rpartition(".")[2], []).append(path)
@@ -140,4 +136,4 @@ def _near(key: str) -> list[str]:
     neighbours = {path.rpartition(".")[2]: path for path in key_paths() if path.rpartition(".")[0] == section}
     if close := difflib.get_close_matches(name, neighbours, 1, 0.6):
         return [neighbours[close[0]]]
-    return [path for other in difflib.get_close_matches(name, by_name, 1, 0.8) for path in by_name[other]]
+    return [path for similar in difflib.get_close_matches(name, by_name, 1, 0.8) for path in by_name[similar]]

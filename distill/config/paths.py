@@ -1,4 +1,4 @@
-"""Paths of a recipe, brought to one spelling before they are compared or created."""
+"""Normalize the paths of a recipe, and compare paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill.config.parse import refuse
+from distill.errors import UserError
 
 PATH_KEYS = (
     "policy.model_name",
@@ -20,18 +20,17 @@ PATH_KEYS = (
     "logger.log_dir",
     "runtime.run_dir",
 )
-"""Keys that hold a path, or a hub name in its place."""
+"""Keys that hold a path or a hub name."""
 DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
-"""The same of each entry of data.default, data.train and data.validation."""
+"""Path keys of each dataset in data.default, data.train and data.validation."""
 
 
 def normalize(path: str, key: str) -> str:
-    """``path`` with ``~`` expanded and without ``.`` parts, doubled and trailing slashes.
+    """Expand ``~`` in ``path`` and remove ``.`` parts, repeated slashes and a trailing slash.
 
-    A leading ``./`` stays in front of what does not exist: ``./owner/name`` must not become a name of the hub.
-
-    ``..`` stays: behind a symbolic link its target is not the folder that the text suggests. Raises UserError, naming
-    ``key``, for the home folder of an unknown user and for a symbolic link to nothing.
+    A leading ``./`` is kept if the path does not exist, so that ``./owner/name`` is not taken for a hub name. ``..`` is
+    kept because of symbolic links. Raises UserError with ``key`` for the home folder of an unknown user and for a
+    broken symbolic link.
     """
     expanded = os.path.expanduser(path)
     dotted = expanded.startswith("./")
@@ -39,23 +38,19 @@ def normalize(path: str, key: str) -> str:
     if dotted and not os.path.lexists(expanded):
         expanded = f"./{expanded}"
     if os.path.islink(expanded) and not os.path.exists(expanded):
-        refuse(
-            f"{key}={path} is a symbolic link to {os.readlink(expanded)}, which does not exist: create that, or correct"
-            " the path"
-        )
+        problem = f"{key}={path} is a symbolic link to {os.readlink(expanded)}, which does not exist"
+        raise UserError(problem, "create it or correct the path", key=key, value=path)
     if expanded.startswith("~"):
-        refuse(
-            f"{key}={path} begins with the home folder of a user that this machine doesn't have: write the complete"
-            f" path, or ./{path} for a folder of that name"
-        )
+        problem = f"{key}={path} starts with the home folder of a user who does not exist on this machine"
+        raise UserError(problem, f"write the complete path, or ./{path} for a folder of that name", key=key, value=path)
     return expanded
 
 
 def normalize_paths(tree: dict[str, Any]) -> None:
-    """Normalize every path of a recipe in place; ``tree`` has no interpolations left and data sets are filled in.
+    """Normalize every path of a recipe in place; ``tree`` is resolved and its datasets are filled.
 
-    Where two keys name one folder by different paths (a symbolic link, a relative and an absolute path, a hub name and
-    its folder in the hub's cache), the teacher's take the student's spelling: the same model is the same text.
+    If the teacher's model or a tokenizer is the student's model under another path (a symbolic link, an absolute path,
+    or the hub name and its folder in the hub's cache), its path becomes the student's: equal models have equal names.
     """
     for key, section, name in _paths(tree):
         section[name] = normalize(section[name], key)
@@ -68,14 +63,14 @@ def normalize_paths(tree: dict[str, Any]) -> None:
 
 
 def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(key, the section that holds it, its name there) of each path that is set to a text."""
+    """Yield (key, section that holds it, name in that section) of each path that is set."""
     for key in PATH_KEYS:
         *sections, name = key.split(".")
-        place: Any = tree
+        holder: Any = tree
         for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if isinstance(place, dict) and isinstance(place.get(name), str):
-            yield key, place, name
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(holder.get(name), str):
+            yield key, holder, name
     data = tree["data"]
     for part in ("default", "train", "validation"):
         entries = data.get(part)
@@ -86,7 +81,7 @@ def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def same_place(one: Any, other: Any) -> bool:
-    """Whether two values of a path key name the same file or folder, or the same model of the hub."""
+    """Return whether two values of a path key are the same file or folder, or the same hub model."""
     if not isinstance(one, str) or not isinstance(other, str):
         return False
     return one == other or _same_file(one, other) or _caches(one, other) or _caches(other, one)
@@ -95,12 +90,12 @@ def same_place(one: Any, other: Any) -> bool:
 def _same_file(one: str, other: str) -> bool:
     try:
         return os.path.samefile(one, other)
-    except (OSError, ValueError):  # one of them doesn't exist, or is no name that a file can have
+    except (OSError, ValueError):  # a path does not exist or is not a valid file name
         return False
 
 
 def _caches(folder: str, name: str) -> bool:
-    """Whether ``folder`` is a snapshot of the hub model ``name`` in the hub's cache."""
+    """Return whether ``folder`` is a snapshot of the hub model ``name`` in the hub's cache."""
     if name.count("/") != 1 or os.path.exists(name) or not os.path.isdir(folder):
         return False
     parts = Path(folder).resolve().parts
@@ -108,10 +103,10 @@ def _caches(folder: str, name: str) -> bool:
 
 
 def is_path_key(key: str) -> bool:
-    """Whether the values of ``key`` are to be compared as paths."""
+    """Return whether ``key`` holds a path."""
     return key in PATH_KEYS or (key.startswith("data.") and key.rpartition(".")[2] in DATASET_PATH_KEYS)
 
 
 def same_value(key: str, one: Any, other: Any) -> bool:
-    """Whether two values of ``key`` mean the same: equal, or paths to the same place."""
+    """Return whether two values of ``key`` are equal, or paths to the same file or folder."""
     return bool(one == other) or (is_path_key(key) and same_place(one, other))

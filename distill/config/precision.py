@@ -1,25 +1,21 @@
-"""What this machine computes fast, for the keys that leave it open."""
+"""Choose the precision of keys set to ``auto``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-PRECISIONS = (
-    ("policy", "precision"),
-    ("policy", "generation", "vllm_cfg", "precision"),
-    ("teacher", "precision"),
-)
-"""Where a recipe may say ``precision: auto``."""
+PRECISIONS = (("policy", "precision"), ("policy", "generation", "vllm_cfg", "precision"), ("teacher", "precision"))
+"""Key paths that may be ``auto``."""
 
 BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
-"""Names under which torch tells of bfloat16 products on x86 and on ARM."""
+"""torch's names of CPU features with bfloat16 matrix products (x86 and ARM)."""
 
 
 def fast_precision() -> str:
-    """bfloat16 where a GPU is present or the processor multiplies bfloat16, else float32.
+    """Return bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32.
 
-    Without such instructions PyTorch's bfloat16 products are loops: 9 GFLOP/s a core where float32 has 76, and 1.2 with
-    the operand a backward has.
+    Without such instructions PyTorch multiplies bfloat16 in plain loops: 9 GFLOP/s per core instead of 76, and 1.2 in
+    the backward pass.
     """
     import torch
 
@@ -29,8 +25,8 @@ def fast_precision() -> str:
     return "bfloat16" if any(features.get(name) for name in BF16_FEATURES) else "float32"
 
 
-def decide_precision(tree: dict[str, Any]) -> None:
-    """Put what this machine computes fast in the place of each ``auto``, in a tree without interpolations."""
+def resolve_auto_precision(tree: dict[str, Any]) -> None:
+    """Replace each ``auto`` in a resolved tree by the precision that is fast on this machine."""
     for *sections, key in PRECISIONS:
         section: Any = tree
         for name in sections:

@@ -1,8 +1,7 @@
-"""The recipe's key tree as frozen dataclasses: the attribute path of a value is exactly its key path.
+"""The recipe's keys as frozen dataclasses; the attribute path of a value is its key path.
 
-A field's default holds where neither a recipe nor its parents set the key; some follow other keys then, as their
-docstrings and FOLLOWING in load.py say. The docstrings are what ``--help`` prints. check.py has the rules that span
-several keys.
+``--help`` prints the docstrings. "Default: ..." names the key that a value is derived from if no recipe sets it
+(DERIVED_DEFAULTS in load.py). rules.py has ranges and rules between keys; nemo_compat.py has keys without effect.
 """
 
 from __future__ import annotations
@@ -13,33 +12,33 @@ from typing import Literal
 from distill.config.models import PolicyConfig, TeacherConfig
 
 Outside = Literal["bucket", "renormalize", "floor"]
-"""What the loss does with the vocabulary outside the top-k."""
+"""Treatment of the vocabulary outside the top-k in the loss."""
 
 
 @dataclass(frozen=True)
 class TraceExtractorConfig:
-    """How a trace (a stretch of reasoning) is taken out of the student's answer or a dataset's column."""
+    """Extraction of the trace (a part with reasoning) from a response or from a dataset's column."""
 
     type: Literal["think_tag", "full_text"] = "think_tag"
-    """think_tag: the text between the think_tags; full_text: all of a column that holds nothing but the trace."""
+    """think_tag: the text between the think_tags; full_text: the complete text of a column."""
     think_tags: tuple[str, str] = ("<think>", "</think>")
-    """What opens and closes a thought in this model's text ([THINK] and [/THINK] for Mistral); also for grading. A
-    prompt that ends with an open thought, as its chat template may write it, lets the answer begin inside it."""
+    """Tags that open and close a think block, for traces and for grading ([THINK] and [/THINK] for Mistral). If a
+    chat template ends the prompt with the opening tag, the response starts inside a think block."""
     selection: Literal["first", "last", "longest"] = "first"
-    """Which of several spans is taken; longest counts characters, and of equally long ones the first is taken."""
+    """Which of several think blocks to use; longest counts characters and prefers the first of equal blocks."""
     unclosed_span: Literal["to_end", "ignore"] = "to_end"
-    """A thought that is not closed, as in an answer cut short. to_end: its span reaches to the end of the text;
-    ignore: it is no span."""
+    """Treatment of a think block without closing tag, as in a truncated response. to_end: it extends to the end of the
+    text; ignore: it is not used."""
     missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
-    """An answer without a trace: empty fills the template with an empty one, drop_sample leaves the answer out."""
+    """Treatment of a response without a trace. empty: use an empty trace; drop_sample: do not train on the response."""
 
 
 @dataclass(frozen=True)
 class StaticTraceConfig:
-    """Traces that the dataset brings."""
+    """Traces from the dataset."""
 
     answer_column: str | None = None
-    """The column that the trace is extracted from, by its name or a dotted path; every row has it, null or a text."""
+    """Column with the traces, by name or dotted path. Every row must have it, with text or null."""
 
 
 @dataclass(frozen=True)
@@ -47,48 +46,42 @@ class ContextMetricsConfig:
     """Metrics of context distillation."""
 
     enabled: bool = True
-    """Report trace coverage, prefix truncation and dropped answers."""
+    """Report trace coverage, prefix truncation and dropped responses."""
 
 
 @dataclass(frozen=True)
 class ContextDistillationConfig:
-    """The teacher reads something else before the answer than the student did: a template with problem and trace."""
+    """Context distillation: before the response, the teacher reads a template with problem and trace."""
 
     enabled: bool = False
-    """Let the teacher read teacher_prefix_template instead of the student's prompt."""
+    """Give the teacher teacher_prefix_template instead of the student's prompt."""
     mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
-    """Who reads the template. The student itself: self_frozen, as it was at the start; self_ema, as it was on average,
-    by ema_decay; self_live, as it is. frozen: teacher.model_name, any checkpoint with the student's tokenizer."""
+    """The teacher. self_frozen: the student before training; self_ema: a moving average of the student (ema_decay);
+    self_live: the current student; frozen: teacher.model_name, any model with the student's tokenizer."""
     ema_decay: float = 0.99
-    """Under mode self_ema, how much of the average stays at each step; the rest is the student's weights of then."""
-    frozen_teacher_source: Literal["base_model"] = "base_model"
-    """base_model: the copy is read from policy.model_name, never from a checkpoint of the run."""
-    problem_source: Literal["original_user_problem"] = "original_user_problem"
-    """original_user_problem: {problem} is the dataset's text, before prompt file and chat template."""
-    alignment: Literal["response_token_index"] = "response_token_index"
-    """response_token_index: the i-th token of the answer is compared with the i-th, whatever stands before it."""
+    """Decay of the moving average per step, for mode self_ema."""
     overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
-    """Prefix and answer beyond teacher.max_total_sequence_length: truncate_trace keeps so much of the trace's beginning
-    as fits, template and chat header whole, and leaves out an answer that does not fit without a trace either;
-    truncate_prefix_only keeps the prefix's last tokens, truncate_prefix_from_end its first. No answer is ever cut."""
+    """Treatment of prefix and response above teacher.max_total_sequence_length. truncate_trace: cut the end of the
+    trace, and drop the response if it does not fit without a trace; truncate_prefix_only: keep the last tokens of the
+    prefix; truncate_prefix_from_end: keep its first tokens. Responses are never cut."""
     teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
-    """What the teacher reads; {problem} and {trace} are filled in, other braces are doubled ({{ and }}). Without
-    {trace} it is plain context distillation: a rule, a hint, worked examples that only the teacher sees."""
+    """Text for the teacher, with {problem} (the dataset's text, without prompt file) and optionally {trace}. Any other
+    word in braces is refused. Doubled braces become literal braces ({{word}}: {word}); all other braces are literal."""
     chat_template: bool = True
-    """Wrap the filled template into the model's chat template as a user message; false: the teacher reads it bare."""
+    """Use the filled template as a user message in the model's chat template; false: as plain text."""
     trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
-    """dynamic: the answer that is about to be scored, so that the teacher has read its reasoning before judging it;
+    """Source of the trace. dynamic: the response itself, so that the teacher reads it before scoring it;
     static_dataset: the column static_trace.answer_column."""
     static_trace: StaticTraceConfig = field(default_factory=StaticTraceConfig)
-    """Where static_dataset finds the trace."""
+    """Traces from the dataset, for trace_source static_dataset."""
     trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
-    """How the trace is found."""
+    """Extraction of the trace."""
     metrics: ContextMetricsConfig = field(default_factory=ContextMetricsConfig)
-    """What is reported of it."""
+    """Metrics of context distillation."""
 
     @property
     def trace_column(self) -> str | None:
-        """The dataset's column that traces come from; None where none is read."""
+        """Return the dataset's column with the traces, or None if traces do not come from the dataset."""
         return self.static_trace.answer_column if self.enabled and self.trace_source == "static_dataset" else None
 
 
@@ -97,76 +90,73 @@ class DistillationConfig:
     """The training loop."""
 
     num_prompts_per_step: int = 128
-    """Prompts of one step (P)."""
+    """Number of prompts per step (P)."""
     num_generations_per_prompt: int = 1
-    """Answers of the student to each prompt (G)."""
-    max_rollout_turns: int = 1
-    """Turns of a conversation; only 1 is supported."""
+    """Number of responses per prompt (G)."""
     max_num_steps: int = 1000
-    """The run ends after this many steps, or after max_num_epochs, whichever comes first."""
+    """Maximum number of steps."""
     max_num_epochs: int = 10
-    """Passes over the training problems at most."""
-    val_batch_size: int = 64
-    """Not used: all held-out problems go to the engine together."""
+    """Maximum number of passes over the training data."""
     val_period: int = 20
-    """Validate after every so many steps; 0: not periodically."""
+    """Number of steps between validations; 0: no periodic validation."""
     val_at_start: bool = False
-    """Validate before the first step; where the teacher's context needs no answer, the student answers with it too."""
+    """Validate before the first step. If the teacher's context needs no response, also measure the accuracy of the
+    student with the context in its prompt."""
     val_at_end: bool = False
     """Validate after the last step."""
     max_val_samples: int | None = 512
-    """Problems validated, never more; null: all. Of several datasets each gives one in turn."""
+    """Maximum number of problems per validation, taken in turn from each dataset; null: all."""
     val_num_generations: int = 1
-    """Answers to each held-out problem (n of the accuracy avg@n), with the context in view too."""
+    """Number of responses per held-out problem (n in the accuracy avg@n)."""
     topk_logits_k: int = 64
-    """The most likely tokens kept at each position (K), the support of the loss; 0: the whole vocabulary."""
+    """Number of most likely tokens per position in the loss (K); 0: the complete vocabulary."""
     seed: int = 42
-    """Decides data order, sampling and the dealing of answers to optimizer batches."""
+    """Seed of data order, sampling and the assignment of responses to optimizer batches."""
     allow_degenerate: bool = False
-    """Allow what can't teach (teacher and student the same and reading the same, cut sampling): for controls."""
+    """Allow runs in which the student cannot learn from the teacher (the same model with the same prompts, truncated
+    sampling), for controls."""
     context_distillation: ContextDistillationConfig = field(default_factory=ContextDistillationConfig)
-    """What the teacher reads before the answer, where that is not the student's prompt."""
+    """Context distillation."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The divergence at every token of the answer."""
+    """The divergence between teacher and student at every response token."""
 
     kl_type: Literal["mixed", "forward", "reverse", "jsd", "sampled"] = "mixed"
-    """forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, by mixed_kl_weight; jsd: the
-    generalised Jensen-Shannon divergence, by jsd_beta, never above ln 2 at 0.5; sampled: KL(student || teacher) told by
-    the sampled token alone, log student - log teacher as the cost of a policy gradient."""
+    """Divergence. forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, weighted by
+    mixed_kl_weight; jsd: generalized Jensen-Shannon divergence, with jsd_beta; sampled: KL(student || teacher)
+    estimated from the sampled token, with log student - log teacher as the cost of a policy gradient."""
     mixed_kl_weight: float = 0.5
-    """Weight of the forward KL(teacher || student) in a mixed loss; the reverse KL(student || teacher) has the rest."""
+    """Weight of KL(teacher || student) in kl_type mixed; KL(student || teacher) has the remaining weight."""
     jsd_beta: float = 0.5
-    """b in b KL(teacher || m) + (1 - b) KL(student || m), where m = b teacher + (1 - b) student; between 0 and 1."""
+    """b in b KL(teacher || m) + (1 - b) KL(student || m) with m = b teacher + (1 - b) student; between 0 and 1."""
     importance_ratio_cap: float = 2.0
-    """Under kl_type sampled each token weighs as much as the trainer finds it likelier than the sampler did, at most
-    this."""
+    """Maximum of a token's importance ratio (trainer's probability / sampler's) in kl_type sampled."""
     support: Literal["teacher", "student"] = "teacher"
-    """Whose distillation.topk_logits_k most likely tokens are compared. student: the teacher scores the student's, its
-    logits made beside them, so that its head stays on the GPU while the student trains."""
+    """Model whose distillation.topk_logits_k most likely tokens are compared. With student, the teacher's LM head stays
+    on the GPU during training to score them."""
     token_kl_cap: float | None = None
-    """A token whose loss is above this, in nats, is weighted down to it: its gradient shrinks, and never stops; null:
-    not capped."""
+    """Maximum loss of a token, in nats. The weight of a token above it is reduced, so its gradient stays above zero;
+    null: no maximum."""
     zero_outside_topk: bool | None = None
-    """The reference's key. false: both models renormalised over the top-k (as outside_topk renormalize); true: teacher
-    log-prob -100 outside it (as floor); null: as outside_topk says. Of the two keys the one set later wins."""
+    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: as outside_topk. The one of the two keys
+    that is set last counts."""
     outside_topk: Outside | None = None
-    """The vocabulary outside the top-k. bucket: one more outcome with the summed mass (a lower bound of the
-    full KL); renormalize: ignored, both models renormalised over the top-k; floor: teacher log-prob -100; null: as
-    zero_outside_topk says, bucket if that is null too."""
+    """Vocabulary outside the top-k. bucket: one more outcome with the summed probability (a lower bound of the full
+    KL); renormalize: ignored, both models are renormalized over the top-k; floor: teacher log-prob -100; null: as
+    zero_outside_topk, or bucket if that is null."""
     temperature: float | None = None
-    """Divides the logits of both models in the loss; null: policy.generation.temperature."""
+    """Divisor of both models' logits in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the student's logits; bfloat16 is faster and costs about 0.02 nats a log-prob. The teacher's stay
-    float32."""
+    """Dtype of the student's logits. bfloat16 is faster, with an error of about 0.02 nats per log-prob. The teacher's
+    logits are float32."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """What passes over the logits. auto: Triton's kernels on GPUs, PyTorch elsewhere; torch: PyTorch everywhere."""
+    """Implementation. auto: Triton kernels on GPUs, PyTorch on CPUs; torch: PyTorch."""
 
     @property
     def outside(self) -> Outside:
-        """What the loss does outside the top-k, the two keys together."""
+        """Return the treatment outside the top-k, from outside_topk and zero_outside_topk."""
         if self.outside_topk is not None:
             return self.outside_topk
         if self.zero_outside_topk is None:
@@ -176,97 +166,79 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One dataset: by its hub name or a file. What data.train or data.validation leaves out, data.default fills in."""
+    """One dataset, from the hub or from files. data.default fills the keys that data.train and data.validation omit."""
 
     dataset_name: str | None = None
-    """A known name (DeepScaler, AIME2024) or a hub path (openai/gsm8k); of this and data_path the later set wins."""
+    """Known name (DeepScaler, AIME2024) or hub path (openai/gsm8k). Set either this or data_path; the later one
+    counts."""
     data_path: str | None = None
     """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
     input_key: str | None = None
-    """The column with the problem; null: the known dataset's own, or "input"."""
+    """Column with the problem; null: that of the known dataset, or "input"."""
     output_key: str | None = None
-    """The column with the gold answer; null: the known dataset's own, or "output"."""
+    """Column with the gold answer; null: that of the known dataset, or "output"."""
     output_pattern: str | None = None
-    """A regular expression that finds the gold answer in its column: the group's text in the last match, or without a
-    group the text after that match ("####" for GSM8K's solutions); null: the known dataset's own, or all of it."""
+    """Regular expression that finds the gold answer in its column: the group of the last match, or without a group the
+    text after the last match ("####" for GSM8K); null: that of the known dataset, or the complete column."""
     subset: str | None = None
-    """The hub dataset's configuration (main of openai/gsm8k, say)."""
+    """Configuration of the hub dataset (main for openai/gsm8k)."""
     split: str | None = None
-    """The split; null: the dataset's own choice, or train."""
+    """Split; null: that of the known dataset, or train."""
     prompt_file: str | None = None
-    """A text file with {} where the problem goes; null: the problem as it is."""
+    """Text file with {} in place of the problem, and braces as in teacher_prefix_template; null: the problem alone."""
     system_prompt_file: str | None = None
-    """A text file with the system message; null: none."""
+    """Text file with the system message; null: no system message."""
     env_name: str | None = "math"
-    """The grader of the text after an answer's last closing tag (think_tags). math: math-verify finds it equal to the
-    gold answer; exact: it is the gold answer; regex: the gold answer is a regular expression that matches in it;
-    choice: it chooses the option, A to J, that the gold answer names; null: not graded."""
+    """Grader of the text after a response's last think block. math: math-verify finds it equal to the gold answer;
+    exact: it equals the gold answer; regex: the gold answer is a regular expression that matches in it; choice: it
+    selects the option, A to J, of the gold answer; null: no grading."""
     repeat: int = 1
-    """How many times the dataset is read in one epoch (AIME2024 with 16: 30 problems, 480 answers)."""
-    seed: int | None = None
-    """Not used: data are shuffled by distillation.seed."""
+    """Number of times that an epoch contains the dataset (AIME2024 with 16: 30 problems, 480 responses)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The problems."""
+    """Training and held-out problems."""
 
     max_input_seq_length: int = 8192
-    """Longest prompt in tokens; a longer one is skipped and counted. Left out: policy.max_total_sequence_length."""
+    """Maximum number of tokens in a prompt; longer prompts are skipped and counted. Default:
+    policy.max_total_sequence_length."""
     shuffle: bool = True
-    """Shuffle the training problems, by (seed, epoch)."""
+    """Shuffle the training data, by seed and epoch."""
     default: DatasetConfig = field(default_factory=DatasetConfig)
-    """Fills the keys that data.train and data.validation leave out."""
+    """Values of keys that data.train and data.validation omit."""
     train: tuple[DatasetConfig, ...] = ()
-    """The training problems: one dataset, or a list of them that are put end to end."""
+    """Training data: a dataset, or a list of datasets to concatenate."""
     validation: tuple[DatasetConfig, ...] = ()
-    """The held-out problems: one dataset, a list, or null."""
-
-
-@dataclass(frozen=True)
-class MathEnvConfig:
-    """How an answer to a mathematical problem is judged."""
-
-    math_verify_impl: Literal["hf_math_verify"] = "hf_math_verify"
-    """hf_math_verify: the math-verify library compares the answer with the gold one."""
-
-
-@dataclass(frozen=True)
-class EnvConfig:
-    """Who judges answers in validation, by env_name."""
-
-    math: MathEnvConfig = field(default_factory=MathEnvConfig)
-    """The judge named math."""
+    """Held-out data: a dataset, a list, or null."""
 
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
-    """What is saved, when and where. A run resumes from the newest checkpoint in checkpoint_dir by itself."""
+    """Checkpoints. A run resumes from the newest checkpoint in checkpoint_dir."""
 
     enabled: bool = True
-    """Save checkpoints, in the background, and resume from them."""
+    """Save checkpoints in the background, and resume from them."""
     checkpoint_dir: str = "checkpoints/distillation"
-    """The folder of the step_N folders."""
+    """Folder of the checkpoints step_N. Every run needs its own."""
     metric_name: str | None = "val:accuracy"
-    """Which metric ranks checkpoints: val:NAME or train:NAME; null: the step."""
+    """Metric that ranks checkpoints, val:NAME or train:NAME; null: the step."""
     higher_is_better: bool = True
-    """Whether a high metric is a good one."""
+    """Whether higher values of the metric are better."""
     keep_top_k: int | None = 3
-    """How many of the best are kept, the newest always besides; null: all. One whose metric was not measured comes
-    after all others."""
+    """Number of best checkpoints to keep; the newest is always kept; null: all. Checkpoints without a value of the
+    metric rank last."""
     save_period: int = 10
-    """Save every so many steps, and at the end."""
+    """Number of steps between checkpoints. The last step is always saved."""
     checkpoint_must_save_by: str | None = None
-    """DD:HH:MM:SS after the start: save before then and leave, with code 0; null: no limit."""
-    model_save_format: Literal["safetensors"] = "safetensors"
-    """The format of the Hugging Face export."""
+    """Time limit after the start, DD:HH:MM:SS: the run saves before it and exits with code 0; null: no limit."""
     save_consolidated: bool = False
-    """Write a Hugging Face export with every checkpoint, not only with the last."""
+    """Write a Hugging Face export with every checkpoint; false: only with the last."""
     allow_changes: bool = False
-    """Resume from a checkpoint of other training data, prompts or order of prompts: the step number continues and the
-    change is logged and recorded. false: such a run is refused."""
+    """Resume with other training data, prompts or prompt order: the step number continues, and the change is logged
+    and recorded. false: such a run is refused."""
     save_optimizer: bool = True
-    """Save the optimizer too; without it a resumed run begins with fresh moments, and says so."""
+    """Save the optimizer state. Without it, a resumed run starts with zero moments and logs a warning."""
 
 
 @dataclass(frozen=True)
@@ -276,85 +248,84 @@ class WandbConfig:
     project: str = "distill"
     """Project."""
     name: str | None = None
-    """Name of the run; null: the run folder's."""
+    """Name of the run; null: the name of the run's folder."""
     entity: str | None = None
-    """Team or user; null: the account's default."""
+    """Team or user; null: the default of the account."""
     group: str | None = None
     """Group of runs."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """null: as the environment says (WANDB_MODE)."""
+    """Mode; null: the environment variable WANDB_MODE."""
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where metrics go. The console and metrics.jsonl in the run's folder are always on."""
+    """Destinations of metrics, in addition to the console and metrics.jsonl in the run's folder."""
 
     log_dir: str = "logs/distillation"
-    """Runs get folders exp_001, exp_002, ... in it, unless runtime.run_dir says where."""
+    """Folder of the run folders exp_001, exp_002, ... if runtime.run_dir is null."""
     num_val_samples_to_print: int = 5
-    """Validation answers shown on the console each time."""
+    """Number of responses shown on the console per validation."""
     wandb_enabled: bool = True
     """Write to Weights & Biases."""
     tensorboard_enabled: bool = True
-    """Write TensorBoard events into the run's folder."""
+    """Write TensorBoard events to the run's folder."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Settings of Weights & Biases."""
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """The machines. Checked against the real world at start: one rank for each GPU (without GPUs, for each process)."""
+    """Number of ranks, checked at start: one rank per GPU, or one per process on CPUs."""
 
     gpus_per_node: int = 8
-    """Ranks on a node."""
+    """Ranks per node."""
     num_nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     gpu_memory_gb: float | None = None
-    """Memory of each GPU as its name says it (40 for an A100-40GB): 98% of so many GiB. What can't fit is refused at
-    start and by --dry-run; null: not checked."""
+    """Memory of a GPU as in its name (40 for A100-40GB), counted as 98% of that number of GiB. A run that does not fit
+    is refused at start and by --dry-run; null: no check."""
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How this program runs. Nothing here changes what a step computes."""
+    """Execution of the program. These keys do not change what a step computes."""
 
     run_dir: str | None = None
-    """The exact folder of the run; null: the next logger.log_dir/exp_NNN."""
+    """Folder of the run; null: the next logger.log_dir/exp_NNN."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda if there is one."""
+    """Device; auto: cuda if available."""
     sync_bucket_mib: int = 512
-    """MiB of weights moved at a time from the student to the engine."""
+    """Size in MiB of a bucket of weights in the sync from student to engine."""
     share_prefixes: bool = True
-    """Read a prompt once for all its answers in one micro-batch; under token budgets answers are dealt for it."""
+    """Compute a prompt once for all its responses in a micro-batch. With a token budget, responses to a prompt are
+    placed in the same micro-batch if possible."""
     offload_optimizer: bool = True
-    """Keep the optimizer's moments in pinned host memory but for training and checkpoints; without effect on CPU."""
+    """Keep optimizer moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
     logits_chunk_rows: int | None = None
-    """Rows of logits that exist at a time; null: what a budget of memory holds, 2048 of 151,936 on CUDA."""
+    """Number of rows of logits in memory; null: a number that fits a memory budget (2048 rows of 151,936 on CUDA)."""
     phase_timeout_s: int = 1800
-    """Seconds without any progress on any rank after which a phase of a step counts as hung, and the run ends."""
+    """Seconds without progress on any rank after which a phase counts as hung and the run ends."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole recipe, parents and overrides merged, interpolations resolved, contradictions refused."""
+    """A complete recipe: parents and overrides merged, interpolations resolved, rules checked."""
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """The training loop."""
     loss_fn: LossConfig = field(default_factory=LossConfig)
-    """The divergence at every token of the answer."""
+    """The divergence between teacher and student at every response token."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The student: model, batches, parallelism, optimizer, generation."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The frozen teacher."""
+    """The teacher."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The problems."""
-    env: EnvConfig = field(default_factory=EnvConfig)
-    """Who judges answers in validation."""
+    """Training and held-out problems."""
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
-    """What is saved, when and where."""
+    """Checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    """Where metrics go."""
+    """Destinations of metrics."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """The machines."""
+    """Number of ranks."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """How this program runs."""
+    """Execution of the program."""

@@ -209,7 +209,7 @@ def read_prompt_file(path: str, key: str) -> Template:
 
     Two are refused: usually the second one is a ``\\boxed{}`` that was meant literally.
     """
-    template = Template(read_text(path, key), ("",), f"{key}={path}")
+    template = Template(read_text(path, key), ("",), key, path)
     count = template.count("")
     if count == 0:
         raise UserError(f"{key}={path} contains no {{}}", "put {} where the problem goes", key=key, value=path)

@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Make the allocator keep freed memory for later allocations; return whether the C library supports it.
+    """Make the allocator keep freed memory for later allocations; return whether it can.
 
     By default glibc returns large blocks to the operating system immediately, and every step pays a page fault per 4 KB
     to get them again: on virtual machines that is a second for 1.3 GB, the amount that a step of a small model
@@ -25,10 +25,11 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Return freed memory to the operating system; takes tens of milliseconds, so call it at most once per step.
+    """Return freed memory to the operating system.
 
-    Kept memory becomes fragmented, and a new large block fits into no fragment: in 250 steps of a tiny model on two
-    ranks, memory grew by 80 MB while the allocated size stayed the same.
+    Takes tens of milliseconds, so call it at most once per step. Kept memory becomes fragmented, and a new large block
+    fits into no fragment: in 250 steps of a tiny model on two ranks, memory grew by 80 MB while the allocated size
+    stayed the same.
     """
     if (malloc_trim := _glibc("malloc_trim")) is not None:
         malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The student's two passes over a chunk of logits, one Triton program a row: the twins of ``reduction.py``.
+"""The student's two passes over a chunk of logits, one Triton program a row: the twins of ``topk_reduction.py``.
 
 ``reduce_rows`` reads a row once, ``gradient_rows`` reads it once more and writes the gradient: two reads and one write
 in all, where the PyTorch twin makes about ten. Sums are float32 whatever the dtype of the logits.

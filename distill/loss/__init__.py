@@ -1,12 +1,12 @@
-"""The distillation losses: one door. Plain twins in ``divergences``, the chunked head in ``head``."""
+"""The distillation losses: ``topk_kl`` is the plain form, ``fused_linear_kl`` the chunked one with the LM head."""
 
 from __future__ import annotations
 
-from distill.loss.backend import check_loss_backend
 from distill.loss.divergences import Tokens, loss_temperature, topk_kl
 from distill.loss.fused import VocabParallel, fused_linear_kl
-from distill.loss.sampled import Sampled
+from distill.loss.metrics import Sampled
 from distill.loss.targets import teacher_topk
+from distill.loss.topk_reduction import check_loss_backend
 
 __all__ = [
     "Sampled",

@@ -1,15 +1,18 @@
-"""Top-k divergences between a student and a teacher, in plain PyTorch: the readable twins of everything fused.
+"""Divergences between student and teacher, in plain PyTorch: the readable twins of the fused code.
 
-Every loss here is a function of a few numbers per row: the student's logits at the K kept ids and, of the tail (all the
-other tokens), the logsumexp and the mean logit. ``student_outcomes`` finds them by autograd-friendly means, ``head.py``
-finds the same ones in place; ``divergence`` turns them into the loss for both.
+Every loss here is a function of a few numbers per row: the student's logits at the K kept ids and, of the tail (all
+other tokens), the logsumexp and the mean logit. ``student_outcomes`` computes them under autograd, ``topk_reduction``
+computes the same numbers in place; ``divergence`` turns them into the loss for both.
 
-KL(teacher || student) is the forward KL, KL(student || teacher) the reverse KL. Values in nats.
+A new divergence is one function in ``DIVERGENCES`` and one word in ``LossConfig.kl_type``. KL(teacher || student) is
+the forward KL, KL(student || teacher) the reverse KL. Values are in nats.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ from distill.loss import checks
 from distill.types import TopK
 
 LOG_FLOOR = -100.0
-"""The teacher's log-prob outside the top-k under ``outside_topk: floor``, as NeMo-RL has it."""
+"""Teacher's log-prob outside the top-k under ``outside_topk: floor``; NeMo-RL's value."""
 
 _NEG_INF = float("-inf")
 
@@ -33,28 +36,92 @@ class Tokens(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What a model's logits say of K kept tokens and of the tail; each row may be shifted by a constant of its own."""
+    """A model's logits at K kept tokens, and the tail's sums; each row may be shifted by a constant."""
 
     logits_NK: Tensor
-    """Logits over temperature at the kept ids; -inf where an id is padding."""
+    """Logits over temperature at the kept ids; -inf if an id is padding."""
     tail_N: Tensor
-    """Logsumexp of the tail; -inf where the tail is empty (K is the whole vocabulary)."""
+    """Logsumexp of the tail; -inf if the tail is empty (K is the vocabulary)."""
     tail_mean_N: Tensor
-    """Mean logit of the tail under the tail's own softmax; 0 where the tail is empty, NaN where nobody asked."""
+    """Mean logit of the tail under the tail's own softmax; 0 if the tail is empty, NaN if it was not computed."""
 
     def events_NE(self) -> Tensor:
-        """Unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then "any other token"."""
+        """Return unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then the tail."""
         return torch.cat([self.logits_NK, self.tail_N.unsqueeze(1)], dim=1)
 
     def log_masses_NE(self) -> Tensor:
-        """Log-probs of the K + 1 outcomes, [N, K + 1]."""
+        """Return log-probs of the K + 1 outcomes, [N, K + 1]."""
         return torch.log_softmax(self.events_NE(), dim=1)
 
 
-def loss_temperature(loss_config: LossConfig, sampling_temperature: float = 1.0) -> float:
-    """The temperature of both models' logits in the loss: ``loss_fn.temperature``, null meaning the sampler's.
+@dataclass(frozen=True)
+class Pair:
+    """Log-probs of teacher and student over the same E events; the last axis is the events."""
 
-    Errors: ``UserError`` where it is not above 0.
+    log_p_NE: Tensor
+    """Teacher's log-probs."""
+    log_q_NE: Tensor
+    """Student's log-probs, differentiable."""
+    floor: Outcomes | None = None
+    """Student's outcomes under ``outside_topk: floor``, which adds the tail to the reverse KL."""
+
+    def forward_kl(self) -> Tensor:
+        """Return KL(teacher || student), [N]."""
+        return _kl(self.log_p_NE, self.log_q_NE)
+
+    def reverse_kl(self) -> Tensor:
+        """Return KL(student || teacher), [N]."""
+        reverse_N = _kl(self.log_q_NE, self.log_p_NE)
+        return reverse_N if self.floor is None else reverse_N + _tail_on_floor(self.floor)
+
+
+Divergence = Callable[[Pair, LossConfig], Tensor]
+"""A divergence: the loss of each row, [N], differentiable in the student's log-probs."""
+
+
+def _forward(pair: Pair, loss_config: LossConfig) -> Tensor:
+    return pair.forward_kl()
+
+
+def _reverse(pair: Pair, loss_config: LossConfig) -> Tensor:
+    return pair.reverse_kl()
+
+
+def _mixed(pair: Pair, loss_config: LossConfig) -> Tensor:
+    """w KL(teacher || student) + (1 - w) KL(student || teacher); a KL of weight 0 is skipped, as it may be infinite."""
+    weight = loss_config.mixed_kl_weight
+    if weight == 1:
+        return pair.forward_kl()
+    if weight == 0:
+        return pair.reverse_kl()
+    return weight * pair.forward_kl() + (1 - weight) * pair.reverse_kl()
+
+
+def _jsd(pair: Pair, loss_config: LossConfig) -> Tensor:
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; always finite."""
+    log_p, log_q, beta = pair.log_p_NE, pair.log_q_NE, loss_config.jsd_beta
+    impossible = (log_p == _NEG_INF) & (log_q == _NEG_INF)  # m is 0 too, and its log has no gradient
+    log_p, log_q = (
+        log_p.masked_fill(impossible, 0.0),
+        log_q.masked_fill(impossible, 0.0),
+    )
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta)).masked_fill(impossible, 0.0)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+DIVERGENCES: Mapping[str, Divergence] = {
+    "forward": _forward,
+    "reverse": _reverse,
+    "mixed": _mixed,
+    "jsd": _jsd,
+}
+"""Divergences by ``loss_fn.kl_type``. ``sampled`` is none: it is an estimator of the reverse KL from one token."""
+
+
+def loss_temperature(loss_config: LossConfig, sampling_temperature: float = 1.0) -> float:
+    """Return the temperature of both models' logits in the loss; ``loss_fn.temperature: null`` is the sampler's.
+
+    Raises ``UserError`` if it is not above 0.
     """
     temperature = sampling_temperature if loss_config.temperature is None else loss_config.temperature
     checks.check_temperature(temperature)
@@ -70,22 +137,22 @@ def topk_kl(
     valid_vocab: int | None = None,
     tokens: Tokens | None = None,
 ) -> Tensor:
-    """The distillation loss of each row from the student's logits: the plain twin of ``fused_linear_kl``.
+    """Return the distillation loss of each row from the student's logits: the plain twin of ``fused_linear_kl``.
 
     Args:
-        logits_NV: the student's logits, differentiable; bf16 is widened to float32.
-        topk: the teacher's targets, made at the loss's temperature.
-        loss_config: which divergence, and what stands for the tokens outside the top-k.
-        sampling_temperature: what ``loss_config.temperature: null`` means.
-        valid_vocab: columns from here on are padding: they count as -inf and get a gradient of exactly 0.
-        tokens: the sampled tokens, among the kept ids; ``kl_type: sampled`` needs them.
+        logits_NV: the student's logits, not divided by the temperature.
+        topk: the teacher's targets, at the loss's temperature.
+        loss_config: the divergence and its settings.
+        sampling_temperature: the meaning of ``loss_config.temperature: null``.
+        valid_vocab: number of real columns; columns from here on are padding, count as -inf and get gradient 0.
+        tokens: the sampled tokens, which must be among the kept ids; ``kl_type: sampled`` needs them.
 
     Returns:
-        kl_N in nats, float32 (float64 for float64 logits). It is +inf where one model excludes what the other needs:
-        the forward KL where the student's logit at a teacher's token is -inf; its gradient stays finite.
+        kl_N in nats, float32 (float64 for float64 logits). It is +inf if one model excludes a token that the other
+        needs, such as the forward KL with a student logit of -inf at a teacher's token; the gradient stays finite.
 
-    Errors: ``UserError`` for a configuration that is no loss, shapes that disagree, ids out of range or repeated, K
-    above the vocabulary, and for sampled without tokens or with one that is not among the ids.
+    Raises ``UserError`` for an invalid configuration, mismatched shapes, ids out of range or repeated, K above the
+    vocabulary, and for ``sampled`` without tokens or with a token that is not among the kept ids.
     """
     checks.check_loss(loss_config)
     checks.check_logits(logits_NV)
@@ -100,26 +167,27 @@ def topk_kl(
     checks.check_kept(topk, loss_config, None if tokens is None else tokens.ids_N, weight_N=None)
     temperature = loss_temperature(loss_config, sampling_temperature)
     z_NV = logits_NV[:, :vocab].to(torch.promote_types(logits_NV.dtype, torch.float32)) / temperature
-    outcomes = student_outcomes(z_NV, topk.ids_NK, mean=loss_config.outside == "floor")
+    outcomes = student_outcomes(z_NV, topk.ids_NK, with_mean=loss_config.outside == "floor")
     return divergence(outcomes, topk, loss_config, tokens)
 
 
-def student_outcomes(z_NV: Tensor, ids_NK: Tensor, mean: bool) -> Outcomes:
-    """The K + 1 outcomes of logits that are already divided by the temperature; differentiable.
+def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
+    """Return the K + 1 outcomes of logits that are already divided by the temperature; differentiable.
 
     The kept ids become -inf before the tail's logsumexp: 1 - (mass of the kept ids) would lose a small tail's digits.
-    ``mean``: whether to find the tail's mean logit too, which takes two more [N, V] and which only a floor needs.
+    ``with_mean`` computes the tail's mean logit too; it takes two more [N, V], and only ``outside_topk: floor`` needs
+    it.
     """
     z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
     inside_NV = _mark(ids_NK, z_NV.shape[1])
     tail_NV = z_NV.masked_fill(inside_NV, _NEG_INF)
     empty_N1 = (tail_NV == _NEG_INF).all(dim=1, keepdim=True)
-    # An empty tail is replaced before logsumexp and softmax, and again after: their gradients at -inf are NaN.
+    # Logsumexp and softmax have NaN gradients at -inf: fill an empty tail with 0 first, and mask the result.
     tail_NV = tail_NV.masked_fill(empty_N1, 0.0)
     kept_NK = z_NV.gather(1, ids_NK.long().clamp(min=0)).masked_fill(ids_NK < 0, _NEG_INF)
     empty_N = empty_N1.squeeze(1)
     tail_N = tail_NV.logsumexp(1).masked_fill(empty_N, _NEG_INF)
-    if not mean:
+    if not with_mean:
         return Outcomes(kept_NK, tail_N, torch.full_like(tail_N, math.nan))
     finite_NV = tail_NV.masked_fill(tail_NV == _NEG_INF, 0.0)
     mean_N = (torch.softmax(tail_NV, dim=1) * finite_NV).sum(dim=1)
@@ -127,19 +195,17 @@ def student_outcomes(z_NV: Tensor, ids_NK: Tensor, mean: bool) -> Outcomes:
 
 
 def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None = None) -> Tensor:
-    """The loss of each row, [N], from the student's outcomes and the teacher's; differentiable in ``student``.
+    """Return the loss of each row, [N], from the student's outcomes and the teacher's; differentiable in ``student``.
 
-    ``bucket`` compares the K + 1 outcomes, so it is never negative and never above the full KL. ``renormalize``
-    compares both models conditional on the K ids. ``floor`` renormalises the teacher only and takes its log-prob to be
-    -100 on all other tokens. The last two are NeMo-RL's ``zero_outside_topk`` false and true. The Jensen-Shannon
-    divergence compares the same outcomes; a floor it has none, for its two sides share one distribution. ``sampled``
-    compares the two models at the sampled token alone, and what is outside the top-k does not enter. The doors have
-    checked all of it (``checks.py``).
+    ``bucket`` compares the K + 1 outcomes: the result is never negative and never above the full KL. ``renormalize``
+    compares both models conditional on the K ids. ``floor`` renormalises the teacher only and uses a log-prob of -100
+    for its other tokens; NeMo-RL's ``zero_outside_topk: true``. ``kl_type: sampled`` compares the models at the sampled
+    token and ignores ``outside_topk``. The arguments are already checked (``checks.py``).
     """
     if loss_config.kl_type == "sampled":
-        kl_N = _policy_gradient(student, topk, loss_config, tokens)
+        kl_N = _sampled_estimate(student, topk, loss_config, tokens)
     else:
-        kl_N = _compare(student, topk, loss_config)
+        kl_N = DIVERGENCES[loss_config.kl_type](_compared(student, topk, loss_config), loss_config)
     if loss_config.token_kl_cap is None:
         return kl_N
     kept_N = cap_factor(kl_N.detach(), loss_config.token_kl_cap)
@@ -147,26 +213,10 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
     return torch.where(kl_N.isinf(), cap_N, kl_N * kept_N)  # inf * 0 is NaN
 
 
-def _compare(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Tensor:
-    log_p, log_q = _compared(student, topk, loss_config)
-    if loss_config.kl_type == "jsd":
-        return _jsd(log_p, log_q, loss_config.jsd_beta)
-    share = forward_share(loss_config)
-    kl_N = student.tail_N.new_zeros(student.tail_N.shape)
-    if share > 0:
-        kl_N = kl_N + share * _kl(log_p, log_q)
-    if share < 1:
-        reverse_N = _kl(log_q, log_p)
-        if loss_config.outside == "floor":
-            reverse_N = reverse_N + _reverse_on_floor(student)
-        kl_N = kl_N + (1 - share) * reverse_N
-    return kl_N
+def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
+    """Policy gradient: cost = ratio (log q(y) - log p(y)) at the sampled token y, gradient = cost * d log q(y).
 
-
-def _policy_gradient(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
-    """ratio (log q(y) - log p(y)) at the sampled token y, whose gradient is that number times the one of log q(y).
-
-    Under the student's own sampling this is, on average, KL(student || teacher) and its gradient.
+    Averaged over tokens sampled from the student it is KL(student || teacher), in value and in gradient.
     """
     assert tokens is not None
     here_NK = topk.ids_NK == tokens.ids_N.unsqueeze(1)
@@ -177,40 +227,40 @@ def _policy_gradient(student: Outcomes, topk: TopK, loss_config: LossConfig, tok
 
 
 def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) -> Tensor:
-    """How much likelier the trainer finds the sampled tokens than the sampler did, truncated; no gradient."""
+    """Return trainer's over sampler's probability of the sampled tokens, truncated at the cap; no gradient."""
     return (own_N - sampler_N.to(own_N.dtype)).exp().clamp(max=loss_config.importance_ratio_cap)
 
 
 def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
-    """The weight that brings a row's loss down to ``cap`` nats: a factor, for a clamp would have no gradient."""
+    """Return the weight that brings a row's loss down to ``cap`` nats: a factor, as a clamp would have no gradient."""
     if cap is None:
         return torch.ones_like(kl_N)
     return (cap / kl_N.abs()).clamp(max=1.0)
 
 
 def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
-    """Forward and reverse KL of the K + 1 outcomes, [N] each: the two metrics of every run, whatever its loss."""
-    log_p, log_q = _teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE()
-    return _kl(log_p, log_q), _kl(log_q, log_p)
+    """Return forward and reverse KL of the K + 1 outcomes, [N] each: metrics of every run, whatever its loss."""
+    pair = Pair(_teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE())
+    return pair.forward_kl(), pair.reverse_kl()
 
 
 def entropy(outcomes: Outcomes) -> Tensor:
-    """Entropy of the full distribution in nats, [N]: lse - E[logit], the tail entering by its mass and mean logit."""
+    """Return the entropy of the full distribution in nats, [N]: lse - E[logit], with the tail's mass and mean logit."""
     lse_N1 = outcomes.events_NE().logsumexp(dim=1, keepdim=True)
     means_NE = torch.cat([outcomes.logits_NK, outcomes.tail_mean_N.unsqueeze(1)], dim=1)
     distances_NE = (lse_N1 - means_NE).masked_fill(outcomes.events_NE() == _NEG_INF, 0.0)
     return (outcomes.log_masses_NE().exp() * distances_NE).sum(dim=1)
 
 
-def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Log-probs of teacher and student over the same events: K + 1 of them under ``bucket``, else K."""
+def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Pair:
+    """Both models over the events of ``outside_topk``: K + 1 under ``bucket``, else K."""
     dtype = student.tail_N.dtype
     if loss_config.outside == "bucket":
-        return _teacher_log_masses(topk, dtype), student.log_masses_NE()
+        return Pair(_teacher_log_masses(topk, dtype), student.log_masses_NE())
     log_p_NK = torch.log_softmax(topk.logprobs_NK.to(dtype), dim=1)
     if loss_config.outside == "renormalize":
-        return log_p_NK, torch.log_softmax(student.logits_NK, dim=1)
-    return log_p_NK, student.log_masses_NE()[:, :-1]
+        return Pair(log_p_NK, torch.log_softmax(student.logits_NK, dim=1))
+    return Pair(log_p_NK, student.log_masses_NE()[:, :-1], floor=student)
 
 
 def _teacher_log_masses(topk: TopK, dtype: torch.dtype) -> Tensor:
@@ -218,33 +268,23 @@ def _teacher_log_masses(topk: TopK, dtype: torch.dtype) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum of p (log p - log q) over the last axis; an event with p = 0 gives 0, in value and in gradient."""
-    impossible = log_p == _NEG_INF  # not "<= -inf or NaN": a NaN has to show
-    log_p, log_q = log_p.masked_fill(impossible, 0.0), log_q.masked_fill(impossible, 0.0)
+    """Sum of p (log p - log q) over the last axis; an event with p = 0 contributes 0 to value and gradient."""
+    impossible = log_p == _NEG_INF  # equality lets a NaN through to the loss, where it is visible
+    log_p, log_q = (
+        log_p.masked_fill(impossible, 0.0),
+        log_q.masked_fill(impossible, 0.0),
+    )
     return (log_p.exp() * (log_p - log_q)).masked_fill(impossible, 0.0).sum(dim=-1)
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q over the last axis; always finite."""
-    nowhere = (log_p == _NEG_INF) & (log_q == _NEG_INF)  # m is 0 too, and its log has no gradient
-    log_p, log_q = log_p.masked_fill(nowhere, 0.0), log_q.masked_fill(nowhere, 0.0)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta)).masked_fill(nowhere, 0.0)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-
-
-def _reverse_on_floor(student: Outcomes) -> Tensor:
-    """The tail's part of KL(student || teacher) where log p = -100: sum of q log q there, plus 100 times its mass."""
+def _tail_on_floor(student: Outcomes) -> Tensor:
+    """The tail's part of KL(student || teacher) with log p = -100: sum of q log q there, plus 100 times its mass."""
     lse_N = student.events_NE().logsumexp(dim=1)
     return (student.tail_N - lse_N).exp() * (student.tail_mean_N - lse_N - LOG_FLOOR)
 
 
-def forward_share(loss_config: LossConfig) -> float:
-    """The weight of the forward KL in the loss; the reverse KL has the rest."""
-    return {"forward": 1.0, "reverse": 0.0, "mixed": loss_config.mixed_kl_weight}[loss_config.kl_type]
-
-
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
-    """[N, V] bool: which columns are kept. Padding marks a column V that is cut off again."""
+    """[N, V] bool: columns of the kept ids. Padding marks an extra column V, which is cut off."""
     marks = torch.zeros(ids_NK.shape[0], vocab + 1, dtype=torch.bool, device=ids_NK.device)
     columns_NK = ids_NK.long()
     return marks.scatter_(1, columns_NK.masked_fill(columns_NK < 0, vocab), True)[:, :vocab]

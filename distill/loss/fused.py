@@ -1,7 +1,8 @@
-"""The chunked head: from hidden rows to the summed loss, its gradients and its metrics, without ever holding [N, V].
+"""The chunked LM head and loss: from hidden rows to summed loss, gradients and metrics, without a tensor of [N, V].
 
-The gradients are made in the forward, chunk by chunk, because the weights of the rows are known by then: three matmuls
-instead of four, and only [C, V] of logits at a time (C = ``chunk_rows``). The backward scales what the forward left.
+The forward computes the gradients chunk by chunk, because the rows' weights are known by then: three matmuls instead of
+four, and only [C, V] of logits at a time (C = ``chunk_rows``). The backward scales the stored gradients. The plain twin
+is ``divergences.topk_kl`` of ``hidden @ head.T``.
 """
 
 from __future__ import annotations
@@ -18,27 +19,31 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import checks
-from distill.loss.backend import Pass, choose_pass, divide
-from distill.loss.divergences import Outcomes, Tokens, divergence, loss_temperature
+from distill.loss.divergences import Outcomes, divergence, loss_temperature
 from distill.loss.full_vocab import full_vocabulary
 from distill.loss.lm_head import ROUNDED, Projection
-from distill.loss.metrics import StatsSum, row_stats, sampler_stats
-from distill.loss.reduction import Scratch, combine
-from distill.loss.sampled import Sampled, SampledReader
-from distill.loss.targets import ChunkTargets, Rows, chunk_buffers, default_chunk_rows, targets_by_chunk
+from distill.loss.metrics import Sampled, SampledLogprobs, StatsSum, topk_metrics
+from distill.loss.targets import (
+    ChunkTargets,
+    LossPass,
+    chunk_buffers,
+    default_chunk_rows,
+    targets_by_chunk,
+)
+from distill.loss.topk_reduction import Rows, Scratch, choose_kernels, combine, divide
 from distill.types import LossOutput, Targets, TeacherRows
 
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """A head whose rows are spread over the ranks of a group: this rank has ``head_VD``, a run of columns of logits.
+    """A head whose rows are sharded over the ranks of a group: ``head_VD`` is this rank's run of columns of logits.
 
-    The parts are those that ``torch.chunk`` makes of the columns, in order of rank.
+    The shards are those of ``torch.chunk`` over the columns, in rank order.
     """
 
     group: dist.ProcessGroup
     first: int
-    """The vocabulary's id of this rank's first column."""
+    """Vocabulary id of this rank's first column."""
     vocab: int
     """Columns of all ranks together."""
 
@@ -59,96 +64,75 @@ def fused_linear_kl(
     row_kls: dict[str, Tensor] | None = None,
     debug: bool = False,
 ) -> LossOutput:
-    """The weighted sum of the distillation loss over N rows, with the gradients of ``hidden_ND`` and ``head_VD``.
+    """Return the weighted sum of the distillation loss over N rows, differentiable in ``hidden_ND`` and ``head_VD``.
 
-    Call it inside the root module's forward, where a sharded head is gathered. N may be 0; rows of weight 0 are left
-    out whatever they hold. Without grad mode, or where nothing needs a gradient, only the values are made. With
-    ``parallel`` all ranks of its group call it, with the same rows.
+    Call it inside the root module's forward, where a sharded head is gathered. N may be 0. Rows of weight 0 never reach
+    the head. Without grad mode only the values are computed. With ``parallel`` it is collective over the group, and all
+    ranks pass the same rows.
 
     Args:
-        hidden_ND: the student's hidden rows, after its last norm; of the head's dtype and device.
-        head_VD: the head's weight: bf16, float32 or float64; with ``parallel`` this rank's part of it.
-        targets: ``TopK`` made at the loss's temperature, or ``TeacherRows``, whose logits are then made chunk by chunk:
-            for ``support: student``, for the whole vocabulary, or to have its top-k made here.
-        loss_config: which divergence, its temperature, and the dtype of the logits.
-        weight_N: a factor per row, no gradient: 1, or 0 for a row that does not count.
-        sampled: the response tokens; their temperature is what ``loss_config.temperature: null`` means (without: 1).
-            ``kl_type: sampled`` needs them, and among the ids of a ``TopK``.
-        chunk_rows: rows of logits held at once; None: ``default_chunk_rows``.
-        valid_vocab: columns from here on are padding: -inf in both models, gradient exactly 0.
-        stop_token_ids: the ids of ``teacher_stop_mass``.
-        topk_logits_k: with ``TeacherRows``, how many ids to keep; 0 keeps the whole vocabulary.
-        parallel: for a head spread over ranks; every rank returns the whole sum, the whole gradient of ``hidden_ND``
-            and the gradient of its own part of the head. Targets are then ``TopK``.
-        row_kls: a dictionary that gets ``forward_kl`` and ``reverse_kl`` of each row of weight other than 0, in order.
-        debug: refuse repeated ids too.
+        hidden_ND: the student's hidden rows, after its last norm, in the head's dtype and on its device.
+        head_VD: the head's weight, bf16, float32 or float64; with ``parallel`` this rank's shard.
+        targets: ``TopK`` at the loss's temperature, or ``TeacherRows``, whose logits are computed chunk by chunk.
+        loss_config: the divergence, its temperature and the dtype of the logits.
+        weight_N: a factor per row, without gradient; 0 excludes the row.
+        sampled: the response tokens; required by ``kl_type: sampled``, which needs them among the ids of a ``TopK``.
+        chunk_rows: rows of logits held at the same time; None: ``default_chunk_rows``.
+        valid_vocab: number of real columns; columns from here on are padding: -inf in both models, gradient exactly 0.
+        stop_token_ids: ids of the metric ``teacher_stop_mass``.
+        topk_logits_k: with ``TeacherRows`` the number of ids to keep; 0: the complete vocabulary.
+        parallel: the group of a sharded head; requires ``TopK``.
+        row_kls: filled with ``forward_kl`` and ``reverse_kl`` of each row of weight other than 0, in order.
+        debug: also refuse repeated ids.
 
     Returns:
-        ``kl_sum`` (float32; float64 with a float64 head), good for one backward, and as (sum, count) over the rows of
-        weight other than 0: ``loss`` (sum of weight * kl, sum of weight), ``forward_kl`` and ``reverse_kl`` (always
-        with the tail bucket), ``teacher_topk_mass``, ``student_topk_mass``, ``teacher_entropy`` (where the targets
-        have it), ``student_entropy``, ``top1_agreement``, ``teacher_stop_mass`` (with ``stop_token_ids``; what of it
-        is in the top-k) and, with ``sampled``, ``student_logprob`` (the trainer's own, at the sampling temperature),
-        ``sampler_logprob_diff`` (mean absolute) and ``sampler_logprob_diff_max``, whose first number is a maximum:
-        combine it by maximum, not by addition.
+        ``kl_sum`` (float32; float64 with a float64 head), good for one backward, and the metrics as (sum, count) over
+        the rows of weight other than 0: the fields of ``RowMetrics``, ``loss`` (sum of weight * kl, sum of weight) and,
+        with ``sampled``, ``student_logprob``, ``sampler_logprob_diff`` and ``sampler_logprob_diff_max`` (a maximum).
 
-    Errors: ``UserError`` for a configuration that is no loss, shapes or dtypes that disagree, ids out of range, K above
-    the vocabulary, and for what ``kl_type: sampled``, ``support: student`` and ``parallel`` don't allow.
+    Raises ``UserError`` for an invalid configuration, mismatched shapes or dtypes, and ids out of range (``checks``).
     """
     checks.check_loss(loss_config)
-    rows, columns = hidden_ND.shape[0], head_VD.shape[0]
-    ranks, first, group = 1, 0, None
-    if parallel is not None:
-        ranks, first, group = dist.get_world_size(parallel.group), parallel.first, parallel.group
-    all_columns = columns if parallel is None else parallel.vocab
-    vocab = checks.check_vocab(all_columns, valid_vocab)
-    if parallel is not None:
-        checks.check_part(all_columns, ranks, vocab, isinstance(targets, TeacherRows))
-    own = min(columns, vocab - first)
-    checks.check_linear("the student's", hidden_ND, head_VD, own)
-    checks.check_rows(rows, weight_N=weight_N)
+    columns = _Columns.of(head_VD, valid_vocab, parallel, isinstance(targets, TeacherRows))
+    checks.check_linear("the student's", hidden_ND, head_VD, columns.own)
+    checks.check_rows(len(hidden_ND), weight_N=weight_N)
     temperature = _temperature(loss_config, sampled)
     if sampled is not None:
-        checks.check_rows(rows, sampled_ids_N=sampled.ids_N, sampled_logprobs_N=sampled.logprobs_N)
+        checks.check_rows(
+            len(hidden_ND),
+            sampled_ids_N=sampled.ids_N,
+            sampled_logprobs_N=sampled.logprobs_N,
+        )
     train = torch.is_grad_enabled()
     with torch.no_grad():
-        if chunk_rows is None:  # the same on all ranks: they meet in every chunk
+        if chunk_rows is None:  # the same on all ranks, which run their collectives chunk by chunk
             buffers = chunk_buffers(loss_config, topk_logits_k)
-            chunk_rows = default_chunk_rows(hidden_ND, -(-all_columns // ranks), buffers)
+            chunk_rows = default_chunk_rows(hidden_ND, columns.per_rank, buffers)
         chunks = _chunks(weight_N, chunk_rows)
-        student = Projection(head_VD[:own], loss_config.logits_dtype)
-        way = choose_pass(loss_config.backend, hidden_ND.device, student.dtype)
-        scratch = Scratch(max(_length(chunk) for chunk in chunks), own, hidden_ND.device)
-        d_head_VD = None
-        if train and head_VD.requires_grad:
-            d_head_VD = torch.empty_like(head_VD, dtype=student.dtype)  # the first chunk fills it
-            d_head_VD[own:] = 0
+        student = Projection(head_VD[: columns.own], loss_config.logits_dtype)
+        kernels = choose_kernels(loss_config.backend, hidden_ND.device, student.dtype)
+        scratch = Scratch(max(map(_length, chunks)), columns.own, hidden_ND.device)
+        loss_pass = LossPass(loss_config, temperature, columns.vocab, kernels, scratch)
         sampled_ids_N = None if sampled is None else sampled.ids_N
+        d_head_VD = _head_gradient(head_VD, columns.own, student.dtype) if train and head_VD.requires_grad else None
         loop = _Loop(
+            loss_pass=loss_pass,
             hidden_ND=hidden_ND.detach(),
             student=student,
             targets=targets_by_chunk(
                 targets,
-                loss_config,
-                temperature,
-                rows,
-                vocab,
+                loss_pass,
+                len(hidden_ND),
                 topk_logits_k,
                 sampled_ids_N,
                 weight_N,
-                way,
-                scratch,
                 debug,
             ),
-            loss_config=loss_config,
-            temperature=temperature,
             weight_N=weight_N.detach().to(student.dtype),
-            reader=SampledReader(sampled, temperature, first, group),
+            sampled=SampledLogprobs(sampled, temperature, columns.first, columns.group),
             stop_ids=_stop_ids(tuple(stop_token_ids), hidden_ND.device),
-            way=way,
-            scratch=scratch,
             d_hidden_ND=torch.zeros_like(hidden_ND) if train and hidden_ND.requires_grad else None,
-            d_head_VD=None if d_head_VD is None else d_head_VD[:own],
+            d_head_VD=None if d_head_VD is None else d_head_VD[: columns.own],
         )
         sums = StatsSum()
         for c, chunk in enumerate(chunks):
@@ -161,14 +145,55 @@ def fused_linear_kl(
     return LossOutput(kl_sum, stats)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """This rank's columns of logits."""
+
+    own: int
+    """Real columns of this rank."""
+    first: int
+    """Vocabulary id of the first one."""
+    per_rank: int
+    """Columns of the largest shard, padding included."""
+    vocab: int
+    """Real columns of all ranks."""
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(
+        cls,
+        head_VD: Tensor,
+        valid_vocab: int | None,
+        parallel: VocabParallel | None,
+        teacher_rows: bool,
+    ) -> _Columns:
+        """Check and return the columns. Raises ``UserError``, with ``parallel`` on all ranks together."""
+        columns = head_VD.shape[0]
+        if parallel is None:
+            vocab = checks.check_vocab(columns, valid_vocab)
+            return cls(min(columns, vocab), 0, columns, vocab, None)
+        ranks = dist.get_world_size(parallel.group)
+        vocab = checks.check_vocab(parallel.vocab, valid_vocab)
+        checks.check_part(parallel.vocab, ranks, vocab, teacher_rows)
+        own = min(columns, vocab - parallel.first)
+        return cls(own, parallel.first, -(-parallel.vocab // ranks), vocab, parallel.group)
+
+
 @cache
 def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same tensor for every pass: to bring it to a GPU is to wait for the GPU."""
+    """One tensor for all passes: a copy to a GPU waits for the GPU."""
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
+def _head_gradient(head_VD: Tensor, own: int, dtype: torch.dtype) -> Tensor:
+    """Buffer of the head's gradient: 0 for padding, filled by the first chunk elsewhere."""
+    d_head_VD = torch.empty_like(head_VD, dtype=dtype)
+    d_head_VD[own:] = 0
+    return d_head_VD
+
+
 def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
-    """The loss's temperature. Errors: ``UserError`` where it is none, or not one that a loss of tokens can have."""
+    """Check and return the loss's temperature; ``kl_type: sampled`` requires the sampling temperature."""
     checks.check_tokens(loss_config, sampled is not None)
     if sampled is None:
         return loss_temperature(loss_config)
@@ -176,114 +201,134 @@ def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
     temperature = loss_temperature(loss_config, sampled.temperature)
     if loss_config.kl_type == "sampled" and sampled.temperature != temperature:
         raise UserError(
-            f"loss_fn.temperature={temperature} differs from the sampling temperature {sampled.temperature} under "
-            "loss_fn.kl_type=sampled: leave loss_fn.temperature out"
+            f"loss_fn.temperature={temperature} differs from the sampling temperature {sampled.temperature}, which "
+            "loss_fn.kl_type=sampled requires",
+            "remove loss_fn.temperature",
+            key="loss_fn.temperature",
+            value=temperature,
         )
     return temperature
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """What stays the same over the chunks of one pass; ``run`` does one."""
+    """Inputs and outputs of one pass over all chunks; ``run`` computes one chunk."""
 
+    loss_pass: LossPass
     hidden_ND: Tensor
     student: Projection
     targets: ChunkTargets
-    loss_config: LossConfig
-    temperature: float
     weight_N: Tensor
-    reader: SampledReader
+    sampled: SampledLogprobs
     stop_ids: Tensor
-    way: Pass
-    scratch: Scratch
     d_hidden_ND: Tensor | None
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
-        """Write the chunk's gradients to their places and return the metrics of its rows."""
-        topk = self.targets.ready(rows) if self.targets.ready else None
+        """Store the chunk's gradients and return the metrics of its rows."""
+        # The teacher's top-k comes first: it may use the buffer of the student's logits.
+        topk = self.targets.topk(rows) if self.targets.topk else None
         hidden_CD = self.hidden_ND[rows]
         z_CV = self._logits(hidden_CD)
-        read_CE = self.reader.read(z_CV, rows, self.scratch, self.student.dtype)
-        if self.targets.whole:
-            return self._whole(rows, hidden_CD, z_CV, self.targets.whole(rows), read_CE, first)
-        favourite_CK = None
+        read_CE = self.sampled.read(z_CV, rows, self.loss_pass.scratch, self.student.dtype)
+        if self.targets.scaled_logits:
+            return self._full(rows, hidden_CD, z_CV, self.targets.scaled_logits(rows), read_CE, first)
+        is_top1_CK = None
         if topk is None:
-            assert self.targets.of_students is not None
-            topk, favourite_CK = self.targets.of_students(rows, z_CV)
-        own_ids_CK = self._own(topk.ids_NK, z_CV.shape[1])
-        reduced = self.way.reduce(z_CV, own_ids_CK, self.temperature, self.scratch, self.student.head_VD.dtype)
-        combined, read_CE = combine(reduced.partial, topk.ids_NK, own_ids_CK, read_CE, self.reader.group)
-        outcomes, tokens = combined.outcomes, self._tokens(rows)
-        if self.d_hidden_ND is None and self.d_head_VD is None:
-            kl_C = divergence(outcomes, topk, self.loss_config, tokens)
+            assert self.targets.student_topk is not None
+            topk, is_top1_CK = self.targets.student_topk(rows, z_CV)
+        own_ids_CK = self._own_ids(topk.ids_NK, z_CV.shape[1])
+        reduced = self.loss_pass.kernels.reduce(
+            z_CV,
+            own_ids_CK,
+            self.loss_pass.temperature,
+            self.loss_pass.scratch,
+            self.student.head_VD.dtype,
+        )
+        summary, read_CE = combine(reduced.local, topk.ids_NK, own_ids_CK, read_CE, self.sampled.group)
+        outcomes, tokens, loss_config = (
+            summary.outcomes,
+            self.sampled.tokens(rows),
+            self.loss_pass.loss_config,
+        )
+        if not self._needs_gradient:
+            kl_C = divergence(outcomes, topk, loss_config, tokens)
         else:
-            # Autograd sees K + 1 numbers per row; the way from there to [C, V] is one pass in place.
+            # Autograd sees K + 1 numbers per row; one pass in place expands their gradient to [C, V].
             leaves = Outcomes(*(numbers.detach().requires_grad_() for numbers in outcomes))
             with torch.enable_grad():
-                kl_C = divergence(leaves, topk, self.loss_config, tokens)
-            factor_C = self.weight_N[rows] / self.temperature
+                kl_C = divergence(leaves, topk, loss_config, tokens)
+            factor_C = self._factor(rows)
             d_logits_CK, d_tail_C, d_mean_C = torch.autograd.grad(kl_C, leaves, factor_C, allow_unused=True)
             kl_C = kl_C.detach()
-            gradient_CV = reduced.gradient(d_logits_CK, *combined.coefficients(d_tail_C, d_mean_C))
+            gradient_CV = reduced.gradient(d_logits_CK, *summary.coefficients(d_tail_C, d_mean_C))
             self._add_gradients(rows, hidden_CD, gradient_CV, first)
-        metrics = {"loss": kl_C * self.weight_N[rows]} | row_stats(outcomes, topk, self.stop_ids, favourite_CK)
-        return metrics | self._sampler_stats(rows, read_CE, combined.shift_C, combined.lse())
+        metrics = {"loss": kl_C * self.weight_N[rows]} | topk_metrics(outcomes, topk, self.stop_ids, is_top1_CK)
+        return metrics | self.sampled.metrics(rows, read_CE, summary.shift_C, summary.lse())
 
-    def _whole(
-        self, rows: Rows, hidden_CD: Tensor, z_CV: Tensor, teacher_CV: Tensor, read_CE: Tensor, first: bool
+    def _full(
+        self,
+        rows: Rows,
+        hidden_CD: Tensor,
+        z_CV: Tensor,
+        teacher_CV: Tensor,
+        read_CE: Tensor,
+        first: bool,
     ) -> dict[str, Tensor]:
-        """The same over the whole vocabulary."""
+        """Compute a chunk over the complete vocabulary."""
         if z_CV.dtype != self.student.dtype:
-            z_CV = self.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)
-        divide(z_CV, self.temperature)
-        factor_C = self.weight_N[rows] / self.temperature
+            z_CV = self.loss_pass.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)
+        divide(z_CV, self.loss_pass.temperature)
         found = full_vocabulary(
-            z_CV, teacher_CV, self.loss_config, factor_C, self._tokens(rows), self.stop_ids, self.scratch
+            z_CV,
+            teacher_CV,
+            self.loss_pass.loss_config,
+            self._factor(rows),
+            self.sampled.tokens(rows),
+            self.stop_ids,
+            self.loss_pass.scratch,
         )
-        if not (self.d_hidden_ND is None and self.d_head_VD is None):
+        if self._needs_gradient:
             self._add_gradients(rows, hidden_CD, found.gradient_CV, first)
-        metrics = {"loss": found.kl_C * self.weight_N[rows]} | found.stats
-        return metrics | self._sampler_stats(rows, read_CE, found.shift_C, found.lse_C)
+        metrics = {"loss": found.kl_C * self.weight_N[rows]} | found.metrics.by_name()
+        return metrics | self.sampled.metrics(rows, read_CE, found.shift_C, found.lse_C)
+
+    @property
+    def _needs_gradient(self) -> bool:
+        return not (self.d_hidden_ND is None and self.d_head_VD is None)
+
+    def _factor(self, rows: Rows) -> Tensor:
+        """Factor of the gradient with respect to logits over the temperature."""
+        return self.weight_N[rows] / self.loss_pass.temperature
 
     def _logits(self, hidden_CD: Tensor) -> Tensor:
-        rounded = self.loss_config.logits_dtype == ROUNDED
-        dtype = self.way.logits_dtype(self.student.dtype, rounded)
-        return self.student.logits(hidden_CD, self.scratch.get("logits", len(hidden_CD), dtype))
+        rounded = self.loss_pass.loss_config.logits_dtype == ROUNDED
+        dtype = self.loss_pass.kernels.logits_dtype(self.student.dtype, rounded)
+        return self.student.logits(hidden_CD, self.loss_pass.scratch.get("logits", len(hidden_CD), dtype))
 
-    def _own(self, ids_CK: Tensor, columns: int) -> Tensor:
-        """The ids as numbers of this rank's columns, -1 where they are another's."""
-        if self.reader.group is None:
+    def _own_ids(self, ids_CK: Tensor, columns: int) -> Tensor:
+        """The ids as this rank's columns; -1 for columns of other ranks."""
+        if self.sampled.group is None:
             return ids_CK
-        own_CK = ids_CK - self.reader.first
+        own_CK = ids_CK - self.sampled.first
         return own_CK.masked_fill((own_CK < 0) | (own_CK >= columns), -1)
-
-    def _tokens(self, rows: Rows) -> Tokens | None:
-        sampled = self.reader.sampled
-        return None if sampled is None else Tokens(sampled.ids_N[rows], sampled.logprobs_N[rows])
-
-    def _sampler_stats(self, rows: Rows, read_CE: Tensor, shift_C: Tensor, lse_C: Tensor) -> dict[str, Tensor]:
-        sampled = self.reader.sampled
-        if sampled is None:
-            return {}
-        return sampler_stats(self.reader.logprobs(read_CE, shift_C, lse_C), sampled.logprobs_N[rows])
 
     def _add_gradients(self, rows: Rows, hidden_CD: Tensor, gradient_CV: Tensor, first: bool) -> None:
         gradient_CV = self.student.cast(gradient_CV)
         if self.d_hidden_ND is not None:
-            spread = self.reader.group is not None  # the ranks' parts are rounded once, after their sum
-            d_hidden_CD = self.student.hidden_gradient(gradient_CV, wide=spread)
-            if spread:
-                dist.all_reduce(d_hidden_CD, group=self.reader.group)
+            sharded = self.sampled.group is not None  # the ranks' terms are rounded once, after their sum
+            d_hidden_CD = self.student.hidden_gradient(gradient_CV, wide=sharded)
+            if sharded:
+                dist.all_reduce(d_hidden_CD, group=self.sampled.group)
             self.d_hidden_ND[rows] = d_hidden_CD.to(self.d_hidden_ND.dtype)
         if self.d_head_VD is not None:
             self.student.add_head_gradient(gradient_CV, hidden_CD, self.d_head_VD, first)
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known already: the backward scales them by what arrives and hands them out, once.
+    """A value with known gradients: the backward scales them by the incoming gradient and returns them, once.
 
-    In place where the dtype allows it: the head's gradient is as large as the head.
+    In place if the dtype allows it, because the head's gradient is as large as the head.
     """
 
     @staticmethod
@@ -302,14 +347,20 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if not ctx.gradients:
-            raise RuntimeError("the loss hands out its gradients once: call fused_linear_kl again for another backward")
+            raise RuntimeError("the loss supports one backward: call fused_linear_kl again for a second one")
         d_head_VD, d_hidden_ND = ctx.gradients.pop(), ctx.gradients.pop()
         d_hidden_ND = _scaled(d_hidden_ND, outputs[0], ctx.dtypes[0])
-        return d_hidden_ND, _scaled(d_head_VD, outputs[0], ctx.dtypes[1]), None, None, None
+        return (
+            d_hidden_ND,
+            _scaled(d_head_VD, outputs[0], ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * scale, rounded once to ``dtype``, in blocks of rows: no second float32 copy of the head's gradient."""
+    """Return gradient * scale, rounded once to ``dtype``, in blocks of rows: no second float32 copy of it."""
     if gradient is None:
         return None
     scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
@@ -320,7 +371,7 @@ def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _chunks(weight_N: Tensor, chunk_rows: int) -> list[Rows]:
-    """The rows of weight other than 0, in chunks; where there are none an empty one, which names the metrics."""
+    """Split the rows of weight other than 0 into chunks; one empty chunk if there are no rows, for the metric names."""
     kept_N = weight_N.detach().nonzero().squeeze(1)
     if kept_N.numel() < weight_N.numel():
         return list(torch.split(kept_N, chunk_rows))

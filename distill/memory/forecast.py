@@ -1,4 +1,4 @@
-"""Forecast of a rank's memory per phase, from the recipe and the models' shapes, and the checks that use it."""
+"""Forecast of a rank's memory per phase, and the checks that use it."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "master weights": _STATE,
     "gradients": _STATE,
     "optimizer state": _STATE,
-    "optimizer's temporaries": _STATE,
+    "optimizer temporaries": _STATE,
     "teacher shards": ("cluster.num_nodes",),
     "gathered layers": (_TP,),
-    "gathered embedding and head": (_TP,),
+    "gathered embeddings": (_TP,),
     "gradient reduction": (_TP,),
-    "embedding's and head's gradient": (_TP,),
+    "embedding gradients": (_TP,),
     "saved activations": ("policy.dtensor_cfg.activation_checkpointing=true", *_TOKENS),
-    "one layer's working set": (*_TOKENS, _TP),
+    "layer workspace": (*_TOKENS, _TP),
     "response rows": _TOKENS,
     "logits chunk": ("runtime.logits_chunk_rows", _TP),
-    "teacher's working set": _TOKENS,
+    "teacher workspace": _TOKENS,
     "targets": ("distillation.topk_logits_k", "policy.dtensor_cfg.context_parallel_size", "cluster.num_nodes"),
-    "engine's weights": (_ENGINE_TP,),
-    "engine's cache": (_ENGINE_SHARE,),
+    "engine weights": (_ENGINE_TP,),
+    "engine cache": (_ENGINE_SHARE,),
     "sync buckets": ("runtime.sync_bucket_mib",),
 }
 """Configuration keys that change a line, for the error's advice."""
@@ -63,6 +63,7 @@ class Forecast:
     about: tuple[str, ...]
     """Lines of the table that name the models and the layout."""
     phases: dict[str, Lines]
+    """Lines of each phase's largest moment."""
     host: Lines
     """Pinned host memory."""
     window_cache: int
@@ -73,7 +74,7 @@ class Forecast:
         return sum(self.phases[phase].values())
 
     def table(self, measured: Mapping[str, float] | None = None, how: str = "measured") -> str:
-        """Return a table with one line per phase: predicted GiB, ``measured`` GiB by phase if given, largest parts."""
+        """Return a table with a line per phase: predicted and ``measured`` GiB, and the largest parts."""
         title = "predicted" if measured is None else f"predicted, then {how}"
         rows = [f"memory of a rank in GiB, {title}", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
@@ -88,7 +89,7 @@ class Forecast:
         if config.cluster.gpu_memory_gb is None:
             return
         given, card = config.cluster.gpu_memory_gb, card_bytes(config.cluster.gpu_memory_gb)
-        cache = self.phases["generate"]["engine's cache"]
+        cache = self.phases["generate"]["engine cache"]
         if cache < self.window_cache:
             settings = config.policy.generation.vllm_cfg
             raise UserError(
@@ -149,7 +150,7 @@ def dry_run(config: Config) -> Iterator[str]:
 
 
 def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device: torch.device) -> Forecast:
-    """Check the run's layout and, on GPUs, its memory; return the forecast. Raises UserError as ``dry_run`` does."""
+    """Check the run's layout and, on GPUs, its memory; return the forecast. Raises UserError."""
     check_shapes(config, student, teacher)
     if device.type != "cuda":
         return predict(config, student, teacher, cuda=False)

@@ -72,16 +72,17 @@ class StepMemory:
     # ---- parts of several phases ----
 
     def kept(self, training: bool = False) -> Lines:
-        """Return the student's float32 shards: weights, and AdamW's two moments, which exist after the first step.
+        """Return the student's float32 shards: weights and AdamW's two moments.
 
-        The moments are on the device during training, and in other phases only if they are not offloaded.
+        The moments exist after the first step. They are on the device during training, and in other phases only if they
+        are not offloaded.
         """
         weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
         moments_here = not self.on_host and (training or not self.offloads)
         lines = {"master weights": weights, "optimizer state": 2 * weights if moments_here else 0}
         context = self.config.distillation.context_distillation
         if context.enabled and context.mode == "self_ema":
-            lines["teacher's average"] = weights  # FollowingTeacher keeps it on the student's shards
+            lines["teacher average"] = weights  # FollowingTeacher keeps it on the student's shards
         if not self.cuda:
             lines |= {"teacher shards": self.teacher_shards, **self.engine_lines()}
         return lines
@@ -100,7 +101,7 @@ class StepMemory:
         layers = shape.layers if stays else min(2, shape.layers)
         return {
             "gathered layers": layers * b * shape.layer // tp,
-            "gathered embedding and head": b * shape.root // tp,
+            "gathered embeddings": b * shape.root // tp,
         }
 
     def engine_lines(self) -> Lines:
@@ -112,14 +113,14 @@ class StepMemory:
         generation, shape = self.config.policy.generation, self.student
         if generation.backend != "vllm":
             cache = self.config.policy.generation_batch_size * self.window_cache()
-            return {"engine's weights": self.b * shape.parameters, "engine's cache": cache}
+            return {"engine weights": self.b * shape.parameters, "engine cache": cache}
         weights = self.b * shape.parameters // self.engine_tp
         if not self.cuda:
-            return {"engine's weights": weights, "engine's cache": CPU_CACHE}
+            return {"engine weights": weights, "engine cache": CPU_CACHE}
         if self.card is None:
-            return {"engine's weights": weights}
+            return {"engine weights": weights}
         share = int(generation.vllm_cfg.gpu_memory_utilization * self.card)
-        return {"engine's weights": weights, "engine's cache": max(share - weights, 0)}
+        return {"engine weights": weights, "engine cache": max(share - weights, 0)}
 
     def window_cache(self) -> int:
         """Return bytes of keys and values of one sequence of the window's length, on one rank of an engine."""
@@ -130,9 +131,10 @@ class StepMemory:
         return 2 * self.b * shape.layers * heads * shape.head_dim * window
 
     def targets(self) -> Lines:
-        """Return the teacher's targets for all responses of a step, which stay on the device until they are used.
+        """Return the teacher's targets for all responses of a step.
 
-        K ids (int32) and log-probs, log tail and entropy in float32; or hidden rows and a copy of the complete head.
+        They stay on the device until the student trains on them: K ids (int32) and log-probs, log tail and entropy in
+        float32; or hidden rows and a copy of the complete head.
         """
         loop, shape = self.config.distillation, self.teacher
         responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
@@ -168,7 +170,7 @@ class StepMemory:
         bucket = max(self.config.runtime.sync_bucket_mib * 2**20, self.b * shape.embedding)
         bucket = min(bucket, self.b * shape.parameters)
         awake = self.engine_lines()
-        weights = {"engine's weights": awake["engine's weights"]}
+        weights = {"engine weights": awake["engine weights"]}
         gathered = self.gathered(shape, self.b, self.tp, not policy.dtensor_cfg.reshard_after_forward)
         buckets = {"sync buckets": 2 * (bucket + bucket // self.shards)}
         return [self.kept() | weights | buckets, self.kept() | awake | gathered]
@@ -192,8 +194,8 @@ class StepMemory:
         logits = 0 if self.returns_rows else (4 if self.triton else 8) * rows * shape.vocab
         return [
             # Includes the layer's input, and the first layer's input, which lives until the end.
-            lines | {"teacher's working set": (read_by_layer(shape, b) + 2 * b * shape.hidden) * positions},
-            lines | {"teacher's working set": b * shape.hidden * positions, "logits chunk": logits},
+            lines | {"teacher workspace": (read_by_layer(shape, b) + 2 * b * shape.hidden) * positions},
+            lines | {"teacher workspace": b * shape.hidden * positions, "logits chunk": logits},
         ]
 
     def training_phase(self) -> list[Lines]:
@@ -215,7 +217,7 @@ class StepMemory:
         kept = self.kept(training=True)
         kept |= {"gradients": kept["master weights"], **self.targets()}
         gathered = self.gathered(shape, b, tp, not parallel.reshard_after_forward)
-        root = {"gathered embedding and head": gathered["gathered embedding and head"]}
+        root = {"gathered embeddings": gathered["gathered embeddings"]}
         head = (shape.head or shape.embedding) // tp
         buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
         own_rows = self.chunk(own, positions, shape.vocab // tp, buffers)
@@ -229,24 +231,24 @@ class StepMemory:
                 "saved activations": saved,
                 "response rows": 2 * b * shape.hidden * positions,
                 "logits chunk": self.logits_bytes() * own_rows * shape.vocab // tp,
-                "embedding's and head's gradient": 4 * head,
+                "embedding gradients": 4 * head,
             },
             kept
             | gathered
             | {
                 "saved activations": saved,
-                "one layer's working set": working,
+                "layer workspace": working,
                 "gradient reduction": (b + 2 * 4) * shape.layer // tp,
-                "embedding's and head's gradient": b * head,
+                "embedding gradients": b * head,
             },
             kept
             | root
             | {
                 "gradient reduction": 4 * shape.root // tp,
                 # A tied matrix has the embedding's complete gradient before it is added to the head's.
-                "embedding's and head's gradient": b * (shape.embedding + (shape.head or shape.embedding)) // tp,
+                "embedding gradients": b * (shape.embedding + (shape.head or shape.embedding)) // tp,
                 # Per tensor: its shard in float64 for the norm, or two temporaries of the update. foreach: all tensors.
-                "optimizer's temporaries": 0 if self.on_host else 8 * largest,
+                "optimizer temporaries": 0 if self.on_host else 8 * largest,
             },
         ]
 
@@ -266,7 +268,10 @@ class StepMemory:
         return own + (4 if self.returns_rows else 0)
 
     def host(self) -> Lines:
-        """Return pinned host memory: FrozenOffload, offloaded optimizer or student state, and a pending checkpoint."""
+        """Return pinned host memory.
+
+        The teacher's FrozenOffload, offloaded optimizer or student state, and a pending checkpoint.
+        """
         context, saving = self.config.distillation.context_distillation, self.config.checkpointing
         state = 4 * self.student.parameters // self.shards
         average = state if context.enabled and context.mode == "self_ema" else 0
@@ -275,15 +280,15 @@ class StepMemory:
             lines["pending checkpoint"] = state * (3 if saving.save_optimizer else 1) + average
         if self.on_host:
             lines |= {"master weights": state, "gradients": state, "optimizer state": 2 * state}
-            return lines | ({"teacher's average": average} if average else {})
+            return lines | ({"teacher average": average} if average else {})
         return lines | ({"optimizer state": 2 * state} if self.offloads else {})
 
 
 def _pack_tokens(config: Config, dp: int) -> tuple[int, int]:
-    """Return the tokens of the largest pack of the student and of the teacher: a budget, or one longer sequence.
+    """Return the tokens of the largest student pack and the largest teacher pack.
 
-    A budget counts the longer view of a sequence, so the student's pack can be as long as the budget. No pack has more
-    than one rank's responses of an optimizer batch.
+    A pack is limited by a budget, or is one longer sequence. A budget counts the longer view of a sequence, so the
+    student's pack can be as long as the budget. No pack has more than one rank's responses of an optimizer batch.
     """
     policy, student = config.policy, config.policy.max_total_sequence_length
     same = not config.distillation.context_distillation.enabled

@@ -152,7 +152,10 @@ def _published(name: str) -> Any:
 
 
 def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape | None) -> None:
-    """Raise UserError if a window or the parallelism does not fit a model; None: the model is unknown, no check."""
+    """Raise UserError if a window or the parallelism does not fit a model.
+
+    None: the shape is unknown, and the model is not checked.
+    """
     for owner, shape, length in (
         ("policy", student, config.policy.max_total_sequence_length),
         ("teacher", teacher, config.teacher.max_total_sequence_length),
@@ -235,12 +238,18 @@ def group_size(parallel: Any) -> int:
 
 
 def teacher_group(config: Config) -> int:
-    """Return the number of ranks that share the positions of a teacher's pack; at least the student's group."""
+    """Return the number of ranks that share the positions of a teacher's pack.
+
+    At least the student's group, because the teacher reads the student's packs.
+    """
     return max(group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
 
 
 def _splits(heads: int, kv_heads: int, size: int) -> bool:
-    """Return whether ``size`` ranks can exchange positions for heads; key-value heads are split or repeated."""
+    """Return whether ``size`` ranks can exchange positions for heads.
+
+    Key-value heads are split, or repeated if there are fewer than ranks.
+    """
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 

@@ -61,7 +61,10 @@ def packed_attention(
 
 
 def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
-    """Expand [1, H, T, Dh] to [1, H, S, Dh]; indexes [T, H, Dh], which is how projections lay out heads in memory."""
+    """Expand [1, H, T, Dh] to [1, H, S, Dh].
+
+    Indexes the transposed tensor, because projections lay out heads in memory as [T, H, Dh].
+    """
     return heads.transpose(1, 2).index_select(1, expand_S).transpose(1, 2)
 
 
@@ -77,7 +80,7 @@ def _attend(
 
 
 def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[int, int]) -> bool:
-    """Return whether flash attention supports this dtype, number of channels per head and compute capability.
+    """Return whether flash attention supports the dtype, channels per head and compute capability.
 
     (0, 0) means no GPU. In all other cases, such as float32 on a GPU, attention is computed per sequence.
     """
@@ -87,7 +90,7 @@ def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute ``_attend`` in one kernel call for the complete pack; the kernel applies the window without a mask."""
+    """Compute ``_attend`` in one kernel call for the complete pack, without any mask."""
     from torch.nn.attention.varlen import varlen_attn  # imported here: it takes a second, and only GPUs need it
 
     cumulative = _cumulative(bounds, query.device)

@@ -15,7 +15,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def tp_dim(parameter: Tensor) -> int | None:
-    """Return the dimension that tensor parallelism splits; None if each rank of the group has all of the parameter."""
+    """Return the dimension that tensor parallelism splits; None if it splits none."""
     assert isinstance(parameter, DTensor), type(parameter)
     names = parameter.device_mesh.mesh_dim_names or ()
     placement = parameter.placements[names.index("tp")] if "tp" in names else None

@@ -1,4 +1,4 @@
-"""Nan and infinity in losses, gradients and weights: detection, and a report with the responses that caused them."""
+"""Detection and reports of nan and infinity in losses, gradients and weights."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors whose shard on this rank has nan or infinity; waits for the device once."""
     if not tensors:
         return []
+    # A sum is finite only if all elements are; it needs no temporary of the tensor's size.
     finite = [local_shard(tensor).detach().sum(dtype=torch.float32).isfinite() for tensor in tensors.values()]
     device = next((flag.device for flag in finite if flag.device.type != "cpu"), torch.device("cpu"))
     flags = torch.stack([flag.to(device) for flag in finite]).tolist()
@@ -95,7 +96,10 @@ def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], ste
 
 
 def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
-    """Return one sentence for the log; ``reports`` are in order of rank, ``files`` is the pattern of their paths."""
+    """Return one sentence that summarises the reports of all ranks.
+
+    ``reports``: in order of rank; ``files``: the pattern of the report files' paths.
+    """
     parts = [f"step {step} was not taken, because the norm of gradient and losses is {reports[0].norm}"]
     losses = [
         f"{len(found.micro_batches)} of {len(found.losses)} micro-batches of rank {rank}"

@@ -1,4 +1,4 @@
-"""A Hugging Face model sharded by FSDP2, whose head is applied by the caller inside the root module's forward."""
+"""Hugging Face models sharded by FSDP2, with a head that is applied to the rows of the loss only."""
 
 from __future__ import annotations
 

@@ -32,10 +32,11 @@ _MIB = 2**20
 
 
 class Student:
-    """A Hugging Face causal language model under FSDP2: float32 master shards, compute in ``policy.precision``.
+    """A Hugging Face causal language model under FSDP2, with its optimizer.
 
-    Every rank constructs it and calls its methods at the same points. ``valid_vocab``: number of ids that the tokenizer
-    has; columns from there on are padding and get no probability. ``stop_token_ids`` are used for metrics only.
+    Master shards are float32; compute is in ``policy.precision``. Every rank constructs it and calls its methods at the
+    same points. ``valid_vocab``: number of ids that the tokenizer has; columns from there on are padding and get no
+    probability. ``stop_token_ids`` are used for metrics only.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Student:
 
     @torch.no_grad()
     def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
-        """Return ``forward_kl`` and ``reverse_kl`` in nats of the rows whose weight is not 0, in order; collective.
+        """Return ``forward_kl`` and ``reverse_kl`` in nats of every row; collective over the shard mesh.
 
-        Used by validation: no gradient, and no gathered weights stay in memory.
+        Rows of weight 0 are omitted. Used by validation: no gradient, and no gathered weights stay in memory.
         """
         found: dict[str, Tensor] = {}
         self.loss(micro_batch, targets, found)
@@ -127,10 +128,9 @@ class Student:
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
-        Adds the rows' statistics, ``grad_norm`` and ``lr`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
+        Adds the rows' statistics and ``grad_norm`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
         or gradient is not finite; the weights are unchanged then.
         """
-        metrics.add_same({"lr": self.learning_rate})
         losses = []
         for micro_batch, its_targets in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, its_targets)
@@ -143,9 +143,9 @@ class Student:
         metrics.add({"grad_norm": (self.step(losses), 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
-        """Clip the gradients, update the weights, clear the gradients; return the norm before clipping. Collective.
+        """Clip the gradients, update the weights, clear the gradients; collective.
 
-        Raises NonFiniteError if the norm or one of ``losses`` is not finite.
+        Returns the norm before clipping. Raises NonFiniteError if the norm or one of ``losses`` is not finite.
         """
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
@@ -173,7 +173,7 @@ class Student:
         Called once, after the last backward. Weights that act on a rank's own heads (Qwen3's q_norm and k_norm) get
         gradients of those heads only, so theirs are summed: without the sum the loss would be right and these gradients
         too small. All other replicated weights get the same gradient on every rank, except for the order of additions
-        on a GPU. They are averaged: otherwise the copies would drift apart over the steps.
+        on a GPU. They are averaged: otherwise the copies would diverge over the steps.
         """
         if self._tp == 1:
             return
@@ -235,11 +235,11 @@ class Student:
             self._moments.wait()
 
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
-        """Return the complete tensors by Hugging Face name, bucket by bucket, in the compute dtype or ``dtype``.
+        """Return the complete tensors by Hugging Face name, bucket by bucket.
 
-        Every rank must iterate over the result to its end.
+        Their dtype is the compute dtype or ``dtype``. Every rank must iterate over the result to its end.
         """
-        self._synced = True
+        self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
         return GatheredWeights(parameters, dtype or self.dtype, self._bucket_bytes, self._mesh, self._tp)
 
@@ -254,6 +254,7 @@ class Student:
         first = 0 if self._parallel is None else self._parallel.first
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+            # A log-softmax over the vocabulary, which tensor parallelism splits over the ranks.
             logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()
             logits_NV[:, max(0, self._valid_vocab - first) :] = -torch.inf
             top_N = self._all_reduce(logits_NV.amax(1), dist.ReduceOp.MAX)
@@ -296,7 +297,10 @@ class Student:
         return state
 
     def resume(self, step: int) -> None:
-        """Advance the schedule by ``step`` finished steps; the caller has loaded the tensors of ``state`` in place."""
+        """Advance the learning-rate schedule by ``step`` finished steps.
+
+        The caller has loaded the tensors of ``state`` in place.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if the schedule advances before the optimizer
             for _ in range(step):
@@ -322,7 +326,7 @@ def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
 
 
 def loss_at_temperature(config: Config) -> Any:
-    """Return the loss configuration with its temperature set: null means the sampling temperature, for both models."""
+    """Return the loss configuration; a null temperature becomes the sampling temperature."""
     temperature = config.loss_fn.temperature
     if temperature is None:
         temperature = config.policy.generation.temperature

@@ -39,7 +39,7 @@ class Teacher:
         """Keep the teacher's weights on the device inside the block."""
         self.onload()
         yield
-        self.offload()  # not in a finally: offloading waits for the device, and a failed kernel would hang the exit
+        self.offload()  # not in a finally: it waits for the device, which after an error may hang or hide the cause
 
     def onload(self) -> None:
         """Move the weights to the device; not collective."""
@@ -173,11 +173,12 @@ class ShardedTeacher(Teacher):
 
 
 class FollowingTeacher(ShardedTeacher):
-    """A teacher with the student's weights: the current ones (``decay`` None) or their exponential moving average.
+    """A teacher that follows the student: its weights or their exponential moving average.
 
-    The forward uses a copy in the teacher's precision, sharded like any other teacher. The average is float32 on the
-    student's own shards, so its update needs no communication: average <- decay * average + (1 - decay) * weights,
-    once per step. In bfloat16 most of these small updates would round to nothing.
+    ``decay`` None: the student's current weights. The forward uses a copy in the teacher's precision, sharded like any
+    other teacher. The average is float32 on the student's own shards, so its update needs no communication: average <-
+    decay * average + (1 - decay) * weights, once per step. In bfloat16 most of these small updates would round to
+    nothing.
     """
 
     def __init__(

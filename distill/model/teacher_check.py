@@ -1,4 +1,4 @@
-"""Verification of the teacher: its sharded, packed forward against the plain model, streamed layer by layer."""
+"""Verification of the teacher's sharded, packed forward against the plain model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
     if not mean <= limit:  # also if it is nan
         raise RunFailed(
             f"the teacher {teacher.files.name} fails verification: log-probs of the sharded, packed model differ from"
-            f" the plain model's by {mean:.3g} nats on average, more than {limit:g}"
+            f" the plain model's by {mean:.3g} nats on average, more than {limit:g}: set runtime.verify_teacher=false"
+            " to train without this check"
         )
     return mean
 
@@ -65,10 +66,10 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
 def plain_logits(
     files: ModelFiles, config: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return logits [B, T, V] of B sequences of one length from transformers' eager attention, unsharded, unpacked.
+    """Return logits [B, T, V] of transformers' eager model for B sequences of one length.
 
-    The slow, readable twin of the product's forward. Only one layer's weights are in memory at a time, so it works for
-    models larger than the device. Runs on one rank; reads the checkpoint once.
+    The slow, readable twin of the sharded, packed forward. Only one layer's weights are in memory at a time, so it
+    works for models larger than the device. Runs on one rank; reads the checkpoint once.
     """
     model = meta_model(config, "eager", dtype).eval()
     restore_buffers(model, device)

@@ -89,6 +89,7 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
                 key=_PLAN,
                 value=pattern,
             )
+    # Compare with the family's own plan: a block that is split at all must be split as the family splits it.
     styles = {name: _role(plan, name) for name in modules}
     own = {name: _role(getattr(config, "base_model_tp_plan", None) or {}, name) for name in modules}
     split = {_block(name) for name, style in styles.items() if style in ("colwise", "rowwise")}
@@ -151,6 +152,7 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mappin
         elif style is not None:
             styles[name] = _Columns(inputs) if style == "colwise" else _Rows(inputs)
     parallelize_module(body, mesh, styles)
+    # Splitting replaces the parameters, so a tied head must be tied to the new one.
     embedding = body.get_input_embeddings()  # type: ignore[operator]
     tied = head.weight is embedding.weight
     embedding.weight = _split(embedding.weight, mesh, 0)
@@ -172,7 +174,10 @@ def _split(weight: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce in the forward. Every rank then computes the same, so the backward passes its gradient through."""
+    """All-reduce in the forward, identity in the backward.
+
+    Every rank computes the same from the sum, so every rank already has its complete gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -186,7 +191,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _SumGradients(torch.autograd.Function):
-    """Identity in the forward; the backward sums the gradients of the ranks, each of which used a part of the input."""
+    """Identity in the forward, all-reduce in the backward.
+
+    Each rank used the input for its part of the outputs, so the complete gradient is the sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -246,7 +254,7 @@ class _Columns(ParallelStyle):
 
 
 class _Rows(ParallelStyle):
-    """A linear layer whose inputs are split over the ranks; every rank adds the complete bias, after the sum."""
+    """A linear layer whose inputs are split over the ranks; the complete bias is added after the sum."""
 
     def __init__(self, inputs: _SharedInput) -> None:
         self._inputs = inputs
@@ -266,7 +274,10 @@ class _Rows(ParallelStyle):
 
 
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
-    """Replace the forward of an embedding whose rows are split: look up local rows, then sum over the ranks."""
+    """Replace the forward of an embedding whose rows are split over the ranks.
+
+    Each rank looks up its own rows, and the results are summed.
+    """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()
     padding = -1 if embedding.padding_idx is None else embedding.padding_idx - first

@@ -36,13 +36,16 @@ class _AllToAll(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class UlyssesAllToAll:
-    """Exchange between R ranks that each have M positions of a pack of T; its methods are collective over ``group``."""
+    """Exchange between R ranks that each have M positions of a pack of T positions.
+
+    All methods are collective over ``group``.
+    """
 
     group: dist.ProcessGroup
     shards: SequenceShards
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Exchange all heads at M positions, [1, H, M, Dh], for H / R heads at all positions, [1, H / R, T, Dh].
+        """Exchange [1, H, M, Dh] for [1, H / R, T, Dh]: this rank's heads at all positions.
 
         One all-to-all for the three tensors. If there are fewer key-value heads than ranks, they are repeated.
         """
@@ -56,7 +59,7 @@ class UlyssesAllToAll:
         return q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
     def positions(self, attended: Tensor) -> Tensor:
-        """Exchange H / R heads at all positions, [1, T, H / R, Dh], for all heads at M positions, [1, M, H, Dh]."""
+        """Exchange [1, T, H / R, Dh] for [1, M, H, Dh]: all heads at this rank's positions."""
         ranks = self.group.size()
         parts = attended[0].index_select(0, self.shards.position_P).view(ranks, -1, *attended.shape[2:])
         received: Tensor = _AllToAll.apply(parts, self.group)  # type: ignore[no-untyped-call]

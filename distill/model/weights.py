@@ -22,7 +22,10 @@ _HEADER = 3
 
 
 class _ShardLayout(NamedTuple):
-    """Layout of a tensor on S x TP ranks: split by tensor parallelism first, then FSDP splits the rows of each part."""
+    """Layout of a tensor on S x TP ranks.
+
+    Tensor parallelism splits it first, then FSDP splits the rows of each part.
+    """
 
     shape: torch.Size
     tp_dim: int | None
@@ -83,7 +86,7 @@ class GatheredWeights:
     Every rank of ``mesh`` (one axis over all ranks of a replica, ``tp`` innermost) must iterate over it once, to the
     end, with the same parameters in the same order. At most two buckets exist at a time. Shards are cast to ``dtype``
     before the gather, so float32 shards are sent as bfloat16. A yielded tensor is a view of its bucket: copy it before
-    the next one is requested. Each rank computes the bit sums of its own shards before sending; their totals are the
+    the next one is requested. Each rank computes the bit sums of its shards before sending; their totals are the
     tensor's. Raises RuntimeError on all ranks before yielding a tensor that is not finite.
     """
 

@@ -1,4 +1,4 @@
-"""Paths of a recipe are brought to one spelling before they are compared or created."""
+"""Paths of a recipe are normalized, and compared by the file or folder that they name."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def loaded(*overrides: str) -> Config:
 @pytest.mark.parametrize(
     "spelling", ["models/A/", "./models/A", "models//A", "models/./A", "~/models/A", "~/models/A//", "models/link/"]
 )
-def test_one_folder_under_two_spellings_is_one_model(home: Path, spelling: str) -> None:
-    with pytest.raises(UserError, match="is the student itself"):
-        loaded("policy.model_name=models/A", f"teacher.model_name={spelling}")
-    with pytest.raises(UserError, match="is the student itself"):
-        loaded(f"policy.model_name={spelling}", "teacher.model_name=models/A")
+def test_two_paths_to_a_folder_are_the_same_model(home: Path, spelling: str) -> None:
+    for student, teacher in (("models/A", spelling), (spelling, "models/A")):
+        with pytest.raises(UserError) as caught:
+            loaded(f"policy.model_name={student}", f"teacher.model_name={teacher}")
+        assert caught.value.key == "teacher.model_name"
     config = loaded(
         f"policy.model_name={home}/models/A",
         f"teacher.model_name={spelling}",
@@ -47,12 +47,12 @@ def test_one_folder_under_two_spellings_is_one_model(home: Path, spelling: str) 
     assert set(names) == {f"{home}/models/A"}
 
 
-def test_two_folders_are_two_models(home: Path) -> None:
+def test_two_folders_are_different_models(home: Path) -> None:
     config = loaded("policy.model_name=models/A/", "teacher.model_name=./models/B")
     assert (config.policy.model_name, config.teacher.model_name) == ("models/A", "models/B")
 
 
-def test_a_hub_model_is_its_snapshot_in_the_cache(home: Path) -> None:
+def test_a_hub_name_and_its_snapshot_in_the_cache_are_the_same_model(home: Path) -> None:
     snapshot = home / "hub/models--some--model/snapshots/0123"
     snapshot.mkdir(parents=True)
     assert same_place(str(snapshot), "some/model") and same_place("some/model", f"{snapshot}/")
@@ -76,36 +76,38 @@ def test_every_path_is_normalized(home: Path) -> None:
     assert config.policy.model_name == "some/model"
 
 
-def test_parents_and_recipes_may_lie_in_the_home_folder(home: Path) -> None:
+def test_tilde_is_expanded_in_paths_of_recipes_and_parents(home: Path) -> None:
     (home / "base.yaml").write_text(f"defaults: {RECIPE}\ndistillation: {{max_num_steps: 7}}\n")
     (home / "sub").mkdir()
     (home / "sub/child.yaml").write_text("defaults: ~/base.yaml\n")
     assert load_config(["--config=~/sub/child.yaml"]).distillation.max_num_steps == 7
 
 
-def test_a_missing_folder_does_not_become_a_name_of_the_hub(home: Path) -> None:
+def test_a_missing_folder_is_not_taken_for_a_hub_name(home: Path) -> None:
     assert loaded("policy.model_name=./owner/name/").policy.model_name == "./owner/name"
     (home / "owner/name").mkdir(parents=True)
     assert loaded("policy.model_name=./owner/name/").policy.model_name == "owner/name"
 
 
-def test_the_parent_folder_of_a_link_stays(home: Path) -> None:
+def test_the_parent_folder_of_a_symbolic_link_is_kept(home: Path) -> None:
     assert normalize(f"link/{os.pardir}/x", "key") == f"link/{os.pardir}/x"
 
 
 @pytest.mark.parametrize("key", ["checkpointing.checkpoint_dir", "policy.model_name", "logger.log_dir"])
 def test_a_home_folder_of_an_unknown_user_is_refused(home: Path, key: str) -> None:
-    with pytest.raises(UserError, match=f"{key}=~nobody-here/x"):
-        loaded(f"{key}=~nobody-here/x")
+    with pytest.raises(UserError) as caught:
+        loaded(f"{key}=~no-such-user/x")
+    assert (caught.value.key, caught.value.value) == (key, "~no-such-user/x")
 
 
-def test_a_symbolic_link_to_nothing_is_refused(home: Path) -> None:
+def test_a_broken_symbolic_link_is_refused(home: Path) -> None:
     (home / "link").symlink_to("gone/folder")
-    with pytest.raises(UserError, match=r"checkpoint_dir=~/link/ is a symbolic link to gone/folder"):
+    with pytest.raises(UserError, match="gone/folder") as caught:
         loaded("checkpointing.checkpoint_dir=~/link/")
+    assert (caught.value.key, caught.value.value) == ("checkpointing.checkpoint_dir", "~/link/")
 
 
-def test_another_path_to_the_same_model_is_no_change_of_a_recipe(home: Path) -> None:
-    then = {"policy": {"model_name": "models/A", "precision": "float32"}}
-    assert changed_keys(then, {"policy": {"model_name": f"{home}/models/link", "precision": "float32"}}) == []
-    assert len(changed_keys(then, {"policy": {"model_name": "models/B", "precision": "float32"}})) == 1
+def test_another_path_to_the_same_model_is_not_a_change_of_the_recipe(home: Path) -> None:
+    before = {"policy": {"model_name": "models/A", "precision": "float32"}}
+    assert changed_keys(before, {"policy": {"model_name": f"{home}/models/link", "precision": "float32"}}) == []
+    assert len(changed_keys(before, {"policy": {"model_name": "models/B", "precision": "float32"}})) == 1

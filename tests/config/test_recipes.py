@@ -1,4 +1,4 @@
-"""Every recipe in recipes/ loads, and those that carry a reference recipe's name hold its values."""
+"""Every recipe in recipes/ loads, and recipes with the name of a NeMo-RL recipe have its values."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def load(name: str, *overrides: str) -> Config:
     return load_config(["--config", str(ROOT / "recipes" / name), *overrides])
 
 
-def test_every_recipe_of_the_reference_is_there() -> None:
+def test_every_recipe_of_nemo_rl_exists() -> None:
     assert set(RECIPES) >= REFERENCE
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_loads_without_a_warning_and_its_resolved_text_says_the_same(
+def test_a_recipe_loads_without_a_warning_and_its_resolved_form_is_equal(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -62,17 +62,17 @@ def test_the_files_that_a_recipe_names_are_in_the_repository(name: str) -> None:
     assert [file for file in named - {None} if not (ROOT / str(file)).is_file()] == []
 
 
-def test_the_context_run_goes_to_two_nodes() -> None:
+def test_the_context_recipe_runs_on_two_nodes() -> None:
     config = load("my-context-self-distillation-1n4g.yaml", "cluster.num_nodes=2", "cluster.gpus_per_node=4")
     assert config.cluster.num_nodes == 2
 
 
-def test_the_base_recipe_has_the_references_values() -> None:
+def test_the_base_recipe_has_the_values_of_nemo_rl() -> None:
     config = load("distillation_math.yaml")
     loop, loss, student, teacher = config.distillation, config.loss_fn, config.policy, config.teacher
     assert (loop.num_prompts_per_step, loop.num_generations_per_prompt) == (128, 1)
     assert (loop.max_num_steps, loop.max_num_epochs, loop.seed, loop.topk_logits_k) == (1000, 10, 42, 64)
-    assert (loop.val_batch_size, loop.val_period, loop.max_val_samples) == (64, 20, 512)
+    assert (loop.val_period, loop.max_val_samples) == (20, 512)
     assert (loop.val_at_start, loop.val_at_end, loop.context_distillation.enabled) == (False, False, False)
     assert (loss.kl_type, loss.mixed_kl_weight, loss.zero_outside_topk, loss.outside) == (
         "mixed",
@@ -87,7 +87,6 @@ def test_the_base_recipe_has_the_references_values() -> None:
     assert (student.generation_batch_size, student.logprob_batch_size, teacher.logprob_batch_size) == (64, 1, 1)
     assert (student.max_total_sequence_length, teacher.max_total_sequence_length) == (8192, 8192)
     assert (student.precision, student.max_grad_norm) == ("bfloat16", 1.0)
-    assert student.make_sequence_length_divisible_by == 8
     assert (student.dtensor_cfg.tensor_parallel_size, student.dtensor_cfg.context_parallel_size) == (2, 2)
     assert (teacher.dtensor_cfg.tensor_parallel_size, teacher.dtensor_cfg.context_parallel_size) == (4, 2)
     assert student.dtensor_cfg.activation_checkpointing
@@ -106,7 +105,7 @@ def test_the_base_recipe_has_the_references_values() -> None:
     assert (constant.kwargs["factor"], between.milestones) == (1.0, (10,))
     sampling = student.generation
     assert (sampling.backend, sampling.max_new_tokens, sampling.temperature) == ("vllm", 8192, 1.0)
-    assert (sampling.top_p, sampling.top_k, sampling.stop_token_ids, sampling.stop_strings) == (1.0, None, None, None)
+    assert (sampling.top_p, sampling.top_k, sampling.stop_token_ids) == (1.0, None, None)
     assert (sampling.vllm_cfg.tensor_parallel_size, sampling.vllm_cfg.gpu_memory_utilization) == (1, 0.6)
     assert (sampling.vllm_cfg.max_model_len, sampling.vllm_cfg.enforce_eager) == (8192, False)
     assert (config.data.max_input_seq_length, config.data.shuffle) == (8192, True)
@@ -122,18 +121,18 @@ def test_the_base_recipe_has_the_references_values() -> None:
 
 
 # Student, window, nodes x GPUs, student TP and CP, teacher TP and CP, vLLM TP, prompts, global batch, steps, validation
-# period, problems and batch, dynamic batching, packing, warm-up.
+# period and problems, dynamic batching, packing, warm-up.
 LARGE = {
-    "1.7b-base-1n8g-fsdp2tp1.v1": ("1.7B", 8192, 1, 8, 1, 1, 4, 1, 1, 64, 32, 20, 10, 256, 32, False, False, 20),
-    "1.7b-base-1n4g-fsdp2tp1.v1": ("1.7B", 8192, 1, 4, 1, 1, 4, 1, 1, 64, 32, 20, 10, 256, 32, False, False, 20),
-    "4b-base-2n8g-fsdp2tp2-seqpack.v1": ("4B", 8192, 2, 8, 2, 1, 8, 1, 1, 64, 64, 20, 10, 256, 256, False, True, 10),
-    "4b-base-2n8g-fsdp2tp2-long.v1": ("4B", 20480, 2, 8, 2, 2, 4, 2, 2, 64, 64, 500, 50, 512, 512, True, False, 10),
-    "4b-base-2n4g-fsdp2tp1-long.v1": ("4B", 20480, 2, 4, 2, 2, 4, 2, 1, 64, 64, 500, 50, 512, 512, True, False, 10),
+    "1.7b-base-1n8g-fsdp2tp1.v1": ("1.7B", 8192, 1, 8, 1, 1, 4, 1, 1, 64, 32, 20, 10, 256, False, False, 20),
+    "1.7b-base-1n4g-fsdp2tp1.v1": ("1.7B", 8192, 1, 4, 1, 1, 4, 1, 1, 64, 32, 20, 10, 256, False, False, 20),
+    "4b-base-2n8g-fsdp2tp2-seqpack.v1": ("4B", 8192, 2, 8, 2, 1, 8, 1, 1, 64, 64, 20, 10, 256, False, True, 10),
+    "4b-base-2n8g-fsdp2tp2-long.v1": ("4B", 20480, 2, 8, 2, 2, 4, 2, 2, 64, 64, 500, 50, 512, True, False, 10),
+    "4b-base-2n4g-fsdp2tp1-long.v1": ("4B", 20480, 2, 4, 2, 2, 4, 2, 1, 64, 64, 500, 50, 512, True, False, 10),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_recipe_has_the_references_values(name: str) -> None:
+def test_a_large_recipe_has_the_values_of_nemo_rl(name: str) -> None:
     config = load(f"distillation-qwen3-32b-to-{name}.yaml")
     loop, student, teacher = config.distillation, config.policy, config.teacher
     size = LARGE[name][0]
@@ -152,7 +151,6 @@ def test_a_large_recipe_has_the_references_values(name: str) -> None:
         loop.max_num_steps,
         loop.val_period,
         loop.max_val_samples,
-        loop.val_batch_size,
         student.dynamic_batching.enabled,
         student.sequence_packing.enabled,
         student.scheduler[0].kwargs["total_iters"],
@@ -180,12 +178,11 @@ def test_the_small_recipes_fit_four_gpus() -> None:
         assert config.policy.generation.vllm_cfg.gpu_memory_utilization == 0.5
 
 
-def test_the_context_recipe_is_the_references_first_version() -> None:
+def test_the_context_recipe_has_the_values_of_nemo_rl() -> None:
     config = load("my-context-self-distillation-1n4g.yaml")
     context = config.distillation.context_distillation
     assert config.teacher.model_name == config.policy.model_name
-    assert (context.enabled, context.mode, context.frozen_teacher_source) == (True, "self_frozen", "base_model")
-    assert (context.problem_source, context.alignment) == ("original_user_problem", "response_token_index")
+    assert (context.enabled, context.mode) == (True, "self_frozen")
     assert context.overflow_policy == "truncate_prefix_only"
     assert context.teacher_prefix_template == (
         "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
@@ -204,7 +201,7 @@ CONTEXT_40GB = {  # Student TP and CP, vLLM TP
 
 
 @pytest.mark.parametrize("name", CONTEXT_40GB)
-def test_a_context_recipe_for_40_gb_cards_has_16k_new_tokens_and_512_ids(name: str) -> None:
+def test_a_context_recipe_for_40_gb_gpus_has_16k_new_tokens_and_512_ids(name: str) -> None:
     config = load(name)
     policy, teacher, context = config.policy, config.teacher, config.distillation.context_distillation
     assert policy.model_name == teacher.model_name == f"Qwen/Qwen3-{name.split('-')[1].removesuffix('b')}B"
@@ -213,7 +210,7 @@ def test_a_context_recipe_for_40_gb_cards_has_16k_new_tokens_and_512_ids(name: s
     assert "{trace}" in context.teacher_prefix_template
     assert policy.generation.max_new_tokens == 16384
     assert policy.max_total_sequence_length == config.data.max_input_seq_length + 16384
-    # A trace can be as long as the answer; with the problem it is read before it.
+    # The teacher's prefix has the problem and a trace, which can be as long as the response.
     assert teacher.max_total_sequence_length == policy.max_total_sequence_length + 16384
     assert (policy.sequence_packing.enabled, policy.dynamic_batching.enabled) == (True, False)
     assert policy.sequence_packing.train_mb_tokens == teacher.max_total_sequence_length
@@ -246,41 +243,41 @@ LAYOUTS = {
 }
 
 
-def test_every_recipe_for_gpus_has_its_layout_here() -> None:
+def test_every_gpu_recipe_has_a_layout() -> None:
     assert set(LAYOUTS) >= REFERENCE
     assert set(RECIPES) - set(LAYOUTS) == {name for name in RECIPES if "cpu" in name}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dry run passes on cards of that size, and its arithmetic is that of the layout."""
-    monkeypatch.chdir(tmp_path)  # no files of a model are at hand
+    """The dry run passes on GPUs of that size, and its numbers are those of the layout."""
+    monkeypatch.chdir(tmp_path)  # a folder without model files
     gigabytes, student, teacher, ranks, dp, cp, tp, group, engine, tokens = LAYOUTS[name]
     config = load(name, f"cluster.gpu_memory_gb={gigabytes}")
-    text = "\n".join(dry_run(config))  # raises where it doesn't fit
+    text = "\n".join(dry_run(config))  # raises if it does not fit
     assert f"{ranks} ranks: dp {dp} x cp {cp} x tp {tp}, the teacher's packs on {group} each" in text
     assert f"packs of at most {tokens} tokens" in text
     shapes = [find_shape(model.model_name, "a model") for model in (config.policy, config.teacher)]
     assert shapes[0] is not None and shapes[1] is not None
     found = predict(config, shapes[0], shapes[1])
-    train, judge, generate = (found.phases[phase] for phase in ("train", "teacher", "generate"))
+    train, score, generate = (found.phases[phase] for phase in ("train", "teacher", "generate"))
     P, teachers = QWEN3[student], QWEN3[teacher]
     assert ranks == dp * cp * tp == config.cluster.num_nodes * config.cluster.gpus_per_node
     assert [train[line] for line in ("master weights", "gradients", "optimizer state")] == [
         pytest.approx(share * P / ranks, abs=8) for share in (4, 4, 8)
     ]
-    assert judge["teacher shards"] == pytest.approx(2 * teachers / ranks, abs=2)
-    assert judge["master weights"] == generate["master weights"] == train["master weights"]
-    assert judge["optimizer state"] == generate["optimizer state"] == 0  # on the host
-    assert generate["engine's weights"] == pytest.approx(2 * P / engine, abs=2)
+    assert score["teacher shards"] == pytest.approx(2 * teachers / ranks, abs=2)
+    assert score["master weights"] == generate["master weights"] == train["master weights"]
+    assert score["optimizer state"] == generate["optimizer state"] == 0  # on the host
+    assert generate["engine weights"] == pytest.approx(2 * P / engine, abs=2)
     share = config.policy.generation.vllm_cfg.gpu_memory_utilization
-    assert generate["engine's weights"] + generate["engine's cache"] == int(share * gigabytes * 0.98 * GIB)
+    assert generate["engine weights"] + generate["engine cache"] == int(share * gigabytes * 0.98 * GIB)
     for phase in found.phases:
         assert sum(found.phases[phase].values()) <= card_bytes(gigabytes) == int(gigabytes * 0.98 * GIB)
 
 
 @pytest.mark.parametrize("name", CONTEXT_40GB)
-def test_a_context_recipe_for_40_gb_cards_would_not_fit_half_of_them(name: str) -> None:
+def test_a_context_recipe_for_40_gb_gpus_does_not_fit_20_gb(name: str) -> None:
     with pytest.raises(UserError, match=r"cluster\.gpu_memory_gb=20 leaves 19\.6 GiB"):
         list(dry_run(load(name, "cluster.gpu_memory_gb=20", "policy.generation.vllm_cfg.gpu_memory_utilization=0.95")))
 
@@ -292,7 +289,7 @@ def test_a_context_recipe_for_40_gb_cards_would_not_fit_half_of_them(name: str) 
         ("smollm2-context-cpu.yaml", "models/SmolLM2-135M-Instruct", 2e-5),
     ],
 )
-def test_a_laptop_recipe_is_two_ranks_of_a_small_model(name: str, student: str, lr: float) -> None:
+def test_a_cpu_recipe_has_two_ranks_and_a_small_model(name: str, student: str, lr: float) -> None:
     config = load(name)
     policy, teacher = config.policy, config.teacher
     assert (policy.model_name, teacher.model_name) == (student, "models/SmolLM2-135M-Instruct")

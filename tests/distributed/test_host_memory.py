@@ -1,4 +1,4 @@
-"""What is done otherwise on a CPU: attention in float32, sums over gloo, the allocator's memory."""
+"""Code paths for CPUs: attention in float32, reduce-scatter over gloo, the allocator's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import run_ranks
 
 
 def random_heads(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [1, 4, T, 8], keys and values [1, 2, T, 8] that need gradients."""
+    """Return queries [1, 4, T, 8], keys and values [1, 2, T, 8] that need gradients."""
     generator = torch.Generator().manual_seed(length)
     query, key, value = (torch.randn(1, length, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2))
     return (
@@ -28,7 +28,7 @@ def random_heads(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     )
 
 
-def test_bf16_attention_on_a_cpu_errs_no_more_than_pytorchs_own() -> None:
+def test_bf16_attention_on_a_cpu_is_as_exact_as_pytorchs() -> None:
     bounds = (0, 90, 91, 200)
     heads = random_heads(200, torch.bfloat16)
     upstream = torch.randn(1, 200, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -59,12 +59,12 @@ def _sums() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_exchanging_and_adding_is_reduce_scatter(ranks: int) -> None:
+def test_gloo_reduce_scatter_equals_torch_reduce_scatter(ranks: int) -> None:
     everything = [torch.randn(6 * ranks, generator=torch.Generator().manual_seed(r)) for r in range(ranks)]
-    whole = torch.stack(everything).double().sum(0).float()
+    total = torch.stack(everything).double().sum(0).float()
     for rank, (ours, gloos) in enumerate(run_ranks(ranks, _sums)):
         assert torch.equal(ours, gloos) or ranks > 2
-        torch.testing.assert_close(ours, whole[6 * rank : 6 * rank + 6], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, total[6 * rank : 6 * rank + 6], rtol=1e-6, atol=1e-6)
 
 
 _PROGRAM = """
@@ -77,20 +77,20 @@ def faults(times):
     for _ in range(times):
         torch.zeros(64 * 2**20, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(20)  # until the small pieces between the blocks have found their places
+faults(20)  # until the small allocations between the blocks have their final addresses
 again = faults(10)
-assert again < 16_384, f"{again} page faults where every block anew would be 163840"
+assert again < 16_384, f"{again} page faults; 163840 if every block were mapped again"
 """
 
 
-def test_memory_that_was_freed_is_there_for_the_next_who_asks() -> None:
+def test_freed_memory_is_kept_for_the_next_allocation() -> None:
     code = subprocess.run([sys.executable, "-c", _PROGRAM], check=False).returncode
     if code == 5:
         pytest.skip("the C library is not glibc")
     assert code == 0
 
 
-_PIECES = """
+_FRAGMENTS = """
 import sys, torch
 from distill.distributed.host_memory import give_back_freed_memory, keep_freed_memory, resident_bytes
 if not keep_freed_memory():
@@ -106,8 +106,8 @@ assert full - left > 100 * 2**20, (full, left)
 """
 
 
-def test_pieces_of_freed_memory_are_given_back_when_asked() -> None:
-    code = subprocess.run([sys.executable, "-c", _PIECES], check=False).returncode
+def test_freed_memory_is_returned_on_request() -> None:
+    code = subprocess.run([sys.executable, "-c", _FRAGMENTS], check=False).returncode
     if code == 5:
         pytest.skip("the C library is not glibc")
     assert code == 0

@@ -1,4 +1,4 @@
-"""The student's Triton kernels against float64 and against their PyTorch twins in ``reduction.py``.
+"""The student's Triton kernels against float64 and against their PyTorch twins in ``topk_reduction.py``.
 
 Compiled where there is a CUDA device, else interpreted: that proves the arithmetic, not the barriers and not the speed.
 What the compiler makes of them for two GPUs is looked at without either.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill.kernels import loss_student as student
 from distill.kernels.loss_student import gradient_rows, reduce_rows
-from distill.loss.reduction import reduce_in_place
+from distill.loss.topk_reduction import reduce_in_place
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts float32 to bf16 where the compiled kernel rounds.
@@ -139,7 +139,7 @@ def test_the_twin_says_the_same(slope: bool, temperature: float) -> None:
     ids_CK[:, ::3] = -1
     factor_C, slope_C, d_logits_CK = make_upstream(3, 20, slope)
     reduced = reduce_in_place(z_CV / temperature, ids_CK, torch.empty_like(z_CV))
-    twin = reduced.partial
+    twin = reduced.local
     logits_CK, max_C, sum_C, product_C = reduce_rows(z_CV, ids_CK, 1 / temperature)
     assert_close(logits_CK, twin.logits_CK, 3e-7)
     assert_close(max_C, twin.tail_top_C, 3e-7)

@@ -1,4 +1,4 @@
-"""The chunked head against the plain twin, which test_loss.py holds against the definitions."""
+"""``fused_linear_kl`` against ``topk_kl``, which test_loss.py compares with the definitions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from distill.loss import Sampled, fused_linear_kl, teacher_topk, topk_kl
 from distill.loss.lm_head import Projection
 from distill.types import LossOutput, TeacherRows, TopK
 from scripts.bench_loss import LiveBytes
-from tests.loss_oracle import MEMBERS, definition, exact_topk, make_case
+from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-BUCKETS = [config for config in MEMBERS if config.outside == "bucket"]
+BUCKETS = [config for config in LOSSES if config.outside == "bucket"]
 
 
 def name(config: LossConfig) -> str:
@@ -29,7 +29,7 @@ def name(config: LossConfig) -> str:
 
 
 def rows_and_head(rows: int, vocab: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """hidden_ND, head_VD and the teacher's hidden_ND, head_VD: near the student's, logits of spread about 2."""
+    """Return hidden_ND and head_VD of student and teacher; the teacher is near, logits have a deviation of about 2."""
     generator = torch.Generator().manual_seed(seed)
     hidden, head, noise, head_noise = (
         torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (rows, vocab, rows, vocab)
@@ -39,7 +39,7 @@ def rows_and_head(rows: int, vocab: int, width: int, seed: int = 0, dtype: torch
 
 
 def gradients(output_of: Any, *leaves: Tensor) -> tuple[Any, list[Tensor]]:
-    """What ``output_of`` gives for leaves that need a gradient, and the gradients of a third of its loss."""
+    """Return ``output_of(*leaves)`` and the leaves' gradients of a third of its loss."""
     leaves_ = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     output = output_of(*leaves_)
     loss = output.kl_sum if isinstance(output, LossOutput) else output
@@ -60,10 +60,10 @@ def mean(output: LossOutput, metric: str) -> float:
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(2, 40), st.integers(1, 12)),
     data=st.data(),
-    config=st.sampled_from(MEMBERS),
+    config=st.sampled_from(LOSSES),
     temperature=st.sampled_from([0.6, 1.0, 2.0]),
 )
-def test_the_fused_head_is_its_plain_twin(shape, data, config, temperature) -> None:
+def test_fused_linear_kl_equals_topk_kl(shape, data, config, temperature) -> None:
     rows, vocab, width = shape
     hidden, head, teacher_hidden, teacher_head = rows_and_head(rows, vocab, width, data.draw(st.integers(0, 999)))
     k, chunk_rows = data.draw(st.integers(1, vocab)), data.draw(st.sampled_from([1, 7, rows]))
@@ -83,8 +83,8 @@ def test_the_fused_head_is_its_plain_twin(shape, data, config, temperature) -> N
         assert_close(ours, expected, 1e-10)
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
-def test_the_kls_of_rows_are_those_of_the_plain_twin_in_order_without_rows_that_do_not_count(config) -> None:
+@pytest.mark.parametrize("config", LOSSES, ids=name)
+def test_row_kls_are_those_of_topk_kl_without_rows_of_weight_zero(config) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(7, 30, 8)
     topk = exact_topk(teacher_hidden @ teacher_head.t(), 6, 1.0)
     weight_N = torch.tensor([1.0, 0, 1, 1, 0, 1, 1], dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_the_kls_of_rows_are_those_of_the_plain_twin_in_order_without_rows_that_
 @pytest.mark.parametrize(
     ("dtype", "loss_bound", "gradient_bound"), [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 5e-6)]
 )
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(config, dtype, loss_bound, gradient_bound) -> None:
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_gradient(config, dtype, loss_bound, gradient_bound) -> None:
     hidden, head, _, _ = rows_and_head(8, 3000, 32, dtype=dtype)
     topk = teacher_topk(hidden, head, 64, 1.0)
     output, (d_hidden, _) = gradients(lambda h, w: fused_linear_kl(h, w, topk, config, torch.ones(8)), hidden, head)
@@ -114,7 +114,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(config, dtype, l
 
 def test_the_gradient_of_the_logits_sums_to_zero() -> None:
     case = make_case(5, 40, 6)
-    for config in MEMBERS:
+    for config in LOSSES:
         _, (gradient, _) = gradients(
             lambda x, w, c=config: fused_linear_kl(x, w, case.topk, c, torch.ones(5)),
             case.student_NV,
@@ -123,8 +123,8 @@ def test_the_gradient_of_the_logits_sums_to_zero() -> None:
         assert_close(gradient.sum(dim=1), torch.zeros(5).double(), 1e-12)
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
-def test_the_chunk_size_does_not_matter(config: LossConfig) -> None:
+@pytest.mark.parametrize("config", LOSSES, ids=name)
+def test_the_chunk_size_does_not_change_the_loss(config: LossConfig) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(20, 50, 8)
     topk = exact_topk(teacher_hidden @ teacher_head.t(), 7)
     sampled = Sampled(torch.arange(20), -torch.ones(20), 1.0)
@@ -145,7 +145,7 @@ def test_the_chunk_size_does_not_matter(config: LossConfig) -> None:
             assert mean(output, metric) == pytest.approx(mean(runs[0][0], metric), rel=1e-12)
 
 
-def test_rows_of_weight_zero_may_hold_anything() -> None:
+def test_rows_of_weight_zero_have_no_effect_even_if_nan() -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(6, 30, 8)
     topk = exact_topk(teacher_hidden @ teacher_head.t(), 5)
     sampled = Sampled(torch.arange(6), -torch.ones(6).double(), 1.0)
@@ -157,7 +157,7 @@ def test_rows_of_weight_zero_may_hold_anything() -> None:
     dirty_topk = TopK(topk.ids_NK, *dirty[1:])
     clean_topk = TopK(topk.ids_NK[kept], topk.logprobs_NK[kept], topk.log_tail_N[kept])
     clean_sampled = Sampled(sampled.ids_N[kept], sampled.logprobs_N[kept], 1.0)
-    for config in MEMBERS:
+    for config in LOSSES:
         output, (d_hidden, d_head) = gradients(
             lambda h, w, c=config: fused_linear_kl(h, w, dirty_topk, c, weight_N, sampled, chunk_rows=2), dirty[0], head
         )
@@ -175,8 +175,8 @@ def test_rows_of_weight_zero_may_hold_anything() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_rows_still_give_gradients_and_every_metric(rows: int) -> None:
-    """N = 0, and a dummy's rows of weight 0: the graph stays whole, so that a sharded model's hooks run."""
+def test_zero_rows_give_zero_gradients_and_every_metric(rows: int) -> None:
+    """N = 0, and rows of weight 0: the graph stays connected, so that a sharded model's hooks run."""
     hidden, head, teacher_hidden, teacher_head = rows_and_head(rows, 30, 8)
     topk = teacher_topk(teacher_hidden, teacher_head, 5, 1.0)
     assert topk.ids_NK.shape == (rows, 5)
@@ -199,8 +199,8 @@ def test_no_rows_still_give_gradients_and_every_metric(rows: int) -> None:
     assert full.stats.keys() == empty.stats.keys()
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
-def test_padded_vocabulary_rows_get_a_gradient_of_exactly_zero(config: LossConfig) -> None:
+@pytest.mark.parametrize("config", LOSSES, ids=name)
+def test_padded_vocabulary_rows_have_a_gradient_of_exactly_zero(config: LossConfig) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(5, 30, 8)
     wide, teacher_wide = (torch.cat([weight, torch.full((6, 8), 9.0).double()]) for weight in (head, teacher_head))
     topk = teacher_topk(teacher_hidden, teacher_wide, 5, 1.0, valid_vocab=30)
@@ -217,7 +217,7 @@ def test_padded_vocabulary_rows_get_a_gradient_of_exactly_zero(config: LossConfi
     assert (d_head[30:] == 0).all()
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
+@pytest.mark.parametrize("config", LOSSES, ids=name)
 def test_padding_ids_change_nothing(config: LossConfig) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(5, 30, 8)
     topk = exact_topk(teacher_hidden @ teacher_head.t(), 5)
@@ -238,7 +238,7 @@ def test_padding_ids_change_nothing(config: LossConfig) -> None:
         assert mean(runs[1][0], metric) == pytest.approx(mean(runs[0][0], metric), rel=1e-12)
 
 
-def test_the_metrics_are_what_they_say() -> None:
+def test_every_metric_has_its_definition() -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(9, 40, 8)
     student, teacher = hidden @ head.t() / 0.6, teacher_hidden @ teacher_head.t() / 0.6
     log_q, log_p = torch.log_softmax(student, 1), torch.log_softmax(teacher, 1)
@@ -284,7 +284,7 @@ def test_the_metrics_are_what_they_say() -> None:
     assert mean(output, "teacher_stop_mass") > 0
 
 
-def test_the_samplers_log_probs_are_judged_at_the_sampling_temperature() -> None:
+def test_sampler_logprobs_are_compared_at_the_sampling_temperature() -> None:
     hidden, head, _, _ = rows_and_head(9, 40, 8)
     ids = torch.arange(9)
     own = torch.log_softmax(hidden @ head.t() / 0.6, 1).gather(1, ids[:, None]).squeeze(1)
@@ -297,10 +297,10 @@ def test_the_samplers_log_probs_are_judged_at_the_sampling_temperature() -> None
 
 
 @pytest.mark.parametrize("k", [1, 5, 40, 0])
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
-def test_the_teachers_hidden_rows_are_worth_its_topk(config: LossConfig, k: int) -> None:
+@pytest.mark.parametrize("config", LOSSES, ids=name)
+def test_teacher_rows_give_the_loss_of_their_topk(config: LossConfig, k: int) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(9, 40, 8)
-    rows = TeacherRows(teacher_hidden[:, :6], teacher_head[:, :6].contiguous())  # another width than the student's
+    rows = TeacherRows(teacher_hidden[:, :6], teacher_head[:, :6].contiguous())  # a different width than the student's
     topk = exact_topk(rows.hidden_ND @ rows.head_VD.t(), k or 40, 0.6)
     config = LossConfig(config.kl_type, 0.3, 0.3, outside_topk=config.outside, temperature=0.6)
     weight_N = torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1, 1])
@@ -334,7 +334,7 @@ def test_the_teachers_topk_is_exact(k: int, temperature: float) -> None:
 
 
 def test_the_teachers_tail_keeps_its_digits_in_float32() -> None:
-    """One logit far above the rest: the tail's mass is about 1e-9, and 1 - p would be 0."""
+    """One large logit: the tail's mass is about 1e-9, and 1 - p would be 0."""
     hidden, head, _, _ = rows_and_head(4, 500, 8)
     logits = (hidden @ head.t()).float()
     logits[:, 3] = 27.5
@@ -344,7 +344,7 @@ def test_the_teachers_tail_keeps_its_digits_in_float32() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest number of elements that any operator returns while it is on."""
+    """Records the largest number of elements of any operator's result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
+@pytest.mark.parametrize("config", LOSSES, ids=name)
 def test_no_tensor_is_larger_than_a_chunk_of_logits(config: LossConfig, dtype: torch.dtype) -> None:
     rows, vocab, width, chunk_rows = 64, 200, 8, 16
     hidden, head, teacher_hidden, teacher_head = rows_and_head(rows, vocab, width, dtype=dtype)
@@ -372,7 +372,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(config: LossConfig, dtype: t
 
 
 def test_bf16_operands_give_float32_logits() -> None:
-    """The loss is that of the bf16 weights in float32, not that of bf16 logits; logits_dtype asks for the latter."""
+    """The loss is computed from float32 logits of the bf16 weights; ``logits_dtype: bfloat16`` rounds the logits."""
     hidden, head, teacher_hidden, teacher_head = rows_and_head(16, 2000, 32, dtype=torch.bfloat16)
     topk = teacher_topk(teacher_hidden, teacher_head, 32, 1.0)
     assert topk.logprobs_NK.dtype == torch.float32
@@ -394,12 +394,12 @@ def test_bf16_operands_give_float32_logits() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
-def test_the_backwards_scale_is_not_rounded_to_bf16(device: str) -> None:
+def test_the_scale_of_the_backward_is_not_rounded_to_bf16(device: str) -> None:
     hidden, head, teacher_hidden, teacher_head = (
         tensor.to(device) for tensor in rows_and_head(32, 500, 64, dtype=torch.bfloat16)
     )
     topk = teacher_topk(teacher_hidden, teacher_head, 16, 1.0)
-    scale = 1 / 3  # bf16 would make it 0.33398
+    scale = 1 / 3  # 0.33398 in bf16
     for leaf in (hidden, head):
         leaf.requires_grad_()
 
@@ -412,17 +412,17 @@ def test_the_backwards_scale_is_not_rounded_to_bf16(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradients_are_handed_out_once(dtype: torch.dtype) -> None:
-    """They are scaled where they lie: a second backward would scale them again."""
+def test_a_second_backward_is_refused(dtype: torch.dtype) -> None:
+    """The backward scales the gradients in place: a second one would scale them again."""
     hidden, head, teacher_hidden, teacher_head = rows_and_head(5, 30, 8, dtype=dtype)
     topk = teacher_topk(teacher_hidden, teacher_head, 5, 1.0)
     output = fused_linear_kl(hidden.requires_grad_(), head.requires_grad_(), topk, LossConfig(), torch.ones(5))
     output.kl_sum.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="hands out its gradients once: call fused_linear_kl again"):
+    with pytest.raises(RuntimeError, match="one backward"):
         output.kl_sum.backward()
 
 
-def test_the_backward_makes_no_second_gradient_of_the_head() -> None:
+def test_the_backward_allocates_no_second_head_gradient() -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(8, 100, 300, dtype=torch.float32)
     topk = teacher_topk(teacher_hidden, teacher_head, 5, 1.0)
     hidden.requires_grad_()
@@ -432,14 +432,14 @@ def test_the_backward_makes_no_second_gradient_of_the_head() -> None:
     assert memory.peak < head.nbytes / 4
 
 
-def test_logits_of_a_float32_head_are_rounded_where_asked() -> None:
+def test_logits_dtype_bfloat16_rounds_the_logits_of_a_float32_head() -> None:
     case = make_case(4, 100, 8)
     topk, config = case.topk, LossConfig(logits_dtype="bfloat16")
     output = fused_linear_kl(case.student_NV.float(), torch.eye(100), topk, config, torch.ones(4))
     assert_close(output.kl_sum, topk_kl(case.student_NV.float().bfloat16(), topk, config).sum(), 1e-6)
 
 
-def test_without_grad_mode_only_the_values_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_grad_mode_only_the_values_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(5, 30, 8)
     topk = teacher_topk(teacher_hidden, teacher_head, 5, 1.0)
     assert not topk.logprobs_NK.requires_grad
@@ -461,7 +461,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert_close(d_hidden, expected, 1e-14)
 
 
-@pytest.mark.parametrize("config", [pytest.param(config, marks=NEEDS_CUDA, id=name(config)) for config in MEMBERS])
+@pytest.mark.parametrize("config", [pytest.param(config, marks=NEEDS_CUDA, id=name(config)) for config in LOSSES])
 def test_cuda_gives_the_numbers_of_the_cpu(config: LossConfig) -> None:
     tensors = rows_and_head(300, 5000, 64, dtype=torch.bfloat16)
     results = []

@@ -1,4 +1,4 @@
-"""The members and settings beyond the teacher's top-k: sampled, the student's support, caps, the whole vocabulary."""
+"""Settings beyond the teacher's top-k: sampled, the student's support, caps, the complete vocabulary."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from torch import Tensor
 
 from distill.config import LossConfig
 from distill.errors import UserError
-from distill.loss import Sampled, Tokens, fused_linear_kl, teacher_topk, topk_kl
+from distill.loss import Sampled, Tokens, checks, divergences, full_vocab, fused_linear_kl, teacher_topk, topk_kl
+from distill.loss.divergences import DIVERGENCES, Pair
+from distill.loss.full_vocab import FAST_GRADIENTS
 from distill.loss.targets import chunk_buffers, default_chunk_rows
 from distill.types import Targets, TeacherRows, TopK
 from scripts.bench_loss import LiveBytes
 from tests.loss.test_fused import assert_close, gradients, mean, name, rows_and_head
-from tests.loss_oracle import MEMBERS, definition, exact_topk, make_case
+from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
 
 SAMPLED = LossConfig(kl_type="sampled")
 
 
 def draw(logits_NV: Tensor, seed: int = 0) -> Tensor:
-    """A token of each row, drawn from its distribution."""
+    """Draw a token of each row from its distribution."""
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(torch.softmax(logits_NV, 1), 1, generator=generator).squeeze(1)
 
 
 def policy_gradient(student_NV: Tensor, teacher_NV: Tensor, ids_N: Tensor, sampler_N: Tensor, cap: float) -> Tensor:
-    """[N, V]: ratio (log q - log p) d log q / d z at the sampled token, written out."""
+    """Return ratio (log q - log p) d log q / d z at the sampled token, [N, V]."""
     log_q_NV, log_p_NV = torch.log_softmax(student_NV, 1), torch.log_softmax(teacher_NV, 1)
     own_N, teachers_N = (x.gather(1, ids_N[:, None]).squeeze(1) for x in (log_q_NV, log_p_NV))
     cost_N = (own_N - sampler_N).exp().clamp(max=cap) * (own_N - teachers_N)
@@ -45,7 +47,7 @@ def value(student_NV: Tensor, teacher_NV: Tensor, ids_N: Tensor) -> Tensor:
 
 
 def with_token(topk: TopK, teacher_NV: Tensor, ids_N: Tensor) -> TopK:
-    """The same targets with the sampled token as one more id, its mass taken out of the tail term by term."""
+    """Add the sampled token to the targets' ids and recompute the tail without it."""
     inside = (topk.ids_NK == ids_N[:, None]).any(1)
     log_p_NV = torch.log_softmax(teacher_NV.double(), 1)
     extra_N = log_p_NV.gather(1, ids_N[:, None]).squeeze(1).masked_fill(inside, -math.inf)
@@ -73,8 +75,8 @@ def test_sampled_is_a_policy_gradient_with_a_truncated_ratio(cap: float) -> None
     assert_close(kl_N.detach(), ratio_N.clamp(max=cap) * value(case.student_NV, case.teacher_NV, ids_N), 1e-10)
 
 
-def test_the_gradient_of_sampled_is_a_slope_once_the_cost_is_frozen() -> None:
-    """Its value is no antiderivative of its gradient, as it is of a KL: what slopes is cost * log q(y)."""
+def test_the_gradient_of_sampled_is_the_slope_of_cost_times_logprob() -> None:
+    """Unlike a KL's, the gradient is not the slope of the value, but of cost * log q(y) at a constant cost."""
     case = make_case(3, 9, 4)
     ids_N = draw(case.student_NV)
     topk = with_token(case.topk, case.teacher_NV, ids_N)
@@ -93,8 +95,8 @@ def test_the_gradient_of_sampled_is_a_slope_once_the_cost_is_frozen() -> None:
             assert float((ends[0] - ends[1]) / 2e-6) == pytest.approx(float(leaf.grad[row, column]), abs=1e-8)
 
 
-def test_sampled_is_the_reverse_kl_and_its_gradient_on_average() -> None:
-    """Summed over every token by its probability: nothing is left to chance."""
+def test_the_expectation_of_sampled_is_the_reverse_kl_and_its_gradient() -> None:
+    """The expectation is an exact sum over the vocabulary."""
     vocab = 17
     case = make_case(1, vocab, 3)
     q_V = torch.softmax(case.student_NV[0], 0)
@@ -118,7 +120,7 @@ def test_sampled_is_the_reverse_kl_and_its_gradient_on_average() -> None:
     data=st.data(),
     temperature=st.sampled_from([0.6, 1.0, 2.0]),
 )
-def test_every_way_to_hand_over_targets_gives_the_sampled_loss_of_its_definition(shape, data, temperature) -> None:
+def test_sampled_has_its_definition_for_every_kind_of_targets(shape, data, temperature) -> None:
     rows, vocab, width = shape
     hidden, head, t_hidden, t_head = rows_and_head(rows, vocab, width, data.draw(st.integers(0, 999)))
     student_NV, teacher_NV = hidden @ head.t() / temperature, t_hidden @ t_head.t() / temperature
@@ -128,13 +130,13 @@ def test_every_way_to_hand_over_targets_gives_the_sampled_loss_of_its_definition
     kept = teacher_topk(t_hidden, t_head, k, temperature, extra_ids_N=ids_N, chunk_rows=3)
     assert kept.ids_NK.shape == (rows, min(k + 1, vocab))
     expected = policy_gradient(student_NV, teacher_NV, ids_N, sampler_N, 2.0) @ head / temperature
-    ways: list[tuple[Targets, int | None, Any]] = [
+    variants: list[tuple[Targets, int | None, Any]] = [
         (kept, None, "teacher"),
         (TeacherRows(t_hidden, t_head), k, "teacher"),
         (TeacherRows(t_hidden, t_head), k, "student"),
         (TeacherRows(t_hidden, t_head), 0, "teacher"),
     ]
-    for targets, kept_k, support in ways:
+    for targets, kept_k, support in variants:
         config = LossConfig(kl_type="sampled", support=support)
         output, (d_hidden, _) = gradients(
             lambda h, w, t=targets, k=kept_k, c=config: fused_linear_kl(
@@ -147,25 +149,28 @@ def test_every_way_to_hand_over_targets_gives_the_sampled_loss_of_its_definition
         assert_close(output.kl_sum, (value(student_NV, teacher_NV, ids_N) * math.exp(0.3)).sum(), 1e-10)
 
 
-def test_a_sampled_token_that_the_targets_lack_is_refused() -> None:
+def test_missing_sampled_tokens_are_refused() -> None:
     case = make_case(3, 30, 4)
     ids_N = torch.tensor([int(case.topk.ids_NK[0, 0]), int(exact_topk(case.teacher_NV, 30).ids_NK[1, -1]), 0])
-    words = rf"row 1 sampled the token {ids_N[1]}, which is not among the teacher's ids"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError) as error:
         topk_kl(case.student_NV, case.topk, SAMPLED, tokens=Tokens(ids_N, torch.zeros(3)))
-    with pytest.raises(UserError, match="needs the sampled tokens"):
+    assert (error.value.key, error.value.value) == ("topk.ids_NK", (1, int(ids_N[1])))
+    with pytest.raises(UserError) as error:
         topk_kl(case.student_NV, case.topk, SAMPLED)
+    assert error.value.key == "loss_fn.kl_type"
     eye = torch.eye(30).double()
-    with pytest.raises(UserError, match="needs the sampled tokens"):
+    with pytest.raises(UserError) as error:
         fused_linear_kl(case.student_NV, eye, case.topk, SAMPLED, torch.ones(3))
+    assert error.value.key == "loss_fn.kl_type"
     config = dataclasses.replace(SAMPLED, temperature=2.0)
-    with pytest.raises(UserError, match=r"temperature=2.0 differs from the sampling temperature 1.0"):
+    with pytest.raises(UserError, match=r"2\.0.* 1\.0") as error:
         fused_linear_kl(case.student_NV, eye, case.topk, config, torch.ones(3), Sampled(ids_N, torch.zeros(3), 1.0))
+    assert (error.value.key, error.value.value) == ("loss_fn.temperature", 2.0)
 
 
 @pytest.mark.parametrize("k", [1, 6, 40])
-@pytest.mark.parametrize("config", MEMBERS, ids=name)
-def test_the_students_support_has_the_teacher_score_the_students_tokens(config: LossConfig, k: int) -> None:
+@pytest.mark.parametrize("config", LOSSES, ids=name)
+def test_support_student_compares_the_models_at_the_students_tokens(config: LossConfig, k: int) -> None:
     hidden, head, t_hidden, t_head = rows_and_head(9, 40, 8)
     student_NV, teacher_NV = hidden @ head.t(), t_hidden @ t_head.t()
     ids_NK = student_NV.topk(k, dim=1).indices
@@ -194,16 +199,17 @@ def test_the_students_support_has_the_teacher_score_the_students_tokens(config: 
     assert mean(output, "teacher_entropy") == pytest.approx(float(entropy))
 
 
-def test_the_students_support_needs_the_teachers_rows() -> None:
+def test_support_student_needs_teacher_rows() -> None:
     case = make_case(3, 30, 4)
-    with pytest.raises(UserError, match=r"support=student .* pass TeacherRows"):
+    with pytest.raises(UserError, match="TeacherRows") as error:
         fused_linear_kl(
             case.student_NV, torch.eye(30).double(), case.topk, LossConfig(support="student"), torch.ones(3)
         )
+    assert error.value.key == "loss_fn.support"
 
 
-@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
-def test_a_cap_shrinks_a_rows_gradient_and_never_stops_it(config: LossConfig) -> None:
+@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
+def test_token_kl_cap_shrinks_a_rows_gradient_without_stopping_it(config: LossConfig) -> None:
     case = make_case(12, 30, 4)
     ids_N = draw(case.student_NV)
     topk = with_token(case.topk, case.teacher_NV, ids_N) if config.kl_type == "sampled" else case.topk
@@ -234,7 +240,7 @@ def test_a_cap_shrinks_a_rows_gradient_and_never_stops_it(config: LossConfig) ->
     assert (capped.abs().sum(1) > 0).all()
 
 
-def test_a_cap_turns_an_infinite_row_into_a_finite_one() -> None:
+def test_token_kl_cap_makes_an_infinite_row_finite() -> None:
     case = make_case(2, 30, 4)
     student = case.student_NV.clone()
     student[0, int(case.topk.ids_NK[0, 0])] = -math.inf
@@ -248,10 +254,10 @@ def test_a_cap_turns_an_infinite_row_into_a_finite_one() -> None:
     assert (leaf.grad[0] == 0).all() and leaf.grad[1].abs().sum() > 0
 
 
-@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
+@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_whole_vocabulary_in_narrow_numbers(config: LossConfig, dtype: torch.dtype) -> None:
-    """Near a teacher that is the student itself, where differences of sums would be all error."""
+def test_the_complete_vocabulary_in_float32_and_bf16(config: LossConfig, dtype: torch.dtype) -> None:
+    """Also with the student as its own teacher: there a difference of sums would be all rounding error."""
     hidden, head, t_hidden, t_head = rows_and_head(16, 3000, 32, dtype=dtype)
     ids_N = draw((hidden @ head.t()).double())
     sampled = Sampled(ids_N, torch.zeros(16) - 1, 1.0)
@@ -281,8 +287,8 @@ def test_the_whole_vocabulary_in_narrow_numbers(config: LossConfig, dtype: torch
         assert abs(mean(same, "loss")) < 1e-5 and d_hidden.abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
-def test_a_cap_on_the_whole_vocabulary_is_that_of_k_equal_to_it(config: LossConfig) -> None:
+@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
+def test_token_kl_cap_over_the_complete_vocabulary_equals_k_equal_v(config: LossConfig) -> None:
     hidden, head, t_hidden, t_head = rows_and_head(12, 40, 8)
     sampled = Sampled(draw(hidden @ head.t()), -torch.ones(12).double(), 1.0)
     everything = exact_topk(t_hidden @ t_head.t(), 40)
@@ -297,16 +303,83 @@ def test_a_cap_on_the_whole_vocabulary_is_that_of_k_equal_to_it(config: LossConf
     free, _ = run(rows, None)
     cap = 0.3 * abs(mean(free, "loss"))
     (ours, our_grads), (theirs, their_grads) = run(rows, cap), run(everything, cap)
-    assert abs(mean(ours, "loss")) < 0.9 * abs(mean(free, "loss")), "nothing was capped"
+    assert abs(mean(ours, "loss")) < 0.9 * abs(mean(free, "loss")), "no row was capped"
     assert_close(ours.kl_sum, theirs.kl_sum, 1e-10)
     for gradient, expected in zip(our_grads, their_grads, strict=True):
         assert_close(gradient, expected, 1e-10)
 
 
+@pytest.mark.parametrize("config", LOSSES, ids=name)
+def test_the_autograd_fallback_equals_the_fast_gradient(config: LossConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In value, gradients and metrics; for every divergence of the table."""
+    hidden, head, t_hidden, t_head = rows_and_head(12, 40, 8)
+    capped = dataclasses.replace(config, token_kl_cap=0.5)
+
+    def run() -> Any:
+        targets = TeacherRows(t_hidden, t_head)
+        return gradients(
+            lambda h, w: fused_linear_kl(h, w, targets, capped, torch.ones(12), topk_logits_k=0), hidden, head
+        )
+
+    fast, fast_gradients = run()
+    assert FAST_GRADIENTS.keys() == DIVERGENCES.keys(), "a divergence without a fast gradient is not compared here"
+    monkeypatch.setattr(full_vocab, "FAST_GRADIENTS", {})
+    fallback, fallback_gradients = run()
+    assert_close(fallback.kl_sum, fast.kl_sum, 1e-12)
+    for ours, expected in zip(fallback_gradients, fast_gradients, strict=True):
+        assert_close(ours, expected, 1e-12)
+    for metric in fast.stats:
+        assert mean(fallback, metric) == pytest.approx(mean(fast, metric), rel=1e-12)
+
+
+def test_a_new_divergence_is_one_function_and_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Total variation, on the top-k path and over the complete vocabulary, without a gradient by hand."""
+
+    def total_variation(pair: Pair, loss_config: LossConfig) -> Tensor:
+        return (pair.log_p_NE.exp() - pair.log_q_NE.exp()).abs().sum(dim=-1) / 2
+
+    monkeypatch.setattr(divergences, "DIVERGENCES", {**DIVERGENCES, "tv": total_variation})
+    monkeypatch.setattr(full_vocab, "DIVERGENCES", {**DIVERGENCES, "tv": total_variation})
+    monkeypatch.setattr(checks, "_choices", dict)
+    hidden, head, t_hidden, t_head = rows_and_head(9, 30, 8)
+    config: Any = LossConfig(kl_type="tv")  # type: ignore[arg-type]
+    p_NV = torch.softmax(t_hidden @ t_head.t(), 1)
+
+    def by_definition(h: Tensor, w: Tensor) -> Tensor:
+        return (p_NV - torch.softmax(h @ w.t(), 1)).abs().sum() / 2
+
+    expected, expected_gradients = gradients(by_definition, hidden, head)
+    for targets in (exact_topk(t_hidden @ t_head.t(), 30), TeacherRows(t_hidden, t_head)):
+        found, found_gradients = gradients(
+            lambda h, w, t=targets: fused_linear_kl(h, w, t, config, torch.ones(9), chunk_rows=4, topk_logits_k=0),
+            hidden,
+            head,
+        )
+        assert_close(found.kl_sum, expected, 1e-12)
+        for ours, exact in zip(found_gradients, expected_gradients, strict=True):
+            assert_close(ours, exact, 1e-12)
+
+
+def test_the_autograd_fallback_reports_its_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, vocab = 16, 4000
+    hidden, head, t_hidden, t_head = rows_and_head(rows, vocab, 4, dtype=torch.float32)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    peaks = {}
+    monkeypatch.setattr(full_vocab, "FAST_GRADIENTS", {})
+    for kl_type in DIVERGENCES:
+        config: Any = LossConfig(kl_type=kl_type)  # type: ignore[arg-type]
+        with LiveBytes((hidden.numel(), head.numel())) as memory:
+            targets = TeacherRows(t_hidden, t_head)
+            fused_linear_kl(hidden, head, targets, config, torch.ones(rows), topk_logits_k=0).kl_sum.backward()
+        peaks[kl_type] = memory.peak / (4 * rows * vocab)
+    assert chunk_buffers(config, 0) - 1 < max(peaks.values()) < chunk_buffers(config, 0) + 0.3, peaks
+
+
 @pytest.mark.parametrize(("support", "k", "buffers"), [("teacher", 5, 2), ("student", 5, 3), ("teacher", 0, 4)])
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig("jsd"), SAMPLED], ids=name)
-def test_teacher_rows_hold_so_many_chunks_of_logits(config: LossConfig, support: Any, k: int, buffers: int) -> None:
-    """Bytes alive at once, beyond one gradient of hidden rows and head each; the default chunk is made by the same."""
+def test_chunk_buffers_is_the_peak_memory_of_a_chunk(config: LossConfig, support: Any, k: int, buffers: int) -> None:
+    """Peak of live bytes, without the gradients of hidden rows and head; ``default_chunk_rows`` uses this number."""
     rows, vocab, width, chunk_rows = 48, 4000, 4, 16
     hidden, head, t_hidden, t_head = rows_and_head(rows, vocab, width, dtype=torch.float32)
     hidden.requires_grad_()
@@ -328,7 +401,7 @@ def test_teacher_rows_hold_so_many_chunks_of_logits(config: LossConfig, support:
     assert chunk_buffers(config, k) == buffers
 
 
-def test_the_default_chunk_is_a_budget_of_memory() -> None:
+def test_the_default_chunk_size_follows_a_memory_budget() -> None:
     hidden = torch.empty(0, 1)
     assert default_chunk_rows(hidden, 49_152) == default_chunk_rows(hidden, 500) == 256
     for vocab, buffers in ((49_152, 4), (151_936, 2), (151_936, 4)):

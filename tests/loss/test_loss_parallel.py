@@ -1,4 +1,4 @@
-"""A vocabulary-parallel head on two and four ranks gives the numbers of a whole one."""
+"""A vocabulary-parallel head on two and four ranks gives the numbers of a complete head."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from distill.loss import Sampled, VocabParallel, fused_linear_kl, teacher_topk
 from distill.types import LossOutput, TeacherRows
 from tests.helpers import run_ranks
 from tests.loss.test_fused import name, rows_and_head
-from tests.loss_oracle import MEMBERS
+from tests.loss_oracle import LOSSES
 
 SAMPLED = LossConfig(kl_type="sampled", token_kl_cap=1.5)
-CASES = [*MEMBERS, SAMPLED]
+CASES = [*LOSSES, SAMPLED]
 ROWS, VOCAB, PADDED, VALID = 9, 40, 48, 43
-"""Four ranks hold 12 columns each; of the last rank's, 7 count."""
+"""Four ranks have 12 columns each; 7 of the last rank's are real."""
 
 
 def _inputs(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -30,7 +30,7 @@ def _inputs(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _step(config: LossConfig, dtype: torch.dtype, k: int, sampling: float, parallel: VocabParallel | None) -> Any:
-    """The loss, the gradients and the metrics of this rank's part of the head, or of the whole one."""
+    """Return loss, gradients and metrics with this rank's shard of the head, or with the complete head."""
     hidden, head, t_hidden, t_head, ids_N, weight_N = _inputs(dtype)
     extra_ids_N = ids_N if config.kl_type == "sampled" else None
     topk = teacher_topk(t_hidden, t_head, k, config.temperature or sampling, valid_vocab=VALID, extra_ids_N=extra_ids_N)
@@ -60,14 +60,14 @@ def _all_steps(parallel: VocabParallel | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for config in CASES:
         found[name(config)] = _step(config, torch.float64, 6, 0.6, parallel)
-    for k in (1, VALID):  # K is the vocabulary: no rank has a tail
+    for k in (1, VALID):  # K = V: no rank has a tail
         found[f"{k} ids"] = _step(LossConfig(kl_type="reverse"), torch.float64, k, 0.6, parallel)
     found["two temperatures"] = _step(LossConfig(temperature=2.0), torch.float64, 6, 0.6, parallel)
     return found
 
 
 def _d_hidden(dtype: torch.dtype, parallel: VocabParallel | None) -> torch.Tensor:
-    """Of bf16 operands, with enough rows for the size of the rounding to be no matter of luck."""
+    """Return the hidden rows' gradient of bf16 operands; many rows make the mean rounding error stable."""
     tensors = rows_and_head(64, 512, 64, dtype=torch.bfloat16)
     hidden, head, t_hidden, t_head = (tensor.to(dtype) for tensor in tensors)
     topk = teacher_topk(t_hidden, t_head, 16, 1.0)
@@ -105,13 +105,13 @@ def _on_ranks() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_head_spread_over_ranks_gives_the_whole_heads_numbers(ranks: int) -> None:
-    whole = _all_steps(None)
+def test_a_vocabulary_parallel_head_gives_the_complete_heads_numbers(ranks: int) -> None:
+    complete = _all_steps(None)
     exact = _d_hidden(torch.float64, None)
     rounding = (_d_hidden(torch.bfloat16, None) - exact).norm()
     for rank, found in enumerate(run_ranks(ranks, _on_ranks)):
         own = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
-        for case, (loss, d_hidden, d_head, stats) in whole.items():
+        for case, (loss, d_hidden, d_head, stats) in complete.items():
             loss_, d_hidden_, d_head_, stats_ = found[case]
             assert float(loss_) == pytest.approx(float(loss), rel=1e-12), case
             assert (d_hidden_ - d_hidden).norm() <= 1e-12 * d_hidden.norm(), case
@@ -119,8 +119,8 @@ def test_a_head_spread_over_ranks_gives_the_whole_heads_numbers(ranks: int) -> N
             assert stats_ == pytest.approx(stats, rel=1e-9), case
             if rank == ranks - 1:
                 assert (d_head_[VALID - own.start :] == 0).all()
-        assert (found["rounded"] - exact).norm() <= 1.02 * rounding, "the ranks' parts are rounded before their sum"
-        # seven rows of weight other than 0 in chunks of four: one maximum, one packed sum and dHidden a chunk
+        assert (found["rounded"] - exact).norm() <= 1.02 * rounding, "the ranks' terms are rounded before their sum"
+        # Seven rows of weight other than 0 in chunks of four: one maximum, one packed sum and one dHidden per chunk.
         kept = [4, 3]
         assert found["calls"] == [
             call
@@ -133,14 +133,16 @@ def test_a_head_spread_over_ranks_gives_the_whole_heads_numbers(ranks: int) -> N
         ]
 
 
-def test_what_a_spread_head_cannot_do_is_refused_by_all_ranks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that raised alone would leave the others waiting for it."""
+def test_unsupported_settings_of_a_vocabulary_parallel_head_are_refused_by_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If only one rank raised, the other ranks would wait for it."""
     monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
     hidden, head, t_hidden, t_head, _, weight_N = _inputs(torch.float64)
     topk = teacher_topk(t_hidden, t_head, 6, 1.0, valid_vocab=36)
-    nobody: Any = None
+    group: Any = None
     for first in (0, 12, 24, 36):
-        with pytest.raises(UserError, match=r"last of 4 parts .* begins at column 36 of a vocabulary of 36, so it has"):
+        with pytest.raises(UserError, match="36 of 36") as error:
             fused_linear_kl(
                 hidden,
                 head[first : first + 12],
@@ -148,10 +150,11 @@ def test_what_a_spread_head_cannot_do_is_refused_by_all_ranks_alike(monkeypatch:
                 LossConfig(),
                 weight_N,
                 valid_vocab=36,
-                parallel=VocabParallel(nobody, first, PADDED),
+                parallel=VocabParallel(group, first, PADDED),
             )
+        assert (error.value.key, error.value.value) == ("policy.dtensor_cfg.tensor_parallel_size", 4)
     for config, k in ((LossConfig(support="student"), 5), (LossConfig(), 0)):
-        with pytest.raises(UserError, match="not made with a vocabulary-parallel head"):
+        with pytest.raises(UserError, match="support=student") as error:
             fused_linear_kl(
                 hidden,
                 head[:24],
@@ -160,5 +163,6 @@ def test_what_a_spread_head_cannot_do_is_refused_by_all_ranks_alike(monkeypatch:
                 weight_N,
                 topk_logits_k=k,
                 valid_vocab=VALID,
-                parallel=VocabParallel(nobody, 0, PADDED),
+                parallel=VocabParallel(group, 0, PADDED),
             )
+        assert error.value.key == "policy.dtensor_cfg.tensor_parallel_size"

@@ -1,4 +1,4 @@
-"""The loss on Triton's kernels, interpreted where there is no GPU, against the loss on PyTorch's passes."""
+"""The loss on Triton kernels (interpreted if there is no GPU) against the loss on PyTorch passes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import Sampled, Tokens, check_loss_backend, fused_linear_kl, teacher_topk, topk_kl
-from distill.loss.backend import TorchPass, TritonPass, choose_pass
-from distill.loss.reduction import Scratch
+from distill.loss.topk_reduction import Scratch, TorchKernels, TritonKernels, choose_kernels
 from distill.types import TeacherRows, TopK
 from tests.loss.test_fused import gradients, mean, name, rows_and_head
-from tests.loss_oracle import MEMBERS, exact_topk
+from tests.loss_oracle import LOSSES, exact_topk
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,10 +24,10 @@ SAMPLED = LossConfig(kl_type="sampled")
 ROWS, VOCAB, VALID = 7, 530, 517
 
 
-def both(
+def on_both(
     config: LossConfig, dtype: torch.dtype, k: int, rows: bool, sampling: float = 0.6
 ) -> list[tuple[Any, list[torch.Tensor]]]:
-    """Loss, metrics and gradients on Triton, on PyTorch and on PyTorch in float64, everything from hidden rows on."""
+    """Return output and gradients on Triton, on PyTorch, and on PyTorch in float64, from the same hidden rows."""
     tensors = [tensor.to(DEVICE) for tensor in rows_and_head(ROWS, VOCAB, 8, dtype=dtype)]
     weight_N = torch.tensor([1.0, 1, 0, 1, 0.5, 1, 1], device=DEVICE)
     ids_N = torch.arange(ROWS, device=DEVICE) * 70
@@ -68,37 +67,37 @@ def assert_as_good(runs: list[tuple[Any, list[torch.Tensor]]], bound: float, gra
 
 
 @pytest.mark.parametrize("k", [1, 9])
-@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
-def test_float32_is_as_exact_as_pytorchs(config: LossConfig, k: int) -> None:
-    assert_as_good(both(config, torch.float32, k, rows=False), 2e-6, 1e-6)
+@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
+def test_float32_on_triton_is_as_exact_as_on_pytorch(config: LossConfig, k: int) -> None:
+    assert_as_good(on_both(config, torch.float32, k, rows=False), 2e-6, 1e-6)
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig("reverse", outside_topk="floor")], ids=name)
-def test_a_support_that_is_the_vocabulary(config: LossConfig) -> None:
-    assert_as_good(both(config, torch.float32, VALID, rows=False), 2e-6, 1e-6)
+def test_k_equal_to_the_vocabulary_on_triton(config: LossConfig) -> None:
+    assert_as_good(on_both(config, torch.float32, VALID, rows=False), 2e-6, 1e-6)
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig("reverse", outside_topk="floor"), SAMPLED], ids=name)
-def test_bf16_operands_are_as_exact_as_pytorchs(config: LossConfig) -> None:
-    """The interpreter cuts bf16 off where a GPU rounds it: twice the error, hence the slack of one rounding."""
+def test_bf16_on_triton_is_as_exact_as_on_pytorch(config: LossConfig) -> None:
+    """The interpreter truncates to bf16 and a GPU rounds: the error doubles, hence the slack of one rounding."""
     slack = 2e-4 if DEVICE == "cuda" else 6e-3
-    assert_as_good(both(config, torch.bfloat16, 9, rows=False), 1e-5, slack)
+    assert_as_good(on_both(config, torch.bfloat16, 9, rows=False), 1e-5, slack)
 
 
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("config", [LossConfig(), SAMPLED, LossConfig("reverse", outside_topk="floor")], ids=name)
-def test_targets_made_in_the_chunk_loop(config: LossConfig, support: Any) -> None:
-    assert_as_good(both(dataclasses.replace(config, support=support), torch.float32, 9, rows=True), 2e-6, 1e-6)
+def test_teacher_rows_on_triton(config: LossConfig, support: Any) -> None:
+    assert_as_good(on_both(dataclasses.replace(config, support=support), torch.float32, 9, rows=True), 2e-6, 1e-6)
 
 
-def test_the_whole_vocabulary_and_another_temperature() -> None:
-    assert_as_good(both(LossConfig(), torch.float32, 0, rows=True), 2e-6, 1e-6)
-    assert_as_good(both(LossConfig(temperature=2.0), torch.float32, 9, rows=False), 2e-6, 1e-6)
+def test_the_complete_vocabulary_and_two_temperatures_on_triton() -> None:
+    assert_as_good(on_both(LossConfig(), torch.float32, 0, rows=True), 2e-6, 1e-6)
+    assert_as_good(on_both(LossConfig(temperature=2.0), torch.float32, 9, rows=False), 2e-6, 1e-6)
 
 
 @pytest.mark.parametrize(("k", "rows"), [(9, False), (9, True), (0, True)])
-def test_rounded_logits_give_nearly_the_same(k: int, rows: bool) -> None:
-    runs = both(LossConfig(logits_dtype="bfloat16"), torch.bfloat16, k, rows)
+def test_rounded_logits_on_triton_are_close_to_those_on_pytorch(k: int, rows: bool) -> None:
+    runs = on_both(LossConfig(logits_dtype="bfloat16"), torch.bfloat16, k, rows)
     (ours, our_grads), (torchs, torch_grads), _ = runs
     assert float(ours.kl_sum.detach()) == pytest.approx(float(torchs.kl_sum.detach()), rel=2e-3)
     for gradient, plain in zip(our_grads, torch_grads, strict=True):
@@ -106,7 +105,7 @@ def test_rounded_logits_give_nearly_the_same(k: int, rows: bool) -> None:
 
 
 def spy_on_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
-    """What the kernels are called with, as it happens."""
+    """Return a list that records every call of a kernel."""
     from distill.kernels import loss_student as student
     from distill.kernels import topk
 
@@ -132,22 +131,22 @@ def spy_on_kernels(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any
         (torch.bfloat16, "bfloat16", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_logits_and_gradient_are_no_wider_than_they_must_be(
+def test_logits_and_gradient_have_the_narrowest_dtype(
     dtype: torch.dtype, logits_dtype: Any, z_dtype: torch.dtype, out_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In dtypes and in place: every byte more of [C, V] is time. The teacher's logits are float32 all the same."""
+    """The gradient overwrites the logits if the dtypes are equal. The teacher's logits are always float32."""
     calls = spy_on_kernels(monkeypatch)
-    both(LossConfig(logits_dtype=logits_dtype), dtype, 9, rows=False)
+    on_both(LossConfig(logits_dtype=logits_dtype), dtype, 9, rows=False)
     assert [function for function, _ in calls] == ["topk_with_tail"] * 3 + ["reduce_rows", "gradient_rows"] * 2
     for function, args in calls:
         z_CV, out_CV = args[0], args[-1]
         assert z_CV.dtype == (torch.float32 if function == "topk_with_tail" else z_dtype)
         if function == "gradient_rows":
             assert out_CV.dtype == out_dtype
-            assert (out_CV.data_ptr() == z_CV.data_ptr()) == (z_dtype == out_dtype), "over the logits where they fit"
+            assert (out_CV.data_ptr() == z_CV.data_ptr()) == (z_dtype == out_dtype), "in place if the dtypes are equal"
 
 
-def test_where_no_gradient_is_made_there_is_no_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gradient_no_buffer_is_allocated_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     names: set[str] = set()
     get = Scratch.get
 
@@ -167,12 +166,12 @@ def test_where_no_gradient_is_made_there_is_no_room_for_one(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("config", [*MEMBERS, SAMPLED], ids=name)
-def test_bf16_errs_no_more_than_plain_pytorch_in_bf16(config: LossConfig, backend: Any) -> None:
-    """Plus 10%, loss and both gradients, against float64 of the same bf16 operands.
+@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
+def test_bf16_error_is_at_most_that_of_plain_pytorch_in_bf16(config: LossConfig, backend: Any) -> None:
+    """Plus 10%, for the loss and both gradients, against float64 with the same bf16 operands.
 
-    Rounded logits leave us plain PyTorch's error, and the backward's scale rounds once more. In the interpreter, which
-    cuts bf16 off where a GPU rounds it, that is not asked.
+    With rounded logits the backward's scale rounds once more. The interpreter is not tested for them: it truncates to
+    bf16.
     """
     tensors = [tensor.to(DEVICE) for tensor in rows_and_head(16, 1000, 32, dtype=torch.bfloat16)]
     ids_N = torch.arange(16, device=DEVICE) * 60
@@ -192,8 +191,8 @@ def test_bf16_errs_no_more_than_plain_pytorch_in_bf16(config: LossConfig, backen
 
     def errors(found: Any) -> list[float]:
         loss, (exact_loss, exact_grads) = getattr(found[0], "kl_sum", found[0]), exact
-        apart = [(g.double() - e).norm() / e.norm() for g, e in zip(found[1], exact_grads, strict=True)]
-        return [float((loss.detach() - exact_loss.detach()).abs() / exact_loss.detach().abs()), *map(float, apart)]
+        distances = [(g.double() - e).norm() / e.norm() for g, e in zip(found[1], exact_grads, strict=True)]
+        return [float((loss.detach() - exact_loss.detach()).abs() / exact_loss.detach().abs()), *map(float, distances)]
 
     theirs = errors(plain(topk, *tensors[:2]))
     ours = errors(fused(dataclasses.replace(config, backend=backend)))
@@ -203,7 +202,7 @@ def test_bf16_errs_no_more_than_plain_pytorch_in_bf16(config: LossConfig, backen
         assert all(our <= 1.1 * math.hypot(their, 2**-9) for our, their in zip(ours, theirs, strict=True)), ours
 
 
-def test_the_teachers_topk_is_that_of_float64() -> None:
+def test_the_teachers_topk_on_triton_is_that_of_float64() -> None:
     _, _, hidden, head = (tensor.to(DEVICE) for tensor in rows_and_head(6, 500, 8, dtype=torch.float32))
     exact = exact_topk((hidden @ head.t()).cpu(), 20, 0.6)
     assert exact.entropy_N is not None
@@ -220,16 +219,17 @@ def test_the_teachers_topk_is_that_of_float64() -> None:
         torch.testing.assert_close(found.entropy_N, exact.entropy_N.float(), rtol=0, atol=1e-5)
 
 
-def test_a_backend_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_is_chosen_by_device_and_dtype_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert isinstance(choose_pass("auto", cpu, torch.float32), TorchPass)
-    assert isinstance(choose_pass("auto", cuda, torch.float32), TritonPass)
-    assert isinstance(choose_pass("torch", cuda, torch.float32), TorchPass)
-    assert isinstance(choose_pass("triton", cuda, torch.float64), TorchPass)
+    assert isinstance(choose_kernels("auto", cpu, torch.float32), TorchKernels)
+    assert isinstance(choose_kernels("auto", cuda, torch.float32), TritonKernels)
+    assert isinstance(choose_kernels("torch", cuda, torch.float32), TorchKernels)
+    assert isinstance(choose_kernels("triton", cuda, torch.float64), TorchKernels)
     monkeypatch.setattr("distill.kernels.interpreted", lambda: False)
-    with pytest.raises(UserError, match=r"loss_fn.backend=triton can't run on cpu: set loss_fn.backend=auto"):
+    with pytest.raises(UserError, match="cpu") as error:
         check_loss_backend(LossConfig(backend="triton"), cpu)
-    monkeypatch.setattr("distill.loss.backend.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs Triton on cuda, and it isn't installed: .* loss_fn.backend=torch"):
+    assert (error.value.key, error.value.value) == ("loss_fn.backend", "triton")
+    monkeypatch.setattr("distill.loss.topk_reduction.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"cuda.*backend=torch"):
         check_loss_backend(LossConfig(), cuda)
     check_loss_backend(LossConfig(backend="torch"), cuda)

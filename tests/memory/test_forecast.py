@@ -138,7 +138,7 @@ def test_dry_run_reports_an_unknown_model_without_an_error() -> None:
 
 
 def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[ModelShape, float, float]:
-    """Return the shape, and bytes per position saved for the backward and at the peak, of one layer on fake tensors."""
+    """Return the shape of a layer, and its saved and peak bytes per position, on fake tensors."""
     kinds: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3DecoderLayer), "llama": (LlamaConfig, LlamaDecoderLayer)}
     make, layer_class = kinds[family]
     config = make(
@@ -152,7 +152,7 @@ def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[Model
     )
     shape = shape_of(config, family)
     config._attn_implementation = "sdpa"
-    positions, dtype = 2**16, torch.bfloat16  # so many that the weights' gradients are negligible
+    positions, dtype = 2**16, torch.bfloat16  # enough to make the weights' gradients negligible
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode():
@@ -172,7 +172,7 @@ def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[Model
 
 
 def _saved_by_sdpa(shape: ModelShape) -> int:
-    """Return the saved bytes for a single sequence, where the projection reads the kernel's output without a copy."""
+    """Return the saved bytes of a single sequence, which needs no copy of the kernel's output."""
     return saved_by_layer(shape, 2) - 2 * shape.heads * shape.head_dim
 
 
@@ -196,7 +196,7 @@ def test_read_by_layer_equals_the_peak_of_a_forward_without_gradient(family: str
 
 
 def _peaks(root: str, world: World) -> dict[bool, tuple[int, int, Forecast]]:
-    """Return peak bytes of training and of the teacher's targets, with and without activation checkpointing."""
+    """Return peak bytes of training and of targets, with and without activation checkpointing."""
     files, shape = find_model(root, "policy.model_name"), known(root)
     rollout = Rollout(Prompt(0, (1,) * 12, Problem("")), 0, (2,) * 500, (-1.0,) * 500, "length", 0, (1,) * 12)
     micro_batch = pack([(i, rollout) for i in range(4)])
@@ -228,15 +228,13 @@ def _peaks(root: str, world: World) -> dict[bool, tuple[int, int, Forecast]]:
 
 @pytest.mark.slow
 def test_forecast_equals_the_memory_of_a_step_on_two_ranks(two_ranks: Sequence[Measured]) -> None:
-    """On a CPU FSDP prefetches nothing and reduces gradients immediately; its resized storages are not measured."""
+    """On CPUs FSDP prefetches nothing and reduces immediately; resized storages are not measured."""
     for peaks, _ in two_ranks:
         for training, reading, expected in peaks.values():
             train, teacher = expected.phases["train"], expected.phases["teacher"]
-            seen = ("gradients", "saved activations", "one layer's working set", "embedding's and head's gradient")
+            seen = ("gradients", "saved activations", "layer workspace", "embedding gradients")
             assert training == pytest.approx(sum(train[line] for line in seen), rel=0.05)
-            assert reading == pytest.approx(
-                teacher["teacher's working set"] + teacher["gathered layers"] // 2, rel=0.05
-            )
+            assert reading == pytest.approx(teacher["teacher workspace"] + teacher["gathered layers"] // 2, rel=0.05)
 
 
 # ---- formulas against numbers computed by hand -----------------------------------------------------------------------
@@ -253,9 +251,9 @@ def test_forecast_of_a_32b_teacher_on_eight_cards_of_80_gb() -> None:
     assert lines == {
         "teacher shards": 2 * 32_762_123_264 // 8,  # 8.2 GB of the 65.5; in float32 it would be 16.4
         "gathered layers": 2 * 2 * layer,  # the current and the prefetched one
-        "gathered embedding and head": 2 * outside,
+        "gathered embeddings": 2 * outside,
         # Four ranks read four packs together, 8192 positions each: three inner tensors of the MLP, four residual ones.
-        "teacher's working set": 2 * (3 * 25600 + 4 * 5120) * 8192,
+        "teacher workspace": 2 * (3 * 25600 + 4 * 5120) * 8192,
         "targets": 8 * (64 + 1) * 8 * 8191,  # 8 of 64 responses per rank
         "master weights": 4 * 1_720_574_976 // 8,
         "optimizer state": 0,  # on the host
@@ -271,7 +269,7 @@ def test_forecast_of_a_32b_teacher_on_eight_cards_of_80_gb() -> None:
 
 
 def test_forecast_of_a_4b_student_with_tensor_and_context_parallelism() -> None:
-    """16 ranks: dp 4, cp 2, tp 2; packs of 20480 tokens, 10240 positions per rank; the backward of a layer."""
+    """dp 4, cp 2, tp 2; packs of 20480 tokens, 10240 positions per rank; the backward of a layer."""
     config = recipe(LONG, "cluster.gpu_memory_gb=80")
     lines = forecast(config).phases["train"]
     # q and o 2 * 2560 * 4096, k and v 2 * 2560 * 1024, the MLP 3 * 2560 * 9728, norms 2 * 2560 + 2 * 128.
@@ -284,11 +282,11 @@ def test_forecast_of_a_4b_student_with_tensor_and_context_parallelism() -> None:
         "optimizer state": 4_022_468_096 // 2,
         "targets": 8 * 65 * 16 * 20479 // 2,
         "gathered layers": 2 * 2 * layer // 2,
-        "gathered embedding and head": 2 * (151936 + 1) * 2560 // 2,
+        "gathered embeddings": 2 * (151936 + 1) * 2560 // 2,
         "saved activations": 10240 * (36 * 2 * 2560 + 6 * 2560),
-        "one layer's working set": 10240 * (norms + attention + mlp + 4 * 4864 + 4 * 2560),
+        "layer workspace": 10240 * (norms + attention + mlp + 4 * 4864 + 4 * 2560),
         "gradient reduction": 10 * layer // 2,
-        "embedding's and head's gradient": 2 * 151936 * 2560 // 2,
+        "embedding gradients": 2 * 151936 * 2560 // 2,
         "reserve": RESERVE,
     }
 
@@ -297,23 +295,23 @@ def test_engine_cache_is_its_share_of_the_card_minus_its_weights() -> None:
     config = recipe(LONG, "cluster.gpu_memory_gb=80")
     share, weights = int(0.6 * int(80 * GIB * 0.98)), 2 * 4_022_468_096 // 2
     lines = forecast(config).phases["generate"]
-    assert (lines["engine's weights"], lines["engine's cache"]) == (weights, share - weights)
+    assert (lines["engine weights"], lines["engine cache"]) == (weights, share - weights)
     unknown = recipe(LONG)
-    assert forecast(unknown).phases["generate"].get("engine's cache") is None
-    assert forecast(unknown, card=80 * GIB).phases["generate"]["engine's cache"] == int(0.6 * 80 * GIB) - weights
+    assert forecast(unknown).phases["generate"].get("engine cache") is None
+    assert forecast(unknown, card=80 * GIB).phases["generate"]["engine cache"] == int(0.6 * 80 * GIB) - weights
 
 
 @pytest.mark.parametrize(
     ("override", "phase", "line", "factor"),
     [
         ("policy.dtensor_cfg.context_parallel_size=4", "train", "saved activations", 0.5),
-        ("policy.dtensor_cfg.tensor_parallel_size=4", "train", "gathered embedding and head", 0.5),
+        ("policy.dtensor_cfg.tensor_parallel_size=4", "train", "gathered embeddings", 0.5),
         ("policy.dtensor_cfg.cpu_offload=true", "train", "master weights", 0),
         ("policy.dtensor_cfg.cpu_offload=true", "train", "optimizer state", 0),
         ("cluster.num_nodes=4", "train", "optimizer state", 0.5),
         ("cluster.num_nodes=4", "teacher", "teacher shards", 0.5),
         ("teacher.precision=float32", "teacher", "teacher shards", 2),
-        ("policy.generation.vllm_cfg.tensor_parallel_size=4", "generate", "engine's weights", 0.5),
+        ("policy.generation.vllm_cfg.tensor_parallel_size=4", "generate", "engine weights", 0.5),
     ],
 )
 def test_each_key_changes_its_line(override: str, phase: str, line: str, factor: float) -> None:
@@ -325,7 +323,7 @@ def test_self_ema_teacher_has_a_float32_average_in_every_phase() -> None:
     mode = "distillation.context_distillation.mode=self_ema"
     found = forecast(recipe("my-context-self-distillation-1n4g.yaml", mode))
     for phase in PHASES:
-        assert found.phases[phase]["teacher's average"] == found.phases["train"]["master weights"]
+        assert found.phases[phase]["teacher average"] == found.phases["train"]["master weights"]
 
 
 def test_each_replica_has_a_complete_model() -> None:
@@ -338,7 +336,7 @@ def test_without_a_gpu_nothing_is_offloaded_to_host_memory() -> None:
     found = forecast(recipe("my-distillation-1n4g.yaml"), cuda=False)
     assert found.host == {}
     for lines in found.phases.values():
-        assert {"master weights", "optimizer state", "teacher shards", "engine's cache"} <= lines.keys()
+        assert {"master weights", "optimizer state", "teacher shards", "engine cache"} <= lines.keys()
         assert "reserve" not in lines
 
 
@@ -352,7 +350,7 @@ def test_a_bfloat16_teacher_of_32b_has_two_bytes_per_parameter() -> None:
 
 
 class _Wide(TorchDispatchMode):
-    """Records the sizes of tensors with four or more bytes per element that are created while it is active."""
+    """Records the sizes of new tensors with four or more bytes per element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -441,7 +439,7 @@ _MEMORY, _SHARE = "cluster.gpu_memory_gb", "policy.generation.vllm_cfg.gpu_memor
             "qwen3-14b-context-self-distillation-4n4g.yaml",
             [f"{_SHARE}=0.95"],
             _MEMORY,
-            ["phase sync", "engine's cache", f"change {_SHARE}"],
+            ["phase sync", "engine cache", f"change {_SHARE}"],
         ),
         (
             "distillation-qwen3-32b-to-1.7b-base-1n4g-fsdp2tp1.v1.yaml",
@@ -530,7 +528,7 @@ def test_a_run_raises_the_errors_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -
             plan_memory(recipe(LARGE, "cluster.gpus_per_node=12", *_CP3), *shapes, device)
         assert (refused.value.key, refused.value.value) == (_CP, 3)
     found = plan_memory(recipe(LARGE), *shapes, gpu)  # no check of the card, but the engine's share is known
-    assert found.phases["generate"]["engine's cache"] == int(0.6 * 79 * GIB) - 2 * PUBLISHED["1.7"]
+    assert found.phases["generate"]["engine cache"] == int(0.6 * 79 * GIB) - 2 * PUBLISHED["1.7"]
     assert plan_memory(recipe(LARGE, "cluster.gpu_memory_gb=1"), *shapes, cpu).host == {}
 
 

@@ -26,7 +26,7 @@ SEQUENCES = [
 
 
 def _heads(length: int, channels: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """Return queries [1, 4, T, Dh], keys and values [1, 2, T, Dh] with gradients, laid out as by projections."""
+    """Return queries [1, 4, T, Dh], keys and values [1, 2, T, Dh] with gradients."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(1, length, heads, channels, generator=generator) for heads in (4, 2, 2)]
     return [heads.to(device, dtype).transpose(1, 2).requires_grad_() for heads in made]
@@ -44,7 +44,7 @@ def _flash(
     scale: float | None,
     window_size: tuple[int, int],
 ) -> Tensor:
-    """Compute ``varlen_attn`` on [T, H, D]: token i of a sequence attends to i - left to i + right; -1 is no limit."""
+    """Compute ``varlen_attn`` on [T, H, D]: token i attends to i - left .. i + right; -1: no limit."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     bounds, (left, right) = cu_seq_q.tolist(), window_size
     assert bounds == cu_seq_k.tolist() and max_q == max_k == max(b - a for a, b in pairwise(bounds))

@@ -1,4 +1,4 @@
-"""Teachers that follow the student: the average equals its formula, the forward uses it, resume continues it."""
+"""Teachers that follow the student: average, forward and resume."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _complete(named: Any, world: World) -> dict[str, Tensor]:
 
 
 def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
-    """Train three steps; return the student's weights after each, the teacher's after the last, and resume's result."""
+    """Train three steps; return the student's weights, the teacher's, and the result of resume."""
     world = World()
     world.build_mesh("cpu", tp, 1)
     config = _config(folder, mode, f"policy.dtensor_cfg.tensor_parallel_size={tp}")

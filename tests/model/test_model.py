@@ -1,4 +1,4 @@
-"""Sharded models: loading, packed forward against the plain one, offload to host memory, tensor-parallel plans."""
+"""Sharded models: loading, packed forward, offload to host memory, tensor-parallel plans."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BIG = dict(vocab=20_000, hidden=1024, layers=4)
 
 
 def _on_two_ranks(root: str) -> dict[str, Any]:
-    """Return everything measured on sharded models in one world: logits, weights, verification, peak memory."""
+    """Return measurements on sharded models: logits, weights, verification, peak memory."""
     world = World()
     world.build_mesh("cpu", tp=1, cp=1)
     found: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def _verifications(folder: str, world: World) -> tuple[float, str]:
 
 
 def _rows_alive(folder: str, world: World) -> list[int]:
-    """Return how many of the teacher's hidden rows and heads exist before training, after it, and after the step."""
+    """Return the number of hidden rows and heads before training, after it, and after the step."""
     settings = ("distillation.topk_logits_k=0", "distillation.allow_degenerate=true")
     config = config_for(Path(folder), Path(folder), *settings, ranks=2)
     files = hf_files.find_model(folder, "teacher.model_name")
@@ -128,7 +128,7 @@ def _rows_alive(folder: str, world: World) -> list[int]:
 
 
 def _peak_while_loading(folder: str, world: World) -> tuple[int, int]:
-    """Return the peak bytes that loading added to this process's memory, and the bytes of the complete model."""
+    """Return the peak bytes that loading added to this process, and the complete model's bytes."""
     files = hf_files.find_model(folder, "policy.model_name")
     before, highest, stop = _own_memory(), 0, threading.Event()
 
@@ -295,7 +295,7 @@ def test_frozen_offload_frees_memory_and_restores_bit_for_bit() -> None:
 
 
 def _train_two_parameters(offload: bool) -> tuple[list[Tensor], list[int]]:
-    """Train two parameters for four steps; return them with their moments, and the released bytes per step.
+    """Train two parameters for four steps; return them, their moments and the released bytes.
 
     The second parameter gets gradients from the third step on. ``offload``: release the moments between steps.
     """
