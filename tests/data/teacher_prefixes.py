@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from distill.config import (
-    ContextDistillationConfig,
-    StaticTraceConfig,
-    TraceExtractorConfig,
-)
+from distill.config import ContextDistillationConfig, StaticTraceConfig, TraceExtractorConfig
 from distill.data.teacher_prefix import ContextPrefixes
 from distill.types import Problem, Prompt, Rollout
 from tests.tiny_tokenizer import tiny_tokenizer

@@ -23,22 +23,11 @@ from distill.checkpoint.resume import clock_of, compare_with_checkpoint, log_clo
 from distill.config import Config, DatasetConfig
 from distill.data import clock as clock_module
 from distill.data.clock import RunClock
-from distill.data.content import (
-    changed_parts,
-    data_hashes,
-    raise_if_ranks_differ,
-    tokenizer_hashes,
-)
+from distill.data.content import changed_parts, data_hashes, raise_if_ranks_differ, tokenizer_hashes
 from distill.data.prompts import PromptOrder, chat_ids, load_prompts
 from distill.errors import UserError
 from tests.helpers import free_port, run_ranks
-from tests.test_train import (
-    SINCE_THE_LAST_SYNC,
-    _command,
-    _mains,
-    _train_rows,
-    make_tiny_run,
-)
+from tests.test_train import SINCE_THE_LAST_SYNC, _command, _mains, _train_rows, make_tiny_run
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 
 DATED = (

@@ -5,115 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from distill.config import (
-    ContextDistillationConfig,
-    DatasetConfig,
-    load_config,
-)
-from distill.config.template import teacher_template
+from distill.config import ContextDistillationConfig, DatasetConfig, load_config
 from distill.data.prompts import PromptOrder, load_prompts
-from distill.data.teacher_prefix import (
-    SamePromptPrefixes,
-    build_teacher_prefixes,
-)
+from distill.data.teacher_prefix import SamePromptPrefixes, build_teacher_prefixes
 from distill.errors import UserError
 from distill.inputs import check_reading, find_models
-from tests.data.teacher_prefixes import (
-    CONTEXT,
-    RESPONSE,
-    STATIC,
-    prefixes,
-    read,
-    rollout,
-)
+from tests.data.teacher_prefixes import CONTEXT, RESPONSE, STATIC, prefixes, read, rollout
 from tests.harness import config_for
 from tests.helpers import save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            "{problem} {hint}",
-            r"teacher_prefix_template.* \{hint\}.*\{problem\}.*\{trace\}",
-        ),
-        ("{problem.text}", r"\{problem\.text\}"),
-        ("{problem}\n{problem.__class__}", r"\{problem\.__class__\}.* line 2"),
-        ("{problem[0]}", r"\{problem\[0\]\}"),
-        ("{problem} {trace!r}", r"\{trace!r\}"),
-        ("{problem} {trace:>9}", r"\{trace:>9\}"),
-        ("{problem} \\text{answer}", r"\{answer\}.* line 1"),
-        ("{problem", r" \{problem\}"),
-        ("{trace}", r" \{problem\}"),
-        ("Always answer in French.", r" \{problem\}"),
-        ("{{problem}}", r" \{problem\}"),
-    ],
-)
-def test_an_invalid_template_is_refused(template: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        prefixes(template)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=message):
-        load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
-
-
-@pytest.mark.parametrize(
-    ("template", "filled"),
-    [
-        ("{problem} in \\boxed{}", "1+1? in \\boxed{}"),
-        ("\\frac{\\sqrt{2}}{3} {problem}", "\\frac{\\sqrt{2}}{3} 1+1?"),
-        ('{"a": {"b": 1}}\n{problem}', '{"a": {"b": 1}}\n1+1?'),
-        ("\\boxed{ {problem} } }} {", "\\boxed{ 1+1? } } {"),
-        ("{{problem}} {problem}} {{{problem}}}", "{problem} 1+1?} {1+1?}"),
-        ("{ {{x}} } {problem} }", "{ {x} } 1+1? }"),
-        ("{{ } }} {problem} {0} {a b} { trace }", "{ } } 1+1? {0} {a b} { trace }"),
-    ],
-)
-def test_a_brace_that_belongs_to_no_placeholder_is_literal(template: str, filled: str) -> None:
-    made, _ = prefixes(template).add([rollout("2")])
-    assert read(made) == [filled]
-    load_config([f"distillation.context_distillation.teacher_prefix_template={template}"])
-
-
-PIECES = ["{problem}", "{trace}", "{{", "}}", "{", "}", "a", "\n", "problem", ".x", "!r", ":>3", "[0]", " "]
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
-def test_templates_valid_for_str_format_give_the_same_text(text: str) -> None:
-    values = {"problem": "p{trace}", "trace": "t}{"}
-    try:
-        fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
-        plain = all(field[1:] in (("problem", "", None), ("trace", "", None)) for field in fields)
-        good = plain and any(field[1] == "problem" for field in fields)
-    except ValueError:
-        good = False
-    if good:
-        assert teacher_template(text).fill(values) == text.format(**values)
-    else:
-        with contextlib.suppress(UserError):  # literal braces, or one clear sentence
-            teacher_template(text).fill(values)
-
-
-LITERAL = st.recursive(st.sampled_from(["a b", "\\x", "1", ""]), lambda inner: inner.map(lambda text: f"{{ {text}}}"))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(LITERAL, max_size=6).map("".join))
-def test_nested_literal_braces_are_unchanged(text: str) -> None:
-    assert teacher_template(f"{text}{{problem}}{text}").fill({"problem": "p"}) == f"{text}p{text}"
 
 
 @pytest.mark.parametrize(

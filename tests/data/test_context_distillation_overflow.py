@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.config import (
-    ContextDistillationConfig,
-)
+from distill.config import ContextDistillationConfig
 from distill.types import Problem, Prompt, Rollout
-from tests.data.teacher_prefixes import (
-    RESPONSE,
-    STATIC,
-    counted,
-    prefixes,
-    read,
-    rollout,
-)
+from tests.data.teacher_prefixes import RESPONSE, STATIC, counted, prefixes, read, rollout
 
 # -- overflow ---------------------------------------------------------------------------------------------------------
 

@@ -22,18 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.config import DatasetConfig
-<<<<<<< HEAD
-from distill.config.template import Template
-from distill.data.prompts import (
-    PromptOrder,
-    Prompts,
-    chat_ids,
-    load_prompts,
-    read_prompt_file,
-)
-=======
 from distill.data.prompts import PromptOrder, Prompts, chat_ids, load_prompts, read_prompt_file
->>>>>>> main
 from distill.errors import UserError
 from distill.types import Problem
 from tests.data.loading import load_datasets, refusal

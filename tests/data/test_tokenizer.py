@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from distill.config import ContextDistillationConfig
@@ -27,16 +20,7 @@ from distill.data.tokenizer import tokenizer_class_misreads
 from distill.data.tokenizer_checks import OTHER_TEXTS, PLAIN_TEXTS
 from distill.errors import UserError
 from distill.types import Problem, Prompt
-from tests.data.byte_level import (
-    BOS,
-    CORPUS,
-    EOS,
-    KEY,
-    USER,
-    byte_level,
-    load,
-    write_settings,
-)
+from tests.data.byte_level import BOS, CORPUS, EOS, KEY, USER, byte_level, load, write_settings
 from tests.tiny_tokenizer import CHATML
 
 
