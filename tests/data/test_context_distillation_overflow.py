@@ -86,7 +86,7 @@ def test_the_longest_fitting_start_of_the_trace_is_kept(trace: str, max_tokens: 
     ).add([response])  # fmt: skip
     room = max_tokens - 2 - len("1+1?||")
     kept = ""
-    for character in trace:  # whole characters, while their bytes fit
+    for character in trace:  # complete characters, as long as their bytes fit
         if len((kept + character).encode()) > room:
             break
         kept += character
