@@ -72,6 +72,7 @@ def _optimizer_batch(
     return OptimizerBatch(
         micro_batches=tuple(split([whole(row[dp]) for dp in layout.teacher_dp_ranks], layout) for row in rows),
         response_tokens=sum(len(rollouts[i].response_ids) for i in members),
+        rollouts=rollouts,
     )
 
 

@@ -264,7 +264,7 @@ def test_a_gold_answer_that_names_no_option_is_refused_at_start(tmp_path: Path) 
         held_out(tmp_path / "a.jsonl", "choice", ["B", "2"])
     assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "2")
     found = held_out(tmp_path / "a.jsonl", "choice", ["so it is\n#### B", "#### C"], "####")
-    graded = [(found.judge(prompt), prompt.problem.answer) for prompt in found.prompts]
+    graded = [(found.grader(prompt), prompt.problem.answer) for prompt in found.prompts]
     assert graded == [("choice", "B"), ("choice", "C")]
 
 

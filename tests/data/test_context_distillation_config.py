@@ -15,7 +15,7 @@ from distill.config import ContextDistillationConfig, DatasetConfig, load_config
 from distill.data.prompts import PromptOrder, load_prompts
 from distill.data.teacher_prefix import SamePromptPrefixes, build_teacher_prefixes
 from distill.errors import UserError
-from distill.inputs import check_reading, find_models
+from distill.inputs import check_teacher_reads_more, find_models
 from tests.data.teacher_prefixes import CONTEXT, RESPONSE, STATIC, prefixes, read, rollout
 from tests.harness import config_for
 from tests.helpers import save_tiny_model
@@ -50,8 +50,8 @@ def test_a_self_teacher_that_reads_only_the_students_prompt_is_refused(
     dataset = DatasetConfig(data_path=str(tmp_path / "a.jsonl"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
     order = PromptOrder(prompts, 1, seed=0, shuffle=False)
-    with pytest.raises(UserError, match="allow_degenerate") if refused else contextlib.nullcontext():
-        check_reading(config, build_teacher_prefixes(config, tiny_tokenizer()), order)
+    with pytest.raises(UserError, match="teacher_prefix_template") if refused else contextlib.nullcontext():
+        check_teacher_reads_more(config, build_teacher_prefixes(config, tiny_tokenizer()), order)
 
 
 def test_a_template_that_fills_the_window_is_refused() -> None:

@@ -330,16 +330,16 @@ def test_validation_grades_each_response_by_the_prompt_that_was_read(tmp_path: P
         }
         overrides = [*keys, f"{context}.teacher_prefix_template={template}"]
         teacher_prefixes = prefixes(tokenizer, template.strip("'"))
-        found = validation(tmp_path, *overrides, **parts, views=teacher_prefixes)
-        answers = found.answers(0)
-        assert answers is not None and answers.in_context is not None
-        plain, in_context = (found._verdicts(mine)[0, 0] for mine in (answers.mine, answers.in_context.mine))
+        found = validation(tmp_path, *overrides, **parts, teacher_prefixes=teacher_prefixes)
+        responses = found.generate(0)
+        assert responses is not None and responses.in_context is not None
+        plain, in_context = (found._verdicts(r)[0, 0] for r in (responses.rollouts, responses.in_context.rollouts))
         assert (plain, in_context) == (("wrong", "right") if inside else ("right", "wrong"))
     tags = f"{context}.trace_extractor.think_tags=[t, /u]"
     found = validation(
-        tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, views=teacher_prefixes
+        tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, teacher_prefixes=teacher_prefixes
     )
-    assert answers is not None and found._verdicts(answers.mine)[0, 0] == "right", "the recipe's tags"
+    assert responses is not None and found._verdicts(responses.rollouts)[0, 0] == "right", "the recipe's tags"
 
 
 def test_many_unclosed_tags_take_linear_time() -> None:
