@@ -48,6 +48,7 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.student import Student
 from distill.model.weights import GatheredWeights
+from distill.rollout.engine import SyncError
 from distill.rollout.factory import build_engine, check_backend
 from distill.rollout.gpu_memory import CudaMemory
 from distill.rollout.sync import WeightSync
@@ -577,9 +578,7 @@ def refused(stage: Stage, sent: dict[str, BitSums]) -> bool:
     """Whether the proof refuses what lies in vLLM's memory, if these are the sums of what was sent."""
     try:
         stage.engine._weights.verify(sent)
-    except RuntimeError as error:
-        if "that were sent" not in str(error):
-            raise
+    except SyncError:
         return True
     return False
 
@@ -639,10 +638,8 @@ def door_checks(stage: Stage) -> Iterator[Check]:
     found = 0.0
     try:
         stage.engine.sync(SentStale(stage.student.weights(), name, before), stage.version + 1)
-    except RuntimeError as error:
-        if "did not arrive as it was sent" not in str(error):
-            raise
-        found = 1.0
+    except SyncError as error:
+        found = float(error.found_in == "transfer")
     yield Check("stale tensors found on their way", found, bound=exactly(1), note=name)
 
 
@@ -698,7 +695,7 @@ def cycle_checks(stage: Stage) -> Iterator[Check]:
         cycles.append(seconds)
         if stage.on_gpu:
             used.append(stage.used())  # first: it gives back what torch only caches
-            outside.append(stage.memory.others())
+            outside.append(stage.memory.outside_torch())
     yield growth("memory outside torch", outside, len(cycles), at_most(256))
     yield growth("memory in all", used, len(cycles), None)
     middle = {part: statistics.median(cycle[part] for cycle in cycles) for part in cycles[0]}

@@ -1,8 +1,8 @@
-"""Two short trainings on two ranks, from real weights to checkpoint and export; then a table of what came of them.
+"""Train the two laptop recipes for five steps each on two ranks, check their output, print a table.
 
-Normal distillation (a depth-pruned SmolLM2-135M learns from the whole one) and context self-distillation, each five
-steps into a fresh runs/smoke/NAME. The numbers in the table are read from the runs' metrics.jsonl. Fails loudly when a
-run fails or leaves out something that it owes.
+`distillation`: a depth-pruned SmolLM2-135M learns from the complete model. `context`: SmolLM2-135M learns from itself
+with more text in its prompt. Both start from real weights and end with a checkpoint and an export in runs/smoke/NAME.
+The numbers of the table are read from the runs' metrics.jsonl. Exit code 1 if a run fails or a file is missing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ from scripts.launch import ROOT, run, torchrun
 
 RUNS = ROOT / "runs" / "smoke"
 RECIPES = {"distillation": "smollm2-distillation-cpu.yaml", "context": "smollm2-context-cpu.yaml"}
+SIZES = (
+    "distillation.num_prompts_per_step=4",
+    "policy.train_global_batch_size=8",
+    "policy.generation.max_new_tokens=32",
+)
+"""Overrides that make a step of the recipes smaller."""
 
 
 def command(name: str, steps: int, overrides: list[str]) -> list[str]:
-    """The training of recipe ``name`` on two ranks of this machine, as one would type it."""
+    """Return the command line that trains recipe ``name`` on two ranks of this machine."""
     run_dir = RUNS / name
     return torchrun(
         2,
         *("-m", "distill.train", "--config", f"recipes/{RECIPES[name]}"),
         f"distillation.max_num_steps={steps}",
+        *SIZES,
         "logger.wandb_enabled=False",
         "logger.tensorboard_enabled=True",
         f"runtime.run_dir={run_dir.relative_to(ROOT)}",
@@ -39,40 +46,39 @@ def command(name: str, steps: int, overrides: list[str]) -> list[str]:
 
 
 def missing(run_dir: Path, steps: int) -> list[str]:
-    """What the run in ``run_dir`` owes and did not leave behind, in words; empty when all is there."""
+    """Return a description of each output of a run of ``steps`` steps that ``run_dir`` lacks."""
+    last = run_dir / "checkpoints" / f"step_{steps}"
     wanted = {
-        "a TensorBoard event file": list((run_dir / TENSORBOARD_FOLDER).glob("events.out.tfevents.*")),
-        f"a checkpoint step_{steps}": [
-            file for file in (run_dir / "checkpoints" / f"step_{steps}").rglob("*") if file.is_file()
-        ],
-        "the export's weights": list((run_dir / "checkpoints" / f"step_{steps}" / "hf").glob("*.safetensors")),
-        "the export's config.json": list((run_dir / "checkpoints" / f"step_{steps}" / "hf").glob("config.json")),
+        "TensorBoard event file": list((run_dir / TENSORBOARD_FOLDER).glob("events.out.tfevents.*")),
+        f"checkpoint step_{steps}": [file for file in last.rglob("*") if file.is_file()],
+        "weights of the export": list((last / "hf").glob("*.safetensors")),
+        "config.json of the export": list((last / "hf").glob("config.json")),
     }
     problems = [thing for thing, found in wanted.items() if not any(file.stat().st_size for file in found)]
     rows = read_metrics(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).exists() else []
     if [row["step"] for row in rows] != list(range(1, steps + 1)):
-        problems.append(f"one line for each of {steps} steps in {METRICS_FILE}")
+        problems.append(f"row for each of {steps} steps in {METRICS_FILE}")
     losses = [row.get("train/loss") for row in rows]
     if any(loss is None or not math.isfinite(loss) or loss <= 0 for loss in losses):
-        problems.append(f"a finite, positive loss at every step (it is {losses})")
+        problems.append(f"finite, positive loss at every step (losses: {losses})")
     return problems
 
 
 def train(name: str, steps: int, overrides: list[str]) -> float:
-    """Run one training into an empty folder; the seconds it took. Leaves the program where it fails."""
+    """Run one training into an empty folder; return its seconds. Exits with code 1 if it fails."""
     shutil.rmtree(RUNS / name, ignore_errors=True)
     line = command(name, steps, overrides)
-    print(f"\n== {name}: torchrun {' '.join(line[3:])}", flush=True)
+    print(f"\n== {name}: recipes/{RECIPES[name]}, {steps} steps on 2 ranks", flush=True)
     start = time.perf_counter()
     if code := run(line):
-        sys.exit(f"smoke: the training {name} ended with code {code}; its logs are in {RUNS / name / 'logs'}")
+        sys.exit(f"smoke: the training {name} ended with exit code {code}; its logs are in {RUNS / name / 'logs'}")
     if problems := missing(RUNS / name, steps):
-        sys.exit(f"smoke: the training {name} left no {'; no '.join(problems)} (in {RUNS / name})")
+        sys.exit(f"smoke: the output of the training {name} in {RUNS / name} lacks: {'; '.join(problems)}")
     return time.perf_counter() - start
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what was asked for, then print the table."""
+    """Train the selected recipes, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", default=list(RECIPES), help=f"some of {', '.join(RECIPES)} (default: all)")
     parser.add_argument("--steps", type=int, default=5)

@@ -220,7 +220,7 @@ def test_ranks_exit_when_their_launcher_is_killed(root) -> None:
     fault = {"step": 2, "moment": "generation", "rank": 0, "what": "kill_launcher"}
     orphaned = run(root, "orphaned", "distillation.max_num_steps=1000", fault=fault)
     assert orphaned.code < 0 and not orphaned.remaining, orphaned.output
-    assert orphaned.status["state"] == "failed" and "the launcher (process" in orphaned.status["reason"]
+    assert orphaned.status["state"] == "failed" and "launcher" in orphaned.status["reason"]
 
 
 HANGS = {"generation": "generation of step 2 ", "backward": "training of step 2 ", "save": "checkpointing of step 2 "}
@@ -281,7 +281,7 @@ def test_with_vllm_a_stopped_and_killed_run_ends_bit_for_bit_as_an_undisturbed_o
     assert stopped.status["state"] == "stopped" and not stopped.remaining, stopped.output
     fault = {"step": 3, "moment": "vllm", "nth": 5, "rank": 0, "what": "kill_rank"}
     killed = run(root, "vllm", *line, fault=fault)
-    assert killed.status["reason"].startswith("rank 0 on") and not killed.remaining, killed.output
+    assert killed.status["reason"].startswith("rank 0 ") and not killed.remaining, killed.output
     ended = run(root, "vllm", *line)
     assert ended.status["state"] == "finished", ended.output
     assert rows(root, "vllm") == rows(root, "undisturbed vllm")
@@ -291,10 +291,10 @@ def test_with_vllm_a_stopped_and_killed_run_ends_bit_for_bit_as_an_undisturbed_o
 @pytest.mark.parametrize(
     ("what", "victim", "other_host", "reason"),
     [
-        ("kill_rank", 0, False, "rank 0 on"),
-        ("kill_rank", 1, False, "rank 1 on"),
+        ("kill_rank", 0, False, "rank 0 "),
+        ("kill_rank", 1, False, "rank 1 "),
         ("kill_rank", 1, True, "rank 0: RuntimeError: "),
-        ("freeze_rank", 0, False, "the rendezvous store of rank 0 "),
+        ("freeze_rank", 0, False, "the rendezvous "),
         ("freeze_rank", 1, True, "rank 1 sent no heartbeat"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is malformed is refused: code 2 and one sentence, whoever broke what; never a traceback, never a hang."""
+"""Malformed runs are refused with exit code 2 and one sentence, without a traceback and without a hang."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.test_train import _command, make_tiny_run
 
 pytestmark = pytest.mark.slow
 HANGS_AFTER_S = 300
-"""A case takes less than a second: one that takes this long is taken for hung."""
+"""Time limit of a case; cases normally take less than a second."""
 
 Ended = tuple[int, str]
-"""Exit code (-1: an exception came out of the program) and what stood on standard error."""
+"""Exit code (-1: the program raised an exception) and standard error."""
 
 
 def run_cases(cases: Sequence[Case], ports: Sequence[int] = ()) -> list[Ended]:
-    """Run the program for each case in this process; with ``ports`` as this rank of several."""
+    """Run the program for each case in this process, with ``ports`` as one of several ranks."""
     ended = []
     for i, case in enumerate(cases):
         launched = {"MASTER_PORT": str(ports[i])} if ports else dict.fromkeys(TORCHRUN)
@@ -43,10 +43,10 @@ def run_cases(cases: Sequence[Case], ports: Sequence[int] = ()) -> list[Ended]:
 
 
 def run_case(case: Case) -> Ended:
-    """The program's exit code and what it said; what came out of it counts as a traceback, as it would on a console."""
+    """Return exit code and standard error; an exception is printed as a traceback."""
     from distill.train import main
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as output:
         try:
             code = main(case.argv)
         except BaseException:
@@ -54,7 +54,7 @@ def run_case(case: Case) -> Ended:
             traceback.print_exc()
             if dist.is_initialized():
                 dist.destroy_process_group()
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
 @contextlib.contextmanager
@@ -72,11 +72,11 @@ def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
 
 
 def fault_of(case: Case, ended: Ended) -> str:
-    """What is wrong with how a malformed run ended; empty where nothing is."""
-    code, said = ended
-    lines = said.splitlines()
+    """Return how the end of a malformed run differs from one error sentence with exit code 2; empty: it does not."""
+    code, output = ended
+    lines = output.splitlines()
     sentences = [line for line in lines if line.startswith("error: ")]
-    if "Traceback" in said:
+    if "Traceback" in output:
         return f"a traceback: {lines[-1]}"
     if code != 2:
         return f"exit code {code}"
@@ -91,7 +91,7 @@ def fault_of(case: Case, ended: Ended) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run that works, and an environment in which no library looks for a network."""
+    """Create a working run, and disable network access of all libraries."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -104,24 +104,24 @@ def _faults(ended: Sequence[tuple[Case, Ended]]) -> list[str]:
 
 def test_180_malformed_runs_are_refused_in_one_sentence_each(root) -> None:
     cases = malformed(root, 180, seed=20, ranks=1)
-    assert {case.way for case in cases} == set(WAYS), "every way to break a run is among them"
+    assert {case.way for case in cases} == set(WAYS), "every way is used"
     (ended,) = run_ranks(1, run_cases, cases)
     assert _faults(list(zip(cases, ended, strict=True))) == []
-    assert not (root / CANARY).exists(), "something that was to be read was run"
+    assert not (root / CANARY).exists(), "code from an input was executed"
 
 
-def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_and_said_by_one(root) -> None:
+def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_with_one_sentence(root) -> None:
     cases = malformed(root, 20, seed=21, ranks=2, among=lambda way: not way.startswith("environment"))
     first, second = run_ranks(2, run_cases, cases, [free_port() for _ in cases])
     assert _faults(list(zip(cases, first, strict=True))) == []
-    for case, (code, said) in zip(cases, second, strict=True):  # libraries may say something of their own
-        assert code == 2 and not any(line.startswith(("error: ", "Traceback")) for line in said.splitlines()), case
-    assert not (root / CANARY).exists(), "something that was to be read was run"
+    for case, (code, output) in zip(cases, second, strict=True):  # libraries may print warnings
+        assert code == 2 and not any(line.startswith(("error: ", "Traceback")) for line in output.splitlines()), case
+    assert not (root / CANARY).exists(), "code from an input was executed"
 
 
 @pytest.mark.faults
-def test_20_malformed_runs_under_torchrun_end_with_the_programs_code_and_sentence(root) -> None:
-    """Real launchers and processes; of a broken variable each rank may speak, which can't know of the others."""
+def test_20_malformed_runs_under_torchrun_exit_with_code_2_and_one_sentence(root) -> None:
+    """Real launchers and processes. With a malformed variable, each rank may print the error."""
     rng = random.Random(22)
     cases = malformed(root, 14, seed=22, ranks=2, among=lambda way: not way.startswith("environment"))
     for name, value in [*rng.sample(BROKEN, 5), ("GLOO_SOCKET_IFNAME", "nowhere0")]:
@@ -136,20 +136,20 @@ def test_20_malformed_runs_under_torchrun_end_with_the_programs_code_and_sentenc
         if fault := _fault_under_torchrun(case, ended.stderr):
             faults.append(f"{case.way} ({case.detail}): {fault}")
     assert faults == []
-    assert not (root / CANARY).exists(), "something that was to be read was run"
+    assert not (root / CANARY).exists(), "code from an input was executed"
 
 
-def _fault_under_torchrun(case: Case, said: str) -> str:
-    """As ``fault_of``; the launcher has a report of its own, with the code of the first rank that failed."""
-    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+def _fault_under_torchrun(case: Case, output: str) -> str:
+    """Apply ``fault_of`` to the launcher's report, which has the exit code of the first failed rank."""
+    sentences = [line for line in output.splitlines() if line.startswith("error: ")]
     sentences = sorted(set(sentences)) if case.env.keys() & dict(BROKEN).keys() else sentences
-    code = re.findall(r"Root Cause.*?exitcode  : (-?\d+)", said, re.DOTALL)
-    ours = f'File "{ROOT}/distill' in said
+    code = re.findall(r"Root Cause.*?exitcode  : (-?\d+)", output, re.DOTALL)
+    ours = f'File "{ROOT}/distill' in output
     report = "\n".join(["Traceback"] * ours + sentences)
     return fault_of(case, (int(code[-1]) if code else 0, report))
 
 
-def test_every_kind_of_fault_of_a_refusal_is_seen() -> None:
+def test_every_fault_of_a_refusal_is_detected() -> None:
     case = Case("", [], "policy.seed")
     good = (2, "a warning\nerror: policy.seed=x is wrong: set it to 3\n")
     assert fault_of(case, good) == ""

@@ -75,6 +75,7 @@ def _optimizer_batch(
             split([packed(by_rank[dp]) for dp in layout.teacher_dp_ranks], layout) for by_rank in rounds
         ),
         response_tokens=sum(len(rollouts[i].response_ids) for i in members),
+        rollouts=rollouts,
     )
 
 

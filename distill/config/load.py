@@ -24,7 +24,7 @@ from distill.config.paths import normalize, normalize_paths
 from distill.config.precision import resolve_auto_precision
 from distill.config.rules import check
 from distill.config.schema import Config
-from distill.errors import UserError, reason, show
+from distill.errors import UserError, any_of, reason, show
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
 """Recipe used without --config, relative to the current folder or to the repository."""
@@ -153,7 +153,8 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         _refuse_wrong_types(tree)
         key = error.full_key or ""
-        problem = f"{key or 'the recipe'} has an interpolation that cannot be resolved ({reason(error)})"
+        cause = str(error).splitlines()[0]  # the other lines repeat the key
+        problem = f"{key or 'the recipe'} has an interpolation that cannot be resolved ({cause})"
         raise UserError(problem, "correct the ${...}", key=key) from None
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     drop_inert_keys(plain)
@@ -269,11 +270,11 @@ def _check_expanded_size(text: str) -> None:
 
 
 def _similar_recipes(path: Path) -> str:
-    """Return a sentence with recipes of similar names in the folder of ``path``."""
+    """Return a fix that names recipes in the folder of ``path``, those with a similar name first."""
     folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
-    return f"{folder} has {', '.join(near)}" if near else f"{folder} has no recipes"
+    similar = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
+    return f"use {any_of(similar)} in {folder}" if similar else f"use another folder, as {folder} has no recipes"
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ class World:
         with progress.phase(action):
             try:
                 yield
-            except Exception as caught:  # caught without exception: other ranks wait in the gather below
+            except Exception as caught:  # of any type: other ranks wait in the gather below
                 error = caught
             errors = self.gather(None if error is None else _fields(error))
         failed = [(rank, fields) for rank, fields in enumerate(errors) if fields is not None]

@@ -41,12 +41,15 @@ class NonFiniteError(RuntimeError):
     def __init__(self, found: NonFiniteReport) -> None:
         super().__init__(f"the norm of gradient and losses is {found.norm}: the optimizer step was not taken")
         self.found = found
+        self.batch: OptimizerBatch | None = None
+        """The optimizer batch that was not trained; Student.train sets it."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors whose shard on this rank has nan or infinity; waits for the device once."""
     if not tensors:
         return []
+    # A sum is finite only if all elements are; it needs no temporary of the tensor's size.
     finite = [local_shard(tensor).detach().sum(dtype=torch.float32).isfinite() for tensor in tensors.values()]
     device = next((flag.device for flag in finite if flag.device.type != "cpu"), torch.device("cpu"))
     flags = torch.stack([flag.to(device) for flag in finite]).tolist()

@@ -128,10 +128,9 @@ class Student:
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
-        Adds the rows' statistics, ``grad_norm`` and ``lr`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
+        Adds the rows' statistics and ``grad_norm`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
         or gradient is not finite; the weights are unchanged then.
         """
-        metrics.add_same({"lr": self.learning_rate})
         losses = []
         for micro_batch, its_targets in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, its_targets)
@@ -141,7 +140,12 @@ class Student:
             if self._counts:
                 _add_stats(metrics, output.stats, sampler=self._synced)
         self.sum_gradients()
-        metrics.add({"grad_norm": (self.step(losses), 1)})
+        try:
+            norm = self.step(losses)
+        except NonFiniteError as error:
+            error.batch = batch
+            raise
+        metrics.add({"grad_norm": (norm, 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
         """Clip the gradients, update the weights, clear the gradients; collective.
@@ -240,7 +244,7 @@ class Student:
 
         Their dtype is the compute dtype or ``dtype``. Every rank must iterate over the result to its end.
         """
-        self._synced = True
+        self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
         return GatheredWeights(parameters, dtype or self.dtype, self._bucket_bytes, self._mesh, self._tp)
 
@@ -255,6 +259,7 @@ class Student:
         first = 0 if self._parallel is None else self._parallel.first
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+            # A log-softmax over the vocabulary, which tensor parallelism splits over the ranks.
             logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()
             logits_NV[:, max(0, self._valid_vocab - first) :] = -torch.inf
             top_N = self._all_reduce(logits_NV.amax(1), dist.ReduceOp.MAX)

@@ -39,7 +39,7 @@ class Teacher:
         """Keep the teacher's weights on the device inside the block."""
         self.onload()
         yield
-        self.offload()  # not in a finally: offloading waits for the device, and a failed kernel would hang the exit
+        self.offload()  # not in a finally: it waits for the device, which after an error may hang or hide the cause
 
     def onload(self) -> None:
         """Move the weights to the device; not collective."""

@@ -56,7 +56,8 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
     if not mean <= limit:  # also if it is nan
         raise RunFailed(
             f"the teacher {teacher.files.name} fails verification: log-probs of the sharded, packed model differ from"
-            f" the plain model's by {mean:.3g} nats on average, more than {limit:g}"
+            f" the plain model's by {mean:.3g} nats on average, more than {limit:g}: set runtime.verify_teacher=false"
+            " to train without this check"
         )
     return mean
 

@@ -89,6 +89,7 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
                 key=_PLAN,
                 value=pattern,
             )
+    # Compare with the family's own plan: a block that is split at all must be split as the family splits it.
     styles = {name: _role(plan, name) for name in modules}
     own = {name: _role(getattr(config, "base_model_tp_plan", None) or {}, name) for name in modules}
     split = {_block(name) for name, style in styles.items() if style in ("colwise", "rowwise")}
@@ -151,6 +152,7 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mappin
         elif style is not None:
             styles[name] = _Columns(inputs) if style == "colwise" else _Rows(inputs)
     parallelize_module(body, mesh, styles)
+    # Splitting replaces the parameters, so a tied head must be tied to the new one.
     embedding = body.get_input_embeddings()  # type: ignore[operator]
     tied = head.weight is embedding.weight
     embedding.weight = _split(embedding.weight, mesh, 0)

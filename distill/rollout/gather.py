@@ -1,4 +1,4 @@
-"""Answers on their way to all ranks: token ids only, over the control group."""
+"""Gather the rollouts of all ranks on every rank."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from distill.types import Prompt, Rollout
 
 
 def gather_rollouts(
-    world: World, mine: Sequence[Rollout], prompts: Sequence[Prompt], version: int | None = None
+    world: World, own: Sequence[Rollout], prompts: Sequence[Prompt], version: int | None = None
 ) -> list[Rollout]:
-    """The answers of all ranks in the order of ``prompts`` and answer, the same list on every rank; collective.
+    """Return the rollouts of all ranks, ordered by ``prompts``, then by response; collective, equal on every rank.
 
-    Prompts don't travel: every rank has them. With ``version``, all answers must be of those weights.
+    ``prompts``: those of the step, over all ranks. Every rank has them already, so only token ids and log-probs are
+    sent, over the control group. With ``version``, all rollouts must be sampled from these weights.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
-    travelling: list[tuple[Any, ...]] = [
+    position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
+    sent: list[tuple[Any, ...]] = [
         (
             *(r.prompt.prompt_id, r.response_index, r.response_ids, r.logprobs, r.finish, r.version),
             *(r.teacher_prefix_ids, r.teacher_inside_thought),
         )
-        for r in mine
+        for r in own
     ]
-    everyones = [Rollout(by_id[prompt_id], *rest) for part in world.gather(travelling) for prompt_id, *rest in part]
-    assert version is None or all(r.version == version for r in everyones), f"answers of other weights than {version}"
-    return sorted(everyones, key=lambda r: (place[r.prompt.prompt_id], r.response_index))
+    rollouts = [Rollout(by_id[prompt_id], *fields) for part in world.gather(sent) for prompt_id, *fields in part]
+    versions = {rollout.version for rollout in rollouts}
+    assert version is None or versions <= {version}, f"responses of weights {versions}, expected {version}"
+    return sorted(rollouts, key=lambda r: (position[r.prompt.prompt_id], r.response_index))

@@ -1,4 +1,4 @@
-"""Memory around a sleeping engine: enough before it wakes, no more than before once it sleeps."""
+"""Checks of device memory around a sleeping engine: enough before it wakes, no growth from sleep to sleep."""
 
 from __future__ import annotations
 
@@ -15,67 +15,68 @@ _GIB = 2**30
 
 
 class Memory(Protocol):
-    """A device's memory in bytes, as the engine's allocator sees it."""
+    """Memory of a device, in bytes."""
 
     def free(self) -> int:
-        """What could be allocated now."""
+        """Return the bytes that the engine could allocate now."""
 
-    def others(self) -> int:
-        """What is in use on the device and not held by torch's own allocator: the engine, libraries, other programs."""
+    def outside_torch(self) -> int:
+        """Return the bytes in use on the device but not by torch's allocator: engine, libraries, other programs."""
 
 
 class CudaMemory:
-    """The current CUDA device. Blocks that torch only caches are given back first: the engine can't use them.
+    """Memory of the current CUDA device.
 
-    ``pool``: bytes of the engine's own pool, which torch counts as reserved by itself, even while they are unmapped.
+    ``pool_bytes``: returns the size of the engine's memory pool; torch counts it as reserved even while it is unmapped.
     """
 
-    def __init__(self, pool: Callable[[], int]) -> None:
-        self._pool = pool
+    def __init__(self, pool_bytes: Callable[[], int]) -> None:
+        self._pool_bytes = pool_bytes
 
     def free(self) -> int:
-        """See Memory.free."""
+        """See Memory.free. Releases torch's cached blocks first, because the engine cannot use them."""
         gc.collect()
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
 
-    def others(self) -> int:
-        """See Memory.others."""
+    def outside_torch(self) -> int:
+        """See Memory.outside_torch."""
         free, total = torch.cuda.mem_get_info()
-        return int(total - free - (torch.cuda.memory_reserved() - self._pool()))
+        return int(total - free - (torch.cuda.memory_reserved() - self._pool_bytes()))
 
 
 class SleepGuard:
-    """What an engine that frees its memory asleep needs and leaves behind.
+    """Verify that waking an engine cannot run out of memory, and warn if its memory while asleep grows.
 
-    ``limit``: bytes by which the memory in use after a sleep may exceed that after the first step's.
+    ``limit``: bytes of growth since the previous warning, or since the first sleep, that cause a warning.
     """
 
     def __init__(self, memory: Memory, limit: int = _GIB) -> None:
         self._memory = memory
         self._limit = limit
         self._first: int | None = None
-        self._alarmed_at = 0
+        self._last_warning = 0
 
     def check_free(self, what: str, needed: int) -> None:
-        """Raise RuntimeError, with the figures, where waking ``what`` would run out of memory."""
+        """Raise RuntimeError if fewer than ``needed`` bytes are free for ``what``, a part of the engine's memory."""
         free = self._memory.free()
         if free < needed:
             raise RuntimeError(
-                f"waking the engine's {what} needs {needed / _GIB:.2f} GiB and {free / _GIB:.2f} GiB are free"
-                f" ({self._memory.others() / _GIB:.2f} GiB are held outside torch): lower"
+                f"waking the engine's {what} needs {needed / _GIB:.2f} GiB, but {free / _GIB:.2f} GiB are free"
+                f" ({self._memory.outside_torch() / _GIB:.2f} GiB are in use outside torch): lower"
                 " policy.generation.vllm_cfg.gpu_memory_utilization"
             )
 
-    def asleep(self) -> int:
-        """Note what is still in use after a sleep; warns when it has grown by another ``limit``. Returns it."""
-        residual = self._memory.others()
+    def after_sleep(self) -> int:
+        """Return the bytes still in use outside torch after a sleep; warn if they have grown."""
+        residual = self._memory.outside_torch()
         if self._first is None:
-            self._first = self._alarmed_at = residual
-        if residual > self._alarmed_at + self._limit:
-            self._alarmed_at = residual
+            self._first = self._last_warning = residual
+        if residual > self._last_warning + self._limit:
+            self._last_warning = residual
             log.warning(
-                "the sleeping engine leaves %.2f GiB in use, %.2f GiB after the first step: it grows, and will run out",
+                "the sleeping engine keeps %.2f GiB of device memory, up from %.2f GiB in the first step: a memory leak"
+                " will end this run",
                 *(residual / _GIB, self._first / _GIB),
             )
         return residual

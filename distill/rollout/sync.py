@@ -1,4 +1,4 @@
-"""Whether the engine answers with the student's weights of this very step: the sync, and what must follow from it."""
+"""Push the student's weights to the engine, and verify that the engine generates with them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 FLOAT32_LIMIT = 1e-4
-"""Nats by which the engine's log-probs may differ from the trainer's in float32: other kernels make 1e-6 to 3e-6."""
+"""Largest difference, in nats, of float32 log-probs of engine and trainer: different kernels cause 1e-6 to 3e-6."""
 GROSS_LIMIT = 0.5
-"""Nats a token by which trainer and sampler never differ for rounding: bfloat16 makes 0.04, garbage above 1."""
-_MOST = 0.9
-"""Share of the bytes, by changed tensors, from which on the probe's log-probs must have moved: a few flipped bits may
-round away. Norms are many tensors and few bytes, and at small learning rates they often stay."""
-_ALARM = 3.0
-"""Times its first value that the sampler-against-trainer difference may reach before it is warned of."""
+"""Largest mean difference, in nats per token, of bfloat16 log-probs: rounding causes 0.04, wrong weights above 1."""
+_CHANGED_BYTES = 0.9
+"""Fraction of the bytes, counted by changed tensors, from which the log-probs of the probe prompt must change: the
+effect of a few changed bits may be rounded away. Norms are many tensors with few bytes, and at small learning rates
+they often stay the same."""
+_WARNING_RATIO = 3.0
+"""Ratio of the difference between trainer and sampler to its first value that causes a warning."""
 
 
 class Trainer(Protocol):
-    """What freshness asks of the student."""
+    """The methods of the student that a sync needs."""
 
     dtype: torch.dtype
 
@@ -37,19 +38,19 @@ class Trainer(Protocol):
         """Move the optimizer's moments to host memory."""
 
     def weights(self) -> Weights:
-        """The weights as they are now; all ranks drain them."""
+        """Return the current weights; all ranks must iterate over them."""
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """What the engine's probe must equal; collective."""
+        """Return the log-probs that Engine.probe must equal; collective."""
 
 
 class WeightSync:
-    """Brings the student's weights to the engine and holds the engine to them.
+    """Pushes the student's weights to the engine and verifies that its log-probs follow them.
 
-    Every rank makes it and calls its methods at the same points. ``valid_vocab``: ids of the probe's tokens lie below.
-    The probe is one fixed prompt whose log-probs must move when the weights did, and equal the trainer's in float32.
-    The log-probs of sampled tokens are watched too, but prove little in bfloat16: there a sync that is one step old
-    differs hardly more than a right one does by rounding.
+    Created and called on all ranks together. The probe is a fixed prompt of random tokens below ``valid_vocab``: its
+    log-probs must change when the weights do, and equal the trainer's in float32. ``observe`` also checks the log-probs
+    of the sampled tokens. In bfloat16 that check is weak: weights that are one step old differ by hardly more than
+    rounding.
     """
 
     def __init__(self, world: World, engine: Engine, student: Trainer, valid_vocab: int) -> None:
@@ -58,71 +59,80 @@ class WeightSync:
         self._student = student
         generator = torch.Generator().manual_seed(0)
         self._probe_ids = torch.randint(0, valid_vocab, (PROBE_TOKENS,), generator=generator).tolist()
-        self._last: list[float] | None = None
+        self._last_logprobs: list[float] | None = None
         self._first_difference: float | None = None
 
     def push_weights(self, version: int, metrics: Metrics | None = None) -> None:
-        """Wake the engine with the student's weights of now, proven, ready to generate; collective.
+        """Wake the engine, load and verify the student's current weights, and leave it ready to generate; collective.
 
-        Raises RuntimeError, on all ranks, where the engine's answers don't follow the weights.
+        ``version``: number of finished steps. Moves the optimizer's moments to host memory first. Adds the duration and
+        the changes to ``metrics``. Raises RuntimeError on all ranks if the engine does not use the weights.
         """
         engine, student = self._engine, self._student
-        student.offload()  # the engine needs the memory of the optimizer's moments
+        student.offload()  # the engine needs the device memory of the optimizer's moments
         with self._world.all_or_none("waking the engine"):
             engine.wake("weights")
         report = engine.sync(student.weights(), version)
         with self._world.all_or_none("waking the engine's cache"):
             engine.wake("kv")
-        with self._world.all_or_none("probing the engine"):  # all of an engine's ranks are awake: they compute together
-            said = engine.probe(self._probe_ids)
-            moved = self._moved(said, report)
+        with self._world.all_or_none("probing the engine"):  # safe: all ranks of each engine are awake by now
+            logprobs = engine.probe(self._probe_ids)
+            change = self._probe_change(logprobs, report)
         if student.dtype == torch.float32:
-            wanted = student.logprobs(self._probe_ids)
+            expected = student.logprobs(self._probe_ids)
             with self._world.all_or_none("comparing the engine with the trainer"):
-                check_equal(said, wanted)
+                check_equal(logprobs, expected)
         if metrics is not None:
             metrics.add_max({"timing/train/weight_sync": report.seconds})
-            metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (moved, 1)})
+            metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (change, 1)})
 
-    def _moved(self, said: list[float], report: SyncReport) -> float:
-        """Mean |change| of the probe's log-probs since the last sync, in nats."""
-        last, self._last = self._last, said
+    def _probe_change(self, logprobs: list[float], report: SyncReport) -> float:
+        """Return the mean |change| of the probe's log-probs since the last sync, in nats; nan at the first sync.
+
+        Raises RuntimeError, or warns if few bytes changed, when the weights changed and the log-probs did not.
+        """
+        last, self._last_logprobs = self._last_logprobs, logprobs
         if last is None:
             return math.nan
-        if report.changed and said == last:
+        if report.changed and logprobs == last:
             problem = (
-                f"{report.changed} of {report.tensors} tensors changed, {report.changed_bytes / report.bytes:.0%} of"
-                " all bytes are theirs, and the engine answers the probe exactly as before"
+                f"{report.changed} of {report.tensors} tensors, with {report.changed_bytes / report.bytes:.0%} of the"
+                " bytes, changed in this sync, but the engine's log-probs of the probe prompt did not"
             )
-            if report.changed_bytes >= _MOST * report.bytes:
-                raise RuntimeError(f"{problem}: it does not use the weights it was sent")
+            if report.changed_bytes >= _CHANGED_BYTES * report.bytes:
+                raise RuntimeError(f"{problem}: the engine does not use the weights that it received")
             log.warning(problem)
-        return sum(abs(a - b) for a, b in zip(said, last, strict=True)) / len(said)
+        return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)
 
     def observe(self, difference: float) -> None:
-        """Judge a step's mean |trainer's - sampler's| log-prob of sampled tokens; the same value on every rank."""
-        if math.isnan(difference):  # nothing was trained
+        """Check a step's mean difference of log-probs between trainer and sampler, in nats per sampled token.
+
+        ``difference``: equal on all ranks; nan if the step trained no tokens. Raises RuntimeError if it is larger than
+        rounding explains, and warns if it grew to three times its first value.
+        """
+        if math.isnan(difference):
             return
         limit = FLOAT32_LIMIT if self._student.dtype == torch.float32 else GROSS_LIMIT
         if difference > limit:
             raise RuntimeError(
-                f"trainer and sampler differ by {difference:.3g} nats a token, and {limit:g} is the most that rounding"
-                " explains: they do not have the same weights, temperature or prompts"
+                f"the log-probs of trainer and sampler differ by {difference:.3g} nats per token, and rounding explains"
+                f" at most {limit:g}: their weights, temperatures or prompts are not the same"
             )
         if self._first_difference is None:
             self._first_difference = difference
-        elif difference > _ALARM * self._first_difference:
+        elif difference > _WARNING_RATIO * self._first_difference:
             log.warning(
-                "trainer and sampler differ by %.3g nats a token, %.3g at first: look at the engine's weights",
+                "the log-probs of trainer and sampler differ by %.3g nats per token, up from %.3g in the first step:"
+                " check that the engine's weights are current",
                 *(difference, self._first_difference),
             )
 
 
-def check_equal(said: Sequence[float], wanted: Sequence[float]) -> None:
-    """Raise RuntimeError where the engine's log-probs of the probe are not the trainer's, in float32."""
-    apart = max(abs(a - b) for a, b in zip(said, wanted, strict=True))
-    if not apart <= FLOAT32_LIMIT:
+def check_equal(logprobs: Sequence[float], expected: Sequence[float]) -> None:
+    """Raise RuntimeError unless the engine's float32 log-probs of the probe prompt equal the trainer's."""
+    difference = max(abs(a - b) for a, b in zip(logprobs, expected, strict=True))
+    if not difference <= FLOAT32_LIMIT:  # also for nan
         raise RuntimeError(
-            f"the engine's log-probs of the probe differ from the trainer's by {apart:.3g} nats in float32, more than"
-            f" {FLOAT32_LIMIT:g}: it does not compute with the weights it was sent"
+            f"the float32 log-probs of the probe prompt differ by {difference:.3g} nats between engine and trainer,"
+            f" more than {FLOAT32_LIMIT:g}: the engine does not use the weights that it received"
         )

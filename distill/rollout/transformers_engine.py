@@ -1,4 +1,4 @@
-"""Generation by transformers: for tests, and for machines without vLLM."""
+"""Generation by transformers: slow, for tests and for machines without vLLM."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from distill.rollout.engine import (
     Cancelled,
     EngineBase,
     GenerationCancelled,
+    SyncError,
     longest_first,
     response_limit,
     response_seed,
@@ -26,10 +27,10 @@ from distill.types import Prompt, Rollout, Sampling
 
 
 class TransformersEngine(EngineBase):
-    """A whole copy of the student on this rank, batched, with a key-value cache; asleep it holds no memory.
+    """A complete copy of the student on this rank, which generates in batches and uses no memory while asleep.
 
-    ``config``: the model's Hugging Face configuration; ``dtype``: that of weights and compute; ``batch_size``: answers
-    generated at a time; ``valid_vocab``: ids at or past it are never sampled.
+    ``config``: the model's Hugging Face configuration; ``dtype``: of weights and compute; ``batch_size``: number of
+    responses generated together; ``window``, ``valid_vocab``: see EngineBase.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class TransformersEngine(EngineBase):
     def _verify(self, sent: Mapping[str, BitSums]) -> None:
         for name, sums in bit_sums_by_name(self._model.named_parameters()).items():
             if sums != sent[name]:
-                raise RuntimeError(f"the engine's {name} does not have the bits that were sent")
+                raise SyncError(f"{name} in the engine differs from the student's weights", name, "memory")
 
     def _wake_kv(self) -> None:
         pass
@@ -85,29 +86,24 @@ class TransformersEngine(EngineBase):
         order = longest_first(prompts)
         per_batch = max(1, self._batch_size // sampling.responses_per_prompt)
         done: dict[int, list[Rollout]] = {}
-        silent = self.replica != 0 or not sys.stderr.isatty()
-        with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=silent) as bar:
-            for i in range(0, len(order), per_batch):
-                places = order[i : i + per_batch]
-                answers = self._answer([prompts[place] for place in places], sampling, step, cancelled)
-                done.update(zip(places, answers, strict=True))
-                bar.update(len(places))
-        return [rollout for place in range(len(prompts)) for rollout in done[place]]
+        disable = self.replica != 0 or not sys.stderr.isatty()
+        with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=disable) as bar:
+            for start in range(0, len(order), per_batch):
+                batch = order[start : start + per_batch]
+                rollouts = self._generate_batch([prompts[i] for i in batch], sampling, step, cancelled)
+                done.update(zip(batch, rollouts, strict=True))
+                bar.update(len(batch))
+        return [rollout for i in range(len(prompts)) for rollout in done[i]]
 
-    def _answer(
+    def _generate_batch(
         self, prompts: list[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[list[Rollout]]:
-        """All answers to one batch of prompts: each prompt is read once, its cache repeated for its answers."""
-        G = sampling.responses_per_prompt
+        """Return the rollouts of each prompt; a prompt is computed once and its cache copied for its responses."""
         batch = _Decoding(prompts, sampling, step, self.window, self._device)
-        width = max(len(prompt.student_ids) for prompt in prompts)
-        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
-        mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt.student_ids) :] = torch.tensor(prompt.student_ids)
-            mask[row, width - len(prompt.student_ids) :] = 1
+        tokens, mask = self._padded(prompts)
         cache = DynamicCache(config=self._model.config)
         logits = self._forward(tokens, mask, cache)
+        G = sampling.responses_per_prompt
         cache.batch_repeat_interleave(G)
         mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
         while True:
@@ -117,7 +113,7 @@ class TransformersEngine(EngineBase):
             keep = batch.unfinished_rows()
             if not keep:
                 return batch.rollouts(self._version)
-            if 2 * len(keep) <= len(sampled):  # finished rows go when they are half the batch: copying the cache costs
+            if 2 * len(keep) <= len(sampled):  # dropping finished rows copies the cache, so wait for half the batch
                 rows = torch.tensor(keep, device=self._device)
                 cache.batch_select_indices(rows)
                 mask, sampled = mask[rows], sampled[rows]
@@ -125,8 +121,18 @@ class TransformersEngine(EngineBase):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(sampled[:, None], mask, cache)
 
+    def _padded(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
+        """Return token ids and attention mask, int64 [B, T], of the prompts padded on the left."""
+        width = max(len(prompt.student_ids) for prompt in prompts)
+        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(prompts):
+            tokens[row, width - len(prompt.student_ids) :] = torch.tensor(prompt.student_ids)
+            mask[row, width - len(prompt.student_ids) :] = 1
+        return tokens, mask
+
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits of the last position, float32 [B, V]."""
+        """Return the logits of the last position, float32 [B, V]."""
         heartbeat()
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = self._model(
@@ -142,64 +148,65 @@ class TransformersEngine(EngineBase):
 
 
 class _Decoding:
-    """The answers of one batch while they grow: a stream of uniforms, tokens and log-probs for each."""
+    """State of one batch of responses: random numbers, tokens and log-probs of each response.
+
+    A response is an index into all responses of the batch; a row is an index into those that are still computed.
+    """
 
     def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, window: int, device: torch.device) -> None:
         self._sampling = sampling
         self._prompts = prompts
-        answers = [(prompt, answer) for prompt in prompts for answer in range(sampling.responses_per_prompt)]
-        self._limits = [response_limit(sampling, prompt, window) for prompt, _ in answers]
-        self._uniforms = torch.stack(
-            [_uniforms(response_seed(sampling.seed, step, p.prompt_id, a), max(self._limits)) for p, a in answers]
-        ).to(device)
-        self._tokens: list[list[int]] = [[] for _ in answers]
-        self._logprobs: list[list[float]] = [[] for _ in answers]
-        self._stopped = [False] * len(answers)
-        self._rows = list(range(len(answers)))  # which answer each row of the running batch is
-        self._drawn = 0
+        responses = [(prompt, index) for prompt in prompts for index in range(sampling.responses_per_prompt)]
+        self._limits = [response_limit(sampling, prompt, window) for prompt, _ in responses]
+        seeds = [response_seed(sampling.seed, step, prompt.prompt_id, index) for prompt, index in responses]
+        self._uniforms = torch.stack([_uniforms(seed, max(self._limits)) for seed in seeds]).to(device)
+        self._tokens: list[list[int]] = [[] for _ in responses]
+        self._logprobs: list[list[float]] = [[] for _ in responses]
+        self._stopped = [False] * len(responses)
+        self._rows = list(range(len(responses)))  # the response of each row
+        self._steps = 0
 
-    def _running(self, answer: int) -> bool:
-        return not self._stopped[answer] and len(self._tokens[answer]) < self._limits[answer]
+    def _unfinished(self, response: int) -> bool:
+        return not self._stopped[response] and len(self._tokens[response]) < self._limits[response]
 
     def sample(self, logits: Tensor, valid_vocab: int) -> Tensor:
-        """Draw the next token of every row [B] from its own uniform and note it where the answer still runs."""
+        """Return the next token of each row, int64 [B], drawn with its own random numbers; record unfinished rows."""
         logprobs = processed_logprobs(logits, self._sampling, valid_vocab)
         greedy = self._sampling.temperature == 0
-        sampled = logprobs.argmax(-1) if greedy else draw(logprobs, self._uniforms[self._rows, self._drawn])
+        sampled = logprobs.argmax(-1) if greedy else draw(logprobs, self._uniforms[self._rows, self._steps])
         chosen = logprobs.gather(1, sampled[:, None])[:, 0]
-        self._drawn += 1
-        for answer, token, logprob in zip(self._rows, sampled.tolist(), chosen.tolist(), strict=True):
-            if self._running(answer):
-                self._tokens[answer].append(token)
-                self._logprobs[answer].append(logprob)
-                self._stopped[answer] = token in self._sampling.stop_token_ids
+        self._steps += 1
+        for response, token, logprob in zip(self._rows, sampled.tolist(), chosen.tolist(), strict=True):
+            if self._unfinished(response):
+                self._tokens[response].append(token)
+                self._logprobs[response].append(logprob)
+                self._stopped[response] = token in self._sampling.stop_token_ids
         return sampled
 
     def unfinished_rows(self) -> list[int]:
-        """Rows of the running batch whose answer goes on."""
-        return [row for row, answer in enumerate(self._rows) if self._running(answer)]
+        """Return the rows whose responses are unfinished."""
+        return [row for row, response in enumerate(self._rows) if self._unfinished(response)]
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
+        """Drop all other rows from the batch."""
         self._rows = [self._rows[row] for row in rows]
 
     def rollouts(self, version: int) -> list[list[Rollout]]:
-        """The answers, a list a prompt."""
+        """Return the rollouts of each prompt."""
         G = self._sampling.responses_per_prompt
         return [
-            [
-                Rollout(
-                    prompt=prompt,
-                    response_index=answer,
-                    response_ids=tuple(self._tokens[p * G + answer]),
-                    logprobs=tuple(self._logprobs[p * G + answer]),
-                    finish="stop" if self._stopped[p * G + answer] else "length",
-                    version=version,
-                )
-                for answer in range(G)
-            ]
-            for p, prompt in enumerate(self._prompts)
+            [self._rollout(p * G + g, prompt, g, version) for g in range(G)] for p, prompt in enumerate(self._prompts)
         ]
+
+    def _rollout(self, response: int, prompt: Prompt, response_index: int, version: int) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            response_index=response_index,
+            response_ids=tuple(self._tokens[response]),
+            logprobs=tuple(self._logprobs[response]),
+            finish="stop" if self._stopped[response] else "length",
+            version=version,
+        )
 
 
 def _uniforms(seed: int, count: int) -> Tensor:
@@ -207,9 +214,9 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> Tensor:
-    """Log-probs [B, V] that are sampled from: at the temperature, inside top-k and top-p, renormalised there.
+    """Return the log-probs [B, V] of the sampled distribution: after temperature, top-k and top-p, normalised.
 
-    At temperature 0 the likeliest token is taken, and log-probs are the model's own.
+    At temperature 0 they are the model's log-probs at temperature 1.
     """
     logits = logits / (sampling.temperature or 1.0)
     logits[:, valid_vocab:] = -torch.inf
@@ -225,6 +232,9 @@ def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> 
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """The token [B] at which the cumulative probability passes each row's uniform; float64, so that none is skipped."""
+    """Return the first token of each row [B] whose cumulative probability exceeds the row's uniform number.
+
+    Sums are float64, so that rounding skips no token.
+    """
     cumulative = logprobs.double().exp().cumsum(-1)
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]

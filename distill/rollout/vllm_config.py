@@ -1,4 +1,4 @@
-"""Override the settings of a config.json that vLLM reads differently; refuse models that it can't run correctly."""
+"""Override settings of config.json that vLLM reads differently; refuse models that vLLM cannot run correctly."""
 
 from __future__ import annotations
 
@@ -15,70 +15,73 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-"""Family -> vLLM's class for it; vLLM would go by ``architectures``, which may name a classifier or a draft model."""
+"""vLLM's class of each family. In config.json, ``architectures`` may name a classifier or a draft model instead."""
 _ACTIVATION = {"gemma3_text": ("hidden_activation", "gelu_pytorch_tanh")}
 _SILU = ("silu", "swish")
 
 
-def check_vllm_config(config: Any, window: int, what: str) -> None:
-    """Refuse a model whose settings vLLM ignores or has no code for, although transformers has.
+def check_vllm_config(config: Any, window: int, key: str, model: str) -> None:
+    """Raise UserError for a model with settings that vLLM ignores or does not support, although transformers does.
 
-    ``config``: its Hugging Face configuration; ``window``: tokens of the longest sequence; ``what``: the key and value
-    that name the model. Raises UserError.
+    ``config``: its Hugging Face configuration; ``window``: tokens of the longest sequence; ``key``, ``model``: the
+    configuration key and its value, the model's name.
     """
-    for setting, reason in _not_in_vllm(config, window):
+    for setting, reason in _unsupported(config, window):
         raise UserError(
-            f"{what} has {setting} in its config.json, and policy.generation.backend=vllm {reason}: set"
-            " policy.generation.backend=transformers, or choose another model"
+            f"{key}={model} has {setting} in its config.json, and vLLM {reason}",
+            "set policy.generation.backend=transformers, or choose another model",
+            key=key,
+            value=model,
         )
 
 
-def _not_in_vllm(config: Any, window: int) -> Iterator[tuple[str, str]]:
+def _unsupported(config: Any, window: int) -> Iterator[tuple[str, str]]:
+    """Yield each setting of ``config`` that vLLM cannot run, and the reason."""
     family = config.model_type
     name, activation = _ACTIVATION.get(family, ("hidden_act", "silu"))
     given = getattr(config, name)
     if given != activation and not (activation in _SILU and given in _SILU):
-        yield f"{name}={given}", f"has no activation but {activation} for the family {family}"
+        yield f"{name}={given}", f"supports only the activation {activation} for the family {family}"
     if family == "qwen2" and (width := _head_width(config)) * config.num_attention_heads != config.hidden_size:
-        yield f"head_dim={width}", "computes it as hidden_size / num_attention_heads for the family qwen2"
+        yield f"head_dim={width}", "uses hidden_size / num_attention_heads instead for the family qwen2"
     if family == "qwen3" and config.attention_bias:
-        yield "attention_bias=True", "leaves out the bias of o_proj for the family qwen3"
+        yield "attention_bias=True", "ignores the bias of o_proj for the family qwen3"
     if _windows_some_layers(config) and config.sliding_window < window:
         yield (
             f"sliding_window={config.sliding_window} in some of its layers only",
-            f"can't limit some layers of the family {family} to a window",
+            f"cannot limit only some layers of the family {family} to a window",
         )
     for parameters in rotary_parameters(config):
         longest = _longest(parameters, config)
         if longest is not None and longest < window:
             yield (
                 f"rope_type=yarn for {longest} positions",
-                f"has no rotary frequencies beyond them, but policy.generation.vllm_cfg.max_model_len={window}",
+                f"has no rotary frequencies for all policy.generation.vllm_cfg.max_model_len={window} positions",
             )
 
 
 def _windows_some_layers(config: Any) -> bool:
-    """Whether this is a model some of whose layers have a window, in a family for which vLLM can't do that."""
+    """Return whether only some layers have a window, in a family for which vLLM does not support that."""
     return config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1
 
 
 def _head_width(config: Any) -> int:
-    """Channels of an attention head."""
+    """Return the number of channels of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _longest(parameters: Mapping[str, Any], config: Any) -> int | None:
-    """Positions for which vLLM tabulates the rotary embedding, where that doesn't follow from its window."""
+    """Return the number of positions in vLLM's rotary table; None if it follows from the window."""
     if parameters.get("rope_type") != "yarn":
         return None
     return int(parameters["original_max_position_embeddings"] * rotary_factor(parameters, config))
 
 
 def architecture_overrides(config: Any) -> dict[str, Any]:
-    """What vLLM must read instead of config.json so that it builds the model that transformers builds.
+    """Return the settings with which vLLM builds the same model as transformers.
 
-    ``config``: the Hugging Face configuration as ``model_config`` returns it, of a model that ``check_vllm_config``
-    accepts. A value of None removes a setting.
+    ``config``: the Hugging Face configuration, from ``model_config``, of a model that ``check_vllm_config`` accepts. A
+    value of None removes a setting.
     """
     overrides: dict[str, Any] = dict.fromkeys(foreign_settings(config))
     overrides["architectures"] = [ARCHITECTURES[config.model_type]]
@@ -86,7 +89,8 @@ def architecture_overrides(config: Any) -> dict[str, Any]:
     overrides["rope_parameters"] = _rotary_overrides(config)
     if getattr(config, "hidden_act", None) in _SILU:
         overrides["hidden_act"] = "silu"
-    if _windows_some_layers(config):  # of at least the engine's longest sequence, or the model would be refused
+    if _windows_some_layers(config):
+        # No sequence is longer than this window (check_vllm_config), so removing it changes nothing.
         layers = config.num_hidden_layers
         full = {"sliding_window": None, "layer_types": ["full_attention"] * layers, "max_window_layers": layers}
         overrides.update(full)
@@ -94,12 +98,12 @@ def architecture_overrides(config: Any) -> dict[str, Any]:
 
 
 def _rotary_overrides(config: Any) -> dict[str, Any]:
-    """The rotary parameters with every value that transformers derives or ignores written out as vLLM expects it."""
+    """Return the rotary parameters as vLLM expects them, with the values that transformers derives or ignores."""
     given = config.rope_parameters
     if "rope_theta" in given:
         return _plain_rotary(given, config)
     kinds = {kind: parameters for kind, parameters in given.items() if isinstance(parameters, dict)}
-    # transformers looks for truncate beside the types of layers and not inside them
+    # transformers reads truncate from the outer level, not from the parameters of a layer type
     shared = {"truncate": given.get("truncate")}
     return {kind: _plain_rotary({**parameters, **shared}, config) for kind, parameters in kinds.items()}
 
@@ -112,14 +116,15 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
     plain = {name: value for name, value in parameters.items() if value is not None and name not in dropped}
     for name in ("beta_fast", "beta_slow"):
         if not plain.get(name, True):
-            del plain[name]  # transformers takes 0 for its default
+            del plain[name]  # transformers replaces 0 by its default
     return {**plain, "factor": rotary_factor(parameters, config)}
 
 
 def apply_overrides(overrides: Mapping[str, Any], config: Any) -> Any:
-    """Change the configuration that vLLM has read, in place, and return it: vLLM's ``hf_overrides``, partially applied.
+    """Apply ``overrides`` in place to the configuration that vLLM has read, and return it.
 
-    A function and not a dictionary: vLLM takes a setting for present although its value is None.
+    Passed to vLLM as ``hf_overrides``. A dictionary could not remove a setting: with the value None, vLLM still sees
+    it.
     """
     for name, value in overrides.items():
         if value is None and not hasattr(type(config), name):

@@ -1,4 +1,4 @@
-"""Generation by vLLM in the trainer's own processes: asleep while the student trains, its weights pushed every step."""
+"""Generation by vLLM inside the trainer's processes; it sleeps while the student trains."""
 
 from __future__ import annotations
 
@@ -36,27 +36,28 @@ from distill.types import Prompt, Rollout, Sampling
 log = logging.getLogger(__name__)
 
 _CPU_DEFAULTS = {
-    "enforce_eager": True,  # compiling takes a minute, and no CUDA graph is gained
-    # A prompt read in parts has its draws of before the end taken back, which a CPU's generators can't (vLLM 0.32).
+    "enforce_eager": True,  # compiling takes a minute and gains no CUDA graph
+    # With a prompt read in chunks, vLLM takes back the draws before its end; CPU generators can't do that (vLLM 0.32).
     "enable_chunked_prefill": False,
-    "block_size": 32,  # the default of 128 shares no prompt shorter than that between its answers
+    "block_size": 32,  # with the default of 128, responses would not share the cache of a shorter prompt
     "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
+"""Engine steps without a new token, in addition to one per prompt token, after which the engine counts as stuck."""
 _STEPS_AHEAD = 4
-"""More than vLLM schedules before it has seen what came of the last one."""
+"""Engine steps that empty vLLM's pipeline: more than it schedules before it reads the results of a step."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
-    """vLLM's arguments that the trainer relies on; policy.generation.vllm_kwargs may not set them."""
+    """Return the arguments of vLLM that the trainer depends on; policy.generation.vllm_kwargs may not set them."""
     return {
-        "distributed_executor_backend": "external_launcher",  # the only one whose worker is this very rank
+        "distributed_executor_backend": "external_launcher",  # the only executor that runs in the calling process
         "enable_sleep_mode": can_sleep,
-        "trust_remote_code": False,  # no code that a model's folder brings is ever run
-        "config_format": "hf",  # config.json, also where Mistral's params.json lies beside it
-        "load_format": "dummy",  # every step begins with a whole sync; nothing is read from disk
+        "trust_remote_code": False,  # never run code from a model's directory
+        "config_format": "hf",  # read config.json even if there is also Mistral's params.json
+        "load_format": "dummy",  # every step begins with a complete sync, so nothing is read from disk
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "generation_config": "vllm",  # no sampling defaults from the model's directory
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "seed": 0,
@@ -64,7 +65,10 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
 
 
 def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
-    """Before 0.32, vLLM's asynchronous scheduler asks what is done by now, which the ranks of an engine see apart."""
+    """Return the arguments that keep an engine's ranks in lockstep.
+
+    vLLM's asynchronous scheduler before 0.32 depends on which work has finished, and that differs between ranks.
+    """
     import vllm
 
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
@@ -72,27 +76,25 @@ def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
 
 
 def _name_shared_memory() -> None:
-    """Give the memory that ranks of an engine share on a CPU a name of this job's own; collective.
+    """Add a random token to the names of vLLM's shared memory between the ranks of a CPU engine; collective.
 
-    vLLM names it by the ranks' numbers alone: two jobs of one machine would share it, and what a killed one left there
-    would let no other begin.
+    vLLM's names contain only the ranks' numbers: two jobs on one machine would share the memory, and the remains of a
+    killed job would block all later ones.
     """
-    from vllm.distributed.device_communicators.cpu_communicator import (
-        _CPUSHMDistributed,
-    )
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     token = [secrets.token_hex(4)]
     dist.broadcast_object_list(token, src=0)
-    named = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{named(communicator)}-{token[0]}")
+    make_name = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{make_name(communicator)}-{token[0]}")
 
 
 class VllmEngine(EngineBase):
-    """One vLLM of ``tensor_parallel_size`` consecutive ranks; all ranks of the job make theirs at the same point.
+    """A vLLM engine of ``tensor_parallel_size`` consecutive ranks; created on all ranks of the job together.
 
-    ``arguments``: of vLLM's ``LLM``, beside those fixed here. It must be made before other models are loaded (vLLM
-    measures the device's memory) and closed last (it takes the process groups with it). The random state of this
-    process stays what it was.
+    ``arguments``: more arguments of vLLM's ``LLM``. Create the engine before other models are loaded, because vLLM
+    measures the free device memory, and close it last, because that destroys the process groups. The random state of
+    this process does not change.
     """
 
     def __init__(
@@ -142,13 +144,13 @@ class VllmEngine(EngineBase):
         self._needs = self._first_sleep()
         self.pool_bytes = pool_bytes() if isinstance(self._memory, CudaMemory) else 0
         log.info(
-            "vLLM: %d engine(s) of %d rank(s), window %d, weights by %s, %s; ready in %.0f s",
+            "vLLM: %d engine(s) of %d rank(s), window of %d tokens, weights by %s, %s; ready in %.0f s",
             *(self.replicas, tensor_parallel_size, window, self._weights.path),
-            *("level-2 sleep" if self.can_sleep else "no memory freed asleep", time.monotonic() - started),
+            *("level-2 sleep" if self.can_sleep else "sleep frees no memory", time.monotonic() - started),
         )
 
     def _first_sleep(self) -> dict[str, int]:
-        """Put the fresh engine to sleep; bytes that waking its weights and its cache will need."""
+        """Put the new engine to sleep; return the bytes that waking its weights and its cache will need."""
         memory = self._memory
         awake = memory.free() if memory else 0
         self._llm.sleep(level=2)
@@ -158,7 +160,7 @@ class VllmEngine(EngineBase):
         return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
-        """Ids past the tokenizer's never get mass, as they get none in the loss."""
+        """Give ids of the vocabulary's padding no probability, as in the loss."""
         model: Any = self._weights.model
         compute_logits, valid = model.compute_logits, self._valid_vocab
 
@@ -171,7 +173,7 @@ class VllmEngine(EngineBase):
         model.compute_logits = masked
 
     def _count_tokens(self) -> None:
-        """Know how many tokens the engine has made, at every one of its steps."""
+        """Count the tokens of every engine step, and report a heartbeat for each step with new tokens."""
         core = self._engine.engine_core
         get_output = core.get_output
 
@@ -191,7 +193,7 @@ class VllmEngine(EngineBase):
     def _wake_kv(self) -> None:
         self._wake("kv_cache")
         if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM could not forget the keys and values of older weights: some are still in use")
+            raise RuntimeError("vLLM could not clear the keys and values of older weights: requests still use them")
 
     def _wake(self, tag: str) -> None:
         if self._guard is not None:
@@ -201,10 +203,10 @@ class VllmEngine(EngineBase):
     def _sleep(self) -> None:
         self._llm.sleep(level=2)
         if self._guard is not None:
-            self.residual_bytes = self._guard.asleep()
+            self.residual_bytes = self._guard.after_sleep()
 
     def _close(self) -> None:
-        # It ends in destroy_process_group(), whoever made the group.
+        # vLLM destroys all process groups here, also those that the trainer created.
         self._engine.engine_core.shutdown()
 
     def _receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -223,23 +225,23 @@ class VllmEngine(EngineBase):
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[Rollout]:
-        asked = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
-        self._agree("prompts, sampling or step", asked, sampling, step, self._version)
-        answers = [(prompts[i], a) for i in longest_first(prompts) for a in range(sampling.responses_per_prompt)]
+        ids = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
+        self._check_same("prompts, sampling or step", ids, sampling, step, self._version)
+        responses = [(prompts[i], g) for i in longest_first(prompts) for g in range(sampling.responses_per_prompt)]
         outputs = self._run(
-            [(prompt.student_ids, self._params(prompt, answer, sampling, step)) for prompt, answer in answers],
+            [(prompt.student_ids, self._params(prompt, index, sampling, step)) for prompt, index in responses],
             show=self.replica == 0 and self._tp_rank == 0,
             cancelled=cancelled if self._tp_size == 1 else None,
         )
         rollouts = [
-            self._rollout(prompt, answer, output) for (prompt, answer), output in zip(answers, outputs, strict=True)
+            self._rollout(prompt, index, output) for (prompt, index), output in zip(responses, outputs, strict=True)
         ]
-        self._agree("answers", [rollout.response_ids for rollout in rollouts])
-        place = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
-        mine = rollouts[self._tp_rank :: self._tp_size]
-        return sorted(mine, key=lambda rollout: (place[rollout.prompt.prompt_id], rollout.response_index))
+        self._check_same("responses", [rollout.response_ids for rollout in rollouts])
+        position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
+        own = rollouts[self._tp_rank :: self._tp_size]
+        return sorted(own, key=lambda rollout: (position[rollout.prompt.prompt_id], rollout.response_index))
 
-    def _params(self, prompt: Prompt, answer: int, sampling: Sampling, step: int) -> Any:
+    def _params(self, prompt: Prompt, response_index: int, sampling: Sampling, step: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -249,44 +251,49 @@ class VllmEngine(EngineBase):
             top_k=sampling.top_k,
             max_tokens=response_limit(sampling, prompt, self.window),
             stop_token_ids=list(sampling.stop_token_ids),
-            ignore_eos=True,  # or vLLM adds the stop ids of the model's folder to ours
-            seed=response_seed(sampling.seed, step, prompt.prompt_id, answer),
+            ignore_eos=True,  # otherwise vLLM adds the stop ids of the model's directory
+            seed=response_seed(sampling.seed, step, prompt.prompt_id, response_index),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _rollout(self, prompt: Prompt, answer: int, output: Any) -> Rollout:
-        (said,) = output.outputs
-        if said.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended answer {answer} to prompt {prompt.prompt_id} by {said.finish_reason}")
+    def _rollout(self, prompt: Prompt, response_index: int, output: Any) -> Rollout:
+        (response,) = output.outputs
+        if response.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM ended response {response_index} to prompt {prompt.prompt_id} with finish_reason"
+                f" {response.finish_reason!r} instead of 'stop' or 'length'"
+            )
         return Rollout(
             prompt=prompt,
-            response_index=answer,
-            response_ids=tuple(said.token_ids),
-            logprobs=tuple(said.logprobs.logprobs),
-            finish=said.finish_reason,
+            response_index=response_index,
+            response_ids=tuple(response.token_ids),
+            logprobs=tuple(response.logprobs.logprobs),
+            finish=response.finish_reason,
             version=self._version,
         )
 
     def _run(
         self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, cancelled: Cancelled | None = None
     ) -> list[Any]:
-        """The outputs of all requests, in their order. Raises RuntimeError where the engine makes no progress, and
-        GenerationCancelled, with nothing left in the engine, where ``cancelled`` says so.
+        """Return the outputs of all requests (token ids, sampling parameters), in their order.
+
+        Raises RuntimeError if vLLM makes no progress, and GenerationCancelled once ``cancelled()``, after removing the
+        requests from vLLM.
         """
         if self._engine.is_sleeping():
-            raise RuntimeError("vLLM is asleep: it would accept the requests and never answer")
+            raise RuntimeError("vLLM is asleep: it would accept the requests and never finish them")
         first = self._requests
         for token_ids, params in requests:
             self._engine.add_request(str(self._requests), {"prompt_token_ids": list(token_ids)}, params)
             self._requests += 1
         outputs: dict[int, Any] = {}
-        patience = _IDLE_STEPS + sum(len(token_ids) for token_ids, _ in requests)  # a long prompt takes many steps
+        max_idle = _IDLE_STEPS + sum(len(token_ids) for token_ids, _ in requests)  # long prompts take many steps
         idle = 0
         disable = not (show and sys.stderr.isatty())
-        with tqdm(total=len(requests), desc="generate", unit="answer", leave=False, disable=disable) as bar:
+        with tqdm(total=len(requests), desc="generate", unit="response", leave=False, disable=disable) as bar:
             while self._engine.has_unfinished_requests():
                 if cancelled is not None and cancelled():
                     self._abort(range(first, self._requests))
@@ -296,23 +303,24 @@ class VllmEngine(EngineBase):
                     outputs[int(output.request_id)] = output
                     bar.update(1)
                 idle = 0 if self._tokens_made > made else idle + 1
-                if idle > patience:
+                if idle > max_idle:
+                    unfinished = len(requests) - len(outputs)
                     raise RuntimeError(
-                        f"vLLM made no token in {idle} steps, with {len(requests) - len(outputs)} of {len(requests)}"
-                        " answers unfinished"
+                        f"vLLM generated no token in {idle} steps, with {unfinished} of {len(requests)} responses"
+                        " unfinished"
                     )
         return [outputs[first + i] for i in range(len(requests))]
 
     def _abort(self, requests: Iterable[int]) -> None:
-        """Forget these requests, and what of them is on its way."""
+        """Remove the requests from vLLM, including their results that are not read yet."""
         self._engine.abort_request([str(number) for number in requests])
         for _ in range(_STEPS_AHEAD):
             self._engine.step()
 
-    def _agree(self, what: str, *values: object) -> None:
-        """Raise RuntimeError on all ranks of this engine unless they bring the same values.
+    def _check_same(self, what: str, *values: object) -> None:
+        """Raise RuntimeError on all ranks of this engine unless their ``values`` are equal; collective over them.
 
-        vLLM's ranks exchange no requests: different ones give wrong tokens, often the same wrong ones everywhere.
+        vLLM's ranks do not exchange requests. Different requests give wrong tokens, often the same on all ranks.
         """
         if self._tp_size == 1:
             return
@@ -320,12 +328,12 @@ class VllmEngine(EngineBase):
         digests = [""] * self._tp_size
         dist.all_gather_object(digests, digest, group=self._group)
         if len(set(digests)) > 1:
-            raise RuntimeError(f"the ranks of one vLLM engine have different {what}: digests {digests}")
+            raise RuntimeError(f"the ranks of one vLLM engine have different {what} (digests {digests})")
 
 
 @contextmanager
 def kept_threads() -> Iterator[None]:
-    """Leave torch's number of threads as it was: vLLM sets one, and an optimizer on the host would crawl."""
+    """Restore torch's number of threads: vLLM lowers it, which would slow down an optimizer on the host."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -335,7 +343,7 @@ def kept_threads() -> Iterator[None]:
 
 
 def pool_bytes() -> int:
-    """Bytes of the pool that sleep unmaps, mapped or not."""
+    """Return the size in bytes of the pool that sleep unmaps, whether it is mapped or not."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     return int(CuMemAllocator.get_instance().get_current_usage())
@@ -343,7 +351,7 @@ def pool_bytes() -> int:
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Leave Python's, numpy's and torch's generators as they were found."""
+    """Restore the states of the global random generators of Python, numpy and torch."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:

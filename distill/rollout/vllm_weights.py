@@ -1,4 +1,4 @@
-"""Weights on their way into vLLM's model, and the proof that they lie there as they were sent."""
+"""Load weights into vLLM's model, and verify its parameters against the bit sums of the sender."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums, wrap_int64
+from distill.rollout.engine import SyncError
 
 
 class Section(NamedTuple):
-    """Where a tensor of a sync lies in a parameter of this rank."""
+    """Rows of one of this rank's parameters that belong to one tensor of a sync."""
 
     tensor: str
-    """Its Hugging Face name."""
+    """Hugging Face name of the tensor."""
     begin: int
+    """First row in the parameter."""
     end: int
-    """Rows of the parameter, from ``begin`` to before ``end``."""
+    """Last row in the parameter, exclusive."""
     first_row: int
-    """Which row of the tensor the first of them is."""
+    """Row of the tensor that is the section's first row."""
     copies: int
-    """How many ranks of the engine hold each of the tensor's elements."""
+    """Number of the engine's ranks that hold each element of the tensor."""
 
 
 class VllmWeights:
     """The weights of a vLLM engine's model on this rank.
 
-    ``manifest``: all tensors that a sync brings, by Hugging Face name; ``tp_group``: gloo, of the engine's ranks. An
-    engine on CPU repacks its matrices for its kernels and drops the originals, so their bits are summed at that door,
-    after they were put together and before they are repacked; all others are summed where they lie. Raises
-    RuntimeError for a model whose parameters don't follow from the manifest: its syncs could not be proven.
+    ``manifest``: shapes of all tensors of a sync by Hugging Face name; ``tp_group``: gloo group of the engine's ranks.
+    On CPU, vLLM repacks matrices for its kernels and drops the originals. Their bit sums are computed just before the
+    repacking; those of all other parameters are computed in place. Raises RuntimeError for a model whose parameters do
+    not follow from the manifest, because its syncs could not be verified.
     """
 
     def __init__(self, llm: Any, manifest: Mapping[str, torch.Size], tp_size: int, tp_group: dist.ProcessGroup) -> None:
@@ -49,81 +51,81 @@ class VllmWeights:
             for name, module in self.model.named_modules():
                 if hasattr(module, "quant_method"):
                     self._hook_repack(name, module)
-        self._names = self._names_by_parameter(manifest)
+        self._tensors = self._tensors_by_parameter(manifest)
 
     @property
     def path(self) -> str:
-        """How tensors get in: straight into vLLM's parameters, or layer by layer with repacking."""
+        """Return the name of vLLM's method that loads weights: in place, or layer by layer with repacking."""
         return "load_weights" if self._in_place else "reload_weights"
 
     @torch.no_grad()
     def receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Write all weights, streaming: at most a bucket and a layer are held beside the model."""
+        """Load all weights; needs memory for at most one bucket and one layer in addition to the model."""
         self._sums_before_repack.clear()
         if self._in_place:
             self.model.load_weights(weights)  # type: ignore[operator]
             return
-        # Without an iterator vLLM would read the first checkpoint again, from disk.
+        # Without an iterator, vLLM would reload the initial checkpoint from disk.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         head = getattr(self.model, "lm_head", None)
         if self._repacks and head is not None and "lm_head.weight" not in self._sums_before_repack:
-            # A tied head has no tensor of its own that would make vLLM repack it: it would keep its first weights.
+            # A sync has no tensor for a tied head, so vLLM does not repack it: it would keep its first weights.
             head.quant_method.process_weights_after_loading(head)
 
     @torch.no_grad()
     def verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Compare the bits of every tensor, added over the engine's ranks, with those sent; collective over them.
+        """Compare the bit sums of every tensor, added over the engine's ranks, with the sender's; collective over them.
 
-        Each tensor is found by itself, also where vLLM fused several into one parameter.
+        Tensors that vLLM fused into one parameter are compared one by one. Raises SyncError for a difference.
         """
-        modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding itself
-        places: list[tuple[str, Section]] = []
+        modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding module
+        compared: list[tuple[str, Section]] = []
         sums: list[Tensor] = []
-        for name, tensors in self._names.items():
+        for name, tensors in self._tensors.items():
             owner, _, leaf = name.rpartition(".")
             sections = self._sections(modules[owner], leaf, tensors)
-            places += [(name, section) for section in sections]
+            compared += [(name, section) for section in sections]
             sums.append(self._sums_of(name, modules[owner], sections))
         found = torch.cat(sums).cpu()
         if self._tp_size > 1:
             dist.all_reduce(found, group=self._tp_group)
-        for (name, section), total in zip(places, found.tolist(), strict=True):
-            if total != [wrap_int64(part * section.copies) for part in sent[section.tensor]]:
-                raise RuntimeError(f"vLLM's {name} does not hold the bits of {section.tensor} that were sent")
+        for (name, section), total in zip(compared, found.tolist(), strict=True):
+            if total != [wrap_int64(value * section.copies) for value in sent[section.tensor]]:
+                tensor = section.tensor
+                raise SyncError(f"{name} in vLLM differs from the student's {tensor}", tensor, "memory")
 
     def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:
-        """The bit sums of a parameter's sections, int64 [sections, 2]."""
+        """Return the bit sums of a parameter's sections, int64 [sections, 2]."""
         if name not in self._repacked_names:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._sums_before_repack:
-            raise RuntimeError(f"vLLM computes with its old {name}: the sync did not make it repack that")
+            raise SyncError(f"vLLM still uses its old {name}: it was not repacked in this sync", name, "memory")
         return self._sums_before_repack[name]
 
     def _hook_repack(self, prefix: str, module: nn.Module) -> None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import (
-            ParallelLMHead,
-            VocabParallelEmbedding,
-        )
+        """Record the bit sums of a module's parameters just before vLLM repacks them."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         has_head = isinstance(getattr(self.model, "lm_head", None), ParallelLMHead)
-        looked_up = type(module) is VocabParallelEmbedding and has_head
-        if looked_up:  # it is never multiplied: what the kernels would be given isn't read
+        lookup_only = type(module) is VocabParallelEmbedding and has_head
+        if lookup_only:  # it is never multiplied, so no kernel needs it repacked
             module.quant_method.process_weights_after_loading = lambda layer: None  # type: ignore[union-attr]
             return
         self._repacked_names.update(f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
         method: Any = module.quant_method
         repack = method.process_weights_after_loading
 
-        def summed_first(layer: nn.Module) -> None:
+        def sum_and_repack(layer: nn.Module) -> None:
             for leaf, parameter in layer.named_parameters(recurse=False):
                 name = f"{prefix}.{leaf}"
-                self._sums_before_repack[name] = section_sums(parameter, self._sections(layer, leaf, self._names[name]))
+                sections = self._sections(layer, leaf, self._tensors[name])
+                self._sums_before_repack[name] = section_sums(parameter, sections)
             repack(layer)
 
-        method.process_weights_after_loading = summed_first
+        method.process_weights_after_loading = sum_and_repack
 
-    def _names_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-        """Of which tensors each of vLLM's parameters is made, in the order in which they lie there."""
+    def _tensors_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
+        """Return, for each of vLLM's parameters, the tensors that it consists of, in their order of rows."""
         fused = getattr(self.model, "packed_modules_mapping", {})
         tensors: dict[str, list[str]] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
@@ -135,26 +137,20 @@ class VllmWeights:
         known = {tensor for parts in tensors.values() for tensor in parts}
         if known != manifest.keys():
             raise RuntimeError(
-                f"a sync into vLLM's {type(self.model).__name__} can't be proven: it is not known where it keeps"
-                f" {sorted(known ^ manifest.keys())[:4]}"
+                f"a sync into vLLM's {type(self.model).__name__} cannot be verified: tensors without a known"
+                f" parameter, or parameters without a tensor: {sorted(known ^ manifest.keys())[:4]}"
             )
         return tensors
 
     def _sections(self, module: Any, leaf: str, tensors: list[str]) -> list[Section]:
-        """The sections of a parameter, as vLLM's layers split it over an engine's ranks."""
-        from vllm.model_executor.layers.linear import (
-            ColumnParallelLinear,
-            QKVParallelLinear,
-            RowParallelLinear,
-        )
-        from vllm.model_executor.layers.vocab_parallel_embedding import (
-            VocabParallelEmbedding,
-        )
+        """Return the sections of a parameter, as vLLM's layers shard it over the engine's ranks."""
+        from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         rows = len(module.get_parameter(leaf))
-        if isinstance(module, VocabParallelEmbedding):  # its last rank's end is padded with zeros
+        if isinstance(module, VocabParallelEmbedding):  # padded with rows of zeros on the last rank
             return [Section(tensors[0], 0, rows, self._tp_rank * rows, 1)]
-        if isinstance(module, RowParallelLinear) and leaf == "weight":  # columns are split, and add up
+        if isinstance(module, RowParallelLinear) and leaf == "weight":  # sharded by columns, whose bit sums add up
             assert module.input_size_per_partition * module.params_dtype.itemsize % WORD_BYTES == 0
             return [Section(tensors[0], 0, rows, 0, 1)]
         if not isinstance(module, ColumnParallelLinear):
@@ -168,5 +164,5 @@ class VllmWeights:
 
 
 def section_sums(parameter: Tensor, sections: list[Section]) -> Tensor:
-    """The bit sums of each section, int64 [sections, 2]."""
+    """Return the bit sums of each section, int64 [sections, 2]."""
     return torch.stack([bit_sums(parameter[s.begin : s.end], s.first_row) for s in sections])

@@ -175,7 +175,7 @@ def exit_process(code: int) -> NoReturn:
     """End the process with ``code``, without the interpreter's shutdown if it isn't 0.
 
     A launcher ends the other ranks when one fails. The shutdown takes longer than the launcher's poll interval, so a
-    rank that is still in it would exit by the launcher's signal instead of its own code.
+    rank that has not ended by then would exit by the launcher's signal instead of this code.
     """
     ignore_signals()
     logging.shutdown()

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Message of one rank to the others, sent once per poll."""
+    """Message of one rank to other ranks, sent once per poll."""
 
     count: int
     """Number of heartbeats sent by this rank."""

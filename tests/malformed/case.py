@@ -16,26 +16,26 @@ from typing import Any
 import yaml
 
 CANARY = "executed"
-"""A file of this name in the root: something that only reads was made to run code."""
+"""Name of a file in the root that exists only if the program executed code from its input."""
 
 
 @dataclass
 class Case:
-    """One run that must be refused."""
+    """One run that the program must refuse."""
 
     way: str
-    """How it was broken."""
+    """Name of the way in which the run is malformed."""
     argv: list[str]
     names: str
-    """What the sentence must name: the key, the file or the variable; of several, divided by a bar, any."""
+    """Key, file or variable that the error must name; a bar separates alternatives."""
     env: Mapping[str, str | None] = field(default_factory=dict)
-    """Variables to set, or to unset."""
+    """Environment variables to set; None: to unset."""
     detail: str = ""
-    """What was drawn."""
+    """Drawn values, for the report of a failure."""
 
 
 class Workshop:
-    """A folder to write broken things into, and the draw."""
+    """A folder for malformed files, and a random generator."""
 
     def __init__(self, root: Path, rng: random.Random, name: str, ranks: int) -> None:
         self.root, self.rng, self.name, self.ranks = root, rng, name, ranks
@@ -48,7 +48,7 @@ class Workshop:
         return path
 
     def tree(self) -> dict[str, Any]:
-        """The recipe that works."""
+        """Return the keys of a working recipe."""
         tree: dict[str, Any] = yaml.safe_load((self.root / "recipe.yaml").read_text())
         tree["cluster"]["gpus_per_node"] = self.ranks
         tree["runtime"] = {"run_dir": f"{self.root}/runs/{self.name}"}
@@ -56,7 +56,7 @@ class Workshop:
         return tree
 
     def case(self, names: str, *overrides: str, env: Mapping[str, str | None] | None = None, detail: str = "") -> Case:
-        """The working recipe under overrides."""
+        """Return the working recipe with overrides."""
         return self.recipe(yaml.safe_dump(self.tree()), names, *overrides, env=env, detail=detail)
 
     def recipe(
@@ -67,12 +67,12 @@ class Workshop:
         env: Mapping[str, str | None] | None = None,
         detail: str = "",
     ) -> Case:
-        """A recipe of this text."""
+        """Return a recipe with the given text."""
         path = self.file("recipe.yaml", text)
         return Case("", ["--config", str(path), *overrides], names, env or {}, detail or " ".join(overrides)[:200])
 
     def keyed(self, key: str, value: Any, names: str | None = None) -> Case:
-        """The working recipe with one key set otherwise."""
+        """Return the working recipe with another value of one key."""
         tree: Any = self.tree()
         place = tree
         *sections, last = key.split(".")
@@ -83,7 +83,7 @@ class Workshop:
         return self.recipe(yaml.safe_dump(tree), names or shown(key), detail=f"{key}: {value!r}"[:200])
 
     def context(self, names: str, *overrides: str) -> Case:
-        """The working recipe under context distillation."""
+        """Return the working recipe with context distillation."""
         return self.case(
             names,
             "distillation.context_distillation.enabled=true",
@@ -93,11 +93,11 @@ class Workshop:
         )
 
     def model(self) -> Path:
-        """A copy of the student's folder."""
+        """Copy the student's folder."""
         return Path(shutil.copytree(self.root / "student", self.folder / "model"))
 
     def cut(self, data: bytes, least: int = 1) -> bytes:
-        """Without its end."""
+        """Return ``data`` without a random number of bytes at its end."""
         return data[: self.rng.randrange(least, len(data))]
 
     def noise(self, length: int = 64) -> bytes:
@@ -105,7 +105,7 @@ class Workshop:
 
 
 def shown(key: str) -> str:
-    """What a sentence calls a key: those of data.default are filled into data.train."""
+    """Return the name of a key in errors; keys of data.default appear as keys of data.train."""
     return key.rpartition(".")[2] if key.startswith("data.default.") else key
 
 
@@ -120,7 +120,7 @@ def way(function: Way) -> Way:
 
 
 def malformed(root: Path, count: int, seed: int, ranks: int, among: Callable[[str], bool] = bool) -> list[Case]:
-    """``count`` cases by a seed, every way in turn before one comes again."""
+    """Draw ``count`` cases by a seed; no way is repeated before all have been used."""
     rng = random.Random(seed)
     ways = [name for name in WAYS if among(name)]
     cases: list[Case] = []

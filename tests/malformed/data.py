@@ -124,19 +124,19 @@ def _bad_parquet(shop: Workshop) -> Case:
     elif kind == 4:
         table = pa.table({"question": [b"a\xff"] * 4, "answer": ["1"] * 4})
     pq.write_table(table, path)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     if kind == 5:
-        path.write_bytes(shop.cut(whole))
+        path.write_bytes(shop.cut(content))
     elif kind == 6:
         path.write_bytes(shop.noise(100))
-    elif kind == 7:  # whole at both ends, and its pages overwritten
-        path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    elif kind == 7:  # valid header and footer, overwritten pages
+        path.write_bytes(content[:4] + b"\xff" * 60 + content[64:])
     return shop.case(names, f"data.train.data_path={path}", detail=str(kind))
 
 
 @way
 def _parquet_of_text_that_is_none(shop: Workshop) -> Case:
-    """A column that says it is UTF-8, and isn't."""
+    """A string column with bytes that are not UTF-8."""
     path = shop.folder / "bytes.parquet"
     values = pa.array([b"a", b"\xff\xfe", b"c", b"d"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"question": values, "answer": ["1"] * 4}), path)

@@ -34,7 +34,7 @@ BROKEN: list[tuple[str, str | None]] = [
     *(("MASTER_ADDR", value) for value in ("", "no such host", "host.invalid", None)),
     *(("MASTER_PORT", value) for value in ("abc", "", "-1", "99999999", "0.5", None)),
 ]
-"""Values that no place in a world of one or two ranks has; None: it isn't set."""
+"""Values that are invalid for one and for two ranks; None: the variable is unset."""
 
 
 @way

@@ -22,7 +22,7 @@ def model_case(shop: Workshop, names: str, model: Path, detail: str) -> Case:
 def _broken_config_json(shop: Workshop) -> Case:
     model = shop.model()
     path = model / "config.json"
-    whole = json.loads(path.read_text())
+    content = json.loads(path.read_text())
     changed: list[dict[str, Any]] = [
         {"model_type": "unheard-of"},
         {"model_type": "gpt2"},
@@ -59,7 +59,7 @@ def _broken_config_json(shop: Workshop) -> Case:
     elif kind == 1:
         path.write_text(shop.rng.choice(["[]", "3", "null", '"text"', "", "{}", "{nonsense}", '{"a": NaN'] * 1))
     else:
-        path.write_text(json.dumps({**whole, **(drawn := shop.rng.choice(changed))}))
+        path.write_text(json.dumps({**content, **(drawn := shop.rng.choice(changed))}))
         return model_case(shop, "MODEL", model, repr(drawn))
     return model_case(shop, "MODEL", model, path.read_text()[-60:])
 
@@ -73,16 +73,16 @@ def _broken_config_json_too(shop: Workshop) -> Case:
 def _broken_safetensors(shop: Workshop) -> Case:
     model = shop.model()
     path = model / "model.safetensors"
-    whole = path.read_bytes()
+    content = path.read_bytes()
     kind = shop.rng.randrange(8)
     if kind == 0:
-        path.write_bytes(shop.cut(whole))
+        path.write_bytes(shop.cut(content))
     elif kind == 1:
         path.write_bytes(b"")
     elif kind == 2:
-        path.write_bytes(struct.pack("<Q", 2**62) + whole[8:])
+        path.write_bytes(struct.pack("<Q", 2**62) + content[8:])
     elif kind == 3:
-        path.write_bytes(whole[:8] + shop.noise(40) + whole[48:])
+        path.write_bytes(content[:8] + shop.noise(40) + content[48:])
     elif kind == 4:
         path.unlink()
     elif kind == 5:
@@ -92,7 +92,7 @@ def _broken_safetensors(shop: Workshop) -> Case:
         path.unlink()
         path.mkdir()
     else:
-        path.write_bytes(whole[:-1])
+        path.write_bytes(content[:-1])
     return model_case(shop, "MODEL", model, str(kind))
 
 
@@ -172,25 +172,25 @@ def _broken_generation_config(shop: Workshop) -> Case:
 
 @way
 def _code_in_a_model_folder(shop: Workshop) -> Case:
-    """A class of the folder's own, which transformers would run if it were trusted."""
+    """Python code in the model folder, which transformers would run with trust_remote_code."""
     model = shop.model()
     code = f"open({str(shop.root / CANARY)!r}, 'w').close()\nclass Own: pass\n"
     (model / "own.py").write_text(code)
     if shop.rng.random() < 0.5:
-        whole = json.loads((model / "config.json").read_text())
+        content = json.loads((model / "config.json").read_text())
         auto = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
-        (model / "config.json").write_text(json.dumps({**whole, "model_type": "own", "auto_map": auto}))
+        (model / "config.json").write_text(json.dumps({**content, "model_type": "own", "auto_map": auto}))
         return model_case(shop, "MODEL", model, "config")
-    whole = json.loads((model / "tokenizer_config.json").read_text())
+    content = json.loads((model / "tokenizer_config.json").read_text())
     auto_map = {"AutoTokenizer": ["own.Own", None]}
     (model / "tokenizer.json").unlink()
-    text = json.dumps({**whole, "tokenizer_class": "Own", "auto_map": auto_map})
+    text = json.dumps({**content, "tokenizer_class": "Own", "auto_map": auto_map})
     (model / "tokenizer_config.json").write_text(text)
     return model_case(shop, "tokenizer", model, "tokenizer")
 
 
 @way
-def _model_name_that_is_none(shop: Workshop) -> Case:
+def _invalid_model_name(shop: Workshop) -> Case:
     owner = shop.rng.choice(["policy", "teacher"])
     name = shop.rng.choice(
         ["''", "nowhere", "./nowhere", "no-one/nothing", "a/b/c", "/dev/null", "~", "..", "https://x/y", "a//b", "a/",
@@ -201,7 +201,7 @@ def _model_name_that_is_none(shop: Workshop) -> Case:
 
 
 @way
-def _tokenizer_name_that_is_none(shop: Workshop) -> Case:
+def _invalid_tokenizer_name(shop: Workshop) -> Case:
     owner = shop.rng.choice(["policy", "teacher"])
     names = ["''", "nowhere", "no-one/nothing", "/dev/null", f"{shop.root}/logs", f"{shop.root}/stranger"]
     name = shop.rng.choice(names)

@@ -22,7 +22,7 @@ SECTIONS = [key for key in key_paths() if any(other.startswith(key + ".") for ot
 
 
 def wrong_values(hint: Any) -> list[Any]:
-    """Values that no alternative of a type takes."""
+    """Return values that fit no alternative of a type."""
     options = members(hint)
     fits: dict[Any, list[Any]] = {
         bool: ["perhaps", 2, 0.5, [True], {"on": True}],
@@ -64,7 +64,7 @@ def _wrong_type_on_the_command_line(shop: Workshop) -> Case:
 
 
 @way
-def _section_is_no_section(shop: Workshop) -> Case:
+def _section_has_a_value(shop: Workshop) -> Case:
     key = shop.rng.choice([key for key in SECTIONS if key not in ("policy.scheduler", "data.validation")])
     value = shop.rng.choice([3, "text", True, ["a"], 0.5])
     return shop.keyed(key, value, names=key.split(".")[0])
@@ -98,7 +98,7 @@ def _unknown_section(shop: Workshop) -> Case:
 
 
 @way
-def _no_text_as_key(shop: Workshop) -> Case:
+def _key_is_not_text(shop: Workshop) -> Case:
     key = shop.rng.choice(["3", "true", "null", "1.5", "[1, 2]", "? [a]\n "])
     names = "recipe.yaml" if "[" in key else "key"
     return shop.recipe(f"{yaml.safe_dump(shop.tree())}\n{key}: 1\n", names, detail=key)
@@ -117,7 +117,7 @@ def _out_of_range(shop: Workshop) -> Case:
 
 @way
 def _huge_number(shop: Workshop) -> Case:
-    """Beyond what the data, the models or the machine have."""
+    """A number above what the data, the models or the machine provide."""
     key = shop.rng.choice(
         [
             "distillation.num_prompts_per_step",
@@ -151,7 +151,7 @@ CONTRADICTIONS: list[tuple[str, list[str]]] = [
     ("data.train", ["data.train=null"]),
     ("data.train", ["data.train={dataset_name: gsm8k, data_path: x.jsonl}"]),
     ("data.validation", ["distillation.val_period=1"]),
-    ("data.train.env_name=judge", ["data.train.env_name=judge"]),
+    ("data.train.env_name=code", ["data.train.env_name=code"]),
     ("checkpointing.metric_name=accuracy", ["checkpointing.metric_name=accuracy"]),
     ("checkpoint_must_save_by=soon", ["checkpointing.checkpoint_must_save_by=soon"]),
     ("policy.generation.top_p=0.5", ["policy.generation.top_p=0.5"]),
@@ -236,8 +236,8 @@ def _key_twice(shop: Workshop) -> Case:
 def _broken_yaml(shop: Workshop) -> Case:
     text = shop.rng.choice(["a: [1, 2", "\tpolicy: 1", "a: {", "a: 'b", "- x", "a: b: c", "%YAML 9.9", "*nowhere"])
     before = shop.rng.random() < 0.5
-    whole = f"{text}\n{yaml.safe_dump(shop.tree())}" if before else f"{yaml.safe_dump(shop.tree())}\n{text}\n"
-    return shop.recipe(whole, "recipe.yaml", detail=text)
+    document = f"{text}\n{yaml.safe_dump(shop.tree())}" if before else f"{yaml.safe_dump(shop.tree())}\n{text}\n"
+    return shop.recipe(document, "recipe.yaml", detail=text)
 
 
 @way
@@ -257,7 +257,7 @@ def _code_in_yaml(shop: Workshop) -> Case:
 
 
 @way
-def _recipe_of_other_bytes(shop: Workshop) -> Case:
+def _recipe_is_not_utf8(shop: Workshop) -> Case:
     text = yaml.safe_dump(shop.tree())
     kind = shop.rng.randrange(5)
     data = [
@@ -271,15 +271,15 @@ def _recipe_of_other_bytes(shop: Workshop) -> Case:
 
 
 @way
-def _recipe_that_holds_no_keys(shop: Workshop) -> Case:
+def _recipe_without_keys(shop: Workshop) -> Case:
     text = shop.rng.choice(["[1, 2]", "3", "just words", "null", "true", "'policy: 1'"])
     names = {"null": "data.train", "just words": "just words", "'policy: 1'": "policy=1"}
     return shop.recipe(text, names.get(text, "recipe.yaml"), detail=text)
 
 
 @way
-def _recipe_that_never_ends(shop: Workshop) -> Case:
-    """A few hundred bytes that stand for millions of values, or a thousand levels."""
+def _recipe_that_expands(shop: Workshop) -> Case:
+    """A few hundred bytes that expand to millions of values or a thousand levels."""
     doubling = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     doubling += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     deep = "policy: " + "[" * 3000 + "]" * 3000
@@ -289,7 +289,7 @@ def _recipe_that_never_ends(shop: Workshop) -> Case:
 
 
 @way
-def _recipe_is_no_file(shop: Workshop) -> Case:
+def _recipe_is_not_a_file(shop: Workshop) -> Case:
     kind = shop.rng.randrange(4)
     if kind == 0:
         path = shop.folder

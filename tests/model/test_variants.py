@@ -191,14 +191,14 @@ def test_a_setting_that_vllm_lacks_is_refused_for_vllm_alone(tmp_path: Path, nam
     variant, named = NOT_IN_VLLM[name]
     config = model_config(find_model(str(save_variant(tmp_path / "m", variant)), KEY), KEY)
     with pytest.raises(UserError, match=r"set policy\.generation\.backend=transformers") as refused:
-        check_vllm_config(config, WINDOW, f"{KEY}=m")
+        check_vllm_config(config, WINDOW, KEY, "m")
     assert f"{KEY}=m has {named}" in str(refused.value)
 
 
 def test_a_window_that_no_sequence_reaches_does_not_matter_to_vllm(tmp_path: Path) -> None:
     variant = NOT_IN_VLLM["qwen2 windows in some layers"][0]
     config = model_config(find_model(str(save_variant(tmp_path / "m", variant)), KEY), KEY)
-    check_vllm_config(config, config.sliding_window, f"{KEY}=m")
+    check_vllm_config(config, config.sliding_window, KEY, "m")
 
 
 def _vllm_difference(folder: Path, tp: int) -> float:

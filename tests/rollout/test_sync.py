@@ -1,10 +1,12 @@
-"""Weights are fresh: bit sums, gathered weights, and what an engine that ignores a sync is told."""
+"""Verification of a sync: bit sums, gathered weights, the probe, memory of a sleeping engine."""
 
 from __future__ import annotations
 
 import datetime
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +31,16 @@ from tests.helpers import run_ranks, save_tiny_model
 GIB = 2**30
 
 
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The warnings that ``distill`` logs."""
+    logging.getLogger("distill").propagate = True
+    with caplog.at_level(logging.WARNING, "distill"):
+        yield caplog
+
+
 def _slow_sums(tensor: torch.Tensor) -> BitSums:
-    """The twin: one element at a time, in Python's integers."""
+    """The bit sums by their definition, element by element in Python integers."""
     bits = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     rows = (tensor if tensor.ndim > 1 else tensor[:, None]).contiguous().view(bits).flatten(1).tolist()
     per_word = 8 // tensor.element_size()
@@ -47,20 +57,20 @@ def _slow_sums(tensor: torch.Tensor) -> BitSums:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(5, 8), (3, 7), (6,), (4, 3, 2), (1, 1)])
-def test_bit_sums_are_those_of_the_plain_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_bit_sums_follow_their_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert BitSums(*bit_sums(tensor).tolist()) == _slow_sums(tensor)
 
 
-def test_bit_sums_add_over_rows_and_over_columns_at_whole_words() -> None:
+def test_bit_sums_add_up_over_splits_of_rows_and_columns() -> None:
     tensor = torch.randn(7, 12).bfloat16()
-    whole = bit_sums(tensor)
-    assert torch.equal(bit_sums(tensor[:3]) + bit_sums(tensor[3:], first_row=3), whole)
-    assert torch.equal(bit_sums(tensor[:, :8]) + bit_sums(tensor[:, 8:]), whole)
+    total = bit_sums(tensor)
+    assert torch.equal(bit_sums(tensor[:3]) + bit_sums(tensor[3:], first_row=3), total)
+    assert torch.equal(bit_sums(tensor[:, :8]) + bit_sums(tensor[:, 8:]), total)
     assert torch.equal(bit_sums(tensor[:0]), torch.zeros(2, dtype=torch.int64))
 
 
-def test_bit_sums_see_one_bit_a_sign_of_zero_and_rows_in_another_order() -> None:
+def test_bit_sums_detect_one_bit_the_sign_of_zero_and_exchanged_rows() -> None:
     tensor = torch.randn(4, 4)
     flipped = tensor.clone()
     flipped.view(torch.int32)[2, 1] ^= 1
@@ -70,7 +80,7 @@ def test_bit_sums_see_one_bit_a_sign_of_zero_and_rows_in_another_order() -> None
     assert exchanged[0] == bit_sums(tensor)[0] and exchanged[1] != bit_sums(tensor)[1]
 
 
-def test_changed_counts_tensors() -> None:
+def test_changed_names_the_tensors_with_other_sums() -> None:
     one, other = BitSums(1, 2), BitSums(1, 3)
     assert changed_names({}, {"a": one, "b": other}) == ["a", "b"]
     assert changed_names({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
@@ -92,7 +102,7 @@ def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
                 pass
         except RuntimeError as error:
             return str(error)
-        return "nothing was said"
+        return ""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         weights = GatheredWeights(student.model.named_hf_parameters(), dtype, 50_000, world.replica_mesh, tp)
@@ -101,9 +111,13 @@ def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "tp"), [(1, 1), (2, 1), (3, 1), (4, 2)])  # over 3, few shards end at a whole word
-def test_gathered_weights_are_the_checkpoints_and_carry_their_bit_sums(tmp_path: Path, ranks: int, tp: int) -> None:
-    folder = save_tiny_model(tmp_path / "m", "qwen2", False, vocab=385)  # biases; an odd vocabulary: uneven shards
+@pytest.mark.parametrize(
+    ("ranks", "tp"), [(1, 1), (2, 1), (3, 1), (4, 2)]
+)  # with 3 ranks, shards end within a 64-bit word
+def test_gathered_weights_equal_the_checkpoint_and_have_its_bit_sums(tmp_path: Path, ranks: int, tp: int) -> None:
+    folder = save_tiny_model(
+        tmp_path / "m", "qwen2", False, vocab=385
+    )  # with biases; the odd vocabulary makes uneven shards
     files = find_model(str(folder), "a model")
     for found in run_ranks(ranks, _gathered, folder, False, tp):
         for dtype, (tensors, sums) in found.items():
@@ -114,7 +128,7 @@ def test_gathered_weights_are_the_checkpoints_and_carry_their_bit_sums(tmp_path:
 
 
 class _Collectives(TorchDispatchMode):
-    """Counts what goes through torch.distributed, by any door."""
+    """Counts the collectives of torch.distributed."""
 
     calls = 0
 
@@ -131,33 +145,33 @@ def _collectives(folder: Path, tp: int) -> dict[str, Any]:
     student = Student(config, find_model(str(folder), "a model"), world, 384, ())
     parameters = student.model.named_hf_parameters()
     found: dict[str, Any] = {"parameters": len(parameters), "bytes": sum(p.numel() * 4 for _, p in parameters)}
-    for share in (1, 4, 8):
-        weights = GatheredWeights(parameters, torch.float32, found["bytes"] // share, world.replica_mesh, tp)
+    for buckets in (1, 4, 8):
+        weights = GatheredWeights(parameters, torch.float32, found["bytes"] // buckets, world.replica_mesh, tp)
         with _Collectives() as counted:
             for _ in weights:
                 pass
-        found[str(share)] = counted.calls
+        found[str(buckets)] = counted.calls
     return found
 
 
-def test_collectives_of_a_sync_grow_with_bytes_not_with_parameters(tmp_path: Path) -> None:
+def test_the_number_of_collectives_of_a_sync_grows_with_bytes_not_parameters(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m", "qwen3", True, layers=6)
     found = run_ranks(2, _collectives, folder, 2)[0]
     assert found["parameters"] > 60
     assert found["1"] == 1
-    for share in (4, 8):  # a bucket ends before the tensor that it has no room for: at least half of it is full
-        assert share <= found[str(share)] <= 2 * share, found
+    for buckets in (4, 8):  # two consecutive buckets hold more than one bucket's size
+        assert buckets <= found[str(buckets)] <= 2 * buckets, found
 
 
-def test_weights_that_are_not_finite_never_leave_and_every_rank_says_so(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_raise_on_every_rank(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m", "llama", True)
-    said = run_ranks(2, _gathered, folder, True)
-    assert said[0] == said[1]
-    assert "model.layers.1.mlp.up_proj.weight" in said[0]
+    errors = run_ranks(2, _gathered, folder, True)
+    assert errors[0] == errors[1]
+    assert "model.layers.1.mlp.up_proj.weight" in errors[0]
 
 
 class ScriptedEngine:
-    """An engine that answers the probe as told: what freshness makes of it needs no model."""
+    """An engine without a model, with given numbers of changed tensors and log-probs of the probe."""
 
     replica, replicas = 0, 1
 
@@ -178,77 +192,84 @@ class ScriptedEngine:
 
 
 class OneRank:
-    """A world of one, without process groups."""
+    """A world of one rank, without process groups."""
 
-    def all_or_none(self, doing: str) -> Any:
-        from contextlib import nullcontext
-
+    def all_or_none(self, what: str) -> Any:
         return nullcontext()
 
 
-def _freshness(changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16) -> WeightSync:
-    trainer = SimpleNamespace(
+def _sync(changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16) -> WeightSync:
+    return WeightSync(OneRank(), ScriptedEngine(changed, probes), _trainer(dtype), 50)  # type: ignore[arg-type]
+
+
+def _trainer(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return SimpleNamespace(
         dtype=dtype, offload=lambda: None, weights=lambda: CompleteWeights([]), logprobs=lambda ids: [-1.0, -2.0]
     )
-    return WeightSync(OneRank(), ScriptedEngine(changed, probes), trainer, 50)  # type: ignore[arg-type]
 
 
-def test_a_probe_that_does_not_move_with_the_weights_ends_the_run() -> None:
-    freshness = _freshness([10, 6], [[-1.0, -2.0]] * 2)  # norms are many tensors and few bytes: they may stay
-    freshness.push_weights(0)
-    with pytest.raises(RuntimeError, match="6 of 10 tensors changed, 95% of all bytes are theirs, and the engine ans"):
-        freshness.push_weights(1)
+def test_a_probe_that_does_not_change_with_the_weights_raises() -> None:
+    sync = _sync([10, 6], [[-1.0, -2.0]] * 2)  # 6 of 10 tensors with 95% of the bytes: the rest may be norms
+    sync.push_weights(0)
+    with pytest.raises(RuntimeError, match=r"6 of 10 .*95%"):
+        sync.push_weights(1)
 
 
-def test_a_probe_need_not_move_when_few_tensors_or_none_changed(caplog: pytest.LogCaptureFixture) -> None:
-    freshness = _freshness([10, 0, 3], [[-1.0, -2.0]] * 3)
-    freshness.push_weights(0)
-    freshness.push_weights(1)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING, "distill"):
-        logging.getLogger("distill").propagate = True
-        freshness.push_weights(2)
-    assert "3 of 10 tensors changed" in caplog.text
+def test_a_probe_need_not_change_when_few_tensors_or_none_changed(warnings: pytest.LogCaptureFixture) -> None:
+    sync = _sync([10, 0, 3], [[-1.0, -2.0]] * 3)
+    sync.push_weights(0)
+    sync.push_weights(1)
+    assert not warnings.records
+    sync.push_weights(2)
+    assert "3 of 10" in warnings.text
 
 
-def test_a_sync_is_waking_sending_waking_and_its_cost_is_a_metric() -> None:
-    freshness = _freshness([10, 10], [[-1.0, -2.0], [-1.5, -2.0]])
-    freshness.push_weights(0, Metrics())
+def test_a_sync_wakes_the_engine_in_two_parts_and_reports_its_cost() -> None:
+    sync = _sync([10, 10], [[-1.0, -2.0], [-1.5, -2.0]])
+    offloads: list[int] = []
+    sync._student.offload = lambda: offloads.append(1)  # type: ignore[method-assign]
+    sync.push_weights(0, Metrics())
     metrics = Metrics()
-    freshness.push_weights(1, metrics)
-    assert freshness._engine.calls == ["weights", "sync", "kv"] * 2  # type: ignore[attr-defined]
+    sync.push_weights(1, metrics)
+    assert sync._engine.calls == ["weights", "sync", "kv"] * 2  # type: ignore[attr-defined]
+    assert len(offloads) == 2
     assert metrics.reduce() == {"timing/train/weight_sync": 0.5, "sync_changed_tensors": 10.0, "probe_change": 0.25}
 
 
-def test_in_float32_the_probe_must_equal_the_trainers() -> None:
-    _freshness([10], [[-1.0, -2.0 + 0.5 * FLOAT32_LIMIT]], torch.float32).push_weights(0)
-    with pytest.raises(RuntimeError, match="does not compute with the weights it was sent"):
-        _freshness([10], [[-1.0, -2.001]], torch.float32).push_weights(0)
-    with pytest.raises(RuntimeError):
+def test_in_float32_the_probe_must_equal_the_trainers_log_probs() -> None:
+    _sync([10], [[-1.0, -2.0 + 0.5 * FLOAT32_LIMIT]], torch.float32).push_weights(0)
+    with pytest.raises(RuntimeError, match=r"0\.001 nats"):
+        _sync([10], [[-1.0, -2.001]], torch.float32).push_weights(0)
+    with pytest.raises(RuntimeError, match="nan"):
         check_equal([math.nan], [0.0])
 
 
-def test_the_difference_between_trainer_and_sampler_is_judged(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(RuntimeError, match=r"differ by 0\.001 nats a token, and 0\.0001 is the most"):
-        _freshness([], [], torch.float32).observe(1e-3)
-    with pytest.raises(RuntimeError, match=r"differ by 0\.6 nats a token, and 0\.5 is the most"):
-        _freshness([], []).observe(0.6)
-    freshness = _freshness([], [])
-    logging.getLogger("distill").propagate = True
-    with caplog.at_level(logging.WARNING, "distill"):
-        for value in (0.03, 0.08, math.nan):
-            freshness.observe(value)
-        assert not caplog.records
-        freshness.observe(0.1)
-    assert "differ by 0.1 nats a token, 0.03 at first" in caplog.text
+def test_a_large_difference_between_trainer_and_sampler_raises() -> None:
+    with pytest.raises(RuntimeError, match=r"0\.001 nats.* 0\.0001"):
+        _sync([], [], torch.float32).observe(1e-3)
+    with pytest.raises(RuntimeError, match=r"0\.6 nats.* 0\.5"):
+        _sync([], []).observe(0.6)
+
+
+def test_a_growing_difference_between_trainer_and_sampler_warns(warnings: pytest.LogCaptureFixture) -> None:
+    sync = _sync([], [])
+    for value in (0.03, 0.08, math.nan):
+        sync.observe(value)
+    assert not warnings.records
+    sync.observe(0.1)
+    (record,) = warnings.records
+    assert record.args == (0.1, 0.03)
+
+
+OUT_OF_MEMORY = "too little memory"
 
 
 class ShortEngine(ScriptedEngine):
-    """An engine of two ranks, one of which lacks the memory to wake; its probe is computed by both together."""
+    """An engine of two ranks whose probe is collective; rank 1 has too little memory to wake."""
 
     def wake(self, what: str) -> None:
         if what == "kv" and dist.get_rank() == 1:
-            raise RuntimeError("waking the engine's kv_cache needs more memory")
+            raise RuntimeError(OUT_OF_MEMORY)
 
     def probe(self, token_ids: list[int]) -> list[float]:
         dist.barrier()
@@ -257,58 +278,56 @@ class ShortEngine(ScriptedEngine):
 
 def _short() -> str:
     world = World(datetime.timedelta(seconds=20))
-    trainer = SimpleNamespace(dtype=torch.bfloat16, weights=lambda: CompleteWeights([]), offload=lambda: None)
     try:
-        WeightSync(world, ShortEngine([1], []), trainer, 50).push_weights(0)  # type: ignore[arg-type]
+        WeightSync(world, ShortEngine([1], []), _trainer(), 50).push_weights(0)  # type: ignore[arg-type]
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def test_a_rank_that_cannot_wake_stops_the_others_before_they_compute_with_it() -> None:
-    short, other = "waking the engine's kv_cache needs more memory", "rank 1 failed while waking the engine's cache"
-    assert run_ranks(2, _short) == [f"{other}: {short}", short]
+def test_a_rank_that_cannot_wake_stops_all_ranks_before_the_probe() -> None:
+    first, second = run_ranks(2, _short)
+    assert second == OUT_OF_MEMORY
+    assert "rank 1" in first and OUT_OF_MEMORY in first
 
 
 class FakeMemory:
-    """Stands in for a CUDA device's memory, the one part that is missing on a machine without a GPU."""
+    """Memory of a device with given numbers of bytes, for machines without a GPU."""
 
-    def __init__(self, free: int = 0, others: int = 0) -> None:
-        self.is_free, self.is_others = free, others
+    def __init__(self, free: int = 0, outside_torch: int = 0) -> None:
+        self.free_bytes, self.outside_bytes = free, outside_torch
 
     def free(self) -> int:
-        return self.is_free
+        return self.free_bytes
 
-    def others(self) -> int:
-        return self.is_others
+    def outside_torch(self) -> int:
+        return self.outside_bytes
 
 
-def test_waking_without_enough_free_memory_is_refused_with_the_figures() -> None:
-    guard = SleepGuard(FakeMemory(free=3 * GIB, others=GIB))
+def test_waking_with_too_little_free_memory_raises() -> None:
+    guard = SleepGuard(FakeMemory(free=3 * GIB, outside_torch=GIB))
     guard.check_free("weights", 3 * GIB)
-    with pytest.raises(RuntimeError, match=r"kv_cache needs 4\.00 GiB and 3\.00 GiB are free \(1\.00 GiB are held"):
+    with pytest.raises(RuntimeError, match=r"kv_cache .*4\.00 GiB.*3\.00 GiB.*1\.00 GiB"):
         guard.check_free("kv_cache", 4 * GIB)
 
 
-def test_memory_that_grows_from_sleep_to_sleep_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_growing_memory_of_a_sleeping_engine_warns_once_per_gib(warnings: pytest.LogCaptureFixture) -> None:
     memory = FakeMemory()
     guard = SleepGuard(memory)
-    logging.getLogger("distill").propagate = True
-    with caplog.at_level(logging.WARNING, "distill"):
-        for residual in (2.0, 2.5, 2.9):
-            memory.is_others = int(residual * GIB)
-            guard.asleep()
-        assert not caplog.records
-        for residual in (3.1, 3.2, 4.2):  # once for every further GiB
-            memory.is_others = int(residual * GIB)
-            guard.asleep()
-    assert [r.getMessage().split(":")[0] for r in caplog.records] == [
-        "the sleeping engine leaves 3.10 GiB in use, 2.00 GiB after the first step",
-        "the sleeping engine leaves 4.20 GiB in use, 2.00 GiB after the first step",
+    for residual in (2.0, 2.5, 2.9):
+        memory.outside_bytes = int(residual * GIB)
+        guard.after_sleep()
+    assert not warnings.records
+    for residual in (3.1, 3.2, 4.2):
+        memory.outside_bytes = int(residual * GIB)
+        guard.after_sleep()
+    assert [record.args for record in warnings.records] == [
+        (pytest.approx(3.1), pytest.approx(2.0)),
+        (pytest.approx(4.2), pytest.approx(2.0)),
     ]
 
 
-def test_the_wait_for_the_longest_answer_is_a_share_of_generation() -> None:
+def test_the_wait_for_the_slowest_rank_is_a_fraction_of_generation() -> None:
     values = {"timing/train/generation": 3.0, "timing/train/generation_slowest": 4.0}
     assert waits(values) == {"timing/train/generation_wait_share": 0.25}
     assert waits({}) == {}

@@ -1,7 +1,7 @@
-"""Real vLLM on CPU: its answers are the transformers engine's and the trainer's, and every way to go wrong is found.
+"""vLLM on CPU: its responses equal those of transformers and the trainer, and every fault is detected.
 
-A process can hold one vLLM engine, so each fixture starts its ranks once, tries everything there, and the tests look at
-what it brought back.
+A process can hold one vLLM engine. So each fixture starts its ranks once and runs all scenarios there; the tests check
+the results.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import Student
+from distill.rollout.engine import SyncError
 from distill.rollout.factory import check_backend
 from distill.rollout.gather import gather_rollouts
 from distill.rollout.sync import WeightSync
@@ -40,7 +41,7 @@ from tests.variants import NOT_IN_VLLM, save_variant
 
 pytestmark = pytest.mark.slow
 
-VALID = 300  # ids from here on are padding of the embedding
+VALID = 300  # ids from this one on are padding of the vocabulary
 WINDOW = 64
 PROBE = list(range(40, 64))
 GREEDY = Sampling(temperature=0.0, max_new_tokens=10, stop_token_ids=())
@@ -57,15 +58,15 @@ KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
 EXCHANGED = {KEY: VALUE, VALUE: KEY}
 
 
-AT_ONCE = {"max_num_batched_tokens": 2 * WINDOW, "max_num_seqs": 2 * WINDOW}
-"""Tokens that a step of the engine reads at most."""
+LIMITS = {"max_num_batched_tokens": 2 * WINDOW, "max_num_seqs": 2 * WINDOW}
+"""Maximum number of tokens, and of requests, of an engine step."""
 
 
 def _engine(folder: Path, tp: int = 1, memory: FakeMemory | None = None) -> VllmEngine:
     prepare_for_vllm(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     shape = model_config(find_model(str(folder), "a model"), "a model")
     manifest = manifest_of(meta_model(shape, "eager", torch.float32))
-    return VllmEngine(str(folder), manifest, torch.float32, WINDOW, VALID, tp, AT_ONCE, memory)
+    return VllmEngine(str(folder), manifest, torch.float32, WINDOW, VALID, tp, LIMITS, memory)
 
 
 def _plain_engine(folder: Path) -> TransformersEngine:
@@ -78,8 +79,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: files.tensor(name) for name in files.files}
 
 
-def _said(act: Callable[[], object]) -> str:
-    """What the engine objects to; empty where it does not."""
+def _error(act: Callable[[], object]) -> str:
+    """Return the message of the error that ``act`` raises; empty without an error."""
     try:
         act()
     except (RuntimeError, AssertionError) as error:
@@ -87,11 +88,20 @@ def _said(act: Callable[[], object]) -> str:
     return ""
 
 
+def _sync_error(act: Callable[[], object]) -> tuple[str, str]:
+    """Return tensor and check of the SyncError that ``act`` raises; empty without an error."""
+    try:
+        act()
+    except SyncError as error:
+        return error.tensor, error.found_in
+    return "", ""
+
+
 def _ids(rollouts: list[Rollout]) -> list[tuple[int, int, tuple[int, ...], str]]:
     return [(r.prompt.prompt_id, r.response_index, r.response_ids, r.finish) for r in rollouts]
 
 
-def _apart(one: list[Rollout], other: list[Rollout]) -> float:
+def _difference(one: list[Rollout], other: list[Rollout]) -> float:
     pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x.logprobs, y.logprobs, strict=True)]
     return max(abs(a - b) for a, b in pairs)
 
@@ -103,10 +113,10 @@ def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
     return report
 
 
-def _cached(engine: VllmEngine, answers: int) -> list[int]:
-    """How many of 40 tokens of a prompt each of its answers finds read already."""
+def _cached(engine: VllmEngine, responses: int) -> list[int]:
+    """Return, for each response to a prompt of 40 tokens, how many of its tokens were in the cache."""
     prompt = Prompt(9, tuple(range(100, 140)), Problem("p"))
-    outputs = engine._run([(prompt.student_ids, engine._params(prompt, a, SAMPLED, 0)) for a in range(answers)])
+    outputs = engine._run([(prompt.student_ids, engine._params(prompt, a, SAMPLED, 0)) for a in range(responses)])
     return [output.num_cached_tokens for output in outputs]
 
 
@@ -116,7 +126,7 @@ def _random_states() -> list[Any]:
 
 
 def _alone(folder: Path) -> dict[str, Any]:
-    """One rank tries everything that a working engine and a spoilt one do, the fatal things last."""
+    """Run all scenarios of one rank; those that break the engine come last."""
     world = World()
     torch.manual_seed(5)
     before = _random_states()
@@ -125,8 +135,8 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {"folder": folder, "random states": (before, _random_states())}
     tensors = _tensors(folder)
     seen["asleep"] = {
-        "generate": _said(lambda: engine.generate(PROMPTS, GREEDY, 0)),
-        "sync": _said(lambda: engine.sync(CompleteWeights(tensors.items()), 0)),
+        "generate": _error(lambda: engine.generate(PROMPTS, GREEDY, 0)),
+        "sync": _error(lambda: engine.sync(CompleteWeights(tensors.items()), 0)),
     }
     seen["report"] = _awake(engine, tensors, 3)
     plain = _plain_engine(folder)
@@ -134,120 +144,119 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["probe"] = engine.probe(PROBE), plain.probe(PROBE)
     seen["greedy"] = engine.generate(PROMPTS, GREEDY, 0), plain.generate(PROMPTS, GREEDY, 0)
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
-    seen["abandoned"] = _abandoned(engine)
-    seen["one by one"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
+    seen["cancelled"] = _cancelled(engine)
+    seen["separately"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
     seen["cached"] = [_cached(engine, 2)]
     many = _prompts(*[40] * 8)
     seen["many"] = engine.generate(many, SAMPLED, 0), [r for p in many for r in engine.generate([p], SAMPLED, 0)]
     seen["nucleus"] = engine.generate(PROMPTS, NUCLEUS, 0)
     seen["another step"] = engine.generate(PROMPTS, SAMPLED, 1)
     seen["refused"] = {
-        "a prompt as long as the window": _said(lambda: engine.generate(_prompts(WINDOW), GREEDY, 0)),
-        "an id of the padding": _said(lambda: engine.generate([Prompt(0, (VALID,), Problem("p"))], GREEDY, 0)),
+        "a prompt as long as the window": _error(lambda: engine.generate(_prompts(WINDOW), GREEDY, 0)),
+        "an id of the padding": _error(lambda: engine.generate([Prompt(0, (VALID,), Problem("p"))], GREEDY, 0)),
     }
-    memory.is_others = 5 * 2**30
+    memory.outside_bytes = 5 * 2**30
     engine.sleep()
     seen["residual"] = engine.residual_bytes
-    memory.is_free = 0
-    seen["no memory"] = _said(lambda: engine.wake("weights"))
-    memory.is_free = 2**40
+    memory.free_bytes = 0
+    seen["no memory"] = _error(lambda: engine.wake("weights"))
+    memory.free_bytes = 2**40
     moved = {**tensors, "model.norm.weight": tensors["model.norm.weight"] * 1.5}
     seen["second report"] = _awake(engine, moved, 4)
     seen["second probe"] = engine.probe(PROBE)
     seen["cached"].append(_cached(engine, 1))
     engine.sleep()
     _awake(engine, tensors, 5)
-    seen["spoilt"] = _spoil(engine, CompleteWeights(tensors.items()))
+    seen["faults"] = _faults(engine, CompleteWeights(tensors.items()))
     engine.close()
-    seen["groups after closing"] = dist.is_initialized(), _said(world.barrier)
+    seen["groups after closing"] = dist.is_initialized(), _error(world.barrier)
     world.close()
     return seen
 
 
-def _abandoned(engine: VllmEngine) -> tuple[list[Any], int, bool]:
-    """The answers that nobody wants from the third step on; how often that was asked; whether something is left."""
-    asked = 0
+def _cancelled(engine: VllmEngine) -> tuple[list[Any], int, bool]:
+    """Cancel at the third step; return the rollouts, the number of calls, and whether vLLM still has requests."""
+    calls = 0
 
-    def abandon() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked == 3
+    def cancelled() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == 3
 
-    answers = engine.generate(PROMPTS, SAMPLED, 0, cancelled=abandon)
+    rollouts = engine.generate(PROMPTS, SAMPLED, 0, cancelled=cancelled)
     scheduler = engine._engine.engine_core.engine_core.scheduler
-    return answers, asked, scheduler.has_requests() or engine._engine.has_unfinished_requests()
+    return rollouts, calls, scheduler.has_requests() or engine._engine.has_unfinished_requests()
 
 
-def _spoil(engine: VllmEngine, weights: CompleteWeights) -> dict[str, str]:
-    """Break the awake engine in one way after another; what it, or the proof of its weights, says to each."""
-    said = {"nothing": _said(lambda: engine._verify(weights.sums))}
+def _faults(engine: VllmEngine, weights: CompleteWeights) -> dict[str, Any]:
+    """Break the awake engine in several ways; return the error of each, and the tensor if it is a SyncError."""
+    found: dict[str, Any] = {"none": _sync_error(lambda: engine._verify(weights.sums))}
     core = engine._engine
     norm: Any = engine._weights.model.get_parameter("model.norm.weight")
     core.sleep(1)
-    said["asleep underneath"] = _said(lambda: engine.generate(PROMPTS, GREEDY, 0))
+    found["asleep"] = _error(lambda: engine.generate(PROMPTS, GREEDY, 0))
     core.wake_up()
-    step, core.step = core.step, list  # a step that brings nothing
-    said["no progress"] = _said(lambda: engine.generate(PROMPTS[:2], GREEDY, 0))
+    step, core.step = core.step, list  # steps without any output
+    found["no progress"] = _error(lambda: engine.generate(PROMPTS[:2], GREEDY, 0))
     core.step = step
     core.abort_request([str(i) for i in range(engine._requests)])
     norm.data += 1
-    said["written over"] = _said(lambda: engine._verify(weights.sums))
+    found["overwritten"] = _sync_error(lambda: engine._verify(weights.sums))
     norm.data.fill_(torch.nan)
-    said["nan in the engine"] = _said(lambda: engine.generate(PROMPTS, GREEDY, 0))
+    found["nan"] = _error(lambda: engine.generate(PROMPTS, GREEDY, 0))
     for name, lost, factor in (
-        ("a lost half", "model.layers.1.mlp.up_proj.weight", 1.5),
-        ("a lost norm", "model.norm.weight", 1.7),
+        ("half of a fused parameter missing", "model.layers.1.mlp.up_proj.weight", 1.5),
+        ("norm missing", "model.norm.weight", 1.7),
     ):
-        later = CompleteWeights((n, t * factor) for n, t in weights)  # so that what lay there before isn't right either
-        engine._weights.receive((n, t) for n, t in later if n != lost)
-        said[name] = _said(lambda later=later: engine._verify(later.sums))  # type: ignore[misc]
+        scaled = CompleteWeights((n, t * factor) for n, t in weights)  # so that the previous weights are wrong too
+        engine._weights.receive((n, t) for n, t in scaled if n != lost)
+        found[name] = _sync_error(lambda scaled=scaled: engine._verify(scaled.sums))  # type: ignore[misc]
     engine._weights.receive((EXCHANGED.get(n, n), t) for n, t in weights)
-    said["key and value exchanged"] = _said(lambda: engine._verify(weights.sums))
+    found["key and value exchanged"] = _sync_error(lambda: engine._verify(weights.sums))
     engine._weights.receive(iter(weights))
     norm.data = norm.data[[1, 0, *range(2, len(norm))]]
-    said["rows exchanged"] = _said(lambda: engine._verify(weights.sums))
+    found["rows exchanged"] = _sync_error(lambda: engine._verify(weights.sums))
     head = engine._weights.model.lm_head
     engine._weights.model.lm_head = None  # type: ignore[assignment]
     engine._weights.receive(iter(weights))
     engine._weights.model.lm_head = head
-    said["a head that is not repacked"] = _said(lambda: engine._verify(weights.sums))
+    found["head not repacked"] = _sync_error(lambda: engine._verify(weights.sums))
     engine._weights.receive(iter(weights))
-    said["repaired"] = _said(lambda: engine._verify(weights.sums))
+    found["repaired"] = _sync_error(lambda: engine._verify(weights.sums))
     engine.sleep()
     engine.wake("weights")
     stale = CompleteWeights((name, tensor + 1 if "norm" in name else tensor) for name, tensor in weights)
     stale.sums = weights.sums
-    said["stale"] = _said(lambda: engine.sync(stale, 6))
-    return said
+    found["stale"] = _sync_error(lambda: engine.sync(stale, 6))
+    return found
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "m", "qwen3", True, seed=1)
-    GenerationConfig(eos_token_id=list(range(1, VALID, 2))).save_pretrained(folder)  # which stop ids, a recipe says
+    GenerationConfig(eos_token_id=list(range(1, VALID, 2))).save_pretrained(
+        folder
+    )  # the recipe's stop ids count instead
     return dict(run_ranks(1, _alone, folder)[0])
 
 
-def test_random_states_stay_what_they_were(alone) -> None:
+def test_creating_the_engine_keeps_the_global_random_states(alone) -> None:
     before, after = alone["random states"]
     assert before == after
 
 
-def test_asleep_it_neither_generates_nor_takes_weights(alone) -> None:
-    assert alone["asleep"] == {
-        "generate": "the engine can generate only when ready, and it is asleep",
-        "sync": "the engine can sync only when weights, and it is asleep",
-    }
+def test_a_sleeping_engine_neither_generates_nor_syncs(alone) -> None:
+    assert all("asleep" in error for error in alone["asleep"].values())
 
 
-def test_both_members_give_the_same_greedy_answers_and_log_probs(alone) -> None:
+def test_both_engines_give_the_same_greedy_responses_and_log_probs(alone) -> None:
     ours, plain = alone["greedy"]
     assert _ids(ours) == _ids(plain)
-    assert _apart(ours, plain) < 1e-4
+    assert _difference(ours, plain) < 1e-4
     assert max(abs(a - b) for a, b in zip(*alone["probe"], strict=True)) < 1e-4
 
 
-def test_log_probs_are_those_of_the_distribution_sampled_from(alone) -> None:
+def test_log_probs_are_those_of_the_sampled_distribution(alone) -> None:
     plain = AutoModelForCausalLM.from_pretrained(alone["folder"], dtype=torch.float32)
     for rollout in [*alone["sampled"][0], *alone["nucleus"]]:
         prompt, ids = rollout.prompt.student_ids, torch.tensor(rollout.response_ids)
@@ -258,26 +267,29 @@ def test_log_probs_are_those_of_the_distribution_sampled_from(alone) -> None:
         assert (expected - torch.tensor(rollout.logprobs)).abs().max() < 1e-4
 
 
-def test_answers_repeat_and_do_not_depend_on_their_neighbours(alone) -> None:
+def test_responses_repeat_and_do_not_depend_on_the_batch(alone) -> None:
     first, second = alone["sampled"]
     assert first == second
-    assert alone["one by one"] == first
-    assert alone["abandoned"] == ([], 3, False)
+    assert alone["separately"] == first
     assert _ids(alone["another step"]) != _ids(first)
-    assert len({r.response_ids for r in first}) > len(PROMPTS), "answers to one prompt share a stream"
+    assert len({r.response_ids for r in first}) > len(PROMPTS), "responses with equal seeds"
 
 
-def test_more_prompts_than_a_step_reads_are_answered_as_each_alone(alone) -> None:
-    together, one_by_one = alone["many"]
-    assert 2 * WINDOW < 8 * 40 and together == one_by_one
+def test_cancelled_generation_returns_no_rollouts_and_removes_the_requests(alone) -> None:
+    assert alone["cancelled"] == ([], 3, False)
 
 
-def test_a_prompt_is_read_once_for_its_answers_and_anew_after_a_sync(alone) -> None:
+def test_more_prompts_than_fit_into_a_step_give_the_same_responses(alone) -> None:
+    together, separately = alone["many"]
+    assert 2 * WINDOW < 8 * 40 and together == separately
+
+
+def test_responses_share_the_cache_of_their_prompt_until_the_next_sync(alone) -> None:
     block = 32
     assert alone["cached"] == [[0, block], [0]]
 
 
-def test_answers_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) -> None:
+def test_responses_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) -> None:
     rollouts = alone["sampled"][0]
     assert [(r.prompt.prompt_id, r.response_index) for r in rollouts] == [(p, a) for p in range(4) for a in range(3)]
     assert {r.finish for r in rollouts} == {"stop", "length"}
@@ -287,68 +299,75 @@ def test_answers_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) ->
         assert max(r.response_ids) < VALID and r.version == 3
 
 
-def test_it_looks_at_the_memory_before_it_wakes_and_after_it_slept(alone) -> None:
-    assert "waking the engine's weights needs 0.00 GiB and 0.00 GiB are free" in alone["no memory"]
+def test_memory_is_checked_before_waking_and_measured_after_sleep(alone) -> None:
+    assert "gpu_memory_utilization" in alone["no memory"]
     assert alone["residual"] == 5 * 2**30
 
 
-def test_prompts_it_cannot_read_are_refused(alone) -> None:
+def test_a_prompt_outside_window_or_vocabulary_is_refused(alone) -> None:
     refused = alone["refused"]
-    assert "64 tokens; the engine's window of 64 needs one more" in refused["a prompt as long as the window"]
-    assert "not in 0..299" in refused["an id of the padding"]
+    assert str(WINDOW) in refused["a prompt as long as the window"]
+    assert f"0..{VALID - 1}" in refused["an id of the padding"]
 
 
-def test_a_sync_says_what_changed_and_the_probe_moves(alone) -> None:
+def test_a_sync_reports_what_changed_and_the_probe_changes(alone) -> None:
     assert alone["report"].changed == alone["report"].tensors > 20
     assert alone["second report"].changed == 1
     assert alone["second probe"] != alone["probe"][0]
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "message"),
+    ("fault", "tensor"),
     [
-        ("asleep underneath", "vLLM is asleep"),
-        ("no progress", "vLLM made no token in 1"),
-        ("written over", "vLLM's model.norm.weight does not hold the bits of model.norm.weight"),
-        ("nan in the engine", "are not finite"),
-        ("a lost half", "gate_up_proj.weight does not hold the bits of model.layers.1.mlp.up_proj.weight"),
-        ("a lost norm", "vLLM's model.norm.weight does not hold the bits of"),
-        ("rows exchanged", "vLLM's model.norm.weight does not hold the bits of model.norm.weight"),
-        ("key and value exchanged", "qkv_proj.weight does not hold the bits of model.layers.0.self_attn.k_proj.weight"),
-        ("a head that is not repacked", "vLLM computes with its old lm_head.weight"),
-        ("stale", "did not arrive as it was sent"),
+        ("overwritten", "model.norm.weight"),
+        ("half of a fused parameter missing", "model.layers.1.mlp.up_proj.weight"),
+        ("norm missing", "model.norm.weight"),
+        ("rows exchanged", "model.norm.weight"),
+        ("key and value exchanged", KEY),
+        ("head not repacked", "lm_head.weight"),
     ],
 )
-def test_what_goes_wrong_in_the_engine_is_found(alone, spoilt, message) -> None:
-    assert message in alone["spoilt"][spoilt], alone["spoilt"]
-    assert alone["spoilt"]["nothing"] == alone["spoilt"]["repaired"] == ""
+def test_a_wrong_weight_in_the_engines_memory_is_found(alone, fault, tensor) -> None:
+    faults = alone["faults"]
+    assert faults[fault] == (tensor, "memory"), faults
+    assert faults["none"] == faults["repaired"] == ("", "")
 
 
-def test_closing_takes_the_process_groups_along_and_the_world_says_so(alone) -> None:
-    initialized, said = alone["groups after closing"]
+def test_a_stale_tensor_is_found_during_the_sync(alone) -> None:
+    tensor, found_in = alone["faults"]["stale"]
+    assert "norm" in tensor and found_in == "transfer"
+
+
+@pytest.mark.parametrize(("fault", "message"), [("asleep", "asleep"), ("no progress", "no token"), ("nan", "finite")])
+def test_a_broken_engine_raises_instead_of_generating(alone, fault, message) -> None:
+    assert message in alone["faults"][fault]
+
+
+def test_closing_destroys_the_process_groups_and_the_world_reports_it(alone) -> None:
+    initialized, error = alone["groups after closing"]
     assert not initialized
-    assert "vLLM's engine takes them along" in said
+    assert "engine" in error
 
 
 def _pair(folder: Path, tp: int) -> dict[str, Any]:
-    """Two ranks: the sharded student's weights in one engine of both, or in one each."""
+    """Two ranks with a sharded student: one engine of both ranks (tp=2), or one on each (tp=1)."""
     world = World()
     world.build_mesh("cpu", 1, 1)
     engine = _engine(folder, tp)
     config = config_for(folder, folder, "distillation.allow_degenerate=true", ranks=2)
     student = Student(config, find_model(str(folder), "a model"), world, VALID, ())
-    freshness = WeightSync(world, engine, student, VALID)
-    freshness.push_weights(0)
+    sync = WeightSync(world, engine, student, VALID)
+    sync.push_weights(0)
     with torch.no_grad():
         for parameter in student.model.parameters():
             parameter.mul_(1.01)
     engine.sleep()
-    freshness.push_weights(1)  # in float32 the probe is compared with the trainer's
-    seen: dict[str, Any] = {"mine": [], "probe": engine.probe(PROBE)}
+    sync.push_weights(1)  # float32: compares the probe with the trainer
+    seen: dict[str, Any] = {"own": [], "probe": engine.probe(PROBE)}
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
-        mine = engine.generate(PROMPTS[engine.replica :: engine.replicas], sampling, 0)
-        seen["mine"].append(len(mine))
-        seen[name] = gather_rollouts(world, mine, PROMPTS, version=1)
+        own = engine.generate(engine.share_of(PROMPTS), sampling, 0)
+        seen["own"].append(len(own))
+        seen[name] = gather_rollouts(world, own, PROMPTS, version=1)
     plain = _plain_engine(folder)
     _awake(plain, {name: tensor.clone() for name, tensor in student.weights()}, 1)
     seen["plain"] = plain.generate(PROMPTS, GREEDY, 0)
@@ -360,17 +379,17 @@ def _pair(folder: Path, tp: int) -> dict[str, Any]:
 
 
 def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
-    """Feed the two ranks of one engine different things."""
+    """Give the two ranks of one engine different inputs, weights and outputs."""
     other = world.rank == 1
-    seen["prompts"] = _said(lambda: engine.generate(PROMPTS[: 3 if other else 4], GREEDY, 0))
+    seen["prompts"] = _error(lambda: engine.generate(PROMPTS[: 3 if other else 4], GREEDY, 0))
     warmer = SimpleNamespace(**{**vars(SAMPLED), "temperature": 0.9 if other else 0.8})
-    seen["sampling"] = _said(lambda: engine.generate(PROMPTS, warmer, 0))  # type: ignore[arg-type]
+    seen["sampling"] = _error(lambda: engine.generate(PROMPTS, warmer, 0))  # type: ignore[arg-type]
     norm: Any = engine._weights.model.get_parameter("model.norm.weight")
     engine.sleep()
     engine.wake("weights")
     sent = dict(engine._sums)
     norm.data += float(other)
-    seen["one rank's weights"] = _said(lambda: engine._verify(sent))
+    seen["one rank's weights"] = _sync_error(lambda: engine._verify(sent))
     norm.data -= float(other)
     run = engine._run
 
@@ -383,35 +402,35 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     engine.state = "ready"
     engine._llm.wake_up(tags=["kv_cache"])
     engine._run = drifted  # type: ignore[method-assign]
-    seen["answers"] = _said(lambda: engine.generate(PROMPTS, GREEDY, 0))
+    seen["responses"] = _error(lambda: engine.generate(PROMPTS, GREEDY, 0))
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "m", "qwen3", True, seed=2)
-    left = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # what a killed run of two ranks leaves there under vLLM's own name
-    made = not left.exists()
+    left = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # left by a killed run of two ranks with vLLM's names
+    created = not left.exists()
     left.touch()
     seen = {tp: run_ranks(2, _pair, folder, tp) for tp in (1, 2)}
-    if made:
+    if created:
         left.unlink()
     return seen
 
 
-def test_one_engine_of_two_ranks_answers_as_two_of_one(qwen3) -> None:
+def test_one_engine_of_two_ranks_generates_as_two_of_one(qwen3) -> None:
     (one, _), (two, same) = qwen3[1], qwen3[2]
     for name in ("greedy", "sampled"):
         assert _ids(one[name]) == _ids(two[name]) == _ids(same[name])
-        assert _apart(one[name], two[name]) < 1e-4
+        assert _difference(one[name], two[name]) < 1e-4
     assert max(abs(a - b) for a, b in zip(one["probe"], two["probe"], strict=True)) < 1e-4
 
 
 def _check_against_transformers(seen: dict[str, Any]) -> None:
     assert _ids(seen["greedy"]) == _ids(seen["plain"])
-    assert _apart(seen["greedy"], seen["plain"]) < 1e-4
+    assert _difference(seen["greedy"], seen["plain"]) < 1e-4
 
 
-def test_the_sharded_students_answers_are_those_of_transformers(qwen3) -> None:
+def test_the_sharded_students_responses_equal_those_of_transformers(qwen3) -> None:
     for ranks in qwen3.values():
         _check_against_transformers(ranks[0])
 
@@ -420,27 +439,27 @@ def test_the_sharded_students_answers_are_those_of_transformers(qwen3) -> None:
     ("family", "tied"),
     [("qwen2", True), ("gemma3_text", True)],  # one key-value head; sliding windows
 )
-def test_other_families_are_split_over_two_ranks_as_well(tmp_path: Path, family: str, tied: bool) -> None:
+def test_an_engine_of_two_ranks_supports_other_families(tmp_path: Path, family: str, tied: bool) -> None:
     _check_against_transformers(
         run_ranks(2, _pair, save_tiny_model(tmp_path / "m", family, tied, seed=2, vocab=385), 2)[0]
     )
 
 
-def test_every_answer_is_one_ranks_to_hand_on(qwen3) -> None:
+def test_every_response_is_returned_by_one_rank(qwen3) -> None:
     for ranks in qwen3.values():
-        assert [sum(counts) for counts in zip(*(rank["mine"] for rank in ranks), strict=True)] == [4, 12]
+        assert [sum(counts) for counts in zip(*(rank["own"] for rank in ranks), strict=True)] == [4, 12]
 
 
-def test_ranks_of_one_engine_that_differ_are_found(qwen3) -> None:
+def test_different_inputs_weights_or_outputs_of_an_engines_ranks_are_found(qwen3) -> None:
     for rank in qwen3[2]:
-        assert "different prompts, sampling or step" in rank["prompts"]
-        assert "different prompts, sampling or step" in rank["sampling"]
-        assert "different answers" in rank["answers"]
-        assert "vLLM's model.norm.weight does not hold the bits" in rank["one rank's weights"]
+        assert "prompts" in rank["prompts"]
+        assert "sampling" in rank["sampling"]
+        assert "responses" in rank["responses"]
+        assert rank["one rank's weights"] == ("model.norm.weight", "memory")
 
 
 def _soak(folder: Path, cycles: int) -> list[tuple[int, int, int]]:
-    """Resident bytes, file handles and threads after every cycle of sync and generation."""
+    """Return resident bytes, file handles and threads after every cycle of sync and generation."""
     world = World()
     engine = _engine(folder)
     tensors = _tensors(folder)
@@ -458,81 +477,90 @@ def _soak(folder: Path, cycles: int) -> list[tuple[int, int, int]]:
     return seen
 
 
-def test_fifty_cycles_leave_no_memory_handles_or_threads_behind(tmp_path: Path) -> None:
+def test_fifty_cycles_leak_no_memory_handles_or_threads(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m", "qwen3", True, vocab=4096, hidden=256)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(folder).values())
     (seen,) = run_ranks(1, _soak, folder, 50)
     (memory, handles, threads), (memory_end, handles_end, threads_end) = seen[9], seen[-1]
     assert weights > 6 * 2**20
-    assert memory_end - memory < 2 * weights, "forty cycles hold on to less than two copies of the weights"
+    assert memory_end - memory < 2 * weights
     assert (handles_end, threads_end) == (handles, threads)
 
 
-def _refusal(folder: Path, *overrides: str, ranks: int = 2) -> str:
+def _refused_key(folder: Path, *overrides: str, ranks: int = 2) -> str:
+    """Return the configuration key that ``check_backend`` refuses; empty if it accepts the recipe."""
     with pytest.MonkeyPatch.context() as environment:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.setenv(name, "0")  # so that they are restored
-        return _refused(folder, *overrides, ranks=ranks)
+            environment.setenv(name, "0")  # so that their values are restored
+        error = _refusal(folder, *overrides, ranks=ranks)
+    if error is None:
+        return ""
+    assert error.fix and f"{error.key}={error.value}" in str(error)
+    return error.key
 
 
-def _refused(folder: Path, *overrides: str, ranks: int) -> str:
+def _refusal(folder: Path, *overrides: str, ranks: int) -> UserError | None:
     config = config_for(folder, folder, "distillation.allow_degenerate=true", *overrides, ranks=ranks)
     world = SimpleNamespace(rank=0, size=ranks, local_rank=0, local_size=ranks, device=torch.device("cpu"))
     try:
         check_backend(config, find_model(str(folder), "a model"), world)  # type: ignore[arg-type]
     except UserError as error:
-        return str(error)
-    return ""
+        return error
+    return None
+
+
+VLLM = "policy.generation.backend=vllm"
+KWARGS = "policy.generation.vllm_kwargs"
+ENGINE_SIZE = "policy.generation.vllm_cfg.tensor_parallel_size"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("name", "value"),
     [
-        ([], ""),
-        (["policy.generation.vllm_kwargs={seed: 3}"], "vllm_kwargs.seed is set by the trainer: remove it"),
-        (["policy.generation.vllm_kwargs={max_seqs: 3}"], "vllm_kwargs.max_seqs is no argument of vLLM's engine"),
-        (["policy.generation.vllm_kwargs={max_num_seqs: 3}"], ""),
-        (["policy.generation.vllm_kwargs={hf_overrides: {sliding_window: 4}}"], "vllm_kwargs.hf_overrides is set by"),
-        (["policy.generation.vllm_kwargs={quantization: fp8}"], "vllm_kwargs.quantization is not possible"),
-        (
-            ["policy.generation.vllm_kwargs={gpu_memory_utilization: 0.5}"],
-            "vllm_kwargs.gpu_memory_utilization has a key of its own: set policy.generation.vllm_cfg.gpu_memory_util",
-        ),
-        (["policy.generation.vllm_cfg.tensor_parallel_size=2"], "does not divide the 3 attention heads"),
+        ("seed", "3"),
+        ("max_seqs", "3"),
+        ("hf_overrides", "{sliding_window: 4}"),
+        ("quantization", "fp8"),
+        ("gpu_memory_utilization", "0.5"),
     ],
 )
-def test_what_vllm_cannot_do_is_refused_before_it_is_built(tmp_path: Path, overrides, sentence) -> None:
-    folder = save_tiny_model(tmp_path / "m", "llama", hidden=96, heads=3, kv_heads=1)
-    said = _refusal(folder, "policy.generation.backend=vllm", *overrides)
-    assert sentence in said and bool(said) == bool(sentence)
+def test_arguments_of_vllm_that_the_trainer_cannot_allow_are_refused(tmp_path: Path, name: str, value: str) -> None:
+    folder = save_tiny_model(tmp_path / "m", "llama")
+    assert _refused_key(folder, VLLM, f"{KWARGS}={{{name}: {value}}}") == f"{KWARGS}.{name}"
+
+
+def test_other_arguments_of_vllm_are_allowed(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m", "llama")
+    assert _refused_key(folder, VLLM) == ""
+    assert _refused_key(folder, VLLM, f"{KWARGS}={{max_num_seqs: 3}}") == ""
 
 
 @pytest.mark.parametrize(
-    ("ranks", "shape", "sentence"),
+    ("ranks", "shape", "refused"),
     [
-        (2, {"kv_heads": 1}, ""),
-        (2, {"heads": 6, "kv_heads": 3, "hidden": 96}, "does not divide the 3 key-value heads"),
-        (3, {"heads": 6, "kv_heads": 3, "hidden": 96}, ""),
-        (3, {"heads": 6, "kv_heads": 3}, "does not divide the 128 inner channels (intermediate_size)"),
-        (3, {"heads": 6, "kv_heads": 3, "hidden": 96, "vocab": 390}, "does not divide the 448 rows of the padded voc"),
+        (2, {"heads": 3, "kv_heads": 1, "hidden": 96}, True),
+        (2, {"kv_heads": 1}, False),
+        (2, {"heads": 6, "kv_heads": 3, "hidden": 96}, True),
+        (3, {"heads": 6, "kv_heads": 3, "hidden": 96}, False),
+        (3, {"heads": 6, "kv_heads": 3}, True),
+        (3, {"heads": 6, "kv_heads": 3, "hidden": 96, "vocab": 390}, True),
     ],
+    ids=["heads", "one kv head", "kv heads", "divisible", "intermediate_size", "vocabulary"],
 )
-def test_an_engine_of_several_ranks_needs_a_model_that_splits(tmp_path: Path, ranks, shape, sentence) -> None:
+def test_an_engine_of_several_ranks_needs_a_model_that_they_divide(tmp_path: Path, ranks, shape, refused) -> None:
     folder = save_tiny_model(tmp_path / "m", "qwen3", **shape)
-    overrides = ("policy.generation.backend=vllm", f"policy.generation.vllm_cfg.tensor_parallel_size={ranks}")
-    said = _refusal(folder, *overrides, ranks=ranks)
-    assert sentence in said and bool(said) == bool(sentence)
+    key = _refused_key(folder, VLLM, f"{ENGINE_SIZE}={ranks}", ranks=ranks)
+    assert key == (ENGINE_SIZE if refused else "")
 
 
-def test_a_model_that_vllm_builds_differently_is_refused_before_it_is_built(tmp_path: Path) -> None:
+def test_a_model_that_vllm_cannot_run_is_refused_for_vllm_only(tmp_path: Path) -> None:
     folder = save_variant(tmp_path / "m", NOT_IN_VLLM["qwen3 biases"][0])
-    assert f"policy.model_name={folder} has attention_bias=True" in _refusal(folder, "policy.generation.backend=vllm")
-    assert _refusal(folder, "policy.generation.backend=transformers") == ""
+    assert _refused_key(folder, VLLM) == "policy.model_name"
+    assert _refused_key(folder, "policy.generation.backend=transformers") == ""
 
 
-def test_without_vllm_the_other_member_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_backend_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_model(tmp_path / "m")
     monkeypatch.setattr("distill.rollout.factory.find_spec", lambda name: None)
-    assert "vllm is not installed" in _refusal(folder, "policy.generation.backend=vllm")
-    assert "policy.generation.backend=transformers" in _refusal(folder, "policy.generation.backend=vllm")
-    assert _refusal(folder, "policy.generation.backend=transformers") == ""
+    assert _refused_key(folder, VLLM) == "policy.generation.backend"
+    assert _refused_key(folder, "policy.generation.backend=transformers") == ""

@@ -1,4 +1,4 @@
-"""The smoke looks for what a run owes."""
+"""scripts/smoke.py detects every missing output of a run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def write_losses(folder: Path, *losses: float | None) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_finished_run_owes_nothing(tmp_path: Path) -> None:
+def test_a_finished_run_lacks_nothing(tmp_path: Path) -> None:
     assert missing(finished_run(tmp_path), steps=2) == []
 
 
-def test_a_run_that_never_began_owes_everything(tmp_path: Path) -> None:
+def test_an_empty_folder_lacks_every_output(tmp_path: Path) -> None:
     assert len(missing(tmp_path, steps=2)) == 5
 
 
@@ -44,11 +44,11 @@ def test_a_run_that_never_began_owes_everything(tmp_path: Path) -> None:
         (lambda run: (run / EXPORT / "model.safetensors").write_text(""), "weights"),
         (lambda run: (run / EXPORT / "config.json").unlink(), "config.json"),
         (lambda run: (run / "checkpoints/step_2").rename(run / "checkpoints/step_1"), "checkpoint step_2"),
-        (lambda run: write_losses(run, 0.5), "one line for each of 2 steps"),
-        (lambda run: write_losses(run, 0.5, None), "finite, positive loss"),
-        (lambda run: write_losses(run, 0.5, 0.0), "finite, positive loss"),
+        (lambda run: write_losses(run, 0.5), "2 steps"),
+        (lambda run: write_losses(run, 0.5, None), "losses"),
+        (lambda run: write_losses(run, 0.5, 0.0), "losses"),
     ],
 )
-def test_what_is_missing_is_said(spoil: Callable[[Path], object], word: str, tmp_path: Path) -> None:
+def test_a_missing_output_is_reported(spoil: Callable[[Path], object], word: str, tmp_path: Path) -> None:
     spoil(finished_run(tmp_path))
     assert any(word in problem for problem in missing(tmp_path, steps=2))

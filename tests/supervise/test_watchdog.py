@@ -98,7 +98,7 @@ def test_phases_are_counted_and_nested_phases_are_named_with_the_outer_one() -> 
 
     with progress.phase("generation"):
         look()
-        with progress.phase("waking the engine", timed=False):
+        with progress.phase("loading weights", timed=False):
             look()
             assert not progress.CURRENT.timed
         look()
@@ -108,7 +108,7 @@ def test_phases_are_counted_and_nested_phases_are_named_with_the_outer_one() -> 
     assert progress.CURRENT.timed
     assert seen == [
         (1, "generation"),
-        (2, "generation: waking the engine"),
+        (2, "generation: loading weights"),
         (3, "generation"),
         (4, "after generation"),
         (5, "training"),
@@ -239,7 +239,7 @@ def test_a_store_that_replies_again_in_time_ends_nothing(store_host, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("message", "of_peer"),
+    ("message", "is_retryable"),
     [
         ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:22431", True),
         ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
@@ -253,5 +253,5 @@ def test_a_store_that_replies_again_in_time_ends_nothing(store_host, monkeypatch
         ("index 5 is out of bounds for dimension 0 with size 0", False),
     ],
 )
-def test_a_failed_peer_or_device_is_retryable_and_an_error_of_the_program_is_not(message, of_peer) -> None:
-    assert is_connection_loss(RuntimeError(message)) is of_peer
+def test_a_failed_peer_or_device_is_retryable_and_an_error_of_the_program_is_not(message, is_retryable) -> None:
+    assert is_connection_loss(RuntimeError(message)) is is_retryable

@@ -1,0 +1,261 @@
+"""Complete error sentences that the program prints for invalid command lines.
+
+Only this test quotes prose. All other tests check keys, values, types and exit codes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distill.train import main
+
+RECIPE = str(Path(__file__).resolve().parents[1] / "recipes" / "my-distillation-1n4g.yaml")
+
+SENTENCES: list[tuple[list[str], str]] = [
+    (
+        ["distillation.topk_logit_k=3"],
+        "unknown key distillation.topk_logit_k: did you mean distillation.topk_logits_k?",
+    ),
+    (
+        ["policy.temperature=1"],
+        "unknown key policy.temperature: did you mean loss_fn.temperature or policy.generation.temperature?",
+    ),
+    (["qqq.zzz=1"], "unknown key qqq: --help lists every key"),
+    (["distillation.seed"], "distillation.seed has no value: write distillation.seed=value"),
+    (["=5"], "=5 is not an override: write key.path=value or --key.path value"),
+    (
+        ["distillation.max_num_steps=many"],
+        "distillation.max_num_steps=many has the wrong type: set it to a whole number",
+    ),
+    (
+        ["loss_fn.kl_type=backward"],
+        "loss_fn.kl_type=backward is not a possible value: set it to mixed, forward, reverse, jsd or sampled",
+    ),
+    (
+        ["policy.optimizer.kwargs.betas=[0.9]"],
+        "policy.optimizer.kwargs.betas=[0.9] has the wrong type: set it to a list of 2 numbers",
+    ),
+    (["data.train=[{"], "data.train=[{ is not a YAML value: quote the value as YAML requires"),
+    (
+        ["policy.max_grad_norm=${no.such}"],
+        (
+            "policy.max_grad_norm has an interpolation that cannot be resolved (Interpolation key "
+            "'no.such' not found): correct the ${...}"
+        ),
+    ),
+    (["policy.scheduler.7.name=x"], "policy.scheduler.7 does not exist: policy.scheduler has entries 0 to 2"),
+    (
+        ["distillation.num_prompts_per_step=0"],
+        "distillation.num_prompts_per_step=0 is out of range: it must be at least 1",
+    ),
+    (["policy.generation.top_p=1.5"], "policy.generation.top_p=1.5 is out of range: it must be at most 1"),
+    (
+        ["policy.train_global_batch_size=3"],
+        (
+            "policy.train_global_batch_size=3 does not divide the 8 responses of a step "
+            "(distillation.num_prompts_per_step=8 * distillation.num_generations_per_prompt=1): set it "
+            "to a divisor"
+        ),
+    ),
+    (
+        ["policy.dynamic_batching.enabled=true", "policy.sequence_packing.enabled=true"],
+        (
+            "policy.dynamic_batching.enabled=true excludes policy.sequence_packing.enabled=true: set one "
+            "of them to false"
+        ),
+    ),
+    (
+        ["policy.generation.max_new_tokens=4097"],
+        "policy.generation.max_new_tokens=4097 exceeds policy.max_total_sequence_length=4096: set it to at most 4096",
+    ),
+    (
+        ["policy.generation.vllm_cfg.max_model_len=4095"],
+        (
+            "policy.generation.vllm_cfg.max_model_len=4095 is below "
+            "policy.max_total_sequence_length=4096: set it to at least 4096"
+        ),
+    ),
+    (
+        ["policy.generation.vllm_cfg.precision=float32"],
+        (
+            "policy.generation.vllm_cfg.precision=float32 differs from policy.precision=bfloat16: leave "
+            "it out, so that the engine has the student's precision"
+        ),
+    ),
+    (
+        ["teacher.max_total_sequence_length=4095"],
+        (
+            "teacher.max_total_sequence_length=4095 is below policy.max_total_sequence_length=4096, but "
+            "the teacher reads the student's sequences: set it to at least 4096"
+        ),
+    ),
+    (
+        ["policy.dtensor_cfg.tensor_parallel_size=3"],
+        (
+            "policy.dtensor_cfg.tensor_parallel_size=3 * context_parallel_size=1 does not divide the 4 "
+            "ranks of cluster.num_nodes=1 * cluster.gpus_per_node=4: choose sizes with the product 1, 2 "
+            "or 4"
+        ),
+    ),
+    (
+        ["policy.dtensor_cfg.replicate_size=3"],
+        (
+            "policy.dtensor_cfg.replicate_size=3 does not divide the 4 groups of 1 ranks "
+            "(tensor_parallel_size * context_parallel_size) of cluster.num_nodes=1 * "
+            "cluster.gpus_per_node=4: set it to 1, 2 or 4"
+        ),
+    ),
+    (
+        ["policy.generation.vllm_cfg.tensor_parallel_size=8"],
+        (
+            "policy.generation.vllm_cfg.tensor_parallel_size=8 does not divide the ranks of a node "
+            "(cluster.gpus_per_node=4): set it to 1, 2 or 4"
+        ),
+    ),
+    (
+        [
+            "policy.dtensor_cfg.tensor_parallel_size=2",
+            "teacher.dtensor_cfg.tensor_parallel_size=3",
+            "cluster.gpus_per_node=6",
+        ],
+        (
+            "teacher.dtensor_cfg.tensor_parallel_size=3 * context_parallel_size=1 is not a multiple of "
+            "the 2 ranks of a student's group: choose sizes with the product 2 or 6"
+        ),
+    ),
+    (
+        ["policy.scheduler.0.kwargs.total=3"],
+        (
+            "policy.scheduler gives torch.optim.lr_scheduler.LinearLR the argument total=3: its "
+            "arguments are numbers for end_factor, start_factor, total_iters"
+        ),
+    ),
+    (
+        ["policy.scheduler.2.milestones=[]"],
+        "policy.scheduler has 2 stages and milestones=[]: give an increasing milestone between each two stages",
+    ),
+    (
+        ["loss_fn.kl_type=jsd", "loss_fn.jsd_beta=1"],
+        "loss_fn.jsd_beta=1.0 is not between 0 and 1: set it between 0 and 1, or set loss_fn.kl_type=forward",
+    ),
+    (
+        ["policy.dtensor_cfg.tensor_parallel_size=2", "loss_fn.support=student"],
+        (
+            "policy.dtensor_cfg.tensor_parallel_size=2 splits the student's vocabulary over ranks, but "
+            "loss_fn.support=student with distillation.topk_logits_k=64 needs all of it on each rank: "
+            "set the size to 1 and use context_parallel_size, or set loss_fn.support=teacher and "
+            "topk_logits_k above 0"
+        ),
+    ),
+    (
+        ["loss_fn.kl_type=sampled", "loss_fn.temperature=2"],
+        (
+            "loss_fn.temperature=2.0 differs from policy.generation.temperature=1.0, but "
+            "loss_fn.kl_type=sampled scores the sampled tokens under the distribution that they come "
+            "from: leave loss_fn.temperature out"
+        ),
+    ),
+    (
+        ["distillation.context_distillation.teacher_prefix_template={problem} {hint}"],
+        (
+            "distillation.context_distillation.teacher_prefix_template has the unknown placeholder "
+            "{hint} on line 1: write {problem} or {trace}, or {{hint}} for literal text"
+        ),
+    ),
+    (
+        ["distillation.context_distillation.teacher_prefix_template=Be brief."],
+        (
+            "distillation.context_distillation.teacher_prefix_template has no {problem}: add it, or the "
+            "teacher does not see the problem"
+        ),
+    ),
+    (
+        ["distillation.context_distillation.enabled=true"],
+        (
+            "teacher.model_name=Qwen/Qwen3-4B differs from policy.model_name=Qwen/Qwen3-0.6B, but with "
+            "distillation.context_distillation.mode=self_frozen the teacher is a copy of the student: "
+            "set both to the same model, or set mode to frozen"
+        ),
+    ),
+    (
+        [
+            "distillation.context_distillation.enabled=true",
+            "teacher.model_name=${policy.model_name}",
+            "distillation.context_distillation.trace_source=static_dataset",
+        ],
+        (
+            "distillation.context_distillation.static_trace.answer_column=null is missing for "
+            "distillation.context_distillation.trace_source=static_dataset: set it to the dataset's "
+            "column with the traces"
+        ),
+    ),
+    (
+        ["distillation.context_distillation.trace_extractor.think_tags=[a, a]"],
+        (
+            "distillation.context_distillation.trace_extractor.think_tags=['a', 'a'] has a tag that "
+            'equals or contains the other: set it to two different tags, such as ["<think>", "</think>"]'
+        ),
+    ),
+    (
+        ["data.train=null"],
+        "data.train=null gives no training data: set data.train.dataset_name or data.train.data_path",
+    ),
+    (
+        ["data.train.env_name=code"],
+        "data.train.env_name=code is not a grader: set it to math, exact, regex, choice or null",
+    ),
+    (
+        ["checkpointing.metric_name=accuracy"],
+        "checkpointing.metric_name=accuracy is not a metric: set it to train:NAME, val:NAME or null",
+    ),
+    (
+        ["checkpointing.checkpoint_must_save_by=4h"],
+        (
+            "checkpointing.checkpoint_must_save_by=4h is not DD:HH:MM:SS: set it to a duration such as "
+            "00:03:45:00, or to null"
+        ),
+    ),
+    (
+        ["teacher.model_name=${policy.model_name}"],
+        (
+            "teacher.model_name=Qwen/Qwen3-0.6B is the student's model with the same prompts, so there "
+            "is nothing to learn: choose another teacher, or set "
+            "distillation.context_distillation.enabled=true, or for a control "
+            "distillation.allow_degenerate=true"
+        ),
+    ),
+    (
+        ["policy.generation.top_k=5"],
+        (
+            "policy.generation.top_k=5 truncates the sampling distribution, but the loss assumes all of "
+            "it: set top_p=1 and top_k=null, or distillation.allow_degenerate=true"
+        ),
+    ),
+    (
+        ["distillation.max_rollout_turns=2"],
+        "distillation.max_rollout_turns=2 is not supported: set it to 1, as the student responds once",
+    ),
+    (
+        ["policy.megatron_cfg.enabled=true"],
+        "policy.megatron_cfg.enabled=true is not supported: set it to false, as dtensor_cfg (FSDP2) trains the model",
+    ),
+    (
+        ["teacher.generation.temperature=0.5"],
+        (
+            "teacher.generation.temperature=0.5 differs from policy.generation.temperature=1.0, but the "
+            "loss divides the logits of both models by the same temperature: leave it out, or set "
+            "loss_fn.temperature"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), SENTENCES, ids=[" ".join(overrides) for overrides, _ in SENTENCES])
+def test_an_error_is_printed_as_one_sentence(
+    overrides: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", RECIPE, "--dry-run", *overrides]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"error: {sentence}\n")
