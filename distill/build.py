@@ -1,117 +1,187 @@
-"""A run's parts, checked and put together: everything that is wrong with a recipe is found here, weights last."""
+"""Build a run: check the recipe, read the inputs, find the checkpoint, load the models, in this order."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os.path
 import platform
 import re
-import subprocess
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import yaml
+from torch import Tensor
 
-from distill.checkpoint import Checkpoints, has_validation
+from distill.checkpoint import Checkpoints, Found, has_validation
 from distill.checkpoint.resume import RunHistory, clock_of, compare_with_checkpoint, log_clock, warn_of_changes
 from distill.config import Arguments, Config
-from distill.data.content import raise_if_ranks_differ
-from distill.data.teacher_prefix import build_teacher_prefixes
+from distill.data.clock import RunClock
+from distill.data.content import ContentHashes, raise_if_ranks_differ
+from distill.data.prompts import PromptOrder
+from distill.data.teacher_prefix import TeacherPrefixes, build_teacher_prefixes
 from distill.distributed.cluster import check_cluster
 from distill.distributed.world import World
 from distill.errors import writing_run
 from distill.inputs import (
     Models,
     check_contexts,
-    check_reading,
-    contents_of,
+    check_teacher_reads_more,
     find_models,
+    hashes_of,
     packing_of,
     read_held_out,
     read_prompts,
     validates,
 )
 from distill.loss import check_loss_backend
-from distill.memory.forecast import plan_memory
-from distill.metrics.sinks import open_recorder
+from distill.memory.forecast import Forecast, plan_memory
+from distill.metrics.sinks import Recorder, open_recorder
 from distill.model.export_files import ExportFiles, read_export_files
 from distill.model.hf_config import model_config
 from distill.model.student import Student
-from distill.model.teacher import build_teacher
+from distill.model.teacher import Teacher, build_teacher
 from distill.model.teacher_check import verify_teacher
 from distill.rollout.factory import build_engine, check_backend, sampling_of, validation_sampling_of
 from distill.rollout.sync import WeightSync
 from distill.run import Run
-from distill.run_dir import new_run_dir
+from distill.run_dir import start_run_dir
 from distill.supervise.progress import phase
 from distill.supervise.signals import Deadline, seconds_of
-from distill.validation import Validation
+from distill.supervise.stop import StopCheck
+from distill.types import Rollout
+from distill.validation import HeldOut, Validation, validation_config
 from distill.validation.golds import warn_of_unusable_golds
+from distill.validation.token_kl import token_kls
 
 log = logging.getLogger(__name__)
 
 _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
-_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """The models' files and the memory that the run needs; no weight is loaded."""
+
+    models: Models
+    export_files: ExportFiles | None
+    forecast: Forecast
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoints of the run and the one to resume from."""
+
+    checkpoints: Checkpoints
+    found: Found | None
+    """None at the first start of a run."""
+    clock: RunClock
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prompts, teacher prefixes and held-out problems."""
+
+    prompts: PromptOrder
+    teacher_prefixes: TeacherPrefixes
+    held_out: HeldOut
+    hashes: dict[str, ContentHashes]
+    """Hashes of the inputs by configuration key."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """The steps of this start and its run directory."""
+
+    history: RunHistory
+    first_step: int
+    last_step: int
+    run_dir: Path
+    recorder: Recorder
 
 
 def build_run(arguments: Arguments, world: World) -> Run:
-    """Check the recipe against the world, the files and each other, then load; every rank calls it.
+    """Check the recipe against world and files, then load models and checkpoint; collective.
 
-    Raises UserError, on all ranks alike, for what the user can put right.
+    Raises UserError on all ranks for errors of the recipe or its files, most of them before any weight is loaded.
     """
     config = arguments.config
     world.supervisor.allow_loading(config.runtime.phase_timeout_s)
-    with world.all_or_none("checking the recipe"):
-        _check_supported(config)
+    _check_recipe(config, world)
+    inputs = _find_models(config, world)
+    resume = _find_checkpoint(config, world)
+    data = _read_data(config, world, inputs.models, resume)
+    start = _open_run(arguments, world, resume, data)
+    return _load(config, world, inputs, resume, data, start)
+
+
+def _check_recipe(config: Config, world: World) -> None:
+    """Check the recipe against the started ranks, and build the mesh."""
+    _warn_of_metric(config)
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.all_or_none("checking the cluster"):
         check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
-    theirs = config.teacher.dtensor_cfg
-    teacher_size = theirs.tensor_parallel_size * theirs.context_parallel_size
+    teacher = config.teacher.dtensor_cfg
+    teacher_size = teacher.tensor_parallel_size * teacher.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
     with world.all_or_none("checking the loss"):
         check_loss_backend(config.loss_fn, world.device)
+
+
+def _find_models(config: Config, world: World) -> ModelInputs:
     with world.all_or_none("finding the models"), world.main_first():
         models = find_models(config)
     with world.all_or_none("reading the files that exports copy"):
-        exported = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
+        export_files = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
     with world.all_or_none("checking the layout and the memory"):
         forecast = plan_memory(config, *models.shapes, world.device)
         if world.is_main:
             log.info("%s", forecast.table())
     with world.all_or_none("checking the generation backend"):
         check_backend(config, models.student, world)
+    return ModelInputs(models, export_files, forecast)
+
+
+def _find_checkpoint(config: Config, world: World) -> Resume:
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()
     found = checkpoints.newest()
-    clock = world.broadcast(clock_of(found))  # before the data are read: chat templates may write the date
+    return Resume(checkpoints, found, world.broadcast(clock_of(found)))
+
+
+def _read_data(config: Config, world: World, models: Models, resume: Resume) -> Data:
+    """Read prompts and held-out problems; all ranks must read the same."""
+    clock = resume.clock  # chat templates may write the date into prompts
     with world.all_or_none("reading the data"), world.main_first():
-        order = read_prompts(config, models, clock)
-        views = build_teacher_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
-        check_reading(config, views, order)
+        prompts = read_prompts(config, models, clock)
+        prefixes = build_teacher_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
+        check_teacher_reads_more(config, prefixes, prompts)
         held_out = read_held_out(config, models, clock)
-        for problems in (order.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
-            check_contexts(config, models, views, problems)
-        contents = contents_of(config, order, views, held_out)
-    everyone = world.gather((platform.node(), contents))
+        for problems in (prompts.prompts.problems, [prompt.problem for prompt in held_out.prompts]):
+            check_contexts(config, models, prefixes, problems)
+        hashes = hashes_of(config, prompts, prefixes, held_out)
+    hashes_of_ranks = world.gather((platform.node(), hashes))
     with world.all_or_none("comparing the prompts of all ranks"):
-        raise_if_ranks_differ(everyone)
-    log_clock(clock, found)
+        raise_if_ranks_differ(hashes_of_ranks)
+    log_clock(clock, resume.found)
     with world.all_or_none("checking the gold answers"):
         if world.is_main:
             warn_of_unusable_golds(held_out)
-    last_step = order.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
+    return Data(prompts, prefixes, held_out, hashes)
+
+
+def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) -> Start:
+    """Compare the recipe with the checkpoint, then open the run directory with its log and metrics."""
+    config, found = arguments.config, resume.found
+    loop = config.distillation
+    last_step = data.prompts.steps(loop.max_num_steps, loop.max_num_epochs)
     with world.all_or_none("comparing the checkpoint with the recipe"):
-        origin = compare_with_checkpoint(found, config, order, clock, contents["data.validation"])
+        history = compare_with_checkpoint(found, config, data.prompts, resume.clock, data.hashes["data.validation"])
         first_step = int(found.info["data"]["step"]) if found else 0
-    with world.all_or_none("making the run's folder"):
-        made = _start_run_dir(arguments, origin) if world.is_main else Path()
-    run_dir = world.broadcast(made)
+    with world.all_or_none("creating the run directory"):
+        created = start_run_dir(arguments, history) if world.is_main else Path()
+    run_dir = world.broadcast(created)
     with world.all_or_none("opening the log"), writing_run(run_dir):
         world.supervisor.log_to(run_dir, world.rank)
     world.supervisor.status.begin(run_dir, first_step)
@@ -125,87 +195,123 @@ def build_run(arguments: Arguments, world: World) -> Run:
             recipe=yaml.safe_load(arguments.resolved),
             history=found.history if found else (),
         )
-    with phase("making the engine"):
+    return Start(history, first_step, last_step, run_dir, recorder)
+
+
+def _load(config: Config, world: World, inputs: ModelInputs, resume: Resume, data: Data, start: Start) -> Run:
+    """Load engine, student and teacher, restore the checkpoint, and put the run together."""
+    models, checkpoints = inputs.models, resume.checkpoints
+    with phase("creating the engine"):
         engine = build_engine(config, models.student, world, models.valid_vocab)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
-    difference = verify_teacher(teacher, [prompt.student_ids for prompt in order.batch(0)])
-    log.info("teacher %s proven: packed and sharded it differs by %.2g nats", config.teacher.model_name, difference)
+    if resume.found is None and config.runtime.verify_teacher:
+        difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])
+        log.info(
+            "teacher %s verified: sharded and plain log-probs differ by %.2g nats on average",
+            *(config.teacher.model_name, difference),
+        )
     teacher.offload()
-    if found is not None:
-        has_moments = found.info["recipe"]["checkpointing"]["save_optimizer"]
-        checkpoints.load(found.path, student.state(optimizer=has_moments) | teacher.state())
-        student.resume(first_step)
-        teacher.resume(student)
-        log.info("resumed from %s after %d steps", found.path, first_step)
-        if not has_moments:
-            log.warning(
-                "%s holds no optimizer (checkpointing.save_optimizer=false): AdamW begins with fresh moments",
-                found.path,
-            )
-        warn_of_changes(origin, found)
-        if first_step >= last_step:
-            remedy = "raise distillation.max_num_steps=%d or set another checkpointing.checkpoint_dir"
-            log.warning(f"nothing is left to do: {remedy}", last_step)
+    if resume.found is not None:
+        _restore(resume.found, checkpoints, student, teacher, start)
     packing = packing_of(config, model_config(models.student, "policy.model_name"))
+    stop = _stop_check(config, world)
+
+    def compare(rollouts: Sequence[Rollout], step: int) -> list[tuple[Tensor, Tensor]]:
+        return token_kls(world, student, teacher, rollouts, packing, config.distillation.seed, step)
+
     validation = Validation(
-        config=config,
+        config=validation_config(config, start.first_step, start.last_step),
         world=world,
-        held_out=held_out,
+        held_out=data.held_out,
         decode=partial(models.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        views=views,
+        teacher_prefixes=data.teacher_prefixes,
         engine=engine,
-        student=student,
-        teacher=teacher,
-        packing=packing,
+        compare=compare,
         sampling=validation_sampling_of(config, models.stop_token_ids),
-        last_step=last_step,
-        run_dir=run_dir,
-        recorder=recorder,
+        run_dir=start.run_dir,
+        recorder=start.recorder,
         checkpoints=checkpoints,
-        measured_at=first_step if found and has_validation(found.info) and not origin.validation_changes else -1,
-        reference=origin.in_context_metrics(found),
+        stop=stop,
+        measured_at=_validated_step(resume.found, start),
+        reference=start.history.in_context_metrics(resume.found),
     )
     return Run(
         config=config,
         world=world,
-        run_dir=run_dir,
+        run_dir=start.run_dir,
         models=models,
-        order=order,
-        origin=origin,
-        views=views,
+        prompts=data.prompts,
+        history=start.history,
+        teacher_prefixes=data.teacher_prefixes,
         engine=engine,
         student=student,
         teacher=teacher,
         sync=WeightSync(world, engine, student, models.valid_vocab),
         checkpoints=checkpoints,
-        exported=exported,
-        recorder=recorder,
+        export_files=inputs.export_files,
+        recorder=start.recorder,
         validation=validation,
         sampling=sampling_of(config, models.stop_token_ids),
         packing=packing,
-        forecast=forecast,
-        deadline=Deadline(seconds_of(config.checkpointing.checkpoint_must_save_by), world.supervisor.started),
-        first_step=first_step,
-        last_step=last_step,
+        forecast=inputs.forecast,
+        stop=stop,
+        first_step=start.first_step,
+        last_step=start.last_step,
     )
 
 
-def _check_supported(config: Config) -> None:
-    checkpointing = config.checkpointing
-    low = _LOW_IS_GOOD.search(checkpointing.metric_name or "")
-    if checkpointing.enabled and checkpointing.higher_is_better and low:
+def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, start: Start) -> None:
+    """Load the checkpoint into student and teacher, and log how the run differs from it."""
+    has_optimizer = found.info["recipe"]["checkpointing"]["save_optimizer"]
+    checkpoints.load(found.path, student.state(optimizer=has_optimizer) | teacher.state())
+    student.resume(start.first_step)
+    teacher.resume(student)
+    log.info("resumed from %s after %d steps", found.path, start.first_step)
+    if not has_optimizer:
         log.warning(
-            "checkpointing.metric_name=%s ranks the highest first, and the lowest is best of it: set"
-            " checkpointing.higher_is_better=false to keep the best",
-            checkpointing.metric_name,
+            "%s has no optimizer state (checkpointing.save_optimizer=false): AdamW's moments start at zero", found.path
         )
-    by_validation = checkpointing.enabled and (checkpointing.metric_name or "").startswith("val:")
-    if by_validation and not validates(config):
+    warn_of_changes(start.history, found)
+    if start.first_step >= start.last_step:
         log.warning(
-            "checkpointing.metric_name=%s is never measured, as distillation.val_period=0 and val_at_start and"
+            "all %d steps are finished: raise distillation.max_num_steps, or set another checkpointing.checkpoint_dir",
+            start.last_step,
+        )
+
+
+def _validated_step(found: Found | None, start: Start) -> int:
+    """Return the step of the checkpoint if it has validation metrics of the current problems, else -1."""
+    is_validated = found is not None and has_validation(found.info) and not start.history.validation_changes
+    return start.first_step if is_validated else -1
+
+
+def _stop_check(config: Config, world: World) -> StopCheck:
+    supervisor, limit = world.supervisor, config.checkpointing.checkpoint_must_save_by
+    return StopCheck(
+        lambda: supervisor.stop_signal,
+        world.gather,
+        Deadline(seconds_of(limit), supervisor.started),
+        f"checkpointing.checkpoint_must_save_by={limit}",
+    )
+
+
+def _warn_of_metric(config: Config) -> None:
+    """Warn if the metric that ranks checkpoints is ranked the wrong way, or never measured."""
+    metric = config.checkpointing.metric_name or ""
+    if not config.checkpointing.enabled:
+        return
+    if config.checkpointing.higher_is_better and _LOW_IS_GOOD.search(metric):
+        log.warning(
+            "checkpointing.metric_name=%s keeps the checkpoints with the highest value, but the lowest is best: set"
+            " checkpointing.higher_is_better=false",
+            metric,
+        )
+    if metric.startswith("val:") and not validates(config):
+        log.warning(
+            "checkpointing.metric_name=%s is never measured, because distillation.val_period=0 and val_at_start and"
             " val_at_end are false: the newest checkpoints are kept",
-            checkpointing.metric_name,
+            metric,
         )
 
 
@@ -218,30 +324,3 @@ def _export_files(config: Config, models: Models) -> ExportFiles:
         models.stop_token_ids,
         chat_template=tokenizer.chat_template,
     )
-
-
-def _start_run_dir(arguments: Arguments, origin: RunHistory) -> Path:
-    """Make the run's folder with the resolved recipe and the versions in it; the main rank's work."""
-    config = arguments.config
-    run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
-    with writing_run(run_dir):
-        (run_dir / "config.yaml").write_text(arguments.resolved)
-        (run_dir / "versions.json").write_text(json.dumps(_versions() | {"clock": str(origin.clock)}, indent=2) + "\n")
-        origin.write(run_dir)
-    log.info("run folder %s", os.path.relpath(run_dir))
-    return run_dir
-
-
-def _versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "command": sys.argv}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        found["commit"] = None
-    return found

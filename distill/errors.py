@@ -1,4 +1,4 @@
-"""Errors that a run ends with: what a user can fix, what all ranks raise together, and disk errors.
+"""Errors that end a run: user errors, failures that all ranks raise together, and disk errors.
 
 Exit codes: 2 for UserError, 1 for RunFailed and for any other exception.
 """
@@ -47,7 +47,7 @@ class RunFailed(RuntimeError):
 
 
 def show(value: object) -> str:
-    """``value`` as a recipe writes it, cut to 80 characters."""
+    """Return ``value`` as a recipe writes it, truncated to 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -59,7 +59,7 @@ def any_of(words: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The message of ``error`` in one line of at most 200 characters, for the brackets of a sentence."""
+    """Return the message of ``error`` in one line of at most 200 characters, to quote it in parentheses."""
     text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -68,9 +68,9 @@ _BY_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error that is, or led to, ``error``; None where there is none.
+    """Return the OSError that is or caused ``error``, or None.
 
-    torch hides a full disk behind an assertion of its own, and safetensors in the text of an error of its own kind.
+    torch replaces a full disk by a failed assertion; safetensors has the number of the OSError in its message.
     """
     while error is not None:
         if isinstance(error, OSError):
@@ -84,39 +84,39 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def as_disk_error() -> Iterator[None]:
-    """The block's error is the operating system's that led to it, where one did: others may see nothing behind it."""
+    """Replace an error of the block by the OSError that caused it, if any: pickling would lose the cause."""
     try:
         yield
     except Exception as error:
-        refused = disk_error(error)
-        if refused is None or refused is error:
+        cause = disk_error(error)
+        if cause is None or cause is error:
             raise
-        raise refused from error
+        raise cause from error
 
 
-def cannot_write(what: str, error: OSError, remedy: str) -> UserError:
-    """The sentence about a folder, or the key that names it: what can't be written, why, and what to do."""
-    return UserError(f"{what} can't be written ({error.strerror or error}): {remedy}")
+def cannot_write(target: str, error: OSError, fix: str) -> UserError:
+    """Return the error for a directory, or the key that names it, that cannot be written."""
+    key, _, value = target.partition("=")
+    is_setting = bool(value) and " " not in key
+    problem = f"{target} cannot be written ({error.strerror or error})"
+    return UserError(problem, fix, key=key if is_setting else "", value=value if is_setting else None)
 
 
 def writing_run(run_dir: Path) -> AbstractContextManager[None]:
-    """``writing_to`` the folder of a run."""
-    remedy = "free space there, or set logger.log_dir or runtime.run_dir to a folder that can be written to"
-    return writing_to(f"the run folder {run_dir}", remedy)
+    """Return ``writing_to`` for the run directory."""
+    fix = "free space there, or set logger.log_dir or runtime.run_dir to a writable directory"
+    return writing_to(f"the run directory {run_dir}", fix)
 
 
 @contextmanager
-def writing_to(what: str, remedy: str) -> Iterator[None]:
-    """Whatever the block writes to the folder that ``what`` names: a disk that refuses is the user's to mend.
-
-    Raises UserError then; other errors pass.
-    """
+def writing_to(target: str, fix: str) -> Iterator[None]:
+    """Raise UserError if the block fails because of the disk; ``target`` names the directory or ``key=value``."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        refused = disk_error(error)
-        if refused is None:
+        cause = disk_error(error)
+        if cause is None:
             raise
-        raise cannot_write(what, refused, remedy) from error
+        raise cannot_write(target, cause, fix) from error

@@ -1,4 +1,4 @@
-"""What a run reads before any weight is loaded: the models' files, the data, and what follows from them."""
+"""Inputs that a run reads before it loads weights: model files, tokenizers, prompts and held-out problems."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.data.clock import RunClock
 from distill.data.content import TOKENS, ContentHashes, content_hash, data_hashes, tokenizer_hashes
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
 from distill.data.stop_ids import stop_ids, usable_stop_ids
-from distill.data.teacher_prefix import ContextPrefixes, TeacherPrefixes, teacher_template_kwargs
+from distill.data.teacher_prefix import ContextPrefixes, Prefix, TeacherPrefixes, teacher_template_kwargs
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
 from distill.data.tokenizer import load_tokenizer, same_tokenizer_files
@@ -28,7 +28,7 @@ from distill.model.hf_files import ModelFiles, find_model
 from distill.model.teacher import check_top_k
 from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
-from distill.types import Problem, Prompt, Rollout
+from distill.types import Problem, Prompt
 from distill.validation import HeldOut, context_is_known, load_held_out
 
 log = logging.getLogger(__name__)
@@ -36,79 +36,90 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """The two checkpoints and what their tokenizers say, before any weight is loaded."""
+    """Files, tokenizers and shapes of the two models; no weight is loaded."""
 
     student: ModelFiles
     teacher: ModelFiles
     tokenizer: Any
-    """The student's."""
+    """The student's tokenizer."""
     teachers_tokenizer: Any
-    """The same ids, and maybe another chat template; the student's, where the teacher is the student itself."""
+    """The teacher's tokenizer: the same token ids, maybe another chat template. The student's for a self-teacher."""
     valid_vocab: int
-    """Ids the tokenizer knows; the embeddings may be padded beyond."""
+    """Number of token ids of the tokenizer; embeddings may be padded beyond it."""
     stop_token_ids: tuple[int, ...]
+    """Token ids that end a response."""
     shapes: tuple[ModelShape, ModelShape]
-    """Of the student and of the teacher."""
+    """Shapes of the student and of the teacher."""
 
 
 def find_models(config: Config) -> Models:
-    """The two checkpoints' files, compared with each other and the recipe; raises UserError."""
+    """Find both models and check their files against each other and the recipe. Raises UserError."""
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
-    config_of_student = model_config(student, "policy.model_name")
-    config_of_teacher = model_config(teacher, "teacher.model_name")
-    shapes = shape_of(config_of_student, student.name), shape_of(config_of_teacher, teacher.name)
-    check_tensors(student, config_of_student, "policy.model_name")
+    student_config = model_config(student, "policy.model_name")
+    teacher_config = model_config(teacher, "teacher.model_name")
+    shapes = shape_of(student_config, student.name), shape_of(teacher_config, teacher.name)
+    check_tensors(student, student_config, "policy.model_name")
     if teacher.folder != student.folder:
-        check_tensors(teacher, config_of_teacher, "teacher.model_name")
+        check_tensors(teacher, teacher_config, "teacher.model_name")
     tokenizer, teachers = _tokenizers(config, student, teacher)
     compare_vocabularies(tokenizer, teachers, config.policy.model_name, config.teacher.model_name)
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
-    check_tensor_parallel(config, config_of_student, valid_vocab)
+    check_tensor_parallel(config, student_config, valid_vocab)
     stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers, valid_vocab)
     context = config.distillation.context_distillation
-    other = context.mode == "frozen" or config.teacher.tokenizer.chat_template is not None
-    models = Models(student, teacher, tokenizer, teachers if other else tokenizer, valid_vocab, stop_token_ids, shapes)
-    what = f"policy.tokenizer.name={config.policy.tokenizer.name}"
-    kwargs, theirs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
-    check_chat_template(tokenizer, what, "policy.tokenizer.chat_template", kwargs)
-    differ = models.teachers_tokenizer is not tokenizer or kwargs != theirs
+    is_other = context.mode == "frozen" or config.teacher.tokenizer.chat_template is not None
+    teachers = teachers if is_other else tokenizer
+    _check_chat_templates(config, tokenizer, teachers)
+    return Models(student, teacher, tokenizer, teachers, valid_vocab, stop_token_ids, shapes)
+
+
+def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None:
+    """Raise UserError for a chat template that fails to render; the teacher's only if it renders prompts."""
+    name = f"policy.tokenizer.name={config.policy.tokenizer.name}"
+    kwargs, teacher_kwargs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
+    check_chat_template(tokenizer, name, "policy.tokenizer.chat_template", kwargs)
+    context, differ = config.distillation.context_distillation, teachers is not tokenizer or kwargs != teacher_kwargs
     if context.enabled and context.chat_template and differ:
-        what = f"teacher.tokenizer.name={config.teacher.tokenizer.name}"
-        check_chat_template(models.teachers_tokenizer, what, "teacher.tokenizer.chat_template", theirs)
-    return models
+        name = f"teacher.tokenizer.name={config.teacher.tokenizer.name}"
+        check_chat_template(teachers, name, "teacher.tokenizer.chat_template", teacher_kwargs)
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
-    """The student's and the teacher's tokenizer: one object where their files and chat template are the same.
+    """Load both tokenizers; return one object twice if files and chat template are the same.
 
-    Without teacher.tokenizer.chat_template, a teacher that is the student itself has policy.tokenizer.chat_template.
+    Without teacher.tokenizer.chat_template, a self-teacher uses policy.tokenizer.chat_template.
     """
-    ours, theirs = config.policy.tokenizer, config.teacher.tokenizer
-    kwargs, their_kwargs = ours.chat_template_kwargs, teacher_template_kwargs(config)[0]
-    tokenizer = load_tokenizer(student, ours.name, "policy.tokenizer.name", ours.chat_template, kwargs)
-    itself = student.folder.resolve() == teacher.folder.resolve()
-    template = ours.chat_template if itself and theirs.chat_template is None else theirs.chat_template
-    if itself and (ours.name, ours.chat_template) == (theirs.name, template):
+    policy, other = config.policy.tokenizer, config.teacher.tokenizer
+    kwargs, teacher_kwargs = policy.chat_template_kwargs, teacher_template_kwargs(config)[0]
+    tokenizer = load_tokenizer(student, policy.name, "policy.tokenizer.name", policy.chat_template, kwargs)
+    is_self = student.folder.resolve() == teacher.folder.resolve()
+    template = policy.chat_template if is_self and other.chat_template is None else other.chat_template
+    if is_self and (policy.name, policy.chat_template) == (other.name, template):
         return tokenizer, tokenizer
-    own = ours.name in (None, student.name) and theirs.name in (None, teacher.name)
-    if own and ours.chat_template is template is None and same_tokenizer_files(student.folder, teacher.folder):
-        return tokenizer, tokenizer  # loading a large one takes several seconds
-    return tokenizer, load_tokenizer(teacher, theirs.name, "teacher.tokenizer.name", template, their_kwargs)
+    own_files = policy.name in (None, student.name) and other.name in (None, teacher.name)
+    if own_files and policy.chat_template is template is None and same_tokenizer_files(student.folder, teacher.folder):
+        return tokenizer, tokenizer  # loading a large tokenizer takes several seconds
+    return tokenizer, load_tokenizer(teacher, other.name, "teacher.tokenizer.name", template, teacher_kwargs)
 
 
 def _stop_token_ids(
     config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any, valid_vocab: int
 ) -> tuple[int, ...]:
-    """The ids that end an answer: the recipe's, or both models' together; says so where they differ. Raises UserError
-    for one of the recipe's that is none."""
+    """Return the ids that end a response: the recipe's, or the union of both models'; warn if these differ.
+
+    Raises UserError for an id of the recipe that is no token.
+    """
     given = config.policy.generation.stop_token_ids
     if given is not None:
         if wrong := [token for token in given if not 0 <= token < valid_vocab]:
+            key = "policy.generation.stop_token_ids"
             raise UserError(
-                f"policy.generation.stop_token_ids has {wrong[0]}, which is no token of {student.name}: give ids in"
-                f" 0..{valid_vocab - 1}, or null for the models' own"
+                f"{key} has {wrong[0]}, which is no token of {student.name}",
+                f"set it to ids in 0..{valid_vocab - 1}, or to null for the stop ids of the models",
+                key=key,
+                value=wrong[0],
             )
         return given
     ours = usable_stop_ids(stop_ids(student, tokenizer), tokenizer, valid_vocab, student.name)
@@ -117,8 +128,8 @@ def _stop_token_ids(
     theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):
         log.warning(
-            "the student %s stops at %s and the teacher %s at %s (a base student under an instruct teacher?):"
-            " answers end at any of them; watch train/teacher_stop_mass",
+            "the student %s stops at %s and the teacher %s at %s (maybe a base and an instruct model): responses end at"
+            " any of these tokens, and train/teacher_stop_mass shows the teacher's probability of its stop tokens",
             *(student.name, tokenizer.convert_ids_to_tokens(list(ours))),
             *(teacher.name, teachers.convert_ids_to_tokens(list(theirs))),
         )
@@ -129,7 +140,7 @@ _TEMPLATE_KWARGS = "policy.tokenizer.chat_template_kwargs"
 
 
 def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder:
-    """The training problems as prompts, in the order of their steps; chat templates see the clock's time."""
+    """Read the training problems as prompts in the order of their steps; chat templates read ``clock``."""
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
     context = config.distillation.context_distillation
@@ -141,7 +152,7 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
 
 
 def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
-    """Hashes of what the prompts and the teacher's prefixes are made from."""
+    """Return hashes of the inputs of prompts and teacher prefixes."""
     context = config.distillation.context_distillation
     inputs = {
         **data_hashes(config.data.train, prompts.problems, context.trace_column),
@@ -153,39 +164,40 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
     return inputs
 
 
-def check_reading(config: Config, views: TeacherPrefixes, order: PromptOrder) -> None:
-    """Refuse a student that is its own teacher and reads no more as such: neither text around the problem nor a trace
-    of any problem.
-    """
-    itself, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
-    if not context.enabled or config.distillation.allow_degenerate or not itself or _has_traces(context, order):
+def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: PromptOrder) -> None:
+    """Raise UserError if the student is its own teacher and the teacher's prefix equals the student's prompt."""
+    is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
+    if not context.enabled or config.distillation.allow_degenerate or not is_self or _has_traces(context, order):
         return
-    read, _ = views.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0) for prompt in order.batch(0)])
-    if read and all(rollout.teacher_prefix_ids == rollout.prompt.student_ids for rollout in read):
+    found = [(prompt, prefixes.prefix_of(prompt)) for prompt in order.batch(0)]
+    kept = [(prompt.student_ids, prefix.token_ids) for prompt, prefix in found if isinstance(prefix, Prefix)]
+    if kept and all(student_ids == teacher_ids for student_ids, teacher_ids in kept):
+        key = "distillation.context_distillation.teacher_prefix_template"
         raise UserError(
-            "distillation.context_distillation.teacher_prefix_template shows the teacher what the student reads, and"
-            " the two are one model: put into it what the teacher should know, or for a control set"
-            " distillation.allow_degenerate=true"
+            f"{key} gives the teacher the student's own prompt, and both are the same model, so there is nothing to"
+            " learn",
+            "add the context that only the teacher reads, or for a control run set distillation.allow_degenerate=true",
+            key=key,
+            value=context.teacher_prefix_template,
         )
 
 
-def check_contexts(config: Config, models: Models, views: TeacherPrefixes, problems: Iterable[Problem]) -> None:
-    """Refuse a problem whose context has an id past the embeddings, before the first step where it is known by then.
+def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, problems: Iterable[Problem]) -> None:
+    """Raise UserError for a problem whose context has a token id without an embedding.
 
-    Tokenising every context takes minutes for large data, and nearly all models have a row for each id: then nothing
-    is done. Traces of responses are checked when they are read. Raises UserError with the problem.
+    Tokenizing every context takes minutes for large data, so it is skipped if the embeddings have a row for every id
+    of the tokenizer, as nearly always. Traces that come from responses are checked when they are generated.
     """
-    if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(views, ContextPrefixes):
+    if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(prefixes, ContextPrefixes):
         return
     context = config.distillation.context_distillation
     for problem in problems:
-        known = problem.columns.get(context.trace_column, "") if context.trace_column else ""
-        trace = extract_column_trace(known, context.trace_extractor)
-        views.check_problem(problem, trace)
+        column_text = problem.columns.get(context.trace_column, "") if context.trace_column else ""
+        prefixes.check_problem(problem, extract_column_trace(column_text, context.trace_extractor))
 
 
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
-    """Whether the template shows traces and there are some; dynamic ones are only known with the answers."""
+    """Return whether the template contains traces and some exist; traces of responses count as existing."""
     if teacher_template(context.teacher_prefix_template).count("trace") == 0:
         return False
     column = context.trace_column
@@ -194,25 +206,25 @@ def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
 
 
 def validates(config: Config) -> bool:
-    """Whether held-out problems are ever answered."""
+    """Return whether the recipe has any validation."""
     loop = config.distillation
     return loop.val_period > 0 or loop.val_at_start or loop.val_at_end
 
 
 def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
-    """The held-out problems; none where none are due. Chat templates see the clock's time."""
+    """Read the held-out problems, none if no validation is due; chat templates read ``clock``."""
     if not validates(config):
         return HeldOut()
     if context_is_known(config) and not config.distillation.val_at_start:
         log.info(
-            "what the student reaches with the teacher's context in view is measured before the first step only: set"
-            " distillation.val_at_start=true to see how much there is to learn"
+            "the student's accuracy with the teacher's context is measured only before the first step: set"
+            " distillation.val_at_start=true to measure how much there is to learn"
         )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
-    at_most, context = config.distillation.max_val_samples, config.distillation.context_distillation
+    max_samples, context = config.distillation.max_val_samples, config.distillation.context_distillation
     column, tags = context.trace_column, context.trace_extractor.think_tags
-    held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, at_most, column, tags)
+    held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, max_samples, column, tags)
     check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column, tags)
     return held_out
 
@@ -220,14 +232,14 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
 _EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
 
 
-def contents_of(
-    config: Config, order: PromptOrder, views: TeacherPrefixes, held_out: HeldOut
+def hashes_of(
+    config: Config, order: PromptOrder, prefixes: TeacherPrefixes, held_out: HeldOut
 ) -> dict[str, ContentHashes]:
-    """Hashes of this rank's inputs, by the key that they come from; those of the validation are empty without one."""
+    """Return hashes of this rank's inputs by configuration key; those of validation are empty without one."""
     column = config.distillation.context_distillation.trace_column
     problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
-    read, _ = views.add([Rollout(Prompt(0, (0,), problem), 0, (0,), (0.0,), "length", 0)])
-    context = content_hash(view.teacher_prefix_ids for view in read)
+    prefix = prefixes.prefix_of(Prompt(0, (0,), problem))
+    context = content_hash([prefix.token_ids] if isinstance(prefix, Prefix) else [])
     validation = held_out.content(column)
     return {
         "data.train": order.content_hashes,
@@ -237,9 +249,9 @@ def contents_of(
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:
-    """Budgets of a micro-batch: tokens under packing or dynamic batching (neither pads anything), else answers.
+    """Return the budget of a micro-batch: tokens with packing or dynamic batching, otherwise sequences.
 
-    ``shape``: the student's Hugging Face configuration, from which a sequence's cost follows.
+    ``shape`` is the student's Hugging Face configuration, which determines the cost of a sequence.
     """
     policy = config.policy
     batchings = (policy.sequence_packing, policy.dynamic_batching)

@@ -1,14 +1,41 @@
-"""The run's folder."""
+"""The run directory: its name, and the files that describe the run."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os.path
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from distill.errors import UserError
+from distill.checkpoint.resume import RunHistory
+from distill.config import Arguments
+from distill.errors import UserError, writing_run
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets")
+
+
+def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
+    """Create the run directory with the resolved recipe, the versions and the run's changes; for the main rank."""
+    config = arguments.config
+    run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
+    with writing_run(run_dir):
+        (run_dir / "config.yaml").write_text(arguments.resolved)
+        versions = _versions() | {"clock": str(history.clock)}
+        (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+        history.write(run_dir)
+    log.info("run directory %s", os.path.relpath(run_dir))
+    return run_dir
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
-    """The run's folder, made by the main rank: ``run_dir`` itself, or the first unused ``log_dir/exp_NNN``."""
+    """Create and return ``run_dir``, or the first unused ``log_dir/exp_NNN`` if it is None."""
     try:
         if run_dir is not None:
             path = Path(run_dir)
@@ -19,7 +46,22 @@ def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
         path.mkdir(parents=True)
         return path
     except OSError as error:
-        key = "runtime.run_dir" if run_dir is not None else "logger.log_dir"
+        key, value = ("logger.log_dir", log_dir) if run_dir is None else ("runtime.run_dir", run_dir)
         raise UserError(
-            f"{key}={run_dir or log_dir} can't be made ({error.strerror}): choose a writable folder"
+            f"{key}={value} cannot be created ({error.strerror})", "choose a writable directory", key=key, value=value
         ) from error
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "command": sys.argv}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found["commit"] = None
+    return found

@@ -1,9 +1,9 @@
-"""On-policy distillation: the student answers, the teacher judges every token, the student learns.
+"""On-policy distillation: the student generates responses, the teacher scores every token, the student learns.
 
     torchrun --nproc-per-node 4 -m distill.train --config recipes/NAME.yaml key.path=value ...
 
-The same program runs on every rank. A step has no importance ratios and no rewards: the student's own answers are
-scored by the very weights that gave them.
+The same program runs on every rank. A step has no importance ratios and no rewards, because the student trains on
+responses of its current weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill.batching.plan import plan
 from distill.config import Arguments, parse_args
 from distill.distributed.program import exit_process, refuse, run_program, start_process
 from distill.errors import CollectiveUserError, RunFailed, UserError
-from distill.metrics.step import Metrics
+from distill.supervise.stop import StopRequested
 
 if TYPE_CHECKING:
     from distill.distributed.world import World
@@ -25,59 +25,47 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> None:
-    """The loop, from the first step that isn't done to the last."""
+    """Train from the first unfinished step; ``step`` counts finished steps and is the version of the weights."""
     from distill.rollout.gather import gather_rollouts
 
     student, teacher, engine = run.student, run.teacher, run.engine
-    run.begin()
     for step in range(run.first_step, run.last_step):
-        metrics, phases = Metrics(), run.phases(step + 1)
+        metrics = run.begin_step(step)
 
-        with phases("prepare_for_generation"):
-            prompts = run.order.batch(step)
+        with run.phase("sync"):
+            student.offload()  # the optimizer state leaves the device: the engine needs the memory
             run.sync.push_weights(step, metrics)
 
-        if run.leaves_unjudged(step):
-            return
-        with phases("validation"):
-            held_out = run.validation.answers(step)
-        if run.leaves_unjudged(step):
-            return
+        with run.phase("validation"):  # timed separately: these tokens are no training tokens
+            held_out = run.validation.generate(step)  # None unless due
 
-        with phases("generation"):
-            mine = engine.generate(prompts[engine.replica :: engine.replicas], run.sampling, step)
+        with run.phase("generation"):
+            prompts = run.prompts.batch(step)
+            generated = engine.generate(engine.share_of(prompts), run.sampling, step)
             engine.sleep()
 
-        with phases("validation"):
+        with run.phase("validation"):
             run.validation.report(held_out)
 
-        with phases("data_processing"):
-            run.checkpoints.finalize_pending(block=False)  # the last step's may be whole by now
-            with run.world.all_or_none("making the teacher's views"):
-                read, counts = run.views.add(mine)
-            rollouts = gather_rollouts(run.world, read, prompts, version=step)
+        with run.phase("batching"):
+            run.checkpoints.finalize_pending(block=False)  # the write of the last checkpoint may have finished
+            rollouts = gather_rollouts(run.world, run.add_prefixes(generated, metrics), prompts, version=step)
             batches = plan(rollouts, run.layout, run.packing, run.seed, step)
 
-        with phases("teacher_logprob_inference"):
-            teacher.onload()
+        with run.phase("teacher"), teacher.on_device():
             targets = [[teacher.targets(micro_batch) for micro_batch in batch] for batch in batches]
-            teacher.offload()
 
-        with phases("policy_training"):
-            student.onload()
-            lr = student.learning_rate
+        with run.phase("training"):
+            student.onload()  # stays on the device until the checkpoint has read it
             for batch in batches:
-                with run.finite(step + 1, batch, rollouts):
-                    student.train(batch, targets.pop(0), metrics)  # which go with the batch: a whole head, maybe
+                student.train(
+                    batch, targets.pop(0), metrics
+                )  # pop frees each batch's targets, maybe a complete LM head
             student.end_step()
             teacher.after_step(student)
 
-        with phases("checkpointing"):
-            run.save_if_due(step + 1)
-        run.record(step + 1, metrics, phases, mine, rollouts, counts, lr)
-        if run.ends_early(step + 1):
-            return
-    run.validate_at_end()
+        run.end_step(step + 1, metrics, rollouts)  # log, checkpoint if due; raises StopRequested
+    run.validate_last()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,23 +84,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_dry_run(arguments: Arguments) -> None:
     """Print the resolved recipe and the memory forecast. Raises UserError if the models cannot run in this layout."""
     print(arguments.resolved)
-    from distill.memory.forecast import dry_run  # slow to import, and the recipe is printed by now
+    from distill.memory.forecast import dry_run  # a slow import: print the recipe first
 
     for part in dry_run(arguments.config):
         print(part)
 
 
 def train_from(arguments: Arguments, world: World) -> None:
-    """Build the run of a command line and train it; every rank calls it."""
+    """Build the run that the command line describes and train it; collective."""
     from distill.build import build_run
 
     run = build_run(arguments, world)
+    world.supervisor.begin_loop(
+        arguments.config.runtime.phase_timeout_s
+    )  # from here a signal ends the run after a step
     try:
-        train(run)
+        _train_or_stop(run)
     except (CollectiveUserError, RunFailed):
-        run.checkpoints.finalize_pending(block=True)  # all ranks exit; let the checkpoint in flight complete first
+        run.checkpoints.finalize_pending(block=True)  # all ranks exit together: complete the checkpoint in flight
         raise
     run.finish()
+
+
+def _train_or_stop(run: Run) -> None:
+    from distill.model.nonfinite import NonFiniteError
+
+    try:
+        train(run)
+    except StopRequested as stop:
+        run.save_and_stop(stop)
+    except NonFiniteError as error:
+        run.report_non_finite(error)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What flows between the rooms.
+"""Data types that the packages exchange.
 
-Letters in names: P prompts, G answers per prompt, B sequences in a micro-batch, T positions, N response tokens (rows of
-the loss), V vocabulary, K kept ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``,
-``ids_NK``. Log-probs are in nats, float32. The decisive choice is N: after packing, everything is a row per response
-token, in the same order for student and teacher.
+Letters in names: P prompts, G responses per prompt, B sequences in a micro-batch, T positions, N response tokens (rows
+of the loss), V vocabulary, K kept ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``,
+``ids_NK``. Log-probs are in nats, float32. After packing, student and teacher have one row per response token, in the
+same order: row n of both predicts the same token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,75 +16,75 @@ import torch
 from torch import Tensor
 
 Stats = dict[str, tuple[float | Tensor, float | Tensor]]
-"""Metrics as (sum, count) pairs by name: added up over micro-batches and ranks, divided once at the end."""
+"""Metrics as (sum, count) pairs by name, added up over micro-batches and ranks and divided once at the end."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of a dataset, raw: before prompt file and chat template."""
+    """One row of a dataset, before prompt file and chat template."""
 
     text: str
     answer: str = ""
-    """The gold answer; empty where the data has none."""
+    """The gold answer; empty if the dataset has none."""
     source: str = ""
-    """Which dataset it came from: a path or a hub name."""
+    """Path or hub name of the dataset."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The other columns that the configuration names (a precomputed trace, say), by their names there."""
+    """Other columns that the configuration names, such as a precomputed trace, by name."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as the student reads it."""
+    """A problem as token ids for the student."""
 
     prompt_id: int
-    """Stable across epochs and restarts: the problem's place in the dataset, repeats counted."""
+    """Index of the problem in the dataset, repeats included; stable across epochs and restarts."""
     student_ids: tuple[int, ...]
-    """Token ids with the chat template and the generation prompt."""
+    """Token ids including chat template and generation prompt."""
     problem: Problem
     inside_thought: bool = False
-    """The prompt ends inside an open thought (a generation prompt that ends with ``<think>``)."""
+    """Whether the prompt ends inside a think block, as a generation prompt that ends with ``<think>`` does."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. Each answer's seed comes from (seed, step, prompt_id, answer), never from global state."""
+    """Sampling settings. A response's seed depends on (seed, step, prompt_id, response_index), not on global state."""
 
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
-    """Ids that end an answer (and belong to it): the union of student's and teacher's."""
+    """Ids that end a response and belong to it: the union of the student's and the teacher's."""
     responses_per_prompt: int = 1
     top_p: float = 1.0
     top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    """Number of most likely tokens to sample from; 0: the full vocabulary."""
     seed: int = 0
     max_total_length: int | None = None
-    """Prompt and answer together, in tokens; an answer that reaches it ends as "length". None: no limit."""
+    """Maximum tokens of prompt and response; a response that reaches it finishes as "length". None: no limit."""
 
     @property
     def full(self) -> bool:
-        """Whether every token of the vocabulary can be drawn."""
+        """Return whether every token of the vocabulary can be sampled."""
         return self.top_p >= 1 and not self.top_k
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer of the student."""
+    """One response of the student."""
 
     prompt: Prompt
     response_index: int
     """Index of the response among the G responses to its prompt."""
     response_ids: tuple[int, ...]
-    """R >= 1 token ids, with the stop token if it stopped."""
+    """R >= 1 token ids, including the stop token if the response has one."""
     logprobs: tuple[float, ...]
-    """R log-probs of the sampled tokens in nats, the sampler's, at the sampling temperature."""
+    """R log-probs of the sampled tokens from the sampler, in nats, at the sampling temperature."""
     finish: Literal["stop", "length"]
     version: int
-    """The version of the weights that sampled it: the step of the sync."""
+    """Version of the weights that generated the response: the step of the sync."""
     teacher_prefix_ids: tuple[int, ...] = ()
-    """What the teacher reads before the answer; made by the rank that generated it, so that tokenising is spread."""
+    """Token ids that the teacher reads before the response; the rank that generated the response tokenizes them."""
     teacher_inside_thought: bool = False
-    """``teacher_prefix_ids`` end inside an open thought."""
+    """Whether ``teacher_prefix_ids`` end inside a think block."""
 
     def __post_init__(self) -> None:
         assert len(self.response_ids) == len(self.logprobs) >= 1, (len(self.response_ids), len(self.logprobs))
@@ -92,58 +92,58 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """How T positions that are read once stand for S positions of sequences with common prefixes."""
+    """Mapping between S positions of sequences with common prefixes and the T positions that are computed once."""
 
     expand_S: Tensor
-    """int64 [S]: the position, of T, that stands at each place of the sequences."""
+    """int64 [S]: index into the T positions for each position of the sequences."""
     source_T: Tensor
-    """int64 [T]: the first place, of S, where each position stands."""
+    """int64 [T]: first index into the S positions for each computed position."""
 
     def to(self, device: torch.device) -> SharedPrefixes:
-        """The same with its tensors on ``device``."""
+        """Return a copy with all tensors on ``device``."""
         return SharedPrefixes(self.expand_S.to(device), self.source_T.to(device))
 
 
 @dataclass(frozen=True)
 class SequenceShards:
-    """How the T positions of a pack lie on the R ranks that read it together, each of them M positions.
+    """Distribution of the T positions of a pack over the R ranks of a group, M positions each.
 
-    Every rank has room for as many; what no position fills is padding, which nobody attends to.
+    If T < R * M, the rest is padding, which no position attends to.
     """
 
     slot_T: Tensor
-    """int64 [T]: where each position of the pack stands in the ranks' parts end to end."""
+    """int64 [T]: slot of each position in the concatenated parts of all ranks."""
     position_P: Tensor
-    """int64 [R * M]: the position at each place of the ranks' parts end to end; 0 at padding."""
+    """int64 [R * M]: position in each slot of the concatenated parts; 0 at padding."""
 
     def to(self, device: torch.device) -> SequenceShards:
-        """The same with its tensors on ``device``."""
+        """Return a copy with all tensors on ``device``."""
         return SequenceShards(self.slot_T.to(device), self.position_P.to(device))
 
 
 @dataclass(frozen=True)
 class View:
-    """One model's reading of a packed micro-batch: B sequences end to end, without padding.
+    """One model's input of a packed micro-batch: B sequences concatenated without padding.
 
-    S is the length of all sequences together. Where sequences share a prefix that is read once, T is smaller than S
-    and ``shared`` says which of the T positions make up each sequence; otherwise T is S. With ``shards`` the ranks of a
-    group read the pack together: ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions),
-    while ``bounds`` and ``shared`` are still about the whole pack.
+    S is the total length of the sequences. If sequences share a prefix that is computed once, T is smaller than S and
+    ``shared`` maps the positions; otherwise T is S. With ``shards`` the ranks of a group compute the pack together:
+    ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but ``bounds`` and ``shared``
+    describe the complete pack.
     """
 
     tokens_T: Tensor
-    """int64 [T]."""
+    """int64 [T]: token ids."""
     positions_T: Tensor
-    """int64 [T], counted from 0 in every sequence."""
+    """int64 [T]: position in the sequence, from 0."""
     bounds: tuple[int, ...]
-    """B + 1 cumulative lengths, from 0 to S."""
+    """B + 1 cumulative sequence lengths, from 0 to S."""
     rows_N: Tensor
-    """int64 [N]: the position whose hidden state predicts response token n."""
+    """int64 [N]: index of the position whose hidden state predicts response token n."""
     shared: SharedPrefixes | None = None
     shards: SequenceShards | None = None
 
     def to(self, device: torch.device) -> View:
-        """The same view with its tensors on ``device``."""
+        """Return a copy with all tensors on ``device``."""
         return View(
             self.tokens_T.to(device),
             self.positions_T.to(device),
@@ -156,28 +156,28 @@ class View:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank trains in one forward and backward: N response tokens, read by student and teacher.
+    """Input of one forward and backward on one rank: N response tokens with the views of student and teacher.
 
-    Row n of the student's view and row n of the teacher's predict the same token, ``sampled_N[n]``. Under tensor
-    parallelism the ranks of a group train the same rows, and the teacher's view has this rank's share of them:
-    ``rows_per_tp_rank`` says how many each has, in the order of the rows.
+    Row n of the student's view and row n of the teacher's view predict the same token, ``sampled_N[n]``. With tensor
+    parallelism the ranks of a group train the same rows, and each rank's teacher view has a part of them, in order;
+    ``rows_per_tp_rank`` has the sizes of the parts.
     """
 
     student: View
     teacher: View
     sampled_N: Tensor
-    """int64 [N]: the response tokens."""
+    """int64 [N]: response tokens."""
     sampled_logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs of them."""
+    """float32 [N]: the sampler's log-probs of the response tokens."""
     weight_N: Tensor
-    """float32 [N]: 1 for a row that counts, 0 for one that does not (a dummy's)."""
+    """float32 [N]: 1 for a row that counts, 0 for a row of a dummy sequence."""
     rollout_N: Tensor
-    """int64 [N]: which answer the row belongs to, by its place in the step's list of rollouts; -1 for a dummy's."""
+    """int64 [N]: index of the row's rollout in the step's list; -1 for a dummy sequence."""
     rows_per_tp_rank: tuple[int, ...] = ()
-    """Rows of the teacher's view on each rank of the tensor-parallel group; empty where there is no such group."""
+    """Rows of the teacher's view on each rank of the tensor-parallel group; empty without tensor parallelism."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on ``device``."""
+        """Return a copy with all tensors on ``device``."""
         return MicroBatch(
             self.student.to(device),
             self.teacher.to(device),
@@ -191,11 +191,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """The micro-batches of this rank in one optimizer step; every rank has the same number of them."""
+    """Micro-batches of this rank for one optimizer step; every rank has the same number."""
 
     micro_batches: tuple[MicroBatch, ...]
     response_tokens: int
-    """Response tokens of the whole optimizer batch over all ranks: what the summed loss is divided by."""
+    """Number of response tokens of the optimizer batch over all ranks, by which the summed loss is divided."""
+    rollouts: Sequence[Rollout] = ()
+    """The step's rollouts of all ranks, which ``rollout_N`` indexes."""
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
@@ -206,10 +208,10 @@ class OptimizerBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place among those that train: ranks are numbered (dp, cp, tp), tp innermost.
+    """This rank's position in the training mesh; ranks are numbered (dp, cp, tp), tp innermost.
 
-    A data-parallel group of ``cp_size * tp_size`` ranks trains a micro-batch together. The teacher reads those of
-    ``teacher_size`` consecutive ranks (whole data-parallel groups) as one pack, its positions spread over them.
+    The ``cp_size * tp_size`` ranks of a data-parallel group train one micro-batch together. The teacher computes the
+    micro-batches of ``teacher_size`` consecutive ranks (complete groups) as one pack, sharded over these ranks.
     """
 
     dp_rank: int
@@ -222,17 +224,17 @@ class Layout:
 
     @property
     def group_size(self) -> int:
-        """Ranks of a data-parallel group."""
+        """Return the number of ranks of a data-parallel group."""
         return self.cp_size * self.tp_size
 
     @property
     def rank(self) -> int:
-        """This rank's number among all that train."""
+        """Return this rank's number among all training ranks."""
         return (self.dp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
 
     @property
     def teacher_dp_ranks(self) -> range:
-        """The data-parallel groups whose micro-batches this rank's teacher group reads, in order."""
+        """Return the data-parallel groups whose micro-batches this rank's teacher group computes, in order."""
         count = max(1, self.teacher_size // self.group_size)
         first = self.dp_rank // count * count
         return range(first, first + count)
@@ -240,28 +242,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's K most likely tokens of each row, and the mass it gives to all others."""
+    """The teacher's K most likely tokens of each row, and the probability mass of the remaining tokens."""
 
     ids_NK: Tensor
-    """int32 or int64 [N, K]; -1 pads a row (its log-prob is -inf)."""
+    """int32 or int64 [N, K]: token ids; -1 is padding, with log-prob -inf."""
     logprobs_NK: Tensor
-    """float32 [N, K], normalised over the full vocabulary at the loss's temperature."""
+    """float32 [N, K]: log-probs over the full vocabulary, at the loss's temperature."""
     log_tail_N: Tensor
-    """float32 [N]: log of the mass outside the K ids, from the logits themselves, never log(1 - sum p)."""
+    """float32 [N]: log of the mass outside the K ids, computed from the logits; log(1 - sum p) would cancel."""
     entropy_N: Tensor | None = None
-    """float32 [N]: entropy of the full distribution in nats, for the metrics."""
+    """float32 [N]: entropy of the full distribution in nats, for metrics."""
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's hidden rows; ``head_VD`` turns them into logits inside the student's chunk loop."""
+    """The teacher's hidden rows and LM head; the student's loss computes their logits chunk by chunk."""
 
     hidden_ND: Tensor
     head_VD: Tensor
 
 
 Targets = TopK | TeacherRows
-"""What the teacher says of N rows."""
+"""The teacher's targets of N rows."""
 
 
 @dataclass(frozen=True)
@@ -269,20 +271,20 @@ class LossOutput:
     """The loss of one micro-batch on this rank."""
 
     kl_sum: Tensor
-    """Scalar float32: sum of weight_N * kl_N, differentiable, not yet divided by the number of tokens."""
+    """Scalar float32: sum of weight_N * kl_N, differentiable, not divided by the number of tokens."""
     stats: Stats
-    """Metrics of the same rows as (sum, count), without gradient."""
+    """Metrics of the same rows, without gradient."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one sync brought to the engine."""
+    """Result of one sync of the student's weights to the engine."""
 
     version: int
     tensors: int
     bytes: int
     seconds: float
     changed: int = 0
-    """Tensors that are not what the sync before brought; all of them at the first."""
+    """Number of tensors that differ from the previous sync; all tensors at the first sync."""
     changed_bytes: int = 0
-    """Their bytes."""
+    """Bytes of the changed tensors."""

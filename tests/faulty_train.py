@@ -36,7 +36,7 @@ MOMENTS = {
     "bytes": "torch.distributed.checkpoint.filesystem:_write_item",
     "finish": "distill.checkpoint:Checkpoints._finish",
     "naming": "distill.checkpoint:Checkpoints._give_name",
-    "validation": "distill.validation:Validation.answers",
+    "validation": "distill.validation:Validation.generate",
     "metrics": "distill.metrics.sinks:Recorder.record",
 }
 """Function before whose call the fault happens, as module:path."""

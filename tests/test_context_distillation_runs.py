@@ -1,4 +1,4 @@
-"""The whole program on two ranks: traces of a dataset, read by the student's average, validated and resumed."""
+"""The complete program on two ranks: a self-EMA teacher with traces from a dataset, validation and resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTEXT = "distillation.context_distillation"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, and one that goes on after the first."""
+    """A run of two steps, and a run that is resumed after its first step."""
     root = make_tiny_run(tmp_path_factory.mktemp("run"))
     overrides = [
         f"teacher.model_name={root}/student",
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpointing.save_period=1",
     ]
     half = [*overrides, "distillation.max_num_steps=1"]
-    lines = [_command(root, "whole", *overrides), _command(root, "parted", *half), _command(root, "parted", *overrides)]
+    lines = [_command(root, "full", *overrides), _command(root, "parted", *half), _command(root, "parted", *overrides)]
     ran = _run(lines)[0]
     assert [code for code, _, _ in ran] == [0, 0, 0] and "resumed from" in ran[2][2], ran
     return root
@@ -40,23 +40,23 @@ def _trained(root: Path, name: str) -> list[dict[str, Any]]:
     return [row for row in _train_rows(root / "runs" / name) if "train/loss" in row]
 
 
-def test_a_resumed_run_has_the_average_and_the_traces_of_the_uninterrupted_one_bit_for_bit(root: Path) -> None:
-    whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
-    last, resumed = _trained(root, "whole")[-1], next(row for row in parted if row["step"] == 2 and "train/loss" in row)
+def test_resume_is_bit_exact_with_an_ema_teacher_and_traces(root: Path) -> None:
+    full, parted = _train_rows(root / "runs/full"), _train_rows(root / "runs/parted")
+    last, resumed = _trained(root, "full")[-1], next(row for row in parted if row["step"] == 2 and "train/loss" in row)
     assert last["step"] == 2
     resumed.update({name: last[name] for name in SINCE_THE_LAST_SYNC})
-    assert whole == parted
-    check_same_export(root / "checkpoints/whole/step_2", root / "checkpoints/parted/step_2")
+    assert full == parted
+    check_same_export(root / "checkpoints/full/step_2", root / "checkpoints/parted/step_2")
 
 
-def test_what_the_teacher_reads_holds_the_traces_of_the_dataset(root: Path) -> None:
-    first, second = _trained(root, "whole")
+def test_teacher_prefixes_contain_the_traces_of_the_dataset(root: Path) -> None:
+    first, second = _trained(root, "full")
     covered = [row["train/context_distillation_trace_coverage"] for row in (first, second)]
-    assert covered == [1.0, 0.75], "one problem of the second step's four has none"
+    assert covered == [1.0, 0.75], "one of the four problems of step 2 has no trace"
     for row in (first, second):
         assert row["train/context_distillation_trace_mean_tokens"] == len("1 twice")
         assert row["train/context_distillation_valid_samples"] == 8 and row["train/forward_kl"] > 0.01
-    lines = (root / "runs/whole/validation/in_context.jsonl").read_text().splitlines()
+    lines = (root / "runs/full/validation/in_context.jsonl").read_text().splitlines()
     read = sorted({json.loads(line)["prompt"] for line in lines})
     assert [text.count("twice") for text in read] == [0, 1, 1, 1, 1]
     assert "What is 3 + 3? Think: 3 twice<|im_end|>" in read[3]

@@ -1,6 +1,6 @@
-"""A disk that is full or can't be written to: one sentence, all ranks together, and what was saved before stays.
+"""Full and read-only disks: one sentence, all ranks exit together, and earlier checkpoints are kept.
 
-The disks are real ones, small file systems in memory; mounting them takes a privileged user.
+The disks are small file systems in memory; mounting them requires a privileged user.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Mount = Callable[[str, str], Path]
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    """Makes an empty disk of a size, with mount options."""
+    """Return a function that mounts an empty disk with the given options."""
     folder, mounted = tmp_path_factory.mktemp("disks"), []
 
     def mount(name: str, options: str) -> Path:
@@ -44,7 +44,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 
 
 Ended = dict[str, tuple[tuple[int, str, str], ...]]
-"""Of each run, by name: exit code, stdout and stderr of its two ranks."""
+"""Exit code, stdout and stderr of the two ranks, by name of the run."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def disks(disk: Mount) -> dict[str, Path]:
-    """By what becomes of them; a checkpoint of the tiny run has 1.8 MB, its export 0.6 MB."""
+    """Return the disks by name; a checkpoint of the tiny run has 1.8 MB, its export 0.6 MB."""
     return {
         "full at the second checkpoint": disk("second", "size=2800k"),
         "full at the export": disk("export", "size=2100k"),
@@ -85,34 +85,33 @@ def ended(root: Path, disks: dict[str, Path]) -> Ended:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "said"),
-    {
-        "full at the second checkpoint": "the checkpoint of step 4 to checkpointing.checkpoint_dir={disk} can't be"
-        " written (No space left on device): free space there, or set the key to a folder that can be written to, and"
-        " start again: the run goes on from the newest checkpoint that is whole",
-        "full at the export": "checkpointing.checkpoint_dir={disk} can't be written (No space left on device): free",
-        "read-only": "checkpointing.checkpoint_dir={disk} can't be written (Read-only file system): free space",
-        "a file in the way": "a file/checkpoints can't be written (Not a directory): free space there, or set the key",
-        "full at a row of metrics": "the run folder {disk} can't be written (No space left on device): free space"
-        " there, or set logger.log_dir or runtime.run_dir to",
-        "full at the recipe": "the run folder {disk} can't be written (No space left on device): free space there",
-    }.items(),
+    ("what", "target", "reason"),
+    [
+        ("full at the second checkpoint", "checkpointing.checkpoint_dir={disk}", "No space left"),
+        ("full at the export", "checkpointing.checkpoint_dir={disk}", "No space left"),
+        ("read-only", "checkpointing.checkpoint_dir={disk}", "Read-only file"),
+        ("a file in the way", "a file/checkpoints", "Not a"),
+        ("full at a row of metrics", "{disk}", "No space left"),
+        ("full at the recipe", "{disk}", "No space left"),
+    ],
 )
-def test_a_disk_that_refuses_ends_all_ranks_with_one_sentence(
-    ended: Ended, disks: dict[str, Path], what: str, said: str
+def test_a_disk_error_ends_all_ranks_with_one_sentence(
+    ended: Ended, disks: dict[str, Path], what: str, target: str, reason: str
 ) -> None:
     (code, _, error), other = ended[what]
     assert code == 2 and other == (2, "", ""), error
     (sentence,) = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert said.replace("{disk}", str(disks.get(what))) in sentence
-    ours = [line for line in error.splitlines() if line.lstrip().startswith("File ") and "/distill/" in line]
-    assert not ours and "Error ---" not in error, error
+    assert target.replace("{disk}", str(disks.get(what))) in sentence and reason in sentence
+    key = "runtime.run_dir" if target == "{disk}" else "checkpointing.checkpoint_dir"
+    assert key in sentence
+    frames = [line for line in error.splitlines() if line.lstrip().startswith("File ") and "/distill/" in line]
+    assert not frames and "Error ---" not in error, error
     before_weights = what in ("read-only", "a file in the way", "full at the recipe")
-    assert before_weights == ("proven" not in error), error
+    assert before_weights == ("verified" not in error), error
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
+def test_a_full_disk_keeps_the_previous_checkpoint_and_removes_the_incomplete_one(
     ended: Ended, disks: dict[str, Path]
 ) -> None:
     folder = disks["full at the second checkpoint"]
@@ -122,17 +121,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
 
 
 @pytest.mark.slow
-def test_metrics_up_to_the_full_disk_are_whole_lines(ended: Ended, disks: dict[str, Path]) -> None:
+def test_metrics_before_the_full_disk_are_complete_lines(ended: Ended, disks: dict[str, Path]) -> None:
     rows = read_metrics(disks["full at a row of metrics"] / METRICS_FILE)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and rows
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("lines_before", [0, 2])
-def test_a_log_on_a_full_disk_says_so_once_and_ends(
+def test_a_log_file_on_a_full_disk_is_closed_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd, lines_before: int
 ) -> None:
-    """The lines that were said before the run had a folder wait in memory, and must not come round for ever."""
+    """Lines logged before the run directory exists are buffered; the warning about them must not recurse."""
     logger = logging.getLogger("distill")
     logger.setLevel(logging.INFO)
     logger.addHandler(MemoryHandler(capacity=100, flushLevel=logging.CRITICAL + 1))
@@ -143,8 +142,8 @@ def test_a_log_on_a_full_disk_says_so_once_and_ends(
     log_to_file(tmp_path / "logs/rank_00003.log")
     for i in range(3):
         logger.info("line %d", i)
-    said = [message for message in caplog.messages if "rank_00003.log" in message]
-    assert len(said) == 1 and "(No space left on device)" in said[0]
+    warnings = [message for message in caplog.messages if "rank_00003.log" in message]
+    assert len(warnings) == 1 and "(No space left on device)" in warnings[0]
     assert "Traceback" not in capfd.readouterr().err
     assert not logger.handlers
 
@@ -154,8 +153,8 @@ def _write_on(sink: TensorBoardSink) -> None:
         sink.write(step, {"x": 1.0})
 
 
-def test_a_full_disk_is_no_traceback_of_tensorboards_thread(tmp_path: Path, monkeypatch, capfd) -> None:
-    """It flushes by itself now and then, and its error is that of the next write."""
+def test_a_full_disk_causes_no_traceback_of_the_tensorboard_thread(tmp_path: Path, monkeypatch, capfd) -> None:
+    """The thread flushes periodically; the next write raises its error."""
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     sink = TensorBoardSink(tmp_path)
     worker = sink._writer._get_file_writer().event_writer._async_writer._worker

@@ -1,4 +1,4 @@
-"""The whole program on two ranks with a tiny model: resume, metrics, exports, and every bad input in one sentence."""
+"""The complete program on two ranks with tiny models: resume, metrics, exports, and refused inputs."""
 
 from __future__ import annotations
 
@@ -172,11 +172,11 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     ]
     return _run(
         [
-            _command(root, "whole"),
+            _command(root, "full"),
             _command(root, "parted", "distillation.max_num_steps=2"),
             _command(root, "parted"),
             _command(root, "same", *same),
-            _command(root, "context", *context),
+            _command(root, "context", *context, "runtime.verify_teacher=false"),
             _command(root, "dropped", *context, *none),
             _command(root, "validated", *context, *validated, "distillation.max_num_steps=3"),
             _command(root, "validated in parts", *context, *validated),
@@ -187,50 +187,50 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])  # three divide neither 64 nor 128 rows evenly
-def test_another_number_of_ranks_goes_on_from_a_checkpoint(root, runs, ranks) -> None:
-    shutil.copytree(root / "checkpoints/whole/step_2", root / f"checkpoints/on {ranks}/step_2")
+def test_another_number_of_ranks_resumes_from_a_checkpoint(root, runs, ranks) -> None:
+    shutil.copytree(root / "checkpoints/full/step_2", root / f"checkpoints/on {ranks}/step_2")
     ((code, _, error),) = _run([_command(root, f"on {ranks}", f"cluster.gpus_per_node={ranks}")], ranks)[0]
     assert code == 0 and "resumed from" in error, error
-    whole, alone = _train_rows(root / "runs/whole"), _train_rows(root / f"runs/on {ranks}")
-    assert [row["step"] for row in alone] == [1, 2, 3, 4] and alone[:2] == whole[:2], "the curve so far travels along"
-    for ours, theirs in zip(alone[2:], whole[2:], strict=True):
+    full, alone = _train_rows(root / "runs/full"), _train_rows(root / f"runs/on {ranks}")
+    assert [row["step"] for row in alone] == [1, 2, 3, 4] and alone[:2] == full[:2], "the curve so far travels along"
+    for ours, theirs in zip(alone[2:], full[2:], strict=True):
         for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
-def test_another_layout_goes_on_from_a_checkpoint_and_back(root, runs) -> None:
+def test_another_layout_resumes_from_a_checkpoint(root, runs) -> None:
     """Tensor parallel for the third step and context parallel for the fourth, from a checkpoint of plain FSDP."""
-    shutil.copytree(root / "checkpoints/whole/step_2", root / "checkpoints/split/step_2")
+    shutil.copytree(root / "checkpoints/full/step_2", root / "checkpoints/split/step_2")
     sizes = "policy.dtensor_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.context_parallel_size=2"
     first = _command(root, "split", sizes[0], "distillation.max_num_steps=3")
     ran = _run([first, _command(root, "split", sizes[1])])
     assert [code for code, _, _ in ran[0]] == [0, 0], ran[0]
-    whole, split = _train_rows(root / "runs/whole"), _train_rows(root / "runs/split")
+    full, split = _train_rows(root / "runs/full"), _train_rows(root / "runs/split")
     assert [row["step"] for row in split] == [1, 2, 3, 4]
-    for ours, theirs in zip(split, whole, strict=True):
+    for ours, theirs in zip(split, full, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr", "train/forward_kl"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
-def test_a_finished_run_says_that_nothing_is_left_to_do(root, runs) -> None:
-    assert "nothing is left to do" not in runs[0][2][2]
-    again = _run([_command(root, "whole", "distillation.seed=7")])
-    assert again[0][0][0] == 0 and "nothing is left to do: raise distillation.max_num_steps=4" in again[0][0][2]
+def test_a_finished_run_logs_that_all_steps_are_finished(root, runs) -> None:
+    assert "max_num_steps, or" not in runs[0][2][2]
+    again = _run([_command(root, "full", "distillation.seed=7")])
+    assert again[0][0][0] == 0 and "all 4 steps" in again[0][0][2] and "max_num_steps, or" in again[0][0][2]
     change = "distillation.seed was 42 and is 7"
     assert change in again[0][0][2] and "max_num_steps was" not in runs[0][2][2], (
         "a change of the steps is no difference"
     )
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root, runs) -> None:
+def test_resume_is_bit_exact(root, runs) -> None:
     assert [code for code, _, _ in runs[0]] == [0] * 10, runs[0]
     assert "resumed from" in runs[0][2][2]
-    whole, parted = _train_rows(root / "runs/whole"), _train_rows(root / "runs/parted")
-    assert [row["step"] for row in whole] == [1, 2, 3, 4]
+    full, parted = _train_rows(root / "runs/full"), _train_rows(root / "runs/parted")
+    assert [row["step"] for row in full] == [1, 2, 3, 4]
     for name in SINCE_THE_LAST_SYNC:
-        parted[2][name] = whole[2][name]
-    assert whole == parted
-    check_same_export(*(root / f"checkpoints/{name}/step_4" for name in ("whole", "parted")))
+        parted[2][name] = full[2][name]
+    assert full == parted
+    check_same_export(*(root / f"checkpoints/{name}/step_4" for name in ("full", "parted")))
 
 
 def check_same_export(one: Path, other: Path) -> None:
@@ -240,17 +240,22 @@ def check_same_export(one: Path, other: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_student_moves_and_the_loss_is_a_number_of_every_step(root, runs) -> None:
-    rows = _train_rows(root / "runs/whole")
+def test_the_teacher_is_verified_at_the_first_start_unless_switched_off(runs) -> None:
+    first, resumed, switched_off = (runs[0][i][2] for i in (1, 2, 4))
+    assert "verified" in first and "verified" not in resumed and "verified" not in switched_off
+
+
+def test_every_step_has_a_loss_and_all_weights_change(root, runs) -> None:
+    rows = _train_rows(root / "runs/full")
     assert all(row["train/loss"] > 0.1 and row["train/grad_norm"] > 0 for row in rows)
     start = load_file(root / "student/model.safetensors")
-    end = load_file(root / "checkpoints/whole/step_4/hf/model.safetensors")
+    end = load_file(root / "checkpoints/full/step_4/hf/model.safetensors")
     assert start.keys() == end.keys()
     assert all(not torch.equal(start[name], end[name]) for name in start)
 
 
-def test_the_metrics_have_the_names_that_users_know(root, runs) -> None:
-    first = json.loads((root / "runs/whole/metrics.jsonl").read_text().splitlines()[0])
+def test_metrics_have_the_documented_names(root, runs) -> None:
+    first = json.loads((root / "runs/full/metrics.jsonl").read_text().splitlines()[0])
     names = {
         "train/loss train/grad_norm train/lr train/global_valid_toks train/truncation_rate train/forward_kl",
         "train/reverse_kl train/teacher_topk_mass train/student_topk_mass train/teacher_entropy train/student_entropy",
@@ -266,23 +271,23 @@ def test_the_metrics_have_the_names_that_users_know(root, runs) -> None:
     assert context["train/context_distillation_valid_samples"] == 8
 
 
-def test_the_log_predicts_memory_at_start_and_sets_what_was_found_beside_it_after_the_second_step(root, runs) -> None:
+def test_the_log_shows_the_memory_forecast_at_start_and_the_measured_memory_after_two_steps(root, runs) -> None:
     before, after = runs[0][0][2].split("step 2/4")
-    assert before.count("memory of a rank in GiB, predicted\n") == 1 and "2 ranks: dp 2 x cp 1 x tp 1" in before
-    assert before.count("predicted, then") == 0 and after.count("predicted, then resident of the whole process") == 1
+    assert before.count("GiB, predicted\n") == 1 and "2 ranks: dp 2 x cp 1 x tp 1" in before
+    assert before.count("predicted, then") == 0 and after.count("predicted, then") == 1
     for phase in ("sync", "generate", "teacher", "train"):
         (line,) = [line.split() for line in after.splitlines() if line.split()[:1] == [phase]]
         predicted, resident = float(line[1]), float(line[2])
-        assert predicted < 0.1 < resident  # models of a few MB in a process that holds all of torch
-    assert "memory of a rank" not in runs[1][0][2]  # the other rank's console
+        assert predicted < 0.1 < resident  # models of a few MB in a process that has loaded torch
+    assert "predicted" not in runs[1][0][2], "only the main rank logs to the console"
 
 
-def test_a_step_whose_answers_are_all_left_out_says_so_and_moves_nothing(root, runs) -> None:
-    assert "step 1 trained nothing: all answers were left out" in runs[0][5][2]
+def test_a_step_whose_responses_are_all_dropped_warns_and_changes_no_weight(root, runs) -> None:
+    assert "step 1 trained" in runs[0][5][2] and "dropped_" in runs[0][5][2]
     row = json.loads((root / "runs/dropped/metrics.jsonl").read_text().splitlines()[0])
     assert row["train/global_valid_seqs"] == row["train/global_valid_toks"] == 0
     assert row["train/context_distillation_dropped_missing_trace"] == 8 and row.get("train/loss") is None
-    assert row["train/context_distillation_prefix_truncation_rate"] == 0.0, "of nothing, nothing was cut"
+    assert row["train/context_distillation_prefix_truncation_rate"] == 0.0, "no gap in the curve"
     start, end = (
         load_file(root / name)
         for name in ("student/model.safetensors", "checkpoints/dropped/step_2/hf/model.safetensors")
@@ -294,10 +299,10 @@ def _validations(root: Path, name: str) -> list[dict[str, Any]]:
     return [row for row in _train_rows(root / "runs" / name) if "validation/avg_length" in row]
 
 
-def test_validation_comes_at_the_start_periodically_and_at_the_end_and_after_a_resume_not_again(root, runs) -> None:
+def test_validation_runs_at_start_periodically_and_at_end_and_not_again_after_a_resume(root, runs) -> None:
     rows = _validations(root, "validated")
     assert [row["step"] for row in rows] == [0, 2, 3]
-    assert _validations(root, "validated in parts") == rows, "resumed, it goes on bit for bit"
+    assert _validations(root, "validated in parts") == rows, "the resumed run is equal bit for bit"
     trained = [row["step"] for row in _train_rows(root / "runs/validated") if "train/loss" in row]
     assert trained == [1, 2, 3]
     folder = root / "runs/validated/validation"
@@ -309,11 +314,11 @@ def test_validation_comes_at_the_start_periodically_and_at_the_end_and_after_a_r
     ]
 
 
-def test_the_numbers_of_a_validation_are_those_of_its_samples(root, runs) -> None:
+def test_validation_metrics_equal_those_of_the_written_samples(root, runs) -> None:
     for row in _validations(root, "validated"):
         lines = (root / f"runs/validated/validation/step_{row['step']}.jsonl").read_text().splitlines()
         samples = [json.loads(line) for line in lines]
-        assert len(samples) == row["validation/num_answers"] == 10, "5 problems, 2 answers each"
+        assert len(samples) == row["validation/num_answers"] == 10, "5 problems, 2 responses each"
         assert len({sample["prompt_id"] for sample in samples}) == 5
         assert [sample["source"] for sample in samples[:4]] == ["problems", "problems", "few", "few"]
         for name in ("forward_kl", "reverse_kl"):
@@ -325,7 +330,7 @@ def test_the_numbers_of_a_validation_are_those_of_its_samples(root, runs) -> Non
             assert row[f"validation/{source}/accuracy"] == sum(right) / len(right)
 
 
-def test_the_student_answers_with_the_context_in_view_once_and_the_number_stays(root, runs) -> None:
+def test_the_accuracy_in_context_is_measured_once_and_repeated_in_later_validations(root, runs) -> None:
     lines = (root / "runs/validated/validation/in_context.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert len(samples) == 10 and all("Hint: What is" in sample["prompt"] for sample in samples)
@@ -334,15 +339,15 @@ def test_the_student_answers_with_the_context_in_view_once_and_the_number_stays(
     assert found == [right / 10] * 3
 
 
-def test_the_checkpoint_that_the_metric_ranks_first_stays_and_the_console_shows_samples(root, runs) -> None:
-    """The recipe asks for the highest KL: else the newest would be the best, and stay anyway."""
+def test_the_checkpoint_with_the_best_metric_is_kept_and_the_console_shows_samples(root, runs) -> None:
+    """The recipe ranks the highest KL first; with the lowest, the newest checkpoint would also be the best."""
     kls = {row["step"]: row["validation/forward_kl"] for row in _validations(root, "validated")}
     assert kls[0] > max(kls[2], kls[3]), "the student learns the hint"
     best = max((2, 3), key=kls.__getitem__)
     assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {FILE, "step_3", f"step_{best}"}
-    said = runs[0][6][2]
-    assert said.count("validation at") == 3
-    assert all(said.count(f"problem: What is {problem}?\nanswer: ") == 3 for problem in ("0 + 0", "3"))
+    console = runs[0][6][2]
+    assert console.count("validation at") == 3
+    assert all(console.count(f"problem: What is {problem}?\nresponse: ") == 3 for problem in ("0 + 0", "3"))
 
 
 def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
@@ -351,22 +356,24 @@ def test_a_teacher_identical_to_the_student_gives_no_loss(root, runs) -> None:
     assert abs(row["train/forward_kl"]) < 1e-5 and abs(row["train/reverse_kl"]) < 1e-5
 
 
-def test_another_model_may_read_the_context(root, runs) -> None:
-    (plain,) = _train_rows(root / "runs/whole")[:1]
+def test_another_model_can_read_the_context(root, runs) -> None:
+    (plain,) = _train_rows(root / "runs/full")[:1]
     (read,) = _train_rows(root / "runs/another's context")
-    assert read["train/global_valid_toks"] == plain["train/global_valid_toks"], "the same student answers the same"
-    assert abs(read["train/forward_kl"] - plain["train/forward_kl"]) > 1e-3, "the same teacher reads something else"
+    assert read["train/global_valid_toks"] == plain["train/global_valid_toks"], (
+        "the same student generates the same responses"
+    )
+    assert abs(read["train/forward_kl"] - plain["train/forward_kl"]) > 1e-3, "the same teacher reads another prefix"
     assert read["train/context_distillation_valid_samples"] == 8
 
 
-def test_the_main_rank_speaks_for_all(runs) -> None:
+def test_only_the_main_rank_logs_to_the_console(runs) -> None:
     main, other = runs
-    assert "step 4/4" in main[0][2] and "run folder" in main[0][2]
+    assert "step 4/4" in main[0][2] and "run directory" in main[0][2]
     assert all(err == out == "" for _, out, err in other)
 
 
-def test_a_run_folder_tells_what_ran(root, runs) -> None:
-    run_dir = root / "runs/whole"
+def test_the_run_directory_has_recipe_versions_metrics_and_logs(root, runs) -> None:
+    run_dir = root / "runs/full"
     assert "max_num_steps: 4" in (run_dir / "config.yaml").read_text()
     assert json.loads((run_dir / "versions.json").read_text())["torch"] == torch.__version__
     events = EventAccumulator(str(run_dir / "tensorboard"))
@@ -375,37 +382,35 @@ def test_a_run_folder_tells_what_ran(root, runs) -> None:
     assert len(list((run_dir / "logs").glob("rank_*.log"))) == 2
 
 
-def test_nobody_else_can_write_what_a_run_leaves_behind(root, runs) -> None:
-    """Whatever the user's umask allows: _mains starts the runs with 0."""
+def test_other_users_cannot_write_to_files_of_a_run(root, runs) -> None:
+    """Independent of the umask: _mains starts the runs with umask 0."""
     left = [path for folder in ("runs", "checkpoints") for path in (root / folder).rglob("*")]
     assert {path.suffix for path in left} >= {".log", ".jsonl", ".yaml", ".json", ".safetensors", ".distcp"}
     assert [str(path) for path in left if path.stat().st_mode & 0o002] == []
 
 
-def test_the_export_is_an_ordinary_hugging_face_folder(root, runs) -> None:
-    folder = root / "checkpoints/whole/step_4/hf"
+def test_the_export_is_a_plain_hugging_face_folder(root, runs) -> None:
+    folder = root / "checkpoints/full/step_4/hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
     assert model.generation_config.eos_token_id == 258 and "| steps | 4 |" in (folder / "README.md").read_text()
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
-    assert sorted(p.name for p in (root / "checkpoints/whole").iterdir()) == [FILE, "step_2", "step_4"]
+    assert sorted(p.name for p in (root / "checkpoints/full").iterdir()) == [FILE, "step_2", "step_4"]
 
 
-def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(
-    root, runs, tmp_path, monkeypatch, capsys
-) -> None:
+def test_the_export_script_writes_the_same_bytes_as_the_run(root, runs, tmp_path, monkeypatch, capsys) -> None:
     from scripts import export_hf
 
-    step, out = root / "checkpoints/whole/step_4", tmp_path / "out"
+    step, out = root / "checkpoints/full/step_4", tmp_path / "out"
     assert export_hf.main([str(step), str(out)]) == 0
     files = sorted(path.name for path in out.iterdir())
     assert files == sorted(path.name for path in (step / "hf").iterdir()) and "model.safetensors" in files
     assert all((out / name).read_bytes() == (step / "hf" / name).read_bytes() for name in files)
     assert export_hf.main([str(step), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
-    half, whole = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", out))
-    assert half.keys() == whole.keys()
-    assert all(torch.equal(half[name], tensor.to(torch.bfloat16)) for name, tensor in whole.items())
-    with monkeypatch.context() as patch:  # the model is gone: the checkpoint has all that is needed
+    half, full = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", out))
+    assert half.keys() == full.keys()
+    assert all(torch.equal(half[name], tensor.to(torch.bfloat16)) for name, tensor in full.items())
+    with monkeypatch.context() as patch:  # without the model: the checkpoint has everything that the export needs
         patch.setattr(export_hf, "find_model", MagicMock(side_effect=AssertionError))
         patch.setattr(export_hf, "load_tokenizer", MagicMock(side_effect=AssertionError))
         assert export_hf.main([str(step), str(tmp_path / "alone")]) == 0
@@ -419,27 +424,28 @@ def test_the_script_exports_a_checkpoint_as_the_run_did_byte_for_byte(
         assert all((folder / name).read_bytes() == (out / name).read_bytes() for name in files), folder
     shutil.copytree(step, tmp_path / "step_4")
     os.truncate(tmp_path / "step_4/shards/__1_0.distcp", 100)
-    for checkpoint, target, said in (
+    for checkpoint, target, fragment in (
         (step, out, f"{out} exists"),
-        (tmp_path, tmp_path / "no", "no whole checkpoint (it has no training_info.json)"),
-        (tmp_path / "step_4", tmp_path / "no", "no whole checkpoint (shards/__1_0.distcp has 100 of"),
+        (tmp_path, tmp_path / "no", "training_info.json"),
+        (tmp_path / "step_4", tmp_path / "no", "shards/__1_0.distcp has 100"),
     ):
-        assert export_hf.main([str(checkpoint), str(target)]) == 2 and said in capsys.readouterr().err
+        assert export_hf.main([str(checkpoint), str(target)]) == 2 and fragment in capsys.readouterr().err
     assert export_hf.main([str(step), str(tmp_path / "no"), "--model", str(root / "teacher")]) == 2
-    assert "give the model that the run began with as --model" in capsys.readouterr().err
+    assert "--model" in capsys.readouterr().err
     for name, error in (("_slice_file", errno.EACCES), ("read_metadata", errno.EIO)):
         with monkeypatch.context() as patch:
             patch.setattr(ShardsReader, name, MagicMock(side_effect=OSError(error, os.strerror(error))))
             assert export_hf.main([str(step), str(tmp_path / "no")]) == 2
-        assert f"{step} can't be read ({os.strerror(error)}): try again" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert str(step) in message and os.strerror(error) in message
     assert not (tmp_path / "no").exists() and not (tmp_path / "no.part").exists()
 
 
-def test_without_saved_moments_a_run_goes_on_with_fresh_ones_and_says_so(root) -> None:
+def test_a_checkpoint_without_optimizer_state_resumes_with_zero_moments_and_a_warning(root) -> None:
     few = ["cluster.gpus_per_node=1", "checkpointing.save_optimizer=false", "policy.generation.max_new_tokens=2"]
     first = _command(root, "weights alone", *few, "distillation.max_num_steps=1")
     ((code, _, _), (again, _, error)) = _run([first, _command(root, "weights alone", *few)], ranks=1)[0]
-    assert (code, again) == (0, 0) and "step_1 holds no optimizer" in error and "AdamW begins with fresh" in error
+    assert (code, again) == (0, 0) and "save_optimizer=false" in error and "AdamW" in error
     assert [row["step"] for row in _train_rows(root / "runs/weights alone")] == [1, 2, 3, 4]
 
 
@@ -471,7 +477,7 @@ BAD = {
             "distillation.context_distillation.teacher_prefix_template={{problem}}",
             "teacher.model_name={root}/student",
         ],
-        "put into it what the teacher should know",
+        "allow_degenerate=true",
     ),
     "a template longer than the window": (
         [
@@ -479,7 +485,7 @@ BAD = {
             "distillation.context_distillation.teacher_prefix_template={{problem}}" + " and so on" * 60,
             "teacher.model_name={root}/student",
         ],
-        "teacher_prefix_template has 619 tokens",
+        "teacher_prefix_template has 619",
     ),
     "a missing column of traces": (
         [
@@ -488,7 +494,7 @@ BAD = {
             "distillation.context_distillation.static_trace.answer_column=steps",
             "teacher.model_name={root}/student",
         ],
-        "static_trace.answer_column=steps is missing in line 1 of",
+        "static_trace.answer_column=steps",
     ),
     "a column of traces that holds no texts": (
         [
@@ -498,7 +504,7 @@ BAD = {
             "data.train.data_path={root}/numbers.jsonl",
             "teacher.model_name={root}/student",
         ],
-        "static_trace.answer_column=steps has type int in line 1 of",
+        "type int",
     ),
     "a decay of the average beyond 1": (
         ["distillation.context_distillation.ema_decay=1.5"],
@@ -512,19 +518,19 @@ BAD = {
     "a missing column": (["data.train.input_key=problem"], "problem"),
     "a world of another size": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4"),
     "a group that does not divide": (["policy.dtensor_cfg.tensor_parallel_size=3"], "tensor_parallel_size=3"),
-    "prompts that are all too long": (["data.train.data_path={root}/long.jsonl"], "all 1 prompts are longer"),
-    "another tokenizer": (["teacher.model_name={root}/stranger"], "different vocabularies"),
+    "prompts that are all too long": (["data.train.data_path={root}/long.jsonl"], "all 1 prompts"),
+    "another tokenizer": (["teacher.model_name={root}/stranger"], "vocabularies"),
     "a top-k beyond the vocabulary": (["distillation.topk_logits_k=300"], "distillation.topk_logits_k=300"),
-    "a half-downloaded model": (["teacher.model_name={root}/half"], "lacks 1 of its files (model-2.safetensors)"),
+    "a half-downloaded model": (["teacher.model_name={root}/half"], "model-2.safetensors"),
     "a window beyond the model's": (
         ["policy.max_total_sequence_length=600", "teacher.max_total_sequence_length=600"],
-        "policy.max_total_sequence_length=600 exceeds the window",
+        "policy.max_total_sequence_length=600",
     ),
     "an argument that vLLM does not know": (
         ["policy.generation.backend=vllm", "policy.generation.vllm_kwargs={{max_seqs: 3}}"],
-        "policy.generation.vllm_kwargs.max_seqs is no argument",
+        "policy.generation.vllm_kwargs.max_seqs",
     ),
-    "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight of another shape"),
+    "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight"),
 }
 
 if not torch.cuda.is_available():
@@ -546,16 +552,16 @@ def refusals(root: Path) -> dict[str, tuple[tuple[int, str, str], ...]]:
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_refused_in_one_sentence_on_all_ranks(root, refusals, what) -> None:
     (code, _, error), (other_code, other_out, other_error) = refusals[what]
-    said = [line for line in error.splitlines() if line.startswith("error: ")]
+    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
     assert (code, other_code) == (2, 2), error
-    assert len(said) == 1 and "Traceback" not in error, error
-    assert BAD[what][1].replace("{root}", str(root)) in said[0], said[0]
+    assert len(sentences) == 1 and "Traceback" not in error, error
+    assert BAD[what][1].replace("{root}", str(root)) in sentences[0], sentences[0]
     assert other_out == other_error == ""
     made = (root / "runs" / what).exists()
     assert not made, "refused before the run's folder is made"
 
 
-def test_torchrun_sees_the_programs_own_exit_code_on_every_rank(root) -> None:
+def test_torchrun_gets_exit_code_2_from_every_rank(root) -> None:
     found = _torchrun("--config", str(root / "recipe.yaml"), "polcy.model_name=x")
     assert found.returncode != 0
     assert found.stderr.count("error: ") == 1 and "did you mean policy" in found.stderr, found.stderr
@@ -577,36 +583,10 @@ def _torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_dry_run_prints_the_recipe_that_it_would_run(root) -> None:
+def test_a_printed_dry_run_is_the_same_recipe_again(root) -> None:
     command = [sys.executable, "-m", "distill.train", "--config", str(root / "recipe.yaml"), "--dry-run"]
     first = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
     (root / "resolved.yaml").write_text(first.stdout)
     command[4:] = [str(root / "resolved.yaml"), "--dry_run"]
     again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
     assert "max_num_steps: 4" in first.stdout and again.stdout == first.stdout
-
-
-def test_the_optimizers_moments_are_on_the_device_from_training_to_the_checkpoint(monkeypatch) -> None:
-    from distill import train as loop
-    from distill.rollout import gather as exchange
-
-    happened: list[str] = []
-
-    def notes(what: str) -> Any:
-        return lambda *_: happened.append(what)
-
-    run = MagicMock(first_step=0, last_step=2)
-    run.ends_early.return_value = run.leaves_unjudged.return_value = False
-    run.phases.return_value = lambda name: contextlib.nullcontext()
-    run.views.add.return_value = ([], None)
-    run.sync.push_weights.side_effect = notes("sync")
-    run.engine.generate.side_effect = notes("generate")
-    run.teacher.onload.side_effect = notes("teacher")
-    run.student.onload.side_effect = notes("here")
-    run.student.offload.side_effect = notes("away")
-    run.student.train.side_effect = notes("train")
-    run.save_if_due.side_effect = notes("save")
-    monkeypatch.setattr(exchange, "gather_rollouts", lambda *args, **kwargs: [])
-    monkeypatch.setattr(loop, "plan", lambda *args: [[]])
-    loop.train(run)
-    assert happened == 2 * ["away", "sync", "generate", "teacher", "here", "train", "save"]

@@ -1,9 +1,10 @@
-"""The loop itself, on stand-ins for everything that it calls."""
+"""The training loop, with stand-ins for the parts that it calls."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -13,75 +14,111 @@ import torch
 
 from distill import train
 from distill.errors import CollectiveUserError, RunFailed
-from distill.rollout import gather as exchange
+from distill.model.nonfinite import NonFiniteError, NonFiniteReport
+from distill.rollout import gather
+from distill.supervise.signals import Deadline
+from distill.supervise.stop import StopCheck, StopRequest, StopRequested
 from distill.types import TeacherRows
 
 
-def test_the_teachers_rows_and_head_go_with_the_batch_that_they_were_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of them may lie beside a checkpoint, the next generation, or the next step's."""
-    made: list[weakref.ref[Any]] = []
+def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespace:
+    """Every attribute that ``train`` reads from a run and its parts; the loop of two steps calls ``record``."""
+
+    def part(**methods: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            **{name: (lambda *_, event=event, **__: record(event)) for name, event in methods.items()}
+        )
+
+    @contextlib.contextmanager
+    def on_device() -> Iterator[None]:
+        record("teacher onload")
+        yield
+        record("teacher offload")
+
+    return SimpleNamespace(
+        first_step=0,
+        last_step=2,
+        begin_step=lambda step: record(f"step {step}"),
+        phase=lambda name: contextlib.nullcontext(),
+        student=part(offload="student offload", onload="student onload", train="train", end_step="student end"),
+        teacher=teacher or SimpleNamespace(on_device=on_device, **vars(part(targets="targets", after_step="follow"))),
+        engine=part(share_of="share", generate="generate", sleep="sleep"),
+        sync=part(push_weights="sync"),
+        validation=part(generate="generate held-out", report="report"),
+        prompts=part(batch="prompts"),
+        checkpoints=part(finalize_pending="finalize"),
+        add_prefixes=lambda generated, metrics: record("prefixes"),
+        end_step=lambda step, metrics, rollouts: record("end step"),
+        validate_last=lambda: record("validate last"),
+        **dict.fromkeys(("sampling", "world", "layout", "packing", "seed")),
+    )
+
+
+def run_loop(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run ``train`` on two optimizer batches of two and one micro-batches per step."""
+    monkeypatch.setattr(train, "plan", lambda *_: [("a", "b"), ("c",)])
+    monkeypatch.setattr(gather, "gather_rollouts", lambda *_, version: [])
+    train.train(run)  # type: ignore[arg-type]
+
+
+def attributes(part: Any) -> int:
+    """Number of attributes of a stand-in, counted recursively."""
+    assert not isinstance(part, MagicMock) and not hasattr(type(part), "__getattr__")
+    return sum(1 + attributes(value) for value in vars(part).values()) if isinstance(part, SimpleNamespace) else 0
+
+
+def test_the_loop_needs_few_attributes_of_a_run() -> None:
+    run = stand_in(lambda event: None)
+    assert len(vars(run)) <= 20 and attributes(run) <= 35
+
+
+def test_a_step_calls_its_parts_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    run_loop(stand_in(events.append), monkeypatch)
+    step = ["student offload", "sync", "generate held-out", "prompts", "share", "generate", "sleep", "report"]
+    step += ["finalize", "prefixes", "teacher onload", *["targets"] * 3, "teacher offload"]
+    step += ["student onload", "train", "train", "student end", "follow", "end step"]
+    assert events == ["step 0", *step, "step 1", *step, "validate last"]
+
+
+def test_targets_are_freed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row and no head of the teacher is in memory during a checkpoint or the next generation."""
+    created: list[weakref.ref[Any]] = []
     seen: list[tuple[str, int]] = []
 
-    def look(where: str, *_: Any) -> Any:
-        seen.append((where, sum(tensor() is not None for tensor in made)))
+    def record(event: str) -> list[Any]:
+        seen.append((event, sum(tensor() is not None for tensor in created)))
         return []
 
-    def made_here(*shape: int) -> torch.Tensor:
+    def new_tensor(*shape: int) -> torch.Tensor:
         tensor = torch.zeros(*shape)
-        made.append(weakref.ref(tensor))
+        created.append(weakref.ref(tensor))
         return tensor
 
     class Teacher:
         head: torch.Tensor | None = None
 
-        def onload(self) -> None:
-            look("before the targets")
+        @contextlib.contextmanager
+        def on_device(self) -> Iterator[None]:
+            record("teacher onload")
+            yield
+            record("teacher offload")
 
         def targets(self, micro_batch: object) -> TeacherRows:
             if self.head is None:
-                self.head = made_here(4, 2)
-            return TeacherRows(made_here(3, 2), self.head)
-
-        def offload(self) -> None:
-            look("offload")
+                self.head = new_tensor(4, 2)
+            return TeacherRows(new_tensor(3, 2), self.head)
 
         def after_step(self, student: object) -> None:
             self.head = None
 
-    student = SimpleNamespace(
-        learning_rate=0.0,
-        train=lambda *_: look("train"),
-        end_step=lambda: look("end of step"),
-        **dict.fromkeys(("onload", "offload"), lambda: None),
-    )
-    run: Any = SimpleNamespace(
-        student=student,
-        teacher=Teacher(),
-        engine=SimpleNamespace(replica=0, replicas=1, generate=lambda *_: look("generation"), sleep=lambda: None),
-        first_step=0,
-        last_step=2,
-        phases=lambda step: lambda name: contextlib.nullcontext(),
-        order=SimpleNamespace(batch=lambda step: []),
-        sync=SimpleNamespace(push_weights=lambda *_: None),
-        world=SimpleNamespace(all_or_none=lambda what: contextlib.nullcontext()),
-        views=SimpleNamespace(add=lambda mine: (mine, {})),
-        validation=SimpleNamespace(answers=lambda step: None, report=lambda answers: None),
-        checkpoints=SimpleNamespace(finalize_pending=lambda block: look("settled" if not block else "waited")),
-        validate_at_end=lambda: None,
-        begin=lambda: None,
-        finite=lambda *_: contextlib.nullcontext(),
-        ends_early=lambda step: False,
-        leaves_unjudged=lambda step: False,
-        save_if_due=lambda step: look("checkpoint"),
-        record=lambda *_: None,
-        **dict.fromkeys(("sampling", "layout", "packing", "seed")),
-    )
-    monkeypatch.setattr(train, "plan", lambda *_: [("a", "b"), ("c",)])
-    monkeypatch.setattr(exchange, "gather_rollouts", lambda *_, version: [])
-    train.train(run)
-    # Three rows and one head; two rows go with the first batch, one with the second, the head after the step.
-    step = [("generation", 0), ("settled", 0), ("before the targets", 0), ("offload", 4), ("train", 4), ("train", 2)]
-    assert seen == [*step, ("end of step", 1), ("checkpoint", 0)] * 2
+    run_loop(stand_in(record, Teacher()), monkeypatch)
+    # Three rows and one head: the first batch has two rows, the second one; the head is freed after the step.
+    alive = {event: [0] for event in ("generate", "finalize", "teacher onload", "end step", "validate last")}
+    alive |= {"teacher offload": [4], "train": [4, 2], "student end": [1]}
+    for event, counts in alive.items():
+        found = [count for name, count in seen if name == event]
+        assert found == counts * (1 if event == "validate last" else 2), event
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
@@ -96,17 +133,63 @@ def test_a_dry_run_trains_nothing_in_both_spellings(
     assert "max_num_steps" in printed and "# forecast" in printed
 
 
-@pytest.mark.parametrize("error", [CollectiveUserError("a full disk"), RunFailed("no number")])
-def test_a_checkpoint_on_its_way_is_made_whole_before_all_ranks_leave(
+def train_with(error: Exception, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a run whose loop raises ``error``."""
+    monkeypatch.setattr("distill.build.build_run", lambda arguments, world: run)
+    monkeypatch.setattr(train, "train", MagicMock(side_effect=error))
+    train.train_from(MagicMock(), MagicMock())
+
+
+@pytest.mark.parametrize("error", [CollectiveUserError("full disk", "free space"), RunFailed("nan")])
+def test_a_checkpoint_in_flight_is_finalized_before_all_ranks_exit(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     run = MagicMock()
-    monkeypatch.setattr(train, "run_program", lambda program: program(MagicMock()))
-    monkeypatch.setattr(train, "parse_args", lambda argv: SimpleNamespace(dry_run=False))
-    monkeypatch.setattr(train, "start_process", lambda: None)
-    monkeypatch.setattr("distill.build.build_run", lambda arguments, world: run)
-    monkeypatch.setattr(train, "train", MagicMock(side_effect=error))
     with pytest.raises(type(error)):
-        train.main([])
+        train_with(error, run, monkeypatch)
     run.checkpoints.finalize_pending.assert_called_once_with(block=True)
     run.finish.assert_not_called()
+
+
+def test_a_stop_request_saves_and_finishes_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stop = MagicMock(), StopRequested(3, "SIGTERM")
+    train_with(stop, run, monkeypatch)
+    run.save_and_stop.assert_called_once_with(stop)
+    run.finish.assert_called_once_with()
+
+
+def test_a_nan_is_reported_and_fails_the_run_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, error = MagicMock(), NonFiniteError(NonFiniteReport(float("nan"), [], [], []))
+    run.report_non_finite.side_effect = RunFailed("nan")
+    with pytest.raises(RunFailed):
+        train_with(error, run, monkeypatch)
+    run.report_non_finite.assert_called_once_with(error)
+    run.checkpoints.finalize_pending.assert_called_once_with(block=True)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "reason"),
+    [
+        (0, StopRequest(), None),
+        (15, StopRequest(), "SIGTERM"),
+        (0, StopRequest(signal=10), "SIGUSR1"),
+        (15, StopRequest(signal=10), "SIGTERM"),
+        (0, StopRequest(out_of_time=True), "limit=1"),
+        (10, StopRequest(out_of_time=True), "SIGUSR1"),
+    ],
+)
+def test_all_ranks_stop_for_the_same_reason(own: int, other: StopRequest, reason: str | None) -> None:
+    stop = StopCheck(lambda: own, lambda request: [request, other], Deadline(None, 0.0), "limit=1")
+    assert stop.has_signal() is bool(own)
+    with pytest.raises(StopRequested) if reason else contextlib.nullcontext() as caught:
+        stop.raise_if_requested(4)
+    assert caught is None or (caught.value.step, caught.value.reason) == (4, reason)
+
+
+def test_the_time_limit_counts_only_if_it_is_checked() -> None:
+    stop = StopCheck(lambda: 0, lambda request: [request], Deadline(10.0, 0.0, clock=lambda: 8.0), "limit=1")
+    stop.raise_if_requested(1)
+    stop.record_duration(step_s=2.0, save_s=1.0)
+    stop.raise_if_requested(2, check_time=False)
+    with pytest.raises(StopRequested, match="limit=1"):
+        stop.raise_if_requested(2)

@@ -1,5 +1,7 @@
-"""A byte-level tokenizer of 261 tokens with a ChatML template, made on the spot: every text round-trips, and a byte is
-a token, so that lengths can be counted by hand."""
+"""Build a byte-level tokenizer of 261 tokens with a ChatML template.
+
+It preserves every text. A byte is a token, so lengths can be counted by hand.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,10 @@ CHATML = (
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML, special_think: bool = True, extra: tuple[str, ...] = ()) -> Any:
-    """256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258, <think> 259, </think> 260, and ``extra``.
+    """Return a tokenizer of 256 bytes, special tokens (ids 256 to 258), think tags (259, 260) and ``extra``.
 
-    A byte's id is its place in the byte-level alphabet, not its value. ``special_think`` makes the think tags special
-    tokens, as some models have them (decoding may then leave them out).
+    A byte's id is its index in the byte-level alphabet, not its value. ``special_think``: the think tags are special
+    tokens, so decoding may omit them.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))

@@ -72,7 +72,7 @@ ONE_VALUE: dict[str, tuple[Any, str]] = {
     "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify, the math-verify library"),
     "checkpointing.model_save_format": ("safetensors", "set it to safetensors"),
 }
-"""Key -> its only possible value (besides null), and the fix for any other."""
+"""Key -> its only possible value except null, and the fix for any other."""
 
 ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     **{key: ((value,), fix) for key, (value, fix) in ONE_VALUE.items()},
@@ -84,7 +84,7 @@ ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "checkpointing.ft_save_period": ((), "use checkpointing.save_period"),
     "checkpointing.ft_keep_latest_k": ((), "use checkpointing.keep_top_k"),
 }
-"""Pattern of keys -> the values besides null that do not change a run, and the fix for any other."""
+"""Pattern of keys -> the values except null that do not change a run, and the fix for any other."""
 
 
 def inert_defaults() -> dict[str, Any]:

@@ -305,6 +305,8 @@ class RuntimeConfig:
     """Number of rows of logits in memory; null: a number that fits a memory budget (2048 rows of 151,936 on CUDA)."""
     phase_timeout_s: int = 1800
     """Seconds without progress on any rank after which a phase counts as hung and the run ends."""
+    verify_teacher: bool = True
+    """Compare the sharded teacher with the plain model at the first start of a run; reads its checkpoint once more."""
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from distill.config import Config
+from distill.distributed.world import World
 from distill.errors import UserError, any_of
 from distill.memory.phases import Lines, StepMemory
 from distill.memory.shapes import ModelShape, check_shapes, find_config, find_shape, shape_of
 from distill.model.tensor_parallel import check_tensor_parallel
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 CARD_SHARE = 0.98
@@ -21,12 +25,12 @@ RESERVE = 3 * GIB
 sleeping engine keeps, and fragmentation of the allocator."""
 
 PHASES = {
-    "sync": "prepare_for_generation",
+    "sync": "sync",
     "generate": "generation",
-    "teacher": "teacher_logprob_inference",
-    "train": "policy_training",
+    "teacher": "teacher",
+    "train": "training",
 }
-"""Phases of the forecast, and their names in the metrics."""
+"""Phases of the forecast, and the phases of a step that they belong to."""
 
 _STATE = ("cluster.num_nodes", "policy.dtensor_cfg.cpu_offload=true")
 _TOKENS = ("policy.dtensor_cfg.context_parallel_size", "policy.sequence_packing.train_mb_tokens")
@@ -178,3 +182,23 @@ def predict(
         return Forecast(memory.about, worst, {}, memory.window_cache())
     phases = {phase: lines | {"reserve": RESERVE} for phase, lines in worst.items()}
     return Forecast(memory.about, phases, memory.host(), memory.window_cache())
+
+
+def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
+    """Log the memory measured in a step next to the forecast, as the maximum over ranks; collective.
+
+    ``measured`` is in bytes by phase of a step. ``pool_bytes`` is the size of the sleeping engine's pool, which torch
+    counts as allocated though it is free.
+    """
+    sleeping = {"teacher", "train"}
+    own = {
+        phase: (measured[name] - (pool_bytes if phase in sleeping else 0)) / GIB
+        for phase, name in PHASES.items()
+        if name in measured
+    }
+    everyone = world.gather(own)
+    if world.is_main:
+        cuda = world.device.type == "cuda"
+        method = "measured as torch's peak" if cuda else "resident memory of the process (no GPU)"
+        largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
+        log.info("%s", forecast.table(largest, f"{method}, in the second step"))

@@ -16,12 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.data.teacher_prefix import TRUNCATION_RATE
 from distill.distributed.host_memory import resident_bytes
 from distill.supervise.progress import phase
 from distill.types import Rollout, Stats
 
 Kind = Literal["mean", "total", "max", "same"]
 Scalar = float | Tensor
+
+Phase = Literal["sync", "generation", "validation", "batching", "teacher", "training", "checkpointing"]
+"""The phases of a step, in the names that the code uses."""
+
+_TAGS = {
+    "sync": "prepare_for_generation",
+    "batching": "data_processing",
+    "teacher": "teacher_logprob_inference",
+    "training": "policy_training",
+}
+"""Metric tags of the phases whose tag differs from their name; users know the tags from NeMo-RL."""
 
 OUTSIDE_THROUGHPUT = ("validation", "checkpointing")
 """Phases that produce no training tokens: their seconds don't count in tokens per second."""
@@ -133,7 +145,7 @@ class Phases:
     def stats(self) -> Stats:
         """``timing/train/*`` in seconds as (seconds, 1): over ranks a mean, so that phases add up to the step."""
         seconds = {**self.seconds, "total_step_time": time.perf_counter() - self._start}
-        return {f"timing/train/{name}": (value, 1.0) for name, value in seconds.items()}
+        return {f"timing/train/{_TAGS.get(name, name)}": (value, 1.0) for name, value in seconds.items()}
 
     def _wait(self) -> None:
         if self._on_cuda:
@@ -163,6 +175,29 @@ def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
     metrics.add_totals({name: float(total) for name, total in totals.items()})
     if answers:
         metrics.add_max({"max_gen_tokens_per_sample": float(max(answers))})
+
+
+def step_numbers(
+    metrics: Metrics, phases: Phases, rollouts: Sequence[Rollout], group: dist.ProcessGroup | None
+) -> dict[str, float]:
+    """Return the metrics of a finished step over all ranks by name; collective over ``group``.
+
+    ``rollouts`` are those that were trained on, the same list on every rank.
+    """
+    response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    prefix_tokens = sum(len(rollout.teacher_prefix_ids) for rollout in rollouts)
+    metrics.add_same(
+        {
+            "global_valid_seqs": float(len(rollouts)),
+            "global_valid_toks": float(response_tokens),
+            "teacher_tokens": float(prefix_tokens + response_tokens),
+        }
+    )
+    metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
+    values = finish_step(metrics, phases, group)
+    if "train/context_distillation_valid_samples" in values:
+        values.setdefault(f"train/{TRUNCATION_RATE}", 0.0)  # not measured if all were dropped: no gap in the curve
+    return values
 
 
 def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | None) -> dict[str, float]:

@@ -41,6 +41,8 @@ class NonFiniteError(RuntimeError):
     def __init__(self, found: NonFiniteReport) -> None:
         super().__init__(f"the norm of gradient and losses is {found.norm}: the optimizer step was not taken")
         self.found = found
+        self.batch: OptimizerBatch | None = None
+        """The optimizer batch that was not trained; Student.train sets it."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

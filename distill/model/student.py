@@ -140,7 +140,12 @@ class Student:
             if self._counts:
                 _add_stats(metrics, output.stats, sampler=self._synced)
         self.sum_gradients()
-        metrics.add({"grad_norm": (self.step(losses), 1)})
+        try:
+            norm = self.step(losses)
+        except NonFiniteError as error:
+            error.batch = batch
+            raise
+        metrics.add({"grad_norm": (norm, 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
         """Clip the gradients, update the weights, clear the gradients; collective.

@@ -1,1 +1,1 @@
-"""Generation: the engine, its state machine and its members; answers on their way to all ranks."""
+"""Generation: engines, their state machine, syncs of the weights, and the gathering of rollouts."""

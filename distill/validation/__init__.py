@@ -1,8 +1,8 @@
-"""Validation: held-out problems answered, judged and compared with the teacher."""
+"""Validation: responses to held-out problems, graded and compared with the teacher."""
 
 from __future__ import annotations
 
 from distill.validation.held_out import HeldOut, load_held_out
-from distill.validation.validation import Validation, context_is_known
+from distill.validation.validation import Validation, context_is_known, validation_config
 
-__all__ = ["HeldOut", "Validation", "context_is_known", "load_held_out"]
+__all__ = ["HeldOut", "Validation", "context_is_known", "load_held_out", "validation_config"]

@@ -1,4 +1,4 @@
-"""The held-out problems and who judges their answers."""
+"""The held-out problems, and the grader of each."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from distill.validation.scores import source_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-_WHERE = "data.validation"
+_KEY = "data.validation"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The prompts of validation, the same on every rank."""
+    """The prompts of validation, identical on every rank."""
 
     prompts: tuple[Prompt, ...] = ()
-    judges: Mapping[int, str] | None = None
-    """The judge of each prompt by its id; a prompt without one, or without a gold answer, is not judged."""
+    graders: Mapping[int, str] | None = None
+    """Name of the grader by prompt id; missing for prompts that are not graded, as those without a gold answer."""
     names: Mapping[int, str] | None = None
-    """The name in metrics of each prompt's dataset, by the prompt's id."""
+    """Name of the dataset in metrics, by prompt id."""
 
     def content(self, trace_column: str | None) -> ContentHashes:
-        """Hashes of what validation metrics depend on; empty without prompts."""
+        """Return hashes of the inputs that validation metrics depend on; empty without prompts."""
         if not self.prompts:
             return {}
         problems = [prompt.problem for prompt in self.prompts]
         return {
             "problems": content_hash(problem.text for problem in problems),
-            "gold answers": content_hash((p.problem.answer, self.judge(p), self.name(p)) for p in self.prompts),
+            "gold answers": content_hash((p.problem.answer, self.grader(p), self.name(p)) for p in self.prompts),
             **({} if trace_column is None else {"traces": content_hash(p.columns.get(trace_column) for p in problems)}),
             TOKENS: content_hash(prompt.student_ids for prompt in self.prompts),
         }
 
-    def judge(self, prompt: Prompt) -> str | None:
-        """Who judges answers to ``prompt``."""
-        return (self.judges or {}).get(prompt.prompt_id)
+    def grader(self, prompt: Prompt) -> str | None:
+        """Return the name of the prompt's grader, None if its responses are not graded."""
+        return (self.graders or {}).get(prompt.prompt_id)
 
     def name(self, prompt: Prompt) -> str:
-        """The name in metrics of the prompt's dataset."""
+        """Return the name in metrics of the prompt's dataset."""
         return (self.names or {})[prompt.prompt_id]
 
 
@@ -65,17 +65,16 @@ def load_held_out(
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> HeldOut:
-    """Exactly ``at_most`` prompts (None: all), or all there are where there are fewer.
+    """Load at most ``at_most`` prompts (None: all).
 
-    Several datasets give one each in turn, in their own order, so that a limit starves none of them. A prompt of more
-    than ``max_tokens`` is left out before. A problem may lack the ``trace_column``; the teacher can't read it then.
-    ``think_tags`` open and close a thought.
-    Raises UserError for what the user can put right.
+    Prompts are taken from the datasets in turn, each in its own order, so that a limit leaves some of every dataset.
+    Prompts of more than ``max_tokens`` are skipped first. A problem without the ``trace_column`` is kept, but not
+    compared with the teacher. ``think_tags`` open and close a think block. Raises UserError for unusable data.
     """
     each: list[list[Prompt]] = []
-    judges: dict[int, str] = {}
+    graders: dict[int, str] = {}
     first = 0
-    for key, dataset in keyed(datasets, _WHERE):
+    for key, dataset in keyed(datasets, _KEY):
         if dataset.env_name is not None:
             check_grader(dataset.env_name, key)
         found = load_prompts([dataset], tokenizer, max_tokens, template_kwargs, key, trace_column, False, think_tags)
@@ -83,32 +82,34 @@ def load_held_out(
         first += len(found) + found.skipped
         each.append(prompts)
         if dataset.env_name is not None:
-            judges |= _judges(dataset.env_name, prompts, key)
+            graders |= _graders(dataset.env_name, prompts, key)
         lacking = sum(trace_column is not None and trace_column not in prompt.problem.columns for prompt in prompts)
         if lacking:
-            logger.warning(
-                "%s: %d of %d problems have no %s, which the teacher's template needs: answers to them are not compared"
-                " with the teacher, nor given with its context in view",
+            log.warning(
+                "%s: %d of %d problems have no column %s, which the teacher's template needs: their responses are not"
+                " compared with the teacher, and they are left out of the accuracy in context",
                 *(key, lacking, len(prompts), trace_column),
             )
     in_turn = (prompts[i] for i in range(max(map(len, each))) for prompts in each if i < len(prompts))
     sets = zip(datasets, each, strict=True)
     names = source_names([(of[0].problem.source, dataset.subset or "", dataset.split or "") for dataset, of in sets])
     named = {prompt.prompt_id: name for name, prompts in zip(names, each, strict=True) for prompt in prompts}
-    return HeldOut(tuple(islice(in_turn, at_most)), judges, named)
+    return HeldOut(tuple(islice(in_turn, at_most)), graders, named)
 
 
-def _judges(name: str, prompts: Sequence[Prompt], where: str) -> dict[int, str]:
-    """The judge of each prompt with a gold answer; refuses a dataset that has none, and says how many lack one."""
-    judged = [prompt for prompt in prompts if prompt.problem.answer]
-    if not judged:
+def _graders(name: str, prompts: Sequence[Prompt], key: str) -> dict[int, str]:
+    """Return the grader of each prompt with a gold answer. Raises UserError if no prompt has one."""
+    gradable = [prompt for prompt in prompts if prompt.problem.answer]
+    if not gradable:
         raise UserError(
-            f"{where}.env_name={name} has no gold answer to judge by in {prompts[0].problem.source}: name the column of"
-            f" the answers in {where}.output_key, or set {where}.env_name=null"
+            f"{key}.env_name={name} grades by gold answers, and {prompts[0].problem.source} has none",
+            f"name the column of the gold answers in {key}.output_key, or set {key}.env_name=null",
+            key=f"{key}.env_name",
+            value=name,
         )
-    if len(judged) < len(prompts):
-        missing = len(prompts) - len(judged)
-        logger.warning("%s: %d of %d problems have no gold answer and are not judged", where, missing, len(prompts))
-    for prompt in judged:
-        check_gold(name, prompt.problem.answer, where)
-    return {prompt.prompt_id: name for prompt in judged}
+    if len(gradable) < len(prompts):
+        missing = len(prompts) - len(gradable)
+        log.warning("%s: %d of %d problems have no gold answer and are not graded", key, missing, len(prompts))
+    for prompt in gradable:
+        check_gold(name, prompt.problem.answer, key)
+    return {prompt.prompt_id: name for prompt in gradable}

@@ -1,4 +1,4 @@
-"""What the answers to held-out problems amount to: numbers, lines of a file, a few texts. Pure functions."""
+"""Metrics, file lines and log texts of graded responses to held-out problems. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,56 +17,57 @@ from distill.data.grading import Verdict
 from distill.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids as text, special tokens included."""
+"""Decode token ids to text, including special tokens."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to a held-out problem."""
+    """One response to a held-out problem."""
 
     rollout: Rollout
     source: str
-    """The dataset, as metrics name it."""
+    """Name of the dataset in metrics."""
     verdict: Verdict | None = None
-    """None: nobody judges it."""
+    """None: not graded."""
     forward_kl_R: Tensor | None = None
-    """float32 [R]: KL(teacher || student) at each token of the answer, in nats; None: not measured."""
+    """float32 [R]: KL(teacher || student) in nats at each token of the response; None: not measured."""
     reverse_kl_R: Tensor | None = None
     """float32 [R]: KL(student || teacher)."""
     read_ids: tuple[int, ...] | None = None
-    """What was read before the answer, where that is not the student's prompt."""
+    """Token ids before the response, if they are not the student's prompt."""
 
 
 def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
-    """A short name for metrics of each (source, subset, split): a file's without its kind, a hub dataset's without its
-    owner.
+    """Return a short, unique name for metrics of each (source, subset, split).
 
-    Those that would share a name have subset and split behind it; if that is not enough, the whole path, dots for
-    slashes, and at last their number.
+    The name is a file's name without its suffix, or a hub dataset's without its owner. Equal names get subset and split
+    appended; if they are still equal, the full path with dots for slashes; then their index.
     """
     paths = [PurePath(source) for source, _, _ in datasets]
     endings = [len("".join(kind_of(path))) if kind_of(path)[0] else 0 for path in paths]
     short = [path.name[: len(path.name) - ending] for path, ending in zip(paths, endings, strict=True)]
     details = [re.sub(r"[^\w.-]+", "_", ".".join(filter(None, detail))) for _, *detail in datasets]
-    whole = [source.replace("/", ".") for source, _, _ in datasets]
+    full = [source.replace("/", ".") for source, _, _ in datasets]
     names = short
     for longer in (
         [f"{name}.{detail}" if detail else name for name, detail in zip(short, details, strict=True)],
-        [f"{name}.{detail}" if detail else name for name, detail in zip(whole, details, strict=True)],
+        [f"{name}.{detail}" if detail else name for name, detail in zip(full, details, strict=True)],
     ):
-        names = [better if names.count(name) > 1 else name for name, better in zip(names, longer, strict=True)]
+        names = [long if names.count(name) > 1 else name for name, long in zip(names, longer, strict=True)]
     return [f"{name}.{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """The numbers of a set of answers by name; what was not judged or not measured has none.
+    """Return the metrics of a set of responses by name, without those that were not measured.
 
-    - ``accuracy``: right answers over judged ones (avg@n, where each problem has n); ``judge_failures`` count as wrong.
-    - ``accuracy_stderr``: its standard error, of the problems as a sample: answers to one problem, also where a dataset
-      repeats it, are not independent. With m answers to P problems, sqrt(P / (P - 1) * sum_p (right_p - accuracy *
-      answers_p)^2) / m; with equally many answers a problem it is the deviation of the problems' means over sqrt(P).
-    - ``avg_length``: tokens an answer; ``truncation_rate``: answers cut short; ``num_answers``, ``num_problems``.
-    - ``forward_kl``, ``reverse_kl``: nats a token, over all tokens of the ``num_compared`` measured answers.
+    - ``accuracy``: right responses over graded ones (avg@n with n per problem); ``judge_failures`` count as wrong.
+    - ``accuracy_stderr``: standard error of the accuracy with the problems as the sample, because responses to one
+      problem (also one that a dataset repeats) are not independent. For m responses to P problems it is
+      sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. With equally many responses per problem this
+      is the standard deviation of the problems' means over sqrt(P).
+    - ``avg_length``: mean response tokens; ``truncation_rate``: share of truncated responses; ``num_answers``:
+      responses; ``num_problems``.
+    - ``forward_kl``, ``reverse_kl``: mean nats per token over all tokens of the ``num_compared`` compared responses.
     """
     if not samples:
         return {}
@@ -77,9 +78,9 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
         "num_problems": float(len({_problem(s) for s in samples})),
         "num_compared": float(sum(s.forward_kl_R is not None for s in samples)),
     }
-    judged = [s for s in samples if s.verdict is not None]
-    if judged:
-        values |= _accuracy(judged)
+    graded = [s for s in samples if s.verdict is not None]
+    if graded:
+        values |= _accuracy(graded)
     for name in ("forward_kl", "reverse_kl"):
         measured = [kl for s in samples if (kl := getattr(s, f"{name}_R")) is not None]
         if measured:
@@ -96,26 +97,26 @@ def _mean(numbers: Sequence[float]) -> float:
     return math.fsum(numbers) / len(numbers)
 
 
-def _accuracy(judged: Sequence[Sample]) -> dict[str, float]:
+def _accuracy(graded: Sequence[Sample]) -> dict[str, float]:
     right: dict[tuple[str, str], int] = {}
-    answers: dict[tuple[str, str], int] = {}
-    for sample in judged:
+    responses: dict[tuple[str, str], int] = {}
+    for sample in graded:
         problem = _problem(sample)
-        answers[problem] = answers.get(problem, 0) + 1
+        responses[problem] = responses.get(problem, 0) + 1
         right[problem] = right.get(problem, 0) + (sample.verdict == "right")
-    accuracy = sum(right.values()) / len(judged)
-    values = {"accuracy": accuracy, "judge_failures": float(sum(s.verdict == "failed" for s in judged))}
-    problems = len(answers)
+    accuracy = sum(right.values()) / len(graded)
+    values = {"accuracy": accuracy, "judge_failures": float(sum(s.verdict == "failed" for s in graded))}
+    problems = len(responses)
     if problems > 1:
-        squares = math.fsum((right[p] - accuracy * answers[p]) ** 2 for p in answers)
-        values["accuracy_stderr"] = math.sqrt(problems / (problems - 1) * squares) / len(judged)
+        squares = math.fsum((right[p] - accuracy * responses[p]) ** 2 for p in responses)
+        values["accuracy_stderr"] = math.sqrt(problems / (problems - 1) * squares) / len(graded)
     return values
 
 
 def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
-    """``scores`` of all answers as ``validation/NAME``, and of each dataset's as ``validation/DATASET/NAME``.
+    """Return ``scores`` of all samples as ``validation/NAME``, and of each dataset as ``validation/DATASET/NAME``.
 
-    ``prefix`` stands before each NAME.
+    ``prefix`` is put before each NAME.
     """
     values = {f"validation/{prefix}{name}": value for name, value in scores(samples).items()}
     for source in dict.fromkeys(s.source for s in samples):
@@ -124,21 +125,21 @@ def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
     return values
 
 
-def answer_text(rollout: Rollout, decode: Decode) -> str:
-    """An answer as text, without the token that stopped it; other special tokens, as think tags may be, included."""
+def response_text(rollout: Rollout, decode: Decode) -> str:
+    """Return the response as text without its stop token; other special tokens, such as think tags, are kept."""
     ids = rollout.response_ids
     return decode(ids[:-1] if rollout.finish == "stop" else ids)
 
 
 def jsonl_line(sample: Sample, decode: Decode) -> str:
-    """A sample as a JSON object: prompt, answer, gold, verdict, source, finish, and the KL of each token."""
+    """Return the sample as a JSON object: prompt, response, gold answer, verdict, source, finish, KL of each token."""
     rollout = sample.rollout
     row: dict[str, Any] = {
         "prompt_id": rollout.prompt.prompt_id,
         "answer_number": rollout.response_index,
         "source": sample.source,
         "prompt": decode(rollout.prompt.student_ids if sample.read_ids is None else sample.read_ids),
-        "answer": answer_text(rollout, decode),
+        "answer": response_text(rollout, decode),
         "gold": rollout.prompt.problem.answer,
         "verdict": sample.verdict,
         "finish": rollout.finish,
@@ -150,11 +151,11 @@ def jsonl_line(sample: Sample, decode: Decode) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def shown(sample: Sample, decode: Decode) -> str:
-    """A sample for a reader: the problem, the answer, the gold answer and the verdict."""
+def format_sample(sample: Sample, decode: Decode) -> str:
+    """Return the sample as text for the log: problem, response, verdict and gold answer."""
     rollout = sample.rollout
     gold = f" (gold: {rollout.prompt.problem.answer})" if rollout.prompt.problem.answer else ""
-    ending = "" if rollout.finish == "stop" else " [cut short]"
-    verdict = sample.verdict or "not judged"
+    ending = "" if rollout.finish == "stop" else " [truncated]"
+    verdict = sample.verdict or "not graded"
     problem = rollout.prompt.problem.text.strip()
-    return f"problem: {problem}\nanswer: {answer_text(rollout, decode).strip()}{ending}\n{verdict}{gold}"
+    return f"problem: {problem}\nresponse: {response_text(rollout, decode).strip()}{ending}\n{verdict}{gold}"

@@ -1,4 +1,4 @@
-"""For any prefixes, packed or not, read by one rank or several: rows that are compared predict the same token."""
+"""Compared rows of student and teacher predict the same token, for any prefixes, packing and layout of ranks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from distill.types import Layout, MicroBatch, Problem, Prompt, Rollout, View
 
 @dataclass(frozen=True)
 class Ranks:
-    """Sizes of a world."""
+    """Sizes of the mesh dimensions."""
 
     dp: int = 1
     cp: int = 1
     tp: int = 1
     teacher: int = 1
-    """Ranks that read the teacher's packs together."""
+    """Number of ranks that share the teacher's packs."""
 
     def layouts(self) -> list[Layout]:
-        """One for each rank, in order."""
+        """Return the layout of each rank, in order."""
         places = [(d, c, t) for d in range(self.dp) for c in range(self.cp) for t in range(self.tp)]
         return [Layout(d, self.dp, c, self.cp, t, self.tp, self.teacher) for d, c, t in places]
 
@@ -53,10 +53,11 @@ PACKINGS = [
 ]
 
 
-def answers(prompts: Sequence[tuple[int, int]], lengths: Sequence[tuple[int, int]], trace: bool) -> list[Rollout]:
-    """``prompts``: lengths of student's and teacher's prefix; ``lengths``: which prompt, and the answer's length.
+def make_rollouts(prompts: Sequence[tuple[int, int]], lengths: Sequence[tuple[int, int]], trace: bool) -> list[Rollout]:
+    """Return rollouts whose response tokens are all different.
 
-    Response tokens are all different. With ``trace`` each answer's teacher prefix ends in a token of its own.
+    ``prompts``: lengths of student prefix and teacher prefix; ``lengths``: prompt number and response length. With
+    ``trace`` each response's teacher prefix ends in a different token.
     """
     fresh = iter(range(1000, 100_000))
     made = []
@@ -73,9 +74,9 @@ Histories = list[list[set[tuple[tuple[int, ...], int]]]]
 
 
 def histories(parts: Sequence[View]) -> Histories:
-    """Of each part's rows: what the position has read, itself included, and its number, in each of its sequences.
+    """Return for each row the tokens up to its position and its position number, in each of its sequences.
 
-    ``parts``: a pack as the ranks of a group read it, in order.
+    ``parts``: the shards of one pack on the ranks of a group, in order.
     """
     view = parts[0]
     held = [token for part in parts for token in part.tokens_T.tolist()]
@@ -88,14 +89,14 @@ def histories(parts: Sequence[View]) -> Histories:
         read = tuple(held[place[position]] for position in sequences[begin:end])
         for n, position in enumerate(sequences[begin:end], start=1):
             found.setdefault(position, set()).add((read[:n], numbers[place[position]]))
-    size = len(view.tokens_T) if view.shards is not None else 0  # unspread, all parts hold the same positions
+    size = len(view.tokens_T) if view.shards is not None else 0  # without shards, all parts have the same positions
     return [
         [found[position_at[part * size + row]] for row in of_part.rows_N.tolist()] for part, of_part in enumerate(parts)
     ]
 
 
 def compared(rollouts: Sequence[Rollout], ranks: Ranks, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, int]]:
-    """(answer, index in it) of each row that the teacher scores, once the claim is checked for it on every rank."""
+    """Check each row's tokens on every rank; return (rollout, token index) of each row that the teacher scores."""
     ours: dict[int, Histories] = {}
     theirs: dict[int, Histories] = {}
     scored = []
@@ -113,7 +114,7 @@ def compared(rollouts: Sequence[Rollout], ranks: Ranks, micro_batches: Sequence[
         assert (len(student), len(teacher)) == (len(batch.sampled_N), share)
         for n, (a, token) in enumerate(zip(batch.rollout_N.tolist(), batch.sampled_N.tolist(), strict=True)):
             if a == -1:
-                assert batch.weight_N[n] == 0, "a dummy counts"
+                assert batch.weight_N[n] == 0, "a padding row has a weight"
                 continue
             rollout = rollouts[a]
             i = rollout.response_ids.index(token)
@@ -128,7 +129,7 @@ def compared(rollouts: Sequence[Rollout], ranks: Ranks, micro_batches: Sequence[
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Several are far slower on tensors of a few numbers, wherever another process is busy."""
+    """Several threads are far slower on small tensors if another process is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -150,10 +151,10 @@ TWO_PROMPTS = [(3, 4), (5, 2)], [(0, 4), (0, 3), (0, 3), (1, 4), (1, 3), (1, 4)]
 @example(*TWO_PROMPTS, True, PACKINGS[-1])
 @example([(1, 20)], [(0, 1), (0, 1), (0, 3)], False, PACKINGS[-1])
 @example([(12, 1)], [(0, 9)], True, PACKINGS[0])
-def test_rows_that_are_compared_have_read_the_same_answer_up_to_the_same_token(
+def test_compared_rows_have_read_the_same_response_up_to_the_same_token(
     ranks, prefixes, lengths, trace, packing
 ) -> None:
-    rollouts = answers(prefixes, lengths, trace)
+    rollouts = make_rollouts(prefixes, lengths, trace)
     plans = [plan(rollouts, layout, packing, seed=3, step=5) for layout in ranks.layouts()]
     scored: list[tuple[int, int]] = []
     for batches in zip(*plans, strict=True):

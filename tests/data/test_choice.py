@@ -1,4 +1,4 @@
-"""Multiple choice: which option an answer chooses, what is no choice, and gold answers that can't be used."""
+"""Multiple choice: the option that a response chooses, ambiguous responses, and unusable gold answers."""
 
 from __future__ import annotations
 
@@ -195,19 +195,19 @@ NOT_CHOSEN = [
 ]
 
 
-@pytest.mark.parametrize(("letter", "answer"), [(letter, answer) for letter in CHOSEN for answer in CHOSEN[letter]])
-def test_an_answer_chooses_the_option_of_its_last_statement(letter: str, answer: str) -> None:
-    assert GRADE("choice", answer, letter) == "right"
-    assert GRADE("choice", answer, "C") == "wrong"
+@pytest.mark.parametrize(("letter", "response"), [(letter, text) for letter in CHOSEN for text in CHOSEN[letter]])
+def test_a_response_chooses_the_option_of_its_last_statement(letter: str, response: str) -> None:
+    assert GRADE("choice", response, letter) == "right"
+    assert GRADE("choice", response, "C") == "wrong"
 
 
-@pytest.mark.parametrize("answer", NOT_CHOSEN)
-def test_an_answer_without_exactly_one_option_is_wrong_for_every_gold(answer: str) -> None:
-    assert {GRADE("choice", answer, gold) for gold in "ABCDEFGHIJ"} == {"wrong"}
+@pytest.mark.parametrize("response", NOT_CHOSEN)
+def test_a_response_without_exactly_one_option_is_always_wrong(response: str) -> None:
+    assert {GRADE("choice", response, gold) for gold in "ABCDEFGHIJ"} == {"wrong"}
 
 
 @given(st.text(st.sampled_from("ABab (){}\\.:*\n answeroptinbx")))
-def test_any_text_is_read(text: str) -> None:
+def test_any_text_chooses_one_option_or_none(text: str) -> None:
     assert chosen_option(text) in (None, *"ABCDEFGHIJ")
 
 
@@ -216,7 +216,7 @@ REPEATED += ["(A) ", "[[", "' ", "A is ", "选", "not A, ", "\x02", " ", "{"]
 
 
 @pytest.mark.parametrize("text", REPEATED)
-def test_a_repetitive_answer_takes_no_quadratic_time(text: str) -> None:
+def test_a_repetitive_response_takes_linear_time(text: str) -> None:
     """In linear time ten times the text takes ten times as long; in quadratic time a hundred times."""
     begun = time.process_time()
     chosen_option(text * 3_000)
@@ -225,7 +225,7 @@ def test_a_repetitive_answer_takes_no_quadratic_time(text: str) -> None:
     assert time.process_time() - begun - short < 40 * short + 0.5
 
 
-def test_a_gold_answer_is_a_letter_alone_or_before_its_text() -> None:
+def test_a_gold_answer_is_a_letter_with_or_without_text() -> None:
     for gold in ("B", " B ", "b", "(B)", "B.", "B)", "B) Paris", "(B) Paris", "B. A man", r"\boxed{B}", "Answer: B"):
         assert named_option(gold) == "B", gold
     for gold in ("0", "1", "", "Paris", "A man", "I am", "AB", "A,B", "(A) or (B)", "A. or B", "K", "True"):
@@ -234,7 +234,7 @@ def test_a_gold_answer_is_a_letter_alone_or_before_its_text() -> None:
 
 
 @pytest.mark.parametrize("gold", ["0", "3"])
-def test_numbers_of_options_are_refused_with_what_to_write(gold: str) -> None:
+def test_a_number_as_gold_option_is_refused(gold: str) -> None:
     """A column of letters may be missing, as in cais/mmlu, and env_name=exact would grade every response as wrong."""
     with pytest.raises(UserError) as caught:
         check_gold("choice", gold, "data.validation")
@@ -242,9 +242,9 @@ def test_numbers_of_options_are_refused_with_what_to_write(gold: str) -> None:
     assert "letters" in caught.value.fix and "exact" not in str(caught.value)
 
 
-def test_the_judge_grades_choices() -> None:
-    with Grader() as judge:
-        assert [judge("choice", answer, "(B)") for answer in ("Answer: B", "Answer: A")] == ["right", "wrong"]
+def test_the_grader_grades_choices() -> None:
+    with Grader() as grade:
+        assert [grade("choice", response, "(B)") for response in ("Answer: B", "Answer: A")] == ["right", "wrong"]
 
 
 def held_out(path: Path, env_name: str, golds: list[str], output_pattern: str | None = None) -> HeldOut:
@@ -264,24 +264,24 @@ def test_a_gold_answer_that_names_no_option_is_refused_at_start(tmp_path: Path) 
         held_out(tmp_path / "a.jsonl", "choice", ["B", "2"])
     assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "2")
     found = held_out(tmp_path / "a.jsonl", "choice", ["so it is\n#### B", "#### C"], "####")
-    graded = [(found.judge(prompt), prompt.problem.answer) for prompt in found.prompts]
+    graded = [(found.grader(prompt), prompt.problem.answer) for prompt in found.prompts]
     assert graded == [("choice", "B"), ("choice", "C")]
 
 
-def warned(caplog: pytest.LogCaptureFixture, judge: str, golds: list[str]) -> str:
+def warned(caplog: pytest.LogCaptureFixture, grader: str, golds: list[str]) -> str:
     prompts = tuple(Prompt(i, (1,), Problem("q", gold)) for i, gold in enumerate(golds))
     ids = range(len(prompts))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        warn_of_unusable_golds(HeldOut(prompts, dict.fromkeys(ids, judge), dict.fromkeys(ids, "set")))
+        warn_of_unusable_golds(HeldOut(prompts, dict.fromkeys(ids, grader), dict.fromkeys(ids, "set")))
     return caplog.text
 
 
 def test_gold_answers_that_look_unusable_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     solution = "She has 3 + 4 = <<3+4=7>>7 eggs.\n#### 7"
-    for judge in ("math", "exact"):
-        text = warned(caplog, judge, [solution] * 120)
-        assert f"40 of 40 gold answers of set look unusable for env_name={judge}" in text
+    for grader in ("math", "exact"):
+        text = warned(caplog, grader, [solution] * 120)
+        assert "40 of 40" in text and f"env_name={grader}" in text
         assert "set data.validation.output_pattern='####'" in text
     boxed = r"We add both of them up and so we find that the sum is \boxed{7}."
     assert r"output_pattern='\\boxed\{(.*)\}'" in warned(caplog, "math", [boxed, "7"] * 2 + [boxed])

@@ -1,4 +1,4 @@
-"""Prompts that end inside an open thought: which they are, and what follows for traces, metrics and grading."""
+"""Prompts that end inside an open think block: detection, traces, metrics and grading."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ BODY = (
 )
 START = "<|im_start|>assistant\n"
 THINKING_2507 = BODY + "{% if add_generation_prompt %}" + START + "<think>\n{% endif %}"
-"""Ends as the template of Qwen3-4B-Thinking-2507."""
+"""Ends like the template of Qwen3-4B-Thinking-2507."""
 R1_DISTILL = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}<|User|>{{ message['content'] }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\\n{% endif %}"
 )
-"""Ends as the template of DeepSeek-R1-Distill-Qwen."""
+"""Ends like the template of DeepSeek-R1-Distill-Qwen."""
 ALWAYS = BODY + START + "<think>\n"
 """Ignores add_generation_prompt."""
 NO_THINK = BODY + START + "{% if '/no_think' in messages[-1]['content'] %}<think>\n\n</think>\n\n{% else %}<think>\n"
 PER_PROMPT = NO_THINK + "{% endif %}"
 TRAINING_END = BODY + "{% if add_generation_prompt %}" + START + "<think>\n{% else %}<|endoftext|>{% endif %}"
-"""Ends a conversation for training with another text than one for generation."""
+"""Ends a chat for training with another text than a chat for generation."""
 HINT = BODY + "Begin with <think>.{% if add_generation_prompt %}" + START + "{% endif %}"
-"""Names the tag in a text of its own, and opens no thought."""
+"""Mentions the tag in its own text and opens no think block."""
 BUDGET = BODY + "{% if add_generation_prompt %}" + START + "<think>Budget: 512 tokens.{% endif %}"
-"""Writes text into the thought that it opens."""
+"""Writes text into the think block that it opens."""
 EXTRACTOR = TraceExtractorConfig()
 MISTRAL = ("[THINK]", "[/THINK]")
 
@@ -101,13 +101,13 @@ def prefixes(
         (PER_PROMPT, "1+1? /no_think", False),
         (PER_PROMPT, "<think> /no_think", False),
         (PER_PROMPT, "1+1?", True),
-        # Text without a template goes on where it ends.
+        # A response continues bare text.
         (None, "User: 1+1? Assistant: <think>\n", True),
         (None, "What does <think> mean?", False),
         (None, "1+1?", False),
     ],
 )
-def test_a_prompt_is_inside_a_thought_if_its_generation_prompt_opens_one(
+def test_a_prompt_ends_inside_a_think_block_if_its_generation_prompt_opens_one(
     tmp_path: Path, template: str | None, problem: str, inside: bool, special_think: bool
 ) -> None:
     tokenizer = tiny_tokenizer(template, special_think)
@@ -118,13 +118,13 @@ def test_a_prompt_is_inside_a_thought_if_its_generation_prompt_opens_one(
     assert held_out.inside_thought is inside
 
 
-def test_an_empty_thought_is_closed(tmp_path: Path) -> None:
+def test_an_empty_think_block_is_closed(tmp_path: Path) -> None:
     dataset = jsonl(tmp_path / "a.jsonl", "1+1?")
     (prompt,) = load_prompts([dataset], tiny_tokenizer(), 1000, {"enable_thinking": False})
     assert not prompt.inside_thought
 
 
-def test_each_prompt_keeps_its_own_state_beside_repeated_and_skipped_ones(tmp_path: Path) -> None:
+def test_repeated_and_skipped_prompts_do_not_change_the_state_of_other_prompts(tmp_path: Path) -> None:
     dataset = replace(jsonl(tmp_path / "a.jsonl", "1", "/no_think", "x" * 200, "2 /no_think", "3"), repeat=2)
     tokenizer = tiny_tokenizer(PER_PROMPT)
     prompts = load_prompts([dataset, jsonl(tmp_path / "b.jsonl", "/no_think", "4")], tokenizer, 100)
@@ -133,7 +133,7 @@ def test_each_prompt_keeps_its_own_state_beside_repeated_and_skipped_ones(tmp_pa
     assert len(read) == 10 and all(wanted is found for wanted, found in read)
 
 
-def test_a_prompt_file_may_open_the_thought_where_there_is_no_template(tmp_path: Path) -> None:
+def test_a_prompt_file_may_open_the_think_block_without_a_chat_template(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("User: {}\nAssistant: <think>\n")
     dataset = replace(jsonl(tmp_path / "a.jsonl", "1+1?"), prompt_file=str(tmp_path / "p.txt"))
     for template, inside in ((None, True), (CHATML, False), (THINKING_2507, True)):
@@ -141,7 +141,7 @@ def test_a_prompt_file_may_open_the_thought_where_there_is_no_template(tmp_path:
         assert prompt.inside_thought is inside, template
 
 
-def test_other_tags_are_recognised_when_they_are_set_and_named_when_they_are_not(
+def test_configured_think_tags_are_recognised_and_other_tags_are_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     chats = [[{"role": "user", "content": "1+1?"}]]
@@ -160,7 +160,7 @@ def test_other_tags_are_recognised_when_they_are_set_and_named_when_they_are_not
         caplog.clear()
 
 
-def test_a_message_that_ends_with_another_tag_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tag_at_the_end_of_a_message_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer(BODY + START)
     chat = [{"role": "user", "content": "What is [THINK]"}]
     ids = [tokenizer(tokenizer.apply_chat_template(chat, tokenize=False)).input_ids]
@@ -182,14 +182,12 @@ def test_a_message_that_ends_with_another_tag_is_no_reason_to_warn(caplog: pytes
         ("</think><think>b</think>", "", ""),  # first of two spans
     ],
 )
-def test_a_response_to_a_prompt_that_ends_inside_a_thought_begins_inside_it(
-    text: str, to_end: str, ignore: str
-) -> None:
+def test_a_response_continues_the_think_block_of_its_prompt(text: str, to_end: str, ignore: str) -> None:
     assert extract_trace(text, EXTRACTOR, inside_thought=True) == to_end
     assert extract_trace(text, replace(EXTRACTOR, unclosed_span="ignore"), inside_thought=True) == ignore
 
 
-def test_the_span_that_the_prompt_opened_is_one_of_those_that_are_selected_from() -> None:
+def test_the_think_block_of_the_prompt_can_be_selected() -> None:
     text = "a</think>b<think>cd</think><think>e</think>"
     found = [extract_trace(text, replace(EXTRACTOR, selection=s), True) for s in ("first", "last", "longest")]
     assert found == ["a", "e", "cd"]
@@ -201,7 +199,7 @@ PIECES = st.lists(st.sampled_from([*THINK_TAGS, "a", " b", "\n", "\\boxed{5}", *
 
 @given(PIECES, st.sampled_from(["first", "last", "longest"]), st.sampled_from(["to_end", "ignore"]))
 @settings(max_examples=100, deadline=None)
-def test_a_thought_that_the_prompt_opened_reads_as_one_that_the_response_opened(
+def test_a_think_block_opened_by_the_prompt_equals_one_opened_by_the_response(
     text: str, selection: Any, unclosed: Any
 ) -> None:
     for tags in (THINK_TAGS, MISTRAL):
@@ -223,7 +221,7 @@ def test_a_thought_that_the_prompt_opened_reads_as_one_that_the_response_opened(
         ("answer alone", ""),
     ],
 )
-def test_a_column_whose_first_tag_closes_a_thought_begins_inside_it(text: str, trace: str) -> None:
+def test_a_column_whose_first_tag_is_a_closing_tag_begins_inside_a_think_block(text: str, trace: str) -> None:
     assert extract_column_trace(text, EXTRACTOR) == trace
     tokenizer = tiny_tokenizer()
     static: dict[str, Any] = {"trace_source": "static_dataset", "static_trace": StaticTraceConfig("s")}
@@ -233,7 +231,7 @@ def test_a_column_whose_first_tag_closes_a_thought_begins_inside_it(text: str, t
 
 
 @pytest.mark.parametrize("special_think", [True, False])
-def test_trace_metrics_count_responses_that_hold_only_the_closing_tag(special_think: bool) -> None:
+def test_trace_metrics_count_responses_with_only_the_closing_tag(special_think: bool) -> None:
     tokenizer = tiny_tokenizer(THINKING_2507, special_think)
     texts = ["carry</think>2", "abc"]
     for inside, coverage in ((True, 1.0), (False, 0.0)):
@@ -249,21 +247,21 @@ def test_trace_metrics_count_responses_that_hold_only_the_closing_tag(special_th
 def test_traces_of_other_tags_are_found_in_responses() -> None:
     tokenizer = tiny_tokenizer(extra=MISTRAL)
     extractor = TraceExtractorConfig(think_tags=MISTRAL)
-    answers = [response("[THINK]a.b[/THINK]2", tokenizer, False), response("c<think>[/THINK]2", tokenizer, True)]
-    made, _ = prefixes(tokenizer, trace_extractor=extractor).add(answers)
+    responses = [response("[THINK]a.b[/THINK]2", tokenizer, False), response("c<think>[/THINK]2", tokenizer, True)]
+    made, _ = prefixes(tokenizer, trace_extractor=extractor).add(responses)
     assert [tokenizer.decode(list(r.teacher_prefix_ids)) for r in made] == ["1+1?|a.b", "1+1?|c<think>"]
 
 
-def test_the_teachers_prefix_has_its_own_state() -> None:
+def test_the_teachers_prefix_has_its_own_think_state() -> None:
     tokenizer = tiny_tokenizer(THINKING_2507)
-    answers = [response("<think>a</think>2", tokenizer, False), response("b", tokenizer, True)]
+    responses = [response("<think>a</think>2", tokenizer, False), response("b", tokenizer, True)]
     for context, inside in (
         ({"chat_template": True}, True),
         ({"chat_template": False}, False),
         ({"chat_template": False, "template": "{problem} {trace} <think>\n"}, True),
         ({"chat_template": True, "window": 26, "overflow_policy": "truncate_prefix_from_end"}, False),
     ):
-        made, _ = prefixes(tokenizer, **context).add(answers)
+        made, _ = prefixes(tokenizer, **context).add(responses)
         assert [view.teacher_inside_thought for view in made] == [inside, inside], context
 
 
@@ -272,7 +270,7 @@ def test_the_teachers_prefix_has_its_own_state() -> None:
 CUT = r"Maybe \boxed{5}? No wait"
 
 
-def test_an_answer_that_ends_inside_a_thought_that_the_prompt_opened_is_wrong() -> None:
+def test_a_response_that_ends_inside_a_think_block_is_wrong() -> None:
     with Grader() as grade:
         assert grade("math", CUT, "5", inside_thought=True) == "wrong"
         assert grade("math", CUT, "5") == "right", "no thought was opened"
@@ -292,7 +290,7 @@ KEY = "distillation.context_distillation.trace_extractor.think_tags"
 RECIPE = "--config=recipes/distillation_math.yaml"
 
 
-def test_the_default_tags_are_one_pair() -> None:
+def test_the_default_tags_of_traces_and_grading_are_equal() -> None:
     assert EXTRACTOR.think_tags == THINK_TAGS
     config = load_config([RECIPE, f"{KEY}=['[THINK]', '[/THINK]']"])
     assert config.distillation.context_distillation.trace_extractor.think_tags == MISTRAL
@@ -310,11 +308,11 @@ def test_think_tags_that_are_not_a_pair_are_refused(value: str) -> None:
 # -- validation -------------------------------------------------------------------------------------------------------
 
 
-def test_validation_grades_each_answer_by_the_prompt_that_was_read(tmp_path: Path) -> None:
-    """The plain prompt opens a thought and the context does not, then the other way round."""
+def test_validation_grades_each_response_by_the_prompt_that_was_read(tmp_path: Path) -> None:
+    """The plain prompt opens a think block and the context does not; then the reverse."""
     tokenizer = tiny_tokenizer()
 
-    class OneAnswer(Engine):
+    class OneResponse(Engine):
         def generate(self, prompts: Any, *_: Any, **__: Any) -> list[Rollout]:
             ids = tuple(tokenizer("5")["input_ids"])
             return [Rollout(p, 0, ids, (0.0,), "length", 0) for p in prompts]
@@ -326,26 +324,26 @@ def test_validation_grades_each_answer_by_the_prompt_that_was_read(tmp_path: Pat
         held_out = HeldOut((Prompt(0, (5,), Problem("1", "5", "s"), inside),), {0: "exact"}, {0: "s"})
         parts = {
             "held_out": held_out,
-            "engine": OneAnswer(),
+            "engine": OneResponse(),
             "decode": tokenizer.decode,
             "sampling": Sampling(1, 8, ()),
         }
         overrides = [*keys, f"{context}.teacher_prefix_template={template}"]
         teacher_prefixes = prefixes(tokenizer, template.strip("'"))
-        found = validation(tmp_path, *overrides, **parts, views=teacher_prefixes)
-        answers = found.answers(0)
-        assert answers is not None and answers.in_context is not None
-        plain, in_context = (found._verdicts(mine)[0, 0] for mine in (answers.mine, answers.in_context.mine))
+        found = validation(tmp_path, *overrides, **parts, teacher_prefixes=teacher_prefixes)
+        responses = found.generate(0)
+        assert responses is not None and responses.in_context is not None
+        plain, in_context = (found._verdicts(r)[0, 0] for r in (responses.rollouts, responses.in_context.rollouts))
         assert (plain, in_context) == (("wrong", "right") if inside else ("right", "wrong"))
     tags = f"{context}.trace_extractor.think_tags=[t, /u]"
     found = validation(
-        tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, views=teacher_prefixes
+        tmp_path, *overrides, tags, **{**parts, "decode": lambda ids: "maybe 4/u5"}, teacher_prefixes=teacher_prefixes
     )
-    assert answers is not None and found._verdicts(answers.mine)[0, 0] == "right", "the recipe's tags"
+    assert responses is not None and found._verdicts(responses.rollouts)[0, 0] == "right", "the recipe's tags"
 
 
 def test_many_unclosed_tags_take_linear_time() -> None:
-    """In quadratic time this takes minutes."""
+    """Quadratic time would be minutes."""
     extractor = replace(EXTRACTOR, unclosed_span="ignore")
     text = "<think>ab</think>" + "<think> and so on, " * 100_000
     begun = time.process_time()

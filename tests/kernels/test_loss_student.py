@@ -273,7 +273,7 @@ def test_what_cannot_be_read_is_refused() -> None:
             gradient_rows(**good | {name: tensor}, inverse_temperature=1.0)
     with pytest.raises(ValueError, match="out_CV is"):
         gradient_rows(**good | {"out_CV": z_CV[:, :40]}, inverse_temperature=1.0)
-    with pytest.raises(ValueError, match="out_CV begins"):
+    with pytest.raises(ValueError, match="share memory"):
         gradient_rows(**good | {"out_CV": z_CV.view(torch.bfloat16)[:, :50]}, inverse_temperature=1.0)
 
 

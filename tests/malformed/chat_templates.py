@@ -1,4 +1,4 @@
-"""Malformed chat templates and template arguments: prompts that no rank or resumed run could render again."""
+"""Malformed chat templates and arguments: prompts that another rank or a resumed run renders differently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _READ_BY_TEACHER = (
 
 @way
 def _random_chat_template(shop: Workshop) -> Case:
-    """A template that draws random numbers, of the student or of the teacher."""
+    """The student's or teacher's template draws random numbers."""
     model = shop.model()
     draw = shop.rng.choice(["{{ range(1000) | random }}", "{{ lipsum(n=1) }}", "{{ 'abcdefgh' | list | random }}" * 9])
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}" + draw)

@@ -151,7 +151,7 @@ CONTRADICTIONS: list[tuple[str, list[str]]] = [
     ("data.train", ["data.train=null"]),
     ("data.train", ["data.train={dataset_name: gsm8k, data_path: x.jsonl}"]),
     ("data.validation", ["distillation.val_period=1"]),
-    ("data.train.env_name=judge", ["data.train.env_name=judge"]),
+    ("data.train.env_name=code", ["data.train.env_name=code"]),
     ("checkpointing.metric_name=accuracy", ["checkpointing.metric_name=accuracy"]),
     ("checkpoint_must_save_by=soon", ["checkpointing.checkpoint_must_save_by=soon"]),
     ("policy.generation.top_p=0.5", ["policy.generation.top_p=0.5"]),

@@ -1,4 +1,4 @@
-"""Ways to break a run by its tokenizer: lost text, ids without an embedding, chat templates, stop ids."""
+"""Malformed tokenizers: text not preserved, ids without an embedding, chat templates, stop ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.malformed.models import model_case
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 
 PAST = tuple(f"<|extra{i}|>" for i in range(200))
-"""More tokens than the tiny models' 384 rows have room for: the last ones have no embedding."""
+"""More tokens than the tiny models' 384 embeddings: the last tokens have no embedding."""
 
 
 def _owned(shop: Workshop, key: str, value: Any) -> Case:
@@ -29,9 +29,9 @@ def _tokenizer_that_loses_text(shop: Workshop) -> Case:
         written["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, byte_level]}
     elif kind == 1:  # marks of bytes stay in the text
         written["decoder"] = None
-    elif kind == 2:  # spaces become the byte-level mark, which nothing writes back
+    elif kind == 2:  # spaces become the byte-level mark and are not restored
         written["decoder"] = {"type": "Replace", "pattern": {"String": "Ġ"}, "content": ""}
-    elif kind == 3:  # characters that the vocabulary lacks are dropped without a word
+    elif kind == 3:  # characters that the vocabulary lacks are dropped silently
         for token in shop.rng.choice(["Ġ", "Ċ", "123", "eW"]):
             written["model"]["vocab"].pop(token)
     else:  # or become the unknown token
@@ -97,7 +97,7 @@ def _chat_template_without_the_message(shop: Workshop) -> Case:
 
 
 def _past_the_embeddings(shop: Workshop, template: str = CHATML) -> tuple[str, str]:
-    """Overrides for a tokenizer with more ids than the models have rows."""
+    """Return overrides for a tokenizer with more ids than embeddings."""
     folder = shop.folder / "tokenizer"
     tiny_tokenizer(chat_template=template, extra=PAST).save_pretrained(folder)
     return f"policy.tokenizer.name={folder}", f"teacher.tokenizer.name={folder}"
@@ -137,7 +137,7 @@ def _context_with_an_id_past_the_embeddings(shop: Workshop) -> Case:
 
 @way
 def _stop_ids_of_config_json(shop: Workshop) -> Case:
-    """config.json's are read where there is no generation_config.json."""
+    """The stop ids of config.json are read if generation_config.json is missing."""
     model = shop.model()
     (model / "generation_config.json").unlink()
     config = json.loads((model / "config.json").read_text())

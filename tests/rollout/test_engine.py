@@ -103,7 +103,7 @@ LAST = "model.norm.weight"
     [
         (lambda weights: [pair for pair in weights if pair[0] != LAST], LAST, "1 tensors"),
         (lambda weights: [*weights, weights[0]], "model.embed_tokens.weight", "twice"),
-        (lambda weights: [*weights, ("lm_head.bias", weights[0][1])], "lm_head.bias", "does not have"),
+        (lambda weights: [*weights, ("lm_head.bias", weights[0][1])], "lm_head.bias", "engine"),
         (lambda weights: [(weights[0][0], weights[0][1][:-1])], "model.embed_tokens.weight", "(383, 64)"),
     ],
     ids=["missing", "duplicate", "unknown", "shape"],

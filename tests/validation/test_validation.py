@@ -1,11 +1,12 @@
-"""Validation: which problems, who judges, what the numbers mean, and which checkpoints the numbers keep."""
+"""Validation: problems, graders, metrics, the comparison with the teacher, and what is written."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import fields, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from distill.batching.plan import PackingConfig
 from distill.config import DatasetConfig, LoggerConfig
 from distill.data.grading import Grader
-from distill.data.teacher_prefix import PrefixStats
+from distill.data.teacher_prefix import Prefix, PrefixStats
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.sinks import open_recorder, summary, validation_line
@@ -29,15 +30,16 @@ from distill.model.student import Student
 from distill.model.teacher import ShardedTeacher
 from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
+from distill.supervise.stop import StopRequested
 from distill.types import Problem, Prompt, Rollout, Sampling
-from distill.validation import HeldOut, Validation, load_held_out
-from distill.validation.scores import Sample, by_source, jsonl_line, scores, shown, source_names
+from distill.validation import HeldOut, Validation, load_held_out, validation_config
+from distill.validation.scores import Sample, by_source, format_sample, jsonl_line, scores, source_names
 from distill.validation.token_kl import token_kls
 from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
-# ---- judges ----------------------------------------------------------------------------------------------------------
+# ---- graders ---------------------------------------------------------------------------------------------------------
 
 VERDICTS = [
     ("math", r"so it is \boxed{\frac{1}{2}}", "0.5", "right"),
@@ -65,19 +67,19 @@ VERDICTS = [
 ]
 
 
-def test_an_answer_is_judged_as_its_dataset_says() -> None:
-    with Grader() as judge:
-        found = [(*asked, judge(*asked)) for *asked, _ in VERDICTS]
+def test_a_response_is_graded_by_the_grader_of_its_dataset() -> None:
+    with Grader() as grade:
+        found = [(*case, grade(*case)) for *case, _ in VERDICTS]
     assert found == VERDICTS
 
 
-def test_a_judge_that_hangs_fails_that_answer_and_goes_on_with_the_next() -> None:
-    with Grader(seconds=2.0) as judge:
-        assert judge("regex", "a" * 40 + "!", "^(a+)+$") == "failed"
-        assert judge("regex", "aaa", "^(a+)+$") == "right"
+def test_a_grader_that_hangs_fails_one_response_and_grades_the_next() -> None:
+    with Grader(seconds=2.0) as grade:
+        assert grade("regex", "a" * 40 + "!", "^(a+)+$") == "failed"
+        assert grade("regex", "aaa", "^(a+)+$") == "right"
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- metrics --------------------------------------------------------------------------------------------------------
 
 
 def sample(
@@ -87,7 +89,7 @@ def sample(
     return Sample(Rollout(prompt, 0, (1,) * tokens, (-1.0,) * tokens, finish, 0), source, verdict, **more)
 
 
-def test_the_numbers_of_six_answers_to_three_problems_worked_by_hand() -> None:
+def test_metrics_of_six_responses_to_three_problems_equal_a_hand_calculation() -> None:
     samples = [
         sample("a", "right", 2, forward_kl_R=torch.tensor([1.0, 2.0]), reverse_kl_R=torch.tensor([0.5, 1.5])),
         sample("a", "wrong", 1, "length", forward_kl_R=torch.tensor([6.0]), reverse_kl_R=torch.tensor([4.0])),
@@ -98,48 +100,48 @@ def test_the_numbers_of_six_answers_to_three_problems_worked_by_hand() -> None:
     ]
     assert scores(samples) == {
         "accuracy": 0.5,  # 3 of 6; by problem 1/2, 1 and 0
-        "accuracy_stderr": pytest.approx(0.2886751),  # their deviation, 0.5, over the root of 3
+        "accuracy_stderr": pytest.approx(0.2886751),  # standard deviation of these, 0.5, over sqrt(3)
         "judge_failures": 1.0,
         "avg_length": 4.0,  # 24 / 6
         "truncation_rate": 0.5,
         "num_answers": 6.0,
         "num_problems": 3.0,
         "num_compared": 2.0,
-        "forward_kl": 3.0,  # (1 + 2 + 6) / 3 tokens; the mean of the answers' means would be 3.75
+        "forward_kl": 3.0,  # (1 + 2 + 6) / 3 tokens; the mean of the responses' means would be 3.75
         "reverse_kl": 2.0,
     }
 
 
-def test_repeats_of_a_problem_are_answers_to_one_problem() -> None:
-    """Four prompts, two problems: by problem 1 and 0, deviation 0.7071 over the root of 2. By prompts: 0.2887."""
+def test_repeats_of_a_problem_count_as_one_problem() -> None:
+    """Four prompts, two problems: means 1 and 0, standard deviation 0.7071 over sqrt(2). By prompts: 0.2887."""
     samples = [sample(p, v, prompt_id=i) for i, (p, v) in enumerate(zip("abab", ["right", "wrong"] * 2, strict=True))]
     assert scores(samples)["accuracy_stderr"] == pytest.approx(0.5)
     assert scores(samples)["num_problems"] == 2
 
 
-def test_problems_with_unequal_numbers_of_answers_weigh_by_their_answers() -> None:
+def test_problems_are_weighted_by_their_number_of_responses() -> None:
     """1 of 1 and 1 of 3: sqrt(2 / 1 * ((1 - 0.5)^2 + (1 - 1.5)^2)) / 4."""
     samples = [sample("a", "right"), sample("b", "right"), sample("b", "wrong"), sample("b", "wrong")]
     assert scores(samples)["accuracy"] == 0.5 and scores(samples)["accuracy_stderr"] == pytest.approx(0.25)
 
 
-def test_what_was_not_judged_or_compared_has_no_number() -> None:
-    unjudged = sample("b", None)
+def test_metrics_that_were_not_measured_are_missing() -> None:
+    ungraded = sample("b", None)
     names = {"avg_length", "truncation_rate", "num_answers", "num_problems", "num_compared"}
-    assert scores([unjudged]).keys() == names
-    both = scores([sample("a", "right"), unjudged])
-    assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem tells nothing of others"
+    assert scores([ungraded]).keys() == names
+    both = scores([sample("a", "right"), ungraded])
+    assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem has no standard error"
     assert scores([]) == {}
 
 
-def test_each_dataset_has_its_own_numbers_beside_those_of_all() -> None:
+def test_each_dataset_has_its_own_metrics() -> None:
     values = by_source([sample("a", "right", 2), sample("a", "wrong", 4, source="other"), sample("b", "wrong", 9)])
     assert values["validation/accuracy"] == pytest.approx(1 / 3) and values["validation/avg_length"] == 5.0
     assert values["validation/set/accuracy"] == 0.5 and values["validation/set/avg_length"] == 5.5
     assert values["validation/other/accuracy"] == 0.0 and values["validation/other/num_answers"] == 1.0
 
 
-def test_datasets_are_named_shortly_unless_two_would_have_one_name() -> None:
+def test_datasets_have_short_unique_names() -> None:
     different = ("HuggingFaceH4/aime_2024", "prompts/gsm.jsonl", "x/Qwen2.5")
     assert source_names([(source, "", "") for source in different]) == ["aime_2024", "gsm", "Qwen2.5"]
     assert source_names([("a/test.jsonl", "", ""), ("b/test.jsonl", "", "")]) == ["a.test.jsonl", "b.test.jsonl"]
@@ -149,11 +151,11 @@ def test_datasets_are_named_shortly_unless_two_would_have_one_name() -> None:
     assert source_names([("a.jsonl", "", "")] * 2) == ["a.jsonl.0", "a.jsonl.1"]
 
 
-def test_one_problem_in_two_datasets_is_a_problem_of_each() -> None:
+def test_a_problem_in_two_datasets_counts_twice() -> None:
     assert by_source([sample("a", "right"), sample("a", "wrong", source="other")])["validation/num_problems"] == 2
 
 
-def test_a_line_of_the_samples_file_tells_all_of_an_answer() -> None:
+def test_a_line_of_the_samples_file_holds_all_fields_of_a_response() -> None:
     tokenizer = tiny_tokenizer()
     ids = (*tokenizer("4<think>")["input_ids"], 258)
     prompt = Prompt(3, tuple(tokenizer("2+2?")["input_ids"]), Problem("2+2?", "4", "x.jsonl"))
@@ -173,11 +175,11 @@ def test_a_line_of_the_samples_file_tells_all_of_an_answer() -> None:
         "forward_kl": [0.25, 0.0, 1.0],
         "reverse_kl": [0.5, 0.0, 2.0],
     }
-    assert shown(found, tokenizer.decode) == "problem: 2+2?\nanswer: 4<think>\nright (gold: 4)"
+    assert format_sample(found, tokenizer.decode) == "problem: 2+2?\nresponse: 4<think>\nright (gold: 4)"
     cut = Sample(replace(answer, finish="length"), "x", read_ids=(*prompt.student_ids, 258))
     row = json.loads(jsonl_line(cut, tokenizer.decode))
     assert (row["prompt"], row["answer"], row["forward_kl"]) == ("2+2?<|im_end|>", "4<think><|im_end|>", None)
-    assert "[cut short]\nnot judged" in shown(cut, tokenizer.decode)
+    assert "[truncated]\nnot graded" in format_sample(cut, tokenizer.decode)
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------
@@ -192,7 +194,7 @@ def held_out(datasets: Sequence[DatasetConfig], at_most: int | None = None) -> A
     return load_held_out(datasets, tiny_tokenizer(chat_template=None), 20, None, at_most)
 
 
-def test_exactly_as_many_problems_as_asked_for_are_taken_in_turn_from_each_dataset(tmp_path: Path) -> None:
+def test_problems_up_to_the_limit_are_taken_in_turn_from_each_dataset(tmp_path: Path) -> None:
     sets = [
         dataset(tmp_path / "a.jsonl", ["a0", "too long a problem, this one", "a1", "a2", "a3"]),
         dataset(tmp_path / "b.jsonl", ["b0", "b1"], env_name=None),
@@ -200,18 +202,18 @@ def test_exactly_as_many_problems_as_asked_for_are_taken_in_turn_from_each_datas
     five = held_out(sets, 5)
     assert [prompt.problem.text for prompt in five.prompts] == ["a0", "b0", "a1", "b1", "a2"]
     assert [prompt.prompt_id for prompt in five.prompts] == [0, 5, 2, 6, 3]
-    assert [five.judge(prompt) for prompt in five.prompts] == ["math", None, "math", None, "math"]
+    assert [five.grader(prompt) for prompt in five.prompts] == ["math", None, "math", None, "math"]
     assert [five.name(prompt) for prompt in five.prompts] == ["a", "b", "a", "b", "a"]
     assert [len(held_out(sets, n).prompts) for n in (1, 6, 7, None)] == [1, 6, 6, 6]
 
 
-def test_a_problem_without_a_gold_answer_is_not_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_problem_without_a_gold_answer_is_not_graded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entry = dataset(tmp_path / "a.jsonl", ["a0"], answer="")
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{"input": "a1", "output": "5"}\n')
     found = held_out([entry])
-    assert [found.judge(prompt) for prompt in found.prompts] == [None, "math"]
-    assert caplog.messages == ["data.validation: 1 of 2 problems have no gold answer and are not judged"]
+    assert [found.grader(prompt) for prompt in found.prompts] == [None, "math"]
+    assert [message.partition(" problems")[0] for message in caplog.messages] == ["data.validation: 1 of 2"]
 
 
 def test_two_entries_of_one_file_are_two_datasets(tmp_path: Path) -> None:
@@ -221,8 +223,8 @@ def test_two_entries_of_one_file_are_two_datasets(tmp_path: Path) -> None:
     assert [found.name(prompt) for prompt in found.prompts] == ["a.train_1_", "a", "a", "a"]
 
 
-def test_held_out_problems_may_lack_the_column_of_the_traces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In lines or in a table; a null is a trace that is missing, as in training."""
+def test_held_out_problems_without_the_trace_column_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Both in JSONL and Parquet; a null is a missing trace, as in training."""
     rows = [{"input": "a0", "output": "5", "solution": "s"}, {"input": "a1", "output": "5", "solution": None}]
     lines = [*rows, {"input": "a2", "output": "5"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
@@ -231,32 +233,34 @@ def test_held_out_problems_may_lack_the_column_of_the_traces(tmp_path: Path, cap
     found = load_held_out(entries, tiny_tokenizer(chat_template=None), 20, None, None, "solution")
     columns = {prompt.problem.text: dict(prompt.problem.columns) for prompt in found.prompts}
     assert columns == {"a0": {"solution": "s"}, "a1": {"solution": ""}, "a2": {}, "b0": {}}
-    assert [message.partition(",")[0] for message in caplog.messages] == [
-        "data.validation[0]: 1 of 3 problems have no solution",
-        "data.validation[1]: 1 of 1 problems have no solution",
+    assert [message.partition(" problems")[0] for message in caplog.messages] == [
+        "data.validation[0]: 1 of 3",
+        "data.validation[1]: 1 of 1",
     ]
+    assert all("solution" in message for message in caplog.messages)
 
 
-def test_what_cannot_be_validated_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.validation: .*a\.jsonl is empty"):
+def test_unusable_validation_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl is empty"):
         held_out([dataset(tmp_path / "a.jsonl", [])])
-    with pytest.raises(UserError, match=r"env_name=math has no gold answer .* in data\.validation\.output_key, or set"):
+    with pytest.raises(UserError, match=r"data\.validation\.output_key") as caught:
         held_out([dataset(tmp_path / "a.jsonl", ["a"], answer="")])
-    with pytest.raises(UserError) as caught:
+    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "math")
+    with pytest.raises(UserError, match=r"regex") as caught:
         held_out(
             [dataset(tmp_path / "a.jsonl", ["a"]), dataset(tmp_path / "b.jsonl", ["b"], answer="(", env_name="regex")]
         )
-    assert (caught.value.key, caught.value.value) == ("data.validation[1].env_name", "(")
+    assert caught.value.key == "data.validation[1].env_name"
 
 
-def test_a_missing_math_verify_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_math_verify_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.data.grading.find_spec", lambda name: None)
     with pytest.raises(UserError, match="math-verify") as caught:
         held_out([dataset(tmp_path / "a.jsonl", ["a"])])
     assert caught.value.key == "data.validation.env_name"
 
 
-def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> None:
+def test_validation_samples_with_its_own_settings_and_seeds(tmp_path: Path) -> None:
     own = ["val_temperature=0.5", "val_top_p=0.9", "val_top_k=7"]
     config = config_for(
         tmp_path / "a",
@@ -271,19 +275,45 @@ def test_validation_samples_by_its_own_settings_and_seeds(tmp_path: Path) -> Non
     assert stream_seed(42, "validation") == sampling.seed != stream_seed(43, "validation")
 
 
-# ---- when, and with what in view -------------------------------------------------------------------------------------
+# ---- schedule and context --------------------------------------------------------------------------------------------
+
+
+class NeverStops:
+    """A StopCheck without requests."""
+
+    def has_signal(self) -> bool:
+        return False
+
+    def raise_if_requested(self, step: int, check_time: bool = True) -> None:
+        pass
+
+
+class OneRank:
+    """The world of a single rank."""
+
+    device, is_main, size = None, False, 1
+
+    def all_or_none(self, action: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
 
 
 def validation(tmp_path: Path, *overrides: str, **parts: Any) -> Validation:
-    """Validation of two problems by parts that do nothing."""
+    """A validation of two problems on one rank, for a run of five steps; ``parts`` replace its parts."""
     prompts = tuple(Prompt(i, (5,), Problem(f"p{i}", "5", "set")) for i in range(2))
     config = config_for(tmp_path / "model", tmp_path / "model", "distillation.allow_degenerate=true", *overrides)
-    anything = MagicMock()
-    anything.device = None
-    anything.agreed.side_effect = lambda doing: nullcontext()
-    names = [field.name for field in fields(Validation) if field.name not in ("measured_at", "reference")]
-    whole: dict[str, Any] = {**dict.fromkeys(names, anything), "config": config, "held_out": HeldOut(prompts)}
-    return Validation(**{**whole, "last_step": 5, **parts})
+    unused = ("decode", "teacher_prefixes", "engine", "sampling", "recorder", "checkpoints", "compare")
+    given: dict[str, Any] = {
+        **dict.fromkeys(unused),
+        "config": validation_config(config, 0, 5),
+        "world": OneRank(),
+        "held_out": HeldOut(prompts),
+        "run_dir": tmp_path,
+        "stop": NeverStops(),
+    }
+    return Validation(**{**given, **parts})
 
 
 @pytest.mark.parametrize(
@@ -297,79 +327,115 @@ def validation(tmp_path: Path, *overrides: str, **parts: Any) -> Validation:
         (("val_period=0",), -1, []),
     ],
 )
-def test_validation_is_due_when_the_recipe_says_so_and_not_twice(tmp_path, settings, measured_at, steps) -> None:
+def test_validation_is_due_as_configured_and_never_twice(tmp_path, settings, measured_at, steps) -> None:
     found = validation(tmp_path, *(f"distillation.{key}" for key in settings), measured_at=measured_at)
     assert [step for step in range(6) if found.due(step)] == steps
 
 
 class Engine:
-    """Answers every prompt with one token, and notes what it was asked."""
+    """Generates responses of one token and records the prompts."""
 
-    replica, replicas, window = 0, 1, 100
+    window = 100
 
-    def __init__(self, answers: int = 1) -> None:
-        self._answers = answers
-        self.asked: list[tuple[list[tuple[int, ...]], Sampling]] = []
+    def __init__(self, responses: int = 1) -> None:
+        self._responses = responses
+        self.calls: list[tuple[list[tuple[int, ...]], Sampling]] = []
+        self.is_asleep = False
+
+    def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        return prompts
+
+    def sleep(self) -> None:
+        self.is_asleep = True
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Callable[[], bool]
     ) -> list[Rollout]:
-        self.asked.append(([prompt.student_ids for prompt in prompts], sampling))
-        return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._answers)]
+        self.calls.append(([prompt.student_ids for prompt in prompts], sampling))
+        return [Rollout(p, i, (1,), (-1.0,), "stop", step) for p in prompts for i in range(self._responses)]
 
 
-class Contexts:
-    """Contexts of 0 tokens (a missing trace) or more, by the prompt's id."""
+class Stops(NeverStops):
+    """A StopCheck whose second check finds a signal, received during the generation."""
+
+    def __init__(self) -> None:
+        self.time_checks: list[bool] = []
+
+    def raise_if_requested(self, step: int, check_time: bool = True) -> None:
+        self.time_checks.append(check_time)
+        if len(self.time_checks) == 2:
+            raise StopRequested(step, "SIGTERM")
+
+
+@pytest.mark.parametrize(("step", "time_counts"), [(2, True), (5, False)])
+def test_a_signal_during_held_out_generation_stops_the_run_with_the_engine_asleep(tmp_path, step, time_counts) -> None:
+    keys = [f"distillation.{key}" for key in ("val_period=2", "val_at_end=true")]
+    found = validation(tmp_path, *keys, engine=(engine := Engine()), stop=(stop := Stops()))
+    assert found.generate(1) is None and not stop.time_checks, "not due: nothing is checked"
+    with pytest.raises(StopRequested) as caught:
+        found.generate(step)
+    assert caught.value.step == step and engine.is_asleep
+    assert stop.time_checks == [time_counts] * 2
+
+
+class Prefixes:
+    """Teacher prefixes of 0 tokens (a missing trace) or more, by prompt id."""
 
     def __init__(self, *lengths: int) -> None:
         self._lengths = lengths
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        views = [replace(r, teacher_prefix_ids=(9,) * self._lengths[r.prompt.prompt_id]) for r in rollouts]
-        kept = [view for view in views if view.teacher_prefix_ids]
-        return kept, PrefixStats({}, {"context_distillation_dropped_missing_trace": float(len(views) - len(kept))})
+        prefixed = [replace(r, teacher_prefix_ids=(9,) * self._lengths[r.prompt.prompt_id]) for r in rollouts]
+        return [r for r in prefixed if r.teacher_prefix_ids], PrefixStats()
+
+    def prefix_of(self, prompt: Prompt) -> Prefix | str:
+        length = self._lengths[prompt.prompt_id]
+        return Prefix((9,) * length, False) if length else "missing_trace"
 
 
-def test_the_untrained_student_answers_with_the_context_in_view_where_it_is_known_and_fits(tmp_path) -> None:
+def test_the_first_validation_also_generates_with_a_known_context_that_fits(tmp_path) -> None:
     context = "distillation.context_distillation"
     keys = [f"{context}.enabled=true", "distillation.val_at_start=true", "distillation.val_period=2"]
     plain = Sampling(1.0, 8, (), seed=7, max_total_length=256)
-    parts = {"views": Contexts(3, 93), "sampling": plain}
+    parts = {"teacher_prefixes": Prefixes(3, 93), "sampling": plain}
     known = [*keys, context + ".teacher_prefix_template='Hint: {problem}'"]
-    asked = validation(tmp_path, *known, **parts, engine=(engine := Engine()))
-    answers = asked.answers(0)
-    assert answers is not None and answers.in_context is not None
-    assert [r.teacher_prefix_ids for r in answers.in_context.mine] == [(9, 9, 9)]
-    assert answers.in_context.left_out == {1: "no room"}, "93 of 100 tokens leave 7, and the plain prompt has 8"
-    (first, sampling), (second, other) = engine.asked
+    found = validation(tmp_path, *known, **parts, engine=(engine := Engine()))
+    generated = found.generate(0)
+    assert generated is not None and generated.in_context is not None
+    assert [r.teacher_prefix_ids for r in generated.in_context.rollouts] == [(9, 9, 9)]
+    assert generated.in_context.skipped == {1: "no room"}, (
+        "93 of 100 tokens leave 7 for the response, the plain prompt leaves 8"
+    )
+    (first, sampling), (second, other) = engine.calls
     assert (first, second) == ([(5,), (5,)], [(9, 9, 9)])
     assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
-    later = asked.answers(2)
-    assert later is not None and later.in_context is None, "by now the student is another"
+    later = found.generate(2)
+    assert later is not None and later.in_context is None, "the student has changed"
     another = f"teacher.model_name={tmp_path}/other"
     for settings in (keys, [*known, another, f"{context}.enabled=false"], [*known, another, f"{context}.mode=frozen"]):
-        at_start = validation(tmp_path, *settings, **parts, engine=Engine()).answers(0)
+        at_start = validation(tmp_path, *settings, **parts, engine=Engine()).generate(0)
         assert at_start is not None and at_start.in_context is None
 
 
-def reported(tmp_path: Path, contexts: Contexts, prompts: Sequence[Prompt], *overrides: str, answers: int = 1) -> Any:
-    """The numbers and the texts of a validation at the start, on one rank, its student agreeing with its teacher."""
-    world, recorder = MagicMock(), MagicMock()
-    world.device, world.is_main, world.size = None, False, 1
-    world.agreed.side_effect = lambda doing: nullcontext()
-    world.gather.side_effect = lambda value: [value]
+def reported(tmp_path: Path, prefixes: Prefixes, prompts: Sequence[Prompt], *overrides: str, responses: int = 1) -> Any:
+    """Metrics and texts of a first validation on one rank, with KL 0."""
+    recorder = MagicMock()
     keys = ["distillation.val_at_start=true", "distillation.context_distillation.enabled=true"]
     keys += ["distillation.context_distillation.teacher_prefix_template='Hint: {problem}'"]
     names = {p.prompt_id: p.problem.source for p in prompts}
-    parts = {"engine": Engine(answers), "views": contexts, "sampling": Sampling(1.0, 8, ()), "world": world}
-    found = validation(tmp_path, *keys, *overrides, **parts, recorder=recorder, decode=lambda ids: f"{len(ids)}")
-    found.held_out = HeldOut(tuple(prompts), dict.fromkeys(names, "exact"), names)
-    found.run_dir = tmp_path
-    found._compared = lambda samples, step: [  # type: ignore[method-assign]
-        replace(s, forward_kl_R=torch.zeros(1), reverse_kl_R=torch.zeros(1)) if s.rollout.teacher_prefix_ids else s
-        for s in samples
-    ]
-    found.report(found.answers(0))
+    found = validation(
+        tmp_path,
+        *(*keys, *overrides),
+        engine=Engine(responses),
+        teacher_prefixes=prefixes,
+        sampling=Sampling(1.0, 8, ()),
+        recorder=recorder,
+        checkpoints=MagicMock(),
+        decode=lambda ids: f"{len(ids)}",
+        held_out=HeldOut(tuple(prompts), dict.fromkeys(names, "exact"), names),
+        compare=lambda rollouts, step: [(torch.zeros(1), torch.zeros(1))] * len(rollouts),
+    )
+    found.report(found.generate(0))
     return recorder.record.call_args.args[1], recorder.show.call_args.args[1]
 
 
@@ -377,38 +443,43 @@ def problems_of(sources: str, **columns: str) -> list[Prompt]:
     return [Prompt(i, (5,), Problem(f"p{i}", "0", source, columns)) for i, source in enumerate(sources)]
 
 
-def test_the_accuracy_in_context_says_of_how_many_problems_it_is_and_why(tmp_path: Path, caplog: Any) -> None:
-    values, _ = reported(tmp_path, Contexts(3, 0, 93, 4), problems_of("aabb"))
+def test_problems_left_out_of_the_accuracy_in_context_are_counted_and_logged_with_reasons(
+    tmp_path: Path, caplog: Any
+) -> None:
+    values, _ = reported(tmp_path, Prefixes(3, 0, 93, 4), problems_of("aabb"))
     assert values["validation/num_problems"] == 4 and values["validation/in_context_num_problems"] == 2
     assert (values["validation/a/in_context_num_problems"], values["validation/b/in_context_num_problems"]) == (1, 1)
     assert values["validation/b/in_context_accuracy"] == 1.0 and "validation/in_context_accuracy_stderr" in values
     assert (values["validation/num_compared"], values["validation/a/num_compared"]) == (3, 1)
     in_context, compared = caplog.messages
-    assert in_context.startswith("2 of 4 held-out problems") and "1 have no trace, and the context of 1 " in in_context
-    assert compared.startswith("1 of 4 held-out answers are not compared")
+    assert in_context.startswith("2 of 4") and re.findall(r"(\d) have no trace|of (\d) leaves", in_context) == [
+        ("1", ""),
+        ("", "1"),
+    ]
+    assert "1 of 4" in compared and "KL" in compared
 
 
-def test_where_no_context_fits_the_number_of_problems_in_context_is_zero(tmp_path: Path) -> None:
-    values, _ = reported(tmp_path, Contexts(93, 94), problems_of("aa"))
+def test_num_problems_in_context_is_zero_if_no_context_fits(tmp_path: Path) -> None:
+    values, _ = reported(tmp_path, Prefixes(93, 94), problems_of("aa"))
     assert values["validation/in_context_num_problems"] == 0 and "validation/in_context_accuracy" not in values
 
 
-def test_a_problem_without_the_column_of_the_traces_is_answered_but_not_compared(tmp_path: Path) -> None:
+def test_a_problem_without_the_trace_column_is_graded_but_not_compared(tmp_path: Path) -> None:
     context = "distillation.context_distillation"
     static = [f"{context}.trace_source=static_dataset", f"{context}.static_trace.answer_column=solution"]
     with_it, without = problems_of("a", solution="s"), problems_of("ab")[1:]
-    values, _ = reported(tmp_path, Contexts(3, 3), [*with_it, *without], *static)
+    values, _ = reported(tmp_path, Prefixes(3, 3), [*with_it, *without], *static)
     assert (values["validation/accuracy"], values["validation/num_compared"]) == (1.0, 1)
     assert "validation/b/forward_kl" not in values and values["validation/in_context_num_problems"] == 1
 
 
-def test_the_texts_shown_are_of_different_problems(tmp_path: Path) -> None:
+def test_logged_samples_are_of_different_problems(tmp_path: Path) -> None:
     keys = ["logger.num_val_samples_to_print=2"]
-    _, texts = reported(tmp_path, Contexts(3, 3, 3), problems_of("aaa"), *keys, answers=2)
+    _, texts = reported(tmp_path, Prefixes(3, 3, 3), problems_of("aaa"), *keys, responses=2)
     assert [text.partition("\n")[0] for text in texts] == ["problem: p0", "problem: p1"]
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
+# ---- console and files -----------------------------------------------------------------------------------------------
 
 VALUES = {
     "validation/accuracy": 0.125,
@@ -422,9 +493,7 @@ VALUES = {
 }
 
 
-def test_a_validation_has_its_own_line_and_its_texts_on_console_and_tensorboard(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_validation_is_logged_to_console_and_tensorboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     recorder = open_recorder(LoggerConfig(wandb_enabled=False), tmp_path, main=True, total_steps=4)
     recorder.record(0, VALUES)
@@ -441,7 +510,7 @@ def test_a_validation_has_its_own_line_and_its_texts_on_console_and_tensorboard(
     assert [event.step for event in events.Scalars("validation/accuracy")] == [0]
 
 
-def test_the_table_at_the_end_counts_steps_and_shows_what_validation_saw(tmp_path: Path) -> None:
+def test_the_final_summary_counts_steps_and_shows_validation(tmp_path: Path) -> None:
     rows = [
         {"step": 0, **VALUES},
         {"step": 1, "train/loss": 2.0, "timing/train/validation": 3.0, "timing/train/checkpointing": 0.0},
@@ -452,18 +521,18 @@ def test_the_table_at_the_end_counts_steps_and_shows_what_validation_saw(tmp_pat
     assert ["steps", "2"] in lines
     assert ["validation", "accuracy", "12.5%", "->", "37.5%"] in lines and ["in", "context", "50.0%"] in lines
     assert ["validation", "forward", "KL", "0.2500", "->", "0.2500"] in lines
-    assert ["validation", "3.00"] in lines, "the median of the steps that validate"
+    assert ["validation", "3.00"] in lines, "the median over the steps with validation"
     assert "checkpointing" not in [line[0] for line in lines]
 
 
-# ---- the comparison --------------------------------------------------------------------------------------------------
+# ---- comparison with the teacher -------------------------------------------------------------------------------------
 
 LAYOUTS = {"fsdp": (1, 1), "tp": (2, 1), "cp": (1, 2)}
-PACKED = PackingConfig(4, sequences=None, tokens=120, expected=64)  # more than a validation has
+PACKED = PackingConfig(4, sequences=None, tokens=120, expected=64)  # more rollouts than a validation has
 
 
 def _kls(root: Path) -> dict[str, Any]:
-    """Every layout's KLs on this rank."""
+    """Return this rank's KLs in every layout."""
     world = World()
     found: dict[str, Any] = {}
     for name, (tp, cp) in LAYOUTS.items():
@@ -478,7 +547,7 @@ def _kls(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_token_is_compared_once_in_any_layout_as_plain_models_compare_it(tmp_path: Path) -> None:
+def test_token_kls_equal_those_of_plain_models_in_any_layout(tmp_path: Path) -> None:
     for seed, name in ((1, "student"), (2, "teacher")):
         save_tiny_model(tmp_path / name, "qwen3", True, seed=seed)
     student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher"))

@@ -1,0 +1,67 @@
+"""Stop requests: all ranks agree whether the run ends early, and after which step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+from distill.supervise.signals import Deadline
+
+
+class StopRequested(Exception):
+    """Raised by all ranks together to leave the loop after ``step`` finished steps; the run saves and exits with 0."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"stop after step {step}: {reason}")
+        self.step = step
+        self.reason = reason
+
+
+class StopRequest(NamedTuple):
+    """One rank's request to stop."""
+
+    signal: int = 0
+    """Number of the received signal; 0 without one."""
+    out_of_time: bool = False
+    """Whether another step would exceed the time limit."""
+
+
+class StopCheck:
+    """Collects the stop requests of all ranks.
+
+    ``received_signal`` returns the number of this rank's signal or 0. ``gather`` returns the requests of all ranks and
+    is collective. ``time_limit`` is the setting behind ``deadline``, as ``key=value``, for the reason of the stop.
+    """
+
+    def __init__(
+        self,
+        received_signal: Callable[[], int],
+        gather: Callable[[StopRequest], list[StopRequest]],
+        deadline: Deadline,
+        time_limit: str,
+    ) -> None:
+        self._received_signal = received_signal
+        self._gather = gather
+        self._deadline = deadline
+        self._time_limit = time_limit
+
+    def has_signal(self) -> bool:
+        """Return whether this rank received a stop signal; not collective."""
+        return self._received_signal() != 0
+
+    def record_duration(self, step_s: float, save_s: float) -> None:
+        """Record the seconds of a step without its save, and of its save (0 if none has finished yet)."""
+        self._deadline.record(step_s, save_s)
+
+    def raise_if_requested(self, step: int, check_time: bool = True) -> None:
+        """Raise StopRequested on all ranks if any rank has a request; collective.
+
+        A signal takes precedence over the time limit, which counts only with ``check_time``.
+        """
+        own = StopRequest(self._received_signal(), check_time and self._deadline.is_near())
+        requests = self._gather(own)
+        if number := max(request.signal for request in requests):
+            raise StopRequested(step, signal.Signals(number).name)
+        if any(request.out_of_time for request in requests):
+            raise StopRequested(step, self._time_limit)
