@@ -1,18 +1,18 @@
-"""How evenly the plan deals answers to ranks, beside simpler ways, and how long it takes; no model is needed.
+"""Measure how evenly the plan balances responses over ranks, and how long planning takes; needs no model.
 
     python -m scripts.bench_packing [--seeds 5]
 
-Lengths are drawn log-normal (median 2,048, sigma 1) up to a cap, costs are Qwen3-4B's. Ranks of a context-parallel
-group share a micro-batch and are dealt to as one. Per case, means over the seeds, the worst seed in brackets:
+Lengths are log-normal (median 2,048, sigma 1) up to a cap, costs are Qwen3-4B's. Ranks of a context-parallel group
+share a micro-batch and count as one. Each case reports means over the seeds, with the worst seed in brackets:
 
-- rows: micro-batches a rank, and the fewest that can hold the tokens within the budget.
-- real: tokens that are neither a dummy's nor fill a micro-batch up to a multiple of the context-parallel size.
-- lockstep: work of all ranks over ranks times the sum of each row's dearest micro-batch. ``possible`` is what no deal
-  can exceed: ranks wait for the longest answer, and beside it the budget lets them do only so much. ``by tokens`` is
-  the same algorithm with tokens for costs; ``in order`` deals round robin and fills micro-batches as answers come.
-- seconds: the deal alone, and ``plan`` with the tensors of one rank; the first seed's.
+- rounds: micro-batches per rank, and the smallest number that can hold the tokens within the budget.
+- real: fraction of tokens that are neither a dummy's nor padding to a multiple of the context-parallel size.
+- lockstep: work of all ranks over ranks times the sum of each round's slowest micro-batch. ``possible`` is an upper
+  bound: ranks wait for the longest response, and the budget limits the work they do meanwhile. ``by tokens`` is the
+  same algorithm with tokens as costs; ``in order`` assigns round robin and fills micro-batches in that order.
+- seconds: balancing alone, and ``plan`` with the tensors of one rank; the first seed's.
 
-The exit code is 1 where fewer than 98% are real, or lockstep is below both 95% and 99% of what is possible.
+The exit code is 1 if fewer than 98% of tokens are real, or lockstep is below both 95% and 99% of the upper bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.batching.balance import deal, fewest_rows, quadratic_cost
+from distill.batching.balance import balance, fewest_rounds, quadratic_cost
 from distill.batching.plan import PackingConfig, plan
 from distill.types import Layout, Problem, Prompt, Rollout
 
@@ -36,37 +36,38 @@ QWEN3_4B = dict(hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, inte
 QUADRATIC = quadratic_cost(**QWEN3_4B)
 REAL, LOCKSTEP = 0.98, 0.95
 NEAR = 0.99
-"""Of what is possible, where 95% is not, or hardly."""
+"""Required fraction of the upper bound if that is near or below 95%."""
 
-Rows = Sequence[Sequence[Sequence[int]]]
+Rounds = Sequence[Sequence[Sequence[int]]]
+"""Response ids by round, rank and micro-batch."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Answers to deal, and to whom."""
+    """Number and maximum length of responses, and the ranks to balance."""
 
-    answers: int
+    responses: int
     cap: int
-    """Tokens of the longest answer."""
+    """Tokens of the longest response."""
     ranks: int
     cp: int
     budget: int
-    """Tokens of a micro-batch."""
+    """Maximum tokens of a micro-batch."""
 
     @property
     def groups(self) -> int:
-        """Who gets a micro-batch of its own."""
+        """Return the number of context-parallel groups, each with its own micro-batches."""
         return self.ranks // self.cp
 
     @property
     def limits(self) -> PackingConfig:
-        """One optimizer batch of all answers."""
-        return PackingConfig(self.answers, None, self.budget, QUADRATIC)
+        """Return limits with one optimizer batch for all responses."""
+        return PackingConfig(self.responses, None, self.budget, QUADRATIC)
 
 
 CASES = [
-    Case(answers, cap, ranks, cp, times * cap)
-    for cap, answers, (ranks, cp), times in itertools.product(
+    Case(responses, cap, ranks, cp, times * cap)
+    for cap, responses, (ranks, cp), times in itertools.product(
         (8192, 20_480), (256, 512), ((8, 1), (32, 1), (32, 2)), (1, 2)
     )
 ]
@@ -74,9 +75,9 @@ CASES = [
 
 @dataclass(frozen=True)
 class Found:
-    """Figures of one case and seed."""
+    """Measurements of one case and seed."""
 
-    rows: int
+    rounds: int
     fewest: int
     real: float
     lockstep: float
@@ -86,53 +87,53 @@ class Found:
 
     @property
     def holds(self) -> bool:
-        """Whether both bounds do, the second as far as it is possible."""
+        """Return whether both bounds hold, the second one relative to the upper bound."""
         return self.real >= REAL and self.lockstep >= min(LOCKSTEP, NEAR * self.possible)
 
 
 def draw(case: Case, seed: int) -> dict[int, int]:
-    """Answer -> tokens."""
+    """Return random response lengths: response id -> tokens."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.empty(case.answers).log_normal_(math.log(MEDIAN), SIGMA, generator=generator)
+    lengths = torch.empty(case.responses).log_normal_(math.log(MEDIAN), SIGMA, generator=generator)
     return dict(enumerate(lengths.clamp(2, case.cap).int().tolist()))
 
 
 def cost_of(tokens: int) -> float:
-    """A sequence's, in tokens."""
+    """Return the cost of a sequence, in tokens."""
     return tokens + QUADRATIC * tokens * tokens
 
 
 def measure(case: Case, seed: int) -> Found:
-    """Deal the answers in all ways."""
+    """Balance one draw of responses with every method."""
     tokens = draw(case, seed)
     cost = {i: cost_of(n) for i, n in tokens.items()}
-    rows = deal(tokens, cost, case.groups, case.limits)
-    by_tokens = deal(tokens, {i: float(n) for i, n in tokens.items()}, case.groups, case.limits)
+    rounds = balance(tokens, cost, case.groups, case.limits)
+    by_tokens = balance(tokens, {i: float(n) for i, n in tokens.items()}, case.groups, case.limits)
     return Found(
-        rows=len(rows),
-        fewest=fewest_rows(tokens, case.groups, case.limits),
-        real=sum(tokens.values()) / computed(rows, tokens, case.cp),
-        lockstep=lockstep(rows, cost),
+        rounds=len(rounds),
+        fewest=fewest_rounds(tokens, case.groups, case.limits),
+        real=sum(tokens.values()) / computed(rounds, tokens, case.cp),
+        lockstep=lockstep(rounds, cost),
         possible=possible(tokens, cost, case.groups, case.budget),
         by_tokens=lockstep(by_tokens, cost),
-        in_order=lockstep(deal_in_order(tokens, case.groups, case.budget), cost),
+        in_order=lockstep(assign_in_order(tokens, case.groups, case.budget), cost),
     )
 
 
-def computed(rows: Rows, tokens: Mapping[int, int], cp: int) -> int:
-    """Tokens of all micro-batches: a dummy is one, and each is filled up to a multiple of ``cp``."""
-    read = [sum(tokens[i] for i in members) or 1 for row in rows for members in row]
+def computed(rounds: Rounds, tokens: Mapping[int, int], cp: int) -> int:
+    """Return the tokens of all micro-batches: one for a dummy, each padded to a multiple of ``cp``."""
+    read = [sum(tokens[i] for i in members) or 1 for by_rank in rounds for members in by_rank]
     return sum(-(-n // cp) * cp for n in read)
 
 
-def lockstep(rows: Rows, cost: Mapping[int, float]) -> float:
-    """Share of the ranks' time that is work, if all wait in each row for the dearest micro-batch."""
-    work = [[sum(cost[i] for i in members) for members in row] for row in rows]
-    return sum(map(sum, work)) / (len(rows[0]) * sum(map(max, work)))
+def lockstep(rounds: Rounds, cost: Mapping[int, float]) -> float:
+    """Return the fraction of the ranks' time that is work, if all wait for the slowest micro-batch of each round."""
+    work = [[sum(cost[i] for i in members) for members in by_rank] for by_rank in rounds]
+    return sum(map(sum, work)) / (len(rounds[0]) * sum(map(max, work)))
 
 
-def deal_in_order(tokens: Mapping[int, int], ranks: int, budget: int) -> Rows:
-    """Round robin; a rank's micro-batch ends where the next answer would exceed the budget."""
+def assign_in_order(tokens: Mapping[int, int], ranks: int, budget: int) -> Rounds:
+    """Assign round robin; a rank's micro-batch ends before the response that would exceed the budget."""
     parts: list[list[list[int]]] = [[] for _ in range(ranks)]
     for i in tokens:
         part = parts[i % ranks]
@@ -143,12 +144,12 @@ def deal_in_order(tokens: Mapping[int, int], ranks: int, budget: int) -> Rows:
 
 
 def possible(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, budget: int) -> float:
-    """No deal has a higher lockstep efficiency, in however many rows; cost must grow faster than tokens.
+    """Return an upper bound of lockstep efficiency for any number of rounds; cost must grow faster than tokens.
 
-    Rows by time, the longest first. The first j - 1 hold at most (j - 1) * ranks * budget tokens, so the j-th waits at
-    least for the longest answer that does not go into these if longer ones go first. The first j rows do no more work
-    than their ranks have time for, nor more than that of the longest answers that fill the budget. All other work takes
-    at least its share of a rank. The highest of these times over j is a lower bound.
+    Sort rounds by time, longest first. The first j - 1 hold at most (j - 1) * ranks * budget tokens, so round j waits
+    at least for the longest response beyond these. The first j rounds do at most the work that fits their time, and at
+    most that of the longest responses that fill their budget. The remaining work takes at least 1 / ranks of its cost.
+    The largest of these times over j is a lower bound of the total time.
     """
     longest_first = sorted(tokens, key=lambda i: -tokens[i])
     total = sum(cost.values())
@@ -183,47 +184,47 @@ def _most_work(
 
 
 def seconds(case: Case, seed: int) -> tuple[float, float]:
-    """Of the deal alone, and of ``plan`` with the tensors of one rank."""
+    """Return seconds of balancing alone, and of ``plan`` with the tensors of one rank."""
     tokens = draw(case, seed)
     rollouts = [
         Rollout(Prompt(i, (i,), Problem("")), 0, (7,) * (n - 1), (-1.0,) * (n - 1), "stop", 0)
         for i, n in tokens.items()
     ]
     start = time.perf_counter()
-    deal(tokens, {i: cost_of(n) for i, n in tokens.items()}, case.groups, case.limits)
-    dealt = time.perf_counter()
+    balance(tokens, {i: cost_of(n) for i, n in tokens.items()}, case.groups, case.limits)
+    balanced = time.perf_counter()
     plan(rollouts, Layout(0, case.groups), case.limits, seed, step=0)
-    return dealt - start, time.perf_counter() - dealt
+    return balanced - start, time.perf_counter() - balanced
 
 
 HEAD = (
-    f"{'answers':>7s} {'cap':>6s} {'ranks':>5s} {'cp':>2s} {'budget':>6s}  {'rows (fewest)':>13s}  {'real':>6s}"
-    f"  {'lockstep':>13s} {'possible':>8s} {'by tokens':>9s} {'in order':>8s}  {'deal, s':>7s} {'plan, s':>7s}"
+    f"{'resp.':>7s} {'cap':>6s} {'ranks':>5s} {'cp':>2s} {'budget':>6s}  {'rounds (min.)':>13s}  {'real':>6s}"
+    f"  {'lockstep':>13s} {'possible':>8s} {'by tokens':>9s} {'in order':>8s}  {'bal., s':>7s} {'plan, s':>7s}"
 )
 
 
-def line(case: Case, found: Sequence[Found], dealing: float, planning: float) -> str:
-    """A line of the table."""
+def line(case: Case, found: Sequence[Found], balancing: float, planning: float) -> str:
+    """Return a line of the table."""
 
     def mean(name: str) -> float:
         return statistics.mean(getattr(one, name) for one in found)
 
-    rows = f"{mean('rows'):.1f} ({mean('fewest'):.1f})"
+    rounds = f"{mean('rounds'):.1f} ({mean('fewest'):.1f})"
     ours = f"{mean('lockstep'):.3f} ({min(one.lockstep for one in found):.3f})"
     return (
-        f"{case.answers:7d} {case.cap:6d} {case.ranks:5d} {case.cp:2d} {case.budget:6d}  {rows:>13s}"
+        f"{case.responses:7d} {case.cap:6d} {case.ranks:5d} {case.cp:2d} {case.budget:6d}  {rounds:>13s}"
         f"  {mean('real'):6.4f}  {ours:>13s} {mean('possible'):8.3f} {mean('by_tokens'):9.3f} {mean('in_order'):8.3f}"
-        f"  {dealing:7.3f} {planning:7.3f}"
+        f"  {balancing:7.3f} {planning:7.3f}"
     )
 
 
 def main() -> int:
-    """Print the table; 0 if both bounds hold."""
+    """Print the table; return 0 if both bounds hold in every case."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="draws of each case")
+    parser.add_argument("--seeds", type=int, default=5, help="random draws per case")
     args = parser.parse_args()
     failed = 0
-    print(f"a sequence of n tokens costs n + {QUADRATIC:.3g} n^2; {args.seeds} draws a case\n{HEAD}")
+    print(f"a sequence of n tokens costs n + {QUADRATIC:.3g} n^2; {args.seeds} draws per case\n{HEAD}")
     for case in CASES:
         found = [measure(case, seed) for seed in range(args.seeds)]
         missed = sum(not one.holds for one in found)

@@ -176,7 +176,7 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "parted", "distillation.max_num_steps=2"),
             _command(root, "parted"),
             _command(root, "same", *same),
-            _command(root, "context", *context),
+            _command(root, "context", *context, "runtime.verify_teacher=false"),
             _command(root, "dropped", *context, *none),
             _command(root, "validated", *context, *validated, "distillation.max_num_steps=3"),
             _command(root, "validated in parts", *context, *validated),
@@ -238,6 +238,11 @@ def check_same_export(one: Path, other: Path) -> None:
     ours, theirs = (load_file(step / "hf/model.safetensors") for step in (one, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_teacher_is_verified_at_the_first_start_unless_switched_off(runs) -> None:
+    first, resumed, switched_off = (runs[0][i][2] for i in (1, 2, 4))
+    assert "verified" in first and "verified" not in resumed and "verified" not in switched_off
 
 
 def test_every_step_has_a_loss_and_all_weights_change(root, runs) -> None:

@@ -1,1 +1,1 @@
-"""Rollouts to micro-batches: pure functions."""
+"""Pack rollouts into micro-batches and assign them to ranks: pure functions."""

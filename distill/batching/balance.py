@@ -1,4 +1,4 @@
-"""Dealing: which sequences share a micro-batch, in rows of one micro-batch a rank. Pure functions of numbers."""
+"""Balance sequences over ranks: pack them into rounds of one micro-batch per rank. Pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-ROW_COST = 500
-"""What a row costs beside its sequences, in tokens: the weights are gathered for it, and their gradients spread.
+ROUND_COST = 500
+"""Fixed cost of a round in tokens: gathering the weights and reducing their gradients.
 
-About 8 bytes a parameter travel for a row and 8 FLOPs a parameter are done for a token, so it is the number of FLOPs a
-GPU does while it receives a byte: 500 to 1000 for 150 TFLOP/s beside 150 to 300 GB/s, and a part of it is hidden behind
-the arithmetic. It decides only between deals that are nearly as fast.
+A round moves about 8 bytes per parameter and a token needs 8 FLOPs per parameter, so the cost is the number of FLOPs
+that a GPU computes while it receives a byte: 500 to 1000 at 150 TFLOP/s and 150 to 300 GB/s, partly hidden behind the
+arithmetic. It only decides between assignments of nearly equal time.
 """
 HALVINGS = 12
-"""Ceilings tried for the lower rows, each time in half of what is left."""
+"""Steps of the bisection for the common ceiling."""
 
 
 class Limits(Protocol):
-    """What a micro-batch may hold; None: no limit."""
+    """Limits of a micro-batch; None: no limit."""
 
     @property
     def tokens(self) -> int | None:
-        """At most this many tokens; a longer sequence is alone."""
+        """Return the maximum number of tokens; a longer sequence is alone."""
 
     @property
     def sequences(self) -> int | None:
-        """At most this many sequences."""
+        """Return the maximum number of sequences."""
 
 
 def quadratic_cost(
@@ -43,132 +43,136 @@ def quadratic_cost(
     windowed: int = 0,
     window: int = 0,
 ) -> float:
-    """FLOPs of a model's attention per n^2 over its FLOPs per n: n + this * n^2 is the cost of a sequence of n tokens.
+    """Return the factor q of the cost n + q n^2 of a sequence of n tokens: FLOPs per n^2 over FLOPs per n.
 
-    Forward FLOPs, two a multiplication; the backward and a recomputation multiply both alike.
+    Counts forward FLOPs, two per multiplication; backward and recomputation multiply both terms equally.
 
-    - A token, in a layer: queries and the attention's output 2 * 2 * hidden * heads * head_dim, keys and values
-      2 * 2 * hidden * kv_heads * head_dim, the gated MLP 3 * 2 * hidden * intermediate. Once: the head, 2 * hidden *
-      vocab, as nearly all tokens are an answer's.
-    - A pair of a token and one it sees, in a layer: the score and the weighted value, 2 * 2 * heads * head_dim.
-      A sequence of n tokens has n^2 / 2 pairs; in ``windowed`` of the layers n * window, which count for the tokens.
+    - Per token and layer: queries and the attention's output 2 * 2 * hidden * heads * head_dim, keys and values
+      2 * 2 * hidden * kv_heads * head_dim, the gated MLP 3 * 2 * hidden * intermediate. Once per token: the head,
+      2 * hidden * vocab, as nearly all tokens are response tokens.
+    - Per pair of a token and a token it attends to, and layer: the score and the weighted value,
+      2 * 2 * heads * head_dim. A sequence of n tokens has n^2 / 2 pairs; in the ``windowed`` layers it has n * window,
+      which count as cost per token.
     """
     pair = 4 * heads * head_dim
     token = 4 * hidden * head_dim * (heads + kv_heads) + 6 * hidden * intermediate
     return (layers - windowed) * pair / 2 / (layers * token + 2 * hidden * vocab + windowed * pair * window)
 
 
-def deal(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, limits: Limits) -> list[list[list[int]]]:
-    """Sequences (id -> tokens, id -> cost) into rows of bins, a row a micro-batch, a bin a rank; none over the limits.
+def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, limits: Limits) -> list[list[list[int]]]:
+    """Pack sequences (id -> tokens, id -> cost) into rounds of one bin per rank, no bin above the limits.
 
-    Ranks wait for the dearest bin of each row: the sum of these is made small. Rows are the fewest for which one of two
-    ways finds room for all sequences, or one more where that saves more than a row costs.
+    A bin is a micro-batch. All ranks wait for the slowest bin of each round; the sum of these maxima is minimised. The
+    number of rounds is the smallest for which one of two strategies places all sequences, or one more if that saves
+    more than ``ROUND_COST``.
 
-    - Every sequence, dearest first, to the cheapest of all bins: best where the limits leave room.
-    - Row after row, every sequence, dearest first, to the dearest bin of the row that it leaves under a ceiling. The
-      ceiling is the row's first sequence, which the row waits for anyway, or a common one if that is higher; the common
-      one is the lowest found that leaves nothing over. So a row that waits for a long sequence takes as much work as
-      the limits allow, and the others get the less.
+    - Each sequence, most expensive first, goes to the cheapest of all bins: best if the limits leave room.
+    - Round after round, each sequence, most expensive first, goes to the fullest bin of the round that stays below a
+      ceiling. The ceiling is the cost of the round's first sequence, which the round waits for anyway, or a common one
+      if that is higher; the common ceiling is the lowest found that places all sequences. So a round with a long
+      sequence takes as much work as the limits allow, and the other rounds take less.
 
-    Inside a row the rank with the least work so far takes the dearest bin. A row may leave a rank's bin empty.
+    Within a round the rank with the least work so far gets the most expensive bin. A bin may stay empty.
     """
-    dealer = _Dealer(tokens, cost, ranks, limits)
-    num_rows = fewest_rows(tokens, ranks, limits)
-    while not (ways := dealer.ways(num_rows)):
-        num_rows += 1
-    best = min(ways, key=dealer.time)
-    if dealer.time(best) - sum(cost.values()) / ranks > ROW_COST:
-        larger = dealer.ways(num_rows + 1)
-        best = min([best, *larger], key=lambda bins: dealer.time(bins) + ROW_COST * len(bins) / ranks)
-    bins = sorted(best, key=dealer.load, reverse=True)
+    balancer = _Balancer(tokens, cost, ranks, limits)
+    num_rounds = fewest_rounds(tokens, ranks, limits)
+    while not (candidates := balancer.candidates(num_rounds)):
+        num_rounds += 1
+    best = min(candidates, key=balancer.time)
+    if balancer.time(best) - sum(cost.values()) / ranks > ROUND_COST:
+        larger = balancer.candidates(num_rounds + 1)
+        best = min([best, *larger], key=lambda bins: balancer.time(bins) + ROUND_COST * len(bins) / ranks)
+    bins = sorted(best, key=balancer.load, reverse=True)
     work = [0.0] * ranks
-    rows = []
+    rounds = []
     for k in range(0, len(bins), ranks):
-        row: list[list[int]] = [[] for _ in range(ranks)]
-        by_work = sorted(range(ranks), key=lambda rank: (work[rank], rank))
-        for rank, members in zip(by_work, bins[k : k + ranks], strict=True):
-            row[rank] = sorted(members)
-            work[rank] += dealer.load(members)
-        rows.append(row)
-    return rows
+        by_rank: list[list[int]] = [[] for _ in range(ranks)]
+        least_work_first = sorted(range(ranks), key=lambda rank: (work[rank], rank))
+        for rank, members in zip(least_work_first, bins[k : k + ranks], strict=True):
+            by_rank[rank] = sorted(members)
+            work[rank] += balancer.load(members)
+        rounds.append(by_rank)
+    return rounds
 
 
-def fewest_rows(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
-    """No fewer rows can hold the sequences, whatever their order."""
+def fewest_rounds(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
+    """Return a lower bound of the number of rounds: total tokens and sequences over a round's limits."""
     by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
     by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
     return max(1, math.ceil(max(by_tokens, by_sequences) / ranks))
 
 
 Bins = list[list[int]]
+"""Micro-batches as lists of sequence ids."""
 
 
 @dataclass(frozen=True)
-class _Dealer:
+class _Balancer:
     tokens: Mapping[int, int]
     cost: Mapping[int, float]
     ranks: int
     limits: Limits
 
     def load(self, members: Sequence[int]) -> float:
-        """Cost of a bin."""
+        """Return the cost of a bin."""
         return sum(self.cost[i] for i in members)
 
     def time(self, bins: Bins) -> float:
-        """What ranks in lockstep need, where each row has the dearest bins that are left."""
+        """Return the time of ranks in lockstep, if each round takes the most expensive bins that remain."""
         return sum(sorted(map(self.load, bins), reverse=True)[:: self.ranks])
 
-    def ways(self, num_rows: int) -> list[Bins]:
-        """Bins for so many rows that hold all sequences; none where none were found."""
-        dearest_first = sorted(self.tokens, key=lambda i: (-self.cost[i], i))
-        bins, left = self.fill(dearest_first, num_rows * self.ranks)
-        ways = [] if left else [bins]
-        high = self.load(dearest_first)
-        bins, left = self.fill_rows(dearest_first, num_rows, high)
+    def candidates(self, num_rounds: int) -> list[Bins]:
+        """Return assignments to ``num_rounds`` rounds that place all sequences; empty if none was found."""
+        most_expensive_first = sorted(self.tokens, key=lambda i: (-self.cost[i], i))
+        bins, left = self.fill(most_expensive_first, num_rounds * self.ranks)
+        candidates = [] if left else [bins]
+        high = self.load(most_expensive_first)
+        bins, left = self.fill_rounds(most_expensive_first, num_rounds, high)
         if left:
-            return ways
-        ways.append(bins)
+            return candidates
+        candidates.append(bins)
         low, high = 0.0, max(map(self.load, bins))
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            bins, left = self.fill_rows(dearest_first, num_rows, middle)
+            bins, left = self.fill_rounds(most_expensive_first, num_rounds, middle)
             if left:
                 low = middle
             else:
                 high = middle
-                ways.append(bins)
-        return ways
+                candidates.append(bins)
+        return candidates
 
-    def fill_rows(self, dearest_first: list[int], num_rows: int, ceiling: float) -> tuple[Bins, list[int]]:
-        """Row after row, each under the ceiling or its first sequence, whichever is dearer; and what is left."""
+    def fill_rounds(self, most_expensive_first: list[int], num_rounds: int, ceiling: float) -> tuple[Bins, list[int]]:
+        """Fill round after round below the ceiling, or the cost of its first sequence; also return what did not fit."""
         bins: Bins = []
-        left = dearest_first
-        for _ in range(num_rows):
+        left = most_expensive_first
+        for _ in range(num_rounds):
             highest = max(ceiling, self.cost[left[0]]) if left else ceiling
-            row, left = self.fill(left, self.ranks, highest)
-            bins += row
+            filled, left = self.fill(left, self.ranks, highest)
+            bins += filled
         return bins, left
 
     def fill(self, order: list[int], num_bins: int, ceiling: float | None = None) -> tuple[Bins, list[int]]:
-        """Each to the cheapest bin with room, or to the dearest that stays under the ceiling; and who finds none.
+        """Put each sequence into a bin with room; also return the sequences that did not fit.
 
-        An empty bin takes any sequence.
+        The bin is the cheapest one, or with ``ceiling`` the fullest that stays below it. An empty bin takes any
+        sequence.
         """
         bins: Bins = [[] for _ in range(num_bins)]
         filled = [0] * num_bins
         by_load = [(0.0, b) for b in range(num_bins)]
         left = []
         for i in order:
-            places = range(num_bins)
+            positions = range(num_bins)
             if ceiling is not None:
-                under = bisect_right(by_load, (ceiling - self.cost[i], num_bins))
-                places = range(max(under, 1) - 1, -1, -1)  # the cheapest is looked at anyway: it may be empty
-            for place in places:
-                load, b = by_load[place]
-                if not bins[b] or (self._fits(i, filled[b], len(bins[b])) and (ceiling is None or place < under)):
+                below = bisect_right(by_load, (ceiling - self.cost[i], num_bins))
+                positions = range(max(below, 1) - 1, -1, -1)  # always includes the cheapest bin, which may be empty
+            for position in positions:
+                load, b = by_load[position]
+                if not bins[b] or (self._fits(i, filled[b], len(bins[b])) and (ceiling is None or position < below)):
                     bins[b].append(i)
                     filled[b] += self.tokens[i]
-                    del by_load[place]
+                    del by_load[position]
                     insort(by_load, (load + self.cost[i], b))
                     break
             else:

@@ -1,8 +1,8 @@
-"""A micro-batch spread over the ranks that read it together: whose positions, whose rows. Pure functions.
+"""Shard micro-batches over the ranks that read them together: positions and rows of each rank. Pure functions.
 
-The ranks of a group exchange keys and values inside attention, so any rank may have any position. Each has the
-positions of the rows that it scores, in both models' views, so that hidden rows, targets and loss never travel; the
-positions that predict nothing fill up the ranks that have fewer.
+The ranks of a group exchange keys and values inside attention, so any rank may have any position. Each rank has the
+positions of the rows that it scores, in both models' views, so that hidden rows, targets and loss are never sent.
+Positions that predict nothing fill up the ranks that have fewer.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from distill.types import Layout, MicroBatch, SequenceShards, SharedPrefixes, Vi
 
 
 def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
-    """This rank's part of whole micro-batches: those that one group of the teacher's reads, in order of dp rank.
+    """Return this rank's shard of the micro-batches that its teacher group reads, which are in order of dp rank.
 
-    The student's group shares its own of them, by context parallelism; the teacher's group reads all as one pack.
+    Context parallelism shards the student's own micro-batch over its group; the teacher group reads all of them as one
+    pack.
     """
     if layout.teacher_size == 1:
-        (whole,) = group
-        return whole
-    parts = [_deal_rows(micro_batch, layout.group_size) for micro_batch in group]
+        (complete,) = group
+        return complete
+    parts = [_rows_by_rank(micro_batch, layout.group_size) for micro_batch in group]
     own = layout.dp_rank % len(group)
-    whole, first = group[own], layout.cp_rank * layout.tp_size
+    complete, first = group[own], layout.cp_rank * layout.tp_size
     trained = parts[own][first : first + layout.tp_size]
     rows_N = torch.cat(trained)
     teacher = join([micro_batch.teacher for micro_batch in group])
     offsets = torch.tensor([0, *(len(micro_batch.sampled_N) for micro_batch in group)]).cumsum(0).tolist()
     by_rank = [rows + offset for offset, of_group in zip(offsets, parts, strict=False) for rows in of_group]
-    student = whole.student
+    student = complete.student
     if layout.cp_size > 1:
         tp = layout.tp_size
         by_cp_rank = [torch.cat(parts[own][i * tp : (i + 1) * tp]) for i in range(layout.cp_size)]
@@ -42,41 +43,41 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
     return MicroBatch(
         student=student,
         teacher=shard_view(teacher, by_rank, layout.rank % layout.teacher_size),
-        sampled_N=whole.sampled_N[rows_N],
-        sampled_logprobs_N=whole.sampled_logprobs_N[rows_N],
-        weight_N=whole.weight_N[rows_N],
-        rollout_N=whole.rollout_N[rows_N],
+        sampled_N=complete.sampled_N[rows_N],
+        sampled_logprobs_N=complete.sampled_logprobs_N[rows_N],
+        weight_N=complete.weight_N[rows_N],
+        rollout_N=complete.rollout_N[rows_N],
         rows_per_tp_rank=tuple(len(rows) for rows in trained) if layout.tp_size > 1 else (),
     )
 
 
-def _deal_rows(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
-    """The rows of each rank, rising: equal shares, but that the first rank has the first row of every answer.
+def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
+    """Return each rank's row numbers, ascending: equal counts, with the first row of every response on the first rank.
 
-    Answers with a common prefix have the position of their first row in common, in one view or the other, and a
-    position lies on one rank.
+    Responses with a shared prefix share the position of their first row, and a position is on one rank only.
     """
     rollout_N = micro_batch.rollout_N
     total = len(rollout_N)
     begins_N = torch.ones(total, dtype=torch.bool)
     begins_N[1:] = rollout_N[1:] != rollout_N[:-1]
     first = begins_N.nonzero().squeeze(1)
-    others = (~begins_N).nonzero().squeeze(1)
-    share = -(-total // ranks)
-    spare = max(0, share - len(first))
-    rest = others[spare:]
-    parts = [torch.cat([first, others[:spare]]).sort().values]
+    later = (~begins_N).nonzero().squeeze(1)
+    spare = max(0, -(-total // ranks) - len(first))
+    rest = later[spare:]
+    parts = [torch.cat([first, later[:spare]]).sort().values]
     per_rank = -(-len(rest) // max(ranks - 1, 1))
     return parts + [rest[i * per_rank : (i + 1) * per_rank] for i in range(ranks - 1)]
 
 
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
-    """``rank``'s part of a view whose row numbers ``rows[r]`` are rank r's, in that order."""
+    """Return ``rank``'s shard of a view; ``rows[r]`` are the row numbers of rank r, in order."""
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)
     for r, numbers in enumerate(rows):
         positions = view.rows_N[numbers]
-        assert bool(((owner_T[positions] == -1) | (owner_T[positions] == r)).all()), "a position has rows of two ranks"
+        assert bool(((owner_T[positions] == -1) | (owner_T[positions] == r)).all()), (
+            "two ranks have rows at one position"
+        )
         owner_T[positions] = r
     held = torch.bincount(owner_T[owner_T >= 0], minlength=ranks)
     size = max(-(-count // ranks), int(held.max()))
@@ -103,25 +104,25 @@ def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
 
 
 def join(views: Sequence[View]) -> View:
-    """Views end to end, as one pack; rows in the same order."""
+    """Concatenate views into one pack; rows stay in order."""
     if len(views) == 1:
         return views[0]
-    tokens = places = 0
+    tokens = slots = 0
     rows_N, expand_S, source_T, bounds = [], [], [], [0]
     for view in views:
         shared = view.shared or _unshared(len(view.tokens_T))
         rows_N.append(view.rows_N + tokens)
         expand_S.append(shared.expand_S + tokens)
-        source_T.append(shared.source_T + places)
-        bounds += [places + bound for bound in view.bounds[1:]]
-        tokens, places = tokens + len(view.tokens_T), places + view.bounds[-1]
-    shares = any(view.shared for view in views)
+        source_T.append(shared.source_T + slots)
+        bounds += [slots + bound for bound in view.bounds[1:]]
+        tokens, slots = tokens + len(view.tokens_T), slots + view.bounds[-1]
+    any_shared = any(view.shared for view in views)
     return View(
         torch.cat([view.tokens_T for view in views]),
         torch.cat([view.positions_T for view in views]),
         tuple(bounds),
         torch.cat(rows_N),
-        SharedPrefixes(torch.cat(expand_S), torch.cat(source_T)) if shares else None,
+        SharedPrefixes(torch.cat(expand_S), torch.cat(source_T)) if any_shared else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The plan: which rank trains which answer, in which optimizer batch and micro-batch. A pure function."""
+"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors. Pure functions."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.batching.balance import ROW_COST, deal
+from distill.batching.balance import ROUND_COST, balance
 from distill.batching.context_parallel import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
-_GROUP_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""What a group of answers that share a prefix may cost, in shares of a rank's work."""
+_GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Maximum costs to try for a group of responses with a shared prefix, as fractions of a rank's work."""
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How answers become micro-batches."""
+    """Sizes of optimizer batches and micro-batches."""
 
     optimizer_batch: int
-    """Answers in an optimizer step."""
+    """Number of responses in an optimizer batch."""
     sequences: int | None
-    """At most this many answers in a micro-batch; None: only ``tokens`` counts."""
+    """Maximum number of responses in a micro-batch; None: only ``tokens`` limits it."""
     tokens: int | None
-    """At most this many tokens in a micro-batch, of the longer view (one answer may be longer); None: no limit.
-    Each answer counts with its prefix, also where prefixes are shared."""
+    """Maximum number of tokens of the longer view in a micro-batch; a longer response is alone; None: no limit.
+    Each response counts with its prefix, even if prefixes are shared."""
     quadratic: float = 0.0
-    """Cost of a sequence of n tokens is n + quadratic * n^2: the attention's share of the FLOPs. See quadratic_cost."""
+    """Factor q of a sequence's cost n + q n^2: FLOPs of attention per n^2 over FLOPs per n; see ``quadratic_cost``."""
     share_prefixes: bool = True
-    """Read a prefix that several answers of a micro-batch begin with once, and deal answers so that many do."""
+    """Whether a prefix shared by responses of a micro-batch is read once, and responses are grouped by prefix."""
     expected: int | None = None
-    """Answers of a step before any is left out: they make so many optimizer batches, over which those that stay are
-    spread evenly, so that the last one is no remnant whose few answers weigh a whole step; None: those that stay."""
+    """Number of responses of a step before any is left out; it determines the number of optimizer batches, over which
+    the remaining responses are distributed evenly. Otherwise a small last batch would get the weight of a full step.
+    None: the number of rollouts."""
 
 
 def plan(
     rollouts: Sequence[Rollout], layout: Layout, packing_config: PackingConfig, seed: int, step: int
 ) -> list[OptimizerBatch]:
-    """Deal a step's answers to optimizer batches, ranks and micro-batches; returns this rank's part.
+    """Assign a step's rollouts to optimizer batches, ranks and micro-batches; return this rank's batches.
 
-    Pure and deterministic: every rank calls it with the same rollouts and knows the whole plan. Which answers share an
-    optimizer batch depends on ``seed`` and ``step`` alone, never on length or layout. Inside a batch every rank gets
-    the same number of micro-batches, the k-th of all ranks costing about the same; a rank left without answers in one
-    gets a dummy row of weight 0. Ranks that read together get their parts of the same micro-batches.
+    Pure and deterministic: every rank calls it with the same rollouts and computes the complete plan. The members of an
+    optimizer batch depend only on ``seed`` and ``step``, never on length or layout. Within a batch every rank gets the
+    same number of micro-batches, and the k-th micro-batches of all ranks cost about the same. A rank without responses
+    in a round gets a dummy row of weight 0. Ranks that read together get their shards of the same micro-batches.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
@@ -52,7 +53,7 @@ def plan(
 
 
 def _optimizer_batches(order: list[int], packing_config: PackingConfig) -> list[list[int]]:
-    """Answers cut into optimizer batches, in order, none of them empty."""
+    """Cut ``order`` into optimizer batches, none of them empty."""
     size, count = packing_config.optimizer_batch, len(order)
     if packing_config.expected is None or count >= packing_config.expected:
         return [order[i : i + size] for i in range(0, count, size)]
@@ -64,43 +65,47 @@ def _optimizer_batch(
     rollouts: Sequence[Rollout], members: list[int], layout: Layout, packing_config: PackingConfig
 ) -> OptimizerBatch:
     share = packing_config.share_prefixes
-    rows = deal_answers(rollouts, members, layout.dp_size, packing_config)
+    rounds = balance_responses(rollouts, members, layout.dp_size, packing_config)
 
-    def whole(answers: list[int]) -> MicroBatch:
-        return pack([(i, rollouts[i]) for i in answers], share)
+    def packed(responses: list[int]) -> MicroBatch:
+        return pack([(i, rollouts[i]) for i in responses], share)
 
     return OptimizerBatch(
-        micro_batches=tuple(split([whole(row[dp]) for dp in layout.teacher_dp_ranks], layout) for row in rows),
+        micro_batches=tuple(
+            split([packed(by_rank[dp]) for dp in layout.teacher_dp_ranks], layout) for by_rank in rounds
+        ),
         response_tokens=sum(len(rollouts[i].response_ids) for i in members),
         rollouts=rollouts,
     )
 
 
-def deal_answers(
+def balance_responses(
     rollouts: Sequence[Rollout], members: Sequence[int], ranks: int, packing_config: PackingConfig
 ) -> list[list[list[int]]]:
-    """An optimizer batch's answers (places in ``rollouts``) in rows of micro-batches, one a rank; some may be empty.
+    """Assign an optimizer batch's responses (indices into ``rollouts``) to rounds of one micro-batch per rank.
 
-    Answers that share a prefix are dealt one by one, in small groups and in larger ones: the larger, the less is read,
-    but the less alike are the ranks. The way that needs the least time is taken.
+    Some micro-batches may be empty. Responses that share a prefix are assigned one by one, in small groups and in
+    larger ones: larger groups read less, but balance the ranks less evenly. The result has the lowest estimated time.
     """
-    answers = _Answers(rollouts, members, packing_config)
-    deals = []
+    costs = _ResponseCosts(rollouts, members, packing_config)
+    candidates = []
     tried: list[list[list[int]]] = []
-    for share in _GROUP_SHARES:
-        groups = answers.groups(share * answers.cost(members) / ranks)
+    for fraction in _GROUP_FRACTIONS:
+        groups = costs.groups(fraction * costs.cost(members) / ranks)
         if groups in tried:
             continue
         tried.append(groups)
-        tokens = {g: sum(answers.reads[i] for i in group) for g, group in enumerate(groups)}
-        cost = {g: answers.cost(group) for g, group in enumerate(groups)}
-        rows = deal(tokens, cost, ranks, packing_config)
-        deals.append([[sorted(i for g in part for i in groups[g]) for part in row] for row in rows])
-    return min(deals, key=lambda rows: sum(ROW_COST + max(map(answers.cost, row)) for row in rows))
+        tokens = {g: sum(costs.reads[i] for i in group) for g, group in enumerate(groups)}
+        cost = {g: costs.cost(group) for g, group in enumerate(groups)}
+        rounds = balance(tokens, cost, ranks, packing_config)
+        candidates.append(
+            [[sorted(i for g in of_rank for i in groups[g]) for of_rank in by_rank] for by_rank in rounds]
+        )
+    return min(candidates, key=lambda rounds: sum(ROUND_COST + max(map(costs.cost, by_rank)) for by_rank in rounds))
 
 
-class _Answers:
-    """What is read for the answers of an optimizer batch, in numbers."""
+class _ResponseCosts:
+    """Tokens and costs of an optimizer batch's responses."""
 
     def __init__(self, rollouts: Sequence[Rollout], members: Sequence[int], packing_config: PackingConfig) -> None:
         self.members = members
@@ -114,43 +119,45 @@ class _Answers:
                 key = (rollouts[i].prompt.student_ids, rollouts[i].teacher_prefix_ids)
                 self.first_with_prefix[i] = first.setdefault(key, i)
 
-    def cost(self, answers: Sequence[int]) -> float:
-        """Of one micro-batch: tokens, a shared prefix's once, and attention from each answer to all before it."""
-        prefixes = {self.first_with_prefix[i] for i in answers}
-        tokens = sum(self.reads[i] - self.prefix_reads[i] for i in answers)
+    def cost(self, responses: Sequence[int]) -> float:
+        """Return the cost of a micro-batch: tokens, with a shared prefix counted once, and attention per response."""
+        prefixes = {self.first_with_prefix[i] for i in responses}
+        tokens = sum(self.reads[i] - self.prefix_reads[i] for i in responses)
         tokens += sum(self.prefix_reads[i] for i in prefixes)
-        return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in answers)
+        return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in responses)
 
-    def groups(self, dearest: float) -> list[list[int]]:
-        """Answers with one prefix, shortest first, in groups within the budget that cost no more than ``dearest``.
+    def groups(self, max_cost: float) -> list[list[int]]:
+        """Group responses by prefix, shortest first; a group fits a micro-batch and costs at most ``max_cost``.
 
-        Where micro-batches are counted in answers, groups would leave some of them short: there is one answer in each.
+        If the number of responses limits a micro-batch, each group has one response: larger groups would leave
+        micro-batches incomplete.
         """
         groups: list[list[int]] = []
         latest: dict[int, list[int]] = {}
         for i in sorted(self.members, key=self.reads.__getitem__):
             group = latest.get(self.first_with_prefix[i])
-            if group is None or self.config.sequences is not None or not self._may_join(i, group, dearest):
+            if group is None or self.config.sequences is not None or not self._may_join(i, group, max_cost):
                 latest[self.first_with_prefix[i]] = group = []
                 groups.append(group)
             group.append(i)
         return groups
 
-    def _may_join(self, i: int, group: list[int], dearest: float) -> bool:
+    def _may_join(self, i: int, group: list[int], max_cost: float) -> bool:
         tokens = self.reads[i] + sum(self.reads[j] for j in group)
-        return (self.config.tokens is None or tokens <= self.config.tokens) and self.cost([*group, i]) <= dearest
+        return (self.config.tokens is None or tokens <= self.config.tokens) and self.cost([*group, i]) <= max_cost
 
 
 def _tokens_read(rollout: Rollout) -> int:
-    """Tokens of the longer of the two views."""
+    """Return the number of tokens of the longer view."""
     return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
 
 
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
-    """A micro-batch of answers (place in the step's list, rollout), end to end without padding.
+    """Pack (index in the step's list, rollout) pairs into one micro-batch, concatenated without padding.
 
-    Row n of both views is the position before response token n: the last of the prefix for an answer's first token.
-    No members: one dummy sequence of one token and one row of weight 0, so that collectives stay in step.
+    Row n of both views is the position before response token n: the prefix's last position for a response's first
+    token. Without members it is a dummy sequence of one token with one row of weight 0, so that every rank runs the
+    same collectives.
     """
     if not members:
         view = view_of([((0,), (0,))])
@@ -170,14 +177,14 @@ def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBa
 
 
 def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = False) -> View:
-    """(prefix, response) pairs as one reading; a response's last token predicts nothing and is not read.
+    """Pack (prefix, response) pairs into one view; a response's last token predicts nothing and is not read.
 
-    With ``share`` a prefix that comes again is not read again: its sequence refers to where it stands.
+    With ``share`` a repeated prefix is read once, and later sequences refer to its positions.
     """
     tokens: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
-    spread: list[int] = []
+    expand: list[int] = []
     bounds = [0]
     begins: dict[tuple[int, ...], int] = {}
     for prefix, response in sequences:
@@ -189,15 +196,15 @@ def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: boo
         own = range(len(tokens), len(tokens) + len(response) - 1)
         tokens += response[:-1]
         positions += range(len(prefix), len(prefix) + len(own))
-        spread += [*range(begin, begin + len(prefix)), *own]
+        expand += [*range(begin, begin + len(prefix)), *own]
         rows += [begin + len(prefix) - 1, *own]
-        bounds.append(len(spread))
-    shared = _shared(spread, len(tokens)) if len(spread) > len(tokens) else None
+        bounds.append(len(expand))
+    shared = _shared_prefixes(expand, len(tokens)) if len(expand) > len(tokens) else None
     return View(torch.tensor(tokens), torch.tensor(positions), tuple(bounds), torch.tensor(rows), shared)
 
 
-def _shared(spread: list[int], count: int) -> SharedPrefixes:
-    first = [-1] * count
-    for place, position in reversed(list(enumerate(spread))):
-        first[position] = place
-    return SharedPrefixes(torch.tensor(spread), torch.tensor(first))
+def _shared_prefixes(expand: list[int], count: int) -> SharedPrefixes:
+    source = [-1] * count
+    for slot, position in reversed(list(enumerate(expand))):
+        source[position] = slot
+    return SharedPrefixes(torch.tensor(expand), torch.tensor(source))

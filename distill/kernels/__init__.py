@@ -1,12 +1,12 @@
-"""Triton kernels of the loss: the fast twins of its PyTorch passes over logits. Nothing else imports triton."""
+"""Triton kernels; each names its plain PyTorch twin. No other package imports triton."""
 
 from __future__ import annotations
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, which is decided when they are first imported."""
+    """Return whether the kernels run in Triton's interpreter; fixed at their first import."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from distill.kernels import loss_student as student
+    from distill.kernels import loss_student
 
-    return isinstance(student._reduce, InterpretedFunction)
+    return isinstance(loss_student._reduce, InterpretedFunction)

@@ -1,10 +1,10 @@
-"""The student's two passes over a chunk of logits, one Triton program a row: the twins of ``topk_reduction.py``.
+"""The student's two passes over a chunk of logits, one Triton program per row; plain twins in ``loss.topk_reduction``.
 
 ``reduce_rows`` reads a row once, ``gradient_rows`` reads it once more and writes the gradient: two reads and one write
-in all, where the PyTorch twin makes about ten. Sums are float32 whatever the dtype of the logits.
+in total; the PyTorch twin needs about ten. Sums are float32 for any dtype of the logits.
 
-Suffixes inside the kernels: K the kept ids, B a block of them, G x L a tile of the row: G runs of L neighbouring
-logits. A thread holds the same lanes of all G runs, so that it adds up a tile alone, with one maximum for G logits.
+Suffixes inside the kernels: K the kept ids, B a block of them, G x L a tile of the row: G runs of L adjacent logits.
+A thread has the same lanes of all G runs, so that it sums a tile without other threads, with one maximum for G logits.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""What logits and gradients may be."""
+"""Dtypes of logits and gradients."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Stands for -inf where a distance is multiplied by e^distance = 0: 0 * -inf would be NaN."""
+"""Replaces a distance of -inf that is multiplied by e^distance = 0: 0 * -inf would be NaN."""
 
 
 class Launch(NamedTuple):
-    """How a kernel walks over a row; ``runs`` x ``lanes`` logits at a time."""
+    """Launch parameters of a kernel that reads ``runs`` x ``lanes`` logits of a row at a time."""
 
     runs: int
     lanes: int
@@ -34,31 +34,32 @@ class Launch(NamedTuple):
 
 
 def launch(vocab: int, dtype: torch.dtype) -> Launch:
-    """The tile for rows of ``vocab`` logits: each thread takes 16 bytes of each run."""
+    """Return the launch for rows of ``vocab`` logits: each thread reads 16 bytes of each run."""
     per_thread = 16 // dtype.itemsize
     num_warps = 8 if vocab >= 16384 else 4 if vocab >= 2048 else 1
     return Launch(runs=4, lanes=32 * num_warps * per_thread, num_warps=num_warps)
 
 
 def id_block(k: int) -> int:
-    """How many kept ids a program takes at a time."""
+    """Return the number of kept ids that a program processes at a time."""
     return min(int(triton.next_power_of_2(k)), 1024)
 
 
 def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Take the kept logits out of each row, leaving -inf there, and sum up the rest of it: the tail.
+    """Return the kept logits and the tail sums of each row; write -inf at the kept ids.
+
+    The plain twin is ``loss.topk_reduction.reduce_in_place``.
 
     Args:
-        z_CV: raw logits, float32 or bf16, neighbouring columns; rows may lie further apart than V. Written to.
+        z_CV: raw logits, float32 or bf16, with column stride 1; the row stride may exceed V. Overwritten at the ids.
         ids_CK: int32 or int64 in [0, V), no id twice in a row; -1 is padding.
-        inverse_temperature: the logits times this are what the outputs speak of.
+        inverse_temperature: factor of the logits in all outputs.
 
     Returns:
-        float32: logits_CK (-inf where an id is padding), and of the tail its largest logit m_C, sum of e^(z - m), and
-        sum of (z - m) e^(z - m). An empty tail (all of it -inf) has m = -inf and sums of 0. A NaN logit makes the sums
-        NaN.
+        float32: logits_CK (-inf for padding), and of the tail the largest logit m_C, the sum of e^(z - m), and the sum
+        of (z - m) e^(z - m). An empty tail (all -inf) has m = -inf and sums of 0. A NaN logit makes the sums NaN.
 
-    Errors: ``ValueError`` for dtypes, shapes or strides other than these. Ids out of range are not found out.
+    Raises ``ValueError`` for other dtypes, shapes or strides. Ids out of range are not detected.
     """
     _check_rows("z_CV", z_CV)
     _check_ids(z_CV, ids_CK)
@@ -100,20 +101,22 @@ def gradient_rows(
 ) -> Tensor:
     """Write the gradient of each row: e^(z - m) (factor + slope (z - m)) in the tail, ``d_logits_CK`` at the kept ids.
 
+    The plain twin is ``loss.topk_reduction.TorchReduced.gradient``.
+
     Args:
         z_CV: the raw logits as ``reduce_rows`` left them, -inf at the kept ids.
         ids_CK: the same ids.
-        tail_max_C: float32, m; where it is -inf the tail is empty and gets 0, whatever its factor and slope.
+        tail_max_C: float32, m; an m of -inf means an empty tail, whose gradient is 0 for any factor and slope.
         factor_C: float32.
-        slope_C: float32; None is 0, and cheaper.
-        d_logits_CK: float32; what stands at padding is not read.
-        inverse_temperature: as for ``reduce_rows``. It scales z only: the gradient is what factor and slope make it.
-        out_CV: float32 or bf16, neighbouring columns; every column is written. It may be ``z_CV`` itself.
+        slope_C: float32; None means 0 and is faster.
+        d_logits_CK: float32; not read at padding.
+        inverse_temperature: as for ``reduce_rows``; it scales z only, not the gradient.
+        out_CV: float32 or bf16, column stride 1; every column is written. It may be ``z_CV`` itself.
 
     Returns:
         ``out_CV``.
 
-    Errors: ``ValueError`` for dtypes, shapes or strides other than these.
+    Raises ``ValueError`` for other dtypes, shapes or strides.
     """
     _check_rows("z_CV", z_CV)
     _check_rows("out_CV", out_CV)
@@ -122,7 +125,7 @@ def gradient_rows(
     if out_CV.shape != z_CV.shape:
         raise ValueError(f"out_CV is {list(out_CV.shape)}, z_CV is {list(z_CV.shape)}")
     if out_CV.data_ptr() == z_CV.data_ptr() and (out_CV.dtype, out_CV.stride()) != (z_CV.dtype, z_CV.stride()):
-        raise ValueError("out_CV begins where z_CV does, but its dtype or row stride is another")
+        raise ValueError("out_CV and z_CV share memory but differ in dtype or row stride")
     per_row = {"tail_max_C": tail_max_C, "factor_C": factor_C} | ({} if slope_C is None else {"slope_C": slope_C})
     for name, numbers_C in per_row.items():
         _check_numbers(name, numbers_C, (rows,))
@@ -156,16 +159,16 @@ def gradient_rows(
 def _add_tile(
     z_GL: tl.tensor, top_L: tl.tensor, sum_L: tl.tensor, product_L: tl.tensor, to_log2: tl.tensor
 ) -> tl.tensor:
-    """The running maxima and sums of each lane, in raw logits, after one more tile."""
+    """Return each lane's running maximum and sums, in raw logits, after one more tile."""
     new_top_L = tl.maximum(top_L, tl.max(z_GL, axis=0))
-    # While a lane has seen -inf only, -inf - -inf would be NaN.
+    # A lane with only -inf so far would compute -inf - -inf, which is NaN.
     base_L = tl.where(new_top_L == float("-inf"), 0.0, new_top_L)
     moved_L = tl.maximum(top_L - base_L, _FAR)
     shrink_L = tl.exp2(moved_L * to_log2)
     product_L = (product_L + sum_L * moved_L) * shrink_L
-    # Distances are taken before the temperature: the difference of two near logits is exact, their quotients are not.
+    # Subtract before dividing by the temperature: the difference of two near logits is exact.
     distance_GL = z_GL - base_L[None, :]
-    mass_GL = tl.exp2(distance_GL * to_log2)  # of the distance as it is: maximum() would hide a NaN
+    mass_GL = tl.exp2(distance_GL * to_log2)  # without maximum(), which would hide a NaN
     product_L += tl.sum(mass_GL * tl.maximum(distance_GL, _FAR), axis=0)
     sum_L = sum_L * shrink_L + tl.sum(mass_GL, axis=0)
     return new_top_L, sum_L, product_L
@@ -194,7 +197,7 @@ def _reduce(
         ids_B = tl.load(ids_ptr + row * k + at_B, mask=at_B < k, other=-1)
         logits_B = tl.load(z_ptr + ids_B, mask=ids_B >= 0, other=float("-inf")).to(tl.float32)
         tl.store(logits_ptr + row * k + at_B, logits_B * inverse_temperature, mask=at_B < k)
-        # Several threads may read the same id: all of them before one writes to it.
+        # Several threads may read the same id: all must read before one writes.
         tl.debug_barrier()
         tl.store(z_ptr + ids_B, float("-inf"), mask=ids_B >= 0)
     tl.debug_barrier()
@@ -204,13 +207,13 @@ def _reduce(
     sum_L = tl.zeros([LANES], tl.float32)
     product_L = tl.zeros([LANES], tl.float32)
     at_GL = tl.arange(0, RUNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    # The last tile stands alone: a mask would cost the others their 16-byte loads wherever V is not a multiple of 16.
-    whole = vocab // (RUNS * LANES) * (RUNS * LANES)
-    for start in range(0, whole, RUNS * LANES):
+    # The last tile is separate: a mask would prevent 16-byte loads in all tiles if V is not a multiple of 16.
+    full = vocab // (RUNS * LANES) * (RUNS * LANES)
+    for start in range(0, full, RUNS * LANES):
         z_GL = tl.load(z_ptr + (start + at_GL)).to(tl.float32)
         top_L, sum_L, product_L = _add_tile(z_GL, top_L, sum_L, product_L, to_log2)
-    if whole < vocab:
-        z_GL = tl.load(z_ptr + (whole + at_GL), mask=whole + at_GL < vocab, other=float("-inf")).to(tl.float32)
+    if full < vocab:
+        z_GL = tl.load(z_ptr + (full + at_GL), mask=full + at_GL < vocab, other=float("-inf")).to(tl.float32)
         top_L, sum_L, product_L = _add_tile(z_GL, top_L, sum_L, product_L, to_log2)
 
     top = tl.max(top_L, axis=0)
@@ -226,13 +229,13 @@ def _reduce(
 def _gradient_of_tile(
     z_GL: tl.tensor, top: tl.tensor, factor: tl.tensor, slope: tl.tensor, inverse_temperature: tl.tensor
 ) -> tl.tensor:
-    """The gradient of the tail's logits in a tile; ``slope`` may be None."""
+    """Return the gradient of the tail's logits in a tile; ``slope`` may be None."""
     distance_GL = z_GL.to(tl.float32) * inverse_temperature - top
     mass_GL = tl.exp2(distance_GL * _LOG2_E)
     if slope is None:
         gradient_GL = mass_GL * factor
     else:
-        # Far below, e^distance is 0 already. Not _FAR: the slope times it must stay finite.
+        # e^distance is 0 far below -1e4. _FAR is not used: the slope times it must stay finite.
         gradient_GL = mass_GL * (factor + slope * tl.maximum(distance_GL, -1e4))
     return gradient_GL
 
@@ -259,7 +262,7 @@ def _gradient(
     z_ptr += row * z_stride
     out_ptr += row * out_stride
     top = tl.load(max_ptr + row)
-    # The factor of an empty tail is something over a sum of 0.
+    # The factor of an empty tail was divided by a sum of 0.
     empty = top == float("-inf")
     top = tl.where(empty, 0.0, top)
     factor = tl.where(empty, 0.0, tl.load(factor_ptr + row))
@@ -268,18 +271,18 @@ def _gradient(
         slope = tl.where(empty, 0.0, tl.load(slope_ptr + row))
 
     at_GL = tl.arange(0, RUNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    whole = vocab // (RUNS * LANES) * (RUNS * LANES)
-    for start in range(0, whole, RUNS * LANES):
+    full = vocab // (RUNS * LANES) * (RUNS * LANES)
+    for start in range(0, full, RUNS * LANES):
         z_GL = tl.load(z_ptr + (start + at_GL))
         gradient_GL = _gradient_of_tile(z_GL, top, factor, slope, inverse_temperature)
         tl.store(out_ptr + (start + at_GL), gradient_GL.to(out_ptr.dtype.element_ty))
-    if whole < vocab:
-        inside_GL = whole + at_GL < vocab
-        z_GL = tl.load(z_ptr + (whole + at_GL), mask=inside_GL, other=float("-inf"))
+    if full < vocab:
+        inside_GL = full + at_GL < vocab
+        z_GL = tl.load(z_ptr + (full + at_GL), mask=inside_GL, other=float("-inf"))
         gradient_GL = _gradient_of_tile(z_GL, top, factor, slope, inverse_temperature)
-        tl.store(out_ptr + (whole + at_GL), gradient_GL.to(out_ptr.dtype.element_ty), mask=inside_GL)
+        tl.store(out_ptr + (full + at_GL), gradient_GL.to(out_ptr.dtype.element_ty), mask=inside_GL)
 
-    tl.debug_barrier()  # the kept ids were written with the tail's 0
+    tl.debug_barrier()  # the tail's pass has written 0 at the kept ids
     for start in range(0, k, BLOCK):
         at_B = start + tl.arange(0, BLOCK)
         ids_B = tl.load(ids_ptr + row * k + at_B, mask=at_B < k, other=-1)
@@ -291,7 +294,7 @@ def _check_rows(name: str, rows_CV: Tensor) -> None:
     if rows_CV.dim() != 2 or rows_CV.dtype not in DTYPES:
         raise ValueError(f"{name} must be [C, V], float32 or bf16, not {list(rows_CV.shape)}, {rows_CV.dtype}")
     if rows_CV.stride(1) != 1 and rows_CV.shape[1] > 1:
-        raise ValueError(f"{name} must have neighbouring columns, not a stride of {rows_CV.stride(1)}")
+        raise ValueError(f"{name} must have column stride 1, not {rows_CV.stride(1)}")
 
 
 def _check_ids(z_CV: Tensor, ids_CK: Tensor) -> None:

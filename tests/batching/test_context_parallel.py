@@ -1,4 +1,4 @@
-"""Micro-batches spread over ranks: nothing is lost, doubled or moved, and row n is the same token in both views."""
+"""Sharded micro-batches: every position and row once, and row n is the same token in both views."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.batching.plan import PackingConfig, pack, plan
 from distill.types import Layout, MicroBatch, Problem, Prompt, Rollout, View
 
 LAYOUTS = [(1, 2, 2), (2, 1, 2), (2, 2, 4), (1, 1, 2), (1, 1, 4), (1, 2, 4), (2, 1, 4), (1, 3, 6), (4, 2, 8)]
-"""tp, cp and the ranks of a teacher group."""
+"""(tp, cp, ranks of a teacher group)."""
 
 
 def _layout(tp: int, cp: int, teacher: int, rank: int, ranks: int) -> Layout:
@@ -21,15 +21,15 @@ def _layout(tp: int, cp: int, teacher: int, rank: int, ranks: int) -> Layout:
 
 
 def _rollouts(shapes: list[tuple[int, int, int, int]]) -> list[Rollout]:
-    """(prompt's number, tokens more that the teacher reads, answer's length, answer): prompts come again."""
+    """Build rollouts from (prompt id, extra teacher tokens, response length, response index); prompts may repeat."""
     rollouts = []
-    for i, (prompt, more, length, answer) in enumerate(shapes):
+    for i, (prompt, more, length, index) in enumerate(shapes):
         ids = tuple(range(10 * prompt, 10 * prompt + 1 + prompt))
         response = tuple(1000 * (i + 1) + n for n in range(length))
         rollouts.append(
             Rollout(
                 Prompt(prompt, ids, Problem("")),
-                answer,
+                index,
                 response,
                 tuple(-float(token) for token in response),
                 "length",
@@ -45,50 +45,50 @@ SHAPES = st.lists(
 )
 
 
-def _whole(parts: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and positions of a pack, put together from the ranks' parts."""
-    spread = parts[0].shards
-    assert spread is not None
+def _complete(parts: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and positions of a pack, assembled from the ranks' shards."""
+    shards = parts[0].shards
+    assert shards is not None
     tokens, positions = (torch.cat([getattr(v, name) for v in parts]) for name in ("tokens_T", "positions_T"))
-    return tokens[spread.slot_T], positions[spread.slot_T]
+    return tokens[shards.slot_T], positions[shards.slot_T]
 
 
 def _sequences(view: View) -> list[list[int]]:
-    """What is read, a sequence at a time: each position stands in its sequences, first where it says."""
+    """Return the tokens of each sequence, and check ``source_T`` against ``expand_S``."""
     count = len(view.tokens_T)
-    places = torch.arange(count) if view.shared is None else view.shared.expand_S
+    expand_S = torch.arange(count) if view.shared is None else view.shared.expand_S
     if view.shared is not None:
-        assert torch.equal(places[view.shared.source_T], torch.arange(count))
-    return [part.tolist() for part in torch.tensor_split(view.tokens_T[places], list(view.bounds[1:-1]))]
+        assert torch.equal(expand_S[view.shared.source_T], torch.arange(count))
+    return [part.tolist() for part in torch.tensor_split(view.tokens_T[expand_S], list(view.bounds[1:-1]))]
 
 
 ALONE = [(0, 0, 1, 0), (0, 0, 1, 1), (0, 0, 1, 2), (0, 0, 3, 3)]
-"""The first rank's rows are more than a third of all positions: the others are not full."""
+"""The first rank's rows are more than a third of all positions, so that other ranks have padding."""
 
 
 @settings(max_examples=40, deadline=None)
 @example(shapes=[ALONE, ALONE, [], []], sizes=(1, 3, 6), share=False)
 @given(shapes=st.lists(SHAPES, min_size=4, max_size=4), sizes=st.sampled_from(LAYOUTS), share=st.booleans())
-def test_the_ranks_of_a_group_read_the_pack_between_them(shapes, sizes, share) -> None:
+def test_the_shards_of_a_group_make_up_the_pack(shapes, sizes, share) -> None:
     tp, cp, size = sizes
-    answers = [list(enumerate(_rollouts(shape), start=10 * i)) for i, shape in enumerate(shapes)]
-    group = [pack(members, share) for members in answers[: size // (tp * cp)]]
+    members = [list(enumerate(_rollouts(shape), start=10 * i)) for i, shape in enumerate(shapes)]
+    group = [pack(of_group, share) for of_group in members[: size // (tp * cp)]]
     parts = [split(group, _layout(tp, cp, size, rank, size)) for rank in range(size)]
-    whole = join([micro_batch.teacher for micro_batch in group])
-    assert _sequences(whole) == [sequence for micro_batch in group for sequence in _sequences(micro_batch.teacher)]
-    tokens, positions = _whole([part.teacher for part in parts])
-    assert torch.equal(tokens, whole.tokens_T) and torch.equal(positions, whole.positions_T)
+    complete = join([micro_batch.teacher for micro_batch in group])
+    assert _sequences(complete) == [sequence for micro_batch in group for sequence in _sequences(micro_batch.teacher)]
+    tokens, positions = _complete([part.teacher for part in parts])
+    assert torch.equal(tokens, complete.tokens_T) and torch.equal(positions, complete.positions_T)
     assert len({len(part.teacher.tokens_T) for part in parts}) == 1
     for dp, micro_batch in enumerate(group):
         ours = parts[dp * tp * cp : (dp + 1) * tp * cp]
         if cp > 1:
-            tokens, _ = _whole([part.student for part in ours[::tp]])
+            tokens, _ = _complete([part.student for part in ours[::tp]])
             assert torch.equal(tokens, micro_batch.student.tokens_T)
         _rows_are_kept(micro_batch, ours, tp)
 
 
-def _rows_are_kept(whole: MicroBatch, parts: list[MicroBatch], tp: int) -> None:
-    """Every row once, with its own numbers, and at the position that it had in both views."""
+def _rows_are_kept(complete: MicroBatch, parts: list[MicroBatch], tp: int) -> None:
+    """Check that every row is present once, with its numbers and its position in both views."""
 
     def rows(micro_batch: MicroBatch) -> list[tuple[float, ...]]:
         student = micro_batch.student
@@ -96,12 +96,12 @@ def _rows_are_kept(whole: MicroBatch, parts: list[MicroBatch], tp: int) -> None:
         numbers = micro_batch.sampled_N, micro_batch.sampled_logprobs_N, micro_batch.weight_N, micro_batch.rollout_N
         return list(zip(*(column.tolist() for column in (*read, *numbers)), strict=True))
 
-    assert sorted(row for part in parts[::tp] for row in rows(part)) == sorted(rows(whole))
+    assert sorted(row for part in parts[::tp] for row in rows(part)) == sorted(rows(complete))
     for rank, part in enumerate(parts):
         assert rows(part) == rows(parts[rank // tp * tp])  # a tensor-parallel group trains the same rows
-    said = {}
-    for token, row in zip(whole.sampled_N.tolist(), whole.teacher.rows_N.tolist(), strict=True):
-        said[token] = (whole.teacher.tokens_T[row].item(), whole.teacher.positions_T[row].item())
+    expected = {}
+    for token, row in zip(complete.sampled_N.tolist(), complete.teacher.rows_N.tolist(), strict=True):
+        expected[token] = (complete.teacher.tokens_T[row].item(), complete.teacher.positions_T[row].item())
     for first in range(0, len(parts), tp):
         of_group = parts[first : first + tp]
         read = [
@@ -109,22 +109,22 @@ def _rows_are_kept(whole: MicroBatch, parts: list[MicroBatch], tp: int) -> None:
             for part in of_group
             for row in part.teacher.rows_N.tolist()
         ]
-        assert read == [said[token] for token in of_group[0].sampled_N.tolist()]
+        assert read == [expected[token] for token in of_group[0].sampled_N.tolist()]
         assert tp == 1 or of_group[0].rows_per_tp_rank == tuple(len(part.teacher.rows_N) for part in of_group)
 
 
-def test_rows_are_shared_alike() -> None:
+def test_ranks_have_equally_many_rows() -> None:
     rollouts = _rollouts([(3, 0, 40, 0), (2, 0, 40, 0), (1, 5, 40, 0)])
     parts = [split([pack(list(enumerate(rollouts)))], _layout(1, 4, 4, rank, 4)) for rank in range(4)]
     assert [len(part.sampled_N) for part in parts] == [30, 30, 30, 30]
 
 
 @pytest.mark.parametrize(("tp", "cp", "teacher"), [(1, 2, 2), (2, 1, 4), (1, 1, 2)])
-def test_a_rank_gets_its_part_of_the_plan(tp, cp, teacher) -> None:
+def test_sharded_plans_train_every_token_once(tp, cp, teacher) -> None:
     rollouts = _rollouts([(i % 4, i % 3, 1 + i % 5, i) for i in range(12)])
     config = PackingConfig(12, None, tokens=20)
     plans = [plan(rollouts, _layout(tp, cp, teacher, rank, 4), config, seed=1, step=2) for rank in range(4)]
-    whole = plan(rollouts, Layout(0, 1), PackingConfig(12, None, None), seed=1, step=2)
+    complete = plan(rollouts, Layout(0, 1), PackingConfig(12, None, None), seed=1, step=2)
     trained = [
         int(token)
         for rank, batches in enumerate(plans)
@@ -133,4 +133,4 @@ def test_a_rank_gets_its_part_of_the_plan(tp, cp, teacher) -> None:
         for token, weight in zip(part.sampled_N, part.weight_N, strict=True)
         if weight and rank % tp == 0
     ]
-    assert sorted(trained) == sorted(token for part in whole[0] for token in part.sampled_N.tolist())
+    assert sorted(trained) == sorted(token for part in complete[0] for token in part.sampled_N.tolist())

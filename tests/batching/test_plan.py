@@ -1,4 +1,4 @@
-"""The plan: every answer once, optimizer batches independent of the layout, ranks in lockstep."""
+"""``plan``: every response once, optimizer batches independent of the layout, ranks in lockstep."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.batching.balance import ROW_COST
-from distill.batching.plan import PackingConfig, deal_answers, pack, plan
+from distill.batching.balance import ROUND_COST
+from distill.batching.plan import PackingConfig, balance_responses, pack, plan
 from distill.inputs import packing_of
 from distill.types import Layout, OptimizerBatch, Problem, Prompt, Rollout
 from tests.harness import config_for
@@ -16,7 +16,7 @@ from tests.helpers import tiny_config
 
 
 def _rollouts(lengths: list[int], prefix: int = 3, prompts: int | None = None) -> list[Rollout]:
-    """Answers to prompts of their own, or to so many prompts by turns."""
+    """Return one response per prompt, or responses to ``prompts`` prompts in turn."""
     found = []
     for i, n in enumerate(lengths):
         p = i % (prompts or len(lengths))
@@ -34,7 +34,9 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=30)
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 9), st.sampled_from([None, 40, 100]), st.sampled_from([None, 1, 3]))
-def test_every_answer_is_trained_exactly_once_and_ranks_stay_in_step(lengths, ranks, size, tokens, sequences) -> None:
+def test_every_response_is_trained_once_and_ranks_have_equally_many_micro_batches(
+    lengths, ranks, size, tokens, sequences
+) -> None:
     rollouts = _rollouts(lengths)
     config = PackingConfig(size, sequences=sequences, tokens=tokens)
     plans = [plan(rollouts, Layout(rank, ranks), config, seed=3, step=5) for rank in range(ranks)]
@@ -44,43 +46,43 @@ def test_every_answer_is_trained_exactly_once_and_ranks_stay_in_step(lengths, ra
         rows = sum(int(micro_batch.weight_N.sum()) for batch in batches for micro_batch in batch)
         assert rows == batches[0].response_tokens
         for micro_batch in (micro_batch for batch in batches for micro_batch in batch):
-            answers = len(micro_batch.student.bounds) - 1
-            assert sequences is None or answers <= sequences
+            responses = len(micro_batch.student.bounds) - 1
+            assert sequences is None or responses <= sequences
             read = [
                 lengths[i] + len(rollouts[i].teacher_prefix_ids)
                 for i in micro_batch.rollout_N.unique().tolist()
                 if i >= 0
             ]
-            assert tokens is None or answers == 1 or sum(read) <= tokens
+            assert tokens is None or responses == 1 or sum(read) <= tokens
     seen = [i for batches in plans for batch in batches for i in _members(batch)]
     assert sorted(seen) == list(range(len(lengths)))
 
 
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.sampled_from([None, 40, 100]), st.booleans())
-def test_every_rank_takes_its_part_of_one_deal(lengths, ranks, tokens, shared) -> None:
-    """Which is the same wherever and however often it is made: no rank needs to hear of another's part."""
+def test_every_rank_takes_its_micro_batches_of_the_same_assignment(lengths, ranks, tokens, shared) -> None:
+    """The assignment is deterministic, so that ranks need no communication."""
     rollouts = _rollouts(lengths, prompts=3 if shared else None)
     config = PackingConfig(len(lengths), None, tokens, quadratic=1e-2)
     parts = [plan(rollouts, Layout(rank, ranks), config, seed=3, step=5)[0] for rank in range(ranks)]
     again = [plan(list(rollouts), Layout(rank, ranks), config, seed=3, step=5)[0] for rank in range(ranks)]
     generator = torch.Generator().manual_seed(3 * 1_000_003 + 5)
-    rows = deal_answers(rollouts, torch.randperm(len(lengths), generator=generator).tolist(), ranks, config)
+    rounds = balance_responses(rollouts, torch.randperm(len(lengths), generator=generator).tolist(), ranks, config)
     for found in (parts, again):
         taken = [[sorted(set(micro_batch.rollout_N.tolist()) - {-1}) for micro_batch in part] for part in found]
-        assert [list(row) for row in zip(*taken, strict=True)] == rows
+        assert [list(by_rank) for by_rank in zip(*taken, strict=True)] == rounds
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 60), st.integers(1, 4), st.sampled_from([None, 80, 200]))
-def test_sharing_prefixes_never_takes_longer(lengths, prefix, ranks, tokens) -> None:
+def test_sharing_prefixes_never_increases_the_estimated_time(lengths, prefix, ranks, tokens) -> None:
     rollouts = _rollouts(lengths, prefix, prompts=4)
     longest = [len(r.teacher_prefix_ids) + len(r.response_ids) for r in rollouts]
 
     def time(share: bool) -> float:
         config = PackingConfig(len(lengths), None, tokens, quadratic=1e-2, share_prefixes=share)
-        rows = deal_answers(rollouts, range(len(lengths)), ranks, config)
-        return sum(ROW_COST + max(cost(members, share) for members in row) for row in rows)
+        rounds = balance_responses(rollouts, range(len(lengths)), ranks, config)
+        return sum(ROUND_COST + max(cost(members, share) for members in by_rank) for by_rank in rounds)
 
     def cost(members: list[int], share: bool) -> float:
         prefix_of = {i: rollouts[i].prompt.prompt_id if share else i for i in members}
@@ -93,7 +95,7 @@ def test_sharing_prefixes_never_takes_longer(lengths, prefix, ranks, tokens) -> 
 
 @settings(max_examples=30, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 9))
-def test_who_shares_an_optimizer_batch_depends_on_the_seed_alone(lengths, ranks, size) -> None:
+def test_optimizer_batches_depend_on_the_seed_alone(lengths, ranks, size) -> None:
     one = plan(_rollouts(lengths), Layout(0, 1), PackingConfig(size, None, None), seed=1, step=2)
     shorter = _rollouts([1] * len(lengths))
     sharing = _rollouts(lengths, prompts=3)
@@ -113,8 +115,8 @@ def test_who_shares_an_optimizer_batch_depends_on_the_seed_alone(lengths, ranks,
     ("left", "batches"),
     [(128, [640, 640]), (100, [500, 500]), (65, [320, 330]), (2, [10, 10]), (1, [10]), (0, [])],
 )
-def test_answers_that_are_left_out_thin_the_optimizer_batches_evenly(left, batches) -> None:
-    """128 answers of ten tokens make two batches of 64: one more than 64 must not weigh as much as 64."""
+def test_responses_left_out_shrink_all_optimizer_batches_evenly(left, batches) -> None:
+    """128 responses of ten tokens make two batches of 64; of 65, one must not get the weight of 64."""
     config = PackingConfig(64, sequences=8, tokens=None, expected=128)
     planned = plan(_rollouts([10] * left), Layout(0, 2), config, seed=0, step=0)
     assert [batch.response_tokens for batch in planned] == batches
@@ -155,28 +157,28 @@ def test_teacher_and_student_rows_predict_the_same_token(lengths, prefixes) -> N
             assert read == [*prefix_of(rollout), *rollout.response_ids[:-1]]
             assert view.positions_T[start:stop].tolist() == list(range(stop - start))
             for i, token in enumerate(rollout.response_ids):
-                place = int(view.rows_N[n]) - start
-                following = [*prefix_of(rollout), *rollout.response_ids][place + 1]
-                assert (place, following) == (len(prefix_of(rollout)) - 1 + i, token)
+                position = int(view.rows_N[n]) - start
+                following = [*prefix_of(rollout), *rollout.response_ids][position + 1]
+                assert (position, following) == (len(prefix_of(rollout)) - 1 + i, token)
                 n += 1
         assert n == len(view.rows_N)
 
 
-def test_a_rank_without_answers_gets_a_dummy_of_weight_zero() -> None:
+def test_a_rank_without_responses_gets_a_dummy_of_weight_zero() -> None:
     (batch,) = plan(_rollouts([4]), Layout(1, 2), PackingConfig(8, None, None), seed=0, step=0)
     (dummy,) = batch
     assert (dummy.weight_N.tolist(), dummy.rollout_N.tolist(), batch.response_tokens) == ([0.0], [-1], 4)
     assert dummy.student.tokens_T.shape == dummy.student.rows_N.shape == (1,)
 
 
-def test_a_budget_of_tokens_counts_the_longer_view() -> None:
+def test_the_token_budget_counts_the_longer_view() -> None:
     long_prefix = [Rollout(Prompt(i, (1, 2), Problem("p")), 0, (7,), (-1.0,), "length", 0, (2,) * 19) for i in range(4)]
     (batch,) = plan(long_prefix, Layout(0, 1), PackingConfig(4, None, tokens=40), seed=0, step=0)
     assert [len(micro_batch.teacher.bounds) - 1 for micro_batch in batch] == [2, 2]
 
 
 @pytest.mark.parametrize("batching", ["sequence_packing", "dynamic_batching", None])
-def test_micro_batches_are_counted_in_tokens_where_the_recipe_packs(tmp_path, batching) -> None:
+def test_micro_batches_are_limited_by_tokens_if_the_recipe_packs(tmp_path, batching) -> None:
     enabled = {
         f"policy.{name}.enabled={str(name == batching).lower()}" for name in ("sequence_packing", "dynamic_batching")
     }

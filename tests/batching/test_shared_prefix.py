@@ -1,4 +1,4 @@
-"""A prefix that several answers share is read once, and nothing else changes: views, plan, attention, a whole step."""
+"""A shared prefix is read once and nothing else changes: views, plan, attention, a complete step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKING = PackingConfig(12, sequences=None, tokens=None)
 PACKINGS = {
     "shared": PACKING,
     "shared, several micro-batches": replace(PACKING, tokens=150),
-    "shared by chance": replace(PACKING, sequences=3),
+    "shared, counted in sequences": replace(PACKING, sequences=3),
     "unshared": replace(PACKING, share_prefixes=False),
 }
 
@@ -36,18 +36,20 @@ _PREFIX = st.sampled_from([(1,), (1, 2), (1, 2, 3), (4, 5, 6, 7)])
 _RESPONSE = st.lists(st.integers(10, 99), min_size=1, max_size=6).map(tuple)
 
 
-def _grouped(answers: int = 2) -> list[Rollout]:
-    """Answers that share prompts, and teacher's prefixes too where these are the student's."""
+def _grouped(responses: int = 2) -> list[Rollout]:
+    """Return responses that share prompts, and teacher prefixes if these are the student's."""
     rollouts = fixed_rollouts(vocab=VOCAB)
     return [
-        replace(rollouts[i - i % answers], response_ids=r.response_ids, logprobs=r.logprobs, response_index=i % answers)
+        replace(
+            rollouts[i - i % responses], response_ids=r.response_ids, logprobs=r.logprobs, response_index=i % responses
+        )
         for i, r in enumerate(rollouts)
     ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(_PREFIX, _RESPONSE), min_size=1, max_size=8))
-def test_a_shared_view_spreads_to_the_unshared_one(sequences) -> None:
+def test_a_shared_view_expands_to_the_unshared_view(sequences) -> None:
     plain, view = view_of(sequences), view_of(sequences, share=True)
     assert plain.shared is None and view.bounds == plain.bounds
     distinct = {prefix for prefix, _ in sequences}
@@ -69,21 +71,21 @@ def test_a_shared_view_spreads_to_the_unshared_one(sequences) -> None:
     st.integers(1, 3),
     st.sampled_from([None, 50, 120]),
 )
-def test_answers_are_dealt_once_whatever_they_share(drawn, ranks, tokens) -> None:
+def test_responses_with_shared_prefixes_are_assigned_once(drawn, ranks, tokens) -> None:
     prompts = fixed_rollouts(4)
     rollouts = [replace(prompts[p], response_ids=(7,) * n, logprobs=(-1.0,) * n) for p, n in drawn]
     packing = PackingConfig(len(rollouts), None, tokens)
     (parts,) = zip(*[plan(rollouts, Layout(rank, ranks), packing, 0, 0) for rank in range(ranks)], strict=True)
     assert len({len(part) for part in parts}) == 1, "ranks have different numbers of micro-batches"
-    dealt = [i for part in parts for mb in part for i in mb.rollout_N.unique().tolist() if i >= 0]
-    assert sorted(dealt) == list(range(len(rollouts)))
+    assigned = [i for part in parts for mb in part for i in mb.rollout_N.unique().tolist() if i >= 0]
+    assert sorted(assigned) == list(range(len(rollouts)))
     for micro_batch in (mb for part in parts for mb in part):
         inside = [rollouts[i] for i in micro_batch.rollout_N.unique().tolist() if i >= 0]
         read = [max(len(r.prompt.student_ids), len(r.teacher_prefix_ids)) + len(r.response_ids) for r in inside]
         assert tokens is None or len(read) <= 1 or sum(read) <= tokens
 
 
-def test_answers_of_one_prompt_meet_in_a_micro_batch() -> None:
+def test_responses_to_one_prompt_share_a_micro_batch() -> None:
     rollouts = _grouped()
     for rank in range(2):
         ((micro_batch,),) = plan(rollouts, Layout(rank, 2), PACKING, seed=0, step=0)
@@ -93,8 +95,8 @@ def test_answers_of_one_prompt_meet_in_a_micro_batch() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_over_shared_positions_is_that_over_copies(window: int | None) -> None:
-    """In values and in gradients: a shared position's gradient is the sum of its copies'."""
+def test_attention_over_shared_positions_equals_attention_over_copies(window: int | None) -> None:
+    """In values and gradients: a shared position's gradient is the sum over its copies."""
     sequences = [((1, 2, 3), (5, 6, 7, 8)), ((9,), (4, 4)), ((1, 2, 3), (6,)), ((1, 2, 3), (7, 7, 7))]
     view = view_of(sequences, share=True)
     assert view.shared is not None
@@ -131,8 +133,8 @@ def _config(root: Path, family: str, ranks: int = 1) -> Config:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_with_shared_prefixes_is_that_of_plain_pytorch(tmp_path: Path, ranks: int) -> None:
-    """Loss, gradient norm and every parameter's gradient; the reference reads every answer with its own prompt."""
+def test_a_step_with_shared_prefixes_equals_plain_pytorch(tmp_path: Path, ranks: int) -> None:
+    """Loss, gradient norm and every parameter's gradient; the reference reads every response with its prompt."""
     for family in ("llama", "qwen3"):
         for seed in (0, 1):
             save_tiny_model(tmp_path / f"{family}-{seed}", family, tied=True, seed=seed + 3, vocab=VOCAB)
@@ -146,7 +148,7 @@ def test_a_step_with_shared_prefixes_is_that_of_plain_pytorch(tmp_path: Path, ra
 
 
 @pytest.mark.parametrize("batching", ["sequence_packing", "dynamic_batching", "neither"])
-def test_the_recipes_key_switches_sharing_off_however_micro_batches_are_counted(tmp_path: Path, batching: str) -> None:
+def test_runtime_share_prefixes_false_disables_sharing(tmp_path: Path, batching: str) -> None:
     folder = save_tiny_model(tmp_path / "m")
     counted = {
         f"policy.{name}.enabled={str(name == batching).lower()}" for name in ("sequence_packing", "dynamic_batching")
