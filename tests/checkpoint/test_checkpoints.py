@@ -424,7 +424,7 @@ def test_an_unmeasured_metric_name_is_logged_once_with_the_available_ones(
     assert "checkpointing.metric_name=val:acuracy" in message and "accuracy, avg_length" in message
 
 
-# ---- directory lock, transient I/O errors and heartbeats --------------------------------------------------------------
+# ---- directory lock, transient I/O errors and heartbeats ------------------------------------------------------------
 
 OWNER = """
 import sys
