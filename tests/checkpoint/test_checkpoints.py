@@ -41,7 +41,7 @@ from tests.helpers import run_ranks
 class Alone:
     """A world of one rank, as far as checkpoints ask."""
 
-    main, control, rank, size = True, None, 0, 1
+    is_main, control, rank, size = True, None, 0, 1
 
     @contextmanager
     def all_or_none(self, doing: str) -> Iterator[None]:
