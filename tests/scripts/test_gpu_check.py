@@ -168,3 +168,29 @@ def test_a_wrong_scale_raises_the_attention_error_above_its_bound(monkeypatch, s
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     assert (gpu_check.attention_error_ratio(torch.device("cpu"), 100) > 1.2) == fails
+
+
+RUN = """
+import sys
+from distill.distributed.program import exit_process
+from scripts import gpu_check
+gpu_check.run_alone = lambda *_: {"plain": [1.0], "like_ours": [1.0], "runner": "none"}
+exit_process(gpu_check.main(sys.argv[1:]))
+"""
+"""The program without its process of vLLM alone, which takes most of the time."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs vLLM for CPU")
+def test_a_tiny_model_passes_without_a_gpu(tmp_path) -> None:
+    tiny_tokenizer().save_pretrained(save_tiny_model(tmp_path / "m", "qwen3", True))
+    options = ["--quick", "--model", str(tmp_path / "m"), "--out", str(tmp_path / "o")]
+    done = subprocess.run([sys.executable, "-c", RUN, *options], cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = _written(tmp_path / "o")
+    assert (found["finished"], found["passed"], found["device"]) == (True, True, "cpu")
+    verdicts = [check["passed"] for check in found["checks"] if check["bound"]]
+    needs_gpu = [check for check in found["checks"] if check["note"] == gpu_check.ONLY_GPU]
+    assert verdicts.count(True) == 10 and verdicts.count(None) == 5 and len(needs_gpu) == 6
+    assert all(check["value"] is not None for check in found["checks"] if check not in needs_gpu)
