@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from distill.checkpoint import SHARDS, Damaged, ShardsReader, files_of, read_whole
+from distill.checkpoint import SHARDS, CheckpointError, ShardsReader, files_of, read_verified
 from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.tokenizer import load_tokenizer
 from distill.errors import UserError, reason, writing_to
@@ -64,8 +64,8 @@ def export(
         if folder.exists():
             raise UserError(f"{folder} exists: remove it, or name another folder to write to")
     try:
-        info = read_whole(checkpoint)
-    except Damaged as fault:
+        info = read_verified(checkpoint)
+    except CheckpointError as fault:
         raise UserError(f"{checkpoint} is no whole checkpoint ({fault}): name a folder step_N that is") from fault
     files, config, name = _files(checkpoint, info, model, stop_token_ids)
     kind = DTYPES[dtype or info["recipe"]["policy"]["precision"]]
