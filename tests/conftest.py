@@ -1,11 +1,11 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, in this process and in none that it starts.
+"""Run Triton kernels in Triton's interpreter if there is no GPU, in this process but not in its child processes.
 
-``triton.jit`` reads TRITON_INTERPRET where a function is decorated, which happens once, on import. So whatever a kernel
-is made of is imported here, before any test can import it otherwise, and the variable is then taken back. Two parts of
-Triton need naming: its language, whose reductions are decorated too, and gluon, which the first launch of a kernel
-would import and which refuses a language that was decorated under another setting.
+``triton.jit`` reads TRITON_INTERPRET when a function is decorated, which happens once, on import. So all modules with
+kernels are imported here, before any test imports them, and the variable is then restored. Two modules of Triton are
+imported explicitly: its language, because its reductions are decorated too, and gluon, because the first launch of a
+kernel imports it and it refuses a language that was decorated under another setting.
 
-Nothing else in this process decides by it: torch.compile and vLLM use Triton only where they find a GPU's driver.
+No other code in this process depends on the variable: torch.compile and vLLM use Triton only with a GPU driver.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in every run: a merge must not depend on what was drawn. Other ones: pytest --hypothesis-seed=N.
+# Use the same examples in every run, so that a merge does not depend on chance; --hypothesis-seed=N draws others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
@@ -30,7 +30,7 @@ _SWITCH = "TRITON_INTERPRET"
 
 def _import_interpreted() -> None:
     if "triton" in sys.modules:
-        raise RuntimeError(f"triton was imported before {_SWITCH} could be set for it: find out by which plugin")
+        raise RuntimeError(f"triton was imported before {_SWITCH} could be set: find the pytest plugin that imports it")
     before = os.environ.get(_SWITCH)
     os.environ[_SWITCH] = "1"
     try:
@@ -50,8 +50,8 @@ if find_spec("triton") and not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def _heard_log() -> None:
-    """A program that ran in this process keeps its log to its own handlers; each test listens at the root again."""
+def _propagate_log() -> None:
+    """Send log records to the root logger again, because a program in a previous test installed its own handlers."""
     logger = logging.getLogger("distill")
     logger.setLevel(logging.NOTSET)
     logger.propagate = True

@@ -1,18 +1,20 @@
-"""The exact top-k of rows of logits, and what a distillation target says of the rest: little more than one read.
+"""The exact top-k of rows of logits, with log tail and entropy: little more than one read of the logits.
 
-``_scan_tiles`` reads a row once and leaves the largest logit of each tile. The k-th largest of these, t, bounds the
-k-th largest logit from below: k tiles hold one at least as large. ``_select`` therefore rereads only the tiles whose
-maximum reaches t, about k of them, keeps their logits >= t (the candidates, hardly more than k) and finds the k-th
-largest among these. Logits that tie by the hundreds, as bf16 ones may, can overflow the room for candidates; such rows
-are marked and done again by ``_whole_row``, which needs no room but rereads the row for every halving of its search.
-Nothing waits for the device.
+The plain twin is ``torch.topk`` and ``loss.topk_reduction.reduce_in_place`` (see ``loss.targets.TeacherScorer``).
 
-A tile is not a run of neighbours but ``W / VEC`` runs of 16 bytes, far apart: then one thread holds a tile whole, and
-its maximum and sums need no exchange between threads, which would cost more than the read. It also spreads neighbours,
-often large together, over many tiles.
+``_scan_tiles`` reads a row once and writes the largest logit of each tile. The k-th largest of these maxima, t, is a
+lower bound of the k-th largest logit, because k tiles have a logit >= t. ``_select`` therefore rereads only the tiles
+whose maximum reaches t, about k of them. Their logits >= t are the candidates, usually not many more than k; it selects
+the k-th largest among them. Hundreds of equal logits, as in bf16, can overflow the candidate buffer; such rows are
+marked and computed again by ``_full_row``, which needs no buffer but rereads the row for every bisection step. No
+kernel makes the host wait for the device.
 
-Suffixes inside the kernels: R x S x VEC a group of S tiles (R runs of VEC neighbouring logits each), T the tiles of a
-row, G its groups, B a block of logits, A the room for candidates.
+A tile is not contiguous: it is ``W / VEC`` runs of 16 bytes, far from each other. Then one thread has a complete tile
+and computes its maximum and sums without other threads, whose exchange would cost more than the read. It also
+distributes adjacent logits, which are often large together, over many tiles.
+
+Suffixes inside the kernels: R x S x VEC a group of S tiles (R runs of VEC adjacent logits each), T the tiles of a
+row, G its groups, B a block of logits, A the candidate buffer.
 """
 
 from __future__ import annotations
@@ -26,44 +28,43 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TILED_K = 2048
-"""Above this k, or where k is no small part of the row, every row is searched whole."""
+"""Above this k, or if k is a large fraction of the row, ``_full_row`` computes every row."""
 
 _GROUP = 8192
-"""Logits that a program of ``_scan_tiles`` reads: 64 for each of its 128 threads, all in registers."""
+"""Number of logits that a program of ``_scan_tiles`` reads: 64 per thread, all in registers."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Stands for -inf where a distance is multiplied by e^distance = 0: 0 * -inf would be NaN."""
+"""Replaces a distance of -inf that is multiplied by e^distance = 0: 0 * -inf would be NaN."""
 _LOWEST = tl.constexpr(-(2**31))
-"""Below the key of every number."""
+"""A key below that of every number."""
 _HIGHEST = tl.constexpr(2**31 - 1)
 """The key of NaN."""
 
 
 class Tiling(NamedTuple):
-    """How a row is cut into tiles."""
+    """Sizes of the tiles of a row."""
 
     width: int
-    """Logits of a tile."""
+    """Number of logits of a tile."""
     per_group: int
-    """Tiles of a group, S; a group is a run of neighbouring logits."""
+    """Number of tiles of a group, S; a group is a contiguous run of logits."""
     groups: int
-    """Groups of a row; the last may reach past its end."""
+    """Number of groups of a row; the last may extend past the row's end."""
     room: int
-    """Candidates of a row that there is room for."""
+    """Size of the candidate buffer of a row."""
 
     @property
     def tiles(self) -> int:
-        """All tiles of a row, with those past its end."""
+        """Return the number of tiles of a row, including those past its end."""
         return self.per_group * self.groups
 
 
 def tiling(vocab: int, k: int) -> Tiling | None:
-    """The tiles for the ``k`` largest of ``vocab`` logits; None where they gain nothing, and the row is searched whole.
+    """Return the tiles for the ``k`` largest of ``vocab`` logits; None if ``_full_row`` alone is as fast.
 
-    Two 4-byte numbers a tile are written and read, and k tiles are reread in halves of 32-byte sectors: together least
-    at a width of about sqrt(2 V / k). Far fewer than 2 k tiles would make nearly all of them, and of their logits,
-    candidates.
+    Two 4-byte numbers per tile are written and read, and k tiles are reread in halves of 32-byte sectors: the total is
+    smallest at a width of about sqrt(2 V / k). With far fewer than 2 k tiles nearly all logits would be candidates.
     """
     width = 64
     while width > 8 and width * width * k > 4 * vocab:
@@ -75,36 +76,40 @@ def tiling(vocab: int, k: int) -> Tiling | None:
 
 
 def topk_ids(z_CV: Tensor, k: int) -> Tensor:
-    """The ids of the ``k`` largest logits of each row, exactly; of equal logits the lowest ids.
+    """Return the ids of the ``k`` largest logits of each row, exactly; of equal logits the lowest ids.
+
+    The plain twin is ``torch.topk``.
 
     Args:
-        z_CV: logits, float32 or bf16, neighbouring columns; rows may lie further apart than V, and are read 16 bytes
-            at a time where they lie a multiple of 16 numbers apart, whatever V is. -inf is a logit like any other. In
-            a row with NaN the ids are distinct and in range, but which ones is left open.
+        z_CV: logits, float32 or bf16, column stride 1; the row stride may exceed V. A row stride that is a multiple of
+            16 allows reads of 16 bytes for any V. -inf is an ordinary logit. In a row with NaN the ids are distinct and
+            in range, but otherwise undefined.
         k: 1 to V.
 
     Returns:
-        int32 [C, K], each row in an order of no meaning, which is the same on every call.
+        int32 [C, K]; the order within a row has no meaning and is the same on every call.
 
-    Errors: ``ValueError`` for dtypes, shapes, strides or a k other than these.
+    Raises ``ValueError`` for other dtypes, shapes, strides or k.
     """
     return _topk(z_CV, k, inverse_temperature=None)[0]
 
 
 def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``topk_ids`` and what it takes to make a target of them, from the same read.
+    """Return ``topk_ids`` with log-probs, log tail and entropy, from the same read.
+
+    The plain twin is ``loss.targets.TeacherScorer.topk_of_ids`` with ``TorchKernels``.
 
     Args:
         z_CV: raw logits, as for ``topk_ids``.
-        k: 1 to V; the whole vocabulary leaves an empty tail.
-        inverse_temperature: the logits times this are what the outputs speak of; above 0.
+        k: 1 to V; k = V leaves an empty tail.
+        inverse_temperature: factor of the logits in all outputs; above 0.
 
     Returns:
-        ids_CK (int32) and in float32, nats: logprobs_CK over the whole row, log_tail_C (log of the mass of all other
-        ids, summed up over them alone so that a small tail keeps its digits; -inf for an empty one), entropy_C of
-        the whole row. A row with NaN or +inf has NaN among its log-probs.
+        ids_CK (int32) and in float32, nats: logprobs_CK over the complete row, log_tail_C (log of the sum over all
+        other ids alone, so that a small tail keeps its digits; -inf if it is empty), entropy_C of the complete row. A
+        row with NaN or +inf has NaN among its log-probs.
 
-    Errors: ``ValueError`` as for ``topk_ids``, and for an inverse temperature that is not above 0.
+    Raises ``ValueError`` as ``topk_ids`` does, and for an inverse temperature that is not above 0.
     """
     if not inverse_temperature > 0:
         raise ValueError(f"inverse_temperature must be above 0, not {inverse_temperature}")
@@ -112,7 +117,7 @@ def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Te
 
 
 def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, log-probs, log tail and entropy; the last three are empty without a temperature."""
+    """Return ids, log-probs, log tail and entropy; the last three are empty without a temperature."""
     _check(z_CV, k)
     (rows, vocab), device = z_CV.shape, z_CV.device
     stats = inverse_temperature is not None
@@ -123,28 +128,28 @@ def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tens
     if rows == 0:
         return outputs
     cut = tiling(vocab, k)
-    whole_C = torch.empty(rows, dtype=torch.int32, device=device)
+    full_row_C = torch.empty(rows, dtype=torch.int32, device=device)
     rest = (vocab, z_CV.stride(0), inverse_temperature or 1.0)
     with torch.cuda.device(device) if z_CV.is_cuda else nullcontext():
         if cut is None:
-            whole_C.fill_(1)
+            full_row_C.fill_(1)
         else:
-            _by_tiles(z_CV, cut, whole_C, outputs, rest, k, stats)
+            _by_tiles(z_CV, cut, full_row_C, outputs, rest, k, stats)
         block = min(_power_of_2(vocab), 4096)
-        _whole_row[(rows,)](z_CV, whole_C, *outputs, *rest, K=k, STATS=stats, BLOCK=block, num_warps=8)
+        _full_row[(rows,)](z_CV, full_row_C, *outputs, *rest, K=k, STATS=stats, BLOCK=block, num_warps=8)
     return outputs
 
 
 def _by_tiles(
     z_CV: Tensor,
     cut: Tiling,
-    whole_C: Tensor,
+    full_row_C: Tensor,
     outputs: tuple[Tensor, ...],
     rest: tuple[int, int, float],
     k: int,
     stats: bool,
 ) -> None:
-    """Fill the outputs of all rows but those that it marks in ``whole_C``."""
+    """Fill the outputs of all rows except those that it marks in ``full_row_C``."""
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)
     sum_CT = torch.empty_like(top_CT) if stats else top_CT
@@ -155,11 +160,11 @@ def _by_tiles(
         z_CV, top_CT, sum_CT, groups_C3G, *rest, cut.groups, **shape, num_warps=4 if vocab >= 1024 else 1
     )
     tiles = _power_of_2(cut.tiles)
-    # 16 tiles and 16 candidates a thread. A row is a chain of short steps, so that speed is the number of rows that run
-    # side by side: at 64 registers a multiprocessor holds 1024 of its 2048 threads, and few values spill.
+    # 16 tiles and 16 candidates per thread. A row is a chain of short steps, so the speed is the number of concurrent
+    # rows: with 64 registers a multiprocessor runs 1024 of its 2048 threads, and few values spill.
     num_warps = min(max(max(tiles, cut.room) // 512, 4), 32)
     _select[(rows,)](
-        *(z_CV, top_CT, sum_CT, groups_C3G, found_C3A, whole_C, *outputs, *rest, cut.groups),
+        *(z_CV, top_CT, sum_CT, groups_C3G, found_C3A, full_row_C, *outputs, *rest, cut.groups),
         **{**shape, "K": k, "TILES": tiles, "GROUPS": _power_of_2(cut.groups), "ROOM": cut.room},
         BLOCK=min(256 * num_warps, 4096),
         num_warps=num_warps,
@@ -171,19 +176,19 @@ def _check(z_CV: Tensor, k: int) -> None:
     if z_CV.dim() != 2 or z_CV.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"z_CV must be [C, V], float32 or bf16, not {list(z_CV.shape)}, {z_CV.dtype}")
     if z_CV.stride(1) != 1 and z_CV.shape[1] > 1:
-        raise ValueError(f"z_CV must have neighbouring columns, not a stride of {z_CV.stride(1)}")
+        raise ValueError(f"z_CV must have column stride 1, not a stride of {z_CV.stride(1)}")
     if not 1 <= k <= z_CV.shape[1]:
         raise ValueError(f"k={k} must be between 1 and the number of columns ({z_CV.shape[1]})")
 
 
 def _power_of_2(number: int) -> int:
-    """The next one up, or the number itself."""
+    """Return the smallest power of 2 that is at least ``number``."""
     return 1 << max(number - 1, 0).bit_length()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _key(z: tl.tensor) -> tl.tensor:
-    """int32 in the order of the float32s: -0 equals 0, NaN is above all."""
+    """Return int32 keys in the order of the float32 values; -0 equals 0, NaN is the largest."""
     bits = z.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(z == 0.0, 0, key)
@@ -192,22 +197,22 @@ def _key(z: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _number(key: tl.tensor) -> tl.tensor:
-    """The float32 whose key it is."""
+    """Return the float32 value of a key."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _finite(top: tl.tensor) -> tl.tensor:
-    """``top`` as something to subtract: 0 for the maximum of what is all -inf, as -inf - -inf would be NaN."""
+    """Return ``top``, or 0 for -inf, as -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """A bound that at least ``k`` keys reach, by bisection: at most k + slack of them, or it is the k-th largest key.
+    """Return a bound that k to k + slack keys reach, by bisection, or else the k-th largest key.
 
-    ``low`` is a bound that at least k keys reach. The search ends as soon as few enough reach the middle, after ten to
-    twenty halvings of what are 2^32 possible keys at most.
+    At least k keys must reach ``low``. The search stops as soon as at most k + slack keys reach the middle, usually
+    after ten to twenty of at most 32 steps.
     """
     low = low.to(tl.int64)
     high = tl.max(keys, axis=0).to(tl.int64)
@@ -221,7 +226,7 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """(largest, sum of e^(z - largest)) of a tail that the ``taken`` ones of ``z`` join."""
+    """Add the ``taken`` entries of ``z`` to a tail; return its (largest m, sum of e^(z - m))."""
     z = tl.where(taken, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, axis=0))
     base = _finite(new_top)
@@ -231,7 +236,7 @@ def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """(largest m, sum of e^(z - m), sum of (z - m) e^(z - m)) of all from those of its parts."""
+    """Combine parts into (largest m, sum of e^(z - m), sum of (z - m) e^(z - m))."""
     top = tl.max(top_X, axis=0)
     moved_X = tl.maximum(top_X - _finite(top), _FAR)
     shrink_X = tl.exp2(moved_X * to_log2)
@@ -253,10 +258,9 @@ def _scan_tiles(
     VEC: tl.constexpr,
     STATS: tl.constexpr,
 ) -> None:
-    """Of each tile the largest logit m and the sum of e^(z - m); of the group m, that sum, and of (z - m) e^(z - m).
+    """Write each tile's largest logit m and sum of e^(z - m); for a group also the sum of (z - m) e^(z - m).
 
-    m is a raw logit. Distances are taken before the temperature: the difference of two near logits is exact, their
-    quotients are not.
+    m is a raw logit. Subtract before dividing by the temperature: the difference of two near logits is exact.
     """
     row = tl.program_id(0).to(tl.int64) // groups  # row * stride exceeds 32 bits
     group = tl.program_id(0) % groups
@@ -269,7 +273,7 @@ def _scan_tiles(
     else:
         z_RSV = tl.load(z_ptr + column_RSV, mask=column_RSV < vocab, other=float("-inf"))
     z_RSV = z_RSV.to(tl.float32)
-    top_S = tl.max(tl.max(z_RSV, axis=0), axis=1)  # first what is certainly in one thread
+    top_S = tl.max(tl.max(z_RSV, axis=0), axis=1)  # first the axis that one thread has
     at_S = (row * groups + group) * S + tl.arange(0, S)
     tl.store(top_ptr + at_S, top_S)
     if STATS:
@@ -295,7 +299,7 @@ def _select(
     sum_ptr: tl.tensor,
     groups_ptr: tl.tensor,
     found_ptr: tl.tensor,
-    whole_ptr: tl.tensor,
+    full_row_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     logprobs_ptr: tl.tensor,
     log_tail_ptr: tl.tensor,
@@ -314,14 +318,14 @@ def _select(
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The outputs of a row from its tiles, or a mark in ``whole``: more candidates than there is room for."""
+    """Write the outputs of a row from its tiles, or mark it if its candidates overflow the buffer."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     keys_ptr = found_ptr + row * 3 * ROOM
     columns_ptr, tiles_ptr = keys_ptr + ROOM, keys_ptr + 2 * ROOM
     to_log2 = inverse_temperature * _LOG2_E
 
-    # The tiles that matter. Those past the end of the row would only lengthen the search.
+    # Choose the tiles to reread. Tiles past the end of the row would only lengthen the search.
     tile_T = tl.arange(0, TILES)
     real_T = (tile_T < groups * S) & (tile_T // S * (S * W) + tile_T % S * VEC < vocab)
     top_T = tl.load(top_ptr + row * groups * S + tile_T, mask=real_T, other=float("-inf"))
@@ -335,14 +339,14 @@ def _select(
     tail_top = tl.full([], float("-inf"), tl.float32)
     tail_sum = tl.full([], 0.0, tl.float32)
     if STATS:
-        # Not top_T, which would hold registers till here.
+        # Recompute from the keys: top_T would occupy registers until here.
         rest_T = tl.where(chosen_T | (key_T == _LOWEST), float("-inf"), _number(key_T))
         tail_top = tl.max(rest_T, axis=0)
         sum_T = tl.load(sum_ptr + row * groups * S + tile_T, mask=real_T & (key_T < bound), other=0.0)
         tail_sum = tl.sum(sum_T * tl.exp2((rest_T - _finite(tail_top)) * to_log2), axis=0)
 
-    # Their logits: candidates, or more of the tail.
-    tl.debug_barrier()  # the tiles were written by other threads
+    # Split their logits into candidates and tail.
+    tl.debug_barrier()  # other threads wrote the tiles
     count = tl.full([], 0, tl.int32)
     for start in range(0, tl.minimum(chosen, ROOM) * W, BLOCK):
         lane_B = start + tl.arange(0, BLOCK)
@@ -362,9 +366,9 @@ def _select(
         if STATS:
             tail_top, tail_sum = _add_sum(z_B, held_B & (key_B < bound), tail_top, tail_sum, to_log2)
     overflow = (chosen > ROOM) | (count > ROOM)
-    tl.store(whole_ptr + row, overflow.to(tl.int32))
+    tl.store(full_row_ptr + row, overflow.to(tl.int32))
 
-    # The k-th largest of the candidates, and of those that equal it the lowest ids.
+    # Select the k-th largest candidate, and among equal ones the lowest ids.
     tl.debug_barrier()
     live_A = tl.arange(0, ROOM) < count
     key_A = tl.load(keys_ptr + tl.arange(0, ROOM), mask=live_A, other=_LOWEST)
@@ -395,9 +399,9 @@ def _select(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _whole_row(
+def _full_row(
     z_ptr: tl.tensor,
-    whole_ptr: tl.tensor,
+    full_row_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     logprobs_ptr: tl.tensor,
     log_tail_ptr: tl.tensor,
@@ -409,9 +413,9 @@ def _whole_row(
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The outputs of a row marked in ``whole``, from at most 32 reads to find the k-th largest and three more."""
+    """Write the outputs of a marked row; at most 32 reads find the k-th largest, three more write the outputs."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(whole_ptr + row) == 0:
+    if tl.load(full_row_ptr + row) == 0:
         return
     z_ptr += row * z_stride
     lane_B = tl.arange(0, BLOCK)

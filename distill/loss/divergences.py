@@ -239,7 +239,7 @@ def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
 
 
 def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
-    """Return forward and reverse KL of the K + 1 outcomes, [N] each: metrics of every run, whatever its loss."""
+    """Return forward and reverse KL of the K + 1 outcomes, [N] each: metrics of every loss."""
     pair = Pair(_teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE())
     return pair.forward_kl(), pair.reverse_kl()
 

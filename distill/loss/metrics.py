@@ -15,7 +15,7 @@ from distill.types import Stats, TopK
 
 @dataclass(frozen=True)
 class RowMetrics:
-    """Metrics of C rows, [C] each; None is not reported. KLs and entropies in nats."""
+    """Metrics of C rows, [C] each; absent metrics are None. KLs and entropies in nats."""
 
     forward_kl: Tensor
     """KL(teacher || student), the tail as one outcome."""

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences, without padding and without attention between sequences."""
+"""Causal attention for packed sequences: no padding, and no attention between sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.model.ulysses import UlyssesAllToAll
 from distill.types import SharedPrefixes
 
 PACKED = "distill_packed"
-"""Value of transformers' ``attn_implementation``; the model's forward then needs ``packed_bounds``."""
+"""Name of the attention in transformers' ``attn_implementation``; its forward requires ``packed_bounds``."""
 
 
 def packed_attention(
@@ -32,25 +32,27 @@ def packed_attention(
     sliding_window: int | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention inside each sequence of a pack with PyTorch's kernels.
+    """Compute causal attention separately for each sequence of a pack, with PyTorch's kernels.
 
-    ``query`` [1, H, T, Dh], ``key`` and ``value`` [1, H_kv, T, Dh]; ``packed_bounds``: B + 1 cumulative lengths;
-    returns [1, T, H, Dh]. There is no dropout: it would add noise to one of the two models that are compared. No [T, T]
-    mask is created.
+    ``query`` is [1, H, T, Dh]; ``key`` and ``value`` are [1, H_kv, T, Dh]. ``packed_bounds``: B + 1 cumulative sequence
+    lengths, from 0. Returns [1, T, H, Dh] and None. Creates no [T, T] mask. Applies no dropout, because it would add
+    noise to the student but not to the teacher.
 
-    With ``packed_shared`` the T positions are expanded to the S positions of all sequences first, so a common prefix is
-    repeated in each sequence. Its outputs are equal in all of them and the first is kept; the gradients of its keys and
-    values add up over the sequences.
+    With ``packed_shared``, a prefix that several sequences share has its positions only once in T. The T positions are
+    first expanded to the S positions of all sequences. The outputs of a shared prefix are equal in all its sequences,
+    and the first copy is returned; the gradients of its keys and values are summed over the sequences.
+
+    With ``packed_all_to_all``, T is this rank's part of the positions; collective over its group.
     """
-    assert attention_mask is None, "a pack has bounds, not a mask"
-    assert not unused.get("softcap"), "soft-capped attention is refused when the model is loaded"
+    assert attention_mask is None, "packed_attention supports no attention mask"
+    assert not unused.get("softcap"), "packed_attention supports no soft cap"
     dtype = query.dtype
     if packed_all_to_all is not None:
         query, key, value = packed_all_to_all.heads(query, key, value)
     if packed_shared is not None:
         query, key, value = (_expand(heads, packed_shared.expand_S) for heads in (query, key, value))
     if dtype == torch.bfloat16 and not query.is_cuda:
-        # On CPUs PyTorch's kernel takes twice as long in bf16, and it rounds intermediate results.
+        # On CPUs PyTorch's bf16 kernel is half as fast as its float32 kernel and rounds intermediate results.
         query, key, value = query.float(), key.float(), value.float()
     attended = _attend(query, key, value, packed_bounds, scaling, sliding_window).to(dtype)
     if packed_shared is not None:
@@ -61,9 +63,9 @@ def packed_attention(
 
 
 def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
-    """Expand [1, H, T, Dh] to [1, H, S, Dh].
+    """Expand [1, H, T, Dh] to [1, H, S, Dh] by the position indices ``expand_S``.
 
-    Indexes the transposed tensor, because projections lay out heads in memory as [T, H, Dh].
+    The transposed tensor is indexed, because its memory layout after the projections is [T, H, Dh].
     """
     return heads.transpose(1, 2).index_select(1, expand_S).transpose(1, 2)
 
@@ -71,7 +73,11 @@ def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Return [1, S, H, Dh] from queries [1, H, S, Dh], keys and values [1, H_kv, S, Dh]."""
+    """Compute causal attention separately for each sequence, with the fastest supported kernel.
+
+    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; ``bounds``: cumulative sequence lengths;
+    ``window``: size of the sliding window in tokens, or None. Returns [1, S, H, Dh].
+    """
     assert query.shape[0] == 1 and query.shape[2] == bounds[-1], (query.shape, bounds)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
     if supports_packed_kernel(query.dtype, query.shape[-1], capability):
@@ -80,9 +86,9 @@ def _attend(
 
 
 def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[int, int]) -> bool:
-    """Return whether flash attention supports the dtype, channels per head and compute capability.
+    """Return whether flash attention supports the dtype, the channels per head and the GPU.
 
-    (0, 0) means no GPU. In all other cases, such as float32 on a GPU, attention is computed per sequence.
+    ``capability`` is the GPU's compute capability, or (0, 0) without a GPU.
     """
     return dtype in (torch.bfloat16, torch.float16) and channels % 8 == 0 and channels <= 256 and capability >= (8, 0)
 
@@ -90,37 +96,40 @@ def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute ``_attend`` in one kernel call for the complete pack, without any mask."""
-    from torch.nn.attention.varlen import varlen_attn  # imported here: it takes a second, and only GPUs need it
+    """Compute attention with one flash-attention call for the complete pack; arguments as in ``_attend``."""
+    from torch.nn.attention.varlen import (
+        varlen_attn,
+    )  # imported here because the import takes a second and only GPUs need it
 
     cumulative = _cumulative(bounds, query.device)
     longest = max(stop - start for start, stop in pairwise(bounds))
-    before = -1 if window is None or longest <= window else window - 1  # visible tokens before the current one; -1: all
+    before = -1 if window is None or longest <= window else window - 1  # number of previous tokens; -1: all
     options: dict[str, Any] = {"scale": scaling, "window_size": (before, 0)}
-    if "enable_gqa" in signature(varlen_attn).parameters:  # older versions accept fewer key heads without it
+    if "enable_gqa" in signature(varlen_attn).parameters:  # not an option of older versions
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     q_SHD, k_SHD, v_SHD = (heads[0].transpose(0, 1) for heads in (query, key, value))
     attended = varlen_attn(q_SHD, k_SHD, v_SHD, cumulative, cumulative, longest, longest, **options)
-    assert isinstance(attended, Tensor)  # a tuple if more outputs are requested
+    assert isinstance(attended, Tensor)  # varlen_attn returns a tuple only if more outputs are requested
     return attended[None]
 
 
 @lru_cache(maxsize=4)
 def _cumulative(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the bounds as int32 [B + 1] for the kernel; cached, because every layer needs the same."""
+    """Return the cumulative lengths as an int32 tensor [B + 1]; cached, because all layers use the same."""
     return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def attend_per_sequence(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute ``_attend`` in one call per sequence: the plain twin.
+    """Compute attention with one call per sequence; arguments as in ``_attend``.
 
-    A window shorter than a sequence of L tokens needs a mask [L, L].
+    This is the simple reference for ``attend_packed`` and works for every dtype and device. A window shorter than a
+    sequence of L tokens requires a mask [L, L].
     """
     lengths = [stop - start for start, stop in pairwise(bounds)]
     parts = []
-    # Split, not sliced: the backward of a slice allocates zeros for the complete pack.
+    # torch.split instead of slices: the backward of each slice would allocate zeros for the complete pack.
     for q, k, v in zip(*(torch.split(heads, lengths, 2) for heads in (query, key, value)), strict=True):
         length = q.shape[2]
         mask = None if window is None or length <= window else _window_mask(length, window, q.device)

@@ -1,4 +1,4 @@
-"""Local shards of parameters, sharded by FSDP and tensor parallelism (DTensor) or not."""
+"""Local shards and tensor-parallel dimensions of DTensor parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return the rank's shard of a DTensor; return any other tensor unchanged."""
+    """Return this rank's shard of a DTensor, or ``tensor`` unchanged if it is not a DTensor."""
     if not isinstance(tensor, DTensor):
         return tensor
     shard: Tensor = tensor.to_local()
@@ -15,7 +15,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def tp_dim(parameter: Tensor) -> int | None:
-    """Return the dimension that tensor parallelism splits; None if it splits none."""
+    """Return the dimension along which tensor parallelism splits ``parameter``, or None if it is not split."""
     assert isinstance(parameter, DTensor), type(parameter)
     names = parameter.device_mesh.mesh_dim_names or ()
     placement = parameter.placements[names.index("tp")] if "tp" in names else None

@@ -1,4 +1,4 @@
-"""Reduce-scatter of gradients on CPUs (gloo), for FSDP2."""
+"""Reduce-scatter of FSDP2's gradients on CPUs, with the gloo backend."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 class GlooReduceScatter:
-    """``dist.reduce_scatter_tensor`` with a sum, in the interface of FSDP2's custom reduce-scatter.
+    """Sum reduce-scatter with the interface of FSDP2's custom reduce-scatter.
 
-    gloo's own implementation copies its input and passes partial sums from rank to rank. One all-to-all takes half the
-    time at two ranks. The parts are added in order of rank, so the sum does not depend on the rank that computes it.
+    An all-to-all sends the parts, and each rank adds them. On two ranks this takes half the time of gloo's own
+    reduce-scatter. All ranks add in the same order, so the result does not depend on the rank that computes it.
     """
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate a buffer for FSDP."""
+        """Allocate an uninitialised buffer; FSDP calls it for the input and output of the reduce-scatter."""
         return torch.empty(size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        """Sum ``input_tensor`` [W * n] over W ranks; write this rank's part to ``output_tensor`` [n]."""
+        """Sum ``input_tensor`` [W * n] over W ranks and write this rank's part to ``output_tensor`` [n]; collective."""
         assert op == dist.ReduceOp.SUM, op
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)

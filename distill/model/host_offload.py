@@ -1,4 +1,4 @@
-"""Offload of weights and optimizer state to host memory, outside the phases that use them."""
+"""Offload of weights and optimizer state to host memory during phases that do not use them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from distill.model.dtensor import local_shard
 
 
 class FrozenOffload:
-    """A permanent copy of frozen tensors in (pinned) host memory.
+    """Offload of frozen tensors, with a permanent copy in host memory (pinned on CUDA).
 
-    ``release`` frees the tensors' device storage without a copy. ``restore`` allocates it again and fills it from the
-    host, asynchronously on CUDA. The tensors stay the same objects, so references to them stay valid.
+    ``release`` frees the device storage of the tensors without a copy. ``restore`` allocates the storage again and
+    fills it from the host copy, asynchronously on CUDA. References to the tensors stay valid.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -25,11 +25,11 @@ class FrozenOffload:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that ``release`` frees on this rank."""
+        """Return the number of bytes that ``release`` frees on this rank."""
         return sum(self._sizes)
 
     def release(self) -> None:
-        """Free the tensors' storage; does nothing if it is already free."""
+        """Free the device storage of the tensors; does nothing if it is already free."""
         if not self.released:
             if any(storage.device.type == "cuda" for storage in self._storages):
                 torch.cuda.synchronize()  # a gather on another stream may still read the storage
@@ -38,13 +38,13 @@ class FrozenOffload:
         self.released = True
 
     def update_copy(self) -> None:
-        """Update the host copy after the tensors changed; they must be on the device."""
+        """Update the host copy after the tensors have changed; the tensors must be on the device."""
         assert not self.released
         for storage, copy in zip(self._storages, self._host, strict=True):
-            copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` synchronises
+            copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` waits for it
 
     def restore(self) -> None:
-        """Allocate and fill the tensors' storage; does nothing if they are on the device."""
+        """Allocate and fill the device storage of the tensors; does nothing if they are on the device."""
         if not self.released:
             return
         for storage, size, copy in zip(self._storages, self._sizes, self._host, strict=True):
@@ -54,12 +54,12 @@ class FrozenOffload:
 
 
 class OptimizerOffload:
-    """An optimizer's moments, in (pinned) host memory between ``release`` and ``restore``.
+    """Offload of an optimizer's moments to host memory (pinned on CUDA), between ``release`` and ``restore``.
 
-    Moments change, unlike frozen weights, so every ``release`` copies them to the host. The moments are looked up on
-    every call: none exist before the first step. Scalars (the step count) are not moved. On CUDA both copies are
-    asynchronous: to the host on the current stream, back on a separate stream. Call ``wait`` before reading the moments
-    or stepping. The tensors stay the same objects; they have no data while they are released.
+    Every ``release`` copies the moments to the host, because each optimizer step changes them. Every call looks up the
+    moments, because none exist before the first step. Scalars (the step count) are not moved. On CUDA the copies
+    are asynchronous: to the host on the current stream, to the device on a separate stream. Call ``wait`` before an
+    optimizer step and before reading the moments. References to the tensors stay valid.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -69,26 +69,26 @@ class OptimizerOffload:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the moments on this rank, released or not."""
+        """Return the number of bytes of all moments on this rank, on the device or on the host."""
         return sum(storage.nbytes() for storage in self._storages()) + sum(copy.numel() for _, copy in self._released)
 
     def release(self) -> None:
-        """Copy the moments on the device to the host and free their storage; skips released moments."""
+        """Copy the moments to the host and free their device storage; skips moments that are already released."""
         self.wait()
         for storage in self._storages():
             if storage.nbytes() > 0:
                 self._released.append((storage, _host_copy(storage)))
-                storage.resize_(0)  # the stream reuses the memory only after the copy, which is on the same stream
+                storage.resize_(0)  # safe: the memory is reused on the same stream, after the copy
 
     def restore(self) -> None:
-        """Allocate the storage of released moments and start to fill it; call ``wait`` before reading them."""
+        """Allocate device storage for released moments and start to fill it; ``wait`` waits for the copies."""
         if not self._released:
             return
         for storage, copy in self._released:
             storage.resize_(copy.numel())
         if self._released[0][0].device.type == "cuda":
             self._filling = self._filling or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._filling.wait_stream(torch.cuda.current_stream())  # the new storage may still be in use there
+            self._filling.wait_stream(torch.cuda.current_stream())  # the current stream may still use this memory
         with torch.cuda.stream(self._filling):
             for storage, copy in self._released:
                 _bytes_of(storage).copy_(copy, non_blocking=True)
@@ -109,7 +109,7 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _host_copy(storage: torch.UntypedStorage) -> Tensor:
-    """Copy the storage to host memory; on CUDA into pinned memory, asynchronously on the current stream."""
+    """Return a copy of ``storage`` in host memory; on CUDA pinned and asynchronous on the current stream."""
     pinned = storage.device.type == "cuda"
     copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
     return copy.copy_(_bytes_of(storage), non_blocking=True)

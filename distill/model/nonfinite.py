@@ -18,12 +18,12 @@ from distill.types import OptimizerBatch, Rollout
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """Non-finite values that one rank found in an optimizer batch."""
+    """Non-finite losses, gradients and weights that one rank found in an optimizer batch."""
 
     norm: float
-    """Gradient norm over all ranks; nan also if only a loss is not finite."""
+    """Norm of the gradients of all ranks; nan also if a loss is not finite but all gradients are finite."""
     losses: list[float]
-    """Summed loss of each micro-batch of this rank."""
+    """Summed loss of each micro-batch on this rank."""
     gradients: list[str]
     """Names of the gradients whose shard on this rank is not finite."""
     weights: list[str]
@@ -36,20 +36,20 @@ class NonFiniteReport:
 
 
 class NonFiniteError(RuntimeError):
-    """Raised by all ranks together instead of an optimizer step; ``found`` is this rank's report."""
+    """Error that all ranks raise together instead of taking an optimizer step; ``found`` is this rank's report."""
 
     def __init__(self, found: NonFiniteReport) -> None:
-        super().__init__(f"the norm of gradient and losses is {found.norm}: the optimizer step was not taken")
+        super().__init__(f"the optimizer step was not taken, because the norm of gradients and losses is {found.norm}")
         self.found = found
         self.batch: OptimizerBatch | None = None
-        """The optimizer batch that was not trained; Student.train sets it."""
+        """The optimizer batch of the failed step; ``Student.train`` sets it."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors whose shard on this rank has nan or infinity; waits for the device once."""
+    """Return the names of the tensors with nan or infinity in this rank's shard; not collective."""
     if not tensors:
         return []
-    # A sum is finite only if all elements are; it needs no temporary of the tensor's size.
+    # A sum is finite only if all elements are finite. It needs no temporary of the size of the tensor.
     finite = [local_shard(tensor).detach().sum(dtype=torch.float32).isfinite() for tensor in tensors.values()]
     device = next((flag.device for flag in finite if flag.device.type != "cpu"), torch.device("cpu"))
     flags = torch.stack([flag.to(device) for flag in finite]).tolist()
@@ -59,9 +59,10 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def sample_lines(
     found: NonFiniteReport, batch: OptimizerBatch, rollouts: Sequence[Rollout], decode: Callable[..., str], all_: bool
 ) -> Iterator[str]:
-    """Yield a JSON line per response of the micro-batches whose loss is not finite, or of all if ``all_``.
+    """Yield one JSON line for each response in a micro-batch with a loss that is not finite.
 
-    ``rollouts``: all rollouts of the step, which ``rollout_N`` indexes.
+    ``all_``: include the responses of all micro-batches. ``rollouts``: all rollouts of the step; ``rollout_N`` contains
+    indices into them.
     """
     for i in range(len(batch)) if all_ else found.micro_batches:
         rows_N = batch.micro_batches[i].rollout_N
@@ -84,12 +85,12 @@ def _sample(rollout: Rollout, decode: Callable[..., str]) -> dict[str, Any]:
 
 
 def _json_number(loss: float) -> float | str:
-    """Return the number, or its text if it is not finite: JSON has no nan."""
+    """Return the number, or a string such as "nan" if it is not finite, because JSON has no nan."""
     return loss if math.isfinite(loss) else str(loss)
 
 
 def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], step: int, rank: int) -> None:
-    """Write this rank's report to ``path``: a line with losses and tensor names, then the ``samples``."""
+    """Write this rank's report to ``path``: one JSON line with losses and tensor names, then the ``samples``."""
     numbers = {"norm": _json_number(found.norm), "losses": [_json_number(loss) for loss in found.losses]}
     tensors = {"gradients": found.gradients, "weights": found.weights}
     first = json.dumps({"step": step, "rank": rank, **numbers, **tensors})
@@ -100,9 +101,9 @@ def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], ste
 def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
     """Return one sentence that summarises the reports of all ranks.
 
-    ``reports``: in order of rank; ``files``: the pattern of the report files' paths.
+    ``reports``: one report per rank, in order; ``files``: glob pattern of the report files.
     """
-    parts = [f"step {step} was not taken, because the norm of gradient and losses is {reports[0].norm}"]
+    parts = [f"step {step} was not taken, because the norm of gradients and losses is {reports[0].norm}"]
     losses = [
         f"{len(found.micro_batches)} of {len(found.losses)} micro-batches of rank {rank}"
         for rank, found in enumerate(reports)
@@ -113,5 +114,5 @@ def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
     for kind in ("weights", "gradients"):
         broken = [f"rank {r}'s shard of {getattr(e, kind)[0]}" for r, e in enumerate(reports) if getattr(e, kind)]
         if broken:
-            parts.append(f"{kind} that are not finite: {', '.join(broken[:4])}")
-    return f"{'; '.join(parts)}; the responses are in {files}, and no checkpoint was saved"
+            parts.append(f"{kind} are not finite in {', '.join(broken[:4])}")
+    return f"{'; '.join(parts)}; the responses were written to {files}, and no checkpoint was saved"

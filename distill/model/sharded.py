@@ -1,4 +1,4 @@
-"""Hugging Face models sharded by FSDP2, with a head that is applied to the rows of the loss only."""
+"""Hugging Face models sharded by FSDP2 that apply the LM head only to positions that predict a response token."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ T = TypeVar("T")
 
 
 class ShardedLM(nn.Module):
-    """A causal language model that applies its head to the rows of the loss only.
+    """A causal language model that applies its LM head only to positions that predict a response token.
 
-    ``forward(view, use)`` runs the body over the packed sequences and calls ``use`` with the hidden states of
-    ``view.rows_N`` [N, D] and the head [V, D] (under tensor parallelism: this rank's rows of the head). ``use``
-    computes the loss or the top-k. It runs inside the root's forward because FSDP has gathered the head only there. It
-    must return a pytree of tensors, so that FSDP can hook the backward. ``group``: the ranks that share the positions
-    of a view with ``shards``.
+    ``forward(view, use)`` computes the hidden states of the packed sequences. It then calls ``use`` with the hidden
+    states [N, D] of ``view.rows_N`` and the head's weight [V, D] (with tensor parallelism, this rank's rows of it).
+    ``use`` computes the loss or the top-k. It is called inside the root module's forward, because FSDP gathers the head
+    only there, and must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``: the process
+    group whose ranks share the positions of a view with ``shards``.
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.summed_gradients: frozenset[str] = frozenset()
-        """Names of the parameters whose gradients the tensor-parallel group must sum."""
+        """Names of the parameters whose gradients must be summed over the tensor-parallel group."""
         self._group = group
 
     def forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
-        """Run this rank's packed sequences and return the result of ``use``; collective over the shard mesh."""
+        """Run the model on this rank's packed sequences and return the result of ``use``; collective over the mesh."""
         body, head = causal_lm_parts(self.causal_lm)
         hidden_TD = body(
             input_ids=view.tokens_T[None],
@@ -64,31 +64,32 @@ class ShardedLM(nn.Module):
         return UlyssesAllToAll(self._group, view.shards)
 
     def reshard_all(self) -> None:
-        """Free all gathered weights; needed after a forward without a backward, which would free them.
+        """Free the gathered weights of all modules; not collective.
 
-        Not named ``reshard``: FSDP's method of that name takes precedence in a sharded module's class, and it reshards
-        the root only.
+        Call it after a forward that is not followed by a backward. It is not named ``reshard``, because FSDP adds a
+        method of that name to the module, and that method reshards the root module only.
         """
         for module in self.modules():
-            if isinstance(module, FSDPModule):  # FSDP frees no layer by itself if reshard_after_forward is off
+            if isinstance(module, FSDPModule):  # with reshard_after_forward=False, FSDP keeps every layer gathered
                 module.reshard()
 
     def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return Hugging Face names and parameters; a tied head appears once, under the embedding's name."""
+        """Return pairs of Hugging Face name and parameter; a tied head appears once, as the embedding."""
         return list(self.causal_lm.named_parameters())
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """Layout of a model's parameters and activations on the ranks."""
+    """Distribution of a model's parameters and activations over the ranks."""
 
     mesh: DeviceMesh
-    """FSDP's mesh: one axis that shards, or two axes, the first of which replicates."""
+    """Device mesh of FSDP: one axis (shards), or two axes (replicas, shards)."""
     group: dist.ProcessGroup | None = None
-    """Ranks that share the positions of a view with ``shards``."""
+    """Process group whose ranks share the positions of a view with ``shards``; None: no such views."""
     tp_mesh: DeviceMesh | None = None
-    """Ranks that share each matrix, according to ``tp_plan``; None: no tensor parallelism."""
+    """Device mesh of tensor parallelism; None: no tensor parallelism."""
     tp_plan: Mapping[str, str] | None = None
+    """Tensor-parallel plan of the recipe (module pattern -> style); None: the plan of the model class."""
     reshard_after_forward: bool = True
     activation_checkpointing: bool = False
     cpu_offload: bool = False
@@ -103,11 +104,12 @@ def load_sharded(
     compute_dtype: torch.dtype,
     trainable: bool,
 ) -> ShardedLM:
-    """Load a checkpoint as a sharded model, each rank reading its own slices; collective.
+    """Load a checkpoint as a sharded model; each rank reads only its own slices. Collective.
 
-    ``dtype``: of the shards; ``compute_dtype``: of gathered weights and activations. Gradients are reduced in float32
-    and summed, not averaged: the loss is already divided by the global token count. ``key``: the configuration key that
-    names the checkpoint, for errors. Raises UserError.
+    ``dtype`` is the dtype of the shards, ``compute_dtype`` the dtype of gathered weights and activations. Gradients are
+    reduced in float32. They are summed, not averaged, because the loss is already divided by the token count of all
+    ranks. ``key``: the configuration key that names the checkpoint. Raises UserError if the checkpoint cannot be
+    loaded.
     """
     config = model_config(files, key)
     device = world.device
@@ -137,13 +139,13 @@ def _shard(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-    # FSDP keeps the root gathered for the backward by default. A frozen model has none, and a following teacher's
-    # next forward would use gathered copies of old weights.
+    # By default FSDP keeps the root module gathered for the backward. A frozen model has no backward, and the gathered
+    # copy would be outdated after FollowingTeacher reloads its shards.
     root_reshards = None if trainable else True
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=root_reshards)
     for module in model.modules():
-        if isinstance(module, FSDPModule):  # both settings apply to one module, not to its submodules
+        if isinstance(module, FSDPModule):  # these settings do not apply to submodules
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # a plain SUM: gloo does not support PREMUL_SUM
+            module.set_force_sum_reduction_for_comms(True)  # reduce with SUM: gloo does not support PREMUL_SUM
             if mesh.device_type == "cpu":
                 module.set_custom_reduce_scatter(GlooReduceScatter())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The student: a sharded model and its optimizer, trained on packed micro-batches."""
+"""Student: a sharded model with its optimizer, trained on packed micro-batches."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MIB = 2**20
 
 
 class Student:
-    """A Hugging Face causal language model under FSDP2, with its optimizer.
+    """The trained model: a Hugging Face causal language model sharded by FSDP2, with its optimizer.
 
-    Master shards are float32; compute is in ``policy.precision``. Every rank constructs it and calls its methods at the
-    same points. ``valid_vocab``: number of ids that the tokenizer has; columns from there on are padding and get no
-    probability. ``stop_token_ids`` are used for metrics only.
+    Master weights are float32 shards; forward and backward run in ``policy.precision``. All ranks must construct it and
+    call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer; the model's
+    logits beyond them are padding and get probability 0. ``stop_token_ids`` are used for metrics only.
     """
 
     def __init__(
@@ -48,9 +48,8 @@ class Student:
         self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
         self._replicas = world.size // self._mesh.size()
         self._tp_group = world.tp_mesh.get_group()
-        self._counts = (
-            world.layout.tp_rank == 0
-        )  # the ranks of a tensor-parallel group have equal statistics: count one
+        # All ranks of a tensor-parallel group compute the same statistics, so only the first rank reports them.
+        self._is_first_tp_rank = world.layout.tp_rank == 0
         self._temperature = config.policy.generation.temperature
         self._loss_config = loss_at_temperature(config)
         self._loss_options: dict[str, Any] = dict(
@@ -62,7 +61,7 @@ class Student:
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
         self._valid_vocab = valid_vocab
-        self._synced = False  # whether the engine samples with the current weights
+        self._synced = False  # whether the generation engine has the current weights
         sharding = Sharding(
             world.shard_mesh,
             world.cp_group,
@@ -90,9 +89,10 @@ class Student:
 
     @torch.no_grad()
     def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
-        """Return ``forward_kl`` and ``reverse_kl`` in nats of every row; collective over the shard mesh.
+        """Return the forward and reverse KL of each response token, in nats; collective over the shard mesh.
 
-        Rows of weight 0 are omitted. Used by validation: no gradient, and no gathered weights stay in memory.
+        The keys are ``forward_kl`` and ``reverse_kl``. Response tokens of weight 0 are omitted. Computes no gradients
+        and frees the gathered weights afterwards, so that validation needs little memory.
         """
         found: dict[str, Tensor] = {}
         self.loss(micro_batch, targets, found)
@@ -102,8 +102,8 @@ class Student:
     def loss(self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None) -> LossOutput:
         """Return the summed loss of one micro-batch; collective over the shard mesh.
 
-        The loss is computed inside the root module's forward, where FSDP has gathered the head. ``row_kls``: a
-        dictionary to fill with the KLs of single rows.
+        The loss is computed inside the root module's forward, because FSDP gathers the weights of the head only there.
+        ``row_kls``: an optional dictionary that receives the forward and reverse KL of each response token.
         """
         heartbeat()
         micro_batch = micro_batch.to(self.device)
@@ -128,16 +128,16 @@ class Student:
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
-        Adds the rows' statistics and ``grad_norm`` to ``metrics``. Raises NonFiniteError on all ranks if a loss
-        or gradient is not finite; the weights are unchanged then.
+        Adds the statistics of the loss and ``grad_norm`` to ``metrics``. If a loss or gradient is not finite on any
+        rank, all ranks raise NonFiniteError and the weights stay unchanged.
         """
         losses = []
         for micro_batch, its_targets in zip(batch, targets, strict=True):
             output = self.loss(micro_batch, its_targets)
-            # Divided by the global token count, known before the first backward: independent of the micro-batches.
+            # Dividing by the token count of all ranks makes the gradient independent of the split into micro-batches.
             (output.kl_sum / batch.response_tokens).backward()  # type: ignore[no-untyped-call]
             losses.append(output.kl_sum.detach())
-            if self._counts:
+            if self._is_first_tp_rank:
                 _add_stats(metrics, output.stats, sampler=self._synced)
         self.sum_gradients()
         try:
@@ -148,9 +148,9 @@ class Student:
         metrics.add({"grad_norm": (norm, 1)})
 
     def step(self, losses: Sequence[Tensor] = ()) -> float:
-        """Clip the gradients, update the weights, clear the gradients; collective.
+        """Clip the gradients, update the weights and clear the gradients; collective.
 
-        Returns the norm before clipping. Raises NonFiniteError if the norm or one of ``losses`` is not finite.
+        Returns the gradient norm before clipping. Raises NonFiniteError if the norm or one of ``losses`` is not finite.
         """
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
@@ -173,12 +173,12 @@ class Student:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Reduce the gradients of replicated weights over the tensor-parallel group; collective.
+        """All-reduce the gradients of replicated weights over the tensor-parallel group; collective.
 
-        Called once, after the last backward. Weights that act on a rank's own heads (Qwen3's q_norm and k_norm) get
-        gradients of those heads only, so theirs are summed: without the sum the loss would be right and these gradients
-        too small. All other replicated weights get the same gradient on every rank, except for the order of additions
-        on a GPU. They are averaged: otherwise the copies would diverge over the steps.
+        Call it once, after the last backward. Weights that every rank applies to its own attention heads only (Qwen3's
+        q_norm and k_norm) have a partial gradient on each rank; these gradients are summed. The other replicated
+        weights have the same gradient on every rank, except for rounding; these gradients are averaged, so that the
+        copies of a weight stay equal on all ranks.
         """
         if self._tp == 1:
             return
@@ -196,41 +196,44 @@ class Student:
 
     @torch.no_grad()
     def grad_norm(self, losses: Sequence[Tensor] = ()) -> float:
-        """Return the 2-norm of all gradients, accumulated in float64; collective over all ranks.
+        """Return the 2-norm of all gradients; collective over all ranks.
 
-        Not finite also if one of ``losses`` is not finite on any rank, so no separate collective checks the losses.
-        float32 is not enough: torch's norm of a 49152 x 576 tensor errs by 1.6e-3. The sum runs over all replicas,
-        although each could compute it alone: sums in separate groups could differ in the last bit, and the replicas
-        would then clip differently.
+        The result is nan if one of ``losses`` is not finite on any rank, which saves a separate collective. Squares are
+        accumulated in float64, because torch's float32 norm of a 49152 x 576 tensor has an error of 1.6e-3. The sum
+        includes all replicas and is divided by their number: all replicas then get exactly the same norm and clip
+        their gradients equally.
         """
         squares = self._nan_if_not_finite(losses)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 shard = local_shard(parameter.grad)
                 square = torch.linalg.vector_norm(shard, dtype=torch.float64).square().to(self.device)
-                # A parameter that every rank of a tensor-parallel group has completely counts once.
-                squares += square if self._counts or tp_dim(parameter) is not None else 0.0
+                # Count a parameter that is replicated over the tensor-parallel group only once.
+                squares += square if self._is_first_tp_rank or tp_dim(parameter) is not None else 0.0
         dist.all_reduce(squares)
         return float((squares / self._replicas).sqrt())
 
     def _nan_if_not_finite(self, losses: Sequence[Tensor]) -> Tensor:
-        """Return 0, or nan if a loss is not finite."""
+        """Return 0 as a float64 scalar, or nan if one of ``losses`` is not finite."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         if losses:
             zero += torch.stack(list(losses)).double().sum() * 0.0
         return zero
 
     def end_step(self) -> None:
-        """Advance the learning-rate schedule: once per step, for any number of optimizer batches."""
+        """Advance the learning-rate schedule; call it once per training step, not once per optimizer batch."""
         self._scheduler.step()
 
     def onload(self) -> None:
-        """Start copying the optimizer's moments back to the device; not collective."""
+        """Start copying the optimizer's moments from host memory to the device; not collective."""
         if self._moments is not None:
             self._moments.restore()
 
     def offload(self) -> None:
-        """Move the optimizer's moments to host memory; not collective. Methods that need them copy them back."""
+        """Move the optimizer's moments to host memory; not collective.
+
+        Methods that read the moments copy them back to the device first.
+        """
         if self._moments is not None:
             self._moments.release()
 
@@ -240,9 +243,10 @@ class Student:
             self._moments.wait()
 
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
-        """Return the complete tensors by Hugging Face name, bucket by bucket.
+        """Return an iterable of (Hugging Face name, complete weight), gathered bucket by bucket.
 
-        Their dtype is the compute dtype or ``dtype``. Every rank must iterate over the result to its end.
+        ``dtype`` is the dtype of the weights; None: the compute dtype. Iteration is collective: every rank must iterate
+        over the result to the end.
         """
         self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
@@ -250,16 +254,16 @@ class Student:
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Return log-probs in nats of every token after the first, at temperature 1; collective.
+        """Return the log-probs of all tokens after the first, in nats, at temperature 1; collective.
 
-        Used to verify a sync: every rank of the shard mesh passes the same short sequence.
+        Every rank of the shard mesh passes the same short sequence. The result is used to verify a sync.
         """
         view = view_of([(tuple(token_ids[:1]), tuple(token_ids[1:]))]).to(self.device)
         tokens_N = torch.tensor(token_ids[1:], device=self.device)
         first = 0 if self._parallel is None else self._parallel.first
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-            # A log-softmax over the vocabulary, which tensor parallelism splits over the ranks.
+            # A log-softmax over a vocabulary that tensor parallelism may split over the ranks.
             logits_NV = torch.nn.functional.linear(hidden_ND, head_VD).float()
             logits_NV[:, max(0, self._valid_vocab - first) :] = -torch.inf
             top_N = self._all_reduce(logits_NV.amax(1), dist.ReduceOp.MAX)
@@ -280,10 +284,10 @@ class Student:
         return part
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
-        """Return the shards of weights and optimizer moments by name, for a checkpoint.
+        """Return this rank's shards of weights and optimizer moments by name, to save or load a checkpoint.
 
         Moments that do not exist yet are created as zeros. Read or fill the tensors before the next ``offload``, which
-        frees the moments. ``optimizer`` false: weights only.
+        frees the memory of the moments. If ``optimizer`` is false, only weights are returned.
         """
         if not optimizer:
             return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
@@ -302,9 +306,9 @@ class Student:
         return state
 
     def resume(self, step: int) -> None:
-        """Advance the learning-rate schedule by ``step`` finished steps.
+        """Advance the learning-rate schedule to the state after ``step`` training steps.
 
-        The caller has loaded the tensors of ``state`` in place.
+        The caller loads weights and moments separately, into the tensors of ``state``.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if the schedule advances before the optimizer
@@ -313,9 +317,10 @@ class Student:
 
 
 def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
-    """Add a micro-batch's statistics; without ``sampler``, drop comparisons with the sampler's log-probs.
+    """Add a micro-batch's statistics to ``metrics``.
 
-    After an optimizer step the sampler has older weights, and the comparison would measure the step.
+    If ``sampler`` is false, comparisons with the sampler's log-probs are omitted: after an optimizer step the sampler
+    still has the previous weights, so these comparisons would measure the effect of the step.
     """
     stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
     metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
@@ -323,7 +328,7 @@ def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
 
 
 def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
-    """Return this rank's rows of the head, for the loss."""
+    """Return the tensor-parallel group and the vocabulary range of this rank's part of the head."""
     _, head = causal_lm_parts(model.causal_lm)
     mesh, vocab = world.tp_mesh, head.weight.shape[0]
     first, _ = chunk_of(vocab, mesh.size(), mesh.get_local_rank())
@@ -331,7 +336,7 @@ def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
 
 
 def loss_at_temperature(config: Config) -> Any:
-    """Return the loss configuration; a null temperature becomes the sampling temperature."""
+    """Return the loss configuration, with a null temperature replaced by the sampling temperature."""
     temperature = config.loss_fn.temperature
     if temperature is None:
         temperature = config.policy.generation.temperature
@@ -339,10 +344,11 @@ def loss_at_temperature(config: Config) -> Any:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, pieces: Sequence[Any]) -> torch.optim.lr_scheduler.LRScheduler:
-    """Build torch's schedulers from ``policy.scheduler``.
+    """Build the learning-rate schedule from the entries of ``policy.scheduler``.
 
-    Entries with a ``name`` are schedulers with their ``kwargs``, run one after another; the entry without one has the
-    ``milestones``, in steps, at which the next scheduler starts.
+    An entry with a ``name`` is a scheduler of torch with its ``kwargs``; the schedulers run one after another. The
+    entry without a ``name`` lists the ``milestones``: the steps at which the next scheduler starts. Without entries the
+    learning rate is constant.
     """
     if not pieces:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -1,4 +1,4 @@
-"""Teachers: their interface, a frozen sharded model, and a copy that follows the student."""
+"""Teacher models: their interface, a frozen sharded teacher, and a teacher that follows the student's weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 
 
 class Teacher:
-    """Interface of a teacher; every rank constructs it and calls its methods at the same points.
+    """Interface of all teachers.
 
-    The defaults are those of a teacher that never changes and uses no device memory.
+    All ranks must construct a teacher and call its collective methods in the same order. The default methods are those
+    of a teacher with constant weights and no device memory.
     """
 
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """Return the teacher's targets for the N rows of the micro-batch, in the order of the rows."""
+        """Return the teacher's targets for the N response tokens of the micro-batch, in their order; collective."""
         raise NotImplementedError
 
     @contextmanager
@@ -39,7 +40,8 @@ class Teacher:
         """Keep the teacher's weights on the device inside the block."""
         self.onload()
         yield
-        self.offload()  # not in a finally: it waits for the device, which after an error may hang or hide the cause
+        # Not in a ``finally``: it waits for the device, so after an error it could hang or raise a second error.
+        self.offload()
 
     def onload(self) -> None:
         """Move the weights to the device; not collective."""
@@ -48,21 +50,21 @@ class Teacher:
         """Move the weights to host memory; not collective."""
 
     def after_step(self, student: Student) -> None:
-        """Update the teacher after the student's step and free the memory of the step's targets."""
+        """Update the teacher after a training step of the student, and free the memory of the step's targets."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint must hold, by name; loading a checkpoint fills them in place."""
+        """Return the tensors to save in a checkpoint, by name; a resume fills them in place."""
         return {}
 
     def resume(self, student: Student) -> None:
-        """Update the teacher from the loaded ``state`` or the loaded student."""
+        """Update the teacher after a resume has loaded ``state`` and the student's weights."""
 
 
 class ShardedTeacher(Teacher):
-    """A frozen model, sharded over all ranks of a replica in ``teacher.precision``.
+    """A frozen model in ``teacher.precision``, sharded over all ranks of a replica.
 
-    On GPUs its shards are in pinned host memory outside the teacher phase. ``valid_vocab``: number of ids that the
-    tokenizer has; columns from there on are padding and get no probability.
+    On GPUs the shards are in pinned host memory outside the teacher phase. ``valid_vocab``: number of token ids in the
+    tokenizer; the model's logits beyond them are padding and get probability 0.
     """
 
     def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int) -> None:
@@ -90,10 +92,11 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """Return the top-k of each row, or its hidden row and the head; collective over the shard mesh.
+        """Return the teacher's targets for the N response tokens; collective over the shard mesh.
 
-        Hidden rows are needed if the loss uses the student's top-k or the full vocabulary. The complete head is then
-        copied once and kept until ``after_step``.
+        Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
+        vocabulary, the targets are the teacher's hidden states and its complete head. The head is copied once and kept
+        until ``after_step``.
         """
         heartbeat()
         view = micro_batch.teacher.to(self.device)
@@ -109,7 +112,10 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
-        """Return the top-k of the view's rows on this rank; collective over the shard mesh."""
+        """Return the top-k for each response token of this rank's view; collective over the shard mesh.
+
+        ``extra_ids_N``: one more id per response token whose log-prob is returned, or None.
+        """
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
             topk = teacher_topk(
@@ -127,7 +133,7 @@ class ShardedTeacher(Teacher):
         return TopK(**self.model(view, use))
 
     def _gather_rows(self, topk: TopK, rows_per_tp_rank: tuple[int, ...]) -> TopK:
-        """Gather the targets of all rows over the tensor-parallel group, whose ranks computed different rows."""
+        """Gather the targets over the tensor-parallel group, because each rank computed only a part of the rows."""
         if not rows_per_tp_rank:
             return topk
         most = max(rows_per_tp_rank)
@@ -173,12 +179,12 @@ class ShardedTeacher(Teacher):
 
 
 class FollowingTeacher(ShardedTeacher):
-    """A teacher that follows the student: its weights or their exponential moving average.
+    """A teacher with the student's current weights or an exponential moving average (EMA) of them.
 
-    ``decay`` None: the student's current weights. The forward uses a copy in the teacher's precision, sharded like any
-    other teacher. The average is float32 on the student's own shards, so its update needs no communication: average <-
-    decay * average + (1 - decay) * weights, once per step. In bfloat16 most of these small updates would round to
-    nothing.
+    ``decay``: decay of the average; None: the current weights. Each training step updates average <- decay * average +
+    (1 - decay) * weights. The average has the same shards as the student, so the update needs no communication. It is
+    float32, because in bfloat16 most of the small updates would round to zero. The forward uses a copy of the weights
+    in ``teacher.precision``, sharded like any other teacher.
     """
 
     def __init__(
@@ -192,7 +198,7 @@ class FollowingTeacher(ShardedTeacher):
 
     @torch.no_grad()
     def after_step(self, student: Student) -> None:
-        """Update the average and the teacher's weights; collective over the ranks of a replica."""
+        """Update the average and reload the teacher's weights; collective over the ranks of a replica."""
         super().after_step(student)
         if self._decay is not None:
             for name, parameter in student.model.named_hf_parameters():
@@ -200,16 +206,19 @@ class FollowingTeacher(ShardedTeacher):
         self._reload(student)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the shards of the average by name; empty without an average."""
+        """Return this rank's shards of the average by name; an empty dictionary if there is no average."""
         return {f"teacher.{name}": average for name, average in self._average.items()}
 
     def resume(self, student: Student) -> None:
-        """Reload the teacher's weights from the loaded average or student; collective."""
+        """Reload the teacher's weights from the resumed average or student; collective."""
         self._reload(student)
 
     @torch.no_grad()
     def _reload(self, student: Student) -> None:
-        """Reload the teacher's shards from the source weights, bucket by bucket; collective."""
+        """Copy the average, or else the student's weights, into the teacher's shards; collective.
+
+        The weights are gathered bucket by bucket.
+        """
         source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
         tp = self.world.layout.tp_size
         weights = GatheredWeights(
@@ -228,7 +237,7 @@ class FollowingTeacher(ShardedTeacher):
 def build_teacher(
     config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student
 ) -> ShardedTeacher:
-    """Build the teacher that the recipe names; collective."""
+    """Build the teacher for ``distillation.context_distillation``; collective."""
     context = config.distillation.context_distillation
     if not context.enabled or context.mode in ("self_frozen", "frozen"):
         return ShardedTeacher(config, files, world, valid_vocab)

@@ -1,4 +1,4 @@
-"""Verification of the teacher's sharded, packed forward against the plain model."""
+"""Verification of the teacher's sharded, packed forward against transformers' plain forward."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from distill.supervise.progress import heartbeat
 log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest accepted mean |difference| of log-probs in nats. Rounding causes 1e-5 and 0.1, a wrong forward over 1."""
+"""Largest accepted mean absolute difference of log-probs in nats, by dtype.
+
+Rounding causes differences of about 1e-5 (float32) and 0.1 (bfloat16); a wrong forward causes more than 1.
+"""
 _TOKENS = 32
 _LOG_PERIOD_S = 10.0
 
 
 @torch.no_grad()
 def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) -> float:
-    """Compare the sharded, packed forward with the plain model on 64 tokens of two sequences; collective.
+    """Compare the teacher's sharded, packed forward with transformers' plain forward; collective.
 
-    Every rank passes the same sequences. The main rank streams the complete checkpoint through its device, which takes
-    as long as reading it. Returns the mean |difference| of the log-probs of the teacher's top-8 tokens, in nats.
-    Raises RunFailed if it exceeds ``MAX_DIFFERENCE``.
+    Uses 32 tokens each of the first two ``sequences``, which are the same on every rank. The main rank reads the
+    complete checkpoint once. Returns the mean absolute difference of the log-probs of the teacher's top-8 tokens, in
+    nats. Raises RunFailed if it exceeds ``MAX_DIFFERENCE``.
     """
     world, device = teacher.world, teacher.device
     sequences = [(tuple(s) * (_TOKENS + 1))[: _TOKENS + 1] for s in sequences[:2]]
@@ -55,9 +58,9 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
     limit = MAX_DIFFERENCE[teacher.dtype]
     if not mean <= limit:  # also if it is nan
         raise RunFailed(
-            f"the teacher {teacher.files.name} fails verification: log-probs of the sharded, packed model differ from"
-            f" the plain model's by {mean:.3g} nats on average, more than {limit:g}: set runtime.verify_teacher=false"
-            " to train without this check"
+            f"the teacher {teacher.files.name} fails verification: its log-probs differ from those of transformers by"
+            f" {mean:.3g} nats on average, and at most {limit:g} is accepted: set runtime.verify_teacher=false to train"
+            " without this check"
         )
     return mean
 
@@ -66,10 +69,10 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
 def plain_logits(
     files: ModelFiles, config: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return logits [B, T, V] of transformers' eager model for B sequences of one length.
+    """Return float32 logits [B, T, V] of transformers' eager model for B sequences of T tokens; not collective.
 
-    The slow, readable twin of the sharded, packed forward. Only one layer's weights are in memory at a time, so it
-    works for models larger than the device. Runs on one rank; reads the checkpoint once.
+    This is the slow reference for the sharded, packed forward. It reads the checkpoint once and keeps the weights of
+    only one layer in memory, so it also works for models larger than the device's memory.
     """
     model = meta_model(config, "eager", dtype).eval()
     restore_buffers(model, device)
@@ -87,14 +90,14 @@ def plain_logits(
 
 
 def _progress_log(layers: int) -> Callable[[int], None]:
-    """Return a function of the layer's number that logs it, at most once per ``_LOG_PERIOD_S``."""
+    """Return a function that logs the given layer number, at most once per ``_LOG_PERIOD_S``."""
     last = time.monotonic()
 
     def progress(number: int) -> None:
         nonlocal last
         if time.monotonic() - last >= _LOG_PERIOD_S:
             last = time.monotonic()
-            log.info("verifying the teacher: layer %d of %d", number, layers)
+            log.info("verifying the teacher: computing layer %d of %d", number, layers)
 
     return progress
 
@@ -102,7 +105,7 @@ def _progress_log(layers: int) -> Callable[[int], None]:
 def _stream(
     module: nn.Module, names: dict[int, str], files: ModelFiles, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Load the module's weights when its forward begins and free them when it ends."""
+    """Register hooks that load the weights of ``module`` before its forward and free them after it."""
     parameters = [
         (part, leaf, parameter, names[id(parameter)])
         for part in module.modules()

@@ -1,8 +1,7 @@
-"""Tensor parallelism of a Hugging Face model, following the plan that its class ships.
+"""Tensor parallelism of a Hugging Face model, based on the plan of its model class.
 
-Embedding and head are split by vocabulary. Every rank of the group has the complete residual stream, so modules that
-act on it alone (the norms between blocks) have the same outputs and gradients on every rank, except for the order of
-floating-point sums.
+Embedding and head are split by vocabulary. Every rank of the group has the complete residual stream, so the norms
+between blocks have the same outputs and gradients on every rank, except for rounding.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ from distill.model.dtensor import local_shard
 from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
 REPLICATED = "replicated_with_grad_allreduce"
-"""Style of weights that every rank has completely but applies to its own heads only: their gradients are summed."""
+"""Style of replicated weights that a rank applies to its own attention heads only; their gradients are summed."""
 STYLES = ("colwise", "rowwise", REPLICATED)
 _BY_VOCABULARY = ("embed_tokens", "lm_head")
-"""Always split by vocabulary, as the loss needs it; a plan's entries for them are ignored."""
+"""Modules that are always split by vocabulary, because the loss requires it; a plan's entries for them are ignored."""
 _PLAN = "policy.dtensor_cfg.custom_parallel_plan"
 _SIZE = "policy.dtensor_cfg.tensor_parallel_size"
 
 
 def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
-    """Raise UserError if the student does not support the recipe's tensor parallelism; reads no weights.
+    """Raise UserError if the student does not support the recipe's tensor parallelism.
 
-    Checks the plan, and that no rank's part of the vocabulary is padding only. ``model``: the student's Hugging Face
-    configuration; ``vocab``: number of ids that have a token.
+    Checks the tensor-parallel plan, and that every rank's part of the vocabulary has at least one token. Reads no
+    weights. ``model``: the student's Hugging Face configuration; ``vocab``: number of token ids without padding.
     """
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:
@@ -50,10 +49,11 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
-    """Return module pattern -> style from the recipe's plan or, without one, from the model class.
+    """Return the tensor-parallel plan (module pattern -> style) of the recipe or, by default, of the model class.
 
-    Raises UserError if there is no plan, a style is unknown, or a pattern matches no linear layer. Also if a plan
-    splits a block but omits some of its weights: their gradients would lack the other ranks' heads.
+    ``config``: the model's Hugging Face configuration; ``custom``: the recipe's plan, or None; ``name``: the model's
+    name for errors. Raises UserError if no plan exists, a style is not supported, or a pattern matches no linear layer.
+    Raises it also if a plan splits a block but omits some of the block's weights: their gradients would be incomplete.
     """
     given = custom or getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
@@ -89,7 +89,7 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
                 key=_PLAN,
                 value=pattern,
             )
-    # Compare with the family's own plan: a block that is split at all must be split as the family splits it.
+    # If the plan splits a block, it must use the styles of the model class for all modules of the block.
     styles = {name: _role(plan, name) for name in modules}
     own = {name: _role(getattr(config, "base_model_tp_plan", None) or {}, name) for name in modules}
     split = {_block(name) for name, style in styles.items() if style in ("colwise", "rowwise")}
@@ -97,7 +97,7 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
         if not any(True for _ in module.parameters(recurse=False)) or name in _BY_VOCABULARY:
             continue
         wanted = (own[name] or REPLICATED) if _block(name) in split else None
-        if wanted and not any(own.values()):  # no plan to compare with: check only that a block is split completely
+        if wanted and not any(own.values()):  # no plan of the model class: check only for missing entries
             wanted = styles[name] or ("colwise or rowwise" if isinstance(module, nn.Linear) else REPLICATED)
         if styles[name] != wanted:
             raise _wrong_style(name, styles[name], wanted)
@@ -106,14 +106,14 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
 def _wrong_style(name: str, style: str | None, wanted: str | None) -> UserError:
     block = _block(name)
     if wanted is None:
-        problem = f"{_PLAN} does not split {block}, but has {name}: {style}, which would sum complete gradients"
+        problem = f"{_PLAN} has {name}: {style}, but splits no linear layer of {block}, so gradients would be wrong"
         return UserError(problem, f"remove {name}", key=_PLAN, value=name)
     problem = f"{_PLAN} splits {block}, but has {f'{name}: {style}' if style else f'no entry for {name}'}"
-    return UserError(problem, f"set {name}: {wanted}, or remove all of {block}", key=_PLAN, value=name)
+    return UserError(problem, f"set {name}: {wanted}, or remove all entries of {block}", key=_PLAN, value=name)
 
 
 def one_layer_model(config: Any) -> PreTrainedModel:
-    """Return the model that ``config`` describes, with one layer, on the meta device (shapes only)."""
+    """Return the model of a Hugging Face ``config``, with a single layer, on the meta device (shapes only)."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = 1
@@ -127,7 +127,7 @@ def _block(name: str) -> str:
 
 
 def _covers(pattern: str, name: str) -> bool:
-    """Return whether the pattern matches ``name``; ``*`` is the layer number."""
+    """Return whether ``pattern`` matches the module ``name``; ``*`` in the pattern is the layer number."""
     return re.sub(r"\.\d+\.", ".*.", pattern) == name
 
 
@@ -136,9 +136,9 @@ def _role(plan: Mapping[str, str], name: str) -> str | None:
 
 
 def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mapping[str, str]) -> frozenset[str]:
-    """Split a model on the meta device over ``mesh``, before FSDP; not collective.
+    """Split a model on the meta device over ``mesh``; call it before FSDP. Not collective.
 
-    Returns the names of the parameters that every rank has completely and whose gradients the group must sum.
+    Returns the names of the replicated parameters whose gradients must be summed over the tensor-parallel group.
     """
     body, head = causal_lm_parts(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -152,7 +152,7 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mappin
         elif style is not None:
             styles[name] = _Columns(inputs) if style == "colwise" else _Rows(inputs)
     parallelize_module(body, mesh, styles)
-    # Splitting replaces the parameters, so a tied head must be tied to the new one.
+    # Splitting replaces the parameter of the embedding, so a tied head must be tied to the new parameter.
     embedding = body.get_input_embeddings()  # type: ignore[operator]
     tied = head.weight is embedding.weight
     embedding.weight = _split(embedding.weight, mesh, 0)
@@ -176,7 +176,7 @@ def _split(weight: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce in the forward, identity in the backward.
 
-    Every rank computes the same from the sum, so every rank already has its complete gradient.
+    All ranks compute the same values from the sum, so each rank already has the complete gradient of the sum.
     """
 
     @staticmethod
@@ -193,7 +193,7 @@ class _SumOverRanks(torch.autograd.Function):
 class _SumGradients(torch.autograd.Function):
     """Identity in the forward, all-reduce in the backward.
 
-    Each rank used the input for its part of the outputs, so the complete gradient is the sum.
+    Each rank computes a part of the outputs from the input, so the input's gradient is the sum over the ranks.
     """
 
     @staticmethod
@@ -209,10 +209,9 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _SharedInput:
-    """The residual stream as input of column-split layers.
+    """Input tensor that several column-split layers share (q, k and v, for example).
 
-    Layers that read the same tensor (q, k and v) share one autograd node. Their gradients are then added before the
-    all-reduce, which runs once.
+    The layers share one autograd node, which adds their gradients before a single all-reduce.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -225,15 +224,15 @@ class _SharedInput:
         return self._last[1]
 
     def clear(self) -> None:
-        """Drop the reference to the tensor, after the last layer that reads it."""
+        """Drop the reference to the tensor; call it after the last layer that reads the tensor."""
         self._last = None
 
 
 class _Columns(ParallelStyle):
-    """A linear layer whose outputs are split over the ranks.
+    """Style of a linear layer with outputs split over the ranks.
 
-    The parameters are DTensors, so that FSDP can shard them again. The matrix product uses the local tensors: DTensor's
-    dispatch would take milliseconds for every new pack length.
+    The parameters are DTensors, so that FSDP can shard them further. The matrix product uses the local tensors, because
+    DTensor's dispatch takes milliseconds for every new pack length.
     """
 
     def __init__(self, inputs: _SharedInput) -> None:
@@ -254,7 +253,7 @@ class _Columns(ParallelStyle):
 
 
 class _Rows(ParallelStyle):
-    """A linear layer whose inputs are split over the ranks; the complete bias is added after the sum."""
+    """Style of a linear layer with inputs split over the ranks; the replicated bias is added after the all-reduce."""
 
     def __init__(self, inputs: _SharedInput) -> None:
         self._inputs = inputs
@@ -274,9 +273,9 @@ class _Rows(ParallelStyle):
 
 
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
-    """Replace the forward of an embedding whose rows are split over the ranks.
+    """Replace the forward of an embedding that is split by vocabulary over the ranks.
 
-    Each rank looks up its own rows, and the results are summed.
+    Each rank looks up the ids of its own rows and uses zeros for all other ids; an all-reduce adds the results.
     """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()
@@ -290,7 +289,7 @@ def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
         ignored = padding if 0 <= padding < len(rows) else None
         found = F.embedding(own.masked_fill(absent, 0), rows, ignored).masked_fill(absent.unsqueeze(-1), 0.0)
         hidden: Tensor = _SumOverRanks.apply(found, group)  # type: ignore[no-untyped-call]
-        scale = getattr(embedding, "embed_scale", None)  # Gemma's
+        scale = getattr(embedding, "embed_scale", None)  # only Gemma's embedding has a scale
         return hidden if scale is None else hidden * scale.to(hidden.dtype)
 
     embedding.forward = forward  # type: ignore[method-assign, assignment]

@@ -1,7 +1,7 @@
-"""Context parallelism by all-to-all over heads (Ulysses), for ranks that read one pack together.
+"""Context parallelism by all-to-all over attention heads (Ulysses).
 
-Outside attention every position is independent, so each rank computes its own positions. Inside attention each rank has
-all positions of some of the heads.
+The ranks of a group share the positions of a pack. Outside attention, each rank computes its own positions with all
+heads. Inside attention, each rank computes all positions with its own heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill.types import SequenceShards
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send part r of the first axis to rank r; the backward sends the gradients back."""
+    """All-to-all over the first axis: part r is sent to rank r, and its gradient is sent back in the backward."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -36,18 +36,19 @@ class _AllToAll(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class UlyssesAllToAll:
-    """Exchange between R ranks that each have M positions of a pack of T positions.
+    """All-to-all between R ranks that each have M positions of a pack of T positions.
 
-    All methods are collective over ``group``.
+    All public methods are collective over ``group``. H is the number of heads, Dh the number of channels per head.
     """
 
     group: dist.ProcessGroup
     shards: SequenceShards
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Exchange [1, H, M, Dh] for [1, H / R, T, Dh]: this rank's heads at all positions.
+        """Exchange all heads of this rank's positions for this rank's heads of all positions.
 
-        One all-to-all for the three tensors. If there are fewer key-value heads than ranks, they are repeated.
+        Input shape [1, H, M, Dh], output shape [1, H / R, T, Dh]. One all-to-all sends the three tensors. If there are
+        fewer key-value heads than ranks, each is repeated so that every rank gets one.
         """
         ranks = self.group.size()
         key, value = (self._repeat(heads, ranks) for heads in (key, value))
@@ -59,7 +60,10 @@ class UlyssesAllToAll:
         return q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
     def positions(self, attended: Tensor) -> Tensor:
-        """Exchange [1, T, H / R, Dh] for [1, M, H, Dh]: all heads at this rank's positions."""
+        """Exchange this rank's heads of all positions for all heads of this rank's positions.
+
+        Input shape [1, T, H / R, Dh], output shape [1, M, H, Dh].
+        """
         ranks = self.group.size()
         parts = attended[0].index_select(0, self.shards.position_P).view(ranks, -1, *attended.shape[2:])
         received: Tensor = _AllToAll.apply(parts, self.group)  # type: ignore[no-untyped-call]

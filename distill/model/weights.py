@@ -1,4 +1,4 @@
-"""Complete tensors gathered from shards, each with bit sums taken on the sending ranks."""
+"""Gathering of complete weights from shards, with checksums that the sending ranks compute."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from distill.supervise.progress import heartbeat
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
-"""Words per tensor in a bucket's header: two bit sums of the rank's shard, and 1 if the shard is finite."""
+"""Number of int64 words per tensor in a bucket's header: two bit sums of the shard, and 1 if the shard is finite."""
 
 
 class _ShardLayout(NamedTuple):
-    """Layout of a tensor on S x TP ranks.
+    """Layout of a tensor on S x TP ranks: S FSDP shards, TP tensor-parallel parts.
 
-    Tensor parallelism splits it first, then FSDP splits the rows of each part.
+    Tensor parallelism splits the tensor along ``tp_dim`` (None: not at all); FSDP then splits the rows of each part.
     """
 
     shape: torch.Size
@@ -37,24 +37,24 @@ class _ShardLayout(NamedTuple):
         return cls(parameter.shape, tp_dim(parameter), shards, tp)
 
     def part_shape(self, tp_rank: int) -> torch.Size:
-        """Return the shape of a tensor-parallel part."""
+        """Return the shape of one rank's tensor-parallel part, before FSDP splits it."""
         shape = list(self.shape)
         if self.tp_dim is not None:
             shape[self.tp_dim] = chunk_of(shape[self.tp_dim], self.tp, tp_rank)[1]
         return torch.Size(shape)
 
     def rows(self, shard: int, tp_rank: int) -> tuple[int, int]:
-        """Return the first row of a rank's shard in the complete tensor, and the shard's number of rows."""
+        """Return the index of a shard's first row in the complete tensor, and the number of rows in the shard."""
         begin, length = chunk_of(self.part_shape(tp_rank)[0], self.shards, shard)
         before = chunk_of(self.shape[0], self.tp, tp_rank)[0] if self.tp_dim == 0 else 0
         return before + begin, length
 
     def capacity(self) -> int:
-        """Return the elements reserved on every rank: those of the largest shard."""
+        """Return the number of elements of the largest shard; every rank reserves this size in a bucket."""
         return self.rows(0, 0)[1] * self.part_shape(0)[1:].numel()
 
     def assemble(self, by_rank: Tensor) -> Tensor:
-        """Return the complete tensor from all ranks' shards [S * TP, capacity]."""
+        """Return the complete tensor, assembled from the shards of all ranks [S * TP, capacity]."""
         parts = []
         for tp_rank in range(1 if self.tp_dim is None else self.tp):
             shape = self.part_shape(tp_rank)
@@ -68,26 +68,27 @@ class _ShardLayout(NamedTuple):
 
 
 class _Gather(NamedTuple):
-    """An all-gather in flight."""
+    """A started all-gather of one bucket."""
 
     names: list[str]
     layouts: list[_ShardLayout]
     starts: list[int]
-    """Offset of each tensor's shard in a rank's part of the bucket."""
+    """Offset of each tensor's shard in one rank's part of the bucket, in elements."""
     sent: Tensor
-    """The sent buffer; referenced so that it lives until the gather is complete."""
+    """Input buffer of the all-gather; referenced here so that it is not freed before the gather is complete."""
     by_rank: Tensor
     work: dist.Work
 
 
 class GatheredWeights:
-    """Iterable of (name, complete tensor) from sharded parameters, one all-gather per bucket; collective.
+    """Iterable of (name, complete tensor), gathered from sharded parameters in buckets; collective.
 
-    Every rank of ``mesh`` (one axis over all ranks of a replica, ``tp`` innermost) must iterate over it once, to the
-    end, with the same parameters in the same order. At most two buckets exist at a time. Shards are cast to ``dtype``
-    before the gather, so float32 shards are sent as bfloat16. A yielded tensor is a view of its bucket: copy it before
-    the next one is requested. Each rank computes the bit sums of its shards before sending; their totals are the
-    tensor's. Raises RuntimeError on all ranks before yielding a tensor that is not finite.
+    Every rank of ``mesh`` must iterate once, to the end, with the same parameters in the same order. The mesh has one
+    axis over all ranks of a replica; consecutive groups of ``tp`` ranks are tensor-parallel groups. Shards are cast to
+    ``dtype`` before the all-gather. At most two buckets are in memory. A yielded tensor may be a view of its bucket:
+    copy it if you keep it, otherwise the bucket stays in memory. Each rank computes the bit sums of its shards before
+    it sends them; the sums of a tensor are the totals over its shards. If a tensor is not finite, all ranks raise
+    RuntimeError before the tensor is yielded.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class GatheredWeights:
         """Yield each tensor with its name and its bit sums."""
         ahead: _Gather | None = None
         for bucket in self._buckets():
-            # The next bucket is gathered while the caller uses this one.
+            # Start to gather the next bucket before the caller uses the current bucket.
             now, ahead = ahead, self._start(bucket)
             if now is not None:
                 yield from self._finish(now)
@@ -153,9 +154,9 @@ class GatheredWeights:
             yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
     def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
-        """Copy header and shards into one buffer of ``dtype``; return it and the offset of each shard."""
+        """Copy header and shards into one buffer of ``dtype``; return the buffer and the offset of each shard."""
         shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
-        # The header comes first. Every shard begins at a word boundary, because bits are summed by words.
+        # The header comes first. Every shard begins at a word boundary, because bit sums are sums of words.
         word = WORD_BYTES // self._dtype.itemsize
         starts = [len(shards) * _HEADER * word]
         for layout in layouts:
@@ -168,7 +169,7 @@ class GatheredWeights:
             flat[starts[i] + local.numel() : ends[i]] = 0
             sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
             if layout.tp_dim is None and tp_rank > 0:
-                header[i, :2] = 0  # a copy of the shard of tp rank 0, which counts it
+                header[i, :2] = 0  # replicated: only tp rank 0 contributes its sums
             else:
                 header[i, :2] = bit_sums(sent, layout.rows(shard, tp_rank)[0])
             header[i, 2] = local.sum(dtype=torch.float32).isfinite()
@@ -183,5 +184,5 @@ def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
     finite = (header[..., 2] == 1).all(0).tolist()
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if broken:
-        raise RuntimeError(f"{len(broken)} of the student's weights contain nan or infinity; the first is {broken[0]}")
+        raise RuntimeError(f"{len(broken)} weights of the student contain nan or infinity; the first is {broken[0]}")
     return [BitSums(plain, weighted) for plain, weighted, _ in header.sum(0).tolist()]

@@ -1,7 +1,7 @@
 """The student's Triton kernels against float64 and against their PyTorch twins in ``topk_reduction.py``.
 
-Compiled where there is a CUDA device, else interpreted: that proves the arithmetic, not the barriers and not the speed.
-What the compiler makes of them for two GPUs is looked at without either.
+Compiled with a CUDA device, else interpreted, which tests the arithmetic but not the barriers or the speed. One test
+compiles the kernels for two GPUs without either.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NEG_INF = float("-inf")
 
 
 class Tail(NamedTuple):
-    """What ``reduce_rows`` returns, and the logits over the temperature that it left: all in float64."""
+    """Results of ``reduce_rows`` and the remaining logits over the temperature, in float64."""
 
     logits_CK: Tensor
     max_C: Tensor
@@ -41,7 +41,7 @@ class Tail(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What ``gradient_rows`` is given beside the logits."""
+    """Arguments of ``gradient_rows`` except the logits."""
 
     factor_C: Tensor
     slope_C: Tensor | None
@@ -49,7 +49,7 @@ class Upstream(NamedTuple):
 
 
 def make_rows(rows: int, vocab: int, k: int, seed: int = 0, scale: float = 4.0) -> tuple[Tensor, Tensor]:
-    """float32 logits and int32 ids without a repetition."""
+    """Return float32 logits and distinct int32 ids."""
     generator = torch.Generator().manual_seed(seed)
     z_CV = scale * torch.randn(rows, vocab, generator=generator)
     ids_CK = torch.rand(rows, vocab, generator=generator).argsort(dim=1)[:, :k].int()
@@ -63,7 +63,7 @@ def make_upstream(rows: int, k: int, slope: bool = True, seed: int = 0) -> Upstr
 
 
 def exact_tail(z_CV: Tensor, ids_CK: Tensor, temperature: float) -> Tail:
-    """The definition, row by row, in float64."""
+    """Compute the definition row by row in float64."""
     z_CV = z_CV.double() / temperature
     logits_CK = torch.full(ids_CK.shape, NEG_INF, dtype=torch.float64, device=z_CV.device)
     for z_V, ids_K, logits_K in zip(z_CV, ids_CK.long(), logits_CK, strict=True):
@@ -92,7 +92,7 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float = 1e
 def assert_exact(
     z_CV: Tensor, ids_CK: Tensor, temperature: float = 1.0, out: torch.dtype | None = None, slope: bool = True
 ) -> None:
-    """Both kernels against float64; ``out``: the dtype of a buffer of its own for the gradient (None: in place)."""
+    """Both kernels against float64; ``out``: dtype of a separate gradient buffer (None: in place)."""
     tail = exact_tail(z_CV, ids_CK, temperature)
     upstream = make_upstream(ids_CK.shape[0], ids_CK.shape[1], slope)
     logits_CK, max_C, sum_C, product_C = reduce_rows(z_CV, ids_CK, 1 / temperature)
@@ -127,14 +127,14 @@ def test_rows_of_any_length(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_whole_vocabulary(dtype: torch.dtype) -> None:
+def test_a_vocabulary_of_151936(dtype: torch.dtype) -> None:
     z_CV, ids_CK = make_rows(1, 151_936, 64)
     assert_exact(z_CV.to(dtype), ids_CK, 0.6, torch.bfloat16)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("slope", [True, False])
-def test_the_twin_says_the_same(slope: bool, temperature: float) -> None:
+def test_the_pytorch_twin_agrees(slope: bool, temperature: float) -> None:
     z_CV, ids_CK = make_rows(3, 700, 20)
     ids_CK[:, ::3] = -1
     factor_C, slope_C, d_logits_CK = make_upstream(3, 20, slope)
@@ -152,7 +152,7 @@ def test_the_twin_says_the_same(slope: bool, temperature: float) -> None:
 @pytest.mark.parametrize("infinite", [False, True])
 @pytest.mark.parametrize(("vocab", "k"), [(97, 97), (2048, 2048)])
 def test_an_empty_tail(vocab: int, k: int, infinite: bool) -> None:
-    """All ids are kept, or all the others are -inf: 0 in the tail even where the factor came of a division by 0."""
+    """All ids are kept, or all other logits are -inf: the tail's gradient is 0 even with a NaN factor."""
     z_CV, ids_CK = make_rows(2, vocab, k)
     if infinite:
         ids_CK = ids_CK[:, : k // 2]
@@ -168,15 +168,15 @@ def test_an_empty_tail(vocab: int, k: int, infinite: bool) -> None:
         assert torch.equal(out_CV, torch.zeros_like(z_CV).scatter_(1, ids_CK.long(), d_logits_CK))
 
 
-def test_padding_keeps_nothing() -> None:
+def test_padding_ids_are_ignored() -> None:
     z_CV, ids_CK = make_rows(3, 600, 9)
     ids_CK[0, :4], ids_CK[1, 1::2], ids_CK[2] = -1, -1, -1
     assert_exact(z_CV, ids_CK.long())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_lie_apart(dtype: torch.dtype) -> None:
-    """Columns cut off the rows' ends, as padded vocabularies have them, are neither read nor written."""
+def test_rows_with_a_stride_above_v(dtype: torch.dtype) -> None:
+    """Columns beyond V, as in a padded vocabulary, are neither read nor written."""
     z_CV, ids_CK = make_rows(3, 560, 8)
     buffer_CV = torch.cat([z_CV, torch.full((3, 17), 77.0, device=DEVICE)], dim=1).to(dtype)
     assert_exact(buffer_CV[:, :560], ids_CK)
@@ -188,15 +188,15 @@ def test_rows_that_lie_apart(dtype: torch.dtype) -> None:
     assert (out_CV[:, 560:] == 77).all() and not (out_CV[:, :560] == 77).any()
 
 
-def test_more_logits_than_32_bits_count() -> None:
-    """Memory that is not touched is not taken on CPU."""
+def test_offsets_above_32_bits_are_correct() -> None:
+    """On a CPU, memory that is never written is not allocated."""
     z_CV, ids_CK = make_rows(3, 40, 4)
-    apart_CV = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
-    assert_exact(apart_CV.copy_(z_CV), ids_CK)
+    strided_CV = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
+    assert_exact(strided_CV.copy_(z_CV), ids_CK)
 
 
 def test_a_small_tail_keeps_its_digits() -> None:
-    """1 - (mass of the kept ids) would give nothing of it."""
+    """1 - (mass of the kept ids) would be 0."""
     z_CV, ids_CK = make_rows(2, 600, 8, scale=1.0)
     z_CV.scatter_(1, ids_CK.long(), 30.0)
     tail = exact_tail(z_CV, ids_CK, 1.0)
@@ -206,19 +206,19 @@ def test_a_small_tail_keeps_its_digits() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_peaked_rows(temperature: float) -> None:
-    """Logits of 10,000: nothing overflows, and the tail's sums lose nothing to the size of its largest logit."""
+def test_peaked_rows_are_exact(temperature: float) -> None:
+    """Logits of 10,000: no overflow, and the tail's sums are exact for any largest logit."""
     z_CV, ids_CK = make_rows(4, 1100, 8, scale=3000.0)
     z_CV.clamp_(-1e4, 1e4)
     z_CV[1] = z_CV[1].abs() / 1000 + 1e4  # many near the top
-    z_CV[2, 600], z_CV[3] = 1e4, -1e4  # the first tile is nothing beside the second; all alike
+    z_CV[2, 600], z_CV[3] = 1e4, -1e4  # row 2: the second tile dominates the first; row 3: equal logits
     assert_exact(z_CV, ids_CK, temperature)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # NumPy's, under the interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_infinite_logits(dtype: torch.dtype) -> None:
-    """-inf at the ids and beside them, in whole lanes and whole tiles; the lowest finite number may stand there too."""
+    """-inf or the lowest finite number at the ids and elsewhere, in complete lanes and tiles."""
     z_CV, ids_CK = make_rows(5, 2500, 8)
     z_CV[0, ids_CK[0, :3].long()] = NEG_INF
     z_CV[1, ::3] = NEG_INF
@@ -229,7 +229,7 @@ def test_infinite_logits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("column", [3, 590])
-def test_a_nan_shows(column: int) -> None:
+def test_a_nan_is_visible(column: int) -> None:
     z_CV, ids_CK = make_rows(1, 600, 2)
     ids_CK[0] = torch.tensor([0, 1])
     z_CV[0, column] = float("nan")
@@ -240,7 +240,7 @@ def test_a_nan_shows(column: int) -> None:
     assert z_CV.isnan().sum() == 1
 
 
-def test_no_rows_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_rows_launch_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(student, "_reduce", None)
     monkeypatch.setattr(student, "_gradient", None)
     z_CV, ids_CK = make_rows(0, 50, 4)
@@ -249,7 +249,7 @@ def test_no_rows_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gradient_rows(z_CV, ids_CK, max_C, sum_C, product_C, logits_CK, 1.0, z_CV) is z_CV
 
 
-def test_what_cannot_be_read_is_refused() -> None:
+def test_bad_arguments_are_refused() -> None:
     z_CV, ids_CK = make_rows(2, 50, 4)
     max_C, d_logits_CK = torch.zeros(2, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
     for bad_CV in (z_CV.double(), z_CV[0], z_CV[:, ::2]):
@@ -306,12 +306,12 @@ def test_any_rows(
     ids_CK[(torch.rand(ids_CK.shape, generator=generator) < padding).to(DEVICE)] = -1
     z_CV[(torch.rand(z_CV.shape, generator=generator) < holes).to(DEVICE)] = NEG_INF
     if not torch.isfinite(exact_tail(z_CV, ids_CK, temperature).max_C).all():
-        return  # an empty tail has a test of its own
+        return  # test_an_empty_tail covers it
     assert_exact(z_CV.to(dtype), ids_CK, temperature, out, slope)
 
 
 class Compiled(NamedTuple):
-    """What came of a kernel for one GPU."""
+    """Properties of a kernel compiled for one GPU."""
 
     name: str
     spilled: int
@@ -320,7 +320,7 @@ class Compiled(NamedTuple):
 
 
 class _Recorder:
-    """Stands in a kernel's place, and compiles what would have been launched."""
+    """Replaces a kernel and compiles it instead of a launch."""
 
     def __init__(self, kernel: Any, found: list[Compiled]) -> None:
         self.kernel, self.found = kernel, found
@@ -357,7 +357,7 @@ class _Recorder:
 
 
 def _local_bytes(cubin: bytes) -> int:
-    """Bytes a thread keeps in memory for want of registers."""
+    """Return the bytes per thread that spill from registers to memory."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -370,7 +370,7 @@ def _local_bytes(cubin: bytes) -> int:
 
 
 def compile_kernels() -> list[Compiled]:
-    """Both kernels as they are launched at V = 151,936, K = 64, for an A100 and an H100 or H200."""
+    """Compile both kernels as launched at V = 151,936, K = 64, for an A100 and an H100 or H200."""
     found: list[Compiled] = []
     student._reduce = _Recorder(student._reduce, found)
     student._gradient = _Recorder(student._gradient, found)
@@ -385,7 +385,7 @@ def compile_kernels() -> list[Compiled]:
 
 @pytest.mark.slow
 def test_the_compiler_spills_no_registers(tmp_path: Path) -> None:
-    """In a process of its own: a kernel defined under the interpreter can't be compiled."""
+    """In a separate process, because a kernel defined under the interpreter cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     code = (
         "import json; from tests.kernels.test_loss_student import compile_kernels; print(json.dumps(compile_kernels()))"

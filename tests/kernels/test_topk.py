@@ -1,4 +1,4 @@
-"""The top-k kernels against a stable sort and float64, in Triton's interpreter where there is no GPU, else compiled."""
+"""The top-k kernels against a stable sort and float64; interpreted without a GPU, else compiled."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def normal(rows: int, vocab: int, scale: float = 3.0, seed: int = 0) -> Tensor:
-    """Logits as random as can be."""
+    """Return normally distributed logits."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(rows, vocab, generator=generator)).to(DEVICE)
 
 
 def sorted_ids(z_CV: Tensor, k: int) -> Tensor:
-    """The k largest, of equal ones the first, in the order of their ids."""
+    """Return the ids of the k largest, the lowest of equal ones, sorted by id."""
     return z_CV.float().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 
@@ -49,7 +49,7 @@ def assert_same_ids(ids_CK: Tensor, z_CV: Tensor) -> None:
 
 
 def assert_exact(z_CV: Tensor, k: int, temperature: float = 1.0, tolerance: float = 4e-6) -> Tensor:
-    """Hold ``topk_with_tail`` against the oracles; returns the log tail expected."""
+    """Compare ``topk_with_tail`` with the oracles and return the expected log tail."""
     ids_CK, logprobs_CK, log_tail_C, entropy_C = topk.topk_with_tail(z_CV, k, 1 / temperature)
     assert_same_ids(ids_CK, z_CV)
     log_p_CV = torch.log_softmax(z_CV.double() / temperature, dim=1)
@@ -87,16 +87,16 @@ def test_the_kept_ids_and_their_masses_are_exact(rows: int, vocab: int, k: int, 
     assert_same_ids(topk.topk_ids(z_CV, k), z_CV)
 
 
-def test_the_widths_of_tiles_that_are_tested_here_are_those_of_real_vocabularies() -> None:
-    wide, middle, narrow, whole = (topk.tiling(151_936, k) for k in (64, 512, 2048, 2049))
-    assert (wide and wide.width, middle and middle.width, narrow and narrow.width, whole) == (64, 32, 16, None)
+def test_tile_widths_of_real_vocabularies_are_covered() -> None:
+    wide, middle, narrow, full_row = (topk.tiling(151_936, k) for k in (64, 512, 2048, 2049))
+    assert (wide and wide.width, middle and middle.width, narrow and narrow.width, full_row) == (64, 32, 16, None)
     for vocab, k, width in ((17_001, 4, 64), (17_001, 64, 32), (17_001, 200, 16), (3000, 64, 8)):
         cut = topk.tiling(vocab, k)
         assert cut is not None and cut.width == width
         assert_exact(normal(1, vocab, seed=width), k)
 
 
-def test_the_oracle_of_the_losses_agrees() -> None:
+def test_topk_with_tail_equals_the_loss_oracle() -> None:
     z_CV = normal(2, 3000)
     expected = exact_topk(z_CV, 64, 0.7)
     ids_CK, logprobs_CK, log_tail_C, entropy_C = topk.topk_with_tail(z_CV, 64, 1 / 0.7)
@@ -110,7 +110,7 @@ def test_the_oracle_of_the_losses_agrees() -> None:
 
 @pytest.mark.parametrize("mass", [1e-3, 1e-6, 1e-9, 1e-12])
 def test_a_small_tail_keeps_its_digits(mass: float) -> None:
-    """1 - (mass of the kept) would be 0 from 1e-8 on."""
+    """1 - (mass of the kept ids) would be 0 below 1e-8."""
     z_CV = normal(2, 4000, scale=1.0)
     kept = torch.randperm(4000, generator=torch.Generator().manual_seed(1))[:16].to(DEVICE)
     z_CV[:, kept] += -math.log(mass) + math.log(4000 / 16)
@@ -118,7 +118,7 @@ def test_a_small_tail_keeps_its_digits(mass: float) -> None:
     assert (log_tail_C - math.log(mass)).abs().max() < 1
 
 
-def test_a_tail_far_below_the_range_of_float32_has_a_log_still() -> None:
+def test_a_tail_below_the_range_of_float32_has_a_finite_log() -> None:
     z_CV = normal(2, 3000, scale=1.0)
     z_CV[:, 5:12] += 300
     log_tail_C = assert_exact(z_CV, 7, tolerance=4e-5)  # float32 holds 300 to 3e-5
@@ -131,7 +131,7 @@ def test_the_temperature_divides_the_logits(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -7.5, NEG_INF])
-def test_of_equal_logits_the_first_are_kept_however_many_there_are(value: float) -> None:
+def test_of_equal_logits_the_lowest_ids_are_kept(value: float) -> None:
     z_CV = torch.full((1, 3000), value, device=DEVICE)
     ids_CK = topk.topk_ids(z_CV, 64)
     assert ids_CK.sort(dim=1).values.tolist() == [list(range(64))]
@@ -139,8 +139,8 @@ def test_of_equal_logits_the_first_are_kept_however_many_there_are(value: float)
         assert_exact(z_CV, 64)
 
 
-def test_ties_at_the_edge_go_to_the_lowest_ids_with_room_and_without() -> None:
-    """Of 40 that tie for 10 places there is room for all; of 900 there is not, and the next row must not mind."""
+def test_ties_at_the_edge_go_to_the_lowest_ids_even_if_the_buffer_overflows() -> None:
+    """40 ties for 10 slots fit the buffer; 900 overflow it, without an effect on the next row."""
     z_CV = normal(3, 3000, scale=0.1)
     generator = torch.Generator().manual_seed(2)
     for row, ties in ((0, 40), (1, 900)):
@@ -150,8 +150,8 @@ def test_ties_at_the_edge_go_to_the_lowest_ids_with_room_and_without() -> None:
     assert_exact(z_CV, 64)
 
 
-@pytest.mark.parametrize(("vocab", "k"), [(3000, 64), (9000, 4500)], ids=["k64", "several-blocks-of-the-whole-row"])
-def test_logits_rounded_until_nearly_all_tie_are_exact(vocab: int, k: int) -> None:
+@pytest.mark.parametrize(("vocab", "k"), [(3000, 64), (9000, 4500)], ids=["k64", "several-blocks-of-the-full-row"])
+def test_rounded_logits_with_many_ties_are_exact(vocab: int, k: int) -> None:
     assert_exact(normal(2, vocab).round(), k)
 
 
@@ -166,7 +166,7 @@ def test_negative_logits_are_in_order() -> None:
     assert_exact(normal(2, 3000) - 50, 64, tolerance=8e-6)
 
 
-def test_sorted_rows_whose_largest_are_neighbours_are_exact() -> None:
+def test_sorted_rows_are_exact() -> None:
     z_CV = normal(2, 3000).sort(dim=1).values
     z_CV[1] = z_CV[1].flip(0)
     assert_exact(z_CV, 64)
@@ -175,13 +175,13 @@ def test_sorted_rows_whose_largest_are_neighbours_are_exact() -> None:
 def test_columns_of_minus_infinity_have_no_mass_and_are_kept_last() -> None:
     z_CV = normal(3, 3000)
     z_CV[0, 64:] = NEG_INF
-    z_CV[1, 10:2990] = NEG_INF  # 20 are left for 64 places
+    z_CV[1, 10:2990] = NEG_INF  # 20 finite logits for 64 slots
     z_CV[2, ::2] = NEG_INF
     log_tail_C = assert_exact(z_CV, 64)
     assert log_tail_C[:2].tolist() == [NEG_INF, NEG_INF] and log_tail_C[2] > NEG_INF
 
 
-def test_the_whole_vocabulary_leaves_no_tail() -> None:
+def test_the_complete_vocabulary_leaves_no_tail() -> None:
     z_CV = normal(2, 150)
     ids_CK, logprobs_CK, log_tail_C, _ = topk.topk_with_tail(z_CV, 150, 1.0)
     assert ids_CK.tolist() == [list(range(150))] * 2
@@ -189,16 +189,16 @@ def test_the_whole_vocabulary_leaves_no_tail() -> None:
     torch.testing.assert_close(logprobs_CK.exp().sum(dim=1), torch.ones(2, device=DEVICE))
 
 
-@pytest.mark.parametrize("k", [32, 1500], ids=["by-tiles", "whole-row"])
+@pytest.mark.parametrize("k", [32, 1500], ids=["by-tiles", "full-row"])
 @pytest.mark.parametrize("width", [3001, 3008])
-def test_what_lies_between_the_rows_of_a_slice_is_not_read_as_logits(width: int, k: int) -> None:
+def test_padding_between_the_rows_of_a_slice_is_not_read(width: int, k: int) -> None:
     padded_CV = normal(3, width)
     padded_CV[:, 2987:] = 1e4
     assert_exact(padded_CV[1:, :2987], k)
 
 
-@pytest.mark.parametrize("k", [32, 1500], ids=["by-tiles", "whole-row"])
-def test_a_nan_harms_its_own_row_only_and_shows(k: int) -> None:
+@pytest.mark.parametrize("k", [32, 1500], ids=["by-tiles", "full-row"])
+def test_a_nan_affects_only_its_row_and_is_visible(k: int) -> None:
     z_CV = normal(4, 3000)
     z_CV[0, 7], z_CV[1], z_CV[3, 9] = float("nan"), float("nan"), -float("nan")
     ids_CK, logprobs_CK, _, entropy_C = topk.topk_with_tail(z_CV, k, 1.0)
@@ -219,7 +219,7 @@ def test_an_infinite_logit_is_found() -> None:
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_row_of_few_values_is_exact(data: st.DataObject) -> None:
-    """Small rows that tie a lot, in both kernels."""
+    """Small rows with many ties, in both kernels."""
     vocab = data.draw(st.integers(1, 200), label="vocab")
     k = data.draw(st.integers(1, max(1, vocab // data.draw(st.sampled_from([1, 12]), label="part"))), label="k")
     few = [[0.0, 1.0], [-1.0, -0.0, 0.0, 2.5], [float(value) for value in range(40)]]
@@ -229,13 +229,13 @@ def test_any_row_of_few_values_is_exact(data: st.DataObject) -> None:
     assert_exact(torch.tensor([z], dtype=dtype, device=DEVICE), k)
 
 
-@pytest.mark.parametrize("k", [1, 35], ids=["by-tiles", "whole-row"])
-def test_more_logits_than_32_bits_count(k: int) -> None:
-    """Memory that is not touched is not taken on CPU."""
+@pytest.mark.parametrize("k", [1, 35], ids=["by-tiles", "full-row"])
+def test_offsets_above_32_bits_are_correct(k: int) -> None:
+    """On a CPU, memory that is never written is not allocated."""
     assert (topk.tiling(40, k) is None) == (k == 35)
     z_CV = normal(3, 40)
-    apart_CV = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
-    assert_exact(apart_CV.copy_(z_CV), k)
+    strided_CV = torch.empty(2**31 + 40, dtype=torch.bfloat16, device=DEVICE).as_strided((3, 40), (2**30, 1))
+    assert_exact(strided_CV.copy_(z_CV), k)
 
 
 def test_no_rows_give_no_rows() -> None:
@@ -254,7 +254,7 @@ def test_no_rows_give_no_rows() -> None:
     ],
     ids=["dtype", "shape", "no-k", "k-above-v", "stride"],
 )
-def test_what_cannot_be_done_is_refused_with_its_values(z_CV: Tensor, k: int, named: str) -> None:
+def test_bad_arguments_are_refused_with_their_values(z_CV: Tensor, k: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         topk.topk_ids(z_CV, k)
 
@@ -271,7 +271,7 @@ from triton.compiler import ASTSource
 from distill.kernels import topk
 
 # Every other parameter is a pointer to float32.
-TYPES = {"z_ptr": "*bf16", "found_ptr": "*i32", "whole_ptr": "*i32", "ids_ptr": "*i32"}
+TYPES = {"z_ptr": "*bf16", "found_ptr": "*i32", "full_row_ptr": "*i32", "ids_ptr": "*i32"}
 TYPES |= {"vocab": "i32", "z_stride": "i32", "groups": "i32", "inverse_temperature": "fp32"}
 cut = topk.tiling(32_000, 64)
 MADE_FOR = {"K": 64, "W": cut.width, "S": cut.per_group, "VEC": 8, "STATS": True, "TILES": 2048, "GROUPS": 4}
@@ -294,8 +294,8 @@ for name, kernel in vars(topk).items():
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_a_gpu_and_a_tile_is_read_16_bytes_at_a_time_by_one_thread(tmp_path: Path) -> None:
-    """In a process of its own: what was decorated for the interpreter cannot be compiled."""
+def test_every_kernel_compiles_and_reads_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """In a separate process, because kernels decorated for the interpreter cannot be compiled."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     assert "TRITON_INTERPRET" not in environment, "child processes would interpret their kernels"
     command = [sys.executable, "-W", "ignore", "-c", COMPILE]
@@ -305,8 +305,8 @@ def test_every_kernel_compiles_for_a_gpu_and_a_tile_is_read_16_bytes_at_a_time_b
     for line in done.stdout.splitlines():
         name, capability, *numbers = line.split()
         counts[name, capability] = [int(number) for number in numbers]
-    assert set(counts) == {(name, c) for name in ("_scan_tiles", "_select", "_whole_row") for c in ("80", "90")}
+    assert set(counts) == {(name, c) for name in ("_scan_tiles", "_select", "_full_row") for c in ("80", "90")}
     for capability in ("80", "90"):
         loads, wide_loads, shuffles = counts["_scan_tiles", capability]
         assert loads == wide_loads > 0, "a load of less than 16 bytes"
-        assert shuffles < 64, "threads exchange what one thread should hold alone"
+        assert shuffles < 64, "threads exchange a tile's values"

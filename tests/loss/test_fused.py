@@ -17,7 +17,7 @@ from distill.config import LossConfig
 from distill.loss import Sampled, fused_linear_kl, teacher_topk, topk_kl
 from distill.loss.lm_head import Projection
 from distill.types import LossOutput, TeacherRows, TopK
-from scripts.bench_loss import LiveBytes
+from scripts.live_bytes import LiveBytes
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -16,7 +16,7 @@ from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import loss_temperature, topk_kl
 from distill.types import TopK
-from scripts.bench_loss import LiveBytes
+from scripts.live_bytes import LiveBytes
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case, reference_kl
 
 BUCKETS = [config for config in LOSSES if config.outside == "bucket"]

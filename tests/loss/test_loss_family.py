@@ -19,7 +19,7 @@ from distill.loss.divergences import DIVERGENCES, Pair
 from distill.loss.full_vocab import FAST_GRADIENTS
 from distill.loss.targets import chunk_buffers, default_chunk_rows
 from distill.types import Targets, TeacherRows, TopK
-from scripts.bench_loss import LiveBytes
+from scripts.live_bytes import LiveBytes
 from tests.loss.test_fused import assert_close, gradients, mean, name, rows_and_head
 from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
 

@@ -47,7 +47,7 @@ from distill.model.teacher import ShardedTeacher
 from distill.model.teacher_check import verify_teacher
 from distill.model.tensor_parallel import check_tensor_parallel
 from distill.types import OptimizerBatch, Problem, Prompt, Rollout
-from scripts.bench_loss import LiveBytes
+from scripts.live_bytes import LiveBytes
 from tests.harness import REPO, config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model, tiny_config
 

@@ -1,4 +1,4 @@
-"""The demonstrations: their arithmetic, and with real weights on two ranks their claims (`make test-demo`)."""
+"""Arithmetic of the demonstrations; with `make test-demo` also the claims of one, with real weights on two ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.launch import ROOT, run
 
 
 def _samples(*problems: str, kl: float = 1.0) -> list[dict[str, Any]]:
-    """One problem a word, an answer a letter: r is right, w is wrong."""
+    """Return samples of validation: one word per problem, one letter per response (r: right, w: wrong)."""
     return [
         {"prompt_id": i, "verdict": {"r": "right", "w": "wrong"}[letter], "forward_kl": [kl, 3 * kl]}
         for i, letters in enumerate(problems)
@@ -22,7 +22,7 @@ def _samples(*problems: str, kl: float = 1.0) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_interval_of_a_rise_takes_the_answers_to_a_problem_as_one_draw() -> None:
+def test_the_interval_of_a_rise_has_the_problems_as_its_sample() -> None:
     rose = rise(_samples("ww", "wr", "ww"), _samples("rr", "wr", "wr"))
     # differences by problem 1, 0, 1/2: mean 1/2, variance 1/4, standard error 1/2 / sqrt(3)
     half = 1.959964 * 0.5 / math.sqrt(3)
@@ -31,20 +31,20 @@ def test_the_interval_of_a_rise_takes_the_answers_to_a_problem_as_one_draw() -> 
     assert rise(_samples("wwww", "rw"), _samples("rrrr", "rw")) == rise(_samples("w", "r"), _samples("r", "r"))
 
 
-def test_the_gap_closes_by_the_share_of_the_kl_that_is_gone() -> None:
+def test_closed_is_the_fraction_of_the_kl_that_was_removed() -> None:
     found = compared(_samples("ww", "wr", kl=0.2), _samples("rr", "wr", kl=0.05))
-    assert (found["answers"], found["rule_before"], found["rule_after"], found["rise"]) == (4, 0.25, 0.75, 0.5)
+    assert (found["responses"], found["rule_before"], found["rule_after"], found["rise"]) == (4, 0.25, 0.75, 0.5)
     assert found["kl_before"] == pytest.approx(0.4) and found["kl_after"] == pytest.approx(0.1)
     assert found["closed"] == pytest.approx(0.75)
 
 
 @pytest.mark.demo
-def test_a_rule_that_only_the_teacher_reads_is_learnt() -> None:
-    """Fewer steps and answers than `make demo-context` takes: a machine may take half a minute a step."""
+def test_the_student_learns_a_rule_that_only_the_teacher_reads() -> None:
+    """Uses fewer steps and responses than `make demo-context`, because slow machines take 30 s per step."""
     assert (ROOT / "models/SmolLM2-135M-Instruct/config.json").is_file(), "make models"
     few = ("distillation.max_num_steps=24", "distillation.max_val_samples=32")
     assert run([sys.executable, "-m", "scripts.demo", "context", *few]) == 0
     found = json.loads((RUNS / "context/demo.json").read_text())
-    assert (found["answers"], found["steps"]) == (64, 24)
+    assert (found["responses"], found["steps"]) == (64, 24)
     assert found["closed"] >= 0.6 and found["rise_low"] > 0, found
-    assert found["rule_in_context"] > found["rule_before"], "there is nothing to learn"
+    assert found["rule_in_context"] > found["rule_before"], "the context has no effect"

@@ -1,0 +1,1 @@
+"""Benchmark of the loss head: see ``__main__``."""
