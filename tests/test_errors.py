@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.checkpoint import read_whole
+from distill.checkpoint import read_verified
 from distill.checkpoint.lock import FILE
 from distill.metrics.sinks import METRICS_FILE, TensorBoardSink, read_metrics
 from distill.supervise.logs import log_to_file
@@ -116,7 +116,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_removes_the_incomplete_on
 ) -> None:
     folder = disks["full at the second checkpoint"]
     assert sorted(path.name for path in folder.iterdir()) == [FILE, "step_2"]
-    assert read_whole(folder / "step_2")["step"] == 2
+    assert read_verified(folder / "step_2")["step"] == 2
     assert [path.name for path in disks["full at the export"].iterdir()] == [FILE]
 
 

@@ -1,19 +1,19 @@
-"""Checkpoints: sharded, written in the background beside and renamed when whole, proven before they are read."""
+"""Sharded checkpoints, written in the background, renamed when complete and verified before they are loaded."""
 
 from distill.checkpoint.checkpoints import Checkpoints, Found, has_validation
-from distill.checkpoint.manifest import Damaged, files_of, read_info, read_whole
+from distill.checkpoint.manifest import CheckpointError, files_of, read_info, read_verified
 from distill.checkpoint.recipe_diff import changed_keys
 from distill.checkpoint.storage import SHARDS, ShardsReader
 
 __all__ = [
     "SHARDS",
+    "CheckpointError",
     "Checkpoints",
-    "Damaged",
     "Found",
     "ShardsReader",
     "changed_keys",
     "files_of",
     "has_validation",
     "read_info",
-    "read_whole",
+    "read_verified",
 ]

@@ -1,4 +1,8 @@
-"""A copy of the tensors on its way to the disk, while the run goes on."""
+"""Background write of a checkpoint's tensors while training continues.
+
+A thread of this module instead of ``torch.distributed.checkpoint.async_save``: the same thread hashes the files after
+it has written them, counts progress for the watchdog, and does not delay the exit of the process.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +19,28 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from distill.checkpoint.manifest import Sums, sums_of, write_durably
-from distill.checkpoint.storage import SHARDS, CountedSave, ShardsWriter
+from distill.checkpoint.manifest import Checksums, checksums_of, write_durably
+from distill.checkpoint.storage import SHARDS, CountingSavePlanner, ShardsWriter
 from distill.supervise.progress import heartbeat
 
 
 @dataclass(frozen=True)
-class Written:
-    """How this rank's part of a write ended."""
+class WriteResult:
+    """Result of this rank's part of a write."""
 
     error: Exception | None = None
-    """The first OSError of any rank, where there is one."""
-    sums: Sums = field(default_factory=dict)
-    """Of the files that this rank wrote."""
+    """The first OSError of any rank, else another error; None after success."""
+    checksums: Checksums = field(default_factory=dict)
+    """Sizes and hashes of the files that this rank wrote."""
     expected: frozenset[str] = frozenset()
-    """All files that hold tensors, of whatever rank."""
+    """Paths of all files with tensors, of all ranks."""
 
 
 class Write:
-    """Tensors written to ``folder/shards`` by a thread; made by all ranks of ``group`` together, which it has for
-    itself.
+    """Background write of tensors to ``folder/shards``; all ranks of ``group`` create it together.
 
-    They are copied to host memory before it returns, so they may change right after. ``files``: further files that this
-    rank writes, content by path in ``folder``. The thread dies with the process.
+    The constructor copies the tensors to host memory, so they may change after it returns. No other collective may use
+    ``group``. ``files``: content by path of more files that this rank writes. The thread is a daemon.
     """
 
     def __init__(
@@ -48,67 +51,68 @@ class Write:
         rank: int,
         files: Mapping[str, bytes],
     ) -> None:
-        self._copies = {name: copied(tensor) for name, tensor in tensors.items()}
+        self._copies = {name: _host_copy(tensor) for name, tensor in tensors.items()}
         self._folder, self._group, self._rank, self._files = folder, group, rank, files
-        self._began = time.monotonic()
+        self._start = time.monotonic()
         self.seconds = 0.0
-        """From its beginning to its end."""
-        self._written: Written | None = None
-        self._moved = 0
+        """Duration of the finished write in seconds."""
+        self._result: WriteResult | None = None
+        self._tensors_written = 0
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def ended(self) -> Written | None:
-        """How it ended, or None as long as it goes on."""
-        return self._written
+    def result(self) -> WriteResult | None:
+        """Return the result, or None while the write is running."""
+        return self._result
 
     def wait(self) -> None:
-        """Until it has ended; as long as tensors are written, this rank makes progress."""
-        seen = self._moved
+        """Wait for the write; record a heartbeat whenever it has written more tensors."""
+        seen = self._tensors_written
         while self._thread.is_alive():
             self._thread.join(1.0)
-            if self._moved != seen:
-                seen = self._moved
+            if self._tensors_written != seen:
+                seen = self._tensors_written
                 heartbeat()
 
     def _count(self) -> None:
-        self._moved += 1
+        self._tensors_written += 1
 
     def _run(self) -> None:
         try:
-            self._written = self._write()
+            self._result = self._write()
         except CheckpointException as error:
             errors = [failure[0] for _, failure in sorted(error.failures.items())]
-            self._written = Written(next((e for e in errors if isinstance(e, OSError)), RuntimeError(repr(errors[0]))))
+            first = next((e for e in errors if isinstance(e, OSError)), RuntimeError(repr(errors[0])))
+            self._result = WriteResult(first)
         except OSError as error:
-            self._written = Written(error)
-        except Exception as error:  # whatever it is, all ranks must hear of it, and not every kind can travel
-            self._written = Written(RuntimeError(repr(error)))
+            self._result = WriteResult(error)
+        except Exception as error:  # as text: all ranks gather the result, and not every exception can be pickled
+            self._result = WriteResult(RuntimeError(repr(error)))
         finally:
             self._copies = {}
-            self.seconds = time.monotonic() - self._began
+            self.seconds = time.monotonic() - self._start
 
-    def _write(self) -> Written:
+    def _write(self) -> WriteResult:
         folder = self._folder / SHARDS
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a single process
+            warnings.simplefilter("ignore")  # torch warns if there is only one process
             metadata = dcp.save(
                 dict(self._copies),
                 storage_writer=ShardsWriter(folder),
-                planner=CountedSave(self._count),
+                planner=CountingSavePlanner(self._count),
                 process_group=self._group,
             )
         self._copies = {}
-        beginnings = (f"__{self._rank}_", ".metadata") if self._rank == 0 else (f"__{self._rank}_",)
-        mine = [f"{SHARDS}/{path.name}" for path in sorted(folder.iterdir()) if path.name.startswith(beginnings)]
-        expected = {f"{SHARDS}/{place.relative_path}" for place in (metadata.storage_data or {}).values()}
+        prefixes = (f"__{self._rank}_", ".metadata") if self._rank == 0 else (f"__{self._rank}_",)
+        own = [f"{SHARDS}/{path.name}" for path in sorted(folder.iterdir()) if path.name.startswith(prefixes)]
+        expected = {f"{SHARDS}/{entry.relative_path}" for entry in (metadata.storage_data or {}).values()}
         for name, content in self._files.items():
             (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_durably(self._folder / name, content)
-        return Written(None, sums_of(self._folder, [*mine, *self._files]), frozenset(expected))
+        return WriteResult(None, checksums_of(self._folder, [*own, *self._files]), frozenset(expected))
 
 
 @torch.no_grad()
-def copied(tensor: Tensor) -> Tensor:
-    """A copy in host memory, of a sharded tensor's own shard; it shares nothing with the original."""
+def _host_copy(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory; of a sharded tensor, of this rank's shard."""
     return tensor.detach().to("cpu", copy=True)

@@ -1,4 +1,8 @@
-"""One run at a time in a folder of checkpoints: two would take each other's files away."""
+"""A lock file: only one run may write to a checkpoint directory.
+
+Not ``filelock``: on a file system without locks that package creates a lock file that outlives a killed run, and a
+dead machine's lock cannot be taken over.
+"""
 
 from __future__ import annotations
 
@@ -17,54 +21,57 @@ from distill.supervise.progress import heartbeat
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 120.0
-"""How long the run before may take to end, or a file server to notice that its machine did."""
+WAIT_S = 120.0
+"""Seconds to wait for the lock: the previous run may be exiting, or a file server may keep a dead machine's lock."""
 FILE = ".owner"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DirectoryLock:
-    """A folder that is this process's as long as it lives; the main rank makes it.
+    """Exclusive lock on ``folder``, held until the process exits; the main rank creates it.
 
-    A lock of the operating system's, which nothing has to take back: it ends with the process, however that ends. A
-    file server may keep the lock of a machine that died, so a requeued job of Slurm's, of which one start lives at a
-    time, takes over what its own earlier one had. A file system without locks is warned of. Raises UserError where
-    another process has the folder, which ``key`` names, for PATIENCE_S.
+    The operating system releases the lock when the process ends. A file server may keep the lock of a dead machine, so
+    a requeued Slurm job takes over the lock of its earlier start. Without locks in the file system, a warning is
+    logged. Raises UserError if another process holds the lock for WAIT_S seconds; ``key`` names the setting.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        # Of this process's locks on a file all end when it closes any of its handles: this one is the only one.
+        # Closing any handle of a file releases all of the process's locks on it, so this is the only handle.
         self._file = (folder / FILE).open("a+", encoding="utf-8")
-        began, owner = 0.0, ""
+        self._folder, self._key = folder, key
+        start, owner = 0.0, ""
         while not self._locked():
-            if owner != (found := self._read().strip() or "an unknown process"):
-                began, owner = time.monotonic(), found
-                log.warning("%s=%s is in use by %s: waiting up to %g s for its end", key, folder, owner, PATIENCE_S)
-            elif time.monotonic() - began >= PATIENCE_S:
-                if _earlier_start(owner):
-                    log.warning("%s keeps its lock although it must have ended: it is passed over", owner)
+            if owner != (current := self._read().strip() or "an unknown process"):
+                start, owner = time.monotonic(), current
+                log.warning("%s=%s is in use by %s: waiting up to %g s for it to exit", key, folder, owner, WAIT_S)
+            elif time.monotonic() - start >= WAIT_S:
+                if _is_earlier_start(owner):
+                    log.warning("%s has ended but still holds the lock: this start of the job takes it over", owner)
                     break
                 raise UserError(
-                    f"{key}={folder} is in use by another run ({owner}): give each run a folder of its own, or end the"
-                    f" other one first; if its machine is dead, remove {folder / FILE}"
+                    f"{key}={folder} is in use by another run ({owner})",
+                    "give each run its own directory, or stop the other run first; if its machine is down, remove"
+                    f" {folder / FILE}",
+                    key=key,
+                    value=str(folder),
                 )
             heartbeat()
             time.sleep(0.2)
-        self._mine = f"process {os.getpid()} on {socket.gethostname()}{_start()}\n"
+        self._token = f"process {os.getpid()} on {socket.gethostname()}{_slurm_start()}\n"
         self._file.truncate(0)
-        self._file.write(self._mine)
+        self._file.write(self._token)
         self._file.flush()
 
     def check(self) -> None:
-        """Raise UserError where another run has taken the folder all the same: on some file systems locks hold on one
-        machine only.
-        """
+        """Raise UserError if another run has taken the directory; some file systems lock on one machine only."""
         owner = self._read()
-        if owner != self._mine:
+        if owner != self._token:
             raise UserError(
-                f"another run ({owner.strip() or 'unknown'}) has taken this one's folder"
-                f" {Path(self._file.name).parent}: give each run a folder of its own"
+                f"{self._key}={self._folder} was taken by another run ({owner.strip() or 'unknown'})",
+                "give each run its own directory",
+                key=self._key,
+                value=str(self._folder),
             )
 
     def _read(self) -> str:
@@ -79,17 +86,20 @@ class DirectoryLock:
                 return False
             if error.errno not in _NO_LOCKS:
                 raise
-            log.warning("%s can't be locked (%s): see that no other run writes there", self._file.name, error.strerror)
+            log.warning(
+                "%s cannot be locked (%s): make sure that no other run writes to this directory",
+                *(self._file.name, error.strerror),
+            )
         return True
 
 
-def _start() -> str:
-    """Which start of which job of Slurm's this is; empty outside."""
+def _slurm_start() -> str:
+    """Return this start's number and Slurm job for the owner token; empty outside Slurm."""
     job = slurm.start_of_job()
     return "" if job is None else f" in start {job[1]} of job {job[0]}"
 
 
-def _earlier_start(owner: str) -> bool:
-    """Whether the owner is an earlier start of the job that this process runs in."""
+def _is_earlier_start(owner: str) -> bool:
+    """Return whether ``owner`` is an earlier start of this process's Slurm job."""
     job, found = slurm.start_of_job(), re.search(r"in start (\d+) of job (\d+)$", owner)
     return job is not None and found is not None and int(found[2]) == job[0] and int(found[1]) < job[1]

@@ -1,10 +1,11 @@
-"""What a checkpoint says of itself: the info, and the size and sum of every file that a resumed run reads.
+"""The manifest ``training_info.json``: a checkpoint's info, and size and hash of every file that a resume reads.
 
-``training_info.json`` comes last and is sealed by a sum of its own, so a folder without a good one is no checkpoint.
+It is written last and contains its own hash, so a directory without a valid manifest is not a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from distill.supervise.progress import heartbeat
 
@@ -23,78 +24,75 @@ log = logging.getLogger(__name__)
 INFO = "training_info.json"
 _SEAL, _FILES = "sha256", "files"
 
-_PIECE = 2**24
-_AGAIN_AFTER_S = (0.5, 2.0, 8.0, 30.0, 60.0)
-MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
-"""Errors of a disk or file server that doesn't answer now."""
+_CHUNK_BYTES = 2**24
+_RETRY_DELAYS_S = (0.5, 2.0, 8.0, 30.0, 60.0)
+TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
+"""Errors of a disk or file server that does not respond at the moment."""
 T = TypeVar("T")
 
-Sums = dict[str, dict[str, int | str]]
-"""File by its path inside the checkpoint: ``bytes`` and ``sha256``."""
+Checksums = dict[str, dict[str, int | str]]
+"""``bytes`` and ``sha256`` of each file, by its path inside the checkpoint."""
 
 
-class Damaged(Exception):
-    """A checkpoint is not what was written; says which file and what is wrong with it."""
+class CheckpointError(Exception):
+    """A checkpoint that is damaged or cannot be read.
+
+    ``retryable``: a transient I/O error, so the files may be intact.
+    """
+
+    def __init__(self, reason: str, retryable: bool = False) -> None:
+        super().__init__(reason, retryable)
+        self.reason = reason
+        self.retryable = retryable
+
+    def __str__(self) -> str:
+        return self.reason
 
 
-class Unreadable(Damaged):
-    """A disk or file server doesn't answer now, which says nothing about what lies there."""
-
-
-class Fault(NamedTuple):
-    """What is wrong with a checkpoint."""
-
-    text: str
-    retryable: bool = False
-    """Whether a disk or file server doesn't answer now, which says nothing about what lies there."""
-
-
-def sums_of(folder: Path, names: Iterable[str]) -> Sums:
-    """Size and sum of files as they lie on disk, by their paths inside ``folder``."""
+def checksums_of(folder: Path, names: Iterable[str]) -> Checksums:
+    """Return size and hash of files, by their paths inside ``folder``."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
-def fault_of(folder: Path, sums: Sums, names: Sequence[str]) -> Fault | None:
-    """What is wrong with the first of these files that isn't as written; None if all are."""
+def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> CheckpointError | None:
+    """Return the error of the first file that differs from its checksum; None if all are intact."""
     for name in names:
         try:
-            found, wanted = patiently((folder / name).stat).st_size, sums[name]["bytes"]
-            if found != wanted:
-                return Fault(f"{name} has {found} of {wanted} bytes")
-            if patiently(partial(_sha256, folder / name)) != sums[name]["sha256"]:
-                return Fault(f"{name} holds other bytes than were written")
+            size, expected = retry_io((folder / name).stat).st_size, checksums[name]["bytes"]
+            if size != expected:
+                return CheckpointError(f"{name} has {size} of {expected} bytes")
+            if retry_io(partial(_sha256, folder / name)) != checksums[name]["sha256"]:
+                return CheckpointError(f"the sha256 of {name} differs from the manifest")
         except OSError as error:
-            return Fault(f"{name} can't be read: {error.strerror}", error.errno in MAY_PASS)
+            return CheckpointError(f"{name} cannot be read: {error.strerror}", error.errno in TRANSIENT_ERRNOS)
     return None
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """What ``read`` returns, tried again where an error of the disk may pass: a file server that is restarted, say.
-
-    Such an error is no sign that a file is damaged.
-    """
-    for wait_s in _AGAIN_AFTER_S:
+def retry_io(read: Callable[[], T]) -> T:
+    """Call ``read``, retrying on transient I/O errors for 100 s; they do not mean that a file is damaged."""
+    for delay_s in _RETRY_DELAYS_S:
         try:
             return read()
         except OSError as error:
-            if error.errno not in MAY_PASS:
+            if error.errno not in TRANSIENT_ERRNOS:
                 raise
-            log.warning("%s; trying again in %g s", error, wait_s)
-            time.sleep(wait_s)
+            log.warning("%s; trying again in %g s", error, delay_s)
+            time.sleep(delay_s)
     return read()
 
 
-def files_of(info: Mapping[str, Any]) -> Sums:
-    """The sums that an info records."""
-    sums: Sums = info[_FILES]
-    return sums
+def files_of(info: Mapping[str, Any]) -> Checksums:
+    """Return the checksums that an info contains."""
+    checksums: Checksums = info[_FILES]
+    return checksums
 
 
-def write_info(folder: Path, info: Mapping[str, Any], sums: Sums | None = None) -> None:
-    """Write the sealed info, in one rename; ``sums`` are kept from the info if not given."""
-    kept = {name: value for name, value in info.items() if name != _SEAL} | ({} if sums is None else {_FILES: sums})
+def write_info(folder: Path, info: Mapping[str, Any], checksums: Checksums | None = None) -> None:
+    """Write the manifest atomically; without ``checksums``, those of ``info`` are kept."""
+    content = {name: value for name, value in info.items() if name != _SEAL}
+    content |= {} if checksums is None else {_FILES: checksums}
     part = folder / f"{INFO}.part"
-    write_durably(part, json.dumps(kept | {_SEAL: _seal(kept)}, indent=2) + "\n")
+    write_durably(part, json.dumps(content | {_SEAL: _hash_of(content)}, indent=2) + "\n")
     part.replace(folder / INFO)
 
 
@@ -106,45 +104,54 @@ def write_durably(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """The info of a checkpoint. Raises Damaged where there is none, or not the one that was written, and Unreadable."""
+def flush_directory(folder: Path) -> None:
+    """Flush a directory to the disk, so that a rename survives a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        text = patiently((folder / INFO).read_text)
+        with contextlib.suppress(OSError):  # some file systems cannot flush directories
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """Return the info of a checkpoint. Raises CheckpointError if it is missing, damaged or unreadable."""
+    try:
+        text = retry_io((folder / INFO).read_text)
     except FileNotFoundError:
-        raise Damaged(f"it has no {INFO}") from None
+        raise CheckpointError(f"{INFO} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno in MAY_PASS:
-            raise Unreadable(f"{INFO} can't be read: {error.strerror}") from error
-        raise Damaged(f"{INFO} can't be read ({error})") from error
+        is_transient = isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
+        raise CheckpointError(f"{INFO} cannot be read: {error}", is_transient) from error
     try:
         info = json.loads(text)
         seal = info.pop(_SEAL)
-        sums = info[_FILES]
+        checksums = info[_FILES]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{INFO} is cut off, or no checkpoint's ({error!r})") from error
-    if not isinstance(sums, dict) or _seal(info) != seal:
-        raise Damaged(f"{INFO} holds other bytes than were written")
+        raise CheckpointError(f"{INFO} is truncated or not a manifest ({error!r})") from error
+    if not isinstance(checksums, dict) or _hash_of(info) != seal:
+        raise CheckpointError(f"the sha256 of {INFO} differs from its content")
     return dict(info)
 
 
-def read_whole(folder: Path) -> dict[str, Any]:
-    """The info of a checkpoint whose every file this process has compared with its sum; raises Damaged."""
+def read_verified(folder: Path) -> dict[str, Any]:
+    """Return the info of a checkpoint after verifying all its files in this process. Raises CheckpointError."""
     info = read_info(folder)
-    sums = files_of(info)
-    if (fault := fault_of(folder, sums, sorted(sums))) is not None:
-        raise Damaged(fault.text)
+    checksums = files_of(info)
+    if (error := find_damage(folder, checksums, sorted(checksums))) is not None:
+        raise error
     return info
 
 
-def _seal(info: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(info))  # as it will be read: a tuple is a list then
+def _hash_of(info: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(info))  # JSON turns tuples into lists
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found.update(piece)
-            heartbeat()  # hundreds of GB on a slow disk are no standstill
-    return found.hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            heartbeat()  # hashing hundreds of GB takes longer than the watchdog's timeout
+    return digest.hexdigest()

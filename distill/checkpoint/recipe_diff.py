@@ -1,4 +1,4 @@
-"""What has changed in a recipe since a checkpoint, as far as it makes the run another one."""
+"""Differences between a checkpoint's recipe and the current one that change what is learned."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _SAME_RUN = (
     "teacher.logprob_",
     "teacher.sequence_packing.",
 )
-"""Beginnings of keys that say how long, on which layout or how closely watched a run is, not what it learns."""
+"""Prefixes of keys that set duration, layout or monitoring of a run; they do not change what it learns."""
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key was VALUE and is VALUE`` for every key that shapes what is learnt, in the recipe's order.
+    """Return ``key was VALUE and is VALUE`` for each changed key that affects training, in the recipe's order.
 
-    A key that only one of them has, as another version's would, is left out. Two paths to one place are no change.
+    Keys that only one recipe contains are ignored: it may be of another version. Two paths to one file are equal.
     """
     before = dict(_flat(then, ""))
     return [

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Selection of the checkpoints that are removed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def to_drop(rated: Mapping[Path, float | None], keep: int | None, higher_is_better: bool) -> list[Path]:
-    """All but the newest, and the best ``keep`` by their metric, the newer of equals; without one come last.
+def to_drop(metrics: Mapping[Path, float | None], keep: int | None, higher_is_better: bool) -> list[Path]:
+    """Return all checkpoints except the newest and the best ``keep``; None keeps all.
 
-    ``rated``: the metric of each, oldest first. What is measured of a checkpoint comes after it was written, so the
-    newest may still be without. ``keep`` None: nothing is dropped.
+    ``metrics``: the value that ranks each checkpoint, oldest first; None ranks last. Of equal values the newer
+    checkpoint wins. The newest is always kept: its validation may follow later.
     """
     if keep is None:
         return []
-    steps = list(rated)
+    paths = list(metrics)
     sign = 1.0 if higher_is_better else -1.0
 
     def rank(path: Path) -> tuple[bool, float, int]:
-        value = rated[path]
-        return value is not None, sign * (value or 0.0), steps.index(path)
+        value = metrics[path]
+        return value is not None, sign * (value or 0.0), paths.index(path)
 
-    best = sorted(steps, key=rank)[-keep:]
-    return [path for path in steps[:-1] if path not in best]
+    best = sorted(paths, key=rank)[-keep:]
+    return [path for path in paths[:-1] if path not in best]

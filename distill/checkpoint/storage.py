@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on disk, by torch.distributed.checkpoint."""
+"""Read and write the tensors of a checkpoint with torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.futures import Future
 
-from distill.checkpoint.manifest import MAY_PASS, Fault, patiently
+from distill.checkpoint.manifest import TRANSIENT_ERRNOS, CheckpointError, retry_io
 from distill.errors import as_disk_error
 from distill.supervise.progress import heartbeat
 
 SHARDS = "shards"
-"""The folder of the tensors inside a checkpoint."""
+"""Directory of the tensors inside a checkpoint."""
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
@@ -34,51 +34,51 @@ _ALLOWED = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""What the metadata of a checkpoint is made of: module and names. A module alone would let in what it imports."""
+"""Classes that a checkpoint's metadata may contain, by module; a complete module would also allow its imports."""
 
 
 class ShardsWriter(dcp.FileSystemWriter):
-    """A writer of tensors that are in host memory already; a disk that refuses is an OSError, on every rank.
+    """Writer of tensors in host memory; a failing disk raises OSError on every rank.
 
-    torch sends the errors of each rank to all, but loses on the way what led to them.
+    torch sends each rank's error to all ranks, but without the exception that caused it.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, per_thread_copy_ahead=0)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """Write this rank's part."""
+        """Write this rank's shards."""
         with as_disk_error():
             return super().write_data(plan, planner)
 
 
-class CountedSave(dcp.DefaultSavePlanner):
-    """A plan of a write that calls ``on_part`` before each tensor, or part of one, is handed to the disk."""
+class CountingSavePlanner(dcp.DefaultSavePlanner):
+    """Save planner that calls ``on_part`` before each shard is written."""
 
     def __init__(self, on_part: Callable[[], None]) -> None:
         super().__init__()
         self._on_part = on_part
 
     def resolve_data(self, write_item: Any) -> Any:
-        """The data of one part."""
+        """Return the data of one shard."""
         self._on_part()
         return super().resolve_data(write_item)
 
 
-class CountedLoad(dcp.DefaultLoadPlanner):
-    """A plan of a read whose every tensor counts as this rank's progress."""
+class HeartbeatLoadPlanner(dcp.DefaultLoadPlanner):
+    """Load planner that records a heartbeat for every shard."""
 
     def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        """One part is read."""
+        """Record a heartbeat and copy one shard that was read."""
         heartbeat()
         super().commit_tensor(read_item, tensor)
 
 
 class ShardsReader(dcp.FileSystemReader):
-    """A reader that takes nothing but tensors and their places out of a checkpoint, and reads the places once.
+    """Reader of a checkpoint's tensors that reads the metadata once and retries transient I/O errors.
 
-    torch keeps the places in a pickle, which could hold anything: other classes than those it is made of are refused.
-    A disk that doesn't answer is asked again; then, or where it refuses, it is an OSError.
+    torch pickles the metadata; unpickling refuses every class except those of torch's metadata. A disk that keeps
+    failing raises OSError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,20 +86,20 @@ class ShardsReader(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Where which part of which tensor lies."""
+        """Return the file and offset of every shard."""
         if self._metadata is None:
-            pickled = patiently((Path(self.path) / ".metadata").read_bytes)
+            pickled = retry_io((Path(self.path) / ".metadata").read_bytes)
             self._metadata = _Unpickler(io.BytesIO(pickled)).load()
         assert self._metadata is not None
         return self._metadata
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
-        """Read this rank's part, file by file."""
+        """Read this rank's shards; each file has its own retries."""
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         for items in by_file.values():
-            patiently(partial(self._read_file, replace(plan, items=items), planner))
+            retry_io(partial(self._read_file, replace(plan, items=items), planner))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -109,28 +109,26 @@ class ShardsReader(dcp.FileSystemReader):
             super().read_data(plan, planner)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The whole shape of every tensor by its name."""
+        """Return the complete shape of every tensor by its name."""
         stored = self.read_metadata().state_dict_metadata
         return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
-    def shapes_or_fault(self) -> tuple[dict[str, torch.Size], Fault | None]:
-        """``shapes``, or why a disk doesn't tell them."""
+    def shapes_or_error(self) -> tuple[dict[str, torch.Size], CheckpointError | None]:
+        """Return the shapes and None, or no shapes and the disk's error."""
         try:
             return self.shapes(), None
         except OSError as error:
-            return {}, fault_of_read(error)
+            return {}, read_error(error)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors, put together from their shards one at a time, in this process alone. Raises OSError where the
-        disk fails.
-        """
+        """Yield complete tensors one at a time, assembled in this process. Raises OSError if the disk fails."""
         stored = self.read_metadata().state_dict_metadata
         for name in names:
             entry = stored[name]
             assert isinstance(entry, TensorStorageMetadata), name
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of a single process
+                warnings.simplefilter("ignore")  # torch warns if there is only one process
                 try:
                     dcp.load({name: tensor}, storage_reader=self, no_dist=True)
                 except dcp.CheckpointException as failed:
@@ -138,9 +136,9 @@ class ShardsReader(dcp.FileSystemReader):
             yield name, tensor
 
 
-def fault_of_read(error: OSError) -> Fault:
-    """The disk's error as what is wrong with a checkpoint."""
-    return Fault(f"{SHARDS} can't be read ({error.strerror or error})", error.errno in MAY_PASS)
+def read_error(error: OSError) -> CheckpointError:
+    """Return the disk's error as a CheckpointError."""
+    return CheckpointError(f"{SHARDS} cannot be read ({error.strerror or error})", error.errno in TRANSIENT_ERRNOS)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -148,4 +146,4 @@ class _Unpickler(pickle.Unpickler):
         plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
         if plain or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"a checkpoint's metadata holds {module}.{name}, which has no place there")
+        raise pickle.UnpicklingError(f"the metadata of the checkpoint contains {module}.{name}, which is refused")

@@ -79,18 +79,13 @@ class Forecast:
         """Return the predicted bytes of a phase."""
         return sum(self.phases[phase].values())
 
-    def table(self, measured: Mapping[str, float] | None = None, how: str = "measured") -> str:
-        """Return a text table with a line per phase: predicted GiB, measured GiB and the five largest parts.
-
-        ``measured``: measured GiB by phase, or None; ``how``: name of the measured column.
-        """
-        title = "predicted" if measured is None else f"predicted (first column) and {how} (second column)"
-        rows = [f"memory of a rank in GiB, {title}", *(f"  {line}" for line in self.about)]
+    def table(self) -> str:
+        """Return a text table with a line per phase: predicted GiB and the five largest parts."""
+        rows = ["memory of a rank in GiB, predicted", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
             largest = sorted(lines.items(), key=lambda line: -line[1])
             parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest[:5] if size >= 0.05 * GIB)
-            column = "" if measured is None else f"{measured[phase]:7.1f}" if phase in measured else " " * 7
-            rows.append(f"  {phase:9}{sum(lines.values()) / GIB:6.1f}{column}  {parts}".rstrip())
+            rows.append(f"  {phase:9}{sum(lines.values()) / GIB:6.1f}  {parts}".rstrip())
         return "\n".join(rows)
 
     def check(self, config: Config) -> None:
@@ -191,7 +186,7 @@ def predict(
 
 
 def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
-    """Log the forecast's table with the measured memory of a step, as the maximum over ranks; collective.
+    """Log the measured memory of a step next to the forecast, as the maximum over ranks; collective.
 
     ``measured``: peak bytes by phase of the step. ``pool_bytes``: size of the sleeping engine's memory pool; it is
     subtracted, because torch reports the pool as allocated although its memory is free.
@@ -203,8 +198,7 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
         if name in measured
     }
     everyone = world.gather(own)
-    if world.is_main:
-        cuda = world.device.type == "cuda"
-        method = "measured as torch's peak memory" if cuda else "measured as resident memory of the process (no GPU)"
-        largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
-        log.info("%s", forecast.table(largest, f"{method} in the second step"))
+    method = "torch's peak memory" if world.device.type == "cuda" else "resident memory of the process (no GPU)"
+    largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
+    numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
+    log.info("memory of a rank in step 2 in GiB, %s (forecast in parentheses): %s", method, ", ".join(numbers))
