@@ -1,9 +1,9 @@
-"""Hundreds of short steps of a tiny model, and what its processes hold after each: does anything grow?
+"""Find resource leaks: train a tiny model for hundreds of steps and measure the resources of each rank.
 
-Memory, open files, threads, child processes and shared memory of every rank are read from outside, step by step. After
-a warm-up each gets a line through its means over equal stretches of steps (of memory: through the least in each, what
-is left when a checkpoint has given back what was freed); what grows by more than three standard errors of that line,
-and by more than is worth a look, is a leak, and the exit code is 1.
+Memory, open files, threads, child processes and shared memory of every rank are read from outside after each step. The
+steps after a warm-up are divided into equal segments. A line is fitted to the segments' means; for memory to their
+minima, because a checkpoint returns freed memory. Growth above three standard errors and above a minimum for each
+resource is a leak: exit code 1.
 """
 
 from __future__ import annotations
@@ -26,56 +26,57 @@ from distill.metrics.sinks import METRICS_FILE
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 
 RUN = ROOT / "runs" / "soak"
-WHOLE = ROOT / "models" / "SmolLM2-135M-Instruct"
-STRETCHES = 10
+BASE_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+SEGMENTS = 10
 PERIOD = 25
-"""Steps between checkpoints, as many as a stretch of 300 steps after a warm-up of 50 has."""
-AFTER = 5
-"""Steps taken after those that are judged, so that the last stretch is like the others."""
-ERRORS = 3.0
-WORTH_A_LOOK = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
-"""Growth over the whole run below which a quantity is left alone: the allocator's own, or less than one whole thing."""
+"""Steps between checkpoints: the length of a segment for 300 steps with a warm-up of 50."""
+EXTRA_STEPS = 5
+"""Steps after the evaluated ones, so that the end of the run is outside the last segment."""
+STANDARD_ERRORS = 3.0
+MIN_GROWTH = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
+"""Growth over the run that is no leak: noise of the allocator, or less than one file, thread or process."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What a quantity gained from the end of the warm-up to the last step."""
+    """Growth of a resource from the end of the warm-up to the last step."""
 
-    quantity: str
+    resource: str
     start: float
+    """Level of the first segment."""
     end: float
-    """Of the first and the last stretch."""
+    """Level of the last segment."""
     grown: float
+    """Rise of the fitted line over all steps."""
     error: float
-    """The line's rise over all steps, and its standard error."""
+    """Standard error of ``grown``."""
 
     @property
     def leaks(self) -> bool:
-        """Whether it grew beyond noise."""
-        return self.grown > max(ERRORS * self.error, WORTH_A_LOOK[self.quantity])
+        """Return whether the growth is larger than noise."""
+        return self.grown > max(STANDARD_ERRORS * self.error, MIN_GROWTH[self.resource])
 
 
-def growth(quantity: str, values: Sequence[float]) -> Growth:
-    """The least-squares line through the means (of memory: the minima) of STRETCHES equal stretches of ``values``, one
-    value a step.
+def growth(resource: str, values: Sequence[float]) -> Growth:
+    """Fit a least-squares line to the means (memory: minima) of SEGMENTS equal segments of ``values``, one per step.
 
-    Neighbouring steps hold much the same, so single values would promise far too small an error.
+    Values of neighbouring steps are correlated, so a fit to single values would underestimate the error.
     """
-    length = len(values) // STRETCHES
+    length = len(values) // SEGMENTS
     if length < 1:
-        raise ValueError(f"{len(values)} values are too few for {STRETCHES} stretches: take more steps")
-    level_of = min if quantity == "memory MiB" else mean
-    levels = [level_of(values[len(values) - (STRETCHES - i) * length :][:length]) for i in range(STRETCHES)]
-    middle, level = (STRETCHES - 1) / 2, mean(levels)
-    spread = sum((i - middle) ** 2 for i in range(STRETCHES))
-    slope = sum((i - middle) * value for i, value in enumerate(levels)) / spread
+        raise ValueError(f"{len(values)} values are fewer than {SEGMENTS} segments: set more --steps")
+    level_of = min if resource == "memory MiB" else mean
+    levels = [level_of(values[len(values) - (SEGMENTS - i) * length :][:length]) for i in range(SEGMENTS)]
+    middle, level = (SEGMENTS - 1) / 2, mean(levels)
+    variation = sum((i - middle) ** 2 for i in range(SEGMENTS))
+    slope = sum((i - middle) * value for i, value in enumerate(levels)) / variation
     rest = sum((value - level - slope * (i - middle)) ** 2 for i, value in enumerate(levels))
-    error = math.sqrt(rest / (STRETCHES - 2) / spread)
-    return Growth(quantity, levels[0], levels[-1], slope * STRETCHES, error * STRETCHES)
+    error = math.sqrt(rest / (SEGMENTS - 2) / variation)
+    return Growth(resource, levels[0], levels[-1], slope * SEGMENTS, error * SEGMENTS)
 
 
-def holds(process: psutil.Process) -> dict[str, float]:
-    """What a process holds right now, by quantity."""
+def resources_of(process: psutil.Process) -> dict[str, float]:
+    """Return a process's current resources by name."""
     return {
         "memory MiB": process.memory_info().rss / 2**20,
         "open files": float(process.num_fds()),
@@ -86,7 +87,7 @@ def holds(process: psutil.Process) -> dict[str, float]:
 
 
 def shared_memory(process: psutil.Process) -> int:
-    """Bytes of files in /dev/shm that a process maps or has open, also of those without a name by now."""
+    """Return the bytes of files in /dev/shm that a process maps or has open, including unlinked ones."""
     mapped = sum(
         int(end, 16) - int(begin, 16)
         for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
@@ -98,34 +99,34 @@ def shared_memory(process: psutil.Process) -> int:
         try:
             if os.readlink(link).startswith("/dev/shm/"):
                 opened += link.stat().st_size
-        except OSError:  # closed meanwhile
+        except OSError:  # closed in the meantime
             continue
     return mapped + opened
 
 
 def make_models(folder: Path) -> None:
-    """Two tiny random models with SmolLM2's tokenizer: a student of two layers and a teacher of three."""
+    """Write two tiny random models with SmolLM2's tokenizer: a student of two layers, a teacher of three."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     for name, layers in (("student", 2), ("teacher", 3)):
         torch.manual_seed(layers)
-        config = AutoConfig.from_pretrained(WHOLE)
+        config = AutoConfig.from_pretrained(BASE_MODEL)
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "head_dim": 32}
         config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 2})
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(WHOLE).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(folder / name)
 
 
 def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> list[str]:
-    """The training, with checkpoints and validations now and then, as one would type it."""
+    """Return the training command, with a checkpoint and a validation every PERIOD steps."""
     folder = RUN.relative_to(ROOT)
     return torchrun(
         ranks,
         *("-m", "distill.train", "--config", "recipes/smollm2-distillation-cpu.yaml"),
         *(f"policy.model_name={folder}/student", f"teacher.model_name={folder}/teacher", "policy.precision=float32"),
         *(f"cluster.gpus_per_node={ranks}", f"policy.generation.backend={backend}", f"runtime.run_dir={folder}/run"),
-        *(f"distillation.max_num_steps={steps + AFTER}", "distillation.max_num_epochs=100000"),
+        *(f"distillation.max_num_steps={steps + EXTRA_STEPS}", "distillation.max_num_epochs=100000"),
         *("distillation.num_prompts_per_step=4", "policy.train_global_batch_size=8"),
         *("policy.generation.max_new_tokens=8", f"distillation.val_period={PERIOD}", "distillation.max_val_samples=4"),
         *(f"checkpointing.checkpoint_dir={folder}/checkpoints", f"checkpointing.save_period={PERIOD}"),
@@ -134,12 +135,12 @@ def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> l
     )
 
 
-def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
-    """Run it; what each of its ranks held after each step. Leaves the program where the training fails."""
+def measure(line: Sequence[str]) -> list[list[dict[str, float]]]:
+    """Run the training command; return each rank's resources after each step. Exits if the training fails."""
     RUN.joinpath("run").mkdir(parents=True)
     with (RUN / "output.txt").open("w") as output:
         launcher = psutil.Popen(line, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output)
-        held: list[list[dict[str, float]]] = []
+        measured: list[list[dict[str, float]]] = []
         seen = 0
         while launcher.poll() is None:
             time.sleep(0.02)
@@ -147,18 +148,18 @@ def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
             if steps > seen:
                 try:
                     ranks = [child for child in launcher.children() if "distill.train" in child.cmdline()]
-                    held.append([holds(rank) for rank in ranks])
-                except (psutil.Error, OSError):  # they end
+                    measured.append([resources_of(rank) for rank in ranks])
+                except (psutil.Error, OSError):  # the ranks are exiting
                     continue
                 seen = steps
         code = launcher.wait()
     if code:
-        sys.exit(f"soak: the training ended with code {code}; its output is in {RUN / 'output.txt'}")
-    return [step for step in held if len(step) == max(map(len, held))]
+        sys.exit(f"soak: training failed with exit code {code}; its output is in {RUN / 'output.txt'}")
+    return [step for step in measured if len(step) == max(map(len, measured))]
 
 
 def steps_done(metrics: Path) -> int:
-    """The last training step in the run's metrics; 0 for none."""
+    """Return the last training step in the run's metrics; 0 if there are no steps."""
     if not metrics.exists():
         return 0
     lines = metrics.read_text().rpartition("\n")[0].splitlines()
@@ -166,43 +167,45 @@ def steps_done(metrics: Path) -> int:
 
 
 def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
-    """A line a rank and quantity."""
+    """Return the table: one line per rank and resource."""
     rows = [f"{'over ' + str(steps) + ' steps':22}{'start':>10}{'end':>10}{'growth':>10}{'± error':>10}"]
     for rank, found in growths:
         rows.append(
-            f"{f'rank {rank} {found.quantity}':22}{found.start:10.1f}{found.end:10.1f}{found.grown:+10.2f}"
+            f"{f'rank {rank} {found.resource}':22}{found.start:10.1f}{found.end:10.1f}{found.grown:+10.2f}"
             f"{found.error:10.2f}{'  grows' if found.leaks else ''}"
         )
     return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, look, and judge."""
+    """Train, measure and report leaks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--warm-up", type=int, default=50, help="steps that are not judged: caches fill, threads start")
+    parser.add_argument(
+        "--warm-up", type=int, default=50, help="steps that are not evaluated: caches fill, threads start"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more overrides of the recipe")
     args = parser.parse_args(argv)
     shutil.rmtree(RUN, ignore_errors=True)
     make_models(RUN)
     shared_before = set(os.listdir("/dev/shm"))
-    began = time.perf_counter()
-    held = watch(command(args.ranks, args.steps, args.backend, args.set))
-    (RUN / "held.json").write_text(json.dumps(held))
-    judged = held[args.warm_up :]
+    start = time.perf_counter()
+    measured = measure(command(args.ranks, args.steps, args.backend, args.set))
+    (RUN / "resources.json").write_text(json.dumps(measured))
+    evaluated = measured[args.warm_up :]
     growths = [
-        (rank, growth(quantity, [step[rank][quantity] for step in judged]))
+        (rank, growth(resource, [step[rank][resource] for step in evaluated]))
         for rank in range(args.ranks)
-        for quantity in WORTH_A_LOOK
+        for resource in MIN_GROWTH
     ]
-    print(table(growths, len(judged)))
+    print(table(growths, len(evaluated)))
     left = sorted(name for name in set(os.listdir("/dev/shm")) - shared_before if Path("/dev/shm", name).exists())
-    print(f"left in shared memory: {', '.join(left) or 'nothing'}; {time.perf_counter() - began:.0f} s")
-    if leaks := [f"{found.quantity} of rank {rank}" for rank, found in growths if found.leaks]:
-        sys.exit(f"soak: {', '.join(leaks)} grew beyond noise")
-    print(f"soak passed: nothing grew beyond noise on {args.ranks} rank(s) with {args.backend}")
+    print(f"files left in /dev/shm: {', '.join(left) or 'none'}; {time.perf_counter() - start:.0f} s")
+    if leaks := [f"{found.resource} of rank {rank}" for rank, found in growths if found.leaks]:
+        sys.exit(f"soak: leak of {', '.join(leaks)}")
+    print(f"soak passed: no leaks on {args.ranks} rank(s) with {args.backend}")
 
 
 if __name__ == "__main__":
