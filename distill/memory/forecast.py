@@ -77,15 +77,13 @@ class Forecast:
         """Return the sum of a phase's lines."""
         return sum(self.phases[phase].values())
 
-    def table(self, measured: Mapping[str, float] | None = None, how: str = "measured") -> str:
-        """Return a table with a line per phase: predicted and ``measured`` GiB, and the largest parts."""
-        title = "predicted" if measured is None else f"predicted, then {how}"
-        rows = [f"memory of a rank in GiB, {title}", *(f"  {line}" for line in self.about)]
+    def table(self) -> str:
+        """Return a table with a line per phase: predicted GiB and the largest parts."""
+        rows = ["memory of a rank in GiB, predicted", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
             largest = sorted(lines.items(), key=lambda line: -line[1])
             parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest[:5] if size >= 0.05 * GIB)
-            column = "" if measured is None else f"{measured[phase]:7.1f}" if phase in measured else " " * 7
-            rows.append(f"  {phase:9}{sum(lines.values()) / GIB:6.1f}{column}  {parts}".rstrip())
+            rows.append(f"  {phase:9}{sum(lines.values()) / GIB:6.1f}  {parts}".rstrip())
         return "\n".join(rows)
 
     def check(self, config: Config) -> None:
@@ -197,8 +195,7 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
         if name in measured
     }
     everyone = world.gather(own)
-    if world.is_main:
-        cuda = world.device.type == "cuda"
-        method = "measured as torch's peak" if cuda else "resident memory of the process (no GPU)"
-        largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
-        log.info("%s", forecast.table(largest, f"{method}, in the second step"))
+    method = "torch's peak" if world.device.type == "cuda" else "resident memory of the process (no GPU)"
+    largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
+    numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
+    log.info("memory of a rank in step 2 in GiB, %s (forecast in brackets): %s", method, ", ".join(numbers))
