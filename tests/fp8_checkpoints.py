@@ -1,4 +1,4 @@
-"""Quantized checkpoints made on the spot, with the numbers that their weights stand for, worked out block by block."""
+"""FP8 checkpoints for tests, with their dequantized weights computed block by block."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Block = tuple[int, int]
 
 
 def change_config(folder: Path, **changes: Any) -> None:
-    """Change entries of config.json; None removes one."""
+    """Change entries of config.json; None removes an entry."""
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Let ``change`` edit the tensors of model.safetensors in place."""
+    """Edit the tensors of model.safetensors in place with ``change``."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(
@@ -33,21 +33,21 @@ def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
 
 
 def quantize(weight: Tensor, block: Block, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor, Tensor]:
-    """Elements, scales [block rows, block columns] and what they stand for; edges may hold partial blocks."""
+    """Return FP8 elements, scales [block rows, block columns] and dequantized weight; edge blocks may be partial."""
     rows, columns = weight.shape
     scale = torch.empty(-(-rows // block[0]), -(-columns // block[1]))
-    q, meaning = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns)
+    q, values = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns)
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
             place = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
             scale[i, j] = weight[place].abs().max() / torch.finfo(dtype).max
             q[place] = (weight[place] / scale[i, j]).to(dtype)
-            meaning[place] = q[place].float() * scale[i, j].item()
-    return q, scale, meaning
+            values[place] = q[place].float() * scale[i, j].item()
+    return q, scale, values
 
 
 def compressed(**weights: Any) -> dict[str, Any]:
-    """A quantization_config of compressed-tensors with one group."""
+    """Return a quantization_config of compressed-tensors with one group."""
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, **weights}
     group = {"targets": ["Linear"], "weights": scheme, "input_activations": None, "output_activations": None}
     return {
@@ -99,23 +99,25 @@ FORMATS: dict[str, tuple[dict[str, Any], Block, str, Callable[[Tensor], Tensor]]
 
 
 def to_fp8(folder: Path, kind: str, dtype: torch.dtype = torch.float8_e4m3fn) -> dict[str, Tensor]:
-    """Quantize the layers of a tiny model in place; what every tensor of it then stands for, in float32."""
+    """Quantize the layers of a tiny model in place; return all of its tensors dequantized, in float32."""
     settings, block, suffix, stored = FORMATS[kind]
-    meaning: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name, weight in list(tensors.items()):
-            meaning[name] = weight.float()
+            values[name] = weight.float()
             if "_proj.weight" in name:
                 rows, columns = block[0] or weight.shape[0], block[1] or weight.shape[1]
-                q, scale, meaning[name] = quantize(weight, (rows, columns), dtype)
+                q, scale, values[name] = quantize(weight, (rows, columns), dtype)
                 tensors[name], tensors[f"{name}{suffix}"] = q, stored(scale)
-                if (rounded := stored(scale).float().reshape(scale.shape)).ne(scale).any():  # a coarser type of scales
-                    spread = rounded.repeat_interleave(rows, 0)[: weight.shape[0]]
-                    meaning[name] = q.float() * spread.repeat_interleave(columns, 1)[:, : weight.shape[1]]
+                if (
+                    (rounded := stored(scale).float().reshape(scale.shape)).ne(scale).any()
+                ):  # the scales are stored with less precision
+                    expanded = rounded.repeat_interleave(rows, 0)[: weight.shape[0]]
+                    values[name] = q.float() * expanded.repeat_interleave(columns, 1)[:, : weight.shape[1]]
                 tensors[name.replace(".weight", ".input_scale")] = torch.tensor([7.0])
         tensors["model.layers.0.self_attn.k_scale"] = torch.tensor(3.0)
 
     change_weights(folder, change)
     change_config(folder, quantization_config=settings)
-    return meaning
+    return values

@@ -37,12 +37,12 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["policy.optimizer.kwargs.betas=[0.9]"],
         "policy.optimizer.kwargs.betas=[0.9] has the wrong type: set it to a list of 2 numbers",
     ),
-    (["data.train=[{"], "data.train=[{ is not a YAML value: quote the value as YAML requires"),
+    (["data.train=[{"], "data.train=[{ is not valid YAML: correct the syntax, or put the value in quotes"),
     (
         ["policy.max_grad_norm=${no.such}"],
         (
             "policy.max_grad_norm has an interpolation that cannot be resolved (Interpolation key "
-            "'no.such' not found): correct the ${...}"
+            "'no.such' not found): correct the expression in ${...}"
         ),
     ),
     (["policy.scheduler.7.name=x"], "policy.scheduler.7 does not exist: policy.scheduler has entries 0 to 2"),
@@ -56,14 +56,14 @@ SENTENCES: list[tuple[list[str], str]] = [
         (
             "policy.train_global_batch_size=3 does not divide the 8 responses of a step "
             "(distillation.num_prompts_per_step=8 * distillation.num_generations_per_prompt=1): set it "
-            "to a divisor"
+            "to a divisor of 8"
         ),
     ),
     (
         ["policy.dynamic_batching.enabled=true", "policy.sequence_packing.enabled=true"],
         (
-            "policy.dynamic_batching.enabled=true excludes policy.sequence_packing.enabled=true: set one "
-            "of them to false"
+            "policy.dynamic_batching.enabled=true and policy.sequence_packing.enabled=true cannot be combined: "
+            "set one of them to false"
         ),
     ),
     (
@@ -80,8 +80,8 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["policy.generation.vllm_cfg.precision=float32"],
         (
-            "policy.generation.vllm_cfg.precision=float32 differs from policy.precision=bfloat16: leave "
-            "it out, so that the engine has the student's precision"
+            "policy.generation.vllm_cfg.precision=float32 differs from policy.precision=bfloat16: remove "
+            "it, so that the engine uses the student's precision"
         ),
     ),
     (
@@ -110,7 +110,7 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["policy.generation.vllm_cfg.tensor_parallel_size=8"],
         (
-            "policy.generation.vllm_cfg.tensor_parallel_size=8 does not divide the ranks of a node "
+            "policy.generation.vllm_cfg.tensor_parallel_size=8 does not divide the number of ranks per node "
             "(cluster.gpus_per_node=4): set it to 1, 2 or 4"
         ),
     ),
@@ -122,19 +122,22 @@ SENTENCES: list[tuple[list[str], str]] = [
         ],
         (
             "teacher.dtensor_cfg.tensor_parallel_size=3 * context_parallel_size=1 is not a multiple of "
-            "the 2 ranks of a student's group: choose sizes with the product 2 or 6"
+            "policy.dtensor_cfg.tensor_parallel_size * context_parallel_size=2: choose sizes with the product 2 or 6"
         ),
     ),
     (
         ["policy.scheduler.0.kwargs.total=3"],
         (
-            "policy.scheduler gives torch.optim.lr_scheduler.LinearLR the argument total=3: its "
-            "arguments are numbers for end_factor, start_factor, total_iters"
+            "policy.scheduler has the invalid argument total=3 for torch.optim.lr_scheduler.LinearLR: "
+            "set numbers for end_factor, start_factor, total_iters"
         ),
     ),
     (
         ["policy.scheduler.2.milestones=[]"],
-        "policy.scheduler has 2 stages and milestones=[]: give an increasing milestone between each two stages",
+        (
+            "policy.scheduler has 2 stages and milestones=[]: write one milestone between each two stages, in "
+            "increasing order"
+        ),
     ),
     (
         ["loss_fn.kl_type=jsd", "loss_fn.jsd_beta=1"],
@@ -144,8 +147,8 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["policy.dtensor_cfg.tensor_parallel_size=2", "loss_fn.support=student"],
         (
             "policy.dtensor_cfg.tensor_parallel_size=2 splits the student's vocabulary over ranks, but "
-            "loss_fn.support=student with distillation.topk_logits_k=64 needs all of it on each rank: "
-            "set the size to 1 and use context_parallel_size, or set loss_fn.support=teacher and "
+            "loss_fn.support=student with distillation.topk_logits_k=64 needs the complete vocabulary on each rank: "
+            "set tensor_parallel_size=1 and use context_parallel_size, or set loss_fn.support=teacher and "
             "topk_logits_k above 0"
         ),
     ),
@@ -153,8 +156,7 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["loss_fn.kl_type=sampled", "loss_fn.temperature=2"],
         (
             "loss_fn.temperature=2.0 differs from policy.generation.temperature=1.0, but "
-            "loss_fn.kl_type=sampled scores the sampled tokens under the distribution that they come "
-            "from: leave loss_fn.temperature out"
+            "loss_fn.kl_type=sampled requires equal temperatures: remove loss_fn.temperature"
         ),
     ),
     (
@@ -167,8 +169,8 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["distillation.context_distillation.teacher_prefix_template=Be brief."],
         (
-            "distillation.context_distillation.teacher_prefix_template has no {problem}: add it, or the "
-            "teacher does not see the problem"
+            "distillation.context_distillation.teacher_prefix_template does not contain {problem}: add it, "
+            "because otherwise the teacher does not read the problem"
         ),
     ),
     (
@@ -200,7 +202,7 @@ SENTENCES: list[tuple[list[str], str]] = [
     ),
     (
         ["data.train=null"],
-        "data.train=null gives no training data: set data.train.dataset_name or data.train.data_path",
+        "data.train=null provides no training data: set data.train.dataset_name or data.train.data_path",
     ),
     (
         ["data.train.env_name=code"],
@@ -220,33 +222,39 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["teacher.model_name=${policy.model_name}"],
         (
-            "teacher.model_name=Qwen/Qwen3-0.6B is the student's model with the same prompts, so there "
-            "is nothing to learn: choose another teacher, or set "
-            "distillation.context_distillation.enabled=true, or for a control "
-            "distillation.allow_degenerate=true"
+            "teacher.model_name=Qwen/Qwen3-0.6B is the student's model and reads the same prompts, so "
+            "there is nothing to learn: choose another teacher, set "
+            "distillation.context_distillation.enabled=true, or set distillation.allow_degenerate=true "
+            "for a control experiment"
         ),
     ),
     (
         ["policy.generation.top_k=5"],
         (
-            "policy.generation.top_k=5 truncates the sampling distribution, but the loss assumes all of "
-            "it: set top_p=1 and top_k=null, or distillation.allow_degenerate=true"
+            "policy.generation.top_k=5 truncates the sampling distribution, but the loss assumes the complete "
+            "distribution: set top_p=1 and top_k=null, or distillation.allow_degenerate=true"
         ),
     ),
     (
         ["distillation.max_rollout_turns=2"],
-        "distillation.max_rollout_turns=2 is not supported: set it to 1, as the student responds once",
+        (
+            "distillation.max_rollout_turns=2 is not supported: set it to 1, because the student responds once "
+            "to each prompt"
+        ),
     ),
     (
         ["policy.megatron_cfg.enabled=true"],
-        "policy.megatron_cfg.enabled=true is not supported: set it to false, as dtensor_cfg (FSDP2) trains the model",
+        (
+            "policy.megatron_cfg.enabled=true is not supported: set it to false, because training requires "
+            "FSDP2 (dtensor_cfg)"
+        ),
     ),
     (
         ["teacher.generation.temperature=0.5"],
         (
             "teacher.generation.temperature=0.5 differs from policy.generation.temperature=1.0, but the "
-            "loss divides the logits of both models by the same temperature: leave it out, or set "
-            "loss_fn.temperature"
+            "loss divides the logits of both models by the same temperature: remove it, and set "
+            "loss_fn.temperature to change the temperature of both models in the loss"
         ),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Model folders with the settings that real checkpoints have, made on the spot: one table for both engines' tests."""
+"""Tables of tiny checkpoints with the settings of real models, for the tests of models and engines."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 REMOVED = object()
+"""Value of a key of config.json that is removed."""
 
 
 def theta(rope: dict[str, Any], base: float = 5000.0) -> dict[str, Any]:
-    """Rotary parameters as transformers 5 spells them, with a base that is no family's default."""
+    """Return rotary parameters in the format of transformers 5, with a base that is no family's default."""
     return {"rope_parameters": {**rope, "rope_theta": base}}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One checkpoint: a family, what its configuration sets, and what is then changed in the files."""
+    """A checkpoint: family, configuration, and changes of its files."""
 
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
     """Arguments of the family's configuration class."""
     raw: dict[str, Any] = field(default_factory=dict)
-    """Keys of config.json to replace after saving; ``REMOVED`` takes one out."""
+    """Keys of config.json to replace after saving, or to remove (``REMOVED``)."""
     tensors: str = ""
-    """A change of the files: "other head" (it differs from the embedding), "same head", "no head", "no embedding"."""
+    """Change of the files: "other head" (different from the embedding), "same head", "no head" or "no embedding"."""
     dtype: torch.dtype = torch.float32
-    """Of the files."""
+    """Element type of the files."""
 
 
 def save_variant(folder: Path, variant: Variant, seed: int = 0) -> Path:
-    """Write the checkpoint of a variant, with weights that hide nothing: no bias is 0 and no norm is 1."""
+    """Write the checkpoint of a variant; no bias is 0 and no norm is 1, so that tests detect missing ones."""
     torch.manual_seed(seed)
     config = CONFIGS[variant.family](**{**_shape(variant.family), **variant.settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -104,7 +105,7 @@ def _change_head(path: Path, change: str) -> None:
 
 
 def as_version_4(rope: dict[str, Any] | None, base: float = 5000.0, spelling: str = "type") -> dict[str, Any]:
-    """The rotary keys of a config.json as transformers 4 writes them, in place of ``rope_parameters``."""
+    """Return the rotary keys of a config.json of transformers 4, which replace ``rope_parameters``."""
     scaling = None
     if rope is not None:
         scaling = {spelling if name == "rope_type" else name: value for name, value in rope.items()}
@@ -112,13 +113,13 @@ def as_version_4(rope: dict[str, Any] | None, base: float = 5000.0, spelling: st
 
 
 def gemma_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Gemma's rotary parameters: ``rope`` for the global layers, the default type for the layers with a window."""
+    """Return Gemma's rotary parameters: ``rope`` for global layers, the default type for sliding layers."""
     local = {"rope_type": "default", "rope_theta": 700.0}
     return {"rope_parameters": {"full_attention": {**rope, "rope_theta": 9000.0}, "sliding_attention": local}}
 
 
 def windows(first: int, **settings: Any) -> dict[str, Any]:
-    """Qwen's settings for a window of four tokens in the layers from ``first`` on."""
+    """Return Qwen's settings for a window of four tokens in layer ``first`` and all later layers."""
     return {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": first, **settings}
 
 
@@ -143,12 +144,12 @@ FOREIGN = {
     "head_dtype": "float64",
     "use_cache": False,
 }
-"""Settings that transformers' Llama ignores in a forward pass."""
+"""Settings that transformers ignores in the forward pass of Llama."""
 
 VARIANTS: dict[str, Variant] = {
     "llama tied": Variant("llama", TIED),
     "llama untied": Variant("llama"),
-    "llama tied with a head of its own in the files": Variant("llama", TIED, tensors="other head"),
+    "llama tied with another head in the files": Variant("llama", TIED, tensors="other head"),
     "llama tied with a copy of the head in the files": Variant("llama", TIED, tensors="same head"),
     "llama without a tie setting": Variant("llama", raw={"tie_word_embeddings": REMOVED}),
     "llama attention and MLP biases": Variant("llama", BIASES),
@@ -169,7 +170,7 @@ VARIANTS: dict[str, Variant] = {
     "llama both spellings": Variant(
         "llama", theta(LINEAR), raw={"rope_theta": 900.0, "rope_scaling": {**YARN, "type": "yarn"}}
     ),
-    "llama type beside rope_type": Variant("llama", raw=theta({**LINEAR, "type": "default"})),
+    "llama type and rope_type": Variant("llama", raw=theta({**LINEAR, "type": "default"})),
     "llama partial rotary": Variant("llama", raw={"partial_rotary_factor": 0.5}),
     "llama window": Variant("llama", raw={"sliding_window": 4}),
     "llama layer types": Variant("llama", raw={"sliding_window": 4, "layer_types": FIRST_SLIDING}),
@@ -197,11 +198,11 @@ VARIANTS: dict[str, Variant] = {
     "qwen3 yarn": Variant("qwen3", {**theta(YARN), "head_dim": 48}),
     "qwen3 windows in all layers": Variant("qwen3", windows(0)),
     "qwen3 windows in some layers": Variant("qwen3", windows(1)),
-    "qwen3 tied with a head of its own in the files": Variant("qwen3", TIED, tensors="other head"),
+    "qwen3 tied with another head in the files": Variant("qwen3", TIED, tensors="other head"),
     "gemma tied": Variant("gemma3_text"),
     "gemma untied": Variant("gemma3_text", {"tie_word_embeddings": False}),
     "gemma without a tie setting": Variant("gemma3_text", raw={"tie_word_embeddings": REMOVED}),
-    "gemma tied with a head of its own in the files": Variant("gemma3_text", tensors="other head"),
+    "gemma tied with another head in the files": Variant("gemma3_text", tensors="other head"),
     "gemma biases": Variant("gemma3_text", {"attention_bias": True, "head_dim": 48}),
     "gemma linear on global layers": Variant("gemma3_text", gemma_rope(LINEAR)),
     "gemma version 4": Variant("gemma3_text", raw=GEMMA_VERSION_4),
@@ -209,7 +210,7 @@ VARIANTS: dict[str, Variant] = {
     "gemma windows in all layers": Variant("gemma3_text", {"layer_types": ["sliding_attention"] * 2}),
     "gemma silu": Variant("gemma3_text", {"hidden_activation": "silu"}),
 }
-"""Checkpoints whose logits must equal ``from_pretrained``'s."""
+"""Checkpoints whose logits must equal those of ``from_pretrained``."""
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LONGROPE = {
@@ -219,42 +220,42 @@ LONGROPE = {
     "long_factor": [2.0] * 16,
     "original_max_position_embeddings": 32,
 }
-_CHOOSE = "choose a model with one of default, linear, llama3, yarn"
+_CHOOSE = "llama3 or yarn"
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "llama dynamic": (
         Variant("llama", theta(DYNAMIC)),
-        *("rope_type=dynamic in the rope_parameters", "frequencies follow the longest position", _CHOOSE),
+        *("rope_type=dynamic", "rope_parameters", _CHOOSE),
     ),
-    "llama longrope": (Variant("llama", theta(LONGROPE)), "rope_type=longrope", "packing would change", _CHOOSE),
+    "llama longrope": (Variant("llama", theta(LONGROPE)), "rope_type=longrope", _CHOOSE),
     "qwen2 version 4 dynamic": (
         Variant("qwen2", raw=as_version_4(DYNAMIC)),
-        *("rope_type=dynamic in the rope_scaling", "packing would change", _CHOOSE),
+        *("rope_type=dynamic", "rope_scaling", _CHOOSE),
     ),
     "qwen3 su": (Variant("qwen3", raw=as_version_4({**LONGROPE, "rope_type": "su"})), "rope_type=su", _CHOOSE),
     "gemma dynamic on global layers": (Variant("gemma3_text", raw=gemma_rope(DYNAMIC)), "rope_type=dynamic", _CHOOSE),
     "llama proportional": (
         Variant("llama", theta({"rope_type": "proportional", "partial_rotary_factor": 0.5})),
-        *("rope_type=proportional", "not supported", _CHOOSE),
+        *("rope_type=proportional", _CHOOSE),
     ),
     "llama unknown rotary type": (Variant("llama", raw=theta({"rope_type": "ntk"})), "rope_type=ntk", _CHOOSE),
     "llama rotary type that is a number": (Variant("llama", raw=theta({"rope_type": 3})), "rope_type=3", _CHOOSE),
     "llama rotary factor of 0": (Variant("llama", raw=theta({**LINEAR, "factor": 0})), "factor=0"),
-    "llama rotary factor in words": (Variant("llama", raw=theta({**LLAMA3, "factor": "8"})), "factor=8"),
+    "llama rotary factor as a string": (Variant("llama", raw=theta({**LLAMA3, "factor": "8"})), "factor=8"),
     "llama partial linear": (
         Variant("llama", raw=theta({**LINEAR, "partial_rotary_factor": 0.5})),
         *("partial_rotary_factor=0.5", "rope_type=linear"),
     ),
-    "llama reads later tokens": (Variant("llama", raw={"is_causal": False}), "is_causal=False"),
+    "llama bidirectional attention": (Variant("llama", raw={"is_causal": False}), "is_causal=False"),
     "llama layers of several sizes": (
         Variant("llama", raw={"per_layer_config": {"1": {"intermediate_size": 64}}}),
         "per_layer_config",
     ),
     "qwen2 chunked layers": (
         Variant("qwen2", raw={"layer_types": ["full_attention", "chunked_attention"]}),
-        "layer_types with chunked_attention",
+        "chunked_attention",
     ),
-    "qwen2 window of no tokens": (
+    "qwen2 window of 0 tokens": (
         Variant("qwen2", raw=windows(0, sliding_window=0, layer_types=REMOVED)),
         "sliding_window=0",
     ),
@@ -267,14 +268,14 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "llama without a head": (Variant("llama", tensors="no head"), "tie_word_embeddings=False", "no lm_head.weight"),
     "llama embedding under the head's name": (
         Variant("llama", TIED, tensors="no embedding"),
-        *("has its embedding under the name lm_head.weight", "save_pretrained"),
+        *("lm_head.weight", "save_pretrained"),
     ),
     "gemma without a head": (
         Variant("gemma3_text", {"tie_word_embeddings": False}, tensors="no head"),
         *("tie_word_embeddings=False", "no lm_head.weight"),
     ),
 }
-"""Checkpoints that must be refused, and parts of the sentence."""
+"""Checkpoints that must be refused, with words of the error."""
 
 NOT_IN_VLLM = {
     "llama gelu": (Variant("llama", {"hidden_act": "gelu"}), "hidden_act=gelu"),
@@ -292,7 +293,7 @@ NOT_IN_VLLM = {
         "rope_type=yarn for 64 positions",
     ),
 }
-"""Checkpoints that transformers runs and vLLM doesn't, and the setting that is named."""
+"""Checkpoints that transformers supports and vLLM does not, with the setting that the error names."""
 
 ENGINE_VARIANTS = {
     "llama3, biases, wide heads, a window and two ranks": (
@@ -340,12 +341,12 @@ ENGINE_VARIANTS = {
         1,
     ),
 }
-"""Independent settings combined, and the ranks of the engine: starting one takes seconds."""
+"""Combinations of independent settings, with the number of ranks of the engine; an engine takes seconds to start."""
 
 _FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 TENSOR_PARALLEL = {
     "llama biases": Variant("llama", {**BIASES, **_FOUR_HEADS, "head_dim": 48, **theta(LLAMA3)}),
-    # its padding token 0 is in the texts, and the embedding of 0 is zeros: a gradient there would be large
+    # The texts contain the padding token 0, whose embedding is zero: a gradient at this token would be large.
     "gemma untied": Variant("gemma3_text", {**_FOUR_HEADS, "attention_bias": True}, tensors="other head"),
 }
 """Checkpoints whose gradients must not depend on tensor parallelism."""

@@ -13,11 +13,11 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from distill.config.schema import Config
 
-DESCRIPTION = """Train a student language model on its own responses; a teacher scores every token.
+DESCRIPTION = """Train a student language model on its own responses; the teacher scores every response token.
 
 Keys are set in the recipe, or on the command line as key.path=value, ++key.path=value, --key.path value or
---key.path=value; the last value counts. Values are YAML: null, true, [1, 2], {a: 1}. The defaults below are those of
-the recipe."""
+--key.path=value. If a key is set twice, the last value is used. Values are YAML: null, true, [1, 2], {a: 1}. The
+defaults shown below are the recipe's values."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class _Usage:
     settings: Annotated[tyro.conf.FlagConversionOff[Config], tyro.conf.arg(name="")]
     """Keys of the recipe."""
     config: Path
-    """Recipe: a YAML file. Its key "defaults" names parent recipes."""
+    """Recipe (a YAML file). Its key "defaults" lists parent recipes."""
     dry_run: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["--dry-run"])] = False
     """Print the resolved configuration and the memory forecast, and exit."""
 
 
 def print_help(config: Config, path: Path) -> None:
-    """Print the usage, with the values of ``config``, the recipe at ``path``, as defaults."""
+    """Print the help. The values of ``config``, loaded from the recipe at ``path``, are shown as defaults."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_as_yaml)
     try:
@@ -52,7 +52,10 @@ def print_help(config: Config, path: Path) -> None:
 
 
 def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Show a mapping or a list of sections as one flag; tyro would show a flag per entry, or none."""
+    """Return the tyro spec that shows a mapping or a list of sections as one flag; None for any other type.
+
+    By default, tyro shows one flag per entry, or no flag at all.
+    """
     options = get_args(info.type) if type(None) in get_args(info.type) else (info.type,)
     for option in options:
         items = get_args(option)
@@ -68,7 +71,7 @@ def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _shown(value: Any) -> str:
-    """Return a default as YAML, without keys of sections that are not set."""
+    """Return a default value as YAML; unset keys of a section are omitted."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
     if is_dataclass(value):

@@ -1,7 +1,7 @@
-"""Load a Config: defaults, then the recipe's parents, the recipe and the overrides of the command line.
+"""Load a Config from four layers: schema defaults, parent recipes, the recipe and command-line overrides.
 
-OmegaConf reads files and resolves interpolations, parse.py converts values to the types of the schema. tyro only prints
-the help, because its errors are not single sentences.
+OmegaConf reads files and resolves interpolations. parse.py converts values to the types of the schema. tyro only prints
+--help; it does not parse the command line, because its error messages are longer than one sentence.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ BASE_RECIPE = Path("recipes/distillation_math.yaml")
 """Recipe used without --config, relative to the current folder or to the repository."""
 
 _MAX_VALUES = 100_000
-"""Limit on the values of a recipe with all aliases expanded; protects against exponential YAML."""
+"""Maximum number of values in a recipe after YAML aliases are expanded; prevents exponential expansion."""
 
 MUTUALLY_EXCLUSIVE_KEYS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
-"""Pairs of keys with one meaning: setting one of them in a later layer resets the other to null."""
+"""Pairs of keys for the same setting. If a later layer sets one key of a pair, the other key becomes null."""
 
 DERIVED_DEFAULTS: dict[str, str] = {
     "policy.tokenizer.name": "${..model_name}",
@@ -55,7 +55,7 @@ DERIVED_DEFAULTS: dict[str, str] = {
     "teacher.sequence_packing.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
     "data.max_input_seq_length": "${policy.max_total_sequence_length}",
 }
-"""Key -> interpolation that gives its value if no recipe sets it."""
+"""Default of each derived key: an interpolation, used if no recipe or override sets the key."""
 
 
 def _mul(a: Any, b: Any) -> Any:  # Any: OmegaConf warns if an int is passed for float
@@ -79,12 +79,12 @@ class Arguments:
 
     @property
     def resolved(self) -> str:
-        """Return the configuration as YAML with all keys; used as a recipe, it gives the same Config."""
+        """Return the complete configuration as YAML. Loading it as a recipe gives an equal Config."""
         return to_yaml(self.config)
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
-    """Load the configuration for ``argv``, a command line without the program's name; raises UserError."""
+    """Load the configuration for the command-line arguments ``argv``. Raises UserError if it is invalid."""
     return parse_args(argv).config
 
 
@@ -108,7 +108,7 @@ def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
 
 
 def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
-    """Print the help with the recipe's values, or with the defaults if the recipe is refused."""
+    """Print the help and exit. Shown defaults: the recipe's values, or the schema's if the recipe is invalid."""
     from distill.config.help import print_help  # imported here, as tyro is slow to import
 
     try:
@@ -120,10 +120,10 @@ def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """Build and check a Config from a merged tree that still has interpolations and ignored keys."""
+    """Build a Config from a merged tree: resolve interpolations, drop ignored keys, convert types, check rules."""
     for name, section in hints(Config).items():
         if not isinstance(tree[name], dict):
-            parse_value(section, tree[name], name)  # raises; resolving would fail with a less clear error
+            parse_value(section, tree[name], name)  # raises a clearer error than _resolve would
     plain = _resolve(tree)
     resolve_auto_precision(plain)
     data = plain["data"]
@@ -138,7 +138,10 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 
 def _fill_dataset(default: Any, entry: Any) -> Any:
-    """Fill the missing keys of ``entry`` from ``default``; NeMo-RL's dataset_name for own files becomes null."""
+    """Return the dataset ``entry`` with missing keys filled from ``default``.
+
+    ``dataset_name: ResponseDataset``, which NeMo-RL requires for local files, becomes null.
+    """
     filled = merge(default, entry)
     if isinstance(filled, dict) and filled.get("dataset_name") == "ResponseDataset":
         filled["dataset_name"] = None
@@ -155,14 +158,14 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
         key = error.full_key or ""
         cause = str(error).splitlines()[0]  # the other lines repeat the key
         problem = f"{key or 'the recipe'} has an interpolation that cannot be resolved ({cause})"
-        raise UserError(problem, "correct the ${...}", key=key) from None
+        raise UserError(problem, "correct the expression in ${...}", key=key) from None
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     drop_inert_keys(plain)
     return plain
 
 
 def _refuse_wrong_types(tree: dict[str, Any]) -> None:
-    """Refuse values of the wrong type, which may be why an interpolation to them failed."""
+    """Raise UserError for a value of the wrong type, because it may have caused a failed interpolation."""
     for key in key_paths():
         if key in ("data.train", "data.validation"):  # may be one dataset instead of a list
             continue
@@ -176,9 +179,9 @@ def _refuse_wrong_types(tree: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the lowest layer: the schema's defaults, derived defaults and those of keys without effect."""
+    """Return the lowest layer: schema defaults, derived defaults and defaults of keys without effect."""
     tree: dict[str, Any] = _plain(asdict(Config()))
-    # data.default may hold only keys that a recipe sets: it fills data.train and data.validation.
+    # data.default must contain only keys that a recipe sets, because it fills data.train and data.validation.
     tree["data"] |= {"default": {}, "train": None, "validation": None}
     for key, value in (DERIVED_DEFAULTS | inert_defaults()).items():
         tree = merge(tree, _nested(key, value))
@@ -186,7 +189,10 @@ def _defaults() -> dict[str, Any]:
 
 
 def merge(base: Any, layer: Any, key: str = "") -> Any:
-    """Merge ``layer`` over ``base``: sections key by key, other values replaced; {"0": ...} changes one list entry."""
+    """Return ``base`` overridden by ``layer``: sections are merged key by key, other values are replaced.
+
+    A section with numeric keys ({"0": ...}) changes single entries of a list. ``key``: the key path, for messages.
+    """
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(str(name).isdigit() for name in layer):
         entries = {int(name): value for name, value in layer.items()}
         if max(entries) >= len(base):
@@ -209,7 +215,7 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
 
 
 def find_recipe(path: Path | None) -> Path:
-    """Return the recipe's path; without ``path`` the base recipe, of the current folder or of the repository."""
+    """Return the recipe's path. Without ``path``: the base recipe in the current folder or in the repository."""
     if path is None:
         repository = Path(__file__).resolve().parents[2] / BASE_RECIPE
         return BASE_RECIPE if BASE_RECIPE.is_file() or not repository.is_file() else repository
@@ -217,7 +223,11 @@ def find_recipe(path: Path | None) -> Path:
 
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe and merge it over the parents that its ``defaults`` name, relative to its folder."""
+    """Read a recipe and merge it over its parent recipes.
+
+    The recipe's key ``defaults`` lists the parents, relative to the recipe's folder. ``children``: the chain of recipes
+    that led to this one, to detect cycles.
+    """
     if os.path.isfile(path) and path.resolve() in children:
         problem = f"defaults={path} in {children[-1]} makes a recipe its own parent"
         raise UserError(problem, "name another recipe", key="defaults", value=str(path))
@@ -250,12 +260,17 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         problem = f"{what} is not a readable recipe ({reason(error)})"
         raise UserError(problem, "correct the file", key=key, value=str(path)) from None
     if not isinstance(layer, dict):
-        raise UserError(f"{what} has no keys", "write sections with keys below them", key=key, value=str(path))
+        raise UserError(
+            f"{what} is not a mapping of keys to values",
+            "write sections (such as policy:) with keys below them",
+            key=key,
+            value=str(path),
+        )
     return layer  # type: ignore[return-value]
 
 
 def _check_expanded_size(text: str) -> None:
-    """Raise YAMLError if aliases expand a text to more than ``_MAX_VALUES`` values, or refer to themselves."""
+    """Raise YAMLError if the aliases in ``text`` are recursive or expand to more than ``_MAX_VALUES`` values."""
     if "&" not in text or "*" not in text:
         return
     nodes, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
@@ -266,15 +281,19 @@ def _check_expanded_size(text: str) -> None:
         elif isinstance(node, yaml.MappingNode):
             nodes += [value for _, value in node.value]
     if nodes:
-        raise yaml.YAMLError(f"its aliases expand to more than {_MAX_VALUES} values")
+        raise yaml.YAMLError(f"the YAML aliases expand to more than {_MAX_VALUES} values")
 
 
 def _similar_recipes(path: Path) -> str:
-    """Return a fix that names recipes in the folder of ``path``, those with a similar name first."""
+    """Return a fix that suggests recipes in the folder of ``path``: similar names, or else the first ten."""
     folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     similar = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
-    return f"use {any_of(similar)} in {folder}" if similar else f"use another folder, as {folder} has no recipes"
+    return (
+        f"use {any_of(similar)} in {folder}"
+        if similar
+        else f"choose another folder, because {folder} contains no recipes"
+    )
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -309,7 +328,7 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
 
 
 def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
-    """Split an override into key and text; for ``--key value`` removes the value from ``rest``."""
+    """Split an override into key and value text. For ``--key value``, the value is removed from ``rest``."""
     key, equals, text = word.partition("=")
     is_flag = key.startswith("--")
     key = key[2:].replace("-", "_") if is_flag else key.lstrip("+")
@@ -323,7 +342,7 @@ def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
 
 
 def _read_value(key: str, text: str) -> Any:
-    """Parse an override's value as YAML; for a key that holds text, return ``text`` unchanged."""
+    """Parse an override's value as YAML. For a key with a text type, return ``text`` unchanged."""
     options = members(type_of(key))
     is_text = any(option is str or get_origin(option) is Literal for option in options) and bool not in options
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -332,8 +351,8 @@ def _read_value(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
-        problem = f"{key}={show(text)} is not a YAML value"
-        raise UserError(problem, "quote the value as YAML requires", key=key, value=text) from None
+        problem = f"{key}={show(text)} is not valid YAML"
+        raise UserError(problem, "correct the syntax, or put the value in quotes", key=key, value=text) from None
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -346,12 +365,15 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Write ``config`` as a recipe without parents that gives the same Config."""
+    """Return ``config`` as the YAML of a recipe without parents. Loading it gives an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config), escape=True)))
 
 
 def _plain(value: Any, escape: bool = False) -> Any:
-    """Replace tuples by lists; with ``escape``, also escape ${ in texts, so that it is not an interpolation."""
+    """Return ``value`` with tuples replaced by lists.
+
+    ``escape``: also escape ${ in texts, so that OmegaConf does not interpolate it.
+    """
     if isinstance(value, Mapping):
         return {name: _plain(v, escape) for name, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Keys of the two models: policy.* (the student) and teacher.*."""
+"""Configuration keys of the two models: policy.* (the student) and teacher.*."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Precision = Literal["bfloat16", "float32", "auto"]
-"""Compute dtype; master weights, gradient reduction and loss are float32. ``load_config`` replaces ``auto``."""
+"""Compute dtype. Master weights, gradient reduction and loss are always float32.
+
+``load_config`` replaces ``auto`` by a dtype.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class TeacherDtensorConfig:
     """Parallelism of the teacher, which is sharded over all ranks."""
 
     tensor_parallel_size: int = 1
-    """Ranks that share the matrices of each layer."""
+    """Number of ranks over which the weight matrices of each layer are split."""
     context_parallel_size: int = 1
-    """Ranks that share the positions of each sequence."""
+    """Number of ranks over which the positions of each sequence are split."""
     reshard_after_forward: bool = True
-    """Free a layer's gathered weights after its forward pass (less memory); false: keep them (less communication)."""
+    """Free the gathered weights of a layer after the layer's forward pass (less memory); false: keep them (less
+    communication)."""
 
     @property
     def group_size(self) -> int:
@@ -41,29 +45,29 @@ class TeacherDtensorConfig:
 
 @dataclass(frozen=True)
 class DtensorConfig(TeacherDtensorConfig):
-    """Parallelism of the student: FSDP2 over all ranks, with tensor and context parallelism inside."""
+    """Parallelism of the student: FSDP2 over all ranks, combined with tensor and context parallelism."""
 
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass instead of storing them."""
     cpu_offload: bool = False
     """Keep parameters and optimizer state in host memory."""
     replicate_size: int = 1
-    """Number of replicas of the sharded model (HSDP), for example one per node: parameters are gathered inside a
-    replica, gradients are summed over replicas."""
+    """Number of replicas of the sharded model (HSDP), for example one per node. Parameters are gathered within a
+    replica; gradients are summed over all replicas."""
     custom_parallel_plan: dict[str, str] | None = None
-    """Tensor-parallel plan of the model's body, from module name to style (layers.*.mlp.up_proj: colwise); null: the
-    plan of the model family."""
+    """Tensor-parallel plan: the style of each linear layer by module name (layers.*.mlp.up_proj: colwise), without
+    the LM head; null: the plan of the model family."""
 
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """Micro-batches with a token budget instead of a number of sequences."""
+    """Limit of micro-batches by a number of tokens (token budget) instead of a number of sequences."""
 
     enabled: bool = False
-    """Use the token budget."""
+    """Limit micro-batches by the token budget."""
     train_mb_tokens: int = 8192
-    """Maximum number of tokens in a micro-batch, counted in the longer of student's and teacher's view. Default:
-    max_total_sequence_length * train_micro_batch_size."""
+    """Maximum number of tokens in a micro-batch. Each response counts with the longer of the student's prompt and the
+    teacher's prefix. Default: max_total_sequence_length * train_micro_batch_size."""
     logprob_mb_tokens: int = 8192
     """No effect: the teacher uses the student's micro-batches. Default: max_total_sequence_length *
     logprob_batch_size."""
@@ -99,7 +103,7 @@ class OptimizerKwargs:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer."""
+    """Class and arguments of the optimizer."""
 
     name: Literal["torch.optim.AdamW"] = "torch.optim.AdamW"
     """Optimizer class."""
@@ -124,11 +128,11 @@ class SchedulerStage:
     """Arguments of the scheduler. LinearLR: start_factor, end_factor, total_iters; ConstantLR: factor, total_iters;
     CosineAnnealingLR: T_max, eta_min."""
     milestones: tuple[int, ...] = ()
-    """Steps at which the next stage starts, one fewer than there are stages."""
+    """Steps at which the next stage starts: one milestone between each two consecutive stages."""
 
 
 def reference_scheduler(warmup: int = 10) -> tuple[SchedulerStage, ...]:
-    """Return NeMo-RL's default schedule: a linear warm-up from 0.1 to 1 in ``warmup`` steps, then constant."""
+    """Return NeMo-RL's default schedule: the factor rises linearly from 0.1 to 1 in ``warmup`` steps, then stays 1."""
     return (
         SchedulerStage(
             "torch.optim.lr_scheduler.LinearLR", {"start_factor": 0.1, "end_factor": 1.0, "total_iters": warmup}
@@ -143,15 +147,16 @@ class VllmConfig:
     """Settings of the vLLM engine."""
 
     precision: Precision = "bfloat16"
-    """Compute dtype of the engine. Must equal policy.precision, which is the default."""
+    """Compute dtype of the engine. It must equal policy.precision (the default)."""
     tensor_parallel_size: int = 1
     """Number of consecutive ranks that form one engine."""
     gpu_memory_utilization: float = 0.6
-    """Fraction of the GPU's memory for an engine while it generates."""
+    """Fraction of each GPU's memory that the engine may use during generation."""
     max_model_len: int = 8192
-    """Window of the engine in tokens. Default: policy.max_total_sequence_length."""
+    """Maximum number of tokens of prompt and response together in the engine. Default:
+    policy.max_total_sequence_length."""
     enforce_eager: bool = False
-    """Do not use CUDA graphs."""
+    """Disable CUDA graphs."""
 
 
 @dataclass(frozen=True)
@@ -159,37 +164,38 @@ class GenerationConfig:
     """Sampling of the student's responses."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
-    """Engine. vllm is fast; transformers is slow and needs no further package."""
+    """Engine that generates responses. vllm is fast; transformers is slow and needs no additional package."""
     max_new_tokens: int = 8192
     """Maximum number of tokens in a response. Default: policy.max_total_sequence_length (prompt and response)."""
     temperature: float = 1.0
     """Sampling temperature. It also divides the logits of both models in the loss if loss_fn.temperature is null."""
     top_p: float = 1.0
-    """Probability mass of nucleus sampling. Below 1 the loss does not match the sampling distribution, so
-    distillation.allow_degenerate is required."""
+    """Probability mass of nucleus sampling. A value below 1 requires distillation.allow_degenerate, because the loss
+    then does not match the sampling distribution."""
     top_k: int | None = None
-    """Number of most likely tokens to sample from; null: all. Requires distillation.allow_degenerate."""
+    """Number of most likely tokens to sample from; null: all tokens. A number requires
+    distillation.allow_degenerate."""
     val_temperature: float = 1.0
-    """Temperature in validation. Default: temperature."""
+    """Sampling temperature in validation. Default: policy.generation.temperature."""
     val_top_p: float = 1.0
-    """top_p in validation. Default: top_p."""
+    """Value of top_p in validation. Default: policy.generation.top_p."""
     val_top_k: int | None = None
-    """top_k in validation. Default: top_k."""
+    """Value of top_k in validation. Default: policy.generation.top_k."""
     stop_token_ids: tuple[int, ...] | None = None
     """Token ids that end a response; null: the stop ids of both models' generation configs and tokenizers."""
     vllm_cfg: VllmConfig = field(default_factory=VllmConfig)
     """Settings of the vLLM engine."""
     vllm_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's engine, passed unchanged."""
+    """Additional arguments of the vLLM engine, passed unchanged."""
 
     @property
     def engine_window(self) -> int | None:
-        """Return the engine's window in tokens; None: unlimited."""
+        """Return the maximum sequence length of the engine in tokens; None: unlimited."""
         return self.vllm_cfg.max_model_len if self.backend == "vllm" else None
 
     @property
     def engine_precision(self) -> Precision | None:
-        """Return the engine's own compute dtype; None: the engine uses the student's."""
+        """Return the compute dtype of the vLLM engine; None for transformers, which uses the student's dtype."""
         return self.vllm_cfg.precision if self.backend == "vllm" else None
 
     @property
@@ -200,46 +206,49 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The student."""
+    """Configuration of the student."""
 
     model_name: str = "Qwen/Qwen3-1.7B-Base"
     """Hub name or folder of the student."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer of the student."""
     train_global_batch_size: int = 64
-    """Responses per optimizer step. Must divide num_prompts_per_step * num_generations_per_prompt."""
+    """Number of responses per optimizer step. It must divide num_prompts_per_step * num_generations_per_prompt."""
     train_micro_batch_size: int = 1
-    """Responses per micro-batch and rank, if neither dynamic_batching nor sequence_packing is enabled."""
+    """Number of responses per micro-batch and rank, if neither dynamic_batching nor sequence_packing is enabled."""
     generation_batch_size: int = 64
-    """Responses that the transformers engine samples together on a rank."""
+    """Number of responses that the transformers engine generates in one batch on a rank."""
     logprob_batch_size: int = 1
-    """Factor in the default of logprob_mb_tokens. No other effect: the teacher uses the student's micro-batches."""
+    """Factor in the default of logprob_mb_tokens. No other effect, because the teacher uses the student's
+    micro-batches."""
     max_total_sequence_length: int = 8192
     """Maximum number of tokens in prompt and response together."""
     precision: Precision = "bfloat16"
     """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on CPUs with
-    bfloat16 instructions, float32 elsewhere, where bfloat16 is 10 to 60 times slower."""
+    bfloat16 instructions; float32 on other CPUs, because bfloat16 is 10 to 60 times slower there."""
     logprob_chunk_size: int | None = None
     """NeMo-RL's name for runtime.logits_chunk_rows; null: the value of that key."""
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
     """Parallelism of the student."""
     dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches with a token budget, of sequences with similar lengths. Packed, like sequence_packing."""
+    """Micro-batches of sequences with similar lengths, up to a token budget; packed without padding, like
+    sequence_packing."""
     sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches with a token budget, packed without padding."""
+    """Micro-batches up to a token budget, packed without padding."""
     max_grad_norm: float | None = 1.0
-    """Maximum norm of the gradient, above which it is scaled down; null: no clipping."""
+    """Maximum gradient norm. A gradient with a larger norm is scaled down; null: no clipping."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The optimizer."""
+    """Class and arguments of the optimizer."""
     scheduler: tuple[SchedulerStage, ...] = field(default_factory=reference_scheduler)
-    """Learning rate schedule: stages, then the milestones between them, advanced once per step. Empty: constant."""
+    """Learning rate schedule, advanced once per step: a list of stages, then an entry with the milestones between
+    them. An empty list: a constant learning rate."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Sampling of responses."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The teacher. It neither trains nor generates, so it has no keys for either."""
+    """Configuration of the teacher, which neither trains nor generates."""
 
     model_name: str = "Qwen/Qwen3-4B"
     """Hub name or folder of the teacher."""

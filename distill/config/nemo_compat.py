@@ -1,6 +1,7 @@
-"""Keys of NeMo-RL recipes that have no effect here, so that such recipes load.
+"""Compatibility with NeMo-RL recipes: keys that are ignored, and keys with only one allowed value.
 
-A key that is set without effect is named in one warning. A value that would change what a run computes is refused.
+NeMo-RL recipes load although some of their keys have no effect here. One warning lists these keys. A value that would
+change the results of a run raises UserError.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ IGNORED = {
         wandb.log_nemo_gym_full_result_tables""",
     "cluster": "master_port_range_low master_port_range_high segment_size",
 }
-"""Section -> names of its ignored keys and sections; ``*`` matches any path."""
+"""Names of the ignored keys and subsections of each section; ``*`` matches any path."""
 
 UNUSED: dict[str, Any] = {
     "distillation.val_batch_size": 64,
@@ -52,48 +53,60 @@ UNUSED: dict[str, Any] = {
     "teacher.dynamic_batching.train_mb_tokens": "${.logprob_mb_tokens}",
     "teacher.sequence_packing.train_mb_tokens": "${.logprob_mb_tokens}",
 }
-"""Ignored keys that other keys of a recipe may refer to -> default."""
+"""Defaults of ignored keys that interpolations in a recipe may refer to."""
 
 ONE_VALUE: dict[str, tuple[Any, str]] = {
-    "distillation.max_rollout_turns": (1, "set it to 1, as the student responds once"),
+    "distillation.max_rollout_turns": (1, "set it to 1, because the student responds once to each prompt"),
     "distillation.context_distillation.frozen_teacher_source": ("base_model", "set it to base_model"),
     "distillation.context_distillation.problem_source": ("original_user_problem", "set it to original_user_problem"),
     "distillation.context_distillation.alignment": ("response_token_index", "set it to response_token_index"),
-    "policy.dtensor_cfg.enabled": (True, "set it to true, as FSDP2 is the only way to train"),
-    "teacher.dtensor_cfg.enabled": (True, "set it to true, as FSDP2 is the only way to shard a model"),
-    "teacher.dtensor_cfg.custom_parallel_plan": (None, "set it to null, as the teacher's layers are gathered"),
-    "policy.generation.colocated.enabled": (True, "set it to true, as generation shares the GPUs with training"),
+    "policy.dtensor_cfg.enabled": (True, "set it to true, because training requires FSDP2"),
+    "teacher.dtensor_cfg.enabled": (True, "set it to true, because the teacher requires FSDP2"),
+    "teacher.dtensor_cfg.custom_parallel_plan": (
+        None,
+        "set it to null, because only the student supports a custom plan",
+    ),
+    "policy.generation.colocated.enabled": (True, "set it to true, because generation and training use the same GPUs"),
     "policy.generation.stop_strings": (None, "set it to null and use policy.generation.stop_token_ids"),
-    "policy.generation.vllm_cfg.async_engine": (False, "set it to false, as generation and training alternate"),
+    "policy.generation.vllm_cfg.async_engine": (False, "set it to false, because generation and training alternate"),
     "policy.generation.vllm_cfg.pipeline_parallel_size": (1, "set it to 1 and use tensor_parallel_size"),
-    "policy.generation.vllm_cfg.expert_parallel_size": (1, "set it to 1, as mixtures of experts are not supported"),
-    "policy.generation.vllm_cfg.kv_cache_dtype": ("auto", "set it to auto, the compute dtype"),
+    "policy.generation.vllm_cfg.expert_parallel_size": (
+        1,
+        "set it to 1, because mixture-of-experts models are not supported",
+    ),
+    "policy.generation.vllm_cfg.kv_cache_dtype": ("auto", "set it to auto (the compute dtype)"),
     "policy.generation.vllm_cfg.logprobs_mode": ("processed_logprobs", "set it to processed_logprobs"),
-    "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify, the math-verify library"),
+    "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify (the math-verify library)"),
     "checkpointing.model_save_format": ("safetensors", "set it to safetensors"),
 }
-"""Key -> its only possible value except null, and the fix for any other."""
+"""Only allowed value (except null) of each key, and the fix for other values."""
 
 ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     **{key: ((value,), fix) for key, (value, fix) in ONE_VALUE.items()},
-    "*.megatron_cfg.enabled": ((False,), "set it to false, as dtensor_cfg (FSDP2) trains the model"),
+    "*.megatron_cfg.enabled": ((False,), "set it to false, because training requires FSDP2 (dtensor_cfg)"),
     "*.dtensor_cfg.lora_cfg.enabled": ((False,), "set it to false to train every parameter"),
-    "data.*.split_validation_size": ((0,), "put the held-out problems into a file and name it in data.validation"),
+    "data.*.split_validation_size": (
+        (0,),
+        "put the held-out problems into a file and set data.validation.data_path to it",
+    ),
     "checkpointing.pretrained_checkpoint": ((), "set policy.model_name to the folder of the weights"),
     "checkpointing.is_peft": ((False,), "set it to false to train every parameter"),
     "checkpointing.ft_save_period": ((), "use checkpointing.save_period"),
     "checkpointing.ft_keep_latest_k": ((), "use checkpointing.keep_top_k"),
 }
-"""Pattern of keys -> the values except null that do not change a run, and the fix for any other."""
+"""Allowed values (except null) of the keys that match a pattern, and the fix for other values."""
 
 
 def inert_defaults() -> dict[str, Any]:
-    """Return the defaults of keys that have no effect but that other keys may refer to."""
+    """Return the defaults of keys without effect, so that interpolations in recipes can refer to these keys."""
     return UNUSED | {key: value for key, (value, _) in ONE_VALUE.items()}
 
 
 def drop_ignored_keys(config: DictConfig) -> None:
-    """Remove IGNORED keys from ``config``, before interpolations are resolved, and warn of all keys without effect."""
+    """Remove IGNORED keys from the unresolved ``config`` in place, and warn of all keys without effect.
+
+    Raises UserError for a value that is not in ALLOWED_VALUES.
+    """
     _refuse_other_teacher_temperature(config)
     _own_chat_template(config)
     values = dict(_flat(OmegaConf.to_container(config, resolve=False)))
@@ -110,13 +123,13 @@ def drop_ignored_keys(config: DictConfig) -> None:
 
 
 def drop_inert_keys(tree: dict[str, Any]) -> None:
-    """Remove UNUSED and ONE_VALUE keys from a resolved tree."""
+    """Remove UNUSED and ONE_VALUE keys from the resolved ``tree`` in place."""
     for key in inert_defaults():
         _drop(tree, key.split("."))
 
 
 def _drop(tree: dict[str, Any], path: list[str], prefix: str = "") -> None:
-    """Remove the key at ``path``, and sections on the way that are empty and not in the schema."""
+    """Remove the key at ``path``, and its parent sections if they are then empty and not in the schema."""
     name, *rest = path
     section = tree.get(name)
     if rest and isinstance(section, dict):
@@ -138,28 +151,31 @@ def _check_allowed(config: DictConfig, key: str) -> None:
 
 
 def _refuse_other_teacher_temperature(config: DictConfig) -> None:
-    """NeMo-RL divides the teacher's logits by the teacher's temperature; here both models have the same temperature."""
+    """Raise UserError if the teacher's temperature differs from the student's.
+
+    NeMo-RL divides the logits of each model by that model's temperature. Here both models have the same temperature.
+    """
     teacher = OmegaConf.select(config, "teacher.generation.temperature")
     student = OmegaConf.select(config, "policy.generation.temperature")
     if teacher is not None and teacher != student:
         raise UserError(
             f"teacher.generation.temperature={teacher} differs from policy.generation.temperature={student}, but the "
             "loss divides the logits of both models by the same temperature",
-            "leave it out, or set loss_fn.temperature",
+            "remove it, and set loss_fn.temperature to change the temperature of both models in the loss",
             key="teacher.generation.temperature",
             value=teacher,
         )
 
 
 def _own_chat_template(config: DictConfig) -> None:
-    """Replace ``default``, NeMo-RL's name for the tokenizer's own chat template, by null."""
+    """Replace ``default``, NeMo-RL's value for the tokenizer's own chat template, by null."""
     for key in ("policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"):
         if OmegaConf.select(config, key) == "default":
             OmegaConf.update(config, key, None)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key path, value) of every section, list and value; list indices are part of a path."""
+    """Yield (key path, value) of every section, list and value. List indices are part of the key path."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in entries:
         yield f"{prefix}{name}", value

@@ -1,4 +1,4 @@
-"""Convert plain values to the types of the schema, and describe keys and types in error sentences."""
+"""Convert plain values to the types of the schema; list key paths; describe types in error messages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from distill.config.schema import Config
 from distill.errors import UserError, any_of, show
 
 hints = cache(get_type_hints)
-"""Map from field name to type of a dataclass."""
+"""Function that returns the field types of a dataclass by field name (cached)."""
 
 
 def parse_value(hint: Any, value: Any, key: str) -> Any:
-    """Convert ``value`` to the type ``hint``; raises UserError with ``key``, or a key below it, if it does not fit."""
+    """Convert ``value`` to the type ``hint``.
+
+    Raises UserError for a wrong type or an unknown key; the error names ``key`` or the key below it.
+    """
     options = members(hint)
     if value is None:
         return None if type(None) in options else _refuse_type(key, value, options)
@@ -33,7 +36,7 @@ def parse_value(hint: Any, value: Any, key: str) -> Any:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a union, or the type itself."""
+    """Return the members of a union type, or a tuple that contains only ``hint``."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -55,7 +58,10 @@ def _parse_tuple(hint: Any, value: list[Any] | tuple[Any, ...], key: str) -> tup
 
 
 def _parse_scalar(option: Any, value: Any) -> Any:
-    """Return ``value`` if it fits ``option``, else None. Text is never read as a number, nor a number as a boolean."""
+    """Return ``value`` as the type ``option``, or None if it has another type.
+
+    Text is never converted to a number, and a number is never converted to a boolean.
+    """
     if get_origin(option) is Literal:
         return value if any(type(value) is type(choice) and value == choice for choice in get_args(option)) else None
     if option is float and type(value) in (int, float) and math.isfinite(value):
@@ -69,14 +75,14 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a finite nu
 
 
 def describe(option: Any) -> str:
-    """Return the words for a type in an error sentence."""
+    """Return the description of a type for error messages."""
     origin, items = get_origin(option), get_args(option)
     if origin is Literal:
         return any_of(map(str, items))
     if origin is tuple:
         inner = "sections" if is_dataclass(items[0]) else "texts" if items[0] is str else "numbers"
         return f"a list of {inner}" if items[-1] is Ellipsis else f"a list of {len(items)} {inner}"
-    return _TYPE_NAMES.get(option, "keys with values")
+    return _TYPE_NAMES.get(option, "a section with keys")
 
 
 def _refuse_type(key: str, value: Any, options: tuple[Any, ...]) -> NoReturn:
@@ -87,7 +93,10 @@ def _refuse_type(key: str, value: Any, options: tuple[Any, ...]) -> NoReturn:
 
 
 def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every key path of the schema, sections before their keys; keys of list entries are below the list."""
+    """Yield every key path of the schema, each section before its keys.
+
+    Paths below a list contain no index.
+    """
     for field in fields(cls):
         path = f"{prefix}{field.name}"
         yield path
@@ -96,7 +105,7 @@ def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _section(hint: Any) -> Any:
-    """Return the dataclass that a key holds, alone or in a list; None if the key holds a value."""
+    """Return the dataclass in the type of a section or of a list of sections; None for any other type."""
     for option in members(hint):
         inner = get_args(option)[0] if get_origin(option) is tuple else option
         if is_dataclass(inner):
@@ -105,7 +114,7 @@ def _section(hint: Any) -> Any:
 
 
 def type_of(key: str) -> Any:
-    """Return the type of a key path, or None if the key does not exist; numbers in the path are list indices."""
+    """Return the type of a key path; None if the key does not exist. Numbers in the path are list indices."""
     hint: Any = Config
     for name in key.split("."):
         section = _section(hint)
@@ -117,16 +126,16 @@ def type_of(key: str) -> Any:
 
 
 def unknown_key(key: str) -> UserError:
-    """Build the error for a key that does not exist, with the keys that the user may have meant."""
+    """Return the error for an unknown key; it suggests existing keys with similar names."""
     similar = _similar_keys(key)
     fix = f"did you mean {any_of(similar[:3])}?" if similar else "--help lists every key"
     return UserError(f"unknown key {key}", fix, key=key)
 
 
 def _similar_keys(key: str) -> list[str]:
-    """Return keys of the same name in other sections, or else keys of similar spelling, those of the section first."""
+    """Return key paths with the same name as ``key``, or else with a similar name; prefer the section of ``key``."""
     section, _, name = key.rpartition(".")
-    name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # its name in later versions of NeMo-RL
+    name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # dtensor_cfg has this name in later versions of NeMo-RL
     by_name: dict[str, list[str]] = {}
     for path in key_paths():
         by_name.setdefault(path.rpartition(".")[2], []).append(path)

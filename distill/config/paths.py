@@ -20,7 +20,7 @@ PATH_KEYS = (
     "logger.log_dir",
     "runtime.run_dir",
 )
-"""Keys that hold a path or a hub name."""
+"""Keys with a path or a hub name as value."""
 DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
 """Path keys of each dataset in data.default, data.train and data.validation."""
 
@@ -28,9 +28,9 @@ DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
 def normalize(path: str, key: str) -> str:
     """Expand ``~`` in ``path`` and remove ``.`` parts, repeated slashes and a trailing slash.
 
-    A leading ``./`` is kept if the path does not exist, so that ``./owner/name`` is not taken for a hub name. ``..`` is
-    kept because of symbolic links. Raises UserError with ``key`` for the home folder of an unknown user and for a
-    broken symbolic link.
+    A leading ``./`` is kept if the path does not exist, so that ``./owner/name`` is not read as a hub name. ``..`` is
+    kept, because removing it changes the path's target after a symbolic link. Raises UserError with ``key`` for the
+    home folder of an unknown user and for a broken symbolic link.
     """
     expanded = os.path.expanduser(path)
     dotted = expanded.startswith("./")
@@ -39,7 +39,7 @@ def normalize(path: str, key: str) -> str:
         expanded = f"./{expanded}"
     if os.path.islink(expanded) and not os.path.exists(expanded):
         problem = f"{key}={path} is a symbolic link to {os.readlink(expanded)}, which does not exist"
-        raise UserError(problem, "create it or correct the path", key=key, value=path)
+        raise UserError(problem, "create the target or correct the path", key=key, value=path)
     if expanded.startswith("~"):
         problem = f"{key}={path} starts with the home folder of a user who does not exist on this machine"
         raise UserError(problem, f"write the complete path, or ./{path} for a folder of that name", key=key, value=path)
@@ -47,10 +47,11 @@ def normalize(path: str, key: str) -> str:
 
 
 def normalize_paths(tree: dict[str, Any]) -> None:
-    """Normalize every path of a recipe in place; ``tree`` is resolved and its datasets are filled.
+    """Normalize every path of the resolved configuration ``tree`` in place.
 
-    If the teacher's model or a tokenizer is the student's model under another path (a symbolic link, an absolute path,
-    or the hub name and its folder in the hub's cache), its path becomes the student's: equal models have equal names.
+    The path of the teacher's model or of a tokenizer may lead to the student's model under another name: a symbolic
+    link, an absolute path, or a folder in the hub's cache. It is then replaced by policy.model_name, so that equal
+    models have equal names.
     """
     for key, section, name in _paths(tree):
         section[name] = normalize(section[name], key)
@@ -63,7 +64,7 @@ def normalize_paths(tree: dict[str, Any]) -> None:
 
 
 def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield (key, section that holds it, name in that section) of each path that is set."""
+    """Yield (key path, parent section, name in the parent section) of each path that is set."""
     for key in PATH_KEYS:
         *sections, name = key.split(".")
         holder: Any = tree
@@ -81,7 +82,7 @@ def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def same_place(one: Any, other: Any) -> bool:
-    """Return whether two values of a path key are the same file or folder, or the same hub model."""
+    """Return whether two values of a path key refer to the same file, folder or hub model."""
     if not isinstance(one, str) or not isinstance(other, str):
         return False
     return one == other or _same_file(one, other) or _caches(one, other) or _caches(other, one)
@@ -103,10 +104,10 @@ def _caches(folder: str, name: str) -> bool:
 
 
 def is_path_key(key: str) -> bool:
-    """Return whether ``key`` holds a path."""
+    """Return whether the value of ``key`` is a path or a hub name."""
     return key in PATH_KEYS or (key.startswith("data.") and key.rpartition(".")[2] in DATASET_PATH_KEYS)
 
 
 def same_value(key: str, one: Any, other: Any) -> bool:
-    """Return whether two values of ``key`` are equal, or paths to the same file or folder."""
+    """Return whether two values of ``key`` are equal, or refer to the same file, folder or hub model."""
     return bool(one == other) or (is_path_key(key) and same_place(one, other))

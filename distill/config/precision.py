@@ -1,4 +1,4 @@
-"""Choose the precision of keys set to ``auto``."""
+"""Replace the precision ``auto`` by the dtype that is fast on this machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ PRECISIONS = (("policy", "precision"), ("policy", "generation", "vllm_cfg", "pre
 """Key paths that may be ``auto``."""
 
 BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
-"""torch's names of CPU features with bfloat16 matrix products (x86 and ARM)."""
+"""PyTorch's names of CPU features with bfloat16 matrix multiplication (x86 and ARM)."""
 
 
 def fast_precision() -> str:
     """Return bfloat16 on GPUs and on CPUs with bfloat16 instructions, else float32.
 
-    Without such instructions PyTorch multiplies bfloat16 in plain loops: 9 GFLOP/s per core instead of 76, and 1.2 in
-    the backward pass.
+    Without such instructions, PyTorch multiplies bfloat16 matrices at 9 GFLOP/s per core (1.2 in the backward pass),
+    and float32 matrices at 76 GFLOP/s.
     """
     import torch
 
@@ -26,7 +26,7 @@ def fast_precision() -> str:
 
 
 def resolve_auto_precision(tree: dict[str, Any]) -> None:
-    """Replace each ``auto`` in a resolved tree by the precision that is fast on this machine."""
+    """Replace each ``auto`` in the resolved ``tree`` in place by the dtype that is fast on this machine."""
     for *sections, key in PRECISIONS:
         section: Any = tree
         for name in sections:

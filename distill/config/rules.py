@@ -1,6 +1,6 @@
-"""Ranges of values and rules between keys, checked on the complete Config.
+"""Check a complete Config: ranges of values, and rules between keys.
 
-Rules that need model files, data or ranks are checked in the rooms that read those.
+Rules that need model files, data or ranks are checked by the packages that read these.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ AT_LEAST: dict[int, str] = {
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
+"""Keys by minimum value."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
     policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
@@ -57,11 +58,11 @@ STAGES: dict[str, dict[str, Rule]] = {
         "eta_min": (lambda value: value >= 0, "at least 0"),
     },
 }
-"""Learning rate scheduler -> its arguments and their rules."""
+"""Rules of the arguments of each learning rate scheduler."""
 
 
 def check(config: Config) -> None:
-    """Raise UserError for the first broken rule."""
+    """Raise UserError for the first rule that ``config`` breaks."""
     for rule in (
         _check_ranges,
         _check_batches,
@@ -102,14 +103,14 @@ def _check_batches(config: Config) -> None:
             f"policy.train_global_batch_size={batch} does not divide the {responses} responses of a step "
             f"(distillation.num_prompts_per_step={loop.num_prompts_per_step} * "
             f"distillation.num_generations_per_prompt={loop.num_generations_per_prompt})",
-            "set it to a divisor",
+            f"set it to a divisor of {responses}",
             key="policy.train_global_batch_size",
             value=batch,
         )
     for name, model in (("policy", config.policy), ("teacher", config.teacher)):
         if model.dynamic_batching.enabled and model.sequence_packing.enabled:
             raise UserError(
-                f"{name}.dynamic_batching.enabled=true excludes {name}.sequence_packing.enabled=true",
+                f"{name}.dynamic_batching.enabled=true and {name}.sequence_packing.enabled=true cannot be combined",
                 "set one of them to false",
                 key=f"{name}.dynamic_batching.enabled",
                 value=True,
@@ -137,7 +138,7 @@ def _check_windows(config: Config) -> None:
         raise UserError(
             f"policy.generation.vllm_cfg.precision={generation.engine_precision} differs from "
             f"policy.precision={config.policy.precision}",
-            "leave it out, so that the engine has the student's precision",
+            "remove it, so that the engine uses the student's precision",
             key="policy.generation.vllm_cfg.precision",
             value=generation.engine_precision,
         )
@@ -187,7 +188,8 @@ def _check_groups(config: Config) -> None:
         sizes = any_of(str(policy.group_size * size) for size in range(1, groups + 1) if groups % size == 0)
         raise UserError(
             f"teacher.dtensor_cfg.tensor_parallel_size={teacher.tensor_parallel_size} * context_parallel_size="
-            f"{teacher.context_parallel_size} is not a multiple of the {policy.group_size} ranks of a student's group",
+            f"{teacher.context_parallel_size} is not a multiple of policy.dtensor_cfg.tensor_parallel_size * "
+            f"context_parallel_size={policy.group_size}",
             f"choose sizes with the product {sizes}",
             key="teacher.dtensor_cfg.tensor_parallel_size",
             value=teacher.tensor_parallel_size,
@@ -198,7 +200,7 @@ def _check_groups(config: Config) -> None:
 def _check_node(key: str, size: int, node: int) -> None:
     if node % size:
         raise UserError(
-            f"{key}={size} does not divide the ranks of a node (cluster.gpus_per_node={node})",
+            f"{key}={size} does not divide the number of ranks per node (cluster.gpus_per_node={node})",
             f"set it to {_divisors(node)}",
             key=key,
             value=size,
@@ -220,17 +222,18 @@ def _check_scheduler(config: Config) -> None:
         rules = STAGES[stage.name]
         for name, value in stage.kwargs.items():
             if name not in rules or type(value) not in (int, float):
-                known = f"its arguments are numbers for {', '.join(sorted(rules))}"
-                refuse(f"gives {stage.name} the argument {name}={show(value)}", known, value)
+                known = f"set numbers for {', '.join(sorted(rules))}"
+                refuse(f"has the invalid argument {name}={show(value)} for {stage.name}", known, value)
             holds, rule = rules[name]
             if not (math.isfinite(value) and holds(value)):
-                refuse(f"gives {stage.name} the argument {name}={show(value)}", f"it must be {rule}", value)
+                refuse(f"has {name}={show(value)} out of range for {stage.name}", f"it must be {rule}", value)
         if stage.name.endswith("CosineAnnealingLR") and "T_max" not in stage.kwargs:
-            refuse(f"gives {stage.name} no T_max", "set it to the number of steps until eta_min", None)
+            fix = "set it to the number of steps until the learning rate reaches eta_min"
+            refuse(f"has no T_max for {stage.name}", fix, None)
     if len(milestones) != max(len(stages) - 1, 0) or milestones != sorted(set(milestones)):
         refuse(
             f"has {len(stages)} stages and milestones={milestones}",
-            "give an increasing milestone between each two stages",
+            "write one milestone between each two stages, in increasing order",
             milestones,
         )
 
@@ -250,24 +253,25 @@ def _check_loss(config: Config) -> None:
     if tp > 1 and (loss.support == "student" or k == 0):
         raise UserError(
             f"policy.dtensor_cfg.tensor_parallel_size={tp} splits the student's vocabulary over ranks, but "
-            f"loss_fn.support={loss.support} with distillation.topk_logits_k={k} needs all of it on each rank",
-            "set the size to 1 and use context_parallel_size, or set loss_fn.support=teacher and topk_logits_k above 0",
+            f"loss_fn.support={loss.support} with distillation.topk_logits_k={k} needs the complete vocabulary on each "
+            "rank",
+            "set tensor_parallel_size=1 and use context_parallel_size, or set loss_fn.support=teacher and topk_logits_k"
+            " above 0",
             key="policy.dtensor_cfg.tensor_parallel_size",
             value=tp,
         )
     if loss.kl_type == "sampled" and loss.temperature not in (None, config.policy.generation.temperature):
         raise UserError(
             f"loss_fn.temperature={loss.temperature} differs from policy.generation.temperature="
-            f"{config.policy.generation.temperature}, but loss_fn.kl_type=sampled scores the sampled tokens under the "
-            "distribution that they come from",
-            "leave loss_fn.temperature out",
+            f"{config.policy.generation.temperature}, but loss_fn.kl_type=sampled requires equal temperatures",
+            "remove loss_fn.temperature",
             key="loss_fn.temperature",
             value=loss.temperature,
         )
 
 
 def check_jsd(loss: LossConfig) -> None:
-    """Raise UserError for a Jensen-Shannon divergence that is always 0 or that would need a floor."""
+    """Raise UserError if the Jensen-Shannon divergence is always 0 (jsd_beta), or undefined (outside_topk)."""
     if loss.kl_type != "jsd":
         return
     if not 0 < loss.jsd_beta < 1:
@@ -360,14 +364,15 @@ def _check_data(config: Config) -> None:
     loop, data = config.distillation, config.data
     if not data.train:
         raise UserError(
-            "data.train=null gives no training data",
+            "data.train=null provides no training data",
             "set data.train.dataset_name or data.train.data_path",
             key="data.train",
         )
     if not data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end):
         raise UserError(
-            "data.validation=null gives no held-out data",
-            "name a dataset, or set distillation.val_period=0 and distillation.val_at_start and val_at_end to false",
+            "data.validation=null provides no held-out data",
+            "set data.validation.dataset_name or data.validation.data_path, or disable validation with "
+            "distillation.val_period=0, distillation.val_at_start=false and distillation.val_at_end=false",
             key="data.validation",
         )
     for name, entries in (("data.train", data.train), ("data.validation", data.validation)):
@@ -378,7 +383,7 @@ def _check_data(config: Config) -> None:
 def _check_dataset(key: str, entry: DatasetConfig) -> None:
     if (entry.dataset_name is None) == (entry.data_path is None):
         found = "both dataset_name and data_path" if entry.data_path else "neither dataset_name nor data_path"
-        raise UserError(f"{key} has {found}", "set one of them", key=key)
+        raise UserError(f"{key} has {found}", "set exactly one of them", key=key)
     if entry.repeat < 1:
         raise UserError(
             f"{key}.repeat={entry.repeat} is out of range", "it must be at least 1", f"{key}.repeat", entry.repeat
@@ -408,23 +413,24 @@ def _check_checkpointing(config: Config) -> None:
 
 
 def _check_degenerate(config: Config) -> None:
-    """Refuse runs in which the student cannot learn from the teacher."""
+    """Raise UserError if the student cannot learn from the teacher, unless distillation.allow_degenerate is set."""
     loop, generation = config.distillation, config.policy.generation
     if loop.allow_degenerate:
         return
     if config.teacher.model_name == config.policy.model_name and not loop.context_distillation.enabled:
         raise UserError(
-            f"teacher.model_name={config.teacher.model_name} is the student's model with the same prompts, so there is "
-            "nothing to learn",
-            "choose another teacher, or set distillation.context_distillation.enabled=true, or for a control "
-            "distillation.allow_degenerate=true",
+            f"teacher.model_name={config.teacher.model_name} is the student's model and reads the same prompts, so "
+            "there is nothing to learn",
+            "choose another teacher, set distillation.context_distillation.enabled=true, or set "
+            "distillation.allow_degenerate=true for a control experiment",
             key="teacher.model_name",
             value=config.teacher.model_name,
         )
     if generation.top_p < 1 or generation.top_k is not None:
         name, value = ("top_p", generation.top_p) if generation.top_p < 1 else ("top_k", generation.top_k)
         raise UserError(
-            f"policy.generation.{name}={value} truncates the sampling distribution, but the loss assumes all of it",
+            f"policy.generation.{name}={value} truncates the sampling distribution, but the loss "
+            "assumes the complete distribution",
             "set top_p=1 and top_k=null, or distillation.allow_degenerate=true",
             key=f"policy.generation.{name}",
             value=value,

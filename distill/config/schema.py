@@ -1,7 +1,7 @@
-"""The recipe's keys as frozen dataclasses; the attribute path of a value is its key path.
+"""Configuration keys as frozen dataclasses. The attribute path of a value equals its key path.
 
-``--help`` prints the docstrings. "Default: ..." names the key that a value is derived from if no recipe sets it
-(DERIVED_DEFAULTS in load.py). rules.py has ranges and rules between keys; nemo_compat.py has keys without effect.
+``--help`` prints these docstrings. "Default: KEY" means that the value is derived from KEY if no recipe sets it
+(DERIVED_DEFAULTS in load.py). rules.py checks ranges and rules between keys; nemo_compat.py lists keys without effect.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ Outside = Literal["bucket", "renormalize", "floor"]
 
 @dataclass(frozen=True)
 class TraceExtractorConfig:
-    """Extraction of the trace (a part with reasoning) from a response or from a dataset's column."""
+    """Extraction of the trace (the reasoning) from a response or from a dataset's column."""
 
     type: Literal["think_tag", "full_text"] = "think_tag"
-    """think_tag: the text between the think_tags; full_text: the complete text of a column."""
+    """Part of the text that is the trace. think_tag: the text between the think_tags; full_text: the complete text of
+    the dataset's column."""
     think_tags: tuple[str, str] = ("<think>", "</think>")
     """Tags that open and close a think block, for traces and for grading ([THINK] and [/THINK] for Mistral). If a
     chat template ends the prompt with the opening tag, the response starts inside a think block."""
     selection: Literal["first", "last", "longest"] = "first"
-    """Which of several think blocks to use; longest counts characters and prefers the first of equal blocks."""
+    """Think block to use if a text has several. longest: the block with the most characters, the first in a tie."""
     unclosed_span: Literal["to_end", "ignore"] = "to_end"
-    """Treatment of a think block without closing tag, as in a truncated response. to_end: it extends to the end of the
-    text; ignore: it is not used."""
+    """Treatment of a think block without a closing tag, as in a truncated response. to_end: the block extends to the
+    end of the text; ignore: the block is not used."""
     missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
     """Treatment of a response without a trace. empty: use an empty trace; drop_sample: do not train on the response."""
 
@@ -38,7 +39,7 @@ class StaticTraceConfig:
     """Traces from the dataset."""
 
     answer_column: str | None = None
-    """Column with the traces, by name or dotted path. Every row must have it, with text or null."""
+    """Column with the traces, by name or dotted path. Every row must have this column; its value is a text or null."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,29 @@ class ContextMetricsConfig:
 
 @dataclass(frozen=True)
 class ContextDistillationConfig:
-    """Context distillation: before the response, the teacher reads a template with problem and trace."""
+    """Context distillation: the teacher reads a filled template (problem, trace) in place of the student's prompt."""
 
     enabled: bool = False
-    """Give the teacher teacher_prefix_template instead of the student's prompt."""
+    """Use teacher_prefix_template as the teacher's prefix, in place of the student's prompt."""
     mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
     """The teacher. self_frozen: the student before training; self_ema: a moving average of the student (ema_decay);
     self_live: the current student; frozen: teacher.model_name, any model with the student's tokenizer."""
     ema_decay: float = 0.99
     """Decay of the moving average per step, for mode self_ema."""
     overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
-    """Treatment of prefix and response above teacher.max_total_sequence_length. truncate_trace: cut the end of the
-    trace, and drop the response if it does not fit without a trace; truncate_prefix_only: keep the last tokens of the
-    prefix; truncate_prefix_from_end: keep its first tokens. Responses are never cut."""
+    """Treatment of a teacher prefix that, with the response, exceeds teacher.max_total_sequence_length. truncate_trace:
+    remove the end of the trace, or drop the response if it does not fit without a trace; truncate_prefix_only: keep the
+    last tokens of the prefix; truncate_prefix_from_end: keep the first tokens of the prefix. Responses are never
+    truncated."""
     teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
     """Text for the teacher, with {problem} (the dataset's text, without prompt file) and optionally {trace}. Any other
-    word in braces is refused. Doubled braces become literal braces ({{word}}: {word}); all other braces are literal."""
+    word in braces is an error. Doubled braces become literal braces ({{word}} becomes {word}). All other braces are
+    literal."""
     chat_template: bool = True
     """Use the filled template as a user message in the model's chat template; false: as plain text."""
     trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
-    """Source of the trace. dynamic: the response itself, so that the teacher reads it before scoring it;
-    static_dataset: the column static_trace.answer_column."""
+    """Source of the trace. dynamic: the response, which the teacher then reads before it scores the response;
+    static_dataset: the dataset's column static_trace.answer_column."""
     static_trace: StaticTraceConfig = field(default_factory=StaticTraceConfig)
     """Traces from the dataset, for trace_source static_dataset."""
     trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
@@ -81,13 +84,13 @@ class ContextDistillationConfig:
 
     @property
     def trace_column(self) -> str | None:
-        """Return the dataset's column with the traces, or None if traces do not come from the dataset."""
+        """Return the dataset's column with the traces; None if no dataset provides traces."""
         return self.static_trace.answer_column if self.enabled and self.trace_source == "static_dataset" else None
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """The training loop."""
+    """Settings of the training loop."""
 
     num_prompts_per_step: int = 128
     """Number of prompts per step (P)."""
@@ -100,8 +103,8 @@ class DistillationConfig:
     val_period: int = 20
     """Number of steps between validations; 0: no periodic validation."""
     val_at_start: bool = False
-    """Validate before the first step. If the teacher's context needs no response, also measure the accuracy of the
-    student with the context in its prompt."""
+    """Validate before the first step. If the teacher's context does not depend on a response, also measure the
+    student's accuracy with this context in place of the prompt."""
     val_at_end: bool = False
     """Validate after the last step."""
     max_val_samples: int | None = 512
@@ -113,10 +116,10 @@ class DistillationConfig:
     seed: int = 42
     """Seed of data order, sampling and the assignment of responses to optimizer batches."""
     allow_degenerate: bool = False
-    """Allow runs in which the student cannot learn from the teacher (the same model with the same prompts, truncated
-    sampling), for controls."""
+    """Allow a teacher that is the same model with the same prompts, and truncated sampling (top_p, top_k), for control
+    experiments."""
     context_distillation: ContextDistillationConfig = field(default_factory=ContextDistillationConfig)
-    """Context distillation."""
+    """Settings of context distillation."""
 
 
 @dataclass(frozen=True)
@@ -132,31 +135,32 @@ class LossConfig:
     jsd_beta: float = 0.5
     """b in b KL(teacher || m) + (1 - b) KL(student || m) with m = b teacher + (1 - b) student; between 0 and 1."""
     importance_ratio_cap: float = 2.0
-    """Maximum of a token's importance ratio (trainer's probability / sampler's) in kl_type sampled."""
+    """Maximum importance ratio of a token (probability in training / probability in generation), for kl_type
+    sampled."""
     support: Literal["teacher", "student"] = "teacher"
-    """Model whose distillation.topk_logits_k most likely tokens are compared. With student, the teacher's LM head stays
-    on the GPU during training to score them."""
+    """Model that selects the distillation.topk_logits_k most likely tokens, over which both models are compared. With
+    student, the teacher's LM head stays on the GPU during training, to score these tokens."""
     token_kl_cap: float | None = None
-    """Maximum loss of a token, in nats. The weight of a token above it is reduced, so its gradient stays above zero;
+    """Maximum loss of a token, in nats. A token with a larger loss gets a smaller weight, so its gradient is not zero;
     null: no maximum."""
     zero_outside_topk: bool | None = None
-    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: as outside_topk. The one of the two keys
-    that is set last counts."""
+    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If layers set
+    both keys, the later layer is used."""
     outside_topk: Outside | None = None
-    """Vocabulary outside the top-k. bucket: one more outcome with the summed probability (a lower bound of the full
-    KL); renormalize: ignored, both models are renormalized over the top-k; floor: teacher log-prob -100; null: as
-    zero_outside_topk, or bucket if that is null."""
+    """Treatment of the vocabulary outside the top-k. bucket: one additional outcome with the summed probability, which
+    gives a lower bound of the full KL; renormalize: both models' probabilities are renormalized over the top-k; floor:
+    the teacher's log-prob is -100; null: selected by zero_outside_topk, or bucket if that key is null."""
     temperature: float | None = None
     """Divisor of both models' logits in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the student's logits. bfloat16 is faster, with an error of about 0.02 nats per log-prob. The teacher's
     logits are float32."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """Implementation. auto: Triton kernels on GPUs, PyTorch on CPUs; torch: PyTorch."""
+    """Implementation of the loss. auto: Triton kernels on GPUs, PyTorch on CPUs; torch: PyTorch."""
 
     @property
     def outside(self) -> Outside:
-        """Return the treatment outside the top-k, from outside_topk and zero_outside_topk."""
+        """Return the treatment of the vocabulary outside the top-k, from outside_topk and zero_outside_topk."""
         if self.outside_topk is not None:
             return self.outside_topk
         if self.zero_outside_topk is None:
@@ -169,31 +173,33 @@ class DatasetConfig:
     """One dataset, from the hub or from files. data.default fills the keys that data.train and data.validation omit."""
 
     dataset_name: str | None = None
-    """Known name (DeepScaler, AIME2024) or hub path (openai/gsm8k). Set either this or data_path; the later one
-    counts."""
+    """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path; if layers set
+    both, the later layer is used."""
     data_path: str | None = None
     """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
     input_key: str | None = None
-    """Column with the problem; null: that of the known dataset, or "input"."""
+    """Column with the problem; null: the column for the dataset's short name, or else "input"."""
     output_key: str | None = None
-    """Column with the gold answer; null: that of the known dataset, or "output"."""
+    """Column with the gold answer; null: the column for the dataset's short name, or else "output"."""
     output_pattern: str | None = None
-    """Regular expression that finds the gold answer in its column: the group of the last match, or without a group the
-    text after the last match ("####" for GSM8K); null: that of the known dataset, or the complete column."""
+    """Regular expression that extracts the gold answer from the column output_key: the group of the last match, or
+    without a group the text after the last match ("####" for GSM8K); null: the pattern for the dataset's short name, or
+    else the complete text."""
     subset: str | None = None
     """Configuration of the hub dataset (main for openai/gsm8k)."""
     split: str | None = None
-    """Split; null: that of the known dataset, or train."""
+    """Split or slice (train[:90%]); null: the split for the dataset's short name, or else train."""
     prompt_file: str | None = None
-    """Text file with {} in place of the problem, and braces as in teacher_prefix_template; null: the problem alone."""
+    """Text file with {} in place of the problem; literal braces are written as in teacher_prefix_template. null: the
+    prompt is the problem."""
     system_prompt_file: str | None = None
     """Text file with the system message; null: no system message."""
     env_name: str | None = "math"
-    """Grader of the text after a response's last think block. math: math-verify finds it equal to the gold answer;
-    exact: it equals the gold answer; regex: the gold answer is a regular expression that matches in it; choice: it
-    selects the option, A to J, of the gold answer; null: no grading."""
+    """Grader of a response's final text (after the last think block). math: math-verify compares the text with the gold
+    answer; exact: the text must equal the gold answer; regex: the gold answer is a regular expression that must match
+    in the text; choice: the text must select the option, A to J, of the gold answer; null: no grading."""
     repeat: int = 1
-    """Number of times that an epoch contains the dataset (AIME2024 with 16: 30 problems, 480 responses)."""
+    """Number of copies of the dataset in an epoch (AIME2024 with 16: 30 problems, 480 responses)."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ class DataConfig:
     train: tuple[DatasetConfig, ...] = ()
     """Training data: a dataset, or a list of datasets to concatenate."""
     validation: tuple[DatasetConfig, ...] = ()
-    """Held-out data: a dataset, a list, or null."""
+    """Held-out data: a dataset, a list of datasets, or null."""
 
 
 @dataclass(frozen=True)
@@ -231,30 +237,31 @@ class CheckpointingConfig:
     save_period: int = 10
     """Number of steps between checkpoints. The last step is always saved."""
     checkpoint_must_save_by: str | None = None
-    """Time limit after the start, DD:HH:MM:SS: the run saves before it and exits with code 0; null: no limit."""
+    """Time limit after the start, as DD:HH:MM:SS. The run saves a checkpoint before the limit and exits with code 0;
+    null: no limit."""
     save_consolidated: bool = False
-    """Write a Hugging Face export with every checkpoint; false: only with the last."""
+    """Write a Hugging Face export with every checkpoint; false: only with the last checkpoint."""
     allow_changes: bool = False
     """Resume with other training data, prompts or prompt order: the step number continues, and the change is logged
-    and recorded. false: such a run is refused."""
+    and recorded. false: such a change is an error."""
     save_optimizer: bool = True
     """Save the optimizer state. Without it, a resumed run starts with zero moments and logs a warning."""
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Weights & Biases."""
+    """Settings of Weights & Biases."""
 
     project: str = "distill"
-    """Project."""
+    """Name of the project."""
     name: str | None = None
     """Name of the run; null: the name of the run's folder."""
     entity: str | None = None
     """Team or user; null: the default of the account."""
     group: str | None = None
-    """Group of runs."""
+    """Name of the group of runs; null: no group."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """Mode; null: the environment variable WANDB_MODE."""
+    """Mode; null: the value of the environment variable WANDB_MODE."""
 
 
 @dataclass(frozen=True)
@@ -275,20 +282,20 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Number of ranks, checked at start: one rank per GPU, or one per process on CPUs."""
+    """Number of nodes and ranks, checked at start. On GPUs, each rank has one GPU."""
 
     gpus_per_node: int = 8
-    """Ranks per node."""
+    """Number of ranks per node."""
     num_nodes: int = 1
     """Number of nodes."""
     gpu_memory_gb: float | None = None
-    """Memory of a GPU as in its name (40 for A100-40GB), counted as 98% of that number of GiB. A run that does not fit
-    is refused at start and by --dry-run; null: no check."""
+    """Nominal memory of a GPU in GB (40 for A100-40GB); the forecast uses 98% of this number in GiB. A run that needs
+    more is an error at start and in --dry-run; null: no check."""
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Execution of the program. These keys do not change what a step computes."""
+    """Settings of the execution. These keys do not change the result of a step."""
 
     run_dir: str | None = None
     """Folder of the run; null: the next logger.log_dir/exp_NNN."""
@@ -297,24 +304,26 @@ class RuntimeConfig:
     sync_bucket_mib: int = 512
     """Size in MiB of a bucket of weights in the sync from student to engine."""
     share_prefixes: bool = True
-    """Compute a prompt once for all its responses in a micro-batch. With a token budget, responses to a prompt are
-    placed in the same micro-batch if possible."""
+    """Compute each prompt only once for all of its responses in a micro-batch. With a token budget, responses to the
+    same prompt are placed in the same micro-batch if possible."""
     offload_optimizer: bool = True
     """Keep optimizer moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
     logits_chunk_rows: int | None = None
-    """Number of rows of logits in memory; null: a number that fits a memory budget (2048 rows of 151,936 on CUDA)."""
+    """Maximum number of rows (positions) of logits in memory; null: derived from a memory budget (2048 rows for a
+    vocabulary of 151,936 on CUDA)."""
     phase_timeout_s: int = 1800
-    """Seconds without progress on any rank after which a phase counts as hung and the run ends."""
+    """Timeout in seconds: the run ends if no rank makes progress in a phase for this time."""
     verify_teacher: bool = True
-    """Compare the sharded teacher with the plain model at the first start of a run; reads its checkpoint once more."""
+    """Compare the sharded teacher with the unsharded model at the first start of a run. This reads the teacher's
+    weights a second time."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A complete recipe: parents and overrides merged, interpolations resolved, rules checked."""
+    """Configuration of a run, with parents and overrides merged, interpolations resolved and rules checked."""
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """The training loop."""
+    """Settings of the training loop."""
     loss_fn: LossConfig = field(default_factory=LossConfig)
     """The divergence between teacher and student at every response token."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -328,6 +337,6 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Destinations of metrics."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Number of ranks."""
+    """Number of nodes and ranks."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """Execution of the program."""
+    """Settings of the execution."""

@@ -9,17 +9,17 @@ from distill.errors import UserError, any_of
 
 _TEACHER_KEY = "distillation.context_distillation.teacher_prefix_template"
 _WORD = re.compile(r"\{([A-Za-z_]\w*(?:[.!:\[][^{}]*)?)\}")
-"""A word in braces, with the attribute, index, conversion or format that ``str.format`` allows after it."""
+"""Pattern of a word in braces, with an optional suffix of ``str.format`` (attribute, index, conversion or format)."""
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""Literal braces while a text is split. Unicode reserves both code points for internal use."""
+"""Temporary replacements of literal braces during parsing: code points that Unicode reserves for internal use."""
 
 
 class Template:
-    """A text with placeholders ``{name}``, one for each of ``names`` ("" is ``{}``).
+    """A text with placeholders: ``{name}`` for each of ``names``, or ``{}`` for the name "".
 
-    A word in braces that is not among ``names`` raises UserError. Doubled braces become literal braces: ``{{word}}`` is
-    ``{word}``. All other braces are literal. ``key`` is the configuration key of the text, or of the file ``path`` with
-    the text.
+    Any other word in braces raises UserError. Doubled braces become literal braces: ``{{word}}`` becomes ``{word}``.
+    All other braces are literal. ``key``: the configuration key of the text or of its file, for messages; ``path``: the
+    file, if the text is from a file.
     """
 
     def __init__(self, text: str, names: Sequence[str], key: str, path: str | None = None) -> None:
@@ -38,7 +38,7 @@ class Template:
                     value=word.group() if path is None else path,
                 )
         self._pieces = re.split(rf"\{{({name})\}}", text)
-        """Literal text and names of placeholders in turn."""
+        """Literal texts at even indices, names of placeholders at odd indices."""
         self._pieces[::2] = [literal.replace(_OPEN, "{").replace(_CLOSE, "}") for literal in self._pieces[::2]]
 
     def count(self, name: str) -> int:
@@ -46,17 +46,17 @@ class Template:
         return self._pieces[1::2].count(name)
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """Return the text with each placeholder replaced by its value; braces in values have no meaning."""
+        """Return the text with each placeholder replaced by its value. Braces in values are not interpreted."""
         return "".join(values[piece] if i % 2 else piece for i, piece in enumerate(self._pieces))
 
 
 def teacher_template(text: str) -> Template:
-    """Parse the teacher's template; raises UserError if it has no ``{problem}``."""
+    """Parse the teacher's template. Raises UserError if it does not contain ``{problem}``."""
     template = Template(text, ("problem", "trace"), _TEACHER_KEY)
     if not template.count("problem"):
         raise UserError(
-            f"{_TEACHER_KEY} has no {{problem}}",
-            "add it, or the teacher does not see the problem",
+            f"{_TEACHER_KEY} does not contain {{problem}}",
+            "add it, because otherwise the teacher does not read the problem",
             key=_TEACHER_KEY,
             value=text,
         )

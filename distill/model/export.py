@@ -1,4 +1,4 @@
-"""A Hugging Face folder of the student, written by the main rank from gathered weights."""
+"""Write the student as a Hugging Face folder; the main rank writes the gathered weights."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ _INDEX = "model.safetensors.index.json"
 def export_hf(
     folder: Path, weights: Iterable[tuple[str, Tensor]], files: ExportFiles | None, dtype: torch.dtype
 ) -> None:
-    """Write what ``AutoModelForCausalLM.from_pretrained(folder)`` loads: weights, configuration, tokenizer.
+    """Write a folder for ``AutoModelForCausalLM.from_pretrained``: weights, configuration and tokenizer.
 
-    All ranks call it and drain ``weights`` (a gather). The rank with ``files`` writes; it holds one file's worth of
-    weights, 5 GB, at most. It raises its errors after the gather, in which the other ranks wait.
+    Collective: all ranks iterate over ``weights`` (names and complete tensors), which gathers them. Only the rank whose
+    ``files`` is not None writes; it holds at most one file of weights (5 GiB) in memory. An error of this rank is
+    raised after the gather, so that the other ranks do not wait in it.
     """
-    left = iter(weights)
+    remaining = iter(weights)
     try:
         if files is not None:
-            _write(folder, left, files, dtype)
+            _write(folder, remaining, files, dtype)
     finally:
-        for _ in left:
+        for _ in remaining:
             pass
 
 
 def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFiles, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("model*.safetensors"), folder / _INDEX):  # of an earlier export with other shards
+    for stale in (
+        *folder.glob("model*.safetensors"),
+        folder / _INDEX,
+    ):  # from an earlier export with another number of files
         stale.unlink(missing_ok=True)
     names, nbytes = _write_shards(folder, weights)
     total = len(set(names.values()))
@@ -52,12 +56,12 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFil
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     mode = stat.S_IMODE((folder / _CONFIG).stat().st_mode)
-    for weights_file in renamed.values():  # safetensors gives it mode 0600 under any umask
+    for weights_file in renamed.values():  # safetensors ignores the umask and uses mode 0600
         (folder / weights_file).chmod(mode)
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], int]:
-    """Tensor name -> file, in files of a few GB named by their order, and the bytes of all tensors."""
+    """Write files of at most 5 GiB, numbered in order; return the file of each tensor and the bytes of all tensors."""
     names: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     size = total = 0
@@ -80,5 +84,5 @@ def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> tuple[
     return names, total
 
 
-def _shard_name(place: int, total: int) -> str:
-    return "model.safetensors" if total == 1 else f"model-{place + 1:05d}-of-{total:05d}.safetensors"
+def _shard_name(index: int, total: int) -> str:
+    return "model.safetensors" if total == 1 else f"model-{index + 1:05d}-of-{total:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""The small files of an export: copied from the source models, changed only where training changed something."""
+"""The small files of an export: copies of the source model's files with the changes that the training requires."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from distill.data.files import read_text
 from distill.data.tokenizer import tokenizer_class_misreads
-from distill.errors import UserError
 from distill.model.export_dialects import (
     Json,
     model_config_for_export,
@@ -30,13 +29,13 @@ from distill.model.export_dialects import (
     with_tying,
 )
 from distill.model.hf_files import LICENSE_FILES, ModelFiles
-from distill.model.hf_index import json_object
+from distill.model.hf_index import ModelSetting, json_object
 from distill.model.model_card import model_card
 
 log = logging.getLogger(__name__)
 
 EXPORT_FILES = "export_files"
-"""The folder of a checkpoint that holds them."""
+"""Folder of a checkpoint with the small files of its exports."""
 _HEAD = "lm_head.weight"
 _CONFIG, _GENERATION, _CARD, _TOKENIZER_JSON = "config.json", "generation_config.json", "README.md", "tokenizer.json"
 _TOKENIZER_CONFIG, _SPECIAL_MAP, _TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
@@ -47,35 +46,36 @@ _TOKENIZER = (
     *("tekken.json", _TEMPLATE, *_OTHER_TEMPLATES),
 )
 _FOLDERS = ("additional_chat_templates", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")
-"""Folders of a model whose files are copied, where their names match."""
+"""Patterns of subfolders of a model whose matching files are copied."""
 _MODEL = (_CONFIG, _GENERATION, *LICENSE_FILES)
-_TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
+_SAMPLE_TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True)
 class ExportFiles:
-    """The small files of an export by their path in it."""
+    """The small files of an export."""
 
     contents: Mapping[str, bytes]
+    """Content of each file by its path in the export."""
     tied_as_read: bool
-    """``tie_word_embeddings`` as transformers reads it from this config.json."""
+    """Value of ``tie_word_embeddings`` that transformers reads from this config.json."""
 
     def complete(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """The files of an export that holds ``tensors`` (names) in ``dtype``."""
+        """Return all small files, with a config.json for the tensor names ``tensors`` in ``dtype``."""
         complete = dict(self.contents)
         config = with_dtype(json.loads(complete[_CONFIG]), dtype)
         _put(complete, _CONFIG, with_tying(config, self.tied_as_read, _HEAD not in tensors))
         return complete
 
     def stored(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """``complete``, by the paths that the files have in a checkpoint."""
+        """Return the files of ``complete`` by their paths in a checkpoint."""
         return {f"{EXPORT_FILES}/{name}": content for name, content in self.complete(dtype, tensors).items()}
 
     def with_card(self, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> ExportFiles:
-        """The same files with a model card that describes the training.
+        """Return the files with a model card that describes the training.
 
-        ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: id -> token.
+        ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: tokens by id.
         """
         name = next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
         source = self.contents.get(name, b"").decode("utf-8-sig", errors="replace")
@@ -92,61 +92,67 @@ def read_export_files(
 ) -> ExportFiles:
     """Read the small files of the model ``files`` and of its tokenizer, and edit them for an export.
 
-    ``tokenizer``: as the trainer reads it. ``tokenizer_name``: policy.tokenizer.name. ``stop_token_ids``: those of
-    training; empty leaves the source's. ``chat_template``: the file of the user's own. Reads no weights. Raises
-    UserError for a file that can't be read.
+    ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: policy.tokenizer.name.
+    ``stop_token_ids``: stop ids of the training; if empty, those of the source are kept. ``chat_template``: path of the
+    user's chat template. Reads no weights. Raises UserError for a file that cannot be read.
     """
-    what = f"policy.model_name={files.name}"
+    setting = ModelSetting("policy.model_name", files.name)
     try:
-        tokenizer_files = tokenizer_folder(files, tokenizer_name)
-        contents = _read(files.folder, _MODEL) | _read(tokenizer_files, _TOKENIZER)
+        folder = tokenizer_folder(files, tokenizer_name)
+        contents = _read(files.folder, _MODEL) | _read(folder, _TOKENIZER)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{what} has a file that can't be copied to exports ({error}): make it readable, or download the model"
-            " again"
-        ) from error
-    own_template = None
-    if chat_template is not None:  # an editor's byte order mark would begin every rendered prompt
-        path = os.path.expanduser(chat_template)
-        own_template = read_text(path, "policy.tokenizer.chat_template").removeprefix("\ufeff")
+        problem = f"has a file that cannot be copied to exports ({error})"
+        raise setting.error(problem, "make it readable, or download the model again") from error
+    template = None if chat_template is None else _own_template(chat_template)
     config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-    edited = model_config_for_export(
-        json_object(files.folder / _CONFIG, what), config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
-    )
-    generation = json_object(files.folder / _GENERATION, what) if _GENERATION in contents else None
+    _edit_model_files(contents, files.folder, config, stop_token_ids, setting)
+    if template is not None:
+        contents = {name: content for name, content in contents.items() if not _matches(name, _OTHER_TEMPLATES)}
+        contents[_TEMPLATE] = template.encode()
+    misread = tokenizer_class_misreads(folder)
+    if _TOKENIZER_CONFIG in contents or _TOKENIZER_JSON in contents:
+        source = _object(contents, folder, _TOKENIZER_CONFIG, setting)
+        edited = tokenizer_config_for_export(
+            source,
+            family=config.model_type,
+            has_json=_TOKENIZER_JSON in contents,
+            misread=misread,
+            own_template=template is not None,
+        )
+        if edited.get("tokenizer_class") != source.get("tokenizer_class"):
+            named = _object(contents, folder, _SPECIAL_MAP, setting)
+            special = _special_tokens(json.loads(contents[_TOKENIZER_JSON]), tokenizer)
+            edited = {name: token for name, token in special.items() if name not in named} | edited
+        _put(contents, _TOKENIZER_CONFIG, edited)
+        if source.get("add_bos_token") is True and _TOKENIZER_JSON in contents:
+            _write_bos(contents, tokenizer)
+    if misread and _TOKENIZER_JSON in contents:
+        _warn_if_misread(contents, setting)
+    return ExportFiles(contents, bool(config.tie_word_embeddings))
+
+
+def _own_template(chat_template: str) -> str:
+    """Read the user's chat template without a byte order mark, which would be part of every rendered prompt."""
+    return read_text(os.path.expanduser(chat_template), "policy.tokenizer.chat_template").removeprefix("\ufeff")
+
+
+def _edit_model_files(
+    contents: dict[str, bytes], folder: Path, config: Any, stop_token_ids: Sequence[int], setting: ModelSetting
+) -> None:
+    """Edit config.json and generation_config.json in place; create the latter if it is needed for stop ids."""
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    edited = model_config_for_export(json_object(folder / _CONFIG, setting), config, architecture)
+    generation = json_object(folder / _GENERATION, setting) if _GENERATION in contents else None
     generation, edited = with_stop_ids(generation, edited, stop_token_ids)
     _put(contents, _CONFIG, edited)
     if generation is not None:
         _put(contents, _GENERATION, generation)
-    if own_template is not None:
-        contents = {name: content for name, content in contents.items() if not _matches(name, _OTHER_TEMPLATES)}
-        contents[_TEMPLATE] = own_template.encode()
-    misread = tokenizer_class_misreads(tokenizer_files)
-    if _TOKENIZER_CONFIG in contents or _TOKENIZER_JSON in contents:
-        former = _object(contents, tokenizer_files, _TOKENIZER_CONFIG, what)
-        tokenizer_config = tokenizer_config_for_export(
-            former,
-            family=config.model_type,
-            has_json=_TOKENIZER_JSON in contents,
-            misread=misread,
-            own_template=own_template is not None,
-        )
-        if tokenizer_config.get("tokenizer_class") != former.get("tokenizer_class"):
-            named = _object(contents, tokenizer_files, _SPECIAL_MAP, what)
-            special = _special_tokens(json.loads(contents[_TOKENIZER_JSON]), tokenizer)
-            tokenizer_config = {name: token for name, token in special.items() if name not in named} | tokenizer_config
-        _put(contents, _TOKENIZER_CONFIG, tokenizer_config)
-        if former.get("add_bos_token") is True and _TOKENIZER_JSON in contents:
-            _write_bos(contents, tokenizer)
-    if misread and _TOKENIZER_JSON in contents:
-        _warn_if_misread(contents, what)
-    return ExportFiles(contents, bool(config.tie_word_embeddings))
 
 
 def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
-    """Give tokenizer.json the post-processor of ``tokenizer`` where only that one puts BOS before a text.
+    """Copy the post-processor of ``tokenizer`` to tokenizer.json if only ``tokenizer`` adds BOS to a text.
 
-    No version of transformers applies add_bos_token for the class that exports name.
+    No version of transformers applies add_bos_token for the tokenizer class of exports.
     """
     own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
     if own.encode("a").ids != used.encode("a").ids:
@@ -155,41 +161,41 @@ def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
 
 
 def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
-    """The named special tokens of ``tokenizer``, by its class perhaps, that tokenizer.json has."""
-    there = {entry["content"] for entry in tokenizer_json.get("added_tokens", ())}
+    """Return the named special tokens of ``tokenizer`` (some may come from its class) that tokenizer.json has."""
+    added = {entry["content"] for entry in tokenizer_json.get("added_tokens", ())}
     found = {name: str(getattr(tokenizer, name, None)) for name in _SPECIAL}
-    return {name: token for name, token in found.items() if token in there}
+    return {name: token for name, token in found.items() if token in added}
 
 
-def _warn_if_misread(contents: Mapping[str, bytes], what: str) -> None:
-    """Read the tokenizer of the export back: for some model types transformers ignores the class in the file."""
+def _warn_if_misread(contents: Mapping[str, bytes], setting: ModelSetting) -> None:
+    """Log a warning if AutoTokenizer misreads the exported tokenizer: it ignores the class for some model types."""
     with tempfile.TemporaryDirectory() as folder:
         for name in (_CONFIG, _TOKENIZER_CONFIG, _TOKENIZER_JSON):
             Path(folder, name).write_bytes(contents[name])
         own = Tokenizer.from_file(f"{folder}/{_TOKENIZER_JSON}")
         read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         plain = {"add_special_tokens": False}
-        if any(read.encode(text, **plain) != own.encode(text, **plain).ids for text in _TEXTS):
+        if any(read.encode(text, **plain) != own.encode(text, **plain).ids for text in _SAMPLE_TEXTS):
             log.warning(
-                "%s: AutoTokenizer of transformers %s misreads the tokenizer of exports, as it ignores the class in"
-                " tokenizer_config.json for this type of model: read it with PreTrainedTokenizerFast.from_pretrained",
-                *(what, transformers.__version__),
+                "%s: AutoTokenizer of transformers %s misreads the tokenizer of exports, because it ignores"
+                " tokenizer_class for this model type: load it with PreTrainedTokenizerFast.from_pretrained",
+                *(setting, transformers.__version__),
             )
 
 
-def _object(contents: Mapping[str, bytes], folder: Path, name: str, what: str) -> Json:
-    """The object in the file ``name``; empty where there is no such file."""
-    return json_object(folder / name, what) if name in contents else {}
+def _object(contents: Mapping[str, bytes], folder: Path, name: str, setting: ModelSetting) -> Json:
+    """Return the JSON object in the file ``name``, or an empty object if the file is missing."""
+    return json_object(folder / name, setting) if name in contents else {}
 
 
 def _put(contents: dict[str, bytes], name: str, edited: Json) -> None:
-    """Replace a file's content; one that holds the same object stays as it is, byte for byte."""
+    """Replace the content of a JSON file; keep the bytes of a file that already holds the same object."""
     if name not in contents or json.loads(contents[name]) != edited:
         contents[name] = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles | None:
-    """The small files that a checkpoint with the files ``names`` holds; None for one of an older version."""
+    """Return the small files in a checkpoint with the files ``names``; None for a checkpoint of an older version."""
     prefix = f"{EXPORT_FILES}/"
     contents = {n.removeprefix(prefix): (checkpoint / n).read_bytes() for n in names if n.startswith(prefix)}
     if not contents:
@@ -199,9 +205,9 @@ def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles |
 
 
 def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
-    """The folder of the tokenizer that ``name`` names: that of ``files`` (also for None), another one, or the hub's.
+    """Return the folder of the tokenizer ``name``: a local folder, a download, or that of ``files`` if None.
 
-    From the hub it has the tokenizer and the configurations; no weights are downloaded.
+    The download contains tokenizer and configuration files, no weights.
     """
     if name in (None, files.name):
         return files.folder
@@ -213,7 +219,7 @@ def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
 
 
 def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    """The files of ``folder`` that match, links followed; large files of other kinds are never read."""
+    """Return the content of the files in ``folder`` that match the patterns; symbolic links are followed."""
     return {name: (folder / name).read_bytes() for name in sorted(_names(folder)) if _matches(name, patterns)}
 
 

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model: a folder or a hub name, its tensors, one tensor at a time."""
+"""The files of a Hugging Face model: a local folder or a model of the hub, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.model.hf_index import StoredTensor, check_format, stored_tensors
+from distill.model.hf_index import ModelSetting, StoredTensor, check_format, stored_tensors
 from distill.model.quantized_weights import WeightScale, dequantized, read_quantization, weight_scales
 
 LICENSE_FILES = ("README.md", "*LICEN[CS]E*", "NOTICE*", "*USE_POLICY*", "COPYING*", "*TERMS.*", "*TERMS", "TERMS_OF_*")
-"""The model card and what else a model comes with that exports copy."""
-PLAIN = ("F64", "F32", "F16", "BF16")
-"""Element types, as safetensors names them, that are the weights themselves. F64 is rounded, as transformers does."""
+"""Patterns of the model card and of licence files, which exports copy."""
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+"""Unquantized element types, by their safetensors names. F64 is rounded to the dtype of the parameter."""
 
 
 @dataclass(frozen=True)
@@ -25,30 +25,32 @@ class ModelFiles:
     """A checkpoint on disk."""
 
     name: str
-    """As the user wrote it."""
+    """Folder or hub name, as the user wrote it."""
     folder: Path
     tensors: Mapping[str, StoredTensor]
-    """Every tensor of the files, by the name of the parameter that takes it."""
+    """All tensors of the files, by parameter name."""
     scales: Mapping[str, WeightScale] = field(default_factory=dict)
-    """Of the weights that are stored in FP8."""
+    """Scales of the FP8 weights, by parameter name."""
 
     @property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the safetensors file that holds it."""
+        """Return the safetensors file of each tensor, by parameter name."""
         return {name: stored.file for name, stored in self.tensors.items()}
 
     def tensor(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """One tensor, or one slice of it, in plain floats; never more than that is in memory.
+        """Read one tensor or one slice of it; only this part is held in memory.
 
-        An FP8 weight is dequantized to float32. Raises UserError for any other type that is not a plain float.
+        The result has the dtype of the file; an FP8 weight is dequantized to float32. Raises UserError for any other
+        quantized type.
         """
         stored = self.tensors[name]
         if name in self.scales:
             return dequantized(stored, self.scales[name], slices)
-        if stored.dtype not in PLAIN:
+        if stored.dtype not in FLOAT_TYPES:
             raise UserError(
-                f"the checkpoint {self.name} has {name} in the element type {stored.dtype}, which is no plain float:"
-                " choose one that is not quantized"
+                f"the model {self.name} has the tensor {name} in the unsupported element type {stored.dtype}",
+                "choose an unquantized model",
+                value=self.name,
             )
         with safe_open(stored.file, framework="pt") as file:
             part = file.get_slice(stored.name)
@@ -56,42 +58,40 @@ class ModelFiles:
             return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The complete shape of a tensor, from its file's header."""
+        """Return the complete shape of a tensor, from the header of its file."""
         return self.tensors[name].shape
 
 
 def find_model(name: str, key: str) -> ModelFiles:
-    """The checkpoint that ``key`` names: a folder, or a model of the hub (taken from its cache or fetched).
+    """Find the files of the model ``name``: a local folder, or a model of the hub (cached or downloaded).
 
-    Raises UserError where it is missing, holds no safetensors, or is quantized with a method that is not supported.
+    ``key``: the configuration key that names the model. Raises UserError if the model is missing, has no safetensors
+    files, or is quantized with an unsupported method.
     """
+    setting = ModelSetting(key, name)
     folder = Path(name)
-    if not os.path.isdir(folder):  # unlike Path.is_dir, also false for a name that no file can have
-        folder = _from_hub(name, key)
-    what = f"{key}={name}"
-    check_format(folder, what)
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long for a file
+        folder = _from_hub(setting)
+    check_format(folder, setting)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{what} holds no config.json: give the folder or hub name of a Hugging Face model")
-    tensors = stored_tensors(folder, what)
-    return ModelFiles(name, folder, tensors, weight_scales(tensors, read_quantization(folder, what)))
+        raise setting.error("has no config.json", "give the folder or the hub name of a Hugging Face model")
+    tensors = stored_tensors(folder, setting)
+    return ModelFiles(name, folder, tensors, weight_scales(tensors, read_quantization(folder, setting)))
 
 
-def _from_hub(name: str, key: str) -> Path:
+def _from_hub(setting: ModelSetting) -> Path:
     from huggingface_hub import snapshot_download
 
-    if (
-        name.startswith((".", "/"))
-        or name.count("/") > 1
-        or "/" not in name
-        or name.split("/")[0] in ("models", "runs")
-    ):
-        raise UserError(f"{key}={name} does not exist: give a folder with config.json and safetensors, or a hub name")
+    name = setting.value
+    is_path = name.startswith((".", "/")) or name.split("/")[0] in ("models", "runs")
+    if is_path or name.count("/") != 1:
+        raise setting.error("does not exist", "give a folder with config.json and safetensors files, or a hub name")
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *LICENSE_FILES]
-        others = ["original/*", "consolidated*"]  # the same weights once more, in their makers' own formats
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=others))
-    except Exception as error:  # the hub's client has a dozen kinds; to the user they all mean this
-        raise UserError(
-            f"{key}={name} is no folder, and the hub did not give it ({type(error).__name__}): download it first,"
-            " or give a folder"
+        duplicates = ["original/*", "consolidated*"]  # the same weights in the format of the model's authors
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=duplicates))
+    except Exception as error:  # huggingface_hub raises many types; the fix is the same for all
+        raise setting.error(
+            f"is not a folder, and the download from the hub failed ({type(error).__name__})",
+            "download the model first, or give a folder",
         ) from error

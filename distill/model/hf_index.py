@@ -1,4 +1,4 @@
-"""Find the safetensors files of a checkpoint folder and read their headers; no weight is read here."""
+"""Find the safetensors files of a checkpoint folder and read their headers; no weights are read."""
 
 from __future__ import annotations
 
@@ -18,151 +18,167 @@ log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_OF_THE_BASE_MODEL = re.compile(r"(embed_tokens|layers|norm)\.")
-"""Names as the base model saves them, without the prefix "model." of the causal language model."""
+_BASE_MODEL_NAME = re.compile(r"(embed_tokens|layers|norm)\.")
+"""Beginning of a tensor name that was saved from the base model, without the prefix "model."."""
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """A configuration key and the model that it names; errors and warnings about the model begin with it."""
+
+    key: str
+    value: str
+    """Folder or hub name of the model."""
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}"
+
+    def error(self, problem: str, fix: str) -> UserError:
+        """Return the UserError that this model has ``problem``."""
+        return UserError(f"{self} {problem}", fix, key=self.key, value=self.value)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor by its header in a safetensors file."""
+    """Header of a tensor in a safetensors file."""
 
     file: Path
     name: str
-    """Its name in the file."""
+    """Name of the tensor in the file."""
     dtype: str
-    """As safetensors names it: F32, BF16, F8_E4M3, I32, ..."""
+    """Element type by its safetensors name: F32, BF16, F8_E4M3, I32, ..."""
     shape: tuple[int, ...]
 
 
-def json_object(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file of a model; raises UserError, beginning with ``what``, where it holds none."""
-    return _object(path, what, dict)
+def json_object(path: Path, setting: ModelSetting) -> dict[str, Any]:
+    """Return the JSON object in a file of the model; raise UserError if the file has none."""
+    return _object(path, setting, dict)
 
 
-def _object(path: Path, what: str, pairs: Any) -> dict[str, Any]:
+def _object(path: Path, setting: ModelSetting, pairs: Any) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
     except UserError:  # raised by ``pairs``
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{what} has a {path.name} that can't be read ({reason(error)}): download it again") from error
+        problem = f"has a {path.name} that cannot be read ({reason(error)})"
+        raise setting.error(problem, "download it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{what} has a {path.name} that holds no keys and values: download it again")
+        raise setting.error(f"has a {path.name} without a JSON object", "download it again")
     return found
 
 
-def check_format(folder: Path, what: str) -> None:
-    """Raise UserError, beginning with ``what``, for a folder that holds an adapter or GGUF files and no full model."""
+def check_format(folder: Path, setting: ModelSetting) -> None:
+    """Raise UserError for a folder with an adapter or with GGUF files instead of a complete safetensors model."""
     if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{what} holds an adapter (adapter_config.json), which is not loaded: merge it into its base model"
-            " (PEFT's merge_and_unload), save the merged model and give that folder"
+        raise setting.error(
+            "holds an adapter (adapter_config.json), and adapters are not supported",
+            "merge it into its base model (merge_and_unload of PEFT), save the merged model and give that folder",
         )
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        raise UserError(f"{what} holds GGUF files, which are not read: give the safetensors checkpoint of the model")
+        raise setting.error("holds GGUF files, which are not supported", "give the safetensors version of the model")
 
 
-def stored_tensors(folder: Path, what: str) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in ``folder``, by the name of the parameter that takes it.
+def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTensor]:
+    """Return the headers of all tensors in the checkpoint ``folder``, by parameter name.
 
-    A checkpoint that was saved from the base model has names without "model."; they are completed, as transformers
-    does. Raises UserError, beginning with ``what``, where files are missing, damaged or contradict each other.
+    Names of a checkpoint that was saved from the base model lack "model."; they get this prefix, as in transformers.
+    Raises UserError if files are missing, damaged or inconsistent. Logs a warning for tensors that only the index has.
     """
     tensors: dict[str, StoredTensor] = {}
-    named = _weight_map(folder, what)
-    for file in _files(folder, named, what):
-        for stored in _headers(file, what):
-            name = f"model.{stored.name}" if _OF_THE_BASE_MODEL.match(stored.name) else stored.name
+    named = _weight_map(folder, setting)
+    for file in _files(folder, named, setting):
+        for stored in _headers(file, setting):
+            name = f"model.{stored.name}" if _BASE_MODEL_NAME.match(stored.name) else stored.name
             if name in tensors:
                 first = tensors[name]
                 places = f"{first.name} in {first.file.name} and {stored.name} in {file.name}"
-                raise UserError(
-                    f"{what} holds {name} twice ({places}), so which one counts is not defined: remove the one that is"
-                    " not part of the model, or download it again"
+                raise setting.error(
+                    f"holds the tensor {name} twice ({places})",
+                    "remove the tensor that is not part of the model, or download the model again",
                 )
             tensors[name] = stored
-    there = {(stored.name, stored.file.name) for stored in tensors.values()}
-    absent = sorted(tensor for tensor, file in named.items() if (tensor, file) not in there)
+    present = {(stored.name, stored.file.name) for stored in tensors.values()}
+    absent = sorted(tensor for tensor, file in named.items() if (tensor, file) not in present)
     if absent:
         log.warning(
-            "%s has a %s that names tensors that its files don't hold: %d, such as %s",
-            *(what, _INDEX, len(absent), absent[0]),
+            "%s has a %s with %d tensors that are not in its files, such as %s: they are ignored",
+            *(setting, _INDEX, len(absent), absent[0]),
         )
     return tensors
 
 
-def _files(folder: Path, named: dict[str, str], what: str) -> list[Path]:
-    """The files that transformers would read: one, or those that the index names."""
+def _files(folder: Path, named: dict[str, str], setting: ModelSetting) -> list[Path]:
+    """Return the files that transformers reads: model.safetensors, or the files that the index names."""
     single = folder / _SINGLE
     if not named:
         if single.is_file():
             return [single]
-        raise UserError(f"{what} {_why_no_weights(folder)}")
+        raise _no_weights(folder, setting)
     files = sorted({folder / file for file in named.values()})
     if absent := [file.name for file in files if not file.is_file()]:
-        raise UserError(f"{what} lacks {len(absent)} of its files ({absent[0]}): download it completely")
+        raise setting.error(f"lacks {len(absent)} of its files ({absent[0]})", "download the complete model")
     if single.is_file() and single not in files:
-        raise UserError(
-            f"{what} holds both a {_SINGLE} and a {_INDEX} that names other files, so which weights count is not"
-            " defined: remove the one that is not the model"
+        raise setting.error(
+            f"has both a {_SINGLE} and a {_INDEX} for other files, so its weights are ambiguous",
+            "remove the file that is not part of the model",
         )
     return files
 
 
-def _why_no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, setting: ModelSetting) -> UserError:
     shards = sorted(file.name for file in folder.glob("*.safetensors") if file.is_file())
     if shards:
-        return (
-            f"holds {shards[0]} but neither {_SINGLE} nor {_INDEX}, so which tensors belong to the model is not"
-            " defined: download the missing file"
+        return setting.error(
+            f"holds {shards[0]} but neither {_SINGLE} nor {_INDEX}, so its list of tensors is unknown",
+            "download the missing file",
         )
-    return (
-        "holds no safetensors, and pickled weights are never read, as they can run code: convert them where you trust"
-        " them with save_pretrained(safe_serialization=True)"
+    return setting.error(
+        "has no safetensors files, and pickled weights are not supported because they can execute code",
+        "convert weights that you trust with save_pretrained(safe_serialization=True)",
     )
 
 
-def _weight_map(folder: Path, what: str) -> dict[str, str]:
-    """Tensor -> file name, from the index; empty without an index, and for a stale one beside a single file."""
+def _weight_map(folder: Path, setting: ModelSetting) -> dict[str, str]:
+    """Return the file name of each tensor from the index; empty without an index, and for a stale index."""
     index = folder / _INDEX
     if not index.is_file():
         return {}
-    named = _object(index, what, _each_key_once(index, what)).get("weight_map")
+    named = _object(index, setting, _unique_keys(index, setting)).get("weight_map")
     valid = isinstance(named, dict) and all(
         isinstance(file, str) and file.endswith(".safetensors") and "/" not in file for file in named.values()
     )
     if not valid or not named:
-        raise UserError(
-            f"{what} has a {index.name} without a weight_map from tensors to safetensors files beside it:"
-            " download it again"
+        raise setting.error(
+            f"has a {index.name} without a valid weight_map (tensor names to safetensors files in the same folder)",
+            "download it again",
         )
     if (folder / _SINGLE).is_file() and not any((folder / file).is_file() for file in named.values()):
-        log.warning("%s has a stale %s, none of whose files exist: %s is read", what, _INDEX, _SINGLE)
+        log.warning("%s has a stale %s, none of its files exists: %s is read instead", setting, _INDEX, _SINGLE)
         return {}
     return dict(named)
 
 
-def _each_key_once(index: Path, what: str) -> Any:
-    """Python's JSON reader keeps the last of two equal keys without a message; an index must not name two files."""
+def _unique_keys(index: Path, setting: ModelSetting) -> Any:
+    """Return a hook for ``json.loads`` that refuses duplicate keys, of which Python silently keeps the last."""
 
     def pairs(found: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in found:
             if key in made and made[key] != value:
-                raise UserError(
-                    f"{what} has a {index.name} that names {key} twice, in {made[key]} and {value}: download it again"
-                )
+                problem = f"has a {index.name} that places {key} in two files, {made[key]} and {value}"
+                raise setting.error(problem, "download it again")
             made[key] = value
         return made
 
     return pairs
 
 
-def _headers(file: Path, what: str) -> list[StoredTensor]:
-    """The tensors of a safetensors file; opening it also checks that the file has the length that its header gives."""
+def _headers(file: Path, setting: ModelSetting) -> list[StoredTensor]:
+    """Return the headers of a safetensors file; opening it also compares the length of the file with its header."""
     try:
         with safe_open(file, framework="pt") as opened:
             parts = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118 (it is no dict)
             return [StoredTensor(file, name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts]
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{what} has a damaged {file.name} ({reason(error)}): download it again") from error
+        raise setting.error(f"has a damaged {file.name} ({reason(error)})", "download it again") from error

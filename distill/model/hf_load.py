@@ -1,4 +1,4 @@
-"""From a name or a folder to a model: files, configuration, weights slice by slice."""
+"""Build a Hugging Face model without storage, allocate it, and load each rank's slices of the weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from distill.errors import UserError
 from distill.model.dtensor import local_shard
 from distill.model.hf_files import ModelFiles
-from distill.model.hf_index import json_object as json_object
+from distill.model.hf_index import ModelSetting
 from distill.supervise.progress import heartbeat
 
 
 def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without storage: shapes and modules only."""
+    """Build a model on the meta device: modules and shapes without storage."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model.tie_weights()
@@ -26,12 +25,12 @@ def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedMod
 
 
 def manifest_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of a model's parameters, a tied one once: what every sync must bring."""
+    """Return the shape of each parameter by name, a tied parameter once: the tensors of every sync."""
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a meta model (sharded or not) uninitialised storage on ``device``; tied parameters stay tied."""
+    """Allocate uninitialized storage on ``device`` for a meta model, sharded or not; tied parameters stay tied."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -46,56 +45,61 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Recompute the buffers that no checkpoint holds (rotary frequencies, the scale of Gemma's embeddings) on
-    ``device``, by the model's own means; parameters stay as they are.
+    """Recompute the buffers that no checkpoint holds with the model's own initialization; keep the parameters.
+
+    Such buffers are rotary frequencies and the scale of Gemma's embeddings. ``device``: device of the buffers.
     """
     with torch.no_grad():
         for module in model.modules():
             if any(name in module._non_persistent_buffers_set for name, _ in module.named_buffers(recurse=False)):
                 for parameter in module.parameters(recurse=False):
-                    parameter._is_hf_initialized = True  # else it would be drawn anew
+                    parameter._is_hf_initialized = True  # otherwise _init_weights would overwrite it
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = torch.empty_like(buffer, device=device)
                 model._init_weights(module)
 
 
 def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, key: str = "model_name") -> None:
-    """Fill parameters from the checkpoint, each rank reading its own slices only; no rank holds a whole model.
+    """Copy weights of the checkpoint into ``parameters``; each rank reads only its own slices, without a collective.
 
-    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or whole, of any floating dtype; ``key`` is the
-    configuration key that names the checkpoint. Raises UserError where the checkpoint lacks one, has another shape, or
-    holds numbers that are not finite.
+    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or complete, of any floating dtype. ``key``: the
+    configuration key that names the checkpoint. Raises UserError for a missing tensor, a different shape, and values
+    that are not finite.
     """
+    setting = ModelSetting(key, files.name)
     with torch.no_grad():
         for name, parameter in parameters:
             heartbeat()
             if name not in files.tensors:
-                raise UserError(f"the checkpoint {files.name} lacks the tensor {name}: it is not a whole model")
+                raise setting.error(f"lacks the tensor {name}", "download the complete model")
             if (shape := files.shape(name)) != tuple(parameter.shape):
-                raise UserError(
-                    f"the checkpoint {files.name} has {name} of another shape than its config.json says"
-                    f" ({shape} against {tuple(parameter.shape)}): the files don't belong together"
+                raise setting.error(
+                    f"has {name} with the shape {shape}, but its config.json defines {tuple(parameter.shape)}",
+                    "download all of its files again",
                 )
             local = local_shard(parameter)
             if local.numel() > 0:
                 local.copy_(files.tensor(name, local_slices(parameter)))
                 if not _is_finite(local):
-                    raise UserError(
-                        f"{key}={files.name} holds nan or infinite numbers in {name} (as {local.dtype}): download it"
-                        " again, or choose another checkpoint"
+                    raise setting.error(
+                        f"has NaN or infinite values in {name} (as {local.dtype})",
+                        "download it again, or choose another model",
                     )
 
 
-_CHECKED = 2**22
-"""Elements that are compared with infinity at a time: the comparison needs as much memory as they do."""
+_CHECK_CHUNK = 2**22
+"""Number of elements per check for finite values, which limits the memory of its temporary result."""
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), _CHECKED))
+    return all(bool(part.isfinite().all()) for part in torch.split(tensor.flatten(), _CHECK_CHUNK))
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """What of the whole tensor this rank has. The mesh's inner axes (tp) split it first, then FSDP's split the part."""
+    """Return this rank's slices of the complete tensor.
+
+    The inner axes of the mesh (tp) divide the tensor first; the FSDP axes divide the resulting part.
+    """
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, length) for length in parameter.shape)
     begins, lengths = [0] * parameter.ndim, list(parameter.shape)
@@ -112,14 +116,14 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def chunk_of(length: int, parts: int, number: int) -> tuple[int, int]:
-    """Where torch.chunk's part ``number`` begins and how long it is: equal parts, the last ones shorter or empty."""
+    """Return begin and length of part ``number`` as torch.chunk divides: equal parts, the last shorter or empty."""
     size = -(-length // parts)
     begin = min(length, number * size)
     return begin, min(size, length - begin)
 
 
 def causal_lm_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    """The body that makes hidden states and the head that makes logits of them."""
+    """Return the body (token ids to hidden states) and the LM head (hidden states to logits) of a model."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear) and head.bias is None, type(head)
     return model.base_model, head

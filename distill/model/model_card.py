@@ -1,4 +1,4 @@
-"""The model card of an export: the source's own, and a section that describes the training."""
+"""The model card of an export: the card of the source model and a section about the training."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 
 _TITLE = "## On-policy distillation"
 _TEACHERS = {
-    "self_frozen": "the student itself, as it was at the start, with more context",
-    "self_ema": "an average of the student's own weights, with more context",
-    "self_live": "the student itself, with more context",
+    "self_frozen": "the initial student, with additional context",
+    "self_ema": "a moving average (EMA) of the student's weights, with additional context",
+    "self_live": "the current student, with additional context",
 }
 
 
 def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> str:
-    """README.md of an export: ``source`` (empty: a short card with front matter), then how the model was trained.
+    """Return the README.md of an export: the source's card, then a section about the training.
 
-    ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: id -> token. The model licence and the front
-    matter of ``source`` stay.
+    ``source``: text of the source's card, which is kept with its front matter and licence; if empty, a short card with
+    front matter is created. ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: tokens by id.
     """
     windows = "\r\n" in source
     begin = _with_closed_fence(source.replace("\r\n", "\n").rstrip()) or _front_matter(recipe)
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(recipe, step, stop_tokens))
     card = (
         f"{begin}\n\n{_TITLE}\n\n"
-        "The student model was trained on its own responses: the teacher's probabilities of each response token were"
-        " the target.\n\n"
+        "The student model was trained on its own responses. The targets were the teacher's probabilities at each"
+        " response token.\n\n"
         f"| setting | value |\n|---|---|\n{rows}\n\n"
-        "`generation_config.json` holds the stop tokens of the training. The sampling settings of the training are in"
-        " this table only.\n"
+        "`generation_config.json` contains the stop tokens of the training. Its other settings are those of the"
+        " source model; this table lists those of the training.\n"
     )
     return card.replace("\n", "\r\n") if windows else card
 
 
 def _with_closed_fence(text: str) -> str:
-    """``text`` with the end of a code block that is still open after it: the section would become code."""
+    """Close a code block that is still open at the end of ``text``; a following section would be part of it."""
     fence = ""
     for mark, rest in re.findall(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.MULTILINE):
         if not fence:
@@ -49,9 +49,9 @@ def _with_closed_fence(text: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """A model's hub name, or the last part of a folder's path: a card shows no path of the machine.
+    """Return a model's hub name, or the last part of its folder, so that a card shows no local path.
 
-    A folder of the hub's cache, whose last part is a hash, gives the hub name.
+    For a folder of the hub's cache, whose last part is a hash, return the hub name.
     """
     expanded = os.path.expanduser(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(expanded)
@@ -85,12 +85,12 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
     yield "precision", f"{policy['precision']} compute, float32 master weights"
     yield "sampling temperature", f"{sampling['temperature']:g}"
     yield "sampling top_p, top_k", f"{sampling['top_p']:g}, {sampling['top_k'] or 'off'}"
-    yield "longest response", f"{sampling['max_new_tokens']} tokens"
+    yield "maximum response length", f"{sampling['max_new_tokens']} tokens"
     yield "stop tokens", ", ".join(f"{_code(token)} ({id_})" for id_, token in stop_tokens.items()) or "none"
 
 
 def _code(text: str) -> str:
-    """Text as inline code, whose marks are longer than any that it holds."""
+    """Return ``text`` as inline code, with delimiters longer than any backticks in it."""
     if "`" not in text:
         return f"`{text}`"
     mark = "`" * (1 + max(map(len, re.findall("`+", text))))

@@ -1,4 +1,4 @@
-"""Account for every tensor of a checkpoint before any weight is loaded, from the headers of its files alone."""
+"""Account for all tensors of a checkpoint before weights are loaded; only the headers of the files are read."""
 
 from __future__ import annotations
 
@@ -10,99 +10,98 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distill.errors import UserError
-from distill.model.hf_files import PLAIN, ModelFiles
+from distill.model.hf_files import FLOAT_TYPES, ModelFiles
+from distill.model.hf_index import ModelSetting
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.quantized_weights import FP8, read_quantization, scale_of
 
 log = logging.getLogger(__name__)
 
-_OF_ACTIVATIONS = re.compile(
+_ACTIVATION_SCALE = re.compile(
     r"(^|[._])(input|output|activation|act|input_activation|k|v|q|kv|qkv|prob|attn|softmax)_(scale|zero_point)(_ub)?$"
 )
-"""Scales of activations and of the KV cache: they don't change what a weight is."""
+"""Scales of activations and of the KV cache, which do not change the weights."""
 _PART_OF_A_WEIGHT = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_\d|scale_and_zero|zeros?|zero_points?|qweight|qzeros|qscales|g_idx|packed|shape"
     r"|global_scale|blocks|codes|codebooks?|absmax|quant_map|nested_\w+|quant_state\S*|SCB|CB|weight_format|bitmask"
     r"|compressed|row_offsets|amax|meta|outliers?\w*|weight_[guv]|original\d|lora_\S+|lokr_\S+|hada_\S+|base_layer\S*"
     r"|magnitude\S*|smooth\w*)$"
 )
-"""Ends of names whose tensor, beside a weight, shows that the weight is not stored as the number that it is."""
+"""Ends of tensor names that show that a weight of the same module is stored quantized, packed or as an adapter."""
 
 
 def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
     """Compare the tensors of a checkpoint with the parameters of the model that ``config`` describes.
 
-    Raises UserError, naming ``key`` and the tensor, where one is missing, has another shape or an element type that
-    does not define its numbers, or where a tensor shows that weights are stored in another form. Logs a warning that
-    names the tensors that no parameter takes; those that transformers drops without a message get none. Reads headers
-    only; no collective.
+    Raises UserError for a missing tensor, a different shape, an unsupported element type, and a tensor that shows that
+    weights are quantized or packed. Logs a warning for tensors without a parameter, except those that transformers
+    ignores silently. Reads headers only, without a collective.
     """
-    what = f"{key}={files.name}"
+    setting = ModelSetting(key, files.name)
     model = meta_model(config, "eager", torch.float32)
     needed = manifest_of(model)
     if missing := sorted(needed.keys() - files.tensors.keys()):
-        others = sorted(files.tensors.keys() - needed.keys())
-        raise UserError(
-            f"{what} lacks {_listed(missing)} of the {len(needed)} that its config.json describes"
-            f"{f', and holds {_listed(others)} that it does not describe' if others else ''}: download it again, or"
-            " choose a complete checkpoint of this model"
+        extra = sorted(files.tensors.keys() - needed.keys())
+        raise setting.error(
+            f"lacks {_listed(missing)} of the {len(needed)} that its config.json defines"
+            f"{f', and holds {_listed(extra)} that it does not define' if extra else ''}",
+            "download it again, or choose a complete checkpoint of this model",
         )
     for name, shape in needed.items():
         if files.shape(name) != tuple(shape):
-            raise UserError(
-                f"{what} has {name} of another shape than its config.json describes ({files.shape(name)} and"
-                f" {tuple(shape)}): the files don't belong together, so download it again"
+            raise setting.error(
+                f"has {name} with the shape {files.shape(name)}, but its config.json defines {tuple(shape)}",
+                "download all of its files again",
             )
-    _check_types(files, needed, what)
-    _check_others(files, model, needed, what)
-    _report_quantization(files, needed, key)
+    _check_types(files, needed, setting)
+    _check_unused(files, model, needed, setting)
+    _report_quantization(files, needed, setting)
 
 
-def _check_types(files: ModelFiles, needed: Collection[str], what: str) -> None:
+def _check_types(files: ModelFiles, needed: Collection[str], setting: ModelSetting) -> None:
     for name in needed:
         stored = files.tensors[name]
-        if stored.dtype in PLAIN or name in files.scales:
+        if stored.dtype in FLOAT_TYPES or name in files.scales:
             continue
         if stored.dtype not in FP8:
-            raise UserError(
-                f"{what} has {name} in the element type {stored.dtype}, which is no plain float: choose the unquantised"
-                " original of the model"
+            raise setting.error(
+                f"has {name} in the unsupported element type {stored.dtype}",
+                "choose the unquantized original of the model",
             )
-        why = scale_of(name, files.tensors, read_quantization(files.folder, what))
-        raise UserError(
-            f"{what} has {name} in FP8 ({stored.dtype}), and its values are not defined, as {why}: download it again,"
-            " or choose the unquantised original of the model"
+        why = scale_of(name, files.tensors, read_quantization(files.folder, setting))
+        raise setting.error(
+            f"has {name} in FP8 ({stored.dtype}) with undefined values, because {why}",
+            "download it again, or choose the unquantized original of the model",
         )
 
 
-def _check_others(files: ModelFiles, model: PreTrainedModel, needed: Collection[str], what: str) -> None:
-    """The tensors that are no parameter: ignored by name, refused, or named in a warning."""
+def _check_unused(files: ModelFiles, model: PreTrainedModel, needed: Collection[str], setting: ModelSetting) -> None:
+    """Check the tensors without a parameter: ignore them, raise UserError, or log a warning."""
     used = {scale.stored.name for scale in files.scales.values()}
     left = [name for name, stored in files.tensors.items() if name not in needed and stored.name not in used]
     dropped = _dropped_silently(model)
-    left = [name for name in left if not _OF_ACTIVATIONS.search(name) and not dropped(name)]
+    left = [name for name in left if not _ACTIVATION_SCALE.search(name) and not dropped(name)]
     modules = {name.rpartition(".")[0] for name in needed}
     if parts := sorted(name for name in left if _PART_OF_A_WEIGHT.search(name) and _within(name, modules)):
-        raise UserError(
-            f"{what} holds {_listed(parts)}, which shows that weights are stored in another form than plain floats and"
-            " that no supported quantization defines it: choose the unquantised original of the model"
+        raise setting.error(
+            f"holds {_listed(parts)}, so its weights are quantized or packed in an unsupported format",
+            "choose the unquantized original of the model",
         )
     if left:
         log.warning(
-            "%s holds %s that no parameter of its model takes: transformers ignores such tensors, and so does this run",
-            *(what, _listed(sorted(left))),
+            "%s holds %s without a parameter in its model: transformers ignores such tensors, and so does this run",
+            *(setting, _listed(sorted(left))),
         )
 
 
 def _within(name: str, modules: Collection[str]) -> bool:
-    """Whether a tensor belongs to a module with parameters, at any depth: q_proj.weight.absmax."""
+    """Return whether a tensor belongs to a module with parameters at any depth, as q_proj.weight.absmax does."""
     parts = name.split(".")
     return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
 def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Whether transformers' ``from_pretrained`` leaves the tensor of a name out without a message."""
+    """Return a predicate: whether ``from_pretrained`` silently ignores the tensor of a name."""
     tied = tied_names(model)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]
@@ -114,36 +113,36 @@ def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of parameters that are another parameter of the model: the head of a model with a tied head."""
+    """Return the names of parameters that are tied to another parameter, such as a tied head."""
     every = dict(model.named_parameters(remove_duplicate=False))
     return every.keys() - dict(model.named_parameters()).keys()
 
 
-def _report_quantization(files: ModelFiles, needed: Collection[str], key: str) -> None:
-    quantization = read_quantization(files.folder, f"{key}={files.name}")
-    number = sum(name in files.scales for name in needed)
+def _report_quantization(files: ModelFiles, needed: Collection[str], setting: ModelSetting) -> None:
+    quantization = read_quantization(files.folder, setting)
+    count = sum(name in files.scales for name in needed)
     if quantization is None:
         return
-    if not number:
+    if not count:
         log.warning(
-            "%s=%s declares the quantization %s, but its weights are stored as plain floats: they are used as stored",
-            *(key, files.name, quantization.method),
+            "%s declares the quantization %s, but its weights are not quantized: they are used as stored",
+            *(setting, quantization.method),
         )
-    elif key.startswith("policy."):
+    elif setting.key.startswith("policy."):
         log.warning(
-            "%s=%s is an FP8 checkpoint (%s): its %d quantized weights are dequantized and trained in plain floats, so"
-            " the unquantised original is the better start, and exports are in plain floats",
-            *(key, files.name, quantization.method, number),
+            "%s is an FP8 checkpoint (%s): its %d quantized weights are dequantized, trained and exported unquantized;"
+            " start from the unquantized original if you can",
+            *(setting, quantization.method, count),
         )
     else:
         log.info(
-            "%s=%s is an FP8 checkpoint (%s): its %d quantized weights are dequantized",
-            *(key, files.name, quantization.method, number),
+            "%s is an FP8 checkpoint (%s): its %d quantized weights are dequantized",
+            *(setting, quantization.method, count),
         )
 
 
 def _listed(names: Iterable[str]) -> str:
-    """How many tensors, and the first three by name."""
+    """Return the number of tensors and the names of the first three."""
     names = list(names)
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(names[:3])}{more})"

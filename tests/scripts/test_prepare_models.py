@@ -1,4 +1,4 @@
-"""The pruned student and its folder."""
+"""Tests of the pruned student model and its folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tests.helpers import save_tiny_model
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> Any:
-    folder = save_tiny_model(tmp_path / "whole", "qwen3", layers=4)
+def complete(tmp_path: Path) -> Any:
+    folder = save_tiny_model(tmp_path / "complete", "qwen3", layers=4)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def test_a_pruned_model_is_the_whole_one_with_layers_left_out(whole: Any, tmp_path: Path) -> None:
+def test_a_pruned_model_equals_the_complete_model_with_skipped_layers(complete: Any, tmp_path: Path) -> None:
     ids = torch.tensor([[5, 7, 11, 13, 17]])
-    pruned = prune_layers(whole, (1, 2))
+    pruned = prune_layers(complete, (1, 2))
     pruned.save_pretrained(tmp_path / "pruned")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32).eval()
-    for skipped in (1, 2):  # by hand: the hidden states pass the layer unchanged
-        whole.model.layers[skipped].forward = lambda hidden, *args, **kwargs: hidden
+    for skipped in (1, 2):  # expected: the hidden states pass the layer unchanged
+        complete.model.layers[skipped].forward = lambda hidden, *args, **kwargs: hidden
     with torch.inference_mode():
-        expected = whole(ids, use_cache=False).logits
+        expected = complete(ids, use_cache=False).logits
         assert torch.equal(reloaded(ids, use_cache=False).logits, expected)
         assert torch.equal(pruned(ids, use_cache=True).logits, expected)  # the cache counts layers by their index
     assert reloaded.config.num_hidden_layers == len(reloaded.config.layer_types) == 2
@@ -35,13 +35,13 @@ def test_a_pruned_model_is_the_whole_one_with_layers_left_out(whole: Any, tmp_pa
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
 
 
-def test_pruning_leaves_the_whole_model_as_it_was(whole: Any) -> None:
-    prune_layers(whole, (0, 3))
-    assert whole.config.num_hidden_layers == len(whole.model.layers) == len(whole.config.layer_types) == 4
-    assert [layer.self_attn.layer_idx for layer in whole.model.layers] == [0, 1, 2, 3]
+def test_pruning_does_not_change_the_complete_model(complete: Any) -> None:
+    prune_layers(complete, (0, 3))
+    assert complete.config.num_hidden_layers == len(complete.model.layers) == len(complete.config.layer_types) == 4
+    assert [layer.self_attn.layer_idx for layer in complete.model.layers] == [0, 1, 2, 3]
 
 
-def test_a_conversion_that_fails_leaves_nothing_behind(whole: Any, tmp_path: Path) -> None:
+def test_a_failed_conversion_leaves_no_files(complete: Any, tmp_path: Path) -> None:
     class NoTokenizer:
         bos_token_id = eos_token_id = pad_token_id = 0
 
@@ -52,5 +52,5 @@ def test_a_conversion_that_fails_leaves_nothing_behind(whole: Any, tmp_path: Pat
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        save_folder(tmp_path / "models" / "tiny", whole, NoTokenizer())
+        save_folder(tmp_path / "models" / "tiny", complete, NoTokenizer())
     assert list((tmp_path / "models").iterdir()) == []
