@@ -67,9 +67,9 @@ def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, li
     """Pack sequences into rounds of one bin per rank; return the sequence ids by round and rank.
 
     ``tokens`` and ``cost`` map sequence ids to numbers of tokens and to costs. A bin is a micro-batch within
-    ``limits``; it may be empty, and a sequence that exceeds the limits gets a bin to itself. All ranks wait for the slowest bin of each round, so the function minimises the sum
-    over rounds of the largest bin cost. The search is heuristic. Two strategies propose assignments; both place the
-    most expensive sequences first:
+    ``limits``. It may be empty, and a sequence that exceeds the limits gets a bin to itself. All ranks wait for the
+    slowest bin of each round, so the function minimises the sum over rounds of the largest bin cost. The search is
+    heuristic. Two strategies propose assignments; both place the most expensive sequences first:
 
     - Fill all rounds together: each sequence goes to the cheapest bin. This is best if the limits leave room.
     - Fill one round after the other: each sequence goes to the most expensive bin of the round whose cost stays within
