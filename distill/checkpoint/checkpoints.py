@@ -60,7 +60,7 @@ class Found:
 
     path: Path
     info: dict[str, Any]
-    """Argument ``info`` of ``save``, with the checksums in ``files`` and values of ``record_metrics`` in ``metrics``."""
+    """Argument ``info`` of ``save``, plus checksums in ``files`` and values of ``record_metrics`` in ``metrics``."""
     history: list[dict[str, float | None]]
     """Rows of the run's metrics.jsonl up to the checkpoint; empty except on the main rank."""
 
@@ -189,7 +189,9 @@ class Checkpoints:
                     renamed = self._dir / f"{_DAMAGED}{name}"
                     shutil.rmtree(renamed, ignore_errors=True)
                     (self._dir / name).rename(renamed)
-                    log.warning("checkpoint %s is damaged (%s): renamed to %s; resuming from %s", name, reason, renamed, intact)
+                    log.warning(
+                        "checkpoint %s is damaged (%s): renamed to %s; resuming from %s", name, reason, renamed, intact
+                    )
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Load a checkpoint into ``tensors`` in place; collective.
@@ -380,7 +382,9 @@ class Checkpoints:
         metrics = {path: info.get("metrics", {}).get(self._metric) for path, info in infos.items()}
         if self._metric and any(value is not None for value in metrics.values()):
             for path in [p for p in list(metrics)[:-1] if metrics[p] is None]:
-                self._warn_once(f"checkpoint {path} ranks last, because {self._config.metric_name} was not measured for it")
+                self._warn_once(
+                    f"checkpoint {path} ranks last, because {self._config.metric_name} was not measured for it"
+                )
         for old in to_drop(metrics, self._config.keep_top_k, self._config.higher_is_better):
             try:
                 self._remove(old)
@@ -424,8 +428,8 @@ def _wait_for_file(file: Path) -> bool:
 def _read_failed(path: Path, error: CheckpointError, on_rank: str = "") -> RunFailed:
     fix = "restart once the file system responds" if error.retryable else "fix the cause"
     return RunFailed(
-        f"checkpoint {path} cannot be read{on_rank} ({error.reason}): {fix}, or move this directory away to resume from"
-        " the previous checkpoint",
+        f"in checkpoint {path}, {error.reason}{on_rank}: {fix}, or move this directory away to resume from the previous"
+        " checkpoint",
         retryable=error.retryable,
     )
 

@@ -48,7 +48,9 @@ class DirectoryLock:
                 log.warning("%s=%s is in use by %s: waiting up to %g s for it to exit", key, folder, owner, WAIT_S)
             elif time.monotonic() - start >= WAIT_S:
                 if _is_earlier_start(owner):
-                    log.warning("%s has ended, but its lock remains: this start of the Slurm job takes over the lock", owner)
+                    log.warning(
+                        "%s has ended, but its lock remains: this start of the Slurm job takes over the lock", owner
+                    )
                     break
                 raise UserError(
                     f"{key}={folder} is in use by another run ({owner})",

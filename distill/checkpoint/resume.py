@@ -39,7 +39,9 @@ def log_clock(clock: RunClock, found: Found | None) -> None:
     if not clock.was_read:
         return
     if found is not None and _CLOCK not in found.info:
-        log.warning("chat templates use the date %s from now on, because the checkpoint %s contains no date", clock, found.path)
+        log.warning(
+            "chat templates use the date %s from now on, because the checkpoint %s contains no date", clock, found.path
+        )
     else:
         log.info("chat templates use the date of the run's first start: %s", clock)
 
@@ -117,7 +119,7 @@ def warn_of_changes(history: RunHistory, found: Found) -> None:
     """Log the changes found at this resume as warnings; call it after the checkpoint is loaded."""
     if history.training_changes:
         log.warning(
-            "the recipe or the data changed since checkpoint %s, so training differs from an uninterrupted run: %s",
+            "the recipe or the data changed since checkpoint %s, so training differs from a continuous run: %s",
             *(found.path, "; ".join(history.training_changes)),
         )
     if history.validation_changes:
