@@ -124,7 +124,7 @@ def warn_of_changes(history: RunHistory, found: Found) -> None:
         )
     if history.validation_changes:
         log.warning(
-            "%s than at the checkpoint %s: validation metrics from step %d on are not comparable with earlier metrics%s",
+            "%s than at checkpoint %s: validation metrics from step %d on are not comparable with earlier metrics%s",
             *("; ".join(history.validation_changes), found.path, found.info["step"]),
             ", and the metrics with the teacher's context are omitted" if found.info["in_context"] else "",
         )
