@@ -61,7 +61,7 @@ _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The models' files and the memory that the run needs; no weight is loaded."""
+    """Model files and the memory forecast of the run, read before any weight is loaded."""
 
     models: Models
     export_files: ExportFiles | None
@@ -70,11 +70,11 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoints of the run and the one to resume from."""
+    """The run's checkpoint store and the checkpoint to resume from."""
 
     checkpoints: Checkpoints
     found: Found | None
-    """None at the first start of a run."""
+    """Checkpoint to resume from; None if the run has no checkpoint yet."""
     clock: RunClock
 
 
@@ -86,12 +86,12 @@ class Data:
     teacher_prefixes: TeacherPrefixes
     held_out: HeldOut
     hashes: dict[str, ContentHashes]
-    """Hashes of the inputs by configuration key."""
+    """Hashes of the input data, by configuration key."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The steps of this start and its run directory."""
+    """Step range, run directory and metrics recorder of this start of the run."""
 
     history: RunHistory
     first_step: int
@@ -101,9 +101,9 @@ class Start:
 
 
 def build_run(arguments: Arguments, world: World) -> Run:
-    """Check the recipe against world and files, then load models and checkpoint; collective.
+    """Check the recipe, load the models and the checkpoint, and return the run; collective.
 
-    Raises UserError on all ranks for errors of the recipe or its files, most of them before any weight is loaded.
+    Raises UserError on all ranks for errors in the recipe or in its files, in most cases before any weight is loaded.
     """
     config = arguments.config
     world.supervisor.allow_loading(config.runtime.phase_timeout_s)
@@ -114,13 +114,13 @@ def build_run(arguments: Arguments, world: World) -> Run:
 
 
 def _check(config: Config, world: World) -> ModelInputs:
-    """Check the recipe against the started ranks and the model files, and build the mesh."""
+    """Check the recipe against the started ranks and the model files, and build the device mesh."""
     _warn_of_metric(config)
     _check_ranks(config, world)
     log.info("reading the model files")
     with world.all_or_none("finding the models"), world.main_first():
         models = find_models(config)
-    with world.all_or_none("reading the files that exports copy"):
+    with world.all_or_none("reading the files for exports"):
         export_files = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
     with world.all_or_none("checking the layout and the memory"):
         forecast = plan_memory(config, *models.shapes, world.device)
@@ -131,7 +131,7 @@ def _check(config: Config, world: World) -> ModelInputs:
 
 
 def _check_ranks(config: Config, world: World) -> None:
-    """Check the cluster's size and the loss's backend, and build the mesh."""
+    """Check the number of ranks and the loss's backend, and build the device mesh."""
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with world.all_or_none("checking the cluster"):
@@ -151,7 +151,7 @@ def _find_checkpoint(config: Config, world: World) -> Resume:
 
 
 def _read_data(config: Config, world: World, models: Models, resume: Resume) -> Data:
-    """Read prompts and held-out problems; all ranks must read the same."""
+    """Read the prompts and held-out problems, and verify that all ranks read the same data."""
     log.info("reading the data")
     clock = resume.clock  # chat templates may write the date into prompts
     with world.all_or_none("reading the data"), world.main_first():
@@ -173,7 +173,7 @@ def _read_data(config: Config, world: World, models: Models, resume: Resume) -> 
 
 
 def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) -> Start:
-    """Compare the recipe with the checkpoint, then open the run directory with its log and metrics."""
+    """Compare the recipe with the checkpoint, then create the run directory, logs and metrics."""
     config, found = arguments.config, resume.found
     loop = config.distillation
     last_step = data.prompts.steps(loop.max_num_steps, loop.max_num_epochs)
@@ -200,7 +200,7 @@ def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) ->
 
 
 def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resume, data: Data) -> Run:
-    """Open the run directory, load engine, student and teacher, restore the checkpoint, and put the run together."""
+    """Open the run directory, load the engine, student, teacher and checkpoint, and return the run."""
     start = _open_run(arguments, world, resume, data)
     config, models, checkpoints = arguments.config, inputs.models, resume.checkpoints
     log.info("starting the engine (%s)", config.policy.generation.backend)
@@ -213,7 +213,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
     if resume.found is None and config.runtime.verify_teacher:
         difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])
         log.info(
-            "teacher %s verified: sharded and plain log-probs differ by %.2g nats on average",
+            "teacher %s verified: log-probs of the sharded and the unsharded model differ by %.2g nats on average",
             *(config.teacher.model_name, difference),
         )
     teacher.offload()
@@ -267,7 +267,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
 
 
 def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, start: Start) -> None:
-    """Load the checkpoint into student and teacher, and log how the run differs from it."""
+    """Load the checkpoint into student and teacher, and log changes of the recipe since the checkpoint."""
     has_optimizer = found.info["recipe"]["checkpointing"]["save_optimizer"]
     checkpoints.load(found.path, student.state(optimizer=has_optimizer) | teacher.state())
     student.resume(start.first_step)
@@ -286,7 +286,7 @@ def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: 
 
 
 def _validated_step(found: Found | None, start: Start) -> int:
-    """Return the step of the checkpoint if it has validation metrics of the current problems, else -1."""
+    """Return the checkpoint's step if it has validation metrics for the current held-out problems, else -1."""
     is_validated = found is not None and has_validation(found.info) and not start.history.validation_changes
     return start.first_step if is_validated else -1
 
@@ -302,14 +302,14 @@ def _stop_check(config: Config, world: World) -> StopCheck:
 
 
 def _warn_of_metric(config: Config) -> None:
-    """Warn if the metric that ranks checkpoints is ranked the wrong way, or never measured."""
+    """Warn if checkpointing.metric_name is never measured, or if its best value is the lowest."""
     metric = config.checkpointing.metric_name or ""
     if not config.checkpointing.enabled:
         return
     if config.checkpointing.higher_is_better and _LOW_IS_GOOD.search(metric):
         log.warning(
-            "checkpointing.metric_name=%s keeps the checkpoints with the highest value, but the lowest is best: set"
-            " checkpointing.higher_is_better=false",
+            "checkpointing.metric_name=%s is best when it is low, but the checkpoints with the highest values are kept:"
+            " set checkpointing.higher_is_better=false",
             metric,
         )
     if metric.startswith("val:") and not validates(config):

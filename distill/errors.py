@@ -13,10 +13,10 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A setting or an input that cannot work; the program prints one sentence and exits with code 2.
+    """Error in a setting or an input; the program prints one sentence and exits with code 2.
 
-    ``problem`` states key, value and rule, ``fix`` what to do; str() joins them with a colon. ``key`` and ``value``
-    name the setting for callers and tests; they are not part of the sentence.
+    ``problem``: the setting and the violated rule; ``fix``: the change that the user should make. str() returns
+    "problem: fix". ``key`` and ``value``: the setting, for callers and tests; str() does not include them.
     """
 
     def __init__(self, problem: str, fix: str = "", key: str = "", value: object = None) -> None:
@@ -27,7 +27,7 @@ class UserError(ValueError):
         self.value = value
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, object]]:
-        """Keep all fields when a process pool or ``World.gather`` pickles the error."""
+        """Return the constructor's arguments, so that all fields are pickled."""
         return type(self), (self.problem, self.fix, self.key, self.value)
 
 
@@ -38,7 +38,7 @@ class CollectiveUserError(UserError):
 class RunFailed(RuntimeError):
     """A failure that all ranks raise together and that is not a configuration error; exit code 1.
 
-    ``retryable``: starting the same command again may succeed.
+    ``retryable``: whether starting the same command again may succeed.
     """
 
     def __init__(self, reason: str, retryable: bool = False) -> None:
@@ -47,19 +47,19 @@ class RunFailed(RuntimeError):
 
 
 def show(value: object) -> str:
-    """Return ``value`` as a recipe writes it, truncated to 80 characters."""
+    """Return ``value`` as text in the notation of a recipe, truncated to 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def any_of(words: Iterable[str]) -> str:
-    """Join ``words`` as "a, b or c"."""
+    """Return ``words`` joined as "a, b or c"."""
     *head, last = words
     return f"{', '.join(head)} or {last}" if head else last
 
 
 def reason(error: Exception) -> str:
-    """Return the message of ``error`` in one line of at most 200 characters, to quote it in parentheses."""
+    """Return the message of ``error`` on one line of at most 200 characters."""
     text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -68,9 +68,9 @@ _BY_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Return the OSError that is or caused ``error``, or None.
+    """Return ``error`` if it is an OSError, else the OSError that caused it, or None.
 
-    torch replaces a full disk by a failed assertion; safetensors has the number of the OSError in its message.
+    On a full disk, torch raises a failed assertion. safetensors raises an error with the OSError's number in the text.
     """
     while error is not None:
         if isinstance(error, OSError):
@@ -84,7 +84,10 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def as_disk_error() -> Iterator[None]:
-    """Replace an error of the block by the OSError that caused it, if any: pickling would lose the cause."""
+    """Raise the OSError that caused an error of the block, instead of that error.
+
+    Pickling an exception loses its cause. An error without an OSError as its cause is raised unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -95,7 +98,10 @@ def as_disk_error() -> Iterator[None]:
 
 
 def cannot_write(target: str, error: OSError, fix: str) -> UserError:
-    """Return the error for a directory, or the key that names it, that cannot be written."""
+    """Return the UserError for a directory that cannot be written.
+
+    ``target``: a description of the directory, or the setting ``key=value`` that contains its path.
+    """
     key, _, value = target.partition("=")
     is_setting = bool(value) and " " not in key
     problem = f"{target} cannot be written ({error.strerror or error})"
@@ -103,14 +109,14 @@ def cannot_write(target: str, error: OSError, fix: str) -> UserError:
 
 
 def writing_run(run_dir: Path) -> AbstractContextManager[None]:
-    """Return ``writing_to`` for the run directory."""
+    """Return a context manager that raises UserError if writing to the run directory fails."""
     fix = "free space there, or set logger.log_dir or runtime.run_dir to a writable directory"
     return writing_to(f"the run directory {run_dir}", fix)
 
 
 @contextmanager
 def writing_to(target: str, fix: str) -> Iterator[None]:
-    """Raise UserError if the block fails because of the disk; ``target`` names the directory or ``key=value``."""
+    """Raise UserError if the block fails because of a disk error; ``target``: see ``cannot_write``."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Inputs that a run reads before it loads weights: model files, tokenizers, prompts and held-out problems."""
+"""Read a run's inputs except weights: model files, tokenizers, prompts and held-out problems."""
 
 from __future__ import annotations
 
@@ -36,24 +36,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """Files, tokenizers and shapes of the two models; no weight is loaded."""
+    """Files, tokenizers and shapes of student and teacher; no weights are loaded."""
 
     student: ModelFiles
     teacher: ModelFiles
     tokenizer: Any
     """The student's tokenizer."""
     teachers_tokenizer: Any
-    """The teacher's tokenizer: the same token ids, maybe another chat template. The student's for a self-teacher."""
+    """Tokenizer that renders the teacher's prompts: same token ids as the student's, possibly another chat template."""
     valid_vocab: int
-    """Number of token ids of the tokenizer; embeddings may be padded beyond it."""
+    """Number of valid token ids; larger ids are padding of the embeddings."""
     stop_token_ids: tuple[int, ...]
     """Token ids that end a response."""
     shapes: tuple[ModelShape, ModelShape]
-    """Shapes of the student and of the teacher."""
+    """Shapes of the student and the teacher, in this order."""
 
 
 def find_models(config: Config) -> Models:
-    """Find both models and check their files against each other and the recipe. Raises UserError."""
+    """Find the files of both models; check that they match each other and the recipe.
+
+    Raises UserError if a check fails.
+    """
     student = find_model(config.policy.model_name, "policy.model_name")
     teacher = find_model(config.teacher.model_name, "teacher.model_name")
     student_config = model_config(student, "policy.model_name")
@@ -76,7 +79,10 @@ def find_models(config: Config) -> Models:
 
 
 def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None:
-    """Raise UserError for a chat template that fails to render; the teacher's only if it renders prompts."""
+    """Raise UserError if a chat template fails to render an example.
+
+    The teacher's template is checked only if it renders prompts and differs from the student's.
+    """
     name = f"policy.tokenizer.name={config.policy.tokenizer.name}"
     kwargs, teacher_kwargs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
     check_chat_template(tokenizer, name, "policy.tokenizer.chat_template", kwargs)
@@ -87,9 +93,10 @@ def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
-    """Load both tokenizers; return one object twice if files and chat template are the same.
+    """Return the tokenizers of student and teacher; the same object if files and template are equal.
 
-    Without teacher.tokenizer.chat_template, a self-teacher uses policy.tokenizer.chat_template.
+    If both models are the same and teacher.tokenizer.chat_template is null, the teacher uses
+    policy.tokenizer.chat_template.
     """
     policy, other = config.policy.tokenizer, config.teacher.tokenizer
     kwargs, teacher_kwargs = policy.chat_template_kwargs, teacher_template_kwargs(config)[0]
@@ -107,16 +114,16 @@ def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tup
 def _stop_token_ids(
     config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any, valid_vocab: int
 ) -> tuple[int, ...]:
-    """Return the ids that end a response: the recipe's, or the union of both models'; warn if these differ.
+    """Return the stop token ids of the recipe, or else the union of both models' stop token ids.
 
-    Raises UserError for an id of the recipe that is no token.
+    Warns if the stop ids of the two models differ. Raises UserError if an id in the recipe is outside the vocabulary.
     """
     given = config.policy.generation.stop_token_ids
     if given is not None:
         if wrong := [token for token in given if not 0 <= token < valid_vocab]:
             key = "policy.generation.stop_token_ids"
             raise UserError(
-                f"{key} has {wrong[0]}, which is no token of {student.name}",
+                f"{key} contains {wrong[0]}, which is not a token id of {student.name}",
                 f"set it to ids in 0..{valid_vocab - 1}, or to null for the stop ids of the models",
                 key=key,
                 value=wrong[0],
@@ -128,8 +135,9 @@ def _stop_token_ids(
     theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):
         log.warning(
-            "the student %s stops at %s and the teacher %s at %s (maybe a base and an instruct model): responses end at"
-            " any of these tokens, and train/teacher_stop_mass shows the teacher's probability of its stop tokens",
+            "the stop tokens of student %s are %s, but those of teacher %s are %s (perhaps a base and an instruct"
+            " model): responses end at any of these tokens; the metric train/teacher_stop_mass is the teacher's"
+            " probability of its stop tokens",
             *(student.name, tokenizer.convert_ids_to_tokens(list(ours))),
             *(teacher.name, teachers.convert_ids_to_tokens(list(theirs))),
         )
@@ -140,7 +148,10 @@ _TEMPLATE_KWARGS = "policy.tokenizer.chat_template_kwargs"
 
 
 def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder:
-    """Read the training problems as prompts in the order of their steps; chat templates read ``clock``."""
+    """Read the training problems and return their prompts in training order.
+
+    ``clock``: date and time of the run, for chat templates that use them.
+    """
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
     context = config.distillation.context_distillation
@@ -152,7 +163,7 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
 
 
 def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
-    """Return hashes of the inputs of prompts and teacher prefixes."""
+    """Return hashes of the data, tokenizers and templates of prompts and teacher prefixes."""
     context = config.distillation.context_distillation
     inputs = {
         **data_hashes(config.data.train, prompts.problems, context.trace_column),
@@ -165,7 +176,7 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
 
 
 def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: PromptOrder) -> None:
-    """Raise UserError if the student is its own teacher and the teacher's prefix equals the student's prompt."""
+    """Raise UserError if student and teacher are the same model and read the same prompts."""
     is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
     if not context.enabled or config.distillation.allow_degenerate or not is_self or _has_traces(context, order):
         return
@@ -174,19 +185,19 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
     if kept and all(student_ids == teacher_ids for student_ids, teacher_ids in kept):
         key = "distillation.context_distillation.teacher_prefix_template"
         raise UserError(
-            f"{key} gives the teacher the student's own prompt, and both are the same model, so there is nothing to"
-            " learn",
-            "add the context that only the teacher reads, or for a control run set distillation.allow_degenerate=true",
+            f"{key} gives the teacher the same prompt as the student, and both are the same model, so there is nothing"
+            " to learn",
+            "add a context to the template, or for a control run set distillation.allow_degenerate=true",
             key=key,
             value=context.teacher_prefix_template,
         )
 
 
 def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, problems: Iterable[Problem]) -> None:
-    """Raise UserError for a problem whose context has a token id without an embedding.
+    """Raise UserError if a problem's teacher context contains a token id without an embedding.
 
-    Tokenizing every context takes minutes for large data, so it is skipped if the embeddings have a row for every id
-    of the tokenizer, as nearly always. Traces that come from responses are checked when they are generated.
+    The check tokenizes every context, which takes minutes for large datasets. It is skipped if the embedding has a row
+    for every id of the tokenizer, which is the usual case. Traces from responses are checked after generation.
     """
     if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(prefixes, ContextPrefixes):
         return
@@ -197,7 +208,10 @@ def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, pr
 
 
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
-    """Return whether the template contains traces and some exist; traces of responses count as existing."""
+    """Return whether the teacher's template uses traces and traces exist.
+
+    Traces that are extracted from responses count as existing, because they are generated later.
+    """
     if teacher_template(context.teacher_prefix_template).count("trace") == 0:
         return False
     column = context.trace_column
@@ -206,19 +220,22 @@ def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
 
 
 def validates(config: Config) -> bool:
-    """Return whether the recipe has any validation."""
+    """Return whether the recipe enables validation."""
     loop = config.distillation
     return loop.val_period > 0 or loop.val_at_start or loop.val_at_end
 
 
 def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
-    """Read the held-out problems, none if no validation is due; chat templates read ``clock``."""
+    """Read the held-out problems; return an empty HeldOut if validation is disabled.
+
+    ``clock``: date and time of the run, for chat templates that use them.
+    """
     if not validates(config):
         return HeldOut()
     if context_is_known(config) and not config.distillation.val_at_start:
         log.info(
-            "the student's accuracy with the teacher's context is measured only before the first step: set"
-            " distillation.val_at_start=true to measure how much there is to learn"
+            "the student's accuracy with the teacher's context, which is the accuracy that distillation can reach, is"
+            " measured only before the first step: set distillation.val_at_start=true to measure it"
         )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
@@ -235,7 +252,7 @@ _EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
 def hashes_of(
     config: Config, order: PromptOrder, prefixes: TeacherPrefixes, held_out: HeldOut
 ) -> dict[str, ContentHashes]:
-    """Return hashes of this rank's inputs by configuration key; those of validation are empty without one."""
+    """Return hashes of this rank's inputs, by configuration key; empty for validation if it is disabled."""
     column = config.distillation.context_distillation.trace_column
     problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
     prefix = prefixes.prefix_of(Prompt(0, (0,), problem))
@@ -249,9 +266,10 @@ def hashes_of(
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:
-    """Return the budget of a micro-batch: tokens with packing or dynamic batching, otherwise sequences.
+    """Return the packing settings. Micro-batches are limited by tokens or by number of sequences.
 
-    ``shape`` is the student's Hugging Face configuration, which determines the cost of a sequence.
+    The limit is in tokens with sequence packing or dynamic batching. ``shape``: the student's Hugging Face
+    configuration, which determines the compute cost of a sequence.
     """
     policy = config.policy
     batchings = (policy.sequence_packing, policy.dynamic_batching)

@@ -1,4 +1,4 @@
-"""A run: its parts, and the work around the algorithm of a step: metrics, checkpoints, stop requests, reports."""
+"""The ``Run`` class: components of a run; metrics, checkpoints and stop requests of each step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from distill.distributed.world import World
 from distill.errors import RunFailed
 from distill.inputs import Models
 from distill.memory.forecast import Forecast, compare
-from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics, summary
-from distill.metrics.step import Metrics, Phase, Phases, add_rollouts, step_numbers
+from distill.metrics.phases import Phase, Phases
+from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics
+from distill.metrics.step import Metrics, add_rollouts, step_numbers
+from distill.metrics.summary import summary
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
 from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report
@@ -42,7 +44,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """All parts of a run on this rank. Steps are counted as finished steps, which is the version of the weights."""
+    """Components and state of a run on this rank.
+
+    ``step`` is always a number of finished steps, which is also the version of the weights.
+    """
 
     config: Config
     world: World
@@ -57,7 +62,7 @@ class Run:
     sync: WeightSync
     checkpoints: Checkpoints
     export_files: ExportFiles | None
-    """Tokenizer and configuration files of exports; None except on the main rank of a run with checkpoints."""
+    """Files of a Hugging Face export except weights; None on other ranks than the main rank, or without checkpoints."""
     recorder: Recorder
     validation: Validation
     sampling: Sampling
@@ -65,13 +70,13 @@ class Run:
     forecast: Forecast
     stop: StopCheck
     first_step: int
-    """Number of steps finished before this start: 0, or those of the checkpoint that the run resumes from."""
+    """Number of finished steps when the program starts: 0, or the step of the checkpoint that it resumes from."""
     last_step: int
-    """Number of finished steps at the end of the run."""
+    """Number of finished steps at which the run ends."""
     _step: int = 0
     _phases: Phases = field(default_factory=Phases)
     _values: dict[str, float] = field(default_factory=dict)
-    """Metrics of the last finished step, over all ranks."""
+    """Metrics of the last finished step, reduced over all ranks."""
 
     @property
     def layout(self) -> Layout:
@@ -80,11 +85,11 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Return the run's seed."""
+        """Return the random seed of the run."""
         return self.config.distillation.seed
 
     def begin_step(self, step: int) -> Metrics:
-        """Start the clock of the step that follows ``step`` finished ones; return its empty metrics."""
+        """Start timing the next step, after ``step`` finished steps; return a new metrics object for it."""
         set_step(step + 1)
         self._step, self._phases = step, Phases(self.world.device)
         metrics = Metrics()
@@ -92,11 +97,15 @@ class Run:
         return metrics
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """Measure time and memory of a phase of the current step."""
+        """Return a context manager that measures time and memory of a phase of the current step."""
         return self._phases(name)
 
     def add_prefixes(self, generated: list[Rollout], metrics: Metrics) -> list[Rollout]:
-        """Add the teacher's prefix to this rank's rollouts; drop and count those without one; collective."""
+        """Add the teacher prefix to each rollout of this rank; collective.
+
+        Rollouts without a teacher prefix are dropped. The counts are added to ``metrics`` if
+        distillation.context_distillation.metrics.enabled is true.
+        """
         with self.world.all_or_none("building the teacher's prefixes"):
             prefixed, counts = self.teacher_prefixes.add(generated)
         add_rollouts(metrics, generated)
@@ -106,17 +115,20 @@ class Run:
         return prefixed
 
     def end_step(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-        """Save if a checkpoint is due and record the metrics of step ``step``; collective.
+        """Save a checkpoint if it is due, and record the metrics of step ``step``; collective.
 
-        ``rollouts`` are those of all ranks that were trained on. Raises StopRequested on all ranks if one of them has
-        to stop and the run has work left.
+        ``rollouts``: the rollouts of all ranks on which the step trained. Raises StopRequested on all ranks if any rank
+        requests a stop and the run is not finished.
         """
         with self.phase("checkpointing"):
             self._save_if_due(step)
         if not rollouts:
-            log.warning("step %d trained on no response: all were dropped, see dropped_* in the metrics", step)
+            log.warning(
+                "step %d trained on no responses: all were dropped, see the dropped_* counts in the metrics",
+                step,
+            )
         self._record(step, metrics, rollouts)
-        if step == self.first_step + 2:  # AdamW's moments are allocated by the first step
+        if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
         self.checkpoints.record_metrics(step, self._values)
         self.checkpoints.finalize_pending(block=step == self.last_step)
@@ -132,11 +144,11 @@ class Run:
         self._values = step_numbers(metrics, self._phases, rollouts, self.world.control)
         with self.world.all_or_none("writing the step's metrics"):
             self.recorder.record(step, self._values)
-        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs: no comparison with the trainer
+        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
             self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))
 
     def _update_status(self, step: int) -> None:
-        """Write the number of finished steps and the newest checkpoint to status.json."""
+        """Write the number of finished steps and the step of the newest checkpoint to status.json."""
         status = self.world.supervisor.status
         status.checkpoint_step = self.checkpoints.newest_step or status.checkpoint_step
         status.set_step(step)
@@ -147,9 +159,10 @@ class Run:
             self.save(step, exports=is_last or self.config.checkpointing.save_consolidated)
 
     def save(self, step: int, exports: bool) -> None:
-        """Start to write the checkpoint of ``step`` finished steps in the background; collective.
+        """Start writing the checkpoint after ``step`` finished steps in the background; collective.
 
-        With ``exports`` it includes the Hugging Face export. Raises RunFailed on all ranks if a weight is not finite.
+        ``exports``: whether the checkpoint includes a Hugging Face export. Raises RunFailed on all ranks if a weight is
+        not finite.
         """
         info = {
             "step": step,
@@ -160,8 +173,10 @@ class Run:
             "stop_token_ids": self.models.stop_token_ids,
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
-        self.checkpoints.finalize_pending(block=True)  # before a failure of this one can end the run
-        give_back_freed_memory()  # the previous save left it in small pieces
+        self.checkpoints.finalize_pending(
+            block=True
+        )  # an error below must not leave the previous checkpoint incomplete
+        give_back_freed_memory()  # the previous save left it fragmented
         self._check_finite(step, tensors)
         small = self._small_files(step)
         names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
@@ -175,17 +190,17 @@ class Run:
         )
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        """Raise RunFailed on all ranks if a tensor of any rank is not finite; collective."""
-        everyone = self.world.gather(not_finite(state))
-        broken = [f"rank {rank}'s shard of {names[0]}" for rank, names in enumerate(everyone) if names]
+        """Raise RunFailed on all ranks if any rank has a tensor with nan or inf; collective."""
+        names_by_rank = self.world.gather(not_finite(state))
+        broken = [f"rank {rank}'s shard of {names[0]}" for rank, names in enumerate(names_by_rank) if names]
         if broken:
             raise RunFailed(
-                f"after step {step} {', '.join(broken[:4])} is not finite: no checkpoint was written, the newest one"
-                " is kept"
+                f"nan or inf after step {step} in {', '.join(broken[:4])}: no checkpoint of this step was written, and"
+                " the previous checkpoints are kept"
             )
 
     def _small_files(self, step: int) -> ExportFiles | None:
-        """Return the files of an export except the weights; None on ranks that write none."""
+        """Return the files of a Hugging Face export except weights; None on ranks that do not write them."""
         if self.export_files is None:
             return None
         tokens = {id_: self.models.tokenizer.convert_ids_to_tokens(id_) for id_ in self.models.stop_token_ids}
@@ -195,10 +210,10 @@ class Run:
         export_hf(folder / "hf", self.student.weights(), files, self.student.dtype)
 
     def save_and_stop(self, stop: StopRequested) -> None:
-        """Save the current weights unless they are saved, and mark the run as stopped; collective."""
+        """Save a checkpoint of the current weights if it is missing, and mark the run as stopped; collective."""
         step = stop.step
         is_saved = step == self.first_step or self.checkpoints.due(step, step == self.last_step)
-        self.student.onload()  # validation may have been stopped with the optimizer state in host memory
+        self.student.onload()  # a stopped validation leaves the optimizer state in host memory
         with phase("saving before the exit"):
             if self.config.checkpointing.enabled and not is_saved:
                 self.save(step, exports=False)
@@ -209,23 +224,24 @@ class Run:
         log.warning("stopped after step %d: %s", step, stop.reason)
 
     def report_non_finite(self, error: NonFiniteError) -> None:
-        """Write the samples of a loss or gradient that is not finite, then raise RunFailed; collective.
+        """Write the samples with a non-finite loss or gradient to files, then raise RunFailed; collective.
 
-        Each rank writes ``nonfinite/step_N_rank_R.jsonl`` in the run folder.
+        Each rank writes ``nonfinite/step_N_rank_R.jsonl`` in the run directory.
         """
         step, rank, found = self._step + 1, self.world.rank, error.found
         assert error.batch is not None, "raised by Student.train"
-        everyone = self.world.gather(found)
-        loss_is_finite = not any(each.micro_batches for each in everyone)  # then every sample may be the cause
+        found_by_rank = self.world.gather(found)
+        # If only the gradient is not finite, any sample may be the cause, so all samples are written.
+        loss_is_finite = not any(each.micro_batches for each in found_by_rank)
         decode = self.models.tokenizer.decode
         lines = sample_lines(found, error.batch, error.batch.rollouts, decode, all_=loss_is_finite)
         folder = self.run_dir / "nonfinite"
         with self.world.all_or_none("writing the samples whose loss is not finite"):
             write_report(folder / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
-        raise RunFailed(describe(everyone, step, folder / f"step_{step}_rank_*.jsonl")) from error
+        raise RunFailed(describe(found_by_rank, step, folder / f"step_{step}_rank_*.jsonl")) from error
 
     def validate_last(self) -> None:
-        """Validate the final weights if that is due, after one more sync; collective."""
+        """Sync and validate the final weights if their validation is due; collective."""
         step = self.last_step
         if self.first_step > step or not self.validation.due(step):
             return
@@ -236,7 +252,7 @@ class Run:
         self.validation.report(held_out)
 
     def finish(self) -> None:
-        """Complete the checkpoint, close the metrics, log the summary and close the engine; collective."""
+        """Complete the last checkpoint, close the metrics, log a summary and close the engine; collective."""
         self.checkpoints.finalize_pending(block=True)
         with self.world.all_or_none("closing the metrics"):
             self.recorder.close()

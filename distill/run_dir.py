@@ -1,4 +1,4 @@
-"""The run directory: its name, and the files that describe the run."""
+"""Create the run directory and the files that describe the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets
 
 
 def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
-    """Create the run directory with the resolved recipe, the versions and the run's changes; for the main rank."""
+    """Create the run directory and return its path; called on the main rank only.
+
+    Writes the resolved recipe, the package versions, and the changes of the recipe at each resume.
+    """
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
     with writing_run(run_dir):
@@ -35,7 +38,7 @@ def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
-    """Create and return ``run_dir``, or the first unused ``log_dir/exp_NNN`` if it is None."""
+    """Create a directory and return its path: ``run_dir``, or a new ``log_dir/exp_NNN`` if it is None."""
     try:
         if run_dir is not None:
             path = Path(run_dir)

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m distill.train --config recipes/NAME.yaml key.path=value ...
 
 The same program runs on every rank. A step has no importance ratios and no rewards, because the student trains on
-responses of its current weights.
+responses that its current weights generated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> None:
-    """Train from the first unfinished step; ``step`` counts finished steps and is the version of the weights."""
+    """Run the remaining training steps; collective.
+
+    ``step`` is the number of finished steps, which is also the version of the weights.
+    """
     from distill.rollout.gather import gather_rollouts
 
     student, teacher, engine = run.student, run.teacher, run.engine
@@ -33,10 +36,10 @@ def train(run: Run) -> None:
         metrics = run.begin_step(step)
 
         with run.phase("sync"):
-            student.offload()  # the optimizer state leaves the device: the engine needs the memory
+            student.offload()  # the engine needs the device memory of the optimizer state
             run.sync.push_weights(step, metrics)
 
-        with run.phase("validation"):  # timed separately: these tokens are no training tokens
+        with run.phase("validation"):  # timed separately: its tokens are not trained on
             held_out = run.validation.generate(step)  # None unless due
 
         with run.phase("generation"):
@@ -48,7 +51,7 @@ def train(run: Run) -> None:
             run.validation.report(held_out)
 
         with run.phase("batching"):
-            run.checkpoints.finalize_pending(block=False)  # the write of the last checkpoint may have finished
+            run.checkpoints.finalize_pending(block=False)  # the background write may have finished
             rollouts = gather_rollouts(run.world, run.add_prefixes(generated, metrics), prompts, version=step)
             batches = plan(rollouts, run.layout, run.packing, run.seed, step)
 
@@ -56,11 +59,10 @@ def train(run: Run) -> None:
             targets = [[teacher.targets(micro_batch) for micro_batch in batch] for batch in batches]
 
         with run.phase("training"):
-            student.onload()  # stays on the device until the checkpoint has read it
+            student.onload()  # the optimizer state stays on the device until a checkpoint has copied it
             for batch in batches:
-                student.train(
-                    batch, targets.pop(0), metrics
-                )  # pop frees each batch's targets, maybe a complete LM head
+                # pop frees the targets of the batch, which may include a complete LM head
+                student.train(batch, targets.pop(0), metrics)
             student.end_step()
             teacher.after_step(student)
 
@@ -69,7 +71,7 @@ def train(run: Run) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 if the run failed, 2 if the user must change something."""
+    """Run the command-line program; return the exit code: 0, 1 if the run failed, 2 for a user error."""
     start_process()
     try:
         arguments = parse_args(sys.argv[1:] if argv is None else argv)
@@ -82,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_dry_run(arguments: Arguments) -> None:
-    """Print the resolved recipe and the memory forecast. Raises UserError if the models cannot run in this layout."""
+    """Print the resolved recipe and the memory forecast, without starting a run.
+
+    Raises UserError if the models do not support the recipe's parallel layout.
+    """
     print(arguments.resolved)
     from distill.memory.forecast import dry_run  # a slow import: print the recipe first
 
@@ -91,17 +96,16 @@ def print_dry_run(arguments: Arguments) -> None:
 
 
 def train_from(arguments: Arguments, world: World) -> None:
-    """Build the run that the command line describes and train it; collective."""
+    """Build the run from the command-line arguments and train; collective."""
     from distill.build import build_run
 
     run = build_run(arguments, world)
-    world.supervisor.begin_loop(
-        arguments.config.runtime.phase_timeout_s
-    )  # from here a signal ends the run after a step
+    # From now on, a stop signal ends the run after the current step.
+    world.supervisor.begin_loop(arguments.config.runtime.phase_timeout_s)
     try:
         _train_or_stop(run)
     except (CollectiveUserError, RunFailed):
-        run.checkpoints.finalize_pending(block=True)  # all ranks exit together: complete the checkpoint in flight
+        run.checkpoints.finalize_pending(block=True)  # all ranks raise, so the pending checkpoint can be completed
         raise
     run.finish()
 

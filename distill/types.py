@@ -1,7 +1,7 @@
 """Data types that the packages exchange.
 
 Letters in names: P prompts, G responses per prompt, B sequences in a micro-batch, T positions, N response tokens (rows
-of the loss), V vocabulary, K kept ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``,
+of the loss), V vocabulary, K top-k ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``,
 ``ids_NK``. Log-probs are in nats, float32. After packing, student and teacher have one row per response token, in the
 same order: row n of both predicts the same token.
 """
@@ -21,7 +21,7 @@ Stats = dict[str, tuple[float | Tensor, float | Tensor]]
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of a dataset, before prompt file and chat template."""
+    """One row of a dataset, before the prompt file and the chat template are applied."""
 
     text: str
     answer: str = ""
@@ -29,37 +29,40 @@ class Problem:
     source: str = ""
     """Path or hub name of the dataset."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Other columns that the configuration names, such as a precomputed trace, by name."""
+    """Values of other columns that the configuration names, for example a precomputed trace, by column."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as token ids for the student."""
+    """A problem as token ids of the student's prompt."""
 
     prompt_id: int
-    """Index of the problem in the dataset, repeats included; stable across epochs and restarts."""
+    """Index of the problem in the dataset, counting repeated rows; stable across epochs and restarts."""
     student_ids: tuple[int, ...]
     """Token ids including chat template and generation prompt."""
     problem: Problem
     inside_thought: bool = False
-    """Whether the prompt ends inside a think block, as a generation prompt that ends with ``<think>`` does."""
+    """Whether the prompt ends inside a think block, for example because the chat template adds ``<think>``."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings. A response's seed depends on (seed, step, prompt_id, response_index), not on global state."""
+    """Sampling settings of responses.
+
+    The random seed of a response is a hash of (seed, step, prompt_id, response_index), without global state.
+    """
 
     temperature: float
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
-    """Ids that end a response and belong to it: the union of the student's and the teacher's."""
+    """Token ids that end a response; the stop token is part of the response."""
     responses_per_prompt: int = 1
     top_p: float = 1.0
     top_k: int = 0
     """Number of most likely tokens to sample from; 0: the full vocabulary."""
     seed: int = 0
     max_total_length: int | None = None
-    """Maximum tokens of prompt and response; a response that reaches it finishes as "length". None: no limit."""
+    """Maximum tokens of prompt plus response; a response that reaches it gets finish "length". None: no limit."""
 
     @property
     def full(self) -> bool:
@@ -69,7 +72,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response of the student."""
+    """One response of the student to a prompt."""
 
     prompt: Prompt
     response_index: int
@@ -82,7 +85,7 @@ class Rollout:
     version: int
     """Version of the weights that generated the response: the step of the sync."""
     teacher_prefix_ids: tuple[int, ...] = ()
-    """Token ids that the teacher reads before the response; the rank that generated the response tokenizes them."""
+    """Token ids that the teacher reads before the response; added by the rank that generated the response."""
     teacher_inside_thought: bool = False
     """Whether ``teacher_prefix_ids`` end inside a think block."""
 
@@ -92,12 +95,12 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Mapping between S positions of sequences with common prefixes and the T positions that are computed once."""
+    """Mapping between the S positions of all sequences and the T computed positions; T < S if prefixes are shared."""
 
     expand_S: Tensor
-    """int64 [S]: index into the T positions for each position of the sequences."""
+    """int64 [S]: index into the T computed positions, for each position of the sequences."""
     source_T: Tensor
-    """int64 [T]: first index into the S positions for each computed position."""
+    """int64 [T]: index of the first of the S positions that share each computed position."""
 
     def to(self, device: torch.device) -> SharedPrefixes:
         """Return a copy with all tensors on ``device``."""
@@ -108,13 +111,13 @@ class SharedPrefixes:
 class SequenceShards:
     """Distribution of the T positions of a pack over the R ranks of a group, M positions each.
 
-    If T < R * M, the rest is padding, which no position attends to.
+    If T < R * M, the remaining slots are padding, to which no position attends.
     """
 
     slot_T: Tensor
-    """int64 [T]: slot of each position in the concatenated parts of all ranks."""
+    """int64 [T]: index of each position in the concatenated parts of all ranks, called its slot."""
     position_P: Tensor
-    """int64 [R * M]: position in each slot of the concatenated parts; 0 at padding."""
+    """int64 [R * M]: position in each slot; 0 for padding."""
 
     def to(self, device: torch.device) -> SequenceShards:
         """Return a copy with all tensors on ``device``."""
@@ -123,7 +126,7 @@ class SequenceShards:
 
 @dataclass(frozen=True)
 class View:
-    """One model's input of a packed micro-batch: B sequences concatenated without padding.
+    """Input of one model for a packed micro-batch: B sequences concatenated without padding.
 
     S is the total length of the sequences. If sequences share a prefix that is computed once, T is smaller than S and
     ``shared`` maps the positions; otherwise T is S. With ``shards`` the ranks of a group compute the pack together:
@@ -159,8 +162,8 @@ class MicroBatch:
     """Input of one forward and backward on one rank: N response tokens with the views of student and teacher.
 
     Row n of the student's view and row n of the teacher's view predict the same token, ``sampled_N[n]``. With tensor
-    parallelism the ranks of a group train the same rows, and each rank's teacher view has a part of them, in order;
-    ``rows_per_tp_rank`` has the sizes of the parts.
+    parallelism the ranks of a group train the same rows, and each rank's teacher view has a contiguous part of these
+    rows; ``rows_per_tp_rank`` has the sizes of the parts.
     """
 
     student: View
@@ -170,9 +173,9 @@ class MicroBatch:
     sampled_logprobs_N: Tensor
     """float32 [N]: the sampler's log-probs of the response tokens."""
     weight_N: Tensor
-    """float32 [N]: 1 for a row that counts, 0 for a row of a dummy sequence."""
+    """float32 [N]: 1 for a row of a response, 0 for a row of a dummy sequence."""
     rollout_N: Tensor
-    """int64 [N]: index of the row's rollout in the step's list; -1 for a dummy sequence."""
+    """int64 [N]: index of each row's rollout in ``OptimizerBatch.rollouts``; -1 for a dummy sequence."""
     rows_per_tp_rank: tuple[int, ...] = ()
     """Rows of the teacher's view on each rank of the tensor-parallel group; empty without tensor parallelism."""
 
@@ -195,9 +198,9 @@ class OptimizerBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     response_tokens: int
-    """Number of response tokens of the optimizer batch over all ranks, by which the summed loss is divided."""
+    """Number of response tokens of the optimizer batch over all ranks; the summed loss is divided by it."""
     rollouts: Sequence[Rollout] = ()
-    """The step's rollouts of all ranks, which ``rollout_N`` indexes."""
+    """Rollouts of the step over all ranks; ``MicroBatch.rollout_N`` is an index into them."""
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
@@ -249,21 +252,21 @@ class TopK:
     logprobs_NK: Tensor
     """float32 [N, K]: log-probs over the full vocabulary, at the loss's temperature."""
     log_tail_N: Tensor
-    """float32 [N]: log of the mass outside the K ids, computed from the logits; log(1 - sum p) would cancel."""
+    """float32 [N]: log of the mass outside the K ids, computed from the logits; log(1 - sum p) would lose precision."""
     entropy_N: Tensor | None = None
     """float32 [N]: entropy of the full distribution in nats, for metrics."""
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's hidden rows and LM head; the student's loss computes their logits chunk by chunk."""
+    """The teacher's final hidden states and LM head; the loss computes logits from them in chunks."""
 
     hidden_ND: Tensor
     head_VD: Tensor
 
 
 Targets = TopK | TeacherRows
-"""The teacher's targets of N rows."""
+"""The teacher's targets for the N rows of a micro-batch."""
 
 
 @dataclass(frozen=True)
