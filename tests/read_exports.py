@@ -1,9 +1,9 @@
-"""Read model folders as a user of transformers or vLLM would; also run by an environment with transformers 4.
+"""Load model folders with transformers 4, transformers 5 or vLLM, and save their outputs.
 
     python tests/read_exports.py JOB.json RESULT.pt
 
-The job is what ``read`` takes, by name; ``resave`` (folder -> folder) makes copies in this version's dialect. Imports
-nothing of this repository: it must run under either version.
+JOB.json holds the arguments of ``read`` or ``read_by_vllm``. This file imports nothing of this repository, because it
+also runs in an environment with transformers 4.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "Grüße, 世界 🙂", "<|im_start|>user\nhi<|im_end|>")
+TEXTS = ("What is 1 + 2?", "  two  spaces\n\nlines", "Grüße, 世界 🙂", "<|im_start|>user\nhi<|im_end|>")
 CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1+2?"})
 
 
 @torch.inference_mode()
 def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Mapping[str, str] = {}) -> dict[str, Any]:
-    """By folder: log-probs [T, V] in float32, the ids of TEXTS, the rendered CHAT, greedy tokens after ``ids``.
+    """Return for each folder: log-probs [T, V] in float32, token ids of TEXTS, rendered CHAT, greedy continuations.
 
-    ``continued``: greedy tokens after a text, from what the tokenizer returns for it.
+    ``generated``: continuation of ``ids``. ``continued``: continuation of TEXTS[0], from the output of the tokenizer.
+    ``resave``: output folder of a copy in the format of the installed version, by folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +55,7 @@ def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Ma
 
 
 def read_by_vllm(vllm_folders: Sequence[str], ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """By folder: log-probs of ``ids`` after the first, the ids of TEXTS, and greedy tokens after ``ids``, by vLLM."""
+    """Return for each folder vLLM's log-probs of ``ids[1:]``, ids of TEXTS, and greedy continuation of ``ids``."""
     return {folder: _read_by_vllm(folder, ids, new_tokens) for folder in vllm_folders}
 
 
@@ -75,7 +76,7 @@ def _read_by_vllm(folder: str, ids: Sequence[int], new_tokens: int) -> dict[str,
 
 
 def main(job_file: str, result_file: str) -> None:
-    """Do the job and save what ``read`` returns, with the version of transformers."""
+    """Run a job and save its result with the version of transformers."""
     import transformers
 
     warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""Exports read by transformers 4, transformers 5 and vLLM give the trainer's log-probs, and generation stops.
+"""Exports give the trainer's log-probs and stop at its stop ids in transformers 4, transformers 5 and vLLM.
 
-`make test-exports` makes the environment with transformers 4 and runs these tests alone.
+`make test-exports` makes the environment with transformers 4 and runs these tests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMOLLM2 = REPO / "models/SmolLM2-135M-pruned"
 
 IDS = [(37 * i) % 250 for i in range(1, 31)]
 NEW_TOKENS = 16
-SOURCE_EOS = 256  # <|endoftext|>, which the base models stop at
+SOURCE_EOS = 256  # <|endoftext|>, the stop token of the base models
 RENDERED = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 1+2?<|im_end|>\n<|im_start|>assistant\n"
 
 LLAMA3 = {
@@ -55,12 +55,14 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers":
 
 @dataclass(frozen=True)
 class Variant:
+    """A random model that is exported."""
+
     family: str
     tied: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    """Settings in tokenizer_config.json."""
+    """Additional settings in tokenizer_config.json."""
     padding_side: str = "right"
 
 
@@ -93,15 +95,15 @@ VARIANTS = {
     ),
 }
 BFLOAT16 = ("llama-llama3", "gemma3")
-"""Also exported in bfloat16."""
+"""Variants that are also exported in bfloat16."""
 VLLM = ("llama-llama3", "llama-foreign", "qwen3-untied", "gemma3")
-"""Also read by vLLM."""
+"""Variants that vLLM also loads."""
 FOREIGN = {"partial_rotary_factor": 0.5, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
 """Settings that transformers' Llama ignores and vLLM applies."""
 
 
 def save_source(folder: Path, variant: Variant, seed: int) -> None:
-    """A random model as the installed transformers 5 saves it, whose own generation stops at <|endoftext|>."""
+    """Save a random model, whose stop token is <|endoftext|>, in the format of transformers 5."""
     torch.manual_seed(seed)
     config = tiny_config(variant.family, variant.tied)
     values = {**config.to_dict(), **variant.settings}
@@ -125,7 +127,7 @@ def _set(path: Path, settings: Mapping[str, Any]) -> None:
 
 @torch.inference_mode()
 def greedy(folder: Path, ids: Sequence[int] = IDS) -> list[int]:
-    """The plain greedy continuation of ``ids``, one token at a time, with no stop id."""
+    """Return the greedy continuation of ``ids``, one token at a time, without stop ids."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokens = list(ids)
     for _ in range(NEW_TOKENS):
@@ -134,13 +136,13 @@ def greedy(folder: Path, ids: Sequence[int] = IDS) -> list[int]:
 
 
 def until(continuation: Sequence[int], stops: Collection[int]) -> list[int]:
-    """A continuation up to and with its first stop id."""
+    """Return a continuation up to its first stop id, inclusive."""
     end = next((i for i, token in enumerate(continuation, 1) if token in stops), len(continuation))
     return list(continuation[:end])
 
 
 def stop_of(continuation: Sequence[int]) -> int:
-    """Of the first half of a continuation, the token that occurs there last for the first time."""
+    """Return the token of the first half of a continuation whose first occurrence is latest."""
     half = continuation[: NEW_TOKENS // 2]
     return max(set(half), key=half.index)
 
@@ -150,8 +152,7 @@ Job = tuple[str, str, str, tuple[int, ...]]
 
 
 def _export(jobs: Sequence[Job]) -> list[tuple[list[float], list[list[int]]]]:
-    """Load each source as the trainer does and export it; the trainer's log-probs of IDS after the first, and the ids
-    of TEXTS."""
+    """Load each source as a student and export it; return the student's log-probs of IDS[1:] and the ids of TEXTS."""
     found = []
     world = World()
     world.build_mesh("cpu", tp=1, cp=1)
@@ -168,14 +169,16 @@ def _export(jobs: Sequence[Job]) -> list[tuple[list[float], list[list[int]]]]:
 
 @dataclass
 class Seen:
-    """What the trainer has and the readers found, by export folder."""
+    """Outputs of the trainer and of the other programs, by export folder."""
 
     trainer: dict[str, list[float]] = field(default_factory=dict)
+    """Log-probs of IDS[1:] of the student."""
     text_ids: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Token ids of TEXTS in training."""
     continued: dict[str, list[int]] = field(default_factory=dict)
-    """Greedy tokens after the first of TEXTS, up to and with the first stop id."""
+    """Greedy continuation of TEXTS[0] up to the first stop id, inclusive."""
     expected: dict[str, list[int]] = field(default_factory=dict)
-    """Greedy tokens up to and with the first stop id."""
+    """Greedy continuation of IDS up to the first stop id, inclusive."""
     by_4: dict[str, Any] = field(default_factory=dict)
     by_vllm: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Path] = field(default_factory=dict)
@@ -202,7 +205,7 @@ def _result(process: subprocess.Popen[str], file: Path, version: str) -> Any:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Sources in version 5's dialect, exported and read; then what version 4 saves of them, exported and read."""
+    """Export and load sources saved by version 5; then export and load the copies that version 4 saves of them."""
     assert PYTHON_4.exists(), "run `make test-exports`, which makes the environment with transformers 4"
     root, seen = tmp_path_factory.mktemp("exports"), Seen()
     jobs: list[Job] = []
@@ -248,7 +251,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 
 def _add_trainer(seen: Seen, jobs: Sequence[Job]) -> None:
-    """Export, and keep what the trainer reads; the continuation of the first text is that of transformers."""
+    """Export the sources and record the outputs of the trainer and the continuation of TEXTS[0]."""
     (found,) = run_ranks(1, _export, jobs)
     for (source, out, precision, stops), (logprobs, text_ids) in zip(jobs, found, strict=True):
         seen.trainer[out], seen.text_ids[out] = logprobs, text_ids
@@ -274,11 +277,11 @@ def _check(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
         assert found["continued"] == seen.continued[folder], folder
     if exact and folder in seen.expected:
         assert found["generated"] == seen.expected[folder], folder
-        assert len(found["generated"]) < NEW_TOKENS, "the stop id was not reached: the test shows nothing"
+        assert len(found["generated"]) < NEW_TOKENS, "no stop id was generated"
 
 
 def _check_texts(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
-    """A text has the trainer's ids: those of the source's tokenizer.json, after BOS where a setting requires it."""
+    """Compare the ids of TEXTS with those of training and of tokenizer.json, after BOS if a setting requires it."""
     assert found["text_ids"] == seen.text_ids[folder], folder
     bos = [SOURCE_EOS] if "-bos-" in folder else []
     tokenizer = Tokenizer.from_file(str(seen.sources[folder] / "tokenizer.json"))
@@ -286,13 +289,13 @@ def _check_texts(found: Mapping[str, Any], folder: str, seen: Seen) -> None:
     assert found["text_ids"] == [bos + ids for ids in own], folder
 
 
-def test_transformers_4_reads_exports_of_models_in_either_dialect_as_the_trainer_does(seen: Seen) -> None:
+def test_exports_of_models_in_both_formats_give_the_trainers_outputs_in_transformers_4(seen: Seen) -> None:
     assert len(seen.by_4) == 2 * len(VARIANTS) + len(BFLOAT16) + 1
     for folder, found in seen.by_4.items():
         _check(found, folder, seen)
 
 
-def test_transformers_5_reads_exports_of_models_in_either_dialect_as_the_trainer_does(seen: Seen) -> None:
+def test_exports_of_models_in_both_formats_give_the_trainers_outputs_in_transformers_5(seen: Seen) -> None:
     found = read(list(seen.by_4), IDS, NEW_TOKENS)
     for folder in found:
         _check(found[folder], folder, seen)
@@ -301,10 +304,10 @@ def test_transformers_5_reads_exports_of_models_in_either_dialect_as_the_trainer
     }
 
 
-def test_vllm_reads_exports_as_the_trainer_does(seen: Seen) -> None:
+def test_exports_give_the_trainers_outputs_in_vllm(seen: Seen) -> None:
     assert len(seen.by_vllm) == len(VLLM)
     for folder, found in seen.by_vllm.items():
         ours, theirs = torch.tensor(seen.trainer[folder]), torch.tensor(found["logprobs"])
         assert float((ours - theirs).abs().max()) < 1e-4, folder
-        assert found["generated"] == seen.expected[folder], f"vLLM stops at the stop ids of training: {folder}"
+        assert found["generated"] == seen.expected[folder], f"vLLM ignores stop ids of the training: {folder}"
         _check_texts(found, folder, seen)

@@ -1,1 +1,1 @@
-"""Pack rollouts into micro-batches and assign them to ranks: pure functions."""
+"""Pack rollouts into micro-batches and assign the micro-batches to ranks, in pure functions."""

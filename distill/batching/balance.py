@@ -1,4 +1,7 @@
-"""Balance sequences over ranks: pack them into rounds of one micro-batch per rank. Pure functions of numbers."""
+"""Balance the work of the ranks: pack sequences into rounds of one micro-batch per rank.
+
+In round k every rank computes its k-th micro-batch. All ranks wait for the slowest rank of each round.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 ROUND_COST = 500
-"""Fixed cost of a round in tokens: gathering the weights and reducing their gradients.
+"""Fixed cost of a round, in tokens: the time to gather the weights and to reduce the gradients.
 
-A round moves about 8 bytes per parameter and a token needs 8 FLOPs per parameter, so the cost is the number of FLOPs
-that a GPU computes while it receives a byte: 500 to 1000 at 150 TFLOP/s and 150 to 300 GB/s, partly hidden behind the
-arithmetic. It only decides between assignments of nearly equal time.
+A round transfers about 8 bytes per parameter, and a token needs about 8 FLOPs per parameter. The cost in tokens is
+therefore the number of FLOPs per transferred byte: 500 to 1000 at 150 TFLOP/s and 150 to 300 GB/s. Part of the transfer
+overlaps with computation. The exact value matters little: it only decides between assignments of nearly equal time.
 """
-HALVINGS = 12
-"""Steps of the bisection for the common ceiling."""
+BISECTION_STEPS = 12
+"""Number of bisection steps that search for the common cost limit in ``balance``."""
 
 
 class Limits(Protocol):
-    """Limits of a micro-batch; None: no limit."""
+    """Size limits of a micro-batch; None means no limit."""
 
     @property
     def tokens(self) -> int | None:
-        """Return the maximum number of tokens; a longer sequence is alone."""
+        """Return the maximum number of tokens; a longer sequence gets a micro-batch to itself."""
 
     @property
     def sequences(self) -> int | None:
@@ -43,16 +46,17 @@ def quadratic_cost(
     windowed: int = 0,
     window: int = 0,
 ) -> float:
-    """Return the factor q of the cost n + q n^2 of a sequence of n tokens: FLOPs per n^2 over FLOPs per n.
+    """Return the factor q in the cost n + q n^2 of a sequence of n tokens.
 
-    Counts forward FLOPs, two per multiplication; backward and recomputation multiply both terms equally.
+    q is the number of FLOPs per n^2 divided by the number of FLOPs per n. The function counts forward FLOPs, two per
+    multiply-add. Backward and recomputation scale both terms by the same factor, so they do not change q.
 
-    - Per token and layer: queries and the attention's output 2 * 2 * hidden * heads * head_dim, keys and values
-      2 * 2 * hidden * kv_heads * head_dim, the gated MLP 3 * 2 * hidden * intermediate. Once per token: the head,
-      2 * hidden * vocab, as nearly all tokens are response tokens.
-    - Per pair of a token and a token it attends to, and layer: the score and the weighted value,
-      2 * 2 * heads * head_dim. A sequence of n tokens has n^2 / 2 pairs; in the ``windowed`` layers it has n * window,
-      which count as cost per token.
+    - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
+      2 * 2 * hidden * kv_heads * head_dim for keys and values, and 3 * 2 * hidden * intermediate for the gated MLP.
+    - FLOPs per token in the LM head: 2 * hidden * vocab. Nearly all tokens are response tokens, which need the head.
+    - FLOPs per pair of query and key in each layer: 2 * 2 * heads * head_dim for the score and the weighted value. A
+      sequence of n tokens has n^2 / 2 pairs. A layer with sliding-window attention has n * window pairs instead, which
+      count as FLOPs per token; ``windowed`` is the number of these layers.
     """
     pair = 4 * heads * head_dim
     token = 4 * hidden * head_dim * (heads + kv_heads) + 6 * hidden * intermediate
@@ -60,19 +64,21 @@ def quadratic_cost(
 
 
 def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, limits: Limits) -> list[list[list[int]]]:
-    """Pack sequences (id -> tokens, id -> cost) into rounds of one bin per rank, no bin above the limits.
+    """Pack sequences into rounds of one bin per rank; return the sequence ids by round and rank.
 
-    A bin is a micro-batch. All ranks wait for the slowest bin of each round; the sum of these maxima is minimised. The
-    number of rounds is the smallest for which one of two strategies places all sequences, or one more if that saves
-    more than ``ROUND_COST``.
+    ``tokens`` and ``cost`` map sequence ids to numbers of tokens and to costs. A bin is a micro-batch within
+    ``limits``. It may be empty, and a sequence that exceeds the limits gets a bin to itself. All ranks wait for the
+    slowest bin of each round, so the function minimises the sum over rounds of the largest bin cost. The search is
+    heuristic. Two strategies propose assignments; both place the most expensive sequences first:
 
-    - Each sequence, most expensive first, goes to the cheapest of all bins: best if the limits leave room.
-    - Round after round, each sequence, most expensive first, goes to the fullest bin of the round that stays below a
-      ceiling. The ceiling is the cost of the round's first sequence, which the round waits for anyway, or a common one
-      if that is higher; the common ceiling is the lowest found that places all sequences. So a round with a long
-      sequence takes as much work as the limits allow, and the other rounds take less.
+    - Fill all rounds together: each sequence goes to the cheapest bin. This is best if the limits leave room.
+    - Fill one round after the other: each sequence goes to the most expensive bin of the round whose cost stays within
+      a cost limit. The limit is the cost of the round's first sequence, which determines the duration of the round, or
+      a limit common to all rounds, if that is higher. A bisection searches for the lowest common limit with which all
+      sequences fit. A round with a long sequence then gets as much work as possible, and the other rounds get less.
 
-    Within a round the rank with the least work so far gets the most expensive bin. A bin may stay empty.
+    The number of rounds is the smallest for which a strategy places all sequences. One more round is used if it saves
+    more than ``ROUND_COST``. In each round the rank with the least work so far gets the most expensive bin.
     """
     balancer = _Balancer(tokens, cost, ranks, limits)
     num_rounds = fewest_rounds(tokens, ranks, limits)
@@ -96,7 +102,7 @@ def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, li
 
 
 def fewest_rounds(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
-    """Return a lower bound of the number of rounds: total tokens and sequences over a round's limits."""
+    """Return a lower bound of the number of rounds: the totals divided by the limits of one round."""
     by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
     by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
     return max(1, math.ceil(max(by_tokens, by_sequences) / ranks))
@@ -114,15 +120,18 @@ class _Balancer:
     limits: Limits
 
     def load(self, members: Sequence[int]) -> float:
-        """Return the cost of a bin."""
+        """Return the total cost of the sequences in a bin."""
         return sum(self.cost[i] for i in members)
 
     def time(self, bins: Bins) -> float:
-        """Return the time of ranks in lockstep, if each round takes the most expensive bins that remain."""
+        """Return the sum over rounds of the largest bin cost.
+
+        The bins are grouped into rounds by descending cost, which minimises this sum.
+        """
         return sum(sorted(map(self.load, bins), reverse=True)[:: self.ranks])
 
     def candidates(self, num_rounds: int) -> list[Bins]:
-        """Return assignments to ``num_rounds`` rounds that place all sequences; empty if none was found."""
+        """Return assignments of all sequences to ``num_rounds`` rounds; empty if no strategy finds one."""
         most_expensive_first = sorted(self.tokens, key=lambda i: (-self.cost[i], i))
         bins, left = self.fill(most_expensive_first, num_rounds * self.ranks)
         candidates = [] if left else [bins]
@@ -132,7 +141,7 @@ class _Balancer:
             return candidates
         candidates.append(bins)
         low, high = 0.0, max(map(self.load, bins))
-        for _ in range(HALVINGS):
+        for _ in range(BISECTION_STEPS):
             middle = (low + high) / 2
             bins, left = self.fill_rounds(most_expensive_first, num_rounds, middle)
             if left:
@@ -142,21 +151,24 @@ class _Balancer:
                 candidates.append(bins)
         return candidates
 
-    def fill_rounds(self, most_expensive_first: list[int], num_rounds: int, ceiling: float) -> tuple[Bins, list[int]]:
-        """Fill round after round below the ceiling, or the cost of its first sequence; also return what did not fit."""
+    def fill_rounds(self, most_expensive_first: list[int], num_rounds: int, max_cost: float) -> tuple[Bins, list[int]]:
+        """Fill one round after the other; return the bins and the sequences that did not fit.
+
+        The cost limit of a round's bins is ``max_cost``, or the cost of the round's first sequence, if that is higher.
+        """
         bins: Bins = []
         left = most_expensive_first
         for _ in range(num_rounds):
-            highest = max(ceiling, self.cost[left[0]]) if left else ceiling
+            highest = max(max_cost, self.cost[left[0]]) if left else max_cost
             filled, left = self.fill(left, self.ranks, highest)
             bins += filled
         return bins, left
 
-    def fill(self, order: list[int], num_bins: int, ceiling: float | None = None) -> tuple[Bins, list[int]]:
-        """Put each sequence into a bin with room; also return the sequences that did not fit.
+    def fill(self, order: list[int], num_bins: int, max_cost: float | None = None) -> tuple[Bins, list[int]]:
+        """Put each sequence into a bin within the limits; return the bins and the sequences that did not fit.
 
-        The bin is the cheapest one, or with ``ceiling`` the fullest that stays below it. An empty bin takes any
-        sequence.
+        Without ``max_cost`` the sequence goes to the cheapest bin. With ``max_cost`` it goes to the most expensive bin
+        that costs at most ``max_cost`` including the sequence. An empty bin accepts every sequence.
         """
         bins: Bins = [[] for _ in range(num_bins)]
         filled = [0] * num_bins
@@ -164,12 +176,12 @@ class _Balancer:
         left = []
         for i in order:
             positions = range(num_bins)
-            if ceiling is not None:
-                below = bisect_right(by_load, (ceiling - self.cost[i], num_bins))
+            if max_cost is not None:
+                below = bisect_right(by_load, (max_cost - self.cost[i], num_bins))
                 positions = range(max(below, 1) - 1, -1, -1)  # always includes the cheapest bin, which may be empty
             for position in positions:
                 load, b = by_load[position]
-                if not bins[b] or (self._fits(i, filled[b], len(bins[b])) and (ceiling is None or position < below)):
+                if not bins[b] or (self._fits(i, filled[b], len(bins[b])) and (max_cost is None or position < below)):
                     bins[b].append(i)
                     filled[b] += self.tokens[i]
                     del by_load[position]

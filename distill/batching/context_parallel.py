@@ -1,8 +1,9 @@
-"""Shard micro-batches over the ranks that read them together: positions and rows of each rank. Pure functions.
+"""Shard micro-batches over the ranks of a group: token positions and loss rows of each rank.
 
-The ranks of a group exchange keys and values inside attention, so any rank may have any position. Each rank has the
-positions of the rows that it scores, in both models' views, so that hidden rows, targets and loss are never sent.
-Positions that predict nothing fill up the ranks that have fewer.
+The functions are pure. The ranks of a group exchange keys and values inside attention, so a rank can have arbitrary
+positions. In the views of both models a rank has the positions that predict its loss rows. Hidden states, targets and
+losses are therefore never communicated. Positions without a loss row (prompt tokens) go to the ranks with the fewest
+positions.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from distill.types import Layout, MicroBatch, SequenceShards, SharedPrefixes, Vi
 
 
 def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
-    """Return this rank's shard of the micro-batches that its teacher group reads, which are in order of dp rank.
+    """Return this rank's shard of the micro-batches that its teacher group computes together.
 
-    Context parallelism shards the student's own micro-batch over its group; the teacher group reads all of them as one
-    pack.
+    ``group`` has one micro-batch per data-parallel rank, in order of rank. The teacher computes all of them as one
+    pack, sharded over the ranks of the teacher group. The student trains only the micro-batch of this rank's
+    data-parallel group, sharded over its context-parallel ranks.
     """
     if layout.teacher_size == 1:
         (complete,) = group
@@ -52,9 +54,10 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
 
 
 def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
-    """Return each rank's row numbers, ascending: equal counts, with the first row of every response on the first rank.
+    """Return the ascending row numbers of each rank, in nearly equal counts.
 
-    Responses with a shared prefix share the position of their first row, and a position is on one rank only.
+    The first rank gets the first row of every response: responses with a shared prefix use the same position for their
+    first row, and a position belongs to one rank.
     """
     rollout_N = micro_batch.rollout_N
     total = len(rollout_N)
@@ -70,13 +73,13 @@ def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
 
 
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
-    """Return ``rank``'s shard of a view; ``rows[r]`` are the row numbers of rank r, in order."""
+    """Return the shard of a view for ``rank``; ``rows[r]`` has the ascending row numbers of rank r."""
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)
     for r, numbers in enumerate(rows):
         positions = view.rows_N[numbers]
         assert bool(((owner_T[positions] == -1) | (owner_T[positions] == r)).all()), (
-            "two ranks have rows at one position"
+            "rows of different ranks use the same position"
         )
         owner_T[positions] = r
     held = torch.bincount(owner_T[owner_T >= 0], minlength=ranks)
@@ -104,7 +107,7 @@ def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
 
 
 def join(views: Sequence[View]) -> View:
-    """Concatenate views into one pack; rows stay in order."""
+    """Concatenate views into one pack; the order of rows is preserved."""
     if len(views) == 1:
         return views[0]
     tokens = slots = 0

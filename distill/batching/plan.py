@@ -1,4 +1,4 @@
-"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors. Pure functions."""
+"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.batching.context_parallel import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Maximum costs to try for a group of responses with a shared prefix, as fractions of a rank's work."""
+"""Candidates for the maximum cost of a group with a shared prefix, in fractions of a rank's work."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,24 @@ class PackingConfig:
     optimizer_batch: int
     """Number of responses in an optimizer batch."""
     sequences: int | None
-    """Maximum number of responses in a micro-batch; None: only ``tokens`` limits it."""
+    """Maximum number of responses in a micro-batch; None means that only ``tokens`` limits it."""
     tokens: int | None
-    """Maximum number of tokens of the longer view in a micro-batch; a longer response is alone; None: no limit.
-    Each response counts with its prefix, even if prefixes are shared."""
+    """Maximum number of tokens in a micro-batch, in the longer of the two views; None means no limit.
+
+    Each response counts with its full prefix, even if the prefix is shared. A response that exceeds the limit gets a
+    micro-batch to itself.
+    """
     quadratic: float = 0.0
-    """Factor q of a sequence's cost n + q n^2: FLOPs of attention per n^2 over FLOPs per n; see ``quadratic_cost``."""
+    """Factor q in the cost n + q n^2 of a sequence of n tokens; see ``quadratic_cost``."""
     share_prefixes: bool = True
-    """Whether a prefix shared by responses of a micro-batch is read once, and responses are grouped by prefix."""
+    """Whether responses with the same prefix are grouped, and share its positions in a micro-batch."""
     expected: int | None = None
-    """Number of responses of a step before any is left out; it determines the number of optimizer batches, over which
-    the remaining responses are distributed evenly. Otherwise a small last batch would get the weight of a full step.
-    None: the number of rollouts."""
+    """Number of responses in a step before filtering; None means the number of rollouts.
+
+    It determines the number of optimizer batches. If responses were filtered out, the remaining responses are
+    distributed evenly over the batches. Otherwise the last batch could be small, yet have the same effect as a full
+    batch.
+    """
 
 
 def plan(
@@ -41,10 +47,10 @@ def plan(
 ) -> list[OptimizerBatch]:
     """Assign a step's rollouts to optimizer batches, ranks and micro-batches; return this rank's batches.
 
-    Pure and deterministic: every rank calls it with the same rollouts and computes the complete plan. The members of an
-    optimizer batch depend only on ``seed`` and ``step``, never on length or layout. Within a batch every rank gets the
-    same number of micro-batches, and the k-th micro-batches of all ranks cost about the same. A rank without responses
-    in a round gets a dummy row of weight 0. Ranks that read together get their shards of the same micro-batches.
+    The function is deterministic, and every rank calls it with the same rollouts. ``seed`` and ``step`` determine which
+    responses are in an optimizer batch; their lengths and the layout have no influence. Within a batch every rank gets
+    the same number of micro-batches, and the k-th micro-batches of all ranks cost about the same. A micro-batch without
+    responses consists of a dummy row of weight 0. Ranks that share a micro-batch get shards of it.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
@@ -53,7 +59,7 @@ def plan(
 
 
 def _optimizer_batches(order: list[int], packing_config: PackingConfig) -> list[list[int]]:
-    """Cut ``order`` into optimizer batches, none of them empty."""
+    """Split ``order`` into non-empty optimizer batches."""
     size, count = packing_config.optimizer_batch, len(order)
     if packing_config.expected is None or count >= packing_config.expected:
         return [order[i : i + size] for i in range(0, count, size)]
@@ -82,10 +88,12 @@ def _optimizer_batch(
 def balance_responses(
     rollouts: Sequence[Rollout], members: Sequence[int], ranks: int, packing_config: PackingConfig
 ) -> list[list[list[int]]]:
-    """Assign an optimizer batch's responses (indices into ``rollouts``) to rounds of one micro-batch per rank.
+    """Assign the responses of an optimizer batch to rounds of one micro-batch per rank.
 
-    Some micro-batches may be empty. Responses that share a prefix are assigned one by one, in small groups and in
-    larger ones: larger groups read less, but balance the ranks less evenly. The result has the lowest estimated time.
+    ``members`` and the result are indices into ``rollouts``; the result is nested by round and rank. A micro-batch may
+    be empty. Responses with the same prefix are assigned in groups. The function tries several maximum group costs and
+    returns the assignment with the lowest estimated time: larger groups process fewer tokens, but smaller groups
+    balance the ranks better.
     """
     costs = _ResponseCosts(rollouts, members, packing_config)
     candidates = []
@@ -105,7 +113,7 @@ def balance_responses(
 
 
 class _ResponseCosts:
-    """Tokens and costs of an optimizer batch's responses."""
+    """Token counts and costs of the responses in an optimizer batch."""
 
     def __init__(self, rollouts: Sequence[Rollout], members: Sequence[int], packing_config: PackingConfig) -> None:
         self.members = members
@@ -120,17 +128,22 @@ class _ResponseCosts:
                 self.first_with_prefix[i] = first.setdefault(key, i)
 
     def cost(self, responses: Sequence[int]) -> float:
-        """Return the cost of a micro-batch: tokens, with a shared prefix counted once, and attention per response."""
+        """Return the cost of a micro-batch, in tokens.
+
+        The cost is the number of tokens, with each shared prefix counted once, plus q n^2 for each response of n tokens
+        (its prefix included).
+        """
         prefixes = {self.first_with_prefix[i] for i in responses}
         tokens = sum(self.reads[i] - self.prefix_reads[i] for i in responses)
         tokens += sum(self.prefix_reads[i] for i in prefixes)
         return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in responses)
 
     def groups(self, max_cost: float) -> list[list[int]]:
-        """Group responses by prefix, shortest first; a group fits a micro-batch and costs at most ``max_cost``.
+        """Group responses with the same prefix, starting with the shortest responses.
 
-        If the number of responses limits a micro-batch, each group has one response: larger groups would leave
-        micro-batches incomplete.
+        A group of several responses costs at most ``max_cost`` and fits into one micro-batch. If the configuration
+        limits the number of responses in a micro-batch, every group has one response, because larger groups could not
+        fill the micro-batches.
         """
         groups: list[list[int]] = []
         latest: dict[int, list[int]] = {}
@@ -148,16 +161,16 @@ class _ResponseCosts:
 
 
 def _tokens_read(rollout: Rollout) -> int:
-    """Return the number of tokens of the longer view."""
+    """Return the number of tokens of prefix and response in the longer view."""
     return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
 
 
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
-    """Pack (index in the step's list, rollout) pairs into one micro-batch, concatenated without padding.
+    """Pack rollouts into one micro-batch, concatenated without padding.
 
-    Row n of both views is the position before response token n: the prefix's last position for a response's first
-    token. Without members it is a dummy sequence of one token with one row of weight 0, so that every rank runs the
-    same collectives.
+    ``members`` has pairs of (index in the step's list of rollouts, rollout). Row n of both views is the position that
+    predicts response token n, which is the position before it. If ``members`` is empty, the micro-batch is a dummy
+    sequence of one token with one row of weight 0, so that every rank runs the same collectives.
     """
     if not members:
         view = view_of([((0,), (0,))])
@@ -177,9 +190,10 @@ def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBa
 
 
 def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = False) -> View:
-    """Pack (prefix, response) pairs into one view; a response's last token predicts nothing and is not read.
+    """Pack pairs of (prefix, response) token ids into one view.
 
-    With ``share`` a repeated prefix is read once, and later sequences refer to its positions.
+    The last token of each response is omitted, because it predicts no token. With ``share`` the view contains a
+    repeated prefix once; the later sequences refer to its positions.
     """
     tokens: list[int] = []
     positions: list[int] = []

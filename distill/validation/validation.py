@@ -17,8 +17,8 @@ from distill.data.grading import Grader, Verdict
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes
 from distill.distributed.world import World
 from distill.errors import writing_run
+from distill.metrics.phases import Phases
 from distill.metrics.sinks import Recorder
-from distill.metrics.step import Phases
 from distill.rollout.engine import Engine, response_limit, stream_seed
 from distill.rollout.gather import gather_rollouts
 from distill.supervise.progress import heartbeat

@@ -1,4 +1,4 @@
-"""Ways to break a run by the files that its exports copy and change."""
+"""Malformed files that exports copy and change."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from tests.malformed.case import Case, Workshop, way
 
 
 @way
-def _generation_config_that_exports_change(shop: Workshop) -> Case:
-    """The recipe's own stop ids are used, so that nothing else reads the file."""
+def _broken_generation_config_of_an_export(shop: Workshop) -> Case:
+    """The recipe sets stop ids, so that only the export reads the file."""
     model = shop.model()
     text = shop.rng.choice(["{", "[]", "3", "null", '{"eos_token_id": 2,}'])
     (model / "generation_config.json").write_text(text)

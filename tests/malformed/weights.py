@@ -1,4 +1,4 @@
-"""Ways to break a model folder by its tensors and its declared quantization, for tests/malformed.py."""
+"""Model folders with malformed tensors or quantization settings."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _undefined_fp8_weights(shop: Workshop) -> Case:
 
 
 @way
-def _weights_stored_otherwise(shop: Workshop) -> Case:
+def _weights_in_an_unsupported_format(shop: Workshop) -> Case:
     import torch
 
     model = shop.model()
@@ -82,7 +82,7 @@ def _weights_stored_otherwise(shop: Workshop) -> Case:
 
 
 @way
-def _weights_that_are_not_finite(shop: Workshop) -> Case:
+def _weights_with_nan_or_infinity(shop: Workshop) -> Case:
     model = shop.model()
     number = shop.rng.choice([float("nan"), float("inf"), -float("inf")])
     named = []
@@ -96,7 +96,7 @@ def _weights_that_are_not_finite(shop: Workshop) -> Case:
 
 
 @way
-def _files_that_contradict_each_other(shop: Workshop) -> Case:
+def _inconsistent_files(shop: Workshop) -> Case:
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -13,7 +13,7 @@ from distill.errors import UserError
 from distill.model.export_files import EXPORT_FILES
 from scripts import export_hf
 from tests.helpers import save_tiny_model
-from tests.model.test_export_files import RECIPE
+from tests.model.test_model_card import RECIPE
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
