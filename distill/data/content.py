@@ -89,9 +89,9 @@ _PART_NAMES = {
 
 
 def describe_change(parts: Sequence[str], all_compared: bool) -> str:
-    """Return a clause for users: the names of ``parts`` and "has changed".
+    """Return a clause for messages, such as "data.train has changed".
 
-    Without ``all_compared`` only the tokens were compared, so the cause is unknown.
+    ``all_compared``: whether all parts were compared. If only the tokens were compared, the cause is unknown.
     """
     if not all_compared:
         return "data.train, its prompt file, or policy.tokenizer has changed"

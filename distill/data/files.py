@@ -257,7 +257,7 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
         elif len(fields) != len(header):
             raise file.error(
                 f"is malformed in {location} (number of fields: {len(fields)}, in the header: {len(header)})",
-                "write as many fields in each row as in the header, and quote fields that contain separators",
+                "write the same number of fields in every row, and quote fields that contain separators",
             )
         else:
             yield location, dict(zip(header, fields, strict=True))
