@@ -23,8 +23,10 @@ from distill.distributed.world import World
 from distill.errors import RunFailed
 from distill.inputs import Models
 from distill.memory.forecast import Forecast, compare
-from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics, summary
-from distill.metrics.step import Metrics, Phase, Phases, add_rollouts, step_numbers
+from distill.metrics.phases import Phase, Phases
+from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics
+from distill.metrics.step import Metrics, add_rollouts, step_numbers
+from distill.metrics.summary import summary
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
 from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report

@@ -24,7 +24,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from distill.metrics.sinks import METRICS_FILE, TIMING, Row, read_metrics
+from distill.metrics.phases import TIMING
+from distill.metrics.sinks import METRICS_FILE, read_metrics
+from distill.metrics.summary import Row
 from scripts.launch import ROOT, run, torchrun
 
 RUN_DIR = ROOT / "runs" / "bench_step"

@@ -46,7 +46,8 @@ from distill.data.tokenizer import load_tokenizer
 from distill.distributed.program import exit_process, log_to_console
 from distill.distributed.world import World
 from distill.errors import UserError
-from distill.metrics.step import Metrics, Phases
+from distill.metrics.phases import Phases
+from distill.metrics.step import Metrics
 from distill.model.attention import attend_packed, attend_per_sequence
 from distill.model.checksum import BitSums
 from distill.model.hf_config import model_config

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from distill.metrics.sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics, summary
+from distill.metrics.sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
+from distill.metrics.summary import summary
 from scripts.launch import ROOT, run, torchrun
 
 RUNS = ROOT / "runs" / "smoke"

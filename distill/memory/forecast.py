@@ -1,4 +1,4 @@
-"""Forecast of a rank's memory per phase, and the checks that use it."""
+"""Forecast of the memory of a rank in each phase of a step, and checks based on the forecast."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 CARD_SHARE = 0.98
-"""Usable share of N GiB on a card sold with N GB; drivers report 0.985 to 0.99."""
+"""Usable fraction of N GiB on a GPU sold with N GB; drivers report 0.985 to 0.99."""
 RESERVE = 3 * GIB
-"""An allowance, not a formula: CUDA's context, NCCL's buffers, workspaces of matrix products, CUDA graphs that a
-sleeping engine keeps, and fragmentation of the allocator."""
+"""Fixed reserve in bytes for memory that the forecast does not compute.
+
+It covers the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of a sleeping engine, and fragmentation.
+"""
 
 PHASES = {
     "sync": "sync",
@@ -30,7 +32,7 @@ PHASES = {
     "teacher": "teacher",
     "train": "training",
 }
-"""Phases of the forecast, and the phases of a step that they belong to."""
+"""Names of the phases in the forecast, mapped to their names in a training step."""
 
 _STATE = ("cluster.num_nodes", "policy.dtensor_cfg.cpu_offload=true")
 _TOKENS = ("policy.dtensor_cfg.context_parallel_size", "policy.sequence_packing.train_mb_tokens")
@@ -57,28 +59,28 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "engine cache": (_ENGINE_SHARE,),
     "sync buckets": ("runtime.sync_bucket_mib",),
 }
-"""Configuration keys that change a line, for the error's advice."""
+"""Configuration keys that reduce each line of the table; errors recommend them."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted bytes of a rank by phase, each at its largest moment."""
+    """Predicted peak memory of a rank in bytes, by phase."""
 
     about: tuple[str, ...]
-    """Lines of the table that name the models and the layout."""
+    """Text lines that name the models and the layout, for the head of the table."""
     phases: dict[str, Lines]
-    """Lines of each phase's largest moment."""
+    """Bytes by purpose at the peak of each phase."""
     host: Lines
-    """Pinned host memory."""
+    """Bytes of pinned host memory by purpose."""
     window_cache: int
-    """Bytes of keys and values of one sequence of the engine's window; vLLM needs a cache of at least this size."""
+    """Bytes of keys and values for one sequence of the maximum length: the smallest cache vLLM accepts."""
 
     def total(self, phase: str) -> int:
-        """Return the sum of a phase's lines."""
+        """Return the predicted bytes of a phase."""
         return sum(self.phases[phase].values())
 
     def table(self) -> str:
-        """Return a table with a line per phase: predicted GiB and the largest parts."""
+        """Return a text table with a line per phase: predicted GiB and the five largest parts."""
         rows = ["memory of a rank in GiB, predicted", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
             largest = sorted(lines.items(), key=lambda line: -line[1])
@@ -87,7 +89,10 @@ class Forecast:
         return "\n".join(rows)
 
     def check(self, config: Config) -> None:
-        """Raise UserError if a phase needs more than ``cluster.gpu_memory_gb``; null disables the check."""
+        """Raise UserError if a phase or the engine's cache does not fit ``cluster.gpu_memory_gb``.
+
+        Checks nothing if the key is null.
+        """
         if config.cluster.gpu_memory_gb is None:
             return
         given, card = config.cluster.gpu_memory_gb, card_bytes(config.cluster.gpu_memory_gb)
@@ -96,7 +101,7 @@ class Forecast:
             settings = config.policy.generation.vllm_cfg
             raise UserError(
                 f"{_ENGINE_SHARE}={settings.gpu_memory_utilization:g} of {card / GIB:.1f} GiB leaves"
-                f" {cache / GIB:.1f} GiB for the engine's cache, and one sequence of the engine's window needs"
+                f" {cache / GIB:.1f} GiB for the engine's cache, but one sequence of the maximum length needs"
                 f" {self.window_cache / GIB:.1f} GiB",
                 f"raise it, or raise {_ENGINE_TP}={settings.tensor_parallel_size}",
                 key=_ENGINE_SHARE,
@@ -109,30 +114,30 @@ class Forecast:
         largest = sorted((name for name in lines if name in _KEYS), key=lambda name: -lines[name])[:3]
         keys = dict.fromkeys(key for name in largest for key in _KEYS[name] if not _is_set(config, key))
         raise UserError(
-            f"cluster.gpu_memory_gb={given:g} leaves {card / GIB:.1f} GiB to use, and the phase {phase} needs"
-            f" {total / GIB:.1f} GiB per rank, {lines[largest[0]] / GIB:.1f} GiB of it for {largest[0]}",
-            f"change {any_of(keys)}, or use a larger card",
+            f"cluster.gpu_memory_gb={given:g} provides {card / GIB:.1f} GiB of usable memory, but the {phase} phase"
+            f" needs {total / GIB:.1f} GiB per rank ({lines[largest[0]] / GIB:.1f} GiB of it for {largest[0]})",
+            f"change {any_of(keys)}, or use a larger GPU",
             key="cluster.gpu_memory_gb",
             value=given,
         )
 
 
 def _is_set(config: Config, remedy: str) -> bool:
-    """Return whether the recipe already sets a remedy such as ``policy.dtensor_cfg.cpu_offload=true``."""
+    """Return whether the recipe already has the recommended setting ``remedy``, written as key=value."""
     key, _, value = remedy.rpartition(".")[2].partition("=")
     return value == "true" and bool(getattr(config.policy.dtensor_cfg, key))
 
 
 def card_bytes(gigabytes: float) -> int:
-    """Return the usable bytes of a card sold with ``gigabytes`` GB."""
+    """Return the usable bytes of a GPU sold with ``gigabytes`` GB."""
     return int(gigabytes * GIB * CARD_SHARE)
 
 
 def dry_run(config: Config) -> Iterator[str]:
-    """Yield the forecast as YAML comments; uses local files and published shapes, never the network.
+    """Yield the forecast's table as YAML comments; never uses the network.
 
-    Raises UserError if the models do not support the layout and, after the table, if ``cluster.gpu_memory_gb`` is too
-    small.
+    The shapes of the models are read from local files or a table of published shapes. Raises UserError if the models do
+    not support the layout. After the table, raises UserError if ``cluster.gpu_memory_gb`` is too small.
     """
     ours = find_config(config.policy.model_name, "policy.model_name")
     student = None if ours is None else shape_of(ours, config.policy.model_name)
@@ -142,7 +147,7 @@ def dry_run(config: Config) -> Iterator[str]:
         check_tensor_parallel(config, ours, student.vocab)
     if student is None or teacher is None:
         unknown = config.policy.model_name if student is None else config.teacher.model_name
-        yield f"# no memory forecast: {unknown} is neither on this machine nor in the table of published shapes"
+        yield f"# no memory forecast: {unknown} is not on this machine, and its shape is not in the built-in table"
         return
     cuda = config.runtime.device != "cpu"
     forecast = predict(config, student, teacher, cuda)
@@ -152,7 +157,7 @@ def dry_run(config: Config) -> Iterator[str]:
 
 
 def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device: torch.device) -> Forecast:
-    """Check the run's layout and, on GPUs, its memory; return the forecast. Raises UserError."""
+    """Return the forecast of a run, after checking its layout and, on GPUs, its memory; raises UserError."""
     check_shapes(config, student, teacher)
     if device.type != "cuda":
         return predict(config, student, teacher, cuda=False)
@@ -164,29 +169,30 @@ def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device
 def predict(
     config: Config, student: ModelShape, teacher: ModelShape, cuda: bool = True, card: int | None = None
 ) -> Forecast:
-    """Predict a rank's memory.
+    """Predict the peak memory of a rank in each phase.
 
-    ``card``: bytes of the GPU, used if ``cluster.gpu_memory_gb`` is null. If both are unknown, the engine's cache is
-    omitted, because its size follows from the card's. Without ``cuda`` nothing is offloaded to host memory.
+    ``card``: memory of the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are unknown, the table has
+    no line for the engine's cache, because its size depends on the GPU. Without ``cuda`` nothing is offloaded.
     """
     if config.cluster.gpu_memory_gb is not None:
         card = card_bytes(config.cluster.gpu_memory_gb)
     memory = StepMemory(config, student, teacher, cuda, card)
-    moments = (memory.sync_phase(), memory.generation_phase(), memory.teacher_phase(), memory.training_phase())
-    worst = {
-        phase: max(tables, key=lambda lines: sum(lines.values())) for phase, tables in zip(PHASES, moments, strict=True)
+    candidates = (memory.sync_phase(), memory.generation_phase(), memory.teacher_phase(), memory.training_phase())
+    peaks = {
+        phase: max(tables, key=lambda lines: sum(lines.values()))
+        for phase, tables in zip(PHASES, candidates, strict=True)
     }
     if not cuda:
-        return Forecast(memory.about, worst, {}, memory.window_cache())
-    phases = {phase: lines | {"reserve": RESERVE} for phase, lines in worst.items()}
+        return Forecast(memory.about, peaks, {}, memory.window_cache())
+    phases = {phase: lines | {"reserve": RESERVE} for phase, lines in peaks.items()}
     return Forecast(memory.about, phases, memory.host(), memory.window_cache())
 
 
 def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
-    """Log the memory measured in a step next to the forecast, as the maximum over ranks; collective.
+    """Log the measured memory of a step next to the forecast, as the maximum over ranks; collective.
 
-    ``measured`` is in bytes by phase of a step. ``pool_bytes`` is the size of the sleeping engine's pool, which torch
-    counts as allocated though it is free.
+    ``measured``: peak bytes by phase of the step. ``pool_bytes``: size of the sleeping engine's memory pool; it is
+    subtracted, because torch reports the pool as allocated although its memory is free.
     """
     sleeping = {"teacher", "train"}
     own = {
@@ -195,7 +201,7 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
         if name in measured
     }
     everyone = world.gather(own)
-    method = "torch's peak" if world.device.type == "cuda" else "resident memory of the process (no GPU)"
+    method = "torch's peak memory" if world.device.type == "cuda" else "resident memory of the process (no GPU)"
     largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
     numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
-    log.info("memory of a rank in step 2 in GiB, %s (forecast in brackets): %s", method, ", ".join(numbers))
+    log.info("memory of a rank in step 2 in GiB, %s (forecast in parentheses): %s", method, ", ".join(numbers))

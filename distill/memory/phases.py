@@ -1,8 +1,10 @@
-"""Bytes of one rank's memory in each phase of a step, computed from the recipe and the models' shapes.
+"""Memory of one rank in each phase of a step, in bytes.
 
-Every response is assumed to be as long as the recipe allows. A phase has moments; each moment is a table of lines, and
-the largest moment counts. Names: tp, cp and dp are the sizes of the student's mesh; ``shards``: number of ranks that
-hold one sharded model; ``positions``: the rank's part of a pack; b: bytes per element of the compute dtype.
+It is computed from the recipe and the shapes of the models. Every response is assumed to have the maximum length. A
+phase reaches its peak memory at one of a few points in time; the method of the phase returns a table for each of them,
+and the forecast uses the largest. Names: ``tp``, ``cp`` and ``dp`` are the sizes of the student's mesh; ``shards``:
+number of ranks that one model is sharded over; ``positions``: number of positions of a pack on this rank; ``b``: bytes
+per element of the compute dtype.
 """
 
 from __future__ import annotations
@@ -13,18 +15,19 @@ from distill.memory.shapes import ModelShape, teacher_group
 from distill.model.student import DTYPES
 
 CPU_CACHE = 2**29
-"""Bytes of vLLM's key-value cache without a GPU."""
+"""Size of vLLM's key-value cache in bytes if there is no GPU."""
 
 Lines = dict[str, int]
-"""Bytes by purpose."""
+"""A table of memory: bytes by purpose."""
 
 
 def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
-    """Return bytes per position that autograd saves for one layer without activation checkpointing.
+    """Return the bytes per position that autograd saves for one layer without activation checkpointing.
 
-    Counted in transformers' layers. A norm saves its float32 input, and its output before and after its weight.
-    Attention saves queries, keys, values and its output twice (the kernel's, and the packed or exchanged copy that the
-    projection reads). The MLP saves four tensors of its inner width. Norms of queries and keys save theirs too.
+    The tensors are those of transformers' layers. Each norm saves its float32 input, and its output before and after
+    the multiplication by the weight. Attention saves queries, keys, values, and two copies of its output: that of the
+    kernel, and that which the output projection reads. The MLP saves four tensors of its intermediate size. The norms
+    of queries and keys save the same tensors as other norms.
     """
     queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
@@ -39,16 +42,20 @@ def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
 
 
 def read_by_layer(shape: ModelShape, b: int) -> int:
-    """Return peak bytes per position of one layer's forward without gradient.
+    """Return the peak bytes per position of one layer's forward without gradient.
 
-    The peak is the MLP's inner tensors, or the queries and their float32 norm, plus the residual stream.
+    The peak is the residual stream plus the larger of two parts: the MLP's intermediate tensors, or the queries with
+    their float32 norm.
     """
     queries = shape.heads * shape.head_dim
     return max(3 * b * shape.intermediate, (8 + b) * queries) + 2 * b * shape.hidden
 
 
 class StepMemory:
-    """Memory of one recipe: a method per phase returns the tables of its moments."""
+    """Memory of a rank for one recipe.
+
+    The method of each phase returns a table of bytes for each point in time that may be the peak of the phase.
+    """
 
     def __init__(self, config: Config, student: ModelShape, teacher: ModelShape, cuda: bool, card: int | None) -> None:
         policy, cluster = config.policy, config.cluster
@@ -63,19 +70,19 @@ class StepMemory:
         self.on_host = cuda and policy.dtensor_cfg.cpu_offload
         self.tokens, self.teacher_tokens = _pack_tokens(config, self.dp)
         self.about = (
-            f"{student.name} ({student.parameters / 1e9:.2f} B parameters) learns from {teacher.name}"
-            f" ({teacher.parameters / 1e9:.2f} B, {config.teacher.precision})",
-            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher packs on {self.group} ranks each;"
+            f"student {student.name} ({student.parameters / 1e9:.2f} B parameters), teacher {teacher.name}"
+            f" ({teacher.parameters / 1e9:.2f} B parameters, {config.teacher.precision})",
+            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher groups of {self.group} ranks;"
             f" packs of at most {self.tokens} tokens (student) and {self.teacher_tokens} tokens (teacher)",
         )
 
-    # ---- parts of several phases ----
+    # ---- memory that several phases use ----
 
     def kept(self, training: bool = False) -> Lines:
-        """Return the student's float32 shards: weights and AdamW's two moments.
+        """Return the memory that stays allocated during a complete phase: mainly the student's float32 shards.
 
-        The moments exist after the first step. They are on the device during training, and in other phases only if they
-        are not offloaded.
+        AdamW's two moments are on the device during training, and in other phases if they are not offloaded. Without a
+        GPU the teacher and the engine always stay in memory.
         """
         weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
         moments_here = not self.on_host and (training or not self.offloads)
@@ -89,14 +96,14 @@ class StepMemory:
 
     @property
     def teacher_shards(self) -> int:
-        """Return bytes of the teacher's shards in its own dtype; no float32 copy ever exists."""
+        """Return the bytes of the teacher's shards, which have ``teacher.precision`` and no float32 copy."""
         return self.teacher_b * self.teacher.parameters // self.shards
 
     def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool) -> Lines:
-        """Return FSDP's gathered parameters in the compute dtype.
+        """Return the parameters that FSDP has gathered at the same time, in the compute dtype.
 
-        Two layers (the current and the prefetched one), or all if they stay (reshard_after_forward=false); and the
-        root's embedding, head and last norm during the complete pass.
+        These are two layers, the current and the prefetched layer, or all layers if ``stays``
+        (reshard_after_forward=false). Embedding, head and last norm are gathered during the complete pass.
         """
         layers = shape.layers if stays else min(2, shape.layers)
         return {
@@ -105,10 +112,10 @@ class StepMemory:
         }
 
     def engine_lines(self) -> Lines:
-        """Return the memory of the awake engine.
+        """Return the memory of the generation engine while it is awake.
 
-        vLLM takes gpu_memory_utilization of the card, and its cache is the part that its weights leave. The
-        transformers engine has the complete model and a cache for a batch of its longest responses.
+        vLLM allocates the fraction gpu_memory_utilization of the GPU; its cache is this fraction minus its weights. The
+        transformers engine has the complete model and a cache for one batch of sequences of the maximum length.
         """
         generation, shape = self.config.policy.generation, self.student
         if generation.backend != "vllm":
@@ -123,7 +130,7 @@ class StepMemory:
         return {"engine weights": weights, "engine cache": max(share - weights, 0)}
 
     def window_cache(self) -> int:
-        """Return bytes of keys and values of one sequence of the window's length, on one rank of an engine."""
+        """Return the bytes of keys and values for one sequence of the maximum length, on one engine rank."""
         generation, shape = self.config.policy.generation, self.student
         vllm = generation.backend == "vllm"
         window = generation.vllm_cfg.max_model_len if vllm else self.config.policy.max_total_sequence_length
@@ -131,10 +138,11 @@ class StepMemory:
         return 2 * self.b * shape.layers * heads * shape.head_dim * window
 
     def targets(self) -> Lines:
-        """Return the teacher's targets for all responses of a step.
+        """Return the memory of the teacher's targets for all responses of a step.
 
-        They stay on the device until the student trains on them: K ids (int32) and log-probs, log tail and entropy in
-        float32; or hidden rows and a copy of the complete head.
+        The targets stay on the device until the student trains on them. Per response token they are K ids (int32),
+        K log-probs, the log tail and the entropy (float32), or else a hidden state. With hidden states, a copy of the
+        complete head is kept too.
         """
         loop, shape = self.config.distillation, self.teacher
         responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
@@ -145,26 +153,29 @@ class StepMemory:
 
     @property
     def returns_rows(self) -> bool:
-        """Return whether the teacher returns hidden rows instead of a top-k, as in ShardedTeacher."""
+        """Return whether ShardedTeacher returns hidden states instead of a top-k."""
         return self.config.loss_fn.support == "student" or self.config.distillation.topk_logits_k == 0
 
     def longest_response(self) -> int:
-        """Return the largest number of tokens of a response."""
+        """Return the maximum length of a response in tokens."""
         policy = self.config.policy
         return min(policy.generation.max_new_tokens, policy.max_total_sequence_length - 1)
 
     def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
-        """Return the rows of logits that exist at a time: set by a key, or within the loss's memory budget."""
+        """Return the number of rows of logits in one chunk of the loss.
+
+        ``own`` and ``runtime.logits_chunk_rows`` set it; otherwise it is limited by the memory budget of the loss.
+        """
         set_rows = own or self.config.runtime.logits_chunk_rows
         return min(set_rows or rows_within_budget(self.cuda, vocab, buffers), rows)
 
-    # ---- the phases ----
+    # ---- candidates for the peak of each phase ----
 
     def sync_phase(self) -> list[Lines]:
-        """Return the moments of the sync: buckets of GatheredWeights, then the probe's forward.
+        """Return two candidates for the sync's peak: transfer of the buckets, and forward of the probe.
 
-        Two buckets exist at a time (complete tensors, and this rank's part of them), none smaller than the largest
-        tensor. During the probe the complete engine is awake.
+        Two buckets are in memory at the same time, each with complete tensors and this rank's shards of them. A bucket
+        is at least as large as the largest tensor. During the probe, which verifies the sync, the engine is awake.
         """
         policy, shape = self.config.policy, self.student
         bucket = max(self.config.runtime.sync_bucket_mib * 2**20, self.b * shape.embedding)
@@ -176,14 +187,14 @@ class StepMemory:
         return [self.kept() | weights | buckets, self.kept() | awake | gathered]
 
     def generation_phase(self) -> list[Lines]:
-        """Return the only moment of generation: the awake engine and the student's shards."""
+        """Return the memory during generation: the awake engine and the student's shards."""
         return [self.kept() | self.engine_lines()]
 
     def teacher_phase(self) -> list[Lines]:
-        """Return the moments of the teacher phase: a layer's forward, and the logits of a chunk of rows.
+        """Return two candidates for the teacher phase's peak: a layer's forward, and the logits of a chunk.
 
-        A larger teacher group reads as many more packs together, so ``positions`` does not depend on its size. Logits
-        are float32, twice with PyTorch's top-k, and need the complete head.
+        The number of packs that a teacher group reads together is proportional to its size, so ``positions`` does not
+        depend on the size. Logits are float32; PyTorch's top-k needs a second buffer of the same size.
         """
         config, shape, b = self.config, self.teacher, self.teacher_b
         positions = -(-self.teacher_tokens // (self.tp * self.cp))
@@ -193,17 +204,18 @@ class StepMemory:
         rows = self.chunk(config.teacher.logprob_chunk_size, positions, shape.vocab)
         logits = 0 if self.returns_rows else (4 if self.triton else 8) * rows * shape.vocab
         return [
-            # Includes the layer's input, and the first layer's input, which lives until the end.
+            # Also includes the input of this layer and the input of the first layer.
             lines | {"teacher workspace": (read_by_layer(shape, b) + 2 * b * shape.hidden) * positions},
             lines | {"teacher workspace": b * shape.hidden * positions, "logits chunk": logits},
         ]
 
     def training_phase(self) -> list[Lines]:
-        """Return three moments of training, with gradients of an earlier micro-batch present.
+        """Return three candidates for training's peak, if gradients of an earlier micro-batch exist.
 
-        The head inside the forward; a layer's backward during the reduction of the previous layer; the root's
-        reduction or the optimizer's step. Activation checkpointing saves each layer's input and recomputes one layer at
-        a time. A layer's backward has two more tensors each of the inner and of the residual width.
+        The candidates are the loss inside the forward, a layer's backward during the gradient reduction of another
+        layer, and the gradient reduction of the root or the optimizer step. Activation checkpointing saves the input of
+        each layer and recomputes a single layer. A layer's backward needs two more tensors of the intermediate size and
+        two of the hidden size.
         """
         config, shape, b, tp = self.config, self.student, self.b, self.tp
         parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
@@ -245,18 +257,18 @@ class StepMemory:
             | root
             | {
                 "gradient reduction": 4 * shape.root // tp,
-                # A tied matrix has the embedding's complete gradient before it is added to the head's.
+                # A tied embedding and head each have a complete gradient before the two are added.
                 "embedding gradients": b * (shape.embedding + (shape.head or shape.embedding)) // tp,
-                # Per tensor: its shard in float64 for the norm, or two temporaries of the update. foreach: all tensors.
+                # Largest shard in float64 for the norm, or two float32 temporaries; with foreach, for all shards.
                 "optimizer temporaries": 0 if self.on_host else 8 * largest,
             },
         ]
 
     def logits_bytes(self) -> int:
-        """Return bytes per element of [C, V / tp] in fused_linear_kl.
+        """Return the bytes per logit of a chunk [C, V / tp] in fused_linear_kl.
 
-        Logits in float32 and their gradient in the compute dtype; PyTorch's implementation needs one more float32
-        buffer; the full-vocabulary loss needs both models' logits and two more buffers.
+        The buffers are the float32 logits and their gradient in the compute dtype. PyTorch's implementation needs one
+        more float32 buffer. The full-vocabulary loss needs the logits of both models and two more buffers.
         """
         b, rounded = self.b, self.config.loss_fn.logits_dtype == "bfloat16"
         if self.config.distillation.topk_logits_k == 0:
@@ -268,9 +280,10 @@ class StepMemory:
         return own + (4 if self.returns_rows else 0)
 
     def host(self) -> Lines:
-        """Return pinned host memory.
+        """Return the pinned host memory.
 
-        The teacher's FrozenOffload, offloaded optimizer or student state, and a pending checkpoint.
+        It has the host copy of the teacher's shards, the offloaded state of student or optimizer, and a checkpoint that
+        is being written.
         """
         context, saving = self.config.distillation.context_distillation, self.config.checkpointing
         state = 4 * self.student.parameters // self.shards
@@ -285,10 +298,11 @@ class StepMemory:
 
 
 def _pack_tokens(config: Config, dp: int) -> tuple[int, int]:
-    """Return the tokens of the largest student pack and the largest teacher pack.
+    """Return the maximum number of tokens of a student pack and of a teacher pack.
 
-    A pack is limited by a budget, or is one longer sequence. A budget counts the longer view of a sequence, so the
-    student's pack can be as long as the budget. No pack has more than one rank's responses of an optimizer batch.
+    A pack has at most ``train_mb_tokens`` tokens, or is a single longer sequence. The budget counts the longer of a
+    sequence's two views, so packs of student and teacher can both reach it. A pack has at most the responses of one
+    rank in an optimizer batch.
     """
     policy, student = config.policy, config.policy.max_total_sequence_length
     same = not config.distillation.context_distillation.enabled

@@ -1,4 +1,4 @@
-"""Shapes of models, and the checks of windows and parallelism against them, before any weight is read."""
+"""Shapes of models, and checks of sequence lengths and parallelism against them; reads no weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill.model.tensor_parallel import one_layer_model
 
 log = logging.getLogger(__name__)
 
-QWEN3 = {  # hidden width, layers, query heads, inner channels, tied; all have 8 key-value heads of 128 channels
+QWEN3 = {  # hidden size, layers, query heads, intermediate size, tied; all have 8 key-value heads of 128 channels
     "0.6": (1024, 28, 16, 3072, True),
     "1.7": (2048, 28, 16, 6144, True),
     "4": (2560, 36, 32, 9728, True),
@@ -26,12 +26,12 @@ QWEN3 = {  # hidden width, layers, query heads, inner channels, tied; all have 8
     "14": (5120, 40, 40, 17408, False),
     "32": (5120, 64, 64, 25600, False),
 }
-"""Published shapes of Qwen3 by billions of parameters, for forecasts without the model's files."""
+"""Published shapes of Qwen3 models by billions of parameters, for forecasts without model files."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Widths and parameter counts of a causal language model with equal layers."""
+    """Sizes and parameter counts of a causal language model; all layers have the same shape."""
 
     name: str
     hidden: int
@@ -42,37 +42,39 @@ class ModelShape:
     intermediate: int
     vocab: int
     window: int
-    """Largest number of positions (``max_position_embeddings``)."""
+    """Maximum number of positions (``max_position_embeddings``)."""
     qk_norm: bool
-    """Whether queries and keys are normalised."""
+    """Whether attention normalises queries and keys."""
     embedding: int
+    """Number of parameters of the embedding."""
     head: int
-    """Parameters of the head; 0 if it is tied to the embedding."""
+    """Number of parameters of the head; 0 if it is tied to the embedding."""
     layer: int
-    """Parameters of one layer."""
+    """Number of parameters of one layer."""
     rest: int
-    """Parameters outside layers, embedding and head (the last norm)."""
+    """Number of parameters outside layers, embedding and head (the last norm)."""
 
     @property
     def parameters(self) -> int:
-        """Return the number of all parameters, a tied head counted once."""
+        """Return the number of all parameters; a tied head is counted once."""
         return self.root + self.layers * self.layer
 
     @property
     def root(self) -> int:
-        """Return the number of parameters outside the layers, which FSDP gathers once per pass."""
+        """Return the number of parameters of FSDP's root module: all parameters outside the layers."""
         return self.embedding + self.head + self.rest
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
-    """Return the shape of a Hugging Face configuration; parameters are counted on a one-layer meta model.
+    """Return the shape of the model with a Hugging Face ``config``.
 
-    Raises UserError if transformers cannot build a model from it.
+    Parameters are counted on a model with one layer on the meta device. Raises UserError if transformers cannot build
+    the model.
     """
     text = config.get_text_config()
     try:
         model = one_layer_model(config)
-    except Exception as error:  # transformers raises many types for unknown activations or rotary settings
+    except Exception as error:  # transformers raises many types, for example for unknown activations
         raise UserError(
             f"transformers cannot build a model from the config.json of {name} ({reason(error)})",
             "download the model again",
@@ -102,16 +104,17 @@ def shape_of(config: Any, name: str) -> ModelShape:
 
 
 def find_shape(name: str, key: str) -> ModelShape | None:
-    """Return the shape of model ``name``, found as in ``find_config``; None if it is unknown."""
+    """Return the shape of the model ``name``, or None if ``find_config`` does not find the model."""
     config = find_config(name, key)
     return None if config is None else shape_of(config, name)
 
 
 def find_config(name: str, key: str) -> Any:
-    """Return the Hugging Face configuration of model ``name``, without network access.
+    """Return the Hugging Face configuration of the model ``name``, or None if it is not found.
 
-    Looks in its folder, then the hub's cache, then the table of published shapes; None if all three lack it. ``key``:
-    the configuration key that names the model, for errors. Raises UserError as ``model_config`` does.
+    Uses no network. Searches the folder ``name``, the local cache of the hub, and the table of published shapes.
+    ``key``: the configuration key that names the model. Raises UserError if the model is not supported, as
+    ``model_config`` does.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
@@ -152,9 +155,9 @@ def _published(name: str) -> Any:
 
 
 def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape | None) -> None:
-    """Raise UserError if a window or the parallelism does not fit a model.
+    """Raise UserError if a model does not support its sequence length or its parallelism.
 
-    None: the shape is unknown, and the model is not checked.
+    A model with an unknown shape (None) is not checked.
     """
     for owner, shape, length in (
         ("policy", student, config.policy.max_total_sequence_length),
@@ -163,7 +166,7 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
         if shape is not None and length > shape.window:
             key = f"{owner}.max_total_sequence_length"
             raise UserError(
-                f"{key}={length} exceeds the window of {shape.name}, which is {shape.window} tokens",
+                f"{key}={length} exceeds the {shape.window} positions (max_position_embeddings) of {shape.name}",
                 f"set it to at most {shape.window}",
                 key=key,
                 value=length,
@@ -171,8 +174,8 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
     ours, theirs = group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg)
     if 1 < theirs < ours:  # 1 is the default and needs no warning
         log.warning(
-            "teacher.dtensor_cfg sets groups of %d ranks, fewer than the %d of policy.dtensor_cfg: the teacher uses"
-            " groups of %d ranks, because it reads the student's packs",
+            "teacher.dtensor_cfg sets groups of %d ranks, but policy.dtensor_cfg sets groups of %d: the teacher uses"
+            " groups of %d ranks, because it reads the packs of the student's groups",
             *(theirs, ours, ours),
         )
     if student is not None:
@@ -182,13 +185,16 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
 
 
 def _check_student(config: Config, shape: ModelShape) -> None:
-    """Raise UserError if tp does not divide heads and inner channels, or cp the heads of a tp rank."""
+    """Raise UserError if tensor or context parallelism cannot split the student.
+
+    Tensor parallelism splits attention heads and the MLP; context parallelism splits the heads of each rank further.
+    """
     parallel, ranks = config.policy.dtensor_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     parts = {
         "attention heads": shape.heads,
         "key-value heads": shape.kv_heads,
-        "inner channels (intermediate_size)": shape.intermediate,
+        "channels of the MLP (intermediate_size)": shape.intermediate,
     }
     for part, number in parts.items():
         if number % tp:
@@ -205,8 +211,8 @@ def _check_student(config: Config, shape: ModelShape) -> None:
     if not _splits(heads, kv_heads, cp):
         fitting = [size for size in _divisors(ranks // tp) if _splits(heads, kv_heads, size)]
         raise UserError(
-            f"policy.dtensor_cfg.context_parallel_size={cp} cannot split the {heads} attention and {kv_heads} key-value"
-            f" heads that each rank of {shape.name} has with tensor_parallel_size={tp}",
+            f"policy.dtensor_cfg.context_parallel_size={cp} cannot split the {heads} attention heads and {kv_heads}"
+            f" key-value heads of {shape.name} that each rank has with tensor_parallel_size={tp}",
             f"set it to {any_of(map(str, fitting))}",
             key="policy.dtensor_cfg.context_parallel_size",
             value=cp,
@@ -214,7 +220,7 @@ def _check_student(config: Config, shape: ModelShape) -> None:
 
 
 def _check_teacher(config: Config, shape: ModelShape) -> None:
-    """Raise UserError if the teacher's group, which shares positions, cannot split the teacher's heads."""
+    """Raise UserError if the ranks of a teacher group cannot split the attention heads of the teacher."""
     ranks, students = config.cluster.num_nodes * config.cluster.gpus_per_node, group_size(config.policy.dtensor_cfg)
     group = teacher_group(config)
     if not _splits(shape.heads, shape.kv_heads, group):
@@ -222,33 +228,34 @@ def _check_teacher(config: Config, shape: ModelShape) -> None:
         tp, cp = config.teacher.dtensor_cfg.tensor_parallel_size, config.teacher.dtensor_cfg.context_parallel_size
         raise UserError(
             f"teacher.dtensor_cfg.tensor_parallel_size={tp} and context_parallel_size={cp} result in groups of {group}"
-            f" ranks, which cannot split the {shape.heads} attention and {shape.kv_heads} key-value heads of"
+            f" ranks, which cannot split the {shape.heads} attention heads and {shape.kv_heads} key-value heads of"
             f" {shape.name}",
             f"set sizes whose product is {any_of(map(str, fitting))}"
             if fitting
-            else "lower policy.dtensor_cfg.tensor_parallel_size and context_parallel_size, whose groups it contains",
+            else "lower policy.dtensor_cfg.tensor_parallel_size or context_parallel_size, because a teacher group is a"
+            " multiple of a student group",
             key="teacher.dtensor_cfg.context_parallel_size",
             value=cp,
         )
 
 
 def group_size(parallel: Any) -> int:
-    """Return the number of ranks that read the same tokens, from a ``dtensor_cfg``."""
+    """Return the number of ranks that share one pack: tensor_parallel_size * context_parallel_size."""
     return int(parallel.tensor_parallel_size * parallel.context_parallel_size)
 
 
 def teacher_group(config: Config) -> int:
-    """Return the number of ranks that share the positions of a teacher's pack.
+    """Return the number of ranks that share the positions of a teacher pack.
 
-    At least the student's group, because the teacher reads the student's packs.
+    It is at least the size of the student's groups, because the teacher reads their packs.
     """
     return max(group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
 
 
 def _splits(heads: int, kv_heads: int, size: int) -> bool:
-    """Return whether ``size`` ranks can exchange positions for heads.
+    """Return whether attention heads can be split over ``size`` ranks.
 
-    Key-value heads are split, or repeated if there are fewer than ranks.
+    Key-value heads are split over the ranks, or repeated if there are fewer of them than ranks.
     """
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 

@@ -1,1 +1,1 @@
-"""Metrics of a step, and the files that they are written to."""
+"""Metrics of a step, reduced over ranks, and the files and services that record them."""

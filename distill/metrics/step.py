@@ -1,15 +1,12 @@
-"""The numbers of a step: gathered as sums and counts on every rank, reduced once, divided once.
+"""Metrics of one step: sums and counts on every rank, reduced over ranks once per step.
 
-A mean of means weighs a short micro-batch like a long one; a sum with its count does not. Where the numbers go is in
-metrics_sinks.
+Means are kept as (sum, count): a mean of micro-batch means would weigh short micro-batches too much.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,41 +14,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.data.teacher_prefix import TRUNCATION_RATE
-from distill.distributed.host_memory import resident_bytes
-from distill.supervise.progress import phase
+from distill.metrics.phases import OUTSIDE_THROUGHPUT, Phases, timing_tag
 from distill.types import Rollout, Stats
 
 Kind = Literal["mean", "total", "max", "same"]
 Scalar = float | Tensor
 
-Phase = Literal["sync", "generation", "validation", "batching", "teacher", "training", "checkpointing"]
-"""The phases of a step, in the names that the code uses."""
-
-_TAGS = {
-    "sync": "prepare_for_generation",
-    "batching": "data_processing",
-    "teacher": "teacher_logprob_inference",
-    "training": "policy_training",
-}
-"""Metric tags of the phases whose tag differs from their name; users know the tags from NeMo-RL."""
-
-OUTSIDE_THROUGHPUT = ("validation", "checkpointing")
-"""Phases that produce no training tokens: their seconds don't count in tokens per second."""
-
-# Which tokens a phase works on, for its own tokens per second over the whole job.
 _TOKENS_OF_PHASE = {
     "generation": "train/generated_tokens",
-    "teacher_logprob_inference": "train/teacher_tokens",
-    "policy_training": "train/total_num_tokens",
+    "teacher": "train/teacher_tokens",
+    "training": "train/total_num_tokens",
 }
+"""Metric with the number of tokens that a phase processes, for its tokens per second over all ranks."""
 
 
 class Metrics:
-    """The numbers of one step on this rank; a plain holder until ``reduce``.
+    """Metrics of one step on this rank; ``reduce`` combines those of all ranks.
 
-    A name has one kind for its whole life: ``mean`` (sum over ranks of sums / sum of counts), ``total`` (sum over
-    ranks), ``max`` (over ranks) or ``same`` (every rank must bring the identical number). Tensors are kept where they
-    are, so adding never waits for a device.
+    Each name has one kind: ``mean`` (sum over ranks of sums / sum of counts), ``total`` (sum over ranks), ``max`` (over
+    ranks) or ``same`` (equal on every rank). Tensors stay on their device, so adding does not synchronize.
     """
 
     def __init__(self) -> None:
@@ -59,22 +40,22 @@ class Metrics:
         self._values: dict[str, tuple[Scalar, Scalar]] = {}
 
     def add(self, stats: Stats) -> None:
-        """Add (sum, count) pairs; their mean is taken over everything added on all ranks."""
+        """Add (sum, count) pairs; the metric is the mean over all pairs of all ranks."""
         for name, (total, count) in stats.items():
             self._put(name, "mean", total, count)
 
     def add_totals(self, totals: Mapping[str, Scalar]) -> None:
-        """Add this rank's share of numbers that are summed over ranks."""
+        """Add numbers that are summed over ranks."""
         for name, total in totals.items():
             self._put(name, "total", total, 1.0)
 
     def add_max(self, values: Mapping[str, Scalar]) -> None:
-        """Add numbers of which the largest of all ranks is kept."""
+        """Add numbers whose maximum over ranks is the metric."""
         for name, value in values.items():
             self._put(name, "max", value, 1.0)
 
     def add_same(self, values: Mapping[str, Scalar]) -> None:
-        """Add numbers that every rank knows alike; ``reduce`` raises RuntimeError where they differ."""
+        """Add numbers that are equal on every rank; ``reduce`` raises RuntimeError if they differ."""
         for name, value in values.items():
             self._put(name, "same", value, 1.0)
 
@@ -87,7 +68,7 @@ class Metrics:
         self._values[name] = (first, second)
 
     def on_host(self) -> dict[str, tuple[Kind, float, float]]:
-        """Kind, sum and count by name, as Python numbers, by one copy from the device."""
+        """Return kind, sum and count by name as Python numbers, with one copy from the device."""
         scalars = [scalar for pair in self._values.values() for scalar in pair]
         on_device = [scalar for scalar in scalars if isinstance(scalar, Tensor)]
         device = next((scalar.device for scalar in on_device if scalar.device.type != "cpu"), torch.device("cpu"))
@@ -96,12 +77,10 @@ class Metrics:
         return {name: (self._kinds[name], next(numbers), next(numbers)) for name in self._values}
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """The numbers of all ranks by name, identical on every rank.
+        """Return the metrics of all ranks by name, the same numbers on every rank; collective.
 
-        Every rank of ``group`` calls it at the same point, with a group that carries host memory (gloo); None: this
-        rank alone. Ranks may bring different names. It is one gather of names and numbers together: a sum alone would
-        need the names agreed on before, and the maxima apart. Added up in float64 in the order of the ranks. A mean
-        over nothing is nan.
+        ``group`` uses gloo; None means this rank only. Names may differ between ranks, so names and numbers are
+        gathered together. Sums are float64, in the order of the ranks. A mean with count 0 is nan.
         """
         mine = self.on_host()
         everyone = [mine]
@@ -111,70 +90,25 @@ class Metrics:
         return _combine(everyone)
 
 
-class Phases:
-    """Seconds and memory of a step by phase; made at the step's start, which starts its clock.
-
-    On CUDA the device is waited for when a phase begins and ends, so that a phase is charged with its own kernels.
-    ``memory`` is in bytes: on CUDA the most that torch's allocator had given out at once, elsewhere what of the process
-    was resident when the phase ended.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.memory: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to phase ``name``; a phase may come several times in a step. The watch is told."""
-        self._wait()
-        if self._on_cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        start = time.perf_counter()
-        with phase(name):
-            try:
-                yield
-            finally:
-                self._wait()
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-                used = torch.cuda.max_memory_allocated(self._device) if self._on_cuda else resident_bytes()
-                if used is not None:
-                    self.memory[name] = max(self.memory.get(name, 0), used)
-
-    def stats(self) -> Stats:
-        """``timing/train/*`` in seconds as (seconds, 1): over ranks a mean, so that phases add up to the step."""
-        seconds = {**self.seconds, "total_step_time": time.perf_counter() - self._start}
-        return {f"timing/train/{_TAGS.get(name, name)}": (value, 1.0) for name, value in seconds.items()}
-
-    def _wait(self) -> None:
-        if self._on_cuda:
-            torch.cuda.synchronize(self._device)
-
-    @property
-    def _on_cuda(self) -> bool:
-        return self._device is not None and self._device.type == "cuda"
-
-
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-    """Add lengths and endings of ``rollouts``; each rollout must be added on exactly one rank."""
+    """Add lengths and finish reasons of ``rollouts``; each rollout must be added on exactly one rank."""
     prompts = [len(rollout.prompt.student_ids) for rollout in rollouts]
-    answers = [len(rollout.response_ids) for rollout in rollouts]
-    cut = [rollout.finish == "length" for rollout in rollouts]
+    responses = [len(rollout.response_ids) for rollout in rollouts]
+    truncated = [rollout.finish == "length" for rollout in rollouts]
     number = float(len(rollouts))
     metrics.add(
         {
             "mean_prompt_length": (float(sum(prompts)), number),
-            "mean_gen_tokens_per_sample": (float(sum(answers)), number),
-            "mean_total_tokens_per_sample": (float(sum(prompts) + sum(answers)), number),
-            "truncation_rate": (float(sum(cut)), number),
-            "natural_termination_rate": (number - sum(cut), number),
+            "mean_gen_tokens_per_sample": (float(sum(responses)), number),
+            "mean_total_tokens_per_sample": (float(sum(prompts) + sum(responses)), number),
+            "truncation_rate": (float(sum(truncated)), number),
+            "natural_termination_rate": (number - sum(truncated), number),
         }
     )
-    totals = {"total_num_tokens": sum(prompts) + sum(answers), "generated_tokens": sum(answers)}
+    totals = {"total_num_tokens": sum(prompts) + sum(responses), "generated_tokens": sum(responses)}
     metrics.add_totals({name: float(total) for name, total in totals.items()})
-    if answers:
-        metrics.add_max({"max_gen_tokens_per_sample": float(max(answers))})
+    if responses:
+        metrics.add_max({"max_gen_tokens_per_sample": float(max(responses))})
 
 
 def step_numbers(
@@ -201,10 +135,9 @@ def step_numbers(
 
 
 def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Close the step's books: phases added, ranks reduced, rates derived, names as in the logs.
+    """Return the step's metrics over all ranks with phases and throughput, by their logged names; collective.
 
-    Every rank of ``group`` calls it at the same point, and gets the same numbers. A name without a slash gets the
-    prefix ``train/``.
+    Names without a slash get the prefix ``train/``.
     """
     metrics.add(phases.stats())
     values = {name if "/" in name else f"train/{name}": value for name, value in metrics.reduce(group).items()}
@@ -212,19 +145,19 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
 
 
 def waits(values: Mapping[str, float]) -> dict[str, float]:
-    """The share of their generation time in which ranks waited for the one with the longest answers, on average."""
+    """Return the mean share of the generation phase that ranks spent waiting for the slowest rank."""
     mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
     return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Tokens per second of a step's ``values``: per GPU (prompt and answer; scored ones only), and by phase over all.
+    """Return tokens per second of a step's ``values``: per rank, and per phase over all ranks.
 
-    Seconds of validation and checkpoints are left out.
+    The time of validation and checkpoints is excluded.
     """
 
     def seconds(phase: str) -> float:
-        return values.get(f"timing/train/{phase}", 0.0)
+        return values.get(timing_tag(phase), 0.0)
 
     working = seconds("total_step_time") - sum(seconds(phase) for phase in OUTSIDE_THROUGHPUT)
     found = {
@@ -232,13 +165,13 @@ def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
         "timing/train/valid_tokens_per_sec_per_gpu": (values.get("train/global_valid_toks"), working * world_size),
     }
     for name, tokens in _TOKENS_OF_PHASE.items():
-        found[f"timing/train/{name}_tokens_per_sec"] = (values.get(tokens), seconds(name))
+        found[f"{timing_tag(name)}_tokens_per_sec"] = (values.get(tokens), seconds(name))
     return {name: tokens / spent for name, (tokens, spent) in found.items() if tokens is not None and spent > 0}
 
 
 def _double(value: Scalar) -> Scalar:
     if isinstance(value, Tensor):
-        assert value.numel() == 1, f"a metric is one number, not {tuple(value.shape)}"
+        assert value.numel() == 1, f"a metric is a scalar, not of shape {tuple(value.shape)}"
         return value.detach().reshape(()).double()
     return float(value)
 
@@ -270,7 +203,7 @@ def _value(name: str, found: list[tuple[Kind, float, float]]) -> float:
     if kind == "max":
         return math.nan if any(math.isnan(first) for first in firsts) else max(firsts)
     if kind == "same":
-        if len({repr(first) for first in firsts}) > 1:  # by repr, for nan is like itself here
-            raise RuntimeError(f"{name} should be the same on every rank but is {firsts}: the ranks have drifted apart")
+        if len({repr(first) for first in firsts}) > 1:  # by repr, because nan != nan
+            raise RuntimeError(f"{name} must be equal on every rank but is {firsts}: the ranks have diverged")
         return firsts[0]
     return sum(firsts) / sum(seconds) if sum(seconds) else math.nan

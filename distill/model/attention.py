@@ -16,7 +16,7 @@ from distill.model.ulysses import UlyssesAllToAll
 from distill.types import SharedPrefixes
 
 PACKED = "distill_packed"
-"""Name of the attention in transformers' ``attn_implementation``; its forward requires ``packed_bounds``."""
+"""Name of packed attention for transformers' ``attn_implementation``; it requires ``packed_bounds``."""
 
 
 def packed_attention(
@@ -97,9 +97,8 @@ def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
     """Compute attention with one flash-attention call for the complete pack; arguments as in ``_attend``."""
-    from torch.nn.attention.varlen import (
-        varlen_attn,
-    )  # imported here because the import takes a second and only GPUs need it
+    # Imported here, because the import takes a second and only GPUs need it.
+    from torch.nn.attention.varlen import varlen_attn
 
     cumulative = _cumulative(bounds, query.device)
     longest = max(stop - start for start, stop in pairwise(bounds))

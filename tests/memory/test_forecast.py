@@ -62,7 +62,7 @@ PUBLISHED = {
     "14": 14_768_307_200,
     "32": 32_762_123_264,
 }
-"""Parameters of Qwen3, a tied head counted once."""
+"""Number of parameters of each Qwen3 model by size in billions; a tied head is counted once."""
 
 
 Measured = tuple[dict[bool, tuple[int, int, Forecast]], set[int]]
@@ -90,7 +90,7 @@ def dry_run_text(config: Config) -> str:
 
 
 def _check_counts(shape: ModelShape, config: Any) -> None:
-    """Compare the shape's counts with the parameters of the complete model."""
+    """Compare the counts of ``shape`` with the parameters of the complete model."""
     model = meta_model(config, "eager", torch.bfloat16)
     layers: Any = causal_lm_parts(model)[0].layers
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -138,7 +138,7 @@ def test_dry_run_reports_an_unknown_model_without_an_error() -> None:
 
 
 def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[ModelShape, float, float]:
-    """Return the shape of a layer, and its saved and peak bytes per position, on fake tensors."""
+    """Return the shape of a layer, and its saved and peak bytes per position, measured with fake tensors."""
     kinds: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3DecoderLayer), "llama": (LlamaConfig, LlamaDecoderLayer)}
     make, layer_class = kinds[family]
     config = make(
@@ -152,7 +152,7 @@ def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[Model
     )
     shape = shape_of(config, family)
     config._attn_implementation = "sdpa"
-    positions, dtype = 2**16, torch.bfloat16  # enough to make the weights' gradients negligible
+    positions, dtype = 2**16, torch.bfloat16  # so many that the weights' gradients are negligible
     torch.set_default_dtype(dtype)
     try:
         with FakeTensorMode():
@@ -172,7 +172,7 @@ def _counted(family: str, grad: bool, checkpointed: bool = False) -> tuple[Model
 
 
 def _saved_by_sdpa(shape: ModelShape) -> int:
-    """Return the saved bytes of a single sequence, which needs no copy of the kernel's output."""
+    """Return the bytes that a layer saves for a single sequence; it needs no copy of the kernel's output."""
     return saved_by_layer(shape, 2) - 2 * shape.heads * shape.head_dim
 
 
@@ -185,7 +185,7 @@ def test_saved_by_layer_equals_the_storages_that_a_layer_saves(family: str) -> N
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_training_phase_predicts_the_peak_of_a_checkpointed_layers_backward(family: str) -> None:
     shape, left, peak = _counted(family, grad=True, checkpointed=True)
-    assert left == 0  # it saves only its input, which existed before
+    assert left == 0  # the layer saves only its input, which existed before
     assert peak == pytest.approx(_saved_by_sdpa(shape) + 2 * 2 * (shape.intermediate + shape.hidden), rel=0.03)
 
 
@@ -196,7 +196,7 @@ def test_read_by_layer_equals_the_peak_of_a_forward_without_gradient(family: str
 
 
 def _peaks(root: str, world: World) -> dict[bool, tuple[int, int, Forecast]]:
-    """Return peak bytes of training and of targets, with and without activation checkpointing."""
+    """Return the peak bytes of training and of the teacher, with and without activation checkpointing."""
     files, shape = find_model(root, "policy.model_name"), known(root)
     rollout = Rollout(Prompt(0, (1,) * 12, Problem("")), 0, (2,) * 500, (-1.0,) * 500, "length", 0, (1,) * 12)
     micro_batch = pack([(i, rollout) for i in range(4)])
@@ -228,7 +228,7 @@ def _peaks(root: str, world: World) -> dict[bool, tuple[int, int, Forecast]]:
 
 @pytest.mark.slow
 def test_forecast_equals_the_memory_of_a_step_on_two_ranks(two_ranks: Sequence[Measured]) -> None:
-    """On CPUs FSDP prefetches nothing and reduces immediately; resized storages are not measured."""
+    """On CPUs FSDP does not prefetch, and it reduces gradients immediately; resized storages are not measured."""
     for peaks, _ in two_ranks:
         for training, reading, expected in peaks.values():
             train, teacher = expected.phases["train"], expected.phases["teacher"]
@@ -240,19 +240,20 @@ def test_forecast_equals_the_memory_of_a_step_on_two_ranks(two_ranks: Sequence[M
 # ---- formulas against numbers computed by hand -----------------------------------------------------------------------
 
 
-def test_forecast_of_a_32b_teacher_on_eight_cards_of_80_gb() -> None:
+def test_forecast_of_a_32b_teacher_on_eight_gpus_of_80_gb() -> None:
     config = recipe(LARGE, "cluster.gpu_memory_gb=80")
     lines = forecast(config).phases["teacher"]
     # A layer: q and o 2 * 5120 * 8192, k and v 2 * 5120 * 1024, the MLP 3 * 5120 * 25600, norms 2 * 5120 + 2 * 128.
     layer = 83_886_080 + 10_485_760 + 393_216_000 + 10_496
-    # Outside: embedding and head 2 * 151936 * 5120, the last norm.
+    # Outside the layers: embedding and head 2 * 151936 * 5120, the last norm.
     outside = 1_555_824_640 + 5_120
     assert 64 * layer + outside == 32_762_123_264
     assert lines == {
-        "teacher shards": 2 * 32_762_123_264 // 8,  # 8.2 GB of the 65.5; in float32 it would be 16.4
-        "gathered layers": 2 * 2 * layer,  # the current and the prefetched one
+        "teacher shards": 2 * 32_762_123_264 // 8,  # 8.2 GB of 65.5 GB; in float32 it would be 16.4 GB
+        "gathered layers": 2 * 2 * layer,  # the current and the prefetched layer
         "gathered embeddings": 2 * outside,
-        # Four ranks read four packs together, 8192 positions each: three inner tensors of the MLP, four residual ones.
+        # Four ranks read four packs together, 8192 positions each. Per position: three intermediate tensors of the MLP,
+        # and four tensors of the hidden size.
         "teacher workspace": 2 * (3 * 25600 + 4 * 5120) * 8192,
         "targets": 8 * (64 + 1) * 8 * 8191,  # 8 of 64 responses per rank
         "master weights": 4 * 1_720_574_976 // 8,
@@ -265,7 +266,7 @@ def test_forecast_of_a_32b_teacher_on_eight_cards_of_80_gb() -> None:
         "optimizer state": 8 * 1_720_574_976 // 8,
         "pending checkpoint": 12 * 1_720_574_976 // 8,
     }
-    assert "(32.76 B, bfloat16)" in dry_run_text(config)
+    assert "32.76 B" in dry_run_text(config)
 
 
 def test_forecast_of_a_4b_student_with_tensor_and_context_parallelism() -> None:
@@ -291,7 +292,7 @@ def test_forecast_of_a_4b_student_with_tensor_and_context_parallelism() -> None:
     }
 
 
-def test_engine_cache_is_its_share_of_the_card_minus_its_weights() -> None:
+def test_engine_cache_is_the_engines_memory_minus_its_weights() -> None:
     config = recipe(LONG, "cluster.gpu_memory_gb=80")
     share, weights = int(0.6 * int(80 * GIB * 0.98)), 2 * 4_022_468_096 // 2
     lines = forecast(config).phases["generate"]
@@ -314,7 +315,9 @@ def test_engine_cache_is_its_share_of_the_card_minus_its_weights() -> None:
         ("policy.generation.vllm_cfg.tensor_parallel_size=4", "generate", "engine weights", 0.5),
     ],
 )
-def test_each_key_changes_its_line(override: str, phase: str, line: str, factor: float) -> None:
+def test_configuration_keys_change_their_line_of_the_forecast(
+    override: str, phase: str, line: str, factor: float
+) -> None:
     before, after = (forecast(recipe(LONG, *extra)).phases[phase] for extra in ((), (override,)))
     assert after[line] == pytest.approx(factor * before[line], rel=1e-6)
 
@@ -350,7 +353,7 @@ def test_a_bfloat16_teacher_of_32b_has_two_bytes_per_parameter() -> None:
 
 
 class _Wide(TorchDispatchMode):
-    """Records the sizes of new tensors with four or more bytes per element."""
+    """Dispatch mode that records the sizes of new tensors with four or more bytes per element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +386,7 @@ def _on_a_rank(root: str) -> Measured:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the same untied model in float32 and in bfloat16."""
+    """Return a folder with an untied model, saved in float32 and in bfloat16."""
     root = tmp_path_factory.mktemp("memory")
     save_tiny_model(root / "float32", "qwen3", tied=False, vocab=4104, hidden=512, heads=16, kv_heads=8, layers=3)
     shutil.copytree(root / "float32", root / "bfloat16")
@@ -394,7 +397,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(root: Path) -> Sequence[Measured]:
-    """Return the measurements of two ranks."""
+    """Return the memory that two ranks measured."""
     return run_ranks(2, _on_a_rank, str(root))
 
 
@@ -405,7 +408,7 @@ def test_a_bfloat16_teacher_is_never_copied_to_float32(root: Path, two_ranks: Se
     matrices = {tensor.numel() for tensor in weights.values() if tensor.dim() == 2}
     head = weights["lm_head.weight"].numel()
     for _, numels in two_ranks:
-        # CPUs have no bfloat16 product with float32 output, so the head is copied to float32 there, once per pass.
+        # CPUs have no bfloat16 matmul with float32 output, so the loss copies the head to float32 once per pass.
         rest = numels - {head}
         assert rest & {matrix // part for matrix in matrices for part in (1, 2)} == set()
         assert max(rest) == 64 * 4104 < max(matrices)
@@ -433,19 +436,19 @@ _MEMORY, _SHARE = "cluster.gpu_memory_gb", "policy.generation.vllm_cfg.gpu_memor
             "qwen3-14b-context-self-distillation-4n4g.yaml",
             ["policy.dtensor_cfg.activation_checkpointing=false"],
             _MEMORY,
-            ["=40 leaves 39.2 GiB", "phase train", "saved activations", "activation_checkpointing=true"],
+            ["=40 ", "39.2 GiB", "train phase", "saved activations", "activation_checkpointing=true"],
         ),
         (
             "qwen3-14b-context-self-distillation-4n4g.yaml",
             [f"{_SHARE}=0.95"],
             _MEMORY,
-            ["phase sync", "engine cache", f"change {_SHARE}"],
+            ["sync phase", "engine cache", f"change {_SHARE}"],
         ),
         (
             "distillation-qwen3-32b-to-1.7b-base-1n4g-fsdp2tp1.v1.yaml",
             [f"{_MEMORY}=24"],
             _MEMORY,
-            ["phase teacher", "15.3 GiB", "teacher shards", "change cluster.num_nodes"],
+            ["teacher phase", "15.3 GiB", "teacher shards", "change cluster.num_nodes"],
         ),
         (
             "qwen3-14b-context-self-distillation-4n4g.yaml",
@@ -515,7 +518,7 @@ def test_a_teacher_group_smaller_than_the_students_is_logged(caplog: pytest.LogC
 _CP3 = ("policy.dtensor_cfg.context_parallel_size=3", "teacher.dtensor_cfg.tensor_parallel_size=6")
 
 
-def test_a_run_raises_the_errors_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_raises_the_same_errors_as_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = known("Qwen/Qwen3-1.7B-Base"), known("Qwen/Qwen3-32B")
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     card = SimpleNamespace(total_memory=79 * GIB)
@@ -527,7 +530,9 @@ def test_a_run_raises_the_errors_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(UserError) as refused:
             plan_memory(recipe(LARGE, "cluster.gpus_per_node=12", *_CP3), *shapes, device)
         assert (refused.value.key, refused.value.value) == (_CP, 3)
-    found = plan_memory(recipe(LARGE), *shapes, gpu)  # no check of the card, but the engine's share is known
+    found = plan_memory(
+        recipe(LARGE), *shapes, gpu
+    )  # the memory is not checked, but the size of the engine's cache is known
     assert found.phases["generate"]["engine cache"] == int(0.6 * 79 * GIB) - 2 * PUBLISHED["1.7"]
     assert plan_memory(recipe(LARGE, "cluster.gpu_memory_gb=1"), *shapes, cpu).host == {}
 
@@ -538,4 +543,4 @@ def test_dry_run_prints_recipe_and_table_then_exits_with_code_2() -> None:
     found = subprocess.run([*command, f"{_MEMORY}=16"], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
     assert "gpu_memory_gb: 16" in found.stdout and "#   teacher " in found.stdout
-    assert found.stderr.startswith("error: cluster.gpu_memory_gb=16 ") and "phase teacher" in found.stderr
+    assert found.stderr.startswith("error: cluster.gpu_memory_gb=16 ") and "teacher phase" in found.stderr

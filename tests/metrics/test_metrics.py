@@ -1,4 +1,4 @@
-"""Sums and counts over ranks, phases, and what is written down of them."""
+"""Metrics over ranks, phases, sinks and the summary."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distill.config import LoggerConfig
 from distill.distributed.host_memory import resident_bytes
 from distill.errors import UserError
-from distill.metrics import step as metrics_module
-from distill.metrics.sinks import JsonlSink, Row, console_line, open_recorder, read_metrics, summary
-from distill.metrics.step import Metrics, Phases, add_rollouts, finish_step, rates
+from distill.metrics import phases as phases_module
+from distill.metrics.phases import Phases
+from distill.metrics.sinks import JsonlSink, open_recorder, read_metrics
+from distill.metrics.step import Metrics, add_rollouts, finish_step, rates
+from distill.metrics.summary import Row, console_line, summary
 from distill.types import Problem, Prompt, Rollout
 from tests.helpers import run_ranks
 
@@ -30,7 +32,7 @@ PLAIN = LoggerConfig(wandb_enabled=False, tensorboard_enabled=False)
 
 
 def two_ranks() -> tuple[dict[str, float], str]:
-    """What each of two ranks gets back; rank 0 has 3 rows of mean 1, rank 1 has 1 row of 5, and a name of its own."""
+    """Return the reduced metrics of one rank: 3 rows of mean 1 on rank 0; 1 row of 5 and another name on rank 1."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     metrics = Metrics()
@@ -41,10 +43,10 @@ def two_ranks() -> tuple[dict[str, float], str]:
     if rank == 1:
         metrics.add({"rare": (6.0, 4.0)})
     reduced = metrics.reduce(dist.group.WORLD)
-    apart = Metrics()
-    apart.add_same({"grad_norm": float(rank)})
+    different = Metrics()
+    different.add_same({"grad_norm": float(rank)})
     try:
-        apart.reduce(dist.group.WORLD)
+        different.reduce(dist.group.WORLD)
         error = ""
     except RuntimeError as problem:
         error = str(problem)
@@ -53,22 +55,22 @@ def two_ranks() -> tuple[dict[str, float], str]:
 
 
 @pytest.mark.slow
-def test_two_ranks_get_the_mean_over_all_rows_not_the_mean_of_their_means() -> None:
+def test_reduce_returns_the_mean_over_all_rows_not_the_mean_of_rank_means() -> None:
     first, second = run_ranks(2, two_ranks)
     # (3 + 5) / (3 + 1); the mean of the means would be 3. "rare" exists on one rank only.
     assert first[0] == {"kl": 2.0, "tokens": 42.0, "longest": 7.0, "lr": 0.25, "rare": 1.5}
     assert second[0] == first[0] and list(second[0]) == list(first[0])
-    assert "grad_norm" in first[1] and "drifted" in first[1] and second[1] == first[1]
+    assert "grad_norm" in first[1] and "0.0" in first[1] and "1.0" in first[1] and second[1] == first[1]
 
 
-def test_micro_batches_of_unequal_size_weigh_by_their_rows() -> None:
+def test_micro_batches_are_weighted_by_their_rows() -> None:
     metrics = Metrics()
     metrics.add({"kl": (2.0, 1)})
     metrics.add({"kl": (torch.tensor(1.0, requires_grad=True), 9)})
     assert metrics.reduce() == {"kl": 0.3}
 
 
-def test_tensors_add_up_in_float64() -> None:
+def test_sums_of_tensors_are_float64() -> None:
     metrics = Metrics()
     for _ in range(1000):
         metrics.add({"kl": (torch.tensor(0.1, dtype=torch.float32), torch.tensor(1))})
@@ -77,14 +79,14 @@ def test_tensors_add_up_in_float64() -> None:
     assert metrics.reduce()["kl"] == pytest.approx(exact, rel=1e-14)
 
 
-def test_a_name_has_one_kind() -> None:
+def test_a_metric_name_has_one_kind() -> None:
     metrics = Metrics()
     metrics.add({"tokens": (1.0, 1.0)})
-    with pytest.raises(AssertionError, match="tokens is a mean, not a total"):
+    with pytest.raises(AssertionError, match="mean"):
         metrics.add_totals({"tokens": 1.0})
 
 
-def test_a_mean_over_nothing_is_nan_and_a_nan_is_not_hidden_by_a_maximum() -> None:
+def test_a_mean_with_count_zero_is_nan_and_a_maximum_with_nan_is_nan() -> None:
     metrics = Metrics()
     metrics.add({"kl": (0.0, 0.0)})
     metrics.add_max({"longest": math.nan})
@@ -97,7 +99,7 @@ def rollout(prompt_length: int, response_length: int, finish: Any) -> Rollout:
     return Rollout(prompt, 0, (1,) * response_length, (-0.5,) * response_length, finish, 0)
 
 
-def test_lengths_and_endings_of_rollouts_match_a_hand_count() -> None:
+def test_lengths_and_finish_reasons_of_rollouts_match_a_hand_count() -> None:
     metrics = Metrics()
     add_rollouts(metrics, [rollout(10, 4, "stop"), rollout(6, 8, "length")])
     add_rollouts(metrics, [rollout(5, 6, "stop")])
@@ -115,7 +117,7 @@ def test_lengths_and_endings_of_rollouts_match_a_hand_count() -> None:
 
 
 class Clock:
-    """A clock that the test moves."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -126,18 +128,18 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    hands = Clock()
-    monkeypatch.setattr(metrics_module, "time", hands)
-    return hands
+    fake = Clock()
+    monkeypatch.setattr(phases_module, "time", fake)
+    return fake
 
 
-def test_phases_add_up_and_the_step_counts_what_lies_between_them(clock: Clock) -> None:
+def test_step_time_includes_time_between_phases(clock: Clock) -> None:
     phases = Phases()
     for seconds in (2.0, 3.0):
         with phases("generation"):
             clock.now += seconds
     clock.now += 1.0
-    with phases("policy_training"):
+    with phases("training"):
         clock.now += 4.0
     assert phases.stats() == {
         "timing/train/generation": (5.0, 1.0),
@@ -146,11 +148,11 @@ def test_phases_add_up_and_the_step_counts_what_lies_between_them(clock: Clock) 
     }
 
 
-def test_a_phase_knows_the_memory_that_was_resident_at_its_end() -> None:
+def test_a_phase_records_resident_memory_at_its_end() -> None:
     if resident_bytes() is None:
-        pytest.skip("no /proc tells it here")
+        pytest.skip("no /proc on this system")
     phases = Phases()
-    untouched = torch.empty(64 * 2**18)  # 64 MiB of addresses, and none of memory
+    untouched = torch.empty(64 * 2**18)  # 64 MiB of address space without memory
     with phases("before"):
         pass
     with phases("holding"):
@@ -159,45 +161,45 @@ def test_a_phase_knows_the_memory_that_was_resident_at_its_end() -> None:
     assert 56 * 2**20 < most - least < 80 * 2**20
     with phases("before"):
         untouched.fill_(1)
-    assert phases.memory["before"] > least + 100 * 2**20  # of two times the larger
+    assert phases.memory["before"] > least + 100 * 2**20  # the larger of both measurements
     del untouched, held
     with phases("holding"):
         pass
     assert phases.memory["holding"] == most
 
 
-def test_throughput_leaves_out_validation_and_checkpoints(clock: Clock) -> None:
+def test_throughput_excludes_validation_and_checkpoints(clock: Clock) -> None:
     metrics, phases = Metrics(), Phases()
     metrics.add({"loss": (1.0, 2.0)})
     metrics.add_totals({"total_num_tokens": 800.0, "global_valid_toks": 400.0, "generated_tokens": 500.0})
-    for name, seconds in (("generation", 5.0), ("policy_training", 3.0), ("validation", 20.0), ("checkpointing", 7.0)):
+    for name, seconds in (("generation", 5.0), ("training", 3.0), ("validation", 20.0), ("checkpointing", 7.0)):
         with phases(name):
             clock.now += seconds
     values = finish_step(metrics, phases, None)
     assert values["train/loss"] == 0.5
     assert values["timing/train/total_step_time"] == 35.0
-    assert values["train/tokens_per_sec_per_gpu"] == 100.0  # 800 tokens in the 8 s that made them
+    assert values["train/tokens_per_sec_per_gpu"] == 100.0  # 800 tokens in the 8 s of generation and training
     assert values["timing/train/valid_tokens_per_sec_per_gpu"] == 50.0
     assert values["timing/train/generation_tokens_per_sec"] == 100.0
     assert values["timing/train/policy_training_tokens_per_sec"] == pytest.approx(800 / 3)
     assert rates(values, world_size=4)["train/tokens_per_sec_per_gpu"] == 25.0
 
 
-def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
+def test_metrics_jsonl_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     sink = JsonlSink(path)
     for step in (1, 2, 3):
         sink.write(step, {"train/loss": step / 10})
     sink.close()
     with path.open("a") as file:
-        file.write('{"step": 4, "train/lo')  # killed in the middle of a line
+        file.write('{"step": 4, "train/lo')  # the run was killed while writing this line
     sink = JsonlSink(path, resumed_step=2)
     sink.write(3, {"train/loss": 9.0})
     assert [(row["step"], row["train/loss"]) for row in read_metrics(path)] == [(1, 0.1), (2, 0.2), (3, 9.0)]
     sink.close()
 
 
-def test_a_fresh_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_directory_starts_an_empty_metrics_jsonl(tmp_path: Path) -> None:
     for _ in range(2):
         sink = JsonlSink(tmp_path / "metrics.jsonl")
         sink.write(1, {"train/loss": 1.0})
@@ -205,19 +207,19 @@ def test_a_fresh_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> No
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_what_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     sink.write(1, {"a": math.nan, "b": -math.inf, "c": 1e-300})
-    # Read before the file is closed: a killed run has lost nothing. No reader of strict JSON may stumble.
+    # Read before the file is closed: a killed run must lose nothing. The file must be strict JSON.
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row == {"step": 1, "a": None, "b": None, "c": 1e-300}
     sink.close()
 
 
-def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:
+def test_a_broken_line_in_the_middle_is_an_error_with_its_line_number(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(RuntimeError, match=r"metrics\.jsonl:2 is not JSON"):
+    with pytest.raises(RuntimeError, match=r"metrics\.jsonl:2 "):
         read_metrics(path)
 
 
@@ -239,10 +241,10 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path) -> None:
     assert curve(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
-def test_a_run_that_goes_on_in_a_new_folder_has_the_whole_curve(tmp_path: Path) -> None:
+def test_a_run_resumed_in_a_new_directory_has_the_complete_curve(tmp_path: Path) -> None:
     config = replace(PLAIN, tensorboard_enabled=True)
     history: list[Row] = [{"step": 1, "train/loss": 1.0, "train/bad": None}, {"step": 2, "train/loss": 2.0}]
-    for folder in (tmp_path, tmp_path):  # the second time the folder has it
+    for folder in (tmp_path, tmp_path):  # in the second pass the directory contains the curve
         recorder = open_recorder(config, folder, main=True, total_steps=3, resumed_step=2, history=history)
         recorder.record(3, {"train/loss": 0.5})
         recorder.close()
@@ -260,15 +262,16 @@ def test_only_the_main_rank_writes(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("main", [True, False])
-def test_missing_wandb_is_the_users_error_on_every_rank(
+def test_missing_wandb_is_a_user_error_on_every_rank(
     main: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"logger\.wandb_enabled=True .*pip install wandb.*logger\.wandb_enabled=False"):
+    with pytest.raises(UserError) as refused:
         open_recorder(replace(PLAIN, wandb_enabled=True), tmp_path, main=main, total_steps=1)
+    assert refused.value.key == "logger.wandb_enabled" and refused.value.value is True
 
 
-def test_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
     logged: list[tuple[int, dict[str, float]]] = []
 
@@ -309,30 +312,28 @@ STEP = {
     "train/tokens_per_sec_per_gpu": 104.6,
     "timing/train/generation": 3.01,
     "timing/train/policy_training": 4.5,
-    "timing/train/training_prep": 0.001,
+    "timing/train/data_processing": 0.001,
     "timing/train/total_step_time": 8.25,
 }
 
 
-def test_the_console_has_one_line_a_step_with_all_that_matters(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_console_line_of_a_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         recorder = open_recorder(PLAIN, tmp_path, main=True, total_steps=5)
         recorder.record(3, STEP)
         recorder.close()
     (line,) = caplog.messages
     assert line == (
-        "step 3/5  loss 0.4123  KL fwd 0.4000 rev 0.4500  length 47.2  cut 88%  grad 1.25  lr 2.00e-05"
-        "  105 tok/s/rank  8.2 s (generate 3.0 train 4.5)"
+        "step 3/5  loss 0.4123  KL fwd 0.4000 rev 0.4500  response length 47.2  truncated 88%  grad 1.25  lr 2.00e-05"
+        "  105 tok/s/rank  8.2 s (generation 3.0 training 4.5)"
     )
 
 
-def test_the_console_leaves_out_what_was_not_measured() -> None:
+def test_console_line_omits_metrics_that_were_not_measured() -> None:
     assert console_line(1, 2, {"train/loss": 0.5, "train/grad_norm": math.nan}) == "step 1/2  loss 0.5000"
 
 
-def test_the_table_at_the_end_shows_first_and_last_and_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summary_shows_first_and_last_values_and_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [
         {**STEP, "step": step, "train/loss": loss, "timing/train/generation": seconds}
@@ -341,10 +342,10 @@ def test_the_table_at_the_end_shows_first_and_last_and_medians(tmp_path: Path, m
     other = [{"step": 1, "train/loss": None, "train/forward_kl": 0.125}]
     table = summary({"normal": (rows, tmp_path / "runs" / "a"), "context": (other, Path("/elsewhere"))})
     lines = {line[:26].strip(): line[26:].split("  ") for line in table.splitlines()}
-    cells = {name: [cell.strip() for cell in found if cell.strip()] for name, found in lines.items()}
+    cells = {name.split(",")[0]: [cell.strip() for cell in found if cell.strip()] for name, found in lines.items()}
     assert cells[""] == ["normal", "context"]
     assert cells["steps"] == ["3", "1"]
-    assert cells["loss, first and last"] == ["0.5000 -> 0.2500", "-"]
+    assert cells["loss"] == ["0.5000 -> 0.2500", "-"]
     assert cells["forward KL"] == ["0.4000 -> 0.4000", "0.1250 -> 0.1250"]
     assert cells["generation"] == ["3.00", "-"]
     assert cells["run folder"] == ["runs/a", "/elsewhere"]

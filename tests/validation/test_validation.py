@@ -24,7 +24,8 @@ from distill.data.grading import Grader
 from distill.data.teacher_prefix import Prefix, PrefixStats
 from distill.distributed.world import World
 from distill.errors import UserError
-from distill.metrics.sinks import open_recorder, summary, validation_line
+from distill.metrics.sinks import open_recorder
+from distill.metrics.summary import summary, validation_line
 from distill.model.hf_files import find_model
 from distill.model.student import Student
 from distill.model.teacher import ShardedTeacher
@@ -500,9 +501,9 @@ def test_a_validation_is_logged_to_console_and_tensorboard(tmp_path: Path, caplo
     recorder.show(0, ["problem: 1+1\nanswer: *2*"])
     recorder.close()
     line = "validation at 0/4  accuracy 12.5% +- 6.2%  (in context 50.0% +- 12.5%)  KL fwd 0.2500 rev 0.5000"
-    line += "  8 answers to 4 problems"
+    line += "  8 responses to 4 problems"
     assert caplog.messages == [line, "problem: 1+1\nanswer: *2*\n"]
-    assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  length 3.0"
+    assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  response length 3.0"
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (text,) = events.Tensors("validation/sample_0/text_summary")
