@@ -80,7 +80,7 @@ def fused_linear_kl(
         weight_N: weight of each row, without gradient; 0 excludes the row.
         sampled: the response tokens; required by ``kl_type: sampled``, and then a ``TopK`` must include their ids.
         chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
-        valid_vocab: number of columns without padding; None means all. Padding columns count as -inf and get gradient 0.
+        valid_vocab: number of columns without padding, None: all. Padding columns count as -inf and get gradient 0.
         stop_token_ids: token ids for the metric ``teacher_stop_mass``.
         topk_logits_k: number of ids to keep with ``TeacherRows``; 0 means the complete vocabulary.
         parallel: sharding of the head over a group of ranks; requires a ``TopK``.
@@ -356,7 +356,9 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if not ctx.gradients:
-            raise RuntimeError("the loss supports only one backward: call fused_linear_kl again before the next backward")
+            raise RuntimeError(
+                "the loss supports only one backward: call fused_linear_kl again before the next backward"
+            )
         d_head_VD, d_hidden_ND = ctx.gradients.pop(), ctx.gradients.pop()
         d_hidden_ND = _scaled(d_hidden_ND, outputs[0], ctx.dtypes[0])
         return (
