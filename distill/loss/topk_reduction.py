@@ -155,7 +155,10 @@ class LogitsKernels(Protocol):
         """
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits of each row, int32 or int64 [C, k], unordered; does not modify ``z_CV``."""
+        """Return the ids of the k largest logits of each row, int32 or int64 [C, k], unordered.
+
+        Does not modify ``z_CV``.
+        """
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
         """Return the top-k targets of all rows, or None if the backend has no single kernel for them.
