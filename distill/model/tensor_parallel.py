@@ -28,10 +28,13 @@ from distill.model.dtensor import local_shard
 from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
 REPLICATED = "replicated_with_grad_allreduce"
-"""Style of replicated weights that a rank applies to its own attention heads only; their gradients are summed."""
+"""Style of replicated weights with gradients that must be summed over the ranks.
+
+Each rank applies such a weight (Qwen3's q_norm, for example) to its own attention heads only.
+"""
 STYLES = ("colwise", "rowwise", REPLICATED)
 _BY_VOCABULARY = ("embed_tokens", "lm_head")
-"""Modules that are always split by vocabulary, because the loss requires it; a plan's entries for them are ignored."""
+"""Modules that are always split by vocabulary, because the loss requires it; plans cannot change this."""
 _PLAN = "policy.dtensor_cfg.custom_parallel_plan"
 _SIZE = "policy.dtensor_cfg.tensor_parallel_size"
 
@@ -49,7 +52,7 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
-    """Return the tensor-parallel plan (module pattern -> style) of the recipe or, by default, of the model class.
+    """Return the tensor-parallel plan (module pattern -> style) of the recipe or the model class.
 
     ``config``: the model's Hugging Face configuration; ``custom``: the recipe's plan, or None; ``name``: the model's
     name for errors. Raises UserError if no plan exists, a style is not supported, or a pattern matches no linear layer.
@@ -113,7 +116,7 @@ def _wrong_style(name: str, style: str | None, wanted: str | None) -> UserError:
 
 
 def one_layer_model(config: Any) -> PreTrainedModel:
-    """Return the model of a Hugging Face ``config``, with a single layer, on the meta device (shapes only)."""
+    """Return the model of a Hugging Face ``config`` with a single layer, on the meta device."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = 1
@@ -253,7 +256,7 @@ class _Columns(ParallelStyle):
 
 
 class _Rows(ParallelStyle):
-    """Style of a linear layer with inputs split over the ranks; the replicated bias is added after the all-reduce."""
+    """Style of a linear layer with inputs split over the ranks; the bias is added after the all-reduce."""
 
     def __init__(self, inputs: _SharedInput) -> None:
         self._inputs = inputs
