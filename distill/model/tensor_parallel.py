@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from distill.config import Config
 from distill.errors import UserError
-from distill.loss.checks import check_part
+from distill.loss.checks import check_vocab_parallel
 from distill.model.dtensor import local_shard
 from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
@@ -48,7 +48,7 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:
         check_plan(model, parallel.custom_parallel_plan, config.policy.model_name)
-        check_part(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
+        check_vocab_parallel(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
@@ -278,7 +278,7 @@ class _Rows(ParallelStyle):
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     """Replace the forward of an embedding that is split by vocabulary over the ranks.
 
-    Each rank looks up the ids of its own rows and uses zeros for all other ids; an all-reduce adds the results.
+    Each rank looks up the ids of its rows and uses zeros for all other ids; an all-reduce adds the results.
     """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()
