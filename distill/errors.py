@@ -19,8 +19,8 @@ class UserError(ValueError):
     "problem: fix". ``key`` and ``value``: the setting, for callers and tests; str() does not include them.
     """
 
-    def __init__(self, problem: str, fix: str = "", key: str = "", value: object = None) -> None:
-        super().__init__(f"{problem}: {fix}" if fix else problem)
+    def __init__(self, problem: str, fix: str, key: str = "", value: object = None) -> None:
+        super().__init__(f"{problem}: {fix}")
         self.problem = problem
         self.fix = fix
         self.key = key

@@ -1,7 +1,8 @@
-"""Reference and product steps on fixed responses, for any layout and packing.
+"""Reference and product training steps on fixed responses, for any layout and packing.
 
-``plain_step`` is the reference: one process, plain transformers and autograd, one response at a time; ``plain_update``
-is its optimizer. ``sharded_step`` is the product's step on this rank. ``differences`` compares two steps.
+``plain_step`` computes the reference loss and gradients in one process, with plain transformers and autograd, response
+by response; ``plain_update`` takes the reference optimizer step. ``sharded_step`` takes the product's step on this
+rank. ``differences`` compares two steps.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def config_for(student: Path, teacher: Path, *overrides: str, ranks: int = 1) ->
 
 
 def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rollout]:
-    """Return responses of 1 to 40 random tokens; every second teacher prefix is different."""
+    """Return rollouts of 1 to 40 random tokens; every second teacher prefix differs from the student's prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -75,22 +76,25 @@ def fixed_rollouts(count: int = 12, vocab: int = 384, seed: int = 0) -> list[Rol
 
 
 WARM_UP = 0.1
-"""Fraction of the learning rate at the first step."""
+"""Factor of the learning rate in the first step: the schedule's warm-up starts there."""
 
 
 @dataclass
 class Step:
-    """Results of one optimizer step, which must not depend on the layout."""
+    """Results of one optimizer step; they must not depend on the layout."""
 
     loss: float
     grad_norm: float
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor] = field(default_factory=dict)
-    """Weights after the update; ``plain_update`` returns the reference's."""
+    """Weights after the update; ``plain_update`` returns those of the reference."""
 
 
 def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
-    """Compute loss and gradients in plain PyTorch: the independent oracle. No floor, cap or jsd."""
+    """Compute loss and gradients with plain PyTorch, as an independent reference.
+
+    Supports the mixed, forward, reverse and sampled losses, without floor.
+    """
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
     temperature, k = (config.policy.generation.temperature, config.distillation.topk_logits_k)
@@ -122,7 +126,7 @@ def _norm(gradients: Mapping[str, Tensor]) -> float:
 
 
 def plain_update(config: Config, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's weights after one step of PyTorch's optimizer with ``gradients``."""
+    """Return the student's weights after one step of PyTorch's AdamW with ``gradients``."""
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=torch.float32)
     named = dict(student.named_parameters())
     for name, parameter in named.items():
@@ -141,15 +145,15 @@ def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: 
 
 
 def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
-    """Return log-probs of the top-k of ``choosing``; k = 0: of all ids.
+    """Return the log-probs of the ids in the top-k of ``choosing``, or of all ids if k is 0.
 
-    ``outside``: "bucket" adds the other ids together as one outcome, "renormalize" drops them.
+    ``outside``: "bucket" adds one outcome with the total probability of all other ids, "renormalize" drops these ids.
     """
     if k == 0:
         return logits.log_softmax(-1)
     best = choosing.topk(k + 1, -1)
     gap = float((best.values[:, k - 1] - best.values[:, k]).min())
-    assert gap > 2e-5, f"top-{k} has a tie within float32 ({gap:.1g}): choose another seed for the test"
+    assert gap > 2e-5, f"top-{k} is ambiguous in float32 (gap {gap:.1g}): choose another seed for the test"
     ids = best.indices[:, :k]
     logprobs = logits.log_softmax(-1)
     kept = logprobs.gather(-1, ids)
@@ -160,7 +164,7 @@ def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
 
 
 def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> Step:
-    """Take the product's step on this rank; gathers complete gradients and weights. Collective."""
+    """Take the product's step on this rank; return complete gradients and weights. Collective."""
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
@@ -178,7 +182,7 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     norm = student.step()
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
     layout = world.layout
-    counted = loss if layout.tp_rank == 0 else 0.0  # the ranks of a tensor-parallel group have the same loss
+    counted = loss if layout.tp_rank == 0 else 0.0  # all ranks of a tensor-parallel group have the same loss
     return Step(sum(world.gather(counted)), norm, gradients, weights)
 
 
@@ -190,7 +194,7 @@ def complete_gradients(student: Student, world: World) -> dict[str, Tensor]:
 
 
 def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> list[str]:
-    """Train five steps; return the names of weights whose copies differ between ranks. Collective."""
+    """Train five steps; return the names of weights with copies that differ between ranks. Collective."""
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
@@ -207,7 +211,7 @@ def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packin
 
 
 def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, int], bytes]]:
-    """Yield (name, FSDP shard, tensor-parallel part) and a digest of this rank's shard."""
+    """Yield the key (name, FSDP shard, tensor-parallel part) and a digest of each shard on this rank."""
     shard, tp_rank = divmod(world.replica_mesh.get_local_rank(), world.layout.tp_size)
     for name, parameter in student.model.named_hf_parameters():
         part = 0 if tp_dim(parameter) is None else tp_rank
@@ -216,7 +220,7 @@ def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, i
 
 
 class CompleteWeights:
-    """Complete tensors of one process and their bit sums, in the interface of ``GatheredWeights``."""
+    """Complete tensors of one process with their bit sums; same interface as ``GatheredWeights``."""
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self._weights = list(weights)
@@ -232,7 +236,7 @@ class CompleteWeights:
 
 
 def differences(ours: Step, reference: Step) -> dict[str, float]:
-    """Return relative differences of loss, norm and every gradient (2-norms in float64)."""
+    """Return the relative differences of loss, gradient norm and each gradient (2-norms in float64)."""
     assert ours.gradients.keys() == reference.gradients.keys()
     found = {
         f"gradient of {name}": float((ours.gradients[name].double() - g.double()).norm() / g.double().norm())

@@ -1,4 +1,4 @@
-"""Small random models, free ports, and functions that run on several ranks."""
+"""Helpers of tests: small random models, free ports, and functions that run on several ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "ge
 def tiny_config(
     family: str, tied: bool, vocab: int = 384, layers: int = 2, hidden: int = 64, heads: int = 4, kv_heads: int = 2
 ) -> Any:
-    """Return a small configuration of a family, by default two layers, four query heads and two key-value heads."""
+    """Return a small configuration of a model family; by default two layers, four query and two key-value heads."""
     shape: dict[str, Any] = dict(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -45,9 +45,8 @@ def tiny_config(
     )
     if family == "qwen2":  # transformers ignores head_dim here: it is hidden / heads
         shape.update(num_attention_heads=hidden // 32, num_key_value_heads=1)
-    if (
-        family == "gemma3_text"
-    ):  # alternating sliding and full layers; a window shorter than most texts; a different scale
+    if family == "gemma3_text":
+        # Alternates sliding and full layers, with a window shorter than most sequences and its own attention scale.
         shape.update(sliding_window=8, sliding_window_pattern=2, query_pre_attn_scalar=24)
     return CONFIGS[family](**shape)
 
@@ -58,7 +57,7 @@ def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed
     model = AutoModelForCausalLM.from_config(tiny_config(family, tied, **shape), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # with ones, a missing gradient would not show
+            if "norm" in name:  # norms of ones would hide a missing gradient
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
@@ -66,13 +65,13 @@ def save_tiny_model(folder: Path, family: str = "llama", tied: bool = True, seed
 
 
 _PORTS = itertools.count(random.Random(os.getpid()).randrange(10_000))
-"""Candidates; they start at a random number, so that concurrent processes find different ports."""
+"""Counter for candidate ports; it starts at a random number, so that concurrent processes find different ports."""
 
 
 def free_port() -> int:
-    """Return a port in 20000..31999 that was free a moment ago.
+    """Return a free port in 20000..31999.
 
-    Linux assigns ports from 32768 on to outgoing connections, which could take the port before a rendezvous uses it.
+    Linux uses ports from 32768 for outgoing connections, so such a port could be taken before the rendezvous uses it.
     """
     while True:
         port = 20_000 + next(_PORTS) % 12_000
@@ -82,7 +81,7 @@ def free_port() -> int:
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results by rank."""
+    """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank_main, (ranks, free_port(), folder, function, args), nprocs=ranks, start_method="spawn")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""Tensor and context parallelism, teacher groups, replicas: four ranks take the same step as one process."""
+"""Tensor and context parallelism, teacher groups and replicas: four ranks take the same step as one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers import run_ranks, save_tiny_model
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
-VOCAB = 383  # odd: the ranks' parts of the vocabulary have different sizes
+VOCAB = 383  # odd, so that the ranks' parts of the vocabulary have different sizes
 SHAPES = [("llama", True), ("qwen3", True), ("qwen3", False), ("gemma3_text", True)]
 PACKED = PackingConfig(12, sequences=None, tokens=120)
 SINGLE = PackingConfig(12, sequences=1, tokens=None)
@@ -24,7 +24,7 @@ SINGLE = PackingConfig(12, sequences=1, tokens=None)
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of four ranks, with packing and settings."""
+    """A layout of four ranks, with packing and configuration overrides."""
 
     tp: int
     cp: int
@@ -85,24 +85,24 @@ def _build(world: World, case: Case) -> None:
 
 
 def _all_steps(root: Path) -> dict[str, Any]:
-    """Run all shapes and layouts in one world of four ranks: starting a process takes longer than a step."""
+    """Run all models and layouts in the same four processes, because starting a process takes longer than a step."""
     world = World()
     steps = {}
     rollouts = fixed_rollouts(vocab=VOCAB)
     for shape, name in RUNS:
         _build(world, CASES[name])
         steps[shape, name] = sharded_step(_config(root, shape, CASES[name]), world, rollouts, CASES[name].packing)
-    drifted = {}
+    different = {}
     for name in FIVE_STEPS:
         _build(world, CASES[name])
-        drifted[name] = five_steps(_config(root, HARDEST, CASES[name]), world, rollouts, CASES[name].packing)
+        different[name] = five_steps(_config(root, HARDEST, CASES[name]), world, rollouts, CASES[name].packing)
     world.close()
-    return {"steps": steps if world.is_main else {}, "drifted": drifted}
+    return {"steps": steps if world.is_main else {}, "different_copies": different}
 
 
 @pytest.fixture(scope="module")
 def found(models: Path) -> dict[str, Any]:
-    """Return the results of the main rank."""
+    """Return the results of ``_all_steps`` on the main rank."""
     first: dict[str, Any] = run_ranks(4, _all_steps, models)[0]
     return first
 
@@ -126,4 +126,4 @@ def test_step_equals_plain_pytorch_for_every_layout(found, references, shape, na
 
 @pytest.mark.parametrize("name", FIVE_STEPS)
 def test_copies_of_a_weight_are_equal_after_five_steps(found, name) -> None:
-    assert found["drifted"][name] == []
+    assert found["different_copies"][name] == []

@@ -1,4 +1,4 @@
-"""Balance the work of the ranks: pack sequences into rounds of one micro-batch per rank, in pure functions.
+"""Balance the work of the ranks: pack sequences into rounds of one micro-batch per rank.
 
 In round k every rank computes its k-th micro-batch. All ranks wait for the slowest rank of each round.
 """
@@ -102,7 +102,7 @@ def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, li
 
 
 def fewest_rounds(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
-    """Return a lower bound of the number of rounds: the totals divided by the limits of one round, rounded up."""
+    """Return a lower bound of the number of rounds: the totals divided by the limits of one round."""
     by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
     by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
     return max(1, math.ceil(max(by_tokens, by_sequences) / ranks))
@@ -131,7 +131,7 @@ class _Balancer:
         return sum(sorted(map(self.load, bins), reverse=True)[:: self.ranks])
 
     def candidates(self, num_rounds: int) -> list[Bins]:
-        """Return assignments of all sequences to ``num_rounds`` rounds; an empty list if no strategy finds one."""
+        """Return assignments of all sequences to ``num_rounds`` rounds; empty if no strategy finds one."""
         most_expensive_first = sorted(self.tokens, key=lambda i: (-self.cost[i], i))
         bins, left = self.fill(most_expensive_first, num_rounds * self.ranks)
         candidates = [] if left else [bins]

@@ -1,8 +1,9 @@
-"""Shard micro-batches over the ranks of a group, in pure functions: token positions and loss rows of each rank.
+"""Shard micro-batches over the ranks of a group: token positions and loss rows of each rank.
 
-The ranks of a group exchange keys and values inside attention, so a rank can have arbitrary positions. In the views of
-both models a rank has the positions that predict its loss rows. Hidden states, targets and losses are therefore never
-communicated. Positions without a loss row (prompt tokens) go to the ranks with the fewest positions.
+The functions are pure. The ranks of a group exchange keys and values inside attention, so a rank can have arbitrary
+positions. In the views of both models a rank has the positions that predict its loss rows. Hidden states, targets and
+losses are therefore never communicated. Positions without a loss row (prompt tokens) go to the ranks with the fewest
+positions.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
 
 
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
-    """Return the shard of a view for ``rank``; ``rows[r]`` has the row numbers of rank r, in ascending order."""
+    """Return the shard of a view for ``rank``; ``rows[r]`` has the ascending row numbers of rank r."""
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)
     for r, numbers in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors, in pure functions."""
+"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.batching.context_parallel import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Candidates for the maximum cost of a group of responses with a shared prefix, in fractions of a rank's work."""
+"""Candidates for the maximum cost of a group with a shared prefix, in fractions of a rank's work."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PackingConfig:
     quadratic: float = 0.0
     """Factor q in the cost n + q n^2 of a sequence of n tokens; see ``quadratic_cost``."""
     share_prefixes: bool = True
-    """Whether responses with the same prefix are grouped, and a micro-batch contains a shared prefix only once."""
+    """Whether responses with the same prefix are grouped, and share its positions in a micro-batch."""
     expected: int | None = None
     """Number of responses in a step before filtering; None means the number of rollouts.
 
@@ -88,11 +88,12 @@ def _optimizer_batch(
 def balance_responses(
     rollouts: Sequence[Rollout], members: Sequence[int], ranks: int, packing_config: PackingConfig
 ) -> list[list[list[int]]]:
-    """Assign an optimizer batch's responses to rounds of one micro-batch per rank; return indices into ``rollouts``.
+    """Assign the responses of an optimizer batch to rounds of one micro-batch per rank.
 
-    ``members`` has the indices of the batch's responses. A micro-batch may be empty. Responses with the same prefix are
-    assigned in groups. The function tries several maximum group costs and returns the assignment with the lowest
-    estimated time: larger groups process fewer tokens, but smaller groups balance the ranks better.
+    ``members`` and the result are indices into ``rollouts``; the result is nested by round and rank. A micro-batch may
+    be empty. Responses with the same prefix are assigned in groups. The function tries several maximum group costs and
+    returns the assignment with the lowest estimated time: larger groups process fewer tokens, but smaller groups
+    balance the ranks better.
     """
     costs = _ResponseCosts(rollouts, members, packing_config)
     candidates = []

@@ -1,8 +1,8 @@
-"""A cache of Arrow tables, built once per node and memory-mapped by all ranks of the node.
+"""Cache of Arrow tables in files that are built once per node and memory-mapped by all ranks of the node.
 
-A cache file is an Arrow file followed by a magic number and a checksum. Its name is a hash of the table's sources plus
-the host name: nodes that share a home folder have separate files. A process holds a shared lock on the files that it
-has mapped; locked files are never removed.
+A cache file is an Arrow file followed by a magic number and a checksum. The file name contains a hash of the table's
+sources and the host name, so nodes that share a home folder have separate files. A process holds a shared lock on each
+file that it has mapped; locked files are never removed.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _MAGIC = b"distill1"
 _CHUNK = 2**20
 _DAY = 24 * 3600.0
 _LOCK_SECONDS = 1800.0
-"""Time to wait for another process that builds the same file, before this process builds it too."""
+"""Maximum wait for another process that builds the same file; afterwards this process builds it too."""
 
 
 def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) -> pa.Table:
     """Return the table of ``batches()``, memory-mapped from the cache or, if it is small, in memory.
 
-    ``identity`` is JSON that changes whenever the table does; ``size`` is the size of its sources in bytes. If no
-    folder can store the cache file, the table stays in memory, with a warning. Call it first on one rank of a node
-    (see World.main_first), so that only this rank builds the file.
+    ``identity``: a JSON value that changes whenever the table changes; ``size``: the size of the table's sources in
+    bytes. If no folder can store the cache file, the table stays in memory and a warning is logged. Not collective:
+    call it first on one rank per node (see World.main_first), so that only this rank builds the file.
     """
     import pyarrow as pa
 
@@ -76,7 +76,7 @@ def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) ->
 
 
 def _all_of(batches: Iterator[pa.RecordBatch], size: int) -> list[pa.RecordBatch] | None:
-    """Return all batches, or None if they have more than ``size`` bytes together."""
+    """Return all batches, or None if their total size exceeds ``size`` bytes."""
     found: list[pa.RecordBatch] = []
     for batch in batches:
         found.append(batch)
@@ -98,8 +98,12 @@ def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -
     lock = FileLock(f"{path}.lock", timeout=_LOCK_SECONDS)
     try:
         lock.acquire()
-    except Timeout:  # two processes may build the same file: each renames a complete file into place
-        log.warning("another process has been building %s for %.0f s; building it here too", path, _LOCK_SECONDS)
+    except Timeout:  # building the same file twice is safe, because each process renames a complete file
+        log.warning(
+            "another process has been building the cache file %s for %.0f s: this process builds it too",
+            path,
+            _LOCK_SECONDS,
+        )
     try:
         table = _open_mapped(path)
         if table is None:
@@ -110,7 +114,7 @@ def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -
     finally:
         lock.release()
     if table is None:
-        raise OSError(f"{path} was damaged while it was written")
+        raise OSError(f"the cache file {path} was damaged while it was written")
     return table
 
 
@@ -123,7 +127,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _open_mapped(path: Path) -> pa.Table | None:
-    """Map a complete, undamaged file, locked as long as the table exists; return None for any other file."""
+    """Map a cache file and lock it as long as the table exists; return None if it is missing, incomplete or damaged."""
     import pyarrow as pa
 
     try:
@@ -154,7 +158,7 @@ def _checksum(content: Any) -> int:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write a temporary file and rename it, so that no reader finds an incomplete file."""
+    """Write the cache file under a temporary name and rename it, so that no process reads an incomplete file."""
     import pyarrow as pa
 
     descriptor, written = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
@@ -175,7 +179,7 @@ def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
 
 
 def _release_memory() -> None:
-    """Return freed memory to the system; after reading, the allocators keep tens of MiB."""
+    """Return freed memory to the operating system; otherwise the allocators keep tens of MiB after reading."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -183,7 +187,7 @@ def _release_memory() -> None:
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
-    """Remove the least recently used files above MAX_CACHE_BYTES, and temporary files of crashed processes.
+    """Remove temporary files of crashed processes, and the least recently used files above MAX_CACHE_BYTES.
 
     Files of other hosts are removed only if they were last opened more than a day ago, because locks may not be
     visible across hosts (Lustre). They must be removed eventually: every container may have a new host name.
@@ -215,9 +219,9 @@ def _in_use(path: Path) -> bool:
 
 
 def cache_folders() -> list[Path]:
-    """Return the folders for cache files in order of preference: the user's cache folder, then a temporary one.
+    """Return the folders for cache files in order of preference: the user's cache folder, then a temporary folder.
 
-    Users without HOME and without an entry in the user database have only the temporary one.
+    A user without HOME and without an entry in the user database has only the temporary folder.
     """
     given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
     user = Path(given) if os.path.isabs(given) else Path(home, ".cache")

@@ -1,4 +1,4 @@
-"""Load a chat template from a file, and check that a template contains the user's message."""
+"""Load a chat template from a file, and check that a chat template renders the user's message."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _MESSAGE = "What is 1+2?"
 def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
     """Replace the tokenizer's chat template with the Jinja template in the file ``path``.
 
-    ``key``: the configuration key of the path; ``kwargs``: the configuration's arguments of the template. Raises
+    ``key``: the configuration key of ``path``; ``kwargs``: the arguments of the template in the configuration. Raises
     UserError for a file that cannot be read or parsed, or a template that omits the user's message.
     """
     if "{{" in path or "{%" in path:
-        problem = f"{key}={show(path)} must be the path of a file, but is a template"
-        raise UserError(problem, "write the template to a file and give its path", key=key, value=path)
-    text = read_text(path, key).removeprefix("\ufeff")  # an editor's byte order mark would begin every prompt
+        problem = f"{key}={show(path)} is a template, but must be the path of a file"
+        raise UserError(
+            problem, "write the template to a file and set the key to the path of this file", key=key, value=path
+        )
+    text = read_text(path, key).removeprefix("\ufeff")  # a byte order mark would be part of every prompt
     try:
         _compile_jinja_template(text)
     except TemplateSyntaxError as error:
@@ -40,38 +42,38 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
     if (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
         raise UserError(
             f"{key}={path} omits the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
-            "insert the content of the messages into the template",
+            "add the content of the messages to the template",
             key=key,
             value=path,
         )
 
 
 def check_chat_template(tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
-    """Raise UserError if the tokenizer's own chat template omits the user's message; log if it has no template.
+    """Raise UserError if the tokenizer's chat template omits the user's message; log a message if it has none.
 
-    ``what``: the tokenizer's name in messages; ``key``: the configuration key that sets another template; ``kwargs``:
-    the configuration's arguments of the template.
+    ``what``: the name of the tokenizer in messages; ``key``: the configuration key that replaces the template;
+    ``kwargs``: the arguments of the template in the configuration.
     """
     if tokenizer.chat_template is None:
         other = Path(tokenizer.name_or_path, "chat_template.json")
-        remark = f" (transformers reads {other.name} for processors only)" if other.is_file() else ""
+        remark = f" (transformers reads {other.name} only for multimodal processors)" if other.is_file() else ""
         log.info(
-            "%s has no chat template%s: prompts are bare text after the tokenizer's own special tokens; set %s to a"
-            " Jinja file for chat prompts",
+            "%s has no chat template%s, so prompts are plain text after the tokenizer's special tokens: set %s to a"
+            " Jinja file to use chat prompts",
             *(what, remark, key),
         )
     elif (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
         raise UserError(
-            f"{what} has a chat template that omits the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
-            f"set {key} to a Jinja file that contains it",
+            f"{what} has a chat template without the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
+            f"set {key} to a Jinja file that renders the user's message",
             key=key,
         )
 
 
 def _rendered_without_message(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
-    """Return the start of a rendered chat if it lacks the user's message; white space is ignored.
+    """Return the start of a rendered chat if the user's message is missing, else None. White space is ignored.
 
-    Return None also if the template raises an error: it may need other arguments, and rendering the prompts reports it.
+    Return None if the template raises an error, because rendering the prompts reports that error.
     """
     try:
         chat = [{"role": "user", "content": _MESSAGE}]

@@ -1,6 +1,6 @@
-"""Find the option of a multiple-choice problem, A to J, that a text chooses.
+"""Find the option, A to J, that a response to a multiple-choice problem chooses.
 
-An ambiguous text chooses no option, because a wrong guess could count as a right response.
+An ambiguous response chooses no option, because a wrong guess could count as a right response.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _MARKUP = re.compile(
     r"\\(?:text[a-z]*|math[a-z]*|operatorname|boldsymbol|mbox|bm|bf|rm|left|right)\b|\\[()\[\]!]"
     r"|[*_`${}“”\"]|<[^<>\n]{1,20}>|(?<!\w)['‘’](?=\w{1,20}['‘’])|(?<=\w)['’](?=\s*(?:[:,.\n]|$))"
 )
-"""LaTeX, Markdown, HTML and quotation marks around a letter or a word."""
+"""LaTeX, Markdown and HTML markup, and quotation marks, around a letter or a word."""
 _MARK, _END = "\x02", "\x03"
 """Characters that replace the start and end of a box."""
 _WIDE = str.maketrans({"。": ". ", "、": ", ", "【": "[", "】": "]", _MARK: "", _END: ""})
-"""East Asian punctuation that Unicode normalization (NFKC) keeps."""
+"""Replacements of East Asian punctuation, which Unicode normalization (NFKC) keeps."""
 _DOUBLE = re.compile(r"\[\[\s*([A-J])\s*\]\]")
 _BLANK = re.compile(r"\s+")
 
@@ -34,7 +34,7 @@ _NAME = (
     r"|perfringens|albicans|jejuni|diphtheriae|trachomatis|melanogaster|rerio|thaliana|fumigatus|pylori|influenzae"
     r"|sapiens|erectus|lamblia|histolytica|faecalis|gallus|discoideum)\b)"
 )
-"""Text after a letter that makes the letter an initial (J. K. Rowling) or a genus (E. coli)."""
+"""Text after a letter that is an initial (J. K. Rowling) or a genus (E. coli), not an option."""
 _CORRECT = r"(?:(?:clearly|indeed|definitely|therefore)\s)?(?:the\s)?(?:only\s)?(?:correct|right|best|true)\b"
 _AFTER = re.compile(
     rf"\s?(?:$|[\n,;:!?)\]\\{_MARK}{_END}]|[-–—]\s|—|\((?!\w\))|因为|而|(?:选项|项|是)?(?:正确|对)|选?项(?:$|[\n.,]))"
@@ -42,7 +42,7 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Text after a bare letter that is an option. Before any other word the letter is an article or a name (A man)."""
+"""Text after a bare letter that is an option. Before other words, the letter is an article or a name (A man)."""
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
     r"|,\s*\(?[A-HJ](?![\w'’-])\)?+(?!\s+[a-z]))"
@@ -69,12 +69,12 @@ _STATEMENT = re.compile(
     r"|答案(?:应该|应)?(?:是|为|选)?\s?:?\s?(?:选项)?\s?"
     rf"|(?<![不没如若果])选(?:择|项?[是为])?\s?:?\s?){_LETTER}"
 )
-"""A box, or words before the option: Answer: B; the correct option is (B); I choose B."""
+"""Statement of an option: a box, or words before the letter (Answer: B; the correct option is (B); I choose B)."""
 _CONCLUSION = re.compile(
     r"(?:\b(?i:so|hence|thus|therefore)|∴),?\s(?i:it(?:\sis|['’]s|\smust\sbe)\s)?(?i:" + _OPTION + r")"
     rf"\(?(?P<bare>[A-J])\)?{_AT_END}(?!{_NAME})"
 )
-"""Example: Hence, B."""
+"""Conclusion that is only an option. Example: Hence, B."""
 _CALLED_CORRECT = re.compile(
     r"(?:\b(?i:option|choice|answer)\s\(?(?P<named>[A-J])\)?|(?<!\S)\((?P<inside>[A-J])\))"
     r"\sis\s(?:the\s)?(?:correct|right|best)\b"
@@ -83,15 +83,15 @@ _CALLED_CORRECT = re.compile(
     r"(?=\s?(?:[.,;:!\n]|$)|\s(?:because|since|as|here)\b)"
     r"|选项\s?\(?(?P<chinese>[A-J])\)?\s?是?(?:正确|对)"
 )
-"""Examples: Option B is correct; B is the best answer; B is correct."""
+"""Statement that an option is correct. Examples: Option B is correct; B is the best answer; B is correct."""
 _ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
-"""An option without text: B; (b); B."""
+"""Option without text: B; (b); B."""
 _LED = re.compile(
     rf"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])(?!(?-i:{_NAME}))"
     r"(?:[).:](?=\s|$)|(?-i:\s[-–—]\s(?=[^\W\d]{2}))))\s*(\S.*)?",
     re.IGNORECASE,
 )
-"""An option with its text: (B) Paris; B. Paris; B - Paris."""
+"""Option followed by its text: (B) Paris; B. Paris; B - Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
 """Start of a sentence about an option: (B) is wrong."""
 _BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
@@ -103,13 +103,13 @@ _NEGATION = re.compile(
 def chosen_option(text: str) -> str | None:
     """Return the letter that ``text`` chooses, or None if ``text`` does not choose exactly one option.
 
-    The last statement counts (a box, "Answer: B"). Without a statement, the last or first line counts.
+    The last statement, such as a box or "Answer: B", is used. Without a statement, the last or first line is used.
     """
     plain = _plain(text)
     found = [(match.end(), _stated_letter(match, plain)) for match in _STATEMENT.finditer(plain)]
     found += [(match.end(), match["bare"]) for match in _CONCLUSION.finditer(plain)]
     correct = [(match.end(), _first_letter(match.groups())) for match in _CALLED_CORRECT.finditer(plain)]
-    # "A is correct. B is correct." may discuss several statements: then it chooses nothing.
+    # "A is correct. B is correct." may discuss several statements, so it chooses no option.
     unique = len({letter for _, letter in correct}) == 1
     found += [(end, letter if unique else None) for end, letter in correct]
     stated = [letter for _, letter in sorted(found, key=lambda statement: statement[0]) if letter != ""]
@@ -117,7 +117,7 @@ def chosen_option(text: str) -> str | None:
 
 
 def named_option(text: str) -> str | None:
-    """Return the letter of a text that is an option and nothing else (``B``, ``(b)``, ``B) Paris``), or None."""
+    """Return the letter of a text that is only an option (``B``, ``(b)``, ``B) Paris``); None for other texts."""
     plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
     plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
     if alone := _ALONE.fullmatch(plain):
@@ -130,7 +130,7 @@ def named_option(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Return ``text`` without markup, with boxes between marks, and with one space or line break between words."""
+    """Return ``text`` without markup: box contents between ``_MARK`` and ``_END``, one space or line break per gap."""
     plain = unicodedata.normalize("NFKC", text).translate(_WIDE)
     plain = _mark_boxes(_DOUBLE.sub(r"\\boxed{\1}", plain))
     return _BLANK.sub(_one_blank, _MARKUP.sub("", _SPACE.sub(" ", plain)))
@@ -159,7 +159,7 @@ def _mark_boxes(text: str) -> str:
 
 
 def _stated_letter(match: re.Match[str], plain: str) -> str | None:
-    """Return the letter of a statement, None for more than one option, or "" if the letter is a word (A man)."""
+    """Return the letter of a statement; None if it has several options; "" if the letter is a word (A man)."""
     if match["box"] is not None:
         return named_option(match["box"])
     if _SECOND.match(plain, match.end()):
@@ -168,7 +168,7 @@ def _stated_letter(match: re.Match[str], plain: str) -> str | None:
 
 
 def _outer_line(plain: str) -> str | None:
-    """Return the option that the last line names or that is the first line."""
+    """Return the option in the last line, or else the option in the first line; None if neither has exactly one."""
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     if not lines:
         return None

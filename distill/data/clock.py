@@ -1,4 +1,4 @@
-"""The run's clock: the time that chat templates read, equal on all ranks and after every resume."""
+"""Clock of a run: the time for chat templates, equal on all ranks and after every resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAME = "strftime_now"
-"""Function that transformers passes to chat templates; it formats the current local time."""
+"""Name of the function that transformers passes to chat templates; it formats the current local time."""
 _PERCENT_OR_EPOCH = re.compile("%[%s]")
 
 
@@ -24,10 +24,10 @@ def current_time() -> datetime:
 
 
 class RunClock:
-    """A clock that always shows the time of the run's first start.
+    """A clock that always returns the time of the run's first start.
 
-    With the current time, chat templates that write the date would render different prompts every day, and different
-    prompts on ranks that render around midnight.
+    The current time must not be used: a chat template that writes the date would render different prompts on a later
+    day, and different prompts on ranks that render before and after midnight.
     """
 
     def __init__(self, time: datetime) -> None:
@@ -37,16 +37,16 @@ class RunClock:
 
     @classmethod
     def saved(cls, text: str) -> RunClock:
-        """Restore a clock from its str(), as stored in checkpoints."""
+        """Return the clock that a checkpoint stores as ``text``, the result of str(clock)."""
         return cls(datetime.fromisoformat(text))
 
     def __str__(self) -> str:
         return self.time.isoformat()
 
     def strftime_now(self, format: str) -> str:
-        """Format the local time of the run's first start, like the function of the same name in transformers.
+        """Format the local time of the run's first start; replaces the function of the same name in transformers.
 
-        ``%s``, the seconds since 1970, uses the saved UTC offset; the C library would use this machine's time zone.
+        ``%s`` (seconds since 1970) uses the saved UTC offset, because the C library would use this machine's time zone.
         """
         self.was_read = True
         seconds = str(int(self.time.timestamp()))
@@ -58,14 +58,14 @@ class RunClock:
     ) -> Mapping[str, Any] | None:
         """Return ``kwargs``, plus this clock's ``strftime_now`` if the chat template uses that name.
 
-        A template argument hides the function of the same name in transformers. ``key`` is the configuration key of
-        ``kwargs``. Raises UserError if ``kwargs`` contain ``strftime_now``: a recipe cannot define a function.
+        A template argument overrides the function of the same name in transformers. ``key`` is the configuration key of
+        ``kwargs``. Raises UserError if ``kwargs`` contain ``strftime_now``, because a recipe cannot define a function.
         """
         given = dict(kwargs or {})
         if _NAME in given:
             raise UserError(
                 f"{key}.{_NAME}={given[_NAME]} is not allowed, because chat templates call {_NAME} as a function",
-                "remove it, and set the template's argument for the date (date_string for Llama)",
+                "remove it, and set the template argument for the date instead (date_string for Llama)",
                 key=f"{key}.{_NAME}",
                 value=given[_NAME],
             )

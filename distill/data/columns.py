@@ -1,4 +1,4 @@
-"""Projection of a dataset's rows to the columns that a run uses: text, gold answer and trace."""
+"""Select the columns that a run uses from the rows of a dataset: problem text, gold answer and trace."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from distill.errors import UserError, reason
 
 Row = tuple[str, Mapping[str, Any]]
-"""A row after its location in its file (for messages): ("line 3", {...})."""
+"""(location in the file, row), for example ("line 3", {...}). The location is used in messages."""
 Values = tuple[str | None, ...]
-"""A projected row: text (None: blank), gold answer (None: output_pattern found none), then each extra column (None:
-absent)."""
+"""Values of the used columns of a row: text (None if blank), gold answer (None if output_pattern does not match), then
+each extra column (None if absent)."""
 
 
 def setting_error(key: str, value: str, problem: str, fix: str) -> UserError:
-    """Return an error about one setting; ``problem`` continues a sentence that begins with key and value."""
+    """Return the UserError for one setting; its message is "key=value problem: fix"."""
     return UserError(f"{key}={value} {problem}", fix, key=key, value=value)
 
 
@@ -31,14 +31,14 @@ class TextColumn:
     key: str
     """Configuration key that names the column, for messages."""
     required: bool = True
-    """Whether a row without the column is an error; otherwise its problem has no such column."""
+    """Whether a row without the column is an error. If not, the problem of such a row lacks the column."""
 
 
 class WrittenFloat(float):
-    """A JSON number whose str() is its spelling in the file: 1e5 stays 1e5."""
+    """A JSON number with the spelling in the file as its str(): 1e5 stays 1e5."""
 
     def __new__(cls, text: str) -> WrittenFloat:
-        """Parse ``text`` and keep it."""
+        """Parse the number ``text`` and keep its spelling."""
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -51,22 +51,23 @@ class WrittenFloat(float):
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one dataset to read; methods raise UserError for a missing column or a wrong type."""
+    """Columns to read from one dataset. Methods raise UserError for a missing column or a wrong type."""
 
     source: str
     """Name of the dataset in messages and in Problem.source."""
     key: str
-    """Configuration key of the dataset: data.train, data.validation[1]."""
+    """Configuration key of the dataset, such as data.train or data.validation[1]."""
     input_key: str
     """Column of the problem's text, or a dotted path."""
     output_key: str
     """Column of the gold answer, or a dotted path."""
     answer_required: bool
-    """Whether a row without a gold answer's column is an error: the configuration names the column."""
+    """Whether a row without the column ``output_key`` is an error; true if the recipe or the short name sets the
+    column."""
     output_pattern: str | None = None
     """Regular expression that extracts the gold answer from its column."""
     extra: tuple[TextColumn, ...] = ()
-    """Further columns to read."""
+    """Additional columns to read."""
     pattern: re.Pattern[str] | None = field(init=False)
     """Compiled ``output_pattern``."""
 
@@ -75,7 +76,7 @@ class Columns:
         object.__setattr__(self, "pattern", pattern)
 
     def project(self, row: Row, origin: str) -> Values:
-        """Return the row's values; ``origin`` is the file or dataset of the row, for messages."""
+        """Return the values of the used columns; ``origin``: the file or dataset of the row, for messages."""
         text = self._text(row, f"{self.key}.input_key", self.input_key, origin)
         extra = [
             self._text(row, column.key, column.name, origin) if column.required or _has(row[1], column.name) else None
@@ -84,11 +85,11 @@ class Columns:
         return (text if text.strip() else None, self._answer(row, origin), *extra)
 
     def answer_is_float(self, row: Mapping[str, Any]) -> bool:
-        """Return whether the gold answer is a float: parsing loses its spelling in the file."""
+        """Return whether the gold answer of ``row`` is a float, so that parsing loses its spelling in the file."""
         return _has(row, self.output_key) and type(pick(row, self.output_key)) is float
 
     def select(self, names: Sequence[str], origin: str) -> list[str]:
-        """Return those of a table's column ``names`` that must be read."""
+        """Return the columns to read from a table with the column ``names``."""
         wanted = [(f"{self.key}.input_key", self.input_key, True)]
         wanted.append((f"{self.key}.output_key", self.output_key, self.answer_required))
         wanted += [(column.key, column.name, column.required) for column in self.extra]
@@ -118,7 +119,7 @@ class Columns:
         return text if self.pattern is None or not text else extract(self.pattern, text)
 
     def _encodable(self, text: str, row: Row, origin: str) -> str:
-        """Return ``text``; raise UserError for half of a surrogate pair, which JSON allows and UTF-8 does not."""
+        """Return ``text``; raise UserError for an unpaired surrogate, which JSON allows but UTF-8 does not."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -137,7 +138,7 @@ def _missing(key: str, name: str, location: str, names: Iterable[str]) -> UserEr
     columns = ", ".join(name if name == name.strip() else repr(name) for name in names) or "no columns"
     columns = columns if len(columns) <= 400 else columns[:397] + "..."
     return setting_error(
-        key, name, f"is missing in {location}, whose columns are: {columns}", f"set {key} to one of these"
+        key, name, f"is missing in {location} (columns: {columns})", f"set {key} to one of these columns"
     )
 
 
@@ -153,7 +154,7 @@ def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         problem = f"is not a valid regular expression ({reason(error)})"
-        raise setting_error(key, pattern, problem, "correct it") from None
+        raise setting_error(key, pattern, problem, "correct the pattern") from None
     if compiled.groups > 1:
         problem = f"has {compiled.groups} groups, but at most one can be the gold answer"
         raise setting_error(key, pattern, problem, "keep one group and write the rest as (?:...)")
@@ -161,9 +162,9 @@ def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return the last non-blank extraction: the pattern's group or, without a group, the text after the match.
+    """Return the last non-blank text that ``pattern`` extracts from ``text``, stripped; None without a match.
 
-    Return None if no match has one.
+    The extracted text is the pattern's group or, for a pattern without a group, the text after the match.
     """
     for match in reversed(list(pattern.finditer(text))):
         found = match.group(1) if pattern.groups else text[match.end() :]
@@ -173,7 +174,10 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def pick(row: Mapping[str, Any], name: str) -> Any:
-    """Return the column ``name`` or the value at a dotted path such as ``prompt.0.content``; raises KeyError."""
+    """Return the column ``name``, or the value at a dotted path such as ``prompt.0.content``.
+
+    Raises KeyError if it is missing.
+    """
     if name in row:
         return row[name]
     found: Any = row

@@ -1,4 +1,4 @@
-"""Hashes of all inputs of the prompts, for comparisons between ranks and with a checkpoint."""
+"""Hash all inputs of the prompts, to compare them between ranks and with a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
 ContentHashes = Mapping[str, str]
-"""Hashes by the name of a part; a part comes after the parts that it depends on."""
+"""Hash of each part of the inputs by name. A part follows the parts that it depends on."""
 
 TOKENS = "tokens"
-"""Name of the part with the tokenized prompts, which depend on all other parts."""
+"""Name of the part that contains the tokenized prompts; it depends on all other parts."""
 
-_SAME_DATA = "give all nodes the same files"
+_SAME_DATA = "use the same files on all nodes"
 _SAME_RENDERING = (
-    "give all nodes the same tokenizer files and versions of transformers and tokenizers, and a chat template that"
-    " writes the same text each time (no random choice, no unordered set)"
+    "use the same tokenizer files and the same versions of transformers and tokenizers on all nodes, and a chat"
+    " template that always renders the same text (no random choice, no unordered set)"
 )
 
 
 def content_hash(values: Iterable[Any]) -> str:
-    """Return 16 hex digits of the SHA-256 of JSON values; the order of keys in a mapping does not matter."""
+    """Return the first 16 hex digits of the SHA-256 of JSON values. The order of mapping keys does not matter."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
@@ -40,7 +40,7 @@ def content_hash(values: Iterable[Any]) -> str:
 def data_hashes(
     datasets: Sequence[DatasetConfig], problems: Iterable[Problem], trace_column: str | None
 ) -> ContentHashes:
-    """Hash the problems, the traces and the content of the prompt files; paths do not matter."""
+    """Return hashes of the problems, the traces and the contents of the prompt files. Paths are not hashed."""
     texts, traces = hashlib.sha256(), hashlib.sha256()
     for problem in problems:
         texts.update(json.dumps(problem.text).encode())
@@ -57,7 +57,7 @@ def data_hashes(
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None) -> ContentHashes:
-    """Hash a tokenizer, its chat template and the recipe's template arguments ``kwargs``."""
+    """Return hashes of a tokenizer's vocabulary, its chat template and the template arguments ``kwargs``."""
     return {
         "chat_template": content_hash([tokenizer.chat_template]),
         "chat_template_kwargs": content_hash([dict(kwargs or {})]),
@@ -66,7 +66,10 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, An
 
 
 def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
-    """Return the parts in both arguments whose hashes differ, without ``tokens`` if any other part differs."""
+    """Return the parts with different hashes in ``before`` and ``after``.
+
+    ``tokens`` is returned only if no other part differs. Parts that only one argument contains are ignored.
+    """
     changed = [part for part, value in after.items() if before.get(part, value) != value]
     return [part for part in changed if part != TOKENS] or changed
 
@@ -86,9 +89,9 @@ _PART_NAMES = {
 
 
 def describe_change(parts: Sequence[str], all_compared: bool) -> str:
-    """Return a clause for users: the names of ``parts`` and "has changed".
+    """Return a clause for messages, such as "data.train has changed".
 
-    Without ``all_compared`` only the tokens were compared, so the cause is unknown.
+    ``all_compared``: whether all parts were compared. If only the tokens were compared, the cause is unknown.
     """
     if not all_compared:
         return "data.train, its prompt file, or policy.tokenizer has changed"
@@ -102,10 +105,10 @@ def describe_change(parts: Sequence[str], all_compared: bool) -> str:
 
 
 def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHashes]]]) -> None:
-    """Raise UserError if the inputs of a rank differ from those of rank 0.
+    """Raise UserError if the inputs of any rank differ from the inputs of rank 0.
 
-    ``gathered`` holds each rank's host name and its hashes by key, such as ``data.train``. With the same argument on
-    all ranks, all of them raise the same error.
+    ``gathered`` has the host name of each rank and its hashes by configuration key, such as ``data.train``. All ranks
+    pass the same argument, so all ranks raise the same error.
     """
     first_host, first = gathered[0]
     for key in first:

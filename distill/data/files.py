@@ -1,7 +1,7 @@
-"""Streaming readers of JSON, CSV and Parquet files; a file's rows are never in memory together.
+"""Read JSON, CSV and Parquet files row by row, so that a file is never completely in memory.
 
-Every reader yields (location, row) pairs. For malformed content it raises UserError with the configuration key, the
-file, the location in the file and the cause.
+Every reader yields (location, row) pairs. For malformed content, a reader raises UserError with the configuration
+key, the file, the location in the file and the cause.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _BOM = codecs.BOM_UTF8
 _CHUNK = 2**20
 _LIST_OR_LINES = "one list of JSON objects, or one object per line"
 _BATCH = 1000
-"""Number of rows of a Parquet file that are decoded together."""
+"""Number of rows of a Parquet file that are decoded in one batch."""
 
 
 def kind_of(path: PurePath) -> tuple[str, str]:
-    """Return kind and compression of a file name, such as (".jsonl", ".gz"); "" if absent or unknown."""
+    """Return the file type and the compression of ``path``, such as (".jsonl", ".gz"); "" if absent or unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -46,7 +46,7 @@ def kind_of(path: PurePath) -> tuple[str, str]:
 
 
 def read_text(path: str, key: str) -> str:
-    """Return the text of a UTF-8 file, unchanged; raise UserError if it is missing or unreadable."""
+    """Return the text of a UTF-8 file; raise UserError naming ``key`` if the file is missing or unreadable."""
     if not os.path.isfile(path):  # reading a named pipe would block forever
         problem = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise setting_error(key, path, f"{problem} (working directory: {Path.cwd()})", "correct the path")
@@ -61,16 +61,17 @@ class DataFile:
     """A data file and the columns to read from it."""
 
     path: Path
-    """Path of a file whose kind is one of KINDS."""
+    """Path of the file; its type is one of KINDS."""
     columns: Columns
+    """Columns to read from the file."""
 
     def error(self, problem: str, fix: str) -> UserError:
-        """Return an error about this file; ``problem`` continues a sentence that begins with key and path."""
+        """Return the UserError for this file; its message is "data_path key=path problem: fix"."""
         return setting_error(f"{self.columns.key}.data_path", str(self.path), problem, fix)
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:
-    """Yield the rows of one file."""
+    """Yield the rows of one file with their locations; raise UserError if the file is unreadable or malformed."""
     kind, compression = kind_of(file.path)
     try:
         with _opened(file.path, compression, seekable=kind == ".parquet") as stream:
@@ -84,12 +85,12 @@ def read_rows(file: DataFile) -> Iterator[Row]:
 
 
 def _undecodable(file: DataFile, compression: str, error: Exception) -> UserError:
-    return file.error(f"is not a complete {compression} file ({reason(error)})", "compress the file again")
+    return file.error(f"is an incomplete or damaged {compression} file ({reason(error)})", "compress the data again")
 
 
 @contextmanager
 def _opened(path: Path, compression: str, seekable: bool) -> Iterator[BinaryIO]:
-    """Open the decompressed bytes of a file; if they must be seekable, decompress to a temporary file."""
+    """Open a file as a stream of decompressed bytes; decompress to a temporary file if it must be ``seekable``."""
     with _decompressed(path, compression) as stream:
         if not (seekable and compression):
             yield stream
@@ -110,13 +111,13 @@ def _decompressed(path: Path, compression: str) -> Any:
 
 
 def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number the lines from 1 and remove a byte order mark."""
+    """Yield (line number from 1, line); a byte order mark at the start is removed."""
     for number, line in enumerate(stream, start=1):
         yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
 def _json_lines(stream: Iterable[bytes], file: DataFile) -> Iterator[Row]:
-    """Read one JSON object per line."""
+    """Yield the rows of a file with one JSON object per line; blank lines are skipped."""
     for number, line in _lines(stream):
         if line.strip():
             yield _json_line(f"line {number}", line, file)
@@ -137,7 +138,7 @@ def _json_line(location: str, line: bytes, file: DataFile) -> Row:
 
 
 def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
-    """Read one list of JSON objects, or one object per line."""
+    """Yield the rows of a file with one list of JSON objects, or with one object per line."""
     head = stream.read(_CHUNK).removeprefix(_BOM)
     if head.lstrip().startswith(b"["):
         yield from _JsonList(stream, head, file).rows()
@@ -146,7 +147,7 @@ def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 class _JsonList:
-    """Decoder of a list of JSON objects, one entry at a time."""
+    """Incremental decoder of a list of JSON objects."""
 
     def __init__(self, stream: BinaryIO, head: bytes, file: DataFile) -> None:
         self._stream, self._file = stream, file
@@ -157,7 +158,7 @@ class _JsonList:
         self._ended = False
 
     def rows(self) -> Iterator[Row]:
-        """Yield the entries; raise UserError unless the list is closed and ends the file."""
+        """Yield the entries of the list; raise UserError if the list is not closed or is followed by text."""
         self._next_character()
         self._at += 1  # the opening bracket
         if self._next_character() != "]":
@@ -188,9 +189,9 @@ class _JsonList:
         return location, row
 
     def _decoded(self, decoder: json.JSONDecoder) -> tuple[dict[str, Any], int]:
-        """Decode the object at the current position; return it and its end.
+        """Decode the object at the current position; return the object and the position after it.
 
-        While the object is incomplete, the buffered text is doubled.
+        While the object is incomplete, more text is read; the buffer doubles each time.
         """
         while True:
             try:
@@ -236,9 +237,9 @@ def _tsv(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) -> Iterator[Row]:
-    """Read a header and rows; all values are strings, and quoted fields may contain line breaks.
+    """Yield the rows of a file with a header. All values are strings; quoted fields may contain line breaks.
 
-    Of ``delimiters``, the first that separates ``input_key`` from its neighbours in the header is used.
+    The delimiter is the first of ``delimiters`` for which ``input_key`` is a field of the header.
     """
     lines = _decoded_lines(stream, file)
     head: list[str] = []
@@ -249,14 +250,14 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
     header: list[str] = []
     for location, fields in _csv_records(chain(head, lines), delimiter, file):
         if not fields or not (header or any(map(str.strip, fields))):
-            continue  # an empty line, or a blank one before the header
+            continue  # skip empty lines, and blank lines before the header
         if not header:
             header = fields
             _check_header(header, file)
         elif len(fields) != len(header):
             raise file.error(
                 f"is malformed in {location} (number of fields: {len(fields)}, in the header: {len(header)})",
-                "give every row as many fields as the header, and put fields with separators into quotes",
+                "write the same number of fields in every row, and quote fields that contain separators",
             )
         else:
             yield location, dict(zip(header, fields, strict=True))
@@ -274,12 +275,12 @@ def _csv_records(lines: Iterable[str], delimiter: str, file: DataFile) -> Iterat
         except csv.Error as error:
             raise file.error(
                 f"is malformed in {location} ({reason(error)})",
-                'put fields with quotes, separators or line breaks into quotes, and write an inner quote as ""',
+                'quote fields that contain quotes, separators or line breaks, and write a quote inside a field as ""',
             ) from None
 
 
 def _decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
-    """Decode the lines, which may end with LF, CRLF or (old Macintosh files) CR."""
+    """Yield the decoded lines; a line may end with LF, CRLF or CR (old Macintosh files)."""
     ended_by_any = chain.from_iterable(line.splitlines(keepends=True) for line in stream)
     for number, line in _lines(ended_by_any):
         try:
@@ -298,7 +299,7 @@ def _check_header(header: list[str], file: DataFile) -> list[str]:
     """Return the names of the columns to read; raise UserError if a name is missing or ambiguous."""
     used = file.columns.select(header, str(file.path))
     if repeated := [name for name in used if header.count(name) > 1]:
-        raise file.error(f"has several columns named {repeated[0]}", "rename all but one of them")
+        raise file.error(f"has several columns named {repeated[0]}", "rename all of these columns but one")
     return used
 
 
@@ -313,11 +314,11 @@ def _parquet(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise file.error(f"is not a readable Parquet file ({reason(error)})", "write it again") from None
+        raise file.error(f"is not a readable Parquet file ({reason(error)})", "create the file again") from None
 
 
 def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
-    """Yield the rows of Arrow record batches or tables, numbered from 0."""
+    """Yield the rows of Arrow record batches or tables with their locations; rows are numbered from 0."""
     number = 0
     for batch in batches:
         for row in _short_floats(batch).to_pylist():
@@ -326,7 +327,7 @@ def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
 
 
 def _short_floats(batch: Any) -> Any:
-    """Convert narrow float columns to their shortest texts; a float32 0.1 would become 0.10000000149011612."""
+    """Convert float16 and float32 columns to text: as Python floats, 0.1 would become 0.10000000149011612."""
     import pyarrow as pa
 
     for i, field in enumerate(batch.schema):

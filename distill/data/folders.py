@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 _DOCUMENTS = (".md", ".txt", ".yaml", ".yml", ".py", "")
 _FILE_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
-"""Keys of a dataset card's configuration that select files; any other key changes how files are parsed."""
+"""Keys in a dataset card's configuration that only select files. Any other key changes how files are parsed."""
 
 
 def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Path]] | None:
-    """Return the files of each split, by the dataset card's configuration or by the names of files and folders.
+    """Return the files of each split, found by the dataset card or by the names of files and folders.
 
-    ``subset`` is the name of the card's configuration, ``key`` the configuration key of ``folder`` for messages. None:
-    the ``datasets`` library must read the folder, because of unknown file types or parser settings in the card. Raises
-    UserError for a folder without data files.
+    ``subset``: name of a configuration in the dataset card (README.md); ``key``: configuration key of ``folder``, for
+    messages. Returns None if the folder has only unknown file types or the card has parser settings; the ``datasets``
+    library must then read the folder. Raises UserError for a folder without data files.
     """
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
@@ -41,7 +41,7 @@ def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Pa
     except EmptyDatasetError:
         raise _no_files(key, folder, base) from None
     except Exception as error:  # the card is user input, and the library raises many kinds of exception
-        problem = f"has files that cannot be found ({reason(error)})"
+        problem = f"has an invalid dataset card, or files that cannot be found ({reason(error)})"
         raise setting_error(key, str(folder), problem, "correct its README.md") from None
     splits = {str(split): [Path(name) for name in dict.fromkeys(files)] for split, files in found.items()}
     readable = {split: _readable(files) for split, files in splits.items()}
@@ -54,15 +54,15 @@ def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Pa
 def _no_files(key: str, folder: Path, base: Path) -> UserError:
     if linked := _all_readable(base):
         problem = f"has data files only in symbolic links to folders (first: {linked[0].relative_to(base)})"
-        return setting_error(key, str(folder), problem, "name the linked folder, or link the files")
-    fix = f"name a folder with files of type {', '.join(KINDS)}"
+        return setting_error(key, str(folder), problem, "set the key to the linked folder, or link the files instead")
+    fix = f"set the key to a folder with files of type {', '.join(KINDS)}"
     return setting_error(key, str(folder), "contains no data files", fix)
 
 
 def _warn_of_ignored(
     label: str, base: Path, splits: dict[str, list[Path]], readable: dict[str, list[Path]], by_names: bool
 ) -> None:
-    """Warn of files of unknown types, and of data files in no split if splits were found ``by_names``."""
+    """Warn of ignored files: unknown types and, if splits were found ``by_names``, data files in no split."""
     unknown = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
     if unknown:
         log.warning(
@@ -72,14 +72,14 @@ def _warn_of_ignored(
     listed = {file for files in splits.values() for file in files}
     if by_names and (unlisted := [file for file in _all_readable(base) if file not in listed]):
         log.warning(
-            "%s: ignoring %d data files that are in a linked folder, or whose names match no split (first: %s): rename"
-            " them, name one of the files, or list all files under configs in README.md",
+            "%s: ignoring %d data files that are in a linked folder or match no split by name (first: %s): rename the"
+            " files, set data_path to one file, or list all files under configs in README.md",
             *(label, len(unlisted), unlisted[0].relative_to(base)),
         )
 
 
 def _all_readable(base: Path) -> list[Path]:
-    """Return the data files under ``base``, including linked folders, excluding hidden files and metadata."""
+    """Return the data files under ``base`` and its linked folders, without hidden files and metadata."""
     from datasets.data_files import FILES_TO_IGNORE
 
     found, seen = [], set()
@@ -94,7 +94,7 @@ def _all_readable(base: Path) -> list[Path]:
 
 
 def _readable(files: list[Path]) -> list[Path]:
-    """Return the files of known types; files named metadata count only if no other file does."""
+    """Return the files of known types. Files named metadata are returned only if no other file is left."""
     known = [file for file in files if kind_of(file)[0]]
     return [file for file in known if not _is_metadata(file)] or known
 
@@ -108,9 +108,10 @@ def _may_be_data(file: Path) -> bool:
 
 
 def _card_settings(folder: Path, subset: str | None) -> dict[str, Any] | None:
-    """Return the configuration ``subset`` of the folder's dataset card, or its default one; {} if the card has none.
+    """Return the configuration ``subset``, or the default configuration, of the folder's dataset card.
 
-    None: no configuration has this name; the ``datasets`` library reports the error.
+    Returns {} if the card has no configurations. Returns None if no configuration has this name, or for the old format
+    .huggingface.yaml; the ``datasets`` library then reads the folder or reports the error.
     """
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard

@@ -1,8 +1,8 @@
 """Grade a response against the gold answer: by math-verify, exact text, a regular expression or a chosen option.
 
-Comparing expressions or matching a regular expression can take unlimited time or memory, or crash. A worker process
-does both and is killed at a time limit. This file is also the worker's program and is started by its path: its top
-imports nothing of this package, because importing the package takes seconds.
+Comparing expressions or matching a regular expression can take unlimited time or memory, or crash. Both run in a worker
+process, which is killed after a time limit. The worker runs this file as a script. Imports of this package are inside
+functions, because importing the package takes seconds.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ from types import TracebackType
 from typing import Literal
 
 Verdict = Literal["right", "wrong", "failed"]
-"""Result of a grader. "failed": time limit, crash or unreadable gold answer; counted separately and as wrong."""
+"""Result of a grader. "failed" (time limit, crash or unreadable gold answer) counts as wrong and is also counted
+separately."""
 THINK_TAGS = ("<think>", "</think>")
 """Default opening and closing tag of a think block."""
 
 SECONDS = 10.0
-"""Default time limit for grading one response."""
+"""Default time limit in seconds for grading one response."""
 _START_SECONDS = 300.0
-"""Time limit for starting a worker: imports take minutes when 1000 ranks load them from one file system."""
+"""Time limit in seconds for starting a worker. Imports take minutes if 1000 ranks load them from one file system."""
 _MEMORY = 8 * 2**30
 """Limit of a worker's address space in bytes."""
 _BOX = re.compile(r"\\boxed\s*{")
 
 
 def final_part(response: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
-    """Return the stripped text after the last closing tag; the complete response if it has no think block.
+    """Return the stripped text after the last think block, or the complete response if it has no think block.
 
-    Return "" if the response ends inside a think block. ``inside_thought``: the prompt ends with an opening tag, so the
-    response begins inside a think block.
+    Returns "" if the response ends inside a think block. ``inside_thought``: the prompt ends with an opening tag, so
+    the response begins inside a think block.
     """
     opening, closing = think_tags
     _, closed, after = response.rpartition(closing)
@@ -57,7 +58,7 @@ def last_box(text: str) -> str:
     return text
 
 
-# ---- graders: each compares the final part of a response with the gold answer ----------------------------------------
+# ---- graders: compare the final part of a response with the gold answer ----------------------------------------------
 
 
 def _grade_exact(final: str, gold: str) -> Verdict:
@@ -65,7 +66,7 @@ def _grade_exact(final: str, gold: str) -> Verdict:
 
 
 def _grade_regex(final: str, gold: str) -> Verdict:
-    """Search the pattern ``gold`` in ``final``."""
+    """Search ``final`` for the regular expression ``gold``."""
     return "right" if re.search(gold, final) else "wrong"
 
 
@@ -74,7 +75,7 @@ def _grade_math(final: str, gold: str) -> Verdict:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
-    # math-verify's own time limits use alarms, which do not interrupt long arithmetic. The worker's limit does.
+    # math-verify's time limits use alarms, which do not interrupt long arithmetic; the worker's time limit does.
     no_limit = {"parsing_timeout": None, "raise_on_error": True}
     wanted = parse(f"\\boxed{{{gold}}}", [latex], **no_limit) or parse(gold, [latex, expression], **no_limit)
     if not wanted:
@@ -100,7 +101,7 @@ _IN_WORKER: Mapping[str, Callable[[str, str], Verdict]] = {"math": _grade_math, 
 
 
 class Grader:
-    """Grades responses one by one; a context manager that ends its worker processes.
+    """Grader of responses; a context manager that ends the worker processes on exit.
 
     ``seconds``: time limit for one response.
     """
@@ -153,7 +154,9 @@ class _Worker:
         )
         if self._read_line(_START_SECONDS) != "ready":
             self.end()
-            raise RuntimeError(f"the worker process of the grader {name} does not start: run {' '.join(command)}")
+            raise RuntimeError(
+                f"the worker process of the grader {name} does not start: run {' '.join(command)} to see the error"
+            )
 
     def grade(self, final: str, gold: str, seconds: float) -> Verdict | None:
         """Return the worker's verdict, or None if the worker crashed or exceeded ``seconds``."""
@@ -167,7 +170,7 @@ class _Worker:
         return reply if reply in ("right", "wrong", "failed") else None  # type: ignore[return-value]
 
     def _read_line(self, seconds: float) -> str:
-        """Return the worker's next line; "" after ``seconds`` or if the worker has exited."""
+        """Return the next line of the worker's output; "" after ``seconds`` or if the worker has exited."""
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         ready, _, _ = select.select([pipe], [], [], seconds)
@@ -183,7 +186,7 @@ class _Worker:
 
 
 def check_grader(name: str, where: str) -> None:
-    """Raise UserError if the package of the grader ``name`` is missing; ``where``: the dataset's configuration key."""
+    """Raise UserError if the package for the grader ``name`` is missing; ``where``: the dataset's configuration key."""
     from distill.errors import UserError
 
     if name == "math" and find_spec("math_verify") is None:
@@ -209,7 +212,8 @@ def _check_option(gold: str, where: str) -> None:
 
     if named_option(gold) is None:
         raise UserError(
-            f"{where}.env_name=choice requires gold answers that name one option from A to J, but one is {gold[:80]!r}",
+            f"{where}.env_name=choice requires gold answers that name one option from A to J, but one gold answer is"
+            f" {gold[:80]!r}",
             f"write the gold answers as letters (A for the first option), set {where}.output_key to the column of the"
             f" letters, or extract the letters with {where}.output_pattern",
             key=f"{where}.env_name",
@@ -226,7 +230,7 @@ def _check_regex(gold: str, where: str) -> None:
         raise UserError(
             f"{where}.env_name=regex requires regular expressions as gold answers, but {gold!r} is not a valid one"
             f" ({error})",
-            "correct it, or set env_name to exact",
+            "correct the gold answer, or set env_name to exact",
             key=f"{where}.env_name",
             value=gold,
         ) from None
@@ -238,7 +242,7 @@ def _check_regex(gold: str, where: str) -> None:
 def _serve(name: str) -> None:
     """Grade the requests on standard input, one JSON list [final, gold, seconds] per line, until it is closed."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # a library's prints must not be read as verdicts
+    os.dup2(2, 1)  # redirect stdout, so that text printed by a library is not read as a verdict
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     grade = _IN_WORKER[name]
     grade("1", "1")  # imports the grader's packages before the first time limit starts

@@ -36,9 +36,9 @@ Messages = list[dict[str, str]]
 _TEMPLATE_KEY, _KWARGS_KEY = "policy.tokenizer.chat_template", "policy.tokenizer.chat_template_kwargs"
 
 _CHUNK = 1000
-"""Number of conversations that are rendered and tokenized together."""
+"""Number of conversations that are rendered and tokenized in one batch."""
 _RANDOM, _RENDERINGS = ("random", "lipsum"), 16
-"""Jinja's functions that draw random numbers, and the number of renderings to compare if a template uses one."""
+"""Jinja functions with random results, and the number of renderings to compare if a template uses such a function."""
 
 
 def chat_ids(
@@ -46,8 +46,8 @@ def chat_ids(
 ) -> list[list[int]]:
     """Return the token ids of each conversation, ending with the chat template's generation prompt.
 
-    As in transformers and vLLM, a template writes all special tokens itself, including BOS; the tokenizer adds none. A
-    tokenizer without a chat template reads the messages' texts, separated by blank lines, after its own BOS (see
+    As in transformers and vLLM, the template writes all special tokens, including BOS; the tokenizer adds none. Without
+    a chat template, the prompt is the tokenizer's BOS and the messages' texts, separated by blank lines (see
     token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``. Raises UserError
     if the template rejects a conversation.
     """
@@ -64,7 +64,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwa
     fixed = {"tokenize": False, "add_generation_prompt": True}
     if keys := sorted(fixed.keys() & kwargs.keys()):
         raise UserError(
-            f"{_KWARGS_KEY} sets {' and '.join(keys)}, which prompts do not allow", "remove it", key=_KWARGS_KEY
+            f"{_KWARGS_KEY} sets the reserved arguments {' and '.join(keys)}", "remove them", key=_KWARGS_KEY
         )
     try:
         return [str(tokenizer.apply_chat_template(chat, **fixed, **kwargs)) for chat in chats]
@@ -91,7 +91,7 @@ def _rejected(
 
 
 def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any]) -> None:
-    """Raise UserError if the chat template draws random numbers: other ranks and a resume would differ."""
+    """Raise UserError if the chat template renders random text, because ranks and a resume would then differ."""
     sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
     if not any(name in sources for name in _RANDOM):
         return
@@ -108,9 +108,9 @@ def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs:
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False
 ) -> list[list[int]]:
-    """Return the token ids of each text; with ``special_tokens``, after the tokenizer's leading tokens (BOS).
+    """Return the token ids of each text; ``special_tokens``: begin with the tokenizer's leading tokens (BOS).
 
-    A text that already begins with BOS gets no second one. Nothing is appended: a prompt must not end with EOS.
+    A text that already begins with BOS gets no second BOS. EOS is not appended, because a prompt must not end with EOS.
     """
     if not texts:
         return []
@@ -120,7 +120,7 @@ def token_ids(
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text, usually BOS or none."""
+    """Return the ids of the special tokens that the tokenizer adds before a text, usually BOS or none."""
     bare, full = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
     starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
     return list(full[: next(starts, 0)])
@@ -128,9 +128,9 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a list of datasets, in the order of the datasets, without those that are too long.
+    """Prompts of a list of datasets, in the order of the datasets, without prompts that are too long.
 
-    All token ids are in one array (4 bytes per token); a Prompt is created on access.
+    All token ids are in one array (4 bytes per token). A Prompt is created on access.
     """
 
     problems: Sequence[Problem]
@@ -140,11 +140,11 @@ class Prompts:
     tokens: array[int]
     """Concatenated token ids."""
     bounds: array[int]
-    """Cumulative token counts (len + 1 of them): prompt i is tokens[bounds[i]:bounds[i + 1]]."""
+    """Cumulative token counts, len + 1 values: prompt i is tokens[bounds[i]:bounds[i + 1]]."""
     skipped: int
     """Number of prompts that were too long."""
     inside_thought: bytes = b""
-    """One byte per prompt: 1 if it ends inside an open think block, else 0. Empty: no prompt does."""
+    """One byte per prompt: 1 if the prompt ends inside an open think block, else 0. Empty: 0 for all prompts."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -168,7 +168,7 @@ class Prompts:
 
     @cached_property
     def checksums(self) -> array[int]:
-        """Return a 32-bit checksum of each prompt's tokens, to count the prompts that changed since a checkpoint."""
+        """Return a 32-bit checksum of each prompt's token ids, to count the prompts that changed since a checkpoint."""
         bounds = zip(self.bounds, self.bounds[1:], strict=False)
         return array("I", (zlib.crc32(self.tokens[begin:end].tobytes()) for begin, end in bounds))
 
@@ -186,9 +186,9 @@ def load_prompts(
     """Load the datasets and tokenize their prompts, each with its own prompt file and system prompt.
 
     Prompts of more than ``max_tokens`` tokens are skipped and counted. ``key`` is the datasets' configuration key, for
-    messages. For ``trace_column`` and ``trace_required`` see load_problems, for ``think_tags`` inside_thoughts. The
-    result depends on the arguments only, so it is equal on all ranks. Raises UserError for invalid data and if no
-    prompt is short enough.
+    messages. ``trace_column`` and ``trace_required`` are described in load_problems, ``think_tags`` in inside_thoughts.
+    The result depends only on the arguments and files, so it is equal on all ranks. Raises UserError for invalid data
+    and if all prompts are too long.
     """
     problems: list[Problems] = []
     rows: list[array[int]] = []
@@ -205,17 +205,17 @@ def load_prompts(
 
 
 def read_prompt_file(path: str, key: str) -> Template:
-    """Read a prompt file: a text with ``{}`` exactly once, in place of the problem.
+    """Read a prompt file, which must contain ``{}`` exactly once, in place of the problem.
 
-    Two are refused: usually the second one is a ``\\boxed{}`` that was meant literally.
+    More than one ``{}`` raises UserError, because the second is usually a ``\\boxed{}`` that was meant literally.
     """
     template = Template(read_text(path, key), ("",), key, path)
     count = template.count("")
     if count == 0:
-        raise UserError(f"{key}={path} contains no {{}}", "put {} where the problem goes", key=key, value=path)
+        raise UserError(f"{key}={path} contains no {{}}", "write {} in place of the problem", key=key, value=path)
     if count > 1:
-        fix = "keep one for the problem and write literal braces as {{}}"
-        raise UserError(f"{key}={path} contains {count} {{}}", fix, key=key, value=path)
+        fix = "keep one {} for the problem and write literal braces as {{}}"
+        raise UserError(f"{key}={path} contains {count} placeholders {{}}", fix, key=key, value=path)
     return template
 
 
@@ -242,7 +242,7 @@ class _PromptFormat:
 
 @dataclass(frozen=True)
 class _Chats(Sequence[Messages]):
-    """The conversations of a dataset, created on access to save memory."""
+    """Conversations of a dataset, created on access to save memory."""
 
     format: _PromptFormat
     problems: Problems
@@ -297,10 +297,10 @@ def _without_long_prompts(
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """The prompts of each step: a pure function of (seed, step), equal on all ranks. Steps count from 0.
+    """Prompts of each step, as a function of (seed, step) that is equal on all ranks. Steps count from 0.
 
-    Every epoch has its own permutation, derived from (seed, epoch) and cut into batches of ``num_prompts_per_step``;
-    an incomplete last batch is dropped. Raises UserError if there are fewer prompts than one step needs.
+    Each epoch has its own permutation, derived from (seed, epoch) and split into batches of ``num_prompts_per_step``.
+    An incomplete last batch is dropped. Raises UserError if the data have fewer prompts than one batch.
     """
 
     prompts: Prompts
@@ -310,9 +310,9 @@ class PromptOrder:
     seed: int
     """Seed of the permutations."""
     shuffle: bool = True
-    """Whether epochs are permuted; otherwise prompts keep the order of the datasets."""
+    """Whether each epoch is permuted; false: prompts keep the order of the datasets."""
     input_hashes: ContentHashes = field(default_factory=dict)
-    """Hashes of the inputs of prompts and teacher prefixes."""
+    """Hashes of the inputs from which prompts and teacher prefixes are built."""
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
@@ -320,7 +320,7 @@ class PromptOrder:
             raise UserError(
                 f"distillation.num_prompts_per_step={self.num_prompts_per_step} must be between 1 and {n}, the number"
                 " of prompts in data.train",
-                "change it, or raise data.train.repeat",
+                "reduce it, or increase data.train.repeat",
                 key="distillation.num_prompts_per_step",
                 value=self.num_prompts_per_step,
             )
@@ -331,11 +331,11 @@ class PromptOrder:
         return len(self.prompts) // self.num_prompts_per_step
 
     def steps(self, max_num_steps: int, max_num_epochs: int) -> int:
-        """Return the number of steps of the run: the smaller of the two limits."""
+        """Return the number of steps of the run, limited by ``max_num_steps`` and by ``max_num_epochs``."""
         return min(max_num_steps, max_num_epochs * self.steps_per_epoch)
 
     def epoch(self, step: int) -> int:
-        """Return the epoch of ``step``, from 0."""
+        """Return the epoch of ``step``, counted from 0."""
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> tuple[Prompt, ...]:
@@ -356,7 +356,7 @@ class PromptOrder:
 
     @cached_property
     def _permutations(self) -> dict[int, list[int]]:
-        """Return the cache of the current epoch's permutation: shuffling 100k prompts is slow."""
+        """Return the cache of the last used permutation by epoch, because shuffling 100k prompts is slow."""
         return {}
 
     @property
@@ -365,9 +365,9 @@ class PromptOrder:
         return {**self.input_hashes, TOKENS: self.prompts.fingerprint}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the position before ``step`` as JSON, for a checkpoint.
+        """Return the position in the data before ``step`` as a JSON object, for a checkpoint.
 
-        ``sums`` holds the prompts' checksums in base85, so that a resume can report how many prompts changed.
+        ``sums`` contains the prompts' checksums in base85, so that a resume can report how many prompts changed.
         """
         return {
             "step": step,
@@ -383,11 +383,11 @@ class PromptOrder:
         }
 
     def changes(self, state: Mapping[str, Any]) -> list[str]:
-        """Return one phrase per difference from a saved position: inputs of the prompts, and settings of the order.
+        """Return one phrase per difference from a saved ``state``: changed inputs, and changed settings of the order.
 
-        A different seed is no difference: it changes the order of later steps only. Positions of earlier versions
-        contain the hash of the tokens only. Phrases about settings equal those of ``recipe_diff.changed_keys``, so that
-        a resume reports them once.
+        The seed is not compared, because it changes only the order of later steps. A state of an earlier version
+        contains only the hash of the tokens. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``,
+        so that a resume can report each change once.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
@@ -401,7 +401,7 @@ class PromptOrder:
         ]
 
     def _count_changed_prompts(self, state: Mapping[str, Any]) -> str:
-        """Return the numbers of removed and added prompts in brackets; empty if all prompts are equal."""
+        """Return the numbers of removed and added prompts in parentheses; "" if all prompts are equal."""
         if state["fingerprint"] == self.prompts.fingerprint:
             return ""
         before = Counter(array("I", base64.b85decode(str(state["sums"]))))
@@ -413,4 +413,4 @@ class PromptOrder:
 
 
 _SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
-"""Fields that determine the order of prompts, with their configuration keys."""
+"""Configuration key of each field that determines the order of prompts."""

@@ -1,7 +1,7 @@
 """Load problems from JSON, CSV and Parquet files, folders and hub datasets.
 
-Each file is projected row by row to the columns that the run uses. Projected rows of more than a few MiB are stored in
-a memory-mapped file (see cache.py), so a rank's memory holds neither the data nor unused columns.
+Files are read row by row, and only the columns that the run uses are kept. More than a few MiB of kept values are
+stored in a memory-mapped file (see cache.py), so that they do not occupy the memory of each rank.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class KnownDataset:
     output_key: str
     """Default of the dataset's output_key."""
     subsets: tuple[str | None, ...] = (None,)
-    """Subsets, which are concatenated."""
+    """Subsets to concatenate."""
     split: str = "train"
     """Default of the dataset's split."""
     output_pattern: str | None = None
-    """Default of the dataset's output_pattern, unless the recipe names another output_key."""
+    """Default of the dataset's output_pattern; not used if the recipe sets another output_key."""
 
 
 KNOWN_DATASETS = {
@@ -56,14 +56,17 @@ KNOWN_DATASETS = {
     "OpenR1-Math-220k": KnownDataset("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
     "DAPOMath17K": KnownDataset("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
 }
-"""Short names of NeMo-RL, with the columns that NeMo-RL reads."""
+"""Known datasets by NeMo-RL's short name, with the columns that NeMo-RL reads."""
 
 
 _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
 
 
 def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, DatasetConfig]]:
-    """Yield each dataset with its key: "data.train" for a single dataset, "data.train[1]" for one of several."""
+    """Yield (configuration key, dataset): "data.train" for a single dataset, "data.train[1]" in a list.
+
+    Raises UserError if ``datasets`` is empty.
+    """
     if not datasets:
         raise _no_dataset(key)
     for i, dataset in enumerate(datasets):
@@ -71,7 +74,7 @@ def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, Da
 
 
 def _no_dataset(key: str) -> UserError:
-    return UserError(f"{key} names no dataset", f"set {key}.data_path or {key}.dataset_name", key=key)
+    return UserError(f"{key} does not set a dataset", f"set {key}.data_path or {key}.dataset_name", key=key)
 
 
 def load_problems(
@@ -79,14 +82,14 @@ def load_problems(
 ) -> Problems:
     """Load the problems of one dataset, concatenated ``repeat`` times.
 
-    ``key`` is the dataset's configuration key, for messages. Problem.columns contains ``trace_column``; null becomes
-    "". Without ``trace_required``, rows may lack the column. Raises UserError for a missing file, an empty dataset, a
-    missing column or one of the wrong type, a malformed line, and a hub that cannot be reached.
+    ``key``: the dataset's configuration key, for messages. ``trace_column``: a column to store in Problem.columns; null
+    becomes "". ``trace_required``: whether each row must have this column. Raises UserError for a missing file, an
+    empty dataset, a missing column, a value of the wrong type, a malformed line, or if the hub cannot be reached.
     """
     if dataset.repeat < 1:
         repeat = dataset.repeat
         raise UserError(
-            f"{key}.repeat={repeat} must be positive", "set it to at least 1", key=f"{key}.repeat", value=repeat
+            f"{key}.repeat={repeat} is out of range", "set it to at least 1", key=f"{key}.repeat", value=repeat
         )
     trace = () if trace_column is None else (TextColumn(trace_column, _TRACE_KEY, trace_required),)
     columns = _columns(dataset, key, trace)
@@ -101,7 +104,7 @@ def load_problems(
         raise setting_error(
             *(f"{key}.input_key", columns.input_key),
             f"has no text in any row of {source}",
-            "name the column of the problems",
+            f"set {key}.input_key to the column of the problems",
         )
     if skipped:
         log.warning("%s: %d of %d rows of %s have no text and are skipped", key, skipped, rows, source)
@@ -110,7 +113,7 @@ def load_problems(
 
 
 def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
-    """Complete the dataset's keys from the defaults of its short name, otherwise with "input" and "output"."""
+    """Return the columns to read; unset keys have the defaults of the short name, or else "input" and "output"."""
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
     if pattern is None and known is not None and dataset.output_key in (None, known.output_key):
@@ -127,7 +130,7 @@ def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) ->
 
 
 def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns: Columns) -> None:
-    """Raise UserError if ``output_pattern`` matches no gold answer; warn if it misses some of them."""
+    """Raise UserError if ``output_pattern`` matches no gold answer; warn if it does not match some of them."""
     unmatched = [(table, row) for table, kept in found for row in table.without_match(kept)]
     if not unmatched:
         return
@@ -137,10 +140,10 @@ def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns:
         raise setting_error(
             *(key, pattern),
             f"matches no gold answer in {columns.output_key} of {columns.source} (first row: {table.location(row)})",
-            "correct it, or set it to null if the column contains only gold answers",
+            "correct the pattern, or set it to null if the column contains only gold answers",
         )
     log.warning(
-        "%s=%s does not match the gold answers of %d of %d problems, so these have no gold answer (first: %s)",
+        "%s=%s does not match the gold answers of %d of %d problems, so these problems have no gold answer (first: %s)",
         *(key, pattern, len(unmatched), sum(len(kept) for _, kept in found), table.location(row)),
     )
 
@@ -153,11 +156,11 @@ def _known(name: str | None) -> KnownDataset | None:
 
 
 Slice = tuple[ProblemTable, int, int]
-"""A table, its first row to take and the row after the last one."""
+"""A table, the first row to use, and the row after the last row to use."""
 
 
 def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
-    """Read a file, a folder or a hub dataset; ``data_path`` has priority over ``dataset_name``."""
+    """Read the dataset from a file, a folder or the hub; ``data_path`` has priority over ``dataset_name``."""
     if dataset.data_path:
         path = Path(dataset.data_path).expanduser()
         if os.path.exists(path) or not _is_hub_name(dataset.data_path):
@@ -173,7 +176,7 @@ def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
         raise setting_error(
             *(f"{columns.key}.dataset_name", dataset.dataset_name),
             f"is neither a short name ({', '.join(KNOWN_DATASETS)}) nor a hub dataset (owner/name)",
-            f"correct it, or set {columns.key}.data_path to a file",
+            f"correct the name, or set {columns.key}.data_path to a file",
         )
     return _hub_tables(dataset.dataset_name, (dataset.subset,), dataset.split or "train", columns, "dataset_name")
 
@@ -209,7 +212,7 @@ def _file_source(path: Path, columns: Columns) -> Source:
 
 
 def _identity(path: Path, key: str, value: str) -> list[Any]:
-    """Return path, size, times and inode of a file: they change with its content."""
+    """Return path, size, times and inode of a file; these values change if the content changes."""
     try:
         found = path.stat()
     except OSError as error:
@@ -225,16 +228,16 @@ def _sliced(
     columns: Columns,
     single_file: bool = False,
 ) -> Sequence[Slice]:
-    """Return the rows of a split specification such as ``train``, ``train[:90%]`` or ``train+test[:10]``.
+    """Return the rows that ``spec`` selects, such as ``train``, ``train[:90%]`` or ``train+test[:10]``.
 
-    ``table_of`` reads one of the values of ``splits``.
+    ``table_of`` reads the table of a split from a value of ``splits``.
     """
     key = f"{columns.key}.split"
     names = [part.partition("[")[0].strip() for part in spec.split("+")]
     if unknown := [name for name in names if name not in splits]:
         if single_file:
             raise _invalid_split(key, spec, single_file)
-        problem = f"is not in {columns.source}, which has no split {unknown[0]}"
+        problem = f"selects the split {unknown[0]}, which does not exist in {columns.source}"
         raise setting_error(key, spec, problem, f"set {key} to one of {', '.join(splits)}")
     tables = {name: table_of(splits[name]) for name in dict.fromkeys(names)}
     if spec in tables:
@@ -251,8 +254,12 @@ def _sliced(
 
 
 def _invalid_split(key: str, spec: str, single_file: bool) -> UserError:
-    rule = "does not fit a single file, whose only split is train" if single_file else "is not a valid split or slice"
-    return setting_error(key, spec, rule, "use null, train or a slice such as train[:90%]")
+    rule = (
+        "is not possible for a single file, which has only the split train"
+        if single_file
+        else "is not a valid split or slice"
+    )
+    return setting_error(key, spec, rule, "set it to null, train or a slice such as train[:90%]")
 
 
 def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
@@ -274,14 +281,14 @@ def _saved_tables(path: Path, split: str, columns: Columns) -> Sequence[Slice]:
         loaded = load_from_disk(str(path))
     except Exception as error:  # the library raises many kinds of exception for a damaged folder
         problem = f"is not a complete save_to_disk folder ({reason(error)})"
-        raise setting_error(key, str(path), problem, "write it again") from None
-    name = split.partition("[")[0].strip()  # a single dataset has one split, which matches any name
+        raise setting_error(key, str(path), problem, "save the dataset again") from None
+    name = split.partition("[")[0].strip()  # a Dataset without splits is used for any split name
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {name: loaded}
     return _sliced(split, splits, lambda part: _library_table(part, key, str(path), columns), columns)
 
 
 def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: Columns, field: str) -> Sequence[Slice]:
-    """Read a dataset that ``datasets.load_dataset`` finds by ``name``, the value of the key ``field``."""
+    """Read a dataset with ``datasets.load_dataset``; ``name`` is the value of the dataset's key ``field``."""
     from datasets import load_dataset
 
     key = f"{columns.key}.{field}"
@@ -291,14 +298,14 @@ def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: C
         raise setting_error(
             *(key, name),
             f"with split {split} cannot be loaded ({reason(error)})",
-            "check name, subset and split, or download it first on a machine with access to the hub",
+            "check name, subset and split, or download the dataset first on a machine with access to the hub",
         ) from None
     tables = [_library_table(part, key, name, columns) for part in parts]
     return [(table, 0, len(table)) for table in tables]
 
 
 def _library_table(loaded: Any, key: str, value: str, columns: Columns) -> ProblemTable:
-    """Read a dataset of the ``datasets`` library, which is memory-mapped; ``key`` and ``value`` select it."""
+    """Read a dataset of the ``datasets`` library; ``key`` and ``value``: the setting that selects it, for messages."""
     import pyarrow as pa
 
     def rows() -> Iterator[Row]:
@@ -307,7 +314,7 @@ def _library_table(loaded: Any, key: str, value: str, columns: Columns) -> Probl
             yield from table_rows(used.with_format("arrow").iter(1000))
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             problem = f"cannot be read ({reason(error)})"
-            raise setting_error(key, value, problem, "write or download it again") from None
+            raise setting_error(key, value, problem, "save or download the dataset again") from None
 
     def identity() -> list[Any]:
         stored = [_identity(Path(file["filename"]), key, value) for file in loaded.cache_files]

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class ModelFolder(Protocol):
-    """A model on disk (implemented by ModelFiles)."""
+    """Interface of a model on disk, implemented by ModelFiles."""
 
     @property
     def name(self) -> str:
@@ -26,10 +26,10 @@ class ModelFolder(Protocol):
 
 
 def stop_ids(files: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
-    """Return the model's stop ids as transformers reads them, together with the EOS id of ``tokenizer``.
+    """Return the model's stop ids: ``eos_token_id`` as read by transformers, and the EOS id of ``tokenizer``.
 
-    transformers reads generation_config.json, and config.json only if that file is missing. Raises UserError for a file
-    that cannot be read, or for an ``eos_token_id`` that is not a token id.
+    transformers reads generation_config.json, or config.json if generation_config.json is missing. Raises UserError for
+    a file that cannot be read, or for an ``eos_token_id`` that is not a token id.
     """
     path = files.folder / "generation_config.json"
     sections = [read_json(path, files.name)] if path.is_file() else []
@@ -40,32 +40,32 @@ def stop_ids(files: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
     listed = eos if isinstance(eos, list) else [eos]
     if not all(type(token) is int and token >= 0 for token in listed):
         raise UserError(
-            f"{path} has eos_token_id={show(eos)}, which must be a token id or a list of token ids",
-            "correct it there, or set policy.generation.stop_token_ids",
+            f"{path} has eos_token_id={show(eos)}, which is neither a token id nor a list of token ids",
+            "correct the file, or set policy.generation.stop_token_ids",
             value=eos,
         )
     return tuple(sorted({*listed, tokenizer.eos_token_id} - {None}))
 
 
 def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: str) -> tuple[int, ...]:
-    """Return the ``ids`` below ``valid_vocab``, which the model can generate; ``name``: the model's.
+    """Return the stop ids below ``valid_vocab``, which the model can generate; ``name``: the model's name.
 
-    Logs a warning for each other id, for stop ids that are ordinary text, and if no stop id is left.
+    Logs a warning about larger ids, about stop ids that are ordinary text, and if no stop id is left.
     """
     if beyond := [token for token in ids if token >= valid_vocab]:
-        log.warning("%s: stop ids %s exceed its vocabulary of %d tokens and are ignored", name, beyond, valid_vocab)
+        log.warning("%s: stop ids %s are ignored, because the vocabulary has only %d tokens", name, beyond, valid_vocab)
     usable = tuple(token for token in ids if token < valid_vocab)
     control = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     if text := [token for token in usable if token not in control]:
         verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         log.warning(
-            "%s: stop ids %s are ordinary text (%s), so a response ends wherever it contains this text: correct"
+            "%s: stop ids %s are ordinary text (%s), so a response ends when it contains this text: correct"
             " eos_token_id in generation_config.json or config.json, or set policy.generation.stop_token_ids",
             *(name, text, ", ".join(repr(tokenizer.decode([token], **verbatim)) for token in text)),
         )
     if not usable:
         log.warning(
-            "%s has no stop id in its generation_config.json, config.json or tokenizer, so its responses only end at"
+            "%s has no stop id in generation_config.json, config.json or tokenizer, so responses end only at"
             " policy.generation.max_new_tokens: set policy.generation.stop_token_ids",
             name,
         )
@@ -73,12 +73,12 @@ def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: 
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Return the JSON object in a file of the model ``what``; raise UserError if it cannot be read."""
+    """Return the JSON object in the file ``path`` of the model ``what``; raise UserError if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problem = f"{what} has a {path.name} that cannot be read ({reason(error)})"
-        raise UserError(problem, "download it again", value=str(path)) from error
+        raise UserError(problem, "download the file again", value=str(path)) from error
     if not isinstance(found, dict):
-        raise UserError(f"{what} has a {path.name} without a JSON object", "download it again", value=str(path))
+        raise UserError(f"{what} has a {path.name} without a JSON object", "download the file again", value=str(path))
     return found

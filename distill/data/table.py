@@ -1,4 +1,4 @@
-"""Problems in Arrow tables of projected rows, and a lazy sequence of Problem over such tables."""
+"""Store problems in Arrow tables, and access them as a lazy sequence of Problem."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Source:
     """A source of rows: a file, or a table of the datasets library."""
 
     origin: str
-    """Name in messages."""
+    """Name of the source in messages."""
     size: int
     """Size in bytes."""
     identity: Callable[[], Any]
-    """Function that returns JSON that changes whenever the rows change."""
+    """Function that returns a JSON value; the value changes whenever the rows change."""
     rows: Callable[[], Iterator[Row]]
-    """Function that reads the rows."""
+    """Function that yields the rows."""
 
 
 @dataclass(frozen=True)
 class ProblemTable:
-    """The rows of one split of a dataset, including rows without text."""
+    """Rows of one split of a dataset, including rows without text."""
 
     columns: Columns
     """Columns that were read."""
@@ -49,26 +49,26 @@ class ProblemTable:
         return int(self.table.num_rows)
 
     def problem(self, row: int) -> Problem:
-        """Return the problem in ``row``, which must have a text."""
+        """Return the problem in the row number ``row``; the row must have a text."""
         text, answer, *extra = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.extra)))
         named = zip(self.columns.extra, extra, strict=True)
         given = {column.name: value for column, value in named if value is not None}
         return Problem(text, answer or "", self.columns.source, given)
 
     def location(self, row: int) -> str:
-        """Return the location of a row in its source, for messages: line 3 of FILE."""
+        """Return the location of a row in its source for messages, such as "line 3 of FILE"."""
         origin = self.origins[self.table.column("origin")[row].as_py()]
         return f"{self.table.column('place')[row].as_py()} of {origin}"
 
     def with_text(self, start: int, stop: int) -> Sequence[int]:
-        """Return the numbers of the rows in [start, stop) that have a text."""
+        """Return the row numbers in [start, stop) of the rows that have a text."""
         texts = self.table.column("text").slice(start, stop - start)
         if texts.null_count == 0:
             return range(start, stop)
         return _rows_where(texts, start, lambda column: column.is_valid())
 
     def without_match(self, rows: Sequence[int]) -> list[int]:
-        """Return those of ``rows`` whose gold answer does not match output_pattern."""
+        """Return the row numbers in ``rows`` for which output_pattern does not match the gold answer."""
         answers = self.table.column("answer")
         if answers.null_count == 0:
             return []
@@ -83,7 +83,7 @@ def _rows_where(column: pa.ChunkedArray, start: int, holds: Callable[[Any], Any]
 
 
 def read_table(sources: Sequence[Source], columns: Columns) -> ProblemTable:
-    """Return the concatenated projected rows of ``sources``, using the cache (see open_table).
+    """Return a table with the used columns of all rows of ``sources``; large tables are cached (see open_table).
 
     Raises UserError for a malformed row, and for a file that changes while it is read.
     """
@@ -123,15 +123,17 @@ def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Colu
                 rows, characters = [], 0
         if source.identity() != identities[i]:
             problem = f"{columns.key}: {source.origin} changed while it was read"
-            raise UserError(problem, "start again", key=columns.key, value=source.origin)
+            raise UserError(
+                problem, "start the run again after the file is complete", key=columns.key, value=source.origin
+            )
     if rows:
         yield pa.record_batch(list(zip(*rows, strict=True)), schema=schema)
 
 
 class Problems(Sequence[Problem]):
-    """The problems in selected rows of tables; a Problem is created on access.
+    """Sequence of the problems in selected rows of tables. A Problem is created on access.
 
-    ``rows`` are row numbers of the concatenated tables.
+    ``rows``: row numbers in the concatenation of ``tables``.
     """
 
     def __init__(self, tables: Sequence[ProblemTable], rows: Sequence[int]) -> None:
@@ -143,7 +145,7 @@ class Problems(Sequence[Problem]):
 
     @classmethod
     def joined(cls, parts: Sequence[Problems]) -> Problems:
-        """Concatenate ``parts``."""
+        """Return the concatenation of ``parts``."""
         if len(parts) == 1:
             return parts[0]
         rows, start = array("q"), 0
@@ -172,9 +174,9 @@ class Problems(Sequence[Problem]):
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     def select(self, positions: Sequence[int]) -> Problems:
-        """Return the problems at ``positions``, in this order."""
+        """Return the problems at ``positions``, in the order of ``positions``."""
         return Problems(self._tables, array("q", (self._rows[i] for i in positions)))
 
     def repeated(self, times: int) -> Problems:
-        """Concatenate ``times`` copies; the tables are shared."""
+        """Return the concatenation of ``times`` copies, which share the tables."""
         return self if times == 1 else Problems(self._tables, array("q", self._rows) * times)

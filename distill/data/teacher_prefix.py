@@ -1,8 +1,8 @@
 """Build the teacher's prefixes: the token ids that the teacher reads before each response.
 
-A prefix is the student's prompt, or a filled template with the problem and a trace. The response tokens are the same
-for both models and are compared one by one, so a response is never cut: the prefix is shortened, or the response is
-dropped and counted.
+A prefix is the student's prompt, or a template filled with the problem and a trace. Both models score the same response
+tokens, so a response is never truncated. If prefix and response exceed the teacher's window, the prefix is shortened,
+or the response is dropped and counted.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
-"""Name of the metric: truncated prefixes over kept responses."""
+"""Name of the metric for the number of truncated prefixes divided by the number of kept responses."""
 _KEY = "distillation.context_distillation"
 _TEMPLATE_KEY = f"{_KEY}.teacher_prefix_template"
 
 DropReason = Literal["missing_trace", "too_long_response", "no_prefix_budget", "prefix_too_long"]
-"""Why a response is dropped: no trace; longer than the teacher's window; exactly as long as the window; the part of the
-prefix that must not be cut does not fit."""
+"""Reason for dropping a response. missing_trace: no trace; too_long_response: longer than the teacher's window;
+no_prefix_budget: exactly as long as the window; prefix_too_long: the prefix does not fit even without the trace."""
 _REFERENCE_ZERO_METRICS = ("invalid_message", "for_dp_divisibility")
-"""Drop reasons of the reference system that cannot occur here; reported as 0 so that its dashboards find the names."""
+"""Drop reasons of NeMo-RL that cannot occur here; reported as 0, so that existing dashboards find the metrics."""
 
 
 @dataclass(frozen=True)
 class PrefixStats:
-    """Metrics of one rank's prefixes; add them up over ranks."""
+    """Metrics of the prefixes of one rank. Sums over all ranks give the metrics of the step."""
 
     means: Stats = field(default_factory=dict)
-    """(sum, count) by metric name; without the metrics whose count is 0."""
+    """(sum, count) by metric name. Metrics with count 0 are omitted."""
     totals: Mapping[str, float] = field(default_factory=dict)
     """Counts by metric name."""
 
@@ -54,15 +54,16 @@ class Prefix:
     """The teacher's prefix for one prompt."""
 
     token_ids: tuple[int, ...]
+    """Token ids of the prefix."""
     inside_thought: bool
     """Whether the prefix ends inside an open think block."""
 
 
 class TeacherPrefixes(Protocol):
-    """Builds the teacher's prefixes of prompts and rollouts."""
+    """Interface that builds the teacher's prefixes for prompts and rollouts."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return the kept rollouts, in order, with ``teacher_prefix_ids`` set, and this rank's counts.
+        """Return the kept rollouts in order, with ``teacher_prefix_ids`` set, and this rank's metrics.
 
         Not collective: each rank passes the rollouts that it generated.
         """
@@ -77,12 +78,12 @@ class SamePromptPrefixes:
     """Prefixes of plain distillation: the teacher reads the student's prompt."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return all rollouts with their own prompt as the teacher's prefix, and no metrics."""
+        """Return all rollouts with the student's prompt as the teacher's prefix, and no metrics."""
         prefixes = [self.prefix_of(rollout.prompt) for rollout in rollouts]
         return [_with_prefix(*pair) for pair in zip(rollouts, prefixes, strict=True)], PrefixStats()
 
     def prefix_of(self, prompt: Prompt) -> Prefix:
-        """Return the student's prompt."""
+        """Return the student's prompt as the teacher's prefix."""
         return Prefix(prompt.student_ids, prompt.inside_thought)
 
 
@@ -98,9 +99,9 @@ def build_teacher_prefixes(
 ) -> TeacherPrefixes:
     """Return the builder of teacher prefixes that the configuration selects.
 
-    ``tokenizer``: the teacher's. Its chat template receives the teacher's arguments, or else the student's.
-    ``valid_vocab``: number of ids that have an embedding; a context with another id is refused; None: not checked.
-    ``clock``: the time that chat templates see; None: the current time of each rendering.
+    ``tokenizer``: the teacher's tokenizer. Its chat template receives the teacher's chat_template_kwargs, or else the
+    student's. ``valid_vocab``: number of ids with an embedding; a larger id in a prefix raises UserError; None: no
+    check. ``clock``: the clock that chat templates read; None: they read the current time.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
@@ -134,13 +135,13 @@ class _Sample:
 
 
 class ContextPrefixes:
-    """Prefixes of context distillation: a template filled with the raw problem and a trace.
+    """Prefixes of context distillation: a template filled with the problem's text and a trace.
 
-    The trace is a span of the scored response or of a dataset column. ``max_tokens``: the teacher's window, for prefix
+    The trace is a part of the scored response or of a dataset column. ``max_tokens``: the teacher's window, for prefix
     and response together. With ``context.chat_template`` the filled template is a user message, followed by a
-    generation prompt; without, it is bare text after the tokenizer's BOS. Raises UserError for a template that lacks
-    ``{problem}``, has unknown placeholders or fills the window alone, and for a context with an id that is not below
-    ``valid_vocab``.
+    generation prompt; otherwise it is plain text after the tokenizer's BOS. Raises UserError for a template without
+    ``{problem}``, with unknown placeholders or with at least ``max_tokens`` tokens, and for a prefix with an id that is
+    not below ``valid_vocab``.
     """
 
     def __init__(
@@ -158,34 +159,34 @@ class ContextPrefixes:
         self._template_kwargs = template_kwargs
         self._template = teacher_template(context.teacher_prefix_template)
         shows_trace = self._template.count("trace") > 0
-        # A template without {trace} needs no trace, so no response lacks one.
+        # A template without {trace} needs no trace, so no response is dropped for a missing trace.
         self._drops_missing = context.trace_extractor.missing_trace_policy == "drop_sample" and shows_trace
         self._check_window()
         if shows_trace and context.trace_source == "dynamic":
             log.warning(
-                "%s.trace_source=dynamic shows the teacher the reasoning of the same response that it then scores, so"
-                " its scores may just agree with that reasoning: set %s.trace_source=static_dataset to take traces from"
-                " the data, or remove {trace} from the template",
+                "%s.trace_source=dynamic gives the teacher the reasoning of the response before the teacher scores the"
+                " response, so the scores may simply confirm this reasoning: set %s.trace_source=static_dataset to use"
+                " traces of the dataset, or remove {trace} from the template",
                 *(_KEY, _KEY),
             )
 
     def _check_window(self) -> None:
-        """Refuse a template that leaves no room for problem, trace and response."""
+        """Raise UserError if the template leaves no room for a problem, a trace and a response."""
         (empty,) = self._fill([("", "")])
         if len(empty) >= self._max_tokens:
             raise UserError(
-                f"{_TEMPLATE_KEY} has {len(empty)} tokens without problem, trace and response, but all of them must fit"
-                f" into teacher.max_total_sequence_length={self._max_tokens}",
+                f"{_TEMPLATE_KEY} has {len(empty)} tokens without problem and trace, which leaves no room for a"
+                f" response in teacher.max_total_sequence_length={self._max_tokens}",
                 "shorten the template, or raise teacher.max_total_sequence_length",
                 key=_TEMPLATE_KEY,
                 value=self._context.teacher_prefix_template,
             )
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return the kept rollouts with their prefixes, and this rank's counts.
+        """Return the kept rollouts with their prefixes, and this rank's metrics.
 
-        Metric names and formulas are the reference system's. ``trace_coverage``: responses with a trace over all
-        responses, dropped ones included. ``prefix_truncation_rate``: truncated prefixes over kept responses
+        Metric names and formulas equal those of NeMo-RL. ``trace_coverage``: responses with a trace divided by all
+        responses, including dropped responses. ``prefix_truncation_rate``: truncated prefixes divided by kept responses
         (``valid_samples``). ``dropped_samples``: the sum of the ``dropped_*`` counts. Raises UserError for a problem
         without the column of the traces.
         """
@@ -218,7 +219,7 @@ class ContextPrefixes:
         return next(reason for reason in get_args(DropReason) if stats.totals[_metric(f"dropped_{reason}")])
 
     def check_problem(self, problem: Problem, trace: str) -> None:
-        """Raise UserError if the context of ``problem`` and ``trace`` has an id without an embedding."""
+        """Raise UserError if the template filled with ``problem`` and ``trace`` has an id without an embedding."""
         self._fill([(problem.text, trace)])
 
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
@@ -237,8 +238,8 @@ class ContextPrefixes:
     def _trace_source(self, rollout: Rollout) -> str:
         """Return the text that contains the trace: the response, or the dataset column."""
         if self._context.trace_source == "dynamic":
-            # Keep special tokens: some tokenizers have the think tags among them. Drop the stop token: it would become
-            # part of an unclosed span and would end the teacher's user message.
+            # Keep special tokens, because the think tags of some tokenizers are special tokens. Drop the stop token:
+            # it would become part of an unclosed think block and would end the teacher's user message.
             ids = rollout.response_ids[:-1] if rollout.finish == "stop" else rollout.response_ids
             verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
             return str(self._tokenizer.decode(list(ids), **verbatim))
@@ -246,8 +247,8 @@ class ContextPrefixes:
         if column not in problem.columns:
             key = f"{_KEY}.static_trace.answer_column"
             raise UserError(
-                f"{key}={column} is missing in a problem of {problem.source}, which has"
-                f" {', '.join(problem.columns) or 'no other text column'}",
+                f"{key}={column} is missing in a problem of {problem.source} (columns:"
+                f" {', '.join(problem.columns) or 'none'})",
                 "set it to a column that all problems have",
                 key=key,
                 value=column,
@@ -274,7 +275,7 @@ class ContextPrefixes:
         return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
 
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
-        """Return the prefix, shortened by the overflow policy if it exceeds the window; None if it cannot fit."""
+        """Return the prefix, shortened by the overflow policy if it exceeds the window; None if it does not fit."""
         budget = self._max_tokens - sample.length
         if len(prefix) <= budget:
             return prefix
@@ -285,12 +286,12 @@ class ContextPrefixes:
         return self._with_shorter_trace(sample, budget)
 
     def _with_shorter_trace(self, sample: _Sample, budget: int) -> list[int] | None:
-        """Return the prefix with the longest start of the trace that fits; None if it does not fit without a trace."""
+        """Return the prefix with the trace truncated to fit into ``budget`` tokens; None if it does not fit."""
 
         def prefix(characters: int) -> list[int]:
             return self._prefixes([replace(sample, trace=sample.trace[:characters])])[0]
 
-        # If responses without a trace are dropped, a trace must not be cut to nothing.
+        # If responses without a trace are dropped, at least one character of the trace must remain.
         least = 1 if self._drops_missing else 0
         kept = _largest_fitting(lambda characters: len(prefix(characters)), least, len(sample.trace), budget)
         return None if kept is None else prefix(kept)
@@ -313,11 +314,11 @@ def _chats(texts: Sequence[str]) -> list[Messages]:
 
 
 def _largest_fitting(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
-    """Return the largest n in [low, high) with ``length(n) <= limit``, or the first tried n with equality.
+    """Return the largest n in [low, high) with ``length(n) <= limit``; None if ``length(low)`` exceeds ``limit``.
 
-    ``length`` must not decrease, and ``length(high)`` must exceed ``limit``. Return None if ``length(low)`` does, too.
-    Each call of ``length`` tokenises a text, so the search interpolates linearly. It bisects after four steps in a row
-    that do not halve the interval.
+    The search stops early at an n with ``length(n) == limit``. ``length`` must not decrease, and ``length(high)`` must
+    exceed ``limit``. Each call of ``length`` tokenizes a text, so the search interpolates linearly; after four
+    consecutive steps that do not halve the interval, it bisects.
     """
     short, long, slow = length(low), length(high), 0
     if short > limit:

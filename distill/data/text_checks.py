@@ -1,4 +1,4 @@
-"""Checks of the prompts before the first step: ids without an embedding, control tokens, text that is not preserved."""
+"""Check the prompts before the first step: ids without an embedding, control tokens, text that is not preserved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.types import Prompt
 log = logging.getLogger(__name__)
 
 _ROUND_TRIPS = 32
-"""Number of problems of a dataset list that are encoded and decoded for comparison."""
+"""Number of problems that are encoded and decoded to compare the result with the text."""
 
 
 def check_texts(
@@ -27,12 +27,12 @@ def check_texts(
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> None:
-    """Raise UserError for an id without an embedding; warn of text that the model does not read as written.
+    """Raise UserError for an id without an embedding; warn of text that the tokenizer changes.
 
     ``prompts`` are iterated several times. ``where``: the configuration key of the datasets, for messages.
-    ``trace_column``: a column that the teacher reads and that may contain ``think_tags``. Warnings count the prompts
-    and name the first one. They report control tokens of the chat template inside a problem or a trace, characters
-    that the vocabulary lacks, and texts that encoding and decoding change.
+    ``trace_column``: a column that the teacher reads and that may contain ``think_tags``. Warnings report control
+    tokens inside a problem or a trace, characters that are not in the vocabulary, and texts that encoding and decoding
+    change. Each warning has the number of prompts and the first prompt.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
@@ -55,21 +55,21 @@ def largest_id(tokenizer: Any) -> int:
 
 
 def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, key: str) -> None:
-    """Raise UserError if ``ids``, named ``what`` in the message, has an id that is not below ``valid_vocab``."""
+    """Raise UserError if ``ids`` contain an id of at least ``valid_vocab``; ``what``: their name in the message."""
     largest = max(ids, default=0)
     if largest >= valid_vocab:
         (token,) = tokenizer.convert_ids_to_tokens([largest])
         raise UserError(
-            f"{what} contains the token {token!r} with id {largest}, but the smaller embedding of policy.model_name and"
-            f" teacher.model_name ends at id {valid_vocab - 1}",
-            "remove the token from the text and the chat template, or choose models with an embedding for it",
+            f"{what} contains the token {token!r} with id {largest}, but the embeddings of policy.model_name and"
+            f" teacher.model_name have ids only up to {valid_vocab - 1}",
+            "remove the token from the text and the chat template, or choose models with an embedding for this token",
             key=key,
             value=token,
         )
 
 
 def _row(prompt: Prompt, where: str) -> str:
-    """Return the prompt's number, source and first characters, for messages."""
+    """Return the number, the source and the first characters of a problem, for messages."""
     problem = prompt.problem
     source = f"{problem.source}: " if problem.source else ""
     return f"{where}: problem {prompt.prompt_id + 1} ({source}{problem.text[:40]!r})"
@@ -79,19 +79,22 @@ def _warn_of_control_tokens(
     prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None, think_tags: tuple[str, str]
 ) -> None:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
-    remedy = "as a control token, not as text: remove it from the data unless that is intended"
+    remedy = "as a control token, not as text: remove the token from the data unless this is intended"
     texts = ((prompt, prompt.problem.text) for prompt in prompts)
-    _warn_of(_control_tokens(texts, tokens), where, f"contain %s in their text, and the model reads it {remedy}")
+    _warn_of(
+        _control_tokens(texts, tokens), where, f"contain %s in the problem, and the model reads this token {remedy}"
+    )
     if column is not None:
         texts = ((prompt, prompt.problem.columns.get(column, "")) for prompt in prompts)
         found = _control_tokens(texts, tokens - set(think_tags))
-        _warn_of(found, where, f"contain %s in the column {column}, and the teacher reads it {remedy}")
+        _warn_of(found, where, f"contain %s in the column {column}, and the teacher reads this token {remedy}")
 
 
 def _control_tokens(texts: Iterable[tuple[Prompt, str]], tokens: set[str]) -> Iterator[tuple[Prompt, str]]:
-    """Yield the prompt and first token of each text that contains one of ``tokens``.
+    """Yield (prompt, first token found) for each text that contains one of ``tokens``.
 
-    Searches for first characters and then compares: a pattern of thousands of tokens takes milliseconds per text.
+    A regular expression with thousands of tokens takes milliseconds per text. It is faster to search for the first
+    characters of the tokens, and to compare the tokens only there.
     """
     if not tokens:
         return
@@ -110,11 +113,11 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
     if number is None or number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
     hits = ((prompt, unknown) for prompt in prompts if number in prompt.student_ids)
-    _warn_of(hits, where, "contain characters that the vocabulary lacks and that the model reads as %s")
+    _warn_of(hits, where, "contain characters that are not in the vocabulary, and the model reads each of them as %s")
 
 
 def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str) -> None:
-    """Log the number of ``hits`` (prompt, token) and the first one; the token replaces %s in ``fault``."""
+    """Log the number of ``hits`` and the first hit (prompt, token) as a warning; the token replaces %s in ``fault``."""
     first = next(hits, None)
     if first is not None:
         prompt, token = first
@@ -123,7 +126,7 @@ def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str) -> None
 
 
 def _around_difference(text: str, back: str) -> tuple[str, str]:
-    """Return 60 characters of both texts around the first difference."""
+    """Return up to 60 characters of each text, around the first difference."""
     same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     begin = max(0, same - 20)
     return text[begin : begin + 60], back[begin : begin + 60]

@@ -1,4 +1,4 @@
-"""Think blocks: extract their text, and detect prompts that end inside one.
+"""Extract the text of think blocks, and detect prompts that end inside a think block.
 
 Chat templates of reasoning models may end the generation prompt with an opening tag (``<think>``). The response then
 begins inside the think block and contains only the closing tag.
@@ -22,21 +22,21 @@ log = logging.getLogger(__name__)
 
 _KEY = "distillation.context_distillation.trace_extractor.think_tags"
 _TAIL = 256
-"""Number of tokens at a prompt's end that are decoded; generation prompts are shorter."""
+"""Number of tokens to decode at the end of a prompt; generation prompts are shorter."""
 _CHUNK = 1000
 """Number of prompts that are decoded in one call."""
 _END_OF_MESSAGE = "[end of message 5b1c92e7]"
-"""Marks the end of the last message in a rendered chat; no real message contains this text."""
+"""Text that marks the end of the last message in a rendered chat; real messages do not contain it."""
 _THINK_LIKE = re.compile(r"(?:<\|?[\w:]*(?:think|thought)\w*\|?>|\[THINK\])\Z", re.IGNORECASE)
-"""A text that ends with the opening tag of some model."""
+"""Pattern of a text that ends with an opening think tag of any known form."""
 
 
 def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bool = False) -> str:
     """Return the stripped think block of ``text`` that ``extractor`` selects; "" if ``text`` has no think block.
 
     A think block begins after an opening tag and ends at the next closing tag. An opening tag inside a block is part of
-    its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines what happens without a
-    closing tag. ``inside_thought``: the prompt ends with an opening tag, so the text begins inside a block.
+    its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines the treatment of a block
+    without a closing tag. ``inside_thought``: the prompt ends with an opening tag, so the text begins inside a block.
     ``extractor.type="full_text"`` selects the complete text.
     """
     if extractor.type == "full_text":
@@ -54,16 +54,16 @@ def _think_blocks(text: str, extractor: TraceExtractorConfig) -> Iterator[str]:
         end = text.find(closing, start)
         if end >= 0 or extractor.unclosed_span == "to_end":
             yield text[start : end if end >= 0 else None].strip()
-        if end < 0:  # no later block is closed either: searching on would take quadratic time
+        if end < 0:  # later blocks are not closed either, and another search would take quadratic time
             return
         at = end + len(closing)
 
 
 def extract_column_trace(text: str, extractor: TraceExtractorConfig) -> str:
-    """Return the trace in a dataset's column, for which the prompt is unknown; "" if the column has no think block.
+    """Return the trace in a text from a dataset's column; "" if the text has no think block.
 
-    If a closing tag with text before it comes first, the column is a response whose prompt ended with the opening tag;
-    that text is then the first think block. In all other cases this is ``extract_trace``.
+    Text before a closing tag without an opening tag is a think block, because the prompt of such a response ended with
+    the opening tag. Otherwise the result equals ``extract_trace``.
     """
     opening, closing = extractor.think_tags
     before, found, _ = text.partition(closing)
@@ -79,10 +79,10 @@ def inside_thoughts(
 ) -> bytes:
     """Return one byte per prompt: 1 if the prompt ends inside an open think block, else 0.
 
-    ``ids``: the prompts' token ids; ``chats``: the chats that they were rendered from, or None for bare text. In a
-    rendered chat only tags in the generation prompt count, not tags in messages. Bare text, including that of a
-    tokenizer without a chat template, ends inside a think block if its last text is the opening tag. Logs a warning if
-    a generation prompt ends with an opening tag other than that of ``think_tags``.
+    ``ids``: the token ids of the prompts; ``chats``: the conversations of the prompts, or None for prompts of plain
+    text. In a rendered chat, only tags in the generation prompt count, not tags in messages. Plain text (also a chat
+    without a chat template) ends inside a think block if it ends with the opening tag. Logs a warning if a generation
+    prompt ends with an opening tag that is not in ``think_tags``.
     """
     opening = think_tags[0]
     rendered = chats is not None and tokenizer.chat_template is not None
@@ -107,8 +107,8 @@ def inside_thoughts(
             states.append(clear or _opens(_generation_prompt(tokenizer, chats[i], template_kwargs or {}), think_tags))
     if unknown:
         log.warning(
-            "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s]: set the"
-            " key to the model's opening and closing tag, or traces and grading treat the reasoning as the final text",
+            "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s]: set this"
+            " key to the model's opening and closing tag; otherwise the reasoning is graded, and no trace is found",
             *(tokenizer.name_or_path, unknown, _KEY, *think_tags),
         )
     return bytes(states)
@@ -135,6 +135,6 @@ def _generation_prompt(
         messages_only = ""
     if messages_only and complete != messages_only and complete.startswith(messages_only):
         return complete[len(messages_only) :]
-    # The template ignores add_generation_prompt, or renders the last message differently without it.
+    # The template ignores add_generation_prompt, or renders the last message differently without this argument.
     last = {**chat[-1], "content": chat[-1]["content"] + _END_OF_MESSAGE}
     return render([*chat[:-1], last], True).rpartition(_END_OF_MESSAGE)[2]

@@ -1,4 +1,4 @@
-"""Load a model's tokenizer so that its tokenizer.json defines how text is encoded and decoded."""
+"""Load a model's tokenizer; tokenizer.json defines how text is encoded and decoded."""
 
 from __future__ import annotations
 
@@ -31,24 +31,29 @@ _FILES = (
 _TEMPLATES = "additional_chat_templates"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BOS_BY_DEFAULT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Classes that begin a text with BOS unless add_bos_token=false. transformers 5 does this for a tokenizer.json only."""
+"""Tokenizer classes that add BOS before a text unless add_bos_token=false. transformers 5 does so only with a
+tokenizer.json."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The files of a tokenizer. str() is its name in messages."""
+    """Location of a tokenizer's files. str() gives the name of the tokenizer in messages."""
 
     path: str | Path
     """A folder or a hub name."""
     key: str = ""
-    """The configuration key that sets it."""
+    """Configuration key that selects the tokenizer; "" if no key does."""
     value: str = ""
+    """Value of ``key``."""
 
     def __str__(self) -> str:
         return f"{self.key}={self.value}" if self.key else str(self.path)
 
     def file(self, name: str) -> Path | None:
-        """Return the path of a file; None if it is missing. transformers has downloaded a hub name's files before."""
+        """Return the path of a file; None if the file is missing.
+
+        For a hub name, transformers has already downloaded the files.
+        """
         if os.path.isdir(self.path):
             path = Path(self.path, name)
             return path if path.is_file() else None
@@ -59,13 +64,13 @@ class _Source:
         return Path(found) if found else None
 
     def settings(self) -> dict[str, Any]:
-        """Return the content of tokenizer_config.json; empty if it is missing."""
+        """Return the content of tokenizer_config.json; {} if the file is missing."""
         path = self.file("tokenizer_config.json")
         found = json.loads(path.read_text(encoding="utf-8")) if path else {}
         return found if isinstance(found, dict) else {}
 
     def error(self, problem: str, fix: str) -> UserError:
-        """Return the UserError that this source has ``problem``."""
+        """Return the UserError for this tokenizer; its message is "key=value problem: fix"."""
         return UserError(f"{self} {problem}", fix, key=self.key, value=self.value)
 
 
@@ -76,12 +81,13 @@ def load_tokenizer(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Load the model's tokenizer, or the tokenizer ``name``, which the configuration key ``key`` sets.
+    """Load the tokenizer ``name``, the value of the configuration key ``key``; None: the model's tokenizer.
 
-    tokenizer.json defines the ids. If the class in tokenizer_config.json gives other ids, it is not used and a warning
-    is logged. ``chat_template``: path of a Jinja file that replaces the tokenizer's chat template; ``template_kwargs``:
-    the configuration's arguments of that template. Raises UserError for unreadable files, for a tokenizer that does not
-    preserve plain text, and for a chat template that cannot be parsed or that omits the user's message.
+    tokenizer.json defines the ids. If the class in tokenizer_config.json gives other ids, the class is not used and a
+    warning is logged. ``chat_template``: path of a Jinja file that replaces the tokenizer's chat template;
+    ``template_kwargs``: the arguments of this template in the configuration. Raises UserError for unreadable files,
+    for a tokenizer that does not preserve plain text, and for a chat template that cannot be parsed or that omits the
+    user's message.
     """
     source = _Source(files.folder if name is None or name == files.name else name, key, name or files.name)
     tokenizer = _read(source)
@@ -94,9 +100,9 @@ def load_tokenizer(
 
 
 def tokenizer_class_misreads(folder: Path) -> bool:
-    """Return whether transformers' tokenizer class for ``folder`` gives other ids than its tokenizer.json.
+    """Return whether transformers' tokenizer class for ``folder`` gives other ids than tokenizer.json.
 
-    False without a tokenizer.json. Raises UserError for a tokenizer.json that cannot be read.
+    Returns False if tokenizer.json is missing. Raises UserError for a tokenizer.json that cannot be read.
     """
     source = _Source(folder)
     own = _tokenizer_json(source)
@@ -107,7 +113,7 @@ def tokenizer_class_misreads(folder: Path) -> bool:
 
 
 def same_tokenizer_files(student: Path, teacher: Path) -> bool:
-    """Return whether both folders have the same tokenizer.json, settings and chat template: one load then suffices."""
+    """Return whether both folders have the same tokenizer files, so that the tokenizer must be loaded only once."""
     if not (student / "tokenizer.json").is_file() or any((f / _TEMPLATES).exists() for f in (student, teacher)):
         return False
     types = [read_json(folder / "config.json", str(folder)).get("model_type") for folder in (student, teacher)]
@@ -115,7 +121,7 @@ def same_tokenizer_files(student: Path, teacher: Path) -> bool:
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
-    """Return whether the files have the same content, or neither exists."""
+    """Return whether both files have the same content, or both are missing."""
     exist = one.is_file(), other.is_file()
     return exist[0] == exist[1] and (not exist[0] or filecmp.cmp(one, other, shallow=False))
 
@@ -126,18 +132,18 @@ def _read(source: _Source) -> Any:
     difference = encoding_difference(read, own) if own is not None else None
     tokenizer = read
     if own is not None and (difference is not None or not read.get_vocab().keys() <= own.get_vocab().keys()):
-        # This class takes everything from tokenizer.json, and has no special tokens by default.
+        # This class uses only tokenizer.json, and adds no special tokens by default.
         tokenizer, error = _from_pretrained(PreTrainedTokenizerFast, source)
     if tokenizer is None or not len(tokenizer):
         raise source.error(
             f"has no readable tokenizer ({reason(error or ValueError('its vocabulary is empty'))})",
-            "give the folder or hub name of a model with a tokenizer.json; tokenizers that need the model's own code"
-            " are not supported",
+            "set it to the folder or hub name of a model with a tokenizer.json (tokenizers that need custom code are"
+            " not supported)",
         )
     settings = source.settings()
     if difference is not None:
         log.warning(
-            "%s has tokenizer_class=%s in its tokenizer_config.json, which transformers loads as %s and which encodes"
+            "%s has tokenizer_class=%s in tokenizer_config.json, which transformers loads as %s, and this class encodes"
             " text differently from tokenizer.json (%s): tokenizer.json is used",
             *(source, show(settings.get("tokenizer_class"))),
             *(type(read).__name__ if read is not None else "no class", difference),
@@ -151,7 +157,7 @@ def _read(source: _Source) -> Any:
         _add_bos(tokenizer, source)
     elif own and settings.get("add_bos_token") is False and tokenizer.bos_token_id in opening_ids(tokenizer):
         log.warning(
-            "%s has add_bos_token=false in its tokenizer_config.json, but its tokenizer.json adds %s before bare text:"
+            "%s has add_bos_token=false in tokenizer_config.json, but tokenizer.json adds %s before plain text:"
             " tokenizer.json is used",
             *(source, tokenizer.bos_token),
         )
@@ -168,13 +174,13 @@ def _from_pretrained(cls: Any, source: _Source) -> tuple[Any, Exception | None]:
 def _is_sentencepiece(tokenizer: Any, source: _Source) -> bool:
     """Return whether transformers loaded the tokenizer from a SentencePiece tokenizer.model.
 
-    Logs a warning in any case, because without tokenizer.json few texts can be checked. Raises UserError if plain text
-    gets other ids than from SentencePiece.
+    Always logs a warning, because only a few texts can be checked without tokenizer.json. Raises UserError if the ids
+    of these texts differ from the ids of SentencePiece.
     """
     loaded = type(tokenizer).__name__
     log.warning(
-        "%s has no tokenizer.json: transformers' %s loads the tokenizer from other files, and only a few texts are"
-        " checked",
+        "%s has no tokenizer.json: the class %s of transformers loads the tokenizer from other files, and only a few"
+        " texts are checked",
         *(source, loaded),
     )
     path = source.file("tokenizer.model")
@@ -186,15 +192,15 @@ def _is_sentencepiece(tokenizer: Any, source: _Source) -> bool:
         return False
     if token_ids(tokenizer, PLAIN_TEXTS) != written:
         raise source.error(
-            f"has a tokenizer.model that transformers' {loaded} encodes differently from SentencePiece",
-            "add the model's tokenizer.json, or correct tokenizer_class in its tokenizer_config.json (LlamaTokenizer"
-            " for most)",
+            f"has a tokenizer.model with which transformers' {loaded} and SentencePiece encode text differently",
+            "add the model's tokenizer.json, or correct tokenizer_class in tokenizer_config.json (most models have"
+            " LlamaTokenizer)",
         )
     return True
 
 
 def _tokenizer_json(source: _Source) -> Tokenizer | None:
-    """Return the tokenizer that tokenizer.json describes, without truncation, padding and dropout; None without it."""
+    """Return the tokenizer in tokenizer.json without truncation, padding and dropout; None if the file is missing."""
     path = source.file("tokenizer.json")
     if path is None:
         return None
@@ -203,19 +209,21 @@ def _tokenizer_json(source: _Source) -> Tokenizer | None:
         if not own.get_vocab_size():
             raise ValueError("its vocabulary is empty")
     except Exception as error:  # the library raises a bare Exception
-        raise source.error(f"has an unreadable {path.name} ({reason(error)})", "download it again") from error
+        raise source.error(f"has an unreadable {path.name} ({reason(error)})", "download the file again") from error
     own.no_truncation()
     own.no_padding()
     if getattr(own.model, "dropout", None):
-        log.warning("%s has BPE dropout in its tokenizer.json, which would make ids random: it is not applied", source)
+        log.warning(
+            "%s has BPE dropout in tokenizer.json, which makes token ids random: the dropout is disabled", source
+        )
         own.model.dropout = None
     return own
 
 
 def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, source: _Source) -> None:
-    """Make ``own`` the backend of ``tokenizer``, and add the special tokens of tokenizer_config.json to it.
+    """Set ``own`` as the backend of ``tokenizer``, and add the special tokens of tokenizer_config.json to ``own``.
 
-    ``read``: the tokenizer as transformers loads it, whose class may have special tokens by default.
+    ``read``: the tokenizer as loaded by transformers; its class may have special tokens by default.
     """
     known = own.get_vocab()
     for name in _SPECIAL:
@@ -224,28 +232,29 @@ def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, source: _Source)
             setattr(tokenizer, name, default)
     if added := {token: i for token, i in tokenizer.get_vocab().items() if token not in known}:
         log.warning(
-            "%s adds special tokens that its tokenizer.json lacks (%s): they get new ids from %d on, which the model"
-            " was hardly trained on",
+            "%s adds special tokens that are not in tokenizer.json (%s): they have new ids from %d, for which the model"
+            " has probably no training",
             *(source, show(", ".join(added)), min(added.values())),
         )
         own.add_tokens([token for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.content in added])
     tokenizer._tokenizer = own
     if tokenizer.split_special_tokens:
         log.warning(
-            "%s has split_special_tokens=true in its tokenizer_config.json, which would split the chat template's"
-            " control tokens: it is not applied",
+            "%s has split_special_tokens=true in tokenizer_config.json, which splits the control tokens of the chat"
+            " template: the setting is ignored",
             source,
         )
         tokenizer.split_special_tokens = False
 
 
 def _add_bos(tokenizer: Any, source: _Source) -> None:
-    """Add BOS before bare text if the post-processor does not, because transformers 5 ignores add_bos_token."""
+    """Configure the tokenizer to add BOS before plain text, because transformers 5 ignores add_bos_token."""
     bos = tokenizer.bos_token
     if bos is None or tokenizer.bos_token_id in opening_ids(tokenizer) or not hasattr(tokenizer, "backend_tokenizer"):
         return
     log.warning(
-        "%s adds %s before bare text, as its add_bos_token or its class requires, although transformers %s does not",
+        "%s adds %s before plain text, because add_bos_token or the tokenizer class requires it, but transformers %s"
+        " does not",
         *(source, bos, transformers.__version__),
     )
     pair = [bos, "$A", bos, "$B:1"]

@@ -1,4 +1,4 @@
-"""Compare tokenizers on fixed texts: with tokenizer.json, with the original text, and student with teacher."""
+"""Check tokenizers on fixed texts: against tokenizer.json, by a round trip, and student against teacher."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ OTHER_TEXTS = (
     "▁underline ▁▁ Ġ Ċ <0x0A> ##ing </w>",
     "x" * 40 + "=" * 20 + "-" * 7 + " " * 30 + ".",
 )
-"""Texts that tokenizer classes of transformers encode differently."""
+"""Texts that some tokenizer classes of transformers encode differently from tokenizer.json."""
 _VERBATIM = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
 
 def encoding_difference(read: Any, own: Tokenizer) -> str | None:
-    """Describe a text that ``read``, transformers' tokenizer, encodes differently from tokenizer.json (``own``).
+    """Return the description of a text that ``read`` and ``own`` encode differently; None if all ids are equal.
 
-    Return None if all ids are equal. ``read`` is None if transformers could not load the files.
+    ``read``: the tokenizer as loaded by transformers, or None if it could not be loaded; ``own``: the tokenizer in
+    tokenizer.json.
     """
     if read is None:
-        return "it cannot be loaded from these files"
+        return "the class cannot be loaded from these files"
     texts = _texts(token.content for token in own.get_added_tokens_decoder().values())
     try:
         ids = read(texts, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
@@ -55,36 +56,40 @@ def encoding_difference(read: Any, own: Tokenizer) -> str | None:
 
 
 def _texts(added_tokens: Iterable[str]) -> list[str]:
-    """Return the fixed texts, and each added token between words, because its flags may strip spaces."""
+    """Return the fixed texts and, for each added token, a text with the token between words.
+
+    The flags of an added token may strip the spaces around it.
+    """
     return [*PLAIN_TEXTS, *OTHER_TEXTS, *(f"a {token} b{token}\n{token}c" for token in added_tokens)]
 
 
 def check_round_trip(tokenizer: Any, key: str, value: str) -> None:
-    """Raise UserError for a tokenizer that does not preserve plain text; warn if it changes other texts.
+    """Raise UserError if the tokenizer does not preserve plain text; warn if it changes other texts.
 
-    ``key``, ``value``: the configuration key that sets the tokenizer, and its value.
+    ``key``, ``value``: the configuration key that selects the tokenizer, and the value of this key.
     """
     what = f"{key}={value}"
     for text, back in changed_by_round_trip(tokenizer, PLAIN_TEXTS):
         if not _preserves_words(_normalized(tokenizer, text), _normalized(tokenizer, back)):
             raise UserError(
                 f"{what} has a tokenizer that does not preserve text ({text!r} is decoded as {show(back)!r})",
-                "choose a model whose tokenizer.json preserves spaces and has tokens for these characters",
+                "choose a model with a tokenizer.json that preserves spaces and has tokens for these characters",
                 key=key,
                 value=value,
             )
     texts = [*PLAIN_TEXTS, *OTHER_TEXTS]
     if changed := changed_by_round_trip(tokenizer, texts):
         log.warning(
-            "%s does not preserve %d of %d texts (%r is decoded as %r): the model reads changed text in such prompts",
+            "%s has a tokenizer that does not preserve %d of %d test texts (%r is decoded as %r): in prompts with such"
+            " text, the model reads the changed text",
             *(what, len(changed), len(texts), *map(show, changed[0])),
         )
 
 
 def changed_by_round_trip(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (text, decoded text) of each text that encoding and decoding changes.
+    """Return (text, decoded text) for each text that encoding and decoding changes.
 
-    The tokenizer's own normalizer is applied to both before the comparison.
+    The tokenizer's normalizer is applied to both texts before the comparison.
     """
     pairs = [(text, _round_trip(tokenizer, text)) for text in texts]
     return [(text, back) for text, back in pairs if _normalized(tokenizer, text) != _normalized(tokenizer, back)]
@@ -99,26 +104,26 @@ def _round_trip(tokenizer: Any, text: str) -> str:
 
 
 def _normalized(tokenizer: Any, text: str) -> str:
-    """Apply the tokenizer's normalizer (lower case, for example) and remove spaces at the start.
+    """Return ``text`` after the tokenizer's normalizer (lower case, for example), without spaces at the start.
 
-    SentencePiece writes a space as ▁ and adds one before each text, which decoding removes.
+    SentencePiece writes a space as ▁ and adds a space before each text; decoding removes this space.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     return (normalizer.normalize_str(text) if normalizer is not None else text).replace("▁", " ").lstrip(" ")
 
 
 def _preserves_words(text: str, back: str) -> bool:
-    """Return whether ``back`` has all characters of ``text`` and all spaces between words; more spaces are allowed."""
+    """Return whether ``back`` has all characters of ``text`` and all spaces between words; it may have more spaces."""
     words = [r"\s*".join(map(re.escape, word)) for word in text.split()]
     return re.fullmatch(r"\s*" + r"\s+".join(words) + r"\s*", back) is not None
 
 
 def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Raise UserError unless each id is the same token for student and teacher, added and special tokens included.
+    """Raise UserError unless student and teacher have the same token for each id, including added tokens.
 
-    The padded sizes of the embeddings may differ. Tokenizers with equal vocabularies may split text differently; a
-    warning reports this, because a teacher without its own context reads the student's prompt ids. Responses are always
-    passed to the teacher as ids, and a context is encoded by the teacher's tokenizer.
+    The padded sizes of the embeddings may differ. Tokenizers with equal vocabularies may split text differently. This
+    logs a warning, because without context distillation the teacher reads the student's prompt ids. Responses are
+    always passed to the teacher as ids; a teacher prefix is encoded by the teacher's tokenizer.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
@@ -138,7 +143,6 @@ def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_
     if differing := [text for text, of_student, of_teacher in pairs if of_student != of_teacher]:
         log.warning(
             "policy.model_name=%s and teacher.model_name=%s have the same tokens but split text differently (%d of %d"
-            " texts, for example %r): without a context the teacher reads prompts as the student's tokenizer splits"
-            " them",
+            " test texts, for example %r): without context distillation, the teacher reads the student's prompt ids",
             *(student_name, teacher_name, len(differing), len(texts), show(differing[0])),
         )

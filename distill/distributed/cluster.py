@@ -1,4 +1,4 @@
-"""The recipe's cluster settings against the ranks that were started."""
+"""Check the recipe's cluster settings against the ranks that were started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launcher of this process: its variables for this rank, checked before any rank waits for others, and its process."""
+"""Read and check the launcher's environment variables (torchrun, Slurm), and detect the launcher's end."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PARENT = os.getppid()
 
 
 def rank_by_launcher() -> int:
-    """Return this process's rank by the variables of torchrun or Slurm, 0 without them; not a collective.
+    """Return this process's rank from the variables of torchrun or Slurm; 0 without them; not collective.
 
-    Raises UserError for invalid variables, with which the process would wait half an hour for ranks that never come.
+    Raises UserError for invalid variables. Without this check, the process would wait for ranks that never connect.
     """
     variables = {**os.environ, **slurm.torch_environment()}
     if "RANK" not in variables:
@@ -34,7 +34,7 @@ def rank_by_launcher() -> int:
     except (OSError, UnicodeError) as error:
         raise UserError(
             f"MASTER_ADDR={address} cannot be resolved ({error})",
-            "start the program by torchrun or srun, or unset it",
+            "start the program with torchrun or srun, or unset it",
             key="MASTER_ADDR",
             value=address,
         ) from None
@@ -57,10 +57,10 @@ def launcher_holds_store() -> bool:
 
 
 def launch_id() -> str:
-    """Return an id that only the ranks of this launch share; a restart by the launcher has another one.
+    """Return the id of this launch, equal on all its ranks; a restart by the launcher has a new id.
 
-    It prefixes all keys in the store, so that ranks of another job, or of an earlier attempt, at the same port are
-    ignored. Without torchrun and Slurm it is "0".
+    All keys in the store begin with the id, so that ranks of another job or an earlier start at the same port are
+    ignored. Without torchrun and Slurm the id is "0".
     """
     if is_torchrun():  # the run id is torchrun's --rdzv-id; its agents keep their store when they restart the ranks
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -69,9 +69,9 @@ def launch_id() -> str:
 
 
 def launcher_error(rank: int) -> str | None:
-    """Return a sentence if torchrun's agent, the parent of ``rank``, has ended; else None.
+    """Return an error message if torchrun's agent, the parent process of ``rank``, has ended; else None.
 
-    Always None without torchrun: a shell that starts a process in the background may end first.
+    Always None without torchrun, because a shell that starts the process in the background may end earlier.
     """
     if is_torchrun() and os.getppid() != _PARENT:
         return f"the launcher (process {_PARENT}) of rank {rank} ended"

@@ -1,4 +1,4 @@
-"""The program's frame on every rank: start of the process, error handling, exit status and exit code."""
+"""Start the program on every rank; handle its errors, exit status and exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["exit_process", "log_to_console", "refuse", "run_program", "start_pro
 
 
 def start_process() -> None:
-    """Set the umask and log to the console of the main rank; comes before anything that logs or writes files."""
+    """Set the umask and the console log; call it before anything logs or writes files."""
     restrict_umask()
     log_to_console(_is_main_or_unknown())
 
@@ -31,17 +31,17 @@ def start_process() -> None:
 def run_program(program: Callable[[World], None]) -> int:
     """Run ``program`` in the world of all ranks and return the exit code, the same on every rank.
 
-    Exit codes: 0; 2 for a UserError; 1 for RunFailed or any other exception. The main rank prints one sentence for an
-    error that all ranks raise together. An error of one rank is printed by that rank, which exits and thereby ends the
-    other ranks. Supervisor handles signals and ``status.json``. ``start_process`` comes before.
+    Call ``start_process`` first. Exit codes: 0; 2 for UserError; 1 for RunFailed or any other exception. The main rank
+    prints one sentence for an error that all ranks raise together. An error of a single rank is printed by that rank,
+    which then exits, and the watchdogs end the other ranks. Supervisor handles signals and ``status.json``.
     """
     return _run(program, None)
 
 
 def refuse(error: UserError) -> int:
-    """Exit as ``run_program`` does for an error that this rank met before it joined the world.
+    """Report a UserError that this rank raised before it joined the other ranks; return the exit code.
 
-    Other ranks may be in ``run_program``: they raise the error too, and the main rank prints it.
+    Other ranks may already be in ``run_program``. They raise the error too, and the main rank prints it.
     """
     return _run(lambda world: None, error)
 
@@ -84,7 +84,7 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
             raise
         if _may_follow_from_peer(error):
             supervisor.wait_grace_period()
-        # A normal interpreter exit could block: its destructors wait for ranks that wait for this one.
+        # A normal interpreter exit could block, because destructors wait for ranks that wait for this rank.
         traceback.print_exc()
         supervisor.abort(status)
     if single_rank:
@@ -128,7 +128,7 @@ def _exit_without_world(supervisor: Supervisor, status: ExitStatus, prints: bool
 
 
 def _is_main_or_unknown() -> bool:
-    """Return whether this is the main rank; a process whose rank is unknown logs for itself."""
+    """Return whether this is the main rank; True if the rank is unknown, so that the process logs its errors."""
     try:
         return rank_by_launcher() == 0
     except UserError:
@@ -136,7 +136,7 @@ def _is_main_or_unknown() -> bool:
 
 
 def _print_error(reason: str) -> None:
-    """Print the reason in one line, also if a path or a library's message in it has several."""
+    """Print the reason on one line; paths and messages of libraries may contain line breaks."""
     print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
@@ -151,9 +151,9 @@ _CONNECTION_LOSS = re.compile(
     r"|uncorrectable ECC|fallen off the bus",
     re.IGNORECASE,
 )
-"""Messages of gloo, NCCL, torch's store and CUDA when a rank, a machine or a device is gone."""
+"""Messages of gloo, NCCL, torch's store and CUDA after a rank, a machine or a device has failed."""
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Return whether ``error`` means that another rank or this rank's device is gone, so a restart may succeed."""
+    """Return whether another rank or this rank's device failed, so that a restart may succeed."""
     return _CONNECTION_LOSS.search(str(error)) is not None

@@ -20,16 +20,19 @@ from distill.supervise.watchdog import rank_names
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
-"""Seconds to wait for missing ranks: long, because reading Python's files from a cold file system takes minutes."""
+"""Seconds to wait for missing ranks; long, because importing Python from a cold file system takes minutes."""
 _OWN_STORE_TIMEOUT_S = 20.0
-"""Seconds to wait until rank 0 can connect to the store that it holds itself."""
+"""Seconds in which rank 0 must connect to the store that it serves itself."""
 _LOG_AFTER_S = 20.0
 _POLL_S = 0.1
 _TIMED_OUT = "timed out"
 
 
 class RendezvousError(Exception):
-    """Some ranks did not come to the rendezvous. ``report``: whether this rank is the one that prints the reason."""
+    """Failure of the rendezvous, for example a missing rank.
+
+    ``report``: whether this rank prints the reason.
+    """
 
     def __init__(self, reason: str, report: bool = True) -> None:
         super().__init__(reason)
@@ -37,7 +40,7 @@ class RendezvousError(Exception):
 
 
 class Rendezvous:
-    """Rank, number of ranks and store of this launch, by the variables of torchrun or Slurm.
+    """Rank, number of ranks and store of this launch, from the variables of torchrun or Slurm.
 
     Every rank creates one, and calls ``barrier`` and then ``connect``. Raises UserError if the port is in use, and
     RendezvousError if no process holds a store. A single process without a launcher opens no port.
@@ -46,7 +49,7 @@ class Rendezvous:
     def __init__(self) -> None:
         self.rank, self.size, self._address = 0, 1, "this process"
         self.holds_store = True
-        """Whether the store ends with this process."""
+        """Whether this process serves the store, so that the store ends with this process."""
         if "RANK" not in os.environ:
             self.store: dist.Store = dist.HashStore()
             return
@@ -57,7 +60,7 @@ class Rendezvous:
         self.store = self._open_store(host, port)
 
     def _open_store(self, host: str, port: int) -> dist.Store:
-        """Open the store; without torchrun's agent rank 0 serves it.
+        """Open the store; rank 0 serves it unless torchrun's agent does.
 
         If MASTER_ADDR is an IP address, rank 0 listens on that address only; PyTorch would listen on all interfaces.
         """
@@ -71,8 +74,8 @@ class Rendezvous:
         except (OSError, dist.DistError, RuntimeError) as error:
             if not self.holds_store:
                 raise RendezvousError(
-                    f"rank {self.rank} could not connect to the rendezvous {self._address}, held by rank 0 or a"
-                    f" launcher, for {TIMEOUT_S:g} s"
+                    f"rank {self.rank} could not connect to the rendezvous {self._address} of rank 0 or its launcher"
+                    f" within {TIMEOUT_S:g} s"
                 ) from error
             if _is_port_in_use(error):
                 raise UserError(
@@ -82,7 +85,7 @@ class Rendezvous:
                     value=port,
                 ) from error
             raise UserError(
-                f"MASTER_ADDR={host} is not an address at which rank 0 can be reached, not even by itself"
+                f"MASTER_ADDR={host} is not an address of rank 0's machine, because rank 0 itself cannot connect to it"
                 f" ({' '.join(str(error).split())[:100]})",
                 "set it to an address of rank 0's machine",
                 key="MASTER_ADDR",
@@ -90,7 +93,10 @@ class Rendezvous:
             ) from error
 
     def barrier(self) -> None:
-        """Wait until every rank has called this; raises RendezvousError, with the missing ranks, after TIMEOUT_S."""
+        """Wait until every rank has called this method; collective.
+
+        Raises RendezvousError with the numbers of the missing ranks after TIMEOUT_S seconds.
+        """
         arrived = dist.PrefixStore("arrived", self.store)
         all_ranks = [f"{rank}" for rank in range(self.size)]
         began, logged = time.monotonic(), False
@@ -102,13 +108,15 @@ class Rendezvous:
                 waited = time.monotonic() - began
                 if waited > _LOG_AFTER_S and not logged:
                     logged = True
-                    log.info("waiting for %s of %d at %s", self._missing(arrived), self.size, self._address)
+                    log.info(
+                        "waiting for %s of %d at the rendezvous %s", self._missing(arrived), self.size, self._address
+                    )
                 if waited > TIMEOUT_S or arrived.check([_TIMED_OUT]):
                     self._raise_timeout(arrived)
                 time.sleep(_POLL_S)
         except (dist.DistError, RuntimeError) as error:
             raise RendezvousError(
-                f"rank 0 or its launcher left the rendezvous {self._address} while rank {self.rank} waited there",
+                f"rank 0 or its launcher closed the rendezvous {self._address} while rank {self.rank} waited there",
                 report=self.rank <= 1,
             ) from error
 
@@ -117,7 +125,7 @@ class Rendezvous:
 
     def _raise_timeout(self, arrived: dist.Store) -> NoReturn:
         """Raise RendezvousError with the reason of the rank that timed out first; only that rank reports it."""
-        reason = f"{self._missing(arrived)} of {self.size} did not come to the rendezvous {self._address} in"
+        reason = f"{self._missing(arrived)} of {self.size} did not reach the rendezvous {self._address} within"
         message = f"{self.rank}:{reason} {TIMEOUT_S:g} s"
         first = arrived.compare_set(_TIMED_OUT, "", message).decode()
         if self.holds_store:
@@ -125,9 +133,9 @@ class Rendezvous:
         raise RendezvousError(first.partition(":")[2], report=first == message)
 
     def connect(self, backend: str, timeout: datetime.timedelta) -> None:
-        """Create the process group, whose collectives have this ``timeout``; collective, after ``barrier``.
+        """Create the default process group; collective, call it after ``barrier``.
 
-        Raises UserError if ranks cannot reach each other.
+        ``timeout``: timeout of the group's collectives. Raises UserError if ranks cannot reach each other.
         """
         self.store.set_timeout(timeout)
         try:
@@ -159,7 +167,10 @@ def _is_port_in_use(error: Exception) -> bool:
 
 
 def _listen(host: str, port: int) -> int | None:
-    """Return a socket that listens at ``host`` only; None if it is not an address of this machine (behind a NAT)."""
+    """Return the descriptor of a socket that listens on ``host`` only.
+
+    None if ``host`` is not an address of this machine, for example behind a NAT.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=4096).detach()

@@ -1,4 +1,4 @@
-"""Slurm's environment variables: rank and rendezvous of a task, nodes and GPUs of a job."""
+"""Read Slurm's environment variables: rank and rendezvous of a task, nodes and GPUs of a job."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PORT_BASE, _PORT_SPAN = 20000, 12000
-"""Ports below 32768, from which on Linux assigns ports to outgoing connections: such a port may be in use."""
+"""First port and number of ports for rendezvous; below 32768, because Linux uses higher ports for connections."""
 LAUNCH_ID = "DISTILL_LAUNCH_ID"
 """Environment variable that identifies a launch by ``srun python -m distill.train``; equal on its ranks only."""
 PORTS_PER_JOB = 31
-"""Number of consecutive ports reserved for a job; jobs with close numbers use others."""
-_FIX = "start the program by srun, or unset it"
+"""Number of consecutive ports reserved for a job; jobs with nearby numbers use different ports."""
+_FIX = "start the program with srun, or unset it"
 
 
 def torch_environment() -> dict[str, str]:
@@ -57,7 +57,7 @@ def job_id() -> int:
 
 
 def start_of_job() -> tuple[int, int] | None:
-    """Return the job's number and how often it was requeued; None outside of Slurm."""
+    """Return the job's number and the number of its requeues; None outside of Slurm."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
     return (int(job), int(restarts)) if job.isdecimal() and restarts.isdecimal() else None
 
@@ -74,7 +74,7 @@ def allocation() -> tuple[int, int | None]:
 
 
 def port(job: int, step: int = 0) -> int:
-    """Return a port for the rendezvous of a job or one of its steps; jobs with close numbers get different ports."""
+    """Return a port for the rendezvous of a job or one of its steps; jobs with nearby numbers get different ports."""
     return _PORT_BASE + (job * PORTS_PER_JOB + step) % _PORT_SPAN
 
 
@@ -119,7 +119,7 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_of_node(tasks_per_node: str, node: int) -> int:
-    """Return the number of tasks on node ``node`` by a list such as ``4(x2),3``: two nodes of four, then one of three.
+    """Return the number of tasks on node ``node`` from a list such as ``4(x2),3``: two nodes of 4, one of 3.
 
     Raises UserError for an invalid list.
     """
@@ -129,7 +129,7 @@ def tasks_of_node(tasks_per_node: str, node: int) -> int:
         if match is None:
             raise UserError(
                 f"environment variable SLURM_TASKS_PER_NODE={tasks_per_node} is not a list such as 4(x2),3",
-                "start the program by srun, or unset SLURM_PROCID",
+                "start the program with srun, or unset SLURM_PROCID",
                 key="SLURM_TASKS_PER_NODE",
                 value=tasks_per_node,
             )

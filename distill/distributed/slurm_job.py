@@ -1,4 +1,4 @@
-"""Variables of a run for scripts/train.sbatch, printed as shell assignments before any rank starts."""
+"""Print the variables of a run for scripts/train.sbatch, as shell assignments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the variables of the run with the arguments ``argv``; returns 2 if the recipe does not fit the job."""
+    """Print the variables of the run with arguments ``argv``; return exit code 0, or 2 for a UserError."""
     try:
         found = variables(argv)
     except UserError as error:
@@ -59,14 +59,14 @@ def check_allocation(config: Config) -> None:
     if cluster.num_nodes != nodes:
         raise UserError(
             f"cluster.num_nodes={cluster.num_nodes} but the job has {nodes} nodes",
-            f"submit it by sbatch -N{cluster.num_nodes}, or set cluster.num_nodes={nodes}",
+            f"submit the job with sbatch -N{cluster.num_nodes}, or set cluster.num_nodes={nodes}",
             key="cluster.num_nodes",
             value=cluster.num_nodes,
         )
     if gpus is not None and config.runtime.device != "cpu" and cluster.gpus_per_node != gpus:
         raise UserError(
             f"cluster.gpus_per_node={cluster.gpus_per_node} but the job has {gpus} GPUs on a node",
-            f"submit it by sbatch --gpus-per-node={cluster.gpus_per_node}, or set cluster.gpus_per_node={gpus}",
+            f"submit the job with sbatch --gpus-per-node={cluster.gpus_per_node}, or set cluster.gpus_per_node={gpus}",
             key="cluster.gpus_per_node",
             value=cluster.gpus_per_node,
         )

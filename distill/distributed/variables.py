@@ -1,4 +1,4 @@
-"""Integer environment variables of a launcher."""
+"""Read integer environment variables of a launcher."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def integer(
     least: int,
     most: int | None = None,
     default: str = "",
-    fix: str = "start the program by torchrun or srun, or unset it",
+    fix: str = "start the program with torchrun or srun, or unset it",
 ) -> int:
-    """Return variable ``name``; raises UserError unless it is an integer in ``least``..``most`` (None: no maximum)."""
+    """Return variable ``name`` as integer; raise UserError unless it is in ``least``..``most``."""
     text = variables.get(name, default)
     if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
         return int(text)

@@ -1,4 +1,4 @@
-"""The ranks of a run: ranks and their meshes, small collectives, and error consensus."""
+"""All ranks of a run: device meshes, small collectives, and errors that all ranks raise together."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=30)
 _SHUTDOWN_TIMEOUT = datetime.timedelta(minutes=1)
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
-"""Timeout of collectives on the control group; longer than any work of another rank, as the watchdog detects hangs."""
+"""Timeout of collectives on the control group: longer than any work of a rank, because the watchdog detects hangs."""
 
 
 class World:
-    """All ranks of the run, as seen by this rank; collective: every rank creates it at the same point.
+    """All ranks of the run, as seen from this rank; creating it is collective.
 
-    Ranks are those of torchrun's or Slurm's variables; without them the world has one rank. ``supervisor``: of this
-    rank; without it there is no signal handling and no watchdog. Raises RendezvousError and UserError as Rendezvous.
+    Ranks are read from torchrun's or Slurm's variables; without them the world has one rank. ``supervisor``: supervisor
+    of this rank; if None, there is no watchdog. Raises RendezvousError or UserError, like Rendezvous.
     """
 
     def __init__(self, timeout: datetime.timedelta = _TIMEOUT, supervisor: Supervisor | None = None) -> None:
@@ -89,8 +89,8 @@ class World:
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
         """Create the mesh (replica, shard, tp), tp innermost, on ``device`` (auto, cpu or cuda); collective.
 
-        A shard's rank is (dp, cp). Unused axes have size 1. ``replicas``: number of groups of ranks that hold a
-        complete sharded model each. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
+        The shard axis combines (dp, cp). Unused axes have size 1. ``replicas``: number of complete sharded copies of
+        the model. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
         together, at least cp * tp. The sizes must have passed ``check_cluster``.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
@@ -99,7 +99,7 @@ class World:
         self.mesh = init_device_mesh(
             self.device.type, (replicas, shards, tp), mesh_dim_names=("replica", "shard", "tp")
         )
-        # Groups that share a sequence are not the groups that share a parameter, so they have their own meshes.
+        # Ranks that share a sequence are not the ranks that share a parameter, so they need separate meshes.
         sequence = (self.size // (cp * tp), cp, tp)
         self._cp_mesh = init_device_mesh(self.device.type, sequence, mesh_dim_names=("dp", "cp", "tp"))["cp"]
         self._teacher_size = max(teacher, cp * tp)
@@ -167,16 +167,16 @@ class World:
         return values[0]
 
     def barrier(self) -> None:
-        """Wait until every rank has called this; collective."""
+        """Wait until every rank has called this method; collective."""
         dist.barrier(group=self.control)
 
     @contextmanager
     def all_or_none(self, action: str) -> Iterator[None]:
-        """Run a block that may fail on some ranks only; then all ranks continue, or all raise. Collective.
+        """Run the block; if it fails on any rank, raise an error on all ranks. Collective.
 
-        The block must not run a collective. If any rank raises UserError, all raise the lowest rank's as
-        CollectiveUserError. Any other error is re-raised on its rank, and other ranks raise RuntimeError. ``action``
-        names the block in that error and in the current phase.
+        The block must not contain a collective. If any rank raises UserError, all ranks raise the UserError of the
+        lowest such rank as CollectiveUserError. Any other error is raised on its rank, and other ranks raise
+        RuntimeError. ``action`` describes the block in that error and in the current phase.
         """
         error: Exception | None = None
         with progress.phase(action):
@@ -200,7 +200,7 @@ class World:
     def main_first(self) -> Iterator[None]:
         """Run the block on the first rank of each node before the node's other ranks; collective.
 
-        So that a download or the build of a cache happens once per node. It has no timeout.
+        A download or the build of a cache then happens once per node. The wait has no timeout.
         """
         with progress.phase("one rank per node first", timed=False):
             if self.local_rank != 0:
@@ -219,7 +219,10 @@ class World:
         self.supervisor.stop_watchdog()
 
     def shutdown_barrier(self) -> None:
-        """Last collective of the run; ranks may exit in any order afterwards."""
+        """Wait for all ranks and stop the watchdog; the last collective of a run.
+
+        Afterwards ranks may exit in any order.
+        """
         self.barrier()
         self.supervisor.stop_watchdog()
         try:  # every watchdog must have stopped before the first rank exits, or it would report a dead rank
@@ -229,7 +232,7 @@ class World:
 
 
 def _fields(error: Exception) -> tuple[bool, tuple[str, str, str, str | None]]:
-    """Return whether ``error`` is a UserError, and its problem, fix, key and value as text that can be sent."""
+    """Return whether ``error`` is a UserError, and the arguments of its constructor as text."""
     if isinstance(error, UserError):
         return True, (error.problem, error.fix, error.key, None if error.value is None else show(error.value))
     return False, (f"{error}" or repr(error), "", "", None)

@@ -73,7 +73,7 @@ class Forecast:
     host: Lines
     """Bytes of pinned host memory by purpose."""
     window_cache: int
-    """Bytes of keys and values for one sequence of the engine's maximum length; the smallest cache vLLM accepts."""
+    """Bytes of keys and values for one sequence of the maximum length: the smallest cache vLLM accepts."""
 
     def total(self, phase: str) -> int:
         """Return the predicted bytes of a phase."""
@@ -89,7 +89,10 @@ class Forecast:
         return "\n".join(rows)
 
     def check(self, config: Config) -> None:
-        """Raise UserError if a phase or the engine's cache does not fit ``cluster.gpu_memory_gb``; null: no check."""
+        """Raise UserError if a phase or the engine's cache does not fit ``cluster.gpu_memory_gb``.
+
+        Checks nothing if the key is null.
+        """
         if config.cluster.gpu_memory_gb is None:
             return
         given, card = config.cluster.gpu_memory_gb, card_bytes(config.cluster.gpu_memory_gb)
@@ -120,7 +123,7 @@ class Forecast:
 
 
 def _is_set(config: Config, remedy: str) -> bool:
-    """Return whether the recipe already has a recommended setting, such as ``policy.dtensor_cfg.cpu_offload=true``."""
+    """Return whether the recipe already has the recommended setting ``remedy``, written as key=value."""
     key, _, value = remedy.rpartition(".")[2].partition("=")
     return value == "true" and bool(getattr(config.policy.dtensor_cfg, key))
 

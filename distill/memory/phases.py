@@ -1,9 +1,10 @@
-"""Memory of one rank in each phase of a step, in bytes, computed from the recipe and the shapes of the models.
+"""Memory of one rank in each phase of a step, in bytes.
 
-Every response is assumed to have the maximum length. A phase reaches its peak memory at one of a few points in time;
-the method of the phase returns a table for each of them, and the forecast uses the largest. Names: ``tp``, ``cp`` and
-``dp`` are the sizes of the student's mesh; ``shards``: number of ranks that one model is sharded over; ``positions``:
-number of positions of a pack on this rank; ``b``: bytes per element of the compute dtype.
+It is computed from the recipe and the shapes of the models. Every response is assumed to have the maximum length. A
+phase reaches its peak memory at one of a few points in time; the method of the phase returns a table for each of them,
+and the forecast uses the largest. Names: ``tp``, ``cp`` and ``dp`` are the sizes of the student's mesh; ``shards``:
+number of ranks that one model is sharded over; ``positions``: number of positions of a pack on this rank; ``b``: bytes
+per element of the compute dtype.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class StepMemory:
         return {"engine weights": weights, "engine cache": max(share - weights, 0)}
 
     def window_cache(self) -> int:
-        """Return the bytes of keys and values for one sequence of the maximum length, on one rank of the engine."""
+        """Return the bytes of keys and values for one sequence of the maximum length, on one engine rank."""
         generation, shape = self.config.policy.generation, self.student
         vllm = generation.backend == "vllm"
         window = generation.vllm_cfg.max_model_len if vllm else self.config.policy.max_total_sequence_length
@@ -171,7 +172,7 @@ class StepMemory:
     # ---- candidates for the peak of each phase ----
 
     def sync_phase(self) -> list[Lines]:
-        """Return two candidates for the sync's peak: the transfer of the buckets, and the forward of the probe.
+        """Return two candidates for the sync's peak: transfer of the buckets, and forward of the probe.
 
         Two buckets are in memory at the same time, each with complete tensors and this rank's shards of them. A bucket
         is at least as large as the largest tensor. During the probe, which verifies the sync, the engine is awake.

@@ -26,7 +26,7 @@ QWEN3 = {  # hidden size, layers, query heads, intermediate size, tied; all have
     "14": (5120, 40, 40, 17408, False),
     "32": (5120, 64, 64, 25600, False),
 }
-"""Published shapes of Qwen3 models by billions of parameters, for forecasts without the files of the model."""
+"""Published shapes of Qwen3 models by billions of parameters, for forecasts without model files."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,11 @@ def find_shape(name: str, key: str) -> ModelShape | None:
 
 
 def find_config(name: str, key: str) -> Any:
-    """Return the Hugging Face configuration of the model ``name``, or None if it is not found; uses no network.
+    """Return the Hugging Face configuration of the model ``name``, or None if it is not found.
 
-    Searches the folder ``name``, the local cache of the hub, and the table of published shapes. ``key``: the
-    configuration key that names the model. Raises UserError if the model is not supported, as ``model_config`` does.
+    Uses no network. Searches the folder ``name``, the local cache of the hub, and the table of published shapes.
+    ``key``: the configuration key that names the model. Raises UserError if the model is not supported, as
+    ``model_config`` does.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
@@ -184,7 +185,10 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
 
 
 def _check_student(config: Config, shape: ModelShape) -> None:
-    """Raise UserError if tp does not divide heads and intermediate size, or if cp cannot split a tp rank's heads."""
+    """Raise UserError if tensor or context parallelism cannot split the student.
+
+    Tensor parallelism splits attention heads and the MLP; context parallelism splits the heads of each rank further.
+    """
     parallel, ranks = config.policy.dtensor_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     parts = {

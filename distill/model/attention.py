@@ -16,7 +16,7 @@ from distill.model.ulysses import UlyssesAllToAll
 from distill.types import SharedPrefixes
 
 PACKED = "distill_packed"
-"""Name of the attention in transformers' ``attn_implementation``; its forward requires ``packed_bounds``."""
+"""Name of packed attention for transformers' ``attn_implementation``; it requires ``packed_bounds``."""
 
 
 def packed_attention(

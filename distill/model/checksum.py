@@ -1,4 +1,4 @@
-"""Checksums of tensors: exact sums of bit patterns, to verify that received weights equal the sent weights."""
+"""Checksums of tensors, to verify that the received weights equal the sent weights bit for bit."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class BitSums(NamedTuple):
 
 
 def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
-    """Return ``plain`` and ``weighted`` as an int64 tensor [2] on the tensor's device, without waiting for the device.
+    """Return ``plain`` and ``weighted`` as an int64 tensor [2] on the tensor's device.
 
-    If ``tensor`` is a slice of rows, ``first_row`` is the index of its first row in the complete tensor. Each element
-    of a vector is a row.
+    Does not wait for the device. If ``tensor`` is a slice of rows, ``first_row`` is the index of its first row in the
+    complete tensor. Each element of a vector is a row.
     """
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     short = -rows.shape[1] % (WORD_BYTES // tensor.element_size())

@@ -24,7 +24,10 @@ class GlooReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        """Sum ``input_tensor`` [W * n] over W ranks and write this rank's part to ``output_tensor`` [n]; collective."""
+        """Sum ``input_tensor`` [W * n] over W ranks; write this rank's part to ``output_tensor`` [n].
+
+        Collective over ``group``.
+        """
         assert op == dist.ReduceOp.SUM, op
         parts = torch.empty_like(input_tensor)
         dist.all_to_all_single(parts, input_tensor, group=group)

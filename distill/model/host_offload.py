@@ -54,7 +54,7 @@ class FrozenOffload:
 
 
 class OptimizerOffload:
-    """Offload of an optimizer's moments to host memory (pinned on CUDA), between ``release`` and ``restore``.
+    """Offload of an optimizer's moments to host memory, which is pinned on CUDA.
 
     Every ``release`` copies the moments to the host, because each optimizer step changes them. Every call looks up the
     moments, because none exist before the first step. Scalars (the step count) are not moved. On CUDA the copies

@@ -36,7 +36,7 @@ class NonFiniteReport:
 
 
 class NonFiniteError(RuntimeError):
-    """Error that all ranks raise together instead of taking an optimizer step; ``found`` is this rank's report."""
+    """Error that all ranks raise instead of taking an optimizer step; ``found`` is this rank's report."""
 
     def __init__(self, found: NonFiniteReport) -> None:
         super().__init__(f"the optimizer step was not taken, because the norm of gradients and losses is {found.norm}")
@@ -90,7 +90,7 @@ def _json_number(loss: float) -> float | str:
 
 
 def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], step: int, rank: int) -> None:
-    """Write this rank's report to ``path``: one JSON line with losses and tensor names, then the ``samples``."""
+    """Write this rank's report to ``path``: a JSON line with losses and tensor names, then ``samples``."""
     numbers = {"norm": _json_number(found.norm), "losses": [_json_number(loss) for loss in found.losses]}
     tensors = {"gradients": found.gradients, "weights": found.weights}
     first = json.dumps({"step": step, "rank": rank, **numbers, **tensors})

@@ -1,4 +1,4 @@
-"""Hugging Face models sharded by FSDP2 that apply the LM head only to positions that predict a response token."""
+"""Hugging Face models sharded by FSDP2, with the LM head applied only to response tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ShardedLM(nn.Module):
         self._group = group
 
     def forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
-        """Run the model on this rank's packed sequences and return the result of ``use``; collective over the mesh."""
+        """Run the model on this rank's packed sequences and return the result of ``use``; collective."""
         body, head = causal_lm_parts(self.causal_lm)
         hidden_TD = body(
             input_ids=view.tokens_T[None],

@@ -1,4 +1,4 @@
-"""Teacher models: their interface, a frozen sharded teacher, and a teacher that follows the student's weights."""
+"""Teacher models: their interface, a frozen teacher, and a teacher that follows the student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Teacher:
     """
 
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """Return the teacher's targets for the N response tokens of the micro-batch, in their order; collective."""
+        """Return the teacher's targets for the N response tokens of a micro-batch, in order; collective."""
         raise NotImplementedError
 
     @contextmanager
@@ -112,9 +112,9 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
-        """Return the top-k for each response token of this rank's view; collective over the shard mesh.
+        """Return the teacher's top-k for each response token of a view; collective over the shard mesh.
 
-        ``extra_ids_N``: one more id per response token whose log-prob is returned, or None.
+        ``extra_ids_N``: one additional id per response token, such as the sampled token, or None.
         """
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
@@ -133,7 +133,10 @@ class ShardedTeacher(Teacher):
         return TopK(**self.model(view, use))
 
     def _gather_rows(self, topk: TopK, rows_per_tp_rank: tuple[int, ...]) -> TopK:
-        """Gather the targets over the tensor-parallel group, because each rank computed only a part of the rows."""
+        """Gather the targets of all rows over the tensor-parallel group.
+
+        Each rank has computed the targets of ``rows_per_tp_rank[rank]`` rows.
+        """
         if not rows_per_tp_rank:
             return topk
         most = max(rows_per_tp_rank)

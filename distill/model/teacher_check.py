@@ -69,10 +69,10 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
 def plain_logits(
     files: ModelFiles, config: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return float32 logits [B, T, V] of transformers' eager model for B sequences of T tokens; not collective.
+    """Return float32 logits [B, T, V] of transformers' eager model for B sequences of T tokens.
 
-    This is the slow reference for the sharded, packed forward. It reads the checkpoint once and keeps the weights of
-    only one layer in memory, so it also works for models larger than the device's memory.
+    Not collective. This is the slow reference for the sharded, packed forward. It reads the checkpoint once and keeps
+    the weights of only one layer in memory, so it also works for models larger than the device's memory.
     """
     model = meta_model(config, "eager", dtype).eval()
     restore_buffers(model, device)

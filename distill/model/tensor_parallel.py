@@ -23,15 +23,18 @@ from transformers import PreTrainedModel
 
 from distill.config import Config
 from distill.errors import UserError
-from distill.loss.checks import check_part
+from distill.loss.checks import check_vocab_parallel
 from distill.model.dtensor import local_shard
 from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
 REPLICATED = "replicated_with_grad_allreduce"
-"""Style of replicated weights that a rank applies to its own attention heads only; their gradients are summed."""
+"""Style of replicated weights with gradients that must be summed over the ranks.
+
+Each rank applies such a weight (Qwen3's q_norm, for example) to its own attention heads only.
+"""
 STYLES = ("colwise", "rowwise", REPLICATED)
 _BY_VOCABULARY = ("embed_tokens", "lm_head")
-"""Modules that are always split by vocabulary, because the loss requires it; a plan's entries for them are ignored."""
+"""Modules that are always split by vocabulary, because the loss requires it; plans cannot change this."""
 _PLAN = "policy.dtensor_cfg.custom_parallel_plan"
 _SIZE = "policy.dtensor_cfg.tensor_parallel_size"
 
@@ -45,11 +48,11 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:
         check_plan(model, parallel.custom_parallel_plan, config.policy.model_name)
-        check_part(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
+        check_vocab_parallel(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
-    """Return the tensor-parallel plan (module pattern -> style) of the recipe or, by default, of the model class.
+    """Return the tensor-parallel plan (module pattern -> style) of the recipe or the model class.
 
     ``config``: the model's Hugging Face configuration; ``custom``: the recipe's plan, or None; ``name``: the model's
     name for errors. Raises UserError if no plan exists, a style is not supported, or a pattern matches no linear layer.
@@ -113,7 +116,7 @@ def _wrong_style(name: str, style: str | None, wanted: str | None) -> UserError:
 
 
 def one_layer_model(config: Any) -> PreTrainedModel:
-    """Return the model of a Hugging Face ``config``, with a single layer, on the meta device (shapes only)."""
+    """Return the model of a Hugging Face ``config`` with a single layer, on the meta device."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = 1
@@ -253,7 +256,7 @@ class _Columns(ParallelStyle):
 
 
 class _Rows(ParallelStyle):
-    """Style of a linear layer with inputs split over the ranks; the replicated bias is added after the all-reduce."""
+    """Style of a linear layer with inputs split over the ranks; the bias is added after the all-reduce."""
 
     def __init__(self, inputs: _SharedInput) -> None:
         self._inputs = inputs
@@ -275,7 +278,7 @@ class _Rows(ParallelStyle):
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     """Replace the forward of an embedding that is split by vocabulary over the ranks.
 
-    Each rank looks up the ids of its own rows and uses zeros for all other ids; an all-reduce adds the results.
+    Each rank looks up the ids of its rows and uses zeros for all other ids; an all-reduce adds the results.
     """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()

@@ -18,7 +18,7 @@ from distill.supervise.progress import heartbeat
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
-"""Number of int64 words per tensor in a bucket's header: two bit sums of the shard, and 1 if the shard is finite."""
+"""Number of int64 words per tensor in a bucket's header: two bit sums, and 1 if the shard is finite."""
 
 
 class _ShardLayout(NamedTuple):
@@ -75,7 +75,7 @@ class _Gather(NamedTuple):
     starts: list[int]
     """Offset of each tensor's shard in one rank's part of the bucket, in elements."""
     sent: Tensor
-    """Input buffer of the all-gather; referenced here so that it is not freed before the gather is complete."""
+    """Input buffer of the all-gather; the reference keeps it alive until the gather is complete."""
     by_rank: Tensor
     work: dist.Work
 

@@ -1,1 +1,1 @@
-"""Generation: engines, their state machine, syncs of the weights, and the gathering of rollouts."""
+"""Generation of rollouts: engines, weight syncs, and the gathering of rollouts from all ranks."""

@@ -1,4 +1,4 @@
-"""The engine that generates rollouts: protocol, state machine, verification of a sync, seeds of responses."""
+"""Interface, state machine and sync verification of generation engines; random seeds of responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
-"""Returns True once a stop was requested and the responses are no longer needed."""
+"""Function that returns True if a stop was requested, so that the responses are not needed."""
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
 
 
@@ -25,10 +25,10 @@ class GenerationCancelled(Exception):
 
 
 class SyncError(RuntimeError):
-    """The engine's weights are not the student's.
+    """Error of a sync: the engine's weights differ from the student's.
 
-    ``tensor``: Hugging Face name of the first wrong tensor; ``found_in``: the check that failed, either of the tensors
-    that the engine receives ("transfer") or of the weights in its memory ("memory").
+    ``tensor``: Hugging Face name of the first wrong tensor. ``found_in``: the check that failed, "transfer" for the
+    tensors as received by the engine, or "memory" for the weights in the engine's memory.
     """
 
     def __init__(self, reason: str, tensor: str = "", found_in: Literal["transfer", "memory"] = "transfer") -> None:
@@ -38,16 +38,17 @@ class SyncError(RuntimeError):
 
 
 class Weights(Protocol):
-    """The student's weights as one sync sends them."""
+    """The student's weights, as sent to the engine in one sync."""
 
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
         """Yield each complete tensor with its Hugging Face name and the bit sums that the sender computed."""
 
 
 class Engine(Protocol):
-    """What the training loop calls: a state machine asleep -> weights -> synced -> ready -> asleep.
+    """Interface of an engine, a state machine: asleep -> weights -> synced -> ready -> asleep.
 
-    A call in the wrong state raises RuntimeError. A job has ``replicas`` engines; this is number ``replica``.
+    A call in the wrong state raises RuntimeError. ``replicas``: number of engines in the job. ``replica``: index of
+    this engine.
     """
 
     replica: int
@@ -60,43 +61,43 @@ class Engine(Protocol):
     """Maximum number of tokens of a prompt and its response together."""
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return the prompts that this engine generates for, out of those of all engines."""
+        """Return this engine's part of ``prompts``, the prompts of all engines."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
-        """Allocate the memory of the weights (when asleep) or of the key-value cache (when synced)."""
+        """Allocate memory for the weights (state asleep) or for the key-value cache (state synced)."""
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """Receive and verify all weights; collective over all ranks, with the tensors in the same order."""
+        """Receive and verify all weights; collective over all ranks of the job."""
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probs, in nats at temperature 1, of all tokens but the first.
+        """Return the log-probs of all tokens except the first, in nats at temperature 1.
 
-        Collective over the engine's ranks; only when ready.
+        Collective over the engine's ranks; requires the state ready.
         """
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """Sample responses to the prompts; only when ready, any number of times.
+        """Sample responses to the prompts; requires the state ready, and keeps it.
 
-        Collective over the engine's ranks: each passes the same prompts, and each response is returned on one of them.
-        ``cancelled`` is called before every token; once it returns True, the result is an empty list. Engines of
-        several ranks ignore it, because their ranks must run in lockstep.
+        Collective over the engine's ranks: all of them pass the same prompts, and each response is returned on one of
+        them. ``cancelled`` is called before every token; if it returns True, the result is an empty list. Engines of
+        several ranks ignore ``cancelled``, because their ranks must run in lockstep.
         """
 
     def sleep(self) -> None:
-        """Free the memory of weights and cache and discard the weights."""
+        """Discard the weights and the key-value cache, and free their memory."""
 
     def close(self) -> None:
-        """Release all resources; allowed in any state, and the last call of a run."""
+        """Release all resources; allowed in any state. No other method may be called afterwards."""
 
 
 class EngineBase(ABC):
-    """State machine and verification, shared by all engines; a subclass implements the abstract methods.
+    """Base class of all engines: state machine, verification of syncs, checks of prompts and responses.
 
-    ``manifest``: shape of every tensor that a sync must send; ``window``: maximum number of tokens of a prompt and its
-    response together; ``valid_vocab``: ids from this one on are padding of the vocabulary, refused in prompts and never
-    sampled.
+    ``manifest``: shape of every tensor that a sync must send, by Hugging Face name. ``window``: maximum number of
+    tokens of a prompt and its response together. ``valid_vocab``: number of valid token ids; larger ids are padding of
+    the vocabulary, are refused in prompts, and are never sampled.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class EngineBase(ABC):
         self._sums: dict[str, BitSums] = {}  # of the last sync
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """See Engine.share_of."""
+        """Return every ``replicas``-th prompt, starting with number ``replica``."""
         return prompts[self.replica :: self.replicas]
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
-        """See Engine.wake."""
+        """Allocate the memory of the weights or of the key-value cache; see Engine.wake."""
         if what == "weights":
             self._expect("asleep", "wake('weights')")
             self._wake_weights()
@@ -129,10 +130,10 @@ class EngineBase(ABC):
             self.state = "ready"
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """See Engine.sync.
+        """Receive and verify all weights; see Engine.sync.
 
-        Raises SyncError if a tensor is missing, duplicate, unknown or of another shape, or if its bits differ from the
-        sender's on arrival or in the engine's memory. The engine cannot be used afterwards.
+        Raises SyncError if a tensor is missing, duplicate, unknown or has a wrong shape, or if the bit sums of a tensor
+        differ from the sender's on arrival or in the engine's memory. The engine cannot be used after a SyncError.
         """
         self._expect("weights", "sync")
         started = time.monotonic()
@@ -141,7 +142,9 @@ class EngineBase(ABC):
         self._receive(self._checked(weights, sizes, sums))
         missing = sorted(self._manifest.keys() - sizes.keys())
         if missing:
-            raise SyncError(f"the sync to version {version} left out {len(missing)} tensors: {missing[:3]}", missing[0])
+            raise SyncError(
+                f"the sync to version {version} did not send {len(missing)} tensors, such as {missing[:3]}", missing[0]
+            )
         self._verify(sums)
         differ = changed_names(self._sums, sums)
         self._sums = sums
@@ -151,7 +154,10 @@ class EngineBase(ABC):
         return SyncReport(version, len(sizes), sum(sizes.values()), seconds, len(differ), differing)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """See Engine.probe. Raises RuntimeError if a log-prob is not finite."""
+        """Return the log-probs of ``token_ids``; see Engine.probe.
+
+        Raises RuntimeError if a log-prob is not finite.
+        """
         self._expect("ready", "probe")
         self._check_ids("the probe", token_ids)
         found = self._probe(token_ids)
@@ -163,7 +169,10 @@ class EngineBase(ABC):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """See Engine.generate. Raises RuntimeError for a prompt outside the window or vocabulary, or a bad response."""
+        """Sample responses to the prompts; see Engine.generate.
+
+        Raises RuntimeError if a prompt is too long or contains an invalid token id, or if a response is invalid.
+        """
         self._expect("ready", "generate")
         for prompt in prompts:
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
@@ -176,26 +185,26 @@ class EngineBase(ABC):
         return rollouts
 
     def sleep(self) -> None:
-        """See Engine.sleep."""
+        """Discard the weights and free the engine's memory; see Engine.sleep."""
         self._expect("ready", "sleep")
         self._sleep()
         self.state = "asleep"
 
     def close(self) -> None:
-        """See Engine.close."""
+        """Release all resources; a second call has no effect."""
         if self.state != "closed":
             self._close()
         self.state = "closed"
 
     def _expect(self, state: State, call: str) -> None:
         if self.state != state:
-            raise RuntimeError(f"the engine is {self.state!r}, and {call} needs the state {state!r}")
+            raise RuntimeError(f"the engine is in state {self.state!r}, but {call} requires state {state!r}")
 
     def _check_ids(self, what: str, token_ids: Sequence[int]) -> None:
         if not 0 < len(token_ids) < self.window:
             raise RuntimeError(
-                f"{what} has {len(token_ids)} tokens, and the engine's window of {self.window} tokens needs at least 1"
-                f" and at most {self.window - 1}"
+                f"{what} has {len(token_ids)} tokens, but must have 1 to {self.window - 1}: the engine's window for"
+                f" prompt and response is {self.window} tokens"
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
             raise RuntimeError(f"{what} contains a token id outside 0..{self._valid_vocab - 1}")
@@ -204,7 +213,7 @@ class EngineBase(ABC):
         name = f"response {rollout.response_index} to prompt {rollout.prompt.prompt_id}"
         if not all(map(math.isfinite, rollout.logprobs)):
             raise RuntimeError(
-                f"the engine's log-probs of {name} are not finite: its weights or its kernels are broken"
+                f"the engine's log-probs of {name} are not finite: the engine's weights or kernels are faulty"
             )
         if not 0 <= min(rollout.response_ids) <= max(rollout.response_ids) < self._valid_vocab:
             raise RuntimeError(f"the engine sampled a token id outside 0..{self._valid_vocab - 1} in {name}")
@@ -212,14 +221,14 @@ class EngineBase(ABC):
         last = len(rollout.response_ids) - 1
         if stops != ([last] if rollout.finish == "stop" else []):
             raise RuntimeError(
-                f"{name} has {last + 1} tokens, finish={rollout.finish!r} and stop tokens at {stops}: a response has"
-                " one stop token, its last, exactly if it finished with 'stop'"
+                f"{name} has {last + 1} tokens, finish={rollout.finish!r} and stop tokens at {stops}: only the last"
+                " token may be a stop token, and it must be one exactly if finish is 'stop'"
             )
 
     def _checked(
         self, weights: Weights, sizes: dict[str, int], sums: dict[str, BitSums]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor after verifying it on arrival; fills ``sizes`` (in bytes) and the sender's ``sums``."""
+        """Yield each received tensor after verifying it; fill ``sizes`` (in bytes) and ``sums`` by tensor name."""
         for name, tensor, sent in weights.with_sums():
             if name in sizes:
                 raise SyncError(f"the sync sent {name} twice", name)
@@ -230,7 +239,7 @@ class EngineBase(ABC):
                 raise SyncError(f"the sync sent {name} with shape {tuple(tensor.shape)} instead of {shape}", name)
             arrived = BitSums(*bit_sums(tensor).tolist())
             if arrived != sent:
-                raise SyncError(f"{name} changed during the sync: its bit sums were {sent}, now {arrived}", name)
+                raise SyncError(f"{name} changed during the sync: its bit sums were {sent} and are now {arrived}", name)
             sums[name] = sent
             sizes[name] = tensor.numel() * tensor.element_size()
             yield name, tensor
@@ -255,7 +264,7 @@ class EngineBase(ABC):
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[Rollout]:
-        """Sample the responses; raises GenerationCancelled, with no request left running, once ``cancelled()``."""
+        """Sample the responses; if ``cancelled()`` returns True, end all requests and raise GenerationCancelled."""
 
     @abstractmethod
     def _sleep(self) -> None: ...
@@ -265,13 +274,16 @@ class EngineBase(ABC):
 
 
 def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> int:
-    """Return the 63-bit seed of one response; a hash, so that neighbouring responses have unrelated seeds."""
+    """Return the 63-bit random seed of one response, a hash of the arguments."""
     digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{response_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Return a 63-bit seed for responses outside training, whose (step, prompt, response) may equal a training one."""
+    """Return the 63-bit base seed of a separate stream of responses, such as validation.
+
+    With the training seed, responses of the same step, prompt and index would have equal seeds in both streams.
+    """
     digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -287,6 +299,6 @@ def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
 def longest_first(prompts: Sequence[Prompt]) -> list[int]:
     """Return the indices of ``prompts`` by decreasing length.
 
-    Prompts of similar length then share a batch, and the slowest ones start first.
+    In this order, prompts of similar length share a batch, and the slowest prompts start first.
     """
     return sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))

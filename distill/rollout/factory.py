@@ -39,14 +39,14 @@ _REFUSED_ARGUMENTS = {
     "gpu_memory_utilization": ("has its own key", "set policy.generation.vllm_cfg.gpu_memory_utilization"),
     "enforce_eager": ("has its own key", "set policy.generation.vllm_cfg.enforce_eager"),
 }
-"""Arguments of vLLM that would break an assumption of the trainer: the reason and the fix."""
+"""Arguments of vLLM that are refused because they would break the trainer: name -> reason and fix."""
 _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
 """Arguments that would make vLLM build another model than the one that is trained."""
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
 
 
 def check_backend(config: Config, files: ModelFiles, world: World) -> None:
-    """Raise UserError if the engine cannot run this model on these ranks; call it before anything is loaded."""
+    """Raise UserError if the engine cannot run this model on these ranks; call it before loading a model."""
     if config.policy.generation.backend != "vllm":
         return
     _check_installed(world)
@@ -57,7 +57,7 @@ def check_backend(config: Config, files: ModelFiles, world: World) -> None:
 
 
 def _check_installed(world: World) -> None:
-    """Raise UserError unless vLLM is installed for this kind of device; sets vLLM's environment variables."""
+    """Set vLLM's environment variables; raise UserError unless vLLM is installed for this type of device."""
     if find_spec("vllm") is None:
         raise UserError(
             f"{_BACKEND}=vllm, but vllm is not installed",
@@ -71,7 +71,7 @@ def _check_installed(world: World) -> None:
     supported, device = current_platform.device_type or "no device of this machine", world.device.type
     if supported != device:
         raise UserError(
-            f"{_BACKEND}=vllm, but the installed vllm runs on {supported} and this run on {device}",
+            f"{_BACKEND}=vllm, but the installed vllm supports {supported}, and this run uses {device}",
             f"install the build of vllm for {device}, {_ALTERNATIVE}",
             key=_BACKEND,
             value="vllm",
@@ -79,7 +79,7 @@ def _check_installed(world: World) -> None:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise UserError for an argument of vLLM that the trainer sets, that it cannot allow, or that is unknown."""
+    """Raise UserError for a vLLM argument that the trainer sets itself, that is refused, or that is unknown."""
     from vllm.engine.arg_utils import EngineArgs
 
     from distill.rollout.vllm_engine import fixed_arguments
@@ -100,7 +100,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def vllm_config_overrides(config: Any) -> dict[str, Any]:
-    """Return the settings that vLLM must not read from config.json, so that it builds the model that is trained.
+    """Return the settings that replace those of config.json, so that vLLM builds the trained model.
 
     ``config``: the Hugging Face configuration, from ``model_config``. A value of None removes a setting. Quantization
     is removed, because a quantized student is dequantized when it is loaded and every sync sends plain floats.
@@ -127,7 +127,7 @@ def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> N
         "rows of the padded vocabulary": -(-shape.vocab_size // 64) * 64,
     }
     heads = shape.num_key_value_heads
-    if size % heads:  # otherwise every rank has a copy of one head, and all heads have equally many copies
+    if size % heads:  # otherwise every rank has one head, and every head has the same number of copies
         divided["key-value heads"] = heads
     for name, number in divided.items():
         if number % size:
@@ -191,7 +191,7 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int)
 
 
 def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return the sampling of held-out problems: that of training, except for the ``val_*`` keys and the seed."""
+    """Return the sampling settings of validation: those of training, except the ``val_*`` keys and the seed."""
     generation = config.policy.generation
     return dataclasses.replace(
         sampling_of(config, stop_token_ids),
@@ -204,7 +204,7 @@ def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> S
 
 
 def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return the sampling of training responses."""
+    """Return the sampling settings of training responses."""
     generation = config.policy.generation
     return Sampling(
         temperature=generation.temperature,

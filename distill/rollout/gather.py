@@ -12,10 +12,11 @@ from distill.types import Prompt, Rollout
 def gather_rollouts(
     world: World, own: Sequence[Rollout], prompts: Sequence[Prompt], version: int | None = None
 ) -> list[Rollout]:
-    """Return the rollouts of all ranks, ordered by ``prompts``, then by response; collective, equal on every rank.
+    """Return the rollouts of all ranks, in the same order on every rank; collective.
 
-    ``prompts``: those of the step, over all ranks. Every rank has them already, so only token ids and log-probs are
-    sent, over the control group. With ``version``, all rollouts must be sampled from these weights.
+    The order is that of ``prompts``, then of the response index. ``prompts``: all prompts of the step, which every rank
+    already has, so only token ids and log-probs are sent over the control group. ``version``: if given, the version of
+    the weights that must have generated every rollout.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}

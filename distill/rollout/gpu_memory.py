@@ -1,4 +1,4 @@
-"""Checks of device memory around a sleeping engine: enough before it wakes, no growth from sleep to sleep."""
+"""Device-memory checks for sleeping engines: enough free memory to wake, no growth between sleeps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _GIB = 2**30
 
 
 class Memory(Protocol):
-    """Memory of a device, in bytes."""
+    """Memory usage of a device, in bytes."""
 
     def free(self) -> int:
-        """Return the bytes that the engine could allocate now."""
+        """Return the number of bytes that the engine can allocate now."""
 
     def outside_torch(self) -> int:
         """Return the bytes in use on the device but not by torch's allocator: engine, libraries, other programs."""
@@ -27,28 +27,29 @@ class Memory(Protocol):
 class CudaMemory:
     """Memory of the current CUDA device.
 
-    ``pool_bytes``: returns the size of the engine's memory pool; torch counts it as reserved even while it is unmapped.
+    ``pool_bytes``: function that returns the size of the engine's memory pool. Torch counts the pool as reserved even
+    while it is unmapped.
     """
 
     def __init__(self, pool_bytes: Callable[[], int]) -> None:
         self._pool_bytes = pool_bytes
 
     def free(self) -> int:
-        """See Memory.free. Releases torch's cached blocks first, because the engine cannot use them."""
+        """Return the free bytes, after releasing torch's cached blocks, which the engine cannot use."""
         gc.collect()
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
 
     def outside_torch(self) -> int:
-        """See Memory.outside_torch."""
+        """Return the bytes in use on the device but not by torch's allocator."""
         free, total = torch.cuda.mem_get_info()
         return int(total - free - (torch.cuda.memory_reserved() - self._pool_bytes()))
 
 
 class SleepGuard:
-    """Verify that waking an engine cannot run out of memory, and warn if its memory while asleep grows.
+    """Checks that an engine can wake without running out of memory and does not leak memory while asleep.
 
-    ``limit``: bytes of growth since the previous warning, or since the first sleep, that cause a warning.
+    ``limit``: bytes of growth that cause a warning, counted since the previous warning or the first sleep.
     """
 
     def __init__(self, memory: Memory, limit: int = _GIB) -> None:
@@ -58,7 +59,7 @@ class SleepGuard:
         self._last_warning = 0
 
     def check_free(self, what: str, needed: int) -> None:
-        """Raise RuntimeError if fewer than ``needed`` bytes are free for ``what``, a part of the engine's memory."""
+        """Raise RuntimeError if fewer than ``needed`` bytes are free; ``what``: weights or kv_cache."""
         free = self._memory.free()
         if free < needed:
             raise RuntimeError(
@@ -68,15 +69,15 @@ class SleepGuard:
             )
 
     def after_sleep(self) -> int:
-        """Return the bytes still in use outside torch after a sleep; warn if they have grown."""
+        """Return the bytes in use outside torch after a sleep; warn if this number has grown."""
         residual = self._memory.outside_torch()
         if self._first is None:
             self._first = self._last_warning = residual
         if residual > self._last_warning + self._limit:
             self._last_warning = residual
             log.warning(
-                "the sleeping engine keeps %.2f GiB of device memory, up from %.2f GiB in the first step: a memory leak"
-                " will end this run",
+                "the sleeping engine uses %.2f GiB of device memory, up from %.2f GiB in the first step: if it grows"
+                " further, the run will run out of memory",
                 *(residual / _GIB, self._first / _GIB),
             )
         return residual

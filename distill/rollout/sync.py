@@ -1,4 +1,4 @@
-"""Push the student's weights to the engine, and verify that the engine generates with them."""
+"""Push the student's weights to the engine, and verify that the engine uses them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 FLOAT32_LIMIT = 1e-4
-"""Largest difference, in nats, of float32 log-probs of engine and trainer: different kernels cause 1e-6 to 3e-6."""
+"""Maximum difference between float32 log-probs of engine and trainer, in nats; kernels differ by 1e-6 to 3e-6."""
 GROSS_LIMIT = 0.5
-"""Largest mean difference, in nats per token, of bfloat16 log-probs: rounding causes 0.04, wrong weights above 1."""
+"""Maximum mean difference of bfloat16 log-probs, in nats per token; rounding causes 0.04, wrong weights above 1."""
 _CHANGED_BYTES = 0.9
-"""Fraction of the bytes, counted by changed tensors, from which the log-probs of the probe prompt must change: the
-effect of a few changed bits may be rounded away. Norms are many tensors with few bytes, and at small learning rates
-they often stay the same."""
+"""Fraction of all bytes that are in changed tensors, above which unchanged log-probs of the probe are an error. Below
+it they cause a warning, because rounding may hide the effect of a few changed bits. The fraction counts bytes, because
+norms are many small tensors that often stay equal at small learning rates."""
 _WARNING_RATIO = 3.0
 """Ratio of the difference between trainer and sampler to its first value that causes a warning."""
 
 
 class Trainer(Protocol):
-    """The methods of the student that a sync needs."""
+    """Interface of the student that a sync needs."""
 
     dtype: torch.dtype
 
@@ -38,19 +38,19 @@ class Trainer(Protocol):
         """Move the optimizer's moments to host memory."""
 
     def weights(self) -> Weights:
-        """Return the current weights; all ranks must iterate over them."""
+        """Return the current weights; iterating over them is collective."""
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probs that Engine.probe must equal; collective."""
+        """Return the log-probs of all tokens except the first, in nats; collective."""
 
 
 class WeightSync:
-    """Pushes the student's weights to the engine and verifies that its log-probs follow them.
+    """Pushes the student's weights to the engine, and verifies with log-probs that the engine uses them.
 
-    Created and called on all ranks together. The probe is a fixed prompt of random tokens below ``valid_vocab``: its
-    log-probs must change when the weights do, and equal the trainer's in float32. ``observe`` also checks the log-probs
-    of the sampled tokens. In bfloat16 that check is weak: weights that are one step old differ by hardly more than
-    rounding.
+    All methods are collective. The probe is a fixed prompt of random token ids below ``valid_vocab``. Its log-probs
+    must change when the weights change, and in float32 they must equal the trainer's. ``observe`` also checks the
+    log-probs of the sampled tokens. In bfloat16 this check is weak, because the difference of one training step is
+    hardly larger than rounding.
     """
 
     def __init__(self, world: World, engine: Engine, student: Trainer, valid_vocab: int) -> None:
@@ -63,10 +63,11 @@ class WeightSync:
         self._first_difference: float | None = None
 
     def push_weights(self, version: int, metrics: Metrics | None = None) -> None:
-        """Wake the engine, load and verify the student's current weights, and leave it ready to generate; collective.
+        """Wake the engine, load and verify the student's current weights; collective. The engine is then ready.
 
-        ``version``: number of finished steps. Moves the optimizer's moments to host memory first. Adds the duration and
-        the changes to ``metrics``. Raises RuntimeError on all ranks if the engine does not use the weights.
+        ``version``: number of finished steps. Moves the optimizer's moments to host memory first. Adds the duration,
+        the number of changed tensors and the change of the probe's log-probs to ``metrics``. Raises RuntimeError on all
+        ranks if the engine does not use the weights.
         """
         engine, student = self._engine, self._student
         student.offload()  # the engine needs the device memory of the optimizer's moments
@@ -75,7 +76,7 @@ class WeightSync:
         report = engine.sync(student.weights(), version)
         with self._world.all_or_none("waking the engine's cache"):
             engine.wake("kv")
-        with self._world.all_or_none("probing the engine"):  # safe: all ranks of each engine are awake by now
+        with self._world.all_or_none("probing the engine"):  # collective within an engine, whose ranks are all awake
             logprobs = engine.probe(self._probe_ids)
             change = self._probe_change(logprobs, report)
         if student.dtype == torch.float32:
@@ -87,9 +88,9 @@ class WeightSync:
             metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (change, 1)})
 
     def _probe_change(self, logprobs: list[float], report: SyncReport) -> float:
-        """Return the mean |change| of the probe's log-probs since the last sync, in nats; nan at the first sync.
+        """Return the mean absolute change of the probe's log-probs since the last sync, in nats; nan at the first sync.
 
-        Raises RuntimeError, or warns if few bytes changed, when the weights changed and the log-probs did not.
+        If weights changed but the log-probs did not, raises RuntimeError, or only warns if few bytes changed.
         """
         last, self._last_logprobs = self._last_logprobs, logprobs
         if last is None:
@@ -105,10 +106,10 @@ class WeightSync:
         return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)
 
     def observe(self, difference: float) -> None:
-        """Check a step's mean difference of log-probs between trainer and sampler, in nats per sampled token.
+        """Check the mean difference of a step's log-probs between trainer and sampler.
 
-        ``difference``: equal on all ranks; nan if the step trained no tokens. Raises RuntimeError if it is larger than
-        rounding explains, and warns if it grew to three times its first value.
+        ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained no tokens. Raises
+        RuntimeError if rounding cannot explain the difference; warns if it exceeds three times its first value.
         """
         if math.isnan(difference):
             return

@@ -1,4 +1,4 @@
-"""Generation by transformers: slow, for tests and for machines without vLLM."""
+"""Generation with transformers: slow, for tests and for machines without vLLM."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from distill.types import Prompt, Rollout, Sampling
 
 
 class TransformersEngine(EngineBase):
-    """A complete copy of the student on this rank, which generates in batches and uses no memory while asleep.
+    """Engine with a complete copy of the student on this rank; it uses no memory while asleep.
 
-    ``config``: the model's Hugging Face configuration; ``dtype``: of weights and compute; ``batch_size``: number of
-    responses generated together; ``window``, ``valid_vocab``: see EngineBase.
+    ``config``: the model's Hugging Face configuration; ``dtype``: dtype of weights and computation; ``batch_size``:
+    number of responses generated together; ``window``, ``valid_vocab``: see EngineBase.
     """
 
     def __init__(
@@ -98,7 +98,10 @@ class TransformersEngine(EngineBase):
     def _generate_batch(
         self, prompts: list[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[list[Rollout]]:
-        """Return the rollouts of each prompt; a prompt is computed once and its cache copied for its responses."""
+        """Return the rollouts of each prompt.
+
+        Each prompt is computed once, and its key-value cache is copied for each response.
+        """
         batch = _Decoding(prompts, sampling, step, self.window, self._device)
         tokens, mask = self._padded(prompts)
         cache = DynamicCache(config=self._model.config)
@@ -113,7 +116,7 @@ class TransformersEngine(EngineBase):
             keep = batch.unfinished_rows()
             if not keep:
                 return batch.rollouts(self._version)
-            if 2 * len(keep) <= len(sampled):  # dropping finished rows copies the cache, so wait for half the batch
+            if 2 * len(keep) <= len(sampled):  # removing rows copies the cache, so it waits for half of them
                 rows = torch.tensor(keep, device=self._device)
                 cache.batch_select_indices(rows)
                 mask, sampled = mask[rows], sampled[rows]
@@ -148,9 +151,9 @@ class TransformersEngine(EngineBase):
 
 
 class _Decoding:
-    """State of one batch of responses: random numbers, tokens and log-probs of each response.
+    """State of one batch of responses: random numbers, sampled tokens and log-probs.
 
-    A response is an index into all responses of the batch; a row is an index into those that are still computed.
+    A ``response`` is an index into all responses of the batch, a ``row`` an index into those still being generated.
     """
 
     def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, window: int, device: torch.device) -> None:
@@ -170,7 +173,10 @@ class _Decoding:
         return not self._stopped[response] and len(self._tokens[response]) < self._limits[response]
 
     def sample(self, logits: Tensor, valid_vocab: int) -> Tensor:
-        """Return the next token of each row, int64 [B], drawn with its own random numbers; record unfinished rows."""
+        """Sample and return the next token of each row: int64 [B].
+
+        Every response has separate random numbers. Tokens of finished rows are not recorded.
+        """
         logprobs = processed_logprobs(logits, self._sampling, valid_vocab)
         greedy = self._sampling.temperature == 0
         sampled = logprobs.argmax(-1) if greedy else draw(logprobs, self._uniforms[self._rows, self._steps])
@@ -188,7 +194,7 @@ class _Decoding:
         return [row for row, response in enumerate(self._rows) if self._unfinished(response)]
 
     def select(self, rows: list[int]) -> None:
-        """Drop all other rows from the batch."""
+        """Keep only ``rows`` in the batch."""
         self._rows = [self._rows[row] for row in rows]
 
     def rollouts(self, version: int) -> list[list[Rollout]]:
@@ -214,9 +220,9 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> Tensor:
-    """Return the log-probs [B, V] of the sampled distribution: after temperature, top-k and top-p, normalised.
+    """Return the normalised log-probs [B, V] after temperature, top-k and top-p.
 
-    At temperature 0 they are the model's log-probs at temperature 1.
+    At temperature 0 (greedy sampling) they are the model's log-probs at temperature 1.
     """
     logits = logits / (sampling.temperature or 1.0)
     logits[:, valid_vocab:] = -torch.inf
@@ -232,9 +238,9 @@ def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> 
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the first token of each row [B] whose cumulative probability exceeds the row's uniform number.
+    """Sample one token per row by inverse transform sampling: int64 [B].
 
-    Sums are float64, so that rounding skips no token.
+    ``uniforms``: float64 [B], in [0, 1). Probabilities are summed in float64, so that rounding skips no token.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -15,20 +15,20 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-"""vLLM's class of each family. In config.json, ``architectures`` may name a classifier or a draft model instead."""
+"""vLLM's class by model type. ``architectures`` in config.json may contain a classifier or a draft model instead."""
 _ACTIVATION = {"gemma3_text": ("hidden_activation", "gelu_pytorch_tanh")}
 _SILU = ("silu", "swish")
 
 
 def check_vllm_config(config: Any, window: int, key: str, model: str) -> None:
-    """Raise UserError for a model with settings that vLLM ignores or does not support, although transformers does.
+    """Raise UserError if vLLM ignores or does not support a setting that transformers supports.
 
-    ``config``: its Hugging Face configuration; ``window``: tokens of the longest sequence; ``key``, ``model``: the
-    configuration key and its value, the model's name.
+    ``config``: the model's Hugging Face configuration; ``window``: maximum number of tokens of a sequence; ``key``,
+    ``model``: the configuration key of the model and its value, for the error message.
     """
     for setting, reason in _unsupported(config, window):
         raise UserError(
-            f"{key}={model} has {setting} in its config.json, and vLLM {reason}",
+            f"{key}={model} has {setting} in its config.json, but vLLM {reason}",
             "set policy.generation.backend=transformers, or choose another model",
             key=key,
             value=model,
@@ -61,7 +61,7 @@ def _unsupported(config: Any, window: int) -> Iterator[tuple[str, str]]:
 
 
 def _windows_some_layers(config: Any) -> bool:
-    """Return whether only some layers have a window, in a family for which vLLM does not support that."""
+    """Return whether only some layers have a sliding window, which vLLM does not support for this family."""
     return config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1
 
 
@@ -71,14 +71,14 @@ def _head_width(config: Any) -> int:
 
 
 def _longest(parameters: Mapping[str, Any], config: Any) -> int | None:
-    """Return the number of positions in vLLM's rotary table; None if it follows from the window."""
+    """Return the number of positions in vLLM's rotary table; None if the table covers the window."""
     if parameters.get("rope_type") != "yarn":
         return None
     return int(parameters["original_max_position_embeddings"] * rotary_factor(parameters, config))
 
 
 def architecture_overrides(config: Any) -> dict[str, Any]:
-    """Return the settings with which vLLM builds the same model as transformers.
+    """Return the config.json settings with which vLLM builds the same model as transformers.
 
     ``config``: the Hugging Face configuration, from ``model_config``, of a model that ``check_vllm_config`` accepts. A
     value of None removes a setting.
@@ -123,8 +123,8 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
 def apply_overrides(overrides: Mapping[str, Any], config: Any) -> Any:
     """Apply ``overrides`` in place to the configuration that vLLM has read, and return it.
 
-    Passed to vLLM as ``hf_overrides``. A dictionary could not remove a setting: with the value None, vLLM still sees
-    it.
+    vLLM calls this function, passed as ``hf_overrides``. A dictionary would not suffice, because vLLM cannot remove a
+    setting through a dictionary.
     """
     for name, value in overrides.items():
         if value is None and not hasattr(type(config), name):

@@ -1,4 +1,4 @@
-"""Generation by vLLM inside the trainer's processes; it sleeps while the student trains."""
+"""Generation with vLLM inside the trainer's processes; the engine sleeps while the student trains."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from distill.types import Prompt, Rollout, Sampling
 log = logging.getLogger(__name__)
 
 _CPU_DEFAULTS = {
-    "enforce_eager": True,  # compiling takes a minute and gains no CUDA graph
-    # With a prompt read in chunks, vLLM takes back the draws before its end; CPU generators can't do that (vLLM 0.32).
+    "enforce_eager": True,  # compiling takes a minute, and there are no CUDA graphs on CPU
+    # With chunked prefill, vLLM rewinds the random generators, which CPU generators do not support (vLLM 0.32).
     "enable_chunked_prefill": False,
-    "block_size": 32,  # with the default of 128, responses would not share the cache of a shorter prompt
+    "block_size": 32,  # with the default of 128, responses would not share the cache of shorter prompts
     "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
-"""Engine steps without a new token, in addition to one per prompt token, after which the engine counts as stuck."""
+"""Maximum number of engine steps without a new token, in addition to one per prompt token; then the run fails."""
 _STEPS_AHEAD = 4
-"""Engine steps that empty vLLM's pipeline: more than it schedules before it reads the results of a step."""
+"""Number of engine steps after which vLLM has read all pending results; it schedules fewer steps in advance."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
-    """Return the arguments of vLLM that the trainer depends on; policy.generation.vllm_kwargs may not set them."""
+    """Return the vLLM arguments that the trainer sets and policy.generation.vllm_kwargs must not contain."""
     return {
         "distributed_executor_backend": "external_launcher",  # the only executor that runs in the calling process
         "enable_sleep_mode": can_sleep,
@@ -67,7 +67,7 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
 def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
     """Return the arguments that keep an engine's ranks in lockstep.
 
-    vLLM's asynchronous scheduler before 0.32 depends on which work has finished, and that differs between ranks.
+    Before version 0.32, vLLM's asynchronous scheduler depends on timing, which differs between ranks.
     """
     import vllm
 
@@ -78,8 +78,8 @@ def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
 def _name_shared_memory() -> None:
     """Add a random token to the names of vLLM's shared memory between the ranks of a CPU engine; collective.
 
-    vLLM's names contain only the ranks' numbers: two jobs on one machine would share the memory, and the remains of a
-    killed job would block all later ones.
+    vLLM's names contain only the numbers of the ranks: two jobs on one machine would share the memory, and the memory
+    of a killed job would block later jobs.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -90,11 +90,11 @@ def _name_shared_memory() -> None:
 
 
 class VllmEngine(EngineBase):
-    """A vLLM engine of ``tensor_parallel_size`` consecutive ranks; created on all ranks of the job together.
+    """A vLLM engine of ``tensor_parallel_size`` consecutive ranks; creating it is collective over all ranks of the job.
 
-    ``arguments``: more arguments of vLLM's ``LLM``. Create the engine before other models are loaded, because vLLM
-    measures the free device memory, and close it last, because that destroys the process groups. The random state of
-    this process does not change.
+    ``arguments``: additional arguments of vLLM's ``LLM``. Create the engine before other models are loaded, because
+    vLLM measures the free device memory. Close it last, because closing destroys the process groups. Creating the
+    engine does not change the random state of this process.
     """
 
     def __init__(
@@ -144,13 +144,13 @@ class VllmEngine(EngineBase):
         self._needs = self._first_sleep()
         self.pool_bytes = pool_bytes() if isinstance(self._memory, CudaMemory) else 0
         log.info(
-            "vLLM: %d engine(s) of %d rank(s), window of %d tokens, weights by %s, %s; ready in %.0f s",
+            "vLLM: %d engine(s) of %d rank(s), window of %d tokens, weights loaded by %s, %s; created in %.0f s",
             *(self.replicas, tensor_parallel_size, window, self._weights.path),
             *("level-2 sleep" if self.can_sleep else "sleep frees no memory", time.monotonic() - started),
         )
 
     def _first_sleep(self) -> dict[str, int]:
-        """Put the new engine to sleep; return the bytes that waking its weights and its cache will need."""
+        """Put the new engine to sleep; return the bytes needed to wake its weights and its key-value cache."""
         memory = self._memory
         awake = memory.free() if memory else 0
         self._llm.sleep(level=2)
@@ -160,7 +160,7 @@ class VllmEngine(EngineBase):
         return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
-        """Give ids of the vocabulary's padding no probability, as in the loss."""
+        """Set the logits of padding ids of the vocabulary to -inf, as in the loss."""
         model: Any = self._weights.model
         compute_logits, valid = model.compute_logits, self._valid_vocab
 
@@ -173,7 +173,7 @@ class VllmEngine(EngineBase):
         model.compute_logits = masked
 
     def _count_tokens(self) -> None:
-        """Count the tokens of every engine step, and report a heartbeat for each step with new tokens."""
+        """Count the tokens of every engine step, and record a heartbeat for each step with new tokens."""
         core = self._engine.engine_core
         get_output = core.get_output
 
@@ -193,7 +193,9 @@ class VllmEngine(EngineBase):
     def _wake_kv(self) -> None:
         self._wake("kv_cache")
         if not self._engine.reset_prefix_cache():
-            raise RuntimeError("vLLM could not clear the keys and values of older weights: requests still use them")
+            raise RuntimeError(
+                "vLLM could not clear the key-value cache of the previous weights, because requests still use it"
+            )
 
     def _wake(self, tag: str) -> None:
         if self._guard is not None:
@@ -280,11 +282,11 @@ class VllmEngine(EngineBase):
     ) -> list[Any]:
         """Return the outputs of all requests (token ids, sampling parameters), in their order.
 
-        Raises RuntimeError if vLLM makes no progress, and GenerationCancelled once ``cancelled()``, after removing the
-        requests from vLLM.
+        If ``cancelled()`` returns True, removes the requests from vLLM and raises GenerationCancelled. Raises
+        RuntimeError if vLLM generates no token for many steps.
         """
         if self._engine.is_sleeping():
-            raise RuntimeError("vLLM is asleep: it would accept the requests and never finish them")
+            raise RuntimeError("vLLM is asleep, so it would accept the requests but never finish them")
         first = self._requests
         for token_ids, params in requests:
             self._engine.add_request(str(self._requests), {"prompt_token_ids": list(token_ids)}, params)
@@ -312,15 +314,15 @@ class VllmEngine(EngineBase):
         return [outputs[first + i] for i in range(len(requests))]
 
     def _abort(self, requests: Iterable[int]) -> None:
-        """Remove the requests from vLLM, including their results that are not read yet."""
+        """Remove the requests from vLLM, including results that are not read yet."""
         self._engine.abort_request([str(number) for number in requests])
         for _ in range(_STEPS_AHEAD):
             self._engine.step()
 
     def _check_same(self, what: str, *values: object) -> None:
-        """Raise RuntimeError on all ranks of this engine unless their ``values`` are equal; collective over them.
+        """Raise RuntimeError on the engine's ranks unless they pass equal ``values``; collective over these ranks.
 
-        vLLM's ranks do not exchange requests. Different requests give wrong tokens, often the same on all ranks.
+        vLLM's ranks do not exchange requests, so different requests would silently produce wrong tokens.
         """
         if self._tp_size == 1:
             return
@@ -333,7 +335,10 @@ class VllmEngine(EngineBase):
 
 @contextmanager
 def kept_threads() -> Iterator[None]:
-    """Restore torch's number of threads: vLLM lowers it, which would slow down an optimizer on the host."""
+    """Restore torch's number of threads after the block.
+
+    vLLM lowers it, which would slow down an optimizer on the host.
+    """
     threads = torch.get_num_threads()
     try:
         yield
@@ -343,7 +348,7 @@ def kept_threads() -> Iterator[None]:
 
 
 def pool_bytes() -> int:
-    """Return the size in bytes of the pool that sleep unmaps, whether it is mapped or not."""
+    """Return the size in bytes of vLLM's memory pool, which is unmapped during sleep; equal in both states."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     return int(CuMemAllocator.get_instance().get_current_usage())
@@ -351,7 +356,7 @@ def pool_bytes() -> int:
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Restore the states of the global random generators of Python, numpy and torch."""
+    """Restore the states of the global random generators of Python, numpy and torch after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:

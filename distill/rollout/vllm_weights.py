@@ -14,7 +14,7 @@ from distill.rollout.engine import SyncError
 
 
 class Section(NamedTuple):
-    """Rows of one of this rank's parameters that belong to one tensor of a sync."""
+    """Range of rows of one parameter on this rank that belongs to one tensor of a sync."""
 
     tensor: str
     """Hugging Face name of the tensor."""
@@ -23,9 +23,9 @@ class Section(NamedTuple):
     end: int
     """Last row in the parameter, exclusive."""
     first_row: int
-    """Row of the tensor that is the section's first row."""
+    """Index in the tensor of the section's first row."""
     copies: int
-    """Number of the engine's ranks that hold each element of the tensor."""
+    """Number of ranks of the engine that have a copy of the section."""
 
 
 class VllmWeights:
@@ -33,8 +33,8 @@ class VllmWeights:
 
     ``manifest``: shapes of all tensors of a sync by Hugging Face name; ``tp_group``: gloo group of the engine's ranks.
     On CPU, vLLM repacks matrices for its kernels and drops the originals. Their bit sums are computed just before the
-    repacking; those of all other parameters are computed in place. Raises RuntimeError for a model whose parameters do
-    not follow from the manifest, because its syncs could not be verified.
+    repacking; those of all other parameters are computed in place. Raises RuntimeError if the model's parameters do not
+    match the tensors of the manifest, because syncs could not be verified.
     """
 
     def __init__(self, llm: Any, manifest: Mapping[str, torch.Size], tp_size: int, tp_group: dist.ProcessGroup) -> None:
@@ -69,14 +69,16 @@ class VllmWeights:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         head = getattr(self.model, "lm_head", None)
         if self._repacks and head is not None and "lm_head.weight" not in self._sums_before_repack:
-            # A sync has no tensor for a tied head, so vLLM does not repack it: it would keep its first weights.
+            # A sync has no tensor for a tied head, so vLLM would not repack the head and keep its initial weights.
             head.quant_method.process_weights_after_loading(head)
 
     @torch.no_grad()
     def verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Compare the bit sums of every tensor, added over the engine's ranks, with the sender's; collective over them.
+        """Compare every tensor's bit sums, added over the engine's ranks, with the sender's.
 
-        Tensors that vLLM fused into one parameter are compared one by one. Raises SyncError for a difference.
+        Collective over the engine's ranks.
+
+        Tensors that vLLM fused into one parameter are compared separately. Raises SyncError if a sum differs.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding module
         compared: list[tuple[str, Section]] = []
@@ -108,7 +110,7 @@ class VllmWeights:
 
         has_head = isinstance(getattr(self.model, "lm_head", None), ParallelLMHead)
         lookup_only = type(module) is VocabParallelEmbedding and has_head
-        if lookup_only:  # it is never multiplied, so no kernel needs it repacked
+        if lookup_only:  # it is never an operand of a matrix product, so no kernel needs it repacked
             module.quant_method.process_weights_after_loading = lambda layer: None  # type: ignore[union-attr]
             return
         self._repacked_names.update(f"{prefix}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
@@ -125,7 +127,7 @@ class VllmWeights:
         method.process_weights_after_loading = sum_and_repack
 
     def _tensors_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-        """Return, for each of vLLM's parameters, the tensors that it consists of, in their order of rows."""
+        """Return the tensors that form each parameter of vLLM, in row order, by parameter name."""
         fused = getattr(self.model, "packed_modules_mapping", {})
         tensors: dict[str, list[str]] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
@@ -137,13 +139,13 @@ class VllmWeights:
         known = {tensor for parts in tensors.values() for tensor in parts}
         if known != manifest.keys():
             raise RuntimeError(
-                f"a sync into vLLM's {type(self.model).__name__} cannot be verified: tensors without a known"
-                f" parameter, or parameters without a tensor: {sorted(known ^ manifest.keys())[:4]}"
+                f"a sync into vLLM's {type(self.model).__name__} cannot be verified, because these tensors have no"
+                f" parameter, or these parameters no tensor: {sorted(known ^ manifest.keys())[:4]}"
             )
         return tensors
 
     def _sections(self, module: Any, leaf: str, tensors: list[str]) -> list[Section]:
-        """Return the sections of a parameter, as vLLM's layers shard it over the engine's ranks."""
+        """Return the sections of a parameter, according to vLLM's sharding over the engine's ranks."""
         from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -164,5 +166,5 @@ class VllmWeights:
 
 
 def section_sums(parameter: Tensor, sections: list[Section]) -> Tensor:
-    """Return the bit sums of each section, int64 [sections, 2]."""
+    """Return the bit sums of each section of ``parameter``, int64 [sections, 2]."""
     return torch.stack([bit_sums(parameter[s.begin : s.end], s.first_row) for s in sections])

@@ -1,4 +1,4 @@
-"""Logging of one rank: the main rank's console, and a log file per rank."""
+"""Logging: console output of the main rank, and one log file per rank."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def log_to_console(is_main: bool) -> None:
-    """Log from INFO on to the main rank's standard error; other ranks print nothing.
+    """Log records of level INFO and above to standard error on the main rank; other ranks print nothing.
 
-    Records are also kept in memory, until ``log_to_file`` writes them to the rank's file.
+    Every rank also keeps its records in memory until ``log_to_file`` writes them to a file.
     """
     logger = logging.getLogger("distill")
     logger.setLevel(logging.INFO)
@@ -28,7 +28,7 @@ def log_to_console(is_main: bool) -> None:
 
 
 def log_to_file(file: Path) -> None:
-    """Write this rank's log to ``file`` from now on, beginning with the records kept by ``log_to_console``."""
+    """Write this rank's log to ``file``, beginning with the records that ``log_to_console`` kept in memory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _RankLog(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
@@ -36,13 +36,13 @@ def log_to_file(file: Path) -> None:
     kept = [h for h in logger.handlers if isinstance(h, MemoryHandler)]
     logger.addHandler(handler)
     for early in kept:
-        logger.removeHandler(early)  # before flushing: a warning about a full disk must not be added to it again
+        logger.removeHandler(early)  # before flushing: a warning about a full disk must not enter the buffer
         early.setTarget(handler)
         early.close()
 
 
 class _RankLog(logging.FileHandler):
-    """Log file of a rank. The first write error removes the handler and logs one warning instead of tracebacks."""
+    """Handler of a rank's log file. After the first write error it logs one warning and removes itself."""
 
     failed = False
 
@@ -58,4 +58,6 @@ class _RankLog(logging.FileHandler):
         self.failed = True
         logger = logging.getLogger("distill")
         logger.removeHandler(self)
-        logger.warning("cannot write %s (%s): the rest of this log is missing", self.baseFilename, error.strerror)
+        logger.warning(
+            "cannot write %s (%s): later records are missing in this file", self.baseFilename, error.strerror
+        )

@@ -1,4 +1,4 @@
-"""This rank's current phase and progress counter, as published to the watchdog."""
+"""Current phase and progress counters of this rank, which the watchdog sends to other ranks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """Phase and progress of one rank. All ranks enter the same phases in the same order."""
+    """Phase and progress counters of one rank. All ranks enter the same phases in the same order."""
 
     phase_changes: int = 0
-    """Number of phases entered or left since the start; the rank with the smallest number is behind."""
+    """Number of phases entered or left since the start; a rank with a smaller number than others is behind."""
     phase: str = "starting"
-    """Name of the current phase; a nested phase is ``outer: inner``."""
+    """Name of the current phase; ``outer: inner`` for a nested phase."""
     step: int = 0
     """Number of the current training step, counted from 1; 0 before the first step."""
     work_units: int = 0
-    """Number of finished units of work since the start: tokens, micro-batches, tensors."""
+    """Number of finished units of work (tokens, micro-batches, tensors) since the start."""
     timed: bool = True
     """Whether the run fails if no rank makes progress for ``runtime.phase_timeout_s``."""
 
@@ -30,7 +30,7 @@ CURRENT = Progress()
 
 
 def heartbeat() -> None:
-    """Record one finished unit of work; every loop inside a long phase calls it."""
+    """Count one finished unit of work; loops inside long phases call it in every iteration."""
     CURRENT.work_units += 1
 
 
@@ -41,9 +41,10 @@ def set_step(step: int) -> None:
 
 @contextmanager
 def phase(name: str, timed: bool = True) -> Iterator[None]:
-    """Set the current phase during the block; a phase inside another is shown as ``outer: inner``.
+    """Set the current phase during the block; a nested phase is named ``outer: inner``.
 
-    All ranks enter the same phases in the same order. ``timed=False`` disables the timeout, also in nested phases.
+    All ranks enter the same phases in the same order. ``timed=False`` disables the phase timeout, also in nested
+    phases.
     """
     before, timed_before = CURRENT.phase, CURRENT.timed
     nested = not before.startswith(_BETWEEN_PHASES)
@@ -62,6 +63,6 @@ def _change_phase(name: str, timed: bool) -> None:
 
 
 def in_collective() -> bool:
-    """Return whether the main thread is inside a call of torch.distributed, and so waits for other ranks."""
+    """Return whether the main thread is inside a torch.distributed call, where it waits for other ranks."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return frame is not None and "/torch/distributed/" in frame.f_code.co_filename

@@ -16,17 +16,18 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 5.0
-"""Seconds after a signal in which further signals are duplicates: a scheduler signals every process, and a launcher
-forwards its own signal."""
+"""Seconds after the first signal during which further signals count as duplicates: a scheduler signals every process,
+and a launcher forwards the signal that it receives."""
 
 _listening: list[StopSignals] = []
 
 
 class StopSignals:
-    """Receiver of stop signals. ``on_first`` gets the first signal's name, ``on_later`` those that are no duplicates.
+    """Receiver of stop signals.
 
-    Both run in a thread of this object: Python runs signal handlers only in the main thread, which may hang in a
-    collective. The main thread reads ``requested``, which its own handler sets immediately.
+    ``on_first`` is called with the name of the first signal, ``on_later`` with the name of each later signal that is
+    not a duplicate. Both run in a separate thread, because Python runs signal handlers only in the main thread, which
+    may hang in a collective. ``requested`` is the first signal; a handler in the main thread sets it immediately.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class StopSignals:
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def handle(self, number: int) -> None:
-        """Process one signal; called on the signal thread."""
+        """Process one signal; called in the signal thread."""
         name = signal.Signals(number).name
         if self._first_time is None:
             self._first_time = self._clock()
@@ -87,13 +88,13 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Ignore all stop signals from now on; call it in the main thread."""
+    """Ignore all further stop signals; call it in the main thread."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _reset_in_forked_child() -> None:
-    """Restore the default handlers: a signal must end the child and must not reach its parent's socket."""
+    """Restore the default handlers in a forked child, so that a signal ends it and is not sent to its parent."""
     if _listening:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -105,10 +106,10 @@ os.register_at_fork(after_in_child=_reset_in_forked_child)
 
 
 class Deadline:
-    """Time limit of a run: ``limit_s`` seconds after ``started``, a time of ``clock``; None for no limit.
+    """Time limit of a run: ``limit_s`` seconds after ``started``; no limit if ``limit_s`` is None.
 
-    The next step is expected to take as long as the slowest step so far, and its save as long as the slowest save.
-    Before the first save, a save is expected to take as long as a step.
+    ``started``: start time by ``clock``, in seconds. The next step is expected to take as long as the slowest step so
+    far, and its save as long as the slowest save so far, or before the first save as long as a step.
     """
 
     def __init__(self, limit_s: float | None, started: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,19 +117,19 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def record(self, step_s: float, save_s: float) -> None:
-        """Record the seconds of a step without its save, and of the slowest save so far (0 before the first save)."""
+        """Record the duration of a step without its save, and of the slowest save so far (0 before the first save)."""
         self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
     def is_near(self) -> bool:
-        """Return whether one more step and its save may end after the limit."""
+        """Return whether one more step and its save are expected to end after the limit."""
         if self._limit_s is None:
             return False
         return self._clock() - self._started + self._step_s + (self._save_s or self._step_s) > self._limit_s
 
 
 def seconds_of(text: str | None) -> float | None:
-    """Convert ``DD:HH:MM:SS`` to seconds; None stays None."""
+    """Return the number of seconds of ``DD:HH:MM:SS``; None for None."""
     if text is None:
         return None
     days, hours, minutes, seconds = map(int, text.split(":"))

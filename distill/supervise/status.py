@@ -1,4 +1,4 @@
-"""``status.json``: state, progress and exit status of a run; a launcher's exit code does not contain them."""
+"""Write and read ``status.json``: state, progress and exit status of a run."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from typing import Literal, NamedTuple
 log = logging.getLogger(__name__)
 
 _STARTED, _CLOCK_MARGIN_S = time.time(), 60.0
-"""Start time of this process, and the largest accepted difference of clocks and start times between ranks."""
+"""Start time of this process, and the maximum difference of clocks and start times between ranks, in seconds."""
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 STATUS_FILE = "status.json"
 _EXTRA_FILE = "DISTILL_STATUS_FILE"
-"""Environment variable with the path of a second status file, which exists before the run has a directory."""
+"""Environment variable with the path of a second status file, which exists before the run directory."""
 
 
 class ExitStatus(NamedTuple):
-    """Why and how a rank exits. ``stopped``: on request, after saving a checkpoint if the loop had begun."""
+    """State, reason and exit code with which a rank exits; for ``state`` see the README."""
 
     state: State
     reason: str
     exit_code: int
     retryable: bool = False
-    """Whether the same command may succeed: a rank, its machine or its disk failed, not the program."""
+    """Whether the same command may succeed later, because a rank, a machine or a disk failed and not the program."""
 
 
 _RUNNING = ExitStatus("running", "", 0)
 
 
 def retryable_failure(reason: str) -> ExitStatus:
-    """Return the exit status of a run that failed because a rank, its machine or its disk failed."""
+    """Return the exit status of a run that failed because of a rank, a machine or a disk."""
     return ExitStatus("failed", reason, 1, retryable=True)
 
 
 class Status:
     """Writer of ``status.json`` in the run directory and at the path in DISTILL_STATUS_FILE.
 
-    The main rank writes. Another rank writes only its exit status, if it exits without the agreement of all ranks and
+    The main rank writes the file. Another rank writes only if it exits alone, without the agreement of all ranks, and
     the file has no exit status yet. Every write replaces the file atomically.
     """
 
@@ -56,13 +56,13 @@ class Status:
         self._ended = False
         self._lock = threading.Lock()
         if is_main:
-            # A recent exit status comes from a rank of this run that failed earlier; an old one from a previous run.
+            # A recent exit status is from a rank of this run that has already failed, an old one from a previous run.
             for path in self._paths:
                 if not _has_ended(path) or _modified(path) < _STARTED - _CLOCK_MARGIN_S:
                     self._write([path], _RUNNING)
 
     def begin(self, run_dir: Path, step: int) -> None:
-        """Write to ``run_dir`` from now on; the run starts or resumes after ``step`` finished steps."""
+        """Write the status to ``run_dir`` too; the run starts or resumes after ``step`` finished steps."""
         self._start_step = self.checkpoint_step = step
         with self._lock:
             self._paths.append(run_dir / STATUS_FILE)
@@ -76,7 +76,7 @@ class Status:
                 self._write(self._paths, _RUNNING)
 
     def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
-        """Record the exit status; the first one wins, because later ones are consequences of it.
+        """Record the exit status unless one was recorded before: later failures are consequences of the first.
 
         ``alone``: this rank exits without the agreement of other ranks, so it writes even if it is not the main rank.
         """

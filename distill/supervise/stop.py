@@ -1,4 +1,4 @@
-"""Stop requests: all ranks agree whether the run ends early, and after which step."""
+"""Stop requests: agreement of all ranks on whether and after which step the run stops early."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distill.supervise.signals import Deadline
 
 
 class StopRequested(Exception):
-    """Raised by all ranks together to leave the loop after ``step`` finished steps; the run saves and exits with 0."""
+    """Raised by all ranks together to stop after ``step`` finished steps; the run saves and exits with code 0."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"stop after step {step}: {reason}")
@@ -19,19 +19,20 @@ class StopRequested(Exception):
 
 
 class StopRequest(NamedTuple):
-    """One rank's request to stop."""
+    """Stop request of one rank."""
 
     signal: int = 0
-    """Number of the received signal; 0 without one."""
+    """Number of the received signal; 0 if no signal was received."""
     out_of_time: bool = False
-    """Whether another step would exceed the time limit."""
+    """Whether one more step is expected to exceed the time limit."""
 
 
 class StopCheck:
-    """Collects the stop requests of all ranks.
+    """Check of the stop requests of all ranks.
 
-    ``received_signal`` returns the number of this rank's signal or 0. ``gather`` returns the requests of all ranks and
-    is collective. ``time_limit`` is the setting behind ``deadline``, as ``key=value``, for the reason of the stop.
+    ``received_signal`` returns the number of the signal that this rank received, or 0. ``gather`` returns the requests
+    of all ranks and is collective. ``time_limit``: setting of ``deadline`` as ``key=value``, for the reason of the
+    stop.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class StopCheck:
         return self._received_signal() != 0
 
     def record_duration(self, step_s: float, save_s: float) -> None:
-        """Record the seconds of a step without its save, and of its save (0 if none has finished yet)."""
+        """Record the duration in seconds of a step without its save, and of the save (0 if no save has finished)."""
         self._deadline.record(step_s, save_s)
 
     def raise_if_requested(self, step: int, check_time: bool = True) -> None:
-        """Raise StopRequested on all ranks if any rank has a request; collective.
+        """Raise StopRequested on all ranks if any rank requests a stop; collective.
 
-        A signal takes precedence over the time limit, which counts only with ``check_time``.
+        A signal takes precedence over the time limit. ``check_time``: whether to check the time limit.
         """
         own = StopRequest(self._received_signal(), check_time and self._deadline.is_near())
         requests = self._gather(own)

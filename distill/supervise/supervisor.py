@@ -22,7 +22,7 @@ from distill.supervise.watchdog import POLL_S, Watchdog
 log = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT_S = 15
-"""Seconds after which an exiting rank is ended by force: the thread that hangs may hold a lock that logging needs."""
+"""Seconds after which an exiting rank is killed, because a hanging thread may hold a lock that logging needs."""
 _GRACE_PERIOD_S = 4 * POLL_S
 _LOADING_TIMEOUT_S = 1800.0
 
@@ -30,8 +30,8 @@ _LOADING_TIMEOUT_S = 1800.0
 class Supervisor:
     """Signals, watchdog and exit status of this rank; created by ``run_program`` and available as World.supervisor.
 
-    A signal before the training loop ends the run immediately, because there is nothing to save. In the loop the
-    signal is only recorded; the loop stops between two steps.
+    A signal before the training loop ends the run immediately, because no progress could be lost. A signal in the loop
+    is only recorded, and the loop stops after the current step.
     """
 
     def __init__(self, is_main: bool) -> None:
@@ -39,7 +39,7 @@ class Supervisor:
         self.started = time.monotonic()
         """Start time of the program, by time.monotonic."""
         self.stop_reason: str | None = None
-        """Why the loop stopped before its last step; None if it did not."""
+        """Reason why the loop stopped before its last step; None if it did not stop early."""
         self._log_file: Path | None = None
         self._in_loop = False
         self._exit_status: ExitStatus | None = None
@@ -48,11 +48,11 @@ class Supervisor:
 
     @property
     def stop_signal(self) -> int:
-        """Return the number of the first stop signal that this rank received; 0 for none."""
+        """Return the number of the first stop signal that this rank received; 0 if it received none."""
         return self._signals.requested or 0
 
     def listen(self) -> None:
-        """Handle stop signals from now on; call it in the main thread."""
+        """Start handling stop signals; call it in the main thread."""
         self._signals.listen()
 
     def log_to(self, run_dir: Path, rank: int) -> None:
@@ -69,7 +69,7 @@ class Supervisor:
         launcher_error: Callable[[], str | None],
         holds_store: bool,
     ) -> None:
-        """Watch the other ranks from now on; collective. The arguments are those of Watchdog and Watchdog.start."""
+        """Start this rank's watchdog; collective. The arguments are those of Watchdog and Watchdog.start."""
         watchdog = Watchdog(store, rank, size, self._exit_from_thread, launcher_error, holds_store)
         watchdog.detector.timeout_s = _LOADING_TIMEOUT_S
         watchdog.start(barrier)
@@ -81,33 +81,35 @@ class Supervisor:
         return self._watchdog is not None
 
     def allow_loading(self, phase_timeout_s: float) -> None:
-        """Set the timeout of phases while loading: ``phase_timeout_s``, but at least 30 minutes."""
+        """Set the phase timeout during loading: ``phase_timeout_s``, but at least 30 minutes."""
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
 
     def begin_loop(self, phase_timeout_s: float) -> None:
-        """Begin the training loop: from now on signals wait for the end of a step, and phases have this timeout."""
+        """Begin the training loop: signals stop the run after the current step, and phases have this timeout."""
         self._in_loop = True
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = phase_timeout_s
 
     def wait_grace_period(self) -> None:
-        """Wait until the watchdog could report another rank's failure, of which this rank's error is a consequence.
+        """Wait, so that the watchdog can detect a failure of another rank that caused this rank's error.
 
-        Does not return if it does: the watchdog then ends the process with that failure as its reason.
+        If it detects one, the watchdog ends the process with that failure as the reason, and this method does not
+        return.
         """
         if self._watchdog is not None:
             time.sleep(_GRACE_PERIOD_S)
 
     def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
-        """Record the final exit status; later signals do not change it. ``alone``: see Status.set_exit_status."""
+        """Record the exit status, which later signals do not change. ``alone``: see Status.set_exit_status."""
         self._exit_status = status
         self.status.set_exit_status(status, alone)
 
     def abort(self, status: ExitStatus, report: Callable[[str], None] = lambda reason: None) -> NoReturn:
-        """End this rank after an error that other ranks do not have, and end the other ranks through their watchdogs.
+        """End this rank after an error that only this rank has; the watchdogs of other ranks then end their ranks.
 
-        ``report`` gets the reason, unless another rank failed first: then this rank exits with that rank's status.
+        ``report`` is called with the reason. If another rank failed first, ``report`` is not called, and this rank
+        exits with the status of that rank.
         """
         is_first = True
         if self._watchdog is not None:
@@ -120,12 +122,12 @@ class Supervisor:
         exit_process(status.exit_code)
 
     def stop_watchdog(self) -> None:
-        """Stop the watchdog, because ranks are about to exit in any order."""
+        """Stop the watchdog, so that ranks can exit in any order."""
         if self._watchdog is not None:
             self._watchdog.stop()
 
     def close(self) -> None:
-        """Stop the watchdog and restore the signal handlers, at the regular end of the program."""
+        """Stop the watchdog and restore the signal handlers; called at the regular end of the program."""
         self.stop_watchdog()
         self._signals.close()
 
@@ -133,17 +135,19 @@ class Supervisor:
         if self._exit_status is not None:
             return
         if not self._in_loop:
-            # The launcher may send this signal because a rank died, before the watchdog's next poll detects it.
+            # The launcher may send this signal because a rank died, which the watchdog has not detected yet.
             cause = None if self._watchdog is None else self._watchdog.dead_neighbour()
             self._announce_and_exit(cause or ExitStatus("stopped", f"{name} before the first step", 0))
         log.warning(
-            "%s: saving a checkpoint and stopping after this step; another signal after 5 s stops immediately", name
+            "received %s: the run saves a checkpoint and stops after this step; a second signal after 5 s stops it"
+            " immediately",
+            name,
         )
 
     def _later_signal(self, name: str) -> None:
         if self._exit_status is not None:
             self._announce_and_exit(self._exit_status)
-        reason = f"second {name}: stopped immediately, the unfinished step is not saved"
+        reason = f"second signal {name}: stopped immediately, without saving the unfinished step"
         self._announce_and_exit(ExitStatus("stopped", reason, 128 + self.stop_signal))
 
     def _announce_and_exit(self, status: ExitStatus) -> NoReturn:
@@ -166,16 +170,16 @@ class Supervisor:
         os._exit(status.exit_code)
 
     def _keep_store_alive(self) -> None:
-        """Wait until other ranks have read this rank's exit status, if the store ends with this process."""
+        """Wait until other ranks have read this rank's exit status, if this process serves the store."""
         if self._watchdog is not None and self._watchdog.holds_store:
             time.sleep(2 * POLL_S)
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process with ``code``, without the interpreter's shutdown if it isn't 0.
+    """End the process with exit code ``code``; if it is not 0, skip the interpreter's shutdown.
 
-    A launcher ends the other ranks when one fails. The shutdown takes longer than the launcher's poll interval, so a
-    rank that has not ended by then would exit by the launcher's signal instead of this code.
+    A launcher kills the other ranks when a rank fails. The shutdown takes longer than the launcher's poll interval, so
+    a rank that is still shutting down would be killed and would not return this code.
     """
     ignore_signals()
     logging.shutdown()

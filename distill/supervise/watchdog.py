@@ -1,7 +1,7 @@
-"""Watchdog thread of each rank: detects ranks that died, are frozen, make no progress, or exit with an error.
+"""Watchdog thread of each rank: detects ranks that died, hang, make no progress, or exit with an error.
 
-Ranks exchange heartbeats through the rendezvous store, over connections of the watchdog's own, so it works while all
-main threads hang in a collective. The store's host may freeze too, so every call to the store has a timeout.
+Ranks exchange heartbeats through the rendezvous store. The watchdog has a separate connection to the store, so it works
+while the main threads hang in a collective. The host of the store may hang too, so every call has a timeout.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 SILENT_POLLS = 20
-"""Number of polls without a new heartbeat after which a rank counts as dead: 40 s. Polls are counted instead of
-seconds, so that a suspended job or an overloaded machine is not declared dead."""
+"""Number of polls without a new heartbeat, 40 s in total, after which a rank counts as dead. Polls are counted instead
+of seconds, so that a suspended job or an overloaded machine does not count as dead."""
 _SILENCE = f"{SILENT_POLLS * POLL_S:g} s"
 _STORE_TIMEOUT_S = 8.0
 """Seconds to wait for a reply of the store; torch's own calls may block forever."""
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Message of one rank to other ranks, sent once per poll."""
+    """Message that each rank sends to other ranks in every poll."""
 
     count: int
     """Number of heartbeats sent by this rank."""
@@ -50,7 +50,7 @@ class Heartbeat:
 
     @classmethod
     def parse(cls, text: bytes) -> Heartbeat:
-        """Inverse of ``text``."""
+        """Return the heartbeat in a message that ``text`` returned."""
         count, progress, waiting = json.loads(text)
         return cls(count, Progress(**progress), waiting)
 
@@ -60,9 +60,9 @@ class Heartbeat:
 
 
 class FailureDetector:
-    """Rank 0's view of all heartbeats; counts polls rather than seconds, so a suspended job is not declared dead.
+    """Detection of dead ranks and phases without progress, from the heartbeats of all ranks; used on rank 0.
 
-    ``timeout_s``: seconds that a phase may last without progress on any rank.
+    ``timeout_s``: maximum seconds in a phase without progress on any rank. Time is counted in polls.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -73,7 +73,7 @@ class FailureDetector:
         self._polls_without_progress = 0
 
     def poll(self, heartbeats: Sequence[Heartbeat]) -> ExitStatus | None:
-        """Compare the ``heartbeats`` of all ranks with the previous poll; return why the run must end, if it must."""
+        """Compare the heartbeats of all ranks with the previous poll; return an exit status if the run must end."""
         counts = [heartbeat.count for heartbeat in heartbeats]
         if not self._counts:
             self._counts, self._silent_polls = [-1] * len(counts), [0] * len(counts)
@@ -95,7 +95,7 @@ class FailureDetector:
     def _describe_stall(self, heartbeats: Sequence[Heartbeat]) -> str:
         furthest = max((heartbeat.progress for heartbeat in heartbeats), key=lambda progress: progress.phase_changes)
         late = [r for r, each in enumerate(heartbeats) if each.progress.phase_changes < furthest.phase_changes]
-        if not late:  # all are in the same phase: those outside of a collective are the late ones
+        if not late:  # all ranks are in the same phase: ranks outside of a collective are late
             late = [rank for rank, heartbeat in enumerate(heartbeats) if not heartbeat.in_collective]
         limit = f"{self.timeout_s:g} s (runtime.phase_timeout_s)"
         if not late or len(late) == len(heartbeats):
@@ -108,7 +108,7 @@ class FailureDetector:
 
 
 def rank_names(ranks: Sequence[int]) -> str:
-    """Return ``rank 3`` or ``ranks 3, 5``, with at most 20 numbers."""
+    """Return the ranks as text, ``rank 3`` or ``ranks 3, 5``, with at most 20 numbers."""
     text = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
@@ -123,7 +123,7 @@ def _parse_announcement(text: str) -> ExitStatus:
 
 
 def _in_thread(call: Callable[[], T]) -> Future[T]:
-    """Run ``call`` in a new thread, so that the caller can give up waiting for it."""
+    """Run ``call`` in a new thread, so that the caller can wait for the result with a timeout."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -140,7 +140,8 @@ class Watchdog:
     """Watchdog thread of this rank. All ranks create one and call ``start`` at the same point.
 
     ``store``: the rendezvous store. ``end_process``: ends the process with a status; called in the watchdog's thread.
-    ``launcher_error``: returns a sentence if the launcher has ended. ``holds_store``: the store ends with this process.
+    ``launcher_error``: returns an error message if the launcher has ended, else None. ``holds_store``: whether this
+    process serves the store, so that the store ends with this process.
     """
 
     def __init__(
@@ -168,7 +169,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self, barrier: Callable[[], None]) -> None:
-        """Publish this process and start the thread; collective. ``barrier`` returns when all ranks have called it."""
+        """Publish this process's identity and start the thread; collective.
+
+        ``barrier``: function that returns when all ranks have called it.
+        """
         if self._rank == 0:
             self._store.set("exit", _NO_STATUS)
         self._store.set(f"process/{self._rank}", json.dumps(_Process.current()))
@@ -181,15 +185,15 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: from now on ranks may exit in any order."""
+        """Stop the thread; from now on ranks may exit in any order."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(_STORE_TIMEOUT_S + POLL_S)
 
     def announce(self, status: ExitStatus) -> tuple[ExitStatus, bool]:
-        """Announce to all ranks that the run ends with ``status``.
+        """Announce the exit status of the run to all ranks.
 
-        Returns the first announced status, with which all ranks exit, and whether this rank announced it.
+        Returns the status that was announced first, with which all ranks exit, and whether this rank announced it.
         """
         message = json.dumps([self._rank, status])
         call = _in_thread(lambda: self._store.compare_set("exit", _NO_STATUS, message))
@@ -200,7 +204,7 @@ class Watchdog:
         return _parse_announcement(first), first == message
 
     def dead_neighbour(self) -> ExitStatus | None:
-        """Return the exit status of the run if a rank on this host has died; else None."""
+        """Return an exit status if another rank on this host has died, else None."""
         dead = [rank for rank, process in self._neighbours.items() if not process.is_alive()]
         if not dead:
             return None
@@ -215,7 +219,7 @@ class Watchdog:
                 status = self._poll()
                 failing_s = 0.0
             except _STORE_ERRORS as error:
-                # At most the timeout: if the machine was suspended meanwhile, that time is not the store's silence.
+                # min() excludes time in which the machine was suspended.
                 failing_s += POLL_S + min(time.monotonic() - began, _STORE_TIMEOUT_S)
                 status = self.dead_neighbour()  # maybe rank 0, which held the store
                 if status is None and failing_s >= SILENT_POLLS * POLL_S:
@@ -225,7 +229,7 @@ class Watchdog:
                 return
 
     def _poll(self) -> ExitStatus | None:
-        """Exchange heartbeats once and return the run's exit status, if it must end. Raises one of _STORE_ERRORS."""
+        """Exchange heartbeats once; return an exit status if the run must end. Raises one of _STORE_ERRORS."""
         if message := self._launcher_error():
             return self.announce(retryable_failure(message))[0]
         announced, *messages = self._exchange()
@@ -251,7 +255,10 @@ class Watchdog:
                 self._pending = None
 
     def _send_and_read(self) -> list[bytes]:
-        """Return the announced exit status, then the heartbeats of all ranks on rank 0, of rank 0 on other ranks."""
+        """Send a heartbeat; return the announced exit status and the heartbeats that this rank checks.
+
+        Rank 0 checks the heartbeats of all ranks, other ranks only that of rank 0.
+        """
         self._send_heartbeat()
         ranks = range(self._size) if self._rank == 0 else [0]
         return self._store.multi_get(["exit", *(f"heartbeat/{rank}" for rank in ranks)])
@@ -277,13 +284,13 @@ def _store_failure(error: Exception) -> ExitStatus:
 
 
 class _Process(NamedTuple):
-    """Identity of a rank's process, for ranks on the same host."""
+    """Identity of a rank's process, with which ranks on the same host detect its end."""
 
     host: str
-    """Host name and PID namespace: process ids of another container mean other processes, as on another host."""
+    """Host name and PID namespace; process ids are comparable only if both are equal."""
     pid: int
     start_ticks: str
-    """Start time in the kernel's ticks; empty if it is unknown."""
+    """Start time of the process in ticks of the kernel; empty if unknown."""
 
     @classmethod
     def current(cls) -> _Process:
@@ -295,7 +302,7 @@ class _Process(NamedTuple):
         return cls(f"{socket.gethostname()} {namespace}", os.getpid(), _start_ticks(os.getpid()) or "")
 
     def is_alive(self) -> bool:
-        """Return whether the process still runs; True if its start time is unknown."""
+        """Return whether the process is running; True if its start time is unknown."""
         return not self.start_ticks or _start_ticks(self.pid) == self.start_ticks
 
 

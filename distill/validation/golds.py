@@ -1,4 +1,4 @@
-"""A warning at start if the gold answers of held-out problems look unusable for their grader."""
+"""Warn at start if the gold answers of held-out problems look unusable for their grader."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _SECONDS = 2.0
 _NUMBER = re.compile(r"[-+]?\\?\$?[\d.,]+\\?%?")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MAX_WORDS = 8
-"""A mathematical gold answer of more words is a solution or an explanation."""
+"""Maximum number of words of a usable mathematical gold answer; a longer text is a solution or an explanation."""
 _MARKS = (("####", "####"), ("\\boxed{", r"\\boxed\{(.*)\}"), ("answer is", "answer is"), ("Answer:", "Answer:"))
-"""Marks before the final answer of a solution, each with an output_pattern that finds it."""
+"""Text before the final answer in a solution -> value of output_pattern that extracts the answer."""
 
 
 def warn_of_unusable_golds(held_out: HeldOut) -> None:
-    """Warn of datasets where most gold answers cannot match a response: solutions, prose, several lines.
+    """Warn of each dataset in which most gold answers cannot match a response.
 
-    Call it on one rank: grading a sample of mathematical answers takes a process and a few seconds.
+    Unusable gold answers are complete solutions, prose, or texts of several lines. Call it on one rank only: grading a
+    sample of gold answers starts a process and takes a few seconds.
     """
     golds: dict[tuple[str, str], list[str]] = {}
     for prompt in held_out.prompts:
@@ -45,7 +46,7 @@ def warn_of_unusable_golds(held_out: HeldOut) -> None:
 
 
 def _is_usable(gold: str, grader: str, grade: Grader) -> bool:
-    """Return whether a response that states ``gold`` would count as right."""
+    """Return whether a response with the final answer ``gold`` would count as right."""
     if grader in ("regex", "choice"):  # each gold answer is checked when it is loaded
         return True
     if "\n" in gold.strip():

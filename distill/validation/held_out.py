@@ -1,4 +1,4 @@
-"""The held-out problems, and the grader of each."""
+"""Load the held-out problems and select the grader of each."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class HeldOut:
 
     prompts: tuple[Prompt, ...] = ()
     graders: Mapping[int, str] | None = None
-    """Name of the grader by prompt id; missing for prompts that are not graded, as those without a gold answer."""
+    """Name of the grader by prompt id; without an entry for prompts that are not graded."""
     names: Mapping[int, str] | None = None
-    """Name of the dataset in metrics, by prompt id."""
+    """Name of the prompt's dataset in metrics, by prompt id."""
 
     def content(self, trace_column: str | None) -> ContentHashes:
         """Return hashes of the inputs that validation metrics depend on; empty without prompts."""
@@ -48,11 +48,11 @@ class HeldOut:
         }
 
     def grader(self, prompt: Prompt) -> str | None:
-        """Return the name of the prompt's grader, None if its responses are not graded."""
+        """Return the name of the grader for ``prompt``; None if its responses are not graded."""
         return (self.graders or {}).get(prompt.prompt_id)
 
     def name(self, prompt: Prompt) -> str:
-        """Return the name in metrics of the prompt's dataset."""
+        """Return the name of the prompt's dataset, as used in metrics."""
         return (self.names or {})[prompt.prompt_id]
 
 
@@ -65,11 +65,12 @@ def load_held_out(
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> HeldOut:
-    """Load at most ``at_most`` prompts (None: all).
+    """Load at most ``at_most`` held-out prompts (None: all).
 
-    Prompts are taken from the datasets in turn, each in its own order, so that a limit leaves some of every dataset.
-    Prompts of more than ``max_tokens`` are skipped first. A problem without the ``trace_column`` is kept, but not
-    compared with the teacher. ``think_tags`` open and close a think block. Raises UserError for unusable data.
+    Prompts of more than ``max_tokens`` tokens are skipped. The remaining prompts are taken from the datasets in turn,
+    so that ``at_most`` keeps prompts of every dataset. A problem without the ``trace_column`` is kept, but its
+    responses are not compared with the teacher. ``think_tags``: opening and closing tag. Raises UserError for unusable
+    data.
     """
     each: list[list[Prompt]] = []
     graders: dict[int, str] = {}
@@ -87,7 +88,7 @@ def load_held_out(
         if lacking:
             log.warning(
                 "%s: %d of %d problems have no column %s, which the teacher's template needs: their responses are not"
-                " compared with the teacher, and they are left out of the accuracy in context",
+                " compared with the teacher and do not count in in_context_accuracy",
                 *(key, lacking, len(prompts), trace_column),
             )
     in_turn = (prompts[i] for i in range(max(map(len, each))) for prompts in each if i < len(prompts))
@@ -102,7 +103,7 @@ def _graders(name: str, prompts: Sequence[Prompt], key: str) -> dict[int, str]:
     gradable = [prompt for prompt in prompts if prompt.problem.answer]
     if not gradable:
         raise UserError(
-            f"{key}.env_name={name} grades by gold answers, and {prompts[0].problem.source} has none",
+            f"{key}.env_name={name} requires gold answers, but {prompts[0].problem.source} has none",
             f"name the column of the gold answers in {key}.output_key, or set {key}.env_name=null",
             key=f"{key}.env_name",
             value=name,

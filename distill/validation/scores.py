@@ -1,4 +1,4 @@
-"""Metrics, file lines and log texts of graded responses to held-out problems. Pure functions."""
+"""Compute metrics, JSON lines and log texts of graded responses to held-out problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.data.grading import Verdict
 from distill.types import Rollout
 
 Decode = Callable[[Sequence[int]], str]
-"""Decode token ids to text, including special tokens."""
+"""Function that decodes token ids to text, including special tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,21 @@ class Sample:
     source: str
     """Name of the dataset in metrics."""
     verdict: Verdict | None = None
-    """None: not graded."""
+    """Result of the grader; None if the response is not graded."""
     forward_kl_R: Tensor | None = None
-    """float32 [R]: KL(teacher || student) in nats at each token of the response; None: not measured."""
+    """float32 [R]: KL(teacher || student) in nats at each token of the response; None if not measured."""
     reverse_kl_R: Tensor | None = None
-    """float32 [R]: KL(student || teacher)."""
+    """float32 [R]: KL(student || teacher) in nats at each token of the response; None if not measured."""
     read_ids: tuple[int, ...] | None = None
-    """Token ids before the response, if they are not the student's prompt."""
+    """Token ids that precede the response, if they differ from the student's prompt; else None."""
 
 
 def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Return a short, unique name for metrics of each (source, subset, split).
+    """Return a short, unique name of each dataset (source, subset, split) for metrics.
 
-    The name is a file's name without its suffix, or a hub dataset's without its owner. Equal names get subset and split
-    appended; if they are still equal, the full path with dots for slashes; then their index.
+    The name is a file's name without suffix, or a hub dataset's name without owner. If names are equal, subset and
+    split are appended. If they are still equal, the full path, with dots instead of slashes, is used. Finally the index
+    of the dataset is appended.
     """
     paths = [PurePath(source) for source, _, _ in datasets]
     endings = [len("".join(kind_of(path))) if kind_of(path)[0] else 0 for path in paths]
@@ -58,16 +59,18 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics of a set of responses by name, without those that were not measured.
+    """Return the metrics of a set of responses by name; metrics that were not measured are missing.
 
-    - ``accuracy``: right responses over graded ones (avg@n with n per problem); ``judge_failures`` count as wrong.
+    - ``accuracy``: fraction of right responses among graded responses (avg@n for n responses per problem);
+      ``judge_failures``: number of responses that could not be graded, which count as wrong.
     - ``accuracy_stderr``: standard error of the accuracy with the problems as the sample, because responses to one
       problem (also one that a dataset repeats) are not independent. For m responses to P problems it is
-      sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. With equally many responses per problem this
-      is the standard deviation of the problems' means over sqrt(P).
-    - ``avg_length``: mean response tokens; ``truncation_rate``: share of truncated responses; ``num_answers``:
-      responses; ``num_problems``.
-    - ``forward_kl``, ``reverse_kl``: mean nats per token over all tokens of the ``num_compared`` compared responses.
+      sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. With the same number of responses per problem
+      this is the standard deviation of the problems' mean accuracies, divided by sqrt(P).
+    - ``avg_length``: mean number of tokens of a response; ``truncation_rate``: fraction of truncated responses;
+      ``num_answers``: number of responses; ``num_problems``: number of different problems.
+    - ``forward_kl``, ``reverse_kl``: mean in nats over all tokens of the ``num_compared`` responses that were compared
+      with the teacher.
     """
     if not samples:
         return {}
@@ -116,7 +119,7 @@ def _accuracy(graded: Sequence[Sample]) -> dict[str, float]:
 def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
     """Return ``scores`` of all samples as ``validation/NAME``, and of each dataset as ``validation/DATASET/NAME``.
 
-    ``prefix`` is put before each NAME.
+    ``prefix`` is prepended to each NAME.
     """
     values = {f"validation/{prefix}{name}": value for name, value in scores(samples).items()}
     for source in dict.fromkeys(s.source for s in samples):

@@ -1,4 +1,4 @@
-"""KL between student and teacher at each token of given responses."""
+"""Measure the KL between student and teacher at each token of given responses."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def token_kls(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return KL(teacher || student) and KL(student || teacher) of each rollout: float32 [R] in nats, on the host.
 
-    The KLs are those that the loss reports; the teacher reads each rollout's ``teacher_prefix_ids``. Collective: every
-    rank passes the same rollouts. Targets are computed one micro-batch at a time to save memory.
+    Collective: every rank passes the same rollouts. The KLs are computed as in the loss, with each rollout's
+    ``teacher_prefix_ids``. To save memory, targets are computed separately for each micro-batch.
     """
     if not rollouts:
         return []
@@ -39,12 +39,12 @@ def token_kls(
         kls = student.row_kls(micro_batch, teacher.targets(micro_batch))
         found.append((index.of(micro_batch), torch.stack([kls["forward_kl"], kls["reverse_kl"]]).float().cpu()))
     teacher.offload()
-    counts = world.layout.tp_rank == 0  # the ranks of a tensor-parallel group have the same rows
+    counts = world.layout.tp_rank == 0  # all ranks of a tensor-parallel group have the same rows
     return index.by_rollout([pair for part in world.gather(found if counts else []) for pair in part])
 
 
 class _TokenIndex:
-    """Index of each row of a micro-batch among the M response tokens of all rollouts, concatenated."""
+    """Mapping from rows of a micro-batch to the M concatenated response tokens of all rollouts."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self._lengths = [len(r.response_ids) for r in rollouts]
@@ -52,7 +52,7 @@ class _TokenIndex:
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the index of each row whose weight is not 0: int64 [N]."""
+        """Return the index into the M tokens of each row with a weight other than 0: int64 [N]."""
         counted_N = micro_batch.weight_N != 0
         rollout_N = micro_batch.rollout_N[counted_N]
         position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]

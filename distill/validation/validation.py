@@ -36,12 +36,12 @@ _REFERENCE_METRICS = ("accuracy", "accuracy_stderr", "avg_length", "truncation_r
 _NO_TRACE, _NO_ROOM = "no trace", "no room"
 
 Compare = Callable[[Sequence[Rollout], int], list[tuple[Tensor, Tensor]]]
-"""Return forward and reverse KL [R] of each rollout of a step, as ``token_kls`` does; collective."""
+"""Function that returns forward and reverse KL [R] of each rollout of a step, see ``token_kls``; collective."""
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Settings of validation."""
+    """Settings of the validations of a run."""
 
     period: int
     """Steps between validations; 0: no periodic validation."""
@@ -85,22 +85,22 @@ def context_is_known(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Generated:
-    """This rank's responses to held-out problems, sampled with the weights after ``step`` steps."""
+    """This rank's responses to held-out problems, sampled with the weights after ``step`` finished steps."""
 
     step: int
     phases: Phases
     rollouts: list[Rollout]
     in_context: InContext | None
-    """Responses with the teacher's context; None except in the first validation."""
+    """Responses generated with the teacher's context; None except in the first validation."""
 
 
 @dataclass(frozen=True)
 class InContext:
-    """This rank's responses with the teacher's context, which is their ``teacher_prefix_ids``."""
+    """This rank's responses generated with the teacher's context, stored in ``teacher_prefix_ids``."""
 
     rollouts: list[Rollout]
     skipped: Mapping[int, str]
-    """Reason why a problem has no response, by prompt id."""
+    """Reason why a problem was skipped, by prompt id."""
 
 
 @dataclass
@@ -124,12 +124,12 @@ class Validation:
     checkpoints: Checkpoints
     stop: StopCheck
     measured_at: int = -1
-    """Step whose validation metrics the resumed checkpoint already has; -1: none."""
+    """Step for which the resumed checkpoint already has validation metrics; -1 if it has none."""
     reference: Mapping[str, float] | None = None
-    """Metrics of the initial student with the teacher's context; stored in checkpoints."""
+    """In-context metrics of the initial student, which are stored in checkpoints; None if not measured."""
 
     def due(self, step: int) -> bool:
-        """Return whether the weights after ``step`` finished steps are to be validated."""
+        """Return whether a validation of the weights after ``step`` finished steps is due."""
         if step == self.measured_at:
             return False
         if step == 0:
@@ -138,11 +138,12 @@ class Validation:
         return periodic or (self.config.at_end and step == self.config.last_step)
 
     def generate(self, step: int) -> Generated | None:
-        """Return responses of the weights after ``step`` steps, None if no validation is due; collective.
+        """Generate responses to the held-out problems; return None if no validation is due; collective.
 
-        The first validation also generates with the teacher's context if that is known without a response: then the
-        student is still the teacher, so this is the accuracy that distillation can reach. Raises StopRequested on all
-        ranks, with the engine asleep, if a rank has to stop before or during the generation.
+        ``step``: number of finished steps. The validation before the first step also generates with the teacher's
+        context, if the context does not depend on a response. Student and teacher are still equal then, so this gives
+        the accuracy that distillation can reach. Raises StopRequested on all ranks, with the engine asleep, if any rank
+        requests a stop before or during the generation.
         """
         if not self.due(step):
             return None
@@ -155,11 +156,11 @@ class Validation:
         if step == 0 and self.config.in_context:
             with phases("generation_in_context"):
                 in_context = self._generate_in_context(prompts, step)
-        self._raise_if_stop_requested(step)  # a signal cancels the generation, so there is nothing to report
+        self._raise_if_stop_requested(step)  # a signal cancels the generation, so the responses are incomplete
         return Generated(step, phases, rollouts, in_context)
 
     def _raise_if_stop_requested(self, step: int) -> None:
-        # Without a step of progress, a time limit would stop every restart at the same place.
+        # Before the first step of this start the time limit is ignored, or no restart would ever make progress.
         check_time = self.config.first_step < step < self.config.last_step
         try:
             self.stop.raise_if_requested(step, check_time)
@@ -168,7 +169,7 @@ class Validation:
             raise
 
     def _generate_in_context(self, prompts: Sequence[Prompt], step: int) -> InContext:
-        """Generate with the teacher's prefix as the prompt; skip problems whose prefix leaves too little room."""
+        """Generate with the teacher's prefix as the prompt; skip problems with a missing or too long prefix."""
         with self.world.all_or_none("building the contexts of held-out problems"):
             prefixes = {prompt.prompt_id: self._prefix_or_reason(prompt) for prompt in prompts}
         in_context = [
@@ -176,7 +177,7 @@ class Validation:
             for prompt in prompts
             if isinstance(prefix := prefixes[prompt.prompt_id], Prefix)
         ]
-        # max_total_length would leave fewer response tokens after a longer prompt.
+        # With max_total_length, the longer prompts would leave fewer response tokens.
         sampling = replace(self.sampling, seed=stream_seed(self.config.seed, _IN_CONTEXT), max_total_length=None)
         rollouts = self.engine.generate(in_context, sampling, step, cancelled=self.stop.has_signal)
         skipped = {prompt_id: reason for prompt_id, reason in prefixes.items() if isinstance(reason, str)}
@@ -199,7 +200,7 @@ class Validation:
     def report(self, generated: Generated | None) -> None:
         """Grade the responses, compare student and teacher on them, and record metrics and samples; collective.
 
-        Does nothing for None.
+        ``generated``: result of ``generate``; nothing happens if it is None.
         """
         if generated is None:
             return
@@ -221,7 +222,7 @@ class Validation:
         self._record(step, samples, phases)
 
     def _graded(self, rollouts: Sequence[Rollout], step: int) -> list[Sample]:
-        """Return the samples of all ranks in the order of problems; each rank grades its own rollouts."""
+        """Return the samples of all ranks, ordered by problem; collective. Each rank grades its own rollouts."""
         with self.world.all_or_none("grading responses"):
             own = self._verdicts(rollouts)
         verdicts = {key: verdict for part in self.world.gather(own) for key, verdict in part.items()}
@@ -244,14 +245,14 @@ class Validation:
         return found
 
     def _with_prefixes(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Add the teacher's prefix as in training; rollouts that the teacher cannot score stay without one."""
+        """Add the teacher's prefix as in training; return rollouts that the teacher cannot score unchanged."""
         scorable = [r for r in rollouts if self._has_trace_column(r.prompt)]
         with self.world.all_or_none("building the teacher's prefixes of held-out responses"):
             kept = {(r.prompt.prompt_id, r.response_index): r for r in self.teacher_prefixes.add(scorable)[0]}
         return [kept.get((r.prompt.prompt_id, r.response_index), r) for r in rollouts]
 
     def _compared(self, samples: list[Sample], step: int) -> list[Sample]:
-        """Return the samples with the KL of each token; samples without a teacher prefix stay without it."""
+        """Return the samples with the KL of each token; collective. Samples without teacher prefix get no KL."""
         indices = [i for i, sample in enumerate(samples) if sample.rollout.teacher_prefix_ids]
         compared = list(samples)
         kls = self.compare([samples[i].rollout for i in indices], step)
@@ -260,14 +261,14 @@ class Validation:
         return compared
 
     def _warn_of_skipped(self, in_context: InContext) -> None:
-        """Log how many problems have no response with the context, and why; collective."""
+        """Log the number of problems that were skipped in the in-context generation, and the reasons; collective."""
         skipped = {id_: reason for part in self.world.gather(in_context.skipped) for id_, reason in part.items()}
         if skipped:
             reasons = Counter(skipped.values())
             log.warning(
-                "%d of %d held-out problems are left out of the accuracy in context: %d have no trace, and the context"
-                " of %d leaves fewer response tokens than the prompt alone (lower policy.generation.max_new_tokens, or"
-                " raise teacher.max_total_sequence_length and, with vllm, policy.generation.vllm_cfg.max_model_len)",
+                "%d of %d held-out problems do not count in in_context_accuracy: %d have no trace, and %d have a"
+                " context that leaves too few tokens for a response (lower policy.generation.max_new_tokens, or raise"
+                " teacher.max_total_sequence_length and, with vllm, policy.generation.vllm_cfg.max_model_len)",
                 *(len(skipped), len(self.held_out.prompts), reasons[_NO_TRACE], reasons[_NO_ROOM]),
             )
 
@@ -291,19 +292,19 @@ class Validation:
 
 
 def _reference(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics with the teacher's context that later validations repeat."""
+    """Return the in-context metrics, which later validations report again."""
     prefix = f"{_IN_CONTEXT}_"
     values = {f"validation/{prefix}num_problems": 0.0} | by_source(samples, prefix)
     return {name: value for name, value in values.items() if name.rpartition(prefix)[2] in _REFERENCE_METRICS}
 
 
 def _warn_of_incomplete(samples: Sequence[Sample]) -> None:
-    """Log how many responses could not be graded or compared."""
+    """Log the number of responses that could not be graded or compared with the teacher."""
     if failures := sum(s.verdict == "failed" for s in samples):
         log.warning("%d of %d responses could not be graded and count as wrong", failures, len(samples))
     if missing := sum(s.forward_kl_R is None for s in samples):
         log.warning(
-            "the KL excludes %d of %d held-out responses: the teacher has no trace for them, or no room in"
+            "the KL excludes %d of %d held-out responses, which have no trace for the teacher or exceed"
             " teacher.max_total_sequence_length",
             *(missing, len(samples)),
         )

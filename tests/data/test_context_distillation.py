@@ -141,7 +141,7 @@ def test_the_trace_column_of_a_table_is_read_with_the_problems(tmp_path: Path) -
     dataset = DatasetConfig(data_path=str(tmp_path / "a.parquet"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns.0.text")
     assert [prompt.problem.columns for prompt in prompts] == [{"turns.0.text": "a"}, {"turns.0.text": ""}]
-    with pytest.raises(UserError, match=r"answer_column=solution .* input, turns:"):
+    with pytest.raises(UserError, match=r"answer_column=solution .* input, turns"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
     with pytest.raises(UserError, match=r"answer_column=turns .* list in row 0 of"):
         load_prompts([dataset], tiny_tokenizer(), 100, trace_column="turns")
@@ -150,7 +150,7 @@ def test_the_trace_column_of_a_table_is_read_with_the_problems(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"hint": "b"}, r"answer_column=solution .* line 2 of .* input, hint:"),
+        ({"hint": "b"}, r"answer_column=solution .* line 2 of .* input, hint"),
         ({"solution": 3}, r"answer_column=solution .* int in line 2 of"),
         ({"solution": ["a"]}, r"answer_column=solution .* list in line 2 of"),
     ],

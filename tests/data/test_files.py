@@ -227,7 +227,7 @@ def test_errors_in_a_folder_name_file_line_and_cause(tmp_path: Path) -> None:
     (path / "2.jsonl").write_bytes(as_lines([{"question": "a", "answer": 1}, {"problem": "b", "answer": 1}]))
     error = refusal(path)
     assert error.key == "data.train.input_key" and f"line 2 of {path}/2.jsonl" in str(error)
-    assert "problem, answer:" in str(error)
+    assert "problem, answer)" in str(error)
     (path / "2.jsonl").write_bytes(as_lines([{"question": ["a"], "answer": 1}]))
     error = refusal(path)
     assert error.key == "data.train.input_key" and f"type list in line 1 of {path}/2.jsonl" in str(error)

@@ -272,7 +272,7 @@ def test_prompt_files_are_filled_like_str_format() -> None:
         ("{problem}", "{problem}"),
         ("no placeholder", "{}"),
         ("{{}}", "{}"),
-        ("\\boxed{} {}", "2 {}"),
+        ("\\boxed{} {}", "2 placeholders"),
     ],
 )
 def test_invalid_prompt_files_are_refused_in_one_sentence(text: str, fragment: str, tmp_path: Path) -> None:

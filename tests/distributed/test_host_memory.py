@@ -1,4 +1,4 @@
-"""Code paths for CPUs: attention in float32, reduce-scatter over gloo, the allocator's memory."""
+"""Code paths for CPUs: attention in float32, reduce-scatter with gloo, and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random_heads(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     )
 
 
-def test_bf16_attention_on_a_cpu_is_as_exact_as_pytorchs() -> None:
+def test_bf16_attention_on_a_cpu_is_as_exact_as_pytorch_attention() -> None:
     bounds = (0, 90, 91, 200)
     heads = random_heads(200, torch.bfloat16)
     upstream = torch.randn(1, 200, 4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -77,9 +77,9 @@ def faults(times):
     for _ in range(times):
         torch.zeros(64 * 2**20, dtype=torch.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(20)  # until the small allocations between the blocks have their final addresses
+faults(20)  # warm-up: the small allocations between the blocks get their final addresses
 again = faults(10)
-assert again < 16_384, f"{again} page faults; 163840 if every block were mapped again"
+assert again < 16_384, f"{again} page faults; 163840 if no block were reused"
 """
 
 

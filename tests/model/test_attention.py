@@ -124,7 +124,7 @@ def test_packed_attention_uses_the_packed_kernel_if_supported(monkeypatch: pytes
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("channels", [64, 128, 256])
 def test_bf16_attention_with_shared_prefixes_is_as_exact_as_per_sequence(device, window, channels) -> None:
-    """Compares outputs and gradients with float64; on a GPU this tests the rounding of the packed kernel."""
+    """Compare outputs and gradients with float64; on a GPU this tests the rounding of the packed kernel."""
     view = view_of(SEQUENCES, share=True)
     assert view.shared is not None
     heads = _heads(len(view.tokens_T), channels, torch.bfloat16, device)

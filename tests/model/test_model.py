@@ -280,7 +280,7 @@ def test_a_folder_with_only_pickled_weights_is_refused(tmp_path) -> None:
         hf_files.find_model(str(tmp_path), "policy.model_name")
 
 
-def test_frozen_offload_frees_memory_and_restores_bit_for_bit() -> None:
+def test_frozen_offload_frees_memory_and_restores_bit_exactly() -> None:
     tensors = [torch.randn(100, 30), torch.randn(7).bfloat16()]
     views = [tensors[0][10:20], tensors[1]]
     before = [t.clone() for t in tensors]
@@ -322,14 +322,14 @@ def _train_two_parameters(offload: bool) -> tuple[list[Tensor], list[int]]:
     return [first, second, *states], released
 
 
-def test_offloading_the_moments_between_steps_changes_no_number() -> None:
-    """Also with moments that do not exist yet when others are released."""
+def test_training_with_offloaded_moments_is_bit_exact() -> None:
+    """Includes moments that are created while other moments are released."""
     (kept, _), (offloaded, released) = _train_two_parameters(offload=False), _train_two_parameters(offload=True)
     assert all(torch.equal(a, b) for a, b in zip(kept, offloaded, strict=True))
     assert released == [0, 8 * 3000, 8 * 3000, 8 * 3210]
 
 
-def test_moments_created_while_others_are_released_are_released_next() -> None:
+def test_moments_created_after_a_release_are_released_next() -> None:
     parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(2)]
     optimizer = torch.optim.AdamW(parameters)
     host = OptimizerOffload(optimizer)
@@ -411,7 +411,7 @@ _COMPLETE_MLP: dict[str, str | None] = {f"layers.*.mlp.{name}_proj": None for na
         ),
     ],
 )
-def test_a_plan_that_would_split_a_model_wrongly_is_refused(plan: dict[str, str], value: str, part: str) -> None:
+def test_an_incorrect_tensor_parallel_plan_is_refused(plan: dict[str, str], value: str, part: str) -> None:
     with pytest.raises(UserError) as refused:
         check_plan(tiny_config("qwen3", True), plan, "a model")
     assert refused.value.key == "policy.dtensor_cfg.custom_parallel_plan"
@@ -419,7 +419,7 @@ def test_a_plan_that_would_split_a_model_wrongly_is_refused(plan: dict[str, str]
     assert part in str(refused.value)
 
 
-def test_a_plan_may_leave_a_block_complete() -> None:
+def test_a_tensor_parallel_plan_may_leave_a_block_unsplit() -> None:
     for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
         assert check_plan(tiny_config(family, True), None, "a model")["layers.*.self_attn.q_proj"] == "colwise"
     config = tiny_config("qwen3", True)
