@@ -1,10 +1,10 @@
-"""Triton kernels; each names its plain PyTorch twin. No other package imports triton."""
+"""Triton kernels, each with a reference implementation in PyTorch; only this package imports triton directly."""
 
 from __future__ import annotations
 
 
 def interpreted() -> bool:
-    """Return whether the kernels run in Triton's interpreter; fixed at their first import."""
+    """Return whether the kernels run in Triton's interpreter, which is decided when they are first imported."""
     from triton.runtime.interpreter import InterpretedFunction
 
     from distill.kernels import loss_student

@@ -1,10 +1,12 @@
-"""The student's two passes over a chunk of logits, one Triton program per row; plain twins in ``loss.topk_reduction``.
+"""Triton kernels for the student's logits: reduce each row to a few numbers, and compute the gradient of the logits.
 
-``reduce_rows`` reads a row once, ``gradient_rows`` reads it once more and writes the gradient: two reads and one write
-in total; the PyTorch twin needs about ten. Sums are float32 for any dtype of the logits.
+The tail of a row consists of all logits outside the K kept ids. ``reduce_rows`` reads the logits once.
+``gradient_rows`` reads them again and writes the gradient. The reference implementations in ``loss.topk_reduction``
+need about ten passes over the logits. Each Triton program processes one row. Sums are float32 for all dtypes.
 
-Suffixes inside the kernels: K the kept ids, B a block of them, G x L a tile of the row: G runs of L adjacent logits.
-A thread has the same lanes of all G runs, so that it sums a tile without other threads, with one maximum for G logits.
+Suffixes of names in the kernels: K kept ids, B a block of kept ids, G x L a tile of G runs of L adjacent logits. Each
+thread processes the same lanes (indices in 0..L-1) of all G runs. It can therefore sum a tile without communication
+between threads, and it updates the running maximum once per G logits.
 """
 
 from __future__ import annotations
@@ -18,15 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""Dtypes of logits and gradients."""
+"""Supported dtypes of logits and gradients."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Replaces a distance of -inf that is multiplied by e^distance = 0: 0 * -inf would be NaN."""
+"""Finite replacement of a difference of -inf before it is multiplied by exp(-inf) = 0: 0 * -inf would be NaN."""
 
 
 class Launch(NamedTuple):
-    """Launch parameters of a kernel that reads ``runs`` x ``lanes`` logits of a row at a time."""
+    """Launch parameters of a kernel that reads a row in tiles of ``runs`` x ``lanes`` logits."""
 
     runs: int
     lanes: int
@@ -34,30 +36,31 @@ class Launch(NamedTuple):
 
 
 def launch(vocab: int, dtype: torch.dtype) -> Launch:
-    """Return the launch for rows of ``vocab`` logits: each thread reads 16 bytes of each run."""
+    """Return the launch parameters for rows of ``vocab`` logits, with 16 bytes per thread and run."""
     per_thread = 16 // dtype.itemsize
     num_warps = 8 if vocab >= 16384 else 4 if vocab >= 2048 else 1
     return Launch(runs=4, lanes=32 * num_warps * per_thread, num_warps=num_warps)
 
 
 def id_block(k: int) -> int:
-    """Return the number of kept ids that a program processes at a time."""
+    """Return the number of kept ids that a program processes in one iteration."""
     return min(int(triton.next_power_of_2(k)), 1024)
 
 
 def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the kept logits and the tail sums of each row; write -inf at the kept ids.
+    """Return the kept logits and the tail sums of each row; overwrite the logits at the kept ids with -inf.
 
-    The plain twin is ``loss.topk_reduction.reduce_in_place``.
+    The reference implementation is ``loss.topk_reduction.reduce_in_place``.
 
     Args:
-        z_CV: raw logits, float32 or bf16, with column stride 1; the row stride may exceed V. Overwritten at the ids.
-        ids_CK: int32 or int64 in [0, V), no id twice in a row; -1 is padding.
-        inverse_temperature: factor of the logits in all outputs.
+        z_CV: raw logits, float32 or bf16, with column stride 1; the row stride may exceed V.
+        ids_CK: kept ids, int32 or int64 in [0, V), distinct within a row; -1 is padding.
+        inverse_temperature: 1 / temperature; all outputs are computed from z = logit * inverse_temperature.
 
     Returns:
-        float32: logits_CK (-inf for padding), and of the tail the largest logit m_C, the sum of e^(z - m), and the sum
-        of (z - m) e^(z - m). An empty tail (all -inf) has m = -inf and sums of 0. A NaN logit makes the sums NaN.
+        Four float32 tensors: z at the kept ids [C, K] (-inf for padding), the largest z of the tail m [C], the sum of
+        exp(z - m) over the tail [C], and the sum of (z - m) exp(z - m) over the tail [C]. If all logits of the tail
+        are -inf, m is -inf and the sums are 0. If a logit is NaN, the sums are NaN.
 
     Raises ``ValueError`` for other dtypes, shapes or strides. Ids out of range are not detected.
     """
@@ -99,19 +102,20 @@ def gradient_rows(
     inverse_temperature: float,
     out_CV: Tensor,
 ) -> Tensor:
-    """Write the gradient of each row: e^(z - m) (factor + slope (z - m)) in the tail, ``d_logits_CK`` at the kept ids.
+    """Write the gradient of the logits to ``out_CV``.
 
-    The plain twin is ``loss.topk_reduction.TorchReduced.gradient``.
+    The gradient is ``d_logits_CK`` at the kept ids, and exp(z - m) (factor + slope (z - m)) at a logit z of the tail.
+    The reference implementation is ``loss.topk_reduction.TorchReduced.gradient``.
 
     Args:
-        z_CV: the raw logits as ``reduce_rows`` left them, -inf at the kept ids.
-        ids_CK: the same ids.
-        tail_max_C: float32, m; an m of -inf means an empty tail, whose gradient is 0 for any factor and slope.
-        factor_C: float32.
-        slope_C: float32; None means 0 and is faster.
-        d_logits_CK: float32; not read at padding.
-        inverse_temperature: as for ``reduce_rows``; it scales z only, not the gradient.
-        out_CV: float32 or bf16, column stride 1; every column is written. It may be ``z_CV`` itself.
+        z_CV: the raw logits after ``reduce_rows``, with -inf at the kept ids.
+        ids_CK: the kept ids that were passed to ``reduce_rows``.
+        tail_max_C: float32, m from ``reduce_rows``; if it is -inf, the tail is empty and has gradient 0.
+        factor_C: float32, the factor of each row.
+        slope_C: float32, the slope of each row; None means 0 and is faster.
+        d_logits_CK: float32, the gradient at the kept ids; ignored at padding.
+        inverse_temperature: 1 / temperature; it scales the logits, but not the gradient.
+        out_CV: float32 or bf16 with column stride 1; it may be ``z_CV`` itself.
 
     Returns:
         ``out_CV``.
@@ -123,9 +127,9 @@ def gradient_rows(
     _check_ids(z_CV, ids_CK)
     (rows, vocab), k = z_CV.shape, ids_CK.shape[1]
     if out_CV.shape != z_CV.shape:
-        raise ValueError(f"out_CV is {list(out_CV.shape)}, z_CV is {list(z_CV.shape)}")
+        raise ValueError(f"out_CV must have the shape of z_CV, {list(z_CV.shape)}, not {list(out_CV.shape)}")
     if out_CV.data_ptr() == z_CV.data_ptr() and (out_CV.dtype, out_CV.stride()) != (z_CV.dtype, z_CV.stride()):
-        raise ValueError("out_CV and z_CV share memory but differ in dtype or row stride")
+        raise ValueError("out_CV and z_CV share memory, but their dtypes or row strides differ")
     per_row = {"tail_max_C": tail_max_C, "factor_C": factor_C} | ({} if slope_C is None else {"slope_C": slope_C})
     for name, numbers_C in per_row.items():
         _check_numbers(name, numbers_C, (rows,))
@@ -159,16 +163,16 @@ def gradient_rows(
 def _add_tile(
     z_GL: tl.tensor, top_L: tl.tensor, sum_L: tl.tensor, product_L: tl.tensor, to_log2: tl.tensor
 ) -> tl.tensor:
-    """Return each lane's running maximum and sums, in raw logits, after one more tile."""
+    """Update the running maximum and sums of each lane with a tile of raw logits, and return them."""
     new_top_L = tl.maximum(top_L, tl.max(z_GL, axis=0))
-    # A lane with only -inf so far would compute -inf - -inf, which is NaN.
+    # If a lane has only read -inf, -inf - -inf would be NaN.
     base_L = tl.where(new_top_L == float("-inf"), 0.0, new_top_L)
     moved_L = tl.maximum(top_L - base_L, _FAR)
     shrink_L = tl.exp2(moved_L * to_log2)
     product_L = (product_L + sum_L * moved_L) * shrink_L
-    # Subtract before dividing by the temperature: the difference of two near logits is exact.
+    # Subtract before scaling: the difference of two close logits is exact.
     distance_GL = z_GL - base_L[None, :]
-    mass_GL = tl.exp2(distance_GL * to_log2)  # without maximum(), which would hide a NaN
+    mass_GL = tl.exp2(distance_GL * to_log2)  # no maximum() here: it would hide a NaN
     product_L += tl.sum(mass_GL * tl.maximum(distance_GL, _FAR), axis=0)
     sum_L = sum_L * shrink_L + tl.sum(mass_GL, axis=0)
     return new_top_L, sum_L, product_L
@@ -190,14 +194,14 @@ def _reduce(
     RUNS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)  # row * stride exceeds 32 bits
+    row = tl.program_id(0).to(tl.int64)  # row * stride can exceed 32 bits
     z_ptr += row * z_stride
     for start in range(0, k, BLOCK):
         at_B = start + tl.arange(0, BLOCK)
         ids_B = tl.load(ids_ptr + row * k + at_B, mask=at_B < k, other=-1)
         logits_B = tl.load(z_ptr + ids_B, mask=ids_B >= 0, other=float("-inf")).to(tl.float32)
         tl.store(logits_ptr + row * k + at_B, logits_B * inverse_temperature, mask=at_B < k)
-        # Several threads may read the same id: all must read before one writes.
+        # Several threads may read the same logit: all must read before a thread overwrites it.
         tl.debug_barrier()
         tl.store(z_ptr + ids_B, float("-inf"), mask=ids_B >= 0)
     tl.debug_barrier()
@@ -207,7 +211,7 @@ def _reduce(
     sum_L = tl.zeros([LANES], tl.float32)
     product_L = tl.zeros([LANES], tl.float32)
     at_GL = tl.arange(0, RUNS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    # The last tile is separate: a mask would prevent 16-byte loads in all tiles if V is not a multiple of 16.
+    # Only the last tile uses a mask: a mask prevents 16-byte loads if V is not a multiple of 16.
     full = vocab // (RUNS * LANES) * (RUNS * LANES)
     for start in range(0, full, RUNS * LANES):
         z_GL = tl.load(z_ptr + (start + at_GL)).to(tl.float32)
@@ -229,13 +233,13 @@ def _reduce(
 def _gradient_of_tile(
     z_GL: tl.tensor, top: tl.tensor, factor: tl.tensor, slope: tl.tensor, inverse_temperature: tl.tensor
 ) -> tl.tensor:
-    """Return the gradient of the tail's logits in a tile; ``slope`` may be None."""
+    """Return the gradient of a tile of the tail's logits; ``slope`` may be None."""
     distance_GL = z_GL.to(tl.float32) * inverse_temperature - top
     mass_GL = tl.exp2(distance_GL * _LOG2_E)
     if slope is None:
         gradient_GL = mass_GL * factor
     else:
-        # e^distance is 0 far below -1e4. _FAR is not used: the slope times it must stay finite.
+        # exp(-1e4) is 0. _FAR is not used here: slope * _FAR could overflow.
         gradient_GL = mass_GL * (factor + slope * tl.maximum(distance_GL, -1e4))
     return gradient_GL
 
@@ -262,7 +266,7 @@ def _gradient(
     z_ptr += row * z_stride
     out_ptr += row * out_stride
     top = tl.load(max_ptr + row)
-    # The factor of an empty tail was divided by a sum of 0.
+    # The factor of an empty tail is not finite: it was divided by a sum of 0.
     empty = top == float("-inf")
     top = tl.where(empty, 0.0, top)
     factor = tl.where(empty, 0.0, tl.load(factor_ptr + row))
@@ -282,7 +286,7 @@ def _gradient(
         gradient_GL = _gradient_of_tile(z_GL, top, factor, slope, inverse_temperature)
         tl.store(out_ptr + (full + at_GL), gradient_GL.to(out_ptr.dtype.element_ty), mask=inside_GL)
 
-    tl.debug_barrier()  # the tail's pass has written 0 at the kept ids
+    tl.debug_barrier()  # the loop above has written 0 at the kept ids
     for start in range(0, k, BLOCK):
         at_B = start + tl.arange(0, BLOCK)
         ids_B = tl.load(ids_ptr + row * k + at_B, mask=at_B < k, other=-1)

@@ -1,20 +1,21 @@
-"""The exact top-k of rows of logits, with log tail and entropy: little more than one read of the logits.
+"""Triton kernels for the exact top-k of each row of logits, with log tail mass and entropy.
 
-The plain twin is ``torch.topk`` and ``loss.topk_reduction.reduce_in_place`` (see ``loss.targets.TeacherScorer``).
+The kernels read the logits little more than once. The reference implementation is
+``loss.targets.TeacherScorer.topk_of_ids`` with the ids of ``torch.topk``. No kernel makes the host wait for the device.
 
-``_scan_tiles`` reads a row once and writes the largest logit of each tile. The k-th largest of these maxima, t, is a
-lower bound of the k-th largest logit, because k tiles have a logit >= t. ``_select`` therefore rereads only the tiles
-whose maximum reaches t, about k of them. Their logits >= t are the candidates, usually not many more than k; it selects
-the k-th largest among them. Hundreds of equal logits, as in bf16, can overflow the candidate buffer; such rows are
-marked and computed again by ``_full_row``, which needs no buffer but rereads the row for every bisection step. No
-kernel makes the host wait for the device.
+1. ``_scan_tiles`` reads a row in tiles and writes the largest logit of each tile. Let t be the k-th largest of these
+   maxima. Then k tiles have a logit of at least t, so t is a lower bound of the k-th largest logit.
+2. ``_select`` reads again only the tiles with a maximum of at least t, about k tiles. Their logits of at least t are
+   the candidates, usually few more than k. The kernel selects the k largest candidates.
+3. With hundreds of equal logits, which occur in bf16, the candidates can overflow their buffer. ``_select`` marks such
+   a row, and ``_full_row`` computes it. ``_full_row`` needs no buffer, but it reads the row in every bisection step.
 
-A tile is not contiguous: it is ``W / VEC`` runs of 16 bytes, far from each other. Then one thread has a complete tile
-and computes its maximum and sums without other threads, whose exchange would cost more than the read. It also
-distributes adjacent logits, which are often large together, over many tiles.
+A tile is not contiguous: it consists of ``W / VEC`` runs of 16 bytes, with a large stride. A single thread reads a
+complete tile, so it computes the tile's maximum and sums without communication, which would take longer than the read.
+This layout also distributes adjacent logits, which are often large together, over many tiles.
 
-Suffixes inside the kernels: R x S x VEC a group of S tiles (R runs of VEC adjacent logits each), T the tiles of a
-row, G its groups, B a block of logits, A the candidate buffer.
+Suffixes of names in the kernels: R x S x VEC a group of S tiles with R runs of VEC adjacent logits each, T the tiles of
+a row, G the groups of a row, B a block of logits, A the candidate buffer.
 """
 
 from __future__ import annotations
@@ -28,43 +29,44 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TILED_K = 2048
-"""Above this k, or if k is a large fraction of the row, ``_full_row`` computes every row."""
+"""Largest k for which tiles are used. For a larger k, or a k close to V, ``_full_row`` computes all rows."""
 
 _GROUP = 8192
-"""Number of logits that a program of ``_scan_tiles`` reads: 64 per thread, all in registers."""
+"""Number of logits that a program of ``_scan_tiles`` reads: 64 per thread, which fit into registers."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Replaces a distance of -inf that is multiplied by e^distance = 0: 0 * -inf would be NaN."""
+"""Finite replacement of a difference of -inf before it is multiplied by exp(-inf) = 0: 0 * -inf would be NaN."""
 _LOWEST = tl.constexpr(-(2**31))
-"""A key below that of every number."""
+"""Key below the keys of all float32 values; see ``_key``."""
 _HIGHEST = tl.constexpr(2**31 - 1)
-"""The key of NaN."""
+"""Key of NaN; see ``_key``."""
 
 
 class Tiling(NamedTuple):
-    """Sizes of the tiles of a row."""
+    """Numbers and sizes of the tiles of a row."""
 
     width: int
-    """Number of logits of a tile."""
+    """Number of logits in a tile."""
     per_group: int
-    """Number of tiles of a group, S; a group is a contiguous run of logits."""
+    """Number of tiles in a group; a group is a contiguous range of logits."""
     groups: int
-    """Number of groups of a row; the last may extend past the row's end."""
+    """Number of groups in a row; the last group may extend past the end of the row."""
     room: int
-    """Size of the candidate buffer of a row."""
+    """Number of candidates that the buffer of a row can hold."""
 
     @property
     def tiles(self) -> int:
-        """Return the number of tiles of a row, including those past its end."""
+        """Return the number of tiles of a row, including tiles past the end of the row."""
         return self.per_group * self.groups
 
 
 def tiling(vocab: int, k: int) -> Tiling | None:
-    """Return the tiles for the ``k`` largest of ``vocab`` logits; None if ``_full_row`` alone is as fast.
+    """Return the tiling for the ``k`` largest of ``vocab`` logits, or None if ``_full_row`` alone is as fast.
 
-    Two 4-byte numbers per tile are written and read, and k tiles are reread in halves of 32-byte sectors: the total is
-    smallest at a width of about sqrt(2 V / k). With far fewer than 2 k tiles nearly all logits would be candidates.
+    The memory traffic consists of two 4-byte numbers per tile, written and read, and of about k tiles that are read
+    again. It is smallest for a width of about sqrt(2 V / k). With few tiles in comparison to k, nearly all logits would
+    be candidates; then the result is None.
     """
     width = 64
     while width > 8 and width * width * k > 4 * vocab:
@@ -76,38 +78,38 @@ def tiling(vocab: int, k: int) -> Tiling | None:
 
 
 def topk_ids(z_CV: Tensor, k: int) -> Tensor:
-    """Return the ids of the ``k`` largest logits of each row, exactly; of equal logits the lowest ids.
+    """Return the exact ids of the ``k`` largest logits of each row; among equal logits the lowest ids.
 
-    The plain twin is ``torch.topk``.
+    The reference implementation is ``torch.topk``.
 
     Args:
-        z_CV: logits, float32 or bf16, column stride 1; the row stride may exceed V. A row stride that is a multiple of
-            16 allows reads of 16 bytes for any V. -inf is an ordinary logit. In a row with NaN the ids are distinct and
-            in range, but otherwise undefined.
-        k: 1 to V.
+        z_CV: logits, float32 or bf16, with column stride 1; the row stride may exceed V. If it is a multiple of 16, the
+            kernels use 16-byte loads. Logits may be -inf. In a row with NaN the ids are distinct and in range, but
+            otherwise undefined.
+        k: number of ids, from 1 to V.
 
     Returns:
-        int32 [C, K]; the order within a row has no meaning and is the same on every call.
+        int32 [C, K]; the order within a row is arbitrary, but equal for equal inputs.
 
-    Raises ``ValueError`` for other dtypes, shapes, strides or k.
+    Raises ``ValueError`` for other dtypes, shapes, strides or values of k.
     """
     return _topk(z_CV, k, inverse_temperature=None)[0]
 
 
 def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``topk_ids`` with log-probs, log tail and entropy, from the same read.
+    """Return the ids of ``topk_ids`` with log-probs, log tail mass and entropy.
 
-    The plain twin is ``loss.targets.TeacherScorer.topk_of_ids`` with ``TorchKernels``.
+    The reference implementation is ``loss.targets.TeacherScorer.topk_of_ids`` with ``TorchKernels``.
 
     Args:
         z_CV: raw logits, as for ``topk_ids``.
-        k: 1 to V; k = V leaves an empty tail.
-        inverse_temperature: factor of the logits in all outputs; above 0.
+        k: number of ids, from 1 to V; with k = V the tail is empty.
+        inverse_temperature: 1 / temperature, above 0; all outputs use the logits multiplied by it.
 
     Returns:
-        ids_CK (int32) and in float32, nats: logprobs_CK over the complete row, log_tail_C (log of the sum over all
-        other ids alone, so that a small tail keeps its digits; -inf if it is empty), entropy_C of the complete row. A
-        row with NaN or +inf has NaN among its log-probs.
+        ids [C, K] (int32), log-probs [C, K], log tail mass [C] and entropy [C] (float32, nats). Log-probs and entropy
+        are those of the complete row. The log tail mass is computed from the tail alone, so it is precise for a small
+        tail; it is -inf for an empty tail. A row with NaN or +inf has NaN among its log-probs.
 
     Raises ``ValueError`` as ``topk_ids`` does, and for an inverse temperature that is not above 0.
     """
@@ -117,7 +119,7 @@ def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Te
 
 
 def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, log-probs, log tail and entropy; the last three are empty without a temperature."""
+    """Return ids, log-probs, log tail mass and entropy; the last three are empty if there is no temperature."""
     _check(z_CV, k)
     (rows, vocab), device = z_CV.shape, z_CV.device
     stats = inverse_temperature is not None
@@ -149,7 +151,7 @@ def _by_tiles(
     k: int,
     stats: bool,
 ) -> None:
-    """Fill the outputs of all rows except those that it marks in ``full_row_C``."""
+    """Compute the outputs of all rows by tiles; set ``full_row_C`` to 1 for rows that ``_full_row`` must compute."""
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)
     sum_CT = torch.empty_like(top_CT) if stats else top_CT
@@ -160,8 +162,8 @@ def _by_tiles(
         z_CV, top_CT, sum_CT, groups_C3G, *rest, cut.groups, **shape, num_warps=4 if vocab >= 1024 else 1
     )
     tiles = _power_of_2(cut.tiles)
-    # 16 tiles and 16 candidates per thread. A row is a chain of short steps, so the speed is the number of concurrent
-    # rows: with 64 registers a multiprocessor runs 1024 of its 2048 threads, and few values spill.
+    # 16 tiles and 16 candidates per thread. The steps of a row are short and sequential, so throughput depends on the
+    # number of concurrent rows. With 64 registers per thread a multiprocessor runs 1024 threads, with few spills.
     num_warps = min(max(max(tiles, cut.room) // 512, 4), 32)
     _select[(rows,)](
         *(z_CV, top_CT, sum_CT, groups_C3G, found_C3A, full_row_C, *outputs, *rest, cut.groups),
@@ -176,9 +178,9 @@ def _check(z_CV: Tensor, k: int) -> None:
     if z_CV.dim() != 2 or z_CV.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"z_CV must be [C, V], float32 or bf16, not {list(z_CV.shape)}, {z_CV.dtype}")
     if z_CV.stride(1) != 1 and z_CV.shape[1] > 1:
-        raise ValueError(f"z_CV must have column stride 1, not a stride of {z_CV.stride(1)}")
+        raise ValueError(f"z_CV must have column stride 1, not {z_CV.stride(1)}")
     if not 1 <= k <= z_CV.shape[1]:
-        raise ValueError(f"k={k} must be between 1 and the number of columns ({z_CV.shape[1]})")
+        raise ValueError(f"k must be between 1 and the number of columns, {z_CV.shape[1]}, not {k}")
 
 
 def _power_of_2(number: int) -> int:
@@ -188,7 +190,7 @@ def _power_of_2(number: int) -> int:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _key(z: tl.tensor) -> tl.tensor:
-    """Return int32 keys in the order of the float32 values; -0 equals 0, NaN is the largest."""
+    """Return int32 keys that sort like the float32 values; -0 equals 0, and NaN has the largest key."""
     bits = z.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(z == 0.0, 0, key)
@@ -203,16 +205,16 @@ def _number(key: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _finite(top: tl.tensor) -> tl.tensor:
-    """Return ``top``, or 0 for -inf, as -inf - -inf would be NaN."""
+    """Return ``top``, with -inf replaced by 0, because -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """Return a bound that k to k + slack keys reach, by bisection, or else the k-th largest key.
+    """Return a bound such that k to k + ``slack`` keys are at least the bound, by bisection.
 
-    At least k keys must reach ``low``. The search stops as soon as at most k + slack keys reach the middle, usually
-    after ten to twenty of at most 32 steps.
+    If no such bound exists, the result is the k-th largest key. At least k keys must be at least ``low``. The search
+    stops at the first suitable bound, usually after ten to twenty of at most 32 steps.
     """
     low = low.to(tl.int64)
     high = tl.max(keys, axis=0).to(tl.int64)
@@ -226,7 +228,7 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Add the ``taken`` entries of ``z`` to a tail; return its (largest m, sum of e^(z - m))."""
+    """Add the entries of ``z`` selected by ``taken`` to a tail; return the tail's maximum m and sum of exp(z - m)."""
     z = tl.where(taken, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, axis=0))
     base = _finite(new_top)
@@ -236,7 +238,7 @@ def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Combine parts into (largest m, sum of e^(z - m), sum of (z - m) e^(z - m))."""
+    """Combine partial results; return the maximum m, the sum of exp(z - m), and the sum of (z - m) exp(z - m)."""
     top = tl.max(top_X, axis=0)
     moved_X = tl.maximum(top_X - _finite(top), _FAR)
     shrink_X = tl.exp2(moved_X * to_log2)
@@ -258,22 +260,23 @@ def _scan_tiles(
     VEC: tl.constexpr,
     STATS: tl.constexpr,
 ) -> None:
-    """Write each tile's largest logit m and sum of e^(z - m); for a group also the sum of (z - m) e^(z - m).
+    """Write the largest logit m and the sum of exp(z - m) of each tile.
 
-    m is a raw logit. Subtract before dividing by the temperature: the difference of two near logits is exact.
+    For each group of tiles also write m, the sum of exp(z - m), and the sum of (z - m) exp(z - m). m is a raw logit:
+    subtracting before scaling by the temperature makes the difference of two close logits exact.
     """
-    row = tl.program_id(0).to(tl.int64) // groups  # row * stride exceeds 32 bits
+    row = tl.program_id(0).to(tl.int64) // groups  # row * stride can exceed 32 bits
     group = tl.program_id(0) % groups
     z_ptr += row * z_stride
     runs_R11 = tl.arange(0, W // VEC)[:, None, None] * (S * VEC)
     column_RSV = runs_R11 + tl.arange(0, S)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     column_RSV += group * (S * W)
-    if (group + 1) * (S * W) <= vocab:  # a mask would cost 16-byte loads wherever V is not a multiple of 16
+    if (group + 1) * (S * W) <= vocab:  # a mask prevents 16-byte loads if V is not a multiple of 16
         z_RSV = tl.load(z_ptr + column_RSV)
     else:
         z_RSV = tl.load(z_ptr + column_RSV, mask=column_RSV < vocab, other=float("-inf"))
     z_RSV = z_RSV.to(tl.float32)
-    top_S = tl.max(tl.max(z_RSV, axis=0), axis=1)  # first the axis that one thread has
+    top_S = tl.max(tl.max(z_RSV, axis=0), axis=1)  # first the axis within a thread
     at_S = (row * groups + group) * S + tl.arange(0, S)
     tl.store(top_ptr + at_S, top_S)
     if STATS:
@@ -283,7 +286,7 @@ def _scan_tiles(
         mass_RSV = tl.exp2(distance_RSV * to_log2)
         sum_S = tl.sum(tl.sum(mass_RSV, axis=0), axis=1)
         tl.store(sum_ptr + at_S, sum_S)
-        # maximum() would hide a NaN, but its mass is NaN too.
+        # maximum() hides a NaN difference, but then mass_RSV is NaN.
         product_S = tl.sum(tl.sum(mass_RSV * tl.maximum(distance_RSV, _FAR), axis=0), axis=1)
         top, total, product = _join(top_S, sum_S, product_S, to_log2)
         groups_ptr += row * 3 * groups + group
@@ -318,14 +321,14 @@ def _select(
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write the outputs of a row from its tiles, or mark it if its candidates overflow the buffer."""
+    """Write the outputs of a row from its tiles, or mark the row if its candidates overflow the buffer."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     keys_ptr = found_ptr + row * 3 * ROOM
     columns_ptr, tiles_ptr = keys_ptr + ROOM, keys_ptr + 2 * ROOM
     to_log2 = inverse_temperature * _LOG2_E
 
-    # Choose the tiles to reread. Tiles past the end of the row would only lengthen the search.
+    # Choose the tiles to read again. Exclude tiles past the end of the row, which would lengthen the search.
     tile_T = tl.arange(0, TILES)
     real_T = (tile_T < groups * S) & (tile_T // S * (S * W) + tile_T % S * VEC < vocab)
     top_T = tl.load(top_ptr + row * groups * S + tile_T, mask=real_T, other=float("-inf"))
@@ -339,14 +342,14 @@ def _select(
     tail_top = tl.full([], float("-inf"), tl.float32)
     tail_sum = tl.full([], 0.0, tl.float32)
     if STATS:
-        # Recompute from the keys: top_T would occupy registers until here.
+        # Recompute the maxima from the keys, because keeping top_T would occupy registers.
         rest_T = tl.where(chosen_T | (key_T == _LOWEST), float("-inf"), _number(key_T))
         tail_top = tl.max(rest_T, axis=0)
         sum_T = tl.load(sum_ptr + row * groups * S + tile_T, mask=real_T & (key_T < bound), other=0.0)
         tail_sum = tl.sum(sum_T * tl.exp2((rest_T - _finite(tail_top)) * to_log2), axis=0)
 
-    # Split their logits into candidates and tail.
-    tl.debug_barrier()  # other threads wrote the tiles
+    # Split the logits of the chosen tiles into candidates and tail.
+    tl.debug_barrier()  # wait for the stores to tiles_ptr by other threads
     count = tl.full([], 0, tl.int32)
     for start in range(0, tl.minimum(chosen, ROOM) * W, BLOCK):
         lane_B = start + tl.arange(0, BLOCK)
@@ -368,7 +371,7 @@ def _select(
     overflow = (chosen > ROOM) | (count > ROOM)
     tl.store(full_row_ptr + row, overflow.to(tl.int32))
 
-    # Select the k-th largest candidate, and among equal ones the lowest ids.
+    # Select the k largest candidates, and among equal candidates the lowest ids.
     tl.debug_barrier()
     live_A = tl.arange(0, ROOM) < count
     key_A = tl.load(keys_ptr + tl.arange(0, ROOM), mask=live_A, other=_LOWEST)
@@ -413,7 +416,11 @@ def _full_row(
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write the outputs of a marked row; at most 32 reads find the k-th largest, three more write the outputs."""
+    """Write the outputs of a marked row.
+
+    At most 32 passes over the row find the k-th largest logit by bisection. Three more passes compute the search range,
+    the sums and the outputs.
+    """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(full_row_ptr + row) == 0:
         return

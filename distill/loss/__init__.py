@@ -1,4 +1,8 @@
-"""The distillation losses: ``topk_kl`` is the plain form, ``fused_linear_kl`` the chunked one with the LM head."""
+"""Distillation losses.
+
+``fused_linear_kl`` computes the loss from hidden states, including the LM head, in chunks of rows. ``topk_kl`` computes
+the same loss from logits in plain PyTorch.
+"""
 
 from __future__ import annotations
 

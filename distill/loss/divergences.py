@@ -1,10 +1,11 @@
-"""Divergences between student and teacher, in plain PyTorch: the readable twins of the fused code.
+"""Divergences between student and teacher in plain PyTorch: the reference implementation of ``loss.fused``.
 
-Every loss here is a function of a few numbers per row: the student's logits at the K kept ids and, of the tail (all
-other tokens), the logsumexp and the mean logit. ``student_outcomes`` computes them under autograd, ``topk_reduction``
-computes the same numbers in place; ``divergence`` turns them into the loss for both.
+The tail of a row consists of all tokens outside the K kept ids. Each loss is a function of a few numbers per row: the
+student's logits at the kept ids, and the logsumexp and the mean logit of the tail. ``student_outcomes`` computes these
+numbers under autograd, and ``topk_reduction`` computes the same numbers in place. In both cases ``divergence`` computes
+the loss from them.
 
-A new divergence is one function in ``DIVERGENCES`` and one word in ``LossConfig.kl_type``. KL(teacher || student) is
+To add a divergence, add a function to ``DIVERGENCES`` and its name to ``LossConfig.kl_type``. KL(teacher || student) is
 the forward KL, KL(student || teacher) the reverse KL. Values are in nats.
 """
 
@@ -23,47 +24,53 @@ from distill.loss import checks
 from distill.types import TopK
 
 LOG_FLOOR = -100.0
-"""Teacher's log-prob outside the top-k under ``outside_topk: floor``; NeMo-RL's value."""
+"""Teacher's log-prob of each token outside the top-k with ``outside_topk: floor``; the same value as in NeMo-RL."""
 
 _NEG_INF = float("-inf")
 
 
 class Tokens(NamedTuple):
-    """The sampled tokens of N rows and the sampler's log-probs of them, at the loss's temperature."""
+    """The sampled tokens of N rows, with their log-probs."""
 
     ids_N: Tensor
+    """int64 [N]: token ids."""
     logprobs_N: Tensor
+    """float32 [N]: the sampler's log-probs of the tokens in nats, at the loss's temperature."""
 
 
 class Outcomes(NamedTuple):
-    """A model's logits at K kept tokens, and the tail's sums; each row may be shifted by a constant."""
+    """Logits of one model at the K kept ids, and statistics of its tail.
+
+    They define a distribution over K + 1 outcomes: the kept tokens and the tail. The distribution does not change if a
+    constant is added to all values of a row.
+    """
 
     logits_NK: Tensor
-    """Logits over temperature at the kept ids; -inf if an id is padding."""
+    """[N, K]: logits at the kept ids, divided by the temperature; -inf if an id is padding."""
     tail_N: Tensor
-    """Logsumexp of the tail; -inf if the tail is empty (K is the vocabulary)."""
+    """[N]: logsumexp of the tail's logits; -inf if the tail is empty, because K is the vocabulary size."""
     tail_mean_N: Tensor
-    """Mean logit of the tail under the tail's own softmax; 0 if the tail is empty, NaN if it was not computed."""
+    """[N]: mean of the tail's logits, weighted by their softmax; 0 if the tail is empty, NaN if not computed."""
 
-    def events_NE(self) -> Tensor:
-        """Return unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then the tail."""
+    def unnormalised_NE(self) -> Tensor:
+        """Return the unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then the tail."""
         return torch.cat([self.logits_NK, self.tail_N.unsqueeze(1)], dim=1)
 
     def log_masses_NE(self) -> Tensor:
-        """Return log-probs of the K + 1 outcomes, [N, K + 1]."""
-        return torch.log_softmax(self.events_NE(), dim=1)
+        """Return the log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then the tail."""
+        return torch.log_softmax(self.unnormalised_NE(), dim=1)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Log-probs of teacher and student over the same E events; the last axis is the events."""
+    """Log-probs of teacher and student for the same E outcomes, [N, E] each."""
 
     log_p_NE: Tensor
     """Teacher's log-probs."""
     log_q_NE: Tensor
     """Student's log-probs, differentiable."""
     floor: Outcomes | None = None
-    """Student's outcomes under ``outside_topk: floor``, which adds the tail to the reverse KL."""
+    """Student's outcomes if ``outside_topk`` is ``floor``, else None; the reverse KL then includes the tail."""
 
     def forward_kl(self) -> Tensor:
         """Return KL(teacher || student), [N]."""
@@ -76,7 +83,7 @@ class Pair:
 
 
 Divergence = Callable[[Pair, LossConfig], Tensor]
-"""A divergence: the loss of each row, [N], differentiable in the student's log-probs."""
+"""Function that returns the loss of each row, [N] in nats, differentiable in the student's log-probs."""
 
 
 def _forward(pair: Pair, loss_config: LossConfig) -> Tensor:
@@ -88,7 +95,10 @@ def _reverse(pair: Pair, loss_config: LossConfig) -> Tensor:
 
 
 def _mixed(pair: Pair, loss_config: LossConfig) -> Tensor:
-    """w KL(teacher || student) + (1 - w) KL(student || teacher); a KL of weight 0 is skipped, as it may be infinite."""
+    """Return w KL(teacher || student) + (1 - w) KL(student || teacher).
+
+    A KL with weight 0 is skipped, because it may be infinite.
+    """
     weight = loss_config.mixed_kl_weight
     if weight == 1:
         return pair.forward_kl()
@@ -98,9 +108,9 @@ def _mixed(pair: Pair, loss_config: LossConfig) -> Tensor:
 
 
 def _jsd(pair: Pair, loss_config: LossConfig) -> Tensor:
-    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; always finite."""
+    """Return b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; the result is always finite."""
     log_p, log_q, beta = pair.log_p_NE, pair.log_q_NE, loss_config.jsd_beta
-    impossible = (log_p == _NEG_INF) & (log_q == _NEG_INF)  # m is 0 too, and its log has no gradient
+    impossible = (log_p == _NEG_INF) & (log_q == _NEG_INF)  # here m is 0 too, and log m has no gradient
     log_p, log_q = (
         log_p.masked_fill(impossible, 0.0),
         log_q.masked_fill(impossible, 0.0),
@@ -115,13 +125,17 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "mixed": _mixed,
     "jsd": _jsd,
 }
-"""Divergences by ``loss_fn.kl_type``. ``sampled`` is none: it is an estimator of the reverse KL from one token."""
+"""Divergences by ``loss_fn.kl_type``.
+
+``sampled`` is not included, because it estimates the reverse KL from the sampled token alone.
+"""
 
 
 def loss_temperature(loss_config: LossConfig, sampling_temperature: float = 1.0) -> float:
-    """Return the temperature of both models' logits in the loss; ``loss_fn.temperature: null`` is the sampler's.
+    """Return the temperature that divides the logits of both models in the loss.
 
-    Raises ``UserError`` if it is not above 0.
+    It is ``loss_fn.temperature``, or the sampling temperature if the setting is null. Raises ``UserError`` if it is not
+    a finite number above 0.
     """
     temperature = sampling_temperature if loss_config.temperature is None else loss_config.temperature
     checks.check_temperature(temperature)
@@ -137,22 +151,24 @@ def topk_kl(
     valid_vocab: int | None = None,
     tokens: Tokens | None = None,
 ) -> Tensor:
-    """Return the distillation loss of each row from the student's logits: the plain twin of ``fused_linear_kl``.
+    """Return the distillation loss of each row from the student's logits.
+
+    This is the reference implementation of ``fused_linear_kl``.
 
     Args:
         logits_NV: the student's logits, not divided by the temperature.
         topk: the teacher's targets, at the loss's temperature.
         loss_config: the divergence and its settings.
-        sampling_temperature: the meaning of ``loss_config.temperature: null``.
-        valid_vocab: number of real columns; columns from here on are padding, count as -inf and get gradient 0.
-        tokens: the sampled tokens, which must be among the kept ids; ``kl_type: sampled`` needs them.
+        sampling_temperature: the loss's temperature if ``loss_config.temperature`` is None.
+        valid_vocab: number of columns without padding. Padding columns count as -inf and get gradient 0.
+        tokens: the sampled tokens; required by ``kl_type: sampled``, and then they must be among the kept ids.
 
     Returns:
-        kl_N in nats, float32 (float64 for float64 logits). It is +inf if one model excludes a token that the other
-        needs, such as the forward KL with a student logit of -inf at a teacher's token; the gradient stays finite.
+        The loss [N] in nats, float32 (float64 for float64 logits). It is +inf if a divergence is infinite, such as the
+        forward KL with a student logit of -inf at one of the teacher's tokens. The gradient stays finite.
 
-    Raises ``UserError`` for an invalid configuration, mismatched shapes, ids out of range or repeated, K above the
-    vocabulary, and for ``sampled`` without tokens or with a token that is not among the kept ids.
+    Raises ``UserError`` for an invalid configuration, mismatched shapes, ids out of range or repeated, and K above the
+    vocabulary size. ``kl_type: sampled`` also raises it for missing tokens and for a token outside the kept ids.
     """
     checks.check_loss(loss_config)
     checks.check_logits(logits_NV)
@@ -172,11 +188,11 @@ def topk_kl(
 
 
 def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
-    """Return the K + 1 outcomes of logits that are already divided by the temperature; differentiable.
+    """Return the outcomes of logits that are already divided by the temperature; differentiable.
 
-    The kept ids become -inf before the tail's logsumexp: 1 - (mass of the kept ids) would lose a small tail's digits.
-    ``with_mean`` computes the tail's mean logit too; it takes two more [N, V], and only ``outside_topk: floor`` needs
-    it.
+    The tail's logsumexp is computed from the logits of the tail alone, because 1 - (probability of the kept ids) would
+    lose precision for a small tail. ``with_mean``: also compute the tail's mean logit, which needs two more tensors of
+    [N, V]. Only ``outside_topk: floor`` uses it.
     """
     z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
     inside_NV = _mark(ids_NK, z_NV.shape[1])
@@ -195,12 +211,16 @@ def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
 
 
 def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None = None) -> Tensor:
-    """Return the loss of each row, [N], from the student's outcomes and the teacher's; differentiable in ``student``.
+    """Return the loss of each row, [N] in nats; differentiable in ``student``.
 
-    ``bucket`` compares the K + 1 outcomes: the result is never negative and never above the full KL. ``renormalize``
-    compares both models conditional on the K ids. ``floor`` renormalises the teacher only and uses a log-prob of -100
-    for its other tokens; NeMo-RL's ``zero_outside_topk: true``. ``kl_type: sampled`` compares the models at the sampled
-    token and ignores ``outside_topk``. The arguments are already checked (``checks.py``).
+    The arguments must be valid (see ``checks``). ``outside_topk`` determines which outcomes are compared:
+
+    - ``bucket``: the K ids, and the tail as one outcome. The result is never negative and never above the full KL.
+    - ``renormalize``: the K ids, with both models renormalised over them.
+    - ``floor``: all tokens. The teacher is renormalised over the K ids and has a log-prob of -100 at all other tokens,
+      as with NeMo-RL's ``zero_outside_topk: true``.
+
+    ``kl_type: sampled`` ignores ``outside_topk`` and compares the models at the sampled token.
     """
     if loss_config.kl_type == "sampled":
         kl_N = _sampled_estimate(student, topk, loss_config, tokens)
@@ -214,9 +234,10 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
 
 
 def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
-    """Policy gradient: cost = ratio (log q(y) - log p(y)) at the sampled token y, gradient = cost * d log q(y).
+    """Return the policy-gradient loss of the sampled tokens, [N].
 
-    Averaged over tokens sampled from the student it is KL(student || teacher), in value and in gradient.
+    The value is the cost, ratio (log q(y) - log p(y)) at the sampled token y. The gradient is cost * d log q(y). For
+    tokens sampled from the student, the expectations of value and gradient are those of KL(student || teacher).
     """
     assert tokens is not None
     here_NK = topk.ids_NK == tokens.ids_N.unsqueeze(1)
@@ -227,33 +248,42 @@ def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, to
 
 
 def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) -> Tensor:
-    """Return trainer's over sampler's probability of the sampled tokens, truncated at the cap; no gradient."""
+    """Return the importance ratios of the sampled tokens, at most ``loss_fn.importance_ratio_cap``.
+
+    The importance ratio is the trainer's probability divided by the sampler's. Both arguments are log-probs.
+    """
     return (own_N - sampler_N.to(own_N.dtype)).exp().clamp(max=loss_config.importance_ratio_cap)
 
 
 def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
-    """Return the weight that brings a row's loss down to ``cap`` nats: a factor, as a clamp would have no gradient."""
+    """Return the factor that reduces the absolute loss of each row to at most ``cap`` nats.
+
+    The loss is scaled instead of clamped, because a clamped loss would have no gradient.
+    """
     if cap is None:
         return torch.ones_like(kl_N)
     return (cap / kl_N.abs()).clamp(max=1.0)
 
 
 def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
-    """Return forward and reverse KL of the K + 1 outcomes, [N] each: metrics of every loss."""
+    """Return forward and reverse KL over the K + 1 outcomes, [N] each in nats, as metrics."""
     pair = Pair(_teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE())
     return pair.forward_kl(), pair.reverse_kl()
 
 
 def entropy(outcomes: Outcomes) -> Tensor:
-    """Return the entropy of the full distribution in nats, [N]: lse - E[logit], with the tail's mass and mean logit."""
-    lse_N1 = outcomes.events_NE().logsumexp(dim=1, keepdim=True)
+    """Return the entropy of the full distribution, [N] in nats.
+
+    The entropy is logsumexp - E[logit]. The tail contributes its probability times its mean logit to E[logit].
+    """
+    lse_N1 = outcomes.unnormalised_NE().logsumexp(dim=1, keepdim=True)
     means_NE = torch.cat([outcomes.logits_NK, outcomes.tail_mean_N.unsqueeze(1)], dim=1)
-    distances_NE = (lse_N1 - means_NE).masked_fill(outcomes.events_NE() == _NEG_INF, 0.0)
+    distances_NE = (lse_N1 - means_NE).masked_fill(outcomes.unnormalised_NE() == _NEG_INF, 0.0)
     return (outcomes.log_masses_NE().exp() * distances_NE).sum(dim=1)
 
 
 def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Pair:
-    """Both models over the events of ``outside_topk``: K + 1 under ``bucket``, else K."""
+    """Return both models' log-probs of the outcomes that the loss compares: K + 1 with ``bucket``, else K."""
     dtype = student.tail_N.dtype
     if loss_config.outside == "bucket":
         return Pair(_teacher_log_masses(topk, dtype), student.log_masses_NE())
@@ -268,8 +298,11 @@ def _teacher_log_masses(topk: TopK, dtype: torch.dtype) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum of p (log p - log q) over the last axis; an event with p = 0 contributes 0 to value and gradient."""
-    impossible = log_p == _NEG_INF  # equality lets a NaN through to the loss, where it is visible
+    """Return the sum of p (log p - log q) over the last axis.
+
+    An outcome with p = 0 contributes 0 to the value and to the gradient.
+    """
+    impossible = log_p == _NEG_INF  # false for NaN, which must reach the loss
     log_p, log_q = (
         log_p.masked_fill(impossible, 0.0),
         log_q.masked_fill(impossible, 0.0),
@@ -278,13 +311,16 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _tail_on_floor(student: Outcomes) -> Tensor:
-    """The tail's part of KL(student || teacher) with log p = -100: sum of q log q there, plus 100 times its mass."""
-    lse_N = student.events_NE().logsumexp(dim=1)
+    """Return the tail's term of KL(student || teacher), [N], if the teacher has log p = -100 at each tail token.
+
+    The term is the sum of q log q over the tail plus 100 times the tail's probability.
+    """
+    lse_N = student.unnormalised_NE().logsumexp(dim=1)
     return (student.tail_N - lse_N).exp() * (student.tail_mean_N - lse_N - LOG_FLOOR)
 
 
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
-    """[N, V] bool: columns of the kept ids. Padding marks an extra column V, which is cut off."""
+    """Return a bool mask [N, V] of the kept ids; padding (-1) marks an additional column V, which is then removed."""
     marks = torch.zeros(ids_NK.shape[0], vocab + 1, dtype=torch.bool, device=ids_NK.device)
     columns_NK = ids_NK.long()
     return marks.scatter_(1, columns_NK.masked_fill(columns_NK < 0, vocab), True)[:, :vocab]

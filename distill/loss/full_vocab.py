@@ -1,8 +1,9 @@
-"""The loss over the complete vocabulary (``topk_logits_k: 0``): no top-k and no tail.
+"""Loss over the complete vocabulary (``topk_logits_k: 0``), without top-k and tail.
 
-The plain twin is ``divergences.topk_kl`` at K = V. The pass holds four buffers of [C, V]: both models' logits and two
-more. It writes every product into a buffer that is free at the time. ``FAST_GRADIENTS`` has hand-derived gradients in
-place; any other divergence of ``DIVERGENCES`` falls back to autograd, with more memory.
+The reference implementation is ``divergences.topk_kl`` with K = V. A pass over a chunk of rows needs four buffers of
+[C, V]: the logits of both models and two more. Each intermediate result overwrites a buffer that is no longer needed.
+``FAST_GRADIENTS`` contains hand-derived gradients. All other divergences of ``DIVERGENCES`` are differentiated by
+autograd, which needs more memory.
 """
 
 from __future__ import annotations
@@ -26,32 +27,38 @@ from distill.loss.metrics import RowMetrics
 from distill.loss.topk_reduction import Scratch
 
 BUFFERS = 4
-"""[C, V] that a pass holds with a hand-derived gradient, or for ``kl_type: sampled``."""
+"""Number of [C, V] buffers of a pass with a hand-derived gradient or with ``kl_type: sampled``."""
 AUTOGRAD_BUFFERS = 19
-"""[C, V] that a pass holds if autograd computes the gradient; measured with the Jensen-Shannon divergence."""
+"""Number of [C, V] buffers of a pass with autograd, measured with the Jensen-Shannon divergence."""
 
 
 @dataclass(frozen=True)
 class FullRows:
-    """A chunk's loss with its gradient and its metrics."""
+    """Loss, gradient and metrics of a chunk of C rows."""
 
     kl_C: Tensor
-    """The loss of each row, not weighted."""
+    """[C]: unweighted loss of each row, in nats."""
     gradient_CV: Tensor
-    """Weighted gradient with respect to the student's logits over the temperature."""
+    """[C, V]: gradient of the loss with respect to the student's scaled logits, multiplied by ``factor_C``."""
     metrics: RowMetrics
     shift_C: Tensor
-    """Student's largest logit."""
+    """[C]: student's largest scaled logit in each row."""
     lse_C: Tensor
-    """Logsumexp of the student's logits, minus ``shift_C``."""
+    """[C]: logsumexp of the student's scaled logits in each row, minus ``shift_C``."""
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Both models' distributions over the vocabulary; a gradient may overwrite every [C, V] buffer."""
+    """Distributions of both models over the vocabulary, and their KL divergences.
+
+    The functions that compute gradients may overwrite all [C, V] buffers.
+    """
 
     log_ratio_CV: Tensor
-    """log p - log q: a difference of sums would lose digits that this one keeps."""
+    """log p - log q of each token.
+
+    A KL computed as the sum of p (log p - log q) is more precise than the difference of two sums.
+    """
     q_CV: Tensor
     p_CV: Tensor
     spare_CV: Tensor
@@ -68,10 +75,11 @@ def full_vocabulary(
     stop_ids: Tensor,
     scratch: Scratch,
 ) -> FullRows:
-    """Return the loss of a chunk from both models' logits, already divided by the temperature; overwrites both.
+    """Return loss, gradient and metrics of a chunk of rows; overwrites the logits of both models.
 
-    ``factor_C`` multiplies the gradient. Log-probs are finite here, so that the term of a p or q that underflows to 0
-    is 0.
+    ``z_CV`` (student) and ``teacher_CV`` are scaled logits, that is, already divided by the temperature. ``factor_C``
+    is the weight of each row divided by the temperature. Multiplied by it, the gradient becomes the gradient of the
+    weighted loss with respect to the raw logits. All log-probs are finite, so p log p is 0 if p underflows to 0.
     """
     rows, dtype = len(z_CV), z_CV.dtype
     q_CV, p_CV = (
@@ -109,7 +117,7 @@ def full_vocabulary(
     if by_autograd is not None:
         value_C, gradient_CV = by_autograd
     elif loss_config.kl_type == "sampled":
-        assert tokens is not None and own_C is not None, "fused_linear_kl refuses sampled without tokens"
+        assert tokens is not None and own_C is not None, "fused_linear_kl requires tokens for kl_type=sampled"
         value_C, gradient_CV = _sampled(models, tokens, importance_ratio(own_C, tokens.logprobs_N, loss_config))
     else:
         value_C, gradient_CV = FAST_GRADIENTS[loss_config.kl_type](models, loss_config)
@@ -124,9 +132,10 @@ def full_vocabulary(
 
 
 def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Return value [C] and gradient [C, V] of any divergence by autograd: the plain twin of ``FAST_GRADIENTS``.
+    """Return value [C] and gradient [C, V] of a divergence, computed by autograd.
 
-    The gradient is with respect to the student's logits. Leaves both arguments unchanged.
+    The gradient is with respect to the student's scaled logits. The arguments are not modified. This is the reference
+    implementation of ``FAST_GRADIENTS``.
     """
     leaf_CV = log_q_CV.clone().requires_grad_()
     with torch.enable_grad():
@@ -137,12 +146,15 @@ def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfi
 
 
 def buffers_of(loss_config: LossConfig) -> int:
-    """Return the number of [C, V] buffers that a pass over the complete vocabulary holds."""
+    """Return the number of [C, V] buffers that a pass over the complete vocabulary needs."""
     return BUFFERS if loss_config.kl_type == "sampled" or loss_config.kl_type in FAST_GRADIENTS else AUTOGRAD_BUFFERS
 
 
 def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into log-probs in place, write probabilities to ``mass_CV``; return shift and logsumexp, [C] each."""
+    """Replace logits by log-probs in place, and write the probabilities to ``mass_CV``.
+
+    Returns the largest logit, and the logsumexp minus the largest logit, [C] each.
+    """
     shift_C1 = logits_CV.amax(dim=1, keepdim=True)
     logits_CV.sub_(shift_C1)
     lse_C1 = torch.exp(logits_CV, out=mass_CV).sum(dim=1, keepdim=True).log_()
@@ -151,17 +163,20 @@ def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
-    """Inner products of the rows, [C]; overwrites ``spare_CV``, which may be one of the two."""
+    """Return the inner products of the rows, [C]; overwrites ``spare_CV``, which may be ``a_CV`` or ``b_CV``."""
     return torch.mul(a_CV, b_CV, out=spare_CV).sum(dim=1)
 
 
 def _at(log_CV: Tensor, tokens: Tokens) -> Tensor:
-    """Values at the sampled tokens, [C]."""
+    """Return the values of ``log_CV`` at the sampled tokens, [C]."""
     return log_CV.gather(1, tokens.ids_N.long().unsqueeze(1)).squeeze(1)
 
 
 def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Policy gradient: cost = ratio (log q(y) - log p(y)), gradient = cost (one-hot(y) - q)."""
+    """Return cost and policy gradient of the sampled tokens.
+
+    The cost is ratio (log q(y) - log p(y)) at the sampled token y. The gradient is cost (one-hot(y) - q).
+    """
     value_C = -ratio_C * _at(models.log_ratio_CV, tokens)
     gradient_CV = models.q_CV.mul_(-value_C.unsqueeze(1))
     gradient_CV.scatter_add_(1, tokens.ids_N.long().unsqueeze(1), value_C.unsqueeze(1))
@@ -169,7 +184,10 @@ def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, 
 
 
 def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Gradients: q - p of the forward KL, q (log q - log p - R) of the reverse KL R."""
+    """Return value and gradient of the forward, reverse or mixed KL.
+
+    The gradient of the forward KL is q - p. The gradient of the reverse KL, with value R, is q (log q - log p - R).
+    """
     weight = {"forward": 1.0, "reverse": 0.0, "mixed": loss_config.mixed_kl_weight}[loss_config.kl_type]
     value_C, gradient_CV = (
         weight * models.forward_C + (1 - weight) * models.reverse_C,
@@ -186,7 +204,10 @@ def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Gradient: q (u - sum q u) with m = b p + (1 - b) q and u = (1 - b) (log q - log m)."""
+    """Return value and gradient of the Jensen-Shannon divergence.
+
+    The gradient is q (u - sum q u) with u = (1 - b) (log q - log m) and m = b p + (1 - b) q.
+    """
     beta, log_ratio_CV, q_CV, p_CV = (
         loss_config.jsd_beta,
         models.log_ratio_CV,
@@ -207,4 +228,7 @@ FAST_GRADIENTS: Mapping[str, Callable[[_Models, LossConfig], tuple[Tensor, Tenso
     "mixed": _kls,
     "jsd": _jsd,
 }
-"""Hand-derived value [C] and gradient [C, V] by ``loss_fn.kl_type``; each needs no buffer beyond ``_Models``."""
+"""Functions with hand-derived gradients, by ``loss_fn.kl_type``; each returns value [C] and gradient [C, V].
+
+They use only the [C, V] buffers of ``_Models``.
+"""

@@ -1,8 +1,9 @@
-"""The chunked LM head and loss: from hidden rows to summed loss, gradients and metrics, without a tensor of [N, V].
+"""Fused LM head and loss: compute loss, gradients and metrics from hidden states, without a tensor of [N, V].
 
-The forward computes the gradients chunk by chunk, because the rows' weights are known by then: three matmuls instead of
-four, and only [C, V] of logits at a time (C = ``chunk_rows``). The backward scales the stored gradients. The plain twin
-is ``divergences.topk_kl`` of ``hidden @ head.T``.
+The forward processes the rows in chunks of C = ``chunk_rows``. It also computes the gradients of each chunk, so the
+backward only scales the stored gradients. This needs three matmuls with the head instead of four, because logits are
+not recomputed, and only a few buffers of [C, V]. The reference implementation is ``divergences.topk_kl`` of
+``hidden @ head.T``.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from distill.types import LossOutput, Targets, TeacherRows
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """A head whose rows are sharded over the ranks of a group: ``head_VD`` is this rank's run of columns of logits.
+    """Sharding of the LM head's rows (the columns of logits) over the ranks of a group.
 
-    The shards are those of ``torch.chunk`` over the columns, in rank order.
+    Rank r of the group has the r-th shard of ``torch.chunk`` over the rows.
     """
 
     group: dist.ProcessGroup
+    """Ranks over which the head is sharded."""
     first: int
     """Vocabulary id of this rank's first column."""
     vocab: int
-    """Columns of all ranks together."""
+    """Number of columns of all ranks, padding included."""
 
 
 def fused_linear_kl(
@@ -66,31 +68,32 @@ def fused_linear_kl(
 ) -> LossOutput:
     """Return the weighted sum of the distillation loss over N rows, differentiable in ``hidden_ND`` and ``head_VD``.
 
-    Call it inside the root module's forward, where a sharded head is gathered. N may be 0. Rows of weight 0 never reach
-    the head. Without grad mode only the values are computed. With ``parallel`` it is collective over the group, and all
-    ranks pass the same rows.
+    Call it inside the forward of the root FSDP module, because only there the head is unsharded. N may be 0. Rows of
+    weight 0 are skipped. Without grad mode only the values are computed. With ``parallel`` the function is collective
+    over the group, and all ranks of the group must pass the same rows.
 
     Args:
-        hidden_ND: the student's hidden rows, after its last norm, in the head's dtype and on its device.
+        hidden_ND: the student's hidden states after the final norm, with the head's dtype and device.
         head_VD: the head's weight, bf16, float32 or float64; with ``parallel`` this rank's shard.
-        targets: ``TopK`` at the loss's temperature, or ``TeacherRows``, whose logits are computed chunk by chunk.
-        loss_config: the divergence, its temperature and the dtype of the logits.
-        weight_N: a factor per row, without gradient; 0 excludes the row.
-        sampled: the response tokens; required by ``kl_type: sampled``, which needs them among the ids of a ``TopK``.
-        chunk_rows: rows of logits held at the same time; None: ``default_chunk_rows``.
-        valid_vocab: number of real columns; columns from here on are padding: -inf in both models, gradient exactly 0.
-        stop_token_ids: ids of the metric ``teacher_stop_mass``.
-        topk_logits_k: with ``TeacherRows`` the number of ids to keep; 0: the complete vocabulary.
-        parallel: the group of a sharded head; requires ``TopK``.
-        row_kls: filled with ``forward_kl`` and ``reverse_kl`` of each row of weight other than 0, in order.
-        debug: also refuse repeated ids.
+        targets: a ``TopK`` at the loss's temperature, or ``TeacherRows`` to compute the teacher's logits in chunks.
+        loss_config: the section ``loss_fn`` of the configuration.
+        weight_N: weight of each row, without gradient; 0 excludes the row.
+        sampled: the response tokens; required by ``kl_type: sampled``, and then a ``TopK`` must include their ids.
+        chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
+        valid_vocab: number of columns without padding, None: all. Padding columns count as -inf and get gradient 0.
+        stop_token_ids: token ids for the metric ``teacher_stop_mass``.
+        topk_logits_k: number of ids to keep with ``TeacherRows``; 0 means the complete vocabulary.
+        parallel: sharding of the head over a group of ranks; requires a ``TopK``.
+        row_kls: a dict that receives ``forward_kl`` and ``reverse_kl`` of each row of nonzero weight, in order.
+        debug: also raise ``UserError`` if a row of a ``TopK`` repeats an id.
 
     Returns:
-        ``kl_sum`` (float32; float64 with a float64 head), good for one backward, and the metrics as (sum, count) over
-        the rows of weight other than 0: the fields of ``RowMetrics``, ``loss`` (sum of weight * kl, sum of weight) and,
-        with ``sampled``, ``student_logprob``, ``sampler_logprob_diff`` and ``sampler_logprob_diff_max`` (a maximum).
+        ``kl_sum`` is float32 (float64 with a float64 head) and supports one backward. ``stats`` has (sum, count) over
+        the rows of nonzero weight for each field of ``RowMetrics``, and (sum of weight * loss, sum of weight) for
+        ``loss``. With ``sampled`` it also has ``student_logprob``, ``sampler_logprob_diff`` and
+        ``sampler_logprob_diff_max``; the last has a maximum instead of a sum.
 
-    Raises ``UserError`` for an invalid configuration, mismatched shapes or dtypes, and ids out of range (``checks``).
+    Raises ``UserError`` for an invalid configuration, mismatched shapes or dtypes, and ids out of range.
     """
     checks.check_loss(loss_config)
     columns = _Columns.of(head_VD, valid_vocab, parallel, isinstance(targets, TeacherRows))
@@ -105,7 +108,7 @@ def fused_linear_kl(
         )
     train = torch.is_grad_enabled()
     with torch.no_grad():
-        if chunk_rows is None:  # the same on all ranks, which run their collectives chunk by chunk
+        if chunk_rows is None:  # must be equal on all ranks: each chunk runs collectives
             buffers = chunk_buffers(loss_config, topk_logits_k)
             chunk_rows = default_chunk_rows(hidden_ND, columns.per_rank, buffers)
         chunks = _chunks(weight_N, chunk_rows)
@@ -147,17 +150,18 @@ def fused_linear_kl(
 
 @dataclass(frozen=True)
 class _Columns:
-    """This rank's columns of logits."""
+    """Range of this rank's columns of logits."""
 
     own: int
-    """Real columns of this rank."""
+    """Number of this rank's columns without padding."""
     first: int
-    """Vocabulary id of the first one."""
+    """Vocabulary id of this rank's first column."""
     per_rank: int
-    """Columns of the largest shard, padding included."""
+    """Number of columns of the largest shard, padding included."""
     vocab: int
-    """Real columns of all ranks."""
+    """Number of columns of all ranks without padding."""
     group: dist.ProcessGroup | None
+    """Ranks over which the columns are sharded; None if this rank has all columns."""
 
     @classmethod
     def of(
@@ -167,33 +171,33 @@ class _Columns:
         parallel: VocabParallel | None,
         teacher_rows: bool,
     ) -> _Columns:
-        """Check and return the columns. Raises ``UserError``, with ``parallel`` on all ranks together."""
+        """Return this rank's columns; raise ``UserError``, on all ranks of the group, if the sizes are invalid."""
         columns = head_VD.shape[0]
         if parallel is None:
             vocab = checks.check_vocab(columns, valid_vocab)
             return cls(min(columns, vocab), 0, columns, vocab, None)
         ranks = dist.get_world_size(parallel.group)
         vocab = checks.check_vocab(parallel.vocab, valid_vocab)
-        checks.check_part(parallel.vocab, ranks, vocab, teacher_rows)
+        checks.check_vocab_parallel(parallel.vocab, ranks, vocab, teacher_rows)
         own = min(columns, vocab - parallel.first)
         return cls(own, parallel.first, -(-parallel.vocab // ranks), vocab, parallel.group)
 
 
 @cache
 def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """One tensor for all passes: a copy to a GPU waits for the GPU."""
+    """Return the ids as a tensor, cached because each copy to a GPU would wait for the device."""
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def _head_gradient(head_VD: Tensor, own: int, dtype: torch.dtype) -> Tensor:
-    """Buffer of the head's gradient: 0 for padding, filled by the first chunk elsewhere."""
+    """Return a buffer for the head's gradient, with 0 at padding rows; the first chunk initialises the other rows."""
     d_head_VD = torch.empty_like(head_VD, dtype=dtype)
     d_head_VD[own:] = 0
     return d_head_VD
 
 
 def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
-    """Check and return the loss's temperature; ``kl_type: sampled`` requires the sampling temperature."""
+    """Return the temperature of the loss; raise ``UserError`` if ``kl_type: sampled`` cannot use it."""
     checks.check_tokens(loss_config, sampled is not None)
     if sampled is None:
         return loss_temperature(loss_config)
@@ -201,8 +205,8 @@ def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
     temperature = loss_temperature(loss_config, sampled.temperature)
     if loss_config.kl_type == "sampled" and sampled.temperature != temperature:
         raise UserError(
-            f"loss_fn.temperature={temperature} differs from the sampling temperature {sampled.temperature}, which "
-            "loss_fn.kl_type=sampled requires",
+            f"loss_fn.temperature={temperature} must equal policy.generation.temperature={sampled.temperature} with "
+            "loss_fn.kl_type=sampled",
             "remove loss_fn.temperature",
             key="loss_fn.temperature",
             value=temperature,
@@ -212,7 +216,7 @@ def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
 
 @dataclass(frozen=True)
 class _Loop:
-    """Inputs and outputs of one pass over all chunks; ``run`` computes one chunk."""
+    """Inputs and outputs of one pass over all chunks; ``run`` processes one chunk."""
 
     loss_pass: LossPass
     hidden_ND: Tensor
@@ -225,8 +229,8 @@ class _Loop:
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
-        """Store the chunk's gradients and return the metrics of its rows."""
-        # The teacher's top-k comes first: it may use the buffer of the student's logits.
+        """Compute the loss of a chunk, store its gradients, and return the metrics of its rows, [C] each, by name."""
+        # Compute the teacher's top-k first: it may use the same buffer as the student's logits.
         topk = self.targets.topk(rows) if self.targets.topk else None
         hidden_CD = self.hidden_ND[rows]
         z_CV = self._logits(hidden_CD)
@@ -254,7 +258,7 @@ class _Loop:
         if not self._needs_gradient:
             kl_C = divergence(outcomes, topk, loss_config, tokens)
         else:
-            # Autograd sees K + 1 numbers per row; one pass in place expands their gradient to [C, V].
+            # Autograd handles only the outcomes; the gradient of the logits follows from theirs, in place.
             leaves = Outcomes(*(numbers.detach().requires_grad_() for numbers in outcomes))
             with torch.enable_grad():
                 kl_C = divergence(leaves, topk, loss_config, tokens)
@@ -275,7 +279,7 @@ class _Loop:
         read_CE: Tensor,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Compute a chunk over the complete vocabulary."""
+        """Compute a chunk with the loss over the complete vocabulary; see ``run``."""
         if z_CV.dtype != self.student.dtype:
             z_CV = self.loss_pass.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)
         divide(z_CV, self.loss_pass.temperature)
@@ -298,7 +302,11 @@ class _Loop:
         return not (self.d_hidden_ND is None and self.d_head_VD is None)
 
     def _factor(self, rows: Rows) -> Tensor:
-        """Factor of the gradient with respect to logits over the temperature."""
+        """Return weight / temperature of each row, [C].
+
+        Multiplied by it, the gradient with respect to scaled logits becomes that of the weighted loss with respect to
+        raw logits.
+        """
         return self.weight_N[rows] / self.loss_pass.temperature
 
     def _logits(self, hidden_CD: Tensor) -> Tensor:
@@ -307,7 +315,7 @@ class _Loop:
         return self.student.logits(hidden_CD, self.loss_pass.scratch.get("logits", len(hidden_CD), dtype))
 
     def _own_ids(self, ids_CK: Tensor, columns: int) -> Tensor:
-        """The ids as this rank's columns; -1 for columns of other ranks."""
+        """Return the ids as column numbers of this rank; -1 for columns of other ranks."""
         if self.sampled.group is None:
             return ids_CK
         own_CK = ids_CK - self.sampled.first
@@ -316,7 +324,7 @@ class _Loop:
     def _add_gradients(self, rows: Rows, hidden_CD: Tensor, gradient_CV: Tensor, first: bool) -> None:
         gradient_CV = self.student.cast(gradient_CV)
         if self.d_hidden_ND is not None:
-            sharded = self.sampled.group is not None  # the ranks' terms are rounded once, after their sum
+            sharded = self.sampled.group is not None  # round once, after the sum over ranks
             d_hidden_CD = self.student.hidden_gradient(gradient_CV, wide=sharded)
             if sharded:
                 dist.all_reduce(d_hidden_CD, group=self.sampled.group)
@@ -326,9 +334,10 @@ class _Loop:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value with known gradients: the backward scales them by the incoming gradient and returns them, once.
+    """Autograd function that returns a given value with given gradients; it supports one backward.
 
-    In place if the dtype allows it, because the head's gradient is as large as the head.
+    The backward multiplies the stored gradients by the incoming gradient. It does so in place if the dtype allows,
+    because the head's gradient is as large as the head.
     """
 
     @staticmethod
@@ -347,7 +356,9 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if not ctx.gradients:
-            raise RuntimeError("the loss supports one backward: call fused_linear_kl again for a second one")
+            raise RuntimeError(
+                "the loss supports only one backward: call fused_linear_kl again before the next backward"
+            )
         d_head_VD, d_hidden_ND = ctx.gradients.pop(), ctx.gradients.pop()
         d_hidden_ND = _scaled(d_hidden_ND, outputs[0], ctx.dtypes[0])
         return (
@@ -360,18 +371,24 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return gradient * scale, rounded once to ``dtype``, in blocks of rows: no second float32 copy of it."""
+    """Return gradient * scale, rounded once to ``dtype``.
+
+    The function works in blocks of rows, to avoid a second float32 copy of the gradient.
+    """
     if gradient is None:
         return None
     scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     for block, target in zip(torch.split(gradient, 8192), torch.split(scaled, 8192), strict=True):
-        # Widened first: a bf16 tensor on CUDA times a 0-dim float32 would round the scale itself to bf16.
+        # Convert first: a product of a bf16 tensor and a 0-dim float32 tensor on CUDA rounds the scale to bf16.
         torch.mul(block.to(scale.dtype), scale, out=target)
     return scaled
 
 
 def _chunks(weight_N: Tensor, chunk_rows: int) -> list[Rows]:
-    """Split the rows of weight other than 0 into chunks; one empty chunk if there are no rows, for the metric names."""
+    """Return the rows of nonzero weight in chunks of ``chunk_rows``.
+
+    Without such rows the result is one empty chunk, so that all metric names are reported.
+    """
     kept_N = weight_N.detach().nonzero().squeeze(1)
     if kept_N.numel() < weight_N.numel():
         return list(torch.split(kept_N, chunk_rows))

@@ -1,7 +1,8 @@
-"""The LM head as three matmuls: logits, gradient of the hidden rows, gradient of the head.
+"""The three matmuls of the LM head: logits, gradient of the hidden states and gradient of the head's weight.
 
-bf16 operands give float32 logits: bf16 logits would move every log-prob by 0.02 nats. The logits' gradient is cast to
-the head's dtype; the head's gradient is accumulated in float32. A float32 or float64 head keeps its dtype everywhere.
+bf16 operands give float32 logits, because rounding the logits to bf16 changes log-probs by about 0.02 nats. The
+gradient of the logits is converted to the head's dtype. The gradient of the head is accumulated in float32. With a
+float32 or float64 head, all tensors have the head's dtype.
 """
 
 from __future__ import annotations
@@ -10,28 +11,34 @@ import torch
 from torch import Tensor
 
 ROUNDED = "bfloat16"
-"""Value of ``loss_fn.logits_dtype`` that rounds the logits: a faster matmul, 6e-4 nats of error in the KL."""
+"""Value of ``loss_fn.logits_dtype`` that rounds the logits to bf16.
+
+The matmul is faster; the error of the KL is about 6e-4 nats.
+"""
 
 
 class Projection:
-    """The head's matmuls for one pass over all chunks; autograd does not record them.
+    """Matmuls of the LM head for one pass over all chunks, without autograd.
 
-    C is the number of rows in a chunk, V the head's rows, D the hidden width.
+    C is the number of rows in a chunk, V the number of rows of the head, D the hidden size.
     """
 
     def __init__(self, head_VD: Tensor, logits_dtype: str = "float32") -> None:
         self.head_VD = head_VD.detach()
         self.dtype = torch.promote_types(head_VD.dtype, torch.float32)
-        """Dtype of logits and of the head's gradient: float32, or float64 for a float64 head."""
+        """Dtype of unrounded logits and of the head's gradient: float32, or float64 for a float64 head."""
         self.logits_dtype = logits_dtype
         self._rounded = logits_dtype == ROUNDED
         self._narrow = head_VD.dtype != self.dtype
-        # Only CUDA multiplies bf16 operands into a float32 result; other devices widen the head, once per pass.
+        # Only CUDA has a matmul of bf16 operands with a float32 result; elsewhere the head is converted once per pass.
         self._widen = self._narrow and not head_VD.is_cuda
         self._operand_VD = self.head_VD.to(self.dtype) if self._widen and not self._rounded else self.head_VD
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
-        """Write hidden @ head^T to ``out_CV`` (of ``dtype``, or bf16 for rounded logits) and return it."""
+        """Write hidden @ head^T to ``out_CV`` and return it.
+
+        The dtype of ``out_CV`` is ``self.dtype``; it may be bf16 if the logits are rounded.
+        """
         transposed_DV = self._operand_VD.t()
         if self._rounded and out_CV.dtype == hidden_CD.dtype == transposed_DV.dtype == torch.bfloat16:
             return torch.mm(hidden_CD, transposed_DV, out=out_CV)
@@ -42,11 +49,11 @@ class Projection:
         return torch.mm(hidden_CD.to(self.dtype), transposed_DV, out=out_CV)
 
     def cast(self, gradient_CV: Tensor) -> Tensor:
-        """Return the logits' gradient in the head's dtype, as both methods below need it."""
+        """Return the gradient of the logits in the head's dtype, which the two methods below require."""
         return gradient_CV.to(self.head_VD.dtype)
 
     def hidden_gradient(self, gradient_CV: Tensor, wide: bool = False) -> Tensor:
-        """Return the hidden rows' gradient, [C, D], in the head's dtype, or in ``dtype`` if ``wide``."""
+        """Return the gradient of the hidden states, [C, D], in the head's dtype, or in ``self.dtype`` if ``wide``."""
         if not (wide and self._narrow):
             return gradient_CV @ self.head_VD
         if self._widen:
@@ -54,8 +61,11 @@ class Projection:
         return torch.mm(gradient_CV, self.head_VD, out_dtype=self.dtype)
 
     def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor, first: bool) -> None:
-        """Add this chunk's gradient of the head to ``into_VD`` (of ``dtype``); the ``first`` chunk overwrites it."""
-        if self._widen:  # like plain PyTorch: a bf16 matmul, accumulated in float32
+        """Add the head's gradient of this chunk to ``into_VD``, which has dtype ``self.dtype``.
+
+        The ``first`` chunk overwrites ``into_VD``, which may be uninitialised.
+        """
+        if self._widen:  # as in plain PyTorch: a bf16 matmul, added to a float32 sum
             product_VD = gradient_CV.t() @ hidden_CD
             into_VD.copy_(product_VD) if first else into_VD.add_(product_VD)
         elif self._narrow:

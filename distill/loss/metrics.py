@@ -1,4 +1,7 @@
-"""Metrics of the loss per row, from numbers that its passes compute anyway; and the sampled tokens' log-probs."""
+"""Metrics of each row of the loss, and log-probs of the sampled tokens.
+
+They are computed from numbers that the loss needs anyway.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +18,37 @@ from distill.types import Stats, TopK
 
 @dataclass(frozen=True)
 class RowMetrics:
-    """Metrics of C rows, [C] each; absent metrics are None. KLs and entropies in nats."""
+    """Metrics of C rows, [C] each; a metric that is not available is None. KLs and entropies are in nats."""
 
     forward_kl: Tensor
-    """KL(teacher || student), the tail as one outcome."""
+    """KL(teacher || student), with the tail as one outcome."""
     reverse_kl: Tensor
-    """KL(student || teacher), the tail as one outcome."""
+    """KL(student || teacher), with the tail as one outcome."""
     teacher_topk_mass: Tensor
-    """Teacher's probability of the kept ids together."""
+    """Total probability of the kept ids in the teacher's distribution."""
     student_topk_mass: Tensor
-    """Student's probability of the kept ids together."""
+    """Total probability of the kept ids in the student's distribution."""
     student_entropy: Tensor
     """Entropy of the student's full distribution."""
     top1_agreement: Tensor
-    """bool: one token has the largest logit of both models."""
+    """bool: whether a token has the largest logit in both models, ties included."""
     teacher_entropy: Tensor | None
-    """Entropy of the teacher's full distribution."""
+    """Entropy of the teacher's full distribution; None if the targets do not include it."""
     teacher_stop_mass: Tensor | None
-    """Teacher's probability of the stop tokens among the kept ids."""
+    """Total teacher probability of the stop tokens among the kept ids; None if no stop tokens are given."""
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return the metrics that are present, by name."""
+        """Return the available metrics by name."""
         return {name: values_C for name, values_C in vars(self).items() if values_C is not None}
 
 
 def topk_metrics(
     student: Outcomes, topk: TopK, stop_ids: Tensor, is_top1_CK: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the row metrics of a top-k loss; the student's largest logit must be 0.
+    """Return the row metrics of a top-k loss by name.
 
-    ``is_top1_CK``: which kept ids are the teacher's argmax, ties included; None: the most likely of the kept ids.
+    ``student`` must be shifted so that the largest logit of each row is 0. ``is_top1_CK`` marks the kept ids with the
+    teacher's largest logit, ties included. None marks the most likely of the kept ids.
     """
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()
@@ -56,7 +60,7 @@ def topk_metrics(
         teacher_topk_mass=mass_CK.sum(dim=1),
         student_topk_mass=student.log_masses_NE()[:, :-1].exp().sum(dim=1),
         student_entropy=entropy(student),
-        # Compared by value: ties are common in bf16, and then several ids are the student's argmax.
+        # Compare logits, not argmax ids: ties are common in bf16.
         top1_agreement=(is_top1_CK & (student.logits_NK >= 0)).any(dim=1),
         teacher_entropy=topk.entropy_N,
         teacher_stop_mass=(mass_CK * torch.isin(topk.ids_NK, stop_ids)).sum(dim=1) if stop_ids.numel() else None,
@@ -64,22 +68,25 @@ def topk_metrics(
 
 
 class StatsSum:
-    """Rows of all chunks, summed once in float64: the result does not depend on the chunk size."""
+    """Row metrics of all chunks, summed once at the end.
+
+    The sums are in float64, so that the chunk size does not change the result.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, list[Tensor]] = {}
 
     def add(self, rows: dict[str, Tensor]) -> None:
-        """Append the metrics of one chunk."""
+        """Append the metrics of one chunk, given by name."""
         for name, values_C in rows.items():
             self._rows.setdefault(name, []).append(values_C)
 
     def rows(self, name: str) -> Tensor:
-        """Return one metric of all rows so far, [N]."""
+        """Return one metric of all rows added so far, [N]."""
         return torch.cat(self._rows[name])
 
     def stats(self) -> Stats:
-        """Return (sum, count) by name; the first number of a name that ends in ``_max`` is a maximum."""
+        """Return (sum, count) by metric name; for a name that ends in ``_max`` the first number is a maximum."""
         stats: Stats = {}
         for name in self._rows:
             values_N = self.rows(name)
@@ -93,39 +100,45 @@ class StatsSum:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The response tokens of N rows with the sampler's log-probs."""
+    """The response tokens of N rows, with their log-probs."""
 
     ids_N: Tensor
     """int64 [N]: token ids."""
     logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs in nats, at the sampling temperature."""
+    """float32 [N]: the sampler's log-probs of the tokens in nats, at the sampling temperature."""
     temperature: float
-    """Sampling temperature; ``loss_fn.temperature: null`` means this one."""
+    """Sampling temperature; also the temperature of the loss if ``loss_fn.temperature`` is null."""
 
 
 @dataclass(frozen=True)
 class SampledLogprobs:
-    """The trainer's log-probs of the sampled tokens, in two steps: before and after a pass overwrites the logits."""
+    """Computation of the trainer's log-probs of the sampled tokens, in two steps.
+
+    The loss calls ``read`` before it overwrites the logits, and ``metrics`` after it has computed their logsumexp.
+    """
 
     sampled: Sampled | None
-    """None: no metric is reported."""
+    """The sampled tokens; if None, no metrics are computed."""
     temperature: float
-    """The loss's temperature."""
+    """Temperature of the loss."""
     first: int
     """Vocabulary id of this rank's first column."""
     group: dist.ProcessGroup | None
-    """Ranks that hold the columns of the head; None: all columns are here."""
+    """Ranks over which the columns of logits are sharded; None if this rank has all columns."""
 
     def tokens(self, rows: Rows) -> Tokens | None:
-        """Return the sampled tokens of a chunk."""
+        """Return the sampled tokens of a chunk, or None if there are no sampled tokens."""
         sampled = self.sampled
         return None if sampled is None else Tokens(sampled.ids_N[rows], sampled.logprobs_N[rows])
 
     def read(self, z_CV: Tensor, rows: Rows, scratch: Scratch, dtype: torch.dtype) -> Tensor:
-        """Return [C, E] of ``dtype``, to be summed over the group, from logits not yet divided by a temperature.
+        """Return this rank's terms of the log-probs of the sampled tokens, [C, E] of ``dtype``.
 
-        The columns are the token's logit and, if sampling and loss temperature differ, the sum of exponentials at the
-        sampling temperature. Leaves ``z_CV`` unchanged. Collective over the group if the temperatures differ.
+        The caller sums the terms over the group and passes the sums to ``metrics``. ``z_CV`` has the raw logits, not
+        divided by a temperature, and is not modified. Without sampled tokens E is 0. If the loss uses the sampling
+        temperature, the only column is the token's logit divided by this temperature. Otherwise the columns are this
+        logit minus the row's largest, and the sum of exponentials of all such differences. In this case the method is
+        collective over the group.
         """
         if self.sampled is None:
             return torch.zeros(len(z_CV), 0, dtype=dtype, device=z_CV.device)
@@ -143,10 +156,10 @@ class SampledLogprobs:
         return torch.stack([chosen_C, spare_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)], dim=1)
 
     def metrics(self, rows: Rows, read_CE: Tensor, shift_C: Tensor, lse_C: Tensor) -> dict[str, Tensor]:
-        """Return the trainer's log-probs of the tokens and their absolute difference from the sampler's, [C] each.
+        """Return the trainer's log-probs and their absolute differences from the sampler's, by name, [C] each.
 
-        ``read_CE``: the result of ``read``, summed over the group. ``shift_C`` + ``lse_C``: logsumexp of the loss's
-        logits, used if the sampling temperature is the loss's.
+        ``read_CE`` is the result of ``read``, summed over the group. ``shift_C + lse_C`` is the logsumexp of the logits
+        at the loss's temperature; it is used if the loss uses the sampling temperature.
         """
         if self.sampled is None:
             return {}

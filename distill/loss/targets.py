@@ -1,4 +1,4 @@
-"""The teacher's targets for a chunk of rows: given as a top-k, or computed from the teacher's hidden rows."""
+"""The teacher's targets of a chunk of rows: a given top-k, or targets computed from the teacher's hidden states."""
 
 from __future__ import annotations
 
@@ -37,22 +37,25 @@ def teacher_topk(
     extra_ids_N: Tensor | None = None,
     backend: str = "auto",
 ) -> TopK:
-    """Return the teacher's k most likely tokens of each row, exactly, with log tail mass and entropy; no gradient.
+    """Return the exact k most likely tokens of each row, with log-probs, log tail mass and entropy.
+
+    The log tail mass is the log of the probability of all other tokens. The result has no gradient.
 
     Args:
-        hidden_ND: the teacher's hidden rows, after its last norm, in the head's dtype.
+        hidden_ND: the teacher's hidden states after the final norm, in the head's dtype.
         head_VD: the weight of the teacher's LM head.
-        k: number of kept ids; the vocabulary size leaves an empty tail (log mass -inf).
-        temperature: the loss's temperature; it also divides the student's logits.
-        chunk_rows: rows of logits held at the same time; None: ``default_chunk_rows``.
-        valid_vocab: number of real columns; columns from here on are padding and never kept.
-        extra_ids_N: one more id that each row keeps, such as the sampled token. It adds a column, which is -1 if the id
-            is already among the k; no column is added if k is the vocabulary size.
-        backend: a value of ``loss_fn.backend``.
+        k: number of ids to keep; if k is the vocabulary size, the tail is empty (log mass -inf).
+        temperature: the temperature of the loss, by which the logits are divided.
+        chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
+        valid_vocab: number of columns without padding; padding columns are never kept. None means all columns.
+        extra_ids_N: an additional id to keep in each row, such as the sampled token. It adds a column of ids, with
+            -1 if the id is already among the k ids. No column is added if k is the vocabulary size.
+        backend: value of ``loss_fn.backend``.
 
     Returns:
-        ids int32 in no order (the backend decides ties at the edge); log-probs over the full vocabulary, log tail and
-        entropy in float32 (float64 with a float64 head).
+        The ids are int32 and unordered. If several logits equal the k-th largest, the backend decides which of their
+        ids are kept. Log-probs over the full vocabulary, log tail mass and entropy are float32 (float64 with a float64
+        head).
 
     Raises ``UserError`` if k exceeds the vocabulary or the shapes do not match.
     """
@@ -80,7 +83,7 @@ def teacher_topk(
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """The teacher's head, applied chunk by chunk; ``loss_fn.logits_dtype`` does not round its logits."""
+    """Computation of the teacher's logits and targets chunk by chunk; ``loss_fn.logits_dtype`` does not apply."""
 
     head: Projection
     temperature: float
@@ -98,7 +101,7 @@ class TeacherScorer:
         scratch: Scratch,
         buffer: str = "logits",
     ) -> TeacherScorer:
-        """Build a scorer that writes its logits to the scratch's ``buffer``."""
+        """Return a scorer for the given LM head."""
         head = Projection(head_VD)
         return cls(
             head,
@@ -109,26 +112,26 @@ class TeacherScorer:
         )
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return logits [C, V], float32 or float64, not divided by the temperature."""
+        """Return the raw logits [C, V], float32 or float64, not divided by the temperature."""
         return self.head.logits(hidden_CD, self.scratch.get(self.buffer, len(hidden_CD), self.head.dtype))
 
     def scaled_logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return logits [C, V] divided by the temperature."""
+        """Return the logits [C, V], divided by the temperature."""
         z_CV = self.logits(hidden_CD)
         divide(z_CV, self.temperature)
         return z_CV
 
     def topk(self, hidden_CD: Tensor, k: int, extra_ids_C: Tensor | None) -> TopK:
-        """Return the k most likely tokens of each row, and the token ``extra_ids_C`` if given."""
+        """Return the targets at the k most likely tokens of each row, and at ``extra_ids_C`` if given."""
         z_CV = self.logits(hidden_CD)
         if extra_ids_C is None and (found := self.kernels.topk_with_tail(z_CV, k, self.temperature)) is not None:
             return found
         return self.topk_of_ids(z_CV, with_extra_ids(self.kernels.topk(z_CV, k), extra_ids_C, z_CV.shape[1]))[0]
 
     def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
-        """Return the targets at the given ids, and bool [C, K]: ids that have the row's largest logit.
+        """Return the targets at the given ids, and a bool mask [C, K] of the ids with the row's largest logit.
 
-        Overwrites the logits.
+        Overwrites ``z_CV``, the raw logits.
         """
         reduced = self.kernels.reduce(z_CV, ids_CK, self.temperature, self.scratch, self.head.head_VD.dtype)
         summary, _ = combine(reduced.local, ids_CK, ids_CK, reduced.local.logits_CK[:, :0], None)
@@ -143,7 +146,10 @@ class TeacherScorer:
 
 
 def with_extra_ids(ids_CK: Tensor, extra_ids_C: Tensor | None, vocab: int) -> Tensor:
-    """Append the extra ids as a column, -1 if an id is already in its row; unchanged if the row has all ids."""
+    """Append the extra ids as a column, with -1 for an id that its row already contains.
+
+    Returns ``ids_CK`` unchanged if the rows already contain the complete vocabulary.
+    """
     if extra_ids_C is None or ids_CK.shape[1] == vocab:
         return ids_CK
     extra_C1 = extra_ids_C.to(ids_CK.dtype).unsqueeze(1)
@@ -158,26 +164,29 @@ def with_extra_ids(ids_CK: Tensor, extra_ids_C: Tensor | None, vocab: int) -> Te
 
 @dataclass(frozen=True)
 class LossPass:
-    """Settings and buffers that all chunks of one pass share."""
+    """Settings and buffers of one pass over all chunks."""
 
     loss_config: LossConfig
     temperature: float
     vocab: int
-    """Real columns of the head, over all ranks."""
+    """Number of columns of logits over all ranks, without padding."""
     kernels: LogitsKernels
     scratch: Scratch
 
 
 @dataclass(frozen=True)
 class ChunkTargets:
-    """Functions that return a chunk's targets; exactly one is set."""
+    """Functions that return the targets of a chunk of rows; exactly one of them is set."""
 
     topk: Callable[[Rows], TopK] | None = None
-    """The teacher's support: targets that do not depend on the student."""
+    """Function for ``support: teacher``; the targets do not depend on the student."""
     student_topk: Callable[[Rows, Tensor], tuple[TopK, Tensor]] | None = None
-    """The student's support: from the student's logits, the targets and which ids are the teacher's argmax."""
+    """Function for ``support: student``; its second argument is the student's logits.
+
+    It returns the targets and a bool mask [C, K] of the ids with the teacher's largest logit.
+    """
     scaled_logits: Callable[[Rows], Tensor] | None = None
-    """The complete vocabulary: the teacher's logits over the temperature."""
+    """Function for the complete vocabulary; it returns the teacher's logits, divided by the temperature."""
 
 
 def targets_by_chunk(
@@ -189,9 +198,10 @@ def targets_by_chunk(
     weight_N: Tensor,
     debug: bool,
 ) -> ChunkTargets:
-    """Check the targets and return functions for the chunks; everything that waits for the device waits here, once.
+    """Check the targets and return functions that compute the targets of a chunk.
 
-    Also checks ``sampled_ids_N``, and keeps them among computed ids if the loss compares the sampled tokens.
+    Also checks ``sampled_ids_N``. For ``kl_type: sampled``, a computed top-k includes the sampled tokens. Checks that
+    wait for the device run here once, not in every chunk.
     """
     loss_config, vocab = loss_pass.loss_config, loss_pass.vocab
     if isinstance(targets, TeacherRows):
@@ -200,8 +210,8 @@ def targets_by_chunk(
         return _targets_from_rows(targets, loss_pass, rows, k, extra_ids_N)
     if loss_config.support == "student":
         raise UserError(
-            "loss_fn.support=student needs the teacher's log-probs at the student's tokens, but the targets are a TopK",
-            "pass TeacherRows",
+            "loss_fn.support=student does not work with targets of type TopK",
+            "pass targets of type TeacherRows",
             key="loss_fn.support",
             value="student",
         )
@@ -235,15 +245,15 @@ def _targets_from_rows(
     )
     if k is None:
         raise UserError(
-            "topk_logits_k is missing, but the targets are TeacherRows",
-            "pass the number of ids to keep (0: the complete vocabulary)",
+            "topk_logits_k is missing, but targets of type TeacherRows require it",
+            "pass the number of ids to keep, or 0 for the complete vocabulary",
             key="topk_logits_k",
         )
     checks.check_linear("the teacher's", hidden_ND, targets.head_VD, vocab)
     checks.check_rows(rows, teacher_hidden_ND=hidden_ND)
     if k != 0:
         checks.check_support_size(k, vocab)
-    # If both models' logits are needed at the same time, each needs a buffer; otherwise they share one.
+    # If both models' logits are needed at the same time, each model has a buffer; otherwise they share one.
     buffer = "teacher's logits" if k == 0 or loss_config.support == "student" else "logits"
     scorer = TeacherScorer.of(
         targets.head_VD[:vocab],
@@ -268,22 +278,26 @@ def _targets_from_rows(
 
 
 def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
-    """Return the number of [C, V] buffers of a chunk if ``k`` ids are kept (0: all, None: the targets are a TopK)."""
+    """Return the number of [C, V] buffers that a chunk needs.
+
+    ``k`` is the number of kept ids; 0 means the complete vocabulary, and None means that the targets are a TopK.
+    """
     if k == 0:
         return full_vocab.buffers_of(loss_config)
     return 3 if loss_config.support == "student" else 2
 
 
 def default_chunk_rows(hidden_ND: Tensor, vocab: int, buffers: int = 2) -> int:
-    """Return the default number of rows of logits held at the same time: see ``rows_within_budget``."""
+    """Return the default number of rows in a chunk: see ``rows_within_budget``."""
     return rows_within_budget(hidden_ND.is_cuda, vocab, buffers, max(hidden_ND.element_size(), 4))
 
 
 def rows_within_budget(cuda: bool, vocab: int, buffers: int = 2, element: int = 4) -> int:
-    """Return C such that ``buffers`` of [C, V] with ``element`` bytes per logit fit the device's budget.
+    """Return the number of rows C for which the [C, V] buffers fit into the memory budget of the device.
 
-    On CUDA 2048 rows of 151,936 logits fit, on a CPU 256 rows of 49,152. More rows are not faster; far fewer would read
-    and write the head and its gradient too often.
+    ``buffers`` is the number of buffers, ``element`` the number of bytes per logit. The budget of a GPU allows 2048
+    rows of 151,936 float32 logits, that of a CPU 256 rows of 49,152. Larger chunks are not faster. With much smaller
+    chunks the head and its gradient would be read and written too often.
     """
     most, budget = (2048, 2560 * _MIB) if cuda else (256, 96 * _MIB)
     return max(16, min(most, budget // (buffers * vocab * element) // 16 * 16))

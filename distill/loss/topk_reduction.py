@@ -1,8 +1,9 @@
-"""Reduce a chunk of logits [C, V] to the K kept logits and the tail's sums, and expand their gradient to [C, V] again.
+"""Reduce a chunk of logits to the K kept logits and sums over the tail, and compute the gradient of the logits.
 
-The plain twin is ``divergences.student_outcomes`` under autograd, which holds several [N, V]; the passes here need two
-buffers of [C, V]. ``TorchKernels`` runs them in PyTorch, ``TritonKernels`` in Triton. A pass sees the columns of one
-rank; ``combine`` adds up the ranks of a vocabulary-parallel head with one maximum and one sum.
+The tail of a row consists of all tokens outside the K kept ids. Logits and gradient have shape [C, V]. The reference
+implementation is ``divergences.student_outcomes`` under autograd, which needs several tensors of [N, V]; this module
+needs two buffers of [C, V]. ``TorchKernels`` uses PyTorch, ``TritonKernels`` uses Triton. Each rank of a
+vocabulary-parallel head reduces its own columns, and ``combine`` adds up the results of all ranks.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from distill.types import TopK
 _NEG_INF = float("-inf")
 
 Rows = slice | Tensor
-"""Rows of a chunk: a slice, or the row numbers if some rows are left out."""
+"""Rows of a chunk: a slice, or a tensor of row numbers if some rows are skipped."""
 
 
 class Scratch:
-    """[C, V] buffers by name, each allocated once per pass: on a CPU, fresh memory costs more than the arithmetic."""
+    """Named [C, V] buffers, each allocated once per pass over all chunks.
+
+    On a CPU, allocating new memory for every chunk would take longer than the computation.
+    """
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         self._shape = (rows, vocab)
@@ -35,11 +39,11 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Return the first ``rows`` rows of the buffer ``name`` of dtype ``dtype``; allocate it on the first call."""
+        """Return the first ``rows`` rows of the buffer with this name and dtype; allocate it on the first call."""
         held = self._buffers.get((name, dtype))
         if held is None:
             count, vocab = self._shape
-            # The kernels read 16 bytes at a time if every row begins at a multiple of 16 bytes.
+            # Kernels use 16-byte loads if every row starts at a multiple of 16 bytes.
             stride = -(-vocab // 16) * 16 if self._device.type == "cuda" else vocab
             held = torch.empty(count, stride, dtype=dtype, device=self._device)[:, :vocab]
             self._buffers[name, dtype] = held
@@ -48,46 +52,46 @@ class Scratch:
 
 @dataclass(frozen=True)
 class LocalTail:
-    """Kept logits and tail sums over this rank's columns; logits are divided by the temperature and not shifted."""
+    """Kept logits and tail sums over this rank's columns, from logits divided by the temperature."""
 
     logits_CK: Tensor
-    """Logits at the kept ids; -inf if an id is -1 (padding, or a column of another rank)."""
+    """[C, K]: logits at the kept ids; -inf if an id is -1 (padding, or a column of another rank)."""
     tail_top_C: Tensor
-    """Largest logit of the tail; -inf if the tail is empty."""
+    """[C]: largest logit of the tail; -inf if the tail is empty."""
     tail_sum_C: Tensor
-    """Sum of exp(logit - tail_top) over the tail; 0 if it is empty."""
+    """[C]: sum of exp(logit - tail_top) over the tail; 0 if the tail is empty."""
     tail_product_C: Tensor
-    """Sum of (logit - tail_top) exp(logit - tail_top) over the tail; 0 if it is empty."""
+    """[C]: sum of (logit - tail_top) exp(logit - tail_top) over the tail; 0 if the tail is empty."""
 
 
 class ReducedLogits(Protocol):
-    """A reduced chunk of logits, with the buffers that its gradient needs."""
+    """Result of the reduction of a chunk, with the buffers for the gradient of the logits."""
 
     @property
     def local(self) -> LocalTail:
-        """Return the kept logits and the sums of the tail."""
+        """Return the kept logits and the tail sums."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
-        """Return the gradient of the logits, [C, V]; overwrite the chunk's buffers.
+        """Return the gradient of the logits, [C, V]; overwrites the buffers of the chunk.
 
-        It is ``d_logits_CK`` at the kept ids and exp(z - tail_top) (factor + slope (z - tail_top)) in the tail; a slope
-        of None means 0.
+        The gradient is ``d_logits_CK`` at the kept ids, and exp(z - tail_top) (factor + slope (z - tail_top)) at a
+        logit z of the tail. ``slope_C: None`` means a slope of 0.
         """
 
 
 @dataclass(frozen=True)
 class TorchReduced:
-    """A chunk of logits reduced by PyTorch."""
+    """Result of the reduction of a chunk in PyTorch."""
 
     local: LocalTail
     columns_CK: Tensor
-    """int64: columns of the kept ids; 0 if an id is not kept here."""
+    """int64 [C, K]: columns of the kept ids; 0 if an id is -1."""
     kept_CK: Tensor
-    """bool: ids that are columns of this rank."""
+    """bool [C, K]: whether an id is a column of this rank, and not -1."""
     tail_CV: Tensor
-    """exp(z - tail_top), 0 at the kept ids."""
+    """[C, V]: exp(z - tail_top), and 0 at the kept ids."""
     product_CV: Tensor
-    """(z - tail_top) exp(z - tail_top), 0 at the kept ids."""
+    """[C, V]: (z - tail_top) exp(z - tail_top), and 0 at the kept ids."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """Return the gradient of the logits: see ``ReducedLogits``."""
@@ -100,15 +104,15 @@ class TorchReduced:
 def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchReduced:
     """Reduce logits that are already divided by the temperature; overwrites ``z_CV`` and ``spare_CV``.
 
-    The plain twin of ``kernels.loss_student.reduce_rows``. Logits outside the kept ids must be finite, as a matmul's
-    are.
+    Logits outside the kept ids must be finite. This is the reference implementation of
+    ``kernels.loss_student.reduce_rows``.
     """
     # The lowest finite number replaces -inf at the kept ids: 0 * -inf in the product would be NaN.
     low, high = torch.finfo(z_CV.dtype).min, torch.finfo(z_CV.dtype).max
     kept_CK = ids_CK >= 0
     columns_CK = ids_CK.long().clamp(min=0)
     logits_CK = z_CV.gather(1, columns_CK).masked_fill_(~kept_CK, _NEG_INF)
-    # Padding points to column 0; the minimum with the highest number leaves that column unchanged.
+    # Padding maps to column 0: the minimum with the highest number leaves this column unchanged.
     z_CV.scatter_reduce_(
         1,
         columns_CK,
@@ -129,10 +133,13 @@ def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchRedu
 
 
 class LogitsKernels(Protocol):
-    """The passes over [C, V] of one backend."""
+    """Operations on chunks of logits that a backend implements."""
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return the dtype of the logits' buffer: ``wide``, or bf16 if the backend stores ``rounded`` logits narrow."""
+        """Return the dtype of the buffer for the student's logits.
+
+        It is ``wide``, or bf16 if the logits are ``rounded`` and the backend supports a bf16 buffer.
+        """
 
     def reduce(
         self,
@@ -142,20 +149,29 @@ class LogitsKernels(Protocol):
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Divide the logits by the temperature and reduce them to K + 1 outcomes; overwrites ``z_CV``."""
+        """Divide the logits by the temperature and reduce them to kept logits and tail sums; overwrites ``z_CV``.
+
+        ``gradient_dtype`` is the dtype that the caller needs for the gradient; a backend may ignore it.
+        """
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits, int [C, k], in any order; leaves ``z_CV`` unchanged."""
+        """Return the ids of the k largest logits of each row, int32 or int64 [C, k], unordered.
+
+        Does not modify ``z_CV``.
+        """
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return the rows' targets from one pass, or None if the backend has none; leaves ``z_CV`` unchanged."""
+        """Return the top-k targets of all rows, or None if the backend has no single kernel for them.
+
+        Does not modify ``z_CV``.
+        """
 
 
 class TorchKernels:
-    """The passes in PyTorch: any device, and float64 too."""
+    """Backend in PyTorch, for all devices and dtypes."""
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return ``wide``."""
+        """Return ``wide``: this backend rounds logits to bf16, but stores them in a ``wide`` buffer."""
         return wide
 
     def reduce(
@@ -166,16 +182,16 @@ class TorchKernels:
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Reduce the logits to K + 1 outcomes: see ``LogitsKernels``."""
+        """Reduce the logits to kept logits and tail sums: see ``LogitsKernels``."""
         divide(z_CV, temperature)
         return reduce_in_place(z_CV, ids_CK, scratch.get("spare", len(z_CV), z_CV.dtype))
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits."""
+        """Return the ids of the k largest logits of each row."""
         return z_CV.topk(k, dim=1).indices
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return None: PyTorch has no single pass for it."""
+        """Return None, because PyTorch has no single kernel for these targets."""
         return None
 
 
@@ -209,10 +225,13 @@ class _TritonReduced:
 
 
 class TritonKernels:
-    """The passes in Triton: two reads and one write of the logits; the gradient has the dtype of the head's matmul."""
+    """Backend in Triton: logits are read twice, and the gradient is written once.
+
+    The gradient has the dtype of the head, which the following matmuls need.
+    """
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return bf16 for rounded logits, else ``wide``."""
+        """Return bf16 if the logits are rounded, else ``wide``."""
         return torch.bfloat16 if rounded else wide
 
     def reduce(
@@ -223,38 +242,38 @@ class TritonKernels:
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Reduce the logits to K + 1 outcomes: see ``LogitsKernels``."""
+        """Reduce the logits to kept logits and tail sums: see ``LogitsKernels``."""
         from distill.kernels.loss_student import reduce_rows
 
         local = LocalTail(*reduce_rows(z_CV, ids_CK, 1 / temperature))
         return _TritonReduced(local, z_CV, ids_CK, 1 / temperature, scratch, gradient_dtype)
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits."""
+        """Return the ids of the k largest logits of each row."""
         from distill.kernels.topk import topk_ids
 
         return topk_ids(z_CV, k)
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return the targets of all rows from one pass."""
+        """Return the top-k targets of all rows."""
         from distill.kernels.topk import topk_with_tail
 
         return TopK(*topk_with_tail(z_CV, k, 1 / temperature))
 
 
 def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> LogitsKernels:
-    """Return the passes of ``backend`` for logits of ``dtype`` on ``device``.
+    """Return the kernels of ``loss_fn.backend`` for logits of ``dtype`` on ``device``.
 
-    ``auto`` is Triton on CUDA and PyTorch elsewhere. float64, the dtype of tests, always runs in PyTorch. ``triton`` on
-    a CPU needs Triton's interpreter, which must be enabled before Triton is first imported. Raises ``UserError`` if
-    Triton is missing or cannot run on the device.
+    ``auto`` selects Triton on CUDA and PyTorch on other devices. float64 logits, which only tests use, always select
+    PyTorch. ``triton`` on a CPU needs Triton's interpreter, which must be enabled before Triton is first imported.
+    Raises ``UserError`` if Triton is missing or cannot run on the device.
     """
     use_triton = backend == "triton" or (backend == "auto" and device.type == "cuda")
     if not use_triton or dtype == torch.float64:
         return TorchKernels()
     if importlib.util.find_spec("triton") is None:
         raise UserError(
-            f"loss_fn.backend={backend} needs Triton on {device.type}, and Triton is not installed",
+            f"loss_fn.backend={backend} needs the package triton on {device.type}, but it is not installed",
             "install triton, or set loss_fn.backend=torch, which is slower",
             key="loss_fn.backend",
             value=backend,
@@ -263,52 +282,53 @@ def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> Lo
         from distill.kernels import interpreted
 
         if not interpreted():
-            problem = f"loss_fn.backend=triton cannot run on {device.type}"
-            raise UserError(
-                problem,
-                "set loss_fn.backend=auto",
-                key="loss_fn.backend",
-                value=backend,
-            )
+            problem = f"loss_fn.backend=triton does not work on {device.type}"
+            raise UserError(problem, "set loss_fn.backend=auto", key="loss_fn.backend", value=backend)
     return TritonKernels()
 
 
 def check_loss_backend(loss_config: LossConfig, device: torch.device) -> None:
-    """Raise ``UserError`` if this machine cannot run ``loss_fn.backend``; call it before loading any weight."""
+    """Raise ``UserError`` if this machine cannot run ``loss_fn.backend``.
+
+    Call it before loading weights, so that the error is reported early.
+    """
     choose_kernels(loss_config.backend, device, torch.float32)
 
 
 def divide(z_CV: Tensor, temperature: float) -> None:
-    """Divide the logits by the temperature in place; skip the pass over memory if it is 1."""
+    """Divide the logits by the temperature in place; does nothing if the temperature is 1."""
     if temperature != 1.0:
         z_CV.div_(temperature)
 
 
 @dataclass(frozen=True)
 class TopKSummary:
-    """The K + 1 outcomes over all columns, and the position of this rank's tail in them."""
+    """Outcomes over the columns of all ranks, and this rank's share of the tail.
+
+    ``coefficients`` needs the share to compute the gradient of this rank's logits.
+    """
 
     outcomes: Outcomes
-    """Shifted by ``shift_C``, so that each row's largest logit is 0."""
+    """Kept logits and tail statistics minus ``shift_C``, so that the largest logit of each row is 0."""
     shift_C: Tensor
-    """Each row's largest logit."""
+    """[C]: largest logit of each row."""
     tail_sum_C: Tensor
-    """Sum of exp(logit - largest tail logit) over the complete tail."""
+    """[C]: sum of exp(logit - largest tail logit) over the tails of all ranks."""
     tail_shift_C: Tensor
-    """This rank's largest tail logit, minus ``shift_C``."""
+    """[C]: largest tail logit of this rank, minus ``shift_C``."""
     tail_scale_C: Tensor
-    """exp(this rank's largest tail logit - the largest tail logit of all ranks)."""
+    """[C]: exp(largest tail logit of this rank - largest tail logit of all ranks)."""
 
     def lse(self) -> Tensor:
-        """Return the logsumexp of all logits, minus ``shift_C``."""
-        return self.outcomes.events_NE().logsumexp(dim=1)
+        """Return the logsumexp of all logits of each row minus ``shift_C``, [C]."""
+        return self.outcomes.unnormalised_NE().logsumexp(dim=1)
 
     def coefficients(self, d_tail_C: Tensor | None, d_mean_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return ``factor_C`` and ``slope_C`` of ``ReducedLogits.gradient`` from the outcomes' gradient.
+        """Return ``factor_C`` and ``slope_C`` of ``ReducedLogits.gradient``.
 
-        None means that the loss does not depend on the outcome. With t_j the softmax within the tail,
-        d tail / d z_j = t_j and d mean / d z_j = t_j (1 + z_j - mean). Both results are exactly 0 if this rank has no
-        tail.
+        ``d_tail_C`` and ``d_mean_C`` are the gradients of ``tail_N`` and ``tail_mean_N``; None means that the loss does
+        not depend on the value. The formulas use the softmax t over the tail: d tail / d z_j = t_j and
+        d mean / d z_j = t_j (1 + z_j - mean). Both results are exactly 0 if this rank's tail is empty.
         """
         share_C = (self.tail_scale_C / self.tail_sum_C).masked_fill(self.tail_shift_C == _NEG_INF, 0.0)
         if d_tail_C is None:
@@ -326,16 +346,17 @@ def combine(
     extra_CE: Tensor,
     group: dist.ProcessGroup | None,
 ) -> tuple[TopKSummary, Tensor]:
-    """Add up the ranks' local tails; collective over ``group``, local if it is None.
+    """Combine the local results of all ranks into the outcomes over all columns.
 
-    The collectives are one maximum of [C] and one sum of [C, K + 2 + E].
+    Collective over ``group``: an all-reduce of a maximum [C] and of a sum [C, K + 2 + E]. Without a group ``local`` has
+    all columns.
 
     Args:
         local: this rank's kept logits and tail sums.
         ids_CK: the kept ids in the complete vocabulary; -1 is padding.
-        own_ids_CK: the same ids as this rank's columns; -1 for columns of other ranks.
-        extra_CE: E more numbers per row that are summed over the ranks in the same collective.
-        group: the ranks that hold the columns.
+        own_ids_CK: the same ids as column numbers of this rank; -1 for columns of other ranks.
+        extra_CE: E additional numbers per row, which are summed over the ranks in the same all-reduce.
+        group: the ranks over which the columns are sharded, or None.
 
     Returns:
         The outcomes over all columns, and the sum of ``extra_CE``.
@@ -346,10 +367,10 @@ def combine(
         top_C = top_C.clone()
         dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=group)
         empty_here_C = local.tail_top_C == _NEG_INF
-        distance_C = (local.tail_top_C - top_C).masked_fill(empty_here_C, 0.0)  # -inf - -inf is NaN
+        distance_C = (local.tail_top_C - top_C).masked_fill(empty_here_C, 0.0)  # avoid -inf - -inf = NaN
         scale_C = distance_C.exp().masked_fill(empty_here_C, 0.0)
         product_C = scale_C * (product_C + distance_C * sum_C)
-        # Each kept id is a column of exactly one rank: the other ranks add 0. Padding becomes -inf again afterwards.
+        # Each kept id is a column of exactly one rank; the other ranks add 0. Padding is set to -inf again afterwards.
         own_CK = logits_CK.masked_fill(own_ids_CK < 0, 0.0)
         packed = torch.cat([own_CK, torch.stack([scale_C * sum_C, product_C], dim=1), extra_CE], dim=1)
         dist.all_reduce(packed, group=group)

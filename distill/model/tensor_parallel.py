@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from distill.config import Config
 from distill.errors import UserError
-from distill.loss.checks import check_part
+from distill.loss.checks import check_vocab_parallel
 from distill.model.dtensor import local_shard
 from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
@@ -48,7 +48,7 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:
         check_plan(model, parallel.custom_parallel_plan, config.policy.model_name)
-        check_part(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
+        check_vocab_parallel(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:

@@ -418,7 +418,7 @@ def test_a_second_backward_is_refused(dtype: torch.dtype) -> None:
     topk = teacher_topk(teacher_hidden, teacher_head, 5, 1.0)
     output = fused_linear_kl(hidden.requires_grad_(), head.requires_grad_(), topk, LossConfig(), torch.ones(5))
     output.kl_sum.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="one backward"):
+    with pytest.raises(RuntimeError, match="backward"):
         output.kl_sum.backward()
 
 
