@@ -1,18 +1,23 @@
-"""Measure how evenly the plan balances responses over ranks, and how long planning takes; needs no model.
+"""Measure how evenly responses are balanced over ranks, and how long planning takes; needs no model.
 
     python -m scripts.bench_packing [--seeds 5]
 
-Lengths are log-normal (median 2,048, sigma 1) up to a cap, costs are Qwen3-4B's. Ranks of a context-parallel group
-share a micro-batch and count as one. Each case reports means over the seeds, with the worst seed in brackets:
+Response lengths are drawn from a log-normal distribution (median 2,048 tokens, sigma 1) and limited to a cap. The cost
+of a response is its compute in Qwen3-4B. The ranks of a context-parallel group share their micro-batches and count as
+one rank. In each round every rank computes one micro-batch, and all ranks wait for the slowest micro-batch. The table
+has one line per case, with these columns as means over the seeds:
 
-- rounds: micro-batches per rank, and the smallest number that can hold the tokens within the budget.
-- real: fraction of tokens that are neither a dummy's nor padding to a multiple of the context-parallel size.
-- lockstep: work of all ranks over ranks times the sum of each round's slowest micro-batch. ``possible`` is an upper
-  bound: ranks wait for the longest response, and the budget limits the work they do meanwhile. ``by tokens`` is the
-  same algorithm with tokens as costs; ``in order`` assigns round robin and fills micro-batches in that order.
-- seconds: balancing alone, and ``plan`` with the tensors of one rank; the first seed's.
+- rounds: number of rounds; in brackets, the smallest number with enough room for all tokens.
+- real: fraction of the computed tokens that are neither in a dummy micro-batch nor padding.
+- lockstep: efficiency, the fraction of the ranks' time that is spent on work and not on waiting; in brackets, the value
+  of the worst seed.
+- possible: an upper bound of the efficiency for these lengths and this budget.
+- by tokens: efficiency of the same algorithm if a response's cost is its number of tokens.
+- in order: efficiency if responses are assigned to ranks round robin and micro-batches are filled in order.
+- bal., s and plan, s: seconds of ``balance``, and of ``plan`` with the tensors of one rank, for the first seed.
 
-The exit code is 1 if fewer than 98% of tokens are real, or lockstep is below both 95% and 99% of the upper bound.
+The exit code is 1 if fewer than 98% of the tokens are real, or if the efficiency is below 95% and also below 99% of the
+upper bound.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ QWEN3_4B = dict(hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, inte
 QUADRATIC = quadratic_cost(**QWEN3_4B)
 REAL, LOCKSTEP = 0.98, 0.95
 NEAR = 0.99
-"""Required fraction of the upper bound if that is near or below 95%."""
+"""Required fraction of the upper bound, if this is lower than LOCKSTEP."""
 
 Rounds = Sequence[Sequence[Sequence[int]]]
 """Response ids by round, rank and micro-batch."""
@@ -44,13 +49,14 @@ Rounds = Sequence[Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class Case:
-    """Number and maximum length of responses, and the ranks to balance."""
+    """One case of the benchmark: number and maximum length of responses, ranks and token budget."""
 
     responses: int
     cap: int
-    """Tokens of the longest response."""
+    """Maximum tokens of a response."""
     ranks: int
     cp: int
+    """Number of ranks in a context-parallel group."""
     budget: int
     """Maximum tokens of a micro-batch."""
 
@@ -61,7 +67,7 @@ class Case:
 
     @property
     def limits(self) -> PackingConfig:
-        """Return limits with one optimizer batch for all responses."""
+        """Return the limits for ``balance`` and ``plan``, with all responses in one optimizer batch."""
         return PackingConfig(self.responses, None, self.budget, QUADRATIC)
 
 
@@ -75,7 +81,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Found:
-    """Measurements of one case and seed."""
+    """Measurements of one case and seed; the module's docstring describes the columns."""
 
     rounds: int
     fewest: int
@@ -87,24 +93,24 @@ class Found:
 
     @property
     def holds(self) -> bool:
-        """Return whether both bounds hold, the second one relative to the upper bound."""
+        """Return whether the fraction of real tokens and the efficiency reach their required values."""
         return self.real >= REAL and self.lockstep >= min(LOCKSTEP, NEAR * self.possible)
 
 
 def draw(case: Case, seed: int) -> dict[int, int]:
-    """Return random response lengths: response id -> tokens."""
+    """Return random response lengths in tokens, by response id."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.empty(case.responses).log_normal_(math.log(MEDIAN), SIGMA, generator=generator)
     return dict(enumerate(lengths.clamp(2, case.cap).int().tolist()))
 
 
 def cost_of(tokens: int) -> float:
-    """Return the cost of a sequence, in tokens."""
+    """Return the cost of a sequence, in units of the cost of one token without attention."""
     return tokens + QUADRATIC * tokens * tokens
 
 
 def measure(case: Case, seed: int) -> Found:
-    """Balance one draw of responses with every method."""
+    """Balance one random draw of responses with every method and return the measurements."""
     tokens = draw(case, seed)
     cost = {i: cost_of(n) for i, n in tokens.items()}
     rounds = balance(tokens, cost, case.groups, case.limits)
@@ -121,19 +127,19 @@ def measure(case: Case, seed: int) -> Found:
 
 
 def computed(rounds: Rounds, tokens: Mapping[int, int], cp: int) -> int:
-    """Return the tokens of all micro-batches: one for a dummy, each padded to a multiple of ``cp``."""
+    """Return the computed tokens of all micro-batches, with padding to a multiple of ``cp``; a dummy has 1 token."""
     read = [sum(tokens[i] for i in members) or 1 for by_rank in rounds for members in by_rank]
     return sum(-(-n // cp) * cp for n in read)
 
 
 def lockstep(rounds: Rounds, cost: Mapping[int, float]) -> float:
-    """Return the fraction of the ranks' time that is work, if all wait for the slowest micro-batch of each round."""
+    """Return the fraction of time spent on work if all ranks wait for the slowest micro-batch of each round."""
     work = [[sum(cost[i] for i in members) for members in by_rank] for by_rank in rounds]
     return sum(map(sum, work)) / (len(rounds[0]) * sum(map(max, work)))
 
 
 def assign_in_order(tokens: Mapping[int, int], ranks: int, budget: int) -> Rounds:
-    """Assign round robin; a rank's micro-batch ends before the response that would exceed the budget."""
+    """Return a baseline: responses assigned round robin, and micro-batches filled in order up to the budget."""
     parts: list[list[list[int]]] = [[] for _ in range(ranks)]
     for i in tokens:
         part = parts[i % ranks]
@@ -144,12 +150,13 @@ def assign_in_order(tokens: Mapping[int, int], ranks: int, budget: int) -> Round
 
 
 def possible(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, budget: int) -> float:
-    """Return an upper bound of lockstep efficiency for any number of rounds; cost must grow faster than tokens.
+    """Return an upper bound of the efficiency ``lockstep`` for any number of rounds.
 
-    Sort rounds by time, longest first. The first j - 1 hold at most (j - 1) * ranks * budget tokens, so round j waits
-    at least for the longest response beyond these. The first j rounds do at most the work that fits their time, and at
-    most that of the longest responses that fill their budget. The remaining work takes at least 1 / ranks of its cost.
-    The largest of these times over j is a lower bound of the total time.
+    The cost per token must increase with the length. Sort the rounds by time, longest first. The first j - 1 rounds
+    contain at most (j - 1) * ranks * budget tokens. If the longest responses fill this room, round j takes at least as
+    long as the longest remaining response. The work of the first j rounds is limited in two ways: by ranks times their
+    time, and by the cost of the longest responses that fill their budget. The remaining work takes at least its cost /
+    ranks. The total time is at least the sum of both times, for every j, so the maximum over j is a lower bound.
     """
     longest_first = sorted(tokens, key=lambda i: -tokens[i])
     total = sum(cost.values())
@@ -184,7 +191,7 @@ def _most_work(
 
 
 def seconds(case: Case, seed: int) -> tuple[float, float]:
-    """Return seconds of balancing alone, and of ``plan`` with the tensors of one rank."""
+    """Return the seconds of ``balance``, and of ``plan`` with the tensors of one rank."""
     tokens = draw(case, seed)
     rollouts = [
         Rollout(Prompt(i, (i,), Problem("")), 0, (7,) * (n - 1), (-1.0,) * (n - 1), "stop", 0)
@@ -204,7 +211,7 @@ HEAD = (
 
 
 def line(case: Case, found: Sequence[Found], balancing: float, planning: float) -> str:
-    """Return a line of the table."""
+    """Return the table's line for one case; ``found``: one entry per seed."""
 
     def mean(name: str) -> float:
         return statistics.mean(getattr(one, name) for one in found)
@@ -219,7 +226,7 @@ def line(case: Case, found: Sequence[Found], balancing: float, planning: float) 
 
 
 def main() -> int:
-    """Print the table; return 0 if both bounds hold in every case."""
+    """Print the table; return exit code 0 if all draws reach the required values, else 1."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="random draws per case")
     args = parser.parse_args()
@@ -229,8 +236,8 @@ def main() -> int:
         found = [measure(case, seed) for seed in range(args.seeds)]
         missed = sum(not one.holds for one in found)
         failed += missed
-        print(line(case, found, *seconds(case, 0)) + f"  MISSED by {missed}" * bool(missed), flush=True)
-    print(f"FAILED: {failed} draws miss a bound" if failed else "passed")
+        print(line(case, found, *seconds(case, 0)) + f"  FAILED in {missed} draws" * bool(missed), flush=True)
+    print(f"FAILED: {failed} draws do not reach the required values" if failed else "passed")
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Count the bytes of live tensor storages under a dispatch mode."""
+"""Measure the peak memory of live tensor storages with a dispatch mode."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Records the peak of bytes in live storages that were allocated while the mode is active.
+    """Dispatch mode that records the peak bytes of live storages that were allocated while the mode is active.
 
-    Views share a storage. ``gradient_numels``: for each of these sizes, the smallest live storage with that many
-    elements is not counted, because any implementation needs memory for the gradient.
+    Views of one storage are counted once. ``gradient_numels``: numbers of elements of the gradients. For each number,
+    the smallest live storage with this number of elements is not counted, because every implementation needs memory for
+    the gradient.
     """
 
     def __init__(self, gradient_numels: Sequence[int] = ()) -> None:

@@ -1,10 +1,10 @@
 """Train a tiny model for hundreds of short steps and fail if a resource of a rank grows.
 
-The resources are memory, open files, threads, child processes and shared memory. They are read from outside the ranks
-after every step. The values after a warm-up are split into equal intervals of steps, and a line is fitted to the means
-of the intervals. For memory it is fitted to the minima, because a checkpoint returns freed memory to the system. A
-resource leaks if the line rises by more than three standard errors and by more than a small tolerance; the exit code is
-then 1.
+The resources are memory, open files, threads, child processes and shared memory. This process reads the resources of
+each rank after every step. The values after a warm-up are split into equal intervals of steps, and a line is fitted to
+the means of the intervals. For memory, the line is fitted to the minima, because memory use falls after each
+checkpoint. A resource leaks if its line rises by more than three standard errors and by more than a small tolerance.
+The exit code is 1 if a resource leaks.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ RUN = ROOT / "runs" / "soak"
 COMPLETE_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 INTERVALS = 10
 PERIOD = 25
-"""Steps between checkpoints; the default number of steps has intervals of this length after the warm-up."""
+"""Steps between two checkpoints. With the default arguments, an interval has the same length."""
 AFTER = 5
-"""Number of additional steps, so that the end of the run does not change the last interval."""
+"""Number of steps after the last measured step, so that the end of the run does not affect the last interval."""
 ERRORS = 3.0
-"""Number of standard errors that a line may rise."""
+"""Number of standard errors by which a line may rise."""
 TOLERANCE = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
-"""Growth over the run that is allowed for each quantity: of the memory allocator, or less than one item."""
+"""Allowed growth over the run by quantity: noise of the memory allocator, or less than one item."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,30 @@ class Growth:
 
     quantity: str
     start: float
-    """Mean (of memory: minimum) of the first interval."""
+    """Mean value in the first interval; for memory, the minimum."""
     end: float
-    """The same of the last interval."""
+    """Mean value in the last interval; for memory, the minimum."""
     grown: float
-    """Rise of the fitted line over all steps."""
+    """Rise of the fitted line over all measured steps."""
     error: float
     """Standard error of ``grown``."""
 
     @property
     def leaks(self) -> bool:
-        """Return whether the growth exceeds noise and tolerance."""
+        """Return whether the growth exceeds both ERRORS standard errors and the tolerance."""
         return self.grown > max(ERRORS * self.error, TOLERANCE[self.quantity])
 
 
 def growth(quantity: str, values: Sequence[float]) -> Growth:
-    """Fit a line by least squares to the means (of memory: minima) of INTERVALS equal parts of ``values``.
+    """Return the growth of a quantity: the slope of a least-squares line through INTERVALS interval levels.
 
-    ``values`` has one value per step. Neighbouring values are correlated, so a fit to single values would underestimate
-    the error. Raises ValueError if there are fewer values than intervals.
+    ``values``: one value per step. An interval's level is the mean of its values; for memory, the minimum. Consecutive
+    values are correlated, so a fit to single values would underestimate the error. Raises ValueError if there are fewer
+    values than intervals.
     """
     length = len(values) // INTERVALS
     if length < 1:
-        raise ValueError(f"{len(values)} values are too few for {INTERVALS} intervals: increase --steps")
+        raise ValueError(f"{len(values)} measured steps are too few for {INTERVALS} intervals: increase --steps")
     level_of = min if quantity == "memory MiB" else mean
     levels = [level_of(values[len(values) - (INTERVALS - i) * length :][:length]) for i in range(INTERVALS)]
     middle, level = (INTERVALS - 1) / 2, mean(levels)
@@ -79,7 +80,7 @@ def growth(quantity: str, values: Sequence[float]) -> Growth:
 
 
 def resources(process: psutil.Process) -> dict[str, float]:
-    """Return the current resources of a process by quantity."""
+    """Return the current resource use of a process, by quantity."""
     return {
         "memory MiB": process.memory_info().rss / 2**20,
         "open files": float(process.num_fds()),
@@ -90,7 +91,7 @@ def resources(process: psutil.Process) -> dict[str, float]:
 
 
 def shared_memory(process: psutil.Process) -> int:
-    """Return the bytes of files in /dev/shm that a process maps or has open, including deleted files."""
+    """Return the bytes of all files in /dev/shm that a process maps or has open, including deleted files."""
     mapped = sum(
         int(end, 16) - int(begin, 16)
         for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
@@ -102,13 +103,13 @@ def shared_memory(process: psutil.Process) -> int:
         try:
             if os.readlink(link).startswith("/dev/shm/"):
                 opened += link.stat().st_size
-        except OSError:  # closed since iterdir
+        except OSError:  # the process closed the file after iterdir
             continue
     return mapped + opened
 
 
 def make_models(folder: Path) -> None:
-    """Write two tiny random models with SmolLM2's tokenizer: a student of two layers and a teacher of three."""
+    """Write two tiny random models with SmolLM2's tokenizer: a 2-layer student and a 3-layer teacher."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -122,7 +123,7 @@ def make_models(folder: Path) -> None:
 
 
 def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> list[str]:
-    """Return the command line of the training, with a checkpoint and a validation every PERIOD steps."""
+    """Return the training's command line, with a checkpoint and a validation every PERIOD steps."""
     folder = RUN.relative_to(ROOT)
     return torchrun(
         ranks,
@@ -139,7 +140,7 @@ def command(ranks: int, steps: int, backend: str, overrides: Sequence[str]) -> l
 
 
 def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
-    """Run the command; return the resources by step and rank. Exits if the training fails."""
+    """Run the training command and return the resource use by step and rank; exit if the training fails."""
     RUN.joinpath("run").mkdir(parents=True)
     with (RUN / "output.txt").open("w") as output:
         launcher = psutil.Popen(line, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output)
@@ -152,7 +153,7 @@ def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
                 try:
                     ranks = [child for child in launcher.children() if "distill.train" in child.cmdline()]
                     held.append([resources(rank) for rank in ranks])
-                except (psutil.Error, OSError):  # the ranks are ending
+                except (psutil.Error, OSError):  # a rank exited while its resources were read
                     continue
                 seen = steps
         code = launcher.wait()
@@ -162,7 +163,7 @@ def watch(line: Sequence[str]) -> list[list[dict[str, float]]]:
 
 
 def steps_done(metrics: Path) -> int:
-    """Return the last training step in the run's metrics; 0: none. Ignores an incomplete last line."""
+    """Return the last training step in a metrics.jsonl, or 0 without one; ignore an incomplete last line."""
     if not metrics.exists():
         return 0
     lines = metrics.read_text().rpartition("\n")[0].splitlines()
@@ -170,7 +171,7 @@ def steps_done(metrics: Path) -> int:
 
 
 def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
-    """Return a table with one line per rank and quantity."""
+    """Return a text table of growths, with one line per rank and quantity."""
     rows = [f"{'over ' + str(steps) + ' steps':22}{'start':>10}{'end':>10}{'growth':>10}{'± error':>10}"]
     for rank, found in growths:
         rows.append(
@@ -181,18 +182,20 @@ def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, print the growth of each resource, and exit with 1 if one leaks."""
+    """Run the training, print the growth of each resource, and exit with code 1 if a resource leaks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=300, help="number of training steps")
     parser.add_argument(
         "--warm-up",
         type=int,
         default=50,
-        help="steps to ignore: caches fill, threads start",
+        help="number of first steps to ignore, while caches fill and threads start",
     )
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks")
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more overrides")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="configuration overrides for the training"
+    )
     args = parser.parse_args(argv)
     shutil.rmtree(RUN, ignore_errors=True)
     make_models(RUN)
@@ -210,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     left = sorted(name for name in set(os.listdir("/dev/shm")) - shared_before if Path("/dev/shm", name).exists())
     print(f"files left in shared memory: {', '.join(left) or 'none'}; {time.perf_counter() - began:.0f} s")
     if leaks := [f"{found.quantity} of rank {rank}" for rank, found in growths if found.leaks]:
-        sys.exit(f"soak: {', '.join(leaks)} grew beyond noise")
-    print(f"soak passed: no resource grew beyond noise on {args.ranks} rank(s) with {args.backend}")
+        sys.exit(f"soak: {', '.join(leaks)} grew by more than the tolerance")
+    print(f"soak passed: no resource grew by more than the tolerance on {args.ranks} rank(s) with {args.backend}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Background write of a checkpoint's tensors while training continues.
+"""Write a checkpoint's tensors in the background while training continues.
 
-A thread of this module instead of ``torch.distributed.checkpoint.async_save``: the same thread hashes the files after
-it has written them, counts progress for the watchdog, and does not delay the exit of the process.
+This module does not use ``torch.distributed.checkpoint.async_save``. Its own thread also hashes the written files,
+counts progress for the watchdog, and does not delay the exit of the process.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from distill.supervise.progress import heartbeat
 
 @dataclass(frozen=True)
 class WriteResult:
-    """Result of this rank's part of a write."""
+    """Result of one rank's part of a checkpoint write."""
 
     error: Exception | None = None
-    """The first OSError of any rank, else another error; None after success."""
+    """Error of the failed write, None after success. An OSError of any rank takes precedence over other errors."""
     checksums: Checksums = field(default_factory=dict)
-    """Sizes and hashes of the files that this rank wrote."""
+    """Size and sha256 of each file that this rank wrote."""
     expected: frozenset[str] = frozenset()
-    """Paths of all files with tensors, of all ranks."""
+    """Paths of the tensor files of all ranks, relative to the checkpoint."""
 
 
 class Write:
-    """Background write of tensors to ``folder/shards``; all ranks of ``group`` create it together.
+    """Background write of tensors to ``folder/shards``; creating it is collective over ``group``.
 
-    The constructor copies the tensors to host memory, so they may change after it returns. No other collective may use
-    ``group``. ``files``: content by path of more files that this rank writes. The thread is a daemon.
+    The constructor copies the tensors to host memory, so the caller may change them afterwards. ``group`` must not be
+    used for other collectives. ``files``: contents of additional files of this rank, by path. The thread is a daemon.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Write:
         return self._result
 
     def wait(self) -> None:
-        """Wait for the write; record a heartbeat whenever it has written more tensors."""
+        """Wait until the write has finished; record a heartbeat whenever more tensors have been written."""
         seen = self._tensors_written
         while self._thread.is_alive():
             self._thread.join(1.0)
@@ -86,7 +86,7 @@ class Write:
             self._result = WriteResult(first)
         except OSError as error:
             self._result = WriteResult(error)
-        except Exception as error:  # as text: all ranks gather the result, and not every exception can be pickled
+        except Exception as error:  # as text: all ranks gather the result, and some exceptions cannot be pickled
             self._result = WriteResult(RuntimeError(repr(error)))
         finally:
             self._copies = {}
@@ -114,5 +114,5 @@ class Write:
 
 @torch.no_grad()
 def _host_copy(tensor: Tensor) -> Tensor:
-    """Return a copy in host memory; of a sharded tensor, of this rank's shard."""
+    """Return a copy of the tensor in host memory; for a sharded tensor, a copy of this rank's shard."""
     return tensor.detach().to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: due steps, saving in the background, verification, loading and retention."""
+"""Checkpoints of a run: background saving, verification, loading and retention."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ log = logging.getLogger(__name__)
 _KEY = "checkpointing.checkpoint_dir"
 _PROBE_TEXT = "test of write access\n"
 _VISIBLE_WITHIN_S = 60.0
-"""Seconds until a node must see a file that another node has written."""
+"""Maximum seconds until a file written on one node must be visible on all nodes."""
 _UNFINISHED, _DAMAGED = "tmp_", "damaged_"
 _FIX_WRITING = f"free space there, or set {_KEY} to a writable directory"
 
 
 def has_validation(info: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint's info contains validation metrics of its weights."""
+    """Return whether a checkpoint's info contains validation metrics."""
     return any(name.startswith("validation/") for name in info.get("metrics", {}))
 
 
@@ -60,9 +60,9 @@ class Found:
 
     path: Path
     info: dict[str, Any]
-    """The info given to ``save``; ``metrics`` holds the values given to ``record_metrics``."""
+    """Argument ``info`` of ``save``, plus checksums in ``files`` and values of ``record_metrics`` in ``metrics``."""
     history: list[dict[str, float | None]]
-    """The run's metrics up to the checkpoint, one row per step; empty except on the main rank."""
+    """Rows of the run's metrics.jsonl up to the checkpoint; empty except on the main rank."""
 
 
 @dataclass
@@ -77,11 +77,12 @@ class _Pending:
 
 
 class Checkpoints:
-    """The ``step_N`` directories of ``checkpointing.checkpoint_dir``: shards, metrics and info.
+    """Manager of the ``step_N`` directories in ``checkpointing.checkpoint_dir``.
 
-    Tensors are stored by name and offset, so any number of ranks can load them. They are copied to host memory and
-    written in the background to ``tmp_step_N``; ``finalize_pending`` renames it when every rank has written its shards.
-    One write runs at a time. All methods except ``due`` are collective.
+    Tensors are stored by name and offset, so a checkpoint can be loaded on any number of ranks. ``save`` copies the
+    tensors to host memory, and a thread writes them to ``tmp_step_N``. When every rank has written its shards,
+    ``finalize_pending`` renames the directory to ``step_N``. Only one write runs at the same time. All methods except
+    ``due`` are collective.
     """
 
     def __init__(self, config: CheckpointingConfig, world: World) -> None:
@@ -92,14 +93,14 @@ class Checkpoints:
         self._group: dist.ProcessGroup | None = None
         self._lock: DirectoryLock | None = None
         self.newest_step: int | None = None
-        """Step of the newest checkpoint that this object has written; None before the first."""
+        """Step of the newest checkpoint that this object has completed; None before the first."""
         self.slowest_s = 0.0
-        """Duration of the longest background write so far in seconds."""
+        """Duration of the longest background write so far, in seconds."""
         self._warnings: set[str] = set()
-        """Warnings that were logged and are not repeated."""
+        """Warnings that were already logged; each warning is logged once."""
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether a checkpoint is written after ``step`` finished steps."""
+        """Return whether a checkpoint is due after ``step`` finished steps; ``last``: no further step follows."""
         period = self._config.save_period
         return self._config.enabled and (last or (period > 0 and step % period == 0))
 
@@ -123,8 +124,8 @@ class Checkpoints:
         with self._world.all_or_none("testing the checkpoint directory"), self._writing():
             if not _wait_for_file(main_probe):
                 raise UserError(
-                    f"{_KEY}={self._config.checkpoint_dir} is not one directory for all ranks: rank {self._world.rank}"
-                    " does not see the files of rank 0",
+                    f"{_KEY}={self._config.checkpoint_dir} is not the same directory on all ranks (rank"
+                    f" {self._world.rank} cannot see a file that rank 0 wrote)",
                     "choose a directory on a file system that all nodes share",
                     key=_KEY,
                     value=self._config.checkpoint_dir,
@@ -140,10 +141,11 @@ class Checkpoints:
             log.warning("the unfinished checkpoint %s of an earlier run %s", folder, outcome)
 
     def newest(self) -> Found | None:
-        """Find and verify the newest checkpoint; return None if there are none or checkpoints are disabled.
+        """Return the newest undamaged checkpoint after verifying its files, or None if there is no checkpoint.
 
-        Collective; the ranks share the hashing. Damaged checkpoints are logged, renamed and skipped. Raises UserError
-        if all are damaged, so that no run starts over them, and RunFailed, without renaming any, if the disk fails.
+        Collective; each rank hashes a part of the files. Returns None if checkpointing is disabled. Damaged checkpoints
+        are logged, renamed and skipped. Raises UserError if all checkpoints are damaged, so that the run does not
+        silently start from step 0. Raises RunFailed, and renames nothing, if the disk fails.
         """
         if not self._config.enabled:
             return None
@@ -163,33 +165,39 @@ class Checkpoints:
             reasons = "; ".join(f"{name}: {error}" for name, error in damaged.items())
             raise CollectiveUserError(
                 f"{_KEY}={self._config.checkpoint_dir} contains only damaged checkpoints ({reasons})",
-                "repair one, or remove them to start from step 0",
+                "repair one of them, or remove all of them to start from step 0",
                 key=_KEY,
                 value=self._config.checkpoint_dir,
             )
         return None
 
     def _find_damage(self, path: Path, checksums: Checksums) -> CheckpointError | None:
-        """Verify every file, each rank a part of them; damage takes precedence over transient errors."""
+        """Return the error of a damaged or unreadable file, or None; each rank verifies a part of the files.
+
+        Collective; all ranks return the same error. Damage takes precedence over transient I/O errors.
+        """
         with self._world.all_or_none("verifying the checkpoint's files"):
             own = find_damage(path, checksums, sorted(checksums)[self._world.rank :: self._world.size])
         errors = [error for error in self._world.gather(own) if error is not None]
         return min(errors, key=lambda error: error.retryable, default=None)
 
     def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
-        """Rename damaged checkpoints: retention does not count them and the next start does not read them."""
+        """Rename damaged checkpoints, so that retention and the next start ignore them; collective."""
         with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
             if self._world.is_main:
                 for name, reason in damaged.items():
                     renamed = self._dir / f"{_DAMAGED}{name}"
                     shutil.rmtree(renamed, ignore_errors=True)
                     (self._dir / name).rename(renamed)
-                    log.warning("%s is damaged (%s): renamed to %s; resuming from %s", name, reason, renamed, intact)
+                    log.warning(
+                        "checkpoint %s is damaged (%s): renamed to %s; resuming from %s", name, reason, renamed, intact
+                    )
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill ``tensors`` in place from a checkpoint; collective.
+        """Load a checkpoint into ``tensors`` in place; collective.
 
-        Raises UserError if names or shapes do not fit, and RunFailed if the disk fails.
+        Raises UserError if a tensor is missing in the checkpoint or has another shape there. Raises RunFailed if the
+        disk fails.
         """
         reader = ShardsReader(path / SHARDS)
         with self._world.all_or_none("reading the shapes of the checkpoint's tensors"):
@@ -198,11 +206,11 @@ class Checkpoints:
         with self._world.all_or_none("comparing the checkpoint with the model"):
             for name, tensor in tensors.items():
                 if (shape := stored.get(name)) != tensor.shape:
-                    found = "is missing" if shape is None else f"has the shape {tuple(shape)}"
+                    found = "is missing" if shape is None else f"has shape {tuple(shape)}"
                     raise UserError(
-                        f"checkpoint {path} does not fit the model: {name} {found} in the checkpoint and has the shape"
-                        f" {tuple(tensor.shape)} in the model",
-                        f"set {_KEY} to another directory, or use the checkpoint's model",
+                        f"checkpoint {path} does not match the model ({name} {found} in the checkpoint and has shape"
+                        f" {tuple(tensor.shape)} in the model)",
+                        f"use the model that the checkpoint was saved from, or set {_KEY} to another directory",
                         key=_KEY,
                         value=self._config.checkpoint_dir,
                     )
@@ -215,10 +223,10 @@ class Checkpoints:
             self._raise_read_failed(path, {rank: read_error(error) for rank, error in errors.items()})
 
     def _raise_read_failed(self, path: Path, errors: Mapping[int, CheckpointError]) -> None:
-        """Raise RunFailed if a rank has an error; permanent errors take precedence over transient ones."""
+        """Raise RunFailed if any rank has an error; a permanent error takes precedence over transient errors."""
         if errors:
             rank = min(errors, key=lambda rank: errors[rank].retryable)
-            raise _read_failed(path, errors[rank], f" by rank {rank}" if self._world.size > 1 else "")
+            raise _read_failed(path, errors[rank], f" on rank {rank}" if self._world.size > 1 else "")
 
     # ---- during the run ----
 
@@ -231,12 +239,12 @@ class Checkpoints:
         history: Path | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Start writing ``step_N`` in the background, after the previous write; ``finalize_pending`` completes it.
+        """Start to write ``step_N`` in the background; ``finalize_pending`` completes it. Collective.
 
-        ``tensors`` are copied before it returns. ``info`` contains JSON values only. ``export`` writes more files; all
-        ranks call it together, and a rank may fail in it only after its last collective. ``history``: the run's
-        metrics.jsonl; its rows up to ``step`` become part of the checkpoint. ``files``: content by path of small files
-        of this rank.
+        Completes the previous checkpoint first. ``tensors`` are copied before ``save`` returns. ``info`` contains only
+        JSON values. ``export`` is called on all ranks with the checkpoint's directory and writes additional files; it
+        may fail on some ranks only after its last collective. ``history``: path of the run's metrics.jsonl; the rows up
+        to ``step`` are copied into the checkpoint. ``files``: contents of small files of this rank, by path.
         """
         self.finalize_pending(block=True)
         folder = self._dir / f"{_UNFINISHED}step_{step}"
@@ -250,16 +258,16 @@ class Checkpoints:
             with self._removed_on_error(folder), self._world.all_or_none("exporting the model"), self._writing():
                 export(folder)
         if self._group is None and dist.is_initialized():
-            # A separate group: the background's collectives must not mix with those of training.
+            # A separate group, because collectives of the background thread must not mix with those of training.
             self._group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         write = Write(tensors, folder, self._group, self._world.rank, files or {})
         self._pending = _Pending(step, folder, dict(info), history, write)
 
     def finalize_pending(self, block: bool) -> None:
-        """Complete the pending checkpoint if all ranks have written it, and drop old ones; ``block`` waits for it.
+        """Complete the pending checkpoint if all ranks have written it, then remove old checkpoints.
 
-        Collective. Raises UserError on all ranks if a disk failed and RuntimeError after any other failed write;
-        earlier checkpoints are kept.
+        Collective. ``block``: wait until the write has finished. If the write failed, raises UserError on all ranks for
+        a disk error and RuntimeError for any other error; earlier checkpoints are kept.
         """
         pending = self._pending
         if pending is None:
@@ -277,7 +285,7 @@ class Checkpoints:
                 if self._world.is_main:
                     self._finish(pending, results)
         self.newest_step = pending.step
-        log.info("checkpoint %s", self._dir / f"step_{pending.step}")
+        log.info("saved checkpoint %s", self._dir / f"step_{pending.step}")
 
     def _finish(self, pending: _Pending, results: list[WriteResult]) -> None:
         checksums = {name: entry for result in results for name, entry in result.checksums.items()}
@@ -322,10 +330,10 @@ class Checkpoints:
             raise
 
     def record_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Add metrics of the weights after ``step`` steps to their checkpoint, if any, and drop old checkpoints.
+        """Add metrics to the checkpoint of ``step``, if it exists, then remove old checkpoints. Collective.
 
-        ``values`` by their logged names, such as ``train/loss``, the same names on every rank. The checkpoint keeps
-        validation metrics and the metric that ranks checkpoints. Collective.
+        ``values``: metrics of the weights after ``step`` steps, by logged name such as ``train/loss``; all ranks must
+        pass the same names. Only validation metrics and the metric that ranks checkpoints are stored.
         """
         if not self._config.enabled:
             return
@@ -358,7 +366,7 @@ class Checkpoints:
     # ---- existing checkpoints ----
 
     def _steps(self) -> list[Path]:
-        """Return the directories with a checkpoint's name, oldest first."""
+        """Return the ``step_N`` directories, oldest first."""
         named = [p for p in self._dir.glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
         return sorted(named, key=lambda p: int(p.name[5:]))
 
@@ -369,18 +377,20 @@ class Checkpoints:
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 
     def _drop_old(self) -> None:
-        """Remove the checkpoints beyond ``keep_top_k``; those without a readable info are ignored."""
+        """Remove the checkpoints beyond ``keep_top_k``; checkpoints without a readable manifest are ignored."""
         infos = {path: info for path in self._steps() if (info := self._info(path)) is not None}
         metrics = {path: info.get("metrics", {}).get(self._metric) for path, info in infos.items()}
         if self._metric and any(value is not None for value in metrics.values()):
             for path in [p for p in list(metrics)[:-1] if metrics[p] is None]:
-                self._warn_once(f"{path} ranks last: {self._config.metric_name} was not measured")
+                self._warn_once(
+                    f"checkpoint {path} ranks last, because {self._config.metric_name} was not measured for it"
+                )
         for old in to_drop(metrics, self._config.keep_top_k, self._config.higher_is_better):
             try:
                 self._remove(old)
             except OSError as error:  # another process may be reading it; the run can continue
                 self._warn_once(f"checkpoint {old} could not be removed completely ({error.strerror})")
-            log.info("checkpoint %s dropped: checkpointing.keep_top_k=%d", old, self._config.keep_top_k)
+            log.info("removed checkpoint %s because of checkpointing.keep_top_k=%d", old, self._config.keep_top_k)
 
     def _info(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -390,7 +400,7 @@ class Checkpoints:
             return None
 
     def _remove(self, path: Path) -> None:
-        """Rename, then remove: a process killed in between leaves no partial checkpoint with a valid name."""
+        """Remove a checkpoint; rename it first, so that a killed process leaves no partial ``step_N``."""
         renamed = self._dir / f"{_UNFINISHED}dropped_{path.name}"
         shutil.rmtree(renamed, ignore_errors=True)
         path.rename(renamed)
@@ -406,7 +416,7 @@ class Checkpoints:
 
 
 def _wait_for_file(file: Path) -> bool:
-    """Return whether the file appears in time; a network file system may show it late."""
+    """Wait for a file; return whether it appears in time. A network file system may show it with a delay."""
     until = time.monotonic() + _VISIBLE_WITHIN_S
     while not file.exists():
         if time.monotonic() >= until:
@@ -415,10 +425,11 @@ def _wait_for_file(file: Path) -> bool:
     return True
 
 
-def _read_failed(path: Path, error: CheckpointError, by: str = "") -> RunFailed:
+def _read_failed(path: Path, error: CheckpointError, on_rank: str = "") -> RunFailed:
     fix = "restart once the file system responds" if error.retryable else "fix the cause"
     return RunFailed(
-        f"{path}: {error.reason}{by}: {fix}, or move the directory away to resume from the previous checkpoint",
+        f"in checkpoint {path}, {error.reason}{on_rank}: {fix}, or move this directory away to resume from the previous"
+        " checkpoint",
         retryable=error.retryable,
     )
 
@@ -431,7 +442,7 @@ def _info_or_error(path: Path) -> tuple[dict[str, Any], CheckpointError | None]:
 
 
 def _read_history(path: Path, info: Mapping[str, Any]) -> list[dict[str, float | None]]:
-    """Return the checkpoint's metrics rows, with the validation that was recorded after they were written."""
+    """Return the checkpoint's rows of metrics, including validation metrics recorded after the save."""
     file = path / METRICS_FILE
     rows = read_metrics(file) if METRICS_FILE in files_of(info) else []
     step = int(path.name.removeprefix("step_"))

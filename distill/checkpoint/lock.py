@@ -1,7 +1,7 @@
-"""A lock file: only one run may write to a checkpoint directory.
+"""Lock a checkpoint directory, so that only one run writes to it.
 
-Not ``filelock``: on a file system without locks that package creates a lock file that outlives a killed run, and a
-dead machine's lock cannot be taken over.
+The package ``filelock`` is not used: its lock file remains after a run is killed on a file system without locks, and
+the lock of a failed machine cannot be taken over.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from distill.supervise.progress import heartbeat
 log = logging.getLogger(__name__)
 
 WAIT_S = 120.0
-"""Seconds to wait for the lock: the previous run may be exiting, or a file server may keep a dead machine's lock."""
+"""Seconds to wait for the lock: the previous run may be exiting, or a file server may keep a failed machine's lock."""
 FILE = ".owner"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DirectoryLock:
-    """Exclusive lock on ``folder``, held until the process exits; the main rank creates it.
+    """Exclusive lock on ``folder``, held until the process exits; only the main rank creates it.
 
-    The operating system releases the lock when the process ends. A file server may keep the lock of a dead machine, so
-    a requeued Slurm job takes over the lock of its earlier start. Without locks in the file system, a warning is
-    logged. Raises UserError if another process holds the lock for WAIT_S seconds; ``key`` names the setting.
+    The operating system releases the lock when the process ends. A file server may keep the lock of a failed machine,
+    so a requeued Slurm job takes over the lock of its earlier start. If the file system does not support locks, a
+    warning is logged. Raises UserError if another process holds the lock for WAIT_S seconds. ``key``: configuration key
+    of the directory, for messages.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        # Closing any handle of a file releases all of the process's locks on it, so this is the only handle.
+        # Closing any handle of a file releases all of the process's locks on it, so keep this as the only handle.
         self._file = (folder / FILE).open("a+", encoding="utf-8")
         self._folder, self._key = folder, key
         start, owner = 0.0, ""
@@ -47,7 +48,9 @@ class DirectoryLock:
                 log.warning("%s=%s is in use by %s: waiting up to %g s for it to exit", key, folder, owner, WAIT_S)
             elif time.monotonic() - start >= WAIT_S:
                 if _is_earlier_start(owner):
-                    log.warning("%s has ended but still holds the lock: this start of the job takes it over", owner)
+                    log.warning(
+                        "%s has ended, but its lock remains: this start of the Slurm job takes over the lock", owner
+                    )
                     break
                 raise UserError(
                     f"{key}={folder} is in use by another run ({owner})",
@@ -64,11 +67,14 @@ class DirectoryLock:
         self._file.flush()
 
     def check(self) -> None:
-        """Raise UserError if another run has taken the directory; some file systems lock on one machine only."""
+        """Raise UserError if the lock file names another run.
+
+        On some file systems a lock is valid on one machine only, so a run on another machine may use the directory.
+        """
         owner = self._read()
         if owner != self._token:
             raise UserError(
-                f"{self._key}={self._folder} was taken by another run ({owner.strip() or 'unknown'})",
+                f"{self._key}={self._folder} was taken over by another run ({owner.strip() or 'unknown'})",
                 "give each run its own directory",
                 key=self._key,
                 value=str(self._folder),
@@ -94,7 +100,7 @@ class DirectoryLock:
 
 
 def _slurm_start() -> str:
-    """Return this start's number and Slurm job for the owner token; empty outside Slurm."""
+    """Return `` in start N of job M`` for the lock file; empty outside Slurm."""
     job = slurm.start_of_job()
     return "" if job is None else f" in start {job[1]} of job {job[0]}"
 

@@ -1,6 +1,7 @@
-"""The manifest ``training_info.json``: a checkpoint's info, and size and hash of every file that a resume reads.
+"""Read and write the manifest ``training_info.json``: a checkpoint's info, and size and sha256 of its files.
 
-It is written last and contains its own hash, so a directory without a valid manifest is not a checkpoint.
+The manifest lists the files that a resume reads. It is written last and contains its own hash, so a directory without a
+valid manifest is not a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _SEAL, _FILES = "sha256", "files"
 _CHUNK_BYTES = 2**24
 _RETRY_DELAYS_S = (0.5, 2.0, 8.0, 30.0, 60.0)
 TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN, errno.EHOSTDOWN)
-"""Errors of a disk or file server that does not respond at the moment."""
+"""Error numbers of transient I/O errors: the disk or file server does not respond at the moment."""
 T = TypeVar("T")
 
 Checksums = dict[str, dict[str, int | str]]
-"""``bytes`` and ``sha256`` of each file, by its path inside the checkpoint."""
+"""Size in ``bytes`` and ``sha256`` of each file, by path inside the checkpoint."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint that is damaged or cannot be read.
+    """Error of a checkpoint that is damaged or cannot be read.
 
-    ``retryable``: a transient I/O error, so the files may be intact.
+    ``retryable``: whether the cause is a transient I/O error, so that the files may be undamaged.
     """
 
     def __init__(self, reason: str, retryable: bool = False) -> None:
@@ -50,12 +51,12 @@ class CheckpointError(Exception):
 
 
 def checksums_of(folder: Path, names: Iterable[str]) -> Checksums:
-    """Return size and hash of files, by their paths inside ``folder``."""
+    """Return size and sha256 of the files ``names``, which are paths inside ``folder``."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
 def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> CheckpointError | None:
-    """Return the error of the first file that differs from its checksum; None if all are intact."""
+    """Return the error of the first damaged or unreadable file of ``names``, or None."""
     for name in names:
         try:
             size, expected = retry_io((folder / name).stat).st_size, checksums[name]["bytes"]
@@ -69,26 +70,29 @@ def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> Che
 
 
 def retry_io(read: Callable[[], T]) -> T:
-    """Call ``read``, retrying on transient I/O errors for 100 s; they do not mean that a file is damaged."""
+    """Call ``read`` and return its result; retry transient I/O errors for 100 s.
+
+    Raises the OSError if it persists.
+    """
     for delay_s in _RETRY_DELAYS_S:
         try:
             return read()
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
                 raise
-            log.warning("%s; trying again in %g s", error, delay_s)
+            log.warning("transient I/O error (%s): retrying in %g s", error, delay_s)
             time.sleep(delay_s)
     return read()
 
 
 def files_of(info: Mapping[str, Any]) -> Checksums:
-    """Return the checksums that an info contains."""
+    """Return the checksums in a checkpoint's info."""
     checksums: Checksums = info[_FILES]
     return checksums
 
 
 def write_info(folder: Path, info: Mapping[str, Any], checksums: Checksums | None = None) -> None:
-    """Write the manifest atomically; without ``checksums``, those of ``info`` are kept."""
+    """Write the manifest atomically; ``checksums``: None keeps the checksums in ``info``."""
     content = {name: value for name, value in info.items() if name != _SEAL}
     content |= {} if checksums is None else {_FILES: checksums}
     part = folder / f"{INFO}.part"
@@ -115,7 +119,7 @@ def flush_directory(folder: Path) -> None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Return the info of a checkpoint. Raises CheckpointError if it is missing, damaged or unreadable."""
+    """Return a checkpoint's info; raise CheckpointError if its manifest is missing, damaged or unreadable."""
     try:
         text = retry_io((folder / INFO).read_text)
     except FileNotFoundError:
@@ -130,12 +134,12 @@ def read_info(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{INFO} is truncated or not a manifest ({error!r})") from error
     if not isinstance(checksums, dict) or _hash_of(info) != seal:
-        raise CheckpointError(f"the sha256 of {INFO} differs from its content")
+        raise CheckpointError(f"the content of {INFO} does not match the sha256 stored in it")
     return dict(info)
 
 
 def read_verified(folder: Path) -> dict[str, Any]:
-    """Return the info of a checkpoint after verifying all its files in this process. Raises CheckpointError."""
+    """Return a checkpoint's info after verifying all its files in this process; raise CheckpointError on damage."""
     info = read_info(folder)
     checksums = files_of(info)
     if (error := find_damage(folder, checksums, sorted(checksums))) is not None:

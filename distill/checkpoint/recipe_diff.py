@@ -1,4 +1,4 @@
-"""Differences between a checkpoint's recipe and the current one that change what is learned."""
+"""Find the differences between a checkpoint's recipe and the current recipe that affect training."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ _SAME_RUN = (
     "teacher.logprob_",
     "teacher.sequence_packing.",
 )
-"""Prefixes of keys that set duration, layout or monitoring of a run; they do not change what it learns."""
+"""Prefixes of keys that set the duration, parallel layout or monitoring of a run; they do not affect training."""
 
 
-def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return ``key was VALUE and is VALUE`` for each changed key that affects training, in the recipe's order.
+def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return a text ``KEY was OLD and is NEW`` for each changed key that affects training, in the recipe's order.
 
-    Keys that only one recipe contains are ignored: it may be of another version. Two paths to one file are equal.
+    Keys that only one of the recipes contains are ignored, because another version of the program may have written the
+    checkpoint. Two paths to the same file are equal.
     """
-    before = dict(_flat(then, ""))
+    before = dict(_flat(saved, ""))
     return [
         f"{key} was {before[key]} and is {value}"
-        for key, value in _flat(json.loads(json.dumps(now)), "")
+        for key, value in _flat(json.loads(json.dumps(current)), "")
         if key.startswith(_SECTIONS) and not key.startswith(_SAME_RUN)
         if not same_value(key, before.get(key, value), value)
     ]

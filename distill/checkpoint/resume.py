@@ -21,56 +21,61 @@ log = logging.getLogger(__name__)
 _CLOCK, _CHANGES, _VALIDATION = "clock", "changes", "validation_inputs"
 _ALLOW_KEY = "checkpointing.allow_changes"
 _NO_DATE = (
-    " (the chat template writes the date, and the checkpoint was written by a version that did not save the date of"
-    " its prompts)"
+    " (the chat template inserts the date, and the version of this program that wrote the checkpoint did not save the"
+    " date)"
 )
 CHANGES_FILE = "changes.json"
 
 
 def clock_of(found: Found | None) -> RunClock:
-    """Return the checkpoint's clock; for a first start or a checkpoint without a clock, the current time."""
+    """Return the clock stored in the checkpoint, or a clock with the current time if none is stored."""
     if found is None or _CLOCK not in found.info:
         return RunClock(current_time())
     return RunClock.saved(found.info[_CLOCK])
 
 
 def log_clock(clock: RunClock, found: Found | None) -> None:
-    """Log the time that chat templates read, if a chat template of this process has read it."""
+    """Log the date that chat templates use, if a chat template of this process has read the clock."""
     if not clock.was_read:
         return
     if found is not None and _CLOCK not in found.info:
-        log.warning("chat templates use the date %s from now on, because %s contains no date", clock, found.path)
+        log.warning(
+            "chat templates use the date %s from now on, because the checkpoint %s contains no date", clock, found.path
+        )
     else:
         log.info("chat templates use the date of the run's first start: %s", clock)
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """The run's clock and the changes at all its resumes; every checkpoint stores it."""
+    """Clock of a run and changes of its data and recipe at each resume; stored in every checkpoint."""
 
     clock: RunClock
     """Time of the run's first start."""
     changes: Sequence[dict[str, Any]] = ()
-    """All changes at resumes so far: step, description and time."""
+    """Changes at all resumes so far, each with its ``step``, description ``what`` and time ``when``."""
     validation: ContentHashes | None = None
-    """Hashes of the inputs of validation metrics; None: no validation so far."""
+    """Content hashes of the validation inputs; None if the run has had no validation so far."""
     training_changes: Sequence[str] = ()
-    """Changes at this resume to data and keys that affect training."""
+    """Changes of training data and of keys that affect training, found at this resume."""
     validation_changes: Sequence[str] = ()
-    """Changes at this resume to the validation data."""
+    """Changes of the validation data, found at this resume."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """Return the entries of a checkpoint's info as JSON."""
+        """Return the entries for a checkpoint's info, as JSON values."""
         validation = None if self.validation is None else dict(self.validation)
         return {_CLOCK: str(self.clock), _CHANGES: list(self.changes), _VALIDATION: validation}
 
     def in_context_metrics(self, found: Found | None) -> dict[str, float] | None:
-        """Return the checkpoint's metrics with the teacher's context, or None if the problems changed since."""
+        """Return the checkpoint's validation metrics with the teacher's context.
+
+        Returns None without a checkpoint, or if the validation data changed since.
+        """
         return None if found is None or self.validation_changes else found.info["in_context"]
 
     def write(self, run_dir: Path) -> None:
-        """Write the changes to the run's folder, if there are any."""
+        """Write the changes to ``changes.json`` in the run directory, if there are any."""
         if self.changes:
             (run_dir / CHANGES_FILE).write_text(json.dumps(list(self.changes), indent=2) + "\n")
 
@@ -78,10 +83,11 @@ class RunHistory:
 def compare_with_checkpoint(
     found: Found | None, config: Config, prompts: PromptOrder, clock: RunClock, validation: ContentHashes | None
 ) -> RunHistory:
-    """Compare a checkpoint's data and recipe with the current ones.
+    """Return the run's history after comparing the checkpoint's data and recipe with the current ones.
 
-    Raises UserError if training data, prompts or their order have changed, unless checkpointing.allow_changes is set.
-    Other changes, to keys that affect training and to the validation data, are only recorded.
+    ``found``: None for a first start. Raises UserError if training data, prompts or their order changed and
+    checkpointing.allow_changes is false. Changes of the validation data, and of keys that affect training, are recorded
+    only.
     """
     if found is None:
         return RunHistory(clock, validation=validation)
@@ -101,24 +107,24 @@ def compare_with_checkpoint(
 def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
     return UserError(
         f"{'; '.join(changes)} since the checkpoint {found.path}{_NO_DATE if undated else ''}",
-        f"undo the change, set {_ALLOW_KEY}=true to continue with it from step {found.info['step'] + 1} on, or set"
-        " another checkpointing.checkpoint_dir to start a new run (from this checkpoint's weights if policy.model_name"
-        " is an export by scripts.export_hf)",
+        f"undo the change, set {_ALLOW_KEY}=true to continue with the change from step {found.info['step'] + 1} on,"
+        " or set another checkpointing.checkpoint_dir to start a new run (to keep the weights, export this checkpoint"
+        " with scripts.export_hf and set policy.model_name to the export)",
         key=_ALLOW_KEY,
         value=list(changes),
     )
 
 
 def warn_of_changes(history: RunHistory, found: Found) -> None:
-    """Log the differences between the resumed run and the checkpoint; call it after loading the checkpoint."""
+    """Log the changes found at this resume as warnings; call it after the checkpoint is loaded."""
     if history.training_changes:
         log.warning(
-            "the recipe or its data changed since %s, so the resumed run differs from the original one: %s",
+            "the recipe or the data changed since checkpoint %s, so training differs from a continuous run: %s",
             *(found.path, "; ".join(history.training_changes)),
         )
     if history.validation_changes:
         log.warning(
-            "%s than at the checkpoint %s: validation metrics from step %d on are not comparable with earlier ones%s",
+            "%s than at checkpoint %s: validation metrics from step %d on are not comparable with earlier metrics%s",
             *("; ".join(history.validation_changes), found.path, found.info["step"]),
             ", and the metrics with the teacher's context are omitted" if found.info["in_context"] else "",
         )

@@ -1,4 +1,4 @@
-"""Selection of the checkpoints that are removed."""
+"""Select the checkpoints to remove."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 
 def to_drop(metrics: Mapping[Path, float | None], keep: int | None, higher_is_better: bool) -> list[Path]:
-    """Return all checkpoints except the newest and the best ``keep``; None keeps all.
+    """Return the checkpoints to remove: all except the newest and the best ``keep``.
 
-    ``metrics``: the value that ranks each checkpoint, oldest first; None ranks last. Of equal values the newer
-    checkpoint wins. The newest is always kept: its validation may follow later.
+    ``metrics``: value of the ranking metric by checkpoint, oldest checkpoint first; None ranks last. If values are
+    equal, the newer checkpoint ranks higher. The newest checkpoint is always kept, because its validation may follow
+    later. ``keep``: None keeps all checkpoints.
     """
     if keep is None:
         return []

@@ -22,7 +22,7 @@ from distill.errors import as_disk_error
 from distill.supervise.progress import heartbeat
 
 SHARDS = "shards"
-"""Directory of the tensors inside a checkpoint."""
+"""Name of the directory with the tensor files inside a checkpoint."""
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
@@ -34,13 +34,16 @@ _ALLOWED = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""Classes that a checkpoint's metadata may contain, by module; a complete module would also allow its imports."""
+"""Names that may be unpickled from a checkpoint's metadata, by module.
+
+Allowing complete modules would also allow every name that they import.
+"""
 
 
 class ShardsWriter(dcp.FileSystemWriter):
-    """Writer of tensors in host memory; a failing disk raises OSError on every rank.
+    """Writer of tensor shards that raises a disk error as OSError.
 
-    torch sends each rank's error to all ranks, but without the exception that caused it.
+    torch pickles a rank's error to send it to all ranks, and pickling loses the cause. So the cause itself is raised.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +63,7 @@ class CountingSavePlanner(dcp.DefaultSavePlanner):
         self._on_part = on_part
 
     def resolve_data(self, write_item: Any) -> Any:
-        """Return the data of one shard."""
+        """Call ``on_part`` and return the data of one shard."""
         self._on_part()
         return super().resolve_data(write_item)
 
@@ -69,7 +72,7 @@ class HeartbeatLoadPlanner(dcp.DefaultLoadPlanner):
     """Load planner that records a heartbeat for every shard."""
 
     def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        """Record a heartbeat and copy one shard that was read."""
+        """Record a heartbeat after one shard was read."""
         heartbeat()
         super().commit_tensor(read_item, tensor)
 
@@ -77,8 +80,8 @@ class HeartbeatLoadPlanner(dcp.DefaultLoadPlanner):
 class ShardsReader(dcp.FileSystemReader):
     """Reader of a checkpoint's tensors that reads the metadata once and retries transient I/O errors.
 
-    torch pickles the metadata; unpickling refuses every class except those of torch's metadata. A disk that keeps
-    failing raises OSError.
+    The metadata is a pickle. Only the classes of torch's metadata are unpickled, so that a checkpoint cannot run code.
+    Raises OSError if an I/O error persists.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,7 +89,7 @@ class ShardsReader(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the file and offset of every shard."""
+        """Return the metadata, with shape, file and offset of every shard."""
         if self._metadata is None:
             pickled = retry_io((Path(self.path) / ".metadata").read_bytes)
             self._metadata = _Unpickler(io.BytesIO(pickled)).load()
@@ -94,7 +97,7 @@ class ShardsReader(dcp.FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
-        """Read this rank's shards; each file has its own retries."""
+        """Read this rank's shards file by file; transient I/O errors are retried for each file."""
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -109,19 +112,22 @@ class ShardsReader(dcp.FileSystemReader):
             super().read_data(plan, planner)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the complete shape of every tensor by its name."""
+        """Return the unsharded shape of every tensor, by name."""
         stored = self.read_metadata().state_dict_metadata
         return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
     def shapes_or_error(self) -> tuple[dict[str, torch.Size], CheckpointError | None]:
-        """Return the shapes and None, or no shapes and the disk's error."""
+        """Return the shapes and None; if the disk fails, an empty dict and the error."""
         try:
             return self.shapes(), None
         except OSError as error:
             return {}, read_error(error)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield complete tensors one at a time, assembled in this process. Raises OSError if the disk fails."""
+        """Yield the name and the unsharded tensor in host memory for each of ``names``; not collective.
+
+        Raises OSError if the disk fails.
+        """
         stored = self.read_metadata().state_dict_metadata
         for name in names:
             entry = stored[name]
@@ -137,7 +143,7 @@ class ShardsReader(dcp.FileSystemReader):
 
 
 def read_error(error: OSError) -> CheckpointError:
-    """Return the disk's error as a CheckpointError."""
+    """Return the CheckpointError for a disk error while reading shards."""
     return CheckpointError(f"{SHARDS} cannot be read ({error.strerror or error})", error.errno in TRANSIENT_ERRNOS)
 
 
@@ -146,4 +152,4 @@ class _Unpickler(pickle.Unpickler):
         plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
         if plain or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the metadata of the checkpoint contains {module}.{name}, which is refused")
+        raise pickle.UnpicklingError(f"the metadata of the checkpoint contains {module}.{name}, which is not allowed")

@@ -1,4 +1,4 @@
-"""Phases of a training step: their names, metric tags, seconds and memory."""
+"""Phases of a training step: names, metric tags, durations and memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distill.supervise.progress import phase
 from distill.types import Stats
 
 Phase = Literal["sync", "generation", "validation", "batching", "teacher", "training", "checkpointing"]
-"""The phases of a step in their order, in the names that code, console and summary use."""
+"""Names of the phases of a step, in order; the code, the console and the summary use the same names."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 OUTSIDE_THROUGHPUT: tuple[Phase, ...] = ("validation", "checkpointing")
-"""Phases that process no training tokens: tokens per second exclude their time."""
+"""Phases that process no training tokens; their time is excluded from tokens per second."""
 
 TIMING = "timing/train/"
-"""Prefix of the metrics of a step's durations."""
+"""Prefix of the names of metrics that contain durations of a step."""
 
 _TAGS = {
     "sync": "prepare_for_generation",
@@ -29,19 +29,20 @@ _TAGS = {
     "teacher": "teacher_logprob_inference",
     "training": "policy_training",
 }
-"""Metric tags that differ from the phase's name; users know these tags from NeMo-RL."""
+"""Metric tags by phase, if the tag differs from the phase's name; NeMo-RL uses the same tags."""
 
 
 def timing_tag(name: str) -> str:
-    """Return the metric name of a phase's seconds."""
+    """Return the name of the metric with a phase's duration in seconds."""
     return f"{TIMING}{_TAGS.get(name, name)}"
 
 
 class Phases:
-    """Seconds and memory of a step by phase; the constructor starts the step's clock.
+    """Durations and memory of one step by phase; the step's timer starts in the constructor.
 
-    On CUDA each phase starts and ends with a device synchronization, so its time includes its kernels. ``memory`` is in
-    bytes: the peak of torch's allocator on CUDA, otherwise the process's resident memory at the end of the phase.
+    On CUDA the device is synchronized at the start and the end of each phase, so a duration includes the phase's
+    kernels. ``seconds``: duration by phase. ``memory``: bytes by phase, on CUDA the peak of torch's allocator,
+    otherwise the process's resident memory at the end of the phase.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -52,7 +53,10 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the block's time to phase ``name``, which may occur several times in a step; update the progress."""
+        """Measure the block as phase ``name`` and set the process's current phase.
+
+        A phase may occur several times in a step; its durations are added.
+        """
         self._synchronize()
         if self._on_cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -68,7 +72,10 @@ class Phases:
                     self.memory[name] = max(self.memory.get(name, 0), used)
 
     def stats(self) -> Stats:
-        """Return ``timing/train/*`` as (seconds, 1): the mean over ranks, so that the phases add up to the step."""
+        """Return the metrics ``timing/train/*`` as (seconds, 1), so that they become means over ranks.
+
+        With means, the durations of the phases add up to the duration of the step.
+        """
         seconds = {**self.seconds, "total_step_time": time.perf_counter() - self._start}
         return {timing_tag(name): (value, 1.0) for name, value in seconds.items()}
 

@@ -1,6 +1,6 @@
-"""Sinks of metrics: console, metrics.jsonl, TensorBoard, Weights & Biases.
+"""Write metrics to the console, metrics.jsonl, TensorBoard and Weights & Biases.
 
-Only the main rank writes; the Recorder of every other rank has no sinks.
+Only the main rank writes. On every other rank the Recorder has no sinks.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Sink(Protocol):
-    """Destination of metrics and sample texts."""
+    """Interface of a destination for metrics and sample texts."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step, or of a validation of its weights; steps come in order."""
+        """Write the metrics of one step or one validation; ``step`` never decreases from call to call."""
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Show sample texts of a validation; sinks for numbers only ignore them."""
+        """Write sample texts of a validation; sinks that store only numbers ignore them."""
 
     def close(self) -> None:
-        """Close the sink; no writes follow."""
+        """Close the sink; no other method may be called afterwards."""
 
 
 class JsonlSink:
-    """metrics.jsonl: one JSON object per step, flushed by ``write``; nan and inf become null.
+    """Sink that writes metrics.jsonl: one JSON object per line, with nan and inf written as null.
 
-    Lines after ``resumed_step`` and a truncated last line are removed, because their steps run again. If no line
-    remains, the file starts with ``history``.
+    When an existing file is opened, rows of steps after ``resumed_step`` are removed, because these steps run again. A
+    truncated last line is removed, too. If no row remains, the rows in ``history`` are written first.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
@@ -55,13 +55,13 @@ class JsonlSink:
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the step's line and flush it."""
+        """Append one line with the metrics and flush it."""
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Ignore texts: the file contains numbers only."""
+        """Do nothing: the file contains only numbers."""
 
     def close(self) -> None:
         """Close the file."""
@@ -69,9 +69,10 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """TensorBoard events; on resume, events after ``resumed_step`` are hidden.
+    """Sink that writes TensorBoard events.
 
-    A new directory starts with ``history``.
+    In an existing directory, earlier events of steps after ``resumed_step`` are hidden. In a new directory, the rows in
+    ``history`` are written first.
     """
 
     def __init__(self, folder: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
@@ -84,14 +85,14 @@ class TensorBoardSink:
             self.write(int(row["step"] or 0), {n: v for n, v in row.items() if n != "step" and v is not None})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one scalar per name; values that are not finite are omitted."""
+        """Write one scalar per metric; values that are not finite are omitted."""
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Write the texts verbatim as ``validation/sample_N``."""
+        """Write the texts unchanged as ``validation/sample_N``."""
         for i, text in enumerate(texts):
             self._writer.add_text(f"validation/sample_{i}", _verbatim(text), step)
         self._writer.flush()
@@ -102,15 +103,16 @@ class TensorBoardSink:
 
 
 def _ignore_tensorboard_thread(args: threading.ExceptHookArgs) -> None:
-    """Ignore an error of TensorBoard's thread, such as a full disk: the next write raises it again."""
+    """Ignore an error in TensorBoard's writer thread; the next write raises the same error again."""
     if type(args.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(args)
 
 
 class WandbSink:
-    """Weights & Biases; the run directory stores the run's id, so that a resumed run continues the same curves.
+    """Sink that logs to Weights & Biases; a resumed run continues the same curves.
 
-    With ``logger.wandb.mode=offline`` or WANDB_MODE=offline no data is sent.
+    The run's id is stored in the run directory. With ``logger.wandb.mode=offline`` or WANDB_MODE=offline, no data is
+    sent.
     """
 
     def __init__(self, config: LoggerConfig, run_dir: Path, recipe: Mapping[str, Any]) -> None:
@@ -132,25 +134,25 @@ class WandbSink:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the step's metrics."""
+        """Log the metrics of one step or one validation."""
         self._run.log(dict(values), step=step)
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Ignore texts: the run directory contains them."""
+        """Do nothing: the texts are in a file of the run directory."""
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the Weights & Biases run."""
         self._run.finish()
 
 
 class ConsoleSink:
-    """One log line per step."""
+    """Sink that logs one line per step or validation."""
 
     def __init__(self, total_steps: int) -> None:
         self._total = total_steps
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the step's line."""
+        """Log one line with the main metrics."""
         line = validation_line if is_validation(values) else console_line
         log.info("%s", line(step, self._total, values))
 
@@ -164,9 +166,9 @@ class ConsoleSink:
 
 
 class Recorder:
-    """All sinks of a run.
+    """Writer of metrics and sample texts to all sinks of a run.
 
-    If writing to ``run_dir`` fails, for example because the disk is full, the rank raises UserError.
+    All methods raise UserError if writing to ``run_dir`` fails, for example because the disk is full.
     """
 
     def __init__(self, sinks: Sequence[Sink], run_dir: Path) -> None:
@@ -174,13 +176,13 @@ class Recorder:
         self._writing = partial(writing_run, run_dir)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a finished step, or of a validation of its weights, to all sinks."""
+        """Write the metrics of one step or one validation to all sinks."""
         for sink in self._sinks:
             with self._writing():
                 sink.write(step, values)
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Show sample texts of the validation after ``step`` steps in the sinks that support text."""
+        """Write sample texts of the validation after ``step`` steps to the sinks that support text."""
         for sink in self._sinks:
             with self._writing():
                 sink.show(step, texts)
@@ -202,16 +204,17 @@ def open_recorder(
     recipe: Mapping[str, Any] | None = None,
     history: Sequence[Row] = (),
 ) -> Recorder:
-    """Return the run's recorder; only the main rank's has sinks. No collectives.
+    """Return the run's recorder, which has sinks on the main rank only; not collective.
 
-    ``resumed_step``: step of the loaded checkpoint, 0 for a new run; later lines are removed. ``recipe``: the resolved
-    configuration for Weights & Biases. ``history``: metrics up to ``resumed_step``, for a new run directory. Raises
-    UserError on every rank if wandb is enabled and not installed.
+    ``main``: whether this is the main rank. ``resumed_step``: step of the loaded checkpoint, 0 for a new run; metrics
+    of later steps are removed. ``recipe``: the resolved configuration, for Weights & Biases. ``history``: rows of
+    metrics up to ``resumed_step``, written to a new run directory. Raises UserError on every rank if wandb is enabled
+    but not installed.
     """
     if config.wandb_enabled and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            "logger.wandb_enabled=true needs the package wandb, which is not installed",
-            "run pip install wandb, or set logger.wandb_enabled=false",
+            "logger.wandb_enabled=true requires the package wandb, which is not installed",
+            "install it with `pip install wandb`, or set logger.wandb_enabled=false",
             key="logger.wandb_enabled",
             value=True,
         )
@@ -231,7 +234,7 @@ def _verbatim(text: str) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.jsonl without the truncated last line of a killed run."""
+    """Return the rows of a metrics.jsonl file; skip a last line that is truncated because the run was killed."""
     rows = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
@@ -239,10 +242,10 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise RuntimeError(f"{path}:{number} is not JSON: {line[:80]!r}") from None
+                raise RuntimeError(f"{path}:{number} is not valid JSON: {line[:80]!r}") from None
     return rows
 
 
 def rows_until(path: Path, step: int) -> list[dict[str, float | None]]:
-    """Return the rows of the steps up to ``step``; an empty list if the file does not exist."""
+    """Return the rows of steps up to ``step``, inclusive; an empty list if the file does not exist."""
     return [row for row in read_metrics(path) if int(row["step"] or 0) <= step] if path.exists() else []

@@ -1,6 +1,6 @@
 """Metrics of one step: sums and counts on every rank, reduced over ranks once per step.
 
-Means are kept as (sum, count): a mean of micro-batch means would weigh short micro-batches too much.
+A mean is stored as (sum, count), because a mean of micro-batch means would give too much weight to short micro-batches.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _TOKENS_OF_PHASE = {
     "teacher": "train/teacher_tokens",
     "training": "train/total_num_tokens",
 }
-"""Metric with the number of tokens that a phase processes, for its tokens per second over all ranks."""
+"""Metric with the number of tokens that a phase processes on all ranks, by phase."""
 
 
 class Metrics:
-    """Metrics of one step on this rank; ``reduce`` combines those of all ranks.
+    """Metrics of one step on this rank; ``reduce`` combines the metrics of all ranks.
 
-    Each name has one kind: ``mean`` (sum over ranks of sums / sum of counts), ``total`` (sum over ranks), ``max`` (over
-    ranks) or ``same`` (equal on every rank). Tensors stay on their device, so adding does not synchronize.
+    Each metric has one kind: ``mean`` (sum of all sums / sum of all counts), ``total`` (sum over ranks), ``max``
+    (maximum over ranks) or ``same`` (equal on every rank). Tensors stay on their device, so adding a value does not
+    synchronize the device.
     """
 
     def __init__(self) -> None:
@@ -40,27 +41,27 @@ class Metrics:
         self._values: dict[str, tuple[Scalar, Scalar]] = {}
 
     def add(self, stats: Stats) -> None:
-        """Add (sum, count) pairs; the metric is the mean over all pairs of all ranks."""
+        """Add (sum, count) pairs by name; the metric is the sum of all sums / the sum of all counts."""
         for name, (total, count) in stats.items():
             self._put(name, "mean", total, count)
 
     def add_totals(self, totals: Mapping[str, Scalar]) -> None:
-        """Add numbers that are summed over ranks."""
+        """Add values by name; the metric is their sum over ranks."""
         for name, total in totals.items():
             self._put(name, "total", total, 1.0)
 
     def add_max(self, values: Mapping[str, Scalar]) -> None:
-        """Add numbers whose maximum over ranks is the metric."""
+        """Add values by name; the metric is their maximum over ranks."""
         for name, value in values.items():
             self._put(name, "max", value, 1.0)
 
     def add_same(self, values: Mapping[str, Scalar]) -> None:
-        """Add numbers that are equal on every rank; ``reduce`` raises RuntimeError if they differ."""
+        """Add values by name that must be equal on every rank; ``reduce`` raises RuntimeError if they differ."""
         for name, value in values.items():
             self._put(name, "same", value, 1.0)
 
     def _put(self, name: str, kind: Kind, first: Scalar, second: Scalar) -> None:
-        assert self._kinds.setdefault(name, kind) == kind, f"{name} is a {self._kinds[name]}, not a {kind}"
+        assert self._kinds.setdefault(name, kind) == kind, f"metric {name} is of kind {self._kinds[name]}, not {kind}"
         first, second = _double(first), _double(second)
         if name in self._values:
             old_first, old_second = self._values[name]
@@ -68,7 +69,7 @@ class Metrics:
         self._values[name] = (first, second)
 
     def on_host(self) -> dict[str, tuple[Kind, float, float]]:
-        """Return kind, sum and count by name as Python numbers, with one copy from the device."""
+        """Return kind, sum and count by name, as Python numbers; tensors are copied from the device together."""
         scalars = [scalar for pair in self._values.values() for scalar in pair]
         on_device = [scalar for scalar in scalars if isinstance(scalar, Tensor)]
         device = next((scalar.device for scalar in on_device if scalar.device.type != "cpu"), torch.device("cpu"))
@@ -77,21 +78,21 @@ class Metrics:
         return {name: (self._kinds[name], next(numbers), next(numbers)) for name in self._values}
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Return the metrics of all ranks by name, the same numbers on every rank; collective.
+        """Return the metrics over all ranks by name, with equal values on every rank; collective over ``group``.
 
-        ``group`` uses gloo; None means this rank only. Names may differ between ranks, so names and numbers are
-        gathered together. Sums are float64, in the order of the ranks. A mean with count 0 is nan.
+        ``group``: a gloo group; None means this rank only. Names may differ between ranks, so names and values are
+        gathered as Python objects. Sums are computed in float64, in the order of the ranks. A mean with count 0 is nan.
         """
-        mine = self.on_host()
-        everyone = [mine]
+        own = self.on_host()
+        by_rank = [own]
         if group is not None:
-            everyone = [mine] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, mine, group=group)
-        return _combine(everyone)
+            by_rank = [own] * dist.get_world_size(group)
+            dist.all_gather_object(by_rank, own, group=group)
+        return _combine(by_rank)
 
 
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-    """Add lengths and finish reasons of ``rollouts``; each rollout must be added on exactly one rank."""
+    """Add metrics of lengths and finish reasons; each rollout must be added on exactly one rank."""
     prompts = [len(rollout.prompt.student_ids) for rollout in rollouts]
     responses = [len(rollout.response_ids) for rollout in rollouts]
     truncated = [rollout.finish == "length" for rollout in rollouts]
@@ -116,7 +117,7 @@ def step_numbers(
 ) -> dict[str, float]:
     """Return the metrics of a finished step over all ranks by name; collective over ``group``.
 
-    ``rollouts`` are those that were trained on, the same list on every rank.
+    ``rollouts``: the rollouts that the step trained on, the same list on every rank.
     """
     response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     prefix_tokens = sum(len(rollout.teacher_prefix_ids) for rollout in rollouts)
@@ -130,12 +131,13 @@ def step_numbers(
     metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
     values = finish_step(metrics, phases, group)
     if "train/context_distillation_valid_samples" in values:
-        values.setdefault(f"train/{TRUNCATION_RATE}", 0.0)  # not measured if all were dropped: no gap in the curve
+        # If all samples were dropped, the rate was not measured. 0 avoids a gap in the curve.
+        values.setdefault(f"train/{TRUNCATION_RATE}", 0.0)
     return values
 
 
 def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Return the step's metrics over all ranks with phases and throughput, by their logged names; collective.
+    """Return the step's metrics over all ranks by logged name, with durations and throughput; collective.
 
     Names without a slash get the prefix ``train/``.
     """
@@ -145,15 +147,18 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
 
 
 def waits(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean share of the generation phase that ranks spent waiting for the slowest rank."""
+    """Return the metric of the waiting time of generation; empty if generation was not measured.
+
+    The value is the mean fraction of the generation phase that ranks spend waiting for the slowest rank.
+    """
     mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
     return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Return tokens per second of a step's ``values``: per rank, and per phase over all ranks.
+    """Return the tokens per second of a step: per rank, and over all ranks for each phase.
 
-    The time of validation and checkpoints is excluded.
+    ``values``: the step's metrics over all ranks. Rates per rank exclude the time of validation and checkpointing.
     """
 
     def seconds(phase: str) -> float:
@@ -171,7 +176,7 @@ def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
 
 def _double(value: Scalar) -> Scalar:
     if isinstance(value, Tensor):
-        assert value.numel() == 1, f"a metric is a scalar, not of shape {tuple(value.shape)}"
+        assert value.numel() == 1, f"a metric must be a scalar, not a tensor of shape {tuple(value.shape)}"
         return value.detach().reshape(()).double()
     return float(value)
 
@@ -186,17 +191,17 @@ def _join(kind: Kind, old: Scalar, new: Scalar) -> Scalar:
     return max(old, new)
 
 
-def _combine(everyone: Iterable[Mapping[str, tuple[Kind, float, float]]]) -> dict[str, float]:
+def _combine(by_rank: Iterable[Mapping[str, tuple[Kind, float, float]]]) -> dict[str, float]:
     entries: dict[str, list[tuple[Kind, float, float]]] = {}
-    for rank in everyone:
-        for name, entry in rank.items():
+    for metrics in by_rank:
+        for name, entry in metrics.items():
             entries.setdefault(name, []).append(entry)
     return {name: _value(name, found) for name, found in entries.items()}
 
 
 def _value(name: str, found: list[tuple[Kind, float, float]]) -> float:
     kinds, firsts, seconds = {kind for kind, _, _ in found}, [a for _, a, _ in found], [b for _, _, b in found]
-    assert len(kinds) == 1, f"{name} is of kinds {kinds} on different ranks"
+    assert len(kinds) == 1, f"metric {name} has different kinds on different ranks: {kinds}"
     kind = next(iter(kinds))
     if kind == "total":
         return sum(firsts)
@@ -204,6 +209,6 @@ def _value(name: str, found: list[tuple[Kind, float, float]]) -> float:
         return math.nan if any(math.isnan(first) for first in firsts) else max(firsts)
     if kind == "same":
         if len({repr(first) for first in firsts}) > 1:  # by repr, because nan != nan
-            raise RuntimeError(f"{name} must be equal on every rank but is {firsts}: the ranks have diverged")
+            raise RuntimeError(f"metric {name} must be equal on every rank, but the ranks have the values {firsts}")
         return firsts[0]
     return sum(firsts) / sum(seconds) if sum(seconds) else math.nan

@@ -1,4 +1,4 @@
-"""Text output of metrics: one console line per step or validation, and a table at the end of a run."""
+"""Format metrics as text: one console line per step or validation, and a table at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from distill.metrics.phases import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
 
 Row = Mapping[str, float | None]
-"""One line of metrics.jsonl: ``step`` and the metrics; None if a value was not finite."""
+"""One row of metrics.jsonl: ``step`` and metrics by name; None for a value that was not finite."""
 
 _VALIDATION = "validation/"
 
 
 def is_validation(names: Iterable[str]) -> bool:
-    """Return whether metrics with these names are of a validation, not of a step."""
+    """Return whether metrics with these names belong to a validation and not to a step."""
     return any(name.startswith(_VALIDATION) for name in names)
 
 
 def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """Return the line of a step; metrics that were not measured are omitted."""
+    """Return the console line of a step; metrics that were not measured are omitted."""
     part = partial(_part, values)
     phases = " ".join(
         f"{phase} {seconds:.1f}" for phase in PHASES if (seconds := values.get(timing_tag(phase), 0.0)) >= 0.05
@@ -43,7 +43,7 @@ def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> st
 
 
 def validation_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """Return the line of a validation; metrics that were not measured are omitted."""
+    """Return the console line of a validation; metrics that were not measured are omitted."""
     part = partial(_part, values)
     parts = [
         f"validation at {step}/{total_steps}",
@@ -61,15 +61,16 @@ def validation_line(step: int, total_steps: int, values: Mapping[str, float]) ->
 
 
 def _part(values: Mapping[str, float], form: str, *names: str) -> str:
-    """Return ``form`` with the named values; empty if one of them is missing or nan."""
+    """Return the format string ``form`` filled with the named values; empty if a value is missing or nan."""
     numbers = [values.get(name, math.nan) for name in names]
     return "" if any(math.isnan(value) for value in numbers) else form.format(*numbers)
 
 
 def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
-    """Return the table at the end of a run: one column per run of ``runs``, its rows and directory by name.
+    """Return a table of the main metrics as text, with one column per run.
 
-    Rows of the table without a value in any run are omitted. Paths below the working directory are relative.
+    ``runs``: rows of metrics.jsonl and run directory, by the run's name. Metrics without a value in any run are
+    omitted. Paths inside the working directory are printed as relative paths.
     """
     labels = ["", "steps"]
     columns = [[name, str(sum(not is_validation(row) for row in rows))] for name, (rows, _) in runs.items()]
@@ -94,7 +95,7 @@ def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     line("tokens/s per rank, median", (_median(rows, "train/tokens_per_sec_per_gpu", "{:.0f}") for rows in tables))
     line("seconds per step, median", (_median(rows, TIMING + "total_step_time", "{:.2f}") for rows in tables))
     for phase in PHASES:
-        least = 0.005 if phase in OUTSIDE_THROUGHPUT else 0.0  # only the steps that validate or save
+        least = 0.005 if phase in OUTSIDE_THROUGHPUT else 0.0  # excludes steps without validation or checkpoint
         line(f"  {phase}", (_median(rows, timing_tag(phase), "{:.2f}", least) for rows in tables))
     line("run folder", (_relative(folder) for _, folder in runs.values()))
     return _columns([labels, *columns])
@@ -105,7 +106,7 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _ends(rows: Sequence[Row], name: str, form: str, first: bool = True) -> str:
-    """Return the first and the last value as ``FIRST -> LAST``."""
+    """Return the first and the last value as ``FIRST -> LAST``, or only the last value."""
     values = _values(rows, name)
     start = f"{form.format(values[0])} -> " if values and first else ""
     return f"{start}{form.format(values[-1])}" if values else ""
@@ -122,7 +123,7 @@ def _relative(folder: Path) -> str:
 
 
 def _columns(columns: Sequence[Sequence[str]]) -> str:
-    """Return the columns of cells as text with aligned lines."""
+    """Return the table as text; ``columns``: the cells of each column."""
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)

@@ -1,1 +1,1 @@
-"""Benchmark of the loss head: see ``__main__``."""
+"""Benchmark of the loss head; ``__main__`` describes it."""

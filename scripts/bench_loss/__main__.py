@@ -2,20 +2,26 @@
 
     python -m scripts.bench_loss [--device cpu|cuda] [--quick] [--repeats n] [--json FILE]
 
-The task is hidden rows -> logits -> top-k KL -> gradients of hidden rows and head. Eager and compiled PyTorch use
-``hidden @ head.T`` and ``lean_kl``, the exact form with the least memory that we found in plain PyTorch (``topk_kl``
-takes a third more; log1p(-sum q) for the tail takes less but loses a small tail's digits). Liger has no top-k loss: its
-fused linear JSD also runs the teacher's head, over the complete vocabulary, and is compared with its own definition.
-The N rows repeat 16 distinct rows with different weights, so that a float64 reference of 16 rows verifies the loss and
-both complete gradients at every size. The exit code is 1 if a contender is wrong or a bound is missed. Contenders run
-in turn: other load on the machine slows all of them.
+Each contender computes the logits from hidden rows, then the top-k KL, then the gradients of the hidden rows and the
+head. The contenders are:
 
-Peak memory excludes the inputs. On a CPU a dispatch mode counts storages (not an operator's internal memory) without
-one gradient of hidden rows and of the head; eager's is counted on fake tensors, and the count is verified on real ones.
-On CUDA it is the allocator's peak, gradients included.
+- fused: ``fused_linear_kl``.
+- eager and torch.compile: ``hidden @ head.T`` and ``lean_kl``, the exact formula that needs the least memory in plain
+  PyTorch. (``topk_kl`` needs a third more memory. The formula log1p(-sum q) for the tail needs less, but is inaccurate
+  if the tail is small.)
+- liger jsd: Liger's fused linear JSD, because Liger has no top-k loss. It also computes the teacher's logits, and its
+  loss covers the complete vocabulary. It is verified against the definition of the JSD.
 
-The roofline is the time of the matmuls at the measured peak plus the time of two reads and one write of the logits at
-the measured bandwidth of a copy. Goals in ms are for an H200.
+The N rows repeat 16 distinct rows with different weights. So a float64 reference of 16 rows is enough to verify the
+loss and both complete gradients at every size. The contenders run alternately, so that other load on the machine slows
+all of them. The exit code is 1 if a contender is wrong or a bound does not hold.
+
+Peak memory excludes the inputs. On a CPU it is measured by a dispatch mode, which counts storages without the final
+gradients and without an operator's internal memory. For eager it is measured on fake tensors, and real tensors verify
+the result. On CUDA it is the peak of the allocator, including gradients.
+
+The roofline is the time of the matmuls at the measured peak, plus the time of two reads and one write of the logits at
+the measured copy bandwidth. The goals in ms are for an H200.
 """
 
 from __future__ import annotations
@@ -40,12 +46,12 @@ from scripts.bench_loss.problem import Size, make_problem
 from scripts.bench_loss.report import Check, Report
 
 HEAD_MS = {4096: 95.0}
-"""Goals of the fused head on an H200, by hidden width."""
+"""Goals for the time of the fused head on an H200, by hidden width."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes and repetitions of the benchmark."""
+    """Sizes and numbers of timed runs of the benchmark."""
 
     dtype: torch.dtype
     raced: tuple[Size, ...]
@@ -53,9 +59,9 @@ class Plan:
     kernels: Size | None
     repeats: int
     copied: int
-    """Bytes of the copy that measures the bandwidth."""
+    """Bytes that are copied to measure the bandwidth."""
     side: int
-    """Side of the square matmul that measures the peak."""
+    """Number of rows of the square matrices that are multiplied to measure the matmul peak."""
 
 
 CPU = Plan(
@@ -80,14 +86,14 @@ SMALL = Size(192, 2048, 48, 16, chunk_rows=16)
 
 
 def quick(plan: Plan) -> Plan:
-    """Return the plan with tiny sizes."""
+    """Return the plan with tiny sizes, for a run of a few seconds."""
     kernels = None if plan.kernels is None else Size(64, 2048, 0, 16)
     memory = (SMALL,) if plan.memory else ()
     return dataclasses.replace(plan, raced=(SMALL,), memory=memory, kernels=kernels, repeats=2, copied=2**24, side=512)
 
 
 def run_section(report: Report, name: str, section: Callable[[], None]) -> None:
-    """Run a section; an exception becomes a failed check, and the next sections still run."""
+    """Run one section; report an exception as a failed check, so that the next sections still run."""
     try:
         section()
     except Exception as error:
@@ -97,7 +103,7 @@ def run_section(report: Report, name: str, section: Callable[[], None]) -> None:
 
 
 def measure(report: Report, plan: Plan, device: torch.device, rivals: Sequence[Contender]) -> None:
-    """Measure everything in the plan."""
+    """Run all sections of the plan; ``rivals``: the contenders, ``fused`` first."""
     report.progress("bandwidth and matmul peak")
     machine = measure_machine(device, plan.dtype, plan.copied, plan.side)
     report.about |= {"GB_per_s": machine.bytes_per_s / 1e9, "TFLOP_per_s": machine.flops_per_s / 1e12}
@@ -124,7 +130,7 @@ def race_at(
     machine: Machine,
     goals: bool,
 ) -> None:
-    """Run one race and check its bounds."""
+    """Compare all contenders at one size and add checks of time and memory to the report."""
     race.race(report, make_problem(size, device, plan.dtype), rivals, machine, plan.repeats)
     of = {result.contender: result for result in report.results if result.case == str(size)}
     ours = of.pop("fused").seconds
@@ -142,7 +148,7 @@ def race_at(
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of the GPU or the processor."""
+    """Return the name of the GPU or, for a CPU device, of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -153,12 +159,12 @@ def device_name(device: torch.device) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, write the file; return 0 if all are correct and every bound holds."""
+    """Run the benchmark and print the tables; return 0 if all contenders are correct and every bound holds."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: seconds")
-    parser.add_argument("--repeats", type=int, help="timed runs: 3 on a CPU, 20 on a GPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if available")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes; takes seconds")
+    parser.add_argument("--repeats", type=int, help="timed runs per contender (default: 3 on a CPU, 20 on a GPU)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this JSON file")
     args = parser.parse_args(argv)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
     plan = GPU if device.type == "cuda" else CPU

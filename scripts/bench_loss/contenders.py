@@ -1,4 +1,4 @@
-"""Implementations of the loss that the benchmark compares."""
+"""Define the implementations of the loss that the benchmark compares."""
 
 from __future__ import annotations
 
@@ -26,26 +26,29 @@ class Contender:
     name: str
     run: Callable[[Problem], Outcome]
     jsd: bool = False
-    """Whether it computes Liger's loss: over the complete vocabulary, with the teacher's head."""
+    """Whether the loss is Liger's JSD over the complete vocabulary, with the teacher's head."""
     rounds: bool = False
-    """Whether it computes bfloat16 logits from bfloat16 operands."""
+    """Whether the logits are rounded to bfloat16 if the operands are bfloat16."""
     visible: bool = True
-    """Whether a dispatch mode sees its operators."""
+    """Whether a dispatch mode intercepts the operators, so that memory and FLOPs can be counted."""
     peer: bool = False
-    """Whether a failed run is only a note, and no error."""
+    """Whether a failed run is reported as a note and not as an error."""
     skip: str = ""
-    """Reason to skip it; empty: it runs."""
+    """Reason to skip the contender; empty if it runs."""
 
     def tolerance(self, dtype: torch.dtype, of: str) -> float:
-        """Return the maximum relative error of the loss (``of`` kl_sum) or of a gradient."""
+        """Return the maximum relative error of the loss (``of="kl_sum"``) or of a gradient (other ``of``)."""
         if dtype == torch.float32:
             return 1e-5 if of == "kl_sum" else 1e-4
-        if self.rounds:  # 0.02 nats a log-prob
+        if self.rounds:  # rounding changes a log-probability by up to 0.02 nats
             return 1e-2 if of == "kl_sum" else 5e-2
         return 1e-4 if of == "kl_sum" else 1e-2
 
     def flops_and_bytes(self, problem: Problem) -> tuple[float, float]:
-        """Return FLOPs and bytes: three matmuls (four with the teacher's), two reads and one write of logits."""
+        """Return the FLOPs and the moved bytes of the roofline.
+
+        These are three matmuls (four with the teacher's head), and two reads and one write of the logits.
+        """
         size, narrow = problem.size, problem.head_VD.element_size()
         wide = narrow if self.rounds else 4
         models = 2 if self.jsd else 1
@@ -54,7 +57,7 @@ class Contender:
 
 
 def run_fused(problem: Problem) -> Outcome:
-    """Run ``fused_linear_kl`` and its backward."""
+    """Run the forward and backward pass of ``fused_linear_kl``."""
     hidden_ND, head_VD = problem.leaves()
     output = fused_linear_kl(
         hidden_ND, head_VD, problem.topk, CONFIG, problem.weight_N, chunk_rows=problem.size.chunk_rows
@@ -63,9 +66,11 @@ def run_fused(problem: Problem) -> Outcome:
 
 
 def lean_kl(logits_NV: Tensor, topk: TopK, overwrite: bool) -> Tensor:
-    """Return kl_N of ``CONFIG`` in plain PyTorch with little memory: no checks, no special cases.
+    """Return the KL of each row, with the settings of ``CONFIG``, in plain PyTorch with little memory.
 
-    ``overwrite`` the logits to save an [N, V]; the backward of gather would need them, that of an index does not.
+    Inputs are not checked, and special cases are not handled. ``overwrite``: write into ``logits_NV`` to save a tensor
+    of shape [N, V]. The backward pass of ``gather`` would need the original logits, but the backward pass of indexing
+    does not.
     """
     z_NV, ids_NK = logits_NV.float(), topk.ids_NK.long()
     kept_NK = z_NV[torch.arange(len(z_NV), device=z_NV.device).unsqueeze(1), ids_NK]
@@ -76,18 +81,21 @@ def lean_kl(logits_NV: Tensor, topk: TopK, overwrite: bool) -> Tensor:
 
 
 def eager_loss(hidden_ND: Tensor, head_VD: Tensor, topk: TopK, weight_N: Tensor) -> Tensor:
-    """Return the summed loss from hidden rows in plain PyTorch."""
+    """Return the weighted sum of the rows' losses, computed from the hidden rows in plain PyTorch."""
     return (lean_kl(hidden_ND @ head_VD.t(), topk, overwrite=True) * weight_N).sum()
 
 
 def run_eager(problem: Problem, loss: Callable[..., Tensor] = eager_loss) -> Outcome:
-    """Run the loss and its backward in plain or compiled PyTorch."""
+    """Run the forward and backward pass in plain PyTorch, or of a compiled ``loss``."""
     hidden_ND, head_VD = problem.leaves()
     return _backward(loss(hidden_ND, head_VD, problem.topk, problem.weight_N), hidden_ND, head_VD)
 
 
 def run_liger(problem: Problem) -> Outcome:
-    """Run Liger's loss, its mean multiplied to a sum; uncompiled on a CPU, where its memory is counted."""
+    """Run the forward and backward pass of Liger's JSD, with its mean converted to a sum.
+
+    On a CPU it is not compiled, because a dispatch mode measures its memory.
+    """
     hidden_ND, head_VD = problem.leaves()
     loss = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=hidden_ND.is_cuda
@@ -123,7 +131,7 @@ def contenders(quick: bool) -> list[Contender]:
             rounds=True,
             visible=False,
             peer=True,
-            skip="left out by --quick" if quick else "",
+            skip="omitted by --quick" if quick else "",
         ),
         Contender(
             "liger jsd",

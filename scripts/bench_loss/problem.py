@@ -1,4 +1,4 @@
-"""Inputs of the benchmark and their float64 reference."""
+"""Create the inputs of the benchmark and their float64 reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ DISTINCT = 16
 
 @dataclass(frozen=True)
 class Size:
-    """N rows, V columns, width D, K kept ids; ``chunk_rows``: None is the head's default."""
+    """Size of a problem: N rows, V vocabulary entries, hidden width D and K kept ids.
+
+    ``chunk_rows``: rows per chunk of the fused head; None uses the head's default.
+    """
 
     rows: int
     vocab: int
@@ -32,7 +35,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss and gradients of a contender."""
+    """Loss and gradients that a contender computes."""
 
     kl_sum: Tensor
     d_hidden_ND: Tensor
@@ -41,7 +44,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Student and teacher with similar logits; row n is row n % R of the R distinct rows."""
+    """Inputs with similar logits of student and teacher; row n equals row n % R of R distinct rows."""
 
     size: Size
     hidden_ND: Tensor
@@ -52,17 +55,17 @@ class Problem:
     weight_N: Tensor
 
     def leaves(self) -> tuple[Tensor, Tensor]:
-        """Return hidden rows and head as leaves that require a gradient."""
+        """Return the student's hidden rows and head as leaf tensors that require gradients."""
         return self.hidden_ND.detach().requires_grad_(), self.head_VD.detach().requires_grad_()
 
     @property
     def gradient_numels(self) -> tuple[int, int]:
-        """Return the number of elements of the two gradients."""
+        """Return the numbers of elements of the gradients of the hidden rows and of the head."""
         return self.hidden_ND.numel(), self.head_VD.numel()
 
 
 def make_problem(size: Size, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Return a problem with logits of deviation about 2 and weights between 0.5 and 1.5."""
+    """Return a random problem; logits have a standard deviation of about 2, weights are in [0.5, 1.5]."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -85,7 +88,10 @@ def make_problem(size: Size, device: torch.device, dtype: torch.dtype) -> Proble
 
 
 def topk_definition(log_q_RV: Tensor, log_p_RV: Tensor, ids_RK: Tensor) -> Tensor:
-    """Return half of each KL over K + 1 outcomes, from dense distributions; shares no code with ``distill.loss``."""
+    """Return the mean of forward and reverse KL of each row over K + 1 outcomes: the top K ids and the tail.
+
+    Inputs are the log-probabilities of the complete vocabulary. The function shares no code with ``distill.loss``.
+    """
 
     def outcomes(log_RV: Tensor) -> Tensor:
         tail_R1 = log_RV.scatter(1, ids_RK, -math.inf).logsumexp(dim=1, keepdim=True)
@@ -96,14 +102,17 @@ def topk_definition(log_q_RV: Tensor, log_p_RV: Tensor, ids_RK: Tensor) -> Tenso
 
 
 def jsd_definition(log_q_RV: Tensor, log_p_RV: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence at beta 0.5 over the complete vocabulary."""
+    """Return the Jensen-Shannon divergence of each row (beta 0.5) over the complete vocabulary."""
     log_m_RV = torch.logaddexp(log_q_RV, log_p_RV) - math.log(2)
     return sum((log.exp() * (log - log_m_RV)).sum(dim=1) / 2 for log in (log_q_RV, log_p_RV))  # type: ignore[return-value]
 
 
 @cache
 def reference(problem: Problem, jsd: bool) -> tuple[Outcome, Tensor]:
-    """Return in float64: loss, gradient of each distinct row at weight 1, gradient of the head; and the weights."""
+    """Return loss and gradients in float64, and the weights of the rows.
+
+    The gradient of the hidden rows is that of the R distinct rows at weight 1.
+    """
     count = problem.size.rows
     weight_N = torch.ones(count, device=problem.weight_N.device).double() if jsd else problem.weight_N.double()
     rows_N = torch.arange(count, device=weight_N.device) % DISTINCT
@@ -123,7 +132,10 @@ def reference(problem: Problem, jsd: bool) -> tuple[Outcome, Tensor]:
 
 
 def errors_of(problem: Problem, outcome: Outcome, jsd: bool) -> dict[str, float]:
-    """Return relative errors of the loss and, by norm, of both gradients; the head's for kept and other tokens."""
+    """Return the relative errors of the loss and, by norm, of both gradients, by name.
+
+    The error of the head's gradient is reported separately for kept ids and for all other ids (tail).
+    """
     right, weight_N = reference(problem, jsd)
     rows_N = torch.arange(problem.size.rows, device=weight_N.device) % DISTINCT
     d_hidden_ND = right.d_hidden_ND[rows_N] * weight_N.unsqueeze(1)
@@ -132,7 +144,9 @@ def errors_of(problem: Problem, outcome: Outcome, jsd: bool) -> dict[str, float]
         "d_hidden": float((outcome.d_hidden_ND.double() - d_hidden_ND).norm() / d_hidden_ND.norm()),
     }
     off_V, norm_V = (torch.empty(problem.size.vocab, dtype=torch.float64, device=weight_N.device) for _ in range(2))
-    for start in range(0, problem.size.vocab, 8192):  # a second float64 gradient of the head would be 5 GB
+    for start in range(
+        0, problem.size.vocab, 8192
+    ):  # blocks, because a second float64 gradient of the head would need 5 GB
         block = slice(start, start + 8192)
         norm_V[block] = right.d_head_VD[block].norm(dim=1)
         off_V[block] = (outcome.d_head_VD[block].double() - right.d_head_VD[block]).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Verify all contenders at one size, then time them in turn; compare peak memory on a CPU."""
+"""Verify all contenders at one size, then time them alternately; compare peak memory on a CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scripts.bench_loss.problem import Problem, Size, errors_of, make_problem, r
 from scripts.bench_loss.report import Check, Report, Result
 
 MEMORY_BOUNDS = {49_152: 1 / 6, 151_936: 1 / 8}
-"""Maximum peak of the fused head over eager's, by vocabulary."""
+"""Maximum ratio of the fused head's peak memory to eager's peak memory, by vocabulary size."""
 DEFAULT_MEMORY_BOUND = 1 / 6
 
 
 def first_run(problem: Problem, rival: Contender, case: str) -> Result:
-    """Run once and return errors, peak and FLOPs; also the warm-up."""
+    """Run a contender once, also as warm-up; return errors, peak memory and FLOPs."""
     device, dtype = problem.head_VD.device, problem.head_VD.dtype
     peak = flops = None
     try:
@@ -47,12 +47,12 @@ def first_run(problem: Problem, rival: Contender, case: str) -> Result:
         for of, error in errors.items()
         if not error <= rival.tolerance(dtype, of)
     ]
-    note = "full vocabulary, with the teacher's head: a different loss" if rival.jsd else ""
+    note = "a different loss: complete vocabulary, with the teacher's head" if rival.jsd else ""
     return Result(case, rival.name, None, peak, flops, None, errors, ", ".join(wrong), note)
 
 
 def race(report: Report, problem: Problem, rivals: Sequence[Contender], machine: Machine, repeats: int) -> None:
-    """Compare all contenders at one size: one run each to verify, then timed runs in turn."""
+    """Verify each contender with one run, then time all contenders alternately."""
     device, case = problem.head_VD.device, str(problem.size)
     found: dict[str, Result] = {}
     for rival in rivals:
@@ -64,7 +64,7 @@ def race(report: Report, problem: Problem, rivals: Sequence[Contender], machine:
     running = [rival for rival in rivals if found[rival.name].errors]
     times: dict[str, list[float]] = {rival.name: [] for rival in running}
     for turn in range(repeats):
-        report.progress(f"{case}: turn {turn + 1} of {repeats}")
+        report.progress(f"{case}: timed run {turn + 1} of {repeats}")
         for rival in running:
             times[rival.name].append(seconds_of(lambda run=rival.run: run(problem), device))  # type: ignore[misc]
     for rival in running:
@@ -75,7 +75,7 @@ def race(report: Report, problem: Problem, rivals: Sequence[Contender], machine:
 
 
 def fake_eager(size: Size, dtype: torch.dtype = torch.float32) -> tuple[int, int]:
-    """Return eager's peak bytes and FLOPs from fake tensors, which need neither memory nor time."""
+    """Return the peak bytes and FLOPs of eager, measured on fake tensors, which need no memory."""
     with FakeTensorMode():
         hidden_ND, head_VD = (torch.empty(n, size.width, dtype=dtype) for n in (size.rows, size.vocab))
         ids_NK = torch.empty(size.rows, size.k, dtype=torch.int32)
@@ -86,7 +86,7 @@ def fake_eager(size: Size, dtype: torch.dtype = torch.float32) -> tuple[int, int
 
 
 def compare_memory(report: Report, size: Size, device: torch.device, ours: Contender) -> None:
-    """Compare the peak of a real, verified run of ``fused`` with eager on fake tensors."""
+    """Compare the peak memory of a verified run of ``ours`` with that of eager on fake tensors."""
     report.progress(f"{size}: memory and FLOPs")
     problem = make_problem(size, device, torch.float32)
     result = first_run(problem, ours, str(size))

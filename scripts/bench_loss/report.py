@@ -1,4 +1,4 @@
-"""Results and checks of the benchmark, as tables and as JSON."""
+"""Collect results and checks of the benchmark and format them as tables and JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Result:
     peak_bytes: int | None = None
     flops: int | None = None
     share: float | None = None
-    """Fraction of the roofline."""
+    """Roofline time divided by measured time."""
     errors: dict[str, float] = field(default_factory=dict)
-    """Errors relative to the float64 reference: of the loss, and of the gradients by norm."""
+    """Relative errors of loss and gradients against the float64 reference, by name."""
     wrong: str = ""
     """Errors that exceed their tolerance, or the exception of a failed run."""
     note: str = ""
@@ -30,7 +30,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Check:
-    """A number and its bound; without a relation it is only reported, with the limit as a goal."""
+    """Measured value and its bound; without a relation, the limit is a goal that is reported but not checked."""
 
     name: str
     value: float
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def passed(self) -> bool | None:
-        """Return whether the bound holds, None without a bound; NaN fails."""
+        """Return whether the bound holds, or None without a bound; a NaN value fails."""
         if not self.relation:
             return None
         return {"<=": self.value <= self.limit, ">=": self.value >= self.limit, "==": self.value == self.limit}[
@@ -49,7 +49,7 @@ class Check:
 
 
 class Report:
-    """Collects results and checks in order, and prints progress."""
+    """Results and checks of the benchmark, in order, and printed progress."""
 
     def __init__(self, about: dict[str, Any]) -> None:
         self.about = about
@@ -58,7 +58,7 @@ class Report:
         self._start = time.monotonic()
 
     def progress(self, text: str) -> None:
-        """Print a line of progress with the elapsed time."""
+        """Print a progress line with the elapsed seconds."""
         print(f"{time.monotonic() - self._start:6.1f} s  {text}", flush=True)
 
     @property
@@ -76,7 +76,7 @@ class Report:
         }
 
     def tables(self) -> str:
-        """Return a table of contenders and a table of bounds."""
+        """Return a table of the contenders' results and a table of checks, as text."""
         sides = [("case", "contender", "ms", "peak MB", "GFLOP", "roofline", "worst error", "", "")]
         for r in self.results:
             verdict = "WRONG" if r.wrong else "correct" if r.errors else "-"
@@ -102,7 +102,7 @@ class Report:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinity by None, as JSON has no numbers for them."""
+    """Return ``value`` with NaN and infinity replaced by None, because JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,9 +90,9 @@ def test_lockstep_is_near_its_upper_bound_if_the_budget_forbids_95_percent() -> 
 def test_a_case_that_misses_a_bound_fails_the_benchmark(monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench_packing, "CASES", [replace(TIGHT, responses=64, ranks=8)])
     monkeypatch.setattr("sys.argv", ["bench_packing", "--seeds", "2"])
-    assert bench_packing.main() == 0 and "MISSED" not in capsys.readouterr().out
+    assert bench_packing.main() == 0 and "FAILED" not in capsys.readouterr().out
     monkeypatch.setattr(bench_packing, "balance", lambda tokens, cost, ranks, limits: _in_order(tokens, ranks, limits))
-    assert bench_packing.main() == 1 and "MISSED by 2" in capsys.readouterr().out
+    assert bench_packing.main() == 1 and "FAILED in 2" in capsys.readouterr().out
 
 
 def _in_order(tokens, ranks, limits) -> bench_packing.Rounds:

@@ -529,7 +529,7 @@ def test_a_transient_error_during_verification_is_retried_and_is_no_damage(
 
     monkeypatch.setattr(manifest, "_sha256", hiccup)
     if stays:
-        with pytest.raises(RunFailed, match=r"step_2: .*Stale") as failed:
+        with pytest.raises(RunFailed, match=r"step_2, .*Stale") as failed:
             saved.newest()
         assert failed.value.retryable
     else:
@@ -561,7 +561,7 @@ def test_transient_errors_while_loading_shards_are_retried(
         saved.load(tmp_path / "step_1", tensors)
         assert tensors["x"].tolist() == [1.0] * 3
         return
-    with pytest.raises(RunFailed, match=rf"step_1: .*\({os.strerror(number)}\)") as failed:
+    with pytest.raises(RunFailed, match=rf"step_1, .*\({os.strerror(number)}\)") as failed:
         saved.load(tmp_path / "step_1", tensors)
     assert failed.value.retryable is (number == errno.ESTALE) and left[0] == 0
 

@@ -56,7 +56,7 @@ def test_noise_is_not_a_leak(what: str, seed: int) -> None:
 def test_linear_growth_without_noise_is_measured_exactly() -> None:
     found = growth("memory MiB", [3.0 + 0.5 * step for step in range(100)])
     assert found.grown == pytest.approx(50.0) and found.error == pytest.approx(0.0, abs=1e-9)
-    with pytest.raises(ValueError, match=r"^9 values"):
+    with pytest.raises(ValueError, match=r"^9 measured"):
         growth("memory MiB", [1.0] * 9)
     assert set(TOLERANCE) == {"memory MiB", "open files", "threads", "child processes", "shared memory MiB"}
 

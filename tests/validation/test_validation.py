@@ -453,7 +453,7 @@ def test_problems_left_out_of_the_accuracy_in_context_are_counted_and_logged_wit
     assert values["validation/b/in_context_accuracy"] == 1.0 and "validation/in_context_accuracy_stderr" in values
     assert (values["validation/num_compared"], values["validation/a/num_compared"]) == (3, 1)
     in_context, compared = caplog.messages
-    assert in_context.startswith("2 of 4") and re.findall(r"(\d) have no trace|of (\d) leaves", in_context) == [
+    assert in_context.startswith("2 of 4") and re.findall(r"(\d) have no trace|(\d) have a context", in_context) == [
         ("1", ""),
         ("", "1"),
     ]
