@@ -29,14 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TILED_K = 2048
-"""Largest k for which tiles are used. For a larger k, or a k close to V, ``_full_row`` computes all rows."""
+"""Largest k for which tiles are used.
+
+For a larger k, or a k close to the vocabulary size, ``_full_row`` computes all rows.
+"""
 
 _GROUP = 8192
 """Number of logits that a program of ``_scan_tiles`` reads: 64 per thread, which fit into registers."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Finite replacement of a difference of -inf before it is multiplied by exp(-inf) = 0: 0 * -inf would be NaN."""
+"""Finite replacement of a logit difference of -inf: exp(-inf) * -inf would be NaN."""
 _LOWEST = tl.constexpr(-(2**31))
 """Key below the keys of all float32 values; see ``_key``."""
 _HIGHEST = tl.constexpr(2**31 - 1)
@@ -62,7 +65,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(vocab: int, k: int) -> Tiling | None:
-    """Return the tiling for the ``k`` largest of ``vocab`` logits, or None if ``_full_row`` alone is as fast.
+    """Return the tiling for the ``k`` largest of ``vocab`` logits; None if ``_full_row`` is as fast.
 
     The memory traffic consists of two 4-byte numbers per tile, written and read, and of about k tiles that are read
     again. It is smallest for a width of about sqrt(2 V / k). With few tiles in comparison to k, nearly all logits would
@@ -119,7 +122,7 @@ def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Te
 
 
 def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, log-probs, log tail mass and entropy; the last three are empty if there is no temperature."""
+    """Return ids, log-probs, log tail mass and entropy; the last three are empty without temperature."""
     _check(z_CV, k)
     (rows, vocab), device = z_CV.shape, z_CV.device
     stats = inverse_temperature is not None
@@ -151,7 +154,10 @@ def _by_tiles(
     k: int,
     stats: bool,
 ) -> None:
-    """Compute the outputs of all rows by tiles; set ``full_row_C`` to 1 for rows that ``_full_row`` must compute."""
+    """Compute the outputs of all rows by tiles.
+
+    Sets ``full_row_C`` to 1 for rows that ``_full_row`` must compute, and to 0 for the other rows.
+    """
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)
     sum_CT = torch.empty_like(top_CT) if stats else top_CT
@@ -228,7 +234,7 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Add the entries of ``z`` selected by ``taken`` to a tail; return the tail's maximum m and sum of exp(z - m)."""
+    """Add the selected entries of ``z`` to a tail; return its maximum m and sum of exp(z - m)."""
     z = tl.where(taken, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, axis=0))
     base = _finite(new_top)
@@ -238,7 +244,7 @@ def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Combine partial results; return the maximum m, the sum of exp(z - m), and the sum of (z - m) exp(z - m)."""
+    """Combine partial results: the maximum m and the sums of exp(z - m) and (z - m) exp(z - m)."""
     top = tl.max(top_X, axis=0)
     moved_X = tl.maximum(top_X - _finite(top), _FAR)
     shrink_X = tl.exp2(moved_X * to_log2)
