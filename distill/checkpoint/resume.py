@@ -106,7 +106,8 @@ def compare_with_checkpoint(
 
 def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
     return UserError(
-        f"{'; '.join(changes)} since the checkpoint {found.path}{_NO_DATE if undated else ''}",
+        f"the training prompts or their order differ from checkpoint {found.path} ({'; '.join(changes)})"
+        f"{_NO_DATE if undated else ''}",
         f"undo the change, set {_ALLOW_KEY}=true to continue with the change from step {found.info['step'] + 1} on,"
         " or set another checkpointing.checkpoint_dir to start a new run (to keep the weights, export this checkpoint"
         " with scripts.export_hf and set policy.model_name to the export)",

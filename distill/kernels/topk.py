@@ -29,7 +29,10 @@ from torch import Tensor
 from distill.kernels.topk_programs import full_row, scan_tiles, select
 
 MAX_TILED_K = 2048
-"""Largest k for which tiles are used. For a larger k, or a k close to V, ``full_row`` computes all rows."""
+"""Largest k for which tiles are used.
+
+For a larger k, or a k close to the vocabulary size, ``full_row`` computes all rows.
+"""
 
 _GROUP = 8192
 """Number of logits that a program of ``scan_tiles`` reads: 64 per thread, which fit into registers."""
@@ -54,7 +57,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(vocab: int, k: int) -> Tiling | None:
-    """Return the tiling for the ``k`` largest of ``vocab`` logits, or None if ``full_row`` alone is as fast.
+    """Return the tiling for the ``k`` largest of ``vocab`` logits; None if ``full_row`` is as fast.
 
     The memory traffic consists of two 4-byte numbers per tile, written and read, and of about k tiles that are read
     again. It is smallest for a width of about sqrt(2 V / k). With few tiles in comparison to k, nearly all logits would
@@ -111,7 +114,7 @@ def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Te
 
 
 def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, log-probs, log tail mass and entropy; the last three are empty if there is no temperature."""
+    """Return ids, log-probs, log tail mass and entropy; the last three are empty without temperature."""
     _check(z_CV, k)
     (rows, vocab), device = z_CV.shape, z_CV.device
     stats = inverse_temperature is not None
@@ -143,7 +146,10 @@ def _by_tiles(
     k: int,
     stats: bool,
 ) -> None:
-    """Compute the outputs of all rows by tiles; set ``full_row_C`` to 1 for rows that ``full_row`` must compute."""
+    """Compute the outputs of all rows by tiles.
+
+    Sets ``full_row_C`` to 1 for rows that ``full_row`` must compute, and to 0 for the other rows.
+    """
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)
     sum_CT = torch.empty_like(top_CT) if stats else top_CT

@@ -7,7 +7,7 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Finite replacement of a difference of -inf before it is multiplied by exp(-inf) = 0: 0 * -inf would be NaN."""
+"""Finite replacement of a logit difference of -inf: exp(-inf) * -inf would be NaN."""
 _LOWEST = tl.constexpr(-(2**31))
 """Key below the keys of all float32 values; see ``_key``."""
 _HIGHEST = tl.constexpr(2**31 - 1)
@@ -54,7 +54,7 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Add the entries of ``z`` selected by ``taken`` to a tail; return the tail's maximum m and sum of exp(z - m)."""
+    """Add the selected entries of ``z`` to a tail; return its maximum m and sum of exp(z - m)."""
     z = tl.where(taken, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, axis=0))
     base = _finite(new_top)
@@ -64,7 +64,7 @@ def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Combine partial results; return the maximum m, the sum of exp(z - m), and the sum of (z - m) exp(z - m)."""
+    """Combine partial results: the maximum m and the sums of exp(z - m) and (z - m) exp(z - m)."""
     top = tl.max(top_X, axis=0)
     moved_X = tl.maximum(top_X - _finite(top), _FAR)
     shrink_X = tl.exp2(moved_X * to_log2)

@@ -1,4 +1,4 @@
-"""The student's Triton kernels against float64 and against their PyTorch twins in ``topk_reduction.py``.
+"""The student's Triton kernels against float64 and the PyTorch reference in ``topk_reduction.py``.
 
 Compiled with a CUDA device, else interpreted, which tests the arithmetic but not the barriers or the speed. One test
 compiles the kernels for two GPUs without either.
