@@ -28,7 +28,7 @@ CHANGES_FILE = "changes.json"
 
 
 def clock_of(found: Found | None) -> RunClock:
-    """Return the clock stored in the checkpoint, or a clock with the current time if none is stored."""
+    """Return the clock stored in the checkpoint, or else a clock with the current time."""
     if found is None or _CLOCK not in found.info:
         return RunClock(current_time())
     return RunClock.saved(found.info[_CLOCK])

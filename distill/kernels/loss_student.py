@@ -1,8 +1,9 @@
-"""Triton kernels for the student's logits: reduce each row to a few numbers, and compute the gradient of the logits.
+"""Triton kernels that reduce the student's logits and compute the gradient of the logits.
 
-The tail of a row consists of all logits outside the K kept ids. ``reduce_rows`` reads the logits once.
-``gradient_rows`` reads them again and writes the gradient. The reference implementations in ``loss.topk_reduction``
-need about ten passes over the logits. Each Triton program processes one row. Sums are float32 for all dtypes.
+The tail of a row consists of all logits outside the K kept ids. ``reduce_rows`` reads the logits once and
+reduces each row to its kept logits and three numbers about the tail. ``gradient_rows`` reads the logits again and
+writes the gradient. The reference implementations in ``loss.topk_reduction`` need about ten passes over the logits.
+Each Triton program processes one row. Sums are float32 for all dtypes.
 
 Suffixes of names in the kernels: K kept ids, B a block of kept ids, G x L a tile of G runs of L adjacent logits. Each
 thread processes the same lanes (indices in 0..L-1) of all G runs. It can therefore sum a tile without communication
@@ -24,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Finite replacement of a difference of -inf before it is multiplied by exp(-inf) = 0: 0 * -inf would be NaN."""
+"""Finite replacement of a logit difference of -inf: exp(-inf) * -inf would be NaN."""
 
 
 class Launch(NamedTuple):
@@ -48,7 +49,7 @@ def id_block(k: int) -> int:
 
 
 def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the kept logits and the tail sums of each row; overwrite the logits at the kept ids with -inf.
+    """Return the kept logits and the tail sums of each row; write -inf to the logits at the kept ids.
 
     The reference implementation is ``loss.topk_reduction.reduce_in_place``.
 

@@ -91,9 +91,9 @@ def check_vocab(columns: int, valid_vocab: int | None) -> int:
 
 
 def check_linear(owner: str, hidden_ND: Tensor, head_VD: Tensor, vocab: int) -> None:
-    """Raise ``UserError`` if hidden states and LM head differ in width or dtype, or the head has too few rows.
+    """Raise ``UserError`` if shapes or dtypes of hidden states and LM head do not match.
 
-    ``owner`` is the model's name in the message, such as "the student's".
+    The head needs at least ``vocab`` rows. ``owner`` names the model in the message, such as "the student's".
     """
     if hidden_ND.ndim != 2 or head_VD.ndim != 2 or hidden_ND.shape[1] != head_VD.shape[1]:
         shapes = tuple(hidden_ND.shape), tuple(head_VD.shape)
@@ -108,7 +108,7 @@ def check_linear(owner: str, hidden_ND: Tensor, head_VD: Tensor, vocab: int) -> 
 
 
 def check_rows(rows: int, **columns: Tensor) -> None:
-    """Raise ``UserError`` if one of the tensors, given by name, does not have one entry for each of ``rows`` rows."""
+    """Raise ``UserError`` if one of the named tensors does not have ``rows`` entries."""
     for name, column in columns.items():
         if column.shape[:1] != (rows,) or (column.ndim != 1 and not name.endswith("_ND")):
             shape = tuple(column.shape)
@@ -177,10 +177,11 @@ def check_kept(
     sampled_ids_N: Tensor | None,
     weight_N: Tensor | None,
 ) -> None:
-    """Raise ``UserError`` if the kept ids of a row with nonzero weight do not include an id that the loss needs.
+    """Raise ``UserError`` if the kept ids of a row do not include an id that the loss needs.
 
     ``kl_type: sampled`` needs the sampled token. The other losses need at least one id that is not padding, except with
-    ``outside_topk: bucket``. ``weight_N: None`` means that all rows have nonzero weight.
+    ``outside_topk: bucket``. Rows of weight 0 are not checked; ``weight_N: None``
+    means that no row has weight 0.
     """
     if loss_config.kl_type == "sampled":
         assert sampled_ids_N is not None
@@ -210,7 +211,7 @@ def check_kept(
 
 
 def check_tokens(loss_config: LossConfig, given: bool) -> None:
-    """Raise ``UserError`` if the loss needs the sampled tokens and the caller passes none (``given`` is false)."""
+    """Raise ``UserError`` if the loss needs the sampled tokens, but they are not ``given``."""
     if loss_config.kl_type == "sampled" and not given:
         problem = "loss_fn.kl_type=sampled needs the sampled tokens, which are missing"
         fix = "pass the sampled tokens, or set another loss_fn.kl_type"

@@ -1,4 +1,4 @@
-"""Divergences between student and teacher in plain PyTorch: the reference implementation of ``loss.fused``.
+"""Divergences between student and teacher: the reference implementation of ``loss.fused``.
 
 The tail of a row consists of all tokens outside the K kept ids. Each loss is a function of a few numbers per row: the
 student's logits at the kept ids, and the logsumexp and the mean logit of the tail. ``student_outcomes`` computes these
@@ -24,7 +24,7 @@ from distill.loss import checks
 from distill.types import TopK
 
 LOG_FLOOR = -100.0
-"""Teacher's log-prob of each token outside the top-k with ``outside_topk: floor``; the same value as in NeMo-RL."""
+"""Teacher's log-prob of tokens outside the top-k with ``outside_topk: floor``, as in NeMo-RL."""
 
 _NEG_INF = float("-inf")
 
@@ -70,7 +70,7 @@ class Pair:
     log_q_NE: Tensor
     """Student's log-probs, differentiable."""
     floor: Outcomes | None = None
-    """Student's outcomes if ``outside_topk`` is ``floor``, else None; the reverse KL then includes the tail."""
+    """Student's outcomes with ``outside_topk: floor``, to add the tail to the reverse KL; else None."""
 
     def forward_kl(self) -> Tensor:
         """Return KL(teacher || student), [N]."""
@@ -283,7 +283,7 @@ def entropy(outcomes: Outcomes) -> Tensor:
 
 
 def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Pair:
-    """Return both models' log-probs of the outcomes that the loss compares: K + 1 with ``bucket``, else K."""
+    """Return both models' log-probs of the compared outcomes: K + 1 with ``bucket``, else K."""
     dtype = student.tail_N.dtype
     if loss_config.outside == "bucket":
         return Pair(_teacher_log_masses(topk, dtype), student.log_masses_NE())
@@ -311,7 +311,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _tail_on_floor(student: Outcomes) -> Tensor:
-    """Return the tail's term of KL(student || teacher), [N], if the teacher has log p = -100 at each tail token.
+    """Return the tail's term of KL(student || teacher) for a teacher log-prob of -100 at each tail token.
 
     The term is the sum of q log q over the tail plus 100 times the tail's probability.
     """
@@ -320,7 +320,10 @@ def _tail_on_floor(student: Outcomes) -> Tensor:
 
 
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
-    """Return a bool mask [N, V] of the kept ids; padding (-1) marks an additional column V, which is then removed."""
+    """Return a bool mask [N, V] of the kept ids.
+
+    Padding (-1) marks an additional column V, which is then removed.
+    """
     marks = torch.zeros(ids_NK.shape[0], vocab + 1, dtype=torch.bool, device=ids_NK.device)
     columns_NK = ids_NK.long()
     return marks.scatter_(1, columns_NK.masked_fill(columns_NK < 0, vocab), True)[:, :vocab]

@@ -39,7 +39,7 @@ class FullRows:
     kl_C: Tensor
     """[C]: unweighted loss of each row, in nats."""
     gradient_CV: Tensor
-    """[C, V]: gradient of the loss with respect to the student's scaled logits, multiplied by ``factor_C``."""
+    """[C, V]: gradient of the loss with respect to the scaled logits, times ``factor_C``."""
     metrics: RowMetrics
     shift_C: Tensor
     """[C]: student's largest scaled logit in each row."""
@@ -163,7 +163,10 @@ def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
-    """Return the inner products of the rows, [C]; overwrites ``spare_CV``, which may be ``a_CV`` or ``b_CV``."""
+    """Return the inner products of the rows, [C].
+
+    Overwrites ``spare_CV``, which may be ``a_CV`` or ``b_CV``.
+    """
     return torch.mul(a_CV, b_CV, out=spare_CV).sum(dim=1)
 
 
@@ -228,7 +231,7 @@ FAST_GRADIENTS: Mapping[str, Callable[[_Models, LossConfig], tuple[Tensor, Tenso
     "mixed": _kls,
     "jsd": _jsd,
 }
-"""Functions with hand-derived gradients, by ``loss_fn.kl_type``; each returns value [C] and gradient [C, V].
+"""Functions that return value [C] and hand-derived gradient [C, V], by ``loss_fn.kl_type``.
 
 They use only the [C, V] buffers of ``_Models``.
 """

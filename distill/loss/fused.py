@@ -1,4 +1,4 @@
-"""Fused LM head and loss: compute loss, gradients and metrics from hidden states, without a tensor of [N, V].
+"""Fused LM head and loss: compute loss and gradients from hidden states, without a tensor of [N, V].
 
 The forward processes the rows in chunks of C = ``chunk_rows``. It also computes the gradients of each chunk, so the
 backward only scales the stored gradients. This needs three matmuls with the head instead of four, because logits are
@@ -66,9 +66,10 @@ def fused_linear_kl(
     row_kls: dict[str, Tensor] | None = None,
     debug: bool = False,
 ) -> LossOutput:
-    """Return the weighted sum of the distillation loss over N rows, differentiable in ``hidden_ND`` and ``head_VD``.
+    """Return the weighted sum of the distillation loss over N rows, and metrics.
 
-    Call it inside the forward of the root FSDP module, because only there the head is unsharded. N may be 0. Rows of
+    The sum is differentiable in ``hidden_ND`` and ``head_VD``. Call the function inside the forward of the root FSDP
+    module, because only there the head is unsharded. N may be 0. Rows of
     weight 0 are skipped. Without grad mode only the values are computed. With ``parallel`` the function is collective
     over the group, and all ranks of the group must pass the same rows.
 
@@ -171,7 +172,7 @@ class _Columns:
         parallel: VocabParallel | None,
         teacher_rows: bool,
     ) -> _Columns:
-        """Return this rank's columns; raise ``UserError``, on all ranks of the group, if the sizes are invalid."""
+        """Return this rank's columns; raise ``UserError`` (on all ranks) if the sizes are invalid."""
         columns = head_VD.shape[0]
         if parallel is None:
             vocab = checks.check_vocab(columns, valid_vocab)
@@ -190,7 +191,7 @@ def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _head_gradient(head_VD: Tensor, own: int, dtype: torch.dtype) -> Tensor:
-    """Return a buffer for the head's gradient, with 0 at padding rows; the first chunk initialises the other rows."""
+    """Return a buffer for the head's gradient: 0 at padding rows, uninitialised at other rows."""
     d_head_VD = torch.empty_like(head_VD, dtype=dtype)
     d_head_VD[own:] = 0
     return d_head_VD
@@ -229,7 +230,7 @@ class _Loop:
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
-        """Compute the loss of a chunk, store its gradients, and return the metrics of its rows, [C] each, by name."""
+        """Compute the loss of a chunk, store its gradients, and return its row metrics by name."""
         # Compute the teacher's top-k first: it may use the same buffer as the student's logits.
         topk = self.targets.topk(rows) if self.targets.topk else None
         hidden_CD = self.hidden_ND[rows]

@@ -1,4 +1,4 @@
-"""The three matmuls of the LM head: logits, gradient of the hidden states and gradient of the head's weight.
+"""Matmuls of the LM head: logits, gradient of the hidden states, gradient of the head's weight.
 
 bf16 operands give float32 logits, because rounding the logits to bf16 changes log-probs by about 0.02 nats. The
 gradient of the logits is converted to the head's dtype. The gradient of the head is accumulated in float32. With a
@@ -53,7 +53,7 @@ class Projection:
         return gradient_CV.to(self.head_VD.dtype)
 
     def hidden_gradient(self, gradient_CV: Tensor, wide: bool = False) -> Tensor:
-        """Return the gradient of the hidden states, [C, D], in the head's dtype, or in ``self.dtype`` if ``wide``."""
+        """Return the gradient [C, D] of the hidden states in the head's dtype (``wide``: ``self.dtype``)."""
         if not (wide and self._narrow):
             return gradient_CV @ self.head_VD
         if self._widen:

@@ -18,7 +18,10 @@ from distill.types import Stats, TopK
 
 @dataclass(frozen=True)
 class RowMetrics:
-    """Metrics of C rows, [C] each; a metric that is not available is None. KLs and entropies are in nats."""
+    """Metrics of C rows, [C] each; a metric that is not available is None.
+
+    KLs and entropies are in nats.
+    """
 
     forward_kl: Tensor
     """KL(teacher || student), with the tail as one outcome."""
@@ -35,7 +38,7 @@ class RowMetrics:
     teacher_entropy: Tensor | None
     """Entropy of the teacher's full distribution; None if the targets do not include it."""
     teacher_stop_mass: Tensor | None
-    """Total teacher probability of the stop tokens among the kept ids; None if no stop tokens are given."""
+    """Total teacher probability of the stop tokens among the kept ids; None without stop tokens."""
 
     def by_name(self) -> dict[str, Tensor]:
         """Return the available metrics by name."""
@@ -156,7 +159,7 @@ class SampledLogprobs:
         return torch.stack([chosen_C, spare_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)], dim=1)
 
     def metrics(self, rows: Rows, read_CE: Tensor, shift_C: Tensor, lse_C: Tensor) -> dict[str, Tensor]:
-        """Return the trainer's log-probs and their absolute differences from the sampler's, by name, [C] each.
+        """Return the trainer's log-probs and their absolute differences from the sampler's, by name.
 
         ``read_CE`` is the result of ``read``, summed over the group. ``shift_C + lse_C`` is the logsumexp of the logits
         at the loss's temperature; it is used if the loss uses the sampling temperature.

@@ -1,4 +1,4 @@
-"""The teacher's targets of a chunk of rows: a given top-k, or targets computed from the teacher's hidden states."""
+"""Teacher's targets of a chunk of rows: a given top-k, or computed from hidden states."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def teacher_topk(
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """Computation of the teacher's logits and targets chunk by chunk; ``loss_fn.logits_dtype`` does not apply."""
+    """Computation of the teacher's logits and targets, chunk by chunk.
+
+    ``loss_fn.logits_dtype`` does not apply to the teacher's logits.
+    """
 
     head: Projection
     temperature: float
@@ -129,7 +132,7 @@ class TeacherScorer:
         return self.topk_of_ids(z_CV, with_extra_ids(self.kernels.topk(z_CV, k), extra_ids_C, z_CV.shape[1]))[0]
 
     def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
-        """Return the targets at the given ids, and a bool mask [C, K] of the ids with the row's largest logit.
+        """Return the targets at the given ids, and a mask [C, K] of the ids with the largest logit.
 
         Overwrites ``z_CV``, the raw logits.
         """
@@ -186,7 +189,7 @@ class ChunkTargets:
     It returns the targets and a bool mask [C, K] of the ids with the teacher's largest logit.
     """
     scaled_logits: Callable[[Rows], Tensor] | None = None
-    """Function for the complete vocabulary; it returns the teacher's logits, divided by the temperature."""
+    """Function for the complete vocabulary; returns the teacher's logits divided by the temperature."""
 
 
 def targets_by_chunk(

@@ -1,4 +1,4 @@
-"""Reduce a chunk of logits to the K kept logits and sums over the tail, and compute the gradient of the logits.
+"""Reduce a chunk of logits to kept logits and tail sums, and compute the gradient of the logits.
 
 The tail of a row consists of all tokens outside the K kept ids. Logits and gradient have shape [C, V]. The reference
 implementation is ``divergences.student_outcomes`` under autograd, which needs several tensors of [N, V]; this module
@@ -171,7 +171,7 @@ class TorchKernels:
     """Backend in PyTorch, for all devices and dtypes."""
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return ``wide``: this backend rounds logits to bf16, but stores them in a ``wide`` buffer."""
+        """Return ``wide``, because this backend stores rounded logits in a ``wide`` buffer."""
         return wide
 
     def reduce(

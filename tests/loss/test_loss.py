@@ -1,4 +1,4 @@
-"""The plain twins against the definitions of the losses."""
+"""The reference implementations against the definitions of the losses."""
 
 from __future__ import annotations
 
