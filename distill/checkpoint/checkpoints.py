@@ -28,6 +28,7 @@ from distill.checkpoint.manifest import (
     files_of,
     find_damage,
     flush_directory,
+    read_history,
     read_info,
     write_durably,
     write_info,
@@ -37,7 +38,7 @@ from distill.checkpoint.storage import SHARDS, HeartbeatLoadPlanner, ShardsReade
 from distill.config import CheckpointingConfig
 from distill.distributed.world import CONTROL_TIMEOUT, World
 from distill.errors import CollectiveUserError, RunFailed, UserError, cannot_write, writing_to
-from distill.metrics.sinks import METRICS_FILE, read_metrics, rows_until
+from distill.metrics.sinks import METRICS_FILE, rows_until
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Checkpoints:
             error = error or self._find_damage(path, files_of(info))
             if error is None:
                 self._rename_damaged(damaged, path)
-                return Found(path, info, _read_history(path, info) if self._world.is_main else [])
+                return Found(path, info, read_history(path, info) if self._world.is_main else [])
             if error.retryable:
                 raise _read_failed(path, error)
             damaged[path.name] = error.reason
@@ -439,14 +440,3 @@ def _info_or_error(path: Path) -> tuple[dict[str, Any], CheckpointError | None]:
         return read_info(path), None
     except CheckpointError as error:
         return {}, error
-
-
-def _read_history(path: Path, info: Mapping[str, Any]) -> list[dict[str, float | None]]:
-    """Return the checkpoint's rows of metrics, including validation metrics recorded after the save."""
-    file = path / METRICS_FILE
-    rows = read_metrics(file) if METRICS_FILE in files_of(info) else []
-    step = int(path.name.removeprefix("step_"))
-    late = {name: value for name, value in info.get("metrics", {}).items() if name.startswith("validation/")}
-    if late and rows and not any(row["step"] == step and late.keys() & row.keys() for row in rows):
-        rows.append({"step": step, **late})
-    return rows

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distill.metrics.sinks import METRICS_FILE, read_metrics
 from distill.supervise.progress import heartbeat
 
 log = logging.getLogger(__name__)
@@ -159,3 +160,14 @@ def _sha256(path: Path) -> str:
             digest.update(chunk)
             heartbeat()  # hashing hundreds of GB takes longer than the watchdog's timeout
     return digest.hexdigest()
+
+
+def read_history(path: Path, info: Mapping[str, Any]) -> list[dict[str, float | None]]:
+    """Return the checkpoint's rows of metrics, including validation metrics recorded after the save."""
+    file = path / METRICS_FILE
+    rows = read_metrics(file) if METRICS_FILE in files_of(info) else []
+    step = int(path.name.removeprefix("step_"))
+    late = {name: value for name, value in info.get("metrics", {}).items() if name.startswith("validation/")}
+    if late and rows and not any(row["step"] == step and late.keys() & row.keys() for row in rows):
+        rows.append({"step": step, **late})
+    return rows
