@@ -106,7 +106,7 @@ class Checkpoints:
         """Texts of the warnings that ``_warn_once`` has logged, so that each text is logged only once."""
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether to save a checkpoint after ``step`` finished steps; ``last``: the last step of the run."""
+        """Return whether to save a checkpoint after ``step`` finished steps; ``last``: the run ends here."""
         period = self._config.save_period
         return self._config.enabled and (last or (period > 0 and step % period == 0))
 
@@ -378,7 +378,7 @@ class Checkpoints:
             names = ", ".join(name.removeprefix(f"{kind}/") for name in measured)
             self._warn_once(
                 f"checkpointing.metric_name={self._config.metric_name} is not a measured metric, so it cannot select"
-                f" the best checkpoints: set it to {self._config.metric_name.partition(':')[0]}:NAME with one of the"
+                f" the best checkpoints: set it to {'val' if kind == 'validation' else kind}:NAME with one of the"
                 f" measured names ({names})"
             )
 

@@ -64,7 +64,7 @@ class RunHistory:
     changes: Sequence[dict[str, Any]] = ()
     """Differences in recipe and data detected at each resume so far; keys: ``step``, ``what``, ``when``."""
     validation: ContentHashes | None = None
-    """Content hashes of the validation data, to detect changes at a resume; empty or None without such data."""
+    """Content hashes of the validation data, to detect changes at a resume; empty or None without any."""
     training_changes: Sequence[str] = ()
     """Texts on differences in the training data and in keys that affect training, detected at this resume."""
     validation_changes: Sequence[str] = ()
