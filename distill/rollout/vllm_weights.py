@@ -101,7 +101,7 @@ class VllmWeights:
         if name not in self._repacked_names:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._sums_before_repack:
-            raise SyncError(f"vLLM still uses its old {name}: it was not repacked in this sync", name, "memory")
+            raise SyncError(f"vLLM still uses its old {name}: it was not repacked in this sync", name, "repacking")
         return self._sums_before_repack[name]
 
     def _hook_repack(self, prefix: str, module: nn.Module) -> None:
