@@ -127,7 +127,9 @@ class Run:
         with self.phase("checkpointing"):
             self._save_if_due(step)
         if not rollouts:
-            log.warning("step %d trained on no responses, because all responses were dropped (%s)", step, self._dropped)
+            log.warning(
+                "step %d trained on no responses, because all responses were dropped (counts: %s)", step, self._dropped
+            )
         self._record(step, metrics, rollouts)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
