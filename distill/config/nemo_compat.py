@@ -162,8 +162,8 @@ def _refuse_other_teacher_temperature(config: DictConfig) -> None:
         raise UserError(
             f"teacher.generation.temperature={teacher} differs from policy.generation.temperature={student}, but the "
             "loss divides the logits of both models by the same temperature",
-            "remove teacher.generation.temperature, and set loss_fn.temperature to change the temperature of both models"
-            " in the loss",
+            "remove teacher.generation.temperature, and set loss_fn.temperature to change the temperature of both"
+            " models in the loss",
             key="teacher.generation.temperature",
             value=teacher,
         )
