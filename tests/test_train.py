@@ -558,7 +558,7 @@ def test_bad_input_is_refused_in_one_sentence_on_all_ranks(root, refusals, what)
     assert BAD[what][1].replace("{root}", str(root)) in sentences[0], sentences[0]
     assert other_out == other_error == ""
     made = (root / "runs" / what).exists()
-    assert not made, "refused before the run's folder is made"
+    assert not made, "refused before the run directory is made"
 
 
 def test_torchrun_gets_exit_code_2_from_every_rank(root) -> None:

@@ -260,7 +260,7 @@ class WandbConfig:
     project: str = "distill"
     """Name of the Weights & Biases project."""
     name: str | None = None
-    """Name of the run in Weights & Biases; null: the name of the run's folder."""
+    """Name of the run in Weights & Biases; null: the name of the run directory."""
     entity: str | None = None
     """Weights & Biases team or user that owns the run; null: the default of the account."""
     group: str | None = None
@@ -271,16 +271,16 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Destinations of metrics, in addition to the console and metrics.jsonl in the run's folder."""
+    """Destinations of metrics, in addition to the console and metrics.jsonl in the run directory."""
 
     log_dir: str = "logs/distillation"
-    """Folder in which run folders exp_001, exp_002, ... are created if runtime.run_dir is null."""
+    """Parent directory of the run directories exp_001, exp_002, ... if runtime.run_dir is null."""
     num_val_samples_to_print: int = 5
     """Number of responses that each validation prints on the console."""
     wandb_enabled: bool = True
     """Write metrics to Weights & Biases."""
     tensorboard_enabled: bool = True
-    """Write TensorBoard events to the run's folder."""
+    """Write TensorBoard events to the run directory."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Settings of Weights & Biases."""
 
@@ -303,7 +303,7 @@ class RuntimeConfig:
     """Settings of the execution. These keys do not change the result of a step."""
 
     run_dir: str | None = None
-    """Folder for the logs and metrics of the run; null: the next free logger.log_dir/exp_NNN."""
+    """Run directory, for the logs and metrics of the run; null: the next logger.log_dir/exp_NNN."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of training and generation; auto: cuda if available, otherwise cpu."""
     sync_bucket_mib: int = 512
