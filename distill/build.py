@@ -124,7 +124,8 @@ def _check(config: Config, world: World) -> ModelInputs:
         export_files = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
     with world.all_or_none("checking the layout and the memory"):
         forecast = plan_memory(config, *models.shapes, world.device)
-        log.info("%s", forecast.table())
+        if world.is_main:
+            log.info("%s", forecast.table())
     with world.all_or_none("checking the generation backend"):
         check_backend(config, models.student, world)
     return ModelInputs(models, export_files, forecast)

@@ -75,6 +75,8 @@ class Run:
     """Number of finished steps at which the run ends."""
     _step: int = 0
     _phases: Phases = field(default_factory=Phases)
+    _dropped: dict[str, float] = field(default_factory=dict)
+    """Number of this rank's rollouts dropped in the current step, by reason."""
     _values: dict[str, float] = field(default_factory=dict)
     """Metrics of the last finished step, reduced over all ranks."""
 
@@ -109,6 +111,7 @@ class Run:
         with self.world.all_or_none("building the teacher's prefixes"):
             prefixed, counts = self.teacher_prefixes.add(generated)
         add_rollouts(metrics, generated)
+        self._dropped = dict(counts.totals)
         if self.config.distillation.context_distillation.metrics.enabled:
             metrics.add(counts.means)
             metrics.add_totals(counts.totals)
@@ -123,15 +126,14 @@ class Run:
         with self.phase("checkpointing"):
             self._save_if_due(step)
         if not rollouts:
-            log.warning(
-                "step %d trained on no responses: all were dropped, see the dropped_* counts in the metrics",
-                step,
-            )
+            log.warning("step %d trained on no responses: all were dropped (%s)", step, self._dropped)
         self._record(step, metrics, rollouts)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
         self.checkpoints.record_metrics(step, self._values)
         self.checkpoints.finalize_pending(block=step == self.last_step)
+        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
+            self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))  # may end the run: last
         self._update_status(step)
         if step < self.last_step or self.validation.due(step):
             self.stop.raise_if_requested(step)
@@ -144,8 +146,6 @@ class Run:
         self._values = step_numbers(metrics, self._phases, rollouts, self.world.control)
         with self.world.all_or_none("writing the step's metrics"):
             self.recorder.record(step, self._values)
-        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
-            self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))
 
     def _update_status(self, step: int) -> None:
         """Write the number of finished steps and the step of the newest checkpoint to status.json."""
@@ -245,7 +245,6 @@ class Run:
         step = self.last_step
         if self.first_step > step or not self.validation.due(step):
             return
-        self.student.offload()
         self.sync.push_weights(step)
         held_out = self.validation.generate(step)
         self.engine.sleep()

@@ -36,7 +36,6 @@ def train(run: Run) -> None:
         metrics = run.begin_step(step)
 
         with run.phase("sync"):
-            student.offload()  # the engine needs the device memory of the optimizer state
             run.sync.push_weights(step, metrics)
 
         with run.phase("validation"):  # timed separately: its tokens are not trained on

@@ -255,7 +255,7 @@ class WandbConfig:
     project: str = "distill"
     """Name of the project."""
     name: str | None = None
-    """Name of the run; null: the name of the run's folder."""
+    """Name of the run; null: the name of the run directory."""
     entity: str | None = None
     """Team or user; null: the default of the account."""
     group: str | None = None
@@ -266,16 +266,16 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Destinations of metrics, in addition to the console and metrics.jsonl in the run's folder."""
+    """Destinations of metrics, in addition to the console and metrics.jsonl in the run directory."""
 
     log_dir: str = "logs/distillation"
-    """Folder of the run folders exp_001, exp_002, ... if runtime.run_dir is null."""
+    """Parent directory of the run directories exp_001, exp_002, ... if runtime.run_dir is null."""
     num_val_samples_to_print: int = 5
     """Number of responses shown on the console per validation."""
     wandb_enabled: bool = True
     """Write to Weights & Biases."""
     tensorboard_enabled: bool = True
-    """Write TensorBoard events to the run's folder."""
+    """Write TensorBoard events to the run directory."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Settings of Weights & Biases."""
 
@@ -298,7 +298,7 @@ class RuntimeConfig:
     """Settings of the execution. These keys do not change the result of a step."""
 
     run_dir: str | None = None
-    """Folder of the run; null: the next logger.log_dir/exp_NNN."""
+    """The run directory; null: the next logger.log_dir/exp_NNN."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto: cuda if available."""
     sync_bucket_mib: int = 512

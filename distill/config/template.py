@@ -17,15 +17,16 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 class Template:
     """A text with placeholders: ``{name}`` for each of ``names``, or ``{}`` for the name "".
 
-    Any other word in braces raises UserError. Doubled braces become literal braces: ``{{word}}`` becomes ``{word}``.
-    All other braces are literal. ``key``: the configuration key of the text or of its file, for messages; ``path``: the
-    file, if the text is from a file.
+    Any other word in single braces raises UserError. A matching pair of doubled braces becomes a pair of literal single
+    braces: ``{{word}}`` becomes ``{word}``, and ``{{{{word}}}}`` becomes ``{{word}}``. All other braces are literal.
+    ``key``: the configuration key of the text or of its file, for messages; ``path``: the file, if the text is from a
+    file.
     """
 
     def __init__(self, text: str, names: Sequence[str], key: str, path: str | None = None) -> None:
         name = "|".join(map(re.escape, names))
-        doubled = re.compile(rf"(?<!\{{)\{{\{{((?:[^{{}}]|\{{(?:{name})\}})*)\}}\}}")
-        while (marked := doubled.sub(rf"{_OPEN}\1{_CLOSE}", text)) != text:  # innermost braces first
+        doubled = re.compile(rf"(?<!\{{)((?:\{{\{{)*)\{{\{{((?:[^{{}}]|\{{(?:{name})\}})*)\}}\}}")
+        while (marked := doubled.sub(rf"\1{_OPEN}\2{_CLOSE}", text)) != text:  # innermost braces first
             text = marked
         for word in _WORD.finditer(text):
             if word.group(1) not in names:

@@ -232,9 +232,10 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     method = "memory allocated by torch" if world.device.type == "cuda" else "resident memory of the process"
     largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
     numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
-    log.info(
-        "peak memory in the second step after the start in GiB, as maximum over ranks of the %s, with the forecast in"
-        " parentheses: %s",
-        method,
-        ", ".join(numbers),
-    )
+    if world.is_main:
+        log.info(
+            "peak memory of each phase in GiB in the second step after the start, as maximum over ranks of the %s,"
+            " with the forecast in parentheses: %s",
+            method,
+            ", ".join(numbers),
+        )
