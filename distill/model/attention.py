@@ -16,7 +16,10 @@ from distill.model.ulysses import UlyssesAllToAll
 from distill.types import SharedPrefixes
 
 PACKED = "distill_packed"
-"""Value of transformers' ``attn_implementation`` that selects ``packed_attention``."""
+"""Value of transformers' ``attn_implementation`` that selects ``packed_attention``.
+
+The model's forward then requires the argument ``packed_bounds``.
+"""
 
 
 def packed_attention(

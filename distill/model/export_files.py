@@ -165,10 +165,10 @@ def _edit_model_files(
 
 
 def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
-    """Copy the post-processor of ``tokenizer`` to tokenizer.json if the two encode a text differently.
+    """Copy the post-processor of ``tokenizer`` to tokenizer.json if that file encodes a text differently.
 
-    This keeps add_bos_token=true of the source: the tokenizer class of exports ignores this setting in every version of
-    transformers.
+    ``tokenizer``: the tokenizer as loaded for training. This keeps add_bos_token=true of the source: the tokenizer
+    class of exports ignores this setting in every version of transformers.
     """
     own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
     if own.encode("a").ids != used.encode("a").ids:

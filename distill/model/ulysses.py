@@ -1,7 +1,7 @@
-"""Context parallelism by all-to-all over attention heads (Ulysses).
+"""Split of packed sequences over ranks, with all-to-all over attention heads (Ulysses).
 
-The ranks of a context-parallel group share the positions of a packed micro-batch. Outside attention, each rank computes
-its own positions with all heads. Inside attention, each rank computes all positions with its own heads.
+The ranks of a process group share the positions of a packed micro-batch. Outside attention, each rank computes its own
+positions with all heads. Inside attention, each rank computes all positions with its own heads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UlyssesAllToAll:
     """
 
     group: dist.ProcessGroup
-    """Context-parallel process group of the R ranks."""
+    """Process group of the R ranks: a context-parallel group of the student or a teacher group."""
     shards: SequenceShards
     """Positions that each rank of the group has."""
 
