@@ -147,7 +147,7 @@ class Supervisor:
     def _later_signal(self, name: str) -> None:
         if self._exit_status is not None:
             self._announce_and_exit(self._exit_status)
-        reason = f"second signal {name}: stopped immediately, without saving the unfinished step"
+        reason = f"{name} as the second signal: stopped immediately, without saving the unfinished step"
         self._announce_and_exit(ExitStatus("stopped", reason, 128 + self.stop_signal))
 
     def _announce_and_exit(self, status: ExitStatus) -> NoReturn:
