@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class ModelFolder(Protocol):
-    """Interface of a model on disk, implemented by ModelFiles."""
+    """Interface of a model on disk, implemented by distill.model.hf_files.ModelFiles."""
 
     @property
     def name(self) -> str:
-        """Return the model's name in the configuration."""
+        """Return the model's name in the configuration (model_name)."""
 
     @property
     def folder(self) -> Path:
@@ -26,10 +26,11 @@ class ModelFolder(Protocol):
 
 
 def stop_ids(files: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
-    """Return the model's stop ids: ``eos_token_id`` as read by transformers, and the EOS id of ``tokenizer``.
+    """Return the model's stop ids: ``eos_token_id`` in the model's files, and the EOS id of ``tokenizer``.
 
-    transformers reads generation_config.json, or config.json if generation_config.json is missing. Raises UserError for
-    a file that cannot be read, or for an ``eos_token_id`` that is not a token id.
+    As in transformers, ``eos_token_id`` is read from generation_config.json, or from config.json if
+    generation_config.json is missing. Raises UserError for a file that cannot be read, or for an ``eos_token_id`` that
+    is neither a token id nor a list of token ids.
     """
     path = files.folder / "generation_config.json"
     sections = [read_json(path, files.name)] if path.is_file() else []
@@ -48,9 +49,10 @@ def stop_ids(files: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
 
 
 def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: str) -> tuple[int, ...]:
-    """Return the stop ids below ``valid_vocab``, which the model can generate; ``name``: the model's name.
+    """Return the stop ids that the model can generate: ids less than ``valid_vocab``, the vocabulary size.
 
-    Logs a warning about larger ids, about stop ids that are ordinary text, and if no stop id is left.
+    Logs a warning about larger ids, about stop ids that are ordinary text, and if no stop id is left. ``name``: the
+    model's name, for messages.
     """
     if beyond := [token for token in ids if token >= valid_vocab]:
         log.warning("%s: stop ids %s are ignored, because the vocabulary has only %d tokens", name, beyond, valid_vocab)
@@ -73,12 +75,16 @@ def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: 
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Return the JSON object in the file ``path`` of the model ``what``; raise UserError if it cannot be read."""
+    """Return the JSON object in the file ``path``; raise UserError if it cannot be read.
+
+    ``what``: name of the model, for messages.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problem = f"{what} has a {path.name} that cannot be read ({reason(error)})"
         raise UserError(problem, "download the file again", value=str(path)) from error
     if not isinstance(found, dict):
-        raise UserError(f"{what} has a {path.name} without a JSON object", "download the file again", value=str(path))
+        problem = f"{what} has a {path.name} that does not contain a JSON object"
+        raise UserError(problem, "download the file again", value=str(path))
     return found

@@ -204,4 +204,7 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     method = "torch's peak memory" if world.device.type == "cuda" else "resident memory of the process (no GPU)"
     largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
     numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
-    log.info("memory of a rank in step 2 in GiB, %s (forecast in parentheses): %s", method, ", ".join(numbers))
+    if world.is_main:
+        log.info(
+            "peak memory per rank, maximum over ranks, GiB (forecast): %s; measured as %s", ", ".join(numbers), method
+        )
