@@ -274,7 +274,7 @@ def test_metrics_have_the_documented_names(root, runs) -> None:
 
 def test_the_log_shows_the_memory_forecast_at_start_and_the_measured_memory_after_two_steps(root, runs) -> None:
     before, after = runs[0][0][2].split("step 2/4")
-    assert before.count("GiB, predicted\n") == 1 and "2 ranks: dp 2 x cp 1 x tp 1" in before
+    assert before.count("predicted peak memory") == 1 and "2 ranks: dp 2 x cp 1 x tp 1" in before
     measured = {phase: (float(x), float(y)) for phase, x, y in re.findall(r"(\w+) (\d+\.\d) \((\d+\.\d)\)", after)}
     assert set(measured) == {"sync", "generate", "teacher", "train"} and "(forecast)" not in before
     for resident, predicted in measured.values():

@@ -109,7 +109,7 @@ class TorchReduced:
 
 
 def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchReduced:
-    """Reduce logits to the kept logits and tail sums of ``LocalTail``; overwrites ``z_CV`` and ``spare_CV``.
+    """Reduce logits to the kept logits and tail sums of ``LocalTail``; overwrites both buffers.
 
     ``z_CV`` has logits divided by the temperature, ``ids_CK`` the kept ids (-1: padding). Logits outside the kept ids
     must be finite. This is the reference implementation of ``kernels.loss_student.reduce_rows``.

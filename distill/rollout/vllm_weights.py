@@ -107,7 +107,9 @@ class VllmWeights:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._sums_before_repack:
             raise SyncError(
-                f"vLLM still uses old weights for {name}, because {name} was not repacked in this sync", name, "memory"
+                f"vLLM still uses old weights for {name}, because {name} was not repacked in this sync",
+                name,
+                "repacking",
             )
         return self._sums_before_repack[name]
 
@@ -159,9 +161,7 @@ class VllmWeights:
         rows = len(module.get_parameter(leaf))
         if isinstance(module, VocabParallelEmbedding):  # padded with rows of zeros on the last rank
             return [Section(tensors[0], 0, rows, self._tp_rank * rows, 1)]
-        if (
-            isinstance(module, RowParallelLinear) and leaf == "weight"
-        ):  # sharded by columns; checksums of the shards add up
+        if isinstance(module, RowParallelLinear) and leaf == "weight":  # sharded by columns: the checksums add up
             assert module.input_size_per_partition * module.params_dtype.itemsize % WORD_BYTES == 0
             return [Section(tensors[0], 0, rows, 0, 1)]
         if not isinstance(module, ColumnParallelLinear):
