@@ -191,14 +191,12 @@ KILLED = "rank 1 on node2 was killed"
 
 def _stop_reason(report: str) -> str:
     """Return the reason with which a rank exits when the supervisor's method ``report`` receives SIGTERM."""
-    supervisor, statuses = Supervisor(is_main=False), list[ExitStatus]()
-    with (
-        patch.object(supervisor, "_announce_and_exit", lambda status: statuses.append(status) or sys.exit()),
-        contextlib.suppress(SystemExit),
-    ):
+    supervisor = Supervisor(is_main=False)
+    with patch.object(supervisor, "_announce_and_exit", side_effect=SystemExit) as end, contextlib.suppress(SystemExit):
         getattr(supervisor, report)("SIGTERM")
-    assert statuses[0].state == "stopped"
-    return statuses[0].reason
+    status: ExitStatus = end.call_args.args[0]
+    assert status.state == "stopped"
+    return status.reason
 
 
 @pytest.mark.parametrize(
