@@ -80,7 +80,9 @@ def test_prose_is_read(name: str) -> None:
 
 def test_only_the_sample_text_is_exempt() -> None:
     lines = {line for place, line in prose() if place.startswith("distill/data/tokenizer_checks.py")}
-    skipped = [line for line in (ROOT / "distill/data/tokenizer_checks.py").read_text().splitlines() if line not in lines]
+    skipped = [
+        line for line in (ROOT / "distill/data/tokenizer_checks.py").read_text().splitlines() if line not in lines
+    ]
     assert len(skipped) == 1
 
 
