@@ -111,7 +111,7 @@ def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
         " or set another checkpointing.checkpoint_dir to start a new run (to keep the weights, export this checkpoint"
         " with scripts.export_hf and set policy.model_name to the export)",
         key=_ALLOW_KEY,
-        value=list(changes),
+        value=False,
     )
 
 
@@ -119,7 +119,8 @@ def warn_of_changes(history: RunHistory, found: Found) -> None:
     """Log the changes found at this resume as warnings; call it after the checkpoint is loaded."""
     if history.training_changes:
         log.warning(
-            "the recipe or the data changed since checkpoint %s, so training differs from a continuous run: %s",
+            "the recipe or the data changed since checkpoint %s (%s), so training differs from a continuous run: undo"
+            " the changes to continue the same run",
             *(found.path, "; ".join(history.training_changes)),
         )
     if history.validation_changes:

@@ -269,7 +269,7 @@ class LoggerConfig:
     """Destinations of metrics, in addition to the console and metrics.jsonl in the run's folder."""
 
     log_dir: str = "logs/distillation"
-    """Folder of the run folders exp_001, exp_002, ... if runtime.run_dir is null."""
+    """Directory of the run directories exp_001, exp_002, ... if runtime.run_dir is null."""
     num_val_samples_to_print: int = 5
     """Number of responses shown on the console per validation."""
     wandb_enabled: bool = True

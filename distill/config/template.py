@@ -17,8 +17,9 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 class Template:
     """A text with placeholders: ``{name}`` for each of ``names``, or ``{}`` for the name "".
 
-    Any other word in braces raises UserError. Doubled braces become literal braces: ``{{word}}`` becomes ``{word}``.
-    All other braces are literal. ``key``: the configuration key of the text or of its file, for messages; ``path``: the
+    Any other word in single braces raises UserError. A pair of doubled braces becomes literal single braces:
+    ``{{word}}`` becomes ``{word}``, and ``{{}}`` becomes ``{}``. Other single braces and unpaired doubled braces are
+    literal and stay as written. ``key``: the configuration key of the text or of its file, for messages; ``path``: the
     file, if the text is from a file.
     """
 

@@ -48,10 +48,12 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
         )
 
 
-def check_chat_template(tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
+def check_chat_template(
+    tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None, value: str | None = None
+) -> None:
     """Raise UserError if the tokenizer's chat template omits the user's message; log a message if it has none.
 
-    ``what``: the name of the tokenizer in messages; ``key``: the configuration key that replaces the template;
+    ``what``: the name of the tokenizer in messages; ``key`` and ``value``: the setting that replaces the template;
     ``kwargs``: the arguments of the template in the configuration.
     """
     if tokenizer.chat_template is None:
@@ -67,6 +69,7 @@ def check_chat_template(tokenizer: Any, what: str, key: str, kwargs: Mapping[str
             f"{what} has a chat template without the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
             f"set {key} to a Jinja file that renders the user's message",
             key=key,
+            value=value,
         )
 
 

@@ -56,7 +56,7 @@ class Columns:
     source: str
     """Name of the dataset in messages and in Problem.source."""
     key: str
-    """Configuration key of the dataset, such as data.train or data.validation[1]."""
+    """Configuration key of the dataset, such as data.train or data.validation.1."""
     input_key: str
     """Column of the problem's text, or a dotted path."""
     output_key: str
@@ -124,7 +124,7 @@ class Columns:
             text.encode()
         except UnicodeEncodeError as error:
             problem = f"{self.key}: {origin} is malformed in {row[0]} ({reason(error)})"
-            raise UserError(problem, "write it as UTF-8 text", key=self.key, value=origin) from None
+            raise UserError(problem, "write it as UTF-8 text", key=self.key) from None
         return text
 
     def _value(self, row: Row, key: str, name: str, origin: str) -> Any:

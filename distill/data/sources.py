@@ -63,14 +63,14 @@ _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
 
 
 def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, DatasetConfig]]:
-    """Yield (configuration key, dataset): "data.train" for a single dataset, "data.train[1]" in a list.
+    """Yield (configuration key, dataset): "data.train" for a single dataset, "data.train.1" in a list.
 
     Raises UserError if ``datasets`` is empty.
     """
     if not datasets:
         raise _no_dataset(key)
     for i, dataset in enumerate(datasets):
-        yield (key if len(datasets) == 1 else f"{key}[{i}]"), dataset
+        yield (key if len(datasets) == 1 else f"{key}.{i}"), dataset
 
 
 def _no_dataset(key: str) -> UserError:
@@ -97,7 +97,7 @@ def load_problems(
     rows = sum(stop - start for _, start, stop in slices)
     source = columns.source
     if not rows:
-        raise UserError(f"{key}: {source} is empty", "add at least one problem", key=key, value=source)
+        raise UserError(f"{key}: {source} is empty", "add at least one problem", key=key)
     found = [(table, table.with_text(start, stop)) for table, start, stop in slices]
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
@@ -236,7 +236,8 @@ def _sliced(
     names = [part.partition("[")[0].strip() for part in spec.split("+")]
     if unknown := [name for name in names if name not in splits]:
         if single_file:
-            raise _invalid_split(key, spec, single_file)
+            problem = "is not possible for a single file, which has only the split train"
+            raise setting_error(key, spec, problem, "set it to null, train or a slice such as train[:90%]")
         problem = f"selects the split {unknown[0]}, which does not exist in {columns.source}"
         raise setting_error(key, spec, problem, f"set {key} to one of {', '.join(splits)}")
     tables = {name: table_of(splits[name]) for name in dict.fromkeys(names)}
@@ -247,19 +248,11 @@ def _sliced(
     try:
         parts = ReadInstruction.from_spec(spec).to_absolute({name: len(table) for name, table in tables.items()})
     except (ValueError, AssertionError):
-        raise _invalid_split(key, spec, single_file) from None
+        fix = f"write a slice such as {names[0]}[:90%] or {names[0]}[10:20]"
+        raise setting_error(key, spec, "has an invalid slice", fix) from None
     taken = [(tables[part.splitname], slice(part.from_, part.to)) for part in parts]
     ends = [(table, *part.indices(len(table))[:2]) for table, part in taken]
     return [(table, start, max(start, stop)) for table, start, stop in ends]
-
-
-def _invalid_split(key: str, spec: str, single_file: bool) -> UserError:
-    rule = (
-        "is not possible for a single file, which has only the split train"
-        if single_file
-        else "is not a valid split or slice"
-    )
-    return setting_error(key, spec, rule, "set it to null, train or a slice such as train[:90%]")
 
 
 def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:

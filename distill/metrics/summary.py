@@ -97,7 +97,7 @@ def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     for phase in PHASES:
         least = 0.005 if phase in OUTSIDE_THROUGHPUT else 0.0  # excludes steps without validation or checkpoint
         line(f"  {phase}", (_median(rows, timing_tag(phase), "{:.2f}", least) for rows in tables))
-    line("run folder", (_relative(folder) for _, folder in runs.values()))
+    line("run directory", (_relative(folder) for _, folder in runs.values()))
     return _columns([labels, *columns])
 
 

@@ -76,8 +76,8 @@ class SleepGuard:
         if residual > self._last_warning + self._limit:
             self._last_warning = residual
             log.warning(
-                "the sleeping engine uses %.2f GiB of device memory, up from %.2f GiB in the first step: if it grows"
-                " further, the run will run out of memory",
+                "the sleeping engine uses %.2f GiB of device memory, up from %.2f GiB after its first sleep: if it"
+                " grows further, the run will run out of memory",
                 *(residual / _GIB, self._first / _GIB),
             )
         return residual

@@ -76,9 +76,8 @@ class VllmWeights:
     def verify(self, sent: Mapping[str, BitSums]) -> None:
         """Compare every tensor's bit sums, added over the engine's ranks, with the sender's.
 
-        Collective over the engine's ranks.
-
-        Tensors that vLLM fused into one parameter are compared separately. Raises SyncError if a sum differs.
+        Collective over the engine's ranks. Tensors that vLLM fused into one parameter are compared separately. Raises
+        SyncError if a sum differs.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding module
         compared: list[tuple[str, Section]] = []

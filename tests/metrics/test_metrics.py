@@ -348,5 +348,5 @@ def test_summary_shows_first_and_last_values_and_medians(tmp_path: Path, monkeyp
     assert cells["loss"] == ["0.5000 -> 0.2500", "-"]
     assert cells["forward KL"] == ["0.4000 -> 0.4000", "0.1250 -> 0.1250"]
     assert cells["generation"] == ["3.00", "-"]
-    assert cells["run folder"] == ["runs/a", "/elsewhere"]
+    assert cells["run directory"] == ["runs/a", "/elsewhere"]
     assert "checkpointing" not in table
