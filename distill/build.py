@@ -1,4 +1,4 @@
-"""Build a run: check the recipe, read the inputs, find the checkpoint, load the models, in this order."""
+"""Build a run: check the recipe, find the checkpoint, read the data and load the models, in this order."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Model files and the memory forecast of the run, read before any weight is loaded."""
+    """Model files, files of a Hugging Face export, and the memory forecast, before any weight is loaded."""
 
     models: Models
     export_files: ExportFiles | None
@@ -70,28 +70,28 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Resume:
-    """The run's checkpoint store and the checkpoint to resume from."""
+    """Reader and writer of the run's checkpoints, the checkpoint to resume from, and the run's clock."""
 
     checkpoints: Checkpoints
     found: Found | None
-    """Checkpoint to resume from; None if the run has no checkpoint yet."""
+    """Newest checkpoint, from which the run resumes; None if checkpoint_dir contains no checkpoint."""
     clock: RunClock
 
 
 @dataclass(frozen=True)
 class Data:
-    """Prompts, teacher prefixes and held-out problems."""
+    """Input data of a run: training prompts, teacher prefixes and held-out (validation) problems."""
 
     prompts: PromptOrder
     teacher_prefixes: TeacherPrefixes
     held_out: HeldOut
     hashes: dict[str, ContentHashes]
-    """Hashes of the input data, by configuration key."""
+    """Content hashes of this rank's input data, by configuration key such as data.train."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Step range, run directory and metrics recorder of this start of the run."""
+    """History, step range, run directory and metrics recorder of a run that starts or resumes."""
 
     history: RunHistory
     first_step: int
@@ -103,7 +103,8 @@ class Start:
 def build_run(arguments: Arguments, world: World) -> Run:
     """Check the recipe, load the models and the checkpoint, and return the run; collective.
 
-    Raises UserError on all ranks for errors in the recipe or in its files, in most cases before any weight is loaded.
+    Raises UserError on all ranks for errors in the recipe or in the files that it names, in most cases before
+    any weight is loaded.
     """
     config = arguments.config
     world.supervisor.allow_loading(config.runtime.phase_timeout_s)
@@ -114,7 +115,7 @@ def build_run(arguments: Arguments, world: World) -> Run:
 
 
 def _check(config: Config, world: World) -> ModelInputs:
-    """Check the recipe against the started ranks and the model files, and build the device mesh."""
+    """Check the recipe against the started ranks and the model files; build the device mesh; collective."""
     _warn_of_metric(config)
     _check_ranks(config, world)
     log.info("reading the model files")
@@ -122,24 +123,25 @@ def _check(config: Config, world: World) -> ModelInputs:
         models = find_models(config)
     with world.all_or_none("reading the files for exports"):
         export_files = _export_files(config, models) if world.is_main and config.checkpointing.enabled else None
-    with world.all_or_none("checking the layout and the memory"):
+    with world.all_or_none("checking the parallel layout and the memory forecast"):
         forecast = plan_memory(config, *models.shapes, world.device)
-        log.info("%s", forecast.table())
+        if world.is_main:
+            log.info("%s", forecast.table())
     with world.all_or_none("checking the generation backend"):
         check_backend(config, models.student, world)
     return ModelInputs(models, export_files, forecast)
 
 
 def _check_ranks(config: Config, world: World) -> None:
-    """Check the number of ranks and the loss's backend, and build the device mesh."""
+    """Check the number of started ranks and loss_fn.backend, and build the device mesh; collective."""
     cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
-    with world.all_or_none("checking the cluster"):
+    with world.all_or_none("checking the number of ranks"):
         check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
     teacher = config.teacher.dtensor_cfg
     teacher_size = teacher.tensor_parallel_size * teacher.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
-    with world.all_or_none("checking the loss"):
+    with world.all_or_none("checking the loss backend"):
         check_loss_backend(config.loss_fn, world.device)
 
 
@@ -151,7 +153,7 @@ def _find_checkpoint(config: Config, world: World) -> Resume:
 
 
 def _read_data(config: Config, world: World, models: Models, resume: Resume) -> Data:
-    """Read the prompts and held-out problems, and verify that all ranks read the same data."""
+    """Read the training prompts and held-out problems; verify that all ranks read the same; collective."""
     log.info("reading the data")
     clock = resume.clock  # chat templates may write the date into prompts
     with world.all_or_none("reading the data"), world.main_first():
@@ -173,7 +175,7 @@ def _read_data(config: Config, world: World, models: Models, resume: Resume) -> 
 
 
 def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) -> Start:
-    """Compare the recipe with the checkpoint, then create the run directory, logs and metrics."""
+    """Compare recipe and checkpoint, create the run directory, open the log and metrics files; collective."""
     config, found = arguments.config, resume.found
     loop = config.distillation
     last_step = data.prompts.steps(loop.max_num_steps, loop.max_num_epochs)
@@ -200,15 +202,15 @@ def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) ->
 
 
 def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resume, data: Data) -> Run:
-    """Open the run directory, load the engine, student, teacher and checkpoint, and return the run."""
+    """Create the run directory, engine, student and teacher, load the checkpoint, and return the run."""
     start = _open_run(arguments, world, resume, data)
     config, models, checkpoints = arguments.config, inputs.models, resume.checkpoints
-    log.info("starting the engine (%s)", config.policy.generation.backend)
+    log.info("starting the generation engine (%s)", config.policy.generation.backend)
     with phase("creating the engine"):
         engine = build_engine(config, models.student, world, models.valid_vocab)
-    log.info("loading the student %s", config.policy.model_name)
+    log.info("loading the student model %s", config.policy.model_name)
     student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
-    log.info("loading the teacher %s", config.teacher.model_name)
+    log.info("loading the teacher model %s", config.teacher.model_name)
     teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     if resume.found is None and config.runtime.verify_teacher:
         difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])
@@ -267,26 +269,29 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
 
 
 def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, start: Start) -> None:
-    """Load the checkpoint into student and teacher, and log changes of the recipe since the checkpoint."""
+    """Load the checkpoint into student and teacher; log recipe and data changes since it was saved."""
     has_optimizer = found.info["recipe"]["checkpointing"]["save_optimizer"]
     checkpoints.load(found.path, student.state(optimizer=has_optimizer) | teacher.state())
     student.resume(start.first_step)
     teacher.resume(student)
-    log.info("resumed from %s after %d steps", found.path, start.first_step)
+    log.info("resumed from checkpoint %s after %d finished steps", found.path, start.first_step)
     if not has_optimizer:
         log.warning(
-            "%s has no optimizer state (checkpointing.save_optimizer=false): AdamW's moments start at zero", found.path
+            "checkpoint %s was saved without the optimizer state (checkpointing.save_optimizer=false), so the"
+            " moments of AdamW start at zero",
+            found.path,
         )
     warn_of_changes(start.history, found)
     if start.first_step >= start.last_step:
         log.warning(
-            "all %d steps are finished: raise distillation.max_num_steps, or set another checkpointing.checkpoint_dir",
+            "all %d steps of the run are finished: increase distillation.max_num_steps or"
+            " distillation.max_num_epochs to continue, or set another checkpointing.checkpoint_dir to start a new run",
             start.last_step,
         )
 
 
 def _validated_step(found: Found | None, start: Start) -> int:
-    """Return the checkpoint's step if it has validation metrics for the current held-out problems, else -1."""
+    """Return the checkpoint's step if the checkpoint has metrics of the current validation data, else -1."""
     is_validated = found is not None and has_validation(found.info) and not start.history.validation_changes
     return start.first_step if is_validated else -1
 
@@ -302,7 +307,7 @@ def _stop_check(config: Config, world: World) -> StopCheck:
 
 
 def _warn_of_metric(config: Config) -> None:
-    """Warn if checkpointing.metric_name is never measured, or if its best value is the lowest."""
+    """Warn if checkpointing.metric_name is never measured, or is best when low but higher_is_better=true."""
     metric = config.checkpointing.metric_name or ""
     if not config.checkpointing.enabled:
         return
@@ -315,7 +320,7 @@ def _warn_of_metric(config: Config) -> None:
     if metric.startswith("val:") and not validates(config):
         log.warning(
             "checkpointing.metric_name=%s is never measured, because distillation.val_period=0 and val_at_start and"
-            " val_at_end are false: the newest checkpoints are kept",
+            " val_at_end are false, so the newest checkpoints are kept",
             metric,
         )
 

@@ -16,7 +16,8 @@ class UserError(ValueError):
     """Error in a setting or an input; the program prints one sentence and exits with code 2.
 
     ``problem``: the setting and the violated rule; ``fix``: the change that the user should make. str() returns
-    "problem: fix". ``key`` and ``value``: the setting, for callers and tests; str() does not include them.
+    "problem: fix". ``key``: the configuration key or environment variable with the error, or "" if the
+    error is in a file; ``value``: the value of ``key``. Both are for callers and tests.
     """
 
     def __init__(self, problem: str, fix: str, key: str = "", value: object = None) -> None:
@@ -27,7 +28,7 @@ class UserError(ValueError):
         self.value = value
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, object]]:
-        """Return the constructor's arguments, so that all fields are pickled."""
+        """Return the class and the constructor's arguments, so that pickle keeps all fields."""
         return type(self), (self.problem, self.fix, self.key, self.value)
 
 
@@ -47,7 +48,7 @@ class RunFailed(RuntimeError):
 
 
 def show(value: object) -> str:
-    """Return ``value`` as text in the notation of a recipe, truncated to 80 characters."""
+    """Return ``value`` as in a recipe (None as null, True as true), truncated to 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -59,7 +60,7 @@ def any_of(words: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the message of ``error`` on one line of at most 200 characters."""
+    """Return the message of ``error``, or its type if the message is empty, in one line of 200 characters."""
     text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -68,9 +69,10 @@ _BY_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Return ``error`` if it is an OSError, else the OSError that caused it, or None.
+    """Return ``error`` if it is an OSError, else the OSError that caused it, or None if no OSError did.
 
-    On a full disk, torch raises a failed assertion. safetensors raises an error with the OSError's number in the text.
+    For example on a full disk, torch raises another exception with the OSError as its cause or context, and safetensors
+    raises an exception with the number of the OSError in its message.
     """
     while error is not None:
         if isinstance(error, OSError):
@@ -84,9 +86,10 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def as_disk_error() -> Iterator[None]:
-    """Raise the OSError that caused an error of the block, instead of that error.
+    """Replace an exception that is raised in the block by the OSError that caused it.
 
-    Pickling an exception loses its cause. An error without an OSError as its cause is raised unchanged.
+    Use it before an exception is pickled, because pickling loses the cause. An exception that no OSError caused is
+    raised unchanged.
     """
     try:
         yield
@@ -98,7 +101,7 @@ def as_disk_error() -> Iterator[None]:
 
 
 def cannot_write(target: str, error: OSError, fix: str) -> UserError:
-    """Return the UserError for a directory that cannot be written.
+    """Return the UserError for a directory that cannot be written because of ``error``.
 
     ``target``: a description of the directory, or the setting ``key=value`` that contains its path.
     """
@@ -109,14 +112,17 @@ def cannot_write(target: str, error: OSError, fix: str) -> UserError:
 
 
 def writing_run(run_dir: Path) -> AbstractContextManager[None]:
-    """Return a context manager that raises UserError if writing to the run directory fails."""
-    fix = "free space there, or set logger.log_dir or runtime.run_dir to a writable directory"
+    """Return a context manager that raises UserError if its block fails to write to the run directory."""
+    fix = "free disk space there, or set logger.log_dir or runtime.run_dir to a writable directory"
     return writing_to(f"the run directory {run_dir}", fix)
 
 
 @contextmanager
 def writing_to(target: str, fix: str) -> Iterator[None]:
-    """Raise UserError if the block fails because of a disk error; ``target``: see ``cannot_write``."""
+    """Raise UserError if the block fails because of a disk error.
+
+    ``target`` and ``fix``: arguments of ``cannot_write``.
+    """
     try:
         yield
     except UserError:

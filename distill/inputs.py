@@ -36,24 +36,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """Files, tokenizers and shapes of student and teacher; no weights are loaded."""
+    """Files, tokenizers and layer sizes of the student and the teacher, without weights."""
 
     student: ModelFiles
     teacher: ModelFiles
     tokenizer: Any
     """The student's tokenizer."""
     teachers_tokenizer: Any
-    """Tokenizer that renders the teacher's prompts: same token ids as the student's, possibly another chat template."""
+    """Tokenizer for the teacher's prompts. Its token ids equal the student's; its chat template may differ."""
     valid_vocab: int
-    """Number of valid token ids; larger ids are padding of the embeddings."""
+    """Number of valid token ids, which start at 0; further rows of the embedding matrices are padding."""
     stop_token_ids: tuple[int, ...]
     """Token ids that end a response."""
     shapes: tuple[ModelShape, ModelShape]
-    """Shapes of the student and the teacher, in this order."""
+    """Layer sizes and parameter counts of the student and the teacher, in this order."""
 
 
 def find_models(config: Config) -> Models:
-    """Find the files of both models; check that they match each other and the recipe.
+    """Find the files and tokenizers of both models; check them against each other and the recipe.
 
     Raises UserError if a check fails.
     """
@@ -95,7 +95,7 @@ def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
-    """Return the tokenizers of student and teacher; the same object if files and template are equal.
+    """Return the tokenizers of student and teacher; one object if their files and chat templates are equal.
 
     If both models are the same and teacher.tokenizer.chat_template is null, the teacher uses
     policy.tokenizer.chat_template.
@@ -116,7 +116,7 @@ def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tup
 def _stop_token_ids(
     config: Config, student: ModelFiles, teacher: ModelFiles, tokenizer: Any, teachers: Any, valid_vocab: int
 ) -> tuple[int, ...]:
-    """Return the stop token ids of the recipe, or else the union of both models' stop token ids.
+    """Return the recipe's stop token ids; if they are null, the union of both models' stop token ids.
 
     Warns if the stop ids of the two models differ. Raises UserError if an id in the recipe is outside the vocabulary.
     """
@@ -126,7 +126,7 @@ def _stop_token_ids(
             key = "policy.generation.stop_token_ids"
             raise UserError(
                 f"{key} contains {wrong[0]}, which is not a token id of {student.name}",
-                f"set it to ids in 0..{valid_vocab - 1}, or to null for the stop ids of the models",
+                f"set it to token ids in 0..{valid_vocab - 1}, or to null to use the stop token ids of both models",
                 key=key,
                 value=wrong[0],
             )
@@ -137,9 +137,9 @@ def _stop_token_ids(
     theirs = usable_stop_ids(stop_ids(teacher, teachers, "teacher.model_name"), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):
         log.warning(
-            "the stop tokens of student %s are %s, but those of teacher %s are %s (perhaps a base and an instruct"
-            " model): responses end at any of these tokens; the metric train/teacher_stop_mass is the teacher's"
-            " probability of its stop tokens",
+            "the stop tokens of student %s are %s, but the stop tokens of teacher %s are %s (perhaps one is a base"
+            " model and the other an instruct model): responses end at any of these tokens; the metric"
+            " train/teacher_stop_mass is the teacher's probability of its stop tokens",
             *(student.name, tokenizer.convert_ids_to_tokens(list(ours))),
             *(teacher.name, teachers.convert_ids_to_tokens(list(theirs))),
         )
@@ -150,7 +150,7 @@ _TEMPLATE_KWARGS = "policy.tokenizer.chat_template_kwargs"
 
 
 def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder:
-    """Read the training problems and return their prompts in training order.
+    """Read the training problems (data.train) and return their prompts in training order.
 
     ``clock``: date and time of the run, for chat templates that use them.
     """
@@ -165,7 +165,7 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
 
 
 def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
-    """Return hashes of the data, tokenizers and templates of prompts and teacher prefixes."""
+    """Return content hashes of the training data and of the tokenizers and chat templates that render it."""
     context = config.distillation.context_distillation
     inputs = {
         **data_hashes(config.data.train, prompts.problems, context.trace_column),
@@ -178,7 +178,11 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
 
 
 def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: PromptOrder) -> None:
-    """Raise UserError if student and teacher are the same model and read the same prompts."""
+    """Raise UserError if student and teacher are the same model and read the same prompts.
+
+    The prompts of the first step are compared, and only if context distillation is enabled, the teacher's template uses
+    no traces, and distillation.allow_degenerate is false.
+    """
     is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
     if not context.enabled or config.distillation.allow_degenerate or not is_self or _has_traces(context, order):
         return
@@ -187,8 +191,8 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
     if kept and all(student_ids == teacher_ids for student_ids, teacher_ids in kept):
         key = "distillation.context_distillation.teacher_prefix_template"
         raise UserError(
-            f"{key} gives the teacher the same prompt as the student, and both are the same model, so there is nothing"
-            " to learn",
+            f"{key} gives the teacher the same prompt as the student, and both are the same model, so the student"
+            " cannot learn from the teacher",
             "add a context to the template, or for a control run set distillation.allow_degenerate=true",
             key=key,
             value=context.teacher_prefix_template,
@@ -196,10 +200,11 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
 
 
 def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, problems: Iterable[Problem]) -> None:
-    """Raise UserError if a problem's teacher context contains a token id without an embedding.
+    """Raise UserError if a problem's teacher prefix contains a token id without a row in the embedding.
 
-    The check tokenizes every context, which takes minutes for large datasets. It is skipped if the embedding has a row
-    for every id of the tokenizer, which is the usual case. Traces from responses are checked after generation.
+    The check tokenizes every prefix, which takes minutes for large datasets. It is skipped if the embedding has a row
+    for every id of the tokenizer, which is the usual case. Prefixes with traces from responses are checked after
+    generation.
     """
     if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(prefixes, ContextPrefixes):
         return
@@ -210,7 +215,7 @@ def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, pr
 
 
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
-    """Return whether the teacher's template uses traces and traces exist.
+    """Return whether teacher_prefix_template contains {trace} and at least one trace exists.
 
     Traces that are extracted from responses count as existing, because they are generated later.
     """
@@ -228,7 +233,7 @@ def validates(config: Config) -> bool:
 
 
 def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
-    """Read the held-out problems; return an empty HeldOut if validation is disabled.
+    """Read the held-out problems (data.validation); return an empty HeldOut if validation is disabled.
 
     ``clock``: date and time of the run, for chat templates that use them.
     """
@@ -236,8 +241,8 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
         return HeldOut()
     if context_is_known(config) and not config.distillation.val_at_start:
         log.info(
-            "the student's accuracy with the teacher's context, which is the accuracy that distillation can reach, is"
-            " measured only before the first step: set distillation.val_at_start=true to measure it"
+            "the student's accuracy with the teacher's context in its prompt, which is the accuracy that distillation"
+            " can reach, is measured only before the first step: set distillation.val_at_start=true to measure it"
         )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
@@ -254,7 +259,10 @@ _EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
 def hashes_of(
     config: Config, order: PromptOrder, prefixes: TeacherPrefixes, held_out: HeldOut
 ) -> dict[str, ContentHashes]:
-    """Return hashes of this rank's inputs, by configuration key; empty for validation if it is disabled."""
+    """Return content hashes of this rank's input data, by configuration key.
+
+    The hashes of data.validation are empty if validation is disabled.
+    """
     column = config.distillation.context_distillation.trace_column
     problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
     prefix = prefixes.prefix_of(Prompt(0, (0,), problem))
@@ -268,9 +276,10 @@ def hashes_of(
 
 
 def packing_of(config: Config, shape: Any) -> PackingConfig:
-    """Return the packing settings. Micro-batches are limited by tokens or by number of sequences.
+    """Return the sizes of optimizer batches and micro-batches.
 
-    The limit is in tokens with sequence packing or dynamic batching. ``shape``: the student's Hugging Face
+    Sequence packing and dynamic batching limit a micro-batch by its number of tokens; otherwise its number of sequences
+    is limited. ``shape``: the student's Hugging Face
     configuration, which determines the compute cost of a sequence.
     """
     policy = config.policy

@@ -1,4 +1,4 @@
-"""The ``Run`` class: components of a run; metrics, checkpoints and stop requests of each step."""
+"""The ``Run`` class: a run's components, and methods for its metrics, checkpoints and stop requests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Run:
     """Components and state of a run on this rank.
 
-    ``step`` is always a number of finished steps, which is also the version of the weights.
+    The argument ``step`` of its methods is a number of finished steps, which is also the version of the weights.
     """
 
     config: Config
@@ -62,7 +62,7 @@ class Run:
     sync: WeightSync
     checkpoints: Checkpoints
     export_files: ExportFiles | None
-    """Files of a Hugging Face export except weights; None on other ranks than the main rank, or without checkpoints."""
+    """Files of a Hugging Face export except weights; None without checkpoints and on all but the main rank."""
     recorder: Recorder
     validation: Validation
     sampling: Sampling
@@ -70,17 +70,19 @@ class Run:
     forecast: Forecast
     stop: StopCheck
     first_step: int
-    """Number of finished steps when the program starts: 0, or the step of the checkpoint that it resumes from."""
+    """Number of finished steps when this process starts: 0, or the step of the checkpoint to resume from."""
     last_step: int
     """Number of finished steps at which the run ends."""
     _step: int = 0
     _phases: Phases = field(default_factory=Phases)
+    _dropped: dict[str, float] = field(default_factory=dict)
+    """Number of this rank's rollouts dropped in the current step, by reason."""
     _values: dict[str, float] = field(default_factory=dict)
     """Metrics of the last finished step, reduced over all ranks."""
 
     @property
     def layout(self) -> Layout:
-        """Return this rank's position in the training mesh."""
+        """Return this rank's position in the device mesh of training."""
         return self.world.layout
 
     @property
@@ -97,18 +99,20 @@ class Run:
         return metrics
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """Return a context manager that measures time and memory of a phase of the current step."""
+        """Return a context manager that measures the time and memory of phase ``name`` of the current step."""
         return self._phases(name)
 
     def add_prefixes(self, generated: list[Rollout], metrics: Metrics) -> list[Rollout]:
         """Add the teacher prefix to each rollout of this rank; collective.
 
-        Rollouts without a teacher prefix are dropped. The counts are added to ``metrics`` if
-        distillation.context_distillation.metrics.enabled is true.
+        Rollouts for which no teacher prefix can be built are dropped. If
+        distillation.context_distillation.metrics.enabled is true, the numbers of dropped rollouts and truncated
+        prefixes are added to ``metrics``.
         """
         with self.world.all_or_none("building the teacher's prefixes"):
             prefixed, counts = self.teacher_prefixes.add(generated)
         add_rollouts(metrics, generated)
+        self._dropped = dict(counts.totals)
         if self.config.distillation.context_distillation.metrics.enabled:
             metrics.add(counts.means)
             metrics.add_totals(counts.totals)
@@ -124,14 +128,15 @@ class Run:
             self._save_if_due(step)
         if not rollouts:
             log.warning(
-                "step %d trained on no responses: all were dropped, see the dropped_* counts in the metrics",
-                step,
+                "step %d trained on no responses, because all responses were dropped (counts: %s)", step, self._dropped
             )
         self._record(step, metrics, rollouts)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
         self.checkpoints.record_metrics(step, self._values)
         self.checkpoints.finalize_pending(block=step == self.last_step)
+        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
+            self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))  # may end the run: last
         self._update_status(step)
         if step < self.last_step or self.validation.due(step):
             self.stop.raise_if_requested(step)
@@ -144,8 +149,6 @@ class Run:
         self._values = step_numbers(metrics, self._phases, rollouts, self.world.control)
         with self.world.all_or_none("writing the step's metrics"):
             self.recorder.record(step, self._values)
-        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
-            self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))
 
     def _update_status(self, step: int) -> None:
         """Write the number of finished steps and the step of the newest checkpoint to status.json."""
@@ -159,7 +162,7 @@ class Run:
             self.save(step, exports=is_last or self.config.checkpointing.save_consolidated)
 
     def save(self, step: int, exports: bool) -> None:
-        """Start writing the checkpoint after ``step`` finished steps in the background; collective.
+        """Start a background write of the checkpoint for ``step`` finished steps; collective.
 
         ``exports``: whether the checkpoint includes a Hugging Face export. Raises RunFailed on all ranks if a weight is
         not finite.
@@ -190,17 +193,17 @@ class Run:
         )
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
-        """Raise RunFailed on all ranks if any rank has a tensor with nan or inf; collective."""
+        """Raise RunFailed on all ranks if a tensor of ``state`` contains nan or inf on any rank; collective."""
         names_by_rank = self.world.gather(not_finite(state))
         broken = [f"rank {rank}'s shard of {names[0]}" for rank, names in enumerate(names_by_rank) if names]
         if broken:
             raise RunFailed(
-                f"nan or inf after step {step} in {', '.join(broken[:4])}: no checkpoint of this step was written, and"
-                " the previous checkpoints are kept"
+                f"weights or optimizer state contain nan or inf after step {step} ({', '.join(broken[:4])}): no"
+                " checkpoint of this step was written, and the previous checkpoints are kept"
             )
 
     def _small_files(self, step: int) -> ExportFiles | None:
-        """Return the files of a Hugging Face export except weights; None on ranks that do not write them."""
+        """Return the files of a Hugging Face export except weights; None on ranks that do not write an export."""
         if self.export_files is None:
             return None
         tokens = {id_: self.models.tokenizer.convert_ids_to_tokens(id_) for id_ in self.models.stop_token_ids}
@@ -210,7 +213,7 @@ class Run:
         export_hf(folder / "hf", self.student.weights(), files, self.student.dtype)
 
     def save_and_stop(self, stop: StopRequested) -> None:
-        """Save a checkpoint of the current weights if it is missing, and mark the run as stopped; collective."""
+        """Save a checkpoint if this step has none, and record that the run was stopped early; collective."""
         step = stop.step
         is_saved = step == self.first_step or self.checkpoints.due(step, step == self.last_step)
         self.student.onload()  # a stopped validation leaves the optimizer state in host memory
@@ -221,10 +224,10 @@ class Run:
             self.checkpoints.finalize_pending(block=True)
         self._update_status(step)
         self.world.supervisor.stop_reason = stop.reason
-        log.warning("stopped after step %d: %s", step, stop.reason)
+        log.warning("the run stopped after step %d because of %s", step, stop.reason)
 
     def report_non_finite(self, error: NonFiniteError) -> None:
-        """Write the samples with a non-finite loss or gradient to files, then raise RunFailed; collective.
+        """Write the responses with a non-finite loss or gradient to files, then raise RunFailed; collective.
 
         Each rank writes ``nonfinite/step_N_rank_R.jsonl`` in the run directory.
         """
@@ -241,18 +244,17 @@ class Run:
         raise RunFailed(describe(found_by_rank, step, folder / f"step_{step}_rank_*.jsonl")) from error
 
     def validate_last(self) -> None:
-        """Sync and validate the final weights if their validation is due; collective."""
+        """If a validation is due after the last step, sync the final weights and validate them; collective."""
         step = self.last_step
         if self.first_step > step or not self.validation.due(step):
             return
-        self.student.offload()
         self.sync.push_weights(step)
         held_out = self.validation.generate(step)
         self.engine.sleep()
         self.validation.report(held_out)
 
     def finish(self) -> None:
-        """Complete the last checkpoint, close the metrics, log a summary and close the engine; collective."""
+        """Complete the last checkpoint, close recorder and engine, and log a metrics summary; collective."""
         self.checkpoints.finalize_pending(block=True)
         with self.world.all_or_none("closing the metrics"):
             self.recorder.close()

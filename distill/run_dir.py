@@ -1,4 +1,4 @@
-"""Create the run directory and the files that describe the run."""
+"""Create the run directory, with files that describe the run (recipe, package versions, changes)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets
 def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
     """Create the run directory and return its path; called on the main rank only.
 
-    Writes the resolved recipe, the package versions, and the changes of the recipe at each resume.
+    Writes the resolved recipe, the package versions, and the differences in recipe and data detected at each resume.
     """
     config = arguments.config
     run_dir = new_run_dir(config.logger.log_dir, config.runtime.run_dir)
@@ -33,7 +33,7 @@ def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
         versions = _versions() | {"clock": str(history.clock)}
         (run_dir / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
         history.write(run_dir)
-    log.info("run directory %s", os.path.relpath(run_dir))
+    log.info("the run directory is %s", os.path.relpath(run_dir))
     return run_dir
 
 
@@ -51,7 +51,10 @@ def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
     except OSError as error:
         key, value = ("logger.log_dir", log_dir) if run_dir is None else ("runtime.run_dir", run_dir)
         raise UserError(
-            f"{key}={value} cannot be created ({error.strerror})", "choose a writable directory", key=key, value=value
+            f"{key}={value} cannot be created ({error.strerror})",
+            "set it to a writable directory",
+            key=key,
+            value=value,
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""On-policy distillation: the student generates responses, the teacher scores every token, the student learns.
+"""On-policy distillation: the student generates, the teacher scores each token, the student learns.
 
     torchrun --nproc-per-node 4 -m distill.train --config recipes/NAME.yaml key.path=value ...
 
-The same program runs on every rank. A step has no importance ratios and no rewards, because the student trains on
-responses that its current weights generated.
+The same program runs on every rank. In each step the student trains on responses that its current weights generated.
+Rewards are not used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def train(run: Run) -> None:
     """Run the remaining training steps; collective.
 
-    ``step`` is the number of finished steps, which is also the version of the weights.
+    In the loop, ``step`` is the number of finished steps, which is also the version of the weights.
     """
     from distill.rollout.gather import gather_rollouts
 
@@ -36,7 +36,6 @@ def train(run: Run) -> None:
         metrics = run.begin_step(step)
 
         with run.phase("sync"):
-            student.offload()  # the engine needs the device memory of the optimizer state
             run.sync.push_weights(step, metrics)
 
         with run.phase("validation"):  # timed separately: its tokens are not trained on

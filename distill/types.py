@@ -1,9 +1,9 @@
-"""Data types that the packages exchange.
+"""Data types that several packages of ``distill`` use.
 
-Letters in names: P prompts, G responses per prompt, B sequences in a micro-batch, T positions, N response tokens (rows
-of the loss), V vocabulary, K top-k ids, D hidden width, W ranks. A tensor's name ends in its axes: ``tokens_T``,
-``ids_NK``. Log-probs are in nats, float32. After packing, student and teacher have one row per response token, in the
-same order: row n of both predicts the same token.
+Capital letters in names are sizes: P prompts, G responses per prompt, B sequences in a micro-batch, T positions, N
+response tokens (rows of the loss), V vocabulary, K top-k ids, D hidden width, W ranks. A tensor's name ends in its
+axes: ``tokens_T``, ``ids_NK``. Log-probs are in nats, float32. After packing, student and teacher have one row per
+response token, in the same order: row n of both predicts the same token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Stats = dict[str, tuple[float | Tensor, float | Tensor]]
-"""Metrics as (sum, count) pairs by name, added up over micro-batches and ranks and divided once at the end."""
+"""Metrics by name as (sum, count), each added over micro-batches and ranks; the value is sum / count."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Problem:
     source: str = ""
     """Path or hub name of the dataset."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Values of other columns that the configuration names, for example a precomputed trace, by column."""
+    """Values of other columns that the recipe names, for example a precomputed trace, by column name."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as token ids of the student's prompt."""
+    """The student's prompt for a problem, as token ids."""
 
     prompt_id: int
     """Index of the problem in the dataset, counting repeated rows; stable across epochs and restarts."""
     student_ids: tuple[int, ...]
-    """Token ids including chat template and generation prompt."""
+    """Token ids of the prompt, including the chat template and its generation prompt."""
     problem: Problem
     inside_thought: bool = False
     """Whether the prompt ends inside a think block, for example because the chat template adds ``<think>``."""
@@ -47,9 +47,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings of responses.
+    """Settings with which the engine samples responses.
 
-    The random seed of a response is a hash of (seed, step, prompt_id, response_index), without global state.
+    The random seed of each response is a hash of (seed, step, prompt_id, response_index), so it does not depend on the
+    order in which responses are generated.
     """
 
     temperature: float
@@ -62,7 +63,7 @@ class Sampling:
     """Number of most likely tokens to sample from; 0: the full vocabulary."""
     seed: int = 0
     max_total_length: int | None = None
-    """Maximum tokens of prompt plus response; a response that reaches it gets finish "length". None: no limit."""
+    """Maximum number of tokens of prompt plus response; None: no limit. A response that reaches it ends."""
 
     @property
     def full(self) -> bool:
@@ -78,12 +79,12 @@ class Rollout:
     response_index: int
     """Index of the response among the G responses to its prompt."""
     response_ids: tuple[int, ...]
-    """R >= 1 token ids, including the stop token if the response has one."""
+    """The R >= 1 token ids of the response, including the stop token if the response ends with one."""
     logprobs: tuple[float, ...]
-    """R log-probs of the sampled tokens from the sampler, in nats, at the sampling temperature."""
+    """The sampler's log-probs of the R response tokens, in nats, at the sampling temperature."""
     finish: Literal["stop", "length"]
     version: int
-    """Version of the weights that generated the response: the step of the sync."""
+    """Version of the weights that generated the response: the number of steps finished before their sync."""
     teacher_prefix_ids: tuple[int, ...] = ()
     """Token ids that the teacher reads before the response; added by the rank that generated the response."""
     teacher_inside_thought: bool = False
@@ -95,12 +96,15 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Mapping between the S positions of all sequences and the T computed positions; T < S if prefixes are shared."""
+    """Mapping between the S positions of a micro-batch's sequences and the T positions that are computed.
+
+    T is smaller than S if several sequences share a prefix, which is then computed once.
+    """
 
     expand_S: Tensor
-    """int64 [S]: index into the T computed positions, for each position of the sequences."""
+    """int64 [S]: for each position of the sequences, its index among the T computed positions."""
     source_T: Tensor
-    """int64 [T]: index of the first of the S positions that share each computed position."""
+    """int64 [T]: for each computed position, the first of the S positions that are mapped to it."""
 
     def to(self, device: torch.device) -> SharedPrefixes:
         """Return a copy with all tensors on ``device``."""
@@ -109,15 +113,15 @@ class SharedPrefixes:
 
 @dataclass(frozen=True)
 class SequenceShards:
-    """Distribution of the T positions of a pack over the R ranks of a group, M positions each.
+    """Distribution of a packed micro-batch's T positions over R ranks that compute it together.
 
-    If T < R * M, the remaining slots are padding, to which no position attends.
+    Each rank gets M positions. If T < R * M, the remaining R * M - T slots are padding, to which no position attends.
     """
 
     slot_T: Tensor
-    """int64 [T]: index of each position in the concatenated parts of all ranks, called its slot."""
+    """int64 [T]: slot of each position, which is its index in the concatenated parts of all R ranks."""
     position_P: Tensor
-    """int64 [R * M]: position in each slot; 0 for padding."""
+    """int64 [R * M]: the position that is in each slot; 0 for a padding slot."""
 
     def to(self, device: torch.device) -> SequenceShards:
         """Return a copy with all tensors on ``device``."""
@@ -129,9 +133,9 @@ class View:
     """Input of one model for a packed micro-batch: B sequences concatenated without padding.
 
     S is the total length of the sequences. If sequences share a prefix that is computed once, T is smaller than S and
-    ``shared`` maps the positions; otherwise T is S. With ``shards`` the ranks of a group compute the pack together:
-    ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but ``bounds`` and ``shared``
-    describe the complete pack.
+    ``shared`` maps the positions; otherwise T is S. With ``shards`` several ranks compute the micro-batch
+    together: ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but ``bounds`` and
+    ``shared`` describe the complete micro-batch.
     """
 
     tokens_T: Tensor
@@ -159,25 +163,25 @@ class View:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward and backward on one rank: N response tokens with the views of student and teacher.
+    """Input of one forward and backward pass on one rank: both models' views of N response tokens.
 
     Row n of the student's view and row n of the teacher's view predict the same token, ``sampled_N[n]``. With tensor
-    parallelism the ranks of a group train the same rows, and each rank's teacher view has a contiguous part of these
-    rows; ``rows_per_tp_rank`` has the sizes of the parts.
+    parallelism the ranks of a tensor-parallel group train the same rows, and each rank's teacher view has a contiguous
+    part of these rows; ``rows_per_tp_rank`` has the sizes of the parts.
     """
 
     student: View
     teacher: View
     sampled_N: Tensor
-    """int64 [N]: response tokens."""
+    """int64 [N]: sampled response token of each row."""
     sampled_logprobs_N: Tensor
     """float32 [N]: the sampler's log-probs of the response tokens."""
     weight_N: Tensor
-    """float32 [N]: 1 for a row of a response, 0 for a row of a dummy sequence."""
+    """float32 [N]: loss weight of each row: 1 in a response, 0 in a dummy sequence (empty micro-batch)."""
     rollout_N: Tensor
     """int64 [N]: index of each row's rollout in ``OptimizerBatch.rollouts``; -1 for a dummy sequence."""
     rows_per_tp_rank: tuple[int, ...] = ()
-    """Rows of the teacher's view on each rank of the tensor-parallel group; empty without tensor parallelism."""
+    """Number of rows of the teacher's view on each tensor-parallel rank; empty without tensor parallelism."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy with all tensors on ``device``."""
@@ -194,13 +198,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class OptimizerBatch:
-    """Micro-batches of this rank for one optimizer step; every rank has the same number."""
+    """Micro-batches of this rank for one optimizer step; every rank has the same number of micro-batches."""
 
     micro_batches: tuple[MicroBatch, ...]
     response_tokens: int
     """Number of response tokens of the optimizer batch over all ranks; the summed loss is divided by it."""
     rollouts: Sequence[Rollout] = ()
-    """Rollouts of the step over all ranks; ``MicroBatch.rollout_N`` is an index into them."""
+    """Rollouts of the training step from all ranks; ``MicroBatch.rollout_N`` is an index into them."""
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
@@ -211,10 +215,11 @@ class OptimizerBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's position in the training mesh; ranks are numbered (dp, cp, tp), tp innermost.
+    """This rank's position in the device mesh of training; ranks are numbered (dp, cp, tp), tp innermost.
 
     The ``cp_size * tp_size`` ranks of a data-parallel group train one micro-batch together. The teacher computes the
-    micro-batches of ``teacher_size`` consecutive ranks (complete groups) as one pack, sharded over these ranks.
+    micro-batches of ``teacher_size`` consecutive ranks (complete groups) as one packed micro-batch, sharded over these
+    ranks.
     """
 
     dp_rank: int
@@ -227,7 +232,7 @@ class Layout:
 
     @property
     def group_size(self) -> int:
-        """Return the number of ranks of a data-parallel group."""
+        """Return the number of ranks that train one micro-batch together (a data-parallel group)."""
         return self.cp_size * self.tp_size
 
     @property
@@ -237,7 +242,7 @@ class Layout:
 
     @property
     def teacher_dp_ranks(self) -> range:
-        """Return the data-parallel groups whose micro-batches this rank's teacher group computes, in order."""
+        """Return the indices of the data-parallel groups whose micro-batches this rank's teacher computes."""
         count = max(1, self.teacher_size // self.group_size)
         first = self.dp_rank // count * count
         return range(first, first + count)
@@ -245,28 +250,34 @@ class Layout:
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's K most likely tokens of each row, and the probability mass of the remaining tokens."""
+    """The teacher's K most likely tokens for each response token, and the mass of the remaining tokens."""
 
     ids_NK: Tensor
     """int32 or int64 [N, K]: token ids; -1 is padding, with log-prob -inf."""
     logprobs_NK: Tensor
     """float32 [N, K]: log-probs over the full vocabulary, at the loss's temperature."""
     log_tail_N: Tensor
-    """float32 [N]: log of the mass outside the K ids, computed from the logits; log(1 - sum p) would lose precision."""
+    """float32 [N]: log of the probability of all tokens except the K ids.
+
+    It is computed from the logits, because log(1 - sum p) would lose precision.
+    """
     entropy_N: Tensor | None = None
-    """float32 [N]: entropy of the full distribution in nats, for metrics."""
+    """float32 [N]: entropy of the teacher's full distribution in nats, for metrics; None if not computed."""
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's final hidden states and LM head; the loss computes logits from them in chunks."""
+    """The teacher's final hidden state for each response token, and its LM head.
+
+    The loss computes the teacher's logits from them in chunks.
+    """
 
     hidden_ND: Tensor
     head_VD: Tensor
 
 
 Targets = TopK | TeacherRows
-"""The teacher's targets for the N rows of a micro-batch."""
+"""Outputs of the teacher for the N rows of a micro-batch, with which the loss compares the student."""
 
 
 @dataclass(frozen=True)
@@ -274,20 +285,20 @@ class LossOutput:
     """The loss of one micro-batch on this rank."""
 
     kl_sum: Tensor
-    """Scalar float32: sum of weight_N * kl_N, differentiable, not divided by the number of tokens."""
+    """Scalar float32, differentiable: sum of weight_N * divergence over the rows, not their mean."""
     stats: Stats
-    """Metrics of the same rows, without gradient."""
+    """Metrics of the micro-batch's rows, without gradient."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """Result of one sync of the student's weights to the engine."""
+    """Result of one sync of the student's weights to the generation engine."""
 
     version: int
     tensors: int
     bytes: int
     seconds: float
     changed: int = 0
-    """Number of tensors that differ from the previous sync; all tensors at the first sync."""
+    """Number of tensors that changed since the previous sync; the first sync counts all tensors."""
     changed_bytes: int = 0
-    """Bytes of the changed tensors."""
+    """Total size in bytes of the tensors that changed since the previous sync."""

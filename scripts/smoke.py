@@ -69,7 +69,7 @@ def train(name: str, steps: int, overrides: list[str]) -> float:
     """Run one training into an empty folder; return its seconds. Exits with code 1 if it fails."""
     shutil.rmtree(RUNS / name, ignore_errors=True)
     line = command(name, steps, overrides)
-    print(f"\n== {name}: recipes/{RECIPES[name]}, {steps} steps on 2 ranks", flush=True)
+    print(f"\n== {name}: torchrun {' '.join(line[3:])}", flush=True)
     start = time.perf_counter()
     if code := run(line):
         sys.exit(f"smoke: the training {name} ended with exit code {code}; its logs are in {RUNS / name / 'logs'}")

@@ -169,8 +169,8 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["distillation.context_distillation.teacher_prefix_template=Be brief."],
         (
-            "distillation.context_distillation.teacher_prefix_template does not contain {problem}: add it, "
-            "because otherwise the teacher does not read the problem"
+            "distillation.context_distillation.teacher_prefix_template does not contain {problem}: add "
+            "{problem}, because otherwise the teacher does not read the problem"
         ),
     ),
     (
@@ -223,7 +223,7 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["teacher.model_name=${policy.model_name}"],
         (
             "teacher.model_name=Qwen/Qwen3-0.6B is the student's model and reads the same prompts, so "
-            "there is nothing to learn: choose another teacher, set "
+            "the student cannot learn from it: choose another teacher, set "
             "distillation.context_distillation.enabled=true, or set distillation.allow_degenerate=true "
             "for a control experiment"
         ),
@@ -253,8 +253,8 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["teacher.generation.temperature=0.5"],
         (
             "teacher.generation.temperature=0.5 differs from policy.generation.temperature=1.0, but the "
-            "loss divides the logits of both models by the same temperature: remove it, and set "
-            "loss_fn.temperature to change the temperature of both models in the loss"
+            "loss divides the logits of both models by the same temperature: remove teacher.generation.temperature, "
+            "and set loss_fn.temperature to change the temperature of both models in the loss"
         ),
     ),
 ]

@@ -1,1 +1,4 @@
-"""Pack rollouts into micro-batches and assign the micro-batches to ranks, in pure functions."""
+"""Pack rollouts (sampled responses with prompts) into micro-batches, and assign them to ranks.
+
+All functions are pure.
+"""

@@ -1,6 +1,8 @@
-"""Balance the work of the ranks: pack sequences into rounds of one micro-batch per rank.
+"""Balance the work of data-parallel ranks: pack sequences into rounds of one micro-batch per rank.
 
-In round k every rank computes its k-th micro-batch. All ranks wait for the slowest rank of each round.
+In round k every rank computes its k-th micro-batch. All ranks wait for the slowest rank of each round. The cost of a
+micro-batch estimates its computation time, in units of the time of one token. A bin is a micro-batch to be filled with
+sequences.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 ROUND_COST = 500
-"""Fixed cost of a round, in tokens: the time to gather the weights and to reduce the gradients.
+"""Fixed cost of a round of micro-batches: the time to gather the weights and to reduce the gradients.
 
-A round transfers about 8 bytes per parameter, and a token needs about 8 FLOPs per parameter. The cost in tokens is
-therefore the number of FLOPs per transferred byte: 500 to 1000 at 150 TFLOP/s and 150 to 300 GB/s. Part of the transfer
-overlaps with computation. The exact value matters little: it only decides between assignments of nearly equal time.
+The unit is the computation time of one token. A round transfers about 8 bytes per parameter, and a token needs about 8
+FLOPs per parameter. The cost in tokens is therefore the number of FLOPs per transferred byte: 500 to 1000 at 150
+TFLOP/s and 150 to 300 GB/s. Part of the transfer overlaps with computation. The exact value matters little: it only
+decides between assignments of nearly equal time.
 """
 BISECTION_STEPS = 12
-"""Number of bisection steps that search for the common cost limit in ``balance``."""
+"""Number of bisection steps with which ``balance`` searches for the lowest cost limit of all rounds."""
 
 
 class Limits(Protocol):
@@ -27,11 +30,14 @@ class Limits(Protocol):
 
     @property
     def tokens(self) -> int | None:
-        """Return the maximum number of tokens; a longer sequence gets a micro-batch to itself."""
+        """Return the maximum number of tokens in a micro-batch, or None.
+
+        A longer sequence is the only sequence of its micro-batch.
+        """
 
     @property
     def sequences(self) -> int | None:
-        """Return the maximum number of sequences."""
+        """Return the maximum number of sequences in a micro-batch, or None."""
 
 
 def quadratic_cost(
@@ -46,10 +52,11 @@ def quadratic_cost(
     windowed: int = 0,
     window: int = 0,
 ) -> float:
-    """Return the factor q in the cost n + q n^2 of a sequence of n tokens.
+    """Return the factor q in the cost n + q n^2 of training on a sequence of n tokens.
 
-    q is the number of FLOPs per n^2 divided by the number of FLOPs per n. The function counts forward FLOPs, two per
-    multiply-add. Backward and recomputation scale both terms by the same factor, so they do not change q.
+    A sequence needs a n + b n^2 FLOPs, and q is b / a. The quadratic term is attention. The function counts forward
+    FLOPs, two per multiply-add. Backward and recomputation scale both terms by the same factor, so q
+    does not depend on them.
 
     - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
       2 * 2 * hidden * kv_heads * head_dim for keys and values, and 3 * 2 * hidden * intermediate for the gated MLP.
@@ -64,14 +71,15 @@ def quadratic_cost(
 
 
 def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, limits: Limits) -> list[list[list[int]]]:
-    """Pack sequences into rounds of one bin per rank; return the sequence ids by round and rank.
+    """Pack sequences into rounds of one micro-batch per rank; return the sequence ids by round and rank.
 
     ``tokens`` and ``cost`` map sequence ids to numbers of tokens and to costs. A bin is a micro-batch within
-    ``limits``. It may be empty, and a sequence that exceeds the limits gets a bin to itself. All ranks wait for the
-    slowest bin of each round, so the function minimises the sum over rounds of the largest bin cost. The search is
+    ``limits``. It may be empty. A sequence that exceeds the limits is the only sequence of its bin. All ranks wait for
+    the slowest bin of each round, so the function minimises the sum over rounds of the largest bin cost. The search is
     heuristic. Two strategies propose assignments; both place the most expensive sequences first:
 
-    - Fill all rounds together: each sequence goes to the cheapest bin. This is best if the limits leave room.
+    - Fill all rounds together: each sequence goes to the cheapest bin. This is best if the limits rarely restrict the
+      choice.
     - Fill one round after the other: each sequence goes to the most expensive bin of the round whose cost stays within
       a cost limit. The limit is the cost of the round's first sequence, which determines the duration of the round, or
       a limit common to all rounds, if that is higher. A bisection searches for the lowest common limit with which all
@@ -102,14 +110,17 @@ def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, li
 
 
 def fewest_rounds(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
-    """Return a lower bound of the number of rounds: the totals divided by the limits of one round."""
+    """Return a lower bound of the number of rounds of micro-batches that ``limits`` require.
+
+    It is the number of tokens or of sequences, divided by the maximum of one round over all ranks.
+    """
     by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
     by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
     return max(1, math.ceil(max(by_tokens, by_sequences) / ranks))
 
 
 Bins = list[list[int]]
-"""Micro-batches as lists of sequence ids."""
+"""Bins (micro-batches to be filled), each as a list of sequence ids."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +131,21 @@ class _Balancer:
     limits: Limits
 
     def load(self, members: Sequence[int]) -> float:
-        """Return the total cost of the sequences in a bin."""
+        """Return the total cost of the sequences ``members`` of a bin."""
         return sum(self.cost[i] for i in members)
 
     def time(self, bins: Bins) -> float:
-        """Return the sum over rounds of the largest bin cost.
+        """Return the estimated time of all rounds: the sum over rounds of the largest bin cost.
 
-        The bins are grouped into rounds by descending cost, which minimises this sum.
+        The bins are grouped into rounds in order of descending cost, which minimises this sum.
         """
         return sum(sorted(map(self.load, bins), reverse=True)[:: self.ranks])
 
     def candidates(self, num_rounds: int) -> list[Bins]:
-        """Return assignments of all sequences to ``num_rounds`` rounds; empty if no strategy finds one."""
+        """Return possible assignments of all sequences to the bins of ``num_rounds`` rounds.
+
+        The list is empty if no strategy can place all sequences.
+        """
         most_expensive_first = sorted(self.tokens, key=lambda i: (-self.cost[i], i))
         bins, left = self.fill(most_expensive_first, num_rounds * self.ranks)
         candidates = [] if left else [bins]
@@ -152,7 +166,7 @@ class _Balancer:
         return candidates
 
     def fill_rounds(self, most_expensive_first: list[int], num_rounds: int, max_cost: float) -> tuple[Bins, list[int]]:
-        """Fill one round after the other; return the bins and the sequences that did not fit.
+        """Fill the bins of one round after the other; return the bins and the sequences that did not fit.
 
         The cost limit of a round's bins is ``max_cost``, or the cost of the round's first sequence, if that is higher.
         """
@@ -165,10 +179,11 @@ class _Balancer:
         return bins, left
 
     def fill(self, order: list[int], num_bins: int, max_cost: float | None = None) -> tuple[Bins, list[int]]:
-        """Put each sequence into a bin within the limits; return the bins and the sequences that did not fit.
+        """Put each sequence into a bin within ``limits``; return the bins and the sequences that did not fit.
 
-        Without ``max_cost`` the sequence goes to the cheapest bin. With ``max_cost`` it goes to the most expensive bin
-        that costs at most ``max_cost`` including the sequence. An empty bin accepts every sequence.
+        ``order`` is the order in which the sequences are placed. Without ``max_cost`` a sequence goes to the cheapest
+        bin. With ``max_cost`` it goes to the most expensive bin that costs at most ``max_cost`` including the sequence.
+        An empty bin accepts every sequence.
         """
         bins: Bins = [[] for _ in range(num_bins)]
         filled = [0] * num_bins

@@ -1,9 +1,10 @@
 """Shard micro-batches over the ranks of a group: token positions and loss rows of each rank.
 
-The functions are pure. The ranks of a group exchange keys and values inside attention, so a rank can have arbitrary
-positions. In the views of both models a rank has the positions that predict its loss rows. Hidden states, targets and
-losses are therefore never communicated. Positions without a loss row (prompt tokens) go to the ranks with the fewest
-positions.
+A group consists of the ranks that compute one micro-batch together. A loss row is one response token. A view is the
+packed input of one model, student or teacher. The functions are pure. The ranks of a group exchange keys and values
+inside attention, so a rank can have arbitrary positions. In the views of both models a rank has the positions that
+predict its loss rows. Hidden states, targets and losses are therefore never communicated. Positions without a loss row
+(prompt tokens) go to the ranks with the fewest positions.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from distill.types import Layout, MicroBatch, SequenceShards, SharedPrefixes, Vi
 def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
     """Return this rank's shard of the micro-batches that its teacher group computes together.
 
-    ``group`` has one micro-batch per data-parallel rank, in order of rank. The teacher computes all of them as one
-    pack, sharded over the ranks of the teacher group. The student trains only the micro-batch of this rank's
-    data-parallel group, sharded over its context-parallel ranks.
+    A teacher group is a set of ranks that shard the teacher's input. ``group`` has one micro-batch per data-parallel
+    rank of the teacher group, in order of rank. The teacher computes them as one packed micro-batch, sharded over the
+    teacher group. The student trains only on the micro-batch of this rank's data-parallel group, sharded over the
+    context-parallel ranks. The result has this rank's part of both.
     """
     if layout.teacher_size == 1:
         (complete,) = group
@@ -54,10 +56,10 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
 
 
 def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
-    """Return the ascending row numbers of each rank, in nearly equal counts.
+    """Distribute the loss rows of a micro-batch over ranks; return ascending row numbers by rank.
 
-    The first rank gets the first row of every response: responses with a shared prefix use the same position for their
-    first row, and a position belongs to one rank.
+    The ranks get nearly equal numbers of rows. The first rank gets the first row of every response, because responses
+    with a shared prefix use the same position for their first row, and only one rank may have a position.
     """
     rollout_N = micro_batch.rollout_N
     total = len(rollout_N)
@@ -73,7 +75,11 @@ def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
 
 
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
-    """Return the shard of a view for ``rank``; ``rows[r]`` has the ascending row numbers of rank r."""
+    """Return the part of ``view``, the packed input of one model, that the rank number ``rank`` computes.
+
+    ``rows[r]`` has the ascending numbers of the loss rows of rank r of the group. A rank gets the positions that
+    predict its rows, and a share of the remaining positions.
+    """
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)
     for r, numbers in enumerate(rows):
@@ -107,7 +113,7 @@ def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
 
 
 def join(views: Sequence[View]) -> View:
-    """Concatenate views into one pack; the order of rows is preserved."""
+    """Concatenate packed inputs of one model into one; the order of the loss rows is preserved."""
     if len(views) == 1:
         return views[0]
     tokens = slots = 0

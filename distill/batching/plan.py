@@ -1,4 +1,8 @@
-"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors."""
+"""Assign rollouts to optimizer batches, ranks and micro-batches, and pack them into tensors.
+
+A rollout is one sampled response with its prompt. A prefix is the text before the response; it may differ between
+student and teacher. A view is the packed input of one model, student or teacher.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +16,35 @@ from distill.batching.context_parallel import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Candidates for the maximum cost of a group with a shared prefix, in fractions of a rank's work."""
+"""Candidates for the maximum cost of a group of responses with a shared prefix.
+
+The unit is the cost of all responses of the optimizer batch, divided by the number of data-parallel ranks.
+"""
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Sizes of optimizer batches and micro-batches."""
+    """Size limits of optimizer batches and micro-batches, and settings of the packing."""
 
     optimizer_batch: int
     """Number of responses in an optimizer batch."""
     sequences: int | None
-    """Maximum number of responses in a micro-batch; None means that only ``tokens`` limits it."""
+    """Maximum number of responses in a micro-batch; None means no limit on this number."""
     tokens: int | None
-    """Maximum number of tokens in a micro-batch, in the longer of the two views; None means no limit.
+    """Maximum number of tokens in a micro-batch; None means no limit.
 
-    Each response counts with its full prefix, even if the prefix is shared. A response that exceeds the limit gets a
-    micro-batch to itself.
+    A response counts with its prefix (the longer one of student and teacher), even if responses share the prefix. A
+    response that exceeds the limit is the only response of its micro-batch.
     """
     quadratic: float = 0.0
-    """Factor q in the cost n + q n^2 of a sequence of n tokens; see ``quadratic_cost``."""
+    """Factor q in the cost n + q n^2 of training on a sequence of n tokens; see ``quadratic_cost``."""
     share_prefixes: bool = True
-    """Whether responses with the same prefix are grouped, and share its positions in a micro-batch."""
+    """Whether responses with the same prefix share the computation of the prefix in a micro-batch."""
     expected: int | None = None
-    """Number of responses in a step before filtering; None means the number of rollouts.
+    """Number of responses of a step before some are filtered out; None means that none are filtered out.
 
     It determines the number of optimizer batches. If responses were filtered out, the remaining responses are
-    distributed evenly over the batches. Otherwise the last batch could be small, yet have the same effect as a full
+    distributed evenly over the batches. Without this, the last batch could be small, but have the same effect as a full
     batch.
     """
 
@@ -47,10 +54,11 @@ def plan(
 ) -> list[OptimizerBatch]:
     """Assign a step's rollouts to optimizer batches, ranks and micro-batches; return this rank's batches.
 
-    The function is deterministic, and every rank calls it with the same rollouts. ``seed`` and ``step`` determine which
-    responses are in an optimizer batch; their lengths and the layout have no influence. Within a batch every rank gets
-    the same number of micro-batches, and the k-th micro-batches of all ranks cost about the same. A micro-batch without
-    responses consists of a dummy row of weight 0. Ranks that share a micro-batch get shards of it.
+    ``rollouts`` has the rollouts of all ranks. The function is deterministic, and every rank calls it with the same
+    rollouts. ``seed`` and ``step`` determine which responses are in an optimizer batch; their lengths and the parallel
+    layout have no influence. Within a batch every rank gets the same number of micro-batches, and the k-th
+    micro-batches of all ranks cost about the same. A micro-batch without responses consists of a dummy row of weight 0.
+    The context-parallel and tensor-parallel ranks that compute a micro-batch together get shards of it.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
@@ -59,7 +67,7 @@ def plan(
 
 
 def _optimizer_batches(order: list[int], packing_config: PackingConfig) -> list[list[int]]:
-    """Split ``order`` into non-empty optimizer batches."""
+    """Split the rollout indices ``order`` into consecutive, non-empty optimizer batches."""
     size, count = packing_config.optimizer_batch, len(order)
     if packing_config.expected is None or count >= packing_config.expected:
         return [order[i : i + size] for i in range(0, count, size)]
@@ -113,7 +121,7 @@ def balance_responses(
 
 
 class _ResponseCosts:
-    """Token counts and costs of the responses in an optimizer batch."""
+    """Numbers of tokens and training costs of the responses in an optimizer batch."""
 
     def __init__(self, rollouts: Sequence[Rollout], members: Sequence[int], packing_config: PackingConfig) -> None:
         self.members = members
@@ -128,10 +136,10 @@ class _ResponseCosts:
                 self.first_with_prefix[i] = first.setdefault(key, i)
 
     def cost(self, responses: Sequence[int]) -> float:
-        """Return the cost of a micro-batch, in tokens.
+        """Return the cost of training on a micro-batch of ``responses``, in units of the cost of one token.
 
         The cost is the number of tokens, with each shared prefix counted once, plus q n^2 for each response of n tokens
-        (its prefix included).
+        (prefix included). q is ``PackingConfig.quadratic``.
         """
         prefixes = {self.first_with_prefix[i] for i in responses}
         tokens = sum(self.reads[i] - self.prefix_reads[i] for i in responses)
@@ -139,7 +147,7 @@ class _ResponseCosts:
         return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in responses)
 
     def groups(self, max_cost: float) -> list[list[int]]:
-        """Group responses with the same prefix, starting with the shortest responses.
+        """Group responses with the same prefix, in order of ascending length; return their indices by group.
 
         A group of several responses costs at most ``max_cost`` and fits into one micro-batch. If the configuration
         limits the number of responses in a micro-batch, every group has one response, because larger groups could not
@@ -161,16 +169,17 @@ class _ResponseCosts:
 
 
 def _tokens_read(rollout: Rollout) -> int:
-    """Return the number of tokens of prefix and response in the longer view."""
+    """Return the number of tokens of prefix plus response, for the model with the longer prefix."""
     return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
 
 
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
-    """Pack rollouts into one micro-batch, concatenated without padding.
+    """Pack rollouts into one micro-batch: concatenate prefixes and responses without padding.
 
-    ``members`` has pairs of (index in the step's list of rollouts, rollout). Row n of both views is the position that
-    predicts response token n, which is the position before it. If ``members`` is empty, the micro-batch is a dummy
-    sequence of one token with one row of weight 0, so that every rank runs the same collectives.
+    ``members`` has pairs of (index in the step's list of rollouts, rollout). Row n of the student's and of the
+    teacher's input is the position that predicts response token n, which is the previous position. With ``share`` a
+    repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence of one token
+    with one row of weight 0, so that every rank runs the same collectives.
     """
     if not members:
         view = view_of([((0,), (0,))])
@@ -190,10 +199,10 @@ def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBa
 
 
 def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = False) -> View:
-    """Pack pairs of (prefix, response) token ids into one view.
+    """Pack pairs of (prefix, response) token ids into the input of one model.
 
-    The last token of each response is omitted, because it predicts no token. With ``share`` the view contains a
-    repeated prefix once; the later sequences refer to its positions.
+    The last token of each response is omitted, because no token follows it. With ``share`` the result contains a
+    repeated prefix once, and the later sequences refer to the positions of this prefix.
     """
     tokens: list[int] = []
     positions: list[int] = []

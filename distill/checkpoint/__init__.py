@@ -1,4 +1,7 @@
-"""Sharded checkpoints, written in the background, renamed when complete and verified before they are loaded."""
+"""Sharded checkpoints, written in the background and verified before they are loaded.
+
+A checkpoint's directory gets its final name when all files are written.
+"""
 
 from distill.checkpoint.checkpoints import Checkpoints, Found, has_validation
 from distill.checkpoint.manifest import CheckpointError, files_of, read_info, read_verified

@@ -1,7 +1,7 @@
 """Write a checkpoint's tensors in the background while training continues.
 
-This module does not use ``torch.distributed.checkpoint.async_save``. Its own thread also hashes the written files,
-counts progress for the watchdog, and does not delay the exit of the process.
+This module does not use ``torch.distributed.checkpoint.async_save``, because the background thread of this module also
+hashes the written files, reports progress to the watchdog, and does not delay the exit of the process.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ class WriteResult:
     """Result of one rank's part of a checkpoint write."""
 
     error: Exception | None = None
-    """Error of the failed write, None after success. An OSError of any rank takes precedence over other errors."""
+    """Error of the failed write; None after success. If several ranks failed, an OSError takes precedence."""
     checksums: Checksums = field(default_factory=dict)
-    """Size and sha256 of each file that this rank wrote."""
+    """Size and SHA-256 of each file that this rank wrote; empty after a failed write."""
     expected: frozenset[str] = frozenset()
-    """Paths of the tensor files of all ranks, relative to the checkpoint."""
+    """Paths of the tensor files of all ranks, relative to the checkpoint; empty after a failed write."""
 
 
 class Write:
-    """Background write of tensors to ``folder/shards``; creating it is collective over ``group``.
+    """Background write of tensors to ``folder/shards``; the constructor is collective over ``group``.
 
     The constructor copies the tensors to host memory, so the caller may change them afterwards. ``group`` must not be
-    used for other collectives. ``files``: contents of additional files of this rank, by path. The thread is a daemon.
+    used for other collectives. ``files``: contents of additional files of this rank, by path relative to ``folder``.
+    The background thread is a daemon thread, so the process can exit before the write has finished.
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class Write:
         self._folder, self._group, self._rank, self._files = folder, group, rank, files
         self._start = time.monotonic()
         self.seconds = 0.0
-        """Duration of the finished write in seconds."""
+        """Duration of the write in seconds; 0 until the write has finished."""
         self._result: WriteResult | None = None
         self._tensors_written = 0
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def result(self) -> WriteResult | None:
-        """Return the result, or None while the write is running."""
+        """Return the result of the finished write, or None while the write is running."""
         return self._result
 
     def wait(self) -> None:

@@ -28,6 +28,8 @@ from distill.checkpoint.manifest import (
     files_of,
     find_damage,
     flush_directory,
+    info_or_error,
+    read_failed,
     read_history,
     read_info,
     write_durably,
@@ -37,7 +39,7 @@ from distill.checkpoint.retention import to_drop
 from distill.checkpoint.storage import SHARDS, HeartbeatLoadPlanner, ShardsReader, read_error
 from distill.config import CheckpointingConfig
 from distill.distributed.world import CONTROL_TIMEOUT, World
-from distill.errors import CollectiveUserError, RunFailed, UserError, cannot_write, writing_to
+from distill.errors import CollectiveUserError, UserError, cannot_write, writing_to
 from distill.metrics.sinks import METRICS_FILE, rows_until
 
 log = logging.getLogger(__name__)
@@ -45,13 +47,13 @@ log = logging.getLogger(__name__)
 _KEY = "checkpointing.checkpoint_dir"
 _PROBE_TEXT = "test of write access\n"
 _VISIBLE_WITHIN_S = 60.0
-"""Maximum seconds until a file written on one node must be visible on all nodes."""
+"""Time limit in seconds for a file written on one node to become visible on all nodes."""
 _UNFINISHED, _DAMAGED = "tmp_", "damaged_"
 _FIX_WRITING = f"free space there, or set {_KEY} to a writable directory"
 
 
 def has_validation(info: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint's info contains validation metrics."""
+    """Return whether ``info``, a checkpoint's training_info.json, contains validation metrics."""
     return any(name.startswith("validation/") for name in info.get("metrics", {}))
 
 
@@ -61,14 +63,17 @@ class Found:
 
     path: Path
     info: dict[str, Any]
-    """Argument ``info`` of ``save``, plus checksums in ``files`` and values of ``record_metrics`` in ``metrics``."""
+    """Content of training_info.json: argument ``info`` of ``Checkpoints.save``, ``files`` and ``metrics``.
+
+    ``files`` has the checksums of the files, and ``metrics`` the metrics added by ``Checkpoints.record_metrics``.
+    """
     history: list[dict[str, float | None]]
-    """Rows of the run's metrics.jsonl up to the checkpoint; empty except on the main rank."""
+    """Rows of the run's metrics.jsonl up to the checkpoint's step; empty except on the main rank."""
 
 
 @dataclass
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint whose files are being written in the background."""
 
     step: int
     folder: Path
@@ -94,23 +99,24 @@ class Checkpoints:
         self._group: dist.ProcessGroup | None = None
         self._lock: DirectoryLock | None = None
         self.newest_step: int | None = None
-        """Step of the newest checkpoint that this object has completed; None before the first."""
+        """Step of the newest checkpoint that this process has completed; None before its first checkpoint."""
         self.slowest_s = 0.0
-        """Duration of the longest background write so far, in seconds."""
+        """Longest duration of a background checkpoint write of this rank so far, in seconds."""
         self._warnings: set[str] = set()
-        """Warnings that were already logged; each warning is logged once."""
+        """Texts of the warnings that ``_warn_once`` has logged, so that each text is logged only once."""
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether a checkpoint is due after ``step`` finished steps; ``last``: no further step follows."""
+        """Return whether to save a checkpoint after ``step`` finished steps; ``last``: the run ends here."""
         period = self._config.save_period
         return self._config.enabled and (last or (period > 0 and step % period == 0))
 
     # ---- start of a run ----
 
     def prepare(self) -> None:
-        """Create and lock the directory, verify write access of all ranks and remove unfinished checkpoints.
+        """Create and lock checkpoint_dir, test write access on all ranks, and remove unfinished checkpoints.
 
-        Collective. Raises UserError on all ranks.
+        Collective. Raises UserError on all ranks if the directory cannot be written, is locked by another run, or is
+        not the same directory on all ranks.
         """
         if not self._config.enabled:
             return
@@ -146,37 +152,38 @@ class Checkpoints:
 
         Collective; each rank hashes a part of the files. Returns None if checkpointing is disabled. Damaged checkpoints
         are logged, renamed and skipped. Raises UserError if all checkpoints are damaged, so that the run does not
-        silently start from step 0. Raises RunFailed, and renames nothing, if a transient I/O error persists. All other
-        errors of reading a file count as damage.
+        silently start from step 0. Raises RunFailed, and renames no checkpoint, if a transient I/O error persists. All
+        other errors of reading a file count as damage.
         """
         if not self._config.enabled:
             return None
         damaged: dict[str, str] = {}
         for path in reversed(self._world.broadcast(self._steps() if self._world.is_main else [])):
-            with self._world.all_or_none("reading the checkpoint's info"):
-                read = _info_or_error(path) if self._world.is_main else ({}, None)
+            with self._world.all_or_none("reading the checkpoint's training_info.json"):
+                read = info_or_error(path) if self._world.is_main else ({}, None)
             info, error = self._world.broadcast(read)
             error = error or self._find_damage(path, files_of(info))
             if error is None:
                 self._rename_damaged(damaged, path)
                 return Found(path, info, read_history(path, info) if self._world.is_main else [])
             if error.retryable:
-                raise _read_failed(path, error)
+                raise read_failed(path, error)
             damaged[path.name] = error.reason
         if damaged:
             reasons = "; ".join(f"{name}: {error}" for name, error in damaged.items())
             raise CollectiveUserError(
                 f"{_KEY}={self._config.checkpoint_dir} contains only damaged checkpoints ({reasons})",
-                "repair one of them, or remove all of them to start from step 0",
+                "repair one of these checkpoints, or remove all of them to start from step 0",
                 key=_KEY,
                 value=self._config.checkpoint_dir,
             )
         return None
 
     def _find_damage(self, path: Path, checksums: Checksums) -> CheckpointError | None:
-        """Return the error of a damaged or unreadable file, or None; each rank verifies a part of the files.
+        """Return the error of a damaged or unreadable file of the checkpoint, or None if all files are intact.
 
-        Collective; all ranks return the same error. Damage takes precedence over transient I/O errors.
+        Collective: each rank verifies a part of the files, and all ranks return the same error. Damage takes precedence
+        over transient I/O errors.
         """
         with self._world.all_or_none("verifying the checkpoint's files"):
             own = find_damage(path, checksums, sorted(checksums)[self._world.rank :: self._world.size])
@@ -184,7 +191,10 @@ class Checkpoints:
         return min(errors, key=lambda error: error.retryable, default=None)
 
     def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
-        """Rename damaged checkpoints, so that retention and the next start ignore them; collective."""
+        """Rename damaged checkpoints, so that the next resume ignores them; collective.
+
+        ``damaged``: reason by the checkpoint's name. ``intact``: the checkpoint that the run resumes from.
+        """
         with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
             if self._world.is_main:
                 for name, reason in damaged.items():
@@ -192,14 +202,15 @@ class Checkpoints:
                     shutil.rmtree(renamed, ignore_errors=True)
                     (self._dir / name).rename(renamed)
                     log.warning(
-                        "checkpoint %s is damaged (%s): renamed to %s; resuming from %s", name, reason, renamed, intact
+                        "checkpoint %s is damaged (%s) and was renamed to %s: the run resumes from %s",
+                        *(name, reason, renamed, intact),
                     )
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Load a checkpoint into ``tensors`` in place; collective.
+        """Read the tensors of the checkpoint ``path`` into ``tensors`` (by name), in place; collective.
 
-        Raises UserError if a tensor is missing in the checkpoint or has another shape there. Raises RunFailed if the
-        disk fails.
+        Raises UserError if a tensor is missing in the checkpoint or has another shape there. Raises RunFailed if a file
+        of the checkpoint cannot be read.
         """
         reader = ShardsReader(path / SHARDS)
         with self._world.all_or_none("reading the shapes of the checkpoint's tensors"):
@@ -212,7 +223,7 @@ class Checkpoints:
                     raise UserError(
                         f"checkpoint {path} does not match the model ({name} {found} in the checkpoint and has shape"
                         f" {tuple(tensor.shape)} in the model)",
-                        f"use the model that the checkpoint was saved from, or set {_KEY} to another directory",
+                        f"set policy.model_name to the model of the checkpoint, or set {_KEY} to another directory",
                         key=_KEY,
                         value=self._config.checkpoint_dir,
                     )
@@ -225,10 +236,13 @@ class Checkpoints:
             self._raise_read_failed(path, {rank: read_error(error) for rank, error in errors.items()})
 
     def _raise_read_failed(self, path: Path, errors: Mapping[int, CheckpointError]) -> None:
-        """Raise RunFailed if any rank has an error; a permanent error takes precedence over transient errors."""
+        """Raise RunFailed if ``errors``, the read errors by rank, is not empty.
+
+        A permanent error takes precedence over transient errors.
+        """
         if errors:
             rank = min(errors, key=lambda rank: errors[rank].retryable)
-            raise _read_failed(path, errors[rank], f" on rank {rank}" if self._world.size > 1 else "")
+            raise read_failed(path, errors[rank], f" on rank {rank}" if self._world.size > 1 else "")
 
     # ---- during the run ----
 
@@ -241,12 +255,13 @@ class Checkpoints:
         history: Path | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Start to write ``step_N`` in the background; ``finalize_pending`` completes it. Collective.
+        """Start writing the checkpoint ``step_N`` in the background; collective.
 
-        Completes the previous checkpoint first. ``tensors`` are copied before ``save`` returns. ``info`` contains only
-        JSON values. ``export`` is called on all ranks with the checkpoint's directory and writes additional files; it
-        may fail on some ranks only after its last collective. ``history``: path of the run's metrics.jsonl; the rows up
-        to ``step`` are copied into the checkpoint. ``files``: contents of small files of this rank, by path.
+        First completes the previous checkpoint. ``finalize_pending`` later completes this checkpoint. ``tensors`` are
+        copied before ``save`` returns. ``info``: JSON values for training_info.json. ``export`` is called on all ranks
+        with the checkpoint's directory and writes additional files; an error on only some ranks is allowed only after
+        the last collective of ``export``. ``history``: path of the run's metrics.jsonl; the rows up to ``step`` are
+        copied into the checkpoint. ``files``: contents of small files of this rank, by path inside the checkpoint.
         """
         self.finalize_pending(block=True)
         folder = self._dir / f"{_UNFINISHED}step_{step}"
@@ -266,10 +281,10 @@ class Checkpoints:
         self._pending = _Pending(step, folder, dict(info), history, write)
 
     def finalize_pending(self, block: bool) -> None:
-        """Complete the pending checkpoint if all ranks have written it, then remove old checkpoints.
+        """Complete the last saved checkpoint if all ranks have written it, then remove old checkpoints.
 
-        Collective. ``block``: wait until the write has finished. If the write failed, raises UserError on all ranks for
-        a disk error and RuntimeError for any other error; earlier checkpoints are kept.
+        Collective. ``block``: wait until the background write has finished. If the write failed, raises UserError on
+        all ranks for a disk error and RuntimeError for any other error; earlier checkpoints are kept.
         """
         pending = self._pending
         if pending is None:
@@ -293,7 +308,7 @@ class Checkpoints:
         checksums = {name: entry for result in results for name, entry in result.checksums.items()}
         missing = sorted(results[0].expected - checksums.keys())
         if missing:
-            raise RuntimeError(f"no rank wrote {missing[0]} to {pending.folder}")
+            raise RuntimeError(f"no rank wrote the file {missing[0]} of the checkpoint {pending.folder}")
         if pending.history is not None:
             rows = rows_until(pending.history, pending.step)
             write_durably(pending.folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
@@ -313,7 +328,7 @@ class Checkpoints:
         errors = [(rank, result.error) for rank, result in enumerate(results) if result.error is not None]
         for _, error in errors:
             if isinstance(error, OSError):
-                fix = f"{_FIX_WRITING}, then start again: the run resumes from the newest complete checkpoint"
+                fix = "free space there, then start the run again to resume from the newest complete checkpoint"
                 found = cannot_write(f"{_KEY}={self._config.checkpoint_dir}", error, fix)
                 problem = f"writing the checkpoint of step {step} failed: {found.problem}"
                 raise CollectiveUserError(problem, found.fix, found.key, found.value) from error
@@ -323,7 +338,7 @@ class Checkpoints:
 
     @contextmanager
     def _removed_on_error(self, folder: Path) -> Iterator[None]:
-        """Remove the unfinished checkpoint if the block fails, to free its disk space."""
+        """Remove the unfinished checkpoint ``folder`` if the block raises an exception, to free disk space."""
         try:
             yield
         except Exception:
@@ -332,10 +347,11 @@ class Checkpoints:
             raise
 
     def record_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Add metrics to the checkpoint of ``step``, if it exists, then remove old checkpoints. Collective.
+        """Add metrics to the checkpoint of ``step``, if that checkpoint exists; then remove old checkpoints.
 
-        ``values``: metrics of the weights after ``step`` steps, by logged name such as ``train/loss``; all ranks must
-        pass the same names. Only validation metrics and the metric that ranks checkpoints are stored.
+        Collective. ``values``: metrics of the weights after ``step`` steps, by logged name such as ``train/loss``; all
+        ranks must pass the same names. Only validation metrics and the metric that checkpointing.metric_name selects
+        are stored.
         """
         if not self._config.enabled:
             return
@@ -362,30 +378,33 @@ class Checkpoints:
         if measured and self._metric not in measured:
             names = ", ".join(name.removeprefix(f"{kind}/") for name in measured)
             self._warn_once(
-                f"checkpointing.metric_name={self._config.metric_name} is not measured; available metrics: {names}"
+                f"checkpointing.metric_name={self._config.metric_name} is not a measured metric, so it cannot select"
+                f" the best checkpoints: set it to {'val' if kind == 'validation' else kind}:NAME with one of the"
+                f" measured names ({names})"
             )
 
     # ---- existing checkpoints ----
 
     def _steps(self) -> list[Path]:
-        """Return the ``step_N`` directories, oldest first."""
+        """Return the ``step_N`` directories of the checkpoints in increasing order of N."""
         named = [p for p in self._dir.glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
         return sorted(named, key=lambda p: int(p.name[5:]))
 
     @property
     def _metric(self) -> str:
-        """Return the logged name of the metric that ranks checkpoints, or an empty string."""
+        """Return the logged name of checkpointing.metric_name, such as ``validation/accuracy``; "" for null."""
         kind, _, name = (self._config.metric_name or "").partition(":")
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 
     def _drop_old(self) -> None:
-        """Remove the checkpoints beyond ``keep_top_k``; checkpoints without a readable manifest are ignored."""
+        """Remove the checkpoints that checkpointing.keep_top_k does not keep; ignore unreadable checkpoints."""
         infos = {path: info for path in self._steps() if (info := self._info(path)) is not None}
         metrics = {path: info.get("metrics", {}).get(self._metric) for path, info in infos.items()}
         if self._metric and any(value is not None for value in metrics.values()):
             for path in [p for p in list(metrics)[:-1] if metrics[p] is None]:
                 self._warn_once(
-                    f"checkpoint {path} ranks last, because {self._config.metric_name} was not measured for it"
+                    f"checkpoint {path} counts as the worst checkpoint, because"
+                    f" checkpointing.metric_name={self._config.metric_name} was not measured for it"
                 )
         for old in to_drop(metrics, self._config.keep_top_k, self._config.higher_is_better):
             try:
@@ -398,7 +417,7 @@ class Checkpoints:
         try:
             return read_info(path)
         except CheckpointError as error:
-            self._warn_once(f"checkpoint {path} is damaged or unreadable: {error}")
+            self._warn_once(f"checkpoint {path} is ignored, because it is damaged or unreadable: {error}")
             return None
 
     def _remove(self, path: Path) -> None:
@@ -418,26 +437,13 @@ class Checkpoints:
 
 
 def _wait_for_file(file: Path) -> bool:
-    """Wait for a file; return whether it appears in time. A network file system may show it with a delay."""
+    """Wait until ``file`` is visible on this node; return False after _VISIBLE_WITHIN_S seconds.
+
+    A network file system may show a new file with a delay.
+    """
     until = time.monotonic() + _VISIBLE_WITHIN_S
     while not file.exists():
         if time.monotonic() >= until:
             return False
         time.sleep(0.2)
     return True
-
-
-def _read_failed(path: Path, error: CheckpointError, on_rank: str = "") -> RunFailed:
-    fix = "restart once the file system responds" if error.retryable else "fix the cause"
-    return RunFailed(
-        f"in checkpoint {path}, {error.reason}{on_rank}: {fix}, or move this directory away to resume from the previous"
-        " checkpoint",
-        retryable=error.retryable,
-    )
-
-
-def _info_or_error(path: Path) -> tuple[dict[str, Any], CheckpointError | None]:
-    try:
-        return read_info(path), None
-    except CheckpointError as error:
-        return {}, error

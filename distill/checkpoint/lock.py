@@ -22,7 +22,7 @@ from distill.supervise.progress import heartbeat
 log = logging.getLogger(__name__)
 
 WAIT_S = 120.0
-"""Seconds to wait for the lock: the previous run may be exiting, or a file server may keep a failed machine's lock."""
+"""Seconds to wait while another run holds the lock, because that run may be exiting."""
 FILE = ".owner"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -34,7 +34,7 @@ class DirectoryLock:
     The operating system releases the lock when the process ends. A file server may keep the lock of a failed machine,
     so a requeued Slurm job takes over the lock of its earlier start. If the file system does not support locks, a
     warning is logged. Raises UserError if another process holds the lock for WAIT_S seconds. ``key``: configuration key
-    of the directory, for messages.
+    of the directory, used in messages.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -45,17 +45,20 @@ class DirectoryLock:
         while not self._locked():
             if owner != (current := self._read().strip() or "an unknown process"):
                 start, owner = time.monotonic(), current
-                log.warning("%s=%s is in use by %s: waiting up to %g s for it to exit", key, folder, owner, WAIT_S)
+                log.warning(
+                    "%s=%s is in use by %s: waiting up to %g s until that process exits", key, folder, owner, WAIT_S
+                )
             elif time.monotonic() - start >= WAIT_S:
                 if _is_earlier_start(owner):
                     log.warning(
-                        "%s has ended, but its lock remains: this start of the Slurm job takes over the lock", owner
+                        "%s has ended, but its lock on %s remains: the restarted Slurm job takes over the lock",
+                        *(owner, folder),
                     )
                     break
                 raise UserError(
                     f"{key}={folder} is in use by another run ({owner})",
-                    "give each run its own directory, or stop the other run first; if its machine is down, remove"
-                    f" {folder / FILE}",
+                    f"set {key} to another directory, or stop the other run first; if the machine of the other run is"
+                    f" down, remove {folder / FILE}",
                     key=key,
                     value=str(folder),
                 )
@@ -75,7 +78,7 @@ class DirectoryLock:
         if owner != self._token:
             raise UserError(
                 f"{self._key}={self._folder} was taken over by another run ({owner.strip() or 'unknown'})",
-                "give each run its own directory",
+                f"set {self._key} to a different directory for each run",
                 key=self._key,
                 value=str(self._folder),
             )
@@ -106,6 +109,6 @@ def _slurm_start() -> str:
 
 
 def _is_earlier_start(owner: str) -> bool:
-    """Return whether ``owner`` is an earlier start of this process's Slurm job."""
+    """Return whether ``owner``, the content of the lock file, is an earlier start of this Slurm job."""
     job, found = slurm.start_of_job(), re.search(r"in start (\d+) of job (\d+)$", owner)
     return job is not None and found is not None and int(found[2]) == job[0] and int(found[1]) < job[1]

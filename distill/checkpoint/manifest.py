@@ -1,7 +1,8 @@
-"""Read and write the manifest ``training_info.json``: a checkpoint's info, and size and sha256 of its files.
+"""Read and write the manifest of a checkpoint, the file ``training_info.json``.
 
-The manifest lists the files that a resume reads. It is written last and contains its own hash, so a directory without a
-valid manifest is not a complete checkpoint.
+The manifest contains the checkpoint's info (step, recipe, metrics, state of the data) and the size and SHA-256 of each
+file that a resume reads. It is written last and contains its own hash, so a directory without a valid manifest is not a
+complete checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distill.errors import RunFailed
 from distill.metrics.sinks import METRICS_FILE, read_metrics
 from distill.supervise.progress import heartbeat
 
@@ -33,7 +35,7 @@ TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errn
 T = TypeVar("T")
 
 Checksums = dict[str, dict[str, int | str]]
-"""Size in ``bytes`` and ``sha256`` of each file, by path inside the checkpoint."""
+"""Size (key ``bytes``) and SHA-256 (key ``sha256``) of each file, by path inside the checkpoint."""
 
 
 class CheckpointError(Exception):
@@ -52,17 +54,17 @@ class CheckpointError(Exception):
 
 
 def checksums_of(folder: Path, names: Iterable[str]) -> Checksums:
-    """Return size and sha256 of the files ``names``, which are paths inside ``folder``."""
+    """Return size and SHA-256 of the files ``names``, which are paths relative to ``folder``."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
 def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> CheckpointError | None:
-    """Return the error of the first damaged or unreadable file of ``names``, or None."""
+    """Return the error of the first damaged or unreadable file of ``names``, or None if all are intact."""
     for name in names:
         try:
             size, expected = retry_io((folder / name).stat).st_size, checksums[name]["bytes"]
             if size != expected:
-                return CheckpointError(f"{name} has {size} of {expected} bytes")
+                return CheckpointError(f"{name} has {size} bytes instead of {expected}")
             if retry_io(partial(_sha256, folder / name)) != checksums[name]["sha256"]:
                 return CheckpointError(f"the sha256 of {name} differs from the manifest")
         except OSError as error:
@@ -73,7 +75,7 @@ def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> Che
 def retry_io(read: Callable[[], T]) -> T:
     """Call ``read`` and return its result; retry transient I/O errors for 100 s.
 
-    Raises the OSError if it persists.
+    Raises the OSError if it is not transient or still occurs after the last retry.
     """
     for delay_s in _RETRY_DELAYS_S:
         try:
@@ -81,19 +83,19 @@ def retry_io(read: Callable[[], T]) -> T:
         except OSError as error:
             if error.errno not in TRANSIENT_ERRNOS:
                 raise
-            log.warning("transient I/O error (%s): retrying in %g s", error, delay_s)
+            log.warning("reading a checkpoint failed with a transient I/O error (%s): retrying in %g s", error, delay_s)
             time.sleep(delay_s)
     return read()
 
 
 def files_of(info: Mapping[str, Any]) -> Checksums:
-    """Return the checksums in a checkpoint's info."""
+    """Return the checksums of a checkpoint's files, which ``info`` (training_info.json) contains."""
     checksums: Checksums = info[_FILES]
     return checksums
 
 
 def write_info(folder: Path, info: Mapping[str, Any], checksums: Checksums | None = None) -> None:
-    """Write the manifest atomically; ``checksums``: None keeps the checksums in ``info``."""
+    """Write ``folder/training_info.json`` atomically; ``checksums=None`` keeps the checksums in ``info``."""
     content = {name: value for name, value in info.items() if name != _SEAL}
     content |= {} if checksums is None else {_FILES: checksums}
     part = folder / f"{INFO}.part"
@@ -120,7 +122,10 @@ def flush_directory(folder: Path) -> None:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's info; raise CheckpointError if its manifest is missing, damaged or unreadable."""
+    """Return the content of a checkpoint's training_info.json.
+
+    Raises CheckpointError if the file is missing, damaged or unreadable.
+    """
     try:
         text = retry_io((folder / INFO).read_text)
     except FileNotFoundError:
@@ -139,8 +144,29 @@ def read_info(folder: Path) -> dict[str, Any]:
     return dict(info)
 
 
+def info_or_error(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
+    """Return the result of ``read_info`` and None; an empty dict and the error if ``read_info`` fails."""
+    try:
+        return read_info(folder), None
+    except CheckpointError as error:
+        return {}, error
+
+
+def read_failed(folder: Path, error: CheckpointError, on_rank: str = "") -> RunFailed:
+    """Return the RunFailed for a checkpoint that cannot be read; ``on_rank``: text such as `` on rank 3``."""
+    fix = "start the run again when the file system responds" if error.retryable else "repair this file"
+    return RunFailed(
+        f"checkpoint {folder} cannot be loaded, because {error.reason}{on_rank}: {fix}, or move the directory of this"
+        " checkpoint away to resume from the previous checkpoint",
+        retryable=error.retryable,
+    )
+
+
 def read_verified(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's info after verifying all its files in this process; raise CheckpointError on damage."""
+    """Verify all files of a checkpoint, and return the content of training_info.json; not collective.
+
+    Raises CheckpointError if a file is damaged or unreadable.
+    """
     info = read_info(folder)
     checksums = files_of(info)
     if (error := find_damage(folder, checksums, sorted(checksums))) is not None:
@@ -163,7 +189,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_history(path: Path, info: Mapping[str, Any]) -> list[dict[str, float | None]]:
-    """Return the checkpoint's rows of metrics, including validation metrics recorded after the save."""
+    """Return the rows of a checkpoint's metrics.jsonl, plus validation metrics added after the save."""
     file = path / METRICS_FILE
     rows = read_metrics(file) if METRICS_FILE in files_of(info) else []
     step = int(path.name.removeprefix("step_"))

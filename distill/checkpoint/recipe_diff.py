@@ -1,4 +1,4 @@
-"""Find the differences between a checkpoint's recipe and the current recipe that affect training."""
+"""Find keys that affect training and differ between the recipe in a checkpoint and the current recipe."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ _SAME_RUN = (
     "teacher.logprob_",
     "teacher.sequence_packing.",
 )
-"""Prefixes of keys that set the duration, parallel layout or monitoring of a run; they do not affect training."""
+"""Prefixes of keys that do not affect training: duration, parallelism, memory and monitoring."""
 
 
 def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return a text ``KEY was OLD and is NEW`` for each changed key that affects training, in the recipe's order.
+    """Return a text ``KEY was OLD and is NEW`` for each changed key that affects training.
 
-    Keys that only one of the recipes contains are ignored, because another version of the program may have written the
-    checkpoint. Two paths to the same file are equal.
+    ``saved``, ``current``: the recipe in the checkpoint and the current recipe. The texts follow the order of keys in
+    ``current``. Keys that only one of the recipes contains are ignored, because another version of the program may have
+    written the checkpoint. Different paths to the same file count as equal values.
     """
     before = dict(_flat(saved, ""))
     return [

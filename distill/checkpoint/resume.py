@@ -1,4 +1,4 @@
-"""Compare a checkpoint's data and recipe with the current ones: refuse or record the changes."""
+"""Compare the data and recipe of a checkpoint with the current ones; refuse or record differences."""
 
 from __future__ import annotations
 
@@ -21,21 +21,27 @@ log = logging.getLogger(__name__)
 _CLOCK, _CHANGES, _VALIDATION = "clock", "changes", "validation_inputs"
 _ALLOW_KEY = "checkpointing.allow_changes"
 _NO_DATE = (
-    " (the chat template inserts the date, and the version of this program that wrote the checkpoint did not save the"
-    " date)"
+    " (a possible cause is a different date: the chat template inserts the date, and the version of this program that"
+    " wrote the checkpoint did not save the date)"
 )
 CHANGES_FILE = "changes.json"
 
 
 def clock_of(found: Found | None) -> RunClock:
-    """Return the clock stored in the checkpoint, or else a clock with the current time."""
+    """Return the clock stored in the checkpoint, which provides the date for chat templates.
+
+    Without a checkpoint, or if the checkpoint contains no clock, return a clock with the current time.
+    """
     if found is None or _CLOCK not in found.info:
         return RunClock(current_time())
     return RunClock.saved(found.info[_CLOCK])
 
 
 def log_clock(clock: RunClock, found: Found | None) -> None:
-    """Log the date that chat templates use, if a chat template of this process has read the clock."""
+    """Log the date that chat templates insert into prompts; log nothing if no template uses the date.
+
+    ``found``: the checkpoint that the run resumes from, or None.
+    """
     if not clock.was_read:
         return
     if found is not None and _CLOCK not in found.info:
@@ -48,34 +54,38 @@ def log_clock(clock: RunClock, found: Found | None) -> None:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """Clock of a run and changes of its data and recipe at each resume; stored in every checkpoint."""
+    """Start time of a run, and differences in data and recipe detected at each resume.
+
+    ``info`` is stored in every checkpoint.
+    """
 
     clock: RunClock
-    """Time of the run's first start."""
+    """Clock that always returns the time of the run's first start."""
     changes: Sequence[dict[str, Any]] = ()
-    """Changes at all resumes so far, each with its ``step``, description ``what`` and time ``when``."""
+    """Differences in recipe and data detected at each resume so far; keys: ``step``, ``what``, ``when``."""
     validation: ContentHashes | None = None
-    """Content hashes of the validation inputs; None if the run has had no validation so far."""
+    """Content hashes of the validation data, to detect changes at a resume; empty or None without any."""
     training_changes: Sequence[str] = ()
-    """Changes of training data and of keys that affect training, found at this resume."""
+    """Texts on differences in the training data and in keys that affect training, detected at this resume."""
     validation_changes: Sequence[str] = ()
-    """Changes of the validation data, found at this resume."""
+    """Texts on differences in the validation data, detected at this resume."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """Return the entries for a checkpoint's info, as JSON values."""
+        """Return the clock, differences and validation hashes as JSON values for training_info.json."""
         validation = None if self.validation is None else dict(self.validation)
         return {_CLOCK: str(self.clock), _CHANGES: list(self.changes), _VALIDATION: validation}
 
     def in_context_metrics(self, found: Found | None) -> dict[str, float] | None:
-        """Return the checkpoint's validation metrics with the teacher's context.
+        """Return the checkpoint's validation metrics measured with the teacher's context in the prompt.
 
-        Returns None without a checkpoint, or if the validation data changed since.
+        Returns None without a checkpoint, if the checkpoint has no such metrics, or if the validation data changed
+        after the checkpoint was saved.
         """
         return None if found is None or self.validation_changes else found.info["in_context"]
 
     def write(self, run_dir: Path) -> None:
-        """Write the changes to ``changes.json`` in the run directory, if there are any."""
+        """Write ``self.changes`` to ``changes.json`` in the run directory; write no file without changes."""
         if self.changes:
             (run_dir / CHANGES_FILE).write_text(json.dumps(list(self.changes), indent=2) + "\n")
 
@@ -83,11 +93,12 @@ class RunHistory:
 def compare_with_checkpoint(
     found: Found | None, config: Config, prompts: PromptOrder, clock: RunClock, validation: ContentHashes | None
 ) -> RunHistory:
-    """Return the run's history after comparing the checkpoint's data and recipe with the current ones.
+    """Compare the checkpoint's data and recipe with the current ones; return the run's history.
 
-    ``found``: None for a first start. Raises UserError if training data, prompts or their order changed and
-    checkpointing.allow_changes is false. Changes of the validation data, and of keys that affect training, are recorded
-    only.
+    ``found``: the checkpoint that the run resumes from; None for a first start. ``validation``: hashes of the current
+    validation data. Raises UserError if the training data, the prompts or their order changed and
+    checkpointing.allow_changes is false. Differences in the validation data and in keys that affect training are only
+    recorded.
     """
     if found is None:
         return RunHistory(clock, validation=validation)
@@ -116,16 +127,18 @@ def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
 
 
 def warn_of_changes(history: RunHistory, found: Found) -> None:
-    """Log the changes found at this resume as warnings; call it after the checkpoint is loaded."""
+    """Log as warnings the differences between the checkpoint ``found`` and the current data and recipe."""
     if history.training_changes:
         log.warning(
-            "the recipe or the data changed since checkpoint %s (%s), so training differs from a continuous run: undo"
-            " the changes to continue the same run",
+            "the recipe or the data changed since checkpoint %s (%s), so training differs from a run without changes:"
+            " undo the changes to continue the same run",
             *(found.path, "; ".join(history.training_changes)),
         )
     if history.validation_changes:
         log.warning(
             "%s than at checkpoint %s: validation metrics from step %d on are not comparable with earlier metrics%s",
             *("; ".join(history.validation_changes), found.path, found.info["step"]),
-            ", and the metrics with the teacher's context are omitted" if found.info["in_context"] else "",
+            ", and metrics measured with the teacher's context in the prompt are no longer reported"
+            if found.info["in_context"]
+            else "",
         )

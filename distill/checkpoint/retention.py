@@ -1,4 +1,4 @@
-"""Select the checkpoints to remove."""
+"""Select the checkpoints that checkpointing.keep_top_k does not keep."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 def to_drop(metrics: Mapping[Path, float | None], keep: int | None, higher_is_better: bool) -> list[Path]:
     """Return the checkpoints to remove: all except the newest and the best ``keep``.
 
-    ``metrics``: value of the ranking metric by checkpoint, oldest checkpoint first; None ranks last. If values are
-    equal, the newer checkpoint ranks higher. The newest checkpoint is always kept, because its validation may follow
-    later. ``keep``: None keeps all checkpoints.
+    ``metrics``: value of checkpointing.metric_name by checkpoint, oldest checkpoint first; a checkpoint with the value
+    None counts as worse than all others. If values are equal, the newer checkpoint counts as better. The newest
+    checkpoint is always kept, because its validation may follow later. ``keep``: None keeps all checkpoints.
     """
     if keep is None:
         return []

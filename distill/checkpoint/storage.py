@@ -34,7 +34,7 @@ _ALLOWED = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""Names that may be unpickled from a checkpoint's metadata, by module.
+"""Names of the classes and functions that may be unpickled from a checkpoint's metadata, by module.
 
 Allowing complete modules would also allow every name that they import.
 """
@@ -43,14 +43,15 @@ Allowing complete modules would also allow every name that they import.
 class ShardsWriter(dcp.FileSystemWriter):
     """Writer of tensor shards that raises a disk error as OSError.
 
-    torch pickles a rank's error to send it to all ranks, and pickling loses the cause. So the cause itself is raised.
+    torch pickles the error of a rank to send it to all ranks, but pickling removes the cause of an exception. Therefore
+    the OSError is raised instead of the exception that it caused.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, per_thread_copy_ahead=0)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """Write this rank's shards."""
+        """Write this rank's shards; raise OSError if the disk fails."""
         with as_disk_error():
             return super().write_data(plan, planner)
 
@@ -63,7 +64,7 @@ class CountingSavePlanner(dcp.DefaultSavePlanner):
         self._on_part = on_part
 
     def resolve_data(self, write_item: Any) -> Any:
-        """Call ``on_part`` and return the data of one shard."""
+        """Call ``on_part``, then return the data of the shard ``write_item`` as the base class does."""
         self._on_part()
         return super().resolve_data(write_item)
 
@@ -72,7 +73,7 @@ class HeartbeatLoadPlanner(dcp.DefaultLoadPlanner):
     """Load planner that records a heartbeat for every shard."""
 
     def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        """Record a heartbeat after one shard was read."""
+        """Record a heartbeat for the watchdog after one shard was read."""
         heartbeat()
         super().commit_tensor(read_item, tensor)
 
@@ -81,7 +82,7 @@ class ShardsReader(dcp.FileSystemReader):
     """Reader of a checkpoint's tensors that reads the metadata once and retries transient I/O errors.
 
     The metadata is a pickle. Only the classes of torch's metadata are unpickled, so that a checkpoint cannot run code.
-    Raises OSError if an I/O error persists.
+    Raises OSError if an I/O error is not transient or still occurs after the retries.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,7 +90,7 @@ class ShardsReader(dcp.FileSystemReader):
         self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the metadata, with shape, file and offset of every shard."""
+        """Return the checkpoint's metadata: shape, file and offset of every shard."""
         if self._metadata is None:
             pickled = retry_io((Path(self.path) / ".metadata").read_bytes)
             self._metadata = _Unpickler(io.BytesIO(pickled)).load()
@@ -112,12 +113,12 @@ class ShardsReader(dcp.FileSystemReader):
             super().read_data(plan, planner)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the unsharded shape of every tensor, by name."""
+        """Return the unsharded shape of every tensor in the checkpoint, by name."""
         stored = self.read_metadata().state_dict_metadata
         return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
     def shapes_or_error(self) -> tuple[dict[str, torch.Size], CheckpointError | None]:
-        """Return the shapes and None; if the disk fails, an empty dict and the error."""
+        """Return the result of ``shapes`` and None; if the disk fails, an empty dict and the error."""
         try:
             return self.shapes(), None
         except OSError as error:
@@ -143,7 +144,7 @@ class ShardsReader(dcp.FileSystemReader):
 
 
 def read_error(error: OSError) -> CheckpointError:
-    """Return the CheckpointError for a disk error while reading shards."""
+    """Return the CheckpointError for an OSError raised while reading shards; retryable if it is transient."""
     return CheckpointError(f"{SHARDS} cannot be read ({error.strerror or error})", error.errno in TRANSIENT_ERRNOS)
 
 
@@ -152,4 +153,4 @@ class _Unpickler(pickle.Unpickler):
         plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
         if plain or name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the metadata of the checkpoint contains {module}.{name}, which is not allowed")
+        raise pickle.UnpicklingError(f"the checkpoint's metadata contains {module}.{name}, which must not be unpickled")

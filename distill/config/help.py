@@ -23,7 +23,7 @@ defaults shown below are the recipe's values."""
 @dataclass(frozen=True)
 class _Usage:
     settings: Annotated[tyro.conf.FlagConversionOff[Config], tyro.conf.arg(name="")]
-    """Keys of the recipe."""
+    """Configuration keys; the defaults are the values in the recipe."""
     config: Path
     """Recipe (a YAML file). Its key "defaults" lists parent recipes."""
     dry_run: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["--dry-run"])] = False
@@ -31,7 +31,10 @@ class _Usage:
 
 
 def print_help(config: Config, path: Path) -> None:
-    """Print the help. The values of ``config``, loaded from the recipe at ``path``, are shown as defaults."""
+    """Print the text of ``--help``, with the values of ``config`` as defaults.
+
+    ``path``: the recipe from which ``config`` was loaded.
+    """
     registry = ConstructorRegistry()
     registry.primitive_rule(_as_yaml)
     try:
@@ -52,7 +55,7 @@ def print_help(config: Config, path: Path) -> None:
 
 
 def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Return the tyro spec that shows a mapping or a list of sections as one flag; None for any other type.
+    """Return the tyro spec that shows a mapping, or a list of dataclasses, as one flag; None for other types.
 
     By default, tyro shows one flag per entry, or no flag at all.
     """
@@ -71,7 +74,7 @@ def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _shown(value: Any) -> str:
-    """Return a default value as YAML; unset keys of a section are omitted."""
+    """Return ``value`` as YAML; keys of a dataclass that are null or empty are omitted."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
     if is_dataclass(value):

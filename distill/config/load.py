@@ -27,13 +27,16 @@ from distill.config.schema import Config
 from distill.errors import UserError, any_of, reason, show
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
-"""Recipe used without --config, relative to the current folder or to the repository."""
+"""Recipe that is used without --config; the path is relative to the current folder or to the repository."""
 
 _MAX_VALUES = 100_000
-"""Maximum number of values in a recipe after YAML aliases are expanded; prevents exponential expansion."""
+"""Maximum number of values in a recipe after its YAML aliases are expanded, which may grow exponentially."""
 
 MUTUALLY_EXCLUSIVE_KEYS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
-"""Pairs of keys for the same setting. If a later layer sets one key of a pair, the other key becomes null."""
+"""Pairs of key names for the same setting.
+
+If a recipe or an override sets only one key of a pair, the other key, as set by its parents, becomes null.
+"""
 
 DERIVED_DEFAULTS: dict[str, str] = {
     "policy.tokenizer.name": "${..model_name}",
@@ -73,9 +76,9 @@ class Arguments:
     """A parsed command line."""
 
     config: Config
-    """Configuration of the recipe with all overrides."""
+    """Configuration from the recipe and all command-line overrides."""
     dry_run: bool
-    """Whether to print the resolved configuration and exit."""
+    """Whether to print the resolved configuration and the memory forecast, and exit."""
 
     @property
     def resolved(self) -> str:
@@ -108,7 +111,7 @@ def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
 
 
 def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
-    """Print the help and exit. Shown defaults: the recipe's values, or the schema's if the recipe is invalid."""
+    """Print the help and exit. The defaults are the recipe's values, or the schema's for an invalid recipe."""
     from distill.config.help import print_help  # imported here, as tyro is slow to import
 
     try:
@@ -120,7 +123,10 @@ def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """Build a Config from a merged tree: resolve interpolations, drop ignored keys, convert types, check rules."""
+    """Build a Config from ``tree``, the merged layers.
+
+    Resolves interpolations, drops ignored keys, converts types and checks the rules.
+    """
     for name, section in hints(Config).items():
         if not isinstance(tree[name], dict):
             parse_value(section, tree[name], name)  # raises a clearer error than _resolve would
@@ -138,7 +144,7 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 
 def _fill_dataset(default: Any, entry: Any) -> Any:
-    """Return the dataset ``entry`` with missing keys filled from ``default``.
+    """Return ``entry`` of data.train or data.validation with missing keys filled from data.default.
 
     ``dataset_name: ResponseDataset``, which NeMo-RL requires for local files, becomes null.
     """
@@ -165,7 +171,7 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_wrong_types(tree: dict[str, Any]) -> None:
-    """Raise UserError for a value of the wrong type, because it may have caused a failed interpolation."""
+    """Raise UserError if a value in ``tree`` has the wrong type, which may be why an interpolation failed."""
     for key in key_paths():
         if key in ("data.train", "data.validation"):  # may be one dataset instead of a list
             continue
@@ -179,7 +185,7 @@ def _refuse_wrong_types(tree: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the lowest layer: schema defaults, derived defaults and defaults of keys without effect."""
+    """Return the lowest layer: defaults of the schema, derived defaults and defaults of ignored keys."""
     tree: dict[str, Any] = _plain(asdict(Config()))
     # data.default must contain only keys that a recipe sets, because it fills data.train and data.validation.
     tree["data"] |= {"default": {}, "train": None, "validation": None}
@@ -189,9 +195,10 @@ def _defaults() -> dict[str, Any]:
 
 
 def merge(base: Any, layer: Any, key: str = "") -> Any:
-    """Return ``base`` overridden by ``layer``: sections are merged key by key, other values are replaced.
+    """Return ``base`` overridden by ``layer``: mappings are merged key by key, other values are replaced.
 
-    A section with numeric keys ({"0": ...}) changes single entries of a list. ``key``: the key path, for messages.
+    A mapping with numeric keys ({"0": ...}) changes single entries of a list. ``key``: key path of ``base`` and
+    ``layer``, for messages.
     """
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(str(name).isdigit() for name in layer):
         entries = {int(name): value for name, value in layer.items()}
@@ -215,7 +222,10 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
 
 
 def find_recipe(path: Path | None) -> Path:
-    """Return the recipe's path. Without ``path``: the base recipe in the current folder or in the repository."""
+    """Return the normalized ``path`` of a recipe; for None, the path of the base recipe.
+
+    The base recipe is read from the current folder, or else from the repository.
+    """
     if path is None:
         repository = Path(__file__).resolve().parents[2] / BASE_RECIPE
         return BASE_RECIPE if BASE_RECIPE.is_file() or not repository.is_file() else repository
@@ -226,16 +236,21 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe and merge it over its parent recipes.
 
     The recipe's key ``defaults`` lists the parents, relative to the recipe's folder. ``children``: the chain of recipes
-    that led to this one, to detect cycles.
+    that led to this one, for the detection of cycles.
     """
     if os.path.isfile(path) and path.resolve() in children:
-        problem = f"defaults={path} in {children[-1]} makes a recipe its own parent"
-        raise UserError(problem, "name another recipe", key="defaults", value=str(path))
+        problem = f"defaults={path} in {children[-1]} makes the recipe a parent of itself"
+        raise UserError(problem, "set defaults to another recipe, or remove it", key="defaults", value=str(path))
     layer = _read_yaml(path, children)
     parents = layer.pop("defaults", [])
     if not isinstance(parents, (str, list)):
-        problem = f"defaults={show(parents)} in {path} is not a file name"
-        raise UserError(problem, "write the file name of a recipe, or a list of them", key="defaults", value=parents)
+        problem = f"defaults={show(parents)} in {path} is neither a file name nor a list of file names"
+        raise UserError(
+            problem,
+            "set it to the file name of a parent recipe, or to a list of file names",
+            key="defaults",
+            value=parents,
+        )
     tree: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
         named = Path(normalize(str(parent), "defaults"))
@@ -285,7 +300,7 @@ def _check_expanded_size(text: str) -> None:
 
 
 def _similar_recipes(path: Path) -> str:
-    """Return a fix that suggests recipes in the folder of ``path``: similar names, or else the first ten."""
+    """Return the fix for a missing recipe ``path``: recipes in its folder with similar names, or ten recipes."""
     folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     similar = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
@@ -370,9 +385,9 @@ def to_yaml(config: Config) -> str:
 
 
 def _plain(value: Any, escape: bool = False) -> Any:
-    """Return ``value`` with tuples replaced by lists.
+    """Return ``value`` with tuples replaced by lists, at all levels.
 
-    ``escape``: also escape ${ in texts, so that OmegaConf does not interpolate it.
+    ``escape``: whether to escape ${ in texts too, so that OmegaConf does not interpolate it.
     """
     if isinstance(value, Mapping):
         return {name: _plain(v, escape) for name, v in value.items()}

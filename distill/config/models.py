@@ -14,14 +14,15 @@ Precision = Literal["bfloat16", "float32", "auto"]
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer and its chat template."""
+    """Tokenizer of the student or the teacher, and its chat template."""
 
     name: str = "Qwen/Qwen3-1.7B-Base"
-    """Hub name or folder. Default: model_name of the same section."""
+    """Hub name or folder of the tokenizer. Default: policy.model_name or teacher.model_name."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Arguments of the chat template, such as {enable_thinking: false}."""
+    """Arguments of the chat template, such as {enable_thinking: false}; null: no arguments. For the teacher, null means
+    policy.tokenizer.chat_template_kwargs."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template; null: the tokenizer's own. For the teacher, null means
+    """Jinja file that replaces the tokenizer's chat template; null: no replacement. For the teacher, null means
     policy.tokenizer.chat_template if teacher and student are the same model."""
 
 
@@ -55,22 +56,22 @@ class DtensorConfig(TeacherDtensorConfig):
     """Number of replicas of the sharded model (HSDP), for example one per node. Parameters are gathered within a
     replica; gradients are summed over all replicas."""
     custom_parallel_plan: dict[str, str] | None = None
-    """Tensor-parallel plan: the style of each linear layer by module name (layers.*.mlp.up_proj: colwise), without
-    the LM head; null: the plan of the model family."""
+    """Tensor-parallel plan: colwise, rowwise or replicated_with_grad_allreduce for each module, by its name
+    (layers.*.mlp.up_proj: colwise), without the LM head; null: the predefined plan of the model family."""
 
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """Limit of micro-batches by a number of tokens (token budget) instead of a number of sequences."""
+    """Limit of a micro-batch's size by its number of tokens (token budget) instead of its number of sequences."""
 
     enabled: bool = False
     """Limit micro-batches by the token budget."""
     train_mb_tokens: int = 8192
     """Maximum number of tokens in a micro-batch. Each response counts with the longer of the student's prompt and the
-    teacher's prefix. Default: max_total_sequence_length * train_micro_batch_size."""
+    teacher's prefix. Default: policy.max_total_sequence_length * policy.train_micro_batch_size."""
     logprob_mb_tokens: int = 8192
-    """No effect: the teacher uses the student's micro-batches. Default: max_total_sequence_length *
-    logprob_batch_size."""
+    """No effect: the teacher uses the student's micro-batches. Default: policy.max_total_sequence_length *
+    policy.logprob_batch_size."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class TeacherBatchingConfig:
     """Token budget of the teacher. No effect: the teacher uses the student's micro-batches."""
 
     enabled: bool = False
-    """No effect."""
+    """No effect: the teacher uses the student's micro-batches."""
     logprob_mb_tokens: int = 8192
-    """No effect. Default: max_total_sequence_length * logprob_batch_size."""
+    """No effect: the teacher uses the student's micro-batches. Default: teacher.max_total_sequence_length *
+    teacher.logprob_batch_size."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,17 @@ class OptimizerKwargs:
     """Arguments of AdamW."""
 
     lr: float = 2e-5
-    """Maximum learning rate; policy.scheduler multiplies it."""
+    """Base learning rate, which policy.scheduler multiplies by a factor."""
     weight_decay: float = 0.01
-    """Decoupled weight decay."""
+    """Coefficient of AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and the second moment of the gradient."""
     eps: float = 1e-8
-    """Constant added to the square root of the second moment."""
+    """Constant added to the square root of the second moment, to avoid division by zero."""
     foreach: bool = False
-    """Use torch's multi-tensor implementation."""
+    """Use torch's multi-tensor (foreach) implementation of AdamW."""
     fused: bool = False
-    """Use torch's fused implementation."""
+    """Use torch's fused implementation of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,14 @@ class OptimizerConfig:
     """Class and arguments of the optimizer."""
 
     name: Literal["torch.optim.AdamW"] = "torch.optim.AdamW"
-    """Optimizer class."""
+    """Class of the optimizer; AdamW is the only choice."""
     kwargs: OptimizerKwargs = field(default_factory=OptimizerKwargs)
     """Arguments of the optimizer."""
 
 
 @dataclass(frozen=True)
 class SchedulerStage:
-    """One entry of policy.scheduler: a stage (name and kwargs), or the milestones between stages."""
+    """One entry of policy.scheduler: a stage of the learning rate schedule, or the milestones between stages."""
 
     name: (
         Literal[
@@ -128,7 +130,7 @@ class SchedulerStage:
     """Arguments of the scheduler. LinearLR: start_factor, end_factor, total_iters; ConstantLR: factor, total_iters;
     CosineAnnealingLR: T_max, eta_min."""
     milestones: tuple[int, ...] = ()
-    """Steps at which the next stage starts: one milestone between each two consecutive stages."""
+    """Training steps at which the next stage starts: one milestone between each two consecutive stages."""
 
 
 def reference_scheduler(warmup: int = 10) -> tuple[SchedulerStage, ...]:
@@ -149,7 +151,7 @@ class VllmConfig:
     precision: Precision = "bfloat16"
     """Compute dtype of the engine. It must equal policy.precision (the default)."""
     tensor_parallel_size: int = 1
-    """Number of consecutive ranks that form one engine."""
+    """Number of consecutive ranks that run one engine together."""
     gpu_memory_utilization: float = 0.6
     """Fraction of each GPU's memory that the engine may use during generation."""
     max_model_len: int = 8192
@@ -161,7 +163,7 @@ class VllmConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Sampling of the student's responses."""
+    """Generation and sampling of the student's responses."""
 
     backend: Literal["vllm", "transformers"] = "vllm"
     """Engine that generates responses. vllm is fast; transformers is slow and needs no additional package."""
@@ -178,9 +180,9 @@ class GenerationConfig:
     val_temperature: float = 1.0
     """Sampling temperature in validation. Default: policy.generation.temperature."""
     val_top_p: float = 1.0
-    """Value of top_p in validation. Default: policy.generation.top_p."""
+    """Probability mass of nucleus sampling in validation. Default: policy.generation.top_p."""
     val_top_k: int | None = None
-    """Value of top_k in validation. Default: policy.generation.top_k."""
+    """Number of most likely tokens to sample from in validation. Default: policy.generation.top_k."""
     stop_token_ids: tuple[int, ...] | None = None
     """Token ids that end a response; null: the stop ids of both models' generation configs and tokenizers."""
     vllm_cfg: VllmConfig = field(default_factory=VllmConfig)
@@ -190,7 +192,7 @@ class GenerationConfig:
 
     @property
     def engine_window(self) -> int | None:
-        """Return the maximum sequence length of the engine in tokens; None: unlimited."""
+        """Return the maximum sequence length of the engine in tokens; None for transformers, which has no limit."""
         return self.vllm_cfg.max_model_len if self.backend == "vllm" else None
 
     @property
@@ -200,7 +202,7 @@ class GenerationConfig:
 
     @property
     def ranks_per_engine(self) -> int:
-        """Return the number of ranks that form one engine."""
+        """Return the number of ranks that run one engine together; 1 for transformers."""
         return self.vllm_cfg.tensor_parallel_size if self.backend == "vllm" else 1
 
 
@@ -217,12 +219,12 @@ class PolicyConfig:
     train_micro_batch_size: int = 1
     """Number of responses per micro-batch and rank, if neither dynamic_batching nor sequence_packing is enabled."""
     generation_batch_size: int = 64
-    """Number of responses that the transformers engine generates in one batch on a rank."""
+    """Number of responses in a generation batch of a rank; only for policy.generation.backend=transformers."""
     logprob_batch_size: int = 1
-    """Factor in the default of logprob_mb_tokens. No other effect, because the teacher uses the student's
-    micro-batches."""
+    """Factor in the default of policy.*.logprob_mb_tokens, which has no effect, because the teacher uses the
+    student's micro-batches."""
     max_total_sequence_length: int = 8192
-    """Maximum number of tokens in prompt and response together."""
+    """Maximum number of tokens in the student's prompt and response together."""
     precision: Precision = "bfloat16"
     """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on CPUs with
     bfloat16 instructions; float32 on other CPUs, because bfloat16 is 10 to 60 times slower there."""
@@ -236,14 +238,15 @@ class PolicyConfig:
     sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
     """Micro-batches up to a token budget, packed without padding."""
     max_grad_norm: float | None = 1.0
-    """Maximum gradient norm. A gradient with a larger norm is scaled down; null: no clipping."""
+    """Maximum norm of the gradient over all parameters. A gradient with a larger norm is scaled down; null: no
+    clipping."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Class and arguments of the optimizer."""
     scheduler: tuple[SchedulerStage, ...] = field(default_factory=reference_scheduler)
     """Learning rate schedule, advanced once per step: a list of stages, then an entry with the milestones between
     them. An empty list: a constant learning rate."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    """Sampling of responses."""
+    """Generation and sampling of responses."""
 
 
 @dataclass(frozen=True)
@@ -253,14 +256,15 @@ class TeacherConfig:
     model_name: str = "Qwen/Qwen3-4B"
     """Hub name or folder of the teacher."""
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig("Qwen/Qwen3-4B"))
-    """Tokenizer of the teacher. It must have the student's vocabulary."""
+    """Tokenizer of the teacher. Its vocabulary must equal the student's."""
     max_total_sequence_length: int = 8192
     """Maximum number of tokens in the teacher's prefix and response together. Default:
     policy.max_total_sequence_length."""
     precision: Precision = "bfloat16"
-    """Dtype of weights and computation. Default: policy.precision."""
+    """Dtype of the teacher's weights and computation. Default: policy.precision."""
     logprob_batch_size: int = 1
-    """Factor in the default of logprob_mb_tokens. No other effect. Default: policy.logprob_batch_size."""
+    """Factor in the default of teacher.*.logprob_mb_tokens, which has no effect. Default:
+    policy.logprob_batch_size."""
     logprob_chunk_size: int | None = None
     """NeMo-RL's name for runtime.logits_chunk_rows, for the teacher; null: the value of that key."""
     dtensor_cfg: TeacherDtensorConfig = field(default_factory=TeacherDtensorConfig)

@@ -40,7 +40,7 @@ IGNORED = {
         wandb.log_nemo_gym_full_result_tables""",
     "cluster": "master_port_range_low master_port_range_high segment_size",
 }
-"""Names of the ignored keys and subsections of each section; ``*`` matches any path."""
+"""Names of the NeMo-RL keys and subsections that are ignored, by section; ``*`` matches any section path."""
 
 UNUSED: dict[str, Any] = {
     "distillation.val_batch_size": 64,
@@ -53,7 +53,7 @@ UNUSED: dict[str, Any] = {
     "teacher.dynamic_batching.train_mb_tokens": "${.logprob_mb_tokens}",
     "teacher.sequence_packing.train_mb_tokens": "${.logprob_mb_tokens}",
 }
-"""Defaults of ignored keys that interpolations in a recipe may refer to."""
+"""Ignored keys that the interpolations of a recipe may refer to, with their default values."""
 
 ONE_VALUE: dict[str, tuple[Any, str]] = {
     "distillation.max_rollout_turns": (1, "set it to 1, because the student responds once to each prompt"),
@@ -79,7 +79,7 @@ ONE_VALUE: dict[str, tuple[Any, str]] = {
     "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify (the math-verify library)"),
     "checkpointing.model_save_format": ("safetensors", "set it to safetensors"),
 }
-"""Only allowed value (except null) of each key, and the fix for other values."""
+"""Maps each key to its only allowed value and the fix for any other value; null is always allowed."""
 
 ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     **{key: ((value,), fix) for key, (value, fix) in ONE_VALUE.items()},
@@ -94,18 +94,19 @@ ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "checkpointing.ft_save_period": ((), "use checkpointing.save_period"),
     "checkpointing.ft_keep_latest_k": ((), "use checkpointing.keep_top_k"),
 }
-"""Allowed values (except null) of the keys that match a pattern, and the fix for other values."""
+"""Maps a key pattern to its allowed values and the fix for any other value; null is always allowed."""
 
 
 def inert_defaults() -> dict[str, Any]:
-    """Return the defaults of keys without effect, so that interpolations in recipes can refer to these keys."""
+    """Return the defaults of the keys in UNUSED and ONE_VALUE, to which interpolations in recipes may refer."""
     return UNUSED | {key: value for key, (value, _) in ONE_VALUE.items()}
 
 
 def drop_ignored_keys(config: DictConfig) -> None:
-    """Remove IGNORED keys from the unresolved ``config`` in place, and warn of all keys without effect.
+    """Remove the keys in IGNORED from ``config`` in place, and warn of all keys without effect.
 
-    Raises UserError for a value that is not in ALLOWED_VALUES.
+    ``config``: the merged recipe before its interpolations are resolved. Raises UserError for a value that is not in
+    ALLOWED_VALUES.
     """
     _refuse_other_teacher_temperature(config)
     _own_chat_template(config)
@@ -119,17 +120,17 @@ def drop_ignored_keys(config: DictConfig) -> None:
         del OmegaConf.select(config, section)[name]
     ignored += [key for key, default in UNUSED.items() if values.get(key) not in (None, default)]
     if ignored:
-        log.warning("these keys have no effect: %s", ", ".join(ignored))
+        log.warning("these keys of the recipe have no effect: %s", ", ".join(ignored))
 
 
 def drop_inert_keys(tree: dict[str, Any]) -> None:
-    """Remove UNUSED and ONE_VALUE keys from the resolved ``tree`` in place."""
+    """Remove the keys in UNUSED and ONE_VALUE from ``tree``, the resolved recipe, in place."""
     for key in inert_defaults():
         _drop(tree, key.split("."))
 
 
 def _drop(tree: dict[str, Any], path: list[str], prefix: str = "") -> None:
-    """Remove the key at ``path``, and its parent sections if they are then empty and not in the schema."""
+    """Remove the key ``path`` from ``tree``, and then its parent sections that are empty and not in the schema."""
     name, *rest = path
     section = tree.get(name)
     if rest and isinstance(section, dict):
@@ -161,21 +162,22 @@ def _refuse_other_teacher_temperature(config: DictConfig) -> None:
         raise UserError(
             f"teacher.generation.temperature={teacher} differs from policy.generation.temperature={student}, but the "
             "loss divides the logits of both models by the same temperature",
-            "remove it, and set loss_fn.temperature to change the temperature of both models in the loss",
+            "remove teacher.generation.temperature, and set loss_fn.temperature to change the temperature of both"
+            " models in the loss",
             key="teacher.generation.temperature",
             value=teacher,
         )
 
 
 def _own_chat_template(config: DictConfig) -> None:
-    """Replace ``default``, NeMo-RL's value for the tokenizer's own chat template, by null."""
+    """Replace chat_template=default, NeMo-RL's value for the template in the tokenizer's files, by null."""
     for key in ("policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"):
         if OmegaConf.select(config, key) == "default":
             OmegaConf.update(config, key, None)
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key path, value) of every section, list and value. List indices are part of the key path."""
+    """Yield (key path, value) of every section, list and scalar in ``tree``; key paths include list indices."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in entries:
         yield f"{prefix}{name}", value

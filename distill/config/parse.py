@@ -1,4 +1,4 @@
-"""Convert plain values to the types of the schema; list key paths; describe types in error messages."""
+"""Convert YAML values to the types of the configuration schema; list key paths; describe types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.config.schema import Config
 from distill.errors import UserError, any_of, show
 
 hints = cache(get_type_hints)
-"""Function that returns the field types of a dataclass by field name (cached)."""
+"""Cached function that returns the types of a dataclass's fields, by field name."""
 
 
 def parse_value(hint: Any, value: Any, key: str) -> Any:
@@ -36,7 +36,7 @@ def parse_value(hint: Any, value: Any, key: str) -> Any:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union type, or a tuple that contains only ``hint``."""
+    """Return the members of ``hint`` if it is a union type, else a tuple that contains only ``hint``."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -75,7 +75,7 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a finite nu
 
 
 def describe(option: Any) -> str:
-    """Return the description of a type for error messages."""
+    """Return the description of type ``option`` for error messages, such as "a list of numbers"."""
     origin, items = get_origin(option), get_args(option)
     if origin is Literal:
         return any_of(map(str, items))
@@ -105,7 +105,7 @@ def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _section(hint: Any) -> Any:
-    """Return the dataclass in the type of a section or of a list of sections; None for any other type."""
+    """Return the dataclass in ``hint`` if it is a dataclass or a list of dataclasses, perhaps optional; else None."""
     for option in members(hint):
         inner = get_args(option)[0] if get_origin(option) is tuple else option
         if is_dataclass(inner):
@@ -114,7 +114,7 @@ def _section(hint: Any) -> Any:
 
 
 def type_of(key: str) -> Any:
-    """Return the type of a key path; None if the key does not exist. Numbers in the path are list indices."""
+    """Return the type of the key path ``key``; None if the key does not exist. Numbers in the path are list indices."""
     hint: Any = Config
     for name in key.split("."):
         section = _section(hint)
@@ -133,7 +133,10 @@ def unknown_key(key: str) -> UserError:
 
 
 def _similar_keys(key: str) -> list[str]:
-    """Return key paths with the same name as ``key``, or else with a similar name; prefer the section of ``key``."""
+    """Return the existing key paths whose last name equals the last name of ``key``, or else is similar.
+
+    If the section of ``key`` contains such a key path, only this one is returned.
+    """
     section, _, name = key.rpartition(".")
     name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # dtensor_cfg has this name in later versions of NeMo-RL
     by_name: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Normalize the paths of a recipe, and compare paths."""
+"""Normalize the paths in a recipe, and compare the values of its keys."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PATH_KEYS = (
     "logger.log_dir",
     "runtime.run_dir",
 )
-"""Keys with a path or a hub name as value."""
+"""Configuration keys whose value is a path or a hub name."""
 DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
-"""Path keys of each dataset in data.default, data.train and data.validation."""
+"""Names of the keys with a path in each dataset of data.default, data.train and data.validation."""
 
 
 def normalize(path: str, key: str) -> str:
@@ -49,7 +49,7 @@ def normalize(path: str, key: str) -> str:
 def normalize_paths(tree: dict[str, Any]) -> None:
     """Normalize every path of the resolved configuration ``tree`` in place.
 
-    The path of the teacher's model or of a tokenizer may lead to the student's model under another name: a symbolic
+    The path of the teacher's model or of a tokenizer may refer to the student's model under another name: a symbolic
     link, an absolute path, or a folder in the hub's cache. It is then replaced by policy.model_name, so that equal
     models have equal names.
     """
@@ -64,7 +64,7 @@ def normalize_paths(tree: dict[str, Any]) -> None:
 
 
 def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield (key path, parent section, name in the parent section) of each path that is set."""
+    """Yield (key path, parent section, name in the parent section) of each path that ``tree`` sets."""
     for key in PATH_KEYS:
         *sections, name = key.split(".")
         holder: Any = tree

@@ -1,6 +1,6 @@
 """Check a complete Config: ranges of values, and rules between keys.
 
-Rules that need model files, data or ranks are checked by the packages that read these.
+Rules that depend on model files, data or the started ranks are checked by other packages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AT_LEAST: dict[int, str] = {
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
-"""Keys by minimum value."""
+"""Configuration keys by the minimum of their value."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
     policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
@@ -58,7 +58,7 @@ STAGES: dict[str, dict[str, Rule]] = {
         "eta_min": (lambda value: value >= 0, "at least 0"),
     },
 }
-"""Rules of the arguments of each learning rate scheduler."""
+"""Allowed values of each argument of the learning rate schedulers: a predicate and its description."""
 
 
 def check(config: Config) -> None:
@@ -271,7 +271,7 @@ def _check_loss(config: Config) -> None:
 
 
 def check_jsd(loss: LossConfig) -> None:
-    """Raise UserError if the Jensen-Shannon divergence is always 0 (jsd_beta), or undefined (outside_topk)."""
+    """Raise UserError for loss_fn.kl_type=jsd if jsd_beta makes it always 0 or outside_topk makes it undefined."""
     if loss.kl_type != "jsd":
         return
     if not 0 < loss.jsd_beta < 1:
@@ -413,14 +413,17 @@ def _check_checkpointing(config: Config) -> None:
 
 
 def _check_degenerate(config: Config) -> None:
-    """Raise UserError if the student cannot learn from the teacher, unless distillation.allow_degenerate is set."""
+    """Raise UserError for a teacher that equals the student, and for sampling that the loss does not support.
+
+    The check is skipped if distillation.allow_degenerate is true.
+    """
     loop, generation = config.distillation, config.policy.generation
     if loop.allow_degenerate:
         return
     if config.teacher.model_name == config.policy.model_name and not loop.context_distillation.enabled:
         raise UserError(
             f"teacher.model_name={config.teacher.model_name} is the student's model and reads the same prompts, so "
-            "there is nothing to learn",
+            "the student cannot learn from it",
             "choose another teacher, set distillation.context_distillation.enabled=true, or set "
             "distillation.allow_degenerate=true for a control experiment",
             key="teacher.model_name",

@@ -12,7 +12,7 @@ from typing import Literal
 from distill.config.models import PolicyConfig, TeacherConfig
 
 Outside = Literal["bucket", "renormalize", "floor"]
-"""Treatment of the vocabulary outside the top-k in the loss."""
+"""Treatment of the tokens outside the top-k in the loss; described at LossConfig.outside_topk."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class TraceExtractorConfig:
     """Extraction of the trace (the reasoning) from a response or from a dataset's column."""
 
     type: Literal["think_tag", "full_text"] = "think_tag"
-    """Part of the text that is the trace. think_tag: the text between the think_tags; full_text: the complete text of
-    the dataset's column."""
+    """Part of the text that is used as the trace. think_tag: the text between the think_tags; full_text: the complete
+    text of the dataset's column."""
     think_tags: tuple[str, str] = ("<think>", "</think>")
     """Tags that open and close a think block, for traces and for grading ([THINK] and [/THINK] for Mistral). If a
     chat template ends the prompt with the opening tag, the response starts inside a think block."""
@@ -36,10 +36,11 @@ class TraceExtractorConfig:
 
 @dataclass(frozen=True)
 class StaticTraceConfig:
-    """Traces from the dataset."""
+    """Source of precomputed traces: a column of the dataset."""
 
     answer_column: str | None = None
-    """Column with the traces, by name or dotted path. Every row must have this column; its value is a text or null."""
+    """Column with the traces, by name or dotted path; required for trace_source static_dataset. Every row must have
+    this column; its value is a text or null."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ContextMetricsConfig:
     """Metrics of context distillation."""
 
     enabled: bool = True
-    """Report trace coverage, prefix truncation and dropped responses."""
+    """Write metrics of trace coverage, teacher prefix truncation and dropped responses."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class ContextDistillationConfig:
     enabled: bool = False
     """Use teacher_prefix_template as the teacher's prefix, in place of the student's prompt."""
     mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
-    """The teacher. self_frozen: the student before training; self_ema: a moving average of the student (ema_decay);
-    self_live: the current student; frozen: teacher.model_name, any model with the student's tokenizer."""
+    """Model that is the teacher. self_frozen: the student before training; self_ema: a moving average of the student
+    (ema_decay); self_live: the current student; frozen: teacher.model_name, any model with the student's tokenizer."""
     ema_decay: float = 0.99
-    """Decay of the moving average per step, for mode self_ema."""
+    """Decay per step of the teacher's moving average, for mode self_ema."""
     overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
     """Treatment of a teacher prefix that, with the response, exceeds teacher.max_total_sequence_length. truncate_trace:
     remove the end of the trace, or drop the response if it does not fit without a trace; truncate_prefix_only: keep the
@@ -71,20 +72,20 @@ class ContextDistillationConfig:
     word in braces is an error. Doubled braces become literal braces ({{word}} becomes {word}). All other braces are
     literal."""
     chat_template: bool = True
-    """Use the filled template as a user message in the model's chat template; false: as plain text."""
+    """Insert the filled template as the user message into the teacher's chat template; false: use it as plain text."""
     trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
     """Source of the trace. dynamic: the response, which the teacher then reads before it scores the response;
     static_dataset: the dataset's column static_trace.answer_column."""
     static_trace: StaticTraceConfig = field(default_factory=StaticTraceConfig)
     """Traces from the dataset, for trace_source static_dataset."""
     trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
-    """Extraction of the trace."""
+    """Extraction of the trace from a response or from a dataset's column."""
     metrics: ContextMetricsConfig = field(default_factory=ContextMetricsConfig)
     """Metrics of context distillation."""
 
     @property
     def trace_column(self) -> str | None:
-        """Return the dataset's column with the traces; None if no dataset provides traces."""
+        """Return the dataset's column with the traces; None if traces come from responses or are not used."""
         return self.static_trace.answer_column if self.enabled and self.trace_source == "static_dataset" else None
 
 
@@ -97,34 +98,35 @@ class DistillationConfig:
     num_generations_per_prompt: int = 1
     """Number of responses per prompt (G)."""
     max_num_steps: int = 1000
-    """Maximum number of steps."""
+    """Maximum number of training steps."""
     max_num_epochs: int = 10
     """Maximum number of passes over the training data."""
     val_period: int = 20
-    """Number of steps between validations; 0: no periodic validation."""
+    """Number of training steps between validations; 0: no periodic validation."""
     val_at_start: bool = False
-    """Validate before the first step. If the teacher's context does not depend on a response, also measure the
+    """Validate before the first training step. If the teacher's context does not depend on a response, also measure the
     student's accuracy with this context in place of the prompt."""
     val_at_end: bool = False
-    """Validate after the last step."""
+    """Validate after the last training step."""
     max_val_samples: int | None = 512
-    """Maximum number of problems per validation, taken in turn from each dataset; null: all."""
+    """Maximum number of held-out problems per validation, taken in turn from each dataset; null: all problems."""
     val_num_generations: int = 1
     """Number of responses per held-out problem (n in the accuracy avg@n)."""
     topk_logits_k: int = 64
-    """Number of most likely tokens per position in the loss (K); 0: the complete vocabulary."""
+    """Number of most likely tokens (K) over which the loss compares teacher and student at each response token; 0: the
+    complete vocabulary."""
     seed: int = 42
-    """Seed of data order, sampling and the assignment of responses to optimizer batches."""
+    """Random seed of the data order, of sampling and of the assignment of responses to optimizer batches."""
     allow_degenerate: bool = False
-    """Allow a teacher that is the same model with the same prompts, and truncated sampling (top_p, top_k), for control
-    experiments."""
+    """Allow settings for control experiments: a teacher that is the student's model and reads the same prompts, and
+    truncated sampling (top_p, top_k)."""
     context_distillation: ContextDistillationConfig = field(default_factory=ContextDistillationConfig)
     """Settings of context distillation."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The divergence between teacher and student at every response token."""
+    """Settings of the loss: the divergence between teacher and student at every response token."""
 
     kl_type: Literal["mixed", "forward", "reverse", "jsd", "sampled"] = "mixed"
     """Divergence. forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, weighted by
@@ -133,7 +135,8 @@ class LossConfig:
     mixed_kl_weight: float = 0.5
     """Weight of KL(teacher || student) in kl_type mixed; KL(student || teacher) has the remaining weight."""
     jsd_beta: float = 0.5
-    """b in b KL(teacher || m) + (1 - b) KL(student || m) with m = b teacher + (1 - b) student; between 0 and 1."""
+    """Weight b, between 0 and 1, of the teacher in kl_type jsd: the loss is b KL(teacher || m) +
+    (1 - b) KL(student || m) with m = b teacher + (1 - b) student."""
     importance_ratio_cap: float = 2.0
     """Maximum importance ratio of a token (probability in training / probability in generation), for kl_type
     sampled."""
@@ -141,22 +144,23 @@ class LossConfig:
     """Model that selects the distillation.topk_logits_k most likely tokens, over which both models are compared. With
     student, the teacher's LM head stays on the GPU during training, to score these tokens."""
     token_kl_cap: float | None = None
-    """Maximum loss of a token, in nats. A token with a larger loss gets a smaller weight, so its gradient is not zero;
-    null: no maximum."""
+    """Maximum loss of a response token, in nats. A token with a larger loss gets a smaller weight, so its gradient is
+    not zero; null: no maximum."""
     zero_outside_topk: bool | None = None
-    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If layers set
-    both keys, the later layer is used."""
+    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If recipe,
+    parent recipes and command line set both keys, the last setting is used."""
     outside_topk: Outside | None = None
     """Treatment of the vocabulary outside the top-k. bucket: one additional outcome with the summed probability, which
     gives a lower bound of the full KL; renormalize: both models' probabilities are renormalized over the top-k; floor:
-    the teacher's log-prob is -100; null: selected by zero_outside_topk, or bucket if that key is null."""
+    the teacher's log-prob is -100; null: as set by zero_outside_topk, or bucket if that key is also null."""
     temperature: float | None = None
     """Divisor of both models' logits in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the student's logits. bfloat16 is faster, with an error of about 0.02 nats per log-prob. The teacher's
     logits are float32."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """Implementation of the loss. auto: Triton kernels on GPUs, PyTorch on CPUs; torch: PyTorch."""
+    """Implementation of the loss. auto: Triton kernels on GPUs, PyTorch on CPUs; triton: Triton kernels; torch:
+    PyTorch."""
 
     @property
     def outside(self) -> Outside:
@@ -170,25 +174,26 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One dataset, from the hub or from files. data.default fills the keys that data.train and data.validation omit."""
+    """One dataset, from the hub or from files. Keys that data.train or data.validation omit come from data.default."""
 
     dataset_name: str | None = None
-    """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path; if layers set
-    both, the later layer is used."""
+    """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path; if recipe,
+    parent recipes and command line set both, the last setting is used."""
     data_path: str | None = None
     """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
     input_key: str | None = None
-    """Column with the problem; null: the column for the dataset's short name, or else "input"."""
+    """Column with the problem; null: the predefined column if dataset_name is a short name, otherwise "input"."""
     output_key: str | None = None
-    """Column with the gold answer; null: the column for the dataset's short name, or else "output"."""
+    """Column with the gold answer; null: the predefined column if dataset_name is a short name, otherwise "output"."""
     output_pattern: str | None = None
     """Regular expression that extracts the gold answer from the column output_key: the group of the last match, or
-    without a group the text after the last match ("####" for GSM8K); null: the pattern for the dataset's short name, or
-    else the complete text."""
+    without a group the text after the last match ("####" for GSM8K); null: the predefined pattern if dataset_name is
+    a short name, otherwise the complete text."""
     subset: str | None = None
-    """Configuration of the hub dataset (main for openai/gsm8k)."""
+    """Name of a configuration of the hub dataset (main for openai/gsm8k); null: the predefined configurations if
+    dataset_name is a short name, otherwise the default configuration."""
     split: str | None = None
-    """Split or slice (train[:90%]); null: the split for the dataset's short name, or else train."""
+    """Split or slice (train[:90%]); null: the predefined split if dataset_name is a short name, otherwise train."""
     prompt_file: str | None = None
     """Text file with {} in place of the problem; literal braces are written as in teacher_prefix_template. null: the
     prompt is the problem."""
@@ -199,7 +204,7 @@ class DatasetConfig:
     answer; exact: the text must equal the gold answer; regex: the gold answer is a regular expression that must match
     in the text; choice: the text must select the option, A to J, of the gold answer; null: no grading."""
     repeat: int = 1
-    """Number of copies of the dataset in an epoch (AIME2024 with 16: 30 problems, 480 responses)."""
+    """Number of copies of each problem in an epoch or a validation (AIME2024 with 16: 30 problems, 480 prompts)."""
 
 
 @dataclass(frozen=True)
@@ -210,42 +215,42 @@ class DataConfig:
     """Maximum number of tokens in a prompt; longer prompts are skipped and counted. Default:
     policy.max_total_sequence_length."""
     shuffle: bool = True
-    """Shuffle the training data, by seed and epoch."""
+    """Shuffle the training data in each epoch, depending on distillation.seed; false: the order of the dataset."""
     default: DatasetConfig = field(default_factory=DatasetConfig)
-    """Values of keys that data.train and data.validation omit."""
+    """Values of the keys that a dataset in data.train or data.validation omits."""
     train: tuple[DatasetConfig, ...] = ()
     """Training data: a dataset, or a list of datasets to concatenate."""
     validation: tuple[DatasetConfig, ...] = ()
-    """Held-out data: a dataset, a list of datasets, or null."""
+    """Held-out (validation) data: a dataset, or a list of datasets to concatenate; null: no validation data."""
 
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
-    """Checkpoints. A run resumes from the newest checkpoint in checkpoint_dir."""
+    """Settings of checkpoints. A run resumes from the newest checkpoint in checkpoint_dir."""
 
     enabled: bool = True
     """Save checkpoints in the background, and resume from them."""
     checkpoint_dir: str = "checkpoints/distillation"
-    """Folder of the checkpoints step_N. Every run needs its own."""
+    """Folder in which the run saves its checkpoints step_N. Every run needs a different folder."""
     metric_name: str | None = "val:accuracy"
-    """Metric that ranks checkpoints, val:NAME or train:NAME; null: the step."""
+    """Metric that selects the best checkpoints, val:NAME or train:NAME; null: the newest checkpoints are the best."""
     higher_is_better: bool = True
-    """Whether higher values of the metric are better."""
+    """Whether higher values of metric_name are better."""
     keep_top_k: int | None = 3
-    """Number of best checkpoints to keep; the newest is always kept; null: all. Checkpoints without a value of the
-    metric rank last."""
+    """Number of best checkpoints to keep; null: all. The newest checkpoint is always kept. Checkpoints without a value
+    of metric_name are sorted last."""
     save_period: int = 10
-    """Number of steps between checkpoints. The last step is always saved."""
+    """Number of training steps between checkpoints. A checkpoint of the last step is always saved."""
     checkpoint_must_save_by: str | None = None
-    """Time limit after the start, as DD:HH:MM:SS. The run saves a checkpoint before the limit and exits with code 0;
-    null: no limit."""
+    """Time limit, counted from the start of the program, as DD:HH:MM:SS. The run saves a checkpoint before the limit
+    and exits with code 0; null: no limit."""
     save_consolidated: bool = False
     """Write a Hugging Face export with every checkpoint; false: only with the last checkpoint."""
     allow_changes: bool = False
-    """Resume with other training data, prompts or prompt order: the step number continues, and the change is logged
-    and recorded. false: such a change is an error."""
+    """Allow a run to resume with other training data, prompts or prompt order: the step number continues, and the
+    change is logged and recorded. false: such a change is an error."""
     save_optimizer: bool = True
-    """Save the optimizer state. Without it, a resumed run starts with zero moments and logs a warning."""
+    """Save the optimizer state. Without it, a resumed run starts with AdamW's moments at zero and logs a warning."""
 
 
 @dataclass(frozen=True)
@@ -253,44 +258,44 @@ class WandbConfig:
     """Settings of Weights & Biases."""
 
     project: str = "distill"
-    """Name of the project."""
+    """Name of the Weights & Biases project."""
     name: str | None = None
-    """Name of the run; null: the name of the run's folder."""
+    """Name of the run in Weights & Biases; null: the name of the run directory."""
     entity: str | None = None
-    """Team or user; null: the default of the account."""
+    """Weights & Biases team or user that owns the run; null: the default of the account."""
     group: str | None = None
-    """Name of the group of runs; null: no group."""
+    """Name of the group of runs in Weights & Biases to which the run belongs; null: no group."""
     mode: Literal["online", "offline", "disabled"] | None = None
-    """Mode; null: the value of the environment variable WANDB_MODE."""
+    """Mode of the Weights & Biases client; null: the value of the environment variable WANDB_MODE."""
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Destinations of metrics, in addition to the console and metrics.jsonl in the run's folder."""
+    """Destinations of metrics, in addition to the console and metrics.jsonl in the run directory."""
 
     log_dir: str = "logs/distillation"
-    """Directory of the run directories exp_001, exp_002, ... if runtime.run_dir is null."""
+    """Parent directory of the run directories exp_001, exp_002, ... if runtime.run_dir is null."""
     num_val_samples_to_print: int = 5
-    """Number of responses shown on the console per validation."""
+    """Number of responses that each validation prints on the console."""
     wandb_enabled: bool = True
-    """Write to Weights & Biases."""
+    """Write metrics to Weights & Biases."""
     tensorboard_enabled: bool = True
-    """Write TensorBoard events to the run's folder."""
+    """Write TensorBoard events to the run directory."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Settings of Weights & Biases."""
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Number of nodes and ranks, checked at start. On GPUs, each rank has one GPU."""
+    """Number of nodes and ranks, which must match the started ranks. On GPUs, each rank has one GPU."""
 
     gpus_per_node: int = 8
     """Number of ranks per node."""
     num_nodes: int = 1
     """Number of nodes."""
     gpu_memory_gb: float | None = None
-    """Nominal memory of a GPU in GB (40 for A100-40GB); the forecast uses 98% of this number in GiB. A run that needs
-    more is an error at start and in --dry-run; null: no check."""
+    """Nominal memory of a GPU in GB (40 for A100-40GB). If the memory forecast exceeds 98% of this number in GiB, the
+    run is refused at start and in --dry-run; null: no check."""
 
 
 @dataclass(frozen=True)
@@ -298,45 +303,45 @@ class RuntimeConfig:
     """Settings of the execution. These keys do not change the result of a step."""
 
     run_dir: str | None = None
-    """Folder of the run; null: the next logger.log_dir/exp_NNN."""
+    """Run directory, for the logs and metrics of the run; null: the next logger.log_dir/exp_NNN."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device; auto: cuda if available."""
+    """Device of training and generation; auto: cuda if available, otherwise cpu."""
     sync_bucket_mib: int = 512
     """Size in MiB of a bucket of weights in the sync from student to engine."""
     share_prefixes: bool = True
-    """Compute each prompt only once for all of its responses in a micro-batch. With a token budget, responses to the
+    """Compute each prompt only once for all responses to it in a micro-batch. With a token budget, responses to the
     same prompt are placed in the same micro-batch if possible."""
     offload_optimizer: bool = True
-    """Keep optimizer moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
+    """Keep the optimizer's moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
     logits_chunk_rows: int | None = None
-    """Maximum number of rows (positions) of logits in memory; null: derived from a memory budget (2048 rows for a
+    """Maximum number of rows (response tokens) of logits in memory; null: derived from a memory budget (2048 rows for a
     vocabulary of 151,936 on CUDA)."""
     phase_timeout_s: int = 1800
-    """Timeout in seconds: the run ends if no rank makes progress in a phase for this time."""
+    """Timeout in seconds: the run fails if no rank makes progress in a phase (such as generation) for this time."""
     verify_teacher: bool = True
-    """Compare the sharded teacher with the unsharded model at the first start of a run. This reads the teacher's
-    weights a second time."""
+    """Compare the log-probs of the sharded teacher with the unsharded model at the first start of a run. This reads the
+    teacher's weights a second time."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Configuration of a run, with parents and overrides merged, interpolations resolved and rules checked."""
+    """Configuration of a run: recipes and overrides are merged, interpolations resolved and rules checked."""
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Settings of the training loop."""
     loss_fn: LossConfig = field(default_factory=LossConfig)
-    """The divergence between teacher and student at every response token."""
+    """Settings of the loss: the divergence between teacher and student at every response token."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     """The student: model, batches, parallelism, optimizer, generation."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The teacher."""
+    """The teacher: model, tokenizer, parallelism."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and held-out problems."""
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
-    """Checkpoints."""
+    """Settings of checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    """Destinations of metrics."""
+    """Destinations of metrics: Weights & Biases, TensorBoard, console."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Number of nodes and ranks."""
+    """Number of nodes and ranks, and GPU memory."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Settings of the execution."""

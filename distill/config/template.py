@@ -9,24 +9,24 @@ from distill.errors import UserError, any_of
 
 _TEACHER_KEY = "distillation.context_distillation.teacher_prefix_template"
 _WORD = re.compile(r"\{([A-Za-z_]\w*(?:[.!:\[][^{}]*)?)\}")
-"""Pattern of a word in braces, with an optional suffix of ``str.format`` (attribute, index, conversion or format)."""
+"""Pattern of a word in braces; ``str.format`` suffixes (.attribute, [index], !conversion, :format) may follow it."""
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""Temporary replacements of literal braces during parsing: code points that Unicode reserves for internal use."""
+"""Placeholders for literal { and } during parsing: code points that Unicode reserves for internal use."""
 
 
 class Template:
     """A text with placeholders: ``{name}`` for each of ``names``, or ``{}`` for the name "".
 
-    Any other word in single braces raises UserError. A pair of doubled braces becomes literal single braces:
-    ``{{word}}`` becomes ``{word}``, and ``{{}}`` becomes ``{}``. Other single braces and unpaired doubled braces are
-    literal and stay as written. ``key``: the configuration key of the text or of its file, for messages; ``path``: the
-    file, if the text is from a file.
+    Any other word in single braces raises UserError. A matching pair of doubled braces becomes a pair of literal single
+    braces: ``{{word}}`` becomes ``{word}``, and ``{{}}`` becomes ``{}``. All other braces, including unpaired doubled
+    braces, are literal and stay as written. ``key``: the configuration key of the text or of its file, for messages;
+    ``path``: the file, if the text is from a file.
     """
 
     def __init__(self, text: str, names: Sequence[str], key: str, path: str | None = None) -> None:
         name = "|".join(map(re.escape, names))
-        doubled = re.compile(rf"(?<!\{{)\{{\{{((?:[^{{}}]|\{{(?:{name})\}})*)\}}\}}")
-        while (marked := doubled.sub(rf"{_OPEN}\1{_CLOSE}", text)) != text:  # innermost braces first
+        doubled = re.compile(rf"(?<!\{{)((?:\{{\{{)*)\{{\{{((?:[^{{}}]|\{{(?:{name})\}})*)\}}\}}")
+        while (marked := doubled.sub(rf"\1{_OPEN}\2{_CLOSE}", text)) != text:  # innermost braces first
             text = marked
         for word in _WORD.finditer(text):
             if word.group(1) not in names:
@@ -43,21 +43,24 @@ class Template:
         self._pieces[::2] = [literal.replace(_OPEN, "{").replace(_CLOSE, "}") for literal in self._pieces[::2]]
 
     def count(self, name: str) -> int:
-        """Return the number of placeholders ``name``."""
+        """Return how often the text contains the placeholder ``{name}``."""
         return self._pieces[1::2].count(name)
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """Return the text with each placeholder replaced by its value. Braces in values are not interpreted."""
+        """Return the text with each placeholder replaced by its entry in ``values``, in which braces are literal."""
         return "".join(values[piece] if i % 2 else piece for i, piece in enumerate(self._pieces))
 
 
 def teacher_template(text: str) -> Template:
-    """Parse the teacher's template. Raises UserError if it does not contain ``{problem}``."""
+    """Parse teacher_prefix_template, the text of the teacher's prefix; ``{problem}`` is required.
+
+    Raises UserError if it is missing or another placeholder is unknown.
+    """
     template = Template(text, ("problem", "trace"), _TEACHER_KEY)
     if not template.count("problem"):
         raise UserError(
             f"{_TEACHER_KEY} does not contain {{problem}}",
-            "add it, because otherwise the teacher does not read the problem",
+            "add {problem}, because otherwise the teacher does not read the problem",
             key=_TEACHER_KEY,
             value=text,
         )

@@ -1,8 +1,8 @@
-"""Cache of Arrow tables in files that are built once per node and memory-mapped by all ranks of the node.
+"""Cache files of Arrow tables: each is built once per node and memory-mapped by all ranks of the node.
 
 A cache file is an Arrow file followed by a magic number and a checksum. The file name contains a hash of the table's
-sources and the host name, so nodes that share a home folder have separate files. A process holds a shared lock on each
-file that it has mapped; locked files are never removed.
+source files and columns, and the host name; nodes that share a home folder therefore have separate files. A process
+holds a shared lock on each file that it has mapped; locked files are never removed.
 """
 
 from __future__ import annotations
@@ -34,24 +34,28 @@ log = logging.getLogger(__name__)
 Batches = Callable[[], Iterator["pa.RecordBatch"]]
 
 IN_MEMORY_BYTES = 4 * 2**20
-"""Maximum size of a table that each process keeps in memory instead of in a file."""
+"""Maximum size in bytes of a table that each process keeps in memory instead of in a cache file."""
 MAX_CACHE_BYTES = 32 * 2**30
-"""Maximum size of all cache files; above it, the least recently used files are removed."""
+"""Maximum total size of all cache files in bytes; above it, the least recently used files are removed."""
 _VERSION = 1
-"""Version of the tables' content; increase it whenever the same sources yield a different table."""
+"""Version of the tables' content. Increase it if new code builds other tables from the same files."""
 _TRAILER = struct.Struct("<8sQ")
 _MAGIC = b"distill1"
 _CHUNK = 2**20
 _DAY = 24 * 3600.0
 _LOCK_SECONDS = 1800.0
-"""Maximum wait for another process that builds the same file; afterwards this process builds it too."""
+"""Maximum time in seconds to wait for another process that builds the same cache file.
+
+Afterwards this process builds the file too.
+"""
 
 
 def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) -> pa.Table:
-    """Return the table of ``batches()``, memory-mapped from the cache or, if it is small, in memory.
+    """Return a table of the record batches that ``batches()`` yields.
 
-    ``identity``: a JSON value that changes whenever the table changes; ``size``: the size of the table's sources in
-    bytes. If no folder can store the cache file, the table stays in memory and a warning is logged. Not collective:
+    A table of at most IN_MEMORY_BYTES is kept in memory; a larger table is memory-mapped from a cache file.
+    ``identity``: a JSON value that changes whenever the table changes; ``size``: the total size of the source files in
+    bytes. If no folder can store the cache file, the table is kept in memory and a warning is logged. Not collective:
     call it first on one rank per node (see World.main_first), so that only this rank builds the file.
     """
     import pyarrow as pa
@@ -68,15 +72,15 @@ def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) ->
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             failures.append(f"{folder / 'data'}: {reason(error)}")
     log.warning(
-        "the data cache cannot be written (%s); every rank keeps the data in memory: set XDG_CACHE_HOME to a folder"
-        " with free space",
+        "the data cache cannot be written (%s), so every rank keeps a copy of the data in memory: set XDG_CACHE_HOME to"
+        " a writable folder with free space",
         "; ".join(failures),
     )
     return pa.Table.from_batches(list(batches()), schema)
 
 
 def _all_of(batches: Iterator[pa.RecordBatch], size: int) -> list[pa.RecordBatch] | None:
-    """Return all batches, or None if their total size exceeds ``size`` bytes."""
+    """Return all batches as a list, or None if their total size exceeds ``size`` bytes."""
     found: list[pa.RecordBatch] = []
     for batch in batches:
         found.append(batch)
@@ -87,7 +91,10 @@ def _all_of(batches: Iterator[pa.RecordBatch], size: int) -> list[pa.RecordBatch
 
 
 def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -> pa.Table:
-    """Map a cache file, building it first if it is missing or damaged; raise OSError if that fails."""
+    """Return the memory-mapped table of the cache file ``name``; build a missing or damaged file first.
+
+    Raises OSError if the file cannot be written or read.
+    """
     from filelock import FileLock, Timeout
 
     _make_private(folder)
@@ -100,7 +107,7 @@ def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -
         lock.acquire()
     except Timeout:  # building the same file twice is safe, because each process renames a complete file
         log.warning(
-            "another process has been building the cache file %s for %.0f s: this process builds it too",
+            "another process has been building the cache file %s for more than %.0f s, so this process builds it too",
             path,
             _LOCK_SECONDS,
         )
@@ -114,12 +121,15 @@ def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -
     finally:
         lock.release()
     if table is None:
-        raise OSError(f"the cache file {path} was damaged while it was written")
+        raise OSError(f"the cache file {path} was written, but is incomplete or damaged")
     return table
 
 
 def _make_private(folder: Path) -> None:
-    """Create the folder with access for this user only; raise PermissionError if it belongs to another user."""
+    """Create the folder and its parent with access only for the current user.
+
+    Raises PermissionError if one of them belongs to another user.
+    """
     for made in (folder.parent, folder):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
         if made.stat().st_uid != os.getuid():
@@ -127,7 +137,10 @@ def _make_private(folder: Path) -> None:
 
 
 def _open_mapped(path: Path) -> pa.Table | None:
-    """Map a cache file and lock it as long as the table exists; return None if it is missing, incomplete or damaged."""
+    """Return the memory-mapped table of a cache file; None if the file is missing, incomplete or damaged.
+
+    The file has a shared lock as long as the table exists.
+    """
     import pyarrow as pa
 
     try:
@@ -158,7 +171,7 @@ def _checksum(content: Any) -> int:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write the cache file under a temporary name and rename it, so that no process reads an incomplete file."""
+    """Write a cache file to a temporary file and rename it, so that no process reads an incomplete file."""
     import pyarrow as pa
 
     descriptor, written = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
@@ -179,7 +192,7 @@ def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
 
 
 def _release_memory() -> None:
-    """Return freed memory to the operating system; otherwise the allocators keep tens of MiB after reading."""
+    """Return freed memory to the operating system; the allocators would keep tens of MiB of it."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -187,10 +200,11 @@ def _release_memory() -> None:
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
-    """Remove temporary files of crashed processes, and the least recently used files above MAX_CACHE_BYTES.
+    """Remove temporary files older than a day, and the least recently used files beyond MAX_CACHE_BYTES.
 
-    Files of other hosts are removed only if they were last opened more than a day ago, because locks may not be
-    visible across hosts (Lustre). They must be removed eventually: every container may have a new host name.
+    ``keep``: a file that is not removed. Locked files are not removed either. Files of other hosts are removed only if
+    they were last opened more than a day ago, because locks may not be visible across hosts (Lustre). They must be
+    removed eventually: every container may have a new host name.
     """
     found = []
     for path in folder.iterdir():
@@ -219,9 +233,10 @@ def _in_use(path: Path) -> bool:
 
 
 def cache_folders() -> list[Path]:
-    """Return the folders for cache files in order of preference: the user's cache folder, then a temporary folder.
+    """Return the possible folders for cache files, in order of preference.
 
-    A user without HOME and without an entry in the user database has only the temporary folder.
+    The first is in $XDG_CACHE_HOME or ~/.cache, the second in the system's folder for temporary files. Only the second
+    is returned if XDG_CACHE_HOME is not set and the user has no home folder.
     """
     given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
     user = Path(given) if os.path.isabs(given) else Path(home, ".cache")

@@ -1,4 +1,4 @@
-"""Load a chat template from a file, and check that a chat template renders the user's message."""
+"""Load a chat template from a file, and check that chat templates render the user's message."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _MESSAGE = "What is 1+2?"
 def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
     """Replace the tokenizer's chat template with the Jinja template in the file ``path``.
 
-    ``key``: the configuration key of ``path``; ``kwargs``: the arguments of the template in the configuration. Raises
-    UserError for a file that cannot be read or parsed, or a template that omits the user's message.
+    ``key``: the configuration key that contains ``path``; ``kwargs``: the configured template arguments
+    (chat_template_kwargs). Raises UserError for a file that cannot be read or parsed, and for a template that omits
+    the user's message.
     """
     if "{{" in path or "{%" in path:
-        problem = f"{key}={show(path)} is a template, but must be the path of a file"
+        problem = f"{key}={show(path)} is the text of a template, but must be the path of a file"
         raise UserError(
-            problem, "write the template to a file and set the key to the path of this file", key=key, value=path
+            problem, f"write the template to a file and set {key} to the path of this file", key=key, value=path
         )
     text = read_text(path, key).removeprefix("\ufeff")  # a byte order mark would be part of every prompt
     try:
@@ -41,8 +42,9 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
     tokenizer.chat_template = text
     if (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
         raise UserError(
-            f"{key}={path} omits the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
-            "add the content of the messages to the template",
+            f"{key}={path} is a chat template that omits the user's message (the test message {_MESSAGE!r} is rendered"
+            f" as {rendered!r})",
+            "correct the template so that it renders the content of each message",
             key=key,
             value=path,
         )
@@ -51,32 +53,35 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
 def check_chat_template(
     tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None, value: str | None = None
 ) -> None:
-    """Raise UserError if the tokenizer's chat template omits the user's message; log a message if it has none.
+    """Raise UserError if the tokenizer's chat template omits the user's message.
 
-    ``what``: the name of the tokenizer in messages; ``key`` and ``value``: the setting that replaces the template;
-    ``kwargs``: the arguments of the template in the configuration.
+    If the tokenizer has no chat template, logs that prompts are plain text. ``what``: the name of the tokenizer in
+    messages; ``key`` and ``value``: the setting of a file that replaces the template; ``kwargs``: the configured
+    template arguments (chat_template_kwargs).
     """
     if tokenizer.chat_template is None:
         other = Path(tokenizer.name_or_path, "chat_template.json")
         remark = f" (transformers reads {other.name} only for multimodal processors)" if other.is_file() else ""
         log.info(
-            "%s has no chat template%s, so prompts are plain text after the tokenizer's special tokens: set %s to a"
-            " Jinja file to use chat prompts",
+            "%s has no chat template%s, so prompts are plain text after the tokenizer's BOS token, if it adds one: to"
+            " use a chat template, set %s to the path of a Jinja file",
             *(what, remark, key),
         )
     elif (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
         raise UserError(
-            f"{what} has a chat template without the user's message ({_MESSAGE!r} is rendered as {rendered!r})",
-            f"set {key} to a Jinja file that renders the user's message",
+            f"{what} has a chat template that omits the user's message (the test message {_MESSAGE!r} is rendered as"
+            f" {rendered!r})",
+            f"set {key} to the path of a Jinja file that renders the user's message",
             key=key,
             value=value,
         )
 
 
 def _rendered_without_message(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
-    """Return the start of a rendered chat if the user's message is missing, else None. White space is ignored.
+    """Return the start of a rendered test chat if the user's message is missing in it, else None.
 
-    Return None if the template raises an error, because rendering the prompts reports that error.
+    White space and upper case are ignored. Also returns None if the template raises an error: the error is reported
+    later, when the prompts are rendered.
     """
     try:
         chat = [{"role": "user", "content": _MESSAGE}]

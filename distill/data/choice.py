@@ -1,6 +1,6 @@
 """Find the option, A to J, that a response to a multiple-choice problem chooses.
 
-An ambiguous response chooses no option, because a wrong guess could count as a right response.
+No option is returned for an ambiguous response, because a guess could count a wrong response as right.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import unicodedata
 
 _BRACE = re.compile(r"\\[{}]|(?P<open>(?:\\f?box(?:ed)?\s{0,9})?{)|(?P<close>})")
 _SPACE = re.compile(r"\\(?:q?quad|(?:thin|en)?space)\b|\\[,;: ]|~")
-"""LaTeX commands for a space."""
+"""Regular expression for LaTeX commands that produce a space."""
 _MARKUP = re.compile(
     r"\\(?:text[a-z]*|math[a-z]*|operatorname|boldsymbol|mbox|bm|bf|rm|left|right)\b|\\[()\[\]!]"
     r"|[*_`${}“”\"]|<[^<>\n]{1,20}>|(?<!\w)['‘’](?=\w{1,20}['‘’])|(?<=\w)['’](?=\s*(?:[:,.\n]|$))"
 )
-"""LaTeX, Markdown and HTML markup, and quotation marks, around a letter or a word."""
+"""Regular expression for text to remove: LaTeX, Markdown and HTML markup, and quotation marks."""
 _MARK, _END = "\x02", "\x03"
-"""Characters that replace the start and end of a box."""
+r"""Placeholder characters for the start and the end of a LaTeX ``\boxed{...}``."""
 _WIDE = str.maketrans({"。": ". ", "、": ", ", "【": "[", "】": "]", _MARK: "", _END: ""})
-"""Replacements of East Asian punctuation, which Unicode normalization (NFKC) keeps."""
+"""Translation table from East Asian punctuation, which NFKC normalization keeps, to ASCII punctuation.
+
+It also removes the placeholder characters ``_MARK`` and ``_END`` from a response.
+"""
 _DOUBLE = re.compile(r"\[\[\s*([A-J])\s*\]\]")
 _BLANK = re.compile(r"\s+")
 
@@ -34,7 +37,7 @@ _NAME = (
     r"|perfringens|albicans|jejuni|diphtheriae|trachomatis|melanogaster|rerio|thaliana|fumigatus|pylori|influenzae"
     r"|sapiens|erectus|lamblia|histolytica|faecalis|gallus|discoideum)\b)"
 )
-"""Text after a letter that is an initial (J. K. Rowling) or a genus (E. coli), not an option."""
+"""Regular expression for text after a letter that is an initial (J. K. Rowling) or a genus (E. coli)."""
 _CORRECT = r"(?:(?:clearly|indeed|definitely|therefore)\s)?(?:the\s)?(?:only\s)?(?:correct|right|best|true)\b"
 _AFTER = re.compile(
     rf"\s?(?:$|[\n,;:!?)\]\\{_MARK}{_END}]|[-–—]\s|—|\((?!\w\))|因为|而|(?:选项|项|是)?(?:正确|对)|选?项(?:$|[\n.,]))"
@@ -42,12 +45,15 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Text after a bare letter that is an option. Before other words, the letter is an article or a name (A man)."""
+"""Regular expression for the text after a letter without parentheses that is an option.
+
+If other text follows, the letter is an article or part of a name (A man).
+"""
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
     r"|,\s*\(?[A-HJ](?![\w'’-])\)?+(?!\s+[a-z]))"
 )
-"""A second option directly after the first."""
+"""Regular expression for a second option directly after an option letter: A or B; A, C."""
 _AT_END = r"(?=\s*[.!]?\s*(?:\n|$|\.\s))"
 
 # ---- words that introduce a letter
@@ -69,12 +75,15 @@ _STATEMENT = re.compile(
     r"|答案(?:应该|应)?(?:是|为|选)?\s?:?\s?(?:选项)?\s?"
     rf"|(?<![不没如若果])选(?:择|项?[是为])?\s?:?\s?){_LETTER}"
 )
-"""Statement of an option: a box, or words before the letter (Answer: B; the correct option is (B); I choose B)."""
+r"""Regular expression for the statement of a chosen option.
+
+It matches a ``\boxed{...}``, or a letter after certain words: Answer: B; the correct option is (B); I choose B.
+"""
 _CONCLUSION = re.compile(
     r"(?:\b(?i:so|hence|thus|therefore)|∴),?\s(?i:it(?:\sis|['’]s|\smust\sbe)\s)?(?i:" + _OPTION + r")"
     rf"\(?(?P<bare>[A-J])\)?{_AT_END}(?!{_NAME})"
 )
-"""Conclusion that is only an option. Example: Hence, B."""
+"""Regular expression for a conclusion that consists of one option: Hence, B."""
 _CALLED_CORRECT = re.compile(
     r"(?:\b(?i:option|choice|answer)\s\(?(?P<named>[A-J])\)?|(?<!\S)\((?P<inside>[A-J])\))"
     r"\sis\s(?:the\s)?(?:correct|right|best)\b"
@@ -83,17 +92,17 @@ _CALLED_CORRECT = re.compile(
     r"(?=\s?(?:[.,;:!\n]|$)|\s(?:because|since|as|here)\b)"
     r"|选项\s?\(?(?P<chinese>[A-J])\)?\s?是?(?:正确|对)"
 )
-"""Statement that an option is correct. Examples: Option B is correct; B is the best answer; B is correct."""
+"""Regular expression for a statement that an option is correct: Option B is correct; B is the answer."""
 _ALONE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.:,]?|\[([A-J])\]\.?")
-"""Option without text: B; (b); B."""
+"""Regular expression for an option letter without further text: B; (b); [B]."""
 _LED = re.compile(
     rf"(?:(?:option|choice|answer)\s*:?\s*)?(?:\(([A-J])\)|([A-J])(?!(?-i:{_NAME}))"
     r"(?:[).:](?=\s|$)|(?-i:\s[-–—]\s(?=[^\W\d]{2}))))\s*(\S.*)?",
     re.IGNORECASE,
 )
-"""Option followed by its text: (B) Paris; B. Paris; B - Paris."""
+"""Regular expression for an option letter and the option's text: (B) Paris; B. Paris; B - Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
-"""Start of a sentence about an option: (B) is wrong."""
+"""Regular expression for a verb after an option letter, in a sentence about the option: (B) is wrong."""
 _BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
 _NEGATION = re.compile(
     r"\b(?:not|no|neither|nor|never|wrong|incorrect|false|except|eliminate\w*|rule[sd]?\s+out|either)\b|n['’]t\b", re.I
@@ -101,9 +110,10 @@ _NEGATION = re.compile(
 
 
 def chosen_option(text: str) -> str | None:
-    """Return the letter that ``text`` chooses, or None if ``text`` does not choose exactly one option.
+    r"""Return the letter of the option that ``text`` chooses; None unless it chooses exactly one option.
 
-    The last statement, such as a box or "Answer: B", is used. Without a statement, the last or first line is used.
+    The last statement of an option in ``text``, such as ``\boxed{B}`` or "Answer: B", is used. If ``text`` contains no
+    such statement, the option is read from the last line, or else from the first line.
     """
     plain = _plain(text)
     found = [(match.end(), _stated_letter(match, plain)) for match in _STATEMENT.finditer(plain)]
@@ -117,7 +127,7 @@ def chosen_option(text: str) -> str | None:
 
 
 def named_option(text: str) -> str | None:
-    """Return the letter of a text that is only an option (``B``, ``(b)``, ``B) Paris``); None for other texts."""
+    """Return the letter of a text that consists of one option (``B``, ``(b)``, ``B) Paris``), else None."""
     plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
     plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
     if alone := _ALONE.fullmatch(plain):
@@ -130,7 +140,11 @@ def named_option(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Return ``text`` without markup: box contents between ``_MARK`` and ``_END``, one space or line break per gap."""
+    r"""Return ``text`` without LaTeX, Markdown and HTML markup.
+
+    The content of each ``\boxed{...}`` is placed between ``_MARK`` and ``_END``. Each sequence of white space is
+    replaced by one line break if it contains one, else by one space.
+    """
     plain = unicodedata.normalize("NFKC", text).translate(_WIDE)
     plain = _mark_boxes(_DOUBLE.sub(r"\\boxed{\1}", plain))
     return _BLANK.sub(_one_blank, _MARKUP.sub("", _SPACE.sub(" ", plain)))
@@ -159,7 +173,10 @@ def _mark_boxes(text: str) -> str:
 
 
 def _stated_letter(match: re.Match[str], plain: str) -> str | None:
-    """Return the letter of a statement; None if it has several options; "" if the letter is a word (A man)."""
+    """Return the option letter in a match of ``_STATEMENT``; None if it does not state exactly one option.
+
+    Returns "" if the letter is an article or part of a name (A man). ``plain``: the text that contains the match.
+    """
     if match["box"] is not None:
         return named_option(match["box"])
     if _SECOND.match(plain, match.end()):
@@ -168,7 +185,10 @@ def _stated_letter(match: re.Match[str], plain: str) -> str | None:
 
 
 def _outer_line(plain: str) -> str | None:
-    """Return the option in the last line, or else the option in the first line; None if neither has exactly one."""
+    """Return the option letter in the last line of ``plain``, or else in the first line.
+
+    Returns None if neither line states exactly one option, or if the lines are a list of options.
+    """
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     if not lines:
         return None

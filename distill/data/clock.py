@@ -1,4 +1,4 @@
-"""Clock of a run: the time for chat templates, equal on all ranks and after every resume."""
+"""Provide the time for chat templates: the run's first start, on all ranks and after every resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAME = "strftime_now"
-"""Name of the function that transformers passes to chat templates; it formats the current local time."""
+"""Name of a function that transformers passes to chat templates, which formats the current local time."""
 _PERCENT_OR_EPOCH = re.compile("%[%s]")
 
 
@@ -33,20 +33,21 @@ class RunClock:
     def __init__(self, time: datetime) -> None:
         self.time = time
         self.was_read = False
-        """Whether a chat template in this process has read the time."""
+        """Whether a chat template has called ``strftime_now`` of this clock in this process."""
 
     @classmethod
     def saved(cls, text: str) -> RunClock:
-        """Return the clock that a checkpoint stores as ``text``, the result of str(clock)."""
+        """Return the clock for the ISO 8601 time ``text``, which str(clock) wrote into a checkpoint."""
         return cls(datetime.fromisoformat(text))
 
     def __str__(self) -> str:
         return self.time.isoformat()
 
     def strftime_now(self, format: str) -> str:
-        """Format the local time of the run's first start; replaces the function of the same name in transformers.
+        """Return the local time of the run's first start as text in the strftime format ``format``.
 
-        ``%s`` (seconds since 1970) uses the saved UTC offset, because the C library would use this machine's time zone.
+        Chat templates call this function in place of the function of the same name in transformers. ``%s`` (seconds
+        since 1970) uses the UTC offset of the first start; the C library would use the time zone of this machine.
         """
         self.was_read = True
         seconds = str(int(self.time.timestamp()))
@@ -56,16 +57,17 @@ class RunClock:
     def template_kwargs(
         self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None, key: str
     ) -> Mapping[str, Any] | None:
-        """Return ``kwargs``, plus this clock's ``strftime_now`` if the chat template uses that name.
+        """Return the template arguments ``kwargs``, plus ``strftime_now`` if the chat template uses this name.
 
-        A template argument overrides the function of the same name in transformers. ``key`` is the configuration key of
-        ``kwargs``. Raises UserError if ``kwargs`` contain ``strftime_now``, because a recipe cannot define a function.
+        As a template argument, ``strftime_now`` of this clock overrides the function of the same name in transformers.
+        ``key``: the configuration key of ``kwargs``. Raises UserError if ``kwargs`` contain ``strftime_now``, because a
+        recipe cannot define a function.
         """
         given = dict(kwargs or {})
         if _NAME in given:
             raise UserError(
                 f"{key}.{_NAME}={given[_NAME]} is not allowed, because chat templates call {_NAME} as a function",
-                "remove it, and set the template argument for the date instead (date_string for Llama)",
+                "remove this key, and set the template's argument for the date instead (Llama: date_string)",
                 key=f"{key}.{_NAME}",
                 value=given[_NAME],
             )

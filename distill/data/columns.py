@@ -1,4 +1,7 @@
-"""Select the columns that a run uses from the rows of a dataset: problem text, gold answer and trace."""
+"""Read the columns that a run uses from the rows of a dataset: problem text, gold answer and trace.
+
+A trace is a text with reasoning that the teacher reads together with the problem.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +14,40 @@ from typing import Any
 from distill.errors import UserError, reason
 
 Row = tuple[str, Mapping[str, Any]]
-"""(location in the file, row), for example ("line 3", {...}). The location is used in messages."""
+"""(location of the row in the file, values by column), for example ("line 3", {"input": "1+1"}).
+
+The location is used in messages.
+"""
 Values = tuple[str | None, ...]
-"""Values of the used columns of a row: text (None if blank), gold answer (None if output_pattern does not match), then
-each extra column (None if absent)."""
+"""Values of the used columns of a row: problem text, gold answer, then each extra column.
+
+The problem text is None if it is blank. The gold answer is None if output_pattern does not match it, and "" if it is
+absent. An extra column is None if it is absent.
+"""
 
 
 def setting_error(key: str, value: str, problem: str, fix: str) -> UserError:
-    """Return the UserError for one setting; its message is "key=value problem: fix"."""
+    """Return a UserError about the configuration key ``key``. Its message is "key=value problem: fix"."""
     return UserError(f"{key}={value} {problem}", fix, key=key, value=value)
 
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A column of texts in addition to the problem and its gold answer."""
+    """A text column to read in addition to the problem text and the gold answer."""
 
     name: str
-    """Name of the column, or a dotted path."""
+    """Name of the column, or a dotted path to a nested value such as ``prompt.0.content``."""
     key: str
-    """Configuration key that names the column, for messages."""
+    """Configuration key that selects the column, for messages."""
     required: bool = True
-    """Whether a row without the column is an error. If not, the problem of such a row lacks the column."""
+    """Whether a row without the column is an error; false: Problem.columns omits the column for this row."""
 
 
 class WrittenFloat(float):
-    """A JSON number with the spelling in the file as its str(): 1e5 stays 1e5."""
+    """A float read from JSON; its str() is the number as written in the file, for example 1e5."""
 
     def __new__(cls, text: str) -> WrittenFloat:
-        """Parse the number ``text`` and keep its spelling."""
+        """Return the float of ``text``, and keep ``text`` for str()."""
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -51,32 +60,37 @@ class WrittenFloat(float):
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns to read from one dataset. Methods raise UserError for a missing column or a wrong type."""
+    """The columns to read from one dataset.
+
+    The methods raise UserError for a missing column and for a value of the wrong type.
+    """
 
     source: str
     """Name of the dataset in messages and in Problem.source."""
     key: str
     """Configuration key of the dataset, such as data.train or data.validation.1."""
     input_key: str
-    """Column of the problem's text, or a dotted path."""
+    """Name of the column with the problem text, or a dotted path to a nested value (prompt.0.content)."""
     output_key: str
-    """Column of the gold answer, or a dotted path."""
+    """Name of the column with the gold answer, or a dotted path to a nested value."""
     answer_required: bool
-    """Whether a row without the column ``output_key`` is an error; true if the recipe or the short name sets the
-    column."""
+    """Whether a row without the column ``output_key`` is an error.
+
+    True if the recipe sets output_key, or if dataset_name selects a built-in dataset.
+    """
     output_pattern: str | None = None
-    """Regular expression that extracts the gold answer from its column."""
+    """Regular expression that extracts the gold answer from its column; None: the complete value is used."""
     extra: tuple[TextColumn, ...] = ()
-    """Additional columns to read."""
+    """Columns to read in addition to the problem text and the gold answer."""
     pattern: re.Pattern[str] | None = field(init=False)
-    """Compiled ``output_pattern``."""
+    """Compiled ``output_pattern``; None without a pattern."""
 
     def __post_init__(self) -> None:
         pattern = None if self.output_pattern is None else compile_pattern(self.output_pattern, self.key)
         object.__setattr__(self, "pattern", pattern)
 
     def project(self, row: Row, origin: str) -> Values:
-        """Return the values of the used columns; ``origin``: the file or dataset of the row, for messages."""
+        """Return the values of the used columns of ``row``; ``origin``: its file or dataset, for messages."""
         text = self._text(row, f"{self.key}.input_key", self.input_key, origin)
         extra = [
             self._text(row, column.key, column.name, origin) if column.required or _has(row[1], column.name) else None
@@ -85,11 +99,15 @@ class Columns:
         return (text if text.strip() else None, self._answer(row, origin), *extra)
 
     def answer_is_float(self, row: Mapping[str, Any]) -> bool:
-        """Return whether the gold answer of ``row`` is a float, so that parsing loses its spelling in the file."""
+        """Return whether the gold answer of ``row`` is a float; str() of a float may differ from the file."""
         return _has(row, self.output_key) and type(pick(row, self.output_key)) is float
 
     def select(self, names: Sequence[str], origin: str) -> list[str]:
-        """Return the columns to read from a table with the column ``names``."""
+        """Return the names of the columns to read from a table that has the columns ``names``.
+
+        For a dotted path, this is the column that contains the nested value. ``origin``: the file or dataset of the
+        table, for messages. Raises UserError if a required column is missing.
+        """
         wanted = [(f"{self.key}.input_key", self.input_key, True)]
         wanted.append((f"{self.key}.output_key", self.output_key, self.answer_required))
         wanted += [(column.key, column.name, column.required) for column in self.extra]
@@ -123,8 +141,8 @@ class Columns:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            problem = f"{self.key}: {origin} is malformed in {row[0]} ({reason(error)})"
-            raise UserError(problem, "write it as UTF-8 text", key=self.key) from None
+            problem = f"{self.key}: {origin} has text in {row[0]} that cannot be encoded as UTF-8 ({reason(error)})"
+            raise UserError(problem, "correct the text of this row", key=self.key) from None
         return text
 
     def _value(self, row: Row, key: str, name: str, origin: str) -> Any:
@@ -144,11 +162,15 @@ def _missing(key: str, name: str, location: str, names: Iterable[str]) -> UserEr
 
 def _wrong_type(row: Row, key: str, name: str, found: Any, wanted: str, origin: str) -> UserError:
     kind = type(found).__name__
-    return setting_error(key, name, f"has type {kind} in {row[0]} of {origin}", f"set {key} to a column of {wanted}")
+    problem = f"has a value of type {kind} in {row[0]} of {origin}"
+    return setting_error(key, name, problem, f"set {key} to a column of {wanted}")
 
 
 def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
-    """Compile ``output_pattern`` of the dataset ``key``; raise UserError unless it has at most one group."""
+    """Compile the output_pattern of a dataset; ``key``: the dataset's configuration key.
+
+    Raises UserError for an invalid regular expression, or if it has more than one capturing group.
+    """
     key = f"{key}.output_pattern"
     try:
         compiled = re.compile(pattern)
@@ -156,15 +178,16 @@ def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
         problem = f"is not a valid regular expression ({reason(error)})"
         raise setting_error(key, pattern, problem, "correct the pattern") from None
     if compiled.groups > 1:
-        problem = f"has {compiled.groups} groups, but at most one can be the gold answer"
-        raise setting_error(key, pattern, problem, "keep one group and write the rest as (?:...)")
+        problem = f"has {compiled.groups} capturing groups, but only one group can extract the gold answer"
+        raise setting_error(key, pattern, problem, "keep one capturing group and write the other groups as (?:...)")
     return compiled
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return the last non-blank text that ``pattern`` extracts from ``text``, stripped; None without a match.
+    """Return the last text that ``pattern`` extracts from ``text``, stripped; None without a match.
 
-    The extracted text is the pattern's group or, for a pattern without a group, the text after the match.
+    Blank texts are ignored. A pattern with a group extracts the group's text. A pattern without a group extracts the
+    text after the match.
     """
     for match in reversed(list(pattern.finditer(text))):
         found = match.group(1) if pattern.groups else text[match.end() :]
@@ -174,9 +197,10 @@ def extract(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def pick(row: Mapping[str, Any], name: str) -> Any:
-    """Return the column ``name``, or the value at a dotted path such as ``prompt.0.content``.
+    """Return the value of the column ``name`` in ``row``.
 
-    Raises KeyError if it is missing.
+    ``name`` may be the dotted path of a nested value, such as ``prompt.0.content``. Raises KeyError if the value is
+    missing.
     """
     if name in row:
         return row[name]

@@ -1,4 +1,8 @@
-"""Hash all inputs of the prompts, to compare them between ranks and with a checkpoint."""
+"""Hash all inputs of the prompts, to compare the inputs between ranks and with a checkpoint.
+
+The inputs are the problems, traces, prompt files, chat template, template arguments and vocabulary. A trace is a text
+with reasoning that the teacher reads together with the problem.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,13 @@ if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
 ContentHashes = Mapping[str, str]
-"""Hash of each part of the inputs by name. A part follows the parts that it depends on."""
+"""Hash of each input of the prompts, and of the tokenized prompts, by part name such as ``problems``.
+
+Each part comes after the parts that determine it.
+"""
 
 TOKENS = "tokens"
-"""Name of the part that contains the tokenized prompts; it depends on all other parts."""
+"""Part name of the tokenized prompts in ContentHashes; this part depends on all other parts."""
 
 _SAME_DATA = "use the same files on all nodes"
 _SAME_RENDERING = (
@@ -30,7 +37,7 @@ _SAME_RENDERING = (
 
 
 def content_hash(values: Iterable[Any]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of JSON values. The order of mapping keys does not matter."""
+    """Return the first 16 hex digits of the SHA-256 of JSON values; the order of mapping keys is ignored."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
@@ -40,7 +47,10 @@ def content_hash(values: Iterable[Any]) -> str:
 def data_hashes(
     datasets: Sequence[DatasetConfig], problems: Iterable[Problem], trace_column: str | None
 ) -> ContentHashes:
-    """Return hashes of the problems, the traces and the contents of the prompt files. Paths are not hashed."""
+    """Return hashes of the problems, the traces and the contents of the prompt files.
+
+    Paths are not hashed. ``trace_column``: the column of the traces; None: the data have no traces.
+    """
     texts, traces = hashlib.sha256(), hashlib.sha256()
     for problem in problems:
         texts.update(json.dumps(problem.text).encode())
@@ -66,9 +76,9 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, An
 
 
 def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
-    """Return the parts with different hashes in ``before`` and ``after``.
+    """Return the names of the parts with different hashes in ``before`` and ``after``.
 
-    ``tokens`` is returned only if no other part differs. Parts that only one argument contains are ignored.
+    ``tokens`` is returned only if no other part differs. Parts that only one of the arguments contains are ignored.
     """
     changed = [part for part, value in after.items() if before.get(part, value) != value]
     return [part for part in changed if part != TOKENS] or changed
@@ -85,30 +95,32 @@ _PART_NAMES = {
     "teacher_chat_template": "the chat template of teacher.tokenizer",
     "teacher_chat_template_kwargs": "teacher.tokenizer.chat_template_kwargs",
 }
-"""Name of each part in messages."""
+"""Name in messages of each part of ContentHashes."""
 
 
 def describe_change(parts: Sequence[str], all_compared: bool) -> str:
-    """Return a clause for messages, such as "data.train has changed".
+    """Return a clause for messages about the changed ``parts``, such as "data.train has changed".
 
-    ``all_compared``: whether all parts were compared. If only the tokens were compared, the cause is unknown.
+    ``all_compared``: whether the hashes of all parts were compared; false if only the tokenized prompts were compared,
+    which does not show the cause of the change.
     """
     if not all_compared:
         return "data.train, its prompt file, or policy.tokenizer has changed"
     if list(parts) == [TOKENS]:
         return (
-            "the tokenization of the same problems with the same chat template has changed (possible causes: tokenizer"
-            " files, versions of transformers and tokenizers, a template that depends on more than its arguments)"
+            "the tokenization of the prompts has changed, although the problems and the chat template are the same"
+            " (possible causes: other tokenizer files, other versions of transformers or tokenizers, or a chat template"
+            " that depends on more than its arguments)"
         )
     names = [_PART_NAMES[part] for part in parts]
     return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} changed"
 
 
 def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHashes]]]) -> None:
-    """Raise UserError if the inputs of any rank differ from the inputs of rank 0.
+    """Raise UserError if the hashes of any rank differ from the hashes of rank 0.
 
-    ``gathered`` has the host name of each rank and its hashes by configuration key, such as ``data.train``. All ranks
-    pass the same argument, so all ranks raise the same error.
+    ``gathered``: for each rank, its host name and its hashes by configuration key, such as ``data.train``. All ranks
+    must pass the same value, so that all ranks raise the same error.
     """
     first_host, first = gathered[0]
     for key in first:
@@ -117,7 +129,7 @@ def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHash
                 only_tokens = parts == [TOKENS]
                 what = "tokens for the same texts" if only_tokens else " and ".join(parts).replace("_", " ")
                 raise UserError(
-                    f"{key}: rank {rank} on {host} has different {what} than rank 0 on {first_host}",
+                    f"{key}: rank {rank} on {host} has other inputs than rank 0 on {first_host} (different {what})",
                     _SAME_RENDERING if only_tokens else _SAME_DATA,
                     key=key,
                 )

@@ -34,11 +34,14 @@ _BOM = codecs.BOM_UTF8
 _CHUNK = 2**20
 _LIST_OR_LINES = "one list of JSON objects, or one object per line"
 _BATCH = 1000
-"""Number of rows of a Parquet file that are decoded in one batch."""
+"""Number of rows of a Parquet file to decode in one batch."""
 
 
 def kind_of(path: PurePath) -> tuple[str, str]:
-    """Return the file type and the compression of ``path``, such as (".jsonl", ".gz"); "" if absent or unknown."""
+    """Return the file type and the compression by the suffixes of ``path``, such as (".jsonl", ".gz").
+
+    Each value is "" if its suffix is missing or unknown.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -46,7 +49,10 @@ def kind_of(path: PurePath) -> tuple[str, str]:
 
 
 def read_text(path: str, key: str) -> str:
-    """Return the text of a UTF-8 file; raise UserError naming ``key`` if the file is missing or unreadable."""
+    """Return the text of the UTF-8 file ``path``; raise UserError if it is missing or unreadable.
+
+    ``key``: the configuration key that contains ``path``, for messages.
+    """
     if not os.path.isfile(path):  # reading a named pipe would block forever
         problem = "is not a regular file" if os.path.exists(path) else "does not exist"
         raise setting_error(key, path, f"{problem} (working directory: {Path.cwd()})", "correct the path")
@@ -66,12 +72,12 @@ class DataFile:
     """Columns to read from the file."""
 
     def error(self, problem: str, fix: str) -> UserError:
-        """Return the UserError for this file; its message is "data_path key=path problem: fix"."""
+        """Return a UserError about this file. Its message is "KEY.data_path=PATH problem: fix"."""
         return setting_error(f"{self.columns.key}.data_path", str(self.path), problem, fix)
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:
-    """Yield the rows of one file with their locations; raise UserError if the file is unreadable or malformed."""
+    """Yield (location, row) for each row of a file; raise UserError if it is unreadable or malformed."""
     kind, compression = kind_of(file.path)
     try:
         with _opened(file.path, compression, seekable=kind == ".parquet") as stream:
@@ -81,7 +87,7 @@ def read_rows(file: DataFile) -> Iterator[Row]:
     except OSError as error:
         if compression and error.errno is None:  # bz2 and zstd report damage as a plain OSError
             raise _undecodable(file, compression, error) from None
-        raise file.error(f"cannot be read ({reason(error)})", "correct its permissions or the path") from None
+        raise file.error(f"cannot be read ({reason(error)})", "correct the path or the file's permissions") from None
 
 
 def _undecodable(file: DataFile, compression: str, error: Exception) -> UserError:
@@ -90,7 +96,10 @@ def _undecodable(file: DataFile, compression: str, error: Exception) -> UserErro
 
 @contextmanager
 def _opened(path: Path, compression: str, seekable: bool) -> Iterator[BinaryIO]:
-    """Open a file as a stream of decompressed bytes; decompress to a temporary file if it must be ``seekable``."""
+    """Open a file as a stream of decompressed bytes.
+
+    ``seekable``: whether the stream must support seeking; a compressed file is then decompressed to a temporary file.
+    """
     with _decompressed(path, compression) as stream:
         if not (seekable and compression):
             yield stream
@@ -111,7 +120,7 @@ def _decompressed(path: Path, compression: str) -> Any:
 
 
 def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line); a byte order mark at the start is removed."""
+    """Yield (line number, line); numbers start at 1. A byte order mark before the first line is removed."""
     for number, line in enumerate(stream, start=1):
         yield number, line.removeprefix(_BOM) if number == 1 else line
 
@@ -133,12 +142,12 @@ def _json_line(location: str, line: bytes, file: DataFile) -> Row:
         encoding = "UTF-8 text with " if b"\0" in line else ""  # NUL bytes: UTF-16 or UTF-32
         raise file.error(f"is malformed in {location} ({reason(error)})", f"write {encoding}{form}") from None
     if not isinstance(row, dict):
-        raise file.error(f"has {show(row)} instead of an object in {location}", "write one JSON object per line")
+        raise file.error(f"has {show(row)} instead of a JSON object in {location}", "write one JSON object per line")
     return location, row
 
 
 def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
-    """Yield the rows of a file with one list of JSON objects, or with one object per line."""
+    """Yield the rows of a file that contains one list of JSON objects, or one JSON object per line."""
     head = stream.read(_CHUNK).removeprefix(_BOM)
     if head.lstrip().startswith(b"["):
         yield from _JsonList(stream, head, file).rows()
@@ -147,7 +156,7 @@ def _json(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 class _JsonList:
-    """Incremental decoder of a list of JSON objects."""
+    """Decoder of a file that contains a list of JSON objects; it reads the file in chunks."""
 
     def __init__(self, stream: BinaryIO, head: bytes, file: DataFile) -> None:
         self._stream, self._file = stream, file
@@ -158,7 +167,7 @@ class _JsonList:
         self._ended = False
 
     def rows(self) -> Iterator[Row]:
-        """Yield the entries of the list; raise UserError if the list is not closed or is followed by text."""
+        """Yield (location, entry) for each entry of the list; raise UserError if the file is malformed."""
         self._next_character()
         self._at += 1  # the opening bracket
         if self._next_character() != "]":
@@ -179,7 +188,7 @@ class _JsonList:
         location = f"entry {self._entry}"
         if self._next_character() != "{":
             value = self._text[self._at : self._at + 20].split(",")[0].split("]")[0].strip()
-            problem = f"has {value or 'nothing'} instead of an object in {location}, line {self._line}"
+            problem = f"has {value or 'nothing'} instead of a JSON object in {location}, line {self._line}"
             raise self._file.error(problem, f"write {_LIST_OR_LINES}")
         row, end = self._decoded(json.JSONDecoder())
         if self._file.columns.answer_is_float(row):
@@ -189,9 +198,9 @@ class _JsonList:
         return location, row
 
     def _decoded(self, decoder: json.JSONDecoder) -> tuple[dict[str, Any], int]:
-        """Decode the object at the current position; return the object and the position after it.
+        """Decode the JSON object at the current position; return the object and the position after it.
 
-        While the object is incomplete, more text is read; the buffer doubles each time.
+        As long as the object is incomplete, more text is read from the file; each read doubles the buffer.
         """
         while True:
             try:
@@ -205,7 +214,7 @@ class _JsonList:
                 raise self._malformed(reason(error)) from None
 
     def _next_character(self) -> str:
-        """Skip white space and return the next character without consuming it; "" at the end."""
+        """Skip white space and return the next character without consuming it; "" at the end of the file."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._line += self._text[self._at] == "\n"
@@ -237,9 +246,10 @@ def _tsv(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) -> Iterator[Row]:
-    """Yield the rows of a file with a header. All values are strings; quoted fields may contain line breaks.
+    """Yield the rows of a CSV or TSV file with a header line.
 
-    The delimiter is the first of ``delimiters`` for which ``input_key`` is a field of the header.
+    All values are strings; quoted fields may contain line breaks. The delimiter is the first of ``delimiters`` for
+    which the column ``input_key`` is a field of the header.
     """
     lines = _decoded_lines(stream, file)
     head: list[str] = []
@@ -280,12 +290,12 @@ def _csv_records(lines: Iterable[str], delimiter: str, file: DataFile) -> Iterat
 
 
 def _decoded_lines(stream: BinaryIO, file: DataFile) -> Iterator[str]:
-    """Yield the decoded lines; a line may end with LF, CRLF or CR (old Macintosh files)."""
+    """Yield the lines of a UTF-8 file; a line may end with LF, CRLF or CR (old Macintosh files)."""
     ended_by_any = chain.from_iterable(line.splitlines(keepends=True) for line in stream)
     for number, line in _lines(ended_by_any):
         try:
             if b"\0" in line:
-                raise ValueError("a NUL byte")
+                raise ValueError("the line contains a NUL byte")
             yield line.decode()
         except ValueError as error:
             raise file.error(f"is malformed in line {number} ({reason(error)})", "write it as UTF-8 text") from None
@@ -296,7 +306,7 @@ def _fields(line: str, delimiter: str) -> list[str]:
 
 
 def _check_header(header: list[str], file: DataFile) -> list[str]:
-    """Return the names of the columns to read; raise UserError if a name is missing or ambiguous."""
+    """Return the names of the columns to read; raise UserError if ``header`` lacks or repeats a name."""
     used = file.columns.select(header, str(file.path))
     if repeated := [name for name in used if header.count(name) > 1]:
         raise file.error(f"has several columns named {repeated[0]}", "rename all of these columns but one")
@@ -318,7 +328,7 @@ def _parquet(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 
 
 def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
-    """Yield the rows of Arrow record batches or tables with their locations; rows are numbered from 0."""
+    """Yield (location, row) for each row of Arrow record batches or tables; rows are numbered from 0."""
     number = 0
     for batch in batches:
         for row in _short_floats(batch).to_pylist():
@@ -327,7 +337,10 @@ def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
 
 
 def _short_floats(batch: Any) -> Any:
-    """Convert float16 and float32 columns to text: as Python floats, 0.1 would become 0.10000000149011612."""
+    """Return the batch with float16 and float32 columns converted to text.
+
+    As a Python float, the float32 value 0.1 would become 0.10000000149011612.
+    """
     import pyarrow as pa
 
     for i, field in enumerate(batch.schema):

@@ -1,4 +1,4 @@
-"""Find the data files of a folder and their splits, by the rules of the ``datasets`` library."""
+"""Find the data files of a folder and their splits, by the rules of the Hugging Face library datasets."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ log = logging.getLogger(__name__)
 
 _DOCUMENTS = (".md", ".txt", ".yaml", ".yml", ".py", "")
 _FILE_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
-"""Keys in a dataset card's configuration that only select files. Any other key changes how files are parsed."""
+"""Keys of a configuration in a dataset card (README.md) that only select files.
+
+Any other key changes how files are parsed.
+"""
 
 
 def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Path]] | None:
-    """Return the files of each split, found by the dataset card or by the names of files and folders.
+    """Return the data files of each split, found by the dataset card or by the names of files and folders.
 
-    ``subset``: name of a configuration in the dataset card (README.md); ``key``: configuration key of ``folder``, for
-    messages. Returns None if the folder has only unknown file types or the card has parser settings; the ``datasets``
-    library must then read the folder. Raises UserError for a folder without data files.
+    ``subset``: name of a configuration in the dataset card (README.md), None: the default configuration; ``key``:
+    configuration key of ``folder``, for messages. Returns None if the folder has only unknown file types or the card
+    has parser settings; the ``datasets`` library must then read the folder. Raises UserError for a folder without data
+    files and for an invalid card.
     """
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
 
@@ -41,8 +45,8 @@ def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Pa
     except EmptyDatasetError:
         raise _no_files(key, folder, base) from None
     except Exception as error:  # the card is user input, and the library raises many kinds of exception
-        problem = f"has an invalid dataset card, or files that cannot be found ({reason(error)})"
-        raise setting_error(key, str(folder), problem, "correct its README.md") from None
+        problem = f"has a dataset card (README.md) that is invalid or lists missing files ({reason(error)})"
+        raise setting_error(key, str(folder), problem, "correct the README.md in this folder") from None
     splits = {str(split): [Path(name) for name in dict.fromkeys(files)] for split, files in found.items()}
     readable = {split: _readable(files) for split, files in splits.items()}
     if not any(readable.values()):
@@ -54,15 +58,19 @@ def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Pa
 def _no_files(key: str, folder: Path, base: Path) -> UserError:
     if linked := _all_readable(base):
         problem = f"has data files only in symbolic links to folders (first: {linked[0].relative_to(base)})"
-        return setting_error(key, str(folder), problem, "set the key to the linked folder, or link the files instead")
-    fix = f"set the key to a folder with files of type {', '.join(KINDS)}"
+        fix = f"set {key} to the target of the link, or create links to the files instead of the folder"
+        return setting_error(key, str(folder), problem, fix)
+    fix = f"set {key} to a folder with files of type {', '.join(KINDS)}"
     return setting_error(key, str(folder), "contains no data files", fix)
 
 
 def _warn_of_ignored(
     label: str, base: Path, splits: dict[str, list[Path]], readable: dict[str, list[Path]], by_names: bool
 ) -> None:
-    """Warn of ignored files: unknown types and, if splits were found ``by_names``, data files in no split."""
+    """Log a warning about ignored files: files of unknown types, and data files that belong to no split.
+
+    ``by_names``: whether splits were found by file names; the dataset card may leave out files on purpose.
+    """
     unknown = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
     if unknown:
         log.warning(
@@ -72,14 +80,15 @@ def _warn_of_ignored(
     listed = {file for files in splits.values() for file in files}
     if by_names and (unlisted := [file for file in _all_readable(base) if file not in listed]):
         log.warning(
-            "%s: ignoring %d data files that are in a linked folder or match no split by name (first: %s): rename the"
-            " files, set data_path to one file, or list all files under configs in README.md",
+            "%s: ignoring %d data files that are in a symbolically linked folder, or that belong to no split by their"
+            " names (first: %s): rename the files, set data_path to one file, or list all files under configs in"
+            " README.md",
             *(label, len(unlisted), unlisted[0].relative_to(base)),
         )
 
 
 def _all_readable(base: Path) -> list[Path]:
-    """Return the data files under ``base`` and its linked folders, without hidden files and metadata."""
+    """Return the data files under ``base`` and its linked folders, without hidden and metadata files."""
     from datasets.data_files import FILES_TO_IGNORE
 
     found, seen = [], set()
@@ -94,7 +103,10 @@ def _all_readable(base: Path) -> list[Path]:
 
 
 def _readable(files: list[Path]) -> list[Path]:
-    """Return the files of known types. Files named metadata are returned only if no other file is left."""
+    """Return the files of known types (KINDS).
+
+    Files named "metadata" are returned only if no other file has a known type.
+    """
     known = [file for file in files if kind_of(file)[0]]
     return [file for file in known if not _is_metadata(file)] or known
 
@@ -108,10 +120,11 @@ def _may_be_data(file: Path) -> bool:
 
 
 def _card_settings(folder: Path, subset: str | None) -> dict[str, Any] | None:
-    """Return the configuration ``subset``, or the default configuration, of the folder's dataset card.
+    """Return the settings of the configuration ``subset`` in the folder's dataset card (README.md).
 
-    Returns {} if the card has no configurations. Returns None if no configuration has this name, or for the old format
-    .huggingface.yaml; the ``datasets`` library then reads the folder or reports the error.
+    ``subset`` None: the default configuration. Returns {} if the card has no configurations. Returns None if no
+    configuration has the name ``subset``, or if the folder has the old file .huggingface.yaml; the ``datasets`` library
+    then reads the folder or reports the error.
     """
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard

@@ -1,4 +1,4 @@
-"""Grade a response against the gold answer: by math-verify, exact text, a regular expression or a chosen option.
+"""Grade responses by math-verify, exact text, a regular expression or a multiple-choice option.
 
 Comparing expressions or matching a regular expression can take unlimited time or memory, or crash. Both run in a worker
 process, which is killed after a time limit. The worker runs this file as a script. Imports of this package are inside
@@ -22,22 +22,27 @@ from types import TracebackType
 from typing import Literal
 
 Verdict = Literal["right", "wrong", "failed"]
-"""Result of a grader. "failed" (time limit, crash or unreadable gold answer) counts as wrong and is also counted
-separately."""
+"""Result of grading a response. "failed" means a time limit, a crash or an unreadable gold answer.
+
+A "failed" response counts as wrong, and is also counted separately.
+"""
 THINK_TAGS = ("<think>", "</think>")
-"""Default opening and closing tag of a think block."""
+"""Default opening and closing tag of a think block (the reasoning in a response)."""
 
 SECONDS = 10.0
 """Default time limit in seconds for grading one response."""
 _START_SECONDS = 300.0
-"""Time limit in seconds for starting a worker. Imports take minutes if 1000 ranks load them from one file system."""
+"""Time limit in seconds for starting a worker process.
+
+Its imports take minutes if 1000 ranks load them from one file system.
+"""
 _MEMORY = 8 * 2**30
-"""Limit of a worker's address space in bytes."""
+"""Limit of the address space of a worker process in bytes."""
 _BOX = re.compile(r"\\boxed\s*{")
 
 
 def final_part(response: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
-    """Return the stripped text after the last think block, or the complete response if it has no think block.
+    """Return the stripped text after the last think block of ``response``; without one, all its text.
 
     Returns "" if the response ends inside a think block. ``inside_thought``: the prompt ends with an opening tag, so
     the response begins inside a think block.
@@ -48,7 +53,7 @@ def final_part(response: str, think_tags: tuple[str, str] = THINK_TAGS, inside_t
 
 
 def last_box(text: str) -> str:
-    r"""Return the last closed ``\boxed{...}`` of ``text``, or ``text`` if it has none."""
+    r"""Return the last closed ``\boxed{...}`` in ``text``, or the complete ``text`` if no box is closed."""
     for start in reversed([box.start() for box in _BOX.finditer(text)]):
         depth = 0
         for brace in re.finditer("[{}]", text[start:]):
@@ -66,12 +71,15 @@ def _grade_exact(final: str, gold: str) -> Verdict:
 
 
 def _grade_regex(final: str, gold: str) -> Verdict:
-    """Search ``final`` for the regular expression ``gold``."""
+    """Return "right" if the regular expression ``gold`` matches anywhere in ``final``, else "wrong"."""
     return "right" if re.search(gold, final) else "wrong"
 
 
 def _grade_math(final: str, gold: str) -> Verdict:
-    """Compare the last box of ``final``, or else its last expression, with ``gold`` by math-verify."""
+    r"""Compare the last ``\boxed{...}`` of ``final`` with ``gold`` by math-verify.
+
+    Without a box, math-verify compares the last expression of ``final``. Returns "failed" for an unreadable ``gold``.
+    """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     latex, expression = LatexExtractionConfig(), ExprExtractionConfig()
@@ -85,7 +93,10 @@ def _grade_math(final: str, gold: str) -> Verdict:
 
 
 def _grade_choice(final: str, gold: str) -> Verdict:
-    """Compare the option, A to J, that ``final`` chooses with the option that ``gold`` names."""
+    """Compare the option, A to J, that ``final`` chooses with the option ``gold``.
+
+    Returns "failed" if ``gold`` is not an option.
+    """
     from distill.data.choice import chosen_option, named_option
 
     wanted = named_option(gold)
@@ -95,15 +106,15 @@ def _grade_choice(final: str, gold: str) -> Verdict:
 
 
 _IN_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"exact": _grade_exact, "choice": _grade_choice}
-"""Graders that run in the calling process, because they can neither hang nor crash."""
+"""Graders by name that run in the calling process, because they can neither hang nor crash."""
 _IN_WORKER: Mapping[str, Callable[[str, str], Verdict]] = {"math": _grade_math, "regex": _grade_regex}
-"""Graders that run in a worker process with a time limit."""
+"""Graders by name that run in a worker process with a time limit."""
 
 
 class Grader:
     """Grader of responses; a context manager that ends the worker processes on exit.
 
-    ``seconds``: time limit for one response.
+    ``seconds``: time limit in seconds for one response.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:
@@ -129,9 +140,10 @@ class Grader:
         think_tags: tuple[str, str] = THINK_TAGS,
         inside_thought: bool = False,
     ) -> Verdict:
-        """Grade the ``final_part`` of ``response`` with the grader ``name``: math, exact, regex or choice.
+        """Compare ``response`` with the gold answer ``gold`` by the grader ``name``.
 
-        Raises RuntimeError if the worker process does not start.
+        The graders are math, exact, regex and choice. Only the text after the last think block is graded (see
+        final_part). Raises RuntimeError if the worker process of the grader does not start.
         """
         final = final_part(response, think_tags, inside_thought)
         if name in _IN_PROCESS:
@@ -145,7 +157,7 @@ class Grader:
 
 
 class _Worker:
-    """A worker process that runs one grader."""
+    """A worker process that grades responses with one grader."""
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, "-P", __file__, name]
@@ -155,11 +167,11 @@ class _Worker:
         if self._read_line(_START_SECONDS) != "ready":
             self.end()
             raise RuntimeError(
-                f"the worker process of the grader {name} does not start: run {' '.join(command)} to see the error"
+                f"the worker process of the grader {name} did not start: run {' '.join(command)} to see the error"
             )
 
     def grade(self, final: str, gold: str, seconds: float) -> Verdict | None:
-        """Return the worker's verdict, or None if the worker crashed or exceeded ``seconds``."""
+        """Return the worker's verdict on ``final``; None if the worker crashed or took more than ``seconds``."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps([final, gold, seconds]).encode() + b"\n")
@@ -170,7 +182,7 @@ class _Worker:
         return reply if reply in ("right", "wrong", "failed") else None  # type: ignore[return-value]
 
     def _read_line(self, seconds: float) -> str:
-        """Return the next line of the worker's output; "" after ``seconds`` or if the worker has exited."""
+        """Return the next line of the worker's output; "" if it exits or prints no line within ``seconds``."""
         assert self._process.stdout is not None
         pipe = self._process.stdout.fileno()
         ready, _, _ = select.select([pipe], [], [], seconds)
@@ -186,20 +198,26 @@ class _Worker:
 
 
 def check_grader(name: str, where: str) -> None:
-    """Raise UserError if the package for the grader ``name`` is missing; ``where``: the dataset's configuration key."""
+    """Raise UserError if the Python package that the grader ``name`` needs is not installed.
+
+    ``where``: the dataset's configuration key.
+    """
     from distill.errors import UserError
 
     if name == "math" and find_spec("math_verify") is None:
         raise UserError(
             f"{where}.env_name=math needs the package math-verify, which is not installed",
-            "install it with pip install math-verify, or set env_name to exact, regex, choice or null",
+            f"run pip install math-verify, or set {where}.env_name to exact, regex, choice or null",
             key=f"{where}.env_name",
             value=name,
         )
 
 
 def check_gold(name: str, gold: str, where: str) -> None:
-    """Raise UserError if the grader ``name`` cannot read ``gold``; ``where``: the dataset's configuration key."""
+    """Raise UserError if the gold answer ``gold`` is invalid for the grader ``name``.
+
+    Only the graders choice and regex restrict gold answers. ``where``: the dataset's configuration key.
+    """
     if name == "choice":
         _check_option(gold, where)
     elif name == "regex":
@@ -230,7 +248,7 @@ def _check_regex(gold: str, where: str) -> None:
         raise UserError(
             f"{where}.env_name=regex requires regular expressions as gold answers, but {gold!r} is not a valid one"
             f" ({error})",
-            "correct the gold answer, or set env_name to exact",
+            f"correct the gold answer, or set {where}.env_name to exact",
             key=f"{where}.env_name",
             value="regex",
         ) from None
@@ -240,7 +258,11 @@ def _check_regex(gold: str, where: str) -> None:
 
 
 def _serve(name: str) -> None:
-    """Grade the requests on standard input, one JSON list [final, gold, seconds] per line, until it is closed."""
+    """Grade the requests on standard input, and print one verdict per request.
+
+    ``name``: the grader. Each request is a line with the JSON list [final, gold, seconds]. Returns when standard input
+    is closed.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # redirect stdout, so that text printed by a library is not read as a verdict
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

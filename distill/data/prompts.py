@@ -1,4 +1,4 @@
-"""Render problems into tokenized prompts, and select the prompts of each step from (seed, step)."""
+"""Render problems into tokenized prompts, and select the prompts of each training step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _STUDENT_KEYS = TemplateKeys("policy.tokenizer.chat_template", "policy.tokenizer
 _CHUNK = 1000
 """Number of conversations that are rendered and tokenized in one batch."""
 _RANDOM, _RENDERINGS = ("random", "lipsum"), 16
-"""Jinja functions with random results, and the number of renderings to compare if a template uses such a function."""
+"""Jinja functions with random results, and the number of renderings to compare if a template uses one."""
 
 
 def chat_ids(
@@ -80,7 +80,7 @@ def _rendered(
     if reserved := sorted(fixed.keys() & kwargs.keys()):
         raise UserError(
             f"{keys.kwargs} sets the reserved arguments {' and '.join(reserved)}",
-            "remove them",
+            f"remove these arguments from {keys.kwargs}",
             key=f"{keys.kwargs}.{reserved[0]}",
             value=kwargs[reserved[0]],
         )
@@ -114,15 +114,18 @@ def _rejected(
 def _raise_if_random(
     tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any], keys: TemplateKeys
 ) -> None:
-    """Raise UserError if the chat template renders random text, because ranks and a resume would then differ."""
+    """Raise UserError if the chat template renders random text.
+
+    All ranks and all resumes of a run must render the same prompts.
+    """
     sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
     if not any(name in sources for name in _RANDOM):
         return
     if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs, keys))) > 1:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} renders the same conversation to different texts"
-            f" ({' or '.join(_RANDOM)}), so the run could not be resumed",
-            "remove the random part from the template",
+            f"the chat template of {tokenizer.name_or_path} calls the Jinja function {' or '.join(_RANDOM)} and renders"
+            " the same conversation to different texts, but all ranks and all resumes of the run need the same prompts",
+            "remove this call from the template",
             key=keys.template,
         )
 
@@ -130,9 +133,10 @@ def _raise_if_random(
 def token_ids(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False
 ) -> list[list[int]]:
-    """Return the token ids of each text; ``special_tokens``: begin with the tokenizer's leading tokens (BOS).
+    """Return the token ids of each text.
 
-    A text that already begins with BOS gets no second BOS. EOS is not appended, because a prompt must not end with EOS.
+    ``special_tokens``: whether the ids begin with the tokenizer's special tokens for the start of a text (BOS). A text
+    that already begins with BOS gets no second BOS. EOS is not appended, because a prompt must not end with EOS.
     """
     if not texts:
         return []
@@ -150,7 +154,7 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of a list of datasets, in the order of the datasets, without prompts that are too long.
+    """Tokenized prompts of a list of datasets, in the order of the datasets, without too long prompts.
 
     All token ids are in one array (4 bytes per token). A Prompt is created on access.
     """
@@ -158,15 +162,15 @@ class Prompts:
     problems: Sequence[Problem]
     """Problem of each prompt."""
     prompt_ids: tuple[int, ...]
-    """Index of each prompt in the list of all problems, including repetitions and skipped problems."""
+    """Index of each prompt in the list of all problems, which includes repetitions and too long prompts."""
     tokens: array[int]
-    """Concatenated token ids."""
+    """Concatenated token ids of all prompts."""
     bounds: array[int]
-    """Cumulative token counts, len + 1 values: prompt i is tokens[bounds[i]:bounds[i + 1]]."""
+    """Start of each prompt in ``tokens``, then the end: prompt i is tokens[bounds[i]:bounds[i + 1]]."""
     skipped: int
-    """Number of prompts that were too long."""
+    """Number of prompts that were left out because they are too long."""
     inside_thought: bytes = b""
-    """One byte per prompt: 1 if the prompt ends inside an open think block, else 0. Empty: 0 for all prompts."""
+    """One byte per prompt: 1 if the prompt ends inside an open think block, else 0. Empty: all are 0."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -182,7 +186,7 @@ class Prompts:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of all prompt ids and tokens."""
+        """Return a hash of the prompt indices (``prompt_ids``) and token ids of all prompts."""
         digest = hashlib.sha256(array("q", self.prompt_ids).tobytes())
         digest.update(self.bounds.tobytes())
         digest.update(self.tokens.tobytes())
@@ -190,7 +194,10 @@ class Prompts:
 
     @cached_property
     def checksums(self) -> array[int]:
-        """Return a 32-bit checksum of each prompt's token ids, to count the prompts that changed since a checkpoint."""
+        """Return a 32-bit checksum of the token ids of each prompt.
+
+        A resume compares the checksums with those in the checkpoint, to count the changed prompts.
+        """
         bounds = zip(self.bounds, self.bounds[1:], strict=False)
         return array("I", (zlib.crc32(self.tokens[begin:end].tobytes()) for begin, end in bounds))
 
@@ -205,7 +212,7 @@ def load_prompts(
     trace_required: bool = True,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> Prompts:
-    """Load the datasets and tokenize their prompts, each with its own prompt file and system prompt.
+    """Load the datasets and tokenize their prompts; each dataset has a prompt file and a system prompt.
 
     Prompts of more than ``max_tokens`` tokens are skipped and counted. ``key`` is the datasets' configuration key, for
     messages. ``trace_column`` and ``trace_required`` are described in load_problems, ``think_tags`` in inside_thoughts.
@@ -227,9 +234,10 @@ def load_prompts(
 
 
 def read_prompt_file(path: str, key: str) -> Template:
-    """Read a prompt file, which must contain ``{}`` exactly once, in place of the problem.
+    """Return the template of a user message in a prompt file, with ``{}`` in place of the problem.
 
-    More than one ``{}`` raises UserError, because the second is usually a ``\\boxed{}`` that was meant literally.
+    ``key``: the configuration key of ``path``. Raises UserError unless the file contains exactly one ``{}``; a second
+    ``{}`` is usually a ``\\boxed{}`` that was meant literally.
     """
     template = Template(read_text(path, key), ("",), key, path)
     count = template.count("")
@@ -243,7 +251,7 @@ def read_prompt_file(path: str, key: str) -> Template:
 
 @dataclass(frozen=True)
 class _PromptFormat:
-    """The prompt file and the system prompt of one dataset."""
+    """Contents of the prompt file and the system prompt file of one dataset."""
 
     prompt: Template | None
     system: str | None
@@ -264,7 +272,7 @@ class _PromptFormat:
 
 @dataclass(frozen=True)
 class _Chats(Sequence[Messages]):
-    """Conversations of a dataset, created on access to save memory."""
+    """Conversations for the problems of a dataset, created on access to save memory."""
 
     format: _PromptFormat
     problems: Problems
@@ -306,7 +314,7 @@ def _without_long_prompts(
             "%s: skipping %d of %d prompts that are longer than %d tokens (longest: %d): %s",
             *(key, skipped, len(rows), max_tokens, max(map(len, rows)), fix),
         )
-    log.info("%s: %d prompts", key, len(kept))
+    log.info("%s: loaded %d prompts", key, len(kept))
     tokens, bounds = array("i"), array("q", [0])
     for i in kept:
         tokens.extend(rows[i])
@@ -317,22 +325,23 @@ def _without_long_prompts(
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """Prompts of each step, as a function of (seed, step) that is equal on all ranks. Steps count from 0.
+    """Order of the training prompts: the batch of prompts of each step, identical on all ranks.
 
-    Each epoch has its own permutation, derived from (seed, epoch) and split into batches of ``num_prompts_per_step``.
-    An incomplete last batch is dropped. Raises UserError if the data have fewer prompts than one batch.
+    Steps count from 0. Each epoch is a permutation of all prompts, derived from (seed, epoch) and split into batches of
+    ``num_prompts_per_step``. An incomplete last batch is dropped. Raises UserError if there are fewer prompts than one
+    batch needs.
     """
 
     prompts: Prompts
-    """All prompts."""
+    """All training prompts, in the order of the datasets."""
     num_prompts_per_step: int
-    """Number of prompts in a batch."""
+    """Number of prompts in the batch of one step."""
     seed: int
-    """Seed of the permutations."""
+    """Seed of the permutations of all epochs."""
     shuffle: bool = True
-    """Whether each epoch is permuted; false: prompts keep the order of the datasets."""
+    """Whether each epoch permutes the prompts; false: prompts keep the order of the datasets."""
     input_hashes: ContentHashes = field(default_factory=dict)
-    """Hashes of the inputs from which prompts and teacher prefixes are built."""
+    """Hashes of the data and settings from which prompts and teacher prefixes are built, by part name."""
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
@@ -340,7 +349,7 @@ class PromptOrder:
             raise UserError(
                 f"distillation.num_prompts_per_step={self.num_prompts_per_step} must be between 1 and {n}, the number"
                 " of prompts in data.train",
-                "reduce it, or increase data.train.repeat",
+                f"set it to at most {n}, or increase data.train.repeat",
                 key="distillation.num_prompts_per_step",
                 value=self.num_prompts_per_step,
             )
@@ -359,7 +368,7 @@ class PromptOrder:
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> tuple[Prompt, ...]:
-        """Return the prompts of ``step``."""
+        """Return the batch of prompts of ``step``."""
         start = step % self.steps_per_epoch * self.num_prompts_per_step
         order = self._permutation(self.epoch(step))
         return tuple(self.prompts[i] for i in order[start : start + self.num_prompts_per_step])
@@ -376,16 +385,16 @@ class PromptOrder:
 
     @cached_property
     def _permutations(self) -> dict[int, list[int]]:
-        """Return the cache of the last used permutation by epoch, because shuffling 100k prompts is slow."""
+        """Return a cache that maps the last used epoch to its permutation; shuffling 100k prompts is slow."""
         return {}
 
     @property
     def content_hashes(self) -> ContentHashes:
-        """Return ``input_hashes`` and the hash of the tokens."""
+        """Return ``input_hashes`` and the hash of the tokenized prompts."""
         return {**self.input_hashes, TOKENS: self.prompts.fingerprint}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the position in the data before ``step`` as a JSON object, for a checkpoint.
+        """Return the data position before ``step``, and hashes of the data, as JSON for a checkpoint.
 
         ``sums`` contains the prompts' checksums in base85, so that a resume can report how many prompts changed.
         """
@@ -403,11 +412,12 @@ class PromptOrder:
         }
 
     def changes(self, state: Mapping[str, Any]) -> list[str]:
-        """Return one phrase per difference from a saved ``state``: changed inputs, and changed settings of the order.
+        """Return one phrase per difference between this order and ``state``, the state in a checkpoint.
 
-        The seed is not compared, because it changes only the order of later steps. A state of an earlier version
-        contains only the hash of the tokens. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``,
-        so that a resume can report each change once.
+        Differences are changed inputs of the prompts and changed settings of the order. The seed is not compared,
+        because it changes only the order of later steps. A state of an earlier version contains only the hash of the
+        tokenized prompts. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``, so that a resume
+        can report each change once.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
@@ -421,7 +431,7 @@ class PromptOrder:
         ]
 
     def _count_changed_prompts(self, state: Mapping[str, Any]) -> str:
-        """Return the numbers of removed and added prompts in parentheses; "" if all prompts are equal."""
+        """Return "(N of M prompts removed, K added)", compared with ``state``; "" if all prompts are equal."""
         if state["fingerprint"] == self.prompts.fingerprint:
             return ""
         before = Counter(array("I", base64.b85decode(str(state["sums"]))))
@@ -433,4 +443,4 @@ class PromptOrder:
 
 
 _SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
-"""Configuration key of each field that determines the order of prompts."""
+"""Configuration keys of the PromptOrder fields that a resume compares with the checkpoint, by field."""

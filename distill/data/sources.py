@@ -1,4 +1,4 @@
-"""Load problems from JSON, CSV and Parquet files, folders and hub datasets.
+"""Load problems from JSON, CSV and Parquet files, folders and datasets of the Hugging Face hub.
 
 Files are read row by row, and only the columns that the run uses are kept. More than a few MiB of kept values are
 stored in a memory-mapped file (see cache.py), so that they do not occupy the memory of each rank.
@@ -29,20 +29,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """A hub dataset and its columns, selected by a short name."""
+    """A built-in dataset: a dataset on the Hugging Face hub, with defaults for its configuration keys."""
 
     hub: str
-    """Name of the dataset on the hub."""
+    """Name of the dataset on the Hugging Face hub (owner/name)."""
     input_key: str
-    """Default of the dataset's input_key."""
+    """Default of the configuration key input_key: the column with the problem text."""
     output_key: str
-    """Default of the dataset's output_key."""
+    """Default of the configuration key output_key: the column with the gold answer."""
     subsets: tuple[str | None, ...] = (None,)
-    """Subsets to concatenate."""
+    """Subsets to load and concatenate if the recipe sets no subset; None: the hub's default subset."""
     split: str = "train"
-    """Default of the dataset's split."""
+    """Default of the configuration key split."""
     output_pattern: str | None = None
-    """Default of the dataset's output_pattern; not used if the recipe sets another output_key."""
+    """Default of the configuration key output_pattern; not used if the recipe sets another output_key.
+
+    None: the gold answer is the complete value of its column.
+    """
 
 
 KNOWN_DATASETS = {
@@ -56,16 +59,17 @@ KNOWN_DATASETS = {
     "OpenR1-Math-220k": KnownDataset("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
     "DAPOMath17K": KnownDataset("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
 }
-"""Known datasets by NeMo-RL's short name, with the columns that NeMo-RL reads."""
+"""Built-in datasets by short name; short names and columns are the same as in NeMo-RL."""
 
 
 _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
 
 
 def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, DatasetConfig]]:
-    """Yield (configuration key, dataset): "data.train" for a single dataset, "data.train.1" in a list.
+    """Yield (configuration key, dataset) for each dataset.
 
-    Raises UserError if ``datasets`` is empty.
+    With ``key`` "data.train", the key is "data.train" for a single dataset, and "data.train.0", "data.train.1", ...
+    for several datasets. Raises UserError if ``datasets`` is empty.
     """
     if not datasets:
         raise _no_dataset(key)
@@ -74,7 +78,7 @@ def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, Da
 
 
 def _no_dataset(key: str) -> UserError:
-    return UserError(f"{key} does not set a dataset", f"set {key}.data_path or {key}.dataset_name", key=key)
+    return UserError(f"{key} does not select a dataset", f"set {key}.data_path or {key}.dataset_name", key=key)
 
 
 def load_problems(
@@ -82,14 +86,15 @@ def load_problems(
 ) -> Problems:
     """Load the problems of one dataset, concatenated ``repeat`` times.
 
-    ``key``: the dataset's configuration key, for messages. ``trace_column``: a column to store in Problem.columns; null
-    becomes "". ``trace_required``: whether each row must have this column. Raises UserError for a missing file, an
-    empty dataset, a missing column, a value of the wrong type, a malformed line, or if the hub cannot be reached.
+    ``key``: the dataset's configuration key, for messages. ``trace_column``: the column of the traces (texts with
+    reasoning for the teacher), to store in Problem.columns; a null value is stored as "". ``trace_required``: whether
+    each row must have this column. Raises UserError for a missing file, an empty dataset, a missing column, a value of
+    the wrong type, a malformed line, or if the Hugging Face hub cannot be reached.
     """
     if dataset.repeat < 1:
         repeat = dataset.repeat
         raise UserError(
-            f"{key}.repeat={repeat} is out of range", "set it to at least 1", key=f"{key}.repeat", value=repeat
+            f"{key}.repeat={repeat} is less than 1", "set it to at least 1", key=f"{key}.repeat", value=repeat
         )
     trace = () if trace_column is None else (TextColumn(trace_column, _TRACE_KEY, trace_required),)
     columns = _columns(dataset, key, trace)
@@ -97,23 +102,27 @@ def load_problems(
     rows = sum(stop - start for _, start, stop in slices)
     source = columns.source
     if not rows:
-        raise UserError(f"{key}: {source} is empty", "add at least one problem", key=key)
+        fix = f"add at least one problem, or select other rows with {key}.split"
+        raise UserError(f"{key}: {source} is empty", fix, key=key)
     found = [(table, table.with_text(start, stop)) for table, start, stop in slices]
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
         raise setting_error(
             *(f"{key}.input_key", columns.input_key),
             f"has no text in any row of {source}",
-            f"set {key}.input_key to the column of the problems",
+            f"set {key}.input_key to the column of the problem texts",
         )
     if skipped:
-        log.warning("%s: %d of %d rows of %s have no text and are skipped", key, skipped, rows, source)
+        log.warning("%s: %d of %d rows of %s have no problem text and are skipped", key, skipped, rows, source)
     _check_matches(found, columns)
     return Problems.joined([Problems([table], kept) for table, kept in found]).repeated(dataset.repeat)
 
 
 def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
-    """Return the columns to read; unset keys have the defaults of the short name, or else "input" and "output"."""
+    """Return the columns to read from ``dataset``.
+
+    Column keys that the recipe does not set have the defaults of the built-in dataset, or else "input" and "output".
+    """
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
     if pattern is None and known is not None and dataset.output_key in (None, known.output_key):
@@ -130,7 +139,7 @@ def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) ->
 
 
 def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns: Columns) -> None:
-    """Raise UserError if ``output_pattern`` matches no gold answer; warn if it does not match some of them."""
+    """Raise UserError if output_pattern matches no gold answer; log a warning if it matches only some."""
     unmatched = [(table, row) for table, kept in found for row in table.without_match(kept)]
     if not unmatched:
         return
@@ -139,7 +148,8 @@ def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns:
     if not any(table.problem(row).answer for table, kept in found for row in kept):
         raise setting_error(
             *(key, pattern),
-            f"matches no gold answer in {columns.output_key} of {columns.source} (first row: {table.location(row)})",
+            f"matches no gold answer in the column {columns.output_key} of {columns.source} (first row:"
+            f" {table.location(row)})",
             "correct the pattern, or set it to null if the column contains only gold answers",
         )
     log.warning(
@@ -156,11 +166,14 @@ def _known(name: str | None) -> KnownDataset | None:
 
 
 Slice = tuple[ProblemTable, int, int]
-"""A table, the first row to use, and the row after the last row to use."""
+"""(table, start, stop): the run uses the rows of the table with the numbers start to stop - 1."""
 
 
 def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
-    """Read the dataset from a file, a folder or the hub; ``data_path`` has priority over ``dataset_name``."""
+    """Read the dataset from a file, a folder or the Hugging Face hub.
+
+    The configuration key data_path has priority over dataset_name.
+    """
     if dataset.data_path:
         path = Path(dataset.data_path).expanduser()
         if os.path.exists(path) or not _is_hub_name(dataset.data_path):
@@ -175,7 +188,8 @@ def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
     if not _is_hub_name(dataset.dataset_name):
         raise setting_error(
             *(f"{columns.key}.dataset_name", dataset.dataset_name),
-            f"is neither a short name ({', '.join(KNOWN_DATASETS)}) nor a hub dataset (owner/name)",
+            f"is neither a built-in dataset ({', '.join(KNOWN_DATASETS)}) nor a name on the Hugging Face hub"
+            " (owner/name)",
             f"correct the name, or set {columns.key}.data_path to a file",
         )
     return _hub_tables(dataset.dataset_name, (dataset.subset,), dataset.split or "train", columns, "dataset_name")
@@ -192,7 +206,7 @@ def _path_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequen
     if path.is_dir():
         return _folder_tables(path, dataset, columns)
     if not path.is_file():  # reading a named pipe would block forever
-        raise file.error("is neither a file nor a folder", "write the problems into a regular file")
+        raise file.error("is neither a regular file nor a folder", "write the problems into a regular file")
     if not kind_of(path)[0]:
         raise file.error(
             "has an unknown file type",
@@ -212,7 +226,10 @@ def _file_source(path: Path, columns: Columns) -> Source:
 
 
 def _identity(path: Path, key: str, value: str) -> list[Any]:
-    """Return path, size, times and inode of a file; these values change if the content changes."""
+    """Return path, size, times of modification and inode of a file, to detect that its content changed.
+
+    ``key``, ``value``: the configuration key and value that select the file, for messages.
+    """
     try:
         found = path.stat()
     except OSError as error:
@@ -228,9 +245,10 @@ def _sliced(
     columns: Columns,
     single_file: bool = False,
 ) -> Sequence[Slice]:
-    """Return the rows that ``spec`` selects, such as ``train``, ``train[:90%]`` or ``train+test[:10]``.
+    """Return the rows that the split ``spec`` selects, such as ``train[:90%]`` or ``train+test[:10]``.
 
-    ``table_of`` reads the table of a split from a value of ``splits``.
+    ``splits``: the data of each split, by split name. ``table_of``: function that reads the table of a split from these
+    data. ``single_file``: whether the data are one file, for messages.
     """
     key = f"{columns.key}.split"
     names = [part.partition("[")[0].strip() for part in spec.split("+")]
@@ -256,7 +274,7 @@ def _sliced(
 
 
 def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
-    """Read a folder written by ``save_to_disk``, or a folder of data files."""
+    """Read a folder that the ``datasets`` method ``save_to_disk`` wrote, or a folder of data files."""
     split = dataset.split or "train"
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         return _saved_tables(path, split, columns)
@@ -273,15 +291,18 @@ def _saved_tables(path: Path, split: str, columns: Columns) -> Sequence[Slice]:
     try:
         loaded = load_from_disk(str(path))
     except Exception as error:  # the library raises many kinds of exception for a damaged folder
-        problem = f"is not a complete save_to_disk folder ({reason(error)})"
-        raise setting_error(key, str(path), problem, "save the dataset again") from None
+        problem = f"is a damaged or incomplete folder of a dataset saved by save_to_disk ({reason(error)})"
+        raise setting_error(key, str(path), problem, "save the dataset again with save_to_disk") from None
     name = split.partition("[")[0].strip()  # a Dataset without splits is used for any split name
     splits = dict(loaded) if isinstance(loaded, DatasetDict) else {name: loaded}
     return _sliced(split, splits, lambda part: _library_table(part, key, str(path), columns), columns)
 
 
 def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: Columns, field: str) -> Sequence[Slice]:
-    """Read a dataset with ``datasets.load_dataset``; ``name`` is the value of the dataset's key ``field``."""
+    """Load a dataset with ``datasets.load_dataset``, and return the complete table of each subset.
+
+    ``field``: the configuration key that contains ``name``: data_path or dataset_name.
+    """
     from datasets import load_dataset
 
     key = f"{columns.key}.{field}"
@@ -291,14 +312,18 @@ def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: C
         raise setting_error(
             *(key, name),
             f"with split {split} cannot be loaded ({reason(error)})",
-            "check name, subset and split, or download the dataset first on a machine with access to the hub",
+            "correct the name, the subset or the split, or download the dataset first on a machine with access to the"
+            " Hugging Face hub",
         ) from None
     tables = [_library_table(part, key, name, columns) for part in parts]
     return [(table, 0, len(table)) for table in tables]
 
 
 def _library_table(loaded: Any, key: str, value: str, columns: Columns) -> ProblemTable:
-    """Read a dataset of the ``datasets`` library; ``key`` and ``value``: the setting that selects it, for messages."""
+    """Read the table of a dataset that the ``datasets`` library has loaded.
+
+    ``key``, ``value``: the configuration key and value that select the dataset, for messages.
+    """
     import pyarrow as pa
 
     def rows() -> Iterator[Row]:

@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class ModelFolder(Protocol):
-    """Interface of a model on disk, implemented by ModelFiles."""
+    """Interface of a model on disk, implemented by distill.model.hf_files.ModelFiles."""
 
     @property
     def name(self) -> str:
-        """Return the model's name in the configuration."""
+        """Return the model's name in the configuration (model_name)."""
 
     @property
     def folder(self) -> Path:
@@ -26,11 +26,11 @@ class ModelFolder(Protocol):
 
 
 def stop_ids(files: ModelFolder, tokenizer: Any, key: str) -> tuple[int, ...]:
-    """Return the model's stop ids: ``eos_token_id`` as read by transformers, and the EOS id of ``tokenizer``.
+    """Return the model's stop ids: ``eos_token_id`` in the model's files, and the EOS id of ``tokenizer``.
 
-    transformers reads generation_config.json, or config.json if generation_config.json is missing. ``key``: the
-    configuration key of the model, for messages. Raises UserError for a file that cannot be read, or for an
-    ``eos_token_id`` that is not a token id.
+    As in transformers, ``eos_token_id`` is read from generation_config.json, or from config.json if
+    generation_config.json is missing. ``key``: the model's configuration key, for messages. Raises UserError for a file
+    that cannot be read, or for an ``eos_token_id`` that is neither a token id nor a list of token ids.
     """
     path = files.folder / "generation_config.json"
     sections = [read_json(path, files.name, key)] if path.is_file() else []
@@ -51,9 +51,10 @@ def stop_ids(files: ModelFolder, tokenizer: Any, key: str) -> tuple[int, ...]:
 
 
 def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: str) -> tuple[int, ...]:
-    """Return the stop ids below ``valid_vocab``, which the model can generate; ``name``: the model's name.
+    """Return the stop ids that the model can generate: ids less than ``valid_vocab``, the vocabulary size.
 
-    Logs a warning about larger ids, about stop ids that are ordinary text, and if no stop id is left.
+    Logs a warning about larger ids, about stop ids that are ordinary text, and if no stop id is left. ``name``: the
+    model's name, for messages.
     """
     if beyond := [token for token in ids if token >= valid_vocab]:
         log.warning("%s: stop ids %s are ignored, because the vocabulary has only %d tokens", name, beyond, valid_vocab)
@@ -76,9 +77,9 @@ def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: 
 
 
 def read_json(path: Path, name: str, key: str) -> dict[str, Any]:
-    """Return the JSON object in the file ``path`` of the model ``name``; raise UserError if it cannot be read.
+    """Return the JSON object in the file ``path``; raise UserError if it cannot be read.
 
-    ``key``: the configuration key of the model, for messages.
+    ``name`` and ``key``: name of the model and its configuration key, for messages.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -86,6 +87,6 @@ def read_json(path: Path, name: str, key: str) -> dict[str, Any]:
         problem = f"{key}={name} has a {path.name} that cannot be read ({reason(error)})"
         raise UserError(problem, "download the file again", key=key, value=name) from error
     if not isinstance(found, dict):
-        problem = f"{key}={name} has a {path.name} without a JSON object"
+        problem = f"{key}={name} has a {path.name} that does not contain a JSON object"
         raise UserError(problem, "download the file again", key=key, value=name)
     return found

@@ -1,4 +1,4 @@
-"""Store problems in Arrow tables, and access them as a lazy sequence of Problem."""
+"""Store problems in Arrow tables, and access them as a sequence that creates each Problem on access."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ _BATCH_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows: a file, or a table of the datasets library."""
+    """A source of rows: a data file, or a dataset that the ``datasets`` library has loaded."""
 
     origin: str
-    """Name of the source in messages."""
+    """Name of the source in messages: a path or a dataset name."""
     size: int
-    """Size in bytes."""
+    """Size of the source in bytes."""
     identity: Callable[[], Any]
     """Function that returns a JSON value; the value changes whenever the rows change."""
     rows: Callable[[], Iterator[Row]]
-    """Function that yields the rows."""
+    """Function that yields (location, row) for each row."""
 
 
 @dataclass(frozen=True)
 class ProblemTable:
-    """Rows of one split of a dataset, including rows without text."""
+    """All rows of one split of a dataset, including rows without a problem text."""
 
     columns: Columns
-    """Columns that were read."""
+    """Columns that were read from the dataset."""
     origins: Sequence[str]
-    """Names of the sources, indexed by the table's column "origin"."""
+    """Names of the sources of the rows; the table's column "origin" contains indices into this list."""
     table: pa.Table
-    """Arrow table with the schema of ``_schema``."""
+    """Arrow table of the problem texts, gold answers, extra columns and locations; see ``_schema``."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def problem(self, row: int) -> Problem:
-        """Return the problem in the row number ``row``; the row must have a text."""
+        """Return the problem in the row number ``row``; the row must have a problem text."""
         text, answer, *extra = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.extra)))
         named = zip(self.columns.extra, extra, strict=True)
         given = {column.name: value for column, value in named if value is not None}
         return Problem(text, answer or "", self.columns.source, given)
 
     def location(self, row: int) -> str:
-        """Return the location of a row in its source for messages, such as "line 3 of FILE"."""
+        """Return the location of the row number ``row`` for messages, such as "line 3 of FILE"."""
         origin = self.origins[self.table.column("origin")[row].as_py()]
         return f"{self.table.column('place')[row].as_py()} of {origin}"
 
     def with_text(self, start: int, stop: int) -> Sequence[int]:
-        """Return the row numbers in [start, stop) of the rows that have a text."""
+        """Return the row numbers in [start, stop) of the rows that have a problem text."""
         texts = self.table.column("text").slice(start, stop - start)
         if texts.null_count == 0:
             return range(start, stop)
@@ -83,9 +83,10 @@ def _rows_where(column: pa.ChunkedArray, start: int, holds: Callable[[Any], Any]
 
 
 def read_table(sources: Sequence[Source], columns: Columns) -> ProblemTable:
-    """Return a table with the used columns of all rows of ``sources``; large tables are cached (see open_table).
+    """Return a table with the used columns of all rows of ``sources``.
 
-    Raises UserError for a malformed row, and for a file that changes while it is read.
+    Large tables are stored in a cache file (see open_table). Raises UserError for a malformed row, and for a file that
+    changes while it is read.
     """
     identities = [source.identity() for source in sources]
     main = [columns.input_key, columns.output_key, columns.answer_required, columns.output_pattern]
@@ -176,5 +177,5 @@ class Problems(Sequence[Problem]):
         return Problems(self._tables, array("q", (self._rows[i] for i in positions)))
 
     def repeated(self, times: int) -> Problems:
-        """Return the concatenation of ``times`` copies, which share the tables."""
+        """Return ``times`` copies of the problems, one after the other; all copies share the tables."""
         return self if times == 1 else Problems(self._tables, array("q", self._rows) * times)

@@ -1,8 +1,9 @@
 """Build the teacher's prefixes: the token ids that the teacher reads before each response.
 
-A prefix is the student's prompt, or a template filled with the problem and a trace. Both models score the same response
-tokens, so a response is never truncated. If prefix and response exceed the teacher's window, the prefix is shortened,
-or the response is dropped and counted.
+A prefix is the student's prompt or, in context distillation, a template filled with the problem and a trace. A trace is
+a text with reasoning: a part of the response, or a column of the dataset. Both models score the same response tokens,
+so a response is never truncated. The teacher's window is the maximum length of prefix and response together
+(teacher.max_total_sequence_length). If they exceed it, the prefix is shortened, or the response is dropped and counted.
 """
 
 from __future__ import annotations
@@ -28,58 +29,72 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
-"""Name of the metric for the number of truncated prefixes divided by the number of kept responses."""
+"""Name of the metric "number of truncated teacher prefixes divided by number of kept responses"."""
 _KEY = "distillation.context_distillation"
 _TEMPLATE_KEY = f"{_KEY}.teacher_prefix_template"
 _CHAT_TEMPLATE_KEY, _KWARGS_KEY = "teacher.tokenizer.chat_template", "teacher.tokenizer.chat_template_kwargs"
 
 DropReason = Literal["missing_trace", "too_long_response", "no_prefix_budget", "prefix_too_long"]
-"""Reason for dropping a response. missing_trace: no trace; too_long_response: longer than the teacher's window;
-no_prefix_budget: exactly as long as the window; prefix_too_long: the prefix does not fit even without the trace."""
+"""Reason for dropping a response, which is then not trained on.
+
+missing_trace: no trace was found; too_long_response: the response is longer than the teacher's window
+(teacher.max_total_sequence_length); no_prefix_budget: the response is exactly as long as the window; prefix_too_long:
+the prefix does not fit even without the trace.
+"""
 _REFERENCE_ZERO_METRICS = ("invalid_message", "for_dp_divisibility")
-"""Drop reasons of NeMo-RL that cannot occur here; reported as 0, so that existing dashboards find the metrics."""
+"""Drop reasons of NeMo-RL that cannot occur here.
+
+Their metrics are reported as 0, so that dashboards made for NeMo-RL find them.
+"""
 
 
 @dataclass(frozen=True)
 class PrefixStats:
-    """Metrics of the prefixes of one rank. Sums over all ranks give the metrics of the step."""
+    """Metrics of the teacher prefixes that one rank has built in a step.
+
+    The metrics of the step are computed from the sums over all ranks.
+    """
 
     means: Stats = field(default_factory=dict)
-    """(sum, count) by metric name. Metrics with count 0 are omitted."""
+    """(sum, count) of each metric that is a mean, by metric name. Metrics with count 0 are omitted."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Counts by metric name."""
+    """Value of each metric that is a number of prefixes or responses, by metric name."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The teacher's prefix for one prompt."""
+    """The teacher's prefix of one response."""
 
     token_ids: tuple[int, ...]
-    """Token ids of the prefix."""
+    """Token ids that the teacher reads before the response."""
     inside_thought: bool
-    """Whether the prefix ends inside an open think block."""
+    """Whether the prefix ends inside an open think block (after an opening tag without a closing tag)."""
 
 
 class TeacherPrefixes(Protocol):
-    """Interface that builds the teacher's prefixes for prompts and rollouts."""
+    """Interface of classes that build the teacher's prefixes for prompts and rollouts."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
         """Return the kept rollouts in order, with ``teacher_prefix_ids`` set, and this rank's metrics.
 
-        Not collective: each rank passes the rollouts that it generated.
+        A rollout is dropped for the reasons in DropReason. Not collective: each rank passes the rollouts that it
+        generated.
         """
         ...
 
     def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
-        """Return the prefix before a response of one token, or the reason why that response would be dropped."""
+        """Return the teacher's prefix for ``prompt`` and a response of one token.
+
+        Returns the reason for dropping this response if no prefix can be built.
+        """
         ...
 
 
 class SamePromptPrefixes:
-    """Prefixes of plain distillation: the teacher reads the student's prompt."""
+    """Teacher prefixes without context distillation: the teacher reads the student's prompt."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return all rollouts with the student's prompt as the teacher's prefix, and no metrics."""
+        """Return all rollouts with the student's prompt as the teacher's prefix, and empty metrics."""
         prefixes = [self.prefix_of(rollout.prompt) for rollout in rollouts]
         return [_with_prefix(*pair) for pair in zip(rollouts, prefixes, strict=True)], PrefixStats()
 
@@ -101,8 +116,8 @@ def build_teacher_prefixes(
     """Return the builder of teacher prefixes that the configuration selects.
 
     ``tokenizer``: the teacher's tokenizer. Its chat template receives the teacher's chat_template_kwargs, or else the
-    student's. ``valid_vocab``: number of ids with an embedding; a larger id in a prefix raises UserError; None: no
-    check. ``clock``: the clock that chat templates read; None: they read the current time.
+    student's. ``valid_vocab``: number of token ids with an embedding; a prefix with any other id raises UserError;
+    None: ids are not checked. ``clock``: the clock that chat templates read; None: they read the current time.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
@@ -137,14 +152,14 @@ class _Sample:
 
 
 class ContextPrefixes:
-    """Prefixes of context distillation: a template filled with the problem's text and a trace.
+    """Teacher prefixes in context distillation: a template filled with the problem text and a trace.
 
-    The trace is a part of the scored response or of a dataset column. ``max_tokens``: the teacher's window, for prefix
-    and response together. With ``context.chat_template`` the filled template is a user message, followed by a
-    generation prompt; otherwise it is plain text after the tokenizer's BOS. ``kwargs_key``: the configuration key of
-    ``template_kwargs``, for messages. Raises UserError for a template without
-    ``{problem}``, with unknown placeholders or with at least ``max_tokens`` tokens, and for a prefix with an id that is
-    not below ``valid_vocab``.
+    The trace is a text with reasoning, from the scored response or from a dataset column. ``max_tokens``: maximum
+    length of prefix and response together. With ``context.chat_template`` the filled template is a user message,
+    followed by a generation prompt; otherwise it is plain text after the tokenizer's BOS. Raises UserError for a
+    template without ``{problem}``, with unknown placeholders or with at least ``max_tokens`` tokens, and for a prefix
+    with a token id that is not less than ``valid_vocab``. ``kwargs_key``: the configuration key of ``template_kwargs``,
+    for messages.
     """
 
     def __init__(
@@ -176,19 +191,19 @@ class ContextPrefixes:
             )
 
     def _check_window(self) -> None:
-        """Raise UserError if the template leaves no room for a problem, a trace and a response."""
+        """Raise UserError if the template without problem and trace has as many tokens as the window."""
         (empty,) = self._fill([("", "")])
         if len(empty) >= self._max_tokens:
             raise UserError(
-                f"{_TEMPLATE_KEY} has {len(empty)} tokens without problem and trace, which leaves no room for a"
-                f" response in teacher.max_total_sequence_length={self._max_tokens}",
+                f"{_TEMPLATE_KEY} has {len(empty)} tokens without problem and trace, so no response fits into"
+                f" teacher.max_total_sequence_length={self._max_tokens}",
                 "shorten the template, or raise teacher.max_total_sequence_length",
                 key=_TEMPLATE_KEY,
                 value=self._context.teacher_prefix_template,
             )
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return the kept rollouts with their prefixes, and this rank's metrics.
+        """Return the kept rollouts with their teacher prefixes, and this rank's metrics.
 
         Metric names and formulas equal those of NeMo-RL. ``trace_coverage``: responses with a trace divided by all
         responses, including dropped responses. ``prefix_truncation_rate``: truncated prefixes divided by kept responses
@@ -217,14 +232,20 @@ class ContextPrefixes:
         return kept, PrefixStats(self._means(samples, kept, truncated), _totals(dropped, truncated, len(valid)))
 
     def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
-        """Return the prefix before a response of one token, or the reason why that response would be dropped."""
+        """Return the teacher's prefix for ``prompt`` and a response of one token.
+
+        Returns the reason for dropping this response if no prefix can be built.
+        """
         kept, stats = self.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
         if kept:
             return Prefix(kept[0].teacher_prefix_ids, kept[0].teacher_inside_thought)
         return next(reason for reason in get_args(DropReason) if stats.totals[_metric(f"dropped_{reason}")])
 
     def check_problem(self, problem: Problem, trace: str) -> None:
-        """Raise UserError if the template filled with ``problem`` and ``trace`` has an id without an embedding."""
+        """Raise UserError if the template filled with ``problem`` and ``trace`` has an invalid token id.
+
+        A token id is invalid if the models have no embedding for it.
+        """
         self._fill([(problem.text, trace)])
 
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
@@ -234,14 +255,14 @@ class ContextPrefixes:
         return [extract_trace(t, extractor, r.prompt.inside_thought) for r, t in zip(rollouts, texts, strict=True)]
 
     def _inside_thoughts(self, prefixes: Sequence[tuple[_Sample, list[int]]]) -> list[bool]:
-        """Return for each (sample, fitted prefix) whether the prefix ends inside an open think block."""
+        """Return for each (sample, prefix after truncation) whether the prefix ends inside a think block."""
         texts = self._texts([(s.problem, s.trace) for s, _ in prefixes])
         chats = _chats(texts) if self._context.chat_template else None
         ids, tags = [ids for _, ids in prefixes], self._context.trace_extractor.think_tags
         return [*map(bool, inside_thoughts(self._tokenizer, chats, ids, tags, self._template_kwargs))]
 
     def _trace_source(self, rollout: Rollout) -> str:
-        """Return the text that contains the trace: the response, or the dataset column."""
+        """Return the text that contains the trace: the response, or the problem's value in the trace column."""
         if self._context.trace_source == "dynamic":
             # Keep special tokens, because the think tags of some tokenizers are special tokens. Drop the stop token:
             # it would become part of an unclosed think block and would end the teacher's user message.
@@ -254,7 +275,7 @@ class ContextPrefixes:
             raise UserError(
                 f"{key}={column} is missing in a problem of {problem.source} (columns:"
                 f" {', '.join(problem.columns) or 'none'})",
-                "set it to a column that all problems have",
+                f"set {key} to a column that all rows of the dataset have",
                 key=key,
                 value=column,
             )
@@ -280,7 +301,10 @@ class ContextPrefixes:
         return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
 
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
-        """Return the prefix, shortened by the overflow policy if it exceeds the window; None if it does not fit."""
+        """Return the prefix, truncated by overflow_policy if it is too long for the teacher's window.
+
+        Returns None if the prefix is too long even without the trace.
+        """
         budget = self._max_tokens - sample.length
         if len(prefix) <= budget:
             return prefix
@@ -291,7 +315,10 @@ class ContextPrefixes:
         return self._with_shorter_trace(sample, budget)
 
     def _with_shorter_trace(self, sample: _Sample, budget: int) -> list[int] | None:
-        """Return the prefix with the trace truncated to fit into ``budget`` tokens; None if it does not fit."""
+        """Return the token ids of a prefix of at most ``budget`` tokens, with the longest start of the trace.
+
+        Returns None if the prefix is too long even with the shortest allowed trace.
+        """
 
         def prefix(characters: int) -> list[int]:
             return self._prefixes([replace(sample, trace=sample.trace[:characters])])[0]
@@ -319,7 +346,7 @@ def _chats(texts: Sequence[str]) -> list[Messages]:
 
 
 def _largest_fitting(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
-    """Return the largest n in [low, high) with ``length(n) <= limit``; None if ``length(low)`` exceeds ``limit``.
+    """Return the largest n in [low, high) with ``length(n) <= limit``; None if no n is found.
 
     The search stops early at an n with ``length(n) == limit``. ``length`` must not decrease, and ``length(high)`` must
     exceed ``limit``. Each call of ``length`` tokenizes a text, so the search interpolates linearly; after four

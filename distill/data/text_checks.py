@@ -1,4 +1,7 @@
-"""Check the prompts before the first step: ids without an embedding, control tokens, text that is not preserved."""
+"""Check the texts and token ids of the prompts before the first step.
+
+The checks find token ids without an embedding, control tokens in problems, and text that the tokenizer changes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from distill.types import Prompt
 log = logging.getLogger(__name__)
 
 _ROUND_TRIPS = 32
-"""Number of problems that are encoded and decoded to compare the result with the text."""
+"""Number of problems to encode and decode, to check that the tokenizer preserves their texts."""
 
 
 def check_texts(
@@ -27,12 +30,13 @@ def check_texts(
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> None:
-    """Raise UserError for an id without an embedding; warn of text that the tokenizer changes.
+    """Raise UserError for a token id without an embedding; log warnings about text that models misread.
 
-    ``prompts`` are iterated several times. ``where``: the configuration key of the datasets, for messages.
-    ``trace_column``: a column that the teacher reads and that may contain ``think_tags``. Warnings report control
-    tokens inside a problem or a trace, characters that are not in the vocabulary, and texts that encoding and decoding
-    change. Each warning has the number of prompts and the first prompt.
+    ``prompts`` are iterated several times. ``valid_vocab``: number of token ids with an embedding. ``where``: the
+    configuration key of the datasets, for messages. ``trace_column``: a column that the teacher reads and that may
+    contain ``think_tags``. Warnings report control tokens inside a problem or a trace, characters that are not in the
+    vocabulary, and texts that encoding and decoding change. Each warning has the number of prompts and the first
+    prompt.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
@@ -43,8 +47,8 @@ def check_texts(
     changed = changed_by_round_trip(tokenizer, [prompt.problem.text for prompt in problems])
     if changed:
         log.warning(
-            "%s: the tokenizer changes the text of %d of the first %d problems (%r is decoded as %r): the model reads"
-            " the changed text",
+            "%s: the tokenizer does not preserve the text of %d of the first %d problems (%r is decoded as %r), so the"
+            " model reads the changed text",
             *(where, len(changed), len(problems), *map(show, _around_difference(*changed[0]))),
         )
 
@@ -55,20 +59,24 @@ def largest_id(tokenizer: Any) -> int:
 
 
 def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, key: str) -> None:
-    """Raise UserError if ``ids`` contain an id of at least ``valid_vocab``; ``what``: their name in the message."""
+    """Raise UserError if ``ids`` contain a token id without an embedding.
+
+    ``valid_vocab``: number of token ids with an embedding; ``what``: name of the text in the message; ``key``:
+    configuration key of the text.
+    """
     largest = max(ids, default=0)
     if largest >= valid_vocab:
         (token,) = tokenizer.convert_ids_to_tokens([largest])
         raise UserError(
-            f"{what} contains the token {token!r} with id {largest}, but the embeddings of policy.model_name and"
-            f" teacher.model_name have ids only up to {valid_vocab - 1}",
+            f"{what} contains the token {token!r} with id {largest}, but policy.model_name and teacher.model_name have"
+            f" embeddings only for ids up to {valid_vocab - 1}",
             "remove the token from the text and the chat template, or choose models with an embedding for this token",
             key=key,
         )
 
 
 def _row(prompt: Prompt, where: str) -> str:
-    """Return the number, the source and the first characters of a problem, for messages."""
+    """Return the number, the source and the first characters of the prompt's problem, for messages."""
     problem = prompt.problem
     source = f"{problem.source}: " if problem.source else ""
     return f"{where}: problem {prompt.prompt_id + 1} ({source}{problem.text[:40]!r})"
@@ -78,15 +86,15 @@ def _warn_of_control_tokens(
     prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None, think_tags: tuple[str, str]
 ) -> None:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
-    remedy = "as a control token, not as text: remove the token from the data unless this is intended"
+    reads = "reads such a token as a control token, not as text: remove the tokens from the data, unless intended"
     texts = ((prompt, prompt.problem.text) for prompt in prompts)
-    _warn_of(
-        _control_tokens(texts, tokens), where, f"contain %s in the problem, and the model reads this token {remedy}"
-    )
+    found = _control_tokens(texts, tokens)
+    _warn_of(found, where, "contain control tokens such as %s in the problem", f"the model {reads}")
     if column is not None:
         texts = ((prompt, prompt.problem.columns.get(column, "")) for prompt in prompts)
         found = _control_tokens(texts, tokens - set(think_tags))
-        _warn_of(found, where, f"contain %s in the column {column}, and the teacher reads this token {remedy}")
+        fault = f"contain control tokens such as %s in the column {column.replace('%', '%%')}"
+        _warn_of(found, where, fault, f"the teacher {reads}")
 
 
 def _control_tokens(texts: Iterable[tuple[Prompt, str]], tokens: set[str]) -> Iterator[tuple[Prompt, str]]:
@@ -112,20 +120,24 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
     if number is None or number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
     hits = ((prompt, unknown) for prompt in prompts if number in prompt.student_ids)
-    _warn_of(hits, where, "contain characters that are not in the vocabulary, and the model reads each of them as %s")
+    fault = "contain characters that are not in the vocabulary and have the token %s"
+    _warn_of(hits, where, fault, "the model cannot distinguish these characters")
 
 
-def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str) -> None:
-    """Log the number of ``hits`` and the first hit (prompt, token) as a warning; the token replaces %s in ``fault``."""
+def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str, effect: str) -> None:
+    """Log a warning with the number of ``hits``, which are pairs (prompt, token), and the first prompt.
+
+    The first token replaces %s in ``fault``, the description of the prompts. ``effect``: the consequence.
+    """
     first = next(hits, None)
     if first is not None:
         prompt, token = first
         count = 1 + sum(1 for _ in hits)
-        log.warning("%s: %d prompts %s; the first is %s", where, count, fault % repr(token), _row(prompt, where))
+        log.warning("%s: %d prompts %s (first: %s); %s", where, count, fault % repr(token), _row(prompt, where), effect)
 
 
 def _around_difference(text: str, back: str) -> tuple[str, str]:
-    """Return up to 60 characters of each text, around the first difference."""
+    """Return up to 60 characters of ``text`` and of ``back``, around their first difference."""
     same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     begin = max(0, same - 20)
     return text[begin : begin + 60], back[begin : begin + 60]

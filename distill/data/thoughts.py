@@ -1,4 +1,4 @@
-"""Extract the text of think blocks, and detect prompts that end inside a think block.
+"""Extract the text of think blocks (reasoning in a response), and detect prompts that end inside one.
 
 Chat templates of reasoning models may end the generation prompt with an opening tag (``<think>``). The response then
 begins inside the think block and contains only the closing tag.
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 _KEY = "distillation.context_distillation.trace_extractor.think_tags"
 _TAIL = 256
-"""Number of tokens to decode at the end of a prompt; generation prompts are shorter."""
+"""Number of tokens to decode at the end of a prompt, to find its generation prompt, which is shorter."""
 _CHUNK = 1000
 """Number of prompts that are decoded in one call."""
 _END_OF_MESSAGE = "[end of message 5b1c92e7]"
 """Text that marks the end of the last message in a rendered chat; real messages do not contain it."""
 _THINK_LIKE = re.compile(r"(?:<\|?[\w:]*(?:think|thought)\w*\|?>|\[THINK\])\Z", re.IGNORECASE)
-"""Pattern of a text that ends with an opening think tag of any known form."""
+"""Regular expression for a text that ends with an opening think tag in any common notation."""
 
 
 def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bool = False) -> str:
-    """Return the stripped think block of ``text`` that ``extractor`` selects; "" if ``text`` has no think block.
+    """Return the trace in ``text``: the think block that ``extractor`` selects, stripped; "" without one.
 
     A think block begins after an opening tag and ends at the next closing tag. An opening tag inside a block is part of
     its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines the treatment of a block
@@ -60,10 +60,10 @@ def _think_blocks(text: str, extractor: TraceExtractorConfig) -> Iterator[str]:
 
 
 def extract_column_trace(text: str, extractor: TraceExtractorConfig) -> str:
-    """Return the trace in a text from a dataset's column; "" if the text has no think block.
+    """Return the trace in ``text``, a value of a dataset's trace column; "" if it has no think block.
 
-    Text before a closing tag without an opening tag is a think block, because the prompt of such a response ended with
-    the opening tag. Otherwise the result equals ``extract_trace``.
+    If a closing tag comes before any opening tag, the text before it is a think block, because the prompt of such a
+    response ended with the opening tag. Otherwise the result equals ``extract_trace``.
     """
     opening, closing = extractor.think_tags
     before, found, _ = text.partition(closing)
@@ -115,7 +115,7 @@ def inside_thoughts(
 
 
 def _opens(text: str, think_tags: tuple[str, str]) -> bool:
-    """Return whether the last tag in ``text`` is the opening tag."""
+    """Return whether the last think tag in ``text`` is the opening tag."""
     return text.rfind(think_tags[0]) > text.rfind(think_tags[1])
 
 

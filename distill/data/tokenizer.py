@@ -31,8 +31,10 @@ _FILES = (
 _TEMPLATES = "additional_chat_templates"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BOS_BY_DEFAULT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Tokenizer classes that add BOS before a text unless add_bos_token=false. transformers 5 does so only with a
-tokenizer.json."""
+"""Names of tokenizer classes that add BOS before a text, unless add_bos_token=false.
+
+Without a tokenizer.json, transformers 5 does not add this BOS.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,17 @@ class _Source:
     """Location of a tokenizer's files. str() gives the name of the tokenizer in messages."""
 
     path: str | Path
-    """A folder or a hub name."""
+    """Folder of the files, or a name on the Hugging Face hub."""
     key: str = ""
-    """Configuration key that selects the tokenizer; "" if no key does."""
+    """Configuration key that selects the tokenizer; "" if the configuration does not select it."""
     value: str = ""
-    """Value of ``key``."""
+    """Value of the configuration key ``key``; "" without a key."""
 
     def __str__(self) -> str:
         return f"{self.key}={self.value}" if self.key else str(self.path)
 
     def file(self, name: str) -> Path | None:
-        """Return the path of a file; None if the file is missing.
+        """Return the path of the tokenizer's file ``name``; None if the file is missing.
 
         For a hub name, transformers has already downloaded the files.
         """
@@ -70,7 +72,7 @@ class _Source:
         return found if isinstance(found, dict) else {}
 
     def error(self, problem: str, fix: str) -> UserError:
-        """Return the UserError for this tokenizer; its message is "key=value problem: fix"."""
+        """Return a UserError about this tokenizer. Its message is "key=value problem: fix"."""
         return UserError(f"{self} {problem}", fix, key=self.key, value=self.value)
 
 
@@ -81,13 +83,14 @@ def load_tokenizer(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Load the tokenizer ``name``, the value of the configuration key ``key``; None: the model's tokenizer.
+    """Load a tokenizer, and check that it preserves plain text.
 
-    tokenizer.json defines the ids. If the class in tokenizer_config.json gives other ids, the class is not used and a
-    warning is logged. ``chat_template``: path of a Jinja file that replaces the tokenizer's chat template;
-    ``template_kwargs``: the arguments of this template in the configuration. Raises UserError for unreadable files,
-    for a tokenizer that does not preserve plain text, and for a chat template that cannot be parsed or that omits the
-    user's message.
+    ``name``: a folder or a name on the Hugging Face hub, the value of the configuration key ``key``; None: the
+    tokenizer of the model ``files``. tokenizer.json defines the ids. If the class in tokenizer_config.json gives other
+    ids, the class is not used and a warning is logged. ``chat_template``: path of a Jinja file that replaces the
+    tokenizer's chat template; ``template_kwargs``: the arguments of this template in the configuration. Raises
+    UserError for unreadable files, for a tokenizer that does not preserve plain text, and for a chat template that
+    cannot be parsed or that omits the user's message.
     """
     source = _Source(files.folder if name is None or name == files.name else name, key, name or files.name)
     tokenizer = _read(source)
@@ -113,7 +116,7 @@ def tokenizer_class_misreads(folder: Path) -> bool:
 
 
 def same_tokenizer_files(student: Path, teacher: Path) -> bool:
-    """Return whether both folders have the same tokenizer files, so that the tokenizer must be loaded only once."""
+    """Return whether both model folders have the same tokenizer files, so that loading one is enough."""
     if not (student / "tokenizer.json").is_file() or any((f / _TEMPLATES).exists() for f in (student, teacher)):
         return False
     keyed = ((student, "policy.model_name"), (teacher, "teacher.model_name"))
@@ -138,14 +141,14 @@ def _read(source: _Source) -> Any:
     if tokenizer is None or not len(tokenizer):
         raise source.error(
             f"has no readable tokenizer ({reason(error or ValueError('its vocabulary is empty'))})",
-            "set it to the folder or hub name of a model with a tokenizer.json (tokenizers that need custom code are"
-            " not supported)",
+            f"set {source.key} to the folder or the Hugging Face name of a model with a tokenizer.json (tokenizers that"
+            " need custom code are not supported)",
         )
     settings = source.settings()
     if difference is not None:
         log.warning(
             "%s has tokenizer_class=%s in tokenizer_config.json, which transformers loads as %s, and this class encodes"
-            " text differently from tokenizer.json (%s): tokenizer.json is used",
+            " text differently from tokenizer.json (%s), so tokenizer.json is used",
             *(source, show(settings.get("tokenizer_class"))),
             *(type(read).__name__ if read is not None else "no class", difference),
         )
@@ -158,8 +161,8 @@ def _read(source: _Source) -> Any:
         _add_bos(tokenizer, source)
     elif own and settings.get("add_bos_token") is False and tokenizer.bos_token_id in opening_ids(tokenizer):
         log.warning(
-            "%s has add_bos_token=false in tokenizer_config.json, but tokenizer.json adds %s before plain text:"
-            " tokenizer.json is used",
+            "%s has add_bos_token=false in tokenizer_config.json, but tokenizer.json adds %s before plain text, so"
+            " add_bos_token is ignored",
             *(source, tokenizer.bos_token),
         )
     return tokenizer
@@ -180,8 +183,8 @@ def _is_sentencepiece(tokenizer: Any, source: _Source) -> bool:
     """
     loaded = type(tokenizer).__name__
     log.warning(
-        "%s has no tokenizer.json: the class %s of transformers loads the tokenizer from other files, and only a few"
-        " texts are checked",
+        "%s has no tokenizer.json, so the class %s of transformers loads the tokenizer from other files, and its token"
+        " ids are checked on only a few texts",
         *(source, loaded),
     )
     path = source.file("tokenizer.model")
@@ -193,7 +196,7 @@ def _is_sentencepiece(tokenizer: Any, source: _Source) -> bool:
         return False
     if token_ids(tokenizer, PLAIN_TEXTS) != written:
         raise source.error(
-            f"has a tokenizer.model with which transformers' {loaded} and SentencePiece encode text differently",
+            f"has a tokenizer.model for which transformers' class {loaded} and SentencePiece give different token ids",
             "add the model's tokenizer.json, or correct tokenizer_class in tokenizer_config.json (most models have"
             " LlamaTokenizer)",
         )
@@ -201,7 +204,10 @@ def _is_sentencepiece(tokenizer: Any, source: _Source) -> bool:
 
 
 def _tokenizer_json(source: _Source) -> Tokenizer | None:
-    """Return the tokenizer in tokenizer.json without truncation, padding and dropout; None if the file is missing."""
+    """Return the tokenizer in tokenizer.json, without its truncation, padding and dropout settings.
+
+    Returns None if the file is missing.
+    """
     path = source.file("tokenizer.json")
     if path is None:
         return None
@@ -222,9 +228,10 @@ def _tokenizer_json(source: _Source) -> Tokenizer | None:
 
 
 def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, source: _Source) -> None:
-    """Set ``own`` as the backend of ``tokenizer``, and add the special tokens of tokenizer_config.json to ``own``.
+    """Replace the backend of ``tokenizer`` by ``own``, the tokenizer in tokenizer.json.
 
-    ``read``: the tokenizer as loaded by transformers; its class may have special tokens by default.
+    Special tokens that only tokenizer_config.json defines are added to ``own``. ``read``: the tokenizer as loaded by
+    transformers; its class may have special tokens by default.
     """
     known = own.get_vocab()
     for name in _SPECIAL:
@@ -233,8 +240,8 @@ def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, source: _Source)
             setattr(tokenizer, name, default)
     if added := {token: i for token, i in tokenizer.get_vocab().items() if token not in known}:
         log.warning(
-            "%s adds special tokens that are not in tokenizer.json (%s): they have new ids from %d, for which the model"
-            " has probably no training",
+            "%s adds special tokens that are not in tokenizer.json (%s); their ids start at %d, and the model has"
+            " probably not been trained on them",
             *(source, show(", ".join(added)), min(added.values())),
         )
         own.add_tokens([token for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.content in added])
@@ -242,7 +249,7 @@ def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, source: _Source)
     if tokenizer.split_special_tokens:
         log.warning(
             "%s has split_special_tokens=true in tokenizer_config.json, which splits the control tokens of the chat"
-            " template: the setting is ignored",
+            " template, so the setting is ignored",
             source,
         )
         tokenizer.split_special_tokens = False
@@ -254,8 +261,8 @@ def _add_bos(tokenizer: Any, source: _Source) -> None:
     if bos is None or tokenizer.bos_token_id in opening_ids(tokenizer) or not hasattr(tokenizer, "backend_tokenizer"):
         return
     log.warning(
-        "%s adds %s before plain text, because add_bos_token or the tokenizer class requires it, but transformers %s"
-        " does not",
+        "%s requires %s before plain text (by add_bos_token or its tokenizer class), but transformers %s does not add"
+        " it, so this run adds it",
         *(source, bos, transformers.__version__),
     )
     pair = [bos, "$A", bos, "$B:1"]

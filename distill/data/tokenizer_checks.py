@@ -1,4 +1,8 @@
-"""Check tokenizers on fixed texts: against tokenizer.json, by a round trip, and student against teacher."""
+"""Check tokenizers on fixed texts.
+
+The token ids are compared with tokenizer.json, the decoded text with the original text, and the student's tokenizer
+with the teacher's.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ _VERBATIM = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False
 
 
 def encoding_difference(read: Any, own: Tokenizer) -> str | None:
-    """Return the description of a text that ``read`` and ``own`` encode differently; None if all ids are equal.
+    """Describe a text that ``read`` and ``own`` encode to different ids; None if all ids are equal.
 
     ``read``: the tokenizer as loaded by transformers, or None if it could not be loaded; ``own``: the tokenizer in
     tokenizer.json.
@@ -64,7 +68,7 @@ def _texts(added_tokens: Iterable[str]) -> list[str]:
 
 
 def check_round_trip(tokenizer: Any, key: str, value: str) -> None:
-    """Raise UserError if the tokenizer does not preserve plain text; warn if it changes other texts.
+    """Raise UserError if encoding and decoding changes plain text; warn if it changes other texts.
 
     ``key``, ``value``: the configuration key that selects the tokenizer, and the value of this key.
     """
@@ -104,7 +108,7 @@ def _round_trip(tokenizer: Any, text: str) -> str:
 
 
 def _normalized(tokenizer: Any, text: str) -> str:
-    """Return ``text`` after the tokenizer's normalizer (lower case, for example), without spaces at the start.
+    """Return ``text`` as changed by the tokenizer's normalizer, without spaces at the start.
 
     SentencePiece writes a space as ▁ and adds a space before each text; decoding removes this space.
     """
@@ -113,7 +117,10 @@ def _normalized(tokenizer: Any, text: str) -> str:
 
 
 def _preserves_words(text: str, back: str) -> bool:
-    """Return whether ``back`` has all characters of ``text`` and all spaces between words; it may have more spaces."""
+    """Return whether ``back`` has all characters of ``text`` and all spaces between its words.
+
+    ``back`` may have additional spaces.
+    """
     words = [r"\s*".join(map(re.escape, word)) for word in text.split()]
     return re.fullmatch(r"\s*" + r"\s+".join(words) + r"\s*", back) is not None
 
@@ -121,9 +128,10 @@ def _preserves_words(text: str, back: str) -> bool:
 def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
     """Raise UserError unless student and teacher have the same token for each id, including added tokens.
 
-    The padded sizes of the embeddings may differ. Tokenizers with equal vocabularies may split text differently. This
-    logs a warning, because without context distillation the teacher reads the student's prompt ids. Responses are
-    always passed to the teacher as ids; a teacher prefix is encoded by the teacher's tokenizer.
+    The padded sizes of the embeddings may differ. Tokenizers with equal vocabularies may split text differently. In
+    this case, a warning is logged, because without context distillation the teacher reads the student's prompt ids.
+    Responses are always passed to the teacher as ids; in context distillation, the teacher's tokenizer encodes the
+    teacher's prefix. ``student_name``, ``teacher_name``: the model names, for messages.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:

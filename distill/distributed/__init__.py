@@ -1,1 +1,1 @@
-"""The ranks of a run: launcher, rendezvous, process groups, meshes."""
+"""Starting and connecting the ranks of a run: launcher, rendezvous, process groups, device meshes."""

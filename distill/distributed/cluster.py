@@ -10,7 +10,10 @@ from distill.errors import UserError
 
 
 def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str, tp: int, cp: int) -> None:
-    """Raise UserError if cluster, device or group sizes of the recipe do not fit the ranks of ``world``."""
+    """Raise UserError if the recipe's device or numbers of nodes and ranks do not match those of ``world``.
+
+    ``tp``, ``cp``: tensor- and context-parallel size of the student; tp * cp must divide the number of ranks.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "runtime.device=cuda but torch finds no CUDA device",
@@ -22,7 +25,8 @@ def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str,
         raise UserError(
             f"cluster.num_nodes={num_nodes} x cluster.gpus_per_node={gpus_per_node} needs {num_nodes * gpus_per_node}"
             f" ranks but {world.size} were started",
-            f"set the two keys to the allocation, or start {gpus_per_node} ranks on each of {num_nodes} nodes",
+            f"set cluster.num_nodes and cluster.gpus_per_node to the nodes and the ranks per node that were started, or"
+            f" start {gpus_per_node} ranks on each of {num_nodes} nodes",
             key="cluster.gpus_per_node",
             value=gpus_per_node,
         )
@@ -30,14 +34,15 @@ def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str,
         raise UserError(
             f"cluster.num_nodes={num_nodes} but this Slurm step runs on {nodes} nodes, and torchrun started a separate"
             " run on each of them",
-            "add --nnodes and --rdzv-endpoint to torchrun's options, and set the key to the allocation",
+            f"add --nnodes and --rdzv-endpoint to torchrun's options, and set cluster.num_nodes={nodes}",
             key="cluster.num_nodes",
             value=num_nodes,
         )
     if world.local_size != gpus_per_node:
         raise UserError(
             f"cluster.gpus_per_node={gpus_per_node} but this node runs {world.local_size} ranks",
-            "start one rank per GPU (torchrun --nproc-per-node) or set the key to that number",
+            f"start {gpus_per_node} ranks per node (torchrun --nproc-per-node={gpus_per_node}), or set"
+            f" cluster.gpus_per_node={world.local_size}",
             key="cluster.gpus_per_node",
             value=gpus_per_node,
         )
@@ -45,7 +50,7 @@ def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str,
         raise UserError(
             f"policy.dtensor_cfg.tensor_parallel_size={tp} x context_parallel_size={cp} does not divide the"
             f" {world.size} ranks",
-            f"choose sizes whose product divides {world.size}",
+            f"choose sizes with a product that divides {world.size}",
             key="policy.dtensor_cfg.tensor_parallel_size",
             value=tp,
         )

@@ -1,4 +1,4 @@
-"""Read and check the launcher's environment variables (torchrun, Slurm), and detect the launcher's end."""
+"""Read and check the environment variables of torchrun or Slurm, and detect that torchrun has ended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rank_by_launcher() -> int:
     except (OSError, UnicodeError) as error:
         raise UserError(
             f"MASTER_ADDR={address} cannot be resolved ({error})",
-            "start the program with torchrun or srun, or unset it",
+            "set MASTER_ADDR to the host name of rank 0, or start the program with torchrun or srun, which set it",
             key="MASTER_ADDR",
             value=address,
         ) from None
@@ -52,15 +52,15 @@ def is_torchrun() -> bool:
 
 
 def launcher_holds_store() -> bool:
-    """Return whether torchrun's agent holds the rendezvous store; otherwise rank 0 does."""
+    """Return whether the rendezvous store is in torchrun's launcher process; otherwise it is in rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launch_id() -> str:
-    """Return the id of this launch, equal on all its ranks; a restart by the launcher has a new id.
+    """Return the id of this start of all ranks, equal on all of them; a restart by the launcher has a new id.
 
-    All keys in the store begin with the id, so that ranks of another job or an earlier start at the same port are
-    ignored. Without torchrun and Slurm the id is "0".
+    All keys in the rendezvous store begin with the id, so that ranks of another job or an earlier start at the
+    same port are ignored. Without torchrun and Slurm the id is "0".
     """
     if is_torchrun():  # the run id is torchrun's --rdzv-id; its agents keep their store when they restart the ranks
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -69,7 +69,7 @@ def launch_id() -> str:
 
 
 def launcher_error(rank: int) -> str | None:
-    """Return an error message if torchrun's agent, the parent process of ``rank``, has ended; else None.
+    """Return an error message if torchrun's launcher process, the parent of ``rank``, has ended; else None.
 
     Always None without torchrun, because a shell that starts the process in the background may end earlier.
     """

@@ -29,7 +29,7 @@ def start_process() -> None:
 
 
 def run_program(program: Callable[[World], None]) -> int:
-    """Run ``program`` in the world of all ranks and return the exit code, the same on every rank.
+    """Connect all ranks, run ``program`` and return the exit code, which is the same on every rank.
 
     Call ``start_process`` first. Exit codes: 0; 2 for UserError; 1 for RunFailed or any other exception. The main rank
     prints one sentence for an error that all ranks raise together. An error of a single rank is printed by that rank,
@@ -98,7 +98,7 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
 
 
 def _join_world(supervisor: Supervisor) -> World | int:
-    """Return the world once all ranks have joined, or the exit code if this rank cannot join."""
+    """Connect this rank to all other ranks; return the World, or the exit code if the connection fails."""
     try:
         return World(supervisor=supervisor)
     except UserError as error:
@@ -112,7 +112,9 @@ def _join_world(supervisor: Supervisor) -> World | int:
         return _exit_without_world(supervisor, retryable_failure(str(error)), error.report)
     except Exception as error:
         traceback.print_exc()
-        status = ExitStatus("failed", f"before all ranks joined: {error}", 1, is_connection_loss(error))
+        status = ExitStatus(
+            "failed", f"a rank failed before all ranks had joined the run: {error}", 1, is_connection_loss(error)
+        )
         if supervisor.has_watchdog:
             supervisor.wait_grace_period()
             supervisor.abort(status)
@@ -136,7 +138,7 @@ def _is_main_or_unknown() -> bool:
 
 
 def _print_error(reason: str) -> None:
-    """Print the reason on one line; paths and messages of libraries may contain line breaks."""
+    """Print ``reason`` on one line; paths and messages of libraries may contain line breaks."""
     print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
@@ -151,9 +153,9 @@ _CONNECTION_LOSS = re.compile(
     r"|uncorrectable ECC|fallen off the bus",
     re.IGNORECASE,
 )
-"""Messages of gloo, NCCL, torch's store and CUDA after a rank, a machine or a device has failed."""
+"""Pattern of error messages of gloo, NCCL, torch's store and CUDA after a rank, machine or device has failed."""
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Return whether another rank or this rank's device failed, so that a restart may succeed."""
+    """Return whether ``error`` shows a failure of another rank, a machine or a device, which is retryable."""
     return _CONNECTION_LOSS.search(str(error)) is not None

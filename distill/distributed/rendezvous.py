@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
 """Seconds to wait for missing ranks; long, because importing Python from a cold file system takes minutes."""
 _OWN_STORE_TIMEOUT_S = 20.0
-"""Seconds in which rank 0 must connect to the store that it serves itself."""
+"""Seconds in which rank 0 must connect to the store if the store is in rank 0."""
 _LOG_AFTER_S = 20.0
 _POLL_S = 0.1
 _TIMED_OUT = "timed out"
@@ -31,7 +31,7 @@ _TIMED_OUT = "timed out"
 class RendezvousError(Exception):
     """Failure of the rendezvous, for example a missing rank.
 
-    ``report``: whether this rank prints the reason.
+    ``report``: whether this rank prints the reason; False if another rank prints it.
     """
 
     def __init__(self, reason: str, report: bool = True) -> None:
@@ -40,16 +40,16 @@ class RendezvousError(Exception):
 
 
 class Rendezvous:
-    """Rank, number of ranks and store of this launch, from the variables of torchrun or Slurm.
+    """This rank's number, the number of ranks and the store, from the variables of torchrun or Slurm.
 
-    Every rank creates one, and calls ``barrier`` and then ``connect``. Raises UserError if the port is in use, and
-    RendezvousError if no process holds a store. A single process without a launcher opens no port.
+    Every rank creates a Rendezvous, and calls ``barrier`` and then ``connect``. Raises UserError if the port is in use,
+    and RendezvousError if this rank cannot connect to the store. A single process without a launcher opens no port.
     """
 
     def __init__(self) -> None:
         self.rank, self.size, self._address = 0, 1, "this process"
         self.holds_store = True
-        """Whether this process serves the store, so that the store ends with this process."""
+        """Whether the store is in this process, so that it ends with this process."""
         if "RANK" not in os.environ:
             self.store: dist.Store = dist.HashStore()
             return
@@ -60,7 +60,7 @@ class Rendezvous:
         self.store = self._open_store(host, port)
 
     def _open_store(self, host: str, port: int) -> dist.Store:
-        """Open the store; rank 0 serves it unless torchrun's agent does.
+        """Open the key-value store; it is in rank 0, or in torchrun's launcher process.
 
         If MASTER_ADDR is an IP address, rank 0 listens on that address only; PyTorch would listen on all interfaces.
         """
@@ -133,7 +133,7 @@ class Rendezvous:
         raise RendezvousError(first.partition(":")[2], report=first == message)
 
     def connect(self, backend: str, timeout: datetime.timedelta) -> None:
-        """Create the default process group; collective, call it after ``barrier``.
+        """Create torch's default process group; collective; call it after ``barrier``.
 
         ``timeout``: timeout of the group's collectives. Raises UserError if ranks cannot reach each other.
         """
@@ -152,7 +152,10 @@ class Rendezvous:
 
 
 def _is_ip_address(host: str) -> bool:
-    """Return whether ``host`` is an IP address; a name may resolve to the loopback interface on its own machine."""
+    """Return whether ``host`` is an IP address.
+
+    On the machine that has the host name ``host``, the name may resolve to the loopback interface.
+    """
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -161,7 +164,7 @@ def _is_ip_address(host: str) -> bool:
 
 
 def _is_port_in_use(error: Exception) -> bool:
-    """Return whether another process listens at the port; torch reports it only in the message."""
+    """Return whether ``error`` reports that the port is in use, which torch reports only in the message."""
     text = str(error)
     return getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in text or "already in use" in text
 

@@ -16,16 +16,16 @@ _PORT_BASE, _PORT_SPAN = 20000, 12000
 LAUNCH_ID = "DISTILL_LAUNCH_ID"
 """Environment variable that identifies a launch by ``srun python -m distill.train``; equal on its ranks only."""
 PORTS_PER_JOB = 31
-"""Number of consecutive ports reserved for a job; jobs with nearby numbers use different ports."""
-_FIX = "start the program with srun, or unset it"
+"""Number of consecutive ports per job, so that jobs with nearby numbers use different ports."""
+_FIX = "start the program with srun, or unset the variable"
 
 
 def torch_environment() -> dict[str, str]:
     """Return torch.distributed's variables, and LAUNCH_ID, for ``srun python -m distill.train`` (one task per GPU).
 
-    Empty if torchrun has set them, or if the step has only one task. The address is the step's first node. The port
-    depends on job and step, so that two jobs on one node use different ports. MASTER_ADDR and MASTER_PORT take
-    precedence. Raises UserError for invalid variables of Slurm.
+    Empty if torchrun has set them, or if the Slurm step has only one task. MASTER_ADDR is the step's first node, and
+    MASTER_PORT depends on job and step, so that two jobs on one node use different ports, unless the environment
+    already sets them. Raises UserError for invalid variables of Slurm.
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
         return {}
@@ -52,23 +52,23 @@ def _port_of_step() -> int:
 
 
 def job_id() -> int:
-    """Return the number of this process's job, which stays the same after a requeue."""
+    """Return the number of this process's Slurm job, which stays the same after a requeue."""
     return int(os.environ["SLURM_JOB_ID"])
 
 
 def start_of_job() -> tuple[int, int] | None:
-    """Return the job's number and the number of its requeues; None outside of Slurm."""
+    """Return the Slurm job's number and how often it was requeued; None outside of Slurm."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
     return (int(job), int(restarts)) if job.isdecimal() and restarts.isdecimal() else None
 
 
 def job_nodes() -> str:
-    """Return the nodes of the job in Slurm's notation."""
+    """Return the node list of the Slurm job, such as ``jwb[0012-0014,0020]``."""
     return os.environ["SLURM_JOB_NODELIST"]
 
 
 def allocation() -> tuple[int, int | None]:
-    """Return the job's number of nodes, and of GPUs on its first node (None if Slurm does not manage GPUs)."""
+    """Return the Slurm job's number of nodes, and of GPUs on this node (None if Slurm manages no GPUs)."""
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]), int(gpus) if gpus else None
 
@@ -79,7 +79,7 @@ def port(job: int, step: int = 0) -> int:
 
 
 def address_of(node: str) -> str:
-    """Return the node's name, or its address in Slurm's configuration if the name cannot be resolved."""
+    """Return the name of ``node``, or its address in Slurm's configuration if the name cannot be resolved."""
     if not resolves(node) and (scontrol := shutil.which("scontrol")):
         shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
         if found := re.search(r"NodeAddr=(\S+)", shown.stdout):
@@ -109,7 +109,7 @@ def first_host(nodes: str) -> str:
     match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?", nodes)
     if match is None:
         raise UserError(
-            f"environment variable SLURM_JOB_NODELIST={nodes} names no node",
+            f"environment variable SLURM_JOB_NODELIST={nodes} contains no name of a node",
             _FIX,
             key="SLURM_JOB_NODELIST",
             value=nodes,

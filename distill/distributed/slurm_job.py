@@ -1,4 +1,4 @@
-"""Print the variables of a run for scripts/train.sbatch, as shell assignments."""
+"""Print nodes, rendezvous address and run directory for scripts/train.sbatch, as shell assignments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the variables of the run with arguments ``argv``; return exit code 0, or 2 for a UserError."""
+    """Print the variables of the run with command line ``argv``; return exit code 0, or 2 for a UserError."""
     try:
         found = variables(argv)
     except UserError as error:
@@ -33,13 +33,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def variables(argv: Sequence[str]) -> dict[str, str]:
-    """Return NODES, RANKS (per node), ADDRESS and PORT of the rendezvous, and RUN_DIR; call it on the first node.
+    """Return NODES, RANKS (per node), ADDRESS and PORT of the rendezvous, and RUN_DIR.
 
-    The run directory is the same after a requeue. Raises UserError for an invalid recipe, or one that does not match
-    the allocation.
+    Called on the first node of the Slurm job. The run directory is the same after a requeue. Raises UserError for an
+    invalid recipe, or a recipe with other numbers of nodes and GPUs than the job.
     """
     if flags := {"--help", "-h", "--dry-run", "--dry_run"} & set(argv):
-        raise UserError(f"{min(flags)} needs no job", f"use python -m distill.train {min(flags)}", key=min(flags))
+        raise UserError(
+            f"{min(flags)} cannot be used in a Slurm job", f"run python -m distill.train {min(flags)}", key=min(flags)
+        )
     config = parse_args(argv).config
     check_allocation(config)
     job, nodes = slurm.job_id(), config.cluster.num_nodes
@@ -54,7 +56,10 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check_allocation(config: Config) -> None:
-    """Raise UserError if ``cluster.*`` differs from the job's allocation. GPUs are compared if Slurm manages them."""
+    """Raise UserError if the numbers of nodes and GPUs in ``cluster.*`` differ from the Slurm job's allocation.
+
+    The number of GPUs is compared only if Slurm manages GPUs.
+    """
     (nodes, gpus), cluster = slurm.allocation(), config.cluster
     if cluster.num_nodes != nodes:
         raise UserError(
@@ -73,7 +78,7 @@ def check_allocation(config: Config) -> None:
 
 
 def free_port(job: int) -> int:
-    """Return the first of the job's ports that is free on this machine."""
+    """Return the first free port on this machine among the ports of Slurm job ``job``."""
     for port in (slurm.port(job, index) for index in range(slurm.PORTS_PER_JOB)):
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port
@@ -81,7 +86,10 @@ def free_port(job: int) -> int:
 
 
 def address() -> str:
-    """Return this node's address for other nodes: on the interface GLOO_SOCKET_IFNAME, if that variable is set."""
+    """Return the address at which other nodes reach this node, the first node of the Slurm job.
+
+    If GLOO_SOCKET_IFNAME is set, it is the address of that network interface.
+    """
     if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
         return interface_address(interface)
     found = slurm.address_of(node := slurm.first_host(slurm.job_nodes()))

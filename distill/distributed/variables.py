@@ -1,4 +1,4 @@
-"""Read integer environment variables of a launcher."""
+"""Read integer environment variables of torchrun or Slurm."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ def integer(
     least: int,
     most: int | None = None,
     default: str = "",
-    fix: str = "start the program with torchrun or srun, or unset it",
+    fix: str = "start the program with torchrun or srun, or unset the variable",
 ) -> int:
-    """Return variable ``name`` as integer; raise UserError unless it is in ``least``..``most``."""
+    """Return the variable ``name`` as an integer; raise UserError unless it is in ``least``..``most``.
+
+    ``most``: None for no maximum; ``default``: text that replaces a missing variable.
+    """
     text = variables.get(name, default)
     if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
         return int(text)

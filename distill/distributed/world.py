@@ -29,14 +29,15 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=30)
 _SHUTDOWN_TIMEOUT = datetime.timedelta(minutes=1)
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
-"""Timeout of collectives on the control group: longer than any work of a rank, because the watchdog detects hangs."""
+"""Timeout of collectives on ``World.control``; longer than any step, because the watchdog detects hanging ranks."""
 
 
 class World:
-    """All ranks of the run, as seen from this rank; creating it is collective.
+    """This rank's connection to all ranks of the run: process groups, device meshes and collectives.
 
-    Ranks are read from torchrun's or Slurm's variables; without them the world has one rank. ``supervisor``: supervisor
-    of this rank; if None, there is no watchdog. Raises RendezvousError or UserError, like Rendezvous.
+    Creating it is collective. Ranks are read from torchrun's or Slurm's variables; without them the world has one rank.
+    ``supervisor``: supervisor of this rank; if None, there is no watchdog. Raises RendezvousError or UserError, like
+    Rendezvous.
     """
 
     def __init__(self, timeout: datetime.timedelta = _TIMEOUT, supervisor: Supervisor | None = None) -> None:
@@ -76,7 +77,7 @@ class World:
         """
         if not dist.is_initialized():
             raise RuntimeError(
-                "the process groups are destroyed: closing vLLM's engine destroys them, so close it last"
+                "the process groups were destroyed, perhaps when vLLM's engine was closed: close the engine last"
             )
         group: dist.ProcessGroup = self._control
         return group
@@ -113,18 +114,18 @@ class World:
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """Return the mesh for FSDP: dp and cp as one axis, after the replica axis if there are several replicas."""
+        """Return the device mesh for FSDP: (shard), or (replica, shard) if there are several replicas."""
         return self._axes("shard") if self._axes("replica").size() == 1 else self._axes("replica", "shard")
 
     @property
     def replica_mesh(self) -> DeviceMesh:
-        """Return the flat mesh (shard and tp) of the ranks that together hold one complete model."""
+        """Return the flat device mesh of the ranks (shard x tp) that together hold one complete student."""
         mesh: DeviceMesh = self._axes("shard", "tp")._flatten("shard_tp")
         return mesh
 
     @property
     def tp_mesh(self) -> DeviceMesh:
-        """Return the mesh of the ranks that split each layer's matrices."""
+        """Return the tensor-parallel device mesh: the ranks over which each layer's matrices are split."""
         return self._axes("tp")
 
     @property
@@ -141,7 +142,7 @@ class World:
 
     @property
     def layout(self) -> Layout:
-        """Return this rank's coordinates for batching: data, context and tensor parallel."""
+        """Return this rank's data-, context- and tensor-parallel coordinates, with the sizes of these axes."""
         tp, cp = self._axes("tp"), self._cp_mesh
         group = cp.size() * tp.size()
         return Layout(
@@ -219,20 +220,23 @@ class World:
         self.supervisor.stop_watchdog()
 
     def shutdown_barrier(self) -> None:
-        """Wait for all ranks and stop the watchdog; the last collective of a run.
+        """Wait for all ranks and stop the watchdogs of all ranks; the last collective of a run.
 
-        Afterwards ranks may exit in any order.
+        Afterwards ranks may exit at different times.
         """
         self.barrier()
         self.supervisor.stop_watchdog()
         try:  # every watchdog must have stopped before the first rank exits, or it would report a dead rank
             dist.monitored_barrier(group=self.control, timeout=_SHUTDOWN_TIMEOUT)
         except (dist.DistError, RuntimeError) as error:
-            log.warning("shutdown barrier failed; a rank exited early (%s)", str(error).splitlines()[0])
+            log.warning(
+                "the barrier at the end of the run failed, perhaps because another rank exited early (%s)",
+                str(error).splitlines()[0],
+            )
 
 
 def _fields(error: Exception) -> tuple[bool, tuple[str, str, str, str | None]]:
-    """Return whether ``error`` is a UserError, and the arguments of its constructor as text."""
+    """Return whether ``error`` is a UserError, and the arguments with which other ranks can recreate it."""
     if isinstance(error, UserError):
         return True, (error.problem, error.fix, error.key, None if error.value is None else show(error.value))
     return False, (f"{error}" or repr(error), "", "", None)

@@ -1,4 +1,4 @@
-"""Triton kernels, each with a reference implementation in PyTorch.
+"""Triton kernels of the loss and of the top-k, each with a reference implementation in PyTorch.
 
 Only this package imports triton directly.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 
 def interpreted() -> bool:
-    """Return whether the kernels run in Triton's interpreter; fixed when they are first imported."""
+    """Return whether the Triton kernels run in Triton's interpreter instead of on a GPU.
+
+    The environment variable ``TRITON_INTERPRET`` decides this when the kernels are first imported.
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     from distill.kernels import loss_student

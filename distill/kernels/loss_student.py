@@ -1,9 +1,10 @@
 """Triton kernels that reduce the student's logits and compute the gradient of the logits.
 
-The tail of a row consists of all logits outside the K kept ids. ``reduce_rows`` reads the logits once and
-reduces each row to its kept logits and three numbers about the tail. ``gradient_rows`` reads the logits again and
-writes the gradient. The reference implementations in ``loss.topk_reduction`` need about ten passes over the logits.
-Each Triton program processes one row. Sums are float32 for all dtypes.
+A row has the logits of one response token. Its kept ids are the K token ids of a top-k; its tail consists of all other
+logits. ``reduce_rows`` reads the logits once and reduces each row to the logits at the kept ids and three numbers about
+the tail. ``gradient_rows`` reads the logits again and writes the gradient. The reference implementations in
+``loss.topk_reduction`` need about ten passes over the logits. Each Triton program processes one row. Sums are float32
+for all dtypes.
 
 Suffixes of names in the kernels: K kept ids, B a block of kept ids, G x L a tile of G runs of L adjacent logits. Each
 thread processes the same lanes (indices in 0..L-1) of all G runs. It can therefore sum a tile without communication
@@ -21,15 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""Supported dtypes of logits and gradients."""
+"""Dtypes of logits and gradients that the kernels support."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Finite replacement of a logit difference of -inf: exp(-inf) * -inf would be NaN."""
+"""Finite number that replaces a logit difference of -inf, because exp(-inf) * -inf would be NaN."""
 
 
 class Launch(NamedTuple):
-    """Launch parameters of a kernel that reads a row in tiles of ``runs`` x ``lanes`` logits."""
+    """Launch parameters of a Triton kernel that reads a row of logits in tiles of ``runs`` x ``lanes``.
+
+    A tile consists of ``runs`` runs of ``lanes`` adjacent logits. ``num_warps`` is the number of warps of the program.
+    """
 
     runs: int
     lanes: int
@@ -37,31 +41,35 @@ class Launch(NamedTuple):
 
 
 def launch(vocab: int, dtype: torch.dtype) -> Launch:
-    """Return the launch parameters for rows of ``vocab`` logits, with 16 bytes per thread and run."""
+    """Return the launch parameters for rows of ``vocab`` logits of ``dtype``.
+
+    Each thread reads 16 bytes of each run.
+    """
     per_thread = 16 // dtype.itemsize
     num_warps = 8 if vocab >= 16384 else 4 if vocab >= 2048 else 1
     return Launch(runs=4, lanes=32 * num_warps * per_thread, num_warps=num_warps)
 
 
 def id_block(k: int) -> int:
-    """Return the number of kept ids that a program processes in one iteration."""
+    """Return the block size of a program's loop over the ``k`` kept ids: a power of 2, at most 1024."""
     return min(int(triton.next_power_of_2(k)), 1024)
 
 
 def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the kept logits and the tail sums of each row; write -inf to the logits at the kept ids.
+    """Return the logits at the kept ids, and three numbers about the tail of each row.
 
-    The reference implementation is ``loss.topk_reduction.reduce_in_place``.
+    The tail consists of all other logits of the row. Overwrites the logits at the kept ids with -inf. The reference
+    implementation is ``loss.topk_reduction.reduce_in_place``.
 
     Args:
         z_CV: raw logits, float32 or bf16, with column stride 1; the row stride may exceed V.
-        ids_CK: kept ids, int32 or int64 in [0, V), distinct within a row; -1 is padding.
+        ids_CK: kept ids (columns of ``z_CV``), int32 or int64 in [0, V), distinct within a row; -1 is padding.
         inverse_temperature: 1 / temperature; all outputs are computed from z = logit * inverse_temperature.
 
     Returns:
         Four float32 tensors: z at the kept ids [C, K] (-inf for padding), the largest z of the tail m [C], the sum of
-        exp(z - m) over the tail [C], and the sum of (z - m) exp(z - m) over the tail [C]. If all logits of the tail
-        are -inf, m is -inf and the sums are 0. If a logit is NaN, the sums are NaN.
+        exp(z - m) over the tail [C], and the sum of (z - m) exp(z - m) over the tail [C]. If all logits of the tail are
+        -inf, m is -inf and the sums are 0. If a logit is NaN, the sums are NaN.
 
     Raises ``ValueError`` for other dtypes, shapes or strides. Ids out of range are not detected.
     """
@@ -103,10 +111,10 @@ def gradient_rows(
     inverse_temperature: float,
     out_CV: Tensor,
 ) -> Tensor:
-    """Write the gradient of the logits to ``out_CV``.
+    """Write the gradient of the loss with respect to the student's logits to ``out_CV``.
 
-    The gradient is ``d_logits_CK`` at the kept ids, and exp(z - m) (factor + slope (z - m)) at a logit z of the tail.
-    The reference implementation is ``loss.topk_reduction.TorchReduced.gradient``.
+    The gradient is ``d_logits_CK`` at the kept ids, and exp(z - m) (factor + slope (z - m)) at all other logits z, with
+    m = ``tail_max_C``. The reference implementation is ``loss.topk_reduction.TorchReduced.gradient``.
 
     Args:
         z_CV: the raw logits after ``reduce_rows``, with -inf at the kept ids.
@@ -128,9 +136,9 @@ def gradient_rows(
     _check_ids(z_CV, ids_CK)
     (rows, vocab), k = z_CV.shape, ids_CK.shape[1]
     if out_CV.shape != z_CV.shape:
-        raise ValueError(f"out_CV must have the shape of z_CV, {list(z_CV.shape)}, not {list(out_CV.shape)}")
+        raise ValueError(f"out_CV must have the shape of z_CV, {list(z_CV.shape)}, but has shape {list(out_CV.shape)}")
     if out_CV.data_ptr() == z_CV.data_ptr() and (out_CV.dtype, out_CV.stride()) != (z_CV.dtype, z_CV.stride()):
-        raise ValueError("out_CV and z_CV share memory, but their dtypes or row strides differ")
+        raise ValueError("out_CV and z_CV share memory, but they have different dtypes or row strides")
     per_row = {"tail_max_C": tail_max_C, "factor_C": factor_C} | ({} if slope_C is None else {"slope_C": slope_C})
     for name, numbers_C in per_row.items():
         _check_numbers(name, numbers_C, (rows,))
@@ -164,7 +172,11 @@ def gradient_rows(
 def _add_tile(
     z_GL: tl.tensor, top_L: tl.tensor, sum_L: tl.tensor, product_L: tl.tensor, to_log2: tl.tensor
 ) -> tl.tensor:
-    """Update the running maximum and sums of each lane with a tile of raw logits, and return them."""
+    """Update the running maximum and the two running sums of each lane with a tile of raw logits z.
+
+    With the maximum m and w = exp((z - m) / temperature), the sums are those of w and of (z - m) w. ``to_log2`` is
+    log2(e) / temperature. Returns the new maximum and sums.
+    """
     new_top_L = tl.maximum(top_L, tl.max(z_GL, axis=0))
     # If a lane has only read -inf, -inf - -inf would be NaN.
     base_L = tl.where(new_top_L == float("-inf"), 0.0, new_top_L)
@@ -234,7 +246,10 @@ def _reduce(
 def _gradient_of_tile(
     z_GL: tl.tensor, top: tl.tensor, factor: tl.tensor, slope: tl.tensor, inverse_temperature: tl.tensor
 ) -> tl.tensor:
-    """Return the gradient of a tile of the tail's logits; ``slope`` may be None."""
+    """Return exp(z - top) (factor + slope (z - top)) for a tile of logits, with z = logit / temperature.
+
+    ``slope=None`` means 0.
+    """
     distance_GL = z_GL.to(tl.float32) * inverse_temperature - top
     mass_GL = tl.exp2(distance_GL * _LOG2_E)
     if slope is None:
@@ -297,18 +312,22 @@ def _gradient(
 
 def _check_rows(name: str, rows_CV: Tensor) -> None:
     if rows_CV.dim() != 2 or rows_CV.dtype not in DTYPES:
-        raise ValueError(f"{name} must be [C, V], float32 or bf16, not {list(rows_CV.shape)}, {rows_CV.dtype}")
+        raise ValueError(
+            f"{name} must be a [C, V] tensor of float32 or bf16, not {rows_CV.dtype} of shape {list(rows_CV.shape)}"
+        )
     if rows_CV.stride(1) != 1 and rows_CV.shape[1] > 1:
-        raise ValueError(f"{name} must have column stride 1, not {rows_CV.stride(1)}")
+        raise ValueError(f"{name} must have stride 1 in the last dimension, but has stride {rows_CV.stride(1)}")
 
 
 def _check_ids(z_CV: Tensor, ids_CK: Tensor) -> None:
     if ids_CK.dim() != 2 or ids_CK.shape[0] != z_CV.shape[0] or ids_CK.shape[1] < 1:
-        raise ValueError(f"ids_CK must be [{z_CV.shape[0]}, K >= 1], not {list(ids_CK.shape)}")
+        raise ValueError(f"ids_CK must have shape [{z_CV.shape[0]}, K] with K >= 1, but has shape {list(ids_CK.shape)}")
     if ids_CK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"ids_CK must be int32 or int64, not {ids_CK.dtype}")
+        raise ValueError(f"ids_CK must have dtype int32 or int64, but has {ids_CK.dtype}")
 
 
 def _check_numbers(name: str, numbers: Tensor, shape: tuple[int, ...]) -> None:
     if numbers.dtype != torch.float32 or numbers.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}, float32, not {list(numbers.shape)}, {numbers.dtype}")
+        raise ValueError(
+            f"{name} must be float32 of shape {list(shape)}, not {numbers.dtype} of shape {list(numbers.shape)}"
+        )

@@ -1,14 +1,15 @@
 """Triton kernels for the exact top-k of each row of logits, with log tail mass and entropy.
 
-The kernels read the logits little more than once. The reference implementation is
-``loss.targets.TeacherScorer.topk_of_ids`` with the ids of ``torch.topk``. No kernel makes the host wait for the device.
+The log tail mass is the log of the total probability of all tokens outside the top-k. The kernels read the logits
+little more than once. The reference implementation is ``loss.targets.TeacherScorer.topk_of_ids`` with the ids of
+``torch.topk``. No kernel makes the host wait for the device.
 
 1. ``scan_tiles`` reads a row in tiles and writes the largest logit of each tile. Let t be the k-th largest of these
    maxima. Then k tiles have a logit of at least t, so t is a lower bound of the k-th largest logit.
-2. ``select`` reads again only the tiles with a maximum of at least t, about k tiles. Their logits of at least t are
-   the candidates, usually few more than k. The kernel selects the k largest candidates.
-3. With hundreds of equal logits, which occur in bf16, the candidates can overflow their buffer. ``select`` marks such
-   a row, and ``full_row`` computes it. ``full_row`` needs no buffer, but it reads the row in every bisection step.
+2. ``select`` reads again only the tiles with a maximum of at least t, about k tiles. Their logits of at least t are the
+   candidates, usually few more than k. The kernel selects the k largest candidates.
+3. With hundreds of equal logits, which occur in bf16, the candidates can overflow their buffer. ``select`` marks such a
+   row, and ``full_row`` computes it. ``full_row`` needs no buffer, but it reads the row in every bisection step.
 
 A tile is not contiguous: it consists of ``W / VEC`` runs of 16 bytes, with a large stride. A single thread reads a
 complete tile, so it computes the tile's maximum and sums without communication, which would take longer than the read.
@@ -29,9 +30,9 @@ from torch import Tensor
 from distill.kernels.topk_programs import full_row, scan_tiles, select
 
 MAX_TILED_K = 2048
-"""Largest k for which tiles are used.
+"""Largest k for which the algorithm with tiles (``scan_tiles`` and ``select``) is used.
 
-For a larger k, or a k close to the vocabulary size, ``full_row`` computes all rows.
+For a larger k, or a k close to the vocabulary size, the kernel ``full_row`` computes all rows.
 """
 
 _GROUP = 8192
@@ -39,29 +40,34 @@ _GROUP = 8192
 
 
 class Tiling(NamedTuple):
-    """Numbers and sizes of the tiles of a row."""
+    """Division of a row of logits into groups of tiles.
+
+    A tile is a set of logits that a single thread reads. A group is a contiguous range of logits that consists of
+    tiles.
+    """
 
     width: int
     """Number of logits in a tile."""
     per_group: int
-    """Number of tiles in a group; a group is a contiguous range of logits."""
+    """Number of tiles in a group; a group is a contiguous range of logits of the row."""
     groups: int
     """Number of groups in a row; the last group may extend past the end of the row."""
     room: int
-    """Number of candidates that the buffer of a row can hold."""
+    """Capacity of the candidate buffer of a row: the number of logits that may belong to the top-k."""
 
     @property
     def tiles(self) -> int:
-        """Return the number of tiles of a row, including tiles past the end of the row."""
+        """Return the number of tiles in all groups of a row, including tiles past the end of the row."""
         return self.per_group * self.groups
 
 
 def tiling(vocab: int, k: int) -> Tiling | None:
-    """Return the tiling for the ``k`` largest of ``vocab`` logits; None if ``full_row`` is as fast.
+    """Return the division of rows of ``vocab`` logits into tiles for a top-``k``.
 
-    The memory traffic consists of two 4-byte numbers per tile, written and read, and of about k tiles that are read
-    again. It is smallest for a width of about sqrt(2 V / k). With few tiles in comparison to k, nearly all logits would
-    be candidates; then the result is None.
+    Returns None if k is above ``MAX_TILED_K``, or if a row has few tiles in comparison to k; then the kernel
+    ``full_row`` is as fast, because nearly all logits would be candidates for the top-k. The memory traffic consists of
+    two 4-byte numbers per tile, written and read, and of about k tiles that are read again. It is smallest for a tile
+    width of about sqrt(2 V / k).
     """
     width = 64
     while width > 8 and width * width * k > 4 * vocab:
@@ -73,9 +79,10 @@ def tiling(vocab: int, k: int) -> Tiling | None:
 
 
 def topk_ids(z_CV: Tensor, k: int) -> Tensor:
-    """Return the exact ids of the ``k`` largest logits of each row; among equal logits the lowest ids.
+    """Return the exact ids (columns) of the ``k`` largest logits of each row.
 
-    The reference implementation is ``torch.topk``.
+    If several logits equal the k-th largest, the lowest of their ids are returned. The reference implementation is
+    ``torch.topk``.
 
     Args:
         z_CV: logits, float32 or bf16, with column stride 1; the row stride may exceed V. If it is a multiple of 16, the
@@ -92,29 +99,33 @@ def topk_ids(z_CV: Tensor, k: int) -> Tensor:
 
 
 def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the ids of ``topk_ids`` with log-probs, log tail mass and entropy.
+    """Return the ids of the ``k`` largest logits of each row, with log-probs, log tail mass and entropy.
 
-    The reference implementation is ``loss.targets.TeacherScorer.topk_of_ids`` with ``TorchKernels``.
+    The log tail mass is the log of the total probability of all other tokens. The reference implementation is
+    ``loss.targets.TeacherScorer.topk_of_ids`` with ``TorchKernels``.
 
     Args:
-        z_CV: raw logits, as for ``topk_ids``.
+        z_CV: raw logits, with the dtypes and strides that ``topk_ids`` supports.
         k: number of ids, from 1 to V; with k = V the tail is empty.
         inverse_temperature: 1 / temperature, above 0; all outputs use the logits multiplied by it.
 
     Returns:
         ids [C, K] (int32), log-probs [C, K], log tail mass [C] and entropy [C] (float32, nats). Log-probs and entropy
-        are those of the complete row. The log tail mass is computed from the tail alone, so it is precise for a small
-        tail; it is -inf for an empty tail. A row with NaN or +inf has NaN among its log-probs.
+        are those of the complete row. The log tail mass is computed from the other tokens alone, so it is precise even
+        if it is small; it is -inf for k = V. A row with NaN or +inf has NaN among its log-probs.
 
     Raises ``ValueError`` as ``topk_ids`` does, and for an inverse temperature that is not above 0.
     """
     if not inverse_temperature > 0:
-        raise ValueError(f"inverse_temperature must be above 0, not {inverse_temperature}")
+        raise ValueError(f"inverse_temperature must be above 0, but is {inverse_temperature}")
     return _topk(z_CV, k, inverse_temperature)
 
 
 def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, log-probs, log tail mass and entropy; the last three are empty without temperature."""
+    """Return ids, log-probs, log tail mass and entropy of the top-k of each row.
+
+    Without ``inverse_temperature`` only the ids are computed, and the other results have no elements.
+    """
     _check(z_CV, k)
     (rows, vocab), device = z_CV.shape, z_CV.device
     stats = inverse_temperature is not None
@@ -146,9 +157,11 @@ def _by_tiles(
     k: int,
     stats: bool,
 ) -> None:
-    """Compute the outputs of all rows by tiles.
+    """Write the top-k of all rows to ``outputs``, with the kernels ``scan_tiles`` and ``select``.
 
-    Sets ``full_row_C`` to 1 for rows that ``full_row`` must compute, and to 0 for the other rows.
+    ``cut`` is the division of a row into tiles. ``rest`` has the vocabulary size, the row stride and 1 / temperature.
+    Sets ``full_row_C`` to 1 for rows that overflowed the candidate buffer, which the kernel ``full_row`` must compute,
+    and to 0 for all other rows.
     """
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)
@@ -174,11 +187,13 @@ def _by_tiles(
 
 def _check(z_CV: Tensor, k: int) -> None:
     if z_CV.dim() != 2 or z_CV.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"z_CV must be [C, V], float32 or bf16, not {list(z_CV.shape)}, {z_CV.dtype}")
+        raise ValueError(
+            f"z_CV must be a [C, V] tensor of float32 or bf16, not {z_CV.dtype} of shape {list(z_CV.shape)}"
+        )
     if z_CV.stride(1) != 1 and z_CV.shape[1] > 1:
-        raise ValueError(f"z_CV must have column stride 1, not {z_CV.stride(1)}")
+        raise ValueError(f"z_CV must have stride 1 in the last dimension, but has stride {z_CV.stride(1)}")
     if not 1 <= k <= z_CV.shape[1]:
-        raise ValueError(f"k must be between 1 and the number of columns, {z_CV.shape[1]}, not {k}")
+        raise ValueError(f"k must be from 1 to the number of columns of z_CV, {z_CV.shape[1]}, but is {k}")
 
 
 def _power_of_2(number: int) -> int:

@@ -1,4 +1,8 @@
-"""Triton programs of ``distill.kernels.topk``, whose docstring describes the algorithm and the suffixes of names."""
+"""Triton kernels that ``distill.kernels.topk`` launches to compute the top-k of rows of logits.
+
+The docstring of ``distill.kernels.topk`` describes the algorithm and the suffixes of names. A key is an int32 number
+that represents a float32 logit; keys have the same order as their logits (see ``_key``).
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,19 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
-"""Finite replacement of a logit difference of -inf: exp(-inf) * -inf would be NaN."""
+"""Finite number that replaces a logit difference of -inf, because exp(-inf) * -inf would be NaN."""
 _LOWEST = tl.constexpr(-(2**31))
-"""Key below the keys of all float32 values; see ``_key``."""
+"""Int32 number below the sort keys (see ``_key``) of all float32 values."""
 _HIGHEST = tl.constexpr(2**31 - 1)
-"""Key of NaN; see ``_key``."""
+"""Sort key of NaN (see ``_key``), the largest of all keys."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _key(z: tl.tensor) -> tl.tensor:
-    """Return int32 keys that sort like the float32 values; -0 equals 0, and NaN has the largest key."""
+    """Return int32 sort keys of the float32 values ``z``, in the same order as the values.
+
+    -0 and 0 have the same key, and NaN has the largest key.
+    """
     bits = z.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = tl.where(z == 0.0, 0, key)
@@ -25,22 +32,22 @@ def _key(z: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _number(key: tl.tensor) -> tl.tensor:
-    """Return the float32 value of a key."""
+    """Return the float32 value that has the int32 sort key ``key``; inverse of ``_key``."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _finite(top: tl.tensor) -> tl.tensor:
-    """Return ``top``, with -inf replaced by 0, because -inf - -inf would be NaN."""
+    """Replace -inf in the maxima ``top`` by 0, because subtracting -inf from -inf would give NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """Return a bound such that k to k + ``slack`` keys are at least the bound, by bisection.
+    """Find a lower bound that k to k + ``slack`` of the int32 ``keys`` reach or exceed, by bisection.
 
-    If no such bound exists, the result is the k-th largest key. At least k keys must be at least ``low``. The search
-    stops at the first suitable bound, usually after ten to twenty of at most 32 steps.
+    Returns the k-th largest key if such a bound does not exist. ``low`` is the start of the search; at least k keys
+    must reach or exceed it. The search stops at the first suitable bound, usually after 10 to 20 of at most 32 steps.
     """
     low = low.to(tl.int64)
     high = tl.max(keys, axis=0).to(tl.int64)
@@ -54,7 +61,11 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Add the selected entries of ``z`` to a tail; return its maximum m and sum of exp(z - m)."""
+    """Add selected logits to the running sum over the tail (all tokens outside the top-k).
+
+    ``taken`` selects entries of the logits ``z``. ``top`` is the maximum m of the tail so far, and ``total`` the sum of
+    exp((z - m) / temperature). ``to_log2`` is log2(e) / temperature. Returns the new maximum and sum.
+    """
     z = tl.where(taken, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, axis=0))
     base = _finite(new_top)
@@ -64,7 +75,11 @@ def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Combine partial results: the maximum m and the sums of exp(z - m) and (z - m) exp(z - m)."""
+    """Combine the maxima and sums of several sets of logits z into those of all sets together.
+
+    The sums of a set with maximum m are those of w and of (z - m) w, with w = exp((z - m) / temperature). ``to_log2``
+    is log2(e) / temperature. Returns the maximum and the two sums.
+    """
     top = tl.max(top_X, axis=0)
     moved_X = tl.maximum(top_X - _finite(top), _FAR)
     shrink_X = tl.exp2(moved_X * to_log2)
@@ -86,10 +101,11 @@ def scan_tiles(
     VEC: tl.constexpr,
     STATS: tl.constexpr,
 ) -> None:
-    """Write the largest logit m and the sum of exp(z - m) of each tile.
+    """Write the maximum m of each tile of a row of logits z, and the sum of exp((z - m) / temperature).
 
-    For each group of tiles also write m, the sum of exp(z - m), and the sum of (z - m) exp(z - m). m is a raw logit:
-    subtracting before scaling by the temperature makes the difference of two close logits exact.
+    One program processes one group of tiles. For the group it also writes m, the same sum, and the sum of (z - m)
+    exp((z - m) / temperature). m is a raw logit: subtracting before scaling by the temperature makes the difference of
+    two close logits exact. Without ``STATS`` only the maxima of the tiles are written.
     """
     row = tl.program_id(0).to(tl.int64) // groups  # row * stride can exceed 32 bits
     group = tl.program_id(0) % groups
@@ -147,7 +163,11 @@ def select(
     ROOM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write the outputs of a row from its tiles, or mark the row if its candidates overflow the buffer."""
+    """Write the top-k of a row with log tail mass and entropy, using the results of ``scan_tiles``.
+
+    Writes 1 to ``full_row_ptr`` if the row has more candidates for the top-k than the buffer of ``ROOM`` entries can
+    hold, otherwise 0. Without ``STATS`` only the ids are written.
+    """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     keys_ptr = found_ptr + row * 3 * ROOM
@@ -242,10 +262,10 @@ def full_row(
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Write the outputs of a marked row.
+    """Write the top-k of a row with log tail mass and entropy, if ``full_row_ptr`` marks the row with 1.
 
-    At most 32 passes over the row find the k-th largest logit by bisection. Three more passes compute the search range,
-    the sums and the outputs.
+    Rows marked with 0 are skipped. Without ``STATS`` only the ids are written. At most 32 passes over the row find the
+    k-th largest logit by bisection. Three more passes compute the search range, the sums and the outputs.
     """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(full_row_ptr + row) == 0:

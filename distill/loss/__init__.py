@@ -1,7 +1,7 @@
-"""Distillation losses.
+"""Distillation losses between the next-token distributions of student and teacher.
 
-``fused_linear_kl`` computes the loss from hidden states, including the LM head, in chunks of rows. ``topk_kl`` computes
-the same loss from logits in plain PyTorch.
+``fused_linear_kl`` computes the loss from hidden states, including the LM head, in chunks of response tokens.
+``topk_kl`` computes the same loss from logits in plain PyTorch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Argument checks of the loss, made before any computation.
+"""Checks of the arguments of the distillation loss, made before any computation.
 
-Each function raises ``UserError`` with the offending key and value.
+A row is one response token. The kept ids of a row are the K token ids with individual log-probs; all other tokens are
+the tail. Each check raises ``UserError`` with the name and the value of the invalid setting or argument.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from distill.errors import UserError, any_of
 from distill.types import TopK
 
 FLOOR_KL_TYPES = ("forward", "reverse", "mixed", "sampled")
-"""Values of ``loss_fn.kl_type`` that can be combined with ``outside_topk: floor``."""
+"""Values of ``loss_fn.kl_type`` that can be combined with ``loss_fn.outside_topk=floor``."""
 
 
 @cache
@@ -32,7 +33,7 @@ def _choices() -> dict[str, tuple[Any, ...]]:
 
 
 def check_loss(loss_config: LossConfig) -> None:
-    """Raise ``UserError`` if a setting of the loss is unknown or out of range.
+    """Raise ``UserError`` if a setting in ``loss_config`` is invalid, or two settings conflict.
 
     The configuration loader makes the same checks for recipes. This function is for a ``LossConfig`` built in Python.
     """
@@ -48,8 +49,8 @@ def check_loss(loss_config: LossConfig) -> None:
     for name in ("token_kl_cap", "importance_ratio_cap"):
         cap = getattr(loss_config, name)
         if cap is not None and not cap > 0:
-            problem = f"loss_fn.{name}={cap} is not a positive number"
-            raise UserError(problem, "set it above 0", key=f"loss_fn.{name}", value=cap)
+            problem = f"loss_fn.{name}={cap} is not above 0"
+            raise UserError(problem, f"set loss_fn.{name} to a number above 0", key=f"loss_fn.{name}", value=cap)
     if loss_config.outside == "floor" and loss_config.kl_type not in FLOOR_KL_TYPES:
         raise UserError(
             "loss_fn.outside_topk=floor (or loss_fn.zero_outside_topk=true) does not work with "
@@ -62,76 +63,92 @@ def check_loss(loss_config: LossConfig) -> None:
 
 
 def check_temperature(temperature: float, key: str = "loss_fn.temperature", remedy: str = ", or to null") -> None:
-    """Raise ``UserError`` if the temperature is not a finite number above 0."""
+    """Raise ``UserError`` if the temperature is not a finite number above 0.
+
+    ``key`` is the configuration key that sets the temperature. ``remedy`` is text appended to the fix in the error.
+    """
     if not 0 < temperature < math.inf:
-        problem = f"{key}={temperature} is not a positive number"
-        raise UserError(problem, f"set it above 0{remedy}", key=key, value=temperature)
+        problem = f"{key}={temperature} is not a finite number above 0"
+        raise UserError(problem, f"set {key} to a number above 0{remedy}", key=key, value=temperature)
 
 
 def check_logits(logits_NV: Tensor) -> None:
-    """Raise ``UserError`` if the logits are not a matrix."""
+    """Raise ``UserError`` if the student's logits are not a matrix [N, V]."""
     if logits_NV.ndim != 2:
         shape = tuple(logits_NV.shape)
-        problem = f"the student's logits have shape {shape}"
-        raise UserError(problem, "pass a matrix of shape [N, V]", key="logits_NV", value=shape)
+        problem = f"logits_NV, the student's logits, has shape {shape}, but the loss needs a matrix"
+        raise UserError(problem, "pass logits of shape [rows, vocabulary size]", key="logits_NV", value=shape)
 
 
 def check_vocab(columns: int, valid_vocab: int | None) -> int:
-    """Return the number of vocabulary columns without padding.
+    """Return the number of columns of logits that are tokens of the vocabulary, without padding columns.
 
-    It is ``valid_vocab``, or ``columns`` if ``valid_vocab`` is None. Raises ``UserError`` if ``valid_vocab`` is not
-    between 1 and ``columns``.
+    ``columns`` is the number of columns including padding. The result is ``valid_vocab``, or ``columns`` if
+    ``valid_vocab`` is None. Raises ``UserError`` if ``valid_vocab`` is not between 1 and ``columns``.
     """
     if valid_vocab is None:
         return columns
     if not 1 <= valid_vocab <= columns:
         problem = f"valid_vocab={valid_vocab} is out of range for an LM head of {columns} tokens"
-        raise UserError(problem, f"pass a number from 1 to {columns}", key="valid_vocab", value=valid_vocab)
+        raise UserError(problem, f"pass valid_vocab from 1 to {columns}", key="valid_vocab", value=valid_vocab)
     return valid_vocab
 
 
 def check_linear(owner: str, hidden_ND: Tensor, head_VD: Tensor, vocab: int) -> None:
-    """Raise ``UserError`` if shapes or dtypes of hidden states and LM head do not match.
+    """Raise ``UserError`` if a model's hidden states do not match its LM head in shape or dtype.
 
-    The head needs at least ``vocab`` rows. ``owner`` names the model in the message, such as "the student's".
+    Also raises if the head has fewer than ``vocab`` rows, where ``vocab`` is the size of the vocabulary. ``owner``
+    names the model in the message: "the student's" or "the teacher's".
     """
     if hidden_ND.ndim != 2 or head_VD.ndim != 2 or hidden_ND.shape[1] != head_VD.shape[1]:
         shapes = tuple(hidden_ND.shape), tuple(head_VD.shape)
-        problem = f"{owner} hidden states and LM head have shapes {shapes[0]} and {shapes[1]}"
-        raise UserError(problem, "pass shapes [N, D] and [V, D]", key="head_VD", value=shapes)
+        problem = f"{owner} hidden states of shape {shapes[0]} do not match its LM head of shape {shapes[1]}"
+        raise UserError(
+            problem, "pass hidden states [N, D] and a head [V, D] with the same D", key="head_VD", value=shapes
+        )
     if hidden_ND.dtype != head_VD.dtype:
-        problem = f"{owner} hidden states are {hidden_ND.dtype} but the LM head is {head_VD.dtype}"
-        raise UserError(problem, "convert both to the same dtype", key="head_VD", value=head_VD.dtype)
+        problem = f"{owner} hidden states have dtype {hidden_ND.dtype}, but its LM head has dtype {head_VD.dtype}"
+        raise UserError(
+            problem, "convert the hidden states to the dtype of the head", key="head_VD", value=head_VD.dtype
+        )
     if head_VD.shape[0] < vocab:
-        problem = f"{owner} LM head has {head_VD.shape[0]} rows for a vocabulary of {vocab} tokens"
-        raise UserError(problem, "pass the smaller number as valid_vocab", key="head_VD", value=head_VD.shape[0])
+        problem = f"{owner} LM head has {head_VD.shape[0]} rows, but the vocabulary has {vocab} tokens"
+        raise UserError(
+            problem, f"set valid_vocab to at most {head_VD.shape[0]}", key="head_VD", value=head_VD.shape[0]
+        )
 
 
 def check_rows(rows: int, **columns: Tensor) -> None:
-    """Raise ``UserError`` if one of the named tensors does not have ``rows`` entries."""
+    """Raise ``UserError`` if one of the tensors ``columns`` does not have one entry per row.
+
+    ``rows`` is the number of rows of the student's hidden states or logits. A tensor whose name ends in ``_ND`` may
+    have more dimensions; all other tensors must have exactly one. The message contains the name of the tensor.
+    """
     for name, column in columns.items():
         if column.shape[:1] != (rows,) or (column.ndim != 1 and not name.endswith("_ND")):
             shape = tuple(column.shape)
-            problem = f"{name} has shape {shape} but the student has {rows} rows"
-            raise UserError(problem, f"pass {rows} entries, one per row", key=name, value=shape)
+            problem = f"{name} has shape {shape}, but the student has {rows} rows (response tokens)"
+            raise UserError(problem, f"pass {name} with {rows} entries, one per row", key=name, value=shape)
 
 
 def check_ids(vocab: int, topk_ids_NK: Tensor | None = None, sampled_ids_N: Tensor | None = None) -> None:
-    """Raise ``UserError`` if an id is not an integer between 0 and ``vocab`` - 1.
+    """Raise ``UserError`` if a token id is not an integer between 0 and ``vocab`` - 1.
 
-    ``topk_ids_NK`` may also contain -1 (padding). The function waits for the device at most once.
+    ``topk_ids_NK`` may also contain -1 (padding). Ids on a GPU are copied to the host in a single transfer.
     """
     named = [
         (name, what, lowest, ids)
         for name, what, lowest, ids in (
-            ("topk.ids_NK", "the teacher's ids", -1, topk_ids_NK),
-            ("sampled_ids_N", "the sampled ids", 0, sampled_ids_N),
+            ("topk.ids_NK", "the token ids of the teacher's top-k", -1, topk_ids_NK),
+            ("sampled_ids_N", "the ids of the sampled tokens", 0, sampled_ids_N),
         )
         if ids is not None and ids.numel()
     ]
     for name, what, _, ids in named:
         if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise UserError(f"{what} are {ids.dtype}", "convert them to int32 or int64", key=name, value=ids.dtype)
+            raise UserError(
+                f"{what} have dtype {ids.dtype}", "convert them to int32 or int64", key=name, value=ids.dtype
+            )
     if not named:
         return
     bounds = torch.stack([bound.long() for *_, ids in named for bound in ids.aminmax()]).tolist()
@@ -143,31 +160,32 @@ def check_ids(vocab: int, topk_ids_NK: Tensor | None = None, sampled_ids_N: Tens
 
 
 def check_support_size(k: int, vocab: int) -> None:
-    """Raise ``UserError`` if ``k``, the number of kept ids, is not between 1 and ``vocab``."""
+    """Raise ``UserError`` if ``k``, the number of token ids in a top-k, is not between 1 and ``vocab``."""
     key = "distillation.topk_logits_k"
     if k < 1:
-        raise UserError(f"{key}={k} is out of range", "set it to at least 1", key=key, value=k)
+        raise UserError(f"{key}={k} is below 1", f"set {key} to at least 1", key=key, value=k)
     if k > vocab:
         problem = f"{key}={k} exceeds the vocabulary of {vocab} tokens"
-        raise UserError(problem, f"set it to at most {vocab}", key=key, value=k)
+        raise UserError(problem, f"set {key} to at most {vocab}", key=key, value=k)
 
 
 def check_topk(topk: TopK, rows: int, vocab: int) -> None:
-    """Raise ``UserError`` if the shapes of the targets do not match, or K exceeds the vocabulary.
+    """Raise ``UserError`` if the tensors of the teacher's top-k have inconsistent shapes or a wrong size.
 
-    ``rows`` is the student's number of rows.
+    ``rows`` is the number of rows of the student's logits, which the top-k must also have. K must be from 1 to
+    ``vocab``, the size of the vocabulary.
     """
     shapes = [tuple(tensor.shape) for tensor in (topk.ids_NK, topk.logprobs_NK, topk.log_tail_N)]
     if topk.ids_NK.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
-        problem = f"the teacher's ids, log-probs and log tail have shapes {shapes}"
-        raise UserError(problem, "pass shapes [N, K], [N, K] and [N]", key="topk", value=shapes)
+        problem = f"ids_NK, logprobs_NK and log_tail_N of the teacher's top-k have inconsistent shapes {shapes}"
+        raise UserError(problem, "pass tensors of shapes [N, K], [N, K] and [N]", key="topk", value=shapes)
     if topk.entropy_N is not None and tuple(topk.entropy_N.shape) != shapes[2]:
         shape = tuple(topk.entropy_N.shape)
-        problem = f"the teacher's entropy has shape {shape}"
-        raise UserError(problem, f"pass shape {shapes[2]}, or None", key="topk.entropy_N", value=shape)
+        problem = f"entropy_N of the teacher's top-k has shape {shape}, but the top-k has {shapes[0][0]} rows"
+        raise UserError(problem, f"pass a tensor of shape {shapes[2]}, or None", key="topk.entropy_N", value=shape)
     if shapes[0][0] != rows:
-        problem = f"the teacher's targets have {shapes[0][0]} rows but the student has {rows}"
-        raise UserError(problem, f"pass targets for {rows} rows", key="topk", value=shapes[0][0])
+        problem = f"the teacher's top-k has {shapes[0][0]} rows, but the student has {rows} rows (response tokens)"
+        raise UserError(problem, f"pass a top-k of {rows} rows", key="topk", value=shapes[0][0])
     check_support_size(shapes[0][1], vocab)
 
 
@@ -177,11 +195,11 @@ def check_kept(
     sampled_ids_N: Tensor | None,
     weight_N: Tensor | None,
 ) -> None:
-    """Raise ``UserError`` if the kept ids of a row do not include an id that the loss needs.
+    """Raise ``UserError`` if the ids of the teacher's top-k in a row are not sufficient for the loss.
 
-    ``kl_type: sampled`` needs the sampled token. The other losses need at least one id that is not padding, except with
-    ``outside_topk: bucket``. Rows of weight 0 are not checked; ``weight_N: None``
-    means that no row has weight 0.
+    With ``loss_fn.kl_type=sampled`` the ids must include the sampled token of the row. Otherwise at least one id must
+    not be padding (-1), except with ``loss_fn.outside_topk=bucket``. Rows of weight 0 are not checked;
+    ``weight_N=None`` means that no row has weight 0.
     """
     if loss_config.kl_type == "sampled":
         assert sampled_ids_N is not None
@@ -199,48 +217,51 @@ def check_kept(
     if loss_config.kl_type == "sampled":
         assert sampled_ids_N is not None
         token = int(sampled_ids_N[row])
-        problem = f"row {row}: the sampled token {token} is not among the teacher's ids"
-        raise UserError(problem, "add the sampled token to the ids", key="topk.ids_NK", value=(row, token))
+        problem = f"the teacher's top-k does not contain the sampled token {token} of row {row}"
+        raise UserError(
+            problem, "pass a top-k that contains the sampled token of each row", key="topk.ids_NK", value=(row, token)
+        )
     raise UserError(
-        f"row {row} of the teacher's ids contains only padding, but loss_fn.outside_topk={loss_config.outside} "
-        "needs at least one id per row",
-        "add an id, or set loss_fn.outside_topk=bucket",
+        f"row {row} of the teacher's top-k contains only padding (-1), but loss_fn.outside_topk={loss_config.outside} "
+        "needs at least one token id per row",
+        "pass at least one token id for the row, or set loss_fn.outside_topk=bucket",
         key="topk.ids_NK",
         value=row,
     )
 
 
 def check_tokens(loss_config: LossConfig, given: bool) -> None:
-    """Raise ``UserError`` if the loss needs the sampled tokens, but they are not ``given``."""
+    """Raise ``UserError`` if ``loss_fn.kl_type=sampled`` is set, but the sampled tokens are not ``given``."""
     if loss_config.kl_type == "sampled" and not given:
-        problem = "loss_fn.kl_type=sampled needs the sampled tokens, which are missing"
-        fix = "pass the sampled tokens, or set another loss_fn.kl_type"
+        problem = "loss_fn.kl_type=sampled needs the sampled tokens, but the caller passed none"
+        fix = "pass the sampled tokens, or set loss_fn.kl_type to another value"
         raise UserError(problem, fix, key="loss_fn.kl_type", value="sampled")
 
 
 def check_no_duplicates(ids_NK: Tensor) -> None:
-    """Raise ``UserError`` if a row contains an id more than once; -1 (padding) may repeat."""
+    """Raise ``UserError`` if a row of the teacher's top-k repeats a token id; -1 (padding) may repeat."""
     sorted_NK = ids_NK.sort(dim=1).values
     twice = (sorted_NK[:, 1:] == sorted_NK[:, :-1]) & (sorted_NK[:, 1:] >= 0)
     if bool(twice.any()):
         row, column = (int(i) for i in twice.nonzero()[0])
         token = int(sorted_NK[row, column])
-        problem = f"row {row} of the teacher's ids contains token {token} more than once"
-        raise UserError(problem, "pass each id once per row", key="topk.ids_NK", value=(row, token))
+        problem = f"row {row} of the teacher's top-k contains token id {token} more than once"
+        raise UserError(problem, "pass distinct token ids in each row", key="topk.ids_NK", value=(row, token))
 
 
 def check_vocab_parallel(columns: int, ranks: int, vocab: int, teacher_rows: bool) -> None:
-    """Raise ``UserError`` if the loss does not support a vocabulary-parallel head of this size.
+    """Raise ``UserError`` if the loss cannot use an LM head sharded over ``ranks`` tensor-parallel ranks.
 
-    Every rank needs at least one vocabulary column that is not padding, and targets of type ``TeacherRows`` are not
-    supported. All arguments are equal on all ranks, so all ranks raise together.
+    ``columns`` is the number of columns of logits over all ranks, and ``vocab`` the number of these columns without
+    padding. Every rank needs at least one column that is not padding. ``teacher_rows`` is True for targets of type
+    ``TeacherRows``, which are not supported. All arguments are equal on all ranks, so all ranks raise together.
     """
     key = "policy.dtensor_cfg.tensor_parallel_size"
     last = (ranks - 1) * -(-columns // ranks)
     if last >= vocab:
-        problem = f"{key}={ranks} leaves the last rank without a share of the {vocab} tokens of the vocabulary"
-        raise UserError(problem, "set a smaller size", key=key, value=ranks)
+        problem = f"{key}={ranks} leaves no token for the last rank, because the vocabulary has only {vocab} tokens"
+        raise UserError(problem, f"set {key} to a smaller number", key=key, value=ranks)
     if teacher_rows:
         problem = f"{key}={ranks} does not work with loss_fn.support=student or distillation.topk_logits_k=0"
-        fix = "set the size to 1, or set loss_fn.support=teacher and distillation.topk_logits_k above 0"
+        fix = f"set {key}=1, or set loss_fn.support=teacher and distillation.topk_logits_k above 0"
         raise UserError(problem, fix, key=key, value=ranks)

@@ -1,9 +1,9 @@
 """Divergences between student and teacher: the reference implementation of ``loss.fused``.
 
-The tail of a row consists of all tokens outside the K kept ids. Each loss is a function of a few numbers per row: the
-student's logits at the kept ids, and the logsumexp and the mean logit of the tail. ``student_outcomes`` computes these
-numbers under autograd, and ``topk_reduction`` computes the same numbers in place. In both cases ``divergence`` computes
-the loss from them.
+A row is one response token. The kept ids of a row are the K token ids of ``TopK``; the tail of a row consists of all
+other tokens. Each loss is a function of a few numbers per row: the student's logits at the kept ids, and the logsumexp
+and the mean logit of the tail. ``student_outcomes`` computes these numbers under autograd, and ``topk_reduction``
+computes the same numbers in place. In both cases ``divergence`` computes the loss from them.
 
 To add a divergence, add a function to ``DIVERGENCES`` and its name to ``LossConfig.kl_type``. KL(teacher || student) is
 the forward KL, KL(student || teacher) the reverse KL. Values are in nats.
@@ -24,66 +24,81 @@ from distill.loss import checks
 from distill.types import TopK
 
 LOG_FLOOR = -100.0
-"""Teacher's log-prob of tokens outside the top-k with ``outside_topk: floor``, as in NeMo-RL."""
+"""Teacher's log-prob of each token outside the top-k if ``loss_fn.outside_topk=floor``, as in NeMo-RL."""
 
 _NEG_INF = float("-inf")
 
 
 class Tokens(NamedTuple):
-    """The sampled tokens of N rows, with their log-probs."""
+    """The N sampled response tokens, one per row of the loss, with the sampler's log-probs."""
 
     ids_N: Tensor
-    """int64 [N]: token ids."""
+    """int64 [N]: ids of the sampled tokens."""
     logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs of the tokens in nats, at the loss's temperature."""
+    """float32 [N]: log-probs in nats that the sampler reported for the sampled tokens."""
 
 
 class Outcomes(NamedTuple):
-    """Logits of one model at the K kept ids, and statistics of its tail.
+    """Logits of one model at the K kept ids of each row, and statistics of the tail (all other tokens).
 
-    They define a distribution over K + 1 outcomes: the kept tokens and the tail. The distribution does not change if a
-    constant is added to all values of a row.
+    The fields define a distribution over K + 1 outcomes: the K kept tokens, and the tail as one outcome. The
+    distribution does not change if a constant is added to all values of a row.
     """
 
     logits_NK: Tensor
-    """[N, K]: logits at the kept ids, divided by the temperature; -inf if an id is padding."""
+    """[N, K]: logits at the K kept ids, divided by the loss's temperature; -inf if an id is padding (-1)."""
     tail_N: Tensor
-    """[N]: logsumexp of the tail's logits; -inf if the tail is empty, because K is the vocabulary size."""
+    """[N]: logsumexp of the logits outside the kept ids; -inf if K is the vocabulary size."""
     tail_mean_N: Tensor
-    """[N]: mean of the tail's logits, weighted by their softmax; 0 if the tail is empty, NaN if not computed."""
+    """[N]: mean of the logits outside the kept ids, weighted by the softmax over these logits.
+
+    It is 0 if K is the vocabulary size, and NaN if the mean was not computed.
+    """
 
     def unnormalised_NE(self) -> Tensor:
-        """Return the unnormalised log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then the tail."""
+        """Return unnormalised log-probs [N, K + 1] of the K kept tokens, and of all other tokens together."""
         return torch.cat([self.logits_NK, self.tail_N.unsqueeze(1)], dim=1)
 
     def log_masses_NE(self) -> Tensor:
-        """Return the log-probs of the K + 1 outcomes, [N, K + 1]: the kept tokens, then the tail."""
+        """Return log-probs [N, K + 1] of the K kept tokens, and of all other tokens together."""
         return torch.log_softmax(self.unnormalised_NE(), dim=1)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Log-probs of teacher and student for the same E outcomes, [N, E] each."""
+    """Log-probs of teacher and student for the E outcomes that the loss compares in each of N rows.
+
+    An outcome is a single token, or all tokens outside the top-k together.
+    """
 
     log_p_NE: Tensor
-    """Teacher's log-probs."""
+    """[N, E]: the teacher's log-probs of the outcomes."""
     log_q_NE: Tensor
-    """Student's log-probs, differentiable."""
+    """[N, E]: the student's log-probs of the outcomes, differentiable."""
     floor: Outcomes | None = None
-    """Student's outcomes with ``outside_topk: floor``, to add the tail to the reverse KL; else None."""
+    """Student's logits and tail statistics if ``loss_fn.outside_topk=floor``, otherwise None.
+
+    ``reverse_kl`` uses them to add the term of the tokens outside the top-k.
+    """
 
     def forward_kl(self) -> Tensor:
-        """Return KL(teacher || student), [N]."""
+        """Return KL(teacher || student) over the compared outcomes, [N] in nats."""
         return _kl(self.log_p_NE, self.log_q_NE)
 
     def reverse_kl(self) -> Tensor:
-        """Return KL(student || teacher), [N]."""
+        """Return KL(student || teacher) over the compared outcomes, [N] in nats.
+
+        If ``floor`` is set, the result includes the tokens outside the top-k.
+        """
         reverse_N = _kl(self.log_q_NE, self.log_p_NE)
         return reverse_N if self.floor is None else reverse_N + _tail_on_floor(self.floor)
 
 
 Divergence = Callable[[Pair, LossConfig], Tensor]
-"""Function that returns the loss of each row, [N] in nats, differentiable in the student's log-probs."""
+"""Function of a ``Pair`` and a ``LossConfig`` that returns the divergence of each row, [N] in nats.
+
+The result is differentiable with respect to the student's log-probs.
+"""
 
 
 def _forward(pair: Pair, loss_config: LossConfig) -> Tensor:
@@ -95,9 +110,9 @@ def _reverse(pair: Pair, loss_config: LossConfig) -> Tensor:
 
 
 def _mixed(pair: Pair, loss_config: LossConfig) -> Tensor:
-    """Return w KL(teacher || student) + (1 - w) KL(student || teacher).
+    """Return w KL(teacher || student) + (1 - w) KL(student || teacher), [N] in nats.
 
-    A KL with weight 0 is skipped, because it may be infinite.
+    w is ``loss_fn.mixed_kl_weight``. A KL with weight 0 is not computed, because it may be infinite.
     """
     weight = loss_config.mixed_kl_weight
     if weight == 1:
@@ -108,7 +123,10 @@ def _mixed(pair: Pair, loss_config: LossConfig) -> Tensor:
 
 
 def _jsd(pair: Pair, loss_config: LossConfig) -> Tensor:
-    """Return b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q; the result is always finite."""
+    """Return the Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q || m), which is always finite.
+
+    p is the teacher's distribution, q the student's, m = b p + (1 - b) q, and b = ``loss_fn.jsd_beta``.
+    """
     log_p, log_q, beta = pair.log_p_NE, pair.log_q_NE, loss_config.jsd_beta
     impossible = (log_p == _NEG_INF) & (log_q == _NEG_INF)  # here m is 0 too, and log m has no gradient
     log_p, log_q = (
@@ -125,7 +143,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "mixed": _mixed,
     "jsd": _jsd,
 }
-"""Divergences by ``loss_fn.kl_type``.
+"""Function that computes the divergence for each value of ``loss_fn.kl_type``, except ``sampled``.
 
 ``sampled`` is not included, because it estimates the reverse KL from the sampled token alone.
 """
@@ -134,8 +152,8 @@ DIVERGENCES: Mapping[str, Divergence] = {
 def loss_temperature(loss_config: LossConfig, sampling_temperature: float = 1.0) -> float:
     """Return the temperature that divides the logits of both models in the loss.
 
-    It is ``loss_fn.temperature``, or the sampling temperature if the setting is null. Raises ``UserError`` if it is not
-    a finite number above 0.
+    The result is ``loss_fn.temperature``, or the sampling temperature if ``loss_fn.temperature`` is null. Raises
+    ``UserError`` if the result is not a finite number above 0.
     """
     temperature = sampling_temperature if loss_config.temperature is None else loss_config.temperature
     checks.check_temperature(temperature)
@@ -151,24 +169,25 @@ def topk_kl(
     valid_vocab: int | None = None,
     tokens: Tokens | None = None,
 ) -> Tensor:
-    """Return the distillation loss of each row from the student's logits.
+    """Return the distillation loss of each row (response token), computed from the student's logits.
 
     This is the reference implementation of ``fused_linear_kl``.
 
     Args:
         logits_NV: the student's logits, not divided by the temperature.
-        topk: the teacher's targets, at the loss's temperature.
+        topk: the teacher's log-probs at K token ids per row (the kept ids), at the loss's temperature.
         loss_config: the divergence and its settings.
         sampling_temperature: the loss's temperature if ``loss_config.temperature`` is None.
         valid_vocab: number of columns without padding. Padding columns count as -inf and get gradient 0.
-        tokens: the sampled tokens; required by ``kl_type: sampled``, and then they must be among the kept ids.
+        tokens: the sampled tokens. ``loss_fn.kl_type=sampled`` requires them, and ``topk`` must then contain their ids.
 
     Returns:
         The loss [N] in nats, float32 (float64 for float64 logits). It is +inf if a divergence is infinite, such as the
         forward KL with a student logit of -inf at one of the teacher's tokens. The gradient stays finite.
 
     Raises ``UserError`` for an invalid configuration, mismatched shapes, ids out of range or repeated, and K above the
-    vocabulary size. ``kl_type: sampled`` also raises it for missing tokens and for a token outside the kept ids.
+    vocabulary size. With ``loss_fn.kl_type=sampled`` it is also raised for missing tokens and for a sampled token whose
+    id is not in ``topk``.
     """
     checks.check_loss(loss_config)
     checks.check_logits(logits_NV)
@@ -188,11 +207,12 @@ def topk_kl(
 
 
 def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
-    """Return the outcomes of logits that are already divided by the temperature; differentiable.
+    """Return the student's logits at the kept ids, and statistics of the tail (all other tokens).
 
-    The tail's logsumexp is computed from the logits of the tail alone, because 1 - (probability of the kept ids) would
-    lose precision for a small tail. ``with_mean``: also compute the tail's mean logit, which needs two more tensors of
-    [N, V]. Only ``outside_topk: floor`` uses it.
+    ``z_NV`` has the student's logits divided by the temperature, and ``ids_NK`` the kept ids. The result is
+    differentiable. The tail's logsumexp is computed from the logits of the tail alone, because 1 - (probability of the
+    kept ids) would lose precision for a small tail. With ``with_mean`` the tail's mean logit is computed too, which
+    needs two more tensors of [N, V]. Only ``loss_fn.outside_topk=floor`` uses the mean.
     """
     z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
     inside_NV = _mark(ids_NK, z_NV.shape[1])
@@ -211,16 +231,18 @@ def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
 
 
 def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None = None) -> Tensor:
-    """Return the loss of each row, [N] in nats; differentiable in ``student``.
+    """Return the loss of each row (response token), [N] in nats; differentiable in ``student``.
 
-    The arguments must be valid (see ``checks``). ``outside_topk`` determines which outcomes are compared:
+    The arguments are not checked (see ``checks``). The tail consists of all tokens outside the K ids of ``topk``.
+    ``loss_fn.outside_topk`` determines which outcomes are compared:
 
     - ``bucket``: the K ids, and the tail as one outcome. The result is never negative and never above the full KL.
     - ``renormalize``: the K ids, with both models renormalised over them.
     - ``floor``: all tokens. The teacher is renormalised over the K ids and has a log-prob of -100 at all other tokens,
       as with NeMo-RL's ``zero_outside_topk: true``.
 
-    ``kl_type: sampled`` ignores ``outside_topk`` and compares the models at the sampled token.
+    ``loss_fn.kl_type=sampled`` ignores ``outside_topk`` and compares the models at the sampled token. The absolute loss
+    of a row is at most ``loss_fn.token_kl_cap``, if that is set.
     """
     if loss_config.kl_type == "sampled":
         kl_N = _sampled_estimate(student, topk, loss_config, tokens)
@@ -234,10 +256,11 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
 
 
 def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
-    """Return the policy-gradient loss of the sampled tokens, [N].
+    """Return the policy-gradient loss of the sampled tokens, [N] in nats.
 
-    The value is the cost, ratio (log q(y) - log p(y)) at the sampled token y. The gradient is cost * d log q(y). For
-    tokens sampled from the student, the expectations of value and gradient are those of KL(student || teacher).
+    With q the student's and p the teacher's probability, the value is the cost ratio (log q(y) - log p(y)) at the
+    sampled token y, where ratio is the result of ``importance_ratio``. The gradient is cost * d log q(y). If the ratio
+    is 1, the expectations of value and gradient are those of KL(student || teacher).
     """
     assert tokens is not None
     here_NK = topk.ids_NK == tokens.ids_N.unsqueeze(1)
@@ -248,17 +271,19 @@ def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, to
 
 
 def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) -> Tensor:
-    """Return the importance ratios of the sampled tokens, at most ``loss_fn.importance_ratio_cap``.
+    """Return the importance ratios of the sampled tokens, clamped to ``loss_fn.importance_ratio_cap``.
 
-    The importance ratio is the trainer's probability divided by the sampler's. Both arguments are log-probs.
+    The importance ratio of a token is its probability in the trainer divided by its probability in the sampler.
+    ``own_N`` and ``sampler_N`` are the log-probs of trainer and sampler.
     """
     return (own_N - sampler_N.to(own_N.dtype)).exp().clamp(max=loss_config.importance_ratio_cap)
 
 
 def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
-    """Return the factor that reduces the absolute loss of each row to at most ``cap`` nats.
+    """Return factors [N] that scale the absolute loss of each row down to at most ``cap`` nats.
 
-    The loss is scaled instead of clamped, because a clamped loss would have no gradient.
+    A factor is 1 if the loss is within the cap, or if ``cap`` is None. The loss is scaled instead of clamped, because a
+    clamped loss would have no gradient.
     """
     if cap is None:
         return torch.ones_like(kl_N)
@@ -266,15 +291,19 @@ def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
 
 
 def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
-    """Return forward and reverse KL over the K + 1 outcomes, [N] each in nats, as metrics."""
+    """Return the metrics KL(teacher || student) and KL(student || teacher), [N] each in nats.
+
+    The compared outcomes are the K tokens of ``topk``, and all other tokens as one outcome.
+    """
     pair = Pair(_teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE())
     return pair.forward_kl(), pair.reverse_kl()
 
 
 def entropy(outcomes: Outcomes) -> Tensor:
-    """Return the entropy of the full distribution, [N] in nats.
+    """Return the entropy of a model's distribution over the complete vocabulary, [N] in nats.
 
-    The entropy is logsumexp - E[logit]. The tail contributes its probability times its mean logit to E[logit].
+    The entropy is logsumexp - E[logit]. The tail (all tokens outside the top-k) adds its probability times its mean
+    logit to E[logit].
     """
     lse_N1 = outcomes.unnormalised_NE().logsumexp(dim=1, keepdim=True)
     means_NE = torch.cat([outcomes.logits_NK, outcomes.tail_mean_N.unsqueeze(1)], dim=1)
@@ -283,7 +312,10 @@ def entropy(outcomes: Outcomes) -> Tensor:
 
 
 def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Pair:
-    """Return both models' log-probs of the compared outcomes: K + 1 with ``bucket``, else K."""
+    """Return the log-probs of both models for the outcomes selected by ``loss_fn.outside_topk``.
+
+    With ``bucket`` these are the K tokens of ``topk`` and all other tokens as one outcome, otherwise only the K tokens.
+    """
     dtype = student.tail_N.dtype
     if loss_config.outside == "bucket":
         return Pair(_teacher_log_masses(topk, dtype), student.log_masses_NE())
@@ -298,7 +330,7 @@ def _teacher_log_masses(topk: TopK, dtype: torch.dtype) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return the sum of p (log p - log q) over the last axis.
+    """Return KL(p || q): the sum of p (log p - log q) over the last axis.
 
     An outcome with p = 0 contributes 0 to the value and to the gradient.
     """
@@ -311,18 +343,19 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _tail_on_floor(student: Outcomes) -> Tensor:
-    """Return the tail's term of KL(student || teacher) for a teacher log-prob of -100 at each tail token.
+    """Return the sum of q (log q - log p) over the tail, [N], with log p = -100 at each token.
 
-    The term is the sum of q log q over the tail plus 100 times the tail's probability.
+    The tail consists of all tokens outside the top-k; q is the student, p the teacher. The result equals the sum of q
+    log q over the tail plus 100 times the student's probability of the tail.
     """
     lse_N = student.unnormalised_NE().logsumexp(dim=1)
     return (student.tail_N - lse_N).exp() * (student.tail_mean_N - lse_N - LOG_FLOOR)
 
 
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
-    """Return a bool mask [N, V] of the kept ids.
+    """Return a bool mask [N, V] that is True at the ids of ``ids_NK``; -1 (padding) is ignored.
 
-    Padding (-1) marks an additional column V, which is then removed.
+    Padding marks an additional column V, which is then removed.
     """
     marks = torch.zeros(ids_NK.shape[0], vocab + 1, dtype=torch.bool, device=ids_NK.device)
     columns_NK = ids_NK.long()

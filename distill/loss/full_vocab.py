@@ -1,9 +1,9 @@
-"""Loss over the complete vocabulary (``topk_logits_k: 0``), without top-k and tail.
+"""Distillation loss over the complete vocabulary, for ``distillation.topk_logits_k=0``.
 
-The reference implementation is ``divergences.topk_kl`` with K = V. A pass over a chunk of rows needs four buffers of
-[C, V]: the logits of both models and two more. Each intermediate result overwrites a buffer that is no longer needed.
-``FAST_GRADIENTS`` contains hand-derived gradients. All other divergences of ``DIVERGENCES`` are differentiated by
-autograd, which needs more memory.
+The reference implementation is ``divergences.topk_kl`` with all V token ids. A row is one response token, and C is the
+number of rows in a chunk. The loss of a chunk needs four buffers of [C, V]: the logits of both models and two more.
+Each intermediate result overwrites a buffer that is no longer needed. ``FAST_GRADIENTS`` contains hand-derived
+gradients. All other divergences of ``DIVERGENCES`` are differentiated by autograd, which needs more memory.
 """
 
 from __future__ import annotations
@@ -27,35 +27,42 @@ from distill.loss.metrics import RowMetrics
 from distill.loss.topk_reduction import Scratch
 
 BUFFERS = 4
-"""Number of [C, V] buffers of a pass with a hand-derived gradient or with ``kl_type: sampled``."""
+"""Number of [C, V] buffers for the loss of a chunk without autograd.
+
+It applies to the divergences in ``FAST_GRADIENTS`` and to ``loss_fn.kl_type=sampled``.
+"""
 AUTOGRAD_BUFFERS = 19
-"""Number of [C, V] buffers of a pass with autograd, measured with the Jensen-Shannon divergence."""
+"""Number of [C, V] buffers for the loss of a chunk with autograd.
+
+It was measured with the Jensen-Shannon divergence.
+"""
 
 
 @dataclass(frozen=True)
 class FullRows:
-    """Loss, gradient and metrics of a chunk of C rows."""
+    """Loss over the complete vocabulary, its gradient, and metrics for C rows (response tokens)."""
 
     kl_C: Tensor
-    """[C]: unweighted loss of each row, in nats."""
+    """[C]: loss of each row in nats, not multiplied by the weight of the row."""
     gradient_CV: Tensor
-    """[C, V]: gradient of the loss with respect to the scaled logits, times ``factor_C``."""
+    """[C, V]: gradient of the weighted loss with respect to the student's raw logits."""
     metrics: RowMetrics
     shift_C: Tensor
-    """[C]: student's largest scaled logit in each row."""
+    """[C]: largest logit of the student in each row, divided by the temperature."""
     lse_C: Tensor
-    """[C]: logsumexp of the student's scaled logits in each row, minus ``shift_C``."""
+    """[C]: logsumexp of the student's logits divided by the temperature, minus ``shift_C``."""
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Distributions of both models over the vocabulary, and their KL divergences.
+    """Distributions of teacher (p) and student (q) over the vocabulary for C rows, and their KLs.
 
-    The functions that compute gradients may overwrite all [C, V] buffers.
+    ``forward_C`` is KL(p || q) and ``reverse_C`` is KL(q || p), in nats. ``spare_CV`` is a free buffer. The functions
+    that compute gradients may overwrite all [C, V] buffers.
     """
 
     log_ratio_CV: Tensor
-    """log p - log q of each token.
+    """[C, V]: log p - log q of each token, with teacher p and student q.
 
     A KL computed as the sum of p (log p - log q) is more precise than the difference of two sums.
     """
@@ -75,11 +82,13 @@ def full_vocabulary(
     stop_ids: Tensor,
     scratch: Scratch,
 ) -> FullRows:
-    """Return loss, gradient and metrics of a chunk of rows; overwrites the logits of both models.
+    """Return the loss over the complete vocabulary, its gradient, and metrics for a chunk of C rows.
 
-    ``z_CV`` (student) and ``teacher_CV`` are scaled logits, that is, already divided by the temperature. ``factor_C``
-    is the weight of each row divided by the temperature. Multiplied by it, the gradient becomes the gradient of the
-    weighted loss with respect to the raw logits. All log-probs are finite, so p log p is 0 if p underflows to 0.
+    ``z_CV`` and ``teacher_CV`` are the logits of student and teacher, already divided by the temperature; both are
+    overwritten. ``factor_C`` is the weight of each row divided by the temperature. The gradient is multiplied by it, so
+    it is the gradient of the weighted loss with respect to the raw logits. ``tokens`` are the sampled tokens, and
+    ``stop_ids`` the token ids for the metric ``teacher_stop_mass``. All log-probs must be finite, so that p log p is 0
+    if p underflows to 0.
     """
     rows, dtype = len(z_CV), z_CV.dtype
     q_CV, p_CV = (
@@ -132,10 +141,11 @@ def full_vocabulary(
 
 
 def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Return value [C] and gradient [C, V] of a divergence, computed by autograd.
+    """Return the divergence of each row [C] in nats and its gradient [C, V], computed by autograd.
 
-    The gradient is with respect to the student's scaled logits. The arguments are not modified. This is the reference
-    implementation of ``FAST_GRADIENTS``.
+    ``log_p_CV`` and ``log_q_CV`` are the log-probs of teacher and student; they are not modified. The gradient is with
+    respect to the student's logits divided by the temperature. This is the reference implementation of
+    ``FAST_GRADIENTS``.
     """
     leaf_CV = log_q_CV.clone().requires_grad_()
     with torch.enable_grad():
@@ -146,14 +156,14 @@ def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfi
 
 
 def buffers_of(loss_config: LossConfig) -> int:
-    """Return the number of [C, V] buffers that a pass over the complete vocabulary needs."""
+    """Return the number of [C, V] buffers that the loss of a chunk over the complete vocabulary needs."""
     return BUFFERS if loss_config.kl_type == "sampled" or loss_config.kl_type in FAST_GRADIENTS else AUTOGRAD_BUFFERS
 
 
 def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Replace logits by log-probs in place, and write the probabilities to ``mass_CV``.
 
-    Returns the largest logit, and the logsumexp minus the largest logit, [C] each.
+    Returns the largest logit of each row, and the logsumexp of the row minus its largest logit, [C] each.
     """
     shift_C1 = logits_CV.amax(dim=1, keepdim=True)
     logits_CV.sub_(shift_C1)
@@ -163,7 +173,7 @@ def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
-    """Return the inner products of the rows, [C].
+    """Return the inner product of each row of ``a_CV`` with the same row of ``b_CV``, [C].
 
     Overwrites ``spare_CV``, which may be ``a_CV`` or ``b_CV``.
     """
@@ -171,14 +181,15 @@ def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
 
 
 def _at(log_CV: Tensor, tokens: Tokens) -> Tensor:
-    """Return the values of ``log_CV`` at the sampled tokens, [C]."""
+    """Return the entry of each row of ``log_CV`` at the row's sampled token, [C]."""
     return log_CV.gather(1, tokens.ids_N.long().unsqueeze(1)).squeeze(1)
 
 
 def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cost and policy gradient of the sampled tokens.
+    """Return the policy-gradient loss [C] of the sampled tokens, and its gradient [C, V].
 
-    The cost is ratio (log q(y) - log p(y)) at the sampled token y. The gradient is cost (one-hot(y) - q).
+    The loss is the cost ratio (log q(y) - log p(y)) at the sampled token y, with student q, teacher p and importance
+    ratios ``ratio_C``. The gradient with respect to the student's logits is cost (one-hot(y) - q).
     """
     value_C = -ratio_C * _at(models.log_ratio_CV, tokens)
     gradient_CV = models.q_CV.mul_(-value_C.unsqueeze(1))
@@ -187,9 +198,10 @@ def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, 
 
 
 def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Return value and gradient of the forward, reverse or mixed KL.
+    """Return the forward, reverse or mixed KL [C], and its gradient [C, V].
 
-    The gradient of the forward KL is q - p. The gradient of the reverse KL, with value R, is q (log q - log p - R).
+    p is the teacher, q the student. The gradient with respect to the student's logits is q - p for the forward KL KL(p
+    || q), and q (log q - log p - R) for the reverse KL R = KL(q || p).
     """
     weight = {"forward": 1.0, "reverse": 0.0, "mixed": loss_config.mixed_kl_weight}[loss_config.kl_type]
     value_C, gradient_CV = (
@@ -207,9 +219,10 @@ def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Return value and gradient of the Jensen-Shannon divergence.
+    """Return the Jensen-Shannon divergence [C], and its gradient [C, V].
 
-    The gradient is q (u - sum q u) with u = (1 - b) (log q - log m) and m = b p + (1 - b) q.
+    The gradient with respect to the student's logits is q (u - sum q u) with u = (1 - b) (log q - log m) and m = b p +
+    (1 - b) q. p is the teacher, q the student, and b = ``loss_fn.jsd_beta``.
     """
     beta, log_ratio_CV, q_CV, p_CV = (
         loss_config.jsd_beta,
@@ -231,7 +244,8 @@ FAST_GRADIENTS: Mapping[str, Callable[[_Models, LossConfig], tuple[Tensor, Tenso
     "mixed": _kls,
     "jsd": _jsd,
 }
-"""Functions that return value [C] and hand-derived gradient [C, V], by ``loss_fn.kl_type``.
+"""Functions with hand-derived gradients, by ``loss_fn.kl_type``.
 
-They use only the [C, V] buffers of ``_Models``.
+Each function returns the divergence [C] and its gradient [C, V] with respect to the student's logits divided by the
+temperature. It allocates no tensors of [C, V]: the results overwrite the buffers of ``_Models``.
 """

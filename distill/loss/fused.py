@@ -1,9 +1,9 @@
 """Fused LM head and loss: compute loss and gradients from hidden states, without a tensor of [N, V].
 
-The forward processes the rows in chunks of C = ``chunk_rows``. It also computes the gradients of each chunk, so the
-backward only scales the stored gradients. This needs three matmuls with the head instead of four, because logits are
-not recomputed, and only a few buffers of [C, V]. The reference implementation is ``divergences.topk_kl`` of
-``hidden @ head.T``.
+N is the number of rows (response tokens), V the vocabulary size. The forward processes the rows in chunks of C =
+``chunk_rows``. It also computes the gradients of each chunk, so the backward only scales the stored gradients. This
+needs three matmuls with the head instead of four, because logits are not recomputed, and only a few buffers of [C, V].
+The reference implementation is ``divergences.topk_kl`` with the logits ``hidden @ head.T``.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from distill.types import LossOutput, Targets, TeacherRows
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """Sharding of the LM head's rows (the columns of logits) over the ranks of a group.
+    """Sharding of the LM head's vocabulary (its rows, the columns of logits) over tensor-parallel ranks.
 
-    Rank r of the group has the r-th shard of ``torch.chunk`` over the rows.
+    Rank r of the group has part r of ``torch.chunk`` over the rows of the head.
     """
 
     group: dist.ProcessGroup
-    """Ranks over which the head is sharded."""
+    """Tensor-parallel ranks over which the rows of the LM head are sharded."""
     first: int
-    """Vocabulary id of this rank's first column."""
+    """Token id of the first row of the LM head on this rank."""
     vocab: int
-    """Number of columns of all ranks, padding included."""
+    """Number of rows of the complete LM head over all ranks, including padding rows."""
 
 
 def fused_linear_kl(
@@ -66,12 +66,12 @@ def fused_linear_kl(
     row_kls: dict[str, Tensor] | None = None,
     debug: bool = False,
 ) -> LossOutput:
-    """Return the weighted sum of the distillation loss over N rows, and metrics.
+    """Return the weighted sum of the distillation loss over N rows (response tokens), and metrics.
 
     The sum is differentiable in ``hidden_ND`` and ``head_VD``. Call the function inside the forward of the root FSDP
-    module, because only there the head is unsharded. N may be 0. Rows of
-    weight 0 are skipped. Without grad mode only the values are computed. With ``parallel`` the function is collective
-    over the group, and all ranks of the group must pass the same rows.
+    module, because FSDP gathers the head only there. N may be 0. Rows of weight 0 are skipped. In ``torch.no_grad``
+    only the values are computed. With ``parallel`` the function is collective over the group, and all ranks of the
+    group must pass the same rows.
 
     Args:
         hidden_ND: the student's hidden states after the final norm, with the head's dtype and device.
@@ -79,14 +79,18 @@ def fused_linear_kl(
         targets: a ``TopK`` at the loss's temperature, or ``TeacherRows`` to compute the teacher's logits in chunks.
         loss_config: the section ``loss_fn`` of the configuration.
         weight_N: weight of each row, without gradient; 0 excludes the row.
-        sampled: the response tokens; required by ``kl_type: sampled``, and then a ``TopK`` must include their ids.
+        sampled: the sampled response tokens. ``loss_fn.kl_type=sampled`` requires them, and a ``TopK`` must then
+            contain their ids.
         chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
-        valid_vocab: number of columns without padding, None: all. Padding columns count as -inf and get gradient 0.
+        valid_vocab: number of columns of logits without padding; None means all columns. Padding columns count as -inf
+            and get gradient 0.
         stop_token_ids: token ids for the metric ``teacher_stop_mass``.
-        topk_logits_k: number of ids to keep with ``TeacherRows``; 0 means the complete vocabulary.
+        topk_logits_k: number of token ids per row that the loss compares; 0 means the complete vocabulary. Required
+            with ``TeacherRows``, not used with a ``TopK``.
         parallel: sharding of the head over a group of ranks; requires a ``TopK``.
-        row_kls: a dict that receives ``forward_kl`` and ``reverse_kl`` of each row of nonzero weight, in order.
-        debug: also raise ``UserError`` if a row of a ``TopK`` repeats an id.
+        row_kls: a dict to which the function adds ``forward_kl`` and ``reverse_kl``, 1-D tensors with the values of all
+            rows of nonzero weight, in the order of the rows.
+        debug: also check that no row of a ``TopK`` repeats a token id.
 
     Returns:
         ``kl_sum`` is float32 (float64 with a float64 head) and supports one backward. ``stats`` has (sum, count) over
@@ -151,18 +155,18 @@ def fused_linear_kl(
 
 @dataclass(frozen=True)
 class _Columns:
-    """Range of this rank's columns of logits."""
+    """Range of the columns of logits (token ids) that this rank computes."""
 
     own: int
-    """Number of this rank's columns without padding."""
+    """Number of columns of logits on this rank, without padding columns."""
     first: int
-    """Vocabulary id of this rank's first column."""
+    """Token id of the first column of logits on this rank."""
     per_rank: int
-    """Number of columns of the largest shard, padding included."""
+    """Number of columns on the rank with the most columns, including padding columns."""
     vocab: int
-    """Number of columns of all ranks without padding."""
+    """Number of columns of logits over all ranks, without padding columns."""
     group: dist.ProcessGroup | None
-    """Ranks over which the columns are sharded; None if this rank has all columns."""
+    """Ranks over which the columns of logits are sharded; None if this rank has all columns."""
 
     @classmethod
     def of(
@@ -172,7 +176,11 @@ class _Columns:
         parallel: VocabParallel | None,
         teacher_rows: bool,
     ) -> _Columns:
-        """Return this rank's columns; raise ``UserError`` (on all ranks) if the sizes are invalid."""
+        """Return the columns of logits that this rank computes with the LM head ``head_VD``.
+
+        ``teacher_rows``: whether the targets have the type ``TeacherRows``. Raises ``UserError`` on all ranks if the
+        sizes are invalid.
+        """
         columns = head_VD.shape[0]
         if parallel is None:
             vocab = checks.check_vocab(columns, valid_vocab)
@@ -186,19 +194,29 @@ class _Columns:
 
 @cache
 def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the ids as a tensor, cached because each copy to a GPU would wait for the device."""
+    """Return the ids of the stop tokens as an int64 tensor on ``device``.
+
+    The tensor is cached, because copying the ids to a GPU in every call would block the host.
+    """
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def _head_gradient(head_VD: Tensor, own: int, dtype: torch.dtype) -> Tensor:
-    """Return a buffer for the head's gradient: 0 at padding rows, uninitialised at other rows."""
+    """Return a buffer for the gradient of the LM head's weight.
+
+    The first ``own`` rows are uninitialised; the remaining rows are vocabulary padding and have gradient 0.
+    """
     d_head_VD = torch.empty_like(head_VD, dtype=dtype)
     d_head_VD[own:] = 0
     return d_head_VD
 
 
 def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
-    """Return the temperature of the loss; raise ``UserError`` if ``kl_type: sampled`` cannot use it."""
+    """Return the temperature that divides the logits in the loss.
+
+    Raises ``UserError`` if ``loss_fn.kl_type=sampled`` is set and the temperature differs from the sampling
+    temperature.
+    """
     checks.check_tokens(loss_config, sampled is not None)
     if sampled is None:
         return loss_temperature(loss_config)
@@ -217,7 +235,10 @@ def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
 
 @dataclass(frozen=True)
 class _Loop:
-    """Inputs and outputs of one pass over all chunks; ``run`` processes one chunk."""
+    """Inputs and gradient buffers of the loss over all chunks of rows; ``run`` processes one chunk.
+
+    ``d_hidden_ND`` and ``d_head_VD`` are the gradients of hidden states and LM head; None if a gradient is not needed.
+    """
 
     loss_pass: LossPass
     hidden_ND: Tensor
@@ -230,7 +251,10 @@ class _Loop:
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
-        """Compute the loss of a chunk, store its gradients, and return its row metrics by name."""
+        """Compute the loss and the gradients of a chunk of rows, and return metrics [C] by name.
+
+        Gradients are written to ``d_hidden_ND`` and added to ``d_head_VD``. ``first``: whether this is the first chunk.
+        """
         # Compute the teacher's top-k first: it may use the same buffer as the student's logits.
         topk = self.targets.topk(rows) if self.targets.topk else None
         hidden_CD = self.hidden_ND[rows]
@@ -280,7 +304,12 @@ class _Loop:
         read_CE: Tensor,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Compute a chunk with the loss over the complete vocabulary; see ``run``."""
+        """Compute loss, gradients and metrics of a chunk for the loss over the complete vocabulary.
+
+        ``run`` calls this method if the targets are not a top-k.         ``z_CV`` has the student's raw logits,
+        ``teacher_CV`` the teacher's logits divided by the temperature, and ``read_CE`` the result of
+        ``SampledLogprobs.read``.
+        """
         if z_CV.dtype != self.student.dtype:
             z_CV = self.loss_pass.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)
         divide(z_CV, self.loss_pass.temperature)
@@ -303,10 +332,10 @@ class _Loop:
         return not (self.d_hidden_ND is None and self.d_head_VD is None)
 
     def _factor(self, rows: Rows) -> Tensor:
-        """Return weight / temperature of each row, [C].
+        """Return weight / temperature of each row of the chunk ``rows``, [C].
 
-        Multiplied by it, the gradient with respect to scaled logits becomes that of the weighted loss with respect to
-        raw logits.
+        The gradient of the loss with respect to logits divided by the temperature, multiplied by this factor, is the
+        gradient of the weighted loss with respect to the raw logits.
         """
         return self.weight_N[rows] / self.loss_pass.temperature
 
@@ -316,7 +345,10 @@ class _Loop:
         return self.student.logits(hidden_CD, self.loss_pass.scratch.get("logits", len(hidden_CD), dtype))
 
     def _own_ids(self, ids_CK: Tensor, columns: int) -> Tensor:
-        """Return the ids as column numbers of this rank; -1 for columns of other ranks."""
+        """Convert token ids to column numbers of this rank's logits; -1 for tokens of other ranks.
+
+        ``columns`` is the number of columns of logits on this rank.
+        """
         if self.sampled.group is None:
             return ids_CK
         own_CK = ids_CK - self.sampled.first
@@ -335,10 +367,10 @@ class _Loop:
 
 
 class _WithGradients(torch.autograd.Function):
-    """Autograd function that returns a given value with given gradients; it supports one backward.
+    """Autograd function that returns a given loss with given gradients of hidden states and LM head.
 
-    The backward multiplies the stored gradients by the incoming gradient. It does so in place if the dtype allows,
-    because the head's gradient is as large as the head.
+    It supports one backward. The backward multiplies the stored gradients by the incoming gradient. It does so in place
+    if the dtype allows, because the head's gradient is as large as the head.
     """
 
     @staticmethod
@@ -358,7 +390,7 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if not ctx.gradients:
             raise RuntimeError(
-                "the loss supports only one backward: call fused_linear_kl again before the next backward"
+                "the result of fused_linear_kl supports only one backward: call fused_linear_kl again for each backward"
             )
         d_head_VD, d_hidden_ND = ctx.gradients.pop(), ctx.gradients.pop()
         d_hidden_ND = _scaled(d_hidden_ND, outputs[0], ctx.dtypes[0])
@@ -372,9 +404,9 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return gradient * scale, rounded once to ``dtype``.
+    """Return gradient * scale in ``dtype``, rounded only once; None if the gradient is None.
 
-    The function works in blocks of rows, to avoid a second float32 copy of the gradient.
+    The function processes blocks of rows, to avoid a second float32 copy of the gradient.
     """
     if gradient is None:
         return None
@@ -386,9 +418,9 @@ def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _chunks(weight_N: Tensor, chunk_rows: int) -> list[Rows]:
-    """Return the rows of nonzero weight in chunks of ``chunk_rows``.
+    """Return the rows of nonzero weight, split into chunks of at most ``chunk_rows`` rows.
 
-    Without such rows the result is one empty chunk, so that all metric names are reported.
+    If all rows have weight 0, the result is one empty chunk, so that the loss still returns all metric names.
     """
     kept_N = weight_N.detach().nonzero().squeeze(1)
     if kept_N.numel() < weight_N.numel():

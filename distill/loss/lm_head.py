@@ -1,8 +1,8 @@
 """Matmuls of the LM head: logits, gradient of the hidden states, gradient of the head's weight.
 
-bf16 operands give float32 logits, because rounding the logits to bf16 changes log-probs by about 0.02 nats. The
-gradient of the logits is converted to the head's dtype. The gradient of the head is accumulated in float32. With a
-float32 or float64 head, all tensors have the head's dtype.
+With a bf16 head and bf16 hidden states the logits are float32 by default, because rounding the logits to bf16 changes
+log-probs by about 0.02 nats. The gradient of the logits is converted to the head's dtype. The gradient of the head is
+accumulated in float32. With a float32 or float64 head, all tensors have the head's dtype.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 ROUNDED = "bfloat16"
-"""Value of ``loss_fn.logits_dtype`` that rounds the logits to bf16.
+"""Value of ``loss_fn.logits_dtype`` for which the student's logits are rounded to bf16.
 
-The matmul is faster; the error of the KL is about 6e-4 nats.
+Rounding makes the matmul of the LM head faster and changes the KL between student and teacher by about 6e-4 nats.
 """
 
 
 class Projection:
-    """Matmuls of the LM head for one pass over all chunks, without autograd.
+    """Matmuls of the LM head for the chunks of rows of one micro-batch, without autograd.
 
-    C is the number of rows in a chunk, V the number of rows of the head, D the hidden size.
+    C is the number of rows (response tokens) in a chunk, V the number of rows of the head's weight, D the hidden size.
     """
 
     def __init__(self, head_VD: Tensor, logits_dtype: str = "float32") -> None:
         self.head_VD = head_VD.detach()
         self.dtype = torch.promote_types(head_VD.dtype, torch.float32)
-        """Dtype of unrounded logits and of the head's gradient: float32, or float64 for a float64 head."""
+        """Dtype of unrounded logits and of the head's gradient: float64 for a float64 head, else float32."""
         self.logits_dtype = logits_dtype
         self._rounded = logits_dtype == ROUNDED
         self._narrow = head_VD.dtype != self.dtype
@@ -35,9 +35,9 @@ class Projection:
         self._operand_VD = self.head_VD.to(self.dtype) if self._widen and not self._rounded else self.head_VD
 
     def logits(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
-        """Write hidden @ head^T to ``out_CV`` and return it.
+        """Write the logits, hidden states @ head^T, to ``out_CV`` and return ``out_CV``.
 
-        The dtype of ``out_CV`` is ``self.dtype``; it may be bf16 if the logits are rounded.
+        ``out_CV`` has dtype ``self.dtype``, or bf16 if ``loss_fn.logits_dtype`` is bfloat16.
         """
         transposed_DV = self._operand_VD.t()
         if self._rounded and out_CV.dtype == hidden_CD.dtype == transposed_DV.dtype == torch.bfloat16:
@@ -49,11 +49,17 @@ class Projection:
         return torch.mm(hidden_CD.to(self.dtype), transposed_DV, out=out_CV)
 
     def cast(self, gradient_CV: Tensor) -> Tensor:
-        """Return the gradient of the logits in the head's dtype, which the two methods below require."""
+        """Return the gradient of the logits, converted to the dtype of the head's weight.
+
+        ``hidden_gradient`` and ``add_head_gradient`` require this dtype.
+        """
         return gradient_CV.to(self.head_VD.dtype)
 
     def hidden_gradient(self, gradient_CV: Tensor, wide: bool = False) -> Tensor:
-        """Return the gradient [C, D] of the hidden states in the head's dtype (``wide``: ``self.dtype``)."""
+        """Return the gradient [C, D] of the hidden states from the gradient [C, V] of the logits.
+
+        The result has the dtype of the head's weight, or with ``wide`` the dtype ``self.dtype`` (at least float32).
+        """
         if not (wide and self._narrow):
             return gradient_CV @ self.head_VD
         if self._widen:
@@ -61,9 +67,9 @@ class Projection:
         return torch.mm(gradient_CV, self.head_VD, out_dtype=self.dtype)
 
     def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor, first: bool) -> None:
-        """Add the head's gradient of this chunk to ``into_VD``, which has dtype ``self.dtype``.
+        """Add a chunk's gradient of the head's weight to the sum ``into_VD``, which has dtype ``self.dtype``.
 
-        The ``first`` chunk overwrites ``into_VD``, which may be uninitialised.
+        With ``first`` (the first chunk) the gradient overwrites ``into_VD``, which may be uninitialised.
         """
         if self._widen:  # as in plain PyTorch: a bf16 matmul, added to a float32 sum
             product_VD = gradient_CV.t() @ hidden_CD

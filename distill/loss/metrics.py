@@ -1,6 +1,8 @@
-"""Metrics of each row of the loss, and log-probs of the sampled tokens.
+"""Metrics of each row of the loss, and the trainer's log-probs of the sampled tokens.
 
-They are computed from numbers that the loss needs anyway.
+A row is one response token. The kept ids of a row are the K token ids of ``TopK``; the tail consists of all other
+tokens. The metrics are computed from results of the loss, without another pass over the logits, except if the loss does
+not use the sampling temperature.
 """
 
 from __future__ import annotations
@@ -18,40 +20,41 @@ from distill.types import Stats, TopK
 
 @dataclass(frozen=True)
 class RowMetrics:
-    """Metrics of C rows, [C] each; a metric that is not available is None.
+    """Metrics of C rows (response tokens), [C] each; a metric that is not available is None.
 
-    KLs and entropies are in nats.
+    KLs and entropies are in nats. The kept ids of a row are the K token ids of the top-k, or the complete vocabulary.
     """
 
     forward_kl: Tensor
-    """KL(teacher || student), with the tail as one outcome."""
+    """KL(teacher || student) over the top-k tokens, and all other tokens as one outcome; in nats."""
     reverse_kl: Tensor
-    """KL(student || teacher), with the tail as one outcome."""
+    """KL(student || teacher) over the top-k tokens, and all other tokens as one outcome; in nats."""
     teacher_topk_mass: Tensor
-    """Total probability of the kept ids in the teacher's distribution."""
+    """Teacher's total probability of the top-k tokens."""
     student_topk_mass: Tensor
-    """Total probability of the kept ids in the student's distribution."""
+    """Student's total probability of the same top-k tokens."""
     student_entropy: Tensor
-    """Entropy of the student's full distribution."""
+    """Entropy in nats of the student's distribution over the complete vocabulary."""
     top1_agreement: Tensor
-    """bool: whether a token has the largest logit in both models, ties included."""
+    """bool: whether a token has the largest logit (or a tie for it) in both models."""
     teacher_entropy: Tensor | None
-    """Entropy of the teacher's full distribution; None if the targets do not include it."""
+    """Entropy of the teacher over the complete vocabulary, in nats; None if ``TopK`` has no entropy."""
     teacher_stop_mass: Tensor | None
-    """Total teacher probability of the stop tokens among the kept ids; None without stop tokens."""
+    """Teacher's total probability of the stop tokens within the top-k; None if no stop tokens are given."""
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return the available metrics by name."""
+        """Return the metrics that are not None, by field name."""
         return {name: values_C for name, values_C in vars(self).items() if values_C is not None}
 
 
 def topk_metrics(
     student: Outcomes, topk: TopK, stop_ids: Tensor, is_top1_CK: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the row metrics of a top-k loss by name.
+    """Return the fields of ``RowMetrics`` by name, for a loss over the token ids of ``topk``.
 
-    ``student`` must be shifted so that the largest logit of each row is 0. ``is_top1_CK`` marks the kept ids with the
-    teacher's largest logit, ties included. None marks the most likely of the kept ids.
+    The logits in ``student`` must be shifted so that the largest logit of each row is 0. ``is_top1_CK`` is True at the
+    ids with the teacher's largest logit, ties included; None selects the ids with the largest log-prob in ``topk``.
+    ``stop_ids`` has the token ids for the metric ``teacher_stop_mass``.
     """
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()
@@ -71,7 +74,7 @@ def topk_metrics(
 
 
 class StatsSum:
-    """Row metrics of all chunks, summed once at the end.
+    """Metrics of the rows of all chunks, stored per row and summed in ``stats``.
 
     The sums are in float64, so that the chunk size does not change the result.
     """
@@ -80,16 +83,19 @@ class StatsSum:
         self._rows: dict[str, list[Tensor]] = {}
 
     def add(self, rows: dict[str, Tensor]) -> None:
-        """Append the metrics of one chunk, given by name."""
+        """Append the metrics of the rows of one chunk; ``rows`` maps a metric's name to its values [C]."""
         for name, values_C in rows.items():
             self._rows.setdefault(name, []).append(values_C)
 
     def rows(self, name: str) -> Tensor:
-        """Return one metric of all rows added so far, [N]."""
+        """Return the values of the metric ``name`` for all rows added so far, [N]."""
         return torch.cat(self._rows[name])
 
     def stats(self) -> Stats:
-        """Return (sum, count) by metric name; for a name that ends in ``_max`` the first number is a maximum."""
+        """Return (sum over rows, number of rows) by metric name.
+
+        For ``sampler_logprob_diff_max`` the pair is (maximum over rows, 1), or (0, 0) without rows.
+        """
         stats: Stats = {}
         for name in self._rows:
             values_N = self.rows(name)
@@ -103,45 +109,46 @@ class StatsSum:
 
 @dataclass(frozen=True)
 class Sampled:
-    """The response tokens of N rows, with their log-probs."""
+    """The N sampled response tokens, one per row of the loss, with the sampler's log-probs."""
 
     ids_N: Tensor
-    """int64 [N]: token ids."""
+    """int64 [N]: ids of the sampled tokens."""
     logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs of the tokens in nats, at the sampling temperature."""
+    """float32 [N]: the sampler's log-probs of these tokens in nats, at the sampling temperature."""
     temperature: float
-    """Sampling temperature; also the temperature of the loss if ``loss_fn.temperature`` is null."""
+    """Temperature of the sampler; also the temperature of the loss if ``loss_fn.temperature`` is null."""
 
 
 @dataclass(frozen=True)
 class SampledLogprobs:
-    """Computation of the trainer's log-probs of the sampled tokens, in two steps.
+    """Computation of the trainer's log-probs of the sampled tokens, in two steps per chunk of rows.
 
-    The loss calls ``read`` before it overwrites the logits, and ``metrics`` after it has computed their logsumexp.
+    The loss calls ``read`` before it overwrites the student's logits of a chunk, and ``metrics`` after it has computed
+    the logsumexp of these logits.
     """
 
     sampled: Sampled | None
-    """The sampled tokens; if None, no metrics are computed."""
+    """The sampled tokens; None disables the metrics of sampled tokens."""
     temperature: float
-    """Temperature of the loss."""
+    """Temperature that divides the logits in the loss; may differ from the sampling temperature."""
     first: int
-    """Vocabulary id of this rank's first column."""
+    """Token id of the first column of logits on this rank; 0 if the LM head is not sharded."""
     group: dist.ProcessGroup | None
     """Ranks over which the columns of logits are sharded; None if this rank has all columns."""
 
     def tokens(self, rows: Rows) -> Tokens | None:
-        """Return the sampled tokens of a chunk, or None if there are no sampled tokens."""
+        """Return the sampled tokens of the chunk ``rows``, or None if ``sampled`` is None."""
         sampled = self.sampled
         return None if sampled is None else Tokens(sampled.ids_N[rows], sampled.logprobs_N[rows])
 
     def read(self, z_CV: Tensor, rows: Rows, scratch: Scratch, dtype: torch.dtype) -> Tensor:
-        """Return this rank's terms of the log-probs of the sampled tokens, [C, E] of ``dtype``.
+        """Return this rank's terms of the student's log-probs of the sampled tokens, [C, E] of ``dtype``.
 
-        The caller sums the terms over the group and passes the sums to ``metrics``. ``z_CV`` has the raw logits, not
-        divided by a temperature, and is not modified. Without sampled tokens E is 0. If the loss uses the sampling
-        temperature, the only column is the token's logit divided by this temperature. Otherwise the columns are this
-        logit minus the row's largest, and the sum of exponentials of all such differences. In this case the method is
-        collective over the group.
+        The caller sums the terms over the ranks of ``group`` and passes the sums to ``metrics``. ``z_CV`` has the
+        student's raw logits, not divided by a temperature, and is not modified. Without sampled tokens E is 0. If the
+        loss uses the sampling temperature, E is 1: the logit of the sampled token divided by this temperature.
+        Otherwise E is 2, with the same logit minus the largest logit of the row, and the sum of exponentials of these
+        differences over all tokens. The method is collective over ``group`` only if E is 2.
         """
         if self.sampled is None:
             return torch.zeros(len(z_CV), 0, dtype=dtype, device=z_CV.device)
@@ -159,10 +166,11 @@ class SampledLogprobs:
         return torch.stack([chosen_C, spare_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)], dim=1)
 
     def metrics(self, rows: Rows, read_CE: Tensor, shift_C: Tensor, lse_C: Tensor) -> dict[str, Tensor]:
-        """Return the trainer's log-probs and their absolute differences from the sampler's, by name.
+        """Return the metrics ``student_logprob`` and ``sampler_logprob_diff`` of a chunk, [C] each in nats.
 
-        ``read_CE`` is the result of ``read``, summed over the group. ``shift_C + lse_C`` is the logsumexp of the logits
-        at the loss's temperature; it is used if the loss uses the sampling temperature.
+        They are the trainer's log-prob of the sampled token, and its absolute difference from the sampler's log-prob.
+        ``read_CE`` is the result of ``read``, summed over the ranks of ``group``. ``shift_C + lse_C`` is the logsumexp
+        of the student's logits at the loss's temperature; it is used only if this is the sampling temperature.
         """
         if self.sampled is None:
             return {}

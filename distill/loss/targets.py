@@ -1,4 +1,4 @@
-"""Teacher's targets of a chunk of rows: a given top-k, or computed from hidden states."""
+"""Teacher's targets for a chunk of rows (response tokens), given or computed from hidden states."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def teacher_topk(
     extra_ids_N: Tensor | None = None,
     backend: str = "auto",
 ) -> TopK:
-    """Return the exact k most likely tokens of each row, with log-probs, log tail mass and entropy.
+    """Return the teacher's exact top-k of each row, with log-probs, log tail mass and entropy.
 
-    The log tail mass is the log of the probability of all other tokens. The result has no gradient.
+    A row is one response token. The log tail mass is the log of the total probability of all other tokens. The result
+    has no gradient.
 
     Args:
         hidden_ND: the teacher's hidden states after the final norm, in the head's dtype.
@@ -47,9 +48,9 @@ def teacher_topk(
         k: number of ids to keep; if k is the vocabulary size, the tail is empty (log mass -inf).
         temperature: the temperature of the loss, by which the logits are divided.
         chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
-        valid_vocab: number of columns without padding; padding columns are never kept. None means all columns.
-        extra_ids_N: an additional id to keep in each row, such as the sampled token. It adds a column of ids, with
-            -1 if the id is already among the k ids. No column is added if k is the vocabulary size.
+        valid_vocab: number of columns of logits without padding; padding columns are never kept. None: all columns.
+        extra_ids_N: an additional id to keep in each row, such as the sampled token. It adds a column of ids, with -1
+            if the id is already among the k ids. No column is added if k is the vocabulary size.
         backend: value of ``loss_fn.backend``.
 
     Returns:
@@ -83,9 +84,9 @@ def teacher_topk(
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """Computation of the teacher's logits and targets, chunk by chunk.
+    """Computation of the teacher's logits, top-k and log-probs from hidden states, for one chunk per call.
 
-    ``loss_fn.logits_dtype`` does not apply to the teacher's logits.
+    ``loss_fn.logits_dtype`` does not apply to the teacher's logits, which are float32 or float64.
     """
 
     head: Projection
@@ -93,7 +94,7 @@ class TeacherScorer:
     kernels: LogitsKernels
     scratch: Scratch
     buffer: str
-    """Name of the scratch buffer for the teacher's logits."""
+    """Name of the buffer in ``scratch`` to which the teacher's logits are written."""
 
     @classmethod
     def of(
@@ -104,7 +105,7 @@ class TeacherScorer:
         scratch: Scratch,
         buffer: str = "logits",
     ) -> TeacherScorer:
-        """Return a scorer for the given LM head."""
+        """Return a scorer that uses the LM head ``head_VD`` and the kernels of ``loss_fn.backend``."""
         head = Projection(head_VD)
         return cls(
             head,
@@ -115,26 +116,33 @@ class TeacherScorer:
         )
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return the raw logits [C, V], float32 or float64, not divided by the temperature."""
+        """Return the teacher's raw logits [C, V], float32 or float64, not divided by the temperature.
+
+        The next call overwrites the returned buffer.
+        """
         return self.head.logits(hidden_CD, self.scratch.get(self.buffer, len(hidden_CD), self.head.dtype))
 
     def scaled_logits(self, hidden_CD: Tensor) -> Tensor:
-        """Return the logits [C, V], divided by the temperature."""
+        """Return the teacher's logits [C, V], divided by the temperature; the next call overwrites them."""
         z_CV = self.logits(hidden_CD)
         divide(z_CV, self.temperature)
         return z_CV
 
     def topk(self, hidden_CD: Tensor, k: int, extra_ids_C: Tensor | None) -> TopK:
-        """Return the targets at the k most likely tokens of each row, and at ``extra_ids_C`` if given."""
+        """Return the teacher's k most likely tokens of each row, with log-probs, log tail mass and entropy.
+
+        ``extra_ids_C`` adds one token id per row, such as the sampled token.
+        """
         z_CV = self.logits(hidden_CD)
         if extra_ids_C is None and (found := self.kernels.topk_with_tail(z_CV, k, self.temperature)) is not None:
             return found
         return self.topk_of_ids(z_CV, with_extra_ids(self.kernels.topk(z_CV, k), extra_ids_C, z_CV.shape[1]))[0]
 
     def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
-        """Return the targets at the given ids, and a mask [C, K] of the ids with the largest logit.
+        """Return the teacher's log-probs at the token ids ``ids_CK``, with log tail mass and entropy.
 
-        Overwrites ``z_CV``, the raw logits.
+        The second result is a bool mask [C, K] of the ids with the largest logit of their row. ``z_CV`` has the
+        teacher's raw logits and is overwritten.
         """
         reduced = self.kernels.reduce(z_CV, ids_CK, self.temperature, self.scratch, self.head.head_VD.dtype)
         summary, _ = combine(reduced.local, ids_CK, ids_CK, reduced.local.logits_CK[:, :0], None)
@@ -149,9 +157,10 @@ class TeacherScorer:
 
 
 def with_extra_ids(ids_CK: Tensor, extra_ids_C: Tensor | None, vocab: int) -> Tensor:
-    """Append the extra ids as a column, with -1 for an id that its row already contains.
+    """Append one extra token id to each row of ``ids_CK``, or -1 if the row already contains the id.
 
-    Returns ``ids_CK`` unchanged if the rows already contain the complete vocabulary.
+    Returns ``ids_CK`` unchanged if ``extra_ids_C`` is None, or if the rows contain the complete vocabulary (``vocab``
+    ids).
     """
     if extra_ids_C is None or ids_CK.shape[1] == vocab:
         return ids_CK
@@ -167,29 +176,33 @@ def with_extra_ids(ids_CK: Tensor, extra_ids_C: Tensor | None, vocab: int) -> Te
 
 @dataclass(frozen=True)
 class LossPass:
-    """Settings and buffers of one pass over all chunks."""
+    """Settings and buffers that all chunks of one call of ``fused_linear_kl`` use."""
 
     loss_config: LossConfig
     temperature: float
     vocab: int
-    """Number of columns of logits over all ranks, without padding."""
+    """Number of columns of logits (tokens) over all ranks, without padding columns."""
     kernels: LogitsKernels
     scratch: Scratch
 
 
 @dataclass(frozen=True)
 class ChunkTargets:
-    """Functions that return the targets of a chunk of rows; exactly one of them is set."""
+    """Functions that return the teacher's targets for a chunk of rows; exactly one field is not None."""
 
     topk: Callable[[Rows], TopK] | None = None
-    """Function for ``support: teacher``; the targets do not depend on the student."""
+    """Function for ``loss_fn.support=teacher``: returns the teacher's top-k of a chunk of rows."""
     student_topk: Callable[[Rows, Tensor], tuple[TopK, Tensor]] | None = None
-    """Function for ``support: student``; its second argument is the student's logits.
+    """Function for ``loss_fn.support=student``: returns the teacher's log-probs at the student's top-k.
 
-    It returns the targets and a bool mask [C, K] of the ids with the teacher's largest logit.
+    The arguments are the rows of a chunk and the student's logits of these rows. The second result is a bool mask
+    [C, K] of the ids with the teacher's largest logit.
     """
     scaled_logits: Callable[[Rows], Tensor] | None = None
-    """Function for the complete vocabulary; returns the teacher's logits divided by the temperature."""
+    """Function for ``distillation.topk_logits_k=0``: returns the teacher's logits [C, V] of a chunk.
+
+    The logits are divided by the temperature of the loss.
+    """
 
 
 def targets_by_chunk(
@@ -201,10 +214,11 @@ def targets_by_chunk(
     weight_N: Tensor,
     debug: bool,
 ) -> ChunkTargets:
-    """Check the targets and return functions that compute the targets of a chunk.
+    """Check the teacher's targets, and return functions that return the targets of a chunk of rows.
 
-    Also checks ``sampled_ids_N``. For ``kl_type: sampled``, a computed top-k includes the sampled tokens. Checks that
-    wait for the device run here once, not in every chunk.
+    ``rows`` is the number of rows of the student, ``k`` the number of token ids per row (0: complete vocabulary; not
+    used with a ``TopK``). Also checks the sampled ids. With ``loss_fn.kl_type=sampled``, a computed top-k includes the
+    sampled tokens. All checks that block the host until the GPU has finished run here, and not in every chunk.
     """
     loss_config, vocab = loss_pass.loss_config, loss_pass.vocab
     if isinstance(targets, TeacherRows):
@@ -213,8 +227,8 @@ def targets_by_chunk(
         return _targets_from_rows(targets, loss_pass, rows, k, extra_ids_N)
     if loss_config.support == "student":
         raise UserError(
-            "loss_fn.support=student does not work with targets of type TopK",
-            "pass targets of type TeacherRows",
+            "loss_fn.support=student does not work with targets of type TopK, a given top-k of the teacher",
+            "pass targets of type TeacherRows, the hidden states and the LM head of the teacher",
             key="loss_fn.support",
             value="student",
         )
@@ -248,8 +262,8 @@ def _targets_from_rows(
     )
     if k is None:
         raise UserError(
-            "topk_logits_k is missing, but targets of type TeacherRows require it",
-            "pass the number of ids to keep, or 0 for the complete vocabulary",
+            "the argument topk_logits_k is missing, but targets of type TeacherRows require it",
+            "pass the number of token ids per row, or 0 for the complete vocabulary",
             key="topk_logits_k",
         )
     checks.check_linear("the teacher's", hidden_ND, targets.head_VD, vocab)
@@ -281,9 +295,10 @@ def _targets_from_rows(
 
 
 def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
-    """Return the number of [C, V] buffers that a chunk needs.
+    """Return the number of [C, V] buffers that the loss of a chunk of C rows needs.
 
-    ``k`` is the number of kept ids; 0 means the complete vocabulary, and None means that the targets are a TopK.
+    ``k`` is ``distillation.topk_logits_k``; 0 means the complete vocabulary, and None that the targets are a given
+    ``TopK``.
     """
     if k == 0:
         return full_vocab.buffers_of(loss_config)
@@ -291,16 +306,17 @@ def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
 
 
 def default_chunk_rows(hidden_ND: Tensor, vocab: int, buffers: int = 2) -> int:
-    """Return the default number of rows in a chunk: see ``rows_within_budget``."""
+    """Return the default number of rows in a chunk of logits; see ``rows_within_budget``."""
     return rows_within_budget(hidden_ND.is_cuda, vocab, buffers, max(hidden_ND.element_size(), 4))
 
 
 def rows_within_budget(cuda: bool, vocab: int, buffers: int = 2, element: int = 4) -> int:
-    """Return the number of rows C for which the [C, V] buffers fit into the memory budget of the device.
+    """Return the number of rows C for which the [C, V] buffers fit into the memory budget.
 
-    ``buffers`` is the number of buffers, ``element`` the number of bytes per logit. The budget of a GPU allows 2048
-    rows of 151,936 float32 logits, that of a CPU 256 rows of 49,152. Larger chunks are not faster. With much smaller
-    chunks the head and its gradient would be read and written too often.
+    ``vocab`` is V, ``buffers`` the number of buffers, ``element`` the number of bytes per logit. C is a multiple of 16,
+    at least 16, and at most 2048 on a GPU or 256 on a CPU. With two buffers, the budget of a GPU allows 2048 rows of
+    151,936 float32 logits, that of a CPU 256 rows of 49,152. Larger chunks are not faster. With much smaller chunks the
+    head and its gradient would be read and written too often.
     """
     most, budget = (2048, 2560 * _MIB) if cuda else (256, 96 * _MIB)
     return max(16, min(most, budget // (buffers * vocab * element) // 16 * 16))

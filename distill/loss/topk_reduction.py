@@ -1,9 +1,11 @@
-"""Reduce a chunk of logits to kept logits and tail sums, and compute the gradient of the logits.
+"""Reduce a chunk of logits to a few numbers per row, and compute the gradient of the logits.
 
-The tail of a row consists of all tokens outside the K kept ids. Logits and gradient have shape [C, V]. The reference
-implementation is ``divergences.student_outcomes`` under autograd, which needs several tensors of [N, V]; this module
-needs two buffers of [C, V]. ``TorchKernels`` uses PyTorch, ``TritonKernels`` uses Triton. Each rank of a
-vocabulary-parallel head reduces its own columns, and ``combine`` adds up the results of all ranks.
+A row is one response token. The kept ids of a row are the K token ids of its top-k; the tail consists of all other
+tokens. The reduction returns the logits at the kept ids (kept logits) and sums over the tail (tail sums). Logits and
+gradient have shape [C, V]. The reference implementation is ``divergences.student_outcomes`` under autograd, which needs
+several tensors of [N, V]; this module needs two buffers of [C, V]. ``TorchKernels`` uses PyTorch, ``TritonKernels``
+uses Triton. Each rank of a vocabulary-parallel head reduces its own columns, and ``combine`` adds up the results of all
+ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from distill.types import TopK
 _NEG_INF = float("-inf")
 
 Rows = slice | Tensor
-"""Rows of a chunk: a slice, or a tensor of row numbers if some rows are skipped."""
+"""Rows of a chunk: a slice, or a tensor of row numbers if rows of weight 0 are skipped."""
 
 
 class Scratch:
-    """Named [C, V] buffers, each allocated once per pass over all chunks.
+    """Named [C, V] buffers that all chunks of rows of one call of the loss reuse.
 
     On a CPU, allocating new memory for every chunk would take longer than the computation.
     """
@@ -39,7 +41,7 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Return the first ``rows`` rows of the buffer with this name and dtype; allocate it on the first call."""
+        """Return the first ``rows`` rows of the buffer ``name``; the first call allocates the buffer."""
         held = self._buffers.get((name, dtype))
         if held is None:
             count, vocab = self._shape
@@ -52,46 +54,51 @@ class Scratch:
 
 @dataclass(frozen=True)
 class LocalTail:
-    """Kept logits and tail sums over this rank's columns, from logits divided by the temperature."""
+    """Kept logits and tail sums of C rows over this rank's columns of logits.
+
+    The kept logits are those at the K kept ids; the tail consists of this rank's other columns. All logits are divided
+    by the temperature.
+    """
 
     logits_CK: Tensor
-    """[C, K]: logits at the kept ids; -inf if an id is -1 (padding, or a column of another rank)."""
+    """[C, K]: logits at the kept ids; -inf if an id is padding or a token of another rank."""
     tail_top_C: Tensor
-    """[C]: largest logit of the tail; -inf if the tail is empty."""
+    """[C]: largest logit outside the kept ids on this rank; -inf if all columns are kept."""
     tail_sum_C: Tensor
-    """[C]: sum of exp(logit - tail_top) over the tail; 0 if the tail is empty."""
+    """[C]: sum of exp(logit - tail_top) over this rank's columns outside the kept ids; 0 if none."""
     tail_product_C: Tensor
-    """[C]: sum of (logit - tail_top) exp(logit - tail_top) over the tail; 0 if the tail is empty."""
+    """[C]: sum of (logit - tail_top) exp(logit - tail_top) over the same columns; 0 if none."""
 
 
 class ReducedLogits(Protocol):
-    """Result of the reduction of a chunk, with the buffers for the gradient of the logits."""
+    """Kept logits and tail sums of a chunk, with the buffers to compute the gradient of its logits."""
 
     @property
     def local(self) -> LocalTail:
-        """Return the kept logits and the tail sums."""
+        """Return the logits at the kept ids, and the sums over this rank's other columns (the tail)."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
-        """Return the gradient of the logits, [C, V]; overwrites the buffers of the chunk.
+        """Return the gradient of the loss with respect to the logits, [C, V].
 
-        The gradient is ``d_logits_CK`` at the kept ids, and exp(z - tail_top) (factor + slope (z - tail_top)) at a
-        logit z of the tail. ``slope_C: None`` means a slope of 0.
+        Overwrites the buffers of the chunk. The gradient is ``d_logits_CK`` at the kept ids, and exp(z - tail_top)
+        (factor + slope (z - tail_top)) at a logit z outside the kept ids, with the row's values of ``factor_C`` and
+        ``slope_C``. ``slope_C=None`` means a slope of 0.
         """
 
 
 @dataclass(frozen=True)
 class TorchReduced:
-    """Result of the reduction of a chunk in PyTorch."""
+    """Kept logits and tail sums of a chunk, computed in PyTorch; see ``ReducedLogits``."""
 
     local: LocalTail
     columns_CK: Tensor
-    """int64 [C, K]: columns of the kept ids; 0 if an id is -1."""
+    """int64 [C, K]: this rank's columns of the kept ids; 0 if ``kept_CK`` is False."""
     kept_CK: Tensor
-    """bool [C, K]: whether an id is a column of this rank, and not -1."""
+    """bool [C, K]: whether a kept id is a column of this rank; False for padding (-1)."""
     tail_CV: Tensor
-    """[C, V]: exp(z - tail_top), and 0 at the kept ids."""
+    """[C, V]: exp(z - tail_top) of each logit z, tail_top from ``local``; 0 at the kept ids."""
     product_CV: Tensor
-    """[C, V]: (z - tail_top) exp(z - tail_top), and 0 at the kept ids."""
+    """[C, V]: (z - tail_top) exp(z - tail_top) of each logit z; 0 at the kept ids."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """Return the gradient of the logits: see ``ReducedLogits``."""
@@ -102,10 +109,10 @@ class TorchReduced:
 
 
 def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchReduced:
-    """Reduce logits that are already divided by the temperature; overwrites ``z_CV`` and ``spare_CV``.
+    """Reduce logits to the kept logits and tail sums of ``LocalTail``; overwrites both buffers.
 
-    Logits outside the kept ids must be finite. This is the reference implementation of
-    ``kernels.loss_student.reduce_rows``.
+    ``z_CV`` has logits divided by the temperature, ``ids_CK`` the kept ids (-1: padding). Logits outside the kept ids
+    must be finite. This is the reference implementation of ``kernels.loss_student.reduce_rows``.
     """
     # The lowest finite number replaces -inf at the kept ids: 0 * -inf in the product would be NaN.
     low, high = torch.finfo(z_CV.dtype).min, torch.finfo(z_CV.dtype).max
@@ -133,12 +140,12 @@ def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchRedu
 
 
 class LogitsKernels(Protocol):
-    """Operations on chunks of logits that a backend implements."""
+    """Operations on a chunk of logits; implemented in PyTorch and in Triton (``loss_fn.backend``)."""
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
         """Return the dtype of the buffer for the student's logits.
 
-        It is ``wide``, or bf16 if the logits are ``rounded`` and the backend supports a bf16 buffer.
+        It is ``wide``, or bf16 if the logits are ``rounded`` to bf16 and the backend supports a bf16 buffer.
         """
 
     def reduce(
@@ -149,9 +156,10 @@ class LogitsKernels(Protocol):
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Divide the logits by the temperature and reduce them to kept logits and tail sums; overwrites ``z_CV``.
+        """Divide logits by the temperature, and reduce them to the kept logits and tail sums of ``LocalTail``.
 
-        ``gradient_dtype`` is the dtype that the caller needs for the gradient; a backend may ignore it.
+        Overwrites ``z_CV``. ``ids_CK`` has the kept ids; -1 is padding. ``gradient_dtype`` is the dtype that the caller
+        needs for the gradient; a backend may ignore it.
         """
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
@@ -161,17 +169,18 @@ class LogitsKernels(Protocol):
         """
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return the top-k targets of all rows, or None if the backend has no single kernel for them.
+        """Return the k largest logits of each row as a ``TopK`` with log tail mass and entropy.
 
-        Does not modify ``z_CV``.
+        Returns None if the backend has no single kernel that computes all of them. Does not modify ``z_CV``, the raw
+        logits.
         """
 
 
 class TorchKernels:
-    """Backend in PyTorch, for all devices and dtypes."""
+    """Implementation of the loss's operations on logits in PyTorch, for all devices and dtypes."""
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return ``wide``, because this backend stores rounded logits in a ``wide`` buffer."""
+        """Return ``wide``: this backend stores logits in a ``wide`` buffer, even if they are rounded."""
         return wide
 
     def reduce(
@@ -191,7 +200,7 @@ class TorchKernels:
         return z_CV.topk(k, dim=1).indices
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return None, because PyTorch has no single kernel for these targets."""
+        """Return None, because PyTorch has no single kernel for top-k, log tail mass and entropy."""
         return None
 
 
@@ -225,13 +234,14 @@ class _TritonReduced:
 
 
 class TritonKernels:
-    """Backend in Triton: logits are read twice, and the gradient is written once.
+    """Implementation of the loss's operations on logits in Triton.
 
-    The gradient has the dtype of the head, which the following matmuls need.
+    The kernels read the student's logits twice and write the gradient once. The gradient has the dtype of the LM head,
+    which the following matmuls require.
     """
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return bf16 if the logits are rounded, else ``wide``."""
+        """Return the dtype of the buffer for logits: bf16 if the logits are rounded to bf16, else ``wide``."""
         return torch.bfloat16 if rounded else wide
 
     def reduce(
@@ -255,14 +265,14 @@ class TritonKernels:
         return topk_ids(z_CV, k)
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return the top-k targets of all rows."""
+        """Return the k largest logits of each row as a ``TopK`` with log tail mass and entropy."""
         from distill.kernels.topk import topk_with_tail
 
         return TopK(*topk_with_tail(z_CV, k, 1 / temperature))
 
 
 def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> LogitsKernels:
-    """Return the kernels of ``loss_fn.backend`` for logits of ``dtype`` on ``device``.
+    """Return the implementation that ``loss_fn.backend`` selects for logits of ``dtype`` on ``device``.
 
     ``auto`` selects Triton on CUDA and PyTorch on other devices. float64 logits, which only tests use, always select
     PyTorch. ``triton`` on a CPU needs Triton's interpreter, which must be enabled before Triton is first imported.
@@ -273,7 +283,7 @@ def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> Lo
         return TorchKernels()
     if importlib.util.find_spec("triton") is None:
         raise UserError(
-            f"loss_fn.backend={backend} needs the package triton on {device.type}, but it is not installed",
+            f"loss_fn.backend={backend} needs the package triton on {device.type}, but triton is not installed",
             "install triton, or set loss_fn.backend=torch, which is slower",
             key="loss_fn.backend",
             value=backend,
@@ -282,13 +292,13 @@ def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> Lo
         from distill.kernels import interpreted
 
         if not interpreted():
-            problem = f"loss_fn.backend=triton does not work on {device.type}"
+            problem = f"loss_fn.backend=triton needs a CUDA device, but the device is {device.type}"
             raise UserError(problem, "set loss_fn.backend=auto", key="loss_fn.backend", value=backend)
     return TritonKernels()
 
 
 def check_loss_backend(loss_config: LossConfig, device: torch.device) -> None:
-    """Raise ``UserError`` if this machine cannot run ``loss_fn.backend``.
+    """Raise ``UserError`` if ``loss_fn.backend`` cannot run on ``device``, or needs a missing package.
 
     Call it before loading weights, so that the error is reported early.
     """
@@ -303,32 +313,34 @@ def divide(z_CV: Tensor, temperature: float) -> None:
 
 @dataclass(frozen=True)
 class TopKSummary:
-    """Outcomes over the columns of all ranks, and this rank's share of the tail.
+    """Kept logits and tail statistics of C rows over all ranks' columns of logits.
 
-    ``coefficients`` needs the share to compute the gradient of this rank's logits.
+    The tail consists of all tokens outside the K kept ids. ``tail_shift_C`` and ``tail_scale_C`` describe this rank's
+    part of the tail; ``coefficients`` uses them to compute the gradient of this rank's logits.
     """
 
     outcomes: Outcomes
     """Kept logits and tail statistics minus ``shift_C``, so that the largest logit of each row is 0."""
     shift_C: Tensor
-    """[C]: largest logit of each row."""
+    """[C]: largest logit of each row over all ranks, divided by the temperature."""
     tail_sum_C: Tensor
-    """[C]: sum of exp(logit - largest tail logit) over the tails of all ranks."""
+    """[C]: sum of exp(z - m) over the logits z outside the kept ids of all ranks, with m the largest z."""
     tail_shift_C: Tensor
-    """[C]: largest tail logit of this rank, minus ``shift_C``."""
+    """[C]: largest logit outside the kept ids on this rank, minus ``shift_C``; -inf without such logits."""
     tail_scale_C: Tensor
-    """[C]: exp(largest tail logit of this rank - largest tail logit of all ranks)."""
+    """[C]: exp(m_rank - m_all), m being the largest logit outside the kept ids (this rank, all ranks)."""
 
     def lse(self) -> Tensor:
-        """Return the logsumexp of all logits of each row minus ``shift_C``, [C]."""
+        """Return the logsumexp of each row's logits over the complete vocabulary, minus ``shift_C``, [C]."""
         return self.outcomes.unnormalised_NE().logsumexp(dim=1)
 
     def coefficients(self, d_tail_C: Tensor | None, d_mean_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return ``factor_C`` and ``slope_C`` of ``ReducedLogits.gradient``.
 
-        ``d_tail_C`` and ``d_mean_C`` are the gradients of ``tail_N`` and ``tail_mean_N``; None means that the loss does
-        not depend on the value. The formulas use the softmax t over the tail: d tail / d z_j = t_j and
-        d mean / d z_j = t_j (1 + z_j - mean). Both results are exactly 0 if this rank's tail is empty.
+        ``d_tail_C`` and ``d_mean_C`` are the gradients of the loss with respect to ``tail_N`` and ``tail_mean_N`` of
+        ``Outcomes``; None means that the loss does not depend on this field. The formulas use the softmax t over the
+        tail: d tail / d z_j = t_j and d mean / d z_j = t_j (1 + z_j - mean). Both results are exactly 0 if this rank's
+        tail is empty.
         """
         share_C = (self.tail_scale_C / self.tail_sum_C).masked_fill(self.tail_shift_C == _NEG_INF, 0.0)
         if d_tail_C is None:
@@ -346,20 +358,20 @@ def combine(
     extra_CE: Tensor,
     group: dist.ProcessGroup | None,
 ) -> tuple[TopKSummary, Tensor]:
-    """Combine the local results of all ranks into the outcomes over all columns.
+    """Combine the kept logits and tail sums of all ranks into the result over the complete vocabulary.
 
-    Collective over ``group``: an all-reduce of a maximum [C] and of a sum [C, K + 2 + E]. Without a group ``local`` has
-    all columns.
+    Collective over ``group``: an all-reduce of a maximum [C] and of a sum [C, K + 2 + E]. If ``group`` is None,
+    ``local`` already covers the complete vocabulary.
 
     Args:
         local: this rank's kept logits and tail sums.
         ids_CK: the kept ids in the complete vocabulary; -1 is padding.
         own_ids_CK: the same ids as column numbers of this rank; -1 for columns of other ranks.
         extra_CE: E additional numbers per row, which are summed over the ranks in the same all-reduce.
-        group: the ranks over which the columns are sharded, or None.
+        group: the ranks over which the columns of logits are sharded, or None.
 
     Returns:
-        The outcomes over all columns, and the sum of ``extra_CE``.
+        The kept logits and tail statistics over the complete vocabulary, and ``extra_CE`` summed over the ranks.
     """
     top_C, sum_C, product_C = local.tail_top_C, local.tail_sum_C, local.tail_product_C
     logits_CK, scale_C = local.logits_CK, torch.ones_like(sum_C)

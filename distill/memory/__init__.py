@@ -1,1 +1,1 @@
-"""Forecast of a run's memory per rank, from the recipe and the shapes of the models."""
+"""Forecast of the peak memory of each rank, from the recipe and the shapes of student and teacher."""

@@ -1,4 +1,7 @@
-"""Forecast of the memory of a rank in each phase of a step, and checks based on the forecast."""
+"""Forecast of the peak memory per rank in each phase of a training step, and checks based on it.
+
+The phases are the sync of the weights to the generation engine, generation, the teacher's forward, and training.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,14 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 CARD_SHARE = 0.98
-"""Usable fraction of N GiB on a GPU sold with N GB; drivers report 0.985 to 0.99."""
-RESERVE = 3 * GIB
-"""Fixed reserve in bytes for memory that the forecast does not compute.
+"""Fraction of N GiB that is usable on a GPU sold with N GB of memory.
 
-It covers the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of a sleeping engine, and fragmentation.
+Drivers report a total memory of 0.985 to 0.99 times N GiB.
+"""
+RESERVE = 3 * GIB
+"""Number of bytes that the forecast adds to each phase on a GPU for memory that it does not compute.
+
+It covers the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and fragmentation.
 """
 
 PHASES = {
@@ -32,7 +38,7 @@ PHASES = {
     "teacher": "teacher",
     "train": "training",
 }
-"""Names of the phases in the forecast, mapped to their names in a training step."""
+"""Maps the name of a phase in the forecast to its name in the measurements of a training step."""
 
 _STATE = ("cluster.num_nodes", "policy.dtensor_cfg.cpu_offload=true")
 _TOKENS = ("policy.dtensor_cfg.context_parallel_size", "policy.sequence_packing.train_mb_tokens")
@@ -59,29 +65,38 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "engine cache": (_ENGINE_SHARE,),
     "sync buckets": ("runtime.sync_bucket_mib",),
 }
-"""Configuration keys that reduce each line of the table; errors recommend them."""
+"""Maps a purpose of memory in the forecast to the configuration keys that can reduce it.
+
+The error for a GPU that is too small recommends these keys. ``key=value`` also recommends the value.
+"""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted peak memory of a rank in bytes, by phase."""
+    """Predicted peak memory per rank in each phase of a training step."""
 
     about: tuple[str, ...]
-    """Text lines that name the models and the layout, for the head of the table."""
+    """Text lines that describe the models and the parallel layout, printed above the table."""
     phases: dict[str, Lines]
-    """Bytes by purpose at the peak of each phase."""
+    """Maps each phase to the bytes of device memory at its peak, by purpose."""
     host: Lines
-    """Bytes of pinned host memory by purpose."""
+    """Bytes of pinned host memory per rank, by purpose; empty without a GPU."""
     window_cache: int
-    """Bytes of keys and values for one sequence of the maximum length: the smallest cache vLLM accepts."""
+    """Bytes per rank of the key-value cache for one sequence of the maximum length.
+
+    vLLM refuses to start with a smaller cache.
+    """
 
     def total(self, phase: str) -> int:
-        """Return the predicted bytes of a phase."""
+        """Return the predicted peak device memory of ``phase`` in bytes per rank."""
         return sum(self.phases[phase].values())
 
     def table(self) -> str:
-        """Return a text table with a line per phase: predicted GiB and the five largest parts."""
-        rows = ["memory of a rank in GiB, predicted", *(f"  {line}" for line in self.about)]
+        """Return the forecast as a text table with one line per phase.
+
+        A line has the predicted peak memory in GiB per rank, and up to five purposes with the most memory.
+        """
+        rows = ["predicted peak memory per rank in GiB", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
             largest = sorted(lines.items(), key=lambda line: -line[1])
             parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest[:5] if size >= 0.05 * GIB)
@@ -89,9 +104,10 @@ class Forecast:
         return "\n".join(rows)
 
     def check(self, config: Config) -> None:
-        """Raise UserError if a phase or the engine's cache does not fit ``cluster.gpu_memory_gb``.
+        """Raise UserError if a GPU with ``cluster.gpu_memory_gb`` GB has too little memory.
 
-        Checks nothing if the key is null.
+        A phase may need more memory than the GPU has, or the generation engine may have too little memory for the
+        key-value cache of one sequence. Checks nothing if ``cluster.gpu_memory_gb`` is null.
         """
         if config.cluster.gpu_memory_gb is None:
             return
@@ -101,9 +117,9 @@ class Forecast:
             settings = config.policy.generation.vllm_cfg
             raise UserError(
                 f"{_ENGINE_SHARE}={settings.gpu_memory_utilization:g} of {card / GIB:.1f} GiB leaves"
-                f" {cache / GIB:.1f} GiB for the engine's cache, but one sequence of the maximum length needs"
+                f" {cache / GIB:.1f} GiB for vLLM's key-value cache, but one sequence of the maximum length needs"
                 f" {self.window_cache / GIB:.1f} GiB",
-                f"raise it, or raise {_ENGINE_TP}={settings.tensor_parallel_size}",
+                f"raise {_ENGINE_SHARE}, or raise {_ENGINE_TP}={settings.tensor_parallel_size}",
                 key=_ENGINE_SHARE,
                 value=settings.gpu_memory_utilization,
             )
@@ -115,7 +131,8 @@ class Forecast:
         keys = dict.fromkeys(key for name in largest for key in _KEYS[name] if not _is_set(config, key))
         raise UserError(
             f"cluster.gpu_memory_gb={given:g} provides {card / GIB:.1f} GiB of usable memory, but the {phase} phase"
-            f" needs {total / GIB:.1f} GiB per rank ({lines[largest[0]] / GIB:.1f} GiB of it for {largest[0]})",
+            f" needs {total / GIB:.1f} GiB per rank according to the forecast, including"
+            f" {lines[largest[0]] / GIB:.1f} GiB for {largest[0]}",
             f"change {any_of(keys)}, or use a larger GPU",
             key="cluster.gpu_memory_gb",
             value=given,
@@ -123,21 +140,25 @@ class Forecast:
 
 
 def _is_set(config: Config, remedy: str) -> bool:
-    """Return whether the recipe already has the recommended setting ``remedy``, written as key=value."""
+    """Return whether the recipe already contains the setting ``remedy``, which an error would recommend.
+
+    ``remedy`` is ``key=true`` or a key; a key without a value is never considered as set.
+    """
     key, _, value = remedy.rpartition(".")[2].partition("=")
     return value == "true" and bool(getattr(config.policy.dtensor_cfg, key))
 
 
 def card_bytes(gigabytes: float) -> int:
-    """Return the usable bytes of a GPU sold with ``gigabytes`` GB."""
+    """Return the usable memory in bytes of a GPU sold with ``gigabytes`` GB."""
     return int(gigabytes * GIB * CARD_SHARE)
 
 
 def dry_run(config: Config) -> Iterator[str]:
-    """Yield the forecast's table as YAML comments; never uses the network.
+    """Yield the memory forecast of a recipe as YAML comments; never uses the network.
 
-    The shapes of the models are read from local files or a table of published shapes. Raises UserError if the models do
-    not support the layout. After the table, raises UserError if ``cluster.gpu_memory_gb`` is too small.
+    The shapes of student and teacher are read from local files or from a built-in table. If a shape is unknown, the
+    comment reports that no forecast is possible. Raises UserError if a model does not support the parallel layout of
+    the recipe. After the forecast, raises UserError if ``cluster.gpu_memory_gb`` is too small.
     """
     ours = find_config(config.policy.model_name, "policy.model_name")
     student = None if ours is None else shape_of(ours, config.policy.model_name)
@@ -147,7 +168,7 @@ def dry_run(config: Config) -> Iterator[str]:
         check_tensor_parallel(config, ours, student.vocab)
     if student is None or teacher is None:
         unknown = config.policy.model_name if student is None else config.teacher.model_name
-        yield f"# no memory forecast: {unknown} is not on this machine, and its shape is not in the built-in table"
+        yield f"# no memory forecast, because the model {unknown} is neither on this machine nor in the built-in table"
         return
     cuda = config.runtime.device != "cpu"
     forecast = predict(config, student, teacher, cuda)
@@ -157,7 +178,11 @@ def dry_run(config: Config) -> Iterator[str]:
 
 
 def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device: torch.device) -> Forecast:
-    """Return the forecast of a run, after checking its layout and, on GPUs, its memory; raises UserError."""
+    """Return the memory forecast of a run.
+
+    Raises UserError if a model does not support the sequence lengths or the parallel layout of the recipe, or if
+    ``cluster.gpu_memory_gb`` is too small. ``device`` is the device of this rank.
+    """
     check_shapes(config, student, teacher)
     if device.type != "cuda":
         return predict(config, student, teacher, cuda=False)
@@ -169,10 +194,11 @@ def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device
 def predict(
     config: Config, student: ModelShape, teacher: ModelShape, cuda: bool = True, card: int | None = None
 ) -> Forecast:
-    """Predict the peak memory of a rank in each phase.
+    """Predict the peak memory per rank in each phase of a training step.
 
-    ``card``: memory of the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are unknown, the table has
-    no line for the engine's cache, because its size depends on the GPU. Without ``cuda`` nothing is offloaded.
+    ``cuda``: whether the run uses GPUs; if not, all memory is host memory and nothing is offloaded. ``card``: memory of
+    the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are unknown, the forecast does not include
+    vLLM's key-value cache, because the size of the cache depends on the GPU.
     """
     if config.cluster.gpu_memory_gb is not None:
         card = card_bytes(config.cluster.gpu_memory_gb)
@@ -189,10 +215,12 @@ def predict(
 
 
 def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
-    """Log the measured memory of a step next to the forecast, as the maximum over ranks; collective.
+    """Log the measured peak memory of each phase next to the forecast; collective.
 
-    ``measured``: peak bytes by phase of the step. ``pool_bytes``: size of the sleeping engine's memory pool; it is
-    subtracted, because torch reports the pool as allocated although its memory is free.
+    The log has the maximum over ranks in GiB. Call it after the second step of the process: the optimizer state is
+    allocated in the first step. ``measured``: measured peak of this rank in bytes, by phase. ``pool_bytes``: size of
+    the memory pool of the generation engine, which sleeps in the teacher and training phases. It is subtracted in these
+    phases, because torch reports the pool as allocated although its memory is free.
     """
     sleeping = {"teacher", "train"}
     own = {
@@ -201,7 +229,13 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
         if name in measured
     }
     everyone = world.gather(own)
-    method = "torch's peak memory" if world.device.type == "cuda" else "resident memory of the process (no GPU)"
+    method = "memory allocated by torch" if world.device.type == "cuda" else "resident memory of the process"
     largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
     numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
-    log.info("memory of a rank in step 2 in GiB, %s (forecast in parentheses): %s", method, ", ".join(numbers))
+    if world.is_main:
+        log.info(
+            "peak memory of each phase in GiB in the second step after the start, as maximum over ranks of the %s,"
+            " with the forecast in parentheses: %s",
+            method,
+            ", ".join(numbers),
+        )

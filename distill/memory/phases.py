@@ -1,10 +1,13 @@
-"""Memory of one rank in each phase of a step, in bytes.
+"""Predicted memory per rank in each phase of a training step, in bytes.
 
-It is computed from the recipe and the shapes of the models. Every response is assumed to have the maximum length. A
-phase reaches its peak memory at one of a few points in time; the method of the phase returns a table for each of them,
-and the forecast uses the largest. Names: ``tp``, ``cp`` and ``dp`` are the sizes of the student's mesh; ``shards``:
-number of ranks that one model is sharded over; ``positions``: number of positions of a pack on this rank; ``b``: bytes
-per element of the compute dtype.
+The prediction is computed from the recipe and the shapes of the models. Every response is assumed to have the maximum
+length. The phases are the sync of the weights to the generation engine, generation, the teacher's forward, and
+training. The peak of a phase is at one of a few points in time. The method of the phase returns a table for each of
+these points, and the forecast uses the table with the largest sum. A pack is a packed micro-batch.
+
+Names: ``tp``, ``cp`` and ``dp`` are the tensor-, context- and data-parallel sizes of the student; ``shards``: number of
+ranks over which one model is sharded; ``positions``: number of positions of a pack on one rank; ``b``: bytes per
+element of the compute dtype.
 """
 
 from __future__ import annotations
@@ -15,19 +18,19 @@ from distill.memory.shapes import ModelShape, teacher_group
 from distill.model.student import DTYPES
 
 CPU_CACHE = 2**29
-"""Size of vLLM's key-value cache in bytes if there is no GPU."""
+"""Size in bytes of vLLM's key-value cache on a machine without a GPU."""
 
 Lines = dict[str, int]
-"""A table of memory: bytes by purpose."""
+"""A table of memory: maps a purpose, such as "gradients", to bytes per rank."""
 
 
 def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
-    """Return the bytes per position that autograd saves for one layer without activation checkpointing.
+    """Return the bytes per token position that autograd saves for the backward of one layer.
 
-    The tensors are those of transformers' layers. Each norm saves its float32 input, and its output before and after
-    the multiplication by the weight. Attention saves queries, keys, values, and two copies of its output: that of the
-    kernel, and that which the output projection reads. The MLP saves four tensors of its intermediate size. The norms
-    of queries and keys save the same tensors as other norms.
+    The number applies without activation checkpointing. The tensors are those of transformers' layers. Each norm saves
+    its float32 input, and its output before and after the multiplication by the weight. Attention saves queries, keys,
+    values, and two copies of its output: that of the kernel, and that which the output projection reads. The MLP saves
+    four tensors of its intermediate size. The norms of queries and keys save the same tensors as other norms.
     """
     queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
@@ -42,7 +45,7 @@ def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
 
 
 def read_by_layer(shape: ModelShape, b: int) -> int:
-    """Return the peak bytes per position of one layer's forward without gradient.
+    """Return the peak bytes per token position in the forward of one layer under ``torch.no_grad``.
 
     The peak is the residual stream plus the larger of two parts: the MLP's intermediate tensors, or the queries with
     their float32 norm.
@@ -52,9 +55,10 @@ def read_by_layer(shape: ModelShape, b: int) -> int:
 
 
 class StepMemory:
-    """Memory of a rank for one recipe.
+    """Predicted memory per rank for one recipe.
 
-    The method of each phase returns a table of bytes for each point in time that may be the peak of the phase.
+    The method of a phase returns one table for each point in time at which the peak of the phase may be. ``cuda``:
+    whether the run uses GPUs. ``card``: usable memory of a GPU in bytes; None if unknown.
     """
 
     def __init__(self, config: Config, student: ModelShape, teacher: ModelShape, cuda: bool, card: int | None) -> None:
@@ -72,17 +76,18 @@ class StepMemory:
         self.about = (
             f"student {student.name} ({student.parameters / 1e9:.2f} B parameters), teacher {teacher.name}"
             f" ({teacher.parameters / 1e9:.2f} B parameters, {config.teacher.precision})",
-            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher groups of {self.group} ranks;"
-            f" packs of at most {self.tokens} tokens (student) and {self.teacher_tokens} tokens (teacher)",
+            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher sharded over {self.group} ranks;"
+            f" micro-batches of at most {self.tokens} tokens (student) and {self.teacher_tokens} tokens (teacher)",
         )
 
     # ---- memory that several phases use ----
 
     def kept(self, training: bool = False) -> Lines:
-        """Return the memory that stays allocated during a complete phase: mainly the student's float32 shards.
+        """Return the bytes by purpose that stay allocated during a complete phase.
 
-        AdamW's two moments are on the device during training, and in other phases if they are not offloaded. Without a
-        GPU the teacher and the engine always stay in memory.
+        They are mainly the student's float32 shards. ``training``: whether the phase is training. AdamW's two moments
+        are on the device during training, and in other phases if they are not offloaded. Without a GPU the teacher and
+        the engine always stay in memory.
         """
         weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
         moments_here = not self.on_host and (training or not self.offloads)
@@ -96,14 +101,15 @@ class StepMemory:
 
     @property
     def teacher_shards(self) -> int:
-        """Return the bytes of the teacher's shards, which have ``teacher.precision`` and no float32 copy."""
+        """Return the bytes per rank of the teacher's sharded weights, stored in ``teacher.precision``."""
         return self.teacher_b * self.teacher.parameters // self.shards
 
     def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool) -> Lines:
-        """Return the parameters that FSDP has gathered at the same time, in the compute dtype.
+        """Return the bytes of the parameters that FSDP keeps gathered at the same time, by purpose.
 
-        These are two layers, the current and the prefetched layer, or all layers if ``stays``
-        (reshard_after_forward=false). Embedding, head and last norm are gathered during the complete pass.
+        ``b`` is the number of bytes per parameter. The layers are the current and the prefetched layer, or all layers
+        with ``stays`` (reshard_after_forward=false). Embedding, head and last norm are gathered during the complete
+        pass.
         """
         layers = shape.layers if stays else min(2, shape.layers)
         return {
@@ -112,10 +118,11 @@ class StepMemory:
         }
 
     def engine_lines(self) -> Lines:
-        """Return the memory of the generation engine while it is awake.
+        """Return the bytes of weights and key-value cache of the generation engine while it is awake.
 
-        vLLM allocates the fraction gpu_memory_utilization of the GPU; its cache is this fraction minus its weights. The
-        transformers engine has the complete model and a cache for one batch of sequences of the maximum length.
+        vLLM allocates the fraction gpu_memory_utilization of the GPU; its cache has the size of this fraction minus the
+        weights. The transformers engine has the complete model and a cache for one batch of sequences of the maximum
+        length. The cache is omitted if its size depends on an unknown GPU.
         """
         generation, shape = self.config.policy.generation, self.student
         if generation.backend != "vllm":
@@ -130,7 +137,7 @@ class StepMemory:
         return {"engine weights": weights, "engine cache": max(share - weights, 0)}
 
     def window_cache(self) -> int:
-        """Return the bytes of keys and values for one sequence of the maximum length, on one engine rank."""
+        """Return the bytes per engine rank of the key-value cache for one sequence of the maximum length."""
         generation, shape = self.config.policy.generation, self.student
         vllm = generation.backend == "vllm"
         window = generation.vllm_cfg.max_model_len if vllm else self.config.policy.max_total_sequence_length
@@ -138,11 +145,11 @@ class StepMemory:
         return 2 * self.b * shape.layers * heads * shape.head_dim * window
 
     def targets(self) -> Lines:
-        """Return the memory of the teacher's targets for all responses of a step.
+        """Return the bytes of the teacher's targets for all responses that one rank trains on in a step.
 
-        The targets stay on the device until the student trains on them. Per response token they are K ids (int32),
-        K log-probs, the log tail and the entropy (float32), or else a hidden state. With hidden states, a copy of the
-        complete head is kept too.
+        The targets stay on the device until the student has trained on them. For each response token they are K ids
+        (int32), K log-probs, the log tail mass and the entropy (float32). If ``returns_rows``, they are a hidden state
+        of the teacher instead, and a copy of the teacher's complete LM head is kept too.
         """
         loop, shape = self.config.distillation, self.teacher
         responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
@@ -153,29 +160,31 @@ class StepMemory:
 
     @property
     def returns_rows(self) -> bool:
-        """Return whether ShardedTeacher returns hidden states instead of a top-k."""
+        """Return whether the targets are the teacher's hidden states instead of the teacher's top-k."""
         return self.config.loss_fn.support == "student" or self.config.distillation.topk_logits_k == 0
 
     def longest_response(self) -> int:
-        """Return the maximum length of a response in tokens."""
+        """Return the maximum length of a response in tokens, without the prompt."""
         policy = self.config.policy
         return min(policy.generation.max_new_tokens, policy.max_total_sequence_length - 1)
 
     def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
-        """Return the number of rows of logits in one chunk of the loss.
+        """Return the number of rows of logits that are in memory at the same time.
 
-        ``own`` and ``runtime.logits_chunk_rows`` set it; otherwise it is limited by the memory budget of the loss.
+        It is the model's chunk size ``own``, or ``runtime.logits_chunk_rows`` if ``own`` is null. If both are null, the
+        memory budget of the loss for ``buffers`` buffers of [rows, ``vocab``] limits it. It is never above ``rows``.
         """
         set_rows = own or self.config.runtime.logits_chunk_rows
         return min(set_rows or rows_within_budget(self.cuda, vocab, buffers), rows)
 
-    # ---- candidates for the peak of each phase ----
+    # ---- memory at the candidates for the peak of each phase ----
 
     def sync_phase(self) -> list[Lines]:
-        """Return two candidates for the sync's peak: transfer of the buckets, and forward of the probe.
+        """Return the memory at two candidates for the peak of the sync: weight transfer, and verification.
 
-        Two buckets are in memory at the same time, each with complete tensors and this rank's shards of them. A bucket
-        is at least as large as the largest tensor. During the probe, which verifies the sync, the engine is awake.
+        Weights are sent to the engine in buckets. Two buckets are in memory at the same time, each with complete
+        tensors and this rank's shards of these tensors. A bucket is at least as large as the largest tensor. The
+        verification compares a forward of the student with the engine, which is then awake.
         """
         policy, shape = self.config.policy, self.student
         bucket = max(self.config.runtime.sync_bucket_mib * 2**20, self.b * shape.embedding)
@@ -187,14 +196,16 @@ class StepMemory:
         return [self.kept() | weights | buckets, self.kept() | awake | gathered]
 
     def generation_phase(self) -> list[Lines]:
-        """Return the memory during generation: the awake engine and the student's shards."""
+        """Return the memory during generation: the generation engine, and the student's shards."""
         return [self.kept() | self.engine_lines()]
 
     def teacher_phase(self) -> list[Lines]:
-        """Return two candidates for the teacher phase's peak: a layer's forward, and the logits of a chunk.
+        """Return the memory at two candidates for the peak of the teacher phase: a layer, and the logits.
 
-        The number of packs that a teacher group reads together is proportional to its size, so ``positions`` does not
-        depend on the size. Logits are float32; PyTorch's top-k needs a second buffer of the same size.
+        The first is the forward of a layer, the second the top-k of a chunk of logits. A teacher group is a set of
+        ranks that shard the teacher's input. The number of packs that it computes together is proportional to its
+        number of ranks, so ``positions`` does not depend on this number. Logits are float32; without Triton, the top-k
+        needs a second buffer of the same size.
         """
         config, shape, b = self.config, self.teacher, self.teacher_b
         positions = -(-self.teacher_tokens // (self.tp * self.cp))
@@ -210,12 +221,12 @@ class StepMemory:
         ]
 
     def training_phase(self) -> list[Lines]:
-        """Return three candidates for training's peak, if gradients of an earlier micro-batch exist.
+        """Return the memory at three candidates for the peak of training.
 
         The candidates are the loss inside the forward, a layer's backward during the gradient reduction of another
-        layer, and the gradient reduction of the root or the optimizer step. Activation checkpointing saves the input of
-        each layer and recomputes a single layer. A layer's backward needs two more tensors of the intermediate size and
-        two of the hidden size.
+        layer, and the gradient reduction of the root module or the optimizer step. Gradients of an earlier micro-batch
+        are assumed to exist. Activation checkpointing saves the input of each layer and recomputes a single layer. A
+        layer's backward needs two more tensors of the intermediate size and two of the hidden size.
         """
         config, shape, b, tp = self.config, self.student, self.b, self.tp
         parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
@@ -265,10 +276,10 @@ class StepMemory:
         ]
 
     def logits_bytes(self) -> int:
-        """Return the bytes per logit of a chunk [C, V / tp] in fused_linear_kl.
+        """Return the bytes per logit that ``fused_linear_kl`` needs for a chunk of logits [C, V / tp].
 
-        The buffers are the float32 logits and their gradient in the compute dtype. PyTorch's implementation needs one
-        more float32 buffer. The full-vocabulary loss needs the logits of both models and two more buffers.
+        The buffers are the float32 logits and their gradient in the compute dtype. Without Triton one more float32
+        buffer is needed. The loss over the complete vocabulary needs the logits of both models and two more buffers.
         """
         b, rounded = self.b, self.config.loss_fn.logits_dtype == "bfloat16"
         if self.config.distillation.topk_logits_k == 0:
@@ -280,10 +291,10 @@ class StepMemory:
         return own + (4 if self.returns_rows else 0)
 
     def host(self) -> Lines:
-        """Return the pinned host memory.
+        """Return the bytes of pinned host memory per rank by purpose.
 
-        It has the host copy of the teacher's shards, the offloaded state of student or optimizer, and a checkpoint that
-        is being written.
+        The purposes are the host copy of the teacher's shards, the offloaded weights, gradients and optimizer state,
+        and a checkpoint that is being written.
         """
         context, saving = self.config.distillation.context_distillation, self.config.checkpointing
         state = 4 * self.student.parameters // self.shards
@@ -298,11 +309,11 @@ class StepMemory:
 
 
 def _pack_tokens(config: Config, dp: int) -> tuple[int, int]:
-    """Return the maximum number of tokens of a student pack and of a teacher pack.
+    """Return the maximum numbers of tokens in a packed micro-batch of the student and of the teacher.
 
-    A pack has at most ``train_mb_tokens`` tokens, or is a single longer sequence. The budget counts the longer of a
-    sequence's two views, so packs of student and teacher can both reach it. A pack has at most the responses of one
-    rank in an optimizer batch.
+    A packed micro-batch has at most ``train_mb_tokens`` tokens, or is a single longer sequence. The limit counts each
+    response with the longer prefix of student and teacher, so both models can reach it. A micro-batch never has more
+    responses than one data-parallel rank gets in an optimizer batch.
     """
     policy, student = config.policy, config.policy.max_total_sequence_length
     same = not config.distillation.context_distillation.enabled

@@ -1,4 +1,7 @@
-"""Shapes of models, and checks of sequence lengths and parallelism against them; reads no weights."""
+"""Shapes of models, and checks of sequence lengths and parallel sizes against the shapes.
+
+No function reads weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from distill.model.tensor_parallel import one_layer_model
 
 log = logging.getLogger(__name__)
 
-QWEN3 = {  # hidden size, layers, query heads, intermediate size, tied; all have 8 key-value heads of 128 channels
+# hidden size, layers, query heads, intermediate size, tied embeddings; all have 8 key-value heads of 128 channels
+QWEN3 = {
     "0.6": (1024, 28, 16, 3072, True),
     "1.7": (2048, 28, 16, 6144, True),
     "4": (2560, 36, 32, 9728, True),
@@ -26,12 +30,12 @@ QWEN3 = {  # hidden size, layers, query heads, intermediate size, tied; all have
     "14": (5120, 40, 40, 17408, False),
     "32": (5120, 64, 64, 25600, False),
 }
-"""Published shapes of Qwen3 models by billions of parameters, for forecasts without model files."""
+"""Shapes of the published Qwen3 models, by billions of parameters, for forecasts without model files."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes and parameter counts of a causal language model; all layers have the same shape."""
+    """Sizes and numbers of parameters of a causal language model; all layers have the same shape."""
 
     name: str
     hidden: int
@@ -42,34 +46,34 @@ class ModelShape:
     intermediate: int
     vocab: int
     window: int
-    """Maximum number of positions (``max_position_embeddings``)."""
+    """Maximum sequence length in tokens (``max_position_embeddings``)."""
     qk_norm: bool
-    """Whether attention normalises queries and keys."""
+    """Whether attention applies a norm to queries and keys."""
     embedding: int
-    """Number of parameters of the embedding."""
+    """Number of parameters of the token embedding."""
     head: int
-    """Number of parameters of the head; 0 if it is tied to the embedding."""
+    """Number of parameters of the LM head; 0 if the LM head is tied to the embedding."""
     layer: int
-    """Number of parameters of one layer."""
+    """Number of parameters of one transformer layer."""
     rest: int
-    """Number of parameters outside layers, embedding and head (the last norm)."""
+    """Number of parameters outside layers, embedding and LM head (the last norm)."""
 
     @property
     def parameters(self) -> int:
-        """Return the number of all parameters; a tied head is counted once."""
+        """Return the number of parameters of the model; a tied embedding and LM head are counted once."""
         return self.root + self.layers * self.layer
 
     @property
     def root(self) -> int:
-        """Return the number of parameters of FSDP's root module: all parameters outside the layers."""
+        """Return the number of parameters in FSDP's root module: all parameters outside the layers."""
         return self.embedding + self.head + self.rest
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
-    """Return the shape of the model with a Hugging Face ``config``.
+    """Return the shape of the model that the Hugging Face ``config`` describes.
 
-    Parameters are counted on a model with one layer on the meta device. Raises UserError if transformers cannot build
-    the model.
+    ``name`` is the name of the model in messages. Parameters are counted on a model with one layer on the meta device.
+    Raises UserError if transformers cannot build the model.
     """
     text = config.get_text_config()
     try:
@@ -77,7 +81,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
     except Exception as error:  # transformers raises many types, for example for unknown activations
         raise UserError(
             f"transformers cannot build a model from the config.json of {name} ({reason(error)})",
-            "download the model again",
+            "correct the file, or download the model again",
             value=name,
         ) from error
     body, head = causal_lm_parts(model)
@@ -104,16 +108,20 @@ def shape_of(config: Any, name: str) -> ModelShape:
 
 
 def find_shape(name: str, key: str) -> ModelShape | None:
-    """Return the shape of the model ``name``, or None if ``find_config`` does not find the model."""
+    """Return the shape of the model ``name``, or None if ``find_config`` finds no such model.
+
+    ``find_config`` searches local files and the table ``QWEN3``. ``key`` is the configuration key that names the model,
+    for errors.
+    """
     config = find_config(name, key)
     return None if config is None else shape_of(config, name)
 
 
 def find_config(name: str, key: str) -> Any:
-    """Return the Hugging Face configuration of the model ``name``, or None if it is not found.
+    """Return the Hugging Face configuration of the model ``name``, or None if the model is not found.
 
-    Uses no network. Searches the folder ``name``, the local cache of the hub, and the table of published shapes.
-    ``key``: the configuration key that names the model. Raises UserError if the model is not supported, as
+    Uses no network. Searches the folder ``name``, the local cache of the Hugging Face hub, and the table ``QWEN3``.
+    ``key``: the configuration key that names the model, for errors. Raises UserError if the model is not supported, as
     ``model_config`` does.
     """
     folder = Path(name)
@@ -155,9 +163,10 @@ def _published(name: str) -> Any:
 
 
 def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape | None) -> None:
-    """Raise UserError if a model does not support its sequence length or its parallelism.
+    """Raise UserError if a model does not support the sequence length or the parallel sizes of the recipe.
 
-    A model with an unknown shape (None) is not checked.
+    A model whose shape is None (unknown) is not checked. Logs a warning if the teacher's groups of ranks are larger
+    than configured.
     """
     for owner, shape, length in (
         ("policy", student, config.policy.max_total_sequence_length),
@@ -167,15 +176,15 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
             key = f"{owner}.max_total_sequence_length"
             raise UserError(
                 f"{key}={length} exceeds the {shape.window} positions (max_position_embeddings) of {shape.name}",
-                f"set it to at most {shape.window}",
+                f"set {key} to at most {shape.window}",
                 key=key,
                 value=length,
             )
     ours, theirs = group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg)
     if 1 < theirs < ours:  # 1 is the default and needs no warning
         log.warning(
-            "teacher.dtensor_cfg sets groups of %d ranks, but policy.dtensor_cfg sets groups of %d: the teacher uses"
-            " groups of %d ranks, because it reads the packs of the student's groups",
+            "tensor_parallel_size * context_parallel_size is %d in teacher.dtensor_cfg, but %d in policy.dtensor_cfg:"
+            " the teacher is also split over %d ranks, because it cannot be split over fewer ranks than the student",
             *(theirs, ours, ours),
         )
     if student is not None:
@@ -185,9 +194,10 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
 
 
 def _check_student(config: Config, shape: ModelShape) -> None:
-    """Raise UserError if tensor or context parallelism cannot split the student.
+    """Raise UserError if the tensor- or context-parallel size of the recipe cannot split the student.
 
-    Tensor parallelism splits attention heads and the MLP; context parallelism splits the heads of each rank further.
+    Tensor parallelism splits attention heads and the MLP; context parallelism splits the heads of each tensor-parallel
+    rank further.
     """
     parallel, ranks = config.policy.dtensor_cfg, config.cluster.num_nodes * config.cluster.gpus_per_node
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
@@ -203,7 +213,7 @@ def _check_student(config: Config, shape: ModelShape) -> None:
             ]
             raise UserError(
                 f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {number} {part} of {shape.name}",
-                f"set it to {any_of(map(str, fitting))}",
+                f"set policy.dtensor_cfg.tensor_parallel_size to {any_of(map(str, fitting))}",
                 key="policy.dtensor_cfg.tensor_parallel_size",
                 value=tp,
             )
@@ -213,49 +223,56 @@ def _check_student(config: Config, shape: ModelShape) -> None:
         raise UserError(
             f"policy.dtensor_cfg.context_parallel_size={cp} cannot split the {heads} attention heads and {kv_heads}"
             f" key-value heads of {shape.name} that each rank has with tensor_parallel_size={tp}",
-            f"set it to {any_of(map(str, fitting))}",
+            f"set policy.dtensor_cfg.context_parallel_size to {any_of(map(str, fitting))}",
             key="policy.dtensor_cfg.context_parallel_size",
             value=cp,
         )
 
 
 def _check_teacher(config: Config, shape: ModelShape) -> None:
-    """Raise UserError if the ranks of a teacher group cannot split the attention heads of the teacher."""
+    """Raise UserError if the teacher's attention heads cannot be split over the ranks of a teacher group.
+
+    A teacher group is the set of ranks that compute the teacher together; see ``teacher_group``.
+    """
     ranks, students = config.cluster.num_nodes * config.cluster.gpus_per_node, group_size(config.policy.dtensor_cfg)
     group = teacher_group(config)
     if not _splits(shape.heads, shape.kv_heads, group):
         fitting = [n for n in _divisors(ranks) if n % students == 0 and _splits(shape.heads, shape.kv_heads, n)]
         tp, cp = config.teacher.dtensor_cfg.tensor_parallel_size, config.teacher.dtensor_cfg.context_parallel_size
         raise UserError(
-            f"teacher.dtensor_cfg.tensor_parallel_size={tp} and context_parallel_size={cp} result in groups of {group}"
-            f" ranks, which cannot split the {shape.heads} attention heads and {shape.kv_heads} key-value heads of"
-            f" {shape.name}",
-            f"set sizes whose product is {any_of(map(str, fitting))}"
+            f"the {shape.heads} attention heads and {shape.kv_heads} key-value heads of the teacher {shape.name} cannot"
+            f" be split over {group} ranks, the larger product tensor_parallel_size * context_parallel_size of"
+            f" teacher.dtensor_cfg ({tp} * {cp}) and policy.dtensor_cfg ({students})",
+            f"set the two sizes in teacher.dtensor_cfg so that their product is {any_of(map(str, fitting))}"
             if fitting
-            else "lower policy.dtensor_cfg.tensor_parallel_size or context_parallel_size, because a teacher group is a"
-            " multiple of a student group",
+            else "lower policy.dtensor_cfg.tensor_parallel_size or policy.dtensor_cfg.context_parallel_size, because"
+            " the teacher is split over a multiple of the product of these two sizes",
             key="teacher.dtensor_cfg.context_parallel_size",
             value=cp,
         )
 
 
 def group_size(parallel: Any) -> int:
-    """Return the number of ranks that share one pack: tensor_parallel_size * context_parallel_size."""
+    """Return the number of ranks that compute one micro-batch together.
+
+    It is tensor_parallel_size * context_parallel_size. ``parallel`` is the section ``policy.dtensor_cfg`` or
+    ``teacher.dtensor_cfg``.
+    """
     return int(parallel.tensor_parallel_size * parallel.context_parallel_size)
 
 
 def teacher_group(config: Config) -> int:
-    """Return the number of ranks that share the positions of a teacher pack.
+    """Return the number of ranks that compute the teacher's forward of a packed micro-batch together.
 
-    It is at least the size of the student's groups, because the teacher reads their packs.
+    It is at least the number of ranks that compute one micro-batch of the student.
     """
     return max(group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
 
 
 def _splits(heads: int, kv_heads: int, size: int) -> bool:
-    """Return whether attention heads can be split over ``size`` ranks.
+    """Return whether query and key-value heads of attention can be split over ``size`` ranks.
 
-    Key-value heads are split over the ranks, or repeated if there are fewer of them than ranks.
+    ``heads`` is the number of query heads. Key-value heads are repeated if there are fewer of them than ranks.
     """
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 

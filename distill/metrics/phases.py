@@ -14,14 +14,14 @@ from distill.supervise.progress import phase
 from distill.types import Stats
 
 Phase = Literal["sync", "generation", "validation", "batching", "teacher", "training", "checkpointing"]
-"""Names of the phases of a step, in order; the code, the console and the summary use the same names."""
+"""Names of the phases of a training step, in order; also used on the console and in the summary."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 OUTSIDE_THROUGHPUT: tuple[Phase, ...] = ("validation", "checkpointing")
 """Phases that process no training tokens; their time is excluded from tokens per second."""
 
 TIMING = "timing/train/"
-"""Prefix of the names of metrics that contain durations of a step."""
+"""Prefix of the names of metrics with durations in a training step, in seconds."""
 
 _TAGS = {
     "sync": "prepare_for_generation",
@@ -29,16 +29,16 @@ _TAGS = {
     "teacher": "teacher_logprob_inference",
     "training": "policy_training",
 }
-"""Metric tags by phase, if the tag differs from the phase's name; NeMo-RL uses the same tags."""
+"""Name of each phase in metric names, if it differs from the phase's name; the names of NeMo-RL."""
 
 
 def timing_tag(name: str) -> str:
-    """Return the name of the metric with a phase's duration in seconds."""
+    """Return the name of the metric for the duration of the phase ``name``, in seconds."""
     return f"{TIMING}{_TAGS.get(name, name)}"
 
 
 class Phases:
-    """Durations and memory of one step by phase; the step's timer starts in the constructor.
+    """Durations and memory of one step on this rank, by phase; the step's timer starts in the constructor.
 
     On CUDA the device is synchronized at the start and the end of each phase, so a duration includes the phase's
     kernels. ``seconds``: duration by phase. ``memory``: bytes by phase, on CUDA the peak of torch's allocator,
@@ -53,7 +53,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure the block as phase ``name`` and set the process's current phase.
+        """Measure the block as phase ``name``, and report that phase to the supervision of this process.
 
         A phase may occur several times in a step; its durations are added.
         """
@@ -72,9 +72,9 @@ class Phases:
                     self.memory[name] = max(self.memory.get(name, 0), used)
 
     def stats(self) -> Stats:
-        """Return the metrics ``timing/train/*`` as (seconds, 1), so that they become means over ranks.
+        """Return the durations as metrics ``timing/train/*``: pairs (seconds, 1), to be averaged over ranks.
 
-        With means, the durations of the phases add up to the duration of the step.
+        The averaged durations of the phases add up to the averaged duration of the step.
         """
         seconds = {**self.seconds, "total_step_time": time.perf_counter() - self._start}
         return {timing_tag(name): (value, 1.0) for name, value in seconds.items()}

@@ -1,6 +1,6 @@
 """Write metrics to the console, metrics.jsonl, TensorBoard and Weights & Biases.
 
-Only the main rank writes. On every other rank the Recorder has no sinks.
+A sink is one of these destinations. Only the main rank writes: on every other rank the Recorder has no sinks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Sink(Protocol):
     """Interface of a destination for metrics and sample texts."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of one step or one validation; ``step`` never decreases from call to call."""
+        """Write the metrics of one step or one validation; ``step`` must not be lower than in earlier calls."""
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Write sample texts of a validation; sinks that store only numbers ignore them."""
+        """Write sample texts of a validation; sinks that store only numbers ignore the texts."""
 
     def close(self) -> None:
         """Close the sink; no other method may be called afterwards."""
@@ -43,7 +43,8 @@ class JsonlSink:
     """Sink that writes metrics.jsonl: one JSON object per line, with nan and inf written as null.
 
     When an existing file is opened, rows of steps after ``resumed_step`` are removed, because these steps run again. A
-    truncated last line is removed, too. If no row remains, the rows in ``history`` are written first.
+    truncated last line is removed, too. If no row remains, the rows in ``history`` (from the loaded checkpoint) are
+    written first.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
@@ -72,7 +73,7 @@ class TensorBoardSink:
     """Sink that writes TensorBoard events.
 
     In an existing directory, earlier events of steps after ``resumed_step`` are hidden. In a new directory, the rows in
-    ``history`` are written first.
+    ``history`` (from the loaded checkpoint) are written first.
     """
 
     def __init__(self, folder: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
@@ -92,7 +93,7 @@ class TensorBoardSink:
         self._writer.flush()
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Write the texts unchanged as ``validation/sample_N``."""
+        """Write each text unchanged, under the name ``validation/sample_N``."""
         for i, text in enumerate(texts):
             self._writer.add_text(f"validation/sample_{i}", _verbatim(text), step)
         self._writer.flush()
@@ -138,7 +139,7 @@ class WandbSink:
         self._run.log(dict(values), step=step)
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Do nothing: the texts are in a file of the run directory."""
+        """Do nothing: sample texts are not sent, but stored in the run directory."""
 
     def close(self) -> None:
         """Finish the Weights & Biases run."""
@@ -157,12 +158,12 @@ class ConsoleSink:
         log.info("%s", line(step, self._total, values))
 
     def show(self, step: int, texts: Sequence[str]) -> None:
-        """Log the texts."""
+        """Log the sample texts of a validation."""
         for text in texts:
             log.info("%s\n", text)
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing: the console has nothing to close."""
 
 
 class Recorder:
@@ -204,12 +205,12 @@ def open_recorder(
     recipe: Mapping[str, Any] | None = None,
     history: Sequence[Row] = (),
 ) -> Recorder:
-    """Return the run's recorder, which has sinks on the main rank only; not collective.
+    """Return the run's recorder of metrics, which writes on the main rank only; not collective.
 
     ``main``: whether this is the main rank. ``resumed_step``: step of the loaded checkpoint, 0 for a new run; metrics
-    of later steps are removed. ``recipe``: the resolved configuration, for Weights & Biases. ``history``: rows of
-    metrics up to ``resumed_step``, written to a new run directory. Raises UserError on every rank if wandb is enabled
-    but not installed.
+    of later steps are removed from the files. ``recipe``: the resolved configuration, for Weights & Biases.
+    ``history``: rows of metrics up to ``resumed_step``, written to a new run directory. Raises UserError on every rank
+    if wandb is enabled but not installed.
     """
     if config.wandb_enabled and importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -234,7 +235,7 @@ def _verbatim(text: str) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.jsonl file; skip a last line that is truncated because the run was killed."""
+    """Return the rows of a metrics.jsonl file; skip a truncated last line, which a killed run may leave."""
     rows = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, 1):
@@ -247,5 +248,5 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
 
 def rows_until(path: Path, step: int) -> list[dict[str, float | None]]:
-    """Return the rows of steps up to ``step``, inclusive; an empty list if the file does not exist."""
+    """Return the rows of a metrics.jsonl file up to and including ``step``; an empty list without a file."""
     return [row for row in read_metrics(path) if int(row["step"] or 0) <= step] if path.exists() else []

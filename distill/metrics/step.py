@@ -1,4 +1,4 @@
-"""Metrics of one step: sums and counts on every rank, reduced over ranks once per step.
+"""Metrics of one training step: sums and counts on every rank, reduced over ranks once per step.
 
 A mean is stored as (sum, count), because a mean of micro-batch means would give too much weight to short micro-batches.
 """
@@ -25,7 +25,7 @@ _TOKENS_OF_PHASE = {
     "teacher": "train/teacher_tokens",
     "training": "train/total_num_tokens",
 }
-"""Metric with the number of tokens that a phase processes on all ranks, by phase."""
+"""Name of the metric for the number of tokens that a phase processes on all ranks, by phase."""
 
 
 class Metrics:
@@ -41,22 +41,22 @@ class Metrics:
         self._values: dict[str, tuple[Scalar, Scalar]] = {}
 
     def add(self, stats: Stats) -> None:
-        """Add (sum, count) pairs by name; the metric is the sum of all sums / the sum of all counts."""
+        """Add (sum, count) pairs by metric name; the metric is the sum of all sums / the sum of all counts."""
         for name, (total, count) in stats.items():
             self._put(name, "mean", total, count)
 
     def add_totals(self, totals: Mapping[str, Scalar]) -> None:
-        """Add values by name; the metric is their sum over ranks."""
+        """Add values by metric name; the metric is the sum of all values added on all ranks."""
         for name, total in totals.items():
             self._put(name, "total", total, 1.0)
 
     def add_max(self, values: Mapping[str, Scalar]) -> None:
-        """Add values by name; the metric is their maximum over ranks."""
+        """Add values by metric name; the metric is the maximum of all values added on all ranks."""
         for name, value in values.items():
             self._put(name, "max", value, 1.0)
 
     def add_same(self, values: Mapping[str, Scalar]) -> None:
-        """Add values by name that must be equal on every rank; ``reduce`` raises RuntimeError if they differ."""
+        """Add values by metric name; ``reduce`` raises RuntimeError if a metric differs between ranks."""
         for name, value in values.items():
             self._put(name, "same", value, 1.0)
 
@@ -69,7 +69,7 @@ class Metrics:
         self._values[name] = (first, second)
 
     def on_host(self) -> dict[str, tuple[Kind, float, float]]:
-        """Return kind, sum and count by name, as Python numbers; tensors are copied from the device together."""
+        """Return (kind, sum or value, count) by metric name; copy all numbers from the device together."""
         scalars = [scalar for pair in self._values.values() for scalar in pair]
         on_device = [scalar for scalar in scalars if isinstance(scalar, Tensor)]
         device = next((scalar.device for scalar in on_device if scalar.device.type != "cpu"), torch.device("cpu"))
@@ -78,10 +78,11 @@ class Metrics:
         return {name: (self._kinds[name], next(numbers), next(numbers)) for name in self._values}
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Return the metrics over all ranks by name, with equal values on every rank; collective over ``group``.
+        """Return the reduced metrics by name, equal on all ranks of ``group``; collective over ``group``.
 
-        ``group``: a gloo group; None means this rank only. Names may differ between ranks, so names and values are
-        gathered as Python objects. Sums are computed in float64, in the order of the ranks. A mean with count 0 is nan.
+        ``group``: a gloo group; None: this rank only. Names may differ between ranks, so names and values
+        are gathered as Python objects. Sums are computed in float64, in the order of the ranks. A mean with count 0 is
+        nan.
         """
         own = self.on_host()
         by_rank = [own]
@@ -92,7 +93,7 @@ class Metrics:
 
 
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-    """Add metrics of lengths and finish reasons; each rollout must be added on exactly one rank."""
+    """Add the lengths and finish reasons of ``rollouts``; add each rollout of a step on exactly one rank."""
     prompts = [len(rollout.prompt.student_ids) for rollout in rollouts]
     responses = [len(rollout.response_ids) for rollout in rollouts]
     truncated = [rollout.finish == "length" for rollout in rollouts]
@@ -115,7 +116,7 @@ def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
 def step_numbers(
     metrics: Metrics, phases: Phases, rollouts: Sequence[Rollout], group: dist.ProcessGroup | None
 ) -> dict[str, float]:
-    """Return the metrics of a finished step over all ranks by name; collective over ``group``.
+    """Return all metrics of a finished step by logged name, reduced over ranks; collective.
 
     ``rollouts``: the rollouts that the step trained on, the same list on every rank.
     """
@@ -137,8 +138,9 @@ def step_numbers(
 
 
 def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | None) -> dict[str, float]:
-    """Return the step's metrics over all ranks by logged name, with durations and throughput; collective.
+    """Return the step's metrics, reduced over ranks, by logged name; collective over ``group``.
 
+    Adds durations and throughput.
     Names without a slash get the prefix ``train/``.
     """
     metrics.add(phases.stats())
@@ -147,18 +149,19 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
 
 
 def waits(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the metric of the waiting time of generation; empty if generation was not measured.
+    """Return the metric ``timing/train/generation_wait_share``; empty if generation was not measured.
 
-    The value is the mean fraction of the generation phase that ranks spend waiting for the slowest rank.
+    The value is the fraction of the generation phase that a rank, on average, waits for the slowest rank. ``values``:
+    the step's metrics, reduced over ranks.
     """
     mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
     return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Return the tokens per second of a step: per rank, and over all ranks for each phase.
+    """Return the metrics of a step in tokens per second: per rank, and over all ranks for each phase.
 
-    ``values``: the step's metrics over all ranks. Rates per rank exclude the time of validation and checkpointing.
+    ``values``: the step's metrics, reduced over ranks. Rates per rank exclude the time of validation and checkpointing.
     """
 
     def seconds(phase: str) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from distill.metrics.phases import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
 
 Row = Mapping[str, float | None]
-"""One row of metrics.jsonl: ``step`` and metrics by name; None for a value that was not finite."""
+"""One row of metrics.jsonl: ``step`` and metrics by name; None for a nan or infinite value."""
 
 _VALIDATION = "validation/"
 
@@ -106,7 +106,7 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _ends(rows: Sequence[Row], name: str, form: str, first: bool = True) -> str:
-    """Return the first and the last value as ``FIRST -> LAST``, or only the last value."""
+    """Return the metric's values in the first and last row as ``FIRST -> LAST``, or only the last value."""
     values = _values(rows, name)
     start = f"{form.format(values[0])} -> " if values and first else ""
     return f"{start}{form.format(values[-1])}" if values else ""
@@ -123,7 +123,7 @@ def _relative(folder: Path) -> str:
 
 
 def _columns(columns: Sequence[Sequence[str]]) -> str:
-    """Return the table as text; ``columns``: the cells of each column."""
+    """Return a table as text with aligned columns; ``columns``: the texts of the cells of each column."""
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)

@@ -16,7 +16,10 @@ from distill.model.ulysses import UlyssesAllToAll
 from distill.types import SharedPrefixes
 
 PACKED = "distill_packed"
-"""Name of packed attention for transformers' ``attn_implementation``; it requires ``packed_bounds``."""
+"""Value of transformers' ``attn_implementation`` that selects ``packed_attention``.
+
+The model's forward then requires the argument ``packed_bounds``.
+"""
 
 
 def packed_attention(
@@ -32,17 +35,19 @@ def packed_attention(
     sliding_window: int | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention separately for each sequence of a pack, with PyTorch's kernels.
+    """Compute causal attention separately for each sequence of a packed micro-batch.
 
-    ``query`` is [1, H, T, Dh]; ``key`` and ``value`` are [1, H_kv, T, Dh]. ``packed_bounds``: B + 1 cumulative sequence
-    lengths, from 0. Returns [1, T, H, Dh] and None. Creates no [T, T] mask. Applies no dropout, because it would add
-    noise to the student but not to the teacher.
+    ``query`` is [1, H, T, Dh]; ``key`` and ``value`` are [1, H_kv, T, Dh]: H query heads, H_kv key-value heads, T
+    positions, Dh channels per head. ``packed_bounds``: B + 1 cumulative lengths of the B sequences, from 0. Returns the
+    attention output [1, T, H, Dh], and None instead of attention weights. Creates no [T, T] mask. Applies no dropout,
+    because it would add noise to the student but not to the teacher.
 
-    With ``packed_shared``, a prefix that several sequences share has its positions only once in T. The T positions are
-    first expanded to the S positions of all sequences. The outputs of a shared prefix are equal in all its sequences,
-    and the first copy is returned; the gradients of its keys and values are summed over the sequences.
+    With ``packed_shared``, a prefix that several sequences share occurs only once among the T positions. The T
+    positions are first expanded to the S positions of all sequences. The outputs of a shared prefix are equal in all
+    its sequences, and the first copy is returned; the gradients of its keys and values are summed over the sequences.
 
-    With ``packed_all_to_all``, T is this rank's part of the positions; collective over its group.
+    With ``packed_all_to_all``, T is the number of positions on this rank, and the call is collective over the process
+    group of ``packed_all_to_all``.
     """
     assert attention_mask is None, "packed_attention supports no attention mask"
     assert not unused.get("softcap"), "packed_attention supports no soft cap"
@@ -63,9 +68,10 @@ def packed_attention(
 
 
 def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
-    """Expand [1, H, T, Dh] to [1, H, S, Dh] by the position indices ``expand_S``.
+    """Copy each position of ``heads`` to all sequences that share it: [1, H, T, Dh] -> [1, H, S, Dh].
 
-    The transposed tensor is indexed, because its memory layout after the projections is [T, H, Dh].
+    ``expand_S``: index into the T positions for each of the S positions of the sequences. The transposed tensor is
+    indexed, because its memory layout after the projections is [T, H, Dh].
     """
     return heads.transpose(1, 2).index_select(1, expand_S).transpose(1, 2)
 
@@ -75,8 +81,9 @@ def _attend(
 ) -> Tensor:
     """Compute causal attention separately for each sequence, with the fastest supported kernel.
 
-    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; ``bounds``: cumulative sequence lengths;
-    ``window``: size of the sliding window in tokens, or None. Returns [1, S, H, Dh].
+    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; S is the total length of the sequences.
+    ``bounds``: cumulative sequence lengths, from 0 to S; ``window``: size of the sliding window in tokens; None: no
+    window. Returns [1, S, H, Dh].
     """
     assert query.shape[0] == 1 and query.shape[2] == bounds[-1], (query.shape, bounds)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
@@ -86,7 +93,7 @@ def _attend(
 
 
 def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[int, int]) -> bool:
-    """Return whether flash attention supports the dtype, the channels per head and the GPU.
+    """Return whether flash attention supports this dtype, number of channels per head and GPU.
 
     ``capability`` is the GPU's compute capability, or (0, 0) without a GPU.
     """
@@ -96,7 +103,7 @@ def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute attention with one flash-attention call for the complete pack; arguments as in ``_attend``."""
+    """Compute the attention of all sequences in one flash-attention call; arguments as in ``_attend``."""
     # Imported here, because the import takes a second and only GPUs need it.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -114,21 +121,24 @@ def attend_packed(
 
 @lru_cache(maxsize=4)
 def _cumulative(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the cumulative lengths as an int32 tensor [B + 1]; cached, because all layers use the same."""
+    """Return the cumulative sequence lengths ``bounds`` as an int32 tensor [B + 1] on ``device``.
+
+    Cached, because all layers of a model use the same tensor.
+    """
     return torch.tensor(bounds, dtype=torch.int32, device=device)
 
 
 def attend_per_sequence(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute attention with one call per sequence; arguments as in ``_attend``.
+    """Compute attention with one PyTorch call per sequence; arguments as in ``_attend``.
 
-    This is the simple reference for ``attend_packed`` and works for every dtype and device. A window shorter than a
-    sequence of L tokens requires a mask [L, L].
+    This is the simple reference for ``attend_packed`` and works for every dtype and device. If the sliding window is
+    shorter than a sequence of L tokens, a mask [L, L] is created for this sequence.
     """
     lengths = [stop - start for start, stop in pairwise(bounds)]
     parts = []
-    # torch.split instead of slices: the backward of each slice would allocate zeros for the complete pack.
+    # torch.split instead of slices: the backward of each slice would allocate zeros for all sequences.
     for q, k, v in zip(*(torch.split(heads, lengths, 2) for heads in (query, key, value)), strict=True):
         length = q.shape[2]
         mask = None if window is None or length <= window else _window_mask(length, window, q.device)

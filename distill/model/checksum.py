@@ -1,4 +1,4 @@
-"""Checksums of tensors, to verify that the received weights equal the sent weights bit for bit."""
+"""Checksums of tensors, to verify that the engine receives exactly the weights that a sync sends."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 WORD_BYTES = 8
-"""Size in bytes of a word: the sums add int64 words."""
+"""Size in bytes of a word; the checksums are sums of int64 words."""
 
 
 class BitSums(NamedTuple):
-    """Two checksums of a tensor, computed modulo 2**64 and stored as int64.
+    """Two checksums of a tensor: sums of its bit patterns, modulo 2**64, stored as int64.
 
     Each row is read as 64-bit words; its end is padded with zeros. If a tensor is split by rows, or by columns at a
-    word boundary, the sums of the parts add up to the sums of the tensor. ``weighted`` detects exchanged rows,
-    ``plain`` does not. Neither detects words that are exchanged inside one row.
+    word boundary, the checksums of the parts add up to the checksums of the tensor. ``weighted`` detects exchanged
+    rows, ``plain`` does not. Neither detects words that are exchanged inside one row.
     """
 
     plain: int
-    """Sum of all words."""
+    """Sum of all words of the tensor."""
     weighted: int
-    """Sum of all words, each multiplied by its row number; row numbers start at 1."""
+    """Sum of all words of the tensor, each multiplied by its row number; row numbers start at 1."""
 
 
 def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
-    """Return ``plain`` and ``weighted`` as an int64 tensor [2] on the tensor's device.
+    """Return the checksums ``BitSums.plain`` and ``BitSums.weighted`` of a tensor as an int64 tensor [2].
 
-    Does not wait for the device. If ``tensor`` is a slice of rows, ``first_row`` is the index of its first row in the
-    complete tensor. Each element of a vector is a row.
+    The result is on the tensor's device, and the call does not wait for the device. If ``tensor`` is a slice of rows,
+    ``first_row`` is the index of its first row in the complete tensor. In a vector each element is a row.
     """
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     short = -rows.shape[1] % (WORD_BYTES // tensor.element_size())
@@ -42,15 +42,15 @@ def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
 
 
 def bit_sums_by_name(weights: Iterable[tuple[str, Tensor]]) -> dict[str, BitSums]:
-    """Return the bit sums of complete tensors by name."""
+    """Return the checksums of complete tensors, by tensor name."""
     return {name: BitSums(*bit_sums(tensor).tolist()) for name, tensor in weights}
 
 
 def wrap_int64(total: int) -> int:
-    """Wrap a Python integer to the int64 range, as int64 arithmetic does."""
+    """Return ``total`` modulo 2**64 in the range of int64, like an int64 sum that overflows."""
     return (total + 2**63) % 2**64 - 2**63
 
 
 def changed_names(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> list[str]:
-    """Return the names in ``after`` that are missing in ``before`` or have different sums there."""
+    """Return the names of tensors that have other checksums in ``after`` or are missing in ``before``."""
     return [name for name, sums in after.items() if before.get(name) != sums]

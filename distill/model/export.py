@@ -23,9 +23,10 @@ def export_hf(
 ) -> None:
     """Write a folder for ``AutoModelForCausalLM.from_pretrained``: weights, configuration and tokenizer.
 
-    Collective: all ranks iterate over ``weights`` (names and complete tensors), which gathers them. Only the rank whose
-    ``files`` is not None writes; it holds at most one file of weights (5 GiB) in memory. An error of this rank is
-    raised after the gather, so that the other ranks do not wait in it.
+    Collective: all ranks iterate over ``weights`` (names and complete tensors), which gathers them. ``files``:
+    configuration and tokenizer files on the main rank, which writes the folder; None on all other ranks. The main rank
+    holds at most one file of weights (5 GiB) in memory. If writing fails, it raises the error only after all weights
+    are gathered, so that the other ranks do not wait in a gather forever.
     """
     remaining = iter(weights)
     try:
@@ -61,7 +62,11 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFil
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], int]:
-    """Write files of at most 5 GiB, numbered in order; return the file of each tensor and the bytes of all tensors."""
+    """Write safetensors files of at most 5 GiB; return the file name of each tensor and the total bytes.
+
+    A tensor that is larger than 5 GiB gets its own file. The file names are temporary, because the final names contain
+    the number of files.
+    """
     names: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     size = total = 0

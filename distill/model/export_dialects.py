@@ -1,7 +1,8 @@
-"""Edit the JSON files of an export so that transformers 4, transformers 5 and vLLM read the trained model from them.
+"""Edit the JSON files of exported models for transformers 4, transformers 5 and vLLM.
 
-Version 4 of transformers reads ``rope_theta``, ``rope_scaling`` and ``rope_local_base_freq``; version 5 writes
-``rope_parameters`` instead and reads both. Each function returns a new dictionary and keeps all other keys.
+"Version 4" and "version 5" are versions of transformers. Version 4 reads ``rope_theta``, ``rope_scaling`` and
+``rope_local_base_freq``; version 5 writes ``rope_parameters`` instead and reads both. The public functions return new
+dictionaries and keep the keys that they do not edit.
 """
 
 from __future__ import annotations
@@ -21,23 +22,27 @@ Json = dict[str, Any]
 _QUANTIZATION = ("quantization_config", "compression_config")
 _CODE, _FROM_CONFIG = "auto_map", "_from_model_config"
 _READ_BY_BOTH = "PreTrainedTokenizerFast"
-"""Class that reads tokenizer.json unchanged in versions 4 and 5; version 4 adds token_type_ids by default."""
+"""Tokenizer class with which transformers 4 and 5 read tokenizer.json without changes to it.
+
+In version 4 this class also returns token_type_ids, unless model_input_names omits them.
+"""
 _CLASSES = {
     "llama": "LlamaTokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "gemma3_text": "GemmaTokenizer",
 }
-"""Tokenizer class of version 4 for each family, used if tokenizer_config.json names no class."""
+"""Tokenizer class of transformers 4 by model type, used if tokenizer_config.json names no class."""
 _PADDED_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "XLNetTokenizer")
-"""Tokenizer classes that pad on the left by default."""
+"""Tokenizer classes of transformers that pad on the left by default."""
 
 
 def model_config_for_export(source: Mapping[str, Any], config: Any, architecture: str) -> Json:
-    """Return config.json of the export without dtype, tying of the head and stop ids, which other functions set.
+    """Return the config.json of an export, made from the source model's config.json.
 
-    ``source``: config.json of the source model. ``config``: its Hugging Face configuration. ``architecture``: class
-    name of the trained model.
+    ``with_dtype``, ``with_tying`` and ``with_stop_ids`` set the dtype, ``tie_word_embeddings`` and the stop ids
+    afterwards. ``source``: content of the source model's config.json. ``config``: the Hugging Face configuration object
+    of the source model. ``architecture``: class name of the trained model, such as Qwen3ForCausalLM.
     """
     edited = without_ignored_settings(source, config)
     edited = {key: value for key, value in edited.items() if key not in (*_QUANTIZATION, _CODE)}
@@ -46,9 +51,10 @@ def model_config_for_export(source: Mapping[str, Any], config: Any, architecture
 
 
 def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
-    """Return the rotary keys of version 4 with the values that version 5 reads.
+    """Return transformers 4's rotary keys with the values that transformers 5 reads into ``config``.
 
-    ``rope_scaling``: the value in the source, which is kept if version 4 reads the same parameters from it.
+    ``rope_scaling``: its value in the source model's config.json. The result omits this key, so that the value is kept,
+    if version 4 reads the same parameters from it.
     """
     main = config.rope_parameters.get("full_attention", config.rope_parameters)
     local = config.rope_parameters.get("sliding_attention")
@@ -65,15 +71,15 @@ def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
         keys["rope_local_base_freq"] = local["rope_theta"]
         if local.get("rope_type", "default") != "default":
             log.warning(
-                "exports of this model can be read by transformers 5 and vLLM only: version 4 does not support the"
-                " rotary embedding of its sliding layers (rope_type=%s)",
+                "exports of this model can be read only by transformers 5 and vLLM: transformers 4 does not support"
+                " rope_type=%s in layers with a sliding attention window",
                 local["rope_type"],
             )
     return keys
 
 
 def _scaling(parameters: Mapping[str, Any] | None) -> Json | None:
-    """Return the ``rope_scaling`` of version 4 for rotary parameters; None for the default type."""
+    """Return transformers 4's ``rope_scaling`` for rotary parameters; None for the rope_type default."""
     if not parameters:
         return None
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -82,15 +88,18 @@ def _scaling(parameters: Mapping[str, Any] | None) -> Json | None:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> Json:
-    """Return config.json with the dtype of the exported weights; all versions read the key ``torch_dtype``."""
+    """Return ``config`` (content of config.json) with the dtype of the exported weights.
+
+    The dtype is set in ``torch_dtype``, which all versions of transformers read, and in ``dtype`` if this key exists.
+    """
     name = str(dtype).removeprefix("torch.")
     return {**config, **({"dtype": name} if "dtype" in config else {}), "torch_dtype": name}
 
 
 def with_tying(config: Mapping[str, Any], as_read: bool, tied: bool) -> Json:
-    """Return config.json with ``tie_word_embeddings`` set to ``tied``, changed only if it is read differently.
+    """Return ``config`` (content of config.json) with ``tie_word_embeddings`` equal to ``tied``.
 
-    ``as_read``: the value of ``tie_word_embeddings`` that transformers reads from ``config``.
+    ``as_read``: the value that transformers reads from ``config``; if it equals ``tied``, the content is not changed.
     """
     return dict(config) if as_read == tied else {**config, "tie_word_embeddings": tied}
 
@@ -101,7 +110,7 @@ def _listed_ids(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
-    """Return whether ``eos_token_id`` (null, an id or a list of ids) has exactly these ids."""
+    """Return whether ``eos_token_id`` of ``config`` (null, an id or a list) has exactly the ids ``ids``."""
     listed = _listed_ids(config)
     known = all(type(token) is int and token in ids for token in listed)  # version 4 does not accept 256.0
     return known and all(token in listed for token in ids)
@@ -110,11 +119,12 @@ def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
 def with_stop_ids(
     generation: Mapping[str, Any] | None, config: Mapping[str, Any], stop_token_ids: Sequence[int]
 ) -> tuple[Json | None, Json]:
-    """Return generation_config.json and config.json with the stop ids of the training.
+    """Return generation_config.json and config.json with the stop ids that the training used.
 
-    Neither changes if generation_config.json has exactly these ids or if the training had none. A missing
-    generation_config.json is created from the special tokens in config.json. transformers recreates a
-    generation_config.json with ``_from_model_config`` from config.json, so config.json must have these ids too.
+    Neither file changes if generation_config.json already has exactly these ids or if ``stop_token_ids`` is empty. A
+    missing generation_config.json is created from the special tokens in config.json. transformers recreates a
+    generation_config.json with ``_from_model_config`` from config.json, so in this case config.json must have these ids
+    too.
     """
     if not stop_token_ids:
         return (None if generation is None else dict(generation)), dict(config)
@@ -136,13 +146,14 @@ def with_stop_ids(
 def tokenizer_config_for_export(
     source: Mapping[str, Any], *, family: str, has_json: bool, misread: bool, own_template: bool
 ) -> Json:
-    """Return tokenizer_config.json for both versions of transformers.
+    """Return a tokenizer_config.json with which transformers 4 and 5 load the same tokenizer.
 
-    If there is a tokenizer.json (``has_json``), the tokenizer class is replaced by one that reads it unchanged in three
-    cases: the file has version 5's format, it names no class, or its class reads tokenizer.json differently
-    (``misread``). Without a class, version 4 would use the class of the ``family``; that of Llama adds a BOS token to
-    every text. The defaults of the replaced class become explicit settings. ``own_template``: the user configured a
-    chat template, so the template in this file is removed.
+    ``source``: content of the source tokenizer's file. ``family``: model type. If there is a tokenizer.json
+    (``has_json``), the tokenizer class is replaced by a class that reads tokenizer.json unchanged in three cases:
+    ``source`` has the format of version 5, it names no class, or its class reads tokenizer.json differently
+    (``misread``). If no class were named, version 4 would use the class of the ``family``; that of Llama adds a BOS
+    token to every text. The defaults of the replaced class become explicit settings. ``own_template``: the user
+    configured a chat template, so the template in ``source`` is removed.
     """
     edited = {key: value for key, value in source.items() if key != _CODE}
     if own_template:

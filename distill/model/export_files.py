@@ -1,4 +1,7 @@
-"""The small files of an export: copies of the source model's files with the changes that the training requires."""
+"""Small files of an export: configuration, tokenizer, model card and licence.
+
+They are copies of the source model's files with the changes that the training requires.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from distill.model.model_card import model_card
 log = logging.getLogger(__name__)
 
 EXPORT_FILES = "export_files"
-"""Folder of a checkpoint with the small files of its exports."""
+"""Subfolder of a checkpoint with the small files of its exports: configuration, tokenizer, licence."""
 _HEAD = "lm_head.weight"
 _CONFIG, _GENERATION, _CARD, _TOKENIZER_JSON = "config.json", "generation_config.json", "README.md", "tokenizer.json"
 _TOKENIZER_CONFIG, _SPECIAL_MAP, _TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
@@ -46,7 +49,7 @@ _TOKENIZER = (
     *("tekken.json", _TEMPLATE, *_OTHER_TEMPLATES),
 )
 _FOLDERS = ("additional_chat_templates", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")
-"""Patterns of subfolders of a model whose matching files are copied."""
+"""Patterns of the subfolders of a model folder from which matching files are copied to exports."""
 _MODEL = (_CONFIG, _GENERATION, *LICENSE_FILES)
 _SAMPLE_TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -54,28 +57,33 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True)
 class ExportFiles:
-    """The small files of an export."""
+    """Files of an export except its weights: configuration, tokenizer, model card and licence."""
 
     contents: Mapping[str, bytes]
-    """Content of each file by its path in the export."""
+    """Content of each file, by its path relative to the export folder."""
     tied_as_read: bool
-    """Value of ``tie_word_embeddings`` that transformers reads from this config.json."""
+    """Value of ``tie_word_embeddings`` that transformers reads from config.json in ``contents``."""
 
     def complete(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """Return all small files, with a config.json for the tensor names ``tensors`` in ``dtype``."""
+        """Return the content of all files by path, with config.json adapted to the exported weights.
+
+        ``dtype``: dtype of the weights. ``tensors``: their names; without an LM head among them, config.json ties the
+        head to the embedding.
+        """
         complete = dict(self.contents)
         config = with_dtype(json.loads(complete[_CONFIG]), dtype)
         _put(complete, _CONFIG, with_tying(config, self.tied_as_read, _HEAD not in tensors))
         return complete
 
     def stored(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """Return the files of ``complete`` by their paths in a checkpoint."""
+        """Return the files of ``complete`` by their paths inside a checkpoint directory."""
         return {f"{EXPORT_FILES}/{name}": content for name, content in self.complete(dtype, tensors).items()}
 
     def with_card(self, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> ExportFiles:
-        """Return the files with a model card that describes the training.
+        """Return a copy with a model card that describes the training.
 
-        ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: tokens by id.
+        ``recipe``: the configuration as nested dictionaries. ``step``: number of training steps. ``stop_tokens``: text
+        of the stop tokens, by token id.
         """
         name = next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
         source = self.contents.get(name, b"").decode("utf-8-sig", errors="replace")
@@ -92,9 +100,10 @@ def read_export_files(
 ) -> ExportFiles:
     """Read the small files of the model ``files`` and of its tokenizer, and edit them for an export.
 
-    ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: policy.tokenizer.name.
-    ``stop_token_ids``: stop ids of the training; if empty, those of the source are kept. ``chat_template``: path of the
-    user's chat template. Reads no weights. Raises UserError for a file that cannot be read.
+    ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: policy.tokenizer.name. ``stop_token_ids``:
+    stop ids that the training uses; if empty, the stop ids of the source model are kept. ``chat_template``: path of the
+    user's chat template; None: keep the tokenizer's template. Reads no weights. Raises UserError for a file that cannot
+    be read.
     """
     setting = ModelSetting("policy.model_name", files.name)
     try:
@@ -102,7 +111,7 @@ def read_export_files(
         contents = _read(files.folder, _MODEL) | _read(folder, _TOKENIZER)
     except (OSError, UnicodeDecodeError) as error:
         problem = f"has a file that cannot be copied to exports ({error})"
-        raise setting.error(problem, "make it readable, or download the model again") from error
+        raise setting.error(problem, "make this file readable, or download the model again") from error
     template = None if chat_template is None else _own_template(chat_template)
     config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     _edit_model_files(contents, files.folder, config, stop_token_ids, setting)
@@ -132,14 +141,20 @@ def read_export_files(
 
 
 def _own_template(chat_template: str) -> str:
-    """Read the user's chat template without a byte order mark, which would be part of every rendered prompt."""
+    """Return the text of the user's chat template file without a byte order mark.
+
+    A byte order mark would be part of every rendered prompt.
+    """
     return read_text(os.path.expanduser(chat_template), "policy.tokenizer.chat_template").removeprefix("\ufeff")
 
 
 def _edit_model_files(
     contents: dict[str, bytes], folder: Path, config: Any, stop_token_ids: Sequence[int], setting: ModelSetting
 ) -> None:
-    """Edit config.json and generation_config.json in place; create the latter if it is needed for stop ids."""
+    """Edit config.json and generation_config.json in ``contents`` for the export.
+
+    A missing generation_config.json is created if the training uses stop ids.
+    """
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     edited = model_config_for_export(json_object(folder / _CONFIG, setting), config, architecture)
     generation = json_object(folder / _GENERATION, setting) if _GENERATION in contents else None
@@ -150,9 +165,10 @@ def _edit_model_files(
 
 
 def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
-    """Copy the post-processor of ``tokenizer`` to tokenizer.json if only ``tokenizer`` adds BOS to a text.
+    """Copy the post-processor of ``tokenizer`` to tokenizer.json if that file encodes a text differently.
 
-    No version of transformers applies add_bos_token for the tokenizer class of exports.
+    ``tokenizer``: the tokenizer as loaded for training. This keeps add_bos_token=true of the source: the tokenizer
+    class of exports ignores this setting in every version of transformers.
     """
     own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
     if own.encode("a").ids != used.encode("a").ids:
@@ -161,14 +177,20 @@ def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
 
 
 def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
-    """Return the named special tokens of ``tokenizer`` (some may come from its class) that tokenizer.json has."""
+    """Return BOS, EOS, UNK and PAD token of ``tokenizer`` if tokenizer.json lists them as added tokens.
+
+    Keys are attribute names such as ``bos_token``. Some of these tokens may be defaults of the tokenizer's class.
+    """
     added = {entry["content"] for entry in tokenizer_json.get("added_tokens", ())}
     found = {name: str(getattr(tokenizer, name, None)) for name in _SPECIAL}
     return {name: token for name, token in found.items() if token in added}
 
 
 def _warn_if_misread(contents: Mapping[str, bytes], setting: ModelSetting) -> None:
-    """Log a warning if AutoTokenizer misreads the exported tokenizer: it ignores the class for some model types."""
+    """Log a warning if AutoTokenizer encodes sample texts differently from the exported tokenizer.json.
+
+    The cause is that AutoTokenizer ignores ``tokenizer_class`` for some model types.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in (_CONFIG, _TOKENIZER_CONFIG, _TOKENIZER_JSON):
             Path(folder, name).write_bytes(contents[name])
@@ -177,25 +199,30 @@ def _warn_if_misread(contents: Mapping[str, bytes], setting: ModelSetting) -> No
         plain = {"add_special_tokens": False}
         if any(read.encode(text, **plain) != own.encode(text, **plain).ids for text in _SAMPLE_TEXTS):
             log.warning(
-                "%s: AutoTokenizer of transformers %s misreads the tokenizer of exports, because it ignores"
-                " tokenizer_class for this model type: load it with PreTrainedTokenizerFast.from_pretrained",
+                "%s: AutoTokenizer of transformers %s encodes texts incorrectly with the exported tokenizer, because"
+                " it ignores tokenizer_class for this model type: load the exported tokenizer with"
+                " PreTrainedTokenizerFast.from_pretrained",
                 *(setting, transformers.__version__),
             )
 
 
 def _object(contents: Mapping[str, bytes], folder: Path, name: str, setting: ModelSetting) -> Json:
-    """Return the JSON object in the file ``name``, or an empty object if the file is missing."""
+    """Return the JSON object in ``folder / name``, or an empty object if ``contents`` lacks this file."""
     return json_object(folder / name, setting) if name in contents else {}
 
 
 def _put(contents: dict[str, bytes], name: str, edited: Json) -> None:
-    """Replace the content of a JSON file; keep the bytes of a file that already holds the same object."""
+    """Store ``edited`` as the JSON file ``name``; if the file holds an equal object, keep its bytes."""
     if name not in contents or json.loads(contents[name]) != edited:
         contents[name] = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles | None:
-    """Return the small files in a checkpoint with the files ``names``; None for a checkpoint of an older version."""
+    """Return the small files of exports that a checkpoint stores; None if it stores none.
+
+    ``names``: paths of all files of the checkpoint, relative to it. Older versions of this program stored no such
+    files.
+    """
     prefix = f"{EXPORT_FILES}/"
     contents = {n.removeprefix(prefix): (checkpoint / n).read_bytes() for n in names if n.startswith(prefix)}
     if not contents:
@@ -205,9 +232,10 @@ def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles |
 
 
 def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
-    """Return the folder of the tokenizer ``name``: a local folder, a download, or that of ``files`` if None.
+    """Return the local folder of the tokenizer ``name``: a folder, or a download from the hub.
 
-    The download contains tokenizer and configuration files, no weights.
+    ``name``: policy.tokenizer.name; None: the tokenizer in the folder of the model ``files``. The download contains
+    tokenizer and configuration files, no weights.
     """
     if name in (None, files.name):
         return files.folder
@@ -219,7 +247,10 @@ def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
 
 
 def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    """Return the content of the files in ``folder`` that match the patterns; symbolic links are followed."""
+    """Return the content of the files in ``folder`` that match ``patterns``, by relative path.
+
+    Symbolic links are followed.
+    """
     return {name: (folder / name).read_bytes() for name in sorted(_names(folder)) if _matches(name, patterns)}
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 class GlooReduceScatter:
     """Sum reduce-scatter with the interface of FSDP2's custom reduce-scatter.
 
-    An all-to-all sends the parts, and each rank adds them. On two ranks this takes half the time of gloo's own
-    reduce-scatter. All ranks add in the same order, so the result does not depend on the rank that computes it.
+    An all-to-all sends each rank its parts of all inputs, and each rank adds the parts that it receives. On two ranks
+    this takes half the time of gloo's own reduce-scatter. All ranks add in the same order, so the result does not
+    depend on the rank that computes it.
     """
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -24,7 +25,7 @@ class GlooReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        """Sum ``input_tensor`` [W * n] over W ranks; write this rank's part to ``output_tensor`` [n].
+        """Sum ``input_tensor`` [W * n] over W ranks; write this rank's n elements to ``output_tensor`` [n].
 
         Collective over ``group``.
         """

@@ -1,4 +1,4 @@
-"""Read a model's config.json: refuse unsupported settings, drop ignored ones, and detect whether the head is tied."""
+"""Read and check a model's config.json: unsupported settings, ignored settings, tied LM head."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ log = logging.getLogger(__name__)
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 """Supported model types: their packed and sharded forward pass is tested against transformers."""
 ROTARY = ("default", "linear", "llama3", "yarn")
-"""Supported types of rotary position embeddings: their frequencies do not depend on positions or lengths."""
+"""Supported values of rope_type, the type of rotary position embeddings.
+
+The frequencies of these types depend neither on the positions nor on the length of a sequence.
+"""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _NESTED_MODELS = ("text_config", "decoder", "generator", "text_encoder")
-"""Settings that hold the configuration of a model inside the model."""
+"""Keys of config.json that contain the configuration of another model inside the model."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _POSITIVE = (
@@ -36,7 +39,7 @@ _POSITIVE = (
     *("vocab_size", "max_position_embeddings", "head_dim"),
 )
 _CACHE_ONLY = ("sliding_window", "layer_types", "attention_chunk_size", "num_kv_shared_layers")
-"""Settings that the key-value cache of transformers reads even if the layers of the model do not."""
+"""Settings that transformers' key-value cache reads even if the layers of the model do not."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "rotary_pct": (None, 1.0),
@@ -57,15 +60,16 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "dual_chunk_attention_config": (None,),
     "alibi": (None, False),
 }
-"""Settings of some families that change the logits, with the values that change nothing."""
+"""Settings of some model families that change the logits, with their values that have no effect."""
 
 
 def model_config(files: ModelFiles, key: str) -> Any:
-    """Return the Hugging Face configuration of a model, without its quantization: weights are dequantized on loading.
+    """Return the checked Hugging Face configuration of a model, without its quantization settings.
 
-    Reads no weights (except to compare a head with its embedding) and never executes code from the folder. ``key``: the
-    configuration key that names the model. Raises UserError for an unsupported family, a mixture of experts, an
-    unsupported or invalid setting, and an unsupported quantization.
+    The quantization is removed because weights are dequantized while they are loaded. Reads no weights, except to
+    compare the LM head with the embedding, and never executes code from the model folder. ``key``: the configuration
+    key that names the model. Raises UserError for an unsupported model family, a mixture of experts, an unsupported or
+    invalid setting, and an unsupported quantization.
     """
     setting = ModelSetting(key, files.name)
     raw = json_object(files.folder / "config.json", setting)
@@ -75,7 +79,7 @@ def model_config(files: ModelFiles, key: str) -> Any:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError or KeyError for the same cause
         problem = f"has a config.json that cannot be read ({reason(error)})"
-        raise setting.error(problem, "download it again") from error
+        raise setting.error(problem, "download the model again") from error
     read_quantization(files.folder, setting)  # raises UserError for an unsupported method
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
@@ -114,12 +118,12 @@ def _check_sizes(config: Any, setting: ModelSetting) -> None:
             continue  # hidden_size / num_attention_heads
         if not isinstance(value, int) or value < 1:
             problem = f"has {name}={value} in its config.json, which must be an integer of at least 1"
-            raise setting.error(problem, "download it again")
+            raise setting.error(problem, "download the model again")
     if config.num_attention_heads % config.num_key_value_heads:
         raise setting.error(
             f"has num_attention_heads={config.num_attention_heads} in its config.json, which must be a multiple of"
             f" num_key_value_heads={config.num_key_value_heads}",
-            "download it again",
+            "download the model again",
         )
     for name in _UNSUPPORTED:
         if value := getattr(config, name, None):
@@ -128,7 +132,10 @@ def _check_sizes(config: Any, setting: ModelSetting) -> None:
 
 
 def check_config_file(raw: Mapping[str, Any], setting: ModelSetting) -> None:
-    """Raise UserError for settings of a config.json that make it another kind of model in transformers."""
+    """Raise UserError for a bidirectional model, nested models, or layers of different sizes.
+
+    ``raw``: content of config.json.
+    """
     if not raw.get("is_causal", True):
         raise setting.error(
             f"has is_causal={raw['is_causal']} in its config.json, and a model with bidirectional attention cannot"
@@ -148,10 +155,11 @@ def check_config_file(raw: Mapping[str, Any], setting: ModelSetting) -> None:
 
 
 def check_architecture(config: Any, raw: Mapping[str, Any], setting: ModelSetting) -> None:
-    """Raise UserError for settings that packed sequences do not support; remove settings that transformers ignores.
+    """Check the rotary embeddings, layer types and ignored settings of a model configuration.
 
-    ``config``: the Hugging Face configuration, changed in place; ``raw``: its config.json. Logs a warning, once per
-    process, for a setting that transformers ignores although other programs apply it.
+    Raises UserError for settings that packed sequences do not support. Logs a warning, once per process, for a setting
+    that transformers ignores although other programs apply it. ``config``: the Hugging Face configuration, from which
+    ignored settings of the key-value cache are removed in place; ``raw``: content of config.json.
     """
     _check_rotary(config, raw, setting)
     _drop_ignored(config, setting)
@@ -167,7 +175,10 @@ def rotary_parameters(config: Any) -> Iterator[dict[str, Any]]:
 
 
 def rotary_factor(parameters: Mapping[str, Any], config: Any) -> float:
-    """Return the scaling factor of rotary parameters; a null YaRN factor is the ratio of the two lengths."""
+    """Return the scaling factor of rotary ``parameters``.
+
+    A null factor, which YaRN allows, is max_position_embeddings / original_max_position_embeddings.
+    """
     factor = parameters["factor"]
     if factor is None:
         factor = config.max_position_embeddings / parameters["original_max_position_embeddings"]
@@ -181,8 +192,8 @@ def _check_rotary(config: Any, raw: Mapping[str, Any], setting: ModelSetting) ->
         kind = parameters.get("rope_type", "default")
         if isinstance(kind, str) and (kind in _LENGTH_DEPENDENT or "dynamic" in kind):
             raise setting.error(
-                f"has rope_type={kind} {place}, whose frequencies depend on the longest sequence of a batch, so packing"
-                " would change the logits",
+                f"has rope_type={kind} {place}; its rotary frequencies depend on the longest sequence of a batch, so"
+                " packing sequences would change the logits",
                 choose,
             )
         if kind not in ROTARY:
@@ -191,7 +202,7 @@ def _check_rotary(config: Any, raw: Mapping[str, Any], setting: ModelSetting) ->
             if not _is_positive(parameters.get(name)):
                 raise setting.error(
                     f"has {name}={parameters.get(name)} {place}, which must be a number above 0 for rope_type={kind}",
-                    "download it again",
+                    "download the model again",
                 )
         partial = parameters.get("partial_rotary_factor")
         if kind != "default" and partial not in (None, 1.0):
@@ -203,7 +214,10 @@ def _check_rotary(config: Any, raw: Mapping[str, Any], setting: ModelSetting) ->
 
 
 def _positive_parameters(kind: str, parameters: Mapping[str, Any]) -> list[str]:
-    """Return the names of the rotary parameters that must be positive numbers; two parameters of YaRN may be null."""
+    """Return the names of the rotary parameters that must be positive numbers for rope_type ``kind``.
+
+    YaRN's factor and attention_factor may be null, so null values of these two are omitted.
+    """
     if kind == "default":
         return ["rope_theta"]
     optional = [name for name in ("factor", "attention_factor") if parameters.get(name) is not None]
@@ -215,9 +229,10 @@ def _is_positive(number: object) -> bool:
 
 
 def foreign_settings(config: Any) -> list[str]:
-    """Return the names of the settings that the configuration's family does not have; transformers ignores them.
+    """Return the names of settings that transformers ignores for the model type of ``config``.
 
-    The list includes settings of the key-value cache that ``model_config`` removed.
+    The list always includes the key-value cache settings that the model type does not define, because
+    ``check_architecture`` removes them from ``config``.
     """
     known = _own_settings(config)
     names = dict.fromkeys([*vars(config), *_CACHE_ONLY])
@@ -225,10 +240,10 @@ def foreign_settings(config: Any) -> list[str]:
 
 
 def without_ignored_settings(raw: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Return config.json without the settings that transformers ignores and other programs apply.
+    """Return config.json without the settings that transformers ignores but other programs apply.
 
     Such settings inside the rotary parameters are removed too. ``raw``: the content of config.json; ``config``: the
-    Hugging Face configuration that transformers makes from it.
+    Hugging Face configuration that transformers creates from it.
     """
     known = _own_settings(config)
 
@@ -248,7 +263,7 @@ def _own_settings(config: Any) -> set[str]:
 
 
 def _has_effect(name: str, value: object) -> bool:
-    """Return whether a setting changes the logits or the key-value cache in the families that have it."""
+    """Return whether ``value`` changes the logits or the key-value cache in models with this setting."""
     return bool((name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]))
 
 
@@ -257,8 +272,8 @@ def _drop_ignored(config: Any, setting: ModelSetting) -> None:
         value = getattr(config, name, None)
         if _has_effect(name, value):
             _warn_once(
-                f"{setting} has {name}={value} in its config.json, which model_type={config.model_type} does not have:"
-                " transformers ignores it, and so do training and generation"
+                f"{setting} has {name}={value} in its config.json, which model_type={config.model_type} does not"
+                " support: transformers ignores this setting, and so do training and generation"
             )
         if name in _CACHE_ONLY:
             vars(config).pop(name, None)
@@ -275,33 +290,35 @@ def _check_layer_types(config: Any, setting: ModelSetting) -> None:
         )
     if len(types) != config.num_hidden_layers:
         raise setting.error(
-            f"has {len(types)} layer_types and num_hidden_layers={config.num_hidden_layers} in its config.json, which"
-            " must be equal",
-            "download it again",
+            f"has {len(types)} entries in layer_types but num_hidden_layers={config.num_hidden_layers} in its"
+            " config.json, and the two numbers must be equal",
+            "download the model again",
         )
     window = config.sliding_window
     if "sliding_attention" in types and not (type(window) is int and window > 0):
         raise setting.error(
-            f"has sliding_attention in the layer_types of its config.json, so sliding_window={window} must be a number"
-            " of tokens above 0",
-            "download it again",
+            f"has sliding_window={window} in its config.json, which must be a number of tokens of at least 1 for"
+            " sliding_attention in layer_types",
+            "download the model again",
         )
 
 
 def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> None:
-    """Set ``config.tie_word_embeddings`` to whether head and embedding are one tensor, as ``from_pretrained`` does.
+    """Set ``config.tie_word_embeddings`` to whether the LM head and the embedding are the same tensor.
 
-    If config.json ties the head but the files hold a different head, the head is untied and a warning is logged. To
-    compare them, both tensors are read. Without files (a plan from config.json alone), nothing changes. Raises
-    UserError for an untied model without a head, which transformers would initialize at random, and for a model with a
-    head but no embedding.
+    The decision is that of transformers' ``from_pretrained``. If config.json ties them but the files contain an LM head
+    with other values, the LM head is untied and a warning is logged; to compare them, both tensors are read. If
+    ``files`` lists no tensors (a memory forecast from config.json alone), nothing changes. Raises UserError for an
+    untied model without an LM head, which transformers would initialize at random, and for a model with an LM head but
+    no embedding.
     """
     if not files.files:
         return
     if not config.tie_word_embeddings and HEAD not in files.files and EMBEDDING in files.files:
         raise setting.error(
-            f"has tie_word_embeddings=False in its config.json (or by default) and no {HEAD} in its files",
-            "download it again, or set tie_word_embeddings to true there if the head is the embedding",
+            f"has tie_word_embeddings=False in its config.json (or by default) but no {HEAD} in its files",
+            "download the model again, or set tie_word_embeddings to true in config.json if the LM head and the"
+            " embedding are the same tensor",
         )
     if not config.tie_word_embeddings or HEAD not in files.files:
         return
@@ -315,19 +332,22 @@ def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> N
         config.tie_word_embeddings = False
         _warn_once(
             f"{setting} has tie_word_embeddings=True in its config.json (or by default), but its {HEAD} differs from"
-            f" its {EMBEDDING}: both are used, as in transformers 5; set tie_word_embeddings to false there, because"
-            " other programs may ignore the head"
+            f" its {EMBEDDING}: both are used, as in transformers 5; set tie_word_embeddings to false in config.json,"
+            f" because other programs may ignore {HEAD}"
         )
 
 
 _EQUAL_HEADS: dict[tuple[object, ...], bool] = {}
-"""Result of each comparison of a head with an embedding, by files and modification times."""
+"""Cached results of ``_same_values``, by paths and modification times of the two files."""
 _CHUNK = 2**24
-"""Number of elements per comparison: 64 MiB in float32 for each tensor."""
+"""Number of elements of each tensor that one comparison reads: 64 MiB in float32."""
 
 
 def _same_values(files: ModelFiles) -> bool:
-    """Return whether head and embedding are equal; each pair of files is read once per process."""
+    """Return whether LM head and embedding have equal values.
+
+    The comparison reads both tensors; its result is cached until the process ends or one of the files changes.
+    """
     if len(shape := files.shape(HEAD)) != 2 or 0 in shape:
         return True  # an invalid shape, which check_tensors refuses
     places = [files.files[name] for name in (HEAD, EMBEDDING)]
@@ -351,5 +371,8 @@ def _equal_in_chunks(files: ModelFiles) -> bool:
 
 @lru_cache(maxsize=64)
 def _warn_once(message: str) -> None:
-    """Log a warning once per process: a run reads the same configuration many times."""
+    """Log ``message`` as a warning, but only once per process.
+
+    A run reads the same configuration many times.
+    """
     log.warning("%s", message)

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face model: a local folder or a model of the hub, read tensor by tensor."""
+"""Files of a Hugging Face model, in a local folder or from the hub; tensors are read one by one."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ from distill.model.hf_index import ModelSetting, StoredTensor, check_format, sto
 from distill.model.quantized_weights import WeightScale, dequantized, read_quantization, weight_scales
 
 LICENSE_FILES = ("README.md", "*LICEN[CS]E*", "NOTICE*", "*USE_POLICY*", "COPYING*", "*TERMS.*", "*TERMS", "TERMS_OF_*")
-"""Patterns of the model card and of licence files, which exports copy."""
+"""File name patterns of the model card and of licence files, which are copied to exports."""
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-"""Unquantized element types, by their safetensors names. F64 is rounded to the dtype of the parameter."""
+"""Safetensors names of the supported unquantized element types.
+
+F64 values are rounded to the dtype of the parameter that they are loaded into.
+"""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A checkpoint on disk."""
+    """Files of a Hugging Face model on disk, with the headers of all its tensors."""
 
     name: str
-    """Folder or hub name, as the user wrote it."""
+    """Local folder or hub name of the model, as in the user's configuration."""
     folder: Path
+    """Local folder of the files; for a hub name, the folder of the download."""
     tensors: Mapping[str, StoredTensor]
-    """All tensors of the files, by parameter name."""
+    """Headers of all tensors in the safetensors files, by parameter name."""
     scales: Mapping[str, WeightScale] = field(default_factory=dict)
     """Scales of the FP8 weights, by parameter name."""
 
     @property
     def files(self) -> dict[str, Path]:
-        """Return the safetensors file of each tensor, by parameter name."""
+        """Return the path of the safetensors file that contains each tensor, by parameter name."""
         return {name: stored.file for name, stored in self.tensors.items()}
 
     def tensor(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """Read one tensor or one slice of it; only this part is held in memory.
+        """Read the tensor ``name``, or only the part ``slices`` of it.
 
-        The result has the dtype of the file; an FP8 weight is dequantized to float32. Raises UserError for any other
-        quantized type.
+        Only this part is held in memory. The result has the element type of the file, but an FP8 weight is dequantized
+        to float32. Raises UserError for any other quantized type.
         """
         stored = self.tensors[name]
         if name in self.scales:
@@ -58,7 +62,7 @@ class ModelFiles:
             return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the complete shape of a tensor, from the header of its file."""
+        """Return the shape of the complete tensor ``name``, from the header of its file."""
         return self.tensors[name].shape
 
 
@@ -85,7 +89,9 @@ def _from_hub(setting: ModelSetting) -> Path:
     name = setting.value
     is_path = name.startswith((".", "/")) or name.split("/")[0] in ("models", "runs")
     if is_path or name.count("/") != 1:
-        raise setting.error("does not exist", "give a folder with config.json and safetensors files, or a hub name")
+        raise setting.error(
+            "does not exist", "give a folder with config.json and safetensors files, or the hub name of a model"
+        )
     try:
         patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *LICENSE_FILES]
         duplicates = ["original/*", "consolidated*"]  # the same weights in the format of the model's authors
@@ -93,5 +99,5 @@ def _from_hub(setting: ModelSetting) -> Path:
     except Exception as error:  # huggingface_hub raises many types; the fix is the same for all
         raise setting.error(
             f"is not a folder, and the download from the hub failed ({type(error).__name__})",
-            "download the model first, or give a folder",
+            f"download the model first, or set {setting.key} to a local folder",
         ) from error

@@ -1,4 +1,4 @@
-"""Find the safetensors files of a checkpoint folder and read their headers; no weights are read."""
+"""Find the safetensors files of a model folder and read their headers; no weights are read."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ log = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _BASE_MODEL_NAME = re.compile(r"(embed_tokens|layers|norm)\.")
-"""Beginning of a tensor name that was saved from the base model, without the prefix "model."."""
+"""Start of a tensor name that lacks the prefix "model.", because only the base model was saved."""
 
 
 @dataclass(frozen=True)
 class ModelSetting:
-    """A configuration key and the model that it names; errors and warnings about the model begin with it."""
+    """A configuration key and the model that it names, for messages that start with ``key=value``."""
 
     key: str
     value: str
-    """Folder or hub name of the model."""
+    """Local folder or hub name of the model."""
 
     def __str__(self) -> str:
         return f"{self.key}={self.value}"
 
     def error(self, problem: str, fix: str) -> UserError:
-        """Return the UserError that this model has ``problem``."""
+        """Return a UserError whose message is ``key=value``, then ``problem``, then ``fix``."""
         return UserError(f"{self} {problem}", fix, key=self.key, value=self.value)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Header of a tensor in a safetensors file."""
+    """File, name, element type and shape of a tensor, from the header of its safetensors file."""
 
     file: Path
     name: str
-    """Name of the tensor in the file."""
+    """Name of the tensor in the file; it may lack the prefix "model." of the parameter's name."""
     dtype: str
-    """Element type by its safetensors name: F32, BF16, F8_E4M3, I32, ..."""
+    """Safetensors name of the element type: F32, BF16, F8_E4M3, I32, ..."""
     shape: tuple[int, ...]
 
 
 def json_object(path: Path, setting: ModelSetting) -> dict[str, Any]:
-    """Return the JSON object in a file of the model; raise UserError if the file has none."""
+    """Return the JSON object in a model's file ``path``; raise UserError if the file has no such object."""
     return _object(path, setting, dict)
 
 
@@ -62,28 +62,30 @@ def _object(path: Path, setting: ModelSetting, pairs: Any) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         problem = f"has a {path.name} that cannot be read ({reason(error)})"
-        raise setting.error(problem, "download it again") from error
+        raise setting.error(problem, "download this file again") from error
     if not isinstance(found, dict):
-        raise setting.error(f"has a {path.name} without a JSON object", "download it again")
+        raise setting.error(f"has a {path.name} that contains no JSON object", "download this file again")
     return found
 
 
 def check_format(folder: Path, setting: ModelSetting) -> None:
-    """Raise UserError for a folder with an adapter or with GGUF files instead of a complete safetensors model."""
+    """Raise UserError if a folder holds an adapter or GGUF files instead of a safetensors model."""
     if (folder / "adapter_config.json").is_file():
         raise setting.error(
             "holds an adapter (adapter_config.json), and adapters are not supported",
-            "merge it into its base model (merge_and_unload of PEFT), save the merged model and give that folder",
+            "merge the adapter into its base model (merge_and_unload of PEFT), save the merged model and set"
+            f" {setting.key} to its folder",
         )
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        raise setting.error("holds GGUF files, which are not supported", "give the safetensors version of the model")
+        raise setting.error("holds GGUF files, which are not supported", "choose the safetensors version of the model")
 
 
 def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTensor]:
-    """Return the headers of all tensors in the checkpoint ``folder``, by parameter name.
+    """Return the headers of all tensors in the model folder ``folder``, by parameter name.
 
-    Names of a checkpoint that was saved from the base model lack "model."; they get this prefix, as in transformers.
-    Raises UserError if files are missing, damaged or inconsistent. Logs a warning for tensors that only the index has.
+    If only the base model was saved, names in the files lack "model."; they get this prefix, as in transformers. Raises
+    UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that its files do
+    not contain.
     """
     tensors: dict[str, StoredTensor] = {}
     named = _weight_map(folder, setting)
@@ -102,8 +104,8 @@ def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTenso
     absent = sorted(tensor for tensor, file in named.items() if (tensor, file) not in present)
     if absent:
         log.warning(
-            "%s has a %s with %d tensors that are not in its files, such as %s: they are ignored",
-            *(setting, _INDEX, len(absent), absent[0]),
+            "%s has a %s that lists %d tensor%s missing in its files, such as %s: these entries are ignored",
+            *(setting, _INDEX, len(absent), "s" * (len(absent) != 1), absent[0]),
         )
     return tensors
 
@@ -117,11 +119,14 @@ def _files(folder: Path, named: dict[str, str], setting: ModelSetting) -> list[P
         raise _no_weights(folder, setting)
     files = sorted({folder / file for file in named.values()})
     if absent := [file.name for file in files if not file.is_file()]:
-        raise setting.error(f"lacks {len(absent)} of its files ({absent[0]})", "download the complete model")
+        raise setting.error(
+            f"lacks {len(absent)} of the files that its {_INDEX} lists, such as {absent[0]}",
+            "download the complete model",
+        )
     if single.is_file() and single not in files:
         raise setting.error(
-            f"has both a {_SINGLE} and a {_INDEX} for other files, so its weights are ambiguous",
-            "remove the file that is not part of the model",
+            f"has both a {_SINGLE} and a {_INDEX} that lists other files, so its weights are ambiguous",
+            "remove the file that does not belong to the model",
         )
     return files
 
@@ -130,7 +135,7 @@ def _no_weights(folder: Path, setting: ModelSetting) -> UserError:
     shards = sorted(file.name for file in folder.glob("*.safetensors") if file.is_file())
     if shards:
         return setting.error(
-            f"holds {shards[0]} but neither {_SINGLE} nor {_INDEX}, so its list of tensors is unknown",
+            f"holds {shards[0]} but neither {_SINGLE} nor {_INDEX}, so the list of its weight files is unknown",
             "download the missing file",
         )
     return setting.error(
@@ -140,7 +145,11 @@ def _no_weights(folder: Path, setting: ModelSetting) -> UserError:
 
 
 def _weight_map(folder: Path, setting: ModelSetting) -> dict[str, str]:
-    """Return the file name of each tensor from the index; empty without an index, and for a stale index."""
+    """Return the file name of each tensor, as listed in model.safetensors.index.json.
+
+    Returns an empty dictionary without an index. Also returns it for an outdated index: none of its files exists, but
+    model.safetensors does.
+    """
     index = folder / _INDEX
     if not index.is_file():
         return {}
@@ -151,23 +160,26 @@ def _weight_map(folder: Path, setting: ModelSetting) -> dict[str, str]:
     if not valid or not named:
         raise setting.error(
             f"has a {index.name} without a valid weight_map (tensor names to safetensors files in the same folder)",
-            "download it again",
+            "download this file again",
         )
     if (folder / _SINGLE).is_file() and not any((folder / file).is_file() for file in named.values()):
-        log.warning("%s has a stale %s, none of its files exists: %s is read instead", setting, _INDEX, _SINGLE)
+        log.warning("%s has an outdated %s that lists only missing files: %s is read instead", setting, _INDEX, _SINGLE)
         return {}
     return dict(named)
 
 
 def _unique_keys(index: Path, setting: ModelSetting) -> Any:
-    """Return a hook for ``json.loads`` that refuses duplicate keys, of which Python silently keeps the last."""
+    """Return an ``object_pairs_hook`` for ``json.loads`` that refuses two values for the same key.
+
+    Without the hook, Python silently keeps the last value.
+    """
 
     def pairs(found: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for key, value in found:
             if key in made and made[key] != value:
                 problem = f"has a {index.name} that places {key} in two files, {made[key]} and {value}"
-                raise setting.error(problem, "download it again")
+                raise setting.error(problem, "download this file again")
             made[key] = value
         return made
 
@@ -175,10 +187,13 @@ def _unique_keys(index: Path, setting: ModelSetting) -> Any:
 
 
 def _headers(file: Path, setting: ModelSetting) -> list[StoredTensor]:
-    """Return the headers of a safetensors file; opening it also compares the length of the file with its header."""
+    """Return the headers of all tensors in a safetensors file.
+
+    Opening the file also verifies that its length is the length that its header defines.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             parts = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118 (it is no dict)
             return [StoredTensor(file, name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts]
     except (SafetensorError, OSError, ValueError) as error:
-        raise setting.error(f"has a damaged {file.name} ({reason(error)})", "download it again") from error
+        raise setting.error(f"has a damaged {file.name} ({reason(error)})", "download this file again") from error

@@ -1,4 +1,4 @@
-"""Build a Hugging Face model without storage, allocate it, and load each rank's slices of the weights."""
+"""Build a Hugging Face model without storage, allocate it, and load each rank's part of the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from distill.supervise.progress import heartbeat
 
 
 def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a model on the meta device: modules and shapes without storage."""
+    """Build a causal language model on the meta device: modules and shapes without storage.
+
+    ``attention``: transformers' ``attn_implementation``.
+    """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model.tie_weights()
@@ -25,12 +28,18 @@ def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedMod
 
 
 def manifest_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shape of each parameter by name, a tied parameter once: the tensors of every sync."""
+    """Return the shape of each parameter by name; a tied parameter appears once.
+
+    These are the tensors that every sync sends.
+    """
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Allocate uninitialized storage on ``device`` for a meta model, sharded or not; tied parameters stay tied."""
+    """Allocate uninitialized storage on ``device`` for a model on the meta device.
+
+    The parameters may already be sharded. Parameters that share one tensor still share it afterwards.
+    """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -45,9 +54,10 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Recompute the buffers that no checkpoint holds with the model's own initialization; keep the parameters.
+    """Recompute the buffers that checkpoints do not contain; the parameters do not change.
 
-    Such buffers are rotary frequencies and the scale of Gemma's embeddings. ``device``: device of the buffers.
+    Such buffers are rotary frequencies and the scale of Gemma's embeddings. The model's own initialization computes
+    them. ``device``: device of the recomputed buffers.
     """
     with torch.no_grad():
         for module in model.modules():
@@ -60,11 +70,11 @@ def restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, key: str = "model_name") -> None:
-    """Copy weights of the checkpoint into ``parameters``; each rank reads only its own slices, without a collective.
+    """Copy a checkpoint's weights into ``parameters``; each rank reads only the slices of its shards.
 
-    ``parameters``: Hugging Face names and tensors, sharded (DTensor) or complete, of any floating dtype. ``key``: the
-    configuration key that names the checkpoint. Raises UserError for a missing tensor, a different shape, and values
-    that are not finite.
+    Not collective. ``parameters``: Hugging Face names and tensors, sharded (DTensor) or complete, of any floating
+    dtype. ``files``: the checkpoint. ``key``: the configuration key that names it. Raises UserError for a missing
+    tensor, a different shape, and values that are not finite.
     """
     setting = ModelSetting(key, files.name)
     with torch.no_grad():
@@ -74,7 +84,8 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, ke
                 raise setting.error(f"lacks the tensor {name}", "download the complete model")
             if (shape := files.shape(name)) != tuple(parameter.shape):
                 raise setting.error(
-                    f"has {name} with the shape {shape}, but its config.json defines {tuple(parameter.shape)}",
+                    f"has the tensor {name} with the shape {shape}, but its config.json defines the shape"
+                    f" {tuple(parameter.shape)}",
                     "download all of its files again",
                 )
             local = local_shard(parameter)
@@ -82,13 +93,13 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, ke
                 local.copy_(files.tensor(name, local_slices(parameter)))
                 if not _is_finite(local):
                     raise setting.error(
-                        f"has NaN or infinite values in {name} (as {local.dtype})",
-                        "download it again, or choose another model",
+                        f"has NaN or infinite values in the tensor {name} (converted to {local.dtype})",
+                        "download the model again, or choose another model",
                     )
 
 
 _CHECK_CHUNK = 2**22
-"""Number of elements per check for finite values, which limits the memory of its temporary result."""
+"""Number of elements per check for NaN and infinity; it limits the memory of the temporary result."""
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -96,9 +107,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Return this rank's slices of the complete tensor.
+    """Return this rank's slice of the complete tensor along each of its dimensions.
 
-    The inner axes of the mesh (tp) divide the tensor first; the FSDP axes divide the resulting part.
+    Tensor parallelism, the innermost mesh axis, divides the tensor first; the FSDP axes divide the resulting part.
     """
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, length) for length in parameter.shape)
@@ -116,14 +127,17 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def chunk_of(length: int, parts: int, number: int) -> tuple[int, int]:
-    """Return begin and length of part ``number`` as torch.chunk divides: equal parts, the last shorter or empty."""
+    """Return start and length of part ``number`` of ``length`` elements, divided as by torch.chunk.
+
+    All parts have the same length, but the last parts may be shorter or empty.
+    """
     size = -(-length // parts)
     begin = min(length, number * size)
     return begin, min(size, length - begin)
 
 
 def causal_lm_parts(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    """Return the body (token ids to hidden states) and the LM head (hidden states to logits) of a model."""
+    """Return a model's body (token ids to hidden states) and LM head (hidden states to logits)."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear) and head.bias is None, type(head)
     return model.base_model, head

@@ -1,4 +1,4 @@
-"""Offload of weights and optimizer state to host memory during phases that do not use them."""
+"""Offload of weights and optimizer state to host memory while a training step does not use them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from distill.model.dtensor import local_shard
 
 
 class FrozenOffload:
-    """Offload of frozen tensors, with a permanent copy in host memory (pinned on CUDA).
+    """Offload of frozen tensors, with a permanent copy in host memory (pinned for CUDA tensors).
 
-    ``release`` frees the device storage of the tensors without a copy. ``restore`` allocates the storage again and
-    fills it from the host copy, asynchronously on CUDA. References to the tensors stay valid.
+    ``release`` frees the device storage of the tensors without copying it, because the host copy is up to date.
+    ``restore`` allocates the storage again and fills it from the host copy, asynchronously on CUDA. References to the
+    tensors stay valid.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -25,7 +26,7 @@ class FrozenOffload:
 
     @property
     def nbytes(self) -> int:
-        """Return the number of bytes that ``release`` frees on this rank."""
+        """Return the number of bytes of device memory that ``release`` frees on this rank."""
         return sum(self._sizes)
 
     def release(self) -> None:
@@ -38,13 +39,16 @@ class FrozenOffload:
         self.released = True
 
     def update_copy(self) -> None:
-        """Update the host copy after the tensors have changed; the tensors must be on the device."""
+        """Copy changed tensors from the device to the host copy; they must be on the device."""
         assert not self.released
         for storage, copy in zip(self._storages, self._host, strict=True):
             copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` waits for it
 
     def restore(self) -> None:
-        """Allocate and fill the device storage of the tensors; does nothing if they are on the device."""
+        """Allocate the device storage of the tensors and fill it from the host copy.
+
+        Does nothing if the tensors are on the device.
+        """
         if not self.released:
             return
         for storage, size, copy in zip(self._storages, self._sizes, self._host, strict=True):
@@ -54,12 +58,12 @@ class FrozenOffload:
 
 
 class OptimizerOffload:
-    """Offload of an optimizer's moments to host memory, which is pinned on CUDA.
+    """Offload of an optimizer's moments (AdamW's averages) to host memory, which is pinned on CUDA.
 
-    Every ``release`` copies the moments to the host, because each optimizer step changes them. Every call looks up the
-    moments, because none exist before the first step. Scalars (the step count) are not moved. On CUDA the copies
-    are asynchronous: to the host on the current stream, to the device on a separate stream. Call ``wait`` before an
-    optimizer step and before reading the moments. References to the tensors stay valid.
+    Every ``release`` copies the moments to host memory, because each optimizer step changes them. Every call looks up
+    the moments in the optimizer, because none exist before the first step. Scalars (the step count) are not moved. On
+    CUDA the copies are asynchronous: to host memory on the current stream, to the device on a separate stream. Call
+    ``wait`` before an optimizer step and before reading the moments. References to the tensors stay valid.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -69,11 +73,14 @@ class OptimizerOffload:
 
     @property
     def nbytes(self) -> int:
-        """Return the number of bytes of all moments on this rank, on the device or on the host."""
+        """Return the number of bytes of this rank's moments, both on the device and in host memory."""
         return sum(storage.nbytes() for storage in self._storages()) + sum(copy.numel() for _, copy in self._released)
 
     def release(self) -> None:
-        """Copy the moments to the host and free their device storage; skips moments that are already released."""
+        """Copy the moments to host memory and free their device storage.
+
+        Moments that are already in host memory are skipped.
+        """
         self.wait()
         for storage in self._storages():
             if storage.nbytes() > 0:
@@ -81,7 +88,7 @@ class OptimizerOffload:
                 storage.resize_(0)  # safe: the memory is reused on the same stream, after the copy
 
     def restore(self) -> None:
-        """Allocate device storage for released moments and start to fill it; ``wait`` waits for the copies."""
+        """Start to copy the moments from host memory back to the device; ``wait`` waits for the copies."""
         if not self._released:
             return
         for storage, copy in self._released:
@@ -95,7 +102,7 @@ class OptimizerOffload:
         self._released.clear()
 
     def wait(self) -> None:
-        """Make the current stream wait for the copies that ``restore`` started."""
+        """Make the current CUDA stream wait for the copies to the device that ``restore`` started."""
         if self._filling is not None:
             torch.cuda.current_stream().wait_stream(self._filling)
 
@@ -109,7 +116,10 @@ def _storage_of(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _host_copy(storage: torch.UntypedStorage) -> Tensor:
-    """Return a copy of ``storage`` in host memory; on CUDA pinned and asynchronous on the current stream."""
+    """Return a copy of ``storage`` in host memory.
+
+    For CUDA storage, the host memory is pinned and the copy runs asynchronously on the current stream.
+    """
     pinned = storage.device.type == "cuda"
     copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
     return copy.copy_(_bytes_of(storage), non_blocking=True)

@@ -1,4 +1,4 @@
-"""The model card of an export: the card of the source model and a section about the training."""
+"""Model card of an export: the source model's card and a section about the training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _TEACHERS = {
 
 
 def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> str:
-    """Return the README.md of an export: the source's card, then a section about the training.
+    """Return the README.md of an export: the source model's card, then a section about the training.
 
-    ``source``: text of the source's card, which is kept with its front matter and licence; if empty, a short card with
-    front matter is created. ``recipe``: the configuration as nested dictionaries. ``stop_tokens``: tokens by id.
+    ``source``: text of the source model's card, which is kept with its front matter and licence; if empty, a short card
+    with front matter is created. ``recipe``: the configuration as nested dictionaries. ``step``: number of training
+    steps. ``stop_tokens``: text of the stop tokens, by token id.
     """
     windows = "\r\n" in source
     begin = _with_closed_fence(source.replace("\r\n", "\n").rstrip()) or _front_matter(recipe)
@@ -32,13 +33,16 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
         " response token.\n\n"
         f"| setting | value |\n|---|---|\n{rows}\n\n"
         "`generation_config.json` contains the stop tokens of the training. Its other settings are those of the"
-        " source model; this table lists those of the training.\n"
+        " source model; the table above lists the sampling settings of the training.\n"
     )
     return card.replace("\n", "\r\n") if windows else card
 
 
 def _with_closed_fence(text: str) -> str:
-    """Close a code block that is still open at the end of ``text``; a following section would be part of it."""
+    """Return ``text``, with a closing fence if its last Markdown code block is still open.
+
+    Without the fence, the section that follows would become part of the code block.
+    """
     fence = ""
     for mark, rest in re.findall(r"^ {0,3}(`{3,}|~{3,})(.*)$", text, re.MULTILINE):
         if not fence:
@@ -49,9 +53,9 @@ def _with_closed_fence(text: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """Return a model's hub name, or the last part of its folder, so that a card shows no local path.
+    """Return a model's hub name or the last part of its folder, so that a model card shows no local path.
 
-    For a folder of the hub's cache, whose last part is a hash, return the hub name.
+    For a folder in the hub's cache, whose last part is a hash, return the hub name.
     """
     expanded = os.path.expanduser(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(expanded)
@@ -90,7 +94,7 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
 
 
 def _code(text: str) -> str:
-    """Return ``text`` as inline code, with delimiters longer than any backticks in it."""
+    """Return ``text`` as Markdown inline code; the delimiter is longer than any backticks in ``text``."""
     if "`" not in text:
         return f"`{text}`"
     mark = "`" * (1 + max(map(len, re.findall("`+", text))))

@@ -18,12 +18,12 @@ from distill.types import OptimizerBatch, Rollout
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """Non-finite losses, gradients and weights that one rank found in an optimizer batch."""
+    """NaN and infinity that one rank found in losses, gradients and weights of an optimizer batch."""
 
     norm: float
-    """Norm of the gradients of all ranks; nan also if a loss is not finite but all gradients are finite."""
+    """2-norm of the gradients of all ranks; nan if the gradients are finite but a loss is not."""
     losses: list[float]
-    """Summed loss of each micro-batch on this rank."""
+    """Loss of each micro-batch on this rank, summed over its response tokens."""
     gradients: list[str]
     """Names of the gradients whose shard on this rank is not finite."""
     weights: list[str]
@@ -31,22 +31,27 @@ class NonFiniteReport:
 
     @property
     def micro_batches(self) -> list[int]:
-        """Return the indices of the micro-batches whose loss is not finite."""
+        """Return the indices of this rank's micro-batches whose loss is not finite."""
         return [i for i, loss in enumerate(self.losses) if not math.isfinite(loss)]
 
 
 class NonFiniteError(RuntimeError):
-    """Error that all ranks raise instead of taking an optimizer step; ``found`` is this rank's report."""
+    """Error that all ranks raise instead of an optimizer step if a loss or gradient is not finite.
+
+    ``found``: this rank's report.
+    """
 
     def __init__(self, found: NonFiniteReport) -> None:
-        super().__init__(f"the optimizer step was not taken, because the norm of gradients and losses is {found.norm}")
+        super().__init__(
+            f"the optimizer step was not taken, because a loss or gradient is not finite (norm {found.norm})"
+        )
         self.found = found
         self.batch: OptimizerBatch | None = None
         """The optimizer batch of the failed step; ``Student.train`` sets it."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors with nan or infinity in this rank's shard; not collective."""
+    """Return the names of the tensors whose shard on this rank has NaN or infinity; not collective."""
     if not tensors:
         return []
     # A sum is finite only if all elements are finite. It needs no temporary of the size of the tensor.
@@ -59,10 +64,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def sample_lines(
     found: NonFiniteReport, batch: OptimizerBatch, rollouts: Sequence[Rollout], decode: Callable[..., str], all_: bool
 ) -> Iterator[str]:
-    """Yield one JSON line for each response in a micro-batch with a loss that is not finite.
+    """Yield one JSON line for each response in a micro-batch whose loss is not finite.
 
-    ``all_``: include the responses of all micro-batches. ``rollouts``: all rollouts of the step; ``rollout_N`` contains
-    indices into them.
+    ``found``: this rank's report on ``batch``. ``all_``: include the responses of all micro-batches. ``rollouts``: all
+    rollouts of the training step; ``rollout_N`` of a micro-batch contains indices into them. ``decode``: converts token
+    ids to text.
     """
     for i in range(len(batch)) if all_ else found.micro_batches:
         rows_N = batch.micro_batches[i].rollout_N
@@ -85,12 +91,15 @@ def _sample(rollout: Rollout, decode: Callable[..., str]) -> dict[str, Any]:
 
 
 def _json_number(loss: float) -> float | str:
-    """Return the number, or a string such as "nan" if it is not finite, because JSON has no nan."""
+    """Return ``loss`` itself if it is finite, otherwise a string such as "nan", because JSON has no nan."""
     return loss if math.isfinite(loss) else str(loss)
 
 
 def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], step: int, rank: int) -> None:
-    """Write this rank's report to ``path``: a JSON line with losses and tensor names, then ``samples``."""
+    """Write this rank's report to the file ``path`` in JSON lines.
+
+    The first line contains the losses and the tensor names of ``found``; the lines ``samples`` follow.
+    """
     numbers = {"norm": _json_number(found.norm), "losses": [_json_number(loss) for loss in found.losses]}
     tensors = {"gradients": found.gradients, "weights": found.weights}
     first = json.dumps({"step": step, "rank": rank, **numbers, **tensors})
@@ -99,11 +108,12 @@ def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], ste
 
 
 def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
-    """Return one sentence that summarises the reports of all ranks.
+    """Return one sentence that summarises the reports of all ranks on a failed optimizer step.
 
-    ``reports``: one report per rank, in order; ``files``: glob pattern of the report files.
+    ``reports``: one report per rank, in order; ``step``: the training step; ``files``: glob pattern of the report
+    files.
     """
-    parts = [f"step {step} was not taken, because the norm of gradients and losses is {reports[0].norm}"]
+    parts = [f"the optimizer did not update the weights in step {step}, because a loss or gradient is not finite"]
     losses = [
         f"{len(found.micro_batches)} of {len(found.losses)} micro-batches of rank {rank}"
         for rank, found in enumerate(reports)
@@ -114,5 +124,5 @@ def describe(reports: Sequence[NonFiniteReport], step: int, files: Path) -> str:
     for kind in ("weights", "gradients"):
         broken = [f"rank {r}'s shard of {getattr(e, kind)[0]}" for r, e in enumerate(reports) if getattr(e, kind)]
         if broken:
-            parts.append(f"{kind} are not finite in {', '.join(broken[:4])}")
-    return f"{'; '.join(parts)}; the responses were written to {files}, and no checkpoint was saved"
+            parts.append(f"the {kind} are not finite in {', '.join(broken[:4])}")
+    return f"{'; '.join(parts)}; losses and responses were written to {files}, and no checkpoint was saved"

@@ -1,7 +1,8 @@
-"""FP8 checkpoints: read the declared quantization, find the scale of each weight, and dequantize slices.
+"""FP8 checkpoints: read the quantization settings, find the scales, and dequantize slices of weights.
 
-In every supported format a weight is q * scale, also if the scale is named ``weight_scale_inv``. Other quantization
-methods raise a UserError with their name.
+In every supported format the value of a weight is q * scale (q: the stored FP8 number), even if the scale is named
+``weight_scale_inv``. A UserError with the name of the method is raised for other quantization methods. A scale applies
+to a block of a weight: some rows and columns, a complete row, or the complete weight.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from distill.errors import show
 from distill.model.hf_index import ModelSetting, StoredTensor, json_object
 
 FP8 = ("F8_E4M3", "F8_E5M2")
-"""Element types, by their safetensors names, whose values need a scale."""
+"""Safetensors names of the FP8 element types; their values must be multiplied by a scale."""
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
-_INSTEAD = "choose the unquantized original of the model, or an FP8 checkpoint of it for a teacher"
+_INSTEAD = "choose the unquantized original of the model or, for a teacher, an FP8 checkpoint of the model"
 _UNNAMED = "an unnamed method"
 _NAMES = {
     "awq": "AWQ",
@@ -37,18 +38,23 @@ _NAMES = {
     "auto-round": "AutoRound",
 }
 _COMPRESSED_FORMATS = (None, "dense", "float-quantized", "naive-quantized", "mixed-precision")
-"""Formats of compressed-tensors that store FP8 weights unpacked under the names of their parameters."""
+"""Values of ``format`` for which compressed-tensors stores unpacked FP8 weights; None: not set."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Numbers of rows and columns of a weight that share one scale; None means all rows or columns."""
+    """Size of the block of a weight matrix that shares one scale."""
 
     rows: int | None
+    """Number of rows of a block; None: all rows of the matrix."""
     columns: int | None
+    """Number of columns of a block; None: all columns of the matrix."""
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return the shape of the scales of a matrix; the last block of either axis may be partial."""
+        """Return the numbers of blocks along the rows and along the columns of a matrix.
+
+        ``shape``: shape of the matrix. The last block of either axis may be partial.
+        """
         rows, columns = shape
         return -(-rows // (self.rows or rows)), -(-columns // (self.columns or columns))
 
@@ -58,24 +64,29 @@ _TENSOR, _CHANNEL = Layout(None, None), Layout(1, None)
 
 @dataclass(frozen=True)
 class Quantization:
-    """An FP8 method and the layouts of scales that its configuration allows."""
+    """FP8 quantization method of a model and the block sizes that its configuration allows."""
 
     method: str
+    """Name of the method: fp8, fbgemm_fp8, compressed-tensors or modelopt."""
     layouts: tuple[Layout, ...]
+    """Allowed sizes of the blocks that share a scale."""
 
 
 @dataclass(frozen=True)
 class WeightScale:
-    """The scales of one FP8 weight, and the block of the weight that shares each of them."""
+    """Scales of one FP8 weight."""
 
     stored: StoredTensor
+    """File, name and shape of the tensor that contains the scales."""
     layout: Layout
+    """Size of the block of the weight that shares one scale."""
 
 
 def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | None:
-    """Return the FP8 quantization that the files of a model declare, or None.
+    """Return the FP8 quantization that the files of a model declare; None if they declare none.
 
-    Raises UserError for any other method, and for an FP8 method whose settings do not define the values of the weights.
+    Raises UserError for any other quantization method, and for an FP8 method whose settings do not define the values of
+    the weights.
     """
     found = _declared(folder, setting)
     if found is None:
@@ -83,7 +94,8 @@ def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | Non
     place, settings = found
     if not isinstance(settings, dict) or not settings:
         raise setting.error(
-            f"has {place}={show(settings)}, which is not a quantization", "remove that entry, or download it again"
+            f"has {place}={show(settings)}, which must be a non-empty object",
+            "remove this entry, or download the model again",
         )
     method = _method(settings)
     if method == "fp8":
@@ -96,12 +108,15 @@ def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | Non
         return Quantization(method, _modelopt_layouts(settings, place, setting))
     raise setting.error(
         f"is quantized with {_NAMES.get(method, method)} ({place}), which is not supported",
-        f"{_INSTEAD}; if its weights are not quantized, remove that entry or file",
+        f"{_INSTEAD}; if its weights are not quantized, remove {place}",
     )
 
 
 def _declared(folder: Path, setting: ModelSetting) -> tuple[str, Any] | None:
-    """Return place and settings of the declared quantization; vLLM and transformers read the same places."""
+    """Return the place and the settings of the declared quantization; None if none is declared.
+
+    The place is a file name or a key of config.json, for messages. vLLM and transformers read the same places.
+    """
     config = json_object(folder / "config.json", setting)
     nested = config.get("text_config")
     for section, prefix in ((config, ""), (nested if isinstance(nested, dict) else {}, "text_config.")):
@@ -127,7 +142,11 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _fp8_layouts(settings: Mapping[str, Any], place: str, setting: ModelSetting) -> Iterator[Layout]:
-    """Yield the layouts of DeepSeek's, Qwen's and Mistral's format: blocks, or one scale per tensor or row."""
+    """Yield the block sizes that the method fp8 allows (the format of DeepSeek, Qwen and Mistral).
+
+    With weight_block_size, this is the only size. If it is null, a scale applies to a complete weight or to a row. If
+    it is missing, blocks of 128 x 128 are also allowed.
+    """
     if "weight_block_size" not in settings:
         yield from (_TENSOR, _CHANNEL)
         yield Layout(128, 128)  # transformers' default
@@ -142,18 +161,21 @@ def _block(block: Any, place: str, setting: ModelSetting) -> Layout:
         block = [int(part) if part.isdecimal() else part for part in block.split("x")]
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         problem = f"has {place}={show(block)}, which must be two positive integers (rows and columns)"
-        raise setting.error(problem, "download it again")
+        raise setting.error(problem, "download the model again")
     return Layout(*block)
 
 
 def _compressed_layouts(settings: Mapping[str, Any], place: str, setting: ModelSetting) -> Iterator[Layout]:
-    """Yield the layouts of all groups; a weight belongs to the group that fits the shape of its scale."""
+    """Yield the block size of each config group of a compressed-tensors quantization.
+
+    A weight belongs to the group whose block size fits the shape of its scale.
+    """
     sparsity = settings.get("sparsity_config") or {}
     formats = [settings.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else "sparsity"]
     groups = settings.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        problem = f"has {place}.config_groups={show(groups)}, which must be an object of groups"
-        raise setting.error(problem, "download it again")
+        problem = f"has {place}.config_groups={show(groups)}, which must be an object with one object per group"
+        raise setting.error(problem, "download the model again")
     for wrong in [*formats, *(group.get("format") for group in groups.values())]:
         if wrong not in _COMPRESSED_FORMATS:
             problem = f"has {place} with the compressed-tensors format {wrong}, which is not supported"
@@ -170,8 +192,8 @@ def _compressed_layout(weights: Any, place: str, setting: ModelSetting) -> Layou
     settings: dict[str, Any] = weights if isinstance(weights, dict) else {}
     kind, bits = settings.get("type", "int"), settings.get("num_bits", 8)
     if kind != "float" or bits != 8 or settings.get("symmetric", True) is not True or settings.get("actorder"):
-        details = ", not symmetric or reordered" if kind == "float" and bits == 8 else ""
-        problem = f"has {place} of type {kind} with {bits} bits{details}, which is not supported"
+        details = ", but not symmetric or with an actorder" if kind == "float" and bits == 8 else ""
+        problem = f"has {place} with type={kind} and num_bits={bits}{details}, which is not supported"
         raise setting.error(problem, _INSTEAD)
     group = settings.get("group_size")
     strategy = settings.get("strategy") or ("tensor" if group is None else "channel" if group == -1 else "group")
@@ -203,26 +225,29 @@ def _modelopt_layouts(settings: Mapping[str, Any], place: str, setting: ModelSet
 
 
 def scale_of(name: str, tensors: Mapping[str, StoredTensor], quantization: Quantization | None) -> WeightScale | str:
-    """Return the scale of the FP8 weight ``name``, or the reason for which its scale is undefined."""
+    """Return the scale of the FP8 weight ``name``, or the reason (text) why its scale is undefined.
+
+    ``tensors``: headers of all tensors of the model, by name.
+    """
     if quantization is None:
-        return "config.json has no quantization_config, which defines how to apply its scale"
+        return "config.json has no quantization_config, which would define how to apply the scale of this weight"
     candidates = [f"{name}_scale_inv", f"{name}_scale"]
     if quantization.method == "fp8":
         candidates.append(f"{name.removesuffix('.weight')}.scale")
     found = [tensors[candidate] for candidate in candidates if candidate in tensors]
     if len(found) != 1:
         if found:
-            return f"it has {len(found)} tensors of scales ({', '.join(s.name for s in found)})"
-        return f"its scale ({candidates[1]} or {candidates[0].rpartition('.')[2]}) is missing"
+            return f"it has {len(found)} scale tensors ({', '.join(s.name for s in found)}) instead of 1"
+        return f"its scale tensor ({candidates[1]} or {candidates[0].rpartition('.')[2]}) is missing"
     (scale,) = found
     if scale.dtype not in _SCALES:
-        return f"its scale {scale.name} has the element type {scale.dtype}"
+        return f"its scale {scale.name} has the unsupported element type {scale.dtype}"
     fitting = [layout for layout in quantization.layouts if _fits(layout, tensors[name].shape, scale.shape)]
     if len({_sizes(layout, tensors[name].shape) for layout in fitting}) != 1:
         return (
             f"its scale {scale.name} has the shape {scale.shape}, which"
-            f" {'fits several groups' if fitting else 'fits no group'} of the {quantization.method} quantization for a"
-            f" weight of shape {tensors[name].shape}"
+            f" {'fits several' if fitting else 'fits none'} of the block sizes of the {quantization.method}"
+            f" quantization for a weight of shape {tensors[name].shape}"
         )
     return WeightScale(scale, fitting[0])
 
@@ -238,14 +263,17 @@ def _fits(layout: Layout, weight: tuple[int, ...], scale: tuple[int, ...]) -> bo
 
 
 def _sizes(layout: Layout, weight: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the block of this weight, at most as large as the weight: equal for equivalent layouts."""
+    """Return the size of a block of ``layout``, limited to the shape ``weight`` of the weight.
+
+    Equal sizes mean that two layouts are equivalent for this weight.
+    """
     if layout == _TENSOR:
         return weight
     return min(layout.rows or weight[0], weight[0]), min(layout.columns or weight[1], weight[1])
 
 
 def weight_scales(tensors: Mapping[str, StoredTensor], quantization: Quantization | None) -> dict[str, WeightScale]:
-    """Return the scale of each FP8 weight by its name, without weights whose scale is undefined."""
+    """Return the scales of FP8 weights by weight name; weights with an undefined scale are omitted."""
     found = {name: scale_of(name, tensors, quantization) for name, stored in tensors.items() if stored.dtype in FP8}
     return {name: scale for name, scale in found.items() if isinstance(scale, WeightScale)}
 
@@ -253,7 +281,8 @@ def weight_scales(tensors: Mapping[str, StoredTensor], quantization: Quantizatio
 def dequantized(weight: StoredTensor, scale: WeightScale, slices: tuple[slice, ...] | None) -> Tensor:
     """Return a slice of an FP8 weight in float32; read only this slice and the scales of its blocks.
 
-    ``slices``: slices of step 1, at most one per axis; they may begin and end inside a block.
+    ``slices``: slices of step 1, at most one per axis; they may begin and end inside a block. None: the complete
+    weight.
     """
     spans = [range(*part.indices(length)) for part, length in zip(slices or (), weight.shape, strict=False)]
     spans += [range(length) for length in weight.shape[len(spans) :]]
@@ -263,7 +292,10 @@ def dequantized(weight: StoredTensor, scale: WeightScale, slices: tuple[slice, .
 
 
 def _scale_of_elements(weight: StoredTensor, scale: WeightScale, spans: list[range]) -> Tensor:
-    """Return the scales of the elements in ``spans``, in a shape that broadcasts over them."""
+    """Return the scales of a weight's elements in ``spans``, in a shape that broadcasts over them.
+
+    ``spans``: index range of the elements along each axis.
+    """
     with safe_open(scale.stored.file, framework="pt") as file:
         if scale.layout == _TENSOR:
             value: Tensor = file.get_tensor(scale.stored.name)

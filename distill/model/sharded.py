@@ -31,10 +31,11 @@ class ShardedLM(nn.Module):
     """A causal language model that applies its LM head only to positions that predict a response token.
 
     ``forward(view, use)`` computes the hidden states of the packed sequences. It then calls ``use`` with the hidden
-    states [N, D] of ``view.rows_N`` and the head's weight [V, D] (with tensor parallelism, this rank's rows of it).
-    ``use`` computes the loss or the top-k. It is called inside the root module's forward, because FSDP gathers the head
-    only there, and must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``: the process
-    group whose ranks share the positions of a view with ``shards``.
+    states [N, D] of ``view.rows_N`` and the LM head's weight [V, D] (with tensor parallelism, this rank's rows of it):
+    N response tokens, D hidden width, V vocabulary size. ``use`` computes the loss or the top-k tokens. It is called
+    inside the root module's forward, because FSDP gathers the LM head only there, and must return a pytree of tensors,
+    so that FSDP can add its backward hooks. ``group``: the process group over which the positions of packed sequences
+    are split; needed only for views with ``shards``.
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:
@@ -60,11 +61,11 @@ class ShardedLM(nn.Module):
     def _all_to_all(self, view: View) -> UlyssesAllToAll | None:
         if view.shards is None:
             return None
-        assert self._group is not None, "a view with shards needs a group"
+        assert self._group is not None, "a view with shards needs a process group"
         return UlyssesAllToAll(self._group, view.shards)
 
     def reshard_all(self) -> None:
-        """Free the gathered weights of all modules; not collective.
+        """Free the weights of all modules that FSDP gathered for the last forward; not collective.
 
         Call it after a forward that is not followed by a backward. It is not named ``reshard``, because FSDP adds a
         method of that name to the module, and that method reshards the root module only.
@@ -74,7 +75,7 @@ class ShardedLM(nn.Module):
                 module.reshard()
 
     def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return pairs of Hugging Face name and parameter; a tied head appears once, as the embedding."""
+        """Return (Hugging Face name, parameter) pairs; a tied LM head appears once, as the embedding."""
         return list(self.causal_lm.named_parameters())
 
 
@@ -85,14 +86,20 @@ class Sharding:
     mesh: DeviceMesh
     """Device mesh of FSDP: one axis (shards), or two axes (replicas, shards)."""
     group: dist.ProcessGroup | None = None
-    """Process group whose ranks share the positions of a view with ``shards``; None: no such views."""
+    """Process group over which the positions of packed sequences are split; None: not split."""
     tp_mesh: DeviceMesh | None = None
     """Device mesh of tensor parallelism; None: no tensor parallelism."""
     tp_plan: Mapping[str, str] | None = None
-    """Tensor-parallel plan of the recipe (module pattern -> style); None: the plan of the model class."""
+    """Tensor-parallel plan of the recipe; None: the plan of the model class.
+
+    Maps patterns of module names to styles, such as "colwise".
+    """
     reshard_after_forward: bool = True
+    """Whether FSDP frees a layer's gathered weights after the layer's forward."""
     activation_checkpointing: bool = False
+    """Whether activations inside layers are recomputed in the backward."""
     cpu_offload: bool = False
+    """Whether FSDP keeps the shards in host memory on GPUs; no effect on CPUs."""
 
 
 def load_sharded(
@@ -107,9 +114,9 @@ def load_sharded(
     """Load a checkpoint as a sharded model; each rank reads only its own slices. Collective.
 
     ``dtype`` is the dtype of the shards, ``compute_dtype`` the dtype of gathered weights and activations. Gradients are
-    reduced in float32. They are summed, not averaged, because the loss is already divided by the token count of all
-    ranks. ``key``: the configuration key that names the checkpoint. Raises UserError if the checkpoint cannot be
-    loaded.
+    reduced in float32. They are summed over the ranks, not averaged, because the loss is already divided by the token
+    count of all ranks. ``key``: the configuration key that names the checkpoint. Raises UserError if the checkpoint
+    cannot be loaded.
     """
     config = model_config(files, key)
     device = world.device

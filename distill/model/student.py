@@ -34,9 +34,9 @@ _MIB = 2**20
 class Student:
     """The trained model: a Hugging Face causal language model sharded by FSDP2, with its optimizer.
 
-    Master weights are float32 shards; forward and backward run in ``policy.precision``. All ranks must construct it and
-    call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer; the model's
-    logits beyond them are padding and get probability 0. ``stop_token_ids`` are used for metrics only.
+    Master weights are float32 shards; forward and backward run in ``policy.precision``. All ranks must construct the
+    student and call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer;
+    the model's logits beyond them are padding and get probability 0. ``stop_token_ids`` are used for metrics only.
     """
 
     def __init__(
@@ -89,9 +89,10 @@ class Student:
 
     @torch.no_grad()
     def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
-        """Return the forward and reverse KL of each response token, in nats; collective over the shard mesh.
+        """Return the forward and reverse KL between teacher and student for each response token, in nats.
 
-        The keys are ``forward_kl`` and ``reverse_kl``. Response tokens of weight 0 are omitted. Computes no gradients
+        The keys are ``forward_kl`` and ``reverse_kl``; the values are tensors with one number per response token of
+        ``micro_batch``. Response tokens of weight 0 are omitted. Collective over the shard mesh. Computes no gradients
         and frees the gathered weights afterwards, so that validation needs little memory.
         """
         found: dict[str, Tensor] = {}
@@ -100,10 +101,10 @@ class Student:
         return found
 
     def loss(self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None) -> LossOutput:
-        """Return the summed loss of one micro-batch; collective over the shard mesh.
+        """Return the loss of one micro-batch, summed over its response tokens; collective over the shard mesh.
 
-        The loss is computed inside the root module's forward, because FSDP gathers the weights of the head only there.
-        ``row_kls``: an optional dictionary that receives the forward and reverse KL of each response token.
+        The loss is computed inside the root module's forward, because FSDP gathers the weights of the LM head only
+        there. ``row_kls``: an optional dictionary that receives the result of ``Student.row_kls``.
         """
         heartbeat()
         micro_batch = micro_batch.to(self.device)
@@ -128,8 +129,9 @@ class Student:
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
-        Adds the statistics of the loss and ``grad_norm`` to ``metrics``. If a loss or gradient is not finite on any
-        rank, all ranks raise NonFiniteError and the weights stay unchanged.
+        ``targets``: the teacher's targets for each micro-batch. Adds the statistics of the loss and ``grad_norm`` to
+        ``metrics``. If a loss or gradient is not finite on any rank, all ranks raise NonFiniteError and the weights
+        stay unchanged.
         """
         losses = []
         for micro_batch, its_targets in zip(batch, targets, strict=True):
@@ -150,7 +152,8 @@ class Student:
     def step(self, losses: Sequence[Tensor] = ()) -> float:
         """Clip the gradients, update the weights and clear the gradients; collective.
 
-        Returns the gradient norm before clipping. Raises NonFiniteError if the norm or one of ``losses`` is not finite.
+        Returns the gradient norm before clipping. ``losses``: losses of this rank's micro-batches. Raises
+        NonFiniteError if the gradient norm or one of the losses on any rank is not finite.
         """
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
@@ -196,12 +199,12 @@ class Student:
 
     @torch.no_grad()
     def grad_norm(self, losses: Sequence[Tensor] = ()) -> float:
-        """Return the 2-norm of all gradients; collective over all ranks.
+        """Return the 2-norm of the gradients of all parameters; collective over all ranks.
 
         The result is nan if one of ``losses`` is not finite on any rank, which saves a separate collective. Squares are
-        accumulated in float64, because torch's float32 norm of a 49152 x 576 tensor has an error of 1.6e-3. The sum
-        includes all replicas and is divided by their number: all replicas then get exactly the same norm and clip
-        their gradients equally.
+        accumulated in float64, because torch's float32 norm of a 49152 x 576 tensor has an error of 1.6e-3. The sum of
+        squares includes all replicas of the model and is divided by their number: all replicas then get exactly the
+        same norm and clip their gradients equally.
         """
         squares = self._nan_if_not_finite(losses)
         for parameter in self.model.parameters():
@@ -225,7 +228,7 @@ class Student:
         self._scheduler.step()
 
     def onload(self) -> None:
-        """Start copying the optimizer's moments from host memory to the device; not collective."""
+        """Start to copy the optimizer's moments from host memory to the device; not collective."""
         if self._moments is not None:
             self._moments.restore()
 
@@ -243,7 +246,7 @@ class Student:
             self._moments.wait()
 
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
-        """Return an iterable of (Hugging Face name, complete weight), gathered bucket by bucket.
+        """Return an iterable of (Hugging Face name, complete weight), gathered in buckets of weights.
 
         ``dtype`` is the dtype of the weights; None: the compute dtype. Iteration is collective: every rank must iterate
         over the result to the end.
@@ -254,9 +257,10 @@ class Student:
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probs of all tokens after the first, in nats, at temperature 1; collective.
+        """Return the student's log-probs of all tokens after the first, in nats, at temperature 1; collective.
 
-        Every rank of the shard mesh passes the same short sequence. The result is used to verify a sync.
+        Every rank of the shard mesh passes the same short sequence ``token_ids``. The result is compared with the
+        engine's log-probs to verify a sync.
         """
         view = view_of([(tuple(token_ids[:1]), tuple(token_ids[1:]))]).to(self.device)
         tokens_N = torch.tensor(token_ids[1:], device=self.device)
@@ -287,7 +291,7 @@ class Student:
         """Return this rank's shards of weights and optimizer moments by name, to save or load a checkpoint.
 
         Moments that do not exist yet are created as zeros. Read or fill the tensors before the next ``offload``, which
-        frees the memory of the moments. If ``optimizer`` is false, only weights are returned.
+        frees the device memory of the moments. If ``optimizer`` is false, only weights are returned.
         """
         if not optimizer:
             return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
@@ -317,10 +321,11 @@ class Student:
 
 
 def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
-    """Add a micro-batch's statistics to ``metrics``.
+    """Add the loss statistics of a micro-batch to ``metrics``.
 
-    If ``sampler`` is false, comparisons with the sampler's log-probs are omitted: after an optimizer step the sampler
-    still has the previous weights, so these comparisons would measure the effect of the step.
+    If ``sampler`` is false, comparisons with the log-probs of the sampler (the generation engine) are omitted: after an
+    optimizer step the sampler still has the previous weights, so these comparisons would measure the effect of the
+    step.
     """
     stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
     metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
@@ -328,7 +333,7 @@ def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
 
 
 def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
-    """Return the tensor-parallel group and the vocabulary range of this rank's part of the head."""
+    """Return the tensor-parallel group and the vocabulary range of this rank's part of the LM head."""
     _, head = causal_lm_parts(model.causal_lm)
     mesh, vocab = world.tp_mesh, head.weight.shape[0]
     first, _ = chunk_of(vocab, mesh.size(), mesh.get_local_rank())
@@ -336,7 +341,7 @@ def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
 
 
 def loss_at_temperature(config: Config) -> Any:
-    """Return the loss configuration, with a null temperature replaced by the sampling temperature."""
+    """Return ``config.loss_fn``, with a null temperature replaced by the sampling temperature."""
     temperature = config.loss_fn.temperature
     if temperature is None:
         temperature = config.policy.generation.temperature

@@ -25,46 +25,47 @@ from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 
 
 class Teacher:
-    """Interface of all teachers.
+    """Interface of all teachers: models that compute the training targets of the student.
 
     All ranks must construct a teacher and call its collective methods in the same order. The default methods are those
     of a teacher with constant weights and no device memory.
     """
 
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """Return the teacher's targets for the N response tokens of a micro-batch, in order; collective."""
+        """Return the teacher's targets for a micro-batch, one row per response token; collective."""
         raise NotImplementedError
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Keep the teacher's weights on the device inside the block."""
+        """Keep the teacher's weights on the device inside a ``with`` block; not collective."""
         self.onload()
         yield
         # Not in a ``finally``: it waits for the device, so after an error it could hang or raise a second error.
         self.offload()
 
     def onload(self) -> None:
-        """Move the weights to the device; not collective."""
+        """Move the teacher's weights to the device; not collective."""
 
     def offload(self) -> None:
-        """Move the weights to host memory; not collective."""
+        """Move the teacher's weights to host memory; not collective."""
 
     def after_step(self, student: Student) -> None:
         """Update the teacher after a training step of the student, and free the memory of the step's targets."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors to save in a checkpoint, by name; a resume fills them in place."""
+        """Return the tensors to save in a checkpoint, by name; a resume loads the saved values into them."""
         return {}
 
     def resume(self, student: Student) -> None:
-        """Update the teacher after a resume has loaded ``state`` and the student's weights."""
+        """Update the teacher after a resume has loaded the tensors of ``state`` and the student's weights."""
 
 
 class ShardedTeacher(Teacher):
-    """A frozen model in ``teacher.precision``, sharded over all ranks of a replica.
+    """A teacher with frozen weights in ``teacher.precision``, sharded over all ranks of a replica.
 
-    On GPUs the shards are in pinned host memory outside the teacher phase. ``valid_vocab``: number of token ids in the
-    tokenizer; the model's logits beyond them are padding and get probability 0.
+    On GPUs the shards are in pinned host memory except during the phase of a step that computes the targets.
+    ``valid_vocab``: number of token ids in the tokenizer; the model's logits beyond them are padding and get
+    probability 0.
     """
 
     def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int) -> None:
@@ -95,8 +96,8 @@ class ShardedTeacher(Teacher):
         """Return the teacher's targets for the N response tokens; collective over the shard mesh.
 
         Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
-        vocabulary, the targets are the teacher's hidden states and its complete head. The head is copied once and kept
-        until ``after_step``.
+        vocabulary, the targets are the teacher's hidden states and its complete LM head. The LM head is copied once and
+        kept until ``after_step``.
         """
         heartbeat()
         view = micro_batch.teacher.to(self.device)
@@ -133,9 +134,10 @@ class ShardedTeacher(Teacher):
         return TopK(**self.model(view, use))
 
     def _gather_rows(self, topk: TopK, rows_per_tp_rank: tuple[int, ...]) -> TopK:
-        """Gather the targets of all rows over the tensor-parallel group.
+        """Return the targets of all rows (response tokens), gathered over the tensor-parallel group.
 
-        Each rank has computed the targets of ``rows_per_tp_rank[rank]`` rows.
+        ``topk``: the targets that this rank has computed. ``rows_per_tp_rank``: number of rows that each rank has
+        computed; empty: ``topk`` is already complete.
         """
         if not rows_per_tp_rank:
             return topk
@@ -166,16 +168,16 @@ class ShardedTeacher(Teacher):
         return TeacherRows(hidden_ND, self._head_VD)
 
     def after_step(self, student: Student) -> None:
-        """Free the copy of the head."""
+        """Free the copy of the teacher's LM head that ``targets`` keeps during a training step."""
         self._head_VD = None
 
     def onload(self) -> None:
-        """Copy the shards from host memory to the device; not collective."""
+        """Copy the teacher's shards from host memory to the device; not collective."""
         if self._host is not None:
             self._host.restore()
 
     def offload(self) -> None:
-        """Free the shards on the device; their copy in host memory stays. Not collective."""
+        """Free the teacher's shards on the device; their host copy stays. Not collective."""
         if self._host is not None:
             self.model.reshard_all()
             self._host.release()
@@ -201,7 +203,10 @@ class FollowingTeacher(ShardedTeacher):
 
     @torch.no_grad()
     def after_step(self, student: Student) -> None:
-        """Update the average and reload the teacher's weights; collective over the ranks of a replica."""
+        """Update the average of the student's weights, if any, and reload the teacher's weights from it.
+
+        Without an average, the teacher's weights are reloaded from the student. Collective over the ranks of a replica.
+        """
         super().after_step(student)
         if self._decay is not None:
             for name, parameter in student.model.named_hf_parameters():
@@ -209,18 +214,21 @@ class FollowingTeacher(ShardedTeacher):
         self._reload(student)
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's shards of the average by name; an empty dictionary if there is no average."""
+        """Return this rank's shards of the averaged student weights, by name.
+
+        The dictionary is empty if the teacher has the student's current weights.
+        """
         return {f"teacher.{name}": average for name, average in self._average.items()}
 
     def resume(self, student: Student) -> None:
-        """Reload the teacher's weights from the resumed average or student; collective."""
+        """Reload the teacher's weights after a resume has loaded the student and the average; collective."""
         self._reload(student)
 
     @torch.no_grad()
     def _reload(self, student: Student) -> None:
-        """Copy the average, or else the student's weights, into the teacher's shards; collective.
+        """Copy the average, or without one the student's weights, into the teacher's shards; collective.
 
-        The weights are gathered bucket by bucket.
+        The weights are gathered in buckets.
         """
         source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
         tp = self.world.layout.tp_size
@@ -240,7 +248,11 @@ class FollowingTeacher(ShardedTeacher):
 def build_teacher(
     config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student
 ) -> ShardedTeacher:
-    """Build the teacher for ``distillation.context_distillation``; collective."""
+    """Build the teacher that ``distillation.context_distillation`` selects; collective.
+
+    The teacher's weights are frozen, equal to the student's current weights, or a moving average of the student's
+    weights.
+    """
     context = config.distillation.context_distillation
     if not context.enabled or context.mode in ("self_frozen", "frozen"):
         return ShardedTeacher(config, files, world, valid_vocab)
@@ -249,13 +261,13 @@ def build_teacher(
 
 
 def check_top_k(config: Config, vocabulary: int) -> None:
-    """Raise UserError if ``distillation.topk_logits_k`` exceeds the vocabulary."""
+    """Raise UserError if ``distillation.topk_logits_k`` exceeds ``vocabulary``, the number of tokens."""
     k = config.distillation.topk_logits_k
     if k > vocabulary:
         raise UserError(
-            f"distillation.topk_logits_k={k} exceeds the vocabulary of {vocabulary} tokens of"
+            f"distillation.topk_logits_k={k} exceeds the vocabulary size {vocabulary} of the teacher"
             f" {config.teacher.model_name}",
-            f"set it to at most {vocabulary}",
+            f"set distillation.topk_logits_k to at most {vocabulary}",
             key="distillation.topk_logits_k",
             value=k,
         )

@@ -22,9 +22,10 @@ from distill.supervise.progress import heartbeat
 log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest accepted mean absolute difference of log-probs in nats, by dtype.
+"""Accepted mean absolute difference between the teacher's and transformers' log-probs, in nats.
 
-Rounding causes differences of about 1e-5 (float32) and 0.1 (bfloat16); a wrong forward causes more than 1.
+The keys are the dtypes of the teacher. Rounding causes differences of about 1e-5 (float32) and 0.1 (bfloat16); a wrong
+forward causes more than 1.
 """
 _TOKENS = 32
 _LOG_PERIOD_S = 10.0
@@ -36,7 +37,7 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
 
     Uses 32 tokens each of the first two ``sequences``, which are the same on every rank. The main rank reads the
     complete checkpoint once. Returns the mean absolute difference of the log-probs of the teacher's top-8 tokens, in
-    nats. Raises RunFailed if it exceeds ``MAX_DIFFERENCE``.
+    nats. Raises RunFailed if this difference exceeds ``MAX_DIFFERENCE``.
     """
     world, device = teacher.world, teacher.device
     sequences = [(tuple(s) * (_TOKENS + 1))[: _TOKENS + 1] for s in sequences[:2]]
@@ -58,9 +59,9 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
     limit = MAX_DIFFERENCE[teacher.dtype]
     if not mean <= limit:  # also if it is nan
         raise RunFailed(
-            f"the teacher {teacher.files.name} fails verification: its log-probs differ from those of transformers by"
-            f" {mean:.3g} nats on average, and at most {limit:g} is accepted: set runtime.verify_teacher=false to train"
-            " without this check"
+            f"the teacher {teacher.files.name} failed verification: its log-probs differ by {mean:.3g} nats on average"
+            f" from the log-probs that transformers computes with the same weights, but at most {limit:g} nats are"
+            " accepted; set runtime.verify_teacher=false to train without this verification"
         )
     return mean
 
@@ -90,7 +91,7 @@ def plain_logits(
 
 
 def _progress_log(layers: int) -> Callable[[int], None]:
-    """Return a function that logs the given layer number, at most once per ``_LOG_PERIOD_S``."""
+    """Return a function that logs a layer number as progress, at most once per ``_LOG_PERIOD_S``."""
     last = time.monotonic()
 
     def progress(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Account for all tensors of a checkpoint before weights are loaded; only the headers of the files are read."""
+"""Compare all tensors of a checkpoint with the model's parameters, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 _ACTIVATION_SCALE = re.compile(
     r"(^|[._])(input|output|activation|act|input_activation|k|v|q|kv|qkv|prob|attn|softmax)_(scale|zero_point)(_ub)?$"
 )
-"""Scales of activations and of the KV cache, which do not change the weights."""
+"""Names of tensors with scales of activations or of the KV cache; weights do not depend on them."""
 _PART_OF_A_WEIGHT = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_\d|scale_and_zero|zeros?|zero_points?|qweight|qzeros|qscales|g_idx|packed|shape"
     r"|global_scale|blocks|codes|codebooks?|absmax|quant_map|nested_\w+|quant_state\S*|SCB|CB|weight_format|bitmask"
     r"|compressed|row_offsets|amax|meta|outliers?\w*|weight_[guv]|original\d|lora_\S+|lokr_\S+|hada_\S+|base_layer\S*"
     r"|magnitude\S*|smooth\w*)$"
 )
-"""Ends of tensor names that show that a weight of the same module is stored quantized, packed or as an adapter."""
+"""Ends of tensor names that show a weight stored quantized, packed or as an adapter."""
 
 
 def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
@@ -35,7 +35,8 @@ def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
 
     Raises UserError for a missing tensor, a different shape, an unsupported element type, and a tensor that shows that
     weights are quantized or packed. Logs a warning for tensors without a parameter, except those that transformers
-    ignores silently. Reads headers only, without a collective.
+    ignores silently. ``key``: the configuration key that names the checkpoint. Reads headers only, without a
+    collective.
     """
     setting = ModelSetting(key, files.name)
     model = meta_model(config, "eager", torch.float32)
@@ -44,13 +45,14 @@ def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
         extra = sorted(files.tensors.keys() - needed.keys())
         raise setting.error(
             f"lacks {_listed(missing)} of the {len(needed)} that its config.json defines"
-            f"{f', and holds {_listed(extra)} that it does not define' if extra else ''}",
-            "download it again, or choose a complete checkpoint of this model",
+            f"{f', and holds {_listed(extra)} that config.json does not define' if extra else ''}",
+            "download the model again, or choose a complete checkpoint of this model",
         )
     for name, shape in needed.items():
         if files.shape(name) != tuple(shape):
             raise setting.error(
-                f"has {name} with the shape {files.shape(name)}, but its config.json defines {tuple(shape)}",
+                f"has the tensor {name} with the shape {files.shape(name)}, but its config.json defines the shape"
+                f" {tuple(shape)}",
                 "download all of its files again",
             )
     _check_types(files, needed, setting)
@@ -65,18 +67,21 @@ def _check_types(files: ModelFiles, needed: Collection[str], setting: ModelSetti
             continue
         if stored.dtype not in FP8:
             raise setting.error(
-                f"has {name} in the unsupported element type {stored.dtype}",
+                f"has the tensor {name} in the unsupported element type {stored.dtype}",
                 "choose the unquantized original of the model",
             )
         why = scale_of(name, files.tensors, read_quantization(files.folder, setting))
         raise setting.error(
-            f"has {name} in FP8 ({stored.dtype}) with undefined values, because {why}",
-            "download it again, or choose the unquantized original of the model",
+            f"has the weight {name} in FP8 ({stored.dtype}) with undefined values, because {why}",
+            "download the model again, or choose the unquantized original of the model",
         )
 
 
 def _check_unused(files: ModelFiles, model: PreTrainedModel, needed: Collection[str], setting: ModelSetting) -> None:
-    """Check the tensors without a parameter: ignore them, raise UserError, or log a warning."""
+    """Ignore, warn about or refuse the tensors in the files that match no parameter of the model.
+
+    Raises UserError for a tensor that shows that a weight is quantized or packed.
+    """
     used = {scale.stored.name for scale in files.scales.values()}
     left = [name for name, stored in files.tensors.items() if name not in needed and stored.name not in used]
     dropped = _dropped_silently(model)
@@ -89,19 +94,22 @@ def _check_unused(files: ModelFiles, model: PreTrainedModel, needed: Collection[
         )
     if left:
         log.warning(
-            "%s holds %s without a parameter in its model: transformers ignores such tensors, and so does this run",
+            "%s holds %s that match no parameter of the model: transformers ignores such tensors, and so does this run",
             *(setting, _listed(sorted(left))),
         )
 
 
 def _within(name: str, modules: Collection[str]) -> bool:
-    """Return whether a tensor belongs to a module with parameters at any depth, as q_proj.weight.absmax does."""
+    """Return whether the tensor ``name`` is inside one of ``modules``, at any depth.
+
+    For example, q_proj.weight.absmax is inside the module q_proj.
+    """
     parts = name.split(".")
     return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
 def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Return a predicate: whether ``from_pretrained`` silently ignores the tensor of a name."""
+    """Return a function that returns whether ``from_pretrained`` silently ignores a tensor name."""
     tied = tied_names(model)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]
@@ -113,7 +121,7 @@ def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """Return the names of parameters that are tied to another parameter, such as a tied head."""
+    """Return the names of parameters that share the tensor of another parameter, such as a tied LM head."""
     every = dict(model.named_parameters(remove_duplicate=False))
     return every.keys() - dict(model.named_parameters()).keys()
 
@@ -131,7 +139,7 @@ def _report_quantization(files: ModelFiles, needed: Collection[str], setting: Mo
     elif setting.key.startswith("policy."):
         log.warning(
             "%s is an FP8 checkpoint (%s): its %d quantized weights are dequantized, trained and exported unquantized;"
-            " start from the unquantized original if you can",
+            " choose the unquantized original of the model if it is available",
             *(setting, quantization.method, count),
         )
     else:
@@ -142,7 +150,7 @@ def _report_quantization(files: ModelFiles, needed: Collection[str], setting: Mo
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Return the number of tensors and the names of the first three."""
+    """Return a text such as "5 tensors (a, b, c, ...)", with the number and the first three names."""
     names = list(names)
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({', '.join(names[:3])}{more})"

@@ -1,7 +1,8 @@
 """Tensor parallelism of a Hugging Face model, based on the plan of its model class.
 
-Embedding and head are split by vocabulary. Every rank of the group has the complete residual stream, so the norms
-between blocks have the same outputs and gradients on every rank, except for rounding.
+A plan maps patterns of module names to styles, which are listed in ``STYLES``. Embedding and LM head are split by
+vocabulary. Every rank of the tensor-parallel group has the complete residual stream, so the norms between blocks have
+the same outputs and gradients on every rank, except for rounding.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from distill.model.dtensor import local_shard
 from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
 
 REPLICATED = "replicated_with_grad_allreduce"
-"""Style of replicated weights with gradients that must be summed over the ranks.
+"""Style of a module with replicated weights whose gradients must be summed over the ranks.
 
 Each rank applies such a weight (Qwen3's q_norm, for example) to its own attention heads only.
 """
 STYLES = ("colwise", "rowwise", REPLICATED)
+"""Supported styles: split by outputs, split by inputs, and replicated with summed gradients."""
 _BY_VOCABULARY = ("embed_tokens", "lm_head")
 """Modules that are always split by vocabulary, because the loss requires it; plans cannot change this."""
 _PLAN = "policy.dtensor_cfg.custom_parallel_plan"
@@ -56,21 +58,23 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
 
     ``config``: the model's Hugging Face configuration; ``custom``: the recipe's plan, or None; ``name``: the model's
     name for errors. Raises UserError if no plan exists, a style is not supported, or a pattern matches no linear layer.
-    Raises it also if a plan splits a block but omits some of the block's weights: their gradients would be incomplete.
+    Also raises UserError if a plan splits a block but omits some of the block's weights, because their gradients would
+    be incomplete.
     """
     given = custom or getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
     if not plan:
         raise UserError(
-            f"{_SIZE} is above 1, but transformers has no tensor-parallel plan for {name} of type {config.model_type}",
+            f"{_SIZE} is above 1, but transformers has no tensor-parallel plan for the model {name}"
+            f" (model_type={config.model_type})",
             f"set a plan in {_PLAN}, or set {_SIZE}=1",
             key=_SIZE,
         )
     for pattern, style in plan.items():
         if style not in STYLES:
-            source = _PLAN if custom else f"the tensor-parallel plan of type {config.model_type}"
+            source = _PLAN if custom else f"transformers' tensor-parallel plan for model_type={config.model_type}"
             raise UserError(
-                f"{source} has the unsupported style {style} for {pattern}",
+                f"{source} has the unsupported style {style} for the modules {pattern}",
                 f"set {_PLAN} with the styles {', '.join(STYLES)}, or set {_SIZE}=1",
                 key=_PLAN if custom else _SIZE,
                 value=style,
@@ -88,7 +92,7 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
             raise UserError(
                 f"{_PLAN} has {pattern}: {style}, which matches {'no linear layer' if found else 'no module'} of"
                 f" {config.model_type}",
-                "name linear layers by their path inside the body, such as layers.*.mlp.up_proj",
+                "give the path of linear layers inside the model's body, such as layers.*.mlp.up_proj",
                 key=_PLAN,
                 value=pattern,
             )
@@ -110,13 +114,13 @@ def _wrong_style(name: str, style: str | None, wanted: str | None) -> UserError:
     block = _block(name)
     if wanted is None:
         problem = f"{_PLAN} has {name}: {style}, but splits no linear layer of {block}, so gradients would be wrong"
-        return UserError(problem, f"remove {name}", key=_PLAN, value=name)
+        return UserError(problem, f"remove the entry {name}", key=_PLAN, value=name)
     problem = f"{_PLAN} splits {block}, but has {f'{name}: {style}' if style else f'no entry for {name}'}"
     return UserError(problem, f"set {name}: {wanted}, or remove all entries of {block}", key=_PLAN, value=name)
 
 
 def one_layer_model(config: Any) -> PreTrainedModel:
-    """Return the model of a Hugging Face ``config`` with a single layer, on the meta device."""
+    """Return the model that ``config`` describes, but with only one layer, on the meta device."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = 1
@@ -227,15 +231,15 @@ class _SharedInput:
         return self._last[1]
 
     def clear(self) -> None:
-        """Drop the reference to the tensor; call it after the last layer that reads the tensor."""
+        """Drop the reference to the input tensor; call it after the last layer that reads the tensor."""
         self._last = None
 
 
 class _Columns(ParallelStyle):
-    """Style of a linear layer with outputs split over the ranks.
+    """Tensor-parallel style of a linear layer: its outputs are split over the ranks.
 
     The parameters are DTensors, so that FSDP can shard them further. The matrix product uses the local tensors, because
-    DTensor's dispatch takes milliseconds for every new pack length.
+    DTensor's dispatch takes milliseconds for every new length of a packed micro-batch.
     """
 
     def __init__(self, inputs: _SharedInput) -> None:
@@ -256,7 +260,10 @@ class _Columns(ParallelStyle):
 
 
 class _Rows(ParallelStyle):
-    """Style of a linear layer with inputs split over the ranks; the bias is added after the all-reduce."""
+    """Tensor-parallel style of a linear layer: its inputs are split over the ranks.
+
+    An all-reduce sums the products of all ranks; the bias is added afterwards.
+    """
 
     def __init__(self, inputs: _SharedInput) -> None:
         self._inputs = inputs

@@ -1,7 +1,7 @@
-"""Context parallelism by all-to-all over attention heads (Ulysses).
+"""Split of packed sequences over ranks, with all-to-all over attention heads (Ulysses).
 
-The ranks of a group share the positions of a pack. Outside attention, each rank computes its own positions with all
-heads. Inside attention, each rank computes all positions with its own heads.
+The ranks of a process group share the positions of a packed micro-batch. Outside attention, each rank computes its own
+positions with all heads. Inside attention, each rank computes all positions with its own heads.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ class _AllToAll(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class UlyssesAllToAll:
-    """All-to-all between R ranks that each have M positions of a pack of T positions.
+    """All-to-all between R ranks that each have M of the T positions of a packed micro-batch.
 
     All public methods are collective over ``group``. H is the number of heads, Dh the number of channels per head.
     """
 
     group: dist.ProcessGroup
+    """Process group of the R ranks: a context-parallel group of the student or a teacher group."""
     shards: SequenceShards
+    """Positions that each rank of the group has."""
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Exchange all heads of this rank's positions for this rank's heads of all positions.
 
         Input shape [1, H, M, Dh], output shape [1, H / R, T, Dh]. One all-to-all sends the three tensors. If there are
-        fewer key-value heads than ranks, each is repeated so that every rank gets one.
+        fewer key-value heads than ranks, each key-value head is repeated so that every rank gets one head.
         """
         ranks = self.group.size()
         key, value = (self._repeat(heads, ranks) for heads in (key, value))

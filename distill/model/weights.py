@@ -1,4 +1,4 @@
-"""Gathering of complete weights from shards, with checksums that the sending ranks compute."""
+"""Gather complete weights from the shards of all ranks; the sending ranks compute checksums."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from distill.supervise.progress import heartbeat
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
-"""Number of int64 words per tensor in a bucket's header: two bit sums, and 1 if the shard is finite."""
+"""Number of int64 values per tensor in a bucket's header: two checksums, and 1 if the shard is finite."""
 
 
 class _ShardLayout(NamedTuple):
-    """Layout of a tensor on S x TP ranks: S FSDP shards, TP tensor-parallel parts.
+    """Division of a tensor over S x TP ranks: TP tensor-parallel parts, each divided into S FSDP shards.
 
     Tensor parallelism splits the tensor along ``tp_dim`` (None: not at all); FSDP then splits the rows of each part.
     """
@@ -37,7 +37,7 @@ class _ShardLayout(NamedTuple):
         return cls(parameter.shape, tp_dim(parameter), shards, tp)
 
     def part_shape(self, tp_rank: int) -> torch.Size:
-        """Return the shape of one rank's tensor-parallel part, before FSDP splits it."""
+        """Return the shape of a rank's tensor-parallel part of the tensor, before FSDP splits the part."""
         shape = list(self.shape)
         if self.tp_dim is not None:
             shape[self.tp_dim] = chunk_of(shape[self.tp_dim], self.tp, tp_rank)[1]
@@ -50,7 +50,10 @@ class _ShardLayout(NamedTuple):
         return before + begin, length
 
     def capacity(self) -> int:
-        """Return the number of elements of the largest shard; every rank reserves this size in a bucket."""
+        """Return the number of elements of the largest shard of the tensor.
+
+        Every rank reserves this size for its shard in a bucket.
+        """
         return self.rows(0, 0)[1] * self.part_shape(0)[1:].numel()
 
     def assemble(self, by_rank: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class _ShardLayout(NamedTuple):
 
 
 class _Gather(NamedTuple):
-    """A started all-gather of one bucket."""
+    """A started all-gather of one bucket of tensors."""
 
     names: list[str]
     layouts: list[_ShardLayout]
@@ -77,6 +80,7 @@ class _Gather(NamedTuple):
     sent: Tensor
     """Input buffer of the all-gather; the reference keeps it alive until the gather is complete."""
     by_rank: Tensor
+    """Output buffer of the all-gather, with one row per rank."""
     work: dist.Work
 
 
@@ -85,9 +89,10 @@ class GatheredWeights:
 
     Every rank of ``mesh`` must iterate once, to the end, with the same parameters in the same order. The mesh has one
     axis over all ranks of a replica; consecutive groups of ``tp`` ranks are tensor-parallel groups. Shards are cast to
-    ``dtype`` before the all-gather. At most two buckets are in memory. A yielded tensor may be a view of its bucket:
-    copy it if you keep it, otherwise the bucket stays in memory. Each rank computes the bit sums of its shards before
-    it sends them; the sums of a tensor are the totals over its shards. If a tensor is not finite, all ranks raise
+    ``dtype`` before the all-gather. A bucket holds consecutive tensors of at most ``bucket_bytes`` together, or one
+    larger tensor; at most two buckets are in memory. A yielded tensor may be a view of its bucket: copy it if you keep
+    it, otherwise the bucket stays in memory. Each rank computes the checksums (``BitSums``) of its shards before it
+    sends them; the checksums of a tensor are the totals over its shards. If a tensor is not finite, all ranks raise
     RuntimeError before the tensor is yielded.
     """
 
@@ -110,7 +115,7 @@ class GatheredWeights:
             yield name, tensor
 
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
-        """Yield each tensor with its name and its bit sums."""
+        """Yield each tensor with its name and its checksums, which the sending ranks computed."""
         ahead: _Gather | None = None
         for bucket in self._buckets():
             # Start to gather the next bucket before the caller uses the current bucket.
@@ -154,9 +159,12 @@ class GatheredWeights:
             yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
     def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
-        """Copy header and shards into one buffer of ``dtype``; return the buffer and the offset of each shard."""
+        """Copy header and shards into one buffer of ``self._dtype``; return it and each shard's offset.
+
+        Offsets are in elements. The header contains the checksums of the shards.
+        """
         shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
-        # The header comes first. Every shard begins at a word boundary, because bit sums are sums of words.
+        # The header comes first. Every shard begins at a word boundary, because checksums are sums of words.
         word = WORD_BYTES // self._dtype.itemsize
         starts = [len(shards) * _HEADER * word]
         for layout in layouts:
@@ -165,7 +173,9 @@ class GatheredWeights:
         flat = torch.empty(starts.pop(), dtype=self._dtype, device=self._mesh.device_type)
         header = flat[: starts[0]].view(torch.int64).view(-1, _HEADER)
         for i, (local, layout) in enumerate(zip(shards, layouts, strict=True)):
-            assert layout.tp_dim in (None, 0) or local.shape[1] % word == 0, f"{layout}: a shard would split a word"
+            assert layout.tp_dim in (None, 0) or local.shape[1] % word == 0, (
+                f"{layout}: a shard would end inside a 64-bit word"
+            )
             flat[starts[i] + local.numel() : ends[i]] = 0
             sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
             if layout.tp_dim is None and tp_rank > 0:
@@ -177,7 +187,7 @@ class GatheredWeights:
 
 
 def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
-    """Return the bit sums of a bucket's tensors from the headers of all ranks [S * TP, tensors, 3].
+    """Return the checksums of a bucket's tensors from the headers of all ranks [S * TP, tensors, 3].
 
     Raises RuntimeError if a tensor is not finite.
     """

@@ -27,8 +27,8 @@ class GenerationCancelled(Exception):
 class SyncError(RuntimeError):
     """Error of a sync: the engine's weights differ from the student's.
 
-    ``tensor``: Hugging Face name of the first wrong tensor. ``found_in``: the check that failed, "transfer" for the
-    tensors as received by the engine, or "memory" for the weights in the engine's memory.
+    ``tensor``: Hugging Face name of the first wrong tensor. ``found_in``: the check that failed: "transfer" compares
+    the tensors on arrival in the engine, and "memory" the weights in the engine's memory.
     """
 
     def __init__(self, reason: str, tensor: str = "", found_in: Literal["transfer", "memory"] = "transfer") -> None:
@@ -41,11 +41,11 @@ class Weights(Protocol):
     """The student's weights, as sent to the engine in one sync."""
 
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
-        """Yield each complete tensor with its Hugging Face name and the bit sums that the sender computed."""
+        """Yield each weight: its Hugging Face name, the complete tensor and the checksums before sending."""
 
 
 class Engine(Protocol):
-    """Interface of an engine, a state machine: asleep -> weights -> synced -> ready -> asleep.
+    """Interface of a generation engine, with the states asleep -> weights -> synced -> ready -> asleep.
 
     A call in the wrong state raises RuntimeError. ``replicas``: number of engines in the job. ``replica``: index of
     this engine.
@@ -54,23 +54,23 @@ class Engine(Protocol):
     replica: int
     replicas: int
     residual_bytes: int
-    """Device memory outside torch's allocator that was still in use after the last sleep; 0 if sleep frees nothing."""
+    """Bytes of device memory in use outside torch's allocator after the last sleep; 0 if not measured."""
     pool_bytes: int
-    """Bytes that torch counts as allocated although they are free while the engine sleeps."""
+    """Size in bytes of the engine's memory pool, which torch counts as allocated even during sleep."""
     window: int
     """Maximum number of tokens of a prompt and its response together."""
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return this engine's part of ``prompts``, the prompts of all engines."""
+        """Return the part of ``prompts`` that this engine processes; ``prompts``: the prompts of all engines."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
         """Allocate memory for the weights (state asleep) or for the key-value cache (state synced)."""
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """Receive and verify all weights; collective over all ranks of the job."""
+        """Receive and verify all weights; requires state ``weights``; collective over all ranks of the job."""
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probs of all tokens except the first, in nats at temperature 1.
+        """Return the log-probs of all ``token_ids`` except the first, in nats at temperature 1.
 
         Collective over the engine's ranks; requires the state ready.
         """
@@ -78,7 +78,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """Sample responses to the prompts; requires the state ready, and keeps it.
+        """Sample responses to the prompts; requires the state ready and does not change the state.
 
         Collective over the engine's ranks: all of them pass the same prompts, and each response is returned on one of
         them. ``cancelled`` is called before every token; if it returns True, the result is an empty list. Engines of
@@ -132,8 +132,9 @@ class EngineBase(ABC):
     def sync(self, weights: Weights, version: int) -> SyncReport:
         """Receive and verify all weights; see Engine.sync.
 
-        Raises SyncError if a tensor is missing, duplicate, unknown or has a wrong shape, or if the bit sums of a tensor
-        differ from the sender's on arrival or in the engine's memory. The engine cannot be used after a SyncError.
+        Raises SyncError if a tensor is missing, duplicate, unknown or has a wrong shape, or if the checksums of a
+        tensor differ from the sender's, on arrival or in the engine's memory. The engine cannot be used after a
+        SyncError.
         """
         self._expect("weights", "sync")
         started = time.monotonic()
@@ -143,7 +144,8 @@ class EngineBase(ABC):
         missing = sorted(self._manifest.keys() - sizes.keys())
         if missing:
             raise SyncError(
-                f"the sync to version {version} did not send {len(missing)} tensors, such as {missing[:3]}", missing[0]
+                f"the sync of weights version {version} did not send {len(missing)} tensors, such as {missing[:3]}",
+                missing[0],
             )
         self._verify(sums)
         differ = changed_names(self._sums, sums)
@@ -163,7 +165,9 @@ class EngineBase(ABC):
         found = self._probe(token_ids)
         assert len(found) == len(token_ids) - 1, (len(found), len(token_ids))
         if not all(map(math.isfinite, found)):
-            raise RuntimeError(f"the engine's log-probs of the probe prompt are not finite at version {self._version}")
+            raise RuntimeError(
+                f"the engine's log-probs of the probe prompt are not finite (weights after step {self._version})"
+            )
         return found
 
     def generate(
@@ -222,13 +226,13 @@ class EngineBase(ABC):
         if stops != ([last] if rollout.finish == "stop" else []):
             raise RuntimeError(
                 f"{name} has {last + 1} tokens, finish={rollout.finish!r} and stop tokens at {stops}: only the last"
-                " token may be a stop token, and it must be one exactly if finish is 'stop'"
+                " token may be a stop token, and it must be a stop token if and only if finish is 'stop'"
             )
 
     def _checked(
         self, weights: Weights, sizes: dict[str, int], sums: dict[str, BitSums]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each received tensor after verifying it; fill ``sizes`` (in bytes) and ``sums`` by tensor name."""
+        """Yield each verified tensor; add its size in bytes to ``sizes`` and its checksums to ``sums``."""
         for name, tensor, sent in weights.with_sums():
             if name in sizes:
                 raise SyncError(f"the sync sent {name} twice", name)
@@ -239,7 +243,9 @@ class EngineBase(ABC):
                 raise SyncError(f"the sync sent {name} with shape {tuple(tensor.shape)} instead of {shape}", name)
             arrived = BitSums(*bit_sums(tensor).tolist())
             if arrived != sent:
-                raise SyncError(f"{name} changed during the sync: its bit sums were {sent} and are now {arrived}", name)
+                raise SyncError(
+                    f"{name} changed during the sync: its checksums were {sent} and are now {arrived}", name
+                )
             sums[name] = sent
             sizes[name] = tensor.numel() * tensor.element_size()
             yield name, tensor
@@ -252,7 +258,7 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Raise SyncError unless the weights in the engine's memory have the bit sums ``sent``."""
+        """Raise SyncError unless the weights in the engine's memory have the checksums ``sent``, by name."""
 
     @abstractmethod
     def _wake_kv(self) -> None: ...
@@ -264,7 +270,7 @@ class EngineBase(ABC):
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[Rollout]:
-        """Sample the responses; if ``cancelled()`` returns True, end all requests and raise GenerationCancelled."""
+        """Sample the responses; if ``cancelled()`` returns True, stop and raise GenerationCancelled."""
 
     @abstractmethod
     def _sleep(self) -> None: ...
@@ -280,16 +286,17 @@ def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> 
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Return the 63-bit base seed of a separate stream of responses, such as validation.
+    """Return the 63-bit base seed for responses outside training; ``stream``: name of their purpose.
 
-    With the training seed, responses of the same step, prompt and index would have equal seeds in both streams.
+    With the training seed, these responses would have the same seeds as training responses of equal step, prompt id and
+    index.
     """
     digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
-    """Return the maximum number of tokens of a response to ``prompt``."""
+    """Return the maximum number of tokens of a response to ``prompt`` in an engine's ``window``."""
     total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
     limit = min(sampling.max_new_tokens, total - len(prompt.student_ids))
     assert limit >= 1, (limit, len(prompt.student_ids))

@@ -1,4 +1,4 @@
-"""Build the engine that a recipe selects, and check that it can run the model on these ranks."""
+"""Build the generation engine that a recipe selects, and check that the engine can run the student."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ _REFUSED_ARGUMENTS = {
 }
 """Arguments of vLLM that are refused because they would break the trainer: name -> reason and fix."""
 _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
-"""Arguments that would make vLLM build another model than the one that is trained."""
+"""Arguments of vLLM that would make vLLM build a different model than the trained model."""
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
 
 
 def check_backend(config: Config, files: ModelFiles, world: World) -> None:
-    """Raise UserError if the engine cannot run this model on these ranks; call it before loading a model."""
+    """Raise UserError if the selected engine cannot run the student on the ranks of this job.
+
+    Call this function before a model is loaded.
+    """
     if config.policy.generation.backend != "vllm":
         return
     _check_installed(world)
@@ -71,7 +74,7 @@ def _check_installed(world: World) -> None:
     supported, device = current_platform.device_type or "no device of this machine", world.device.type
     if supported != device:
         raise UserError(
-            f"{_BACKEND}=vllm, but the installed vllm supports {supported}, and this run uses {device}",
+            f"{_BACKEND}=vllm, but the installed vllm supports {supported}, while this run uses {device}",
             f"install the build of vllm for {device}, {_ALTERNATIVE}",
             key=_BACKEND,
             value="vllm",
@@ -79,7 +82,7 @@ def _check_installed(world: World) -> None:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise UserError for a vLLM argument that the trainer sets itself, that is refused, or that is unknown."""
+    """Raise UserError for a vLLM argument that the trainer sets, that is refused, or that is unknown."""
     from vllm.engine.arg_utils import EngineArgs
 
     from distill.rollout.vllm_engine import fixed_arguments
@@ -100,9 +103,9 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def vllm_config_overrides(config: Any) -> dict[str, Any]:
-    """Return the settings that replace those of config.json, so that vLLM builds the trained model.
+    """Return the settings that override config.json, so that vLLM builds the same model as the trainer.
 
-    ``config``: the Hugging Face configuration, from ``model_config``. A value of None removes a setting. Quantization
+    ``config``: the Hugging Face configuration, from ``model_config``. The value None removes a setting. Quantization
     is removed, because a quantized student is dequantized when it is loaded and every sync sends plain floats.
     """
     return {**architecture_overrides(config), "quantization_config": None, "compression_config": None}
@@ -140,7 +143,10 @@ def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> N
 
 
 def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: int) -> Engine:
-    """Return the engine of this rank, asleep and without weights; collective, before any model is loaded."""
+    """Return this rank's generation engine, asleep and without weights.
+
+    Collective. Call this function before a model is loaded. ``valid_vocab``: number of valid token ids.
+    """
     policy = config.policy
     dtype, window = DTYPES[policy.precision], policy.max_total_sequence_length
     shape = model_config(files, "policy.model_name")
@@ -191,7 +197,7 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int)
 
 
 def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return the sampling settings of validation: those of training, except the ``val_*`` keys and the seed."""
+    """Return the sampling settings of validation: training's, except the ``val_*`` keys and the seed."""
     generation = config.policy.generation
     return dataclasses.replace(
         sampling_of(config, stop_token_ids),
@@ -204,7 +210,7 @@ def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> S
 
 
 def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return the sampling settings of training responses."""
+    """Return the sampling settings of the responses for training."""
     generation = config.policy.generation
     return Sampling(
         temperature=generation.temperature,

@@ -14,9 +14,10 @@ def gather_rollouts(
 ) -> list[Rollout]:
     """Return the rollouts of all ranks, in the same order on every rank; collective.
 
-    The order is that of ``prompts``, then of the response index. ``prompts``: all prompts of the step, which every rank
-    already has, so only token ids and log-probs are sent over the control group. ``version``: if given, the version of
-    the weights that must have generated every rollout.
+    The rollouts are sorted by their prompt's position in ``prompts``, then by response index. ``own``: the rollouts of
+    this rank. ``prompts``: all prompts of the step, which every rank already has, so the prompts are not sent.
+    ``version``: version of the weights (number of finished steps) that must have generated every rollout; None: not
+    checked.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}

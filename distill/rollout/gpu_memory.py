@@ -1,4 +1,4 @@
-"""Device-memory checks for sleeping engines: enough free memory to wake, no growth between sleeps."""
+"""Check that a sleeping engine has enough device memory to wake, and does not leak device memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _GIB = 2**30
 
 
 class Memory(Protocol):
-    """Memory usage of a device, in bytes."""
+    """Interface to the memory usage of a device, in bytes."""
 
     def free(self) -> int:
         """Return the number of bytes that the engine can allocate now."""
 
     def outside_torch(self) -> int:
-        """Return the bytes in use on the device but not by torch's allocator: engine, libraries, other programs."""
+        """Return the bytes used on the device outside torch: by engine, libraries and other programs."""
 
 
 class CudaMemory:
-    """Memory of the current CUDA device.
+    """Memory usage of the current CUDA device.
 
     ``pool_bytes``: function that returns the size of the engine's memory pool. Torch counts the pool as reserved even
     while it is unmapped.
@@ -41,15 +41,15 @@ class CudaMemory:
         return int(torch.cuda.mem_get_info()[0])
 
     def outside_torch(self) -> int:
-        """Return the bytes in use on the device but not by torch's allocator."""
+        """Return the bytes used on the device, except the bytes of torch's allocator."""
         free, total = torch.cuda.mem_get_info()
         return int(total - free - (torch.cuda.memory_reserved() - self._pool_bytes()))
 
 
 class SleepGuard:
-    """Checks that an engine can wake without running out of memory and does not leak memory while asleep.
+    """Checks of an engine's device memory: enough free memory to wake, and no growth between sleeps.
 
-    ``limit``: bytes of growth that cause a warning, counted since the previous warning or the first sleep.
+    ``limit``: growth in bytes that causes a warning, since the previous warning or the first sleep.
     """
 
     def __init__(self, memory: Memory, limit: int = _GIB) -> None:
@@ -59,25 +59,25 @@ class SleepGuard:
         self._last_warning = 0
 
     def check_free(self, what: str, needed: int) -> None:
-        """Raise RuntimeError if fewer than ``needed`` bytes are free; ``what``: weights or kv_cache."""
+        """Raise RuntimeError if fewer than ``needed`` bytes are free for ``what``, weights or kv_cache."""
         free = self._memory.free()
         if free < needed:
             raise RuntimeError(
-                f"waking the engine's {what} needs {needed / _GIB:.2f} GiB, but {free / _GIB:.2f} GiB are free"
-                f" ({self._memory.outside_torch() / _GIB:.2f} GiB are in use outside torch): lower"
+                f"waking the engine's {what} needs {needed / _GIB:.2f} GiB, but {free / _GIB:.2f} GiB of device memory"
+                f" are free ({self._memory.outside_torch() / _GIB:.2f} GiB are in use outside torch): lower"
                 " policy.generation.vllm_cfg.gpu_memory_utilization"
             )
 
     def after_sleep(self) -> int:
-        """Return the bytes in use outside torch after a sleep; warn if this number has grown."""
+        """Return the bytes of device memory used outside torch after a sleep; warn if this number has grown."""
         residual = self._memory.outside_torch()
         if self._first is None:
             self._first = self._last_warning = residual
         if residual > self._last_warning + self._limit:
             self._last_warning = residual
             log.warning(
-                "the sleeping engine uses %.2f GiB of device memory, up from %.2f GiB after its first sleep: if it"
-                " grows further, the run will run out of memory",
+                "device memory used outside torch while the engine sleeps is %.2f GiB, up from %.2f GiB at the first"
+                " sleep: if this memory continues to grow, the run will run out of memory",
                 *(residual / _GIB, self._first / _GIB),
             )
         return residual

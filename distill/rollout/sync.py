@@ -18,30 +18,39 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 FLOAT32_LIMIT = 1e-4
-"""Maximum difference between float32 log-probs of engine and trainer, in nats; kernels differ by 1e-6 to 3e-6."""
+"""Maximum difference between float32 log-probs of engine and trainer, in nats.
+
+Rounding causes a difference of 1e-6 to 3e-6.
+"""
 GROSS_LIMIT = 0.5
-"""Maximum mean difference of bfloat16 log-probs, in nats per token; rounding causes 0.04, wrong weights above 1."""
+"""Maximum mean difference between bfloat16 log-probs of engine and trainer, in nats per token.
+
+Rounding causes a difference of 0.04, wrong weights a difference above 1.
+"""
 _CHANGED_BYTES = 0.9
-"""Fraction of all bytes that are in changed tensors, above which unchanged log-probs of the probe are an error. Below
-it they cause a warning, because rounding may hide the effect of a few changed bits. The fraction counts bytes, because
-norms are many small tensors that often stay equal at small learning rates."""
+"""Fraction of bytes in changed tensors that must change the log-probs of the probe prompt.
+
+If this fraction of the bytes or more is in changed tensors, unchanged log-probs are an error. Otherwise they cause a
+warning, because rounding may hide the effect of a few changed bits. Bytes are counted instead of tensors, because the
+many small tensors of norms often do not change at small learning rates.
+"""
 _WARNING_RATIO = 3.0
-"""Ratio of the difference between trainer and sampler to its first value that causes a warning."""
+"""Multiple of the first step's log-prob difference between trainer and engine that causes a warning."""
 
 
 class Trainer(Protocol):
-    """Interface of the student that a sync needs."""
+    """Interface to the student, with the methods that a sync uses."""
 
     dtype: torch.dtype
 
     def offload(self) -> None:
-        """Move the optimizer's moments to host memory."""
+        """Move the moments of the optimizer (AdamW) to host memory."""
 
     def weights(self) -> Weights:
         """Return the current weights; iterating over them is collective."""
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probs of all tokens except the first, in nats; collective."""
+        """Return the log-probs of all ``token_ids`` except the first, in nats; collective."""
 
 
 class WeightSync:
@@ -49,8 +58,8 @@ class WeightSync:
 
     All methods are collective. The probe is a fixed prompt of random token ids below ``valid_vocab``. Its log-probs
     must change when the weights change, and in float32 they must equal the trainer's. ``observe`` also checks the
-    log-probs of the sampled tokens. In bfloat16 this check is weak, because the difference of one training step is
-    hardly larger than rounding.
+    log-probs of the sampled tokens. In bfloat16 this check is weak, because one training step changes the log-probs
+    hardly more than rounding does.
     """
 
     def __init__(self, world: World, engine: Engine, student: Trainer, valid_vocab: int) -> None:
@@ -63,11 +72,11 @@ class WeightSync:
         self._first_difference: float | None = None
 
     def push_weights(self, version: int, metrics: Metrics | None = None) -> None:
-        """Wake the engine, load and verify the student's current weights; collective. The engine is then ready.
+        """Wake the engine, and load and verify the student's current weights; collective.
 
-        ``version``: number of finished steps. Moves the optimizer's moments to host memory first. Adds the duration,
-        the number of changed tensors and the change of the probe's log-probs to ``metrics``. Raises RuntimeError on all
-        ranks if the engine does not use the weights.
+        Afterwards the engine is in the state ready. ``version``: number of finished steps. Moves the optimizer's
+        moments to host memory first. Adds the duration, the number of changed tensors and the change of the probe's
+        log-probs to ``metrics``. Raises RuntimeError on all ranks if the engine does not use the weights.
         """
         engine, student = self._engine, self._student
         student.offload()  # the engine needs the device memory of the optimizer's moments
@@ -88,9 +97,10 @@ class WeightSync:
             metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (change, 1)})
 
     def _probe_change(self, logprobs: list[float], report: SyncReport) -> float:
-        """Return the mean absolute change of the probe's log-probs since the last sync, in nats; nan at the first sync.
+        """Return the mean absolute change of the probe's log-probs since the last sync, in nats.
 
-        If weights changed but the log-probs did not, raises RuntimeError, or only warns if few bytes changed.
+        Returns nan at the first sync. If weights changed but the log-probs did not change, raises RuntimeError, or logs
+        a warning if less than _CHANGED_BYTES of the bytes are in changed tensors.
         """
         last, self._last_logprobs = self._last_logprobs, logprobs
         if last is None:
@@ -98,15 +108,15 @@ class WeightSync:
         if report.changed and logprobs == last:
             problem = (
                 f"{report.changed} of {report.tensors} tensors, with {report.changed_bytes / report.bytes:.0%} of the"
-                " bytes, changed in this sync, but the engine's log-probs of the probe prompt did not"
+                " bytes, changed in this sync, but the engine's log-probs of the probe prompt did not change"
             )
             if report.changed_bytes >= _CHANGED_BYTES * report.bytes:
                 raise RuntimeError(f"{problem}: the engine does not use the weights that it received")
-            log.warning(problem)
+            log.warning("%s: rounding may hide the change", problem)
         return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)
 
     def observe(self, difference: float) -> None:
-        """Check the mean difference of a step's log-probs between trainer and sampler.
+        """Check the mean log-prob difference between trainer and sampler (the engine) in a step.
 
         ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained no tokens. Raises
         RuntimeError if rounding cannot explain the difference; warns if it exceeds three times its first value
@@ -117,14 +127,14 @@ class WeightSync:
         limit = FLOAT32_LIMIT if self._student.dtype == torch.float32 else GROSS_LIMIT
         if difference > limit:
             raise RuntimeError(
-                f"the log-probs of trainer and sampler differ by {difference:.3g} nats per token, and rounding explains"
-                f" at most {limit:g}: their weights, temperatures or prompts are not the same"
+                f"the log-probs of trainer and engine differ by {difference:.3g} nats per token, and rounding explains"
+                f" at most {limit:g}: trainer and engine use different weights, temperatures or prompts"
             )
         if self._first_difference is None:
             self._first_difference = difference
         elif difference > _WARNING_RATIO * self._first_difference:
             log.warning(
-                "the log-probs of trainer and sampler differ by %.3g nats per token, up from %.3g in the first step of"
+                "the log-probs of trainer and engine differ by %.3g nats per token, up from %.3g in the first step of"
                 " this start: check that the engine's weights are current",
                 *(difference, self._first_difference),
             )

@@ -1,4 +1,4 @@
-"""Generation with transformers: slow, for tests and for machines without vLLM."""
+"""Generation engine that uses transformers: slow, for tests and for machines without vLLM."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TransformersEngine(EngineBase):
     def _verify(self, sent: Mapping[str, BitSums]) -> None:
         for name, sums in bit_sums_by_name(self._model.named_parameters()).items():
             if sums != sent[name]:
-                raise SyncError(f"{name} in the engine differs from the student's weights", name, "memory")
+                raise SyncError(f"the weight {name} in the engine differs from the student's weight", name, "memory")
 
     def _wake_kv(self) -> None:
         pass
@@ -98,7 +98,7 @@ class TransformersEngine(EngineBase):
     def _generate_batch(
         self, prompts: list[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[list[Rollout]]:
-        """Return the rollouts of each prompt.
+        """Generate and return the rollouts of each prompt of one batch.
 
         Each prompt is computed once, and its key-value cache is copied for each response.
         """
@@ -135,7 +135,7 @@ class TransformersEngine(EngineBase):
         return tokens, mask
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Return the logits of the last position, float32 [B, V]."""
+        """Return the logits of the last position of each row, float32 [B, V]; ``tokens``: the new tokens."""
         heartbeat()
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = self._model(
@@ -153,7 +153,8 @@ class TransformersEngine(EngineBase):
 class _Decoding:
     """State of one batch of responses: random numbers, sampled tokens and log-probs.
 
-    A ``response`` is an index into all responses of the batch, a ``row`` an index into those still being generated.
+    A ``response`` is an index into all responses of the batch. A ``row`` is an index into the responses that have not
+    been removed from the batch; only finished responses are removed.
     """
 
     def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, window: int, device: torch.device) -> None:
@@ -190,15 +191,15 @@ class _Decoding:
         return sampled
 
     def unfinished_rows(self) -> list[int]:
-        """Return the rows whose responses are unfinished."""
+        """Return the rows of the batch with unfinished responses."""
         return [row for row, response in enumerate(self._rows) if self._unfinished(response)]
 
     def select(self, rows: list[int]) -> None:
-        """Keep only ``rows`` in the batch."""
+        """Remove all rows except ``rows`` from the batch."""
         self._rows = [self._rows[row] for row in rows]
 
     def rollouts(self, version: int) -> list[list[Rollout]]:
-        """Return the rollouts of each prompt."""
+        """Return the finished rollouts of each prompt; ``version``: version of the weights."""
         G = self._sampling.responses_per_prompt
         return [
             [self._rollout(p * G + g, prompt, g, version) for g in range(G)] for p, prompt in enumerate(self._prompts)
@@ -222,7 +223,7 @@ def _uniforms(seed: int, count: int) -> Tensor:
 def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> Tensor:
     """Return the normalised log-probs [B, V] after temperature, top-k and top-p.
 
-    At temperature 0 (greedy sampling) they are the model's log-probs at temperature 1.
+    At temperature 0 (greedy sampling) temperature 1 is used. Ids of ``valid_vocab`` and above get -inf.
     """
     logits = logits / (sampling.temperature or 1.0)
     logits[:, valid_vocab:] = -torch.inf

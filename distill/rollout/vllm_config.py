@@ -1,4 +1,4 @@
-"""Override settings of config.json that vLLM reads differently; refuse models that vLLM cannot run correctly."""
+"""Override config.json settings that vLLM interprets differently; refuse models that vLLM cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-"""vLLM's class by model type. ``architectures`` in config.json may contain a classifier or a draft model instead."""
+"""vLLM's model class by ``model_type`` of config.json.
+
+The key ``architectures`` of config.json is not used, because it may name a classifier or a draft model.
+"""
 _ACTIVATION = {"gemma3_text": ("hidden_activation", "gelu_pytorch_tanh")}
 _SILU = ("silu", "swish")
 
@@ -71,7 +74,7 @@ def _head_width(config: Any) -> int:
 
 
 def _longest(parameters: Mapping[str, Any], config: Any) -> int | None:
-    """Return the number of positions in vLLM's rotary table; None if the table covers the window."""
+    """Return the number of positions in vLLM's rotary table; None if the table is always long enough."""
     if parameters.get("rope_type") != "yarn":
         return None
     return int(parameters["original_max_position_embeddings"] * rotary_factor(parameters, config))
@@ -80,8 +83,8 @@ def _longest(parameters: Mapping[str, Any], config: Any) -> int | None:
 def architecture_overrides(config: Any) -> dict[str, Any]:
     """Return the config.json settings with which vLLM builds the same model as transformers.
 
-    ``config``: the Hugging Face configuration, from ``model_config``, of a model that ``check_vllm_config`` accepts. A
-    value of None removes a setting.
+    ``config``: the Hugging Face configuration, from ``model_config``, of a model that ``check_vllm_config`` accepts.
+    The value None removes a setting.
     """
     overrides: dict[str, Any] = dict.fromkeys(foreign_settings(config))
     overrides["architectures"] = [ARCHITECTURES[config.model_type]]
@@ -98,7 +101,7 @@ def architecture_overrides(config: Any) -> dict[str, Any]:
 
 
 def _rotary_overrides(config: Any) -> dict[str, Any]:
-    """Return the rotary parameters as vLLM expects them, with the values that transformers derives or ignores."""
+    """Return the rotary parameters in vLLM's format, with the same effect as in transformers."""
     given = config.rope_parameters
     if "rope_theta" in given:
         return _plain_rotary(given, config)
@@ -121,7 +124,7 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
 
 
 def apply_overrides(overrides: Mapping[str, Any], config: Any) -> Any:
-    """Apply ``overrides`` in place to the configuration that vLLM has read, and return it.
+    """Apply ``overrides`` in place to ``config``, the configuration that vLLM has read; return ``config``.
 
     vLLM calls this function, passed as ``hf_overrides``. A dictionary would not suffice, because vLLM cannot remove a
     setting through a dictionary.

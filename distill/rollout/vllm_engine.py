@@ -43,9 +43,9 @@ _CPU_DEFAULTS = {
     "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
-"""Maximum number of engine steps without a new token, in addition to one per prompt token; then the run fails."""
+"""Maximum engine steps without a new token, plus one step per prompt token; then the run fails."""
 _STEPS_AHEAD = 4
-"""Number of engine steps after which vLLM has read all pending results; it schedules fewer steps in advance."""
+"""Number of engine steps after which vLLM has processed all results of removed requests."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
 
 
 def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
-    """Return the arguments that keep an engine's ranks in lockstep.
+    """Return the vLLM arguments that keep an engine's ranks in lockstep.
 
     Before version 0.32, vLLM's asynchronous scheduler depends on timing, which differs between ranks.
     """
@@ -76,7 +76,7 @@ def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
 
 
 def _name_shared_memory() -> None:
-    """Add a random token to the names of vLLM's shared memory between the ranks of a CPU engine; collective.
+    """Add a random token to the names of the shared memory of vLLM's CPU engines; collective.
 
     vLLM's names contain only the numbers of the ranks: two jobs on one machine would share the memory, and the memory
     of a killed job would block later jobs.
@@ -90,11 +90,11 @@ def _name_shared_memory() -> None:
 
 
 class VllmEngine(EngineBase):
-    """A vLLM engine of ``tensor_parallel_size`` consecutive ranks; creating it is collective over all ranks of the job.
+    """A vLLM engine of ``tensor_parallel_size`` consecutive ranks.
 
-    ``arguments``: additional arguments of vLLM's ``LLM``. Create the engine before other models are loaded, because
-    vLLM measures the free device memory. Close it last, because closing destroys the process groups. Creating the
-    engine does not change the random state of this process.
+    Creating the engine is collective over all ranks of the job. ``arguments``: additional arguments of vLLM's ``LLM``.
+    Create the engine before other models are loaded, because vLLM measures the free device memory. Close it last,
+    because closing destroys the process groups. Creating the engine does not change the random state of this process.
     """
 
     def __init__(
@@ -144,9 +144,10 @@ class VllmEngine(EngineBase):
         self._needs = self._first_sleep()
         self.pool_bytes = pool_bytes() if isinstance(self._memory, CudaMemory) else 0
         log.info(
-            "vLLM: %d engine(s) of %d rank(s), window of %d tokens, weights loaded by %s, %s; created in %.0f s",
-            *(self.replicas, tensor_parallel_size, window, self._weights.path),
-            *("level-2 sleep" if self.can_sleep else "sleep frees no memory", time.monotonic() - started),
+            "created vLLM in %.0f s: %d engine(s) of %d rank(s) for sequences of up to %d tokens; vLLM's method %s"
+            " loads weights, and sleep %s",
+            *(time.monotonic() - started, self.replicas, tensor_parallel_size, window, self._weights.path),
+            "frees the weights and the key-value cache" if self.can_sleep else "frees no memory",
         )
 
     def _first_sleep(self) -> dict[str, int]:
@@ -160,7 +161,7 @@ class VllmEngine(EngineBase):
         return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
-        """Set the logits of padding ids of the vocabulary to -inf, as in the loss."""
+        """Make vLLM set the logits of the vocabulary's padding ids to -inf, as in the loss."""
         model: Any = self._weights.model
         compute_logits, valid = model.compute_logits, self._valid_vocab
 
@@ -173,7 +174,7 @@ class VllmEngine(EngineBase):
         model.compute_logits = masked
 
     def _count_tokens(self) -> None:
-        """Count the tokens of every engine step, and record a heartbeat for each step with new tokens."""
+        """Make vLLM count the tokens of each engine step, and record a heartbeat if there are new tokens."""
         core = self._engine.engine_core
         get_output = core.get_output
 
@@ -280,7 +281,7 @@ class VllmEngine(EngineBase):
     def _run(
         self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, cancelled: Cancelled | None = None
     ) -> list[Any]:
-        """Return the outputs of all requests (token ids, sampling parameters), in their order.
+        """Return vLLM's outputs for ``requests`` (token ids, sampling parameters), in the same order.
 
         If ``cancelled()`` returns True, removes the requests from vLLM and raises GenerationCancelled. Raises
         RuntimeError if vLLM generates no token for many steps.
@@ -314,15 +315,16 @@ class VllmEngine(EngineBase):
         return [outputs[first + i] for i in range(len(requests))]
 
     def _abort(self, requests: Iterable[int]) -> None:
-        """Remove the requests from vLLM, including results that are not read yet."""
+        """Remove the requests from vLLM, including results that vLLM has not processed yet."""
         self._engine.abort_request([str(number) for number in requests])
         for _ in range(_STEPS_AHEAD):
             self._engine.step()
 
     def _check_same(self, what: str, *values: object) -> None:
-        """Raise RuntimeError on the engine's ranks unless they pass equal ``values``; collective over these ranks.
+        """Raise RuntimeError on all ranks of the engine unless all pass equal ``values``.
 
-        vLLM's ranks do not exchange requests, so different requests would silently produce wrong tokens.
+        Collective over the engine's ranks. ``what``: description of the values, for the message. vLLM's ranks do not
+        exchange requests, so different requests would silently produce wrong tokens.
         """
         if self._tp_size == 1:
             return
@@ -337,7 +339,7 @@ class VllmEngine(EngineBase):
 def kept_threads() -> Iterator[None]:
     """Restore torch's number of threads after the block.
 
-    vLLM lowers it, which would slow down an optimizer on the host.
+    vLLM lowers this number, which would slow down an optimizer on the host.
     """
     threads = torch.get_num_threads()
     try:
@@ -348,7 +350,7 @@ def kept_threads() -> Iterator[None]:
 
 
 def pool_bytes() -> int:
-    """Return the size in bytes of vLLM's memory pool, which is unmapped during sleep; equal in both states."""
+    """Return the size of vLLM's memory pool in bytes, the same before and during sleep."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     return int(CuMemAllocator.get_instance().get_current_usage())

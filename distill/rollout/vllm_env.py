@@ -16,7 +16,7 @@ _FIXED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine runs in the train
 
 
 def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
-    """Set the environment variables that vLLM reads; call it before vLLM is imported.
+    """Set the environment variables that vLLM reads; call this function before vLLM is imported.
 
     Variables that the user has set keep their values, except those that the trainer depends on. ``local_rank``: index
     of this rank's device among the visible devices. RANK, WORLD_SIZE and LOCAL_RANK are set too, because they are

@@ -1,4 +1,7 @@
-"""Load weights into vLLM's model, and verify its parameters against the bit sums of the sender."""
+"""Load weights into vLLM's model, and verify the parameters with the checksums of the sender.
+
+The checksums (``BitSums``) are sums of bit patterns.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from distill.rollout.engine import SyncError
 
 
 class Section(NamedTuple):
-    """Range of rows of one parameter on this rank that belongs to one tensor of a sync."""
+    """Rows of one vLLM parameter on this rank that a sync fills from one tensor of the student."""
 
     tensor: str
-    """Hugging Face name of the tensor."""
+    """Hugging Face name of the student's tensor."""
     begin: int
-    """First row in the parameter."""
+    """Index of the section's first row in the parameter."""
     end: int
-    """Last row in the parameter, exclusive."""
+    """Index of the section's last row in the parameter, exclusive."""
     first_row: int
-    """Index in the tensor of the section's first row."""
+    """Index of the section's first row in the student's tensor."""
     copies: int
     """Number of ranks of the engine that have a copy of the section."""
 
@@ -32,9 +35,9 @@ class VllmWeights:
     """The weights of a vLLM engine's model on this rank.
 
     ``manifest``: shapes of all tensors of a sync by Hugging Face name; ``tp_group``: gloo group of the engine's ranks.
-    On CPU, vLLM repacks matrices for its kernels and drops the originals. Their bit sums are computed just before the
-    repacking; those of all other parameters are computed in place. Raises RuntimeError if the model's parameters do not
-    match the tensors of the manifest, because syncs could not be verified.
+    On CPU, vLLM repacks matrices for its kernels and drops the originals. The checksums of these matrices are computed
+    just before the repacking; the checksums of all other parameters are computed in place. Raises RuntimeError if the
+    model's parameters do not match the tensors of the manifest, because syncs could not be verified.
     """
 
     def __init__(self, llm: Any, manifest: Mapping[str, torch.Size], tp_size: int, tp_group: dist.ProcessGroup) -> None:
@@ -55,12 +58,15 @@ class VllmWeights:
 
     @property
     def path(self) -> str:
-        """Return the name of vLLM's method that loads weights: in place, or layer by layer with repacking."""
+        """Return the name of vLLM's method that loads weights; ``reload_weights`` repacks each layer."""
         return "load_weights" if self._in_place else "reload_weights"
 
     @torch.no_grad()
     def receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Load all weights; needs memory for at most one bucket and one layer in addition to the model."""
+        """Load all weights of a sync into vLLM's model.
+
+        In addition to the model, this needs memory for one layer and for one bucket of tensors.
+        """
         self._sums_before_repack.clear()
         if self._in_place:
             self.model.load_weights(weights)  # type: ignore[operator]
@@ -74,10 +80,10 @@ class VllmWeights:
 
     @torch.no_grad()
     def verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Compare every tensor's bit sums, added over the engine's ranks, with the sender's.
+        """Compare the checksums of every tensor, added over the engine's ranks, with the sender's checksums.
 
         Collective over the engine's ranks. Tensors that vLLM fused into one parameter are compared separately. Raises
-        SyncError if a sum differs.
+        SyncError if a checksum differs.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding module
         compared: list[tuple[str, Section]] = []
@@ -93,18 +99,20 @@ class VllmWeights:
         for (name, section), total in zip(compared, found.tolist(), strict=True):
             if total != [wrap_int64(value * section.copies) for value in sent[section.tensor]]:
                 tensor = section.tensor
-                raise SyncError(f"{name} in vLLM differs from the student's {tensor}", tensor, "memory")
+                raise SyncError(f"vLLM's parameter {name} differs from the student's weight {tensor}", tensor, "memory")
 
     def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:
-        """Return the bit sums of a parameter's sections, int64 [sections, 2]."""
+        """Return the checksums of a parameter's sections, int64 [sections, 2]."""
         if name not in self._repacked_names:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._sums_before_repack:
-            raise SyncError(f"vLLM still uses its old {name}: it was not repacked in this sync", name, "memory")
+            raise SyncError(
+                f"vLLM still uses old weights for {name}, because {name} was not repacked in this sync", name, "memory"
+            )
         return self._sums_before_repack[name]
 
     def _hook_repack(self, prefix: str, module: nn.Module) -> None:
-        """Record the bit sums of a module's parameters just before vLLM repacks them."""
+        """Make vLLM compute the checksums of the module's parameters just before it repacks these parameters."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         has_head = isinstance(getattr(self.model, "lm_head", None), ParallelLMHead)
@@ -126,7 +134,7 @@ class VllmWeights:
         method.process_weights_after_loading = sum_and_repack
 
     def _tensors_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-        """Return the tensors that form each parameter of vLLM, in row order, by parameter name."""
+        """Return the student's tensors that form each parameter of vLLM, in row order, by parameter name."""
         fused = getattr(self.model, "packed_modules_mapping", {})
         tensors: dict[str, list[str]] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
@@ -138,8 +146,8 @@ class VllmWeights:
         known = {tensor for parts in tensors.values() for tensor in parts}
         if known != manifest.keys():
             raise RuntimeError(
-                f"a sync into vLLM's {type(self.model).__name__} cannot be verified, because these tensors have no"
-                f" parameter, or these parameters no tensor: {sorted(known ^ manifest.keys())[:4]}"
+                f"a sync into vLLM's {type(self.model).__name__} cannot be verified, because only the student or only"
+                f" vLLM has the following weights: {', '.join(sorted(known ^ manifest.keys())[:4])}"
             )
         return tensors
 
@@ -151,7 +159,7 @@ class VllmWeights:
         rows = len(module.get_parameter(leaf))
         if isinstance(module, VocabParallelEmbedding):  # padded with rows of zeros on the last rank
             return [Section(tensors[0], 0, rows, self._tp_rank * rows, 1)]
-        if isinstance(module, RowParallelLinear) and leaf == "weight":  # sharded by columns, whose bit sums add up
+        if isinstance(module, RowParallelLinear) and leaf == "weight":  # sharded by columns: the checksums add up
             assert module.input_size_per_partition * module.params_dtype.itemsize % WORD_BYTES == 0
             return [Section(tensors[0], 0, rows, 0, 1)]
         if not isinstance(module, ColumnParallelLinear):
@@ -165,5 +173,5 @@ class VllmWeights:
 
 
 def section_sums(parameter: Tensor, sections: list[Section]) -> Tensor:
-    """Return the bit sums of each section of ``parameter``, int64 [sections, 2]."""
+    """Return the checksums (``BitSums``) of each section of ``parameter``, int64 [sections, 2]."""
     return torch.stack([bit_sums(parameter[s.begin : s.end], s.first_row) for s in sections])

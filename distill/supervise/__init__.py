@@ -1,1 +1,1 @@
-"""Supervision of one rank: stop signals, peer-failure watchdog, exit status, logs."""
+"""Supervision of one rank: stop signals, detection of failed ranks, exit status and logs."""

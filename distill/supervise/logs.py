@@ -42,7 +42,7 @@ def log_to_file(file: Path) -> None:
 
 
 class _RankLog(logging.FileHandler):
-    """Handler of a rank's log file. After the first write error it logs one warning and removes itself."""
+    """Handler of a rank's log file, which logs one warning and removes itself after the first write error."""
 
     failed = False
 
@@ -59,5 +59,7 @@ class _RankLog(logging.FileHandler):
         logger = logging.getLogger("distill")
         logger.removeHandler(self)
         logger.warning(
-            "cannot write %s (%s): later records are missing in this file", self.baseFilename, error.strerror
+            "cannot write the log file %s (%s): later records are missing in this file",
+            self.baseFilename,
+            error.strerror,
         )

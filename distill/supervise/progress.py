@@ -14,7 +14,7 @@ class Progress:
     """Phase and progress counters of one rank. All ranks enter the same phases in the same order."""
 
     phase_changes: int = 0
-    """Number of phases entered or left since the start; a rank with a smaller number than others is behind."""
+    """Number of phases entered or left since the start; a rank with a smaller number than other ranks is behind."""
     phase: str = "starting"
     """Name of the current phase; ``outer: inner`` for a nested phase."""
     step: int = 0
@@ -22,7 +22,7 @@ class Progress:
     work_units: int = 0
     """Number of finished units of work (tokens, micro-batches, tensors) since the start."""
     timed: bool = True
-    """Whether the run fails if no rank makes progress for ``runtime.phase_timeout_s``."""
+    """Whether the run fails if no rank makes progress in this phase for ``runtime.phase_timeout_s``."""
 
 
 CURRENT = Progress()

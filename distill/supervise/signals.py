@@ -23,7 +23,7 @@ _listening: list[StopSignals] = []
 
 
 class StopSignals:
-    """Receiver of stop signals.
+    """Handler of the stop signals SIGTERM, SIGUSR1 and SIGINT of this process.
 
     ``on_first`` is called with the name of the first signal, ``on_later`` with the name of each later signal that is
     not a duplicate. Both run in a separate thread, because Python runs signal handlers only in the main thread, which
@@ -43,7 +43,7 @@ class StopSignals:
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def handle(self, number: int) -> None:
-        """Process one signal; called in the signal thread."""
+        """Process the signal ``number``; called in the signal thread."""
         name = signal.Signals(number).name
         if self._first_time is None:
             self._first_time = self._clock()
@@ -53,7 +53,7 @@ class StopSignals:
             self._on_later(name)
 
     def listen(self) -> None:
-        """Install the handlers and start the signal thread; call it in the main thread."""
+        """Install the signal handlers and start the signal thread; call it in the main thread."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._handlers_before = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
@@ -65,7 +65,7 @@ class StopSignals:
         _listening.append(self)
 
     def close(self) -> None:
-        """Restore the previous signal handlers and stop the thread."""
+        """Restore the previous signal handlers and stop the signal thread."""
         if self not in _listening:
             return
         _listening.remove(self)
@@ -88,13 +88,13 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """Ignore all further stop signals; call it in the main thread."""
+    """Ignore all further stop signals of this process; call it in the main thread."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _reset_in_forked_child() -> None:
-    """Restore the default handlers in a forked child, so that a signal ends it and is not sent to its parent."""
+    """Restore the default signal handlers in a forked child, so that a signal ends only the child."""
     if _listening:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -117,19 +117,19 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def record(self, step_s: float, save_s: float) -> None:
-        """Record the duration of a step without its save, and of the slowest save so far (0 before the first save)."""
+        """Record the seconds of a step without its save, and of the slowest save so far (0 before the first save)."""
         self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
     def is_near(self) -> bool:
-        """Return whether one more step and its save are expected to end after the limit."""
+        """Return whether one more step and its save are expected to end after the time limit."""
         if self._limit_s is None:
             return False
         return self._clock() - self._started + self._step_s + (self._save_s or self._step_s) > self._limit_s
 
 
 def seconds_of(text: str | None) -> float | None:
-    """Return the number of seconds of ``DD:HH:MM:SS``; None for None."""
+    """Return the number of seconds of a duration ``DD:HH:MM:SS``; None for None."""
     if text is None:
         return None
     days, hours, minutes, seconds = map(int, text.split(":"))

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 log = logging.getLogger(__name__)
 
 _STARTED, _CLOCK_MARGIN_S = time.time(), 60.0
-"""Start time of this process, and the maximum difference of clocks and start times between ranks, in seconds."""
+"""Start time of this process, and the maximum difference of start times and clocks between ranks; in seconds."""
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 STATUS_FILE = "status.json"
 _EXTRA_FILE = "DISTILL_STATUS_FILE"
@@ -22,7 +22,7 @@ _EXTRA_FILE = "DISTILL_STATUS_FILE"
 
 
 class ExitStatus(NamedTuple):
-    """State, reason and exit code with which a rank exits; for ``state`` see the README."""
+    """State, reason and exit code with which a rank exits; distributed/README.md describes the states."""
 
     state: State
     reason: str
@@ -52,7 +52,7 @@ class Status:
         self._start_step: int | None = None
         self._step = 0
         self.checkpoint_step: int | None = None
-        """Step of the newest complete checkpoint; None before the run has searched for one."""
+        """Step of the newest complete checkpoint (0 without one); None until the run has searched for checkpoints."""
         self._ended = False
         self._lock = threading.Lock()
         if is_main:
@@ -62,21 +62,21 @@ class Status:
                     self._write([path], _RUNNING)
 
     def begin(self, run_dir: Path, step: int) -> None:
-        """Write the status to ``run_dir`` too; the run starts or resumes after ``step`` finished steps."""
+        """Write status.json to ``run_dir`` too, for a run that starts or resumes after ``step`` finished steps."""
         self._start_step = self.checkpoint_step = step
         with self._lock:
             self._paths.append(run_dir / STATUS_FILE)
         self.set_step(step)
 
     def set_step(self, step: int) -> None:
-        """Record the number of finished steps."""
+        """Record the number of finished steps, and write it to status.json on the main rank."""
         self._step = step
         with self._lock:
             if self._is_main and not self._ended:
                 self._write(self._paths, _RUNNING)
 
     def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
-        """Record the exit status unless one was recorded before: later failures are consequences of the first.
+        """Record ``status`` unless an exit status was recorded before, which is the cause of later failures.
 
         ``alone``: this rank exits without the agreement of other ranks, so it writes even if it is not the main rank.
         """
@@ -103,7 +103,7 @@ class Status:
                 part.write_text(text, encoding="utf-8")
                 part.replace(path)
             except OSError as error:  # not raised: a full disk must not hide the exit reason from the log
-                log.warning("cannot write %s (%s)", path, error.strerror)
+                log.warning("cannot write the status file %s (%s)", path, error.strerror)
 
 
 def _has_ended(path: Path) -> bool:

@@ -10,7 +10,7 @@ from distill.supervise.signals import Deadline
 
 
 class StopRequested(Exception):
-    """Raised by all ranks together to stop after ``step`` finished steps; the run saves and exits with code 0."""
+    """Request to stop after ``step`` finished steps, raised by all ranks; the run saves and exits with code 0."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"stop after step {step}: {reason}")
@@ -19,20 +19,20 @@ class StopRequested(Exception):
 
 
 class StopRequest(NamedTuple):
-    """Stop request of one rank."""
+    """One rank's reasons to stop the run: a received signal, or the time limit."""
 
     signal: int = 0
     """Number of the received signal; 0 if no signal was received."""
     out_of_time: bool = False
-    """Whether one more step is expected to exceed the time limit."""
+    """Whether one more training step is expected to exceed the time limit."""
 
 
 class StopCheck:
-    """Check of the stop requests of all ranks.
+    """Collective check of whether any rank requests that the run stops early.
 
     ``received_signal`` returns the number of the signal that this rank received, or 0. ``gather`` returns the requests
-    of all ranks and is collective. ``time_limit``: setting of ``deadline`` as ``key=value``, for the reason of the
-    stop.
+    of all ranks and is collective. ``time_limit``: the configuration ``key=value`` that sets ``deadline``; it is
+    the logged reason if the run stops because of the time limit.
     """
 
     def __init__(

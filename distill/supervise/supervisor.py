@@ -1,4 +1,4 @@
-"""Supervision of one rank: stop signals, peer-failure watchdog, exit status."""
+"""Supervision of one rank: stop signals, watchdog that detects failed ranks, and exit status."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _LOADING_TIMEOUT_S = 1800.0
 class Supervisor:
     """Signals, watchdog and exit status of this rank; created by ``run_program`` and available as World.supervisor.
 
-    A signal before the training loop ends the run immediately, because no progress could be lost. A signal in the loop
-    is only recorded, and the loop stops after the current step.
+    A stop signal before the training loop ends the run immediately, because there is no progress to save. During the
+    training loop, the first signal is only recorded, and the loop stops after the current step.
     """
 
     def __init__(self, is_main: bool) -> None:
@@ -39,7 +39,7 @@ class Supervisor:
         self.started = time.monotonic()
         """Start time of the program, by time.monotonic."""
         self.stop_reason: str | None = None
-        """Reason why the loop stopped before its last step; None if it did not stop early."""
+        """Reason why the training loop stopped before the last step; None if it did not stop early."""
         self._log_file: Path | None = None
         self._in_loop = False
         self._exit_status: ExitStatus | None = None
@@ -56,7 +56,7 @@ class Supervisor:
         self._signals.listen()
 
     def log_to(self, run_dir: Path, rank: int) -> None:
-        """Write this rank's log, and its stacks if the run fails, to ``run_dir/logs/rank_NNNNN.log``."""
+        """Write this rank's log, and the stacks of its threads if the run fails, to its file in ``run_dir/logs``."""
         self._log_file = run_dir / "logs" / f"rank_{rank:05d}.log"
         log_to_file(self._log_file)
 
@@ -77,25 +77,25 @@ class Supervisor:
 
     @property
     def has_watchdog(self) -> bool:
-        """Return whether the watchdog runs, so that other ranks receive this rank's exit status."""
+        """Return whether the watchdog was started, through which other ranks receive this rank's exit status."""
         return self._watchdog is not None
 
     def allow_loading(self, phase_timeout_s: float) -> None:
-        """Set the phase timeout during loading: ``phase_timeout_s``, but at least 30 minutes."""
+        """Set the phase timeout while data and models are loaded: ``phase_timeout_s``, but at least 30 minutes."""
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
 
     def begin_loop(self, phase_timeout_s: float) -> None:
-        """Begin the training loop: signals stop the run after the current step, and phases have this timeout."""
+        """Begin the training loop: set the phase timeout, and let signals stop the run after the current step."""
         self._in_loop = True
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = phase_timeout_s
 
     def wait_grace_period(self) -> None:
-        """Wait, so that the watchdog can detect a failure of another rank that caused this rank's error.
+        """Wait 8 s, so that the watchdog can detect a failed rank that caused this rank's error.
 
-        If it detects one, the watchdog ends the process with that failure as the reason, and this method does not
-        return.
+        If the watchdog detects a failed rank, it ends the process with that failure as the reason, and this method does
+        not return.
         """
         if self._watchdog is not None:
             time.sleep(_GRACE_PERIOD_S)
@@ -106,7 +106,7 @@ class Supervisor:
         self.status.set_exit_status(status, alone)
 
     def abort(self, status: ExitStatus, report: Callable[[str], None] = lambda reason: None) -> NoReturn:
-        """End this rank after an error that only this rank has; the watchdogs of other ranks then end their ranks.
+        """End this rank because of an error that only this rank has; watchdogs then end the other ranks.
 
         ``report`` is called with the reason. If another rank failed first, ``report`` is not called, and this rank
         exits with the status of that rank.
@@ -122,7 +122,7 @@ class Supervisor:
         exit_process(status.exit_code)
 
     def stop_watchdog(self) -> None:
-        """Stop the watchdog, so that ranks can exit in any order."""
+        """Stop this rank's watchdog, so that it does not report ranks that exit earlier."""
         if self._watchdog is not None:
             self._watchdog.stop()
 
@@ -137,17 +137,19 @@ class Supervisor:
         if not self._in_loop:
             # The launcher may send this signal because a rank died, which the watchdog has not detected yet.
             cause = None if self._watchdog is None else self._watchdog.dead_neighbour()
-            self._announce_and_exit(cause or ExitStatus("stopped", f"{name} before the first step", 0))
+            self._announce_and_exit(
+                cause or ExitStatus("stopped", f"{name} was received before the first training step", 0)
+            )
         log.warning(
-            "received %s: the run saves a checkpoint and stops after this step; a second signal after 5 s stops it"
-            " immediately",
+            "received %s: the run saves a checkpoint and stops after this step; another signal more than"
+            " 5 s later stops it immediately",
             name,
         )
 
     def _later_signal(self, name: str) -> None:
         if self._exit_status is not None:
             self._announce_and_exit(self._exit_status)
-        reason = f"second signal {name}: stopped immediately, without saving the unfinished step"
+        reason = f"second stop signal {name}: the run stopped immediately and did not save the unfinished step"
         self._announce_and_exit(ExitStatus("stopped", reason, 128 + self.stop_signal))
 
     def _announce_and_exit(self, status: ExitStatus) -> NoReturn:

@@ -32,7 +32,7 @@ SILENT_POLLS = 20
 of seconds, so that a suspended job or an overloaded machine does not count as dead."""
 _SILENCE = f"{SILENT_POLLS * POLL_S:g} s"
 _STORE_TIMEOUT_S = 8.0
-"""Seconds to wait for a reply of the store; torch's own calls may block forever."""
+"""Seconds to wait for a reply of the rendezvous store; calls of torch without this limit may block forever."""
 _NO_STATUS = "-"
 _STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
 T = TypeVar("T")
@@ -40,17 +40,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Message that each rank sends to other ranks in every poll."""
+    """Message that each rank sends through the rendezvous store in every poll of its watchdog."""
 
     count: int
     """Number of heartbeats sent by this rank."""
     progress: Progress
     in_collective: bool
-    """Whether the rank's main thread waits for other ranks."""
+    """Whether the rank's main thread is in a collective, where it waits for other ranks."""
 
     @classmethod
     def parse(cls, text: bytes) -> Heartbeat:
-        """Return the heartbeat in a message that ``text`` returned."""
+        """Return the heartbeat in ``text``, the JSON that the method ``text()`` returned on another rank."""
         count, progress, waiting = json.loads(text)
         return cls(count, Progress(**progress), waiting)
 
@@ -62,7 +62,8 @@ class Heartbeat:
 class FailureDetector:
     """Detection of dead ranks and phases without progress, from the heartbeats of all ranks; used on rank 0.
 
-    ``timeout_s``: maximum seconds in a phase without progress on any rank. Time is counted in polls.
+    ``timeout_s``: maximum seconds in a phase without progress on any rank. Time is measured as a number of polls, each
+    POLL_S seconds.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -108,7 +109,7 @@ class FailureDetector:
 
 
 def rank_names(ranks: Sequence[int]) -> str:
-    """Return the ranks as text, ``rank 3`` or ``ranks 3, 5``, with at most 20 numbers."""
+    """Return ``ranks`` as text, ``rank 3`` or ``ranks 3, 5``, with at most 20 numbers."""
     text = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
@@ -137,7 +138,7 @@ def _in_thread(call: Callable[[], T]) -> Future[T]:
 
 
 class Watchdog:
-    """Watchdog thread of this rank. All ranks create one and call ``start`` at the same point.
+    """Watchdog thread of this rank. All ranks create a watchdog and call ``start`` at the same point.
 
     ``store``: the rendezvous store. ``end_process``: ends the process with a status; called in the watchdog's thread.
     ``launcher_error``: returns an error message if the launcher has ended, else None. ``holds_store``: whether this
@@ -185,13 +186,13 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread; from now on ranks may exit in any order."""
+        """Stop the watchdog thread, so that ranks that exit from now on are not reported as failed."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(_STORE_TIMEOUT_S + POLL_S)
 
     def announce(self, status: ExitStatus) -> tuple[ExitStatus, bool]:
-        """Announce the exit status of the run to all ranks.
+        """Announce ``status`` to all ranks as the exit status of the run.
 
         Returns the status that was announced first, with which all ranks exit, and whether this rank announced it.
         """
@@ -242,7 +243,7 @@ class Watchdog:
         return None if found is None else self.announce(found)[0]
 
     def _exchange(self) -> list[bytes]:
-        """Send a heartbeat and return the replies of ``_send_and_read``.
+        """Run ``_send_and_read`` in another thread and return its result.
 
         Raises TimeoutError if the store does not reply in time; the next call then waits for the same reply.
         """
@@ -284,13 +285,13 @@ def _store_failure(error: Exception) -> ExitStatus:
 
 
 class _Process(NamedTuple):
-    """Identity of a rank's process, with which ranks on the same host detect its end."""
+    """Identity of a rank's process, with which ranks on the same host detect that it ended."""
 
     host: str
     """Host name and PID namespace; process ids are comparable only if both are equal."""
     pid: int
     start_ticks: str
-    """Start time of the process in ticks of the kernel; empty if unknown."""
+    """Start time of the process in clock ticks after the boot; empty if unknown."""
 
     @classmethod
     def current(cls) -> _Process:
@@ -307,7 +308,7 @@ class _Process(NamedTuple):
 
 
 def _start_ticks(pid: int) -> str | None:
-    """Return the start time of process ``pid`` in the kernel's ticks; None if it has exited or is a zombie."""
+    """Return the start time of process ``pid`` in clock ticks; None if it has exited or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

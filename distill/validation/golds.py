@@ -12,15 +12,15 @@ from distill.validation.held_out import HeldOut
 log = logging.getLogger(__name__)
 
 _SAMPLE = 50
-"""Number of gold answers checked per dataset, evenly spaced."""
+"""Maximum number of gold answers checked per dataset; the checked answers are evenly spaced."""
 _SECONDS = 2.0
-"""Time limit for grading one gold answer."""
+"""Time limit for grading one gold answer, in seconds."""
 _NUMBER = re.compile(r"[-+]?\\?\$?[\d.,]+\\?%?")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MAX_WORDS = 8
-"""Maximum number of words of a usable mathematical gold answer; a longer text is a solution or an explanation."""
+"""Maximum number of words of a usable mathematical gold answer. A longer text is usually a solution."""
 _MARKS = (("####", "####"), ("\\boxed{", r"\\boxed\{(.*)\}"), ("answer is", "answer is"), ("Answer:", "Answer:"))
-"""Text before the final answer in a solution -> value of output_pattern that extracts the answer."""
+"""Pairs: text before the final answer in a solution, and an output_pattern that extracts this answer."""
 
 
 def warn_of_unusable_golds(held_out: HeldOut) -> None:
@@ -39,14 +39,14 @@ def warn_of_unusable_golds(held_out: HeldOut) -> None:
             unusable = [gold for gold in sample if not _is_usable(gold, grader, grade)]
             if 2 * len(unusable) > len(sample):
                 log.warning(
-                    "data.validation: %d of %d gold answers of %s look unusable for env_name=%s (for example %r), so"
-                    " correct responses may count as wrong: %s",
+                    "data.validation: %d of %d checked gold answers of %s look unusable for env_name=%s (for example"
+                    " %r), so correct responses may count as wrong: %s",
                     *(len(unusable), len(sample), name, grader, _shortened(unusable[0]), _fix(unusable)),
                 )
 
 
 def _is_usable(gold: str, grader: str, grade: Grader) -> bool:
-    """Return whether a response with the final answer ``gold`` would count as right."""
+    """Return whether the grader would grade a response with the final answer ``gold`` as right."""
     if grader in ("regex", "choice"):  # each gold answer is checked when it is loaded
         return True
     if "\n" in gold.strip():
@@ -64,7 +64,7 @@ def _fix(unusable: Sequence[str]) -> str:
     for mark, pattern in _MARKS:
         if 2 * sum(mark in gold for gold in unusable) > len(unusable):
             return f"set data.validation.output_pattern='{pattern}', which extracts the text after {mark}"
-    return "name the column of the final answers in data.validation.output_key, or extract them with output_pattern"
+    return "set data.validation.output_key to the column of the final answers, or set output_pattern to extract them"
 
 
 def _shortened(gold: str) -> str:

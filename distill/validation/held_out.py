@@ -1,4 +1,4 @@
-"""Load the held-out problems and select the grader of each."""
+"""Load the held-out problems of validation, and select the grader of each problem."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ _KEY = "data.validation"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The prompts of validation, identical on every rank."""
+    """The held-out prompts of validation, with their graders and dataset names; equal on every rank."""
 
     prompts: tuple[Prompt, ...] = ()
     graders: Mapping[int, str] | None = None
-    """Name of the grader by prompt id; without an entry for prompts that are not graded."""
+    """Name of the grader by prompt id; responses to prompts without a name are not graded."""
     names: Mapping[int, str] | None = None
-    """Name of the prompt's dataset in metrics, by prompt id."""
+    """Name of the prompt's dataset in metric names, by prompt id."""
 
     def content(self, trace_column: str | None) -> ContentHashes:
-        """Return hashes of the inputs that validation metrics depend on; empty without prompts."""
+        """Return hashes of problems, gold answers, traces and token ids by name; empty without prompts.
+
+        ``trace_column``: dataset column with the traces; None: traces are not hashed.
+        """
         if not self.prompts:
             return {}
         problems = [prompt.problem for prompt in self.prompts]
@@ -48,11 +51,11 @@ class HeldOut:
         }
 
     def grader(self, prompt: Prompt) -> str | None:
-        """Return the name of the grader for ``prompt``; None if its responses are not graded."""
+        """Return the name of the grader for responses to ``prompt``; None if these are not graded."""
         return (self.graders or {}).get(prompt.prompt_id)
 
     def name(self, prompt: Prompt) -> str:
-        """Return the name of the prompt's dataset, as used in metrics."""
+        """Return the name of the prompt's dataset, as used in metric names."""
         return (self.names or {})[prompt.prompt_id]
 
 
@@ -68,9 +71,10 @@ def load_held_out(
     """Load at most ``at_most`` held-out prompts (None: all).
 
     Prompts of more than ``max_tokens`` tokens are skipped. The remaining prompts are taken from the datasets in turn,
-    so that ``at_most`` keeps prompts of every dataset. A problem without the ``trace_column`` is kept, but its
-    responses are not compared with the teacher. ``think_tags``: opening and closing tag. Raises UserError for unusable
-    data.
+    so that ``at_most`` keeps prompts of every dataset. ``trace_column``: dataset column with the trace for the
+    teacher's context; None: no column is needed. A problem without this column is kept, but responses to it are not
+    compared with the teacher. ``think_tags``: opening and closing tag of a think block. ``template_kwargs``: arguments
+    of the chat template. Raises UserError for unusable data.
     """
     each: list[list[Prompt]] = []
     graders: dict[int, str] = {}
@@ -87,8 +91,8 @@ def load_held_out(
         lacking = sum(trace_column is not None and trace_column not in prompt.problem.columns for prompt in prompts)
         if lacking:
             log.warning(
-                "%s: %d of %d problems have no column %s, which the teacher's template needs: their responses are not"
-                " compared with the teacher and do not count in in_context_accuracy",
+                "%s: %d of %d problems have no column %s with a trace for the teacher's context, so responses to these"
+                " problems are not compared with the teacher and do not count in the metric in_context_accuracy",
                 *(key, lacking, len(prompts), trace_column),
             )
     in_turn = (prompts[i] for i in range(max(map(len, each))) for prompts in each if i < len(prompts))
@@ -99,18 +103,23 @@ def load_held_out(
 
 
 def _graders(name: str, prompts: Sequence[Prompt], key: str) -> dict[int, str]:
-    """Return the grader of each prompt with a gold answer. Raises UserError if no prompt has one."""
+    """Return the grader ``name`` by prompt id, for all prompts with a gold answer.
+
+    Raises UserError if no prompt has a gold answer, or if the grader cannot use a gold answer.
+    """
     gradable = [prompt for prompt in prompts if prompt.problem.answer]
     if not gradable:
         raise UserError(
             f"{key}.env_name={name} requires gold answers, but {prompts[0].problem.source} has none",
-            f"name the column of the gold answers in {key}.output_key, or set {key}.env_name=null",
+            f"set {key}.output_key to the column of the gold answers, or set {key}.env_name=null",
             key=f"{key}.env_name",
             value=name,
         )
     if len(gradable) < len(prompts):
         missing = len(prompts) - len(gradable)
-        log.warning("%s: %d of %d problems have no gold answer and are not graded", key, missing, len(prompts))
+        log.warning(
+            "%s: %d of %d problems have no gold answer, so responses to them are not graded", key, missing, len(prompts)
+        )
     for prompt in gradable:
         check_gold(name, prompt.problem.answer, key)
     return {prompt.prompt_id: name for prompt in gradable}

@@ -1,4 +1,4 @@
-"""Compute metrics, JSON lines and log texts of graded responses to held-out problems."""
+"""Compute validation metrics from graded responses, and format the responses as JSON and as text."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Sample:
-    """One response to a held-out problem."""
+    """One response to a held-out problem, with grade and KL divergences."""
 
     rollout: Rollout
     source: str
-    """Name of the dataset in metrics."""
+    """Name of the problem's dataset in metric names."""
     verdict: Verdict | None = None
-    """Result of the grader; None if the response is not graded."""
+    """Grade: "right", "wrong" or "failed" (could not be graded); None if the response is not graded."""
     forward_kl_R: Tensor | None = None
     """float32 [R]: KL(teacher || student) in nats at each token of the response; None if not measured."""
     reverse_kl_R: Tensor | None = None
     """float32 [R]: KL(student || teacher) in nats at each token of the response; None if not measured."""
     read_ids: tuple[int, ...] | None = None
-    """Token ids that precede the response, if they differ from the student's prompt; else None."""
+    """Token ids of the prompt that the response was generated from; None: the student's usual prompt."""
 
 
 def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
@@ -59,18 +59,19 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics of a set of responses by name; metrics that were not measured are missing.
+    """Return the metrics of a set of responses by name, without metrics that were not measured.
 
     - ``accuracy``: fraction of right responses among graded responses (avg@n for n responses per problem);
       ``judge_failures``: number of responses that could not be graded, which count as wrong.
-    - ``accuracy_stderr``: standard error of the accuracy with the problems as the sample, because responses to one
-      problem (also one that a dataset repeats) are not independent. For m responses to P problems it is
-      sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. With the same number of responses per problem
-      this is the standard deviation of the problems' mean accuracies, divided by sqrt(P).
+    - ``accuracy_stderr``: standard error of the accuracy, clustered by problem, because responses to the same problem
+      (also if a dataset repeats the problem) are not independent. For m graded responses to P problems it is
+      sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m, with the numbers right_p and responses_p of
+      right and of all responses to problem p. With the same number of responses per problem this is the standard
+      deviation of the problems' mean accuracies, divided by sqrt(P).
     - ``avg_length``: mean number of tokens of a response; ``truncation_rate``: fraction of truncated responses;
       ``num_answers``: number of responses; ``num_problems``: number of different problems.
-    - ``forward_kl``, ``reverse_kl``: mean in nats over all tokens of the ``num_compared`` responses that were compared
-      with the teacher.
+    - ``forward_kl``, ``reverse_kl``: mean of KL(teacher || student) and of KL(student || teacher), in nats, over all
+      tokens of the ``num_compared`` responses that were compared with the teacher.
     """
     if not samples:
         return {}
@@ -117,9 +118,10 @@ def _accuracy(graded: Sequence[Sample]) -> dict[str, float]:
 
 
 def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
-    """Return ``scores`` of all samples as ``validation/NAME``, and of each dataset as ``validation/DATASET/NAME``.
+    """Return the metrics of all samples and of each dataset, by logged name.
 
-    ``prefix`` is prepended to each NAME.
+    The names are ``validation/NAME`` and ``validation/DATASET/NAME``, with NAME from ``scores``. ``prefix`` is
+    prepended to each NAME.
     """
     values = {f"validation/{prefix}{name}": value for name, value in scores(samples).items()}
     for source in dict.fromkeys(s.source for s in samples):
@@ -129,13 +131,13 @@ def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
 
 
 def response_text(rollout: Rollout, decode: Decode) -> str:
-    """Return the response as text without its stop token; other special tokens, such as think tags, are kept."""
+    """Return the response as text without the stop token, but with other special tokens (think tags)."""
     ids = rollout.response_ids
     return decode(ids[:-1] if rollout.finish == "stop" else ids)
 
 
 def jsonl_line(sample: Sample, decode: Decode) -> str:
-    """Return the sample as a JSON object: prompt, response, gold answer, verdict, source, finish, KL of each token."""
+    """Return a JSON object with the sample's prompt, response, gold answer, verdict and KL at each token."""
     rollout = sample.rollout
     row: dict[str, Any] = {
         "prompt_id": rollout.prompt.prompt_id,

@@ -1,4 +1,4 @@
-"""Measure the KL between student and teacher at each token of given responses."""
+"""Measure the KL divergences between student and teacher at each token of given responses."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def token_kls(
     seed: int,
     step: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return KL(teacher || student) and KL(student || teacher) of each rollout: float32 [R] in nats, on the host.
+    """Return KL(teacher || student) and KL(student || teacher) of each rollout at its R response tokens.
 
-    Collective: every rank passes the same rollouts. The KLs are computed as in the loss, with each rollout's
-    ``teacher_prefix_ids``. To save memory, targets are computed separately for each micro-batch.
+    Both are float32 [R] in nats, in host memory. Collective: every rank passes the same rollouts. The KL divergences
+    are computed as in the loss, with each rollout's ``teacher_prefix_ids`` as the teacher's context. To save memory,
+    the teacher runs on one micro-batch after the other. ``packing``, ``seed``, ``step``: see ``plan``.
     """
     if not rollouts:
         return []
@@ -52,17 +53,17 @@ class _TokenIndex:
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the index into the M tokens of each row with a weight other than 0: int64 [N]."""
+        """Return the index into the M tokens for each row of the loss with a weight other than 0: int64 [N]."""
         counted_N = micro_batch.weight_N != 0
         rollout_N = micro_batch.rollout_N[counted_N]
         position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]
         return self._starts_B[rollout_N] + position_N - (self._prompts_B[rollout_N] - 1)
 
     def by_rollout(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Return both KLs [R] of each rollout, from pairs of indices [N] and KLs [2, N]."""
+        """Return forward and reverse KL [R] of each rollout, from pairs of indices [N] and KL values [2, N]."""
         both_2M = torch.full((2, sum(self._lengths)), torch.nan)
         for index_N, both_2N in found:
             both_2M[:, index_N] = both_2N
-        assert not both_2M.isnan().any(), f"{int(both_2M[0].isnan().sum())} tokens were not compared"
+        assert not both_2M.isnan().any(), f"{int(both_2M[0].isnan().sum())} response tokens have no KL"
         forward, reverse = (row_M.split(self._lengths) for row_M in both_2M)
         return list(zip(forward, reverse, strict=True))

@@ -278,7 +278,7 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", CONTEXT_40GB)
 def test_a_context_recipe_for_40_gb_gpus_does_not_fit_20_gb(name: str) -> None:
-    with pytest.raises(UserError, match=r"cluster\.gpu_memory_gb=20 leaves 19\.6 GiB"):
+    with pytest.raises(UserError, match=r"cluster\.gpu_memory_gb=20 provides 19\.6 GiB"):
         list(dry_run(load(name, "cluster.gpu_memory_gb=20", "policy.generation.vllm_cfg.gpu_memory_utilization=0.95")))
 
 

@@ -31,6 +31,9 @@ KEY = "distillation.context_distillation.teacher_prefix_template"
         ("\\frac{\\sqrt{2}}{3} \\text{{cm}} {problem}", "\\frac{\\sqrt{2}}{3} \\text{cm} 1+1?"),
         ('{{"a": {{"b": "{problem}"}}}}', '{"a": {"b": "1+1?"}}'),
         ("{problem} }} {{", "1+1? }} {{"),
+        ("{problem} {{{{problem}}}} {{{{x}}}}", "1+1? {{problem}} {{x}}"),
+        ("{{{{{problem}}}}} {{{{{{x}}}}}}", "{{1+1?}} {{{x}}}"),
+        ("{problem} {{{{a}} {{b}}}}", "1+1? {{a} {b}}"),
     ],
 )
 def test_braces_around_anything_but_a_word_are_literal_and_doubled_braces_become_single(
@@ -50,6 +53,7 @@ def test_braces_around_anything_but_a_word_are_literal_and_doubled_braces_become
         ("{problem} {trace!r}", "{trace!r}", 1),
         ("{problem}\n\n{trace:>9}", "{trace:>9}", 3),
         ("{problem} \\text{answer}", "{answer}", 1),
+        ("{problem} {{{x}}}", "{x}", 1),
     ],
 )
 def test_an_unknown_word_in_braces_is_refused_with_its_line(template: str, word: str, line: int) -> None:
@@ -88,7 +92,7 @@ def test_balanced_templates_of_str_format_have_the_same_result(text: str) -> Non
     values = {"problem": "p{trace}", "trace": "t}{"}
     literal = "".join(piece for piece, *_ in string.Formatter().parse(text))
     depth = [literal[:end].count("{") - literal[:end].count("}") for end in range(len(literal) + 1)]
-    if min(depth) == depth[-1] == 0 and "{{{{" not in text:
+    if min(depth) == depth[-1] == 0:
         assert Template(text, ("problem", "trace"), KEY).fill(values) == text.format(**values)
 
 

@@ -431,4 +431,4 @@ def test_ranks_with_different_prompts_or_data_exit_with_code_2(dated: Path) -> N
     first, second = run_ranks(2, _differing_mains, [free_port(), free_port()], line, by_rank)
     assert [code for code, _, _ in first + second] == [2] * 4, first
     for part, (_, _, output) in zip(("tokens", "problems"), first, strict=True):
-        assert re.search(f"error: data.train: rank 1 on .* different {part} .*than rank 0 ", output), output
+        assert re.search(f"error: data.train: rank 1 on .* than rank 0 .*different {part}", output), output

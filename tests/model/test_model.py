@@ -407,7 +407,7 @@ _COMPLETE_MLP: dict[str, str | None] = {f"layers.*.mlp.{name}_proj": None for na
         (
             _own_plan({"layers.*.input_layernorm": "replicated_with_grad_allreduce"}),
             "layers.*.input_layernorm",
-            "remove layers.*.input_layernorm",
+            "entry layers.*.input_layernorm",
         ),
     ],
 )

@@ -202,7 +202,7 @@ def test_a_tensor_that_only_the_index_has_gives_a_warning_unless_the_model_needs
 ) -> None:
     _in_two_files(folder, **{"mtp.weight": FIRST})
     assert (_logits(folder) - _logits_of_transformers(folder)).abs().max() < 1e-4
-    assert "1 tensors" in caplog.text and "mtp.weight" in caplog.text
+    assert "1 tensor " in caplog.text and "mtp.weight" in caplog.text
     kept = {name: tensor for name, tensor in load_file(folder / FIRST).items() if name != UP}
     save_file(kept, folder / FIRST)
     if UP in load_file(folder / SECOND):
@@ -216,7 +216,7 @@ def test_a_stale_index_next_to_a_complete_single_file_is_ignored(
     index = {"metadata": {}, "weight_map": {UP: FIRST}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert (_logits(folder) - _logits_of_transformers(folder)).abs().max() < 1e-4
-    assert "stale model.safetensors.index.json" in caplog.text
+    assert "outdated model.safetensors.index.json" in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(384,), (), (384, 64, 1), (384, 0)])
