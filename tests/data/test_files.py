@@ -257,7 +257,7 @@ BAD = {
     "bytes.json": (b'[{"question": "a\xff", "answer": 1}]', "data_path", "entry 0, line 1 ("),
     "deep.json": (b"[" * 100_000, "data_path", "entry 0, line 1"),
     "deeper.json": (b'[{"a": ' + b"[" * 100_000, "data_path", "line 1 (maximum recursion"),
-    "half.json": (b'[{"question": "\\ud800", "answer": 1}]', "", "entry 0 ('utf-8'"),
+    "half.json": (b'[{"question": "\\ud800", "answer": 1}]', "", "in entry 0"),
     "entry.json": (b'[{"question": "a", "answer": 1}, {"answer": 1}]', "input_key", "entry 1 of"),
     "gold.jsonl": (b'{"question": "a", "answer": [1]}', "output_key", "type list in line 1 of"),
     "zip.parquet.gz": (gzip.compress(b"no parquet"), "data_path", "Parquet"),
@@ -325,6 +325,6 @@ def test_gold_answers_without_a_match_are_counted_and_the_first_is_named(
     with caplog.at_level(logging.WARNING):
         assert [gold for _, gold in read(path, output_pattern="####")] == ["1", "", "", "", "2"]
     assert "2 of 5 problems" in caplog.text and f"line 3 of {path}" in caplog.text
-    for pattern, fragment in (("xyz", f"line 1 of {path}"), ("(", "(missing )"), ("(a)(b)", "2 groups")):
+    for pattern, fragment in (("xyz", f"line 1 of {path}"), ("(", "(missing )"), ("(a)(b)", "2 capturing")):
         error = refusal(path, output_pattern=pattern)
         assert (error.key, error.value) == ("data.train.output_pattern", pattern) and fragment in str(error)

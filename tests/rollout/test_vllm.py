@@ -495,7 +495,7 @@ def _refused_key(folder: Path, *overrides: str, ranks: int = 2) -> str:
         error = _refusal(folder, *overrides, ranks=ranks)
     if error is None:
         return ""
-    assert error.fix and f"{error.key}={error.value}" in str(error)
+    assert error.fix and error.problem.startswith(f"{error.key}={show(error.value)}")
     return error.key
 
 
