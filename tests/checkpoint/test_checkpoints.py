@@ -279,7 +279,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "missing shard": ("shards/__0_0.distcp", Path.unlink, "No such file"),
     "changed bit of the metadata": ("shards/.metadata", _flip, "sha256"),
     "truncated info": ("training_info.json", _truncate, "JSONDecodeError"),
-    "changed bit of the info": ("training_info.json", _flip, "sha256"),
+    "changed bit of the info": ("training_info.json", _flip, "training_info.json"),  # as JSON or as sha256
     "changed step in the info": ("training_info.json", _edit, "sha256"),
     "empty info": ("training_info.json", lambda file: file.write_text(""), "JSONDecodeError"),
     "missing info": ("training_info.json", Path.unlink, "missing"),
