@@ -133,9 +133,9 @@ class View:
     """Input of one model for a packed micro-batch: B sequences concatenated without padding.
 
     S is the total length of the sequences. If sequences share a prefix that is computed once, T is smaller than S and
-    ``shared`` maps the positions; otherwise T is S. With ``shards`` several ranks compute the micro-batch
-    together: ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but ``bounds`` and
-    ``shared`` describe the complete micro-batch.
+    ``shared`` maps the positions; otherwise T is S. With ``shards`` several ranks compute the micro-batch together:
+    ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but ``bounds`` and ``shared``
+    describe the complete micro-batch.
     """
 
     tokens_T: Tensor

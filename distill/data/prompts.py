@@ -356,7 +356,7 @@ class PromptOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of full batches in one epoch."""
+        """Return the number of full batches in one epoch, which is the number of steps per epoch."""
         return len(self.prompts) // self.num_prompts_per_step
 
     def steps(self, max_num_steps: int, max_num_epochs: int) -> int:

@@ -144,7 +144,7 @@ class Problems(Sequence[Problem]):
 
     @classmethod
     def joined(cls, parts: Sequence[Problems]) -> Problems:
-        """Return the concatenation of ``parts``."""
+        """Return the problems of all ``parts``, one part after the other."""
         if len(parts) == 1:
             return parts[0]
         rows, start = array("q"), 0
@@ -173,7 +173,7 @@ class Problems(Sequence[Problem]):
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     def select(self, positions: Sequence[int]) -> Problems:
-        """Return the problems at ``positions``, in the order of ``positions``."""
+        """Return the problems at the indices ``positions`` of this sequence, in the order of ``positions``."""
         return Problems(self._tables, array("q", (self._rows[i] for i in positions)))
 
     def repeated(self, times: int) -> Problems:

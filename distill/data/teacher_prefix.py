@@ -303,7 +303,7 @@ class ContextPrefixes:
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
         """Return the prefix, truncated by overflow_policy if it is too long for the teacher's window.
 
-        Returns None if the prefix is too long even without the trace.
+        Returns None if the prefix is too long even with the shortest allowed trace.
         """
         budget = self._max_tokens - sample.length
         if len(prefix) <= budget:

@@ -113,7 +113,7 @@ def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | Non
 
 
 def _declared(folder: Path, setting: ModelSetting) -> tuple[str, Any] | None:
-    """Return the place and the settings of the declared quantization; None if none is declared.
+    """Return the place and the settings of the declared quantization; None without a declaration.
 
     The place is a file name or a key of config.json, for messages. vLLM and transformers read the same places.
     """

@@ -24,14 +24,18 @@ class GenerationCancelled(Exception):
     """Generation was cancelled by a stop request."""
 
 
+FoundIn = Literal["names", "transfer", "memory", "repacking"]
+"""Check of a sync that failed: names and shapes of the sent tensors, checksums of the received tensors, checksums of
+the weights in the engine's memory, or the repacking of these weights."""
+
+
 class SyncError(RuntimeError):
     """Error of a sync: the engine's weights differ from the student's.
 
-    ``tensor``: Hugging Face name of the first wrong tensor. ``found_in``: the check that failed: "transfer" compares
-    the tensors on arrival in the engine, and "memory" the weights in the engine's memory.
+    ``tensor``: Hugging Face name of the first wrong tensor. ``found_in``: the check that failed.
     """
 
-    def __init__(self, reason: str, tensor: str = "", found_in: Literal["transfer", "memory"] = "transfer") -> None:
+    def __init__(self, reason: str, tensor: str = "", found_in: FoundIn = "names") -> None:
         super().__init__(reason)
         self.tensor = tensor
         self.found_in = found_in
@@ -244,7 +248,7 @@ class EngineBase(ABC):
             arrived = BitSums(*bit_sums(tensor).tolist())
             if arrived != sent:
                 raise SyncError(
-                    f"{name} changed during the sync: its checksums were {sent} and are now {arrived}", name
+                    f"{name} changed during the sync: its checksums were {sent} and are now {arrived}", name, "transfer"
                 )
             sums[name] = sent
             sizes[name] = tensor.numel() * tensor.element_size()

@@ -107,7 +107,9 @@ class VllmWeights:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._sums_before_repack:
             raise SyncError(
-                f"vLLM still uses old weights for {name}, because {name} was not repacked in this sync", name, "memory"
+                f"vLLM still uses old weights for {name}, because {name} was not repacked in this sync",
+                name,
+                "repacking",
             )
         return self._sums_before_repack[name]
 
