@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from distill.batching.plan import plan
-from distill.config import Arguments, parse_args
-from distill.distributed.program import exit_process, refuse, run_program, start_process
-from distill.errors import CollectiveUserError, RunFailed, UserError
+from distill.config import PRINT_FLAGS, parse_args
+from distill.distributed.program import exit_process, run_program, run_without_world, start_process
+from distill.errors import CollectiveUserError, RunFailed
 from distill.supervise.stop import StopRequested
 
 if TYPE_CHECKING:
@@ -71,22 +71,19 @@ def train(run: Run) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command-line program; return the exit code: 0, 1 if the run failed, 2 for a user error."""
+    argv = sys.argv[1:] if argv is None else argv
     start_process()
-    try:
-        arguments = parse_args(sys.argv[1:] if argv is None else argv)
-        if arguments.dry_run:
-            print_dry_run(arguments)
-            return 0
-    except UserError as error:
-        return refuse(error)
-    return run_program(partial(train_from, arguments))
+    if PRINT_FLAGS.intersection(argv):  # --help or --dry-run
+        return run_without_world(partial(print_dry_run, argv))
+    return run_program(partial(train_from, argv))
 
 
-def print_dry_run(arguments: Arguments) -> None:
-    """Print the resolved recipe and the memory forecast, without starting a run.
+def print_dry_run(argv: Sequence[str]) -> None:
+    """Print the resolved recipe and the memory forecast, or the help for ``--help``, without starting a run.
 
-    Raises UserError if the models do not support the recipe's parallel layout.
+    Raises UserError if the recipe is invalid, or if the models do not support its parallel layout.
     """
+    arguments = parse_args(argv)
     print(arguments.resolved)
     from distill.memory.forecast import dry_run  # a slow import: print the recipe first
 
@@ -94,10 +91,12 @@ def print_dry_run(arguments: Arguments) -> None:
         print(part)
 
 
-def train_from(arguments: Arguments, world: World) -> None:
+def train_from(argv: Sequence[str], world: World) -> None:
     """Build the run from the command-line arguments and train; collective."""
     from distill.build import build_run
 
+    with world.all_or_none("reading the recipe"):
+        arguments = parse_args(argv)
     run = build_run(arguments, world)
     # From now on, a stop signal ends the run after the current step.
     world.supervisor.begin_loop(arguments.config.runtime.phase_timeout_s)

@@ -21,6 +21,9 @@ from distill.distributed.program import exit_process
 from distill.supervise.progress import CURRENT
 from distill.train import main
 
+FAULT_TIME = "FAULT_TIME_FILE"
+"""Variable with the path of a file, to which the time of the fault is written, in seconds since the epoch."""
+
 MOMENTS = {
     "loading": "distill.model.hf_load:load_weights",
     "sync": "distill.model.weights:GatheredWeights._finish",
@@ -128,6 +131,8 @@ def inject(fault: dict[str, Any]) -> None:
         calls += now
         if now and calls == fault.get("nth", 1):
             calls += 1
+            if FAULT_TIME in os.environ:
+                Path(os.environ[FAULT_TIME]).write_text(str(time.time()), encoding="utf-8")
             if what in REPLACEMENTS:
                 return REPLACEMENTS[what](original, *args, **kwargs)
             ACTIONS[what](*arguments)

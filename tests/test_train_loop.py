@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -13,12 +17,14 @@ import pytest
 import torch
 
 from distill import train
-from distill.errors import CollectiveUserError, RunFailed
+from distill.errors import CollectiveUserError, RunFailed, UserError
 from distill.model.nonfinite import NonFiniteError, NonFiniteReport
 from distill.rollout import gather
 from distill.supervise.signals import Deadline
+from distill.supervise.status import read_status
 from distill.supervise.stop import StopCheck, StopRequest, StopRequested
 from distill.types import TeacherRows
+from scripts.launch import ROOT
 
 
 def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespace:
@@ -133,11 +139,63 @@ def test_a_dry_run_trains_nothing_in_both_spellings(
     assert "max_num_steps" in printed and "# forecast" in printed
 
 
+@pytest.mark.parametrize("flag", ["--dry-run", "--dry_run", "--help", "-h"])
+def test_a_refused_dry_run_or_help_only_prints_the_error(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run_program", MagicMock(side_effect=AssertionError))
+    monkeypatch.setenv("DISTILL_STATUS_FILE", str(tmp_path / "status.json"))
+    monkeypatch.setenv("RANK", "0")
+    assert train.main(["=5", flag]) == 2
+    assert capsys.readouterr().err.startswith("error: =5 ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "exit_code"),
+    [(UserError("a=1", "set 2"), "refused", 2), (KeyError("bug"), "failed", 1)],
+    ids=["refused", "failed"],
+)
+def test_a_recipe_that_cannot_be_read_leaves_a_status(
+    error: Exception, state: str, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTILL_STATUS_FILE", str(tmp_path / "status.json"))
+    monkeypatch.setattr(train, "parse_args", MagicMock(side_effect=error))
+    with pytest.raises(KeyError) if state == "failed" else contextlib.nullcontext():
+        assert train.main([]) == exit_code
+    status = read_status(tmp_path / "status.json")
+    assert (status["state"], status["exit_code"]) == (state, exit_code)
+
+
+SIGNAL_WHILE_READING = """
+import os, signal, time
+from distill import train
+
+def parse_args(argv):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+train.parse_args = parse_args
+train.exit_process(train.main([]))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_recipe_is_read_stops_the_run_with_code_0(tmp_path: Path) -> None:
+    environment = {**os.environ, "DISTILL_STATUS_FILE": str(tmp_path / "status.json")}
+    command = [sys.executable, "-c", SIGNAL_WHILE_READING]
+    stopped = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert stopped.returncode == 0, stopped.stderr
+    status = read_status(tmp_path / "status.json")
+    assert status["state"] == "stopped" and str(status["reason"]).startswith("SIGTERM ")
+
+
 def train_with(error: Exception, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train a run whose loop raises ``error``."""
+    monkeypatch.setattr(train, "parse_args", MagicMock())
     monkeypatch.setattr("distill.build.build_run", lambda arguments, world: run)
     monkeypatch.setattr(train, "train", MagicMock(side_effect=error))
-    train.train_from(MagicMock(), MagicMock())
+    train.train_from([], MagicMock())
 
 
 @pytest.mark.parametrize("error", [CollectiveUserError("full disk", "free space"), RunFailed("nan")])

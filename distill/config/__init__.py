@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.config.load import Arguments, load_config, parse_args, to_yaml
+from distill.config.load import PRINT_FLAGS, Arguments, load_config, parse_args, to_yaml
 from distill.config.models import (
     BatchingConfig,
     DtensorConfig,
@@ -35,6 +35,7 @@ from distill.config.schema import (
 )
 
 __all__ = [
+    "PRINT_FLAGS",
     "Arguments",
     "BatchingConfig",
     "CheckpointingConfig",

@@ -29,6 +29,10 @@ from distill.errors import UserError, any_of, reason, show
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
 """Recipe that is used without --config; the path is relative to the current folder or to the repository."""
 
+_HELP_FLAGS, _DRY_RUN_FLAGS = ("--help", "-h"), ("--dry-run", "--dry_run")
+PRINT_FLAGS = frozenset(_HELP_FLAGS + _DRY_RUN_FLAGS)
+"""Arguments with which the program only prints: it starts no run."""
+
 _MAX_VALUES = 100_000
 """Maximum number of values in a recipe after its YAML aliases are expanded, which may grow exponentially."""
 
@@ -77,8 +81,6 @@ class Arguments:
 
     config: Config
     """Configuration from the recipe and all command-line overrides."""
-    dry_run: bool
-    """Whether to print the resolved configuration and the memory forecast, and exit."""
 
     @property
     def resolved(self) -> str:
@@ -100,7 +102,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     path = find_recipe(line.config_path)
     if line.help:
         _help(path, line.overrides)
-    return Arguments(_load(path, line.overrides), line.dry_run)
+    return Arguments(_load(path, line.overrides))
 
 
 def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
@@ -204,7 +206,10 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
         entries = {int(name): value for name, value in layer.items()}
         if max(entries) >= len(base):
             missing = f"{key}.{max(entries)}"
-            raise UserError(f"{missing} does not exist", f"{key} has entries 0 to {len(base) - 1}", key=missing)
+            if not base:
+                problem = f"{missing} does not exist, because {key} is empty"
+                raise UserError(problem, "set the complete list", key=missing)
+            raise UserError(f"{missing} does not exist", f"use an index in 0..{len(base) - 1}", key=missing)
         return [merge(item, entries[i], f"{key}.{i}") if i in entries else item for i, item in enumerate(base)]
     if not (isinstance(base, dict) and isinstance(layer, dict)):
         return layer
@@ -317,7 +322,6 @@ def _similar_recipes(path: Path) -> str:
 @dataclass
 class _CommandLine:
     config_path: Path | None = None
-    dry_run: bool = False
     help: bool = False
     overrides: list[tuple[str, str]] = field(default_factory=list)
 
@@ -329,11 +333,9 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
         raise UserError(problem, "encode it as UTF-8", key=bad[0].partition("=")[0], value=bad[0])
     while words:
         word = words.pop(0)
-        if word in ("--help", "-h"):
+        if word in _HELP_FLAGS:
             line.help = True
-        elif word in ("--dry-run", "--dry_run"):
-            line.dry_run = True
-        else:
+        elif word not in _DRY_RUN_FLAGS:
             key, text = _parse_override(word, words)
             if key == "config":
                 line.config_path = Path(text)

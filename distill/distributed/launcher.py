@@ -41,11 +41,6 @@ def rank_by_launcher() -> int:
     return rank
 
 
-def has_launcher() -> bool:
-    """Return whether torchrun or Slurm started this process as a rank."""
-    return "RANK" in {**os.environ, **slurm.torch_environment()}
-
-
 def is_torchrun() -> bool:
     """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

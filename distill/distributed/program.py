@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch.distributed as dist
 
-from distill.distributed.launcher import has_launcher, rank_by_launcher, restrict_umask
+from distill.distributed.launcher import rank_by_launcher, restrict_umask
 from distill.distributed.rendezvous import RendezvousError
 from distill.distributed.world import World
 from distill.errors import CollectiveUserError, RunFailed, UserError
@@ -19,7 +19,7 @@ from distill.supervise.logs import log_to_console
 from distill.supervise.status import ExitStatus, retryable_failure
 from distill.supervise.supervisor import Supervisor, exit_process
 
-__all__ = ["exit_process", "log_to_console", "refuse", "run_program", "start_process"]
+__all__ = ["exit_process", "log_to_console", "run_program", "run_without_world", "start_process"]
 
 
 def start_process() -> None:
@@ -35,18 +35,6 @@ def run_program(program: Callable[[World], None]) -> int:
     prints one sentence for an error that all ranks raise together. An error of a single rank is printed by that rank,
     which then exits, and the watchdogs end the other ranks. Supervisor handles signals and ``status.json``.
     """
-    return _run(program, None)
-
-
-def refuse(error: UserError) -> int:
-    """Report a UserError that this rank raised before it joined the other ranks; return the exit code.
-
-    Other ranks may already be in ``run_program``. They raise the error too, and the main rank prints it.
-    """
-    return _run(lambda world: None, error)
-
-
-def _run(program: Callable[[World], None], refused: UserError | None) -> int:
     try:
         is_main = rank_by_launcher() == 0
     except UserError as error:
@@ -54,17 +42,12 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
         return 2
     supervisor = Supervisor(is_main)
     supervisor.listen()
-    if refused is not None and not has_launcher():
-        return _exit_without_world(supervisor, ExitStatus("refused", str(refused), 2))
     world = _join_world(supervisor)
     if isinstance(world, int):
         return world
     single_rank = False
     try:
         with nullcontext() if is_main else redirect_stdout(io.StringIO()):
-            with world.all_or_none("reading the recipe"):
-                if refused is not None:
-                    raise refused
             program(world)
         status = ExitStatus(
             "finished" if supervisor.stop_reason is None else "stopped", supervisor.stop_reason or "", 0
@@ -95,6 +78,19 @@ def _run(program: Callable[[World], None], refused: UserError | None) -> int:
     world.close()
     supervisor.close()
     return status.exit_code
+
+
+def run_without_world(program: Callable[[], None]) -> int:
+    """Run ``program`` in this process only, without rendezvous, signal handlers and status file; return the exit code.
+
+    A UserError is printed as one sentence, with exit code 2.
+    """
+    try:
+        program()
+    except UserError as error:
+        _print_error(str(error))
+        return 2
+    return 0
 
 
 def _join_world(supervisor: Supervisor) -> World | int:

@@ -22,7 +22,10 @@ _EXTRA_FILE = "DISTILL_STATUS_FILE"
 
 
 class ExitStatus(NamedTuple):
-    """State, reason and exit code with which a rank exits; distributed/README.md describes the states."""
+    """State, reason and exit code with which a rank exits; distributed/README.md describes the states.
+
+    The reason of a stop by a signal starts with the signal's name, by which scripts/train.sbatch recognises it.
+    """
 
     state: State
     reason: str

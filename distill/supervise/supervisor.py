@@ -149,7 +149,7 @@ class Supervisor:
     def _later_signal(self, name: str) -> None:
         if self._exit_status is not None:
             self._announce_and_exit(self._exit_status)
-        reason = f"second stop signal {name}: the run stopped immediately and did not save the unfinished step"
+        reason = f"{name} as the second stop signal: the run stopped immediately and did not save the unfinished step"
         self._announce_and_exit(ExitStatus("stopped", reason, 128 + self.stop_signal))
 
     def _announce_and_exit(self, status: ExitStatus) -> NoReturn:

@@ -245,9 +245,9 @@ BAD = {
     "utf16.jsonl": ('{"question": "a"}\n'.encode("utf-16"), "data_path", "UTF-8"),
     "wrapped.json": (b'{\n "data": [\n  {"question": "a", "answer": 1}]}', "data_path", "line 1"),
     "headless.csv": (b"1+1?,2\n2+2?,4\n", "input_key", "1+1?, 2"),
-    "header.csv": (b"question,answer\n", "", "empty"),
-    "nothing.csv": (b"", "", "empty"),
-    "text.csv": (b"question,answer\n ,1\n", "input_key", ""),
+    "header.csv": (b"question,answer\n", "", "is empty"),
+    "nothing.csv": (b"", "", "is empty"),
+    "text.csv": (b"question,answer\n ,1\n", "input_key", "no text"),
     "open.json": (b'[{"question": "a", "answer": 1}', "data_path", "entry 0, line 1 ("),
     "comma.json": (b'[{"question": "a", "answer": 1},\n]', "data_path", "entry 1, line 2"),
     "cut.json": (b'[\n{"question": "a",\n "answer"', "data_path", "entry 0, line 3 (Expecting ':' delimiter)"),
@@ -271,7 +271,8 @@ def test_malformed_files_are_refused_with_location_and_cause(name: str, tmp_path
     (tmp_path / name).write_bytes(content)
     error = refusal(tmp_path / name)
     assert error.key == f"data.train.{key}".rstrip(".")
-    assert fragment in str(error) and str(tmp_path / name) in str(error)
+    assert (error.value is None) == (key == "")  # a file or row is not the value of data.train
+    assert fragment in str(error) and str(tmp_path / name) in error.problem
 
 
 def test_metric_names_omit_file_type_and_compression() -> None:

@@ -225,7 +225,7 @@ def test_a_failed_node_ends_the_job_and_it_resumes_on_another_node(cluster, tiny
     job.wait_for_third_step()
     assert cluster.job(job.number)["NodeList"] == "node[1-2]"
     cluster.kill_node("node2")
-    cluster.until("the requeue", job.requeued, job=job.number)
+    cluster.until("the requeue", job.requeued, 60, job.number)
     job.release()
     assert _completed(cluster, job.number)["NodeList"] == "node[1,3]"
     output = job.output()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +19,8 @@ from distill.config import parse_args
 from distill.distributed import slurm
 from distill.distributed.slurm_job import main, variables
 from distill.errors import UserError
+from distill.supervise.status import ExitStatus
+from distill.supervise.supervisor import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ["--config", str(ROOT / "recipes/my-distillation-1n4g.yaml")]  # one node of four
@@ -185,6 +189,16 @@ def _status(state: str, reason: str = "", saved: int | None = 0, retryable: bool
 KILLED = "rank 1 on node2 was killed"
 
 
+def _stop_reason(report: str) -> str:
+    """Return the reason with which a rank exits when the supervisor's method ``report`` receives SIGTERM."""
+    supervisor = Supervisor(is_main=False)
+    with patch.object(supervisor, "_announce_and_exit", side_effect=SystemExit) as end, contextlib.suppress(SystemExit):
+        getattr(supervisor, report)("SIGTERM")
+    status: ExitStatus = end.call_args.args[0]
+    assert status.state == "stopped"
+    return status.reason
+
+
 @pytest.mark.parametrize(
     ("code", "status", "exits", "requeues"),
     [
@@ -193,11 +207,16 @@ KILLED = "rank 1 on node2 was killed"
         (1, _status("failed", "rank 1: RuntimeError: broken"), 1, False),
         (1, _status("failed", KILLED, retryable=True), 0, True),
         (1, _status("stopped", "SIGTERM"), 0, True),
+        (0, _status("stopped", _stop_reason("_first_signal")), 0, True),
+        (1, _status("stopped", _stop_reason("_later_signal")), 0, True),
         (1, _status("stopped", "checkpointing.checkpoint_must_save_by=00:04:00:00"), 0, False),
         (137, _status("running"), 0, True),
         (3, None, 3, False),
     ],
-    ids=["finished", "refused", "failed", "retryable", "stopped", "time limit of the recipe", "killed", "no status"],
+    ids=[
+        *("finished", "refused", "failed", "retryable", "stopped", "stopped while loading", "second signal"),
+        *("time limit of the recipe", "killed", "no status"),
+    ],
 )
 def test_the_status_of_a_run_decides_whether_its_job_is_requeued(batch_job, code, status, exits, requeues) -> None:
     found, requeued, messages = batch_job.start(0, code, status)
