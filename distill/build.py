@@ -61,7 +61,10 @@ _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Model files, files of a Hugging Face export, and the memory forecast, before any weight is loaded."""
+    """Inputs that are read before any weight is loaded, and the memory forecast.
+
+    ``export_files``: the files of a Hugging Face export except weights.
+    """
 
     models: Models
     export_files: ExportFiles | None
@@ -153,7 +156,7 @@ def _find_checkpoint(config: Config, world: World) -> Resume:
 
 
 def _read_data(config: Config, world: World, models: Models, resume: Resume) -> Data:
-    """Read the training prompts and held-out problems; verify that all ranks read the same; collective."""
+    """Read the training prompts and held-out problems; verify that all ranks read equal data; collective."""
     log.info("reading the data")
     clock = resume.clock  # chat templates may write the date into prompts
     with world.all_or_none("reading the data"), world.main_first():
@@ -291,7 +294,10 @@ def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: 
 
 
 def _validated_step(found: Found | None, start: Start) -> int:
-    """Return the checkpoint's step if the checkpoint has metrics of the current validation data, else -1."""
+    """Return the step whose validation is not repeated after a resume, or -1.
+
+    It is the checkpoint's step if the checkpoint has validation metrics and the held-out problems did not change.
+    """
     is_validated = found is not None and has_validation(found.info) and not start.history.validation_changes
     return start.first_step if is_validated else -1
 
@@ -307,7 +313,10 @@ def _stop_check(config: Config, world: World) -> StopCheck:
 
 
 def _warn_of_metric(config: Config) -> None:
-    """Warn if checkpointing.metric_name is never measured, or is best when low but higher_is_better=true."""
+    """Warn if the settings of checkpointing cannot select the best checkpoints.
+
+    Either metric_name is never measured, or its low values are the better ones although higher_is_better is true.
+    """
     metric = config.checkpointing.metric_name or ""
     if not config.checkpointing.enabled:
         return

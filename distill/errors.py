@@ -60,7 +60,10 @@ def any_of(words: Iterable[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the message of ``error``, or its type if the message is empty, in one line of 200 characters."""
+    """Return the message of ``error`` as one line of at most 200 characters.
+
+    If the message is empty, return the name of the exception's type.
+    """
     text = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
 
@@ -69,10 +72,10 @@ _BY_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Return ``error`` if it is an OSError, else the OSError that caused it, or None if no OSError did.
+    """Return the OSError that is ``error`` itself or its cause; None if no OSError caused ``error``.
 
-    For example on a full disk, torch raises another exception with the OSError as its cause or context, and safetensors
-    raises an exception with the number of the OSError in its message.
+    For example, if the disk is full, torch raises an exception whose cause or context is the OSError. safetensors
+    raises an exception whose message contains the error number, from which this function creates the OSError.
     """
     while error is not None:
         if isinstance(error, OSError):
@@ -86,10 +89,10 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def as_disk_error() -> Iterator[None]:
-    """Replace an exception that is raised in the block by the OSError that caused it.
+    """If an OSError caused an exception of the block, raise this OSError in place of the exception.
 
-    Use it before an exception is pickled, because pickling loses the cause. An exception that no OSError caused is
-    raised unchanged.
+    Other exceptions are raised unchanged. Use this context manager where exceptions are pickled, because pickling
+    removes an exception's cause.
     """
     try:
         yield

@@ -180,8 +180,8 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
 def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: PromptOrder) -> None:
     """Raise UserError if student and teacher are the same model and read the same prompts.
 
-    The prompts of the first step are compared, and only if context distillation is enabled, the teacher's template uses
-    no traces, and distillation.allow_degenerate is false.
+    Compares the prompts of the first step only. Skips the check if context distillation is disabled, if the teacher
+    reads traces, or if distillation.allow_degenerate is true.
     """
     is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
     if not context.enabled or config.distillation.allow_degenerate or not is_self or _has_traces(context, order):
@@ -215,9 +215,10 @@ def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, pr
 
 
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
-    """Return whether teacher_prefix_template contains {trace} and at least one trace exists.
+    """Return whether the teacher's prefixes contain traces.
 
-    Traces that are extracted from responses count as existing, because they are generated later.
+    This is true if teacher_prefix_template contains {trace} and the traces come from responses, or from a column with
+    at least one trace that is not empty.
     """
     if teacher_template(context.teacher_prefix_template).count("trace") == 0:
         return False
@@ -278,9 +279,9 @@ def hashes_of(
 def packing_of(config: Config, shape: Any) -> PackingConfig:
     """Return the sizes of optimizer batches and micro-batches.
 
-    Sequence packing and dynamic batching limit a micro-batch by its number of tokens; otherwise its number of sequences
-    is limited. ``shape``: the student's Hugging Face
-    configuration, which determines the compute cost of a sequence.
+    Sequence packing and dynamic batching limit the number of tokens in a micro-batch. If neither is enabled, the number
+    of sequences is limited. ``shape``: the student's Hugging Face configuration, from which the compute cost of a
+    sequence is estimated.
     """
     policy = config.policy
     batchings = (policy.sequence_packing, policy.dynamic_batching)

@@ -62,7 +62,7 @@ class Run:
     sync: WeightSync
     checkpoints: Checkpoints
     export_files: ExportFiles | None
-    """Files of a Hugging Face export except weights; None without checkpoints and on all but the main rank."""
+    """Files of a Hugging Face export except weights; None if checkpoints are disabled or this is not rank 0."""
     recorder: Recorder
     validation: Validation
     sampling: Sampling
@@ -254,7 +254,7 @@ class Run:
         self.validation.report(held_out)
 
     def finish(self) -> None:
-        """Complete the last checkpoint, close recorder and engine, and log a metrics summary; collective."""
+        """Wait until the last checkpoint is written, close recorder and engine, log a summary; collective."""
         self.checkpoints.finalize_pending(block=True)
         with self.world.all_or_none("closing the metrics"):
             self.recorder.close()

@@ -1,4 +1,4 @@
-"""Create the run directory, with files that describe the run (recipe, package versions, changes)."""
+"""Create the run directory, with the recipe, the package versions and the changes at each resume."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 Stats = dict[str, tuple[float | Tensor, float | Tensor]]
-"""Metrics by name as (sum, count), each added over micro-batches and ranks; the value is sum / count."""
+"""Maps the name of a metric to (sum, count).
+
+Sums and counts are added over micro-batches and ranks; the metric is then sum / count.
+"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ class Rollout:
     """The sampler's log-probs of the R response tokens, in nats, at the sampling temperature."""
     finish: Literal["stop", "length"]
     version: int
-    """Version of the weights that generated the response: the number of steps finished before their sync."""
+    """Version of the weights that generated the response.
+
+    It is the number of training steps that were finished when the engine received these weights.
+    """
     teacher_prefix_ids: tuple[int, ...] = ()
     """Token ids that the teacher reads before the response; added by the rank that generated the response."""
     teacher_inside_thought: bool = False
@@ -119,9 +125,9 @@ class SequenceShards:
     """
 
     slot_T: Tensor
-    """int64 [T]: slot of each position, which is its index in the concatenated parts of all R ranks."""
+    """int64 [T]: for each position, its slot: an index into the R ranks' parts, concatenated."""
     position_P: Tensor
-    """int64 [R * M]: the position that is in each slot; 0 for a padding slot."""
+    """int64 [R * M]: for each slot, the index of its position; 0 for a padding slot."""
 
     def to(self, device: torch.device) -> SequenceShards:
         """Return a copy with all tensors on ``device``."""
@@ -177,7 +183,7 @@ class MicroBatch:
     sampled_logprobs_N: Tensor
     """float32 [N]: the sampler's log-probs of the response tokens."""
     weight_N: Tensor
-    """float32 [N]: loss weight of each row: 1 in a response, 0 in a dummy sequence (empty micro-batch)."""
+    """float32 [N]: loss weight of each row: 1, or 0 in the dummy sequence of an empty micro-batch."""
     rollout_N: Tensor
     """int64 [N]: index of each row's rollout in ``OptimizerBatch.rollouts``; -1 for a dummy sequence."""
     rows_per_tp_rank: tuple[int, ...] = ()
@@ -217,9 +223,9 @@ class OptimizerBatch:
 class Layout:
     """This rank's position in the device mesh of training; ranks are numbered (dp, cp, tp), tp innermost.
 
-    The ``cp_size * tp_size`` ranks of a data-parallel group train one micro-batch together. The teacher computes the
-    micro-batches of ``teacher_size`` consecutive ranks (complete groups) as one packed micro-batch, sharded over these
-    ranks.
+    The ``cp_size * tp_size`` ranks of a data-parallel group train one micro-batch together. For the teacher,
+    ``teacher_size`` consecutive ranks, which form complete data-parallel groups, combine their micro-batches into one
+    packed micro-batch and compute it together.
     """
 
     dp_rank: int
@@ -250,14 +256,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's K most likely tokens for each response token, and the mass of the remaining tokens."""
+    """The teacher's K most likely tokens for each response token, and the probability of all other tokens."""
 
     ids_NK: Tensor
     """int32 or int64 [N, K]: token ids; -1 is padding, with log-prob -inf."""
     logprobs_NK: Tensor
     """float32 [N, K]: log-probs over the full vocabulary, at the loss's temperature."""
     log_tail_N: Tensor
-    """float32 [N]: log of the probability of all tokens except the K ids.
+    """float32 [N]: log of the total probability of all tokens except the K ids.
 
     It is computed from the logits, because log(1 - sum p) would lose precision.
     """
@@ -277,7 +283,7 @@ class TeacherRows:
 
 
 Targets = TopK | TeacherRows
-"""Outputs of the teacher for the N rows of a micro-batch, with which the loss compares the student."""
+"""Outputs of the teacher for the N rows of a micro-batch. The loss compares the student to them."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["policy.generation.vllm_cfg.max_model_len=4095"],
         (
             "policy.generation.vllm_cfg.max_model_len=4095 is below "
-            "policy.max_total_sequence_length=4096: set it to at least 4096"
+            "policy.max_total_sequence_length=4096, so the longest sequences do not fit into the engine: set "
+            "policy.generation.vllm_cfg.max_model_len to at least 4096"
         ),
     ),
     (

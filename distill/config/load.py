@@ -27,19 +27,25 @@ from distill.config.schema import Config
 from distill.errors import UserError, any_of, reason, show
 
 BASE_RECIPE = Path("recipes/distillation_math.yaml")
-"""Recipe that is used without --config; the path is relative to the current folder or to the repository."""
+"""Recipe to use if the command line has no --config.
+
+The path is relative to the current folder, or to the repository if the current folder does not contain the file.
+"""
 
 _HELP_FLAGS, _DRY_RUN_FLAGS = ("--help", "-h"), ("--dry-run", "--dry_run")
 PRINT_FLAGS = frozenset(_HELP_FLAGS + _DRY_RUN_FLAGS)
-"""Arguments with which the program only prints: it starts no run."""
+"""Arguments that make the program print information and exit without starting a run."""
 
 _MAX_VALUES = 100_000
-"""Maximum number of values in a recipe after its YAML aliases are expanded, which may grow exponentially."""
+"""Maximum number of values in a recipe after its YAML aliases are expanded.
+
+A short file with nested aliases can expand to an exponential number of values.
+"""
 
 MUTUALLY_EXCLUSIVE_KEYS = (("zero_outside_topk", "outside_topk"), ("dataset_name", "data_path"))
 """Pairs of key names for the same setting.
 
-If a recipe or an override sets only one key of a pair, the other key, as set by its parents, becomes null.
+If a recipe or an override sets only one key of a pair, the other key becomes null, even if a parent recipe sets it.
 """
 
 DERIVED_DEFAULTS: dict[str, str] = {
@@ -62,7 +68,10 @@ DERIVED_DEFAULTS: dict[str, str] = {
     "teacher.sequence_packing.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
     "data.max_input_seq_length": "${policy.max_total_sequence_length}",
 }
-"""Default of each derived key: an interpolation, used if no recipe or override sets the key."""
+"""Maps a key to its default, an interpolation of other keys.
+
+The default is used if no recipe or override sets the key.
+"""
 
 
 def _mul(a: Any, b: Any) -> Any:  # Any: OmegaConf warns if an int is passed for float
@@ -173,7 +182,10 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_wrong_types(tree: dict[str, Any]) -> None:
-    """Raise UserError if a value in ``tree`` has the wrong type, which may be why an interpolation failed."""
+    """Raise UserError if a value in ``tree`` has the wrong type.
+
+    Called after an interpolation failed, because a value of the wrong type may be the cause.
+    """
     for key in key_paths():
         if key in ("data.train", "data.validation"):  # may be one dataset instead of a list
             continue
@@ -305,7 +317,10 @@ def _check_expanded_size(text: str) -> None:
 
 
 def _similar_recipes(path: Path) -> str:
-    """Return the fix for a missing recipe ``path``: recipes in its folder with similar names, or ten recipes."""
+    """Return the fix text of the error for a missing recipe ``path``.
+
+    It lists recipes with similar names in the recipe's folder, or else the first ten recipes of this folder.
+    """
     folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
     similar = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
@@ -389,7 +404,7 @@ def to_yaml(config: Config) -> str:
 def _plain(value: Any, escape: bool = False) -> Any:
     """Return ``value`` with tuples replaced by lists, at all levels.
 
-    ``escape``: whether to escape ${ in texts too, so that OmegaConf does not interpolate it.
+    ``escape``: also replace ${ in texts by \\${, so that OmegaConf does not interpolate it.
     """
     if isinstance(value, Mapping):
         return {name: _plain(v, escape) for name, v in value.items()}

@@ -56,8 +56,9 @@ class DtensorConfig(TeacherDtensorConfig):
     """Number of replicas of the sharded model (HSDP), for example one per node. Parameters are gathered within a
     replica; gradients are summed over all replicas."""
     custom_parallel_plan: dict[str, str] | None = None
-    """Tensor-parallel plan: colwise, rowwise or replicated_with_grad_allreduce for each module, by its name
-    (layers.*.mlp.up_proj: colwise), without the LM head; null: the predefined plan of the model family."""
+    """Tensor-parallel plan: maps module names to colwise, rowwise or replicated_with_grad_allreduce, for example
+    layers.*.mlp.up_proj: colwise. The plan does not set the LM head, which is always split by vocabulary. null: the
+    predefined plan of the model family."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class GenerationConfig:
     backend: Literal["vllm", "transformers"] = "vllm"
     """Engine that generates responses. vllm is fast; transformers is slow and needs no additional package."""
     max_new_tokens: int = 8192
-    """Maximum number of tokens in a response. Default: policy.max_total_sequence_length (prompt and response)."""
+    """Maximum number of tokens in a response, without its prompt. Default: policy.max_total_sequence_length."""
     temperature: float = 1.0
     """Sampling temperature. It also divides the logits of both models in the loss if loss_fn.temperature is null."""
     top_p: float = 1.0
@@ -221,8 +222,8 @@ class PolicyConfig:
     generation_batch_size: int = 64
     """Number of responses in a generation batch of a rank; only for policy.generation.backend=transformers."""
     logprob_batch_size: int = 1
-    """Factor in the default of policy.*.logprob_mb_tokens, which has no effect, because the teacher uses the
-    student's micro-batches."""
+    """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
+    policy.*.logprob_mb_tokens, which has no effect either."""
     max_total_sequence_length: int = 8192
     """Maximum number of tokens in the student's prompt and response together."""
     precision: Precision = "bfloat16"
@@ -233,10 +234,10 @@ class PolicyConfig:
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
     """Parallelism of the student."""
     dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches of sequences with similar lengths, up to a token budget; packed without padding, like
-    sequence_packing."""
+    """Form micro-batches of sequences with similar lengths, up to a token budget. The sequences are packed without
+    padding, as with sequence_packing."""
     sequence_packing: BatchingConfig = field(default_factory=BatchingConfig)
-    """Micro-batches up to a token budget, packed without padding."""
+    """Form micro-batches up to a token budget. The sequences are packed without padding."""
     max_grad_norm: float | None = 1.0
     """Maximum norm of the gradient over all parameters. A gradient with a larger norm is scaled down; null: no
     clipping."""
@@ -263,8 +264,8 @@ class TeacherConfig:
     precision: Precision = "bfloat16"
     """Dtype of the teacher's weights and computation. Default: policy.precision."""
     logprob_batch_size: int = 1
-    """Factor in the default of teacher.*.logprob_mb_tokens, which has no effect. Default:
-    policy.logprob_batch_size."""
+    """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
+    teacher.*.logprob_mb_tokens, which has no effect either. Default: policy.logprob_batch_size."""
     logprob_chunk_size: int | None = None
     """NeMo-RL's name for runtime.logits_chunk_rows, for the teacher; null: the value of that key."""
     dtensor_cfg: TeacherDtensorConfig = field(default_factory=TeacherDtensorConfig)

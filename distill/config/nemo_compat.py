@@ -40,7 +40,10 @@ IGNORED = {
         wandb.log_nemo_gym_full_result_tables""",
     "cluster": "master_port_range_low master_port_range_high segment_size",
 }
-"""Names of the NeMo-RL keys and subsections that are ignored, by section; ``*`` matches any section path."""
+"""Maps a section to the names of its NeMo-RL keys and subsections that are ignored, separated by spaces.
+
+``*`` in a section matches any text.
+"""
 
 UNUSED: dict[str, Any] = {
     "distillation.val_batch_size": 64,
@@ -53,7 +56,10 @@ UNUSED: dict[str, Any] = {
     "teacher.dynamic_batching.train_mb_tokens": "${.logprob_mb_tokens}",
     "teacher.sequence_packing.train_mb_tokens": "${.logprob_mb_tokens}",
 }
-"""Ignored keys that the interpolations of a recipe may refer to, with their default values."""
+"""Maps an ignored key to its default value.
+
+Recipes may refer to these keys in interpolations, so the keys need a value.
+"""
 
 ONE_VALUE: dict[str, tuple[Any, str]] = {
     "distillation.max_rollout_turns": (1, "set it to 1, because the student responds once to each prompt"),
@@ -100,7 +106,10 @@ ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def inert_defaults() -> dict[str, Any]:
-    """Return the defaults of the keys in UNUSED and ONE_VALUE, to which interpolations in recipes may refer."""
+    """Return the keys of UNUSED and ONE_VALUE with their default values.
+
+    The keys need a value because interpolations in recipes may refer to them.
+    """
     return UNUSED | {key: value for key, (value, _) in ONE_VALUE.items()}
 
 
@@ -187,7 +196,10 @@ def _refuse_other_teacher_temperature(config: DictConfig) -> None:
 
 
 def _own_chat_template(config: DictConfig) -> None:
-    """Replace chat_template=default, NeMo-RL's value for the template in the tokenizer's files, by null."""
+    """Replace chat_template=default in ``config`` by null.
+
+    In NeMo-RL recipes, "default" means the template in the tokenizer's files.
+    """
     for key in ("policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"):
         if OmegaConf.select(config, key) == "default":
             OmegaConf.update(config, key, None)

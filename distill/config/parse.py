@@ -105,7 +105,10 @@ def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _section(hint: Any) -> Any:
-    """Return the dataclass in ``hint`` if it is a dataclass or a list of dataclasses, perhaps optional; else None."""
+    """Return the dataclass of the section that has type ``hint``; None if the type is not a section.
+
+    ``hint`` may be a dataclass, a tuple of dataclasses, or a union with one of these.
+    """
     for option in members(hint):
         inner = get_args(option)[0] if get_origin(option) is tuple else option
         if is_dataclass(inner):
@@ -133,9 +136,10 @@ def unknown_key(key: str) -> UserError:
 
 
 def _similar_keys(key: str) -> list[str]:
-    """Return the existing key paths whose last name equals the last name of ``key``, or else is similar.
+    """Return the existing key paths that the user may have meant by the unknown ``key``.
 
-    If the section of ``key`` contains such a key path, only this one is returned.
+    First choice: paths with the same last name. Second choice: paths with a similar last name. Paths in the section of
+    ``key`` are preferred to paths in other sections.
     """
     section, _, name = key.rpartition(".")
     name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # dtensor_cfg has this name in later versions of NeMo-RL

@@ -1,4 +1,4 @@
-"""Normalize the paths in a recipe, and compare the values of its keys."""
+"""Normalize the paths in a recipe, and detect whether two paths refer to the same file or model."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ AT_LEAST: dict[int, str] = {
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
-"""Configuration keys by the minimum of their value."""
+"""Maps a minimum to the configuration keys, separated by spaces, whose value must be at least this number."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
     policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
@@ -60,7 +60,7 @@ STAGES: dict[str, dict[str, Rule]] = {
         "eta_min": (lambda value: value >= 0, "at least 0"),
     },
 }
-"""Allowed values of each argument of the learning rate schedulers: a predicate and its description."""
+"""Maps a scheduler's argument to (function that checks a value, description of the allowed values)."""
 
 
 def check(config: Config) -> None:
@@ -133,8 +133,9 @@ def _check_windows(config: Config) -> None:
         )
     if generation.engine_window is not None and generation.engine_window < window:
         raise UserError(
-            f"policy.generation.vllm_cfg.max_model_len={generation.engine_window} is below {student_window}",
-            f"set it to at least {window}",
+            f"policy.generation.vllm_cfg.max_model_len={generation.engine_window} is below {student_window}, so the "
+            "longest sequences do not fit into the engine",
+            f"set policy.generation.vllm_cfg.max_model_len to at least {window}",
             key="policy.generation.vllm_cfg.max_model_len",
             value=generation.engine_window,
         )
@@ -275,7 +276,7 @@ def _check_loss(config: Config) -> None:
 
 
 def check_divergence(loss: LossConfig) -> None:
-    """Raise UserError if the divergence is not defined with a floor (outside_topk), or is always 0 (jsd_beta)."""
+    """Raise UserError if kl_type cannot be combined with outside_topk=floor, or if jsd_beta is invalid."""
     if loss.outside == "floor" and loss.kl_type not in FLOOR_KL_TYPES:
         floor, also = (
             ("loss_fn.zero_outside_topk=true", " and remove loss_fn.zero_outside_topk")
@@ -421,7 +422,7 @@ def _check_checkpointing(config: Config) -> None:
 
 
 def _check_degenerate(config: Config) -> None:
-    """Raise UserError for a teacher that equals the student, and for sampling that the loss does not support.
+    """Raise UserError if the teacher equals the student, or if top_p or top_k truncates the sampling.
 
     The check is skipped if distillation.allow_degenerate is true.
     """

@@ -23,8 +23,9 @@ class TraceExtractorConfig:
     """Part of the text that is used as the trace. think_tag: the text between the think_tags; full_text: the complete
     text of the dataset's column."""
     think_tags: tuple[str, str] = ("<think>", "</think>")
-    """Tags that open and close a think block, for traces and for grading ([THINK] and [/THINK] for Mistral). If a
-    chat template ends the prompt with the opening tag, the response starts inside a think block."""
+    """Tags that open and close a think block, for example [THINK] and [/THINK] for Mistral. They are used to extract
+    traces and to find the final text that is graded. If a chat template ends the prompt with the opening tag, the
+    response starts inside a think block."""
     selection: Literal["first", "last", "longest"] = "first"
     """Think block to use if a text has several. longest: the block with the most characters, the first in a tie."""
     unclosed_span: Literal["to_end", "ignore"] = "to_end"
@@ -138,8 +139,8 @@ class LossConfig:
     """Weight b, between 0 and 1, of the teacher in kl_type jsd: the loss is b KL(teacher || m) +
     (1 - b) KL(student || m) with m = b teacher + (1 - b) student."""
     importance_ratio_cap: float = 2.0
-    """Maximum importance ratio of a token (probability in training / probability in generation), for kl_type
-    sampled."""
+    """Maximum importance ratio of a response token, for kl_type sampled; larger ratios are set to this value. The
+    ratio is the student's probability of the token in training divided by its probability in generation."""
     support: Literal["teacher", "student"] = "teacher"
     """Model that selects the distillation.topk_logits_k most likely tokens, over which both models are compared. With
     student, the teacher's LM head stays on the GPU during training, to score these tokens."""
@@ -147,8 +148,8 @@ class LossConfig:
     """Maximum loss of a response token, in nats. A token with a larger loss gets a smaller weight, so its gradient is
     not zero; null: no maximum."""
     zero_outside_topk: bool | None = None
-    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If recipe,
-    parent recipes and command line set both keys, the last setting is used."""
+    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If both keys
+    are set in different places, the command line has priority over the recipe, and the recipe over its parents."""
     outside_topk: Outside | None = None
     """Treatment of the vocabulary outside the top-k. bucket: one additional outcome with the summed probability, which
     gives a lower bound of the full KL; renormalize: both models' probabilities are renormalized over the top-k; floor:
@@ -177,8 +178,8 @@ class DatasetConfig:
     """One dataset, from the hub or from files. Keys that data.train or data.validation omit come from data.default."""
 
     dataset_name: str | None = None
-    """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path; if recipe,
-    parent recipes and command line set both, the last setting is used."""
+    """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path. If both are set
+    in different places, the command line has priority over the recipe, and the recipe over its parents."""
     data_path: str | None = None
     """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
     input_key: str | None = None
@@ -186,9 +187,9 @@ class DatasetConfig:
     output_key: str | None = None
     """Column with the gold answer; null: the predefined column if dataset_name is a short name, otherwise "output"."""
     output_pattern: str | None = None
-    """Regular expression that extracts the gold answer from the column output_key: the group of the last match, or
-    without a group the text after the last match ("####" for GSM8K); null: the predefined pattern if dataset_name is
-    a short name, otherwise the complete text."""
+    """Regular expression that finds the gold answer in the column output_key. The answer is the group of the last
+    match; if the expression has no group ("####" for GSM8K), it is the text after the last match. null: the
+    predefined pattern if dataset_name is a short name, otherwise the complete text is the answer."""
     subset: str | None = None
     """Name of a configuration of the hub dataset (main for openai/gsm8k); null: the predefined configurations if
     dataset_name is a short name, otherwise the default configuration."""
@@ -238,7 +239,7 @@ class CheckpointingConfig:
     """Whether higher values of metric_name are better."""
     keep_top_k: int | None = 3
     """Number of best checkpoints to keep; null: all. The newest checkpoint is always kept. Checkpoints without a value
-    of metric_name are sorted last."""
+    of metric_name count as the worst."""
     save_period: int = 10
     """Number of training steps between checkpoints. A checkpoint of the last step is always saved."""
     checkpoint_must_save_by: str | None = None
@@ -294,8 +295,8 @@ class ClusterConfig:
     num_nodes: int = 1
     """Number of nodes."""
     gpu_memory_gb: float | None = None
-    """Nominal memory of a GPU in GB (40 for A100-40GB). If the memory forecast exceeds 98% of this number in GiB, the
-    run is refused at start and in --dry-run; null: no check."""
+    """Nominal memory of a GPU in GB (40 for A100-40GB); 0.98 GiB per GB count as usable. If the memory forecast exceeds
+    the usable memory, the run fails at start, and so does --dry-run; null: no check."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Template:
 def teacher_template(text: str) -> Template:
     """Parse teacher_prefix_template, the text of the teacher's prefix; ``{problem}`` is required.
 
-    Raises UserError if it is missing or another placeholder is unknown.
+    Raises UserError if ``{problem}`` is missing, or if the text has a placeholder other than {problem} and {trace}.
     """
     template = Template(text, ("problem", "trace"), _TEACHER_KEY)
     if not template.count("problem"):
