@@ -116,8 +116,8 @@ def test_a_chat_template_is_checked_with_its_configured_arguments(tmp_path: Path
         template_file = f"{tmp_path}/template.jinja" if key else None
         assert (caught.value.key, caught.value.value) == ("policy.tokenizer.chat_template", template_file)
         theirs = [f"teacher.{word.removeprefix('policy.')}" for word in key]
+        settings = (f"policy.{solve}", f"teacher.{other}", *words, *theirs, *context)
         with pytest.raises(UserError) as caught:
-            settings = (f"policy.{solve}", f"teacher.{other}", *words, *theirs, *context)
             find_models(config_for(tmp_path / "own", tmp_path / "own", *settings))
         assert (caught.value.key, caught.value.value) == ("teacher.tokenizer.chat_template", template_file)
 
