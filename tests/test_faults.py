@@ -212,7 +212,7 @@ def test_a_signal_while_loading_and_a_second_signal_in_a_step_stop_the_run_immed
     fault = {"step": 0, "moment": "loading", "rank": 1, "what": "signal_rank SIGUSR1"}
     loading = run(root, "early", fault=fault)
     assert loading.code == 0 and not loading.remaining and newest(root, "early") == 0, loading.output
-    assert loading.status["state"] == "stopped" and loading.status["reason"].startswith("SIGUSR1 before")
+    assert loading.status["state"] == "stopped" and loading.status["reason"].startswith("SIGUSR1 ")
     fault = {"step": 2, "moment": "generation", "rank": 1, "what": "signal_twice SIGTERM"}
     twice = run(root, "early", fault=fault)
     assert twice.code != 0 and not twice.remaining, twice.output
