@@ -250,7 +250,7 @@ def test_a_hung_rank_ends_the_run_and_is_named_with_its_phase(root, moment) -> N
     [
         ("forward", "nan_loss", "1 of 1 micro-batches"),
         ("forward", "nan_weight", "rank 1's shard of model."),
-        ("optimizer", "nan_weight_after", "step 3 in rank 1's shard of model."),
+        ("optimizer", "nan_weight_after", "step 3 (rank 1's shard of model."),
     ],
 )
 def test_nan_ends_the_run_on_all_ranks_with_a_report_and_keeps_the_checkpoint(root, moment, what, reason) -> None:
