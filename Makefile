@@ -93,5 +93,5 @@ test-slurm: venv  ## the batch script on a real Slurm of three nodes (Debian pac
 	@$(PY) -m pytest -q -rs -m slurm
 
 clean:  ## remove runs and caches, but not .venv and models
-	@rm -rf runs/smoke .import_contracts.log .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf runs/smoke .import_contracts.log .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

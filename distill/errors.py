@@ -54,8 +54,8 @@ def show(value: object) -> str:
 
 
 def any_of(words: Iterable[str]) -> str:
-    """Return ``words`` joined as "a, b or c"."""
-    *head, last = words
+    """Return ``words`` joined as "a, b or c"; "" if there are no words."""
+    *head, last = list(words) or [""]
     return f"{', '.join(head)} or {last}" if head else last
 
 

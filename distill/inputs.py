@@ -85,11 +85,13 @@ def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None
     """
     name = f"policy.tokenizer.name={config.policy.tokenizer.name}"
     kwargs, teacher_kwargs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
-    check_chat_template(tokenizer, name, "policy.tokenizer.chat_template", kwargs)
+    template = config.policy.tokenizer.chat_template
+    check_chat_template(tokenizer, name, "policy.tokenizer.chat_template", kwargs, template)
     context, differ = config.distillation.context_distillation, teachers is not tokenizer or kwargs != teacher_kwargs
     if context.enabled and context.chat_template and differ:
         name = f"teacher.tokenizer.name={config.teacher.tokenizer.name}"
-        check_chat_template(teachers, name, "teacher.tokenizer.chat_template", teacher_kwargs)
+        template = config.teacher.tokenizer.chat_template
+        check_chat_template(teachers, name, "teacher.tokenizer.chat_template", teacher_kwargs, template)
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
@@ -129,10 +131,10 @@ def _stop_token_ids(
                 value=wrong[0],
             )
         return given
-    ours = usable_stop_ids(stop_ids(student, tokenizer), tokenizer, valid_vocab, student.name)
+    ours = usable_stop_ids(stop_ids(student, tokenizer, "policy.model_name"), tokenizer, valid_vocab, student.name)
     if teachers is tokenizer and student.folder.resolve() == teacher.folder.resolve():
         return ours
-    theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, teacher.name)
+    theirs = usable_stop_ids(stop_ids(teacher, teachers, "teacher.model_name"), teachers, valid_vocab, teacher.name)
     if set(ours) != set(theirs):
         log.warning(
             "the stop tokens of student %s are %s, but the stop tokens of teacher %s are %s (perhaps one is a base"

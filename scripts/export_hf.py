@@ -134,14 +134,14 @@ def _stop_ids(
             problem = f"--stop-token-ids={wrong[0]} is not a token id"
             raise UserError(problem, f"choose ids in 0..{valid_vocab - 1}", "--stop-token-ids", wrong[0])
         return tuple(given)
-    ours = usable_stop_ids(stop_ids(source, tokenizer), tokenizer, valid_vocab, source.name)
+    ours = usable_stop_ids(stop_ids(source, tokenizer, _KEY), tokenizer, valid_vocab, source.name)
     name = recipe["teacher"]["model_name"]
     if name == recipe["policy"]["model_name"]:
         return ours
     try:
         teacher = ModelFiles(name, tokenizer_folder(source, name), {})
         teachers = load_tokenizer(teacher, recipe["teacher"]["tokenizer"]["name"], "teacher.tokenizer.name")
-        theirs = usable_stop_ids(stop_ids(teacher, teachers), teachers, valid_vocab, name)
+        theirs = usable_stop_ids(stop_ids(teacher, teachers, "teacher.model_name"), teachers, valid_vocab, name)
     except Exception as error:  # huggingface_hub raises many types
         log.warning(
             "the stop ids of teacher.model_name=%s cannot be read (%s), so the export may lack stop ids: give the ids"

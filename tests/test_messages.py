@@ -45,12 +45,18 @@ SENTENCES: list[tuple[list[str], str]] = [
             "'no.such' not found): correct the expression in ${...}"
         ),
     ),
-    (["policy.scheduler.7.name=x"], "policy.scheduler.7 does not exist: policy.scheduler has entries 0 to 2"),
+    (["policy.scheduler.7.name=x"], "policy.scheduler.7 does not exist: use an index in 0..2"),
+    (
+        ["policy.scheduler=[]", "policy.scheduler.0.name=x"],
+        "policy.scheduler.0 does not exist, because policy.scheduler is empty: set the complete list",
+    ),
     (
         ["distillation.num_prompts_per_step=0"],
-        "distillation.num_prompts_per_step=0 is out of range: it must be at least 1",
+        "distillation.num_prompts_per_step=0 is out of range: set it to at least 1",
     ),
-    (["policy.generation.top_p=1.5"], "policy.generation.top_p=1.5 is out of range: it must be at most 1"),
+    (["policy.generation.top_p=1.5"], "policy.generation.top_p=1.5 is out of range: set it to at most 1"),
+    (["policy.model_name="], "policy.model_name= is not allowed: set it to a hub name or a folder"),
+    (["runtime.run_dir="], "runtime.run_dir= is not allowed: set it to the name of a folder"),
     (
         ["policy.train_global_batch_size=3"],
         (
@@ -133,10 +139,24 @@ SENTENCES: list[tuple[list[str], str]] = [
         ),
     ),
     (
+        ["policy.scheduler.0.kwargs.total_iters=0"],
+        (
+            "policy.scheduler has total_iters=0 out of range for torch.optim.lr_scheduler.LinearLR: "
+            "set it to a whole number of at least 1"
+        ),
+    ),
+    (
         ["policy.scheduler.2.milestones=[]"],
         (
             "policy.scheduler has 2 stages and milestones=[]: write one milestone between each two stages, in "
             "increasing order"
+        ),
+    ),
+    (
+        ["loss_fn.kl_type=jsd", "loss_fn.zero_outside_topk=true"],
+        (
+            "loss_fn.kl_type=jsd cannot be combined with loss_fn.zero_outside_topk=true: "
+            "set loss_fn.outside_topk=bucket and remove loss_fn.zero_outside_topk"
         ),
     ),
     (
@@ -203,6 +223,14 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["data.train=null"],
         "data.train=null provides no training data: set data.train.dataset_name or data.train.data_path",
+    ),
+    (
+        ["data.validation=null"],
+        (
+            "data.validation=null, but distillation.val_period=20 enables validation: set "
+            "data.validation.dataset_name or data.validation.data_path, or disable validation with "
+            "distillation.val_period=0, distillation.val_at_start=false and distillation.val_at_end=false"
+        ),
     ),
     (
         ["data.train.env_name=code"],

@@ -152,7 +152,8 @@ class Checkpoints:
 
         Collective; each rank hashes a part of the files. Returns None if checkpointing is disabled. Damaged checkpoints
         are logged, renamed and skipped. Raises UserError if all checkpoints are damaged, so that the run does not
-        silently start from step 0. Raises RunFailed, and renames no checkpoint, if a transient I/O error persists.
+        silently start from step 0. Raises RunFailed, and renames no checkpoint, if a transient I/O error persists. All
+        other errors of reading a file count as damage.
         """
         if not self._config.enabled:
             return None

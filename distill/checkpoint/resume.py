@@ -122,7 +122,7 @@ def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
         " or set another checkpointing.checkpoint_dir to start a new run (to keep the weights, export this checkpoint"
         " with scripts.export_hf and set policy.model_name to the export)",
         key=_ALLOW_KEY,
-        value=list(changes),
+        value=False,
     )
 
 
@@ -130,7 +130,8 @@ def warn_of_changes(history: RunHistory, found: Found) -> None:
     """Log as warnings the differences between the checkpoint ``found`` and the current data and recipe."""
     if history.training_changes:
         log.warning(
-            "the recipe or the data changed since checkpoint %s, so training differs from a run without changes: %s",
+            "the recipe or the data changed since checkpoint %s (%s), so training differs from a run without changes:"
+            " undo the changes to continue the same run",
             *(found.path, "; ".join(history.training_changes)),
         )
     if history.validation_changes:

@@ -206,7 +206,10 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
         entries = {int(name): value for name, value in layer.items()}
         if max(entries) >= len(base):
             missing = f"{key}.{max(entries)}"
-            raise UserError(f"{missing} does not exist", f"{key} has entries 0 to {len(base) - 1}", key=missing)
+            if not base:
+                problem = f"{missing} does not exist, because {key} is empty"
+                raise UserError(problem, "set the complete list", key=missing)
+            raise UserError(f"{missing} does not exist", f"use an index in 0..{len(base) - 1}", key=missing)
         return [merge(item, entries[i], f"{key}.{i}") if i in entries else item for i, item in enumerate(base)]
     if not (isinstance(base, dict) and isinstance(layer, dict)):
         return layer

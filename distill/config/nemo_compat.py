@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config.parse import type_of
+from distill.config.parse import parse_value, unknown_key
 from distill.errors import UserError, show
 
 log = logging.getLogger(__name__)
@@ -79,10 +79,12 @@ ONE_VALUE: dict[str, tuple[Any, str]] = {
     "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify (the math-verify library)"),
     "checkpointing.model_save_format": ("safetensors", "set it to safetensors"),
 }
-"""Maps each key to its only allowed value and the fix for any other value; null is always allowed."""
+"""Maps each key to its only allowed value and the fix for any other value."""
+
+ONLY_IGNORED = ("policy.generation.colocated", "env.math", "env")
+"""Sections that are not in the schema because they contain only ignored keys, inner sections first."""
 
 ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
-    **{key: ((value,), fix) for key, (value, fix) in ONE_VALUE.items()},
     "*.megatron_cfg.enabled": ((False,), "set it to false, because training requires FSDP2 (dtensor_cfg)"),
     "*.dtensor_cfg.lora_cfg.enabled": ((False,), "set it to false to train every parameter"),
     "data.*.split_validation_size": (
@@ -105,8 +107,8 @@ def inert_defaults() -> dict[str, Any]:
 def drop_ignored_keys(config: DictConfig) -> None:
     """Remove the keys in IGNORED from ``config`` in place, and warn of all keys without effect.
 
-    ``config``: the merged recipe before its interpolations are resolved. Raises UserError for a value that is not in
-    ALLOWED_VALUES.
+    ``config``: the merged recipe before its interpolations are resolved. Raises UserError for a value that ONE_VALUE or
+    ALLOWED_VALUES does not allow.
     """
     _refuse_other_teacher_temperature(config)
     _own_chat_template(config)
@@ -124,19 +126,26 @@ def drop_ignored_keys(config: DictConfig) -> None:
 
 
 def drop_inert_keys(tree: dict[str, Any]) -> None:
-    """Remove the keys in UNUSED and ONE_VALUE from ``tree``, the resolved recipe, in place."""
+    """Remove the keys in UNUSED and ONE_VALUE and the sections in ONLY_IGNORED from ``tree`` in place.
+
+    ``tree``: the resolved recipe. Raises UserError for any other key in these sections.
+    """
     for key in inert_defaults():
-        _drop(tree, key.split("."))
+        section, name = _parent(tree, key)
+        section.pop(name, None)
+    for key in ONLY_IGNORED:
+        section, name = _parent(tree, key)
+        if name in section:
+            for unknown in parse_value(dict[str, Any], section.pop(name), key):
+                raise unknown_key(f"{key}.{unknown}")
 
 
-def _drop(tree: dict[str, Any], path: list[str], prefix: str = "") -> None:
-    """Remove the key ``path`` from ``tree``, and then its parent sections that are empty and not in the schema."""
-    name, *rest = path
-    section = tree.get(name)
-    if rest and isinstance(section, dict):
-        _drop(section, rest, f"{prefix}{name}.")
-    if not rest or (section in (None, {}) and type_of(f"{prefix}{name}") is None):
-        tree.pop(name, None)
+def _parent(tree: Any, key: str) -> tuple[dict[str, Any], str]:
+    """Return the section that contains ``key`` ({} if it does not exist), and the key's name in it."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}, name
 
 
 def _ignored_patterns() -> list[str]:
@@ -144,11 +153,19 @@ def _ignored_patterns() -> list[str]:
 
 
 def _check_allowed(config: DictConfig, key: str) -> None:
+    if key in ONE_VALUE:
+        only, fix = ONE_VALUE[key]
+        value = OmegaConf.select(config, key)
+        is_empty = key == "policy.generation.stop_strings" and value == []
+        if not is_empty and (type(value) is not type(only) or value != only):
+            _refuse_value(key, value, fix)
     for pattern, (allowed, fix) in ALLOWED_VALUES.items():
-        if fnmatchcase(key, pattern):
-            value = OmegaConf.select(config, key)
-            if value is not None and (type(value) is bool, value) not in [(type(v) is bool, v) for v in allowed]:
-                raise UserError(f"{key}={show(value)} is not supported", fix, key=key, value=value)
+        if fnmatchcase(key, pattern) and (value := OmegaConf.select(config, key)) not in (None, *allowed):
+            _refuse_value(key, value, fix)
+
+
+def _refuse_value(key: str, value: Any, fix: str) -> NoReturn:
+    raise UserError(f"{key}={show(value)} is not supported", fix, key=key, value=value)
 
 
 def _refuse_other_teacher_temperature(config: DictConfig) -> None:

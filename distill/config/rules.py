@@ -42,13 +42,15 @@ ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_rati
     policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
 AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization"""
+FLOOR_KL_TYPES = ("forward", "reverse", "mixed", "sampled")
+"""Values of ``loss_fn.kl_type`` that can be combined with ``outside_topk: floor``."""
 
 Rule = tuple[Callable[[Any], bool], str]
-_FRACTION: Rule = lambda value: 0 <= value <= 1, "between 0 and 1"
+_FRACTION: Rule = lambda value: 0 <= value <= 1, "a number between 0 and 1"
 _STEPS: Rule = (lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
 STAGES: dict[str, dict[str, Rule]] = {
     "torch.optim.lr_scheduler.LinearLR": {
-        "start_factor": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "start_factor": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
         "end_factor": _FRACTION,
         "total_iters": _STEPS,
     },
@@ -79,20 +81,22 @@ def check(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
-    def require(keys: str, holds: Any, rule: str) -> None:
+    def require(keys: str, holds: Any, fix: str, fault: str = "is out of range") -> None:
         for key in keys.split():
             if (value := attrgetter(key)(config)) is not None and not holds(value):
-                raise UserError(f"{key}={show(value)} is out of range", f"it must be {rule}", key=key, value=value)
+                raise UserError(f"{key}={show(value)} {fault}", fix, key=key, value=value)
 
     for least, keys in AT_LEAST.items():
-        require(keys, lambda value, least=least: value >= least, f"at least {least}")
-    require(ABOVE_ZERO, lambda value: value > 0, "above 0")
-    require(AT_MOST_1, lambda value: value <= 1, "at most 1")
-    require("policy.optimizer.kwargs.betas", lambda betas: all(0 <= beta < 1 for beta in betas), "in [0, 1)")
-    require("policy.generation.val_temperature", lambda value: value >= 0, "at least 0")
-    require("policy.model_name teacher.model_name", bool, "a hub name or a folder")
+        require(keys, lambda value, least=least: value >= least, f"set it to at least {least}")
+    require(ABOVE_ZERO, lambda value: value > 0, "set it above 0")
+    require(AT_MOST_1, lambda value: value <= 1, "set it to at most 1")
+    betas = "set both numbers to at least 0 and below 1"
+    require("policy.optimizer.kwargs.betas", lambda betas: all(0 <= beta < 1 for beta in betas), betas)
+    require("policy.generation.val_temperature", lambda value: value >= 0, "set it to at least 0")
+    require("policy.model_name teacher.model_name", bool, "set it to a hub name or a folder", "is not allowed")
     folders = "runtime.run_dir logger.log_dir checkpointing.checkpoint_dir"
-    require(folders, lambda path: path and "\0" not in path, "the name of a folder")
+    fix = "set it to the name of a folder"
+    require(folders, lambda path: path and "\0" not in path, fix, "is not allowed")
 
 
 def _check_batches(config: Config) -> None:
@@ -226,7 +230,7 @@ def _check_scheduler(config: Config) -> None:
                 refuse(f"has the invalid argument {name}={show(value)} for {stage.name}", known, value)
             holds, rule = rules[name]
             if not (math.isfinite(value) and holds(value)):
-                refuse(f"has {name}={show(value)} out of range for {stage.name}", f"it must be {rule}", value)
+                refuse(f"has {name}={show(value)} out of range for {stage.name}", f"set it to {rule}", value)
         if stage.name.endswith("CosineAnnealingLR") and "T_max" not in stage.kwargs:
             fix = "set it to the number of steps until the learning rate reaches eta_min"
             refuse(f"has no T_max for {stage.name}", fix, None)
@@ -248,7 +252,7 @@ def _check_loss(config: Config) -> None:
             key="loss_fn.zero_outside_topk",
             value=loss.zero_outside_topk,
         )
-    check_jsd(loss)
+    check_divergence(loss)
     tp, k = (config.policy.dtensor_cfg.tensor_parallel_size, config.distillation.topk_logits_k)
     if tp > 1 and (loss.support == "student" or k == 0):
         raise UserError(
@@ -270,24 +274,26 @@ def _check_loss(config: Config) -> None:
         )
 
 
-def check_jsd(loss: LossConfig) -> None:
-    """Raise UserError for loss_fn.kl_type=jsd if jsd_beta makes it always 0 or outside_topk makes it undefined."""
-    if loss.kl_type != "jsd":
-        return
-    if not 0 < loss.jsd_beta < 1:
+def check_divergence(loss: LossConfig) -> None:
+    """Raise UserError if the divergence is not defined with a floor (outside_topk), or is always 0 (jsd_beta)."""
+    if loss.outside == "floor" and loss.kl_type not in FLOOR_KL_TYPES:
+        floor, also = (
+            ("loss_fn.zero_outside_topk=true", " and remove loss_fn.zero_outside_topk")
+            if loss.zero_outside_topk
+            else ("loss_fn.outside_topk=floor", "")
+        )
+        raise UserError(
+            f"loss_fn.kl_type={loss.kl_type} cannot be combined with {floor}",
+            f"set loss_fn.outside_topk=bucket{also}",
+            key="loss_fn.kl_type",
+            value=loss.kl_type,
+        )
+    if loss.kl_type == "jsd" and not 0 < loss.jsd_beta < 1:
         raise UserError(
             f"loss_fn.jsd_beta={loss.jsd_beta} is not between 0 and 1",
             f"set it between 0 and 1, or set loss_fn.kl_type={'reverse' if loss.jsd_beta <= 0 else 'forward'}",
             key="loss_fn.jsd_beta",
             value=loss.jsd_beta,
-        )
-    if loss.outside == "floor":
-        raise UserError(
-            "loss_fn.kl_type=jsd is not defined with a floor outside the top-k (outside_topk=floor or "
-            "zero_outside_topk=true)",
-            "set loss_fn.outside_topk=bucket",
-            key="loss_fn.kl_type",
-            value="jsd",
         )
 
 
@@ -368,9 +374,11 @@ def _check_data(config: Config) -> None:
             "set data.train.dataset_name or data.train.data_path",
             key="data.train",
         )
-    if not data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end):
+    validations = [name for name in ("val_period", "val_at_start", "val_at_end") if getattr(loop, name)]
+    if not data.validation and validations:
         raise UserError(
-            "data.validation=null provides no held-out data",
+            f"data.validation=null, but distillation.{validations[0]}={show(getattr(loop, validations[0]))} enables "
+            "validation",
             "set data.validation.dataset_name or data.validation.data_path, or disable validation with "
             "distillation.val_period=0, distillation.val_at_start=false and distillation.val_at_end=false",
             key="data.validation",
@@ -386,7 +394,7 @@ def _check_dataset(key: str, entry: DatasetConfig) -> None:
         raise UserError(f"{key} has {found}", "set exactly one of them", key=key)
     if entry.repeat < 1:
         raise UserError(
-            f"{key}.repeat={entry.repeat} is out of range", "it must be at least 1", f"{key}.repeat", entry.repeat
+            f"{key}.repeat={entry.repeat} is out of range", "set it to at least 1", f"{key}.repeat", entry.repeat
         )
     graders = ("math", "exact", "regex", "choice", None)
     if entry.env_name not in graders:

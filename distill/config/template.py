@@ -18,9 +18,9 @@ class Template:
     """A text with placeholders: ``{name}`` for each of ``names``, or ``{}`` for the name "".
 
     Any other word in single braces raises UserError. A matching pair of doubled braces becomes a pair of literal single
-    braces: ``{{word}}`` becomes ``{word}``, and ``{{{{word}}}}`` becomes ``{{word}}``. All other braces are literal.
-    ``key``: the configuration key of the text or of its file, for messages; ``path``: the file, if the text is from a
-    file.
+    braces: ``{{word}}`` becomes ``{word}``, and ``{{}}`` becomes ``{}``. All other braces, including unpaired doubled
+    braces, are literal and stay as written. ``key``: the configuration key of the text or of its file, for messages;
+    ``path``: the file, if the text is from a file.
     """
 
     def __init__(self, text: str, names: Sequence[str], key: str, path: str | None = None) -> None:

@@ -50,12 +50,14 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
         )
 
 
-def check_chat_template(tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None) -> None:
+def check_chat_template(
+    tokenizer: Any, what: str, key: str, kwargs: Mapping[str, Any] | None = None, value: str | None = None
+) -> None:
     """Raise UserError if the tokenizer's chat template omits the user's message.
 
     If the tokenizer has no chat template, logs that prompts are plain text. ``what``: the name of the tokenizer in
-    messages; ``key``: the configuration key for a file that replaces the template; ``kwargs``: the configured template
-    arguments (chat_template_kwargs).
+    messages; ``key`` and ``value``: the setting of a file that replaces the template; ``kwargs``: the configured
+    template arguments (chat_template_kwargs).
     """
     if tokenizer.chat_template is None:
         other = Path(tokenizer.name_or_path, "chat_template.json")
@@ -71,6 +73,7 @@ def check_chat_template(tokenizer: Any, what: str, key: str, kwargs: Mapping[str
             f" {rendered!r})",
             f"set {key} to the path of a Jinja file that renders the user's message",
             key=key,
+            value=value,
         )
 
 

@@ -68,7 +68,7 @@ class Columns:
     source: str
     """Name of the dataset in messages and in Problem.source."""
     key: str
-    """Configuration key of the dataset, such as data.train or data.validation[1]."""
+    """Configuration key of the dataset, such as data.train or data.validation.1."""
     input_key: str
     """Name of the column with the problem text, or a dotted path to a nested value (prompt.0.content)."""
     output_key: str
@@ -142,7 +142,7 @@ class Columns:
             text.encode()
         except UnicodeEncodeError as error:
             problem = f"{self.key}: {origin} has text in {row[0]} that cannot be encoded as UTF-8 ({reason(error)})"
-            raise UserError(problem, "correct the text of this row", key=self.key, value=origin) from None
+            raise UserError(problem, "correct the text of this row", key=self.key) from None
         return text
 
     def _value(self, row: Row, key: str, name: str, origin: str) -> Any:

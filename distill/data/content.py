@@ -132,5 +132,4 @@ def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHash
                     f"{key}: rank {rank} on {host} has other inputs than rank 0 on {first_host} (different {what})",
                     _SAME_RENDERING if only_tokens else _SAME_DATA,
                     key=key,
-                    value=parts,
                 )

@@ -235,7 +235,7 @@ def _check_option(gold: str, where: str) -> None:
             f"write the gold answers as letters (A for the first option), set {where}.output_key to the column of the"
             f" letters, or extract the letters with {where}.output_pattern",
             key=f"{where}.env_name",
-            value=gold,
+            value="choice",
         )
 
 
@@ -250,7 +250,7 @@ def _check_regex(gold: str, where: str) -> None:
             f" ({error})",
             f"correct the gold answer, or set {where}.env_name to exact",
             key=f"{where}.env_name",
-            value=gold,
+            value="regex",
         ) from None
 
 

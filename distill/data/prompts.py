@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from distill.config.template import Template
 from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_change
@@ -33,7 +33,17 @@ log = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 
-_TEMPLATE_KEY, _KWARGS_KEY = "policy.tokenizer.chat_template", "policy.tokenizer.chat_template_kwargs"
+
+class TemplateKeys(NamedTuple):
+    """Configuration keys of a chat template, for messages."""
+
+    template: str
+    """Key of the template's file."""
+    kwargs: str
+    """Key of the template's arguments."""
+
+
+_STUDENT_KEYS = TemplateKeys("policy.tokenizer.chat_template", "policy.tokenizer.chat_template_kwargs")
 
 _CHUNK = 1000
 """Number of conversations that are rendered and tokenized in one batch."""
@@ -42,57 +52,68 @@ _RANDOM, _RENDERINGS = ("random", "lipsum"), 16
 
 
 def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Messages],
+    template_kwargs: Mapping[str, Any] | None = None,
+    keys: TemplateKeys = _STUDENT_KEYS,
 ) -> list[list[int]]:
     """Return the token ids of each conversation, ending with the chat template's generation prompt.
 
     As in transformers and vLLM, the template writes all special tokens, including BOS; the tokenizer adds none. Without
     a chat template, the prompt is the tokenizer's BOS and the messages' texts, separated by blank lines (see
     token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``. Raises UserError
-    if the template rejects a conversation.
+    with one of ``keys`` if the template rejects a conversation.
     """
     if not chats:
         return []
     if tokenizer.chat_template is None:
         return token_ids(tokenizer, ["\n\n".join(m["content"] for m in chat) for chat in chats], special_tokens=True)
     kwargs = dict(template_kwargs or {})
-    _raise_if_random(tokenizer, chats[0], kwargs)
-    return token_ids(tokenizer, _rendered(tokenizer, chats, kwargs))
+    _raise_if_random(tokenizer, chats[0], kwargs, keys)
+    return token_ids(tokenizer, _rendered(tokenizer, chats, kwargs, keys))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any]) -> list[str]:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any], keys: TemplateKeys
+) -> list[str]:
     fixed = {"tokenize": False, "add_generation_prompt": True}
-    if keys := sorted(fixed.keys() & kwargs.keys()):
+    if reserved := sorted(fixed.keys() & kwargs.keys()):
         raise UserError(
-            f"{_KWARGS_KEY} sets the reserved arguments {' and '.join(keys)}",
-            f"remove these arguments from {_KWARGS_KEY}",
-            key=_KWARGS_KEY,
+            f"{keys.kwargs} sets the reserved arguments {' and '.join(reserved)}",
+            f"remove these arguments from {keys.kwargs}",
+            key=f"{keys.kwargs}.{reserved[0]}",
+            value=kwargs[reserved[0]],
         )
     try:
         return [str(tokenizer.apply_chat_template(chat, **fixed, **kwargs)) for chat in chats]
     except Exception as error:  # a template is a program, which can fail in any way
-        raise _rejected(tokenizer, chats[0], kwargs, error) from None
+        raise _rejected(tokenizer, chats[0], kwargs, keys, error) from None
 
 
 def _rejected(
-    tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: Mapping[str, Any], error: Exception
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Messages,
+    kwargs: Mapping[str, Any],
+    keys: TemplateKeys,
+    error: Exception,
 ) -> UserError:
     roles = ", ".join(message["role"] for message in chat)
-    fix = f"change {_KWARGS_KEY} or {_TEMPLATE_KEY}"
+    fix = f"change {keys.kwargs} or {keys.template}"
     if isinstance(tokenizer.chat_template, dict) and "chat_template" not in kwargs:
-        fix = f"set {_KWARGS_KEY}.chat_template to one of {', '.join(tokenizer.chat_template)}, or {fix}"
+        fix = f"set {keys.kwargs}.chat_template to one of {', '.join(tokenizer.chat_template)}, or {fix}"
     if chat[0]["role"] == "system":
         fix = f"remove data.default.system_prompt_file, or {fix}"
     return UserError(
         f"the chat template of {tokenizer.name_or_path} rejects a conversation with the roles {roles}"
         f" ({reason(error)})",
         fix,
-        key=_TEMPLATE_KEY,
-        value=tokenizer.name_or_path,
+        key=keys.template,
     )
 
 
-def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any]) -> None:
+def _raise_if_random(
+    tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any], keys: TemplateKeys
+) -> None:
     """Raise UserError if the chat template renders random text.
 
     All ranks and all resumes of a run must render the same prompts.
@@ -100,13 +121,12 @@ def _raise_if_random(tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs:
     sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
     if not any(name in sources for name in _RANDOM):
         return
-    if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs))) > 1:
+    if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs, keys))) > 1:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} calls the Jinja function {' or '.join(_RANDOM)} and renders"
             " the same conversation to different texts, but all ranks and all resumes of the run need the same prompts",
             "remove this call from the template",
-            key=_TEMPLATE_KEY,
-            value=tokenizer.name_or_path,
+            key=keys.template,
         )
 
 
@@ -288,9 +308,7 @@ def _without_long_prompts(
     skipped = len(rows) - len(kept)
     fix = "raise data.max_input_seq_length and policy.max_total_sequence_length, or shorten the problems"
     if not kept:
-        raise UserError(
-            f"{key}: all {len(rows)} prompts are longer than {max_tokens} tokens", fix, key=key, value=len(rows)
-        )
+        raise UserError(f"{key}: all {len(rows)} prompts are longer than {max_tokens} tokens", fix, key=key)
     if skipped:
         log.warning(
             "%s: skipping %d of %d prompts that are longer than %d tokens (longest: %d): %s",

@@ -68,13 +68,13 @@ _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
 def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, DatasetConfig]]:
     """Yield (configuration key, dataset) for each dataset.
 
-    With ``key`` "data.train", the key is "data.train" for a single dataset, and "data.train[0]", "data.train[1]", ...
+    With ``key`` "data.train", the key is "data.train" for a single dataset, and "data.train.0", "data.train.1", ...
     for several datasets. Raises UserError if ``datasets`` is empty.
     """
     if not datasets:
         raise _no_dataset(key)
     for i, dataset in enumerate(datasets):
-        yield (key if len(datasets) == 1 else f"{key}[{i}]"), dataset
+        yield (key if len(datasets) == 1 else f"{key}.{i}"), dataset
 
 
 def _no_dataset(key: str) -> UserError:
@@ -103,7 +103,7 @@ def load_problems(
     source = columns.source
     if not rows:
         fix = f"add at least one problem, or select other rows with {key}.split"
-        raise UserError(f"{key}: {source} is empty", fix, key=key, value=source)
+        raise UserError(f"{key}: {source} is empty", fix, key=key)
     found = [(table, table.with_text(start, stop)) for table, start, stop in slices]
     skipped = rows - sum(len(kept) for _, kept in found)
     if skipped == rows:
@@ -254,7 +254,8 @@ def _sliced(
     names = [part.partition("[")[0].strip() for part in spec.split("+")]
     if unknown := [name for name in names if name not in splits]:
         if single_file:
-            raise _invalid_split(key, spec, single_file)
+            problem = "is not possible for a single file, which has only the split train"
+            raise setting_error(key, spec, problem, "set it to null, train or a slice such as train[:90%]")
         problem = f"selects the split {unknown[0]}, which does not exist in {columns.source}"
         raise setting_error(key, spec, problem, f"set {key} to one of {', '.join(splits)}")
     tables = {name: table_of(splits[name]) for name in dict.fromkeys(names)}
@@ -265,19 +266,11 @@ def _sliced(
     try:
         parts = ReadInstruction.from_spec(spec).to_absolute({name: len(table) for name, table in tables.items()})
     except (ValueError, AssertionError):
-        raise _invalid_split(key, spec, single_file) from None
+        fix = f"write a slice such as {names[0]}[:90%] or {names[0]}[10:20]"
+        raise setting_error(key, spec, "has an invalid slice", fix) from None
     taken = [(tables[part.splitname], slice(part.from_, part.to)) for part in parts]
     ends = [(table, *part.indices(len(table))[:2]) for table, part in taken]
     return [(table, start, max(start, stop)) for table, start, stop in ends]
-
-
-def _invalid_split(key: str, spec: str, single_file: bool) -> UserError:
-    rule = (
-        "is not possible for a single file, which has only the split train"
-        if single_file
-        else "is not a valid split or slice"
-    )
-    return setting_error(key, spec, rule, f"set {key} to null, train or a slice such as train[:90%]")
 
 
 def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:

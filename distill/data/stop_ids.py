@@ -25,25 +25,27 @@ class ModelFolder(Protocol):
         """Return the folder of the model's files."""
 
 
-def stop_ids(files: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
+def stop_ids(files: ModelFolder, tokenizer: Any, key: str) -> tuple[int, ...]:
     """Return the model's stop ids: ``eos_token_id`` in the model's files, and the EOS id of ``tokenizer``.
 
     As in transformers, ``eos_token_id`` is read from generation_config.json, or from config.json if
-    generation_config.json is missing. Raises UserError for a file that cannot be read, or for an ``eos_token_id`` that
-    is neither a token id nor a list of token ids.
+    generation_config.json is missing. ``key``: the model's configuration key, for messages. Raises UserError for a file
+    that cannot be read, or for an ``eos_token_id`` that is neither a token id nor a list of token ids.
     """
     path = files.folder / "generation_config.json"
-    sections = [read_json(path, files.name)] if path.is_file() else []
+    sections = [read_json(path, files.name, key)] if path.is_file() else []
     if not sections and (path := files.folder / "config.json").is_file():
-        config = read_json(path, files.name)
+        config = read_json(path, files.name, key)
         sections = [config, *(config[name] for name in ("text_config",) if isinstance(config.get(name), dict))]
     eos: Any = next((section["eos_token_id"] for section in sections if section.get("eos_token_id") is not None), [])
     listed = eos if isinstance(eos, list) else [eos]
     if not all(type(token) is int and token >= 0 for token in listed):
         raise UserError(
-            f"{path} has eos_token_id={show(eos)}, which is neither a token id nor a list of token ids",
+            f"{key}={files.name} has eos_token_id={show(eos)} in {path.name}, which is neither a token id nor a list of"
+            " token ids",
             "correct the file, or set policy.generation.stop_token_ids",
-            value=eos,
+            key=key,
+            value=files.name,
         )
     return tuple(sorted({*listed, tokenizer.eos_token_id} - {None}))
 
@@ -74,17 +76,17 @@ def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: 
     return usable
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, name: str, key: str) -> dict[str, Any]:
     """Return the JSON object in the file ``path``; raise UserError if it cannot be read.
 
-    ``what``: name of the model, for messages.
+    ``name`` and ``key``: name of the model and its configuration key, for messages.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"{what} has a {path.name} that cannot be read ({reason(error)})"
-        raise UserError(problem, "download the file again", value=str(path)) from error
+        problem = f"{key}={name} has a {path.name} that cannot be read ({reason(error)})"
+        raise UserError(problem, "download the file again", key=key, value=name) from error
     if not isinstance(found, dict):
-        problem = f"{what} has a {path.name} that does not contain a JSON object"
-        raise UserError(problem, "download the file again", value=str(path))
+        problem = f"{key}={name} has a {path.name} that does not contain a JSON object"
+        raise UserError(problem, "download the file again", key=key, value=name)
     return found

@@ -124,9 +124,7 @@ def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Colu
                 rows, characters = [], 0
         if source.identity() != identities[i]:
             problem = f"{columns.key}: {source.origin} changed while it was read"
-            raise UserError(
-                problem, "start the run again after the file is complete", key=columns.key, value=source.origin
-            )
+            raise UserError(problem, "start the run again after the file is complete", key=columns.key)
     if rows:
         yield pa.record_batch(list(zip(*rows, strict=True)), schema=schema)
 

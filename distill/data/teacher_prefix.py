@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from distill.config.template import teacher_template
 from distill.data.clock import RunClock
-from distill.data.prompts import Messages, chat_ids, token_ids
+from distill.data.prompts import Messages, TemplateKeys, chat_ids, token_ids
 from distill.data.text_checks import check_ids
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
 from distill.errors import UserError
@@ -32,6 +32,7 @@ TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
 """Name of the metric "number of truncated teacher prefixes divided by number of kept responses"."""
 _KEY = "distillation.context_distillation"
 _TEMPLATE_KEY = f"{_KEY}.teacher_prefix_template"
+_CHAT_TEMPLATE_KEY, _KWARGS_KEY = "teacher.tokenizer.chat_template", "teacher.tokenizer.chat_template_kwargs"
 
 DropReason = Literal["missing_trace", "too_long_response", "no_prefix_budget", "prefix_too_long"]
 """Reason for dropping a response, which is then not trained on.
@@ -124,7 +125,8 @@ def build_teacher_prefixes(
     kwargs, key = teacher_template_kwargs(config)
     if clock is not None:
         kwargs = clock.template_kwargs(tokenizer, kwargs, key)
-    return ContextPrefixes(tokenizer, context, config.teacher.max_total_sequence_length, kwargs, valid_vocab)
+    max_tokens = config.teacher.max_total_sequence_length
+    return ContextPrefixes(tokenizer, context, max_tokens, kwargs, valid_vocab, kwargs_key=key)
 
 
 def teacher_template_kwargs(config: Config) -> tuple[Mapping[str, Any] | None, str]:
@@ -132,7 +134,7 @@ def teacher_template_kwargs(config: Config) -> tuple[Mapping[str, Any] | None, s
     own = config.teacher.tokenizer.chat_template_kwargs
     if own is None:
         return config.policy.tokenizer.chat_template_kwargs, "policy.tokenizer.chat_template_kwargs"
-    return own, "teacher.tokenizer.chat_template_kwargs"
+    return own, _KWARGS_KEY
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class ContextPrefixes:
     length of prefix and response together. With ``context.chat_template`` the filled template is a user message,
     followed by a generation prompt; otherwise it is plain text after the tokenizer's BOS. Raises UserError for a
     template without ``{problem}``, with unknown placeholders or with at least ``max_tokens`` tokens, and for a prefix
-    with a token id that is not less than ``valid_vocab``.
+    with a token id that is not less than ``valid_vocab``. ``kwargs_key``: the configuration key of ``template_kwargs``,
+    for messages.
     """
 
     def __init__(
@@ -166,8 +169,10 @@ class ContextPrefixes:
         max_tokens: int,
         template_kwargs: Mapping[str, Any] | None = None,
         valid_vocab: int | None = None,
+        kwargs_key: str = _KWARGS_KEY,
     ) -> None:
         self._tokenizer = tokenizer
+        self._template_keys = TemplateKeys(_CHAT_TEMPLATE_KEY, kwargs_key)
         self._valid_vocab = valid_vocab
         self._context = context
         self._max_tokens = max_tokens
@@ -283,7 +288,7 @@ class ContextPrefixes:
         """Return the token ids of the template filled with each (problem, trace)."""
         texts = self._texts(values)
         if self._context.chat_template:
-            filled = chat_ids(self._tokenizer, _chats(texts), self._template_kwargs)
+            filled = chat_ids(self._tokenizer, _chats(texts), self._template_kwargs, self._template_keys)
         else:
             filled = token_ids(self._tokenizer, texts, special_tokens=True)
         if self._valid_vocab is not None:

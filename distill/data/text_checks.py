@@ -72,7 +72,6 @@ def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, k
             f" embeddings only for ids up to {valid_vocab - 1}",
             "remove the token from the text and the chat template, or choose models with an embedding for this token",
             key=key,
-            value=token,
         )
 
 

@@ -119,7 +119,8 @@ def same_tokenizer_files(student: Path, teacher: Path) -> bool:
     """Return whether both model folders have the same tokenizer files, so that loading one is enough."""
     if not (student / "tokenizer.json").is_file() or any((f / _TEMPLATES).exists() for f in (student, teacher)):
         return False
-    types = [read_json(folder / "config.json", str(folder)).get("model_type") for folder in (student, teacher)]
+    keyed = ((student, "policy.model_name"), (teacher, "teacher.model_name"))
+    types = [read_json(folder / "config.json", str(folder), key).get("model_type") for folder, key in keyed]
     return types[0] == types[1] and all(_same_bytes(student / name, teacher / name) for name in _FILES)
 
 

@@ -24,7 +24,7 @@ OTHER_TEXTS = (
     " leading, trailing  and   double spaces ",
     "Line one\r\n\n\n\tindented\n    four spaces",
     "0 12 345 6789 1234567890 3.14159 1,000,000 2^10 -7",
-    "I'LL see it's DON'T, we've HelloWorld camelCase snake_case",
+    "I'LL say it's DON'T, we've HelloWorld camelCase snake_case",
     "def f(x):\n\treturn {'a': [x, x**2]}  # comment\n",
     r"\frac{1}{2} \le \boxed{\sqrt{3}} $x_{1}$ <think>no</think> &amp; ...!?",
     "café naïve Straße Ωmega ѐ",

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
-from distill.config.rules import check_jsd
+from distill.config.rules import check_divergence
 from distill.errors import UserError, any_of
 from distill.types import TopK
-
-FLOOR_KL_TYPES = ("forward", "reverse", "mixed", "sampled")
-"""Values of ``loss_fn.kl_type`` that can be combined with ``loss_fn.outside_topk=floor``."""
 
 
 @cache
@@ -51,15 +48,7 @@ def check_loss(loss_config: LossConfig) -> None:
         if cap is not None and not cap > 0:
             problem = f"loss_fn.{name}={cap} is not above 0"
             raise UserError(problem, f"set loss_fn.{name} to a number above 0", key=f"loss_fn.{name}", value=cap)
-    if loss_config.outside == "floor" and loss_config.kl_type not in FLOOR_KL_TYPES:
-        raise UserError(
-            "loss_fn.outside_topk=floor (or loss_fn.zero_outside_topk=true) does not work with "
-            f"loss_fn.kl_type={loss_config.kl_type}",
-            "set loss_fn.outside_topk=bucket",
-            key="loss_fn.outside_topk",
-            value="floor",
-        )
-    check_jsd(loss_config)
+    check_divergence(loss_config)
 
 
 def check_temperature(temperature: float, key: str = "loss_fn.temperature", remedy: str = ", or to null") -> None:

@@ -119,7 +119,8 @@ class WeightSync:
         """Check the mean log-prob difference between trainer and sampler (the engine) in a step.
 
         ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained no tokens. Raises
-        RuntimeError if rounding cannot explain the difference; warns if it exceeds three times its first value.
+        RuntimeError if rounding cannot explain the difference; warns if it exceeds three times its first value
+        since the start of this process.
         """
         if math.isnan(difference):
             return
@@ -133,8 +134,8 @@ class WeightSync:
             self._first_difference = difference
         elif difference > _WARNING_RATIO * self._first_difference:
             log.warning(
-                "the log-probs of trainer and engine differ by %.3g nats per token, up from %.3g in the first step:"
-                " check that the engine's weights are current",
+                "the log-probs of trainer and engine differ by %.3g nats per token, up from %.3g in the first step of"
+                " this start: check that the engine's weights are current",
                 *(difference, self._first_difference),
             )
 

@@ -278,10 +278,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "changed bit of a shard": ("shards/__0_0.distcp", _flip, "sha256"),
     "missing shard": ("shards/__0_0.distcp", Path.unlink, "No such file"),
     "changed bit of the metadata": ("shards/.metadata", _flip, "sha256"),
-    "truncated info": ("training_info.json", _truncate, "truncated"),
-    "changed bit of the info": ("training_info.json", _flip, ""),
+    "truncated info": ("training_info.json", _truncate, "JSONDecodeError"),
+    "changed bit of the info": ("training_info.json", _flip, "training_info.json"),  # as JSON or as sha256
     "changed step in the info": ("training_info.json", _edit, "sha256"),
-    "empty info": ("training_info.json", lambda file: file.write_text(""), "truncated"),
+    "empty info": ("training_info.json", lambda file: file.write_text(""), "JSONDecodeError"),
     "missing info": ("training_info.json", Path.unlink, "missing"),
     "empty directory": (".", _empty, "training_info.json is missing"),
 }

@@ -352,7 +352,10 @@ def test_a_number_in_a_recipe_is_not_text(write: Write) -> None:
 
 
 def test_a_list_entry_that_does_not_exist_is_refused() -> None:
-    assert refusal("policy.scheduler.7.name=x").key == "policy.scheduler.7"
+    error = refusal("policy.scheduler.7.name=x")
+    assert error.key == "policy.scheduler.7"
+    assert "0..2" in error.fix
+    assert "list" in refusal("policy.scheduler=[]", "policy.scheduler.0.name=x").fix
 
 
 # ---- keys of NeMo-RL -------------------------------------------------------------------------------------------------
@@ -427,10 +430,42 @@ def test_a_key_with_one_possible_value_is_accepted_without_a_warning(
     key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert load(f"{key}={show(ONE_VALUE[key][0])}", f"++{key}=null") == load()
+        assert load(f"{key}={show(ONE_VALUE[key][0])}") == load()
     assert caplog.records == []
-    error = refusal(f"{key}=other")
-    assert (error.key, error.value) == (key, "other")
+    for word, value in (("other", "other"), *([] if ONE_VALUE[key][0] is None else [("null", None)])):
+        error = refusal(f"{key}={word}")
+        assert (error.key, error.value) == (key, value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "policy.generation.stop_strings=[]",
+        "checkpointing.is_peft=0",
+        "checkpointing.is_peft=null",
+        "data.train.split_validation_size=false",
+        "policy.megatron_cfg.enabled=0",
+    ],
+)
+def test_a_value_that_does_not_change_a_run_is_accepted(word: str) -> None:
+    assert load(word) == load()
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "fault"),
+    [
+        ("policy.generation.colocated.foo=1", "policy.generation.colocated.foo", "unknown"),
+        ("env={math: {zzz: 1}}", "env.math.zzz", "unknown"),
+        ("env.code.num_workers=1", "env.code", "unknown"),
+        ("env=3", "env", "type"),
+        ("env.math=null", "env.math", "type"),
+        ("policy.generation.colocated=true", "policy.generation.colocated", "type"),
+    ],
+)
+def test_other_keys_in_a_section_without_effect_are_refused(word: str, key: str, fault: str) -> None:
+    error = refusal(word)
+    assert error.key == key
+    assert fault in error.problem
 
 
 @pytest.mark.parametrize(
@@ -442,6 +477,7 @@ def test_a_key_with_one_possible_value_is_accepted_without_a_warning(
         ("policy.dtensor_cfg.enabled=false", False),
         ("teacher.dtensor_cfg.enabled=false", False),
         ("policy.dtensor_cfg.enabled=1", 1),
+        ("policy.generation.vllm_cfg.pipeline_parallel_size=1.0", 1.0),
         ("policy.generation.colocated.enabled=false", False),
         ("policy.generation.vllm_cfg.async_engine=true", True),
         ("policy.generation.vllm_cfg.pipeline_parallel_size=2", 2),
@@ -472,28 +508,29 @@ TEMPLATE = "distillation.context_distillation.teacher_prefix_template="
 
 
 @pytest.mark.parametrize(
-    ("words", "key", "value"),
+    ("words", "key", "value", "bound"),
     [
-        (["distillation.num_prompts_per_step=0"], "distillation.num_prompts_per_step", 0),
-        (["distillation.topk_logits_k=-1"], "distillation.topk_logits_k", -1),
-        (["distillation.val_period=-1"], "distillation.val_period", -1),
-        (["runtime.logits_chunk_rows=0"], "runtime.logits_chunk_rows", 0),
-        (["loss_fn.token_kl_cap=0"], "loss_fn.token_kl_cap", 0.0),
-        (["loss_fn.importance_ratio_cap=-1"], "loss_fn.importance_ratio_cap", -1.0),
-        (["loss_fn.mixed_kl_weight=1.5"], "loss_fn.mixed_kl_weight", 1.5),
-        (["loss_fn.mixed_kl_weight=-0.5"], "loss_fn.mixed_kl_weight", -0.5),
-        (["loss_fn.temperature=0"], "loss_fn.temperature", 0.0),
-        (["policy.generation.temperature=0"], "policy.generation.temperature", 0.0),
-        (["policy.generation.top_p=1.5"], "policy.generation.top_p", 1.5),
-        (["policy.optimizer.kwargs.betas=[0.9, 1.0]"], "policy.optimizer.kwargs.betas", (0.9, 1.0)),
-        (["policy.model_name="], "policy.model_name", ""),
-        (["cluster.gpu_memory_gb=0"], "cluster.gpu_memory_gb", 0.0),
-        (["data.train.repeat=0"], "data.train.repeat", 0),
+        (["distillation.num_prompts_per_step=0"], "distillation.num_prompts_per_step", 0, "at least 1"),
+        (["distillation.topk_logits_k=-1"], "distillation.topk_logits_k", -1, "at least 0"),
+        (["distillation.val_period=-1"], "distillation.val_period", -1, "at least 0"),
+        (["runtime.logits_chunk_rows=0"], "runtime.logits_chunk_rows", 0, "at least 1"),
+        (["loss_fn.token_kl_cap=0"], "loss_fn.token_kl_cap", 0.0, "above 0"),
+        (["loss_fn.importance_ratio_cap=-1"], "loss_fn.importance_ratio_cap", -1.0, "above 0"),
+        (["loss_fn.mixed_kl_weight=1.5"], "loss_fn.mixed_kl_weight", 1.5, "at most 1"),
+        (["loss_fn.mixed_kl_weight=-0.5"], "loss_fn.mixed_kl_weight", -0.5, "at least 0"),
+        (["loss_fn.temperature=0"], "loss_fn.temperature", 0.0, "above 0"),
+        (["policy.generation.temperature=0"], "policy.generation.temperature", 0.0, "above 0"),
+        (["policy.generation.top_p=1.5"], "policy.generation.top_p", 1.5, "at most 1"),
+        (["policy.optimizer.kwargs.betas=[0.9, 1.0]"], "policy.optimizer.kwargs.betas", (0.9, 1.0), "below 1"),
+        (["policy.model_name="], "policy.model_name", "", "hub"),
+        (["cluster.gpu_memory_gb=0"], "cluster.gpu_memory_gb", 0.0, "above 0"),
+        (["data.train.repeat=0"], "data.train.repeat", 0, "at least 1"),
     ],
 )
-def test_a_value_out_of_range_is_refused(words: list[str], key: str, value: Any) -> None:
+def test_a_value_out_of_range_is_refused(words: list[str], key: str, value: Any, bound: str) -> None:
     error = refusal(*words)
     assert (error.key, error.value) == (key, value)
+    assert bound in error.fix
 
 
 JSD = ["loss_fn.kl_type=jsd", "loss_fn.outside_topk=bucket"]
@@ -508,8 +545,8 @@ EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
 @pytest.mark.parametrize(
     ("words", "key", "fix"),
     [
-        (["loss_fn.kl_type=sampled", "loss_fn.temperature=2"], "loss_fn.temperature", ""),
-        (["policy.train_global_batch_size=3"], "policy.train_global_batch_size", ""),
+        (["loss_fn.kl_type=sampled", "loss_fn.temperature=2"], "loss_fn.temperature", "remove"),
+        (["policy.train_global_batch_size=3"], "policy.train_global_batch_size", "divisor"),
         (
             ["policy.dynamic_batching.enabled=true", "policy.sequence_packing.enabled=true"],
             "policy.dynamic_batching.enabled",
@@ -520,7 +557,7 @@ EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
         (["loss_fn.kl_type=jsd", "loss_fn.zero_outside_topk=true"], "loss_fn.kl_type", "loss_fn.outside_topk=bucket"),
         (["loss_fn={outside_topk: floor, zero_outside_topk: true}"], "loss_fn.zero_outside_topk", "null"),
         (["policy.generation.max_new_tokens=4097"], "policy.generation.max_new_tokens", "4096"),
-        (["policy.generation.vllm_cfg.precision=float32"], "policy.generation.vllm_cfg.precision", ""),
+        (["policy.generation.vllm_cfg.precision=float32"], "policy.generation.vllm_cfg.precision", "remove"),
         (["policy.generation.vllm_cfg.max_model_len=4095"], "policy.generation.vllm_cfg.max_model_len", "4096"),
         (["teacher.max_total_sequence_length=4095"], "teacher.max_total_sequence_length", "4096"),
         ([*CONTEXT, "teacher.max_total_sequence_length=4095"], "teacher.max_total_sequence_length", "4096"),
@@ -532,19 +569,19 @@ EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
         ([f"policy.{SIZE}=8", TWO_NODES], f"policy.{SIZE}", "1, 2 or 4"),
         ([f"policy.{SIZE}=2", f"teacher.{SIZE}=3", "cluster.gpus_per_node=6"], f"teacher.{SIZE}", "2 or 6"),
         (["policy.dtensor_cfg.replicate_size=3"], "policy.dtensor_cfg.replicate_size", "1, 2 or 4"),
-        (["policy.scheduler.2.milestones=[]"], "policy.scheduler", ""),
+        (["policy.scheduler.2.milestones=[]"], "policy.scheduler", "milestone"),
         (["policy.scheduler.0.kwargs.total=3"], "policy.scheduler", "total_iters"),
         (["policy.scheduler.0.kwargs.total_iters=a"], "policy.scheduler", "total_iters"),
-        (["policy.scheduler.0.kwargs.total_iters=0"], "policy.scheduler", "1"),
+        (["policy.scheduler.0.kwargs.total_iters=0"], "policy.scheduler", "at least 1"),
         (["distillation.context_distillation.enabled=true"], "teacher.model_name", "frozen"),
         (["distillation.context_distillation.ema_decay=1"], "distillation.context_distillation.ema_decay", "self_live"),
         ([*CONTEXT, STATIC], COLUMN, "column"),
         ([*CONTEXT, f"{COLUMN}=solution"], COLUMN, "static_dataset"),
         ([*CONTEXT, f"{EXTRACTOR}=full_text"], EXTRACTOR, "think_tag"),
         (["data.train=null"], "data.train", "data.train.data_path"),
-        (["data.train.dataset_name=null"], "data.train", ""),
-        (["data.train={dataset_name: a, data_path: b}"], "data.train", ""),
-        (["data.train=[{data_path: a}, {}]"], "data.train.1", ""),
+        (["data.train.dataset_name=null"], "data.train", "exactly one"),
+        (["data.train={dataset_name: a, data_path: b}"], "data.train", "exactly one"),
+        (["data.train=[{data_path: a}, {}]"], "data.train.1", "exactly one"),
         (["data.train.env_name=code"], "data.train.env_name", "math, exact, regex, choice or null"),
         (["data.validation=null"], "data.validation", "val_period=0"),
         (["checkpointing.metric_name=accuracy"], "checkpointing.metric_name", "val:NAME"),

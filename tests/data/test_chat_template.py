@@ -113,7 +113,8 @@ def test_a_chat_template_is_checked_with_its_configured_arguments(tmp_path: Path
         find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", *words))
         with pytest.raises(UserError) as caught:
             find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{other}", *words))
-        assert caught.value.key == "policy.tokenizer.chat_template"
+        template_file = f"{tmp_path}/template.jinja" if key else None
+        assert (caught.value.key, caught.value.value) == ("policy.tokenizer.chat_template", template_file)
         with pytest.raises(UserError, match=r"teacher\.tokenizer"):
             find_models(
                 config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", f"teacher.{other}", *words, *context)

@@ -238,7 +238,8 @@ def test_a_number_as_gold_option_is_refused(gold: str) -> None:
     """A column of letters may be missing, as in cais/mmlu, and env_name=exact would grade every response as wrong."""
     with pytest.raises(UserError) as caught:
         check_gold("choice", gold, "data.validation")
-    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", gold)
+    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "choice")
+    assert repr(gold) in caught.value.problem
     assert "letters" in caught.value.fix and "exact" not in str(caught.value)
 
 
@@ -262,7 +263,8 @@ def held_out(path: Path, env_name: str, golds: list[str], output_pattern: str | 
 def test_a_gold_answer_that_names_no_option_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         held_out(tmp_path / "a.jsonl", "choice", ["B", "2"])
-    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "2")
+    assert (caught.value.key, caught.value.value) == ("data.validation.env_name", "choice")
+    assert "'2'" in caught.value.problem
     found = held_out(tmp_path / "a.jsonl", "choice", ["so it is\n#### B", "#### C"], "####")
     graded = [(found.grader(prompt), prompt.problem.answer) for prompt in found.prompts]
     assert graded == [("choice", "B"), ("choice", "C")]

@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file
 
 from distill.checkpoint import Found
-from distill.checkpoint.resume import clock_of, compare_with_checkpoint, log_clock
+from distill.checkpoint.resume import clock_of, compare_with_checkpoint, log_clock, warn_of_changes
 from distill.config import Config, DatasetConfig
 from distill.data import clock as clock_module
 from distill.data.clock import RunClock
@@ -175,9 +175,10 @@ def test_ranks_with_different_inputs_are_refused_with_the_cause() -> None:
         ("data.train", {**first, "tokens": "0"}, ["tokens"]),
         ("teacher.tokenizer", {"tokens": "0"}, ["tokens"]),
     ]:
-        with pytest.raises(UserError, match="rank 2 on c ") as caught:
+        with pytest.raises(UserError) as caught:
             raise_if_ranks_differ([("a", same), ("b", same), ("c", {**same, key: content})])
-        assert (caught.value.key, caught.value.value) == (key, parts)
+        assert (caught.value.key, caught.value.value) == (key, None)
+        assert all(part in caught.value.problem for part in (f"{key}: rank 2 on c ", *parts))
 
 
 def found_at(step: int, order: PromptOrder, **info: Any) -> Found:
@@ -210,14 +211,14 @@ def test_a_checkpoint_without_a_clock_is_refused_if_its_prompts_have_a_date(tmp_
     clock.was_read = True
     with pytest.raises(UserError, match=r"3 of 3 prompts.* the date,.*allow_changes=true.*step 4") as caught:
         compare_with_checkpoint(found, allowing(False), now, clock, None)
-    assert caught.value.key == "checkpointing.allow_changes"
+    assert (caught.value.key, caught.value.value) == ("checkpointing.allow_changes", False)
     log_clock(clock, found)
     (warning,) = caplog.records
     assert warning.levelname == "WARNING" and str(clock) in warning.getMessage()
     assert len(compare_with_checkpoint(found, allowing(True), now, clock, None).changes) == 1
 
 
-def test_changes_of_all_resumes_are_recorded(tmp_path: Path) -> None:
+def test_changes_of_all_resumes_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Record changes to the data, to a key that affects training, and to the validation data."""
     order = inputs(tmp_path / "first", {})
     then: dict[str, Any] = {"problems": "1", "tokens": "2"}
@@ -234,6 +235,11 @@ def test_changes_of_all_resumes_are_recorded(tmp_path: Path) -> None:
         (3, "data.validation"),
     ]
     assert one.in_context_metrics(found) is None and one.info["validation_inputs"] == changed
+    warn_of_changes(one, found)
+    training, validation = caplog.records
+    assert (training.levelname, validation.levelname) == ("WARNING", "WARNING")
+    assert all(text in training.getMessage() for text in (f"{found.path} (", "data.train.prompt_file", "undo"))
+    assert all(text in validation.getMessage() for text in ("data.validation", "step 3", "teacher"))
     off = compare_with_checkpoint(found, allowing(False), order, clock, {})  # without validation, the hashes are kept
     assert off.changes == earlier and off.in_context_metrics(found) and off.info["validation_inputs"] == then
 
@@ -390,7 +396,8 @@ def test_resume_with_changed_inputs_is_refused_unless_changes_are_allowed(dated:
     assert sorted(change["what"] for change in changes) == sorted(expected)
     assert all(what in output for what in expected), output
     assert all(change["step"] == 1 and change["when"].startswith("2031-") for change in changes)
-    assert info["in_context"] is None
+    (omitted,) = (line for line in output.splitlines() if "data.validation has" in line)
+    assert info["in_context"] is None and "teacher" in omitted
     assert info["clock"] == _info(dated, "another day", 1)["clock"], "the clock does not change"
     assert info["data"]["num_prompts_per_step"] == 2
     # The new checkpoint contains the new inputs, so the next resume finds no changes.

@@ -50,8 +50,12 @@ def test_a_self_teacher_that_reads_only_the_students_prompt_is_refused(
     dataset = DatasetConfig(data_path=str(tmp_path / "a.jsonl"))
     prompts = load_prompts([dataset], tiny_tokenizer(), 100, trace_column="solution")
     order = PromptOrder(prompts, 1, seed=0, shuffle=False)
-    with pytest.raises(UserError, match="teacher_prefix_template") if refused else contextlib.nullcontext():
-        check_teacher_reads_more(config, build_teacher_prefixes(config, tiny_tokenizer()), order)
+    built = build_teacher_prefixes(config, tiny_tokenizer())
+    with pytest.raises(UserError) if refused else contextlib.nullcontext() as caught:
+        check_teacher_reads_more(config, built, order)
+    if caught is not None:
+        assert (caught.value.key, caught.value.value) == (f"{CONTEXT}.teacher_prefix_template", template)
+        assert "student" in caught.value.problem and "allow_degenerate" in caught.value.fix
 
 
 def test_a_template_that_fills_the_window_is_refused() -> None:
@@ -117,6 +121,21 @@ def test_the_chat_template_gets_the_teachers_arguments_or_else_the_students() ->
             [rollout("2")]
         )
         assert ("</think>" not in read(made)[0]) == thinks
+
+
+def test_errors_of_the_teachers_chat_template_have_the_teachers_keys() -> None:
+    for template in ("{{ raise_exception('no') }}", "{{ ['a', 'b'] | random }}"):
+        with pytest.raises(UserError) as caught:
+            prefixes("{problem}", tokenizer=tiny_tokenizer(template), chat_template=True)
+        assert caught.value.key == "teacher.tokenizer.chat_template" and "policy." not in str(caught.value)
+    words = ("enabled=true", "chat_template=true", "teacher_prefix_template={problem}")
+    same_model = ("policy.model_name=m", "teacher.model_name=m")
+    context = [*same_model, *(f"{CONTEXT}.{word}" for word in words)]
+    for who in ("policy", "teacher"):  # the teacher's template has the student's arguments by default
+        config = load_config([*context, f"{who}.tokenizer.chat_template_kwargs={{tokenize: true}}"])
+        with pytest.raises(UserError) as caught:
+            build_teacher_prefixes(config, tiny_tokenizer())
+        assert (caught.value.key, caught.value.value) == (f"{who}.tokenizer.chat_template_kwargs.tokenize", True)
 
 
 def test_a_self_teacher_uses_the_students_chat_template(tmp_path: Path) -> None:

@@ -245,9 +245,9 @@ BAD = {
     "utf16.jsonl": ('{"question": "a"}\n'.encode("utf-16"), "data_path", "UTF-8"),
     "wrapped.json": (b'{\n "data": [\n  {"question": "a", "answer": 1}]}', "data_path", "line 1"),
     "headless.csv": (b"1+1?,2\n2+2?,4\n", "input_key", "1+1?, 2"),
-    "header.csv": (b"question,answer\n", "", "empty"),
-    "nothing.csv": (b"", "", "empty"),
-    "text.csv": (b"question,answer\n ,1\n", "input_key", ""),
+    "header.csv": (b"question,answer\n", "", "is empty"),
+    "nothing.csv": (b"", "", "is empty"),
+    "text.csv": (b"question,answer\n ,1\n", "input_key", "no text"),
     "open.json": (b'[{"question": "a", "answer": 1}', "data_path", "entry 0, line 1 ("),
     "comma.json": (b'[{"question": "a", "answer": 1},\n]', "data_path", "entry 1, line 2"),
     "cut.json": (b'[\n{"question": "a",\n "answer"', "data_path", "entry 0, line 3 (Expecting ':' delimiter)"),
@@ -257,7 +257,7 @@ BAD = {
     "bytes.json": (b'[{"question": "a\xff", "answer": 1}]', "data_path", "entry 0, line 1 ("),
     "deep.json": (b"[" * 100_000, "data_path", "entry 0, line 1"),
     "deeper.json": (b'[{"a": ' + b"[" * 100_000, "data_path", "line 1 (maximum recursion"),
-    "half.json": (b'[{"question": "\\ud800", "answer": 1}]', "", "entry 0 ('utf-8'"),
+    "half.json": (b'[{"question": "\\ud800", "answer": 1}]', "", "in entry 0"),
     "entry.json": (b'[{"question": "a", "answer": 1}, {"answer": 1}]', "input_key", "entry 1 of"),
     "gold.jsonl": (b'{"question": "a", "answer": [1]}', "output_key", "type list in line 1 of"),
     "zip.parquet.gz": (gzip.compress(b"no parquet"), "data_path", "Parquet"),
@@ -271,7 +271,8 @@ def test_malformed_files_are_refused_with_location_and_cause(name: str, tmp_path
     (tmp_path / name).write_bytes(content)
     error = refusal(tmp_path / name)
     assert error.key == f"data.train.{key}".rstrip(".")
-    assert fragment in str(error) and str(tmp_path / name) in str(error)
+    assert (error.value is None) == (key == "")  # a file or row is not the value of data.train
+    assert fragment in str(error) and str(tmp_path / name) in error.problem
 
 
 def test_metric_names_omit_file_type_and_compression() -> None:
@@ -324,6 +325,6 @@ def test_gold_answers_without_a_match_are_counted_and_the_first_is_named(
     with caplog.at_level(logging.WARNING):
         assert [gold for _, gold in read(path, output_pattern="####")] == ["1", "", "", "", "2"]
     assert "2 of 5 problems" in caplog.text and f"line 3 of {path}" in caplog.text
-    for pattern, fragment in (("xyz", f"line 1 of {path}"), ("(", "(missing )"), ("(a)(b)", "2 groups")):
+    for pattern, fragment in (("xyz", f"line 1 of {path}"), ("(", "(missing )"), ("(a)(b)", "2 capturing")):
         error = refusal(path, output_pattern=pattern)
         assert (error.key, error.value) == ("data.train.output_pattern", pattern) and fragment in str(error)

@@ -153,19 +153,19 @@ def test_small_files_need_neither_the_datasets_library_nor_the_cache(tmp_path: P
 
 
 BAD_FILES: dict[str, tuple[str | bytes | None, str, str]] = {
-    "missing.jsonl": (None, "data_path", ""),
-    "empty.jsonl": ("", "", ""),
-    "blank.jsonl": ('{"question": " "}', "input_key", ""),
+    "missing.jsonl": (None, "data_path", "not exist"),
+    "empty.jsonl": ("", "", "empty"),
+    "blank.jsonl": ('{"question": " "}', "input_key", "no text"),
     "torn.jsonl": ('{"question": "a"}\n\n{"question": "b', "data_path", "line 3 (Unterminated"),
     "list.jsonl": ('{"question": "a"}\n["b"]', "data_path", "line 2"),
     "half.jsonl": ('{"question": "a"}\n{"question": "\\ud83d"}', "", "line 2"),
-    "deep.jsonl": ("[" * 100_000, "data_path", "recursion"),
+    "deep.jsonl": ("[" * 100_000, "data_path", "line 1 (maximum recursion"),
     "bytes.jsonl": (b'{"question": "\xff"}', "data_path", "line 1"),
-    "column.jsonl": ('{"problem": "a", "gold": 1}', "input_key", "problem, gold"),
+    "column.jsonl": ('{"problem": "a", "gold": 1}', "input_key", "line 1 of"),
     "second.jsonl": ('{"question": "a"}\n{"problem": "b"}', "input_key", "line 2"),
-    "type.jsonl": ('{"question": ["a"]}', "input_key", "type list"),
-    "notes.txt": ("a", "data_path", ".jsonl, .json, .parquet"),
-    "text.parquet": ("a", "data_path", "Parquet"),
+    "type.jsonl": ('{"question": ["a"]}', "input_key", "type list in line 1"),
+    "notes.txt": ("a", "data_path", "unknown file"),
+    "text.parquet": ("a", "data_path", "Parquet file"),
 }
 """The content of a file, the key of the refusal below data.train, and a fragment of the message."""
 
@@ -177,7 +177,8 @@ def test_malformed_files_are_refused_in_one_sentence(name: str, tmp_path: Path) 
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = refusal(tmp_path / name, output_key=None)
     assert error.key == f"data.train.{key}".rstrip(".")
-    assert fragment in str(error) and name in str(error)
+    assert (error.value is None) == (key == "")  # a file or row is not the value of data.train
+    assert fragment in error.problem.replace(str(tmp_path), "") and name in error.problem
 
 
 def test_truncated_parquet_files_and_invalid_utf8_are_refused(tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_invalid_dataset_keys_are_refused(tmp_path: Path) -> None:
         ),
         (
             [DatasetConfig(data_path=good, input_key="question"), DatasetConfig(data_path="nowhere.jsonl")],
-            "data.train[1].data_path",
+            "data.train.1.data_path",
             "nowhere.jsonl",
         ),
     ]
@@ -235,6 +236,14 @@ def test_invalid_dataset_keys_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             load_datasets(datasets)
         assert (caught.value.key, caught.value.value) == (key, value)
+
+
+def test_an_invalid_slice_of_a_file_is_refused_as_a_slice(tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", questions("a"))
+    for split, fault in (("train[:abc]", "slice"), ("train+train[", "slice"), ("test[:1]", "single file")):
+        error = refusal(tmp_path / "a.jsonl", split=split)
+        assert (error.key, error.value) == ("data.train.split", split)
+        assert fault in error.problem and "train[:" in error.fix
 
 
 def test_hub_datasets_are_refused_without_access_to_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -345,14 +354,14 @@ def test_errors_of_a_chat_template_are_one_sentence() -> None:
     for messages, roles in ((chat, "system, user"), (chat[1:], "user")):
         with pytest.raises(UserError, match=rf"roles {roles} \(System role not supported\)") as caught:
             chat_ids(tokenizer, [messages])
-        assert caught.value.key == "policy.tokenizer.chat_template"
+        assert (caught.value.key, caught.value.value) == ("policy.tokenizer.chat_template", None)
         assert ("system_prompt_file" in caught.value.fix) == (messages is chat)
     tokenizer.chat_template = {"short": "{{ messages[0].content }}", "long": "{{ messages[0].content * 2 }}"}
     with pytest.raises(UserError, match=r"chat_template_kwargs\.chat_template .*short, long"):
         chat_ids(tokenizer, [chat[1:]])
-    with pytest.raises(UserError, match="tokenize") as caught:
+    with pytest.raises(UserError) as caught:
         chat_ids(tiny_tokenizer(), [chat], {"tokenize": True})
-    assert caught.value.key == "policy.tokenizer.chat_template_kwargs"
+    assert (caught.value.key, caught.value.value) == ("policy.tokenizer.chat_template_kwargs.tokenize", True)
 
 
 def test_long_prompts_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -362,9 +371,10 @@ def test_long_prompts_are_skipped_and_counted(tmp_path: Path, caplog: pytest.Log
     assert [(p.prompt_id, len(p.student_ids)) for p in prompts] == [(0, 4), (2, 3)]
     assert prompts.skipped == 1
     assert all(number in caplog.text for number in ("1 of 3", "4 tokens", "longest: 5"))
-    with pytest.raises(UserError, match="2 tokens") as caught:
+    with pytest.raises(UserError) as caught:
         load_prompts([dataset], tokenizer, 2)
-    assert (caught.value.key, caught.value.value) == ("data.train", 3)
+    assert (caught.value.key, caught.value.value) == ("data.train", None)
+    assert all(number in caught.value.problem for number in ("3 prompts", "2 tokens"))
 
 
 def test_tokenization_of_ten_thousand_prompts_logs_progress(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,8 @@ from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.errors import UserError
 from tests.tiny_tokenizer import tiny_tokenizer
 
+KEY = "teacher.model_name"
+
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
@@ -37,17 +39,29 @@ def test_stop_ids_are_those_of_transformers_and_the_tokenizers_eos(
     theirs = oracle.eos_token_id if isinstance(oracle.eos_token_id, list) else [oracle.eos_token_id]
     assert {*theirs} - {None} == expected
     files: Any = SimpleNamespace(name="m", folder=tmp_path)
-    assert stop_ids(files, tiny_tokenizer()) == tuple(sorted({*expected, 258}))
+    assert stop_ids(files, tiny_tokenizer(), KEY) == tuple(sorted({*expected, 258}))
 
 
 def test_stop_ids_of_a_text_config_are_used(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": 7}}')
     files: Any = SimpleNamespace(name="m", folder=tmp_path)
-    assert stop_ids(files, tiny_tokenizer()) == (7, 258)
-    (tmp_path / "config.json").write_text('{"text_config": {"eos_token_id": "x"}}')
-    with pytest.raises(UserError, match=r"config\.json") as caught:
-        stop_ids(files, tiny_tokenizer())
-    assert caught.value.value == "x"
+    assert stop_ids(files, tiny_tokenizer(), KEY) == (7, 258)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"), [('{"eos_token_id": "xyz"}', "eos_token_id=xyz"), ("{", "line 1"), ("[]", "JSON object")]
+)
+def test_invalid_files_with_stop_ids_are_refused_with_model_file_and_fault(
+    tmp_path: Path, content: str, fault: str
+) -> None:
+    files: Any = SimpleNamespace(name="m", folder=tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError) as caught:
+            stop_ids(files, tiny_tokenizer(), KEY)
+        assert (caught.value.key, caught.value.value) == (KEY, "m")
+        assert caught.value.problem.startswith(f"{KEY}=m ")
+        assert fault in caught.value.problem and f" {name}" in caught.value.problem
 
 
 def test_unusable_ordinary_and_missing_stop_ids_are_logged(caplog: Any) -> None:

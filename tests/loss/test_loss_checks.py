@@ -40,7 +40,7 @@ def compute(config: LossConfig, path: str) -> None:
         ({"kl_type": "backward"}, "kl_type"),
         ({"outside_topk": "ceiling"}, "outside_topk"),
         ({"logits_dtype": "bf16"}, "logits_dtype"),
-        ({"kl_type": "jsd", "outside_topk": "floor"}, "outside_topk"),
+        ({"kl_type": "jsd", "outside_topk": "floor"}, "kl_type"),
         ({"mixed_kl_weight": 3.0}, "mixed_kl_weight"),
         ({"token_kl_cap": -1.0}, "token_kl_cap"),
         ({"importance_ratio_cap": 0.0}, "importance_ratio_cap"),

@@ -502,7 +502,7 @@ def test_a_vocabulary_part_of_padding_only_is_refused_before_loading(tmp_path: P
     with pytest.raises(UserError, match="288"):
         check_tensor_parallel(split, config, 288)
     check_tensor_parallel(config_for(tmp_path / "five rows", tmp_path / "another"), config, 1)
-    with pytest.raises(UserError, match=r"\b6\b.*\b5\b"):
+    with pytest.raises(UserError, match=r"\b5\b"):
         dry_run_text(split)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from distill.distributed.world import World
-from distill.errors import UserError
+from distill.errors import UserError, show
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.hf_load import manifest_of, meta_model
@@ -487,15 +487,19 @@ def test_fifty_cycles_leak_no_memory_handles_or_threads(tmp_path: Path) -> None:
     assert (handles_end, threads_end) == (handles, threads)
 
 
-def _refused_key(folder: Path, *overrides: str, ranks: int = 2) -> str:
-    """Return the configuration key that ``check_backend`` refuses; empty if it accepts the recipe."""
+def _refused_key(folder: Path, *overrides: str, ranks: int = 2, problem: str = "", fix: str = "") -> str:
+    """Return the configuration key that ``check_backend`` refuses; empty if it accepts the recipe.
+
+    The error must contain ``problem`` and ``fix`` in the fields of these names.
+    """
     with pytest.MonkeyPatch.context() as environment:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.setenv(name, "0")  # so that their values are restored
         error = _refusal(folder, *overrides, ranks=ranks)
     if error is None:
         return ""
-    assert error.fix and f"{error.key}={error.value}" in str(error)
+    assert error.fix and error.problem.startswith(f"{error.key}={show(error.value)}")
+    assert problem in error.problem and fix in error.fix
     return error.key
 
 
@@ -515,18 +519,21 @@ ENGINE_SIZE = "policy.generation.vllm_cfg.tensor_parallel_size"
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "problem", "fix"),
     [
-        ("seed", "3"),
-        ("max_seqs", "3"),
-        ("hf_overrides", "{sliding_window: 4}"),
-        ("quantization", "fp8"),
-        ("gpu_memory_utilization", "0.5"),
+        ("seed", "3", "trainer", "remove"),
+        ("max_seqs", "3", "argument", "remove"),
+        ("hf_overrides", "{sliding_window: 4}", "trainer", "remove"),
+        ("quantization", "fp8", "weights", "remove"),
+        ("gpu_memory_utilization", "0.5", "own key", "policy.generation.vllm_cfg.gpu_memory_utilization"),
     ],
 )
-def test_arguments_of_vllm_that_the_trainer_cannot_allow_are_refused(tmp_path: Path, name: str, value: str) -> None:
+def test_arguments_of_vllm_that_the_trainer_cannot_allow_are_refused(
+    tmp_path: Path, name: str, value: str, problem: str, fix: str
+) -> None:
     folder = save_tiny_model(tmp_path / "m", "llama")
-    assert _refused_key(folder, VLLM, f"{KWARGS}={{{name}: {value}}}") == f"{KWARGS}.{name}"
+    refused = _refused_key(folder, VLLM, f"{KWARGS}={{{name}: {value}}}", problem=problem, fix=fix)
+    assert refused == f"{KWARGS}.{name}"
 
 
 def test_other_arguments_of_vllm_are_allowed(tmp_path: Path) -> None:
@@ -536,31 +543,33 @@ def test_other_arguments_of_vllm_are_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "shape", "refused"),
+    ("ranks", "shape", "number"),
     [
-        (2, {"heads": 3, "kv_heads": 1, "hidden": 96}, True),
-        (2, {"kv_heads": 1}, False),
-        (2, {"heads": 6, "kv_heads": 3, "hidden": 96}, True),
-        (3, {"heads": 6, "kv_heads": 3, "hidden": 96}, False),
-        (3, {"heads": 6, "kv_heads": 3}, True),
-        (3, {"heads": 6, "kv_heads": 3, "hidden": 96, "vocab": 390}, True),
+        (2, {"heads": 3, "kv_heads": 1, "hidden": 96}, "3 attention"),
+        (2, {"kv_heads": 1}, ""),
+        (2, {"heads": 6, "kv_heads": 3, "hidden": 96}, "3 key-value"),
+        (3, {"heads": 6, "kv_heads": 3, "hidden": 96}, ""),
+        (3, {"heads": 6, "kv_heads": 3}, "128 "),
+        (3, {"heads": 6, "kv_heads": 3, "hidden": 96, "vocab": 390}, "448 "),
     ],
     ids=["heads", "one kv head", "kv heads", "divisible", "intermediate_size", "vocabulary"],
 )
-def test_an_engine_of_several_ranks_needs_a_model_that_they_divide(tmp_path: Path, ranks, shape, refused) -> None:
+def test_an_engine_of_several_ranks_needs_a_model_that_they_divide(tmp_path: Path, ranks, shape, number) -> None:
     folder = save_tiny_model(tmp_path / "m", "qwen3", **shape)
-    key = _refused_key(folder, VLLM, f"{ENGINE_SIZE}={ranks}", ranks=ranks)
-    assert key == (ENGINE_SIZE if refused else "")
+    fix = number.split(" ")[0]  # the size must divide this number
+    key = _refused_key(folder, VLLM, f"{ENGINE_SIZE}={ranks}", ranks=ranks, problem=f" {number}", fix=fix)
+    assert key == (ENGINE_SIZE if number else "")
 
 
 def test_a_model_that_vllm_cannot_run_is_refused_for_vllm_only(tmp_path: Path) -> None:
     folder = save_variant(tmp_path / "m", NOT_IN_VLLM["qwen3 biases"][0])
-    assert _refused_key(folder, VLLM) == "policy.model_name"
+    assert _refused_key(folder, VLLM, problem="attention_bias=True") == "policy.model_name"
     assert _refused_key(folder, "policy.generation.backend=transformers") == ""
 
 
 def test_without_vllm_the_backend_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_model(tmp_path / "m")
     monkeypatch.setattr("distill.rollout.factory.find_spec", lambda name: None)
-    assert _refused_key(folder, VLLM) == "policy.generation.backend"
+    alternative = "policy.generation.backend=transformers"
+    assert _refused_key(folder, VLLM, problem="installed", fix=alternative) == "policy.generation.backend"
     assert _refused_key(folder, "policy.generation.backend=transformers") == ""
