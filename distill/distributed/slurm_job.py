@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.config import PRINT_FLAGS, Config, parse_args
+from distill.config import Config, parse_args, print_flag
 from distill.distributed import slurm
 from distill.errors import UserError, any_of
 
@@ -38,10 +38,8 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
     Called on the first node of the Slurm job. The run directory is the same after a requeue. Raises UserError for an
     invalid recipe, or a recipe with other numbers of nodes and GPUs than the job.
     """
-    if flags := PRINT_FLAGS.intersection(argv):
-        raise UserError(
-            f"{min(flags)} cannot be used in a Slurm job", f"run python -m distill.train {min(flags)}", key=min(flags)
-        )
+    if flag := print_flag(argv):
+        raise UserError(f"{flag} cannot be used in a Slurm job", f"run python -m distill.train {flag}", key=flag)
     config = parse_args(argv).config
     check_allocation(config)
     job, nodes = slurm.job_id(), config.cluster.num_nodes
