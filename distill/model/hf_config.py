@@ -269,7 +269,7 @@ def _own_settings(config: Any) -> set[str]:
 def _has_effect(name: str, value: object) -> bool:
     """Return whether ``value`` of the setting ``name`` affects the logits or the key-value cache.
 
-    This is the effect in models that support the setting.
+    Assumes a model that supports the setting.
     """
     return bool((name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]))
 
@@ -345,7 +345,7 @@ def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> N
 
 
 _EQUAL_HEADS: dict[tuple[object, ...], bool] = {}
-"""Cache of ``_same_values``: maps the paths and modification times of the two files to the result."""
+"""Cache of ``_same_values``: maps the paths and modification times of both files to the result."""
 _CHUNK = 2**24
 """Number of elements of each tensor that are read and compared at a time: 64 MiB in float32."""
 

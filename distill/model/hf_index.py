@@ -83,9 +83,9 @@ def check_format(folder: Path, setting: ModelSetting) -> None:
 def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTensor]:
     """Return the headers of all tensors in the model folder ``folder``, by parameter name.
 
-    If only the base model was saved, names in the files lack "model."; they get this prefix, as in transformers. Raises
-    UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that its files do
-    not contain.
+    If only the base model was saved, the names in the files lack the prefix "model."; it is added, as in transformers.
+    Raises UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that the
+    files do not contain.
     """
     tensors: dict[str, StoredTensor] = {}
     named = _weight_map(folder, setting)

@@ -109,7 +109,7 @@ def _within(name: str, modules: Collection[str]) -> bool:
 
 
 def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Return a function that returns whether ``from_pretrained`` silently ignores a tensor name."""
+    """Return a predicate: whether ``from_pretrained`` silently ignores the tensor with a given name."""
     tied = tied_names(model)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]

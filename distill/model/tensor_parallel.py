@@ -288,7 +288,8 @@ class _Rows(ParallelStyle):
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     """Replace the forward of an embedding that is split by vocabulary over the ranks.
 
-    Each rank looks up the ids of its rows and uses zeros for all other ids; an all-reduce adds the results.
+    Each rank looks up the token ids in its part of the vocabulary and uses zeros for all other ids. An all-reduce adds
+    the results of all ranks.
     """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()

@@ -17,7 +17,7 @@ from distill.types import SequenceShards
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all over the first axis: send part r to rank r; the backward sends gradients back."""
+    """All-to-all over the first axis: send part r to rank r. The backward sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
