@@ -175,8 +175,8 @@ def _tokens_read(rollout: Rollout) -> int:
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
     """Pack rollouts into one micro-batch: concatenate prefixes and responses without padding.
 
-    ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n refers to response token n; in
-    the input of each model its position is that of the previous token, which predicts token n. With ``share`` a
+    ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n refers to response token n. In
+    the input of each model, it uses the position of the previous token, which predicts token n. With ``share`` a
     repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence of one token
     with one row of weight 0, so that every rank runs the same collectives.
     """

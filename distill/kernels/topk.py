@@ -15,8 +15,8 @@ A tile is not contiguous: it consists of ``W / VEC`` runs of 16 bytes, with a la
 complete tile, so it computes the tile's maximum and sums without communication, which would take longer than the read.
 This layout also distributes adjacent logits, which are often large together, over many tiles.
 
-Suffixes of names in the kernels are axes: R, S and VEC are the runs of a tile, the tiles of a group, and the adjacent
-logits of a run; T = tiles of a row, G = groups of a row, B = a block of logits, A = entries of the candidate buffer.
+Suffixes of names in the kernels are axes: R = runs of a tile, S = tiles of a group, VEC = adjacent logits of a run, T =
+tiles of a row, G = groups of a row, B = a block of logits, A = entries of the candidate buffer.
 """
 
 from __future__ import annotations

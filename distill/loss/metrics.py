@@ -150,8 +150,8 @@ class SampledLogprobs:
 
         - Without sampled tokens, E is 0.
         - If the loss uses the sampling temperature, E is 1: z_y, or 0 if y is a column of another rank.
-        - Otherwise E is 2: z_y - m (or 0 likewise), and the sum of exp(z - m) over this rank's columns. Only in this
-          case the method is collective over ``group``.
+        - Otherwise E is 2: z_y - m, or 0 if y is a column of another rank; and the sum of exp(z - m) over this rank's
+          columns. Only in this case the method is collective over ``group``.
         """
         if self.sampled is None:
             return torch.zeros(len(z_CV), 0, dtype=dtype, device=z_CV.device)

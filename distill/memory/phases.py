@@ -27,11 +27,11 @@ Lines = dict[str, int]
 def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
     """Return the bytes per token position that autograd saves for the backward of one layer.
 
-    The number is that without activation checkpointing. The tensors are those of transformers' layers. Each norm saves
-    its float32 input, and its output before and after the multiplication by the weight. Attention saves queries, keys,
-    values, and two copies of its output: the result of the attention kernel, and the input of the output projection.
-    The MLP saves four tensors of its intermediate size. The norms of queries and keys save the same tensors as other
-    norms.
+    The number applies to training without activation checkpointing. The tensors are those of transformers' layers. Each
+    norm saves its float32 input, and its output before and after the multiplication by the weight. Attention saves
+    queries, keys, values, and two copies of its output: the result of the attention kernel, and the input of the output
+    projection. The MLP saves four tensors of its intermediate size. The norms of queries and keys save the same tensors
+    as other norms.
     """
     queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
@@ -121,9 +121,9 @@ class StepMemory:
     def engine_lines(self) -> Lines:
         """Return the bytes of weights and key-value cache of the generation engine while it is awake.
 
-        vLLM allocates the fraction gpu_memory_utilization of the GPU's memory; its cache gets what the weights leave of
-        this memory. The transformers engine has the complete model and a cache for one batch of sequences of the
-        maximum length. The cache of vLLM is omitted if the memory of the GPU is unknown.
+        vLLM allocates the fraction gpu_memory_utilization of the GPU's memory; its cache gets the part of this memory
+        that the weights do not use. The transformers engine has the complete model and a cache for one batch of
+        sequences of the maximum length. The cache of vLLM is omitted if the memory of the GPU is unknown.
         """
         generation, shape = self.config.policy.generation, self.student
         if generation.backend != "vllm":
