@@ -193,8 +193,7 @@ class Checkpoints:
     def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
         """Rename damaged checkpoints, so that the next resume ignores them; collective.
 
-        ``damaged`` maps the name of each damaged checkpoint to the reason. ``intact``: the checkpoint that the run
-        resumes from.
+        ``damaged``: maps checkpoint names to reasons. ``intact``: the checkpoint that the run resumes from.
         """
         with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
             if self._world.is_main:
@@ -393,10 +392,7 @@ class Checkpoints:
 
     @property
     def _metric(self) -> str:
-        """Return the logged name of the metric that selects the best checkpoints; "" without a metric.
-
-        The metric is set by checkpointing.metric_name; its logged name is, for example, ``validation/accuracy``.
-        """
+        """Return the metric set by metric_name as a logged name (``validation/accuracy``); "" if it is null."""
         kind, _, name = (self._config.metric_name or "").partition(":")
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 
