@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from distill.batching.plan import plan
-from distill.config import PRINT_FLAGS, parse_args
+from distill.config import parse_args, print_flag
 from distill.distributed.program import exit_process, run_program, run_without_world, start_process
 from distill.errors import CollectiveUserError, RunFailed
 from distill.supervise.stop import StopRequested
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command-line program; return the exit code: 0, 1 if the run failed, 2 for a user error."""
     argv = sys.argv[1:] if argv is None else argv
     start_process()
-    if PRINT_FLAGS.intersection(argv):  # --help or --dry-run
+    if print_flag(argv):  # --help or --dry-run
         return run_without_world(partial(print_dry_run, argv))
     return run_program(partial(train_from, argv))
 

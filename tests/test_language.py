@@ -55,7 +55,7 @@ def prose() -> Iterator[tuple[str, str]]:
         is_package = path.relative_to(ROOT).parts[0].startswith(".venv")
         if path.is_file() and name not in EXEMPT and not is_package:
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                if not line.startswith(f'    "{SAMPLES.get(name)}'):
+                if name not in SAMPLES or not line.startswith(f'    "{SAMPLES[name]}'):
                     yield f"{name}:{number}", line
 
 

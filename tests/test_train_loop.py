@@ -46,7 +46,7 @@ def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespa
         last_step=2,
         begin_step=lambda step: record(f"step {step}"),
         phase=lambda name: contextlib.nullcontext(),
-        student=part(offload="student offload", onload="student onload", train="train", end_step="student end"),
+        student=part(onload="student onload", train="train", end_step="student end"),
         teacher=teacher or SimpleNamespace(on_device=on_device, **vars(part(targets="targets", after_step="follow"))),
         engine=part(share_of="share", generate="generate", sleep="sleep"),
         sync=part(push_weights="sync"),
@@ -81,7 +81,7 @@ def test_the_loop_needs_few_attributes_of_a_run() -> None:
 def test_a_step_calls_its_parts_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     run_loop(stand_in(events.append), monkeypatch)
-    step = ["student offload", "sync", "generate held-out", "prompts", "share", "generate", "sleep", "report"]
+    step = ["sync", "generate held-out", "prompts", "share", "generate", "sleep", "report"]
     step += ["finalize", "prefixes", "teacher onload", *["targets"] * 3, "teacher offload"]
     step += ["student onload", "train", "train", "student end", "follow", "end step"]
     assert events == ["step 0", *step, "step 1", *step, "validate last"]

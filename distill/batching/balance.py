@@ -22,7 +22,7 @@ TFLOP/s and 150 to 300 GB/s. Part of the transfer overlaps with computation. The
 decides between assignments of nearly equal time.
 """
 BISECTION_STEPS = 12
-"""Number of bisection steps with which ``balance`` searches for the lowest cost limit of all rounds."""
+"""Number of bisection steps in the search of ``balance`` for the lowest cost limit of all rounds."""
 
 
 class Limits(Protocol):
@@ -32,7 +32,7 @@ class Limits(Protocol):
     def tokens(self) -> int | None:
         """Return the maximum number of tokens in a micro-batch, or None.
 
-        A longer sequence is the only sequence of its micro-batch.
+        A sequence with more tokens gets a micro-batch that contains only this sequence.
         """
 
     @property
@@ -112,7 +112,8 @@ def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, li
 def fewest_rounds(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
     """Return a lower bound of the number of rounds of micro-batches that ``limits`` require.
 
-    It is the number of tokens or of sequences, divided by the maximum of one round over all ranks.
+    The bound is the larger of two quotients: all tokens divided by the maximum number of tokens in a round, and all
+    sequences divided by the maximum number of sequences in a round. A round has one micro-batch per rank.
     """
     by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
     by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences

@@ -24,7 +24,7 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
     A teacher group is a set of ranks that shard the teacher's input. ``group`` has one micro-batch per data-parallel
     rank of the teacher group, in order of rank. The teacher computes them as one packed micro-batch, sharded over the
     teacher group. The student trains only on the micro-batch of this rank's data-parallel group, sharded over the
-    context-parallel ranks. The result has this rank's part of both.
+    context-parallel ranks. The result has this rank's part of both inputs.
     """
     if layout.teacher_size == 1:
         (complete,) = group
@@ -56,7 +56,7 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
 
 
 def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
-    """Distribute the loss rows of a micro-batch over ranks; return ascending row numbers by rank.
+    """Distribute the loss rows of a micro-batch over ranks; return each rank's row numbers, ascending.
 
     The ranks get nearly equal numbers of rows. The first rank gets the first row of every response, because responses
     with a shared prefix use the same position for their first row, and only one rank may have a position.
@@ -75,10 +75,10 @@ def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
 
 
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
-    """Return the part of ``view``, the packed input of one model, that the rank number ``rank`` computes.
+    """Return the part of a packed input that rank ``rank`` of the group computes.
 
-    ``rows[r]`` has the ascending numbers of the loss rows of rank r of the group. A rank gets the positions that
-    predict its rows, and a share of the remaining positions.
+    ``view`` is the packed input of one model. ``rows[r]`` has the numbers of the loss rows of rank r, in ascending
+    order. A rank gets the positions that predict its loss rows, and a share of the remaining positions.
     """
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)

@@ -16,7 +16,7 @@ from distill.batching.context_parallel import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Candidates for the maximum cost of a group of responses with a shared prefix.
+"""Maximum costs of a group of responses with a shared prefix, all tried by ``balance_responses``.
 
 The unit is the cost of all responses of the optimizer batch, divided by the number of data-parallel ranks.
 """
@@ -41,11 +41,10 @@ class PackingConfig:
     share_prefixes: bool = True
     """Whether responses with the same prefix share the computation of the prefix in a micro-batch."""
     expected: int | None = None
-    """Number of responses of a step before some are filtered out; None means that none are filtered out.
+    """Number of responses of a step before filtering; None means that responses are not filtered.
 
-    It determines the number of optimizer batches. If responses were filtered out, the remaining responses are
-    distributed evenly over the batches. Without this, the last batch could be small, but have the same effect as a full
-    batch.
+    This number determines the number of optimizer batches, over which the remaining responses are distributed evenly.
+    Otherwise the last batch could be small, but have the same effect as a full batch.
     """
 
 
@@ -147,11 +146,11 @@ class _ResponseCosts:
         return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in responses)
 
     def groups(self, max_cost: float) -> list[list[int]]:
-        """Group responses with the same prefix, in order of ascending length; return their indices by group.
+        """Group responses with the same prefix, shortest first; return the response indices by group.
 
         A group of several responses costs at most ``max_cost`` and fits into one micro-batch. If the configuration
-        limits the number of responses in a micro-batch, every group has one response, because larger groups could not
-        fill the micro-batches.
+        limits the number of responses in a micro-batch, every group has one response, because larger groups might
+        leave micro-batches partly empty.
         """
         groups: list[list[int]] = []
         latest: dict[int, list[int]] = {}
@@ -176,8 +175,8 @@ def _tokens_read(rollout: Rollout) -> int:
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
     """Pack rollouts into one micro-batch: concatenate prefixes and responses without padding.
 
-    ``members`` has pairs of (index in the step's list of rollouts, rollout). Row n of the student's and of the
-    teacher's input is the position that predicts response token n, which is the previous position. With ``share`` a
+    ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n refers to response token n. In
+    the input of each model, it uses the position of the previous token, which predicts token n. With ``share`` a
     repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence of one token
     with one row of weight 0, so that every rank runs the same collectives.
     """
@@ -201,8 +200,8 @@ def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBa
 def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = False) -> View:
     """Pack pairs of (prefix, response) token ids into the input of one model.
 
-    The last token of each response is omitted, because no token follows it. With ``share`` the result contains a
-    repeated prefix once, and the later sequences refer to the positions of this prefix.
+    The last token of each response is omitted, because it predicts no token. If ``share`` is True, the result contains
+    a repeated prefix once, and later sequences with this prefix refer to its positions.
     """
     tokens: list[int] = []
     positions: list[int] = []

@@ -63,7 +63,7 @@ class Found:
 
     path: Path
     info: dict[str, Any]
-    """Content of training_info.json: argument ``info`` of ``Checkpoints.save``, ``files`` and ``metrics``.
+    """Content of training_info.json: the ``info`` passed to ``Checkpoints.save``, ``files``, ``metrics``.
 
     ``files`` has the checksums of the files, and ``metrics`` the metrics added by ``Checkpoints.record_metrics``.
     """
@@ -193,7 +193,7 @@ class Checkpoints:
     def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
         """Rename damaged checkpoints, so that the next resume ignores them; collective.
 
-        ``damaged``: reason by the checkpoint's name. ``intact``: the checkpoint that the run resumes from.
+        ``damaged``: maps checkpoint names to reasons. ``intact``: the checkpoint that the run resumes from.
         """
         with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
             if self._world.is_main:
@@ -259,9 +259,9 @@ class Checkpoints:
 
         First completes the previous checkpoint. ``finalize_pending`` later completes this checkpoint. ``tensors`` are
         copied before ``save`` returns. ``info``: JSON values for training_info.json. ``export`` is called on all ranks
-        with the checkpoint's directory and writes additional files; an error on only some ranks is allowed only after
-        the last collective of ``export``. ``history``: path of the run's metrics.jsonl; the rows up to ``step`` are
-        copied into the checkpoint. ``files``: contents of small files of this rank, by path inside the checkpoint.
+        with the checkpoint's directory and writes additional files. It may raise an exception on only some ranks, but
+        not before its last collective. ``history``: path of the run's metrics.jsonl; the rows up to ``step`` are copied
+        into the checkpoint. ``files``: contents of small files of this rank, by path inside the checkpoint.
         """
         self.finalize_pending(block=True)
         folder = self._dir / f"{_UNFINISHED}step_{step}"
@@ -392,7 +392,7 @@ class Checkpoints:
 
     @property
     def _metric(self) -> str:
-        """Return the logged name of checkpointing.metric_name, such as ``validation/accuracy``; "" for null."""
+        """Return the metric set by metric_name as a logged name (``validation/accuracy``); "" if it is null."""
         kind, _, name = (self._config.metric_name or "").partition(":")
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 

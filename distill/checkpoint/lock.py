@@ -109,6 +109,6 @@ def _slurm_start() -> str:
 
 
 def _is_earlier_start(owner: str) -> bool:
-    """Return whether ``owner``, the content of the lock file, is an earlier start of this Slurm job."""
+    """Return whether ``owner``, the content of the lock file, names an earlier start of this Slurm job."""
     job, found = slurm.start_of_job(), re.search(r"in start (\d+) of job (\d+)$", owner)
     return job is not None and found is not None and int(found[2]) == job[0] and int(found[1]) < job[1]

@@ -35,7 +35,7 @@ TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errn
 T = TypeVar("T")
 
 Checksums = dict[str, dict[str, int | str]]
-"""Size (key ``bytes``) and SHA-256 (key ``sha256``) of each file, by path inside the checkpoint."""
+"""Maps a file's path inside the checkpoint to its size (key ``bytes``) and SHA-256 (key ``sha256``)."""
 
 
 class CheckpointError(Exception):
@@ -145,7 +145,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def info_or_error(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
-    """Return the result of ``read_info`` and None; an empty dict and the error if ``read_info`` fails."""
+    """Return ``(read_info(folder), None)``, or ``({}, error)`` if ``read_info`` raises CheckpointError."""
     try:
         return read_info(folder), None
     except CheckpointError as error:
@@ -153,7 +153,7 @@ def info_or_error(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]
 
 
 def read_failed(folder: Path, error: CheckpointError, on_rank: str = "") -> RunFailed:
-    """Return the RunFailed for a checkpoint that cannot be read; ``on_rank``: text such as `` on rank 3``."""
+    """Return the exception for an unreadable checkpoint; ``on_rank``: "" or a text such as " on rank 3"."""
     fix = "start the run again when the file system responds" if error.retryable else "repair this file"
     return RunFailed(
         f"checkpoint {folder} cannot be loaded, because {error.reason}{on_rank}: {fix}, or move the directory of this"

@@ -64,11 +64,11 @@ class RunHistory:
     changes: Sequence[dict[str, Any]] = ()
     """Differences in recipe and data detected at each resume so far; keys: ``step``, ``what``, ``when``."""
     validation: ContentHashes | None = None
-    """Content hashes of the validation data, to detect changes at a resume; empty or None without any."""
+    """Hashes of the validation data, to detect changes at a resume; empty or None without such data."""
     training_changes: Sequence[str] = ()
-    """Texts on differences in the training data and in keys that affect training, detected at this resume."""
+    """Changes in the training data and in keys that affect training, as texts, detected at this resume."""
     validation_changes: Sequence[str] = ()
-    """Texts on differences in the validation data, detected at this resume."""
+    """Changes in the validation data, as texts, detected at this resume."""
 
     @property
     def info(self) -> dict[str, Any]:

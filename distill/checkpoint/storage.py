@@ -34,7 +34,7 @@ _ALLOWED = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""Names of the classes and functions that may be unpickled from a checkpoint's metadata, by module.
+"""Maps each module to its classes and functions that may be unpickled from a checkpoint's metadata.
 
 Allowing complete modules would also allow every name that they import.
 """
@@ -118,7 +118,7 @@ class ShardsReader(dcp.FileSystemReader):
         return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
     def shapes_or_error(self) -> tuple[dict[str, torch.Size], CheckpointError | None]:
-        """Return the result of ``shapes`` and None; if the disk fails, an empty dict and the error."""
+        """Return ``(shapes(), None)``, or ``({}, error)`` if ``shapes`` raises OSError."""
         try:
             return self.shapes(), None
         except OSError as error:

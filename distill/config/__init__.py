@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.config.load import PRINT_FLAGS, Arguments, load_config, parse_args, to_yaml
+from distill.config.load import Arguments, load_config, parse_args, print_flag, to_yaml
 from distill.config.models import (
     BatchingConfig,
     DtensorConfig,
@@ -35,7 +35,6 @@ from distill.config.schema import (
 )
 
 __all__ = [
-    "PRINT_FLAGS",
     "Arguments",
     "BatchingConfig",
     "CheckpointingConfig",
@@ -65,5 +64,6 @@ __all__ = [
     "WandbConfig",
     "load_config",
     "parse_args",
+    "print_flag",
     "to_yaml",
 ]

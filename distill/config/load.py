@@ -33,8 +33,6 @@ The path is relative to the current folder, or to the repository if the current 
 """
 
 _HELP_FLAGS, _DRY_RUN_FLAGS = ("--help", "-h"), ("--dry-run", "--dry_run")
-PRINT_FLAGS = frozenset(_HELP_FLAGS + _DRY_RUN_FLAGS)
-"""Arguments that make the program print information and exit without starting a run."""
 
 _MAX_VALUES = 100_000
 """Maximum number of values in a recipe after its YAML aliases are expanded.
@@ -112,6 +110,18 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     if line.help:
         _help(path, line.overrides)
     return Arguments(_load(path, line.overrides))
+
+
+def print_flag(argv: Sequence[str]) -> str | None:
+    """Return --help or --dry-run if the command line has this flag, so the program only prints; None starts a run.
+
+    Other words of an invalid command line are not parsed; ``parse_args`` reports their error.
+    """
+    try:
+        line = _parse_command_line(argv)
+    except UserError:
+        line = _parse_command_line([word for word in argv if word in _HELP_FLAGS + _DRY_RUN_FLAGS])
+    return "--help" if line.help else "--dry-run" if line.dry_run else None
 
 
 def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
@@ -338,6 +348,7 @@ def _similar_recipes(path: Path) -> str:
 class _CommandLine:
     config_path: Path | None = None
     help: bool = False
+    dry_run: bool = False
     overrides: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -350,7 +361,9 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
         word = words.pop(0)
         if word in _HELP_FLAGS:
             line.help = True
-        elif word not in _DRY_RUN_FLAGS:
+        elif word in _DRY_RUN_FLAGS:
+            line.dry_run = True
+        else:
             key, text = _parse_override(word, words)
             if key == "config":
                 line.config_path = Path(text)

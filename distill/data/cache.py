@@ -38,7 +38,7 @@ IN_MEMORY_BYTES = 4 * 2**20
 MAX_CACHE_BYTES = 32 * 2**30
 """Maximum total size of all cache files in bytes; above it, the least recently used files are removed."""
 _VERSION = 1
-"""Version of the tables' content. Increase it if new code builds other tables from the same files."""
+"""Part of the hash in file names. Increase it if new code builds other tables from the same sources."""
 _TRAILER = struct.Struct("<8sQ")
 _MAGIC = b"distill1"
 _CHUNK = 2**20
@@ -46,7 +46,7 @@ _DAY = 24 * 3600.0
 _LOCK_SECONDS = 1800.0
 """Maximum time in seconds to wait for another process that builds the same cache file.
 
-Afterwards this process builds the file too.
+After this time, this process builds the file itself.
 """
 
 
@@ -171,7 +171,7 @@ def _checksum(content: Any) -> int:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write a cache file to a temporary file and rename it, so that no process reads an incomplete file."""
+    """Write the batches to a temporary file, then rename it to ``path``; no reader sees a partial file."""
     import pyarrow as pa
 
     descriptor, written = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
@@ -192,7 +192,7 @@ def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
 
 
 def _release_memory() -> None:
-    """Return freed memory to the operating system; the allocators would keep tens of MiB of it."""
+    """Return freed memory to the operating system; otherwise the allocators keep tens of MiB of it."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -203,8 +203,8 @@ def _remove_old(folder: Path, keep: Path) -> None:
     """Remove temporary files older than a day, and the least recently used files beyond MAX_CACHE_BYTES.
 
     ``keep``: a file that is not removed. Locked files are not removed either. Files of other hosts are removed only if
-    they were last opened more than a day ago, because locks may not be visible across hosts (Lustre). They must be
-    removed eventually: every container may have a new host name.
+    they were last opened more than a day ago, because locks may not be visible across hosts (Lustre). They are not kept
+    forever, because every container may have a new host name, so their number would grow.
     """
     found = []
     for path in folder.iterdir():

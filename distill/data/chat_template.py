@@ -22,8 +22,8 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
     """Replace the tokenizer's chat template with the Jinja template in the file ``path``.
 
     ``key``: the configuration key that contains ``path``; ``kwargs``: the configured template arguments
-    (chat_template_kwargs). Raises UserError for a file that cannot be read or parsed, and for a template that omits
-    the user's message.
+    (chat_template_kwargs). Raises UserError for a file that cannot be read or parsed, and for a template that omits the
+    user's message.
     """
     if "{{" in path or "{%" in path:
         problem = f"{key}={show(path)} is the text of a template, but must be the path of a file"
@@ -56,8 +56,8 @@ def check_chat_template(
     """Raise UserError if the tokenizer's chat template omits the user's message.
 
     If the tokenizer has no chat template, logs that prompts are plain text. ``what``: the name of the tokenizer in
-    messages; ``key`` and ``value``: the setting of a file that replaces the template; ``kwargs``: the configured
-    template arguments (chat_template_kwargs).
+    messages; ``key``: the configuration key for a file that replaces the tokenizer's template; ``value``: the current
+    value of ``key``; ``kwargs``: the configured template arguments (chat_template_kwargs).
     """
     if tokenizer.chat_template is None:
         other = Path(tokenizer.name_or_path, "chat_template.json")
@@ -78,10 +78,10 @@ def check_chat_template(
 
 
 def _rendered_without_message(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
-    """Return the start of a rendered test chat if the user's message is missing in it, else None.
+    """Render a test chat; return the start of the text if the user's message is missing in it, else None.
 
-    White space and upper case are ignored. Also returns None if the template raises an error: the error is reported
-    later, when the prompts are rendered.
+    White space and case are ignored in the search for the message. Also returns None if the template raises an error:
+    the error is reported later, when the prompts are rendered.
     """
     try:
         chat = [{"role": "user", "content": _MESSAGE}]

@@ -1,4 +1,4 @@
-"""Find the option, A to J, that a response to a multiple-choice problem chooses.
+"""Find the option (a letter from A to J) that a response to a multiple-choice problem chooses.
 
 No option is returned for an ambiguous response, because a guess could count a wrong response as right.
 """
@@ -15,7 +15,7 @@ _MARKUP = re.compile(
     r"\\(?:text[a-z]*|math[a-z]*|operatorname|boldsymbol|mbox|bm|bf|rm|left|right)\b|\\[()\[\]!]"
     r"|[*_`${}“”\"]|<[^<>\n]{1,20}>|(?<!\w)['‘’](?=\w{1,20}['‘’])|(?<=\w)['’](?=\s*(?:[:,.\n]|$))"
 )
-"""Regular expression for text to remove: LaTeX, Markdown and HTML markup, and quotation marks."""
+"""Regular expression for text to remove from a response: LaTeX, Markdown, HTML and quotation marks."""
 _MARK, _END = "\x02", "\x03"
 r"""Placeholder characters for the start and the end of a LaTeX ``\boxed{...}``."""
 _WIDE = str.maketrans({"。": ". ", "、": ", ", "【": "[", "】": "]", _MARK: "", _END: ""})
@@ -37,7 +37,7 @@ _NAME = (
     r"|perfringens|albicans|jejuni|diphtheriae|trachomatis|melanogaster|rerio|thaliana|fumigatus|pylori|influenzae"
     r"|sapiens|erectus|lamblia|histolytica|faecalis|gallus|discoideum)\b)"
 )
-"""Regular expression for text after a letter that is an initial (J. K. Rowling) or a genus (E. coli)."""
+"""Regular expression for text that makes the letter before it part of a name: J. K. Rowling; E. coli."""
 _CORRECT = r"(?:(?:clearly|indeed|definitely|therefore)\s)?(?:the\s)?(?:only\s)?(?:correct|right|best|true)\b"
 _AFTER = re.compile(
     rf"\s?(?:$|[\n,;:!?)\]\\{_MARK}{_END}]|[-–—]\s|—|\((?!\w\))|因为|而|(?:选项|项|是)?(?:正确|对)|选?项(?:$|[\n.,]))"
@@ -45,9 +45,9 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Regular expression for the text after a letter without parentheses that is an option.
+"""Regular expression for text that makes the bare letter before it an option: B because ...
 
-If other text follows, the letter is an article or part of a name (A man).
+A bare letter has no parentheses. If other text follows it, it is an article or part of a name (A man).
 """
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
@@ -75,7 +75,7 @@ _STATEMENT = re.compile(
     r"|答案(?:应该|应)?(?:是|为|选)?\s?:?\s?(?:选项)?\s?"
     rf"|(?<![不没如若果])选(?:择|项?[是为])?\s?:?\s?){_LETTER}"
 )
-r"""Regular expression for the statement of a chosen option.
+r"""Regular expression for a phrase that states which option is chosen.
 
 It matches a ``\boxed{...}``, or a letter after certain words: Answer: B; the correct option is (B); I choose B.
 """
@@ -100,9 +100,9 @@ _LED = re.compile(
     r"(?:[).:](?=\s|$)|(?-i:\s[-–—]\s(?=[^\W\d]{2}))))\s*(\S.*)?",
     re.IGNORECASE,
 )
-"""Regular expression for an option letter and the option's text: (B) Paris; B. Paris; B - Paris."""
+"""Regular expression for an option letter followed by the option's text: (B) Paris; B. Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
-"""Regular expression for a verb after an option letter, in a sentence about the option: (B) is wrong."""
+"""Regular expression for a verb that makes the text after an option letter a comment: (B) is wrong."""
 _BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
 _NEGATION = re.compile(
     r"\b(?:not|no|neither|nor|never|wrong|incorrect|false|except|eliminate\w*|rule[sd]?\s+out|either)\b|n['’]t\b", re.I
@@ -127,7 +127,7 @@ def chosen_option(text: str) -> str | None:
 
 
 def named_option(text: str) -> str | None:
-    """Return the letter of a text that consists of one option (``B``, ``(b)``, ``B) Paris``), else None."""
+    """Return the option letter if ``text`` is only one option (``B``, ``(b)``, ``B) Paris``), else None."""
     plain = _plain(text).replace(_MARK, "").replace(_END, "").strip()
     plain = re.sub(r"^(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)(?:\s+is)?\s*:?\s+", "", plain, flags=re.I)
     if alone := _ALONE.fullmatch(plain):
@@ -143,7 +143,7 @@ def _plain(text: str) -> str:
     r"""Return ``text`` without LaTeX, Markdown and HTML markup.
 
     The content of each ``\boxed{...}`` is placed between ``_MARK`` and ``_END``. Each sequence of white space is
-    replaced by one line break if it contains one, else by one space.
+    replaced by one line break if it contains a line break, else by one space.
     """
     plain = unicodedata.normalize("NFKC", text).translate(_WIDE)
     plain = _mark_boxes(_DOUBLE.sub(r"\\boxed{\1}", plain))

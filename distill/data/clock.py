@@ -1,4 +1,4 @@
-"""Provide the time for chat templates: the run's first start, on all ranks and after every resume."""
+"""Give chat templates a fixed time: the run's first start, on all ranks and after every resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAME = "strftime_now"
-"""Name of a function that transformers passes to chat templates, which formats the current local time."""
+"""Name of the function that chat templates call to format the current local time."""
 _PERCENT_OR_EPOCH = re.compile("%[%s]")
 
 
@@ -37,7 +37,7 @@ class RunClock:
 
     @classmethod
     def saved(cls, text: str) -> RunClock:
-        """Return the clock for the ISO 8601 time ``text``, which str(clock) wrote into a checkpoint."""
+        """Return the clock for ``text``, an ISO 8601 time from a checkpoint (the inverse of str(clock))."""
         return cls(datetime.fromisoformat(text))
 
     def __str__(self) -> str:

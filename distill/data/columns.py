@@ -14,9 +14,9 @@ from typing import Any
 from distill.errors import UserError, reason
 
 Row = tuple[str, Mapping[str, Any]]
-"""(location of the row in the file, values by column), for example ("line 3", {"input": "1+1"}).
+"""Pair (location of a row in its file, mapping of column names to values).
 
-The location is used in messages.
+Example: ("line 3", {"input": "1+1"}). The location is used in messages.
 """
 Values = tuple[str | None, ...]
 """Values of the used columns of a row: problem text, gold answer, then each extra column.
@@ -40,7 +40,7 @@ class TextColumn:
     key: str
     """Configuration key that selects the column, for messages."""
     required: bool = True
-    """Whether a row without the column is an error; false: Problem.columns omits the column for this row."""
+    """Whether a row without the column is an error. If false, Problem.columns omits it for this row."""
 
 
 class WrittenFloat(float):
@@ -83,14 +83,14 @@ class Columns:
     extra: tuple[TextColumn, ...] = ()
     """Columns to read in addition to the problem text and the gold answer."""
     pattern: re.Pattern[str] | None = field(init=False)
-    """Compiled ``output_pattern``; None without a pattern."""
+    """Compiled ``output_pattern``; None if ``output_pattern`` is None."""
 
     def __post_init__(self) -> None:
         pattern = None if self.output_pattern is None else compile_pattern(self.output_pattern, self.key)
         object.__setattr__(self, "pattern", pattern)
 
     def project(self, row: Row, origin: str) -> Values:
-        """Return the values of the used columns of ``row``; ``origin``: its file or dataset, for messages."""
+        """Return the values of the used columns of ``row``, a row of the file or dataset ``origin``."""
         text = self._text(row, f"{self.key}.input_key", self.input_key, origin)
         extra = [
             self._text(row, column.key, column.name, origin) if column.required or _has(row[1], column.name) else None
@@ -99,14 +99,18 @@ class Columns:
         return (text if text.strip() else None, self._answer(row, origin), *extra)
 
     def answer_is_float(self, row: Mapping[str, Any]) -> bool:
-        """Return whether the gold answer of ``row`` is a float; str() of a float may differ from the file."""
+        """Return whether the gold answer of ``row`` is a float.
+
+        If so, the caller parses the row again with WrittenFloat, because str() of a float may differ from the number as
+        written in the file.
+        """
         return _has(row, self.output_key) and type(pick(row, self.output_key)) is float
 
     def select(self, names: Sequence[str], origin: str) -> list[str]:
         """Return the names of the columns to read from a table that has the columns ``names``.
 
-        For a dotted path, this is the column that contains the nested value. ``origin``: the file or dataset of the
-        table, for messages. Raises UserError if a required column is missing.
+        For a dotted path to a nested value, this is the name of the outermost column. ``origin``: the file or dataset
+        of the table, for messages. Raises UserError if a required column is missing.
         """
         wanted = [(f"{self.key}.input_key", self.input_key, True)]
         wanted.append((f"{self.key}.output_key", self.output_key, self.answer_required))
@@ -169,7 +173,7 @@ def _wrong_type(row: Row, key: str, name: str, found: Any, wanted: str, origin: 
 def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
     """Compile the output_pattern of a dataset; ``key``: the dataset's configuration key.
 
-    Raises UserError for an invalid regular expression, or if it has more than one capturing group.
+    Raises UserError if ``pattern`` is not a valid regular expression or has more than one capturing group.
     """
     key = f"{key}.output_pattern"
     try:
@@ -184,7 +188,7 @@ def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
 
 
 def extract(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return the last text that ``pattern`` extracts from ``text``, stripped; None without a match.
+    """Return the last text that ``pattern`` extracts from ``text``, stripped; None if it extracts no text.
 
     Blank texts are ignored. A pattern with a group extracts the group's text. A pattern without a group extracts the
     text after the match.

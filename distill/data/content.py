@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
 ContentHashes = Mapping[str, str]
-"""Hash of each input of the prompts, and of the tokenized prompts, by part name such as ``problems``.
+"""Maps part names to hashes. The parts are the inputs of the prompts and the tokenized prompts.
 
-Each part comes after the parts that determine it.
+Part names are, for example, ``problems`` and ``chat_template``. Each part comes after the parts that it depends on.
 """
 
 TOKENS = "tokens"
@@ -37,7 +37,7 @@ _SAME_RENDERING = (
 
 
 def content_hash(values: Iterable[Any]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of JSON values; the order of mapping keys is ignored."""
+    """Return the first 16 hex digits of the SHA-256 of ``values`` as JSON, with sorted mapping keys."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
@@ -95,7 +95,7 @@ _PART_NAMES = {
     "teacher_chat_template": "the chat template of teacher.tokenizer",
     "teacher_chat_template_kwargs": "teacher.tokenizer.chat_template_kwargs",
 }
-"""Name in messages of each part of ContentHashes."""
+"""Maps each part of ContentHashes except ``tokens`` to its name in messages."""
 
 
 def describe_change(parts: Sequence[str], all_compared: bool) -> str:
@@ -119,8 +119,8 @@ def describe_change(parts: Sequence[str], all_compared: bool) -> str:
 def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHashes]]]) -> None:
     """Raise UserError if the hashes of any rank differ from the hashes of rank 0.
 
-    ``gathered``: for each rank, its host name and its hashes by configuration key, such as ``data.train``. All ranks
-    must pass the same value, so that all ranks raise the same error.
+    ``gathered``: one pair per rank: the host name, and a mapping from configuration keys, such as ``data.train``, to
+    the rank's hashes. All ranks must pass the same value, so that all ranks raise the same error.
     """
     first_host, first = gathered[0]
     for key in first:

@@ -1,7 +1,7 @@
 """Read JSON, CSV and Parquet files row by row, so that a file is never completely in memory.
 
-Every reader yields (location, row) pairs. For malformed content, a reader raises UserError with the configuration
-key, the file, the location in the file and the cause.
+Every reader yields (location, row) pairs. For malformed content, a reader raises UserError with the configuration key,
+the file, the location in the file and the cause.
 """
 
 from __future__ import annotations
@@ -200,7 +200,8 @@ class _JsonList:
     def _decoded(self, decoder: json.JSONDecoder) -> tuple[dict[str, Any], int]:
         """Decode the JSON object at the current position; return the object and the position after it.
 
-        As long as the object is incomplete, more text is read from the file; each read doubles the buffer.
+        While the object is incomplete, more text is read and the decoding starts again. Each read at least doubles the
+        text in memory, so the total time is linear in the size of the object.
         """
         while True:
             try:
@@ -249,7 +250,7 @@ def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) ->
     """Yield the rows of a CSV or TSV file with a header line.
 
     All values are strings; quoted fields may contain line breaks. The delimiter is the first of ``delimiters`` for
-    which the column ``input_key`` is a field of the header.
+    which the column ``input_key`` is a field of the header, or else the first delimiter.
     """
     lines = _decoded_lines(stream, file)
     head: list[str] = []
@@ -306,7 +307,7 @@ def _fields(line: str, delimiter: str) -> list[str]:
 
 
 def _check_header(header: list[str], file: DataFile) -> list[str]:
-    """Return the names of the columns to read; raise UserError if ``header`` lacks or repeats a name."""
+    """Return the names of the columns to read; raise UserError if ``header`` lacks or repeats one of them."""
     used = file.columns.select(header, str(file.path))
     if repeated := [name for name in used if header.count(name) > 1]:
         raise file.error(f"has several columns named {repeated[0]}", "rename all of these columns but one")

@@ -1,4 +1,4 @@
-"""Find the data files of a folder and their splits, by the rules of the Hugging Face library datasets."""
+"""Find the data files of each split in a folder, by the rules of Hugging Face's ``datasets`` library."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 _DOCUMENTS = (".md", ".txt", ".yaml", ".yml", ".py", "")
 _FILE_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
-"""Keys of a configuration in a dataset card (README.md) that only select files.
+"""Keys in a dataset card (README.md) that do not change how files are parsed: they only select files.
 
-Any other key changes how files are parsed.
+A configuration in the card with any other key must be read by the ``datasets`` library.
 """
 
 
@@ -69,7 +69,8 @@ def _warn_of_ignored(
 ) -> None:
     """Log a warning about ignored files: files of unknown types, and data files that belong to no split.
 
-    ``by_names``: whether splits were found by file names; the dataset card may leave out files on purpose.
+    ``by_names``: whether splits were found by file names. If false, the dataset card lists the files and may leave out
+    files on purpose, so there is no warning about data files that belong to no split.
     """
     unknown = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
     if unknown:
@@ -88,7 +89,7 @@ def _warn_of_ignored(
 
 
 def _all_readable(base: Path) -> list[Path]:
-    """Return the data files under ``base`` and its linked folders, without hidden and metadata files."""
+    """Return the data files under ``base``, except hidden and metadata files; follow links to folders."""
     from datasets.data_files import FILES_TO_IGNORE
 
     found, seen = [], set()

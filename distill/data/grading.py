@@ -1,8 +1,8 @@
 """Grade responses by math-verify, exact text, a regular expression or a multiple-choice option.
 
 Comparing expressions or matching a regular expression can take unlimited time or memory, or crash. Both run in a worker
-process, which is killed after a time limit. The worker runs this file as a script. Imports of this package are inside
-functions, because importing the package takes seconds.
+process, which is killed if it exceeds a time limit. The worker runs this file as a script. Imports of ``distill`` are
+inside functions, because they would delay the start of the worker by seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SECONDS = 10.0
 _START_SECONDS = 300.0
 """Time limit in seconds for starting a worker process.
 
-Its imports take minutes if 1000 ranks load them from one file system.
+The imports of the worker take minutes if 1000 ranks load them from one file system at the same time.
 """
 _MEMORY = 8 * 2**30
 """Limit of the address space of a worker process in bytes."""
@@ -42,7 +42,7 @@ _BOX = re.compile(r"\\boxed\s*{")
 
 
 def final_part(response: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
-    """Return the stripped text after the last think block of ``response``; without one, all its text.
+    """Return the stripped text after the last think block of ``response``; all text if it has no block.
 
     Returns "" if the response ends inside a think block. ``inside_thought``: the prompt ends with an opening tag, so
     the response begins inside a think block.
@@ -106,9 +106,9 @@ def _grade_choice(final: str, gold: str) -> Verdict:
 
 
 _IN_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"exact": _grade_exact, "choice": _grade_choice}
-"""Graders by name that run in the calling process, because they can neither hang nor crash."""
+"""Maps names to graders that run in the calling process, because they can neither hang nor crash."""
 _IN_WORKER: Mapping[str, Callable[[str, str], Verdict]] = {"math": _grade_math, "regex": _grade_regex}
-"""Graders by name that run in a worker process with a time limit."""
+"""Maps names to graders that run in a worker process with a time limit."""
 
 
 class Grader:
@@ -140,7 +140,7 @@ class Grader:
         think_tags: tuple[str, str] = THINK_TAGS,
         inside_thought: bool = False,
     ) -> Verdict:
-        """Compare ``response`` with the gold answer ``gold`` by the grader ``name``.
+        """Grade ``response`` against the gold answer ``gold`` with the grader ``name``.
 
         The graders are math, exact, regex and choice. Only the text after the last think block is graded (see
         final_part). Raises RuntimeError if the worker process of the grader does not start.

@@ -38,9 +38,9 @@ class TemplateKeys(NamedTuple):
     """Configuration keys of a chat template, for messages."""
 
     template: str
-    """Key of the template's file."""
+    """Configuration key for the path of the template file."""
     kwargs: str
-    """Key of the template's arguments."""
+    """Configuration key for the arguments of the template."""
 
 
 _STUDENT_KEYS = TemplateKeys("policy.tokenizer.chat_template", "policy.tokenizer.chat_template_kwargs")
@@ -61,8 +61,8 @@ def chat_ids(
 
     As in transformers and vLLM, the template writes all special tokens, including BOS; the tokenizer adds none. Without
     a chat template, the prompt is the tokenizer's BOS and the messages' texts, separated by blank lines (see
-    token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``. Raises UserError
-    with one of ``keys`` if the template rejects a conversation.
+    token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``. Raises UserError if
+    the template rejects a conversation or renders random text; the message contains one of ``keys``.
     """
     if not chats:
         return []
@@ -146,7 +146,7 @@ def token_ids(
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of the special tokens that the tokenizer adds before a text, usually BOS or none."""
+    """Return the ids of the special tokens that the tokenizer adds before a text: usually BOS or no token."""
     bare, full = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
     starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
     return list(full[: next(starts, 0)])
@@ -154,7 +154,7 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenized prompts of a list of datasets, in the order of the datasets, without too long prompts.
+    """Tokenized prompts of a list of datasets, in order; prompts that are too long are left out.
 
     All token ids are in one array (4 bytes per token). A Prompt is created on access.
     """
@@ -166,7 +166,7 @@ class Prompts:
     tokens: array[int]
     """Concatenated token ids of all prompts."""
     bounds: array[int]
-    """Start of each prompt in ``tokens``, then the end: prompt i is tokens[bounds[i]:bounds[i + 1]]."""
+    """Start of each prompt in ``tokens``, then len(tokens): prompt i is tokens[bounds[i]:bounds[i + 1]]."""
     skipped: int
     """Number of prompts that were left out because they are too long."""
     inside_thought: bytes = b""
@@ -212,12 +212,12 @@ def load_prompts(
     trace_required: bool = True,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> Prompts:
-    """Load the datasets and tokenize their prompts; each dataset has a prompt file and a system prompt.
+    """Load the datasets and tokenize their prompts.
 
-    Prompts of more than ``max_tokens`` tokens are skipped and counted. ``key`` is the datasets' configuration key, for
-    messages. ``trace_column`` and ``trace_required`` are described in load_problems, ``think_tags`` in inside_thoughts.
-    The result depends only on the arguments and files, so it is equal on all ranks. Raises UserError for invalid data
-    and if all prompts are too long.
+    Each dataset may set its own prompt file and system prompt file. Prompts of more than ``max_tokens`` tokens are
+    skipped and counted. ``key`` is the datasets' configuration key, for messages. ``trace_column`` and
+    ``trace_required`` are described in load_problems, ``think_tags`` in inside_thoughts. The result depends only on the
+    arguments and files, so it is equal on all ranks. Raises UserError for invalid data and if all prompts are too long.
     """
     problems: list[Problems] = []
     rows: list[array[int]] = []
@@ -234,7 +234,7 @@ def load_prompts(
 
 
 def read_prompt_file(path: str, key: str) -> Template:
-    """Return the template of a user message in a prompt file, with ``{}`` in place of the problem.
+    """Read a prompt file: the template of the user message, in which ``{}`` is replaced by the problem.
 
     ``key``: the configuration key of ``path``. Raises UserError unless the file contains exactly one ``{}``; a second
     ``{}`` is usually a ``\\boxed{}`` that was meant literally.
@@ -394,7 +394,7 @@ class PromptOrder:
         return {**self.input_hashes, TOKENS: self.prompts.fingerprint}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the data position before ``step``, and hashes of the data, as JSON for a checkpoint.
+        """Return the position in the data before ``step``, and hashes of the data, as JSON for a checkpoint.
 
         ``sums`` contains the prompts' checksums in base85, so that a resume can report how many prompts changed.
         """
@@ -417,7 +417,7 @@ class PromptOrder:
         Differences are changed inputs of the prompts and changed settings of the order. The seed is not compared,
         because it changes only the order of later steps. A state of an earlier version contains only the hash of the
         tokenized prompts. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``, so that a resume
-        can report each change once.
+        can remove duplicates.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
@@ -431,7 +431,10 @@ class PromptOrder:
         ]
 
     def _count_changed_prompts(self, state: Mapping[str, Any]) -> str:
-        """Return "(N of M prompts removed, K added)", compared with ``state``; "" if all prompts are equal."""
+        """Return the change since ``state``, such as " (2 of 9 prompts removed, 1 added)"; "" if none changed.
+
+        If only the order of the prompts changed, returns a text about the order.
+        """
         if state["fingerprint"] == self.prompts.fingerprint:
             return ""
         before = Counter(array("I", base64.b85decode(str(state["sums"]))))
@@ -443,4 +446,4 @@ class PromptOrder:
 
 
 _SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
-"""Configuration keys of the PromptOrder fields that a resume compares with the checkpoint, by field."""
+"""Maps the PromptOrder fields that a resume compares with the checkpoint to their configuration keys."""

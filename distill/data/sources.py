@@ -1,7 +1,7 @@
 """Load problems from JSON, CSV and Parquet files, folders and datasets of the Hugging Face hub.
 
-Files are read row by row, and only the columns that the run uses are kept. More than a few MiB of kept values are
-stored in a memory-mapped file (see cache.py), so that they do not occupy the memory of each rank.
+Files are read row by row, and only the columns that the run uses are kept. If the kept values exceed a few MiB, they
+are stored in a memory-mapped file (see cache.py), which all ranks of a node share.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ KNOWN_DATASETS = {
     "OpenR1-Math-220k": KnownDataset("open-r1/OpenR1-Math-220k", "problem", "answer", ("default",)),
     "DAPOMath17K": KnownDataset("BytedTsinghua-SIA/DAPO-Math-17k", "prompt.0.content", "reward_model.ground_truth"),
 }
-"""Built-in datasets by short name; short names and columns are the same as in NeMo-RL."""
+"""Maps short names to built-in datasets; short names and columns are the same as in NeMo-RL."""
 
 
 _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
@@ -68,8 +68,8 @@ _TRACE_KEY = "distillation.context_distillation.static_trace.answer_column"
 def keyed(datasets: Sequence[DatasetConfig], key: str) -> Iterator[tuple[str, DatasetConfig]]:
     """Yield (configuration key, dataset) for each dataset.
 
-    With ``key`` "data.train", the key is "data.train" for a single dataset, and "data.train.0", "data.train.1", ...
-    for several datasets. Raises UserError if ``datasets`` is empty.
+    With ``key`` "data.train", the key is "data.train" for a single dataset, and "data.train.0", "data.train.1", ... for
+    several datasets. Raises UserError if ``datasets`` is empty.
     """
     if not datasets:
         raise _no_dataset(key)
@@ -121,7 +121,8 @@ def load_problems(
 def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
     """Return the columns to read from ``dataset``.
 
-    Column keys that the recipe does not set have the defaults of the built-in dataset, or else "input" and "output".
+    If the recipe does not set input_key or output_key, the default is that of the built-in dataset, or else "input" or
+    "output".
     """
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
@@ -166,7 +167,7 @@ def _known(name: str | None) -> KnownDataset | None:
 
 
 Slice = tuple[ProblemTable, int, int]
-"""(table, start, stop): the run uses the rows of the table with the numbers start to stop - 1."""
+"""(table, start, stop): the run uses the rows of the table with start <= row number < stop."""
 
 
 def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:

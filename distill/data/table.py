@@ -29,7 +29,7 @@ class Source:
     size: int
     """Size of the source in bytes."""
     identity: Callable[[], Any]
-    """Function that returns a JSON value; the value changes whenever the rows change."""
+    """Function that returns a JSON value for the cache key; the value changes whenever the rows change."""
     rows: Callable[[], Iterator[Row]]
     """Function that yields (location, row) for each row."""
 
@@ -49,26 +49,26 @@ class ProblemTable:
         return int(self.table.num_rows)
 
     def problem(self, row: int) -> Problem:
-        """Return the problem in the row number ``row``; the row must have a problem text."""
+        """Return the problem in row ``row`` of the table; the row must have a problem text."""
         text, answer, *extra = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.extra)))
         named = zip(self.columns.extra, extra, strict=True)
         given = {column.name: value for column, value in named if value is not None}
         return Problem(text, answer or "", self.columns.source, given)
 
     def location(self, row: int) -> str:
-        """Return the location of the row number ``row`` for messages, such as "line 3 of FILE"."""
+        """Return the location of row ``row`` of the table for messages, such as "line 3 of FILE"."""
         origin = self.origins[self.table.column("origin")[row].as_py()]
         return f"{self.table.column('place')[row].as_py()} of {origin}"
 
     def with_text(self, start: int, stop: int) -> Sequence[int]:
-        """Return the row numbers in [start, stop) of the rows that have a problem text."""
+        """Return the numbers of all rows in [start, stop) that have a problem text."""
         texts = self.table.column("text").slice(start, stop - start)
         if texts.null_count == 0:
             return range(start, stop)
         return _rows_where(texts, start, lambda column: column.is_valid())
 
     def without_match(self, rows: Sequence[int]) -> list[int]:
-        """Return the row numbers in ``rows`` for which output_pattern does not match the gold answer."""
+        """Return the numbers of those ``rows`` in which output_pattern does not match the gold answer."""
         answers = self.table.column("answer")
         if answers.null_count == 0:
             return []

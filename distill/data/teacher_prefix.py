@@ -56,9 +56,9 @@ class PrefixStats:
     """
 
     means: Stats = field(default_factory=dict)
-    """(sum, count) of each metric that is a mean, by metric name. Metrics with count 0 are omitted."""
+    """Maps each metric that is a mean to (sum, count). Metrics with count 0 are omitted."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Value of each metric that is a number of prefixes or responses, by metric name."""
+    """Maps each metric that is a number of prefixes or of responses to its value."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class TeacherPrefixes(Protocol):
         ...
 
     def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
-        """Return the teacher's prefix for ``prompt`` and a response of one token.
+        """Return the prefix that the teacher would read before a response of one token to ``prompt``.
 
-        Returns the reason for dropping this response if no prefix can be built.
+        If this response would be dropped, returns the reason.
         """
         ...
 
@@ -113,7 +113,7 @@ def build_teacher_prefixes(
     valid_vocab: int | None = None,
     clock: RunClock | None = None,
 ) -> TeacherPrefixes:
-    """Return the builder of teacher prefixes that the configuration selects.
+    """Return the object that builds the teacher's prefixes, as selected by the configuration.
 
     ``tokenizer``: the teacher's tokenizer. Its chat template receives the teacher's chat_template_kwargs, or else the
     student's. ``valid_vocab``: number of token ids with an embedding; a prefix with any other id raises UserError;
@@ -191,7 +191,10 @@ class ContextPrefixes:
             )
 
     def _check_window(self) -> None:
-        """Raise UserError if the template without problem and trace has as many tokens as the window."""
+        """Raise UserError if the template alone, without problem and trace, fills the teacher's window.
+
+        The window is teacher.max_total_sequence_length tokens.
+        """
         (empty,) = self._fill([("", "")])
         if len(empty) >= self._max_tokens:
             raise UserError(
@@ -208,7 +211,7 @@ class ContextPrefixes:
         Metric names and formulas equal those of NeMo-RL. ``trace_coverage``: responses with a trace divided by all
         responses, including dropped responses. ``prefix_truncation_rate``: truncated prefixes divided by kept responses
         (``valid_samples``). ``dropped_samples``: the sum of the ``dropped_*`` counts. Raises UserError for a problem
-        without the column of the traces.
+        without the dataset column static_trace.answer_column, if traces are read from this column.
         """
         samples = [_Sample(rollout, trace) for rollout, trace in zip(rollouts, self._traces(rollouts), strict=True)]
         traced = [s for s in samples if s.trace or not self._drops_missing]
@@ -232,9 +235,9 @@ class ContextPrefixes:
         return kept, PrefixStats(self._means(samples, kept, truncated), _totals(dropped, truncated, len(valid)))
 
     def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
-        """Return the teacher's prefix for ``prompt`` and a response of one token.
+        """Return the prefix that the teacher would read before a response of one token to ``prompt``.
 
-        Returns the reason for dropping this response if no prefix can be built.
+        If this response would be dropped, returns the reason.
         """
         kept, stats = self.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
         if kept:
@@ -301,7 +304,7 @@ class ContextPrefixes:
         return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
 
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
-        """Return the prefix, truncated by overflow_policy if it is too long for the teacher's window.
+        """Return the prefix, truncated as overflow_policy specifies if it exceeds the teacher's window.
 
         Returns None if the prefix is too long even with the shortest allowed trace.
         """
@@ -315,9 +318,10 @@ class ContextPrefixes:
         return self._with_shorter_trace(sample, budget)
 
     def _with_shorter_trace(self, sample: _Sample, budget: int) -> list[int] | None:
-        """Return the token ids of a prefix of at most ``budget`` tokens, with the longest start of the trace.
+        """Cut the end of the trace until the prefix has at most ``budget`` tokens; return its token ids.
 
-        Returns None if the prefix is too long even with the shortest allowed trace.
+        The longest start of the trace that fits is kept. Returns None if the prefix is too long even with the shortest
+        allowed trace.
         """
 
         def prefix(characters: int) -> list[int]:
@@ -346,7 +350,7 @@ def _chats(texts: Sequence[str]) -> list[Messages]:
 
 
 def _largest_fitting(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:
-    """Return the largest n in [low, high) with ``length(n) <= limit``; None if no n is found.
+    """Return the largest n in [low, high) with ``length(n) <= limit``; None if no n fits.
 
     The search stops early at an n with ``length(n) == limit``. ``length`` must not decrease, and ``length(high)`` must
     exceed ``limit``. Each call of ``length`` tokenizes a text, so the search interpolates linearly; after four

@@ -76,7 +76,7 @@ def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, k
 
 
 def _row(prompt: Prompt, where: str) -> str:
-    """Return the number, the source and the first characters of the prompt's problem, for messages."""
+    """Return a name of the prompt's problem for messages: its number, source and first characters."""
     problem = prompt.problem
     source = f"{problem.source}: " if problem.source else ""
     return f"{where}: problem {prompt.prompt_id + 1} ({source}{problem.text[:40]!r})"
@@ -125,9 +125,10 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
 
 
 def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str, effect: str) -> None:
-    """Log a warning with the number of ``hits``, which are pairs (prompt, token), and the first prompt.
+    """Log a warning with the number of ``hits`` and the first prompt; no warning without hits.
 
-    The first token replaces %s in ``fault``, the description of the prompts. ``effect``: the consequence.
+    ``hits``: pairs (prompt, token found in the prompt). ``fault``: what is wrong with these prompts; ``%s`` in this
+    text is replaced by the token of the first pair. ``effect``: the consequence for the model.
     """
     first = next(hits, None)
     if first is not None:

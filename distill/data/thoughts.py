@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _KEY = "distillation.context_distillation.trace_extractor.think_tags"
 _TAIL = 256
-"""Number of tokens to decode at the end of a prompt, to find its generation prompt, which is shorter."""
+"""Number of tokens to decode at the end of a prompt; every generation prompt is assumed to be shorter."""
 _CHUNK = 1000
 """Number of prompts that are decoded in one call."""
 _END_OF_MESSAGE = "[end of message 5b1c92e7]"
@@ -32,7 +32,7 @@ _THINK_LIKE = re.compile(r"(?:<\|?[\w:]*(?:think|thought)\w*\|?>|\[THINK\])\Z", 
 
 
 def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bool = False) -> str:
-    """Return the trace in ``text``: the think block that ``extractor`` selects, stripped; "" without one.
+    """Return the trace in ``text``: the think block that ``extractor`` selects, stripped; "" if none.
 
     A think block begins after an opening tag and ends at the next closing tag. An opening tag inside a block is part of
     its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines the treatment of a block
@@ -62,8 +62,8 @@ def _think_blocks(text: str, extractor: TraceExtractorConfig) -> Iterator[str]:
 def extract_column_trace(text: str, extractor: TraceExtractorConfig) -> str:
     """Return the trace in ``text``, a value of a dataset's trace column; "" if it has no think block.
 
-    If a closing tag comes before any opening tag, the text before it is a think block, because the prompt of such a
-    response ended with the opening tag. Otherwise the result equals ``extract_trace``.
+    If a closing tag comes before any opening tag, the text before the closing tag is the first think block: the value
+    is then a response to a prompt that ended with the opening tag. Otherwise the result equals ``extract_trace``.
     """
     opening, closing = extractor.think_tags
     before, found, _ = text.partition(closing)

@@ -1,4 +1,4 @@
-"""Load a model's tokenizer; tokenizer.json defines how text is encoded and decoded."""
+"""Load a model's tokenizer; tokenizer.json, if present, has priority over the class in transformers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _FILES = (
 _TEMPLATES = "additional_chat_templates"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BOS_BY_DEFAULT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
-"""Names of tokenizer classes that add BOS before a text, unless add_bos_token=false.
+"""Names of tokenizer classes for which add_bos_token is true by default (add BOS before plain text).
 
-Without a tokenizer.json, transformers 5 does not add this BOS.
+transformers 5 ignores this default if tokenizer.json is missing, so this module adds the BOS.
 """
 
 
@@ -86,11 +86,11 @@ def load_tokenizer(
     """Load a tokenizer, and check that it preserves plain text.
 
     ``name``: a folder or a name on the Hugging Face hub, the value of the configuration key ``key``; None: the
-    tokenizer of the model ``files``. tokenizer.json defines the ids. If the class in tokenizer_config.json gives other
-    ids, the class is not used and a warning is logged. ``chat_template``: path of a Jinja file that replaces the
-    tokenizer's chat template; ``template_kwargs``: the arguments of this template in the configuration. Raises
-    UserError for unreadable files, for a tokenizer that does not preserve plain text, and for a chat template that
-    cannot be parsed or that omits the user's message.
+    tokenizer of the model ``files`` is loaded. If the class in tokenizer_config.json gives other token ids than
+    tokenizer.json, tokenizer.json is used and a warning is logged. ``chat_template``: path of a Jinja file that
+    replaces the tokenizer's chat template; ``template_kwargs``: the arguments of this template in the configuration.
+    Raises UserError for unreadable files, for a tokenizer that does not preserve plain text, and for a chat template
+    that cannot be parsed or that omits the user's message.
     """
     source = _Source(files.folder if name is None or name == files.name else name, key, name or files.name)
     tokenizer = _read(source)
@@ -103,7 +103,7 @@ def load_tokenizer(
 
 
 def tokenizer_class_misreads(folder: Path) -> bool:
-    """Return whether transformers' tokenizer class for ``folder`` gives other ids than tokenizer.json.
+    """Return whether the transformers class for ``folder`` gives other token ids than tokenizer.json.
 
     Returns False if tokenizer.json is missing. Raises UserError for a tokenizer.json that cannot be read.
     """
@@ -231,7 +231,8 @@ def _replace_backend(tokenizer: Any, own: Tokenizer, read: Any, source: _Source)
     """Replace the backend of ``tokenizer`` by ``own``, the tokenizer in tokenizer.json.
 
     Special tokens that only tokenizer_config.json defines are added to ``own``. ``read``: the tokenizer as loaded by
-    transformers; its class may have special tokens by default.
+    transformers. If ``tokenizer`` lacks a special token, such as bos_token, the token of ``read`` is set, provided that
+    it is in the vocabulary of ``own``.
     """
     known = own.get_vocab()
     for name in _SPECIAL:

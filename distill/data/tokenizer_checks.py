@@ -1,7 +1,7 @@
 """Check tokenizers on fixed texts.
 
-The token ids are compared with tokenizer.json, the decoded text with the original text, and the student's tokenizer
-with the teacher's.
+The token ids are compared with those of tokenizer.json, the decoded text with the original text, and the student's
+tokenizer with the teacher's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def encoding_difference(read: Any, own: Tokenizer) -> str | None:
 def _texts(added_tokens: Iterable[str]) -> list[str]:
     """Return the fixed texts and, for each added token, a text with the token between words.
 
-    The flags of an added token may strip the spaces around it.
+    The spaces around the token are needed to test its flags lstrip and rstrip, which remove spaces.
     """
     return [*PLAIN_TEXTS, *OTHER_TEXTS, *(f"a {token} b{token}\n{token}c" for token in added_tokens)]
 

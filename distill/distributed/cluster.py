@@ -10,7 +10,7 @@ from distill.errors import UserError
 
 
 def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str, tp: int, cp: int) -> None:
-    """Raise UserError if the recipe's device or numbers of nodes and ranks do not match those of ``world``.
+    """Raise UserError if device, nodes or ranks of the recipe do not match the ranks in ``world``.
 
     ``tp``, ``cp``: tensor- and context-parallel size of the student; tp * cp must divide the number of ranks.
     """

@@ -10,11 +10,11 @@ from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PARENT = os.getppid()
-"""Process id of the parent, read at import: if the parent dies later, os.getppid() changes."""
+"""Parent's process id at import. If the parent has died since, os.getppid() returns another number."""
 
 
 def rank_by_launcher() -> int:
-    """Return this process's rank from the variables of torchrun or Slurm; 0 without them; not collective.
+    """Return this process's rank from the variables of torchrun or Slurm; 0 if they are not set.
 
     Raises UserError for invalid variables. Without this check, the process would wait for ranks that never connect.
     """
@@ -52,7 +52,7 @@ def launcher_holds_store() -> bool:
 
 
 def launch_id() -> str:
-    """Return the id of this start of all ranks, equal on all of them; a restart by the launcher has a new id.
+    """Return the launch id: equal on all ranks of a launch; a restart by the launcher has a new id.
 
     All keys in the rendezvous store begin with the id, so that ranks of another job or an earlier start at the
     same port are ignored. Without torchrun and Slurm the id is "0".
@@ -64,7 +64,7 @@ def launch_id() -> str:
 
 
 def launcher_error(rank: int) -> str | None:
-    """Return an error message if torchrun's launcher process, the parent of ``rank``, has ended; else None.
+    """Return an error message if torchrun's launcher (parent process of ``rank``) has ended; else None.
 
     Always None without torchrun, because a shell that starts the process in the background may end earlier.
     """

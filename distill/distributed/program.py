@@ -81,7 +81,9 @@ def run_program(program: Callable[[World], None]) -> int:
 
 
 def run_without_world(program: Callable[[], None]) -> int:
-    """Run ``program`` in this process only, without rendezvous, signal handlers and status file; return the exit code.
+    """Run ``program`` in this process only, without connecting ranks; return the exit code.
+
+    There is no rendezvous, signal handler or status file.
 
     A UserError is printed as one sentence, with exit code 2.
     """
@@ -126,7 +128,7 @@ def _exit_without_world(supervisor: Supervisor, status: ExitStatus, prints: bool
 
 
 def _is_main_or_unknown() -> bool:
-    """Return whether this is the main rank; True if the rank is unknown, so that the process logs its errors."""
+    """Return whether this is the main rank; also True if the rank is unknown, so that errors are logged."""
     try:
         return rank_by_launcher() == 0
     except UserError:
@@ -139,7 +141,7 @@ def _print_error(reason: str) -> None:
 
 
 def _may_follow_from_peer(error: Exception) -> bool:
-    """Return whether a collective may have raised ``error`` because another rank exited."""
+    """Return whether ``error`` may be a collective's error that was caused by the exit of another rank."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
@@ -149,7 +151,7 @@ _CONNECTION_LOSS = re.compile(
     r"|uncorrectable ECC|fallen off the bus",
     re.IGNORECASE,
 )
-"""Pattern of error messages of gloo, NCCL, torch's store and CUDA after a rank, machine or device has failed."""
+"""Regex for messages of gloo, NCCL, torch's store and CUDA after a rank, machine or device has failed."""
 
 
 def is_connection_loss(error: BaseException) -> bool:

@@ -20,9 +20,9 @@ from distill.supervise.watchdog import rank_names
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
-"""Seconds to wait for missing ranks; long, because importing Python from a cold file system takes minutes."""
+"""Seconds to wait for missing ranks; importing modules from a cold file system can take minutes."""
 _OWN_STORE_TIMEOUT_S = 20.0
-"""Seconds in which rank 0 must connect to the store if the store is in rank 0."""
+"""Timeout in seconds for rank 0 to connect to the store, if the store is in rank 0 itself."""
 _LOG_AFTER_S = 20.0
 _POLL_S = 0.1
 _TIMED_OUT = "timed out"
@@ -124,7 +124,10 @@ class Rendezvous:
         return rank_names([rank for rank in range(self.size) if not arrived.check([f"{rank}"])])
 
     def _raise_timeout(self, arrived: dist.Store) -> NoReturn:
-        """Raise RendezvousError with the reason of the rank that timed out first; only that rank reports it."""
+        """Raise RendezvousError on every rank with the reason of the rank that timed out first.
+
+        Only the rank that timed out first prints the reason.
+        """
         reason = f"{self._missing(arrived)} of {self.size} did not reach the rendezvous {self._address} within"
         message = f"{self.rank}:{reason} {TIMEOUT_S:g} s"
         first = arrived.compare_set(_TIMED_OUT, "", message).decode()
@@ -152,9 +155,10 @@ class Rendezvous:
 
 
 def _is_ip_address(host: str) -> bool:
-    """Return whether ``host`` is an IP address.
+    """Return whether ``host`` is an IP address and not a host name.
 
-    On the machine that has the host name ``host``, the name may resolve to the loopback interface.
+    A server must not listen only on the address of a host name: on its own machine, a host name may resolve to the
+    loopback interface, which other machines cannot reach.
     """
     try:
         ipaddress.ip_address(host)

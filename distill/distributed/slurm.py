@@ -12,20 +12,25 @@ from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PORT_BASE, _PORT_SPAN = 20000, 12000
-"""First port and number of ports for rendezvous; below 32768, because Linux uses higher ports for connections."""
+"""First port and number of ports for rendezvous.
+
+All ports are below 32768, because Linux uses higher ports for outgoing connections.
+"""
 LAUNCH_ID = "DISTILL_LAUNCH_ID"
-"""Environment variable that identifies a launch by ``srun python -m distill.train``; equal on its ranks only."""
+"""Environment variable with the id of a launch by ``srun``, equal on all ranks of the launch."""
 PORTS_PER_JOB = 31
 """Number of consecutive ports per job, so that jobs with nearby numbers use different ports."""
 _FIX = "start the program with srun, or unset the variable"
 
 
 def torch_environment() -> dict[str, str]:
-    """Return torch.distributed's variables, and LAUNCH_ID, for ``srun python -m distill.train`` (one task per GPU).
+    """Return the environment variables that ``srun python -m distill.train`` needs but Slurm does not set.
 
-    Empty if torchrun has set them, or if the Slurm step has only one task. MASTER_ADDR is the step's first node, and
-    MASTER_PORT depends on job and step, so that two jobs on one node use different ports, unless the environment
-    already sets them. Raises UserError for invalid variables of Slurm.
+    They are those of torch.distributed, and LAUNCH_ID. srun must start one task per GPU.
+
+    Empty if RANK is already set (as by torchrun), outside of Slurm, or if the Slurm step has only one task. If the
+    environment does not set them, MASTER_ADDR is the step's first node, and MASTER_PORT depends on job and step, so
+    that two jobs on one node use different ports. Raises UserError for invalid variables of Slurm.
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
         return {}
@@ -57,7 +62,7 @@ def job_id() -> int:
 
 
 def start_of_job() -> tuple[int, int] | None:
-    """Return the Slurm job's number and how often it was requeued; None outside of Slurm."""
+    """Return the Slurm job's number and how often the job was requeued; None outside of Slurm."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
     return (int(job), int(restarts)) if job.isdecimal() and restarts.isdecimal() else None
 
@@ -74,7 +79,7 @@ def allocation() -> tuple[int, int | None]:
 
 
 def port(job: int, step: int = 0) -> int:
-    """Return a port for the rendezvous of a job or one of its steps; jobs with nearby numbers get different ports."""
+    """Return the rendezvous port of a job or of one of its steps; jobs with nearby numbers differ."""
     return _PORT_BASE + (job * PORTS_PER_JOB + step) % _PORT_SPAN
 
 
@@ -119,7 +124,9 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_of_node(tasks_per_node: str, node: int) -> int:
-    """Return the number of tasks on node ``node`` from a list such as ``4(x2),3``: two nodes of 4, one of 3.
+    """Return the number of tasks on the node with index ``node`` from Slurm's list of tasks per node.
+
+    The list ``4(x2),3`` means two nodes with 4 tasks each and one node with 3 tasks.
 
     Raises UserError for an invalid list.
     """

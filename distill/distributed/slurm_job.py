@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.config import PRINT_FLAGS, Config, parse_args
+from distill.config import Config, parse_args, print_flag
 from distill.distributed import slurm
 from distill.errors import UserError, any_of
 
@@ -21,7 +21,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the variables of the run with command line ``argv``; return exit code 0, or 2 for a UserError."""
+    """Print ``variables(argv)`` as shell assignments; return exit code 0, or 2 for a UserError."""
     try:
         found = variables(argv)
     except UserError as error:
@@ -33,15 +33,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def variables(argv: Sequence[str]) -> dict[str, str]:
-    """Return NODES, RANKS (per node), ADDRESS and PORT of the rendezvous, and RUN_DIR.
+    """Return NODES, RANKS (ranks per node), ADDRESS and PORT of the rendezvous, and RUN_DIR.
 
-    Called on the first node of the Slurm job. The run directory is the same after a requeue. Raises UserError for an
-    invalid recipe, or a recipe with other numbers of nodes and GPUs than the job.
+    Called on the first node of the Slurm job. The run directory is the same after a requeue. Raises UserError if the
+    recipe is invalid, or if its numbers of nodes and GPUs differ from those of the job.
     """
-    if flags := PRINT_FLAGS.intersection(argv):
-        raise UserError(
-            f"{min(flags)} cannot be used in a Slurm job", f"run python -m distill.train {min(flags)}", key=min(flags)
-        )
+    if flag := print_flag(argv):
+        raise UserError(f"{flag} cannot be used in a Slurm job", f"run python -m distill.train {flag}", key=flag)
     config = parse_args(argv).config
     check_allocation(config)
     job, nodes = slurm.job_id(), config.cluster.num_nodes
@@ -56,7 +54,7 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check_allocation(config: Config) -> None:
-    """Raise UserError if the numbers of nodes and GPUs in ``cluster.*`` differ from the Slurm job's allocation.
+    """Raise UserError if ``cluster.*`` and the Slurm job have different numbers of nodes or GPUs.
 
     The number of GPUs is compared only if Slurm manages GPUs.
     """
@@ -104,7 +102,7 @@ def address() -> str:
 
 
 def interface_address(name: str) -> str:
-    """Return the IPv4 address of this machine's network interface ``name``; raises UserError if it has none."""
+    """Return the IPv4 address of the network interface ``name``; raise UserError if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))

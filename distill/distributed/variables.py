@@ -17,7 +17,7 @@ def integer(
 ) -> int:
     """Return the variable ``name`` as an integer; raise UserError unless it is in ``least``..``most``.
 
-    ``most``: None for no maximum; ``default``: text that replaces a missing variable.
+    ``most``: maximum, or None. ``default``: text used if the variable is missing. ``fix``: fix text of the error.
     """
     text = variables.get(name, default)
     if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):

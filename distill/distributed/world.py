@@ -29,7 +29,10 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=30)
 _SHUTDOWN_TIMEOUT = datetime.timedelta(minutes=1)
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
-"""Timeout of collectives on ``World.control``; longer than any step, because the watchdog detects hanging ranks."""
+"""Timeout of collectives on ``World.control``.
+
+It is longer than any step, because the watchdog detects hanging ranks much earlier.
+"""
 
 
 class World:
@@ -84,15 +87,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the main rank, which writes to the console, TensorBoard and the run directory."""
+        """Return whether this is the main rank, which writes to console, TensorBoard and run directory."""
         return self.rank == 0
 
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
         """Create the mesh (replica, shard, tp), tp innermost, on ``device`` (auto, cpu or cuda); collective.
 
-        The shard axis combines (dp, cp). Unused axes have size 1. ``replicas``: number of complete sharded copies of
-        the model. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
-        together, at least cp * tp. The sizes must have passed ``check_cluster``.
+        The shard axis combines (dp, cp). Unused axes have size 1. ``replicas``: number of copies of the model, each
+        sharded over a part of the ranks. ``teacher``: number of consecutive ranks that compute the teacher's
+        micro-batches together; cp * tp if it is smaller. Call ``check_cluster`` before with these sizes.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
@@ -136,13 +139,13 @@ class World:
 
     @property
     def teacher_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks that compute the teacher's micro-batches together; None if it has one rank."""
+        """Return the group of ranks that compute the teacher's micro-batches together; None for one rank."""
         assert self.mesh is not None, "build_mesh comes first"
         return self._teacher_mesh.get_group("teacher") if self._teacher_size > 1 else None
 
     @property
     def layout(self) -> Layout:
-        """Return this rank's data-, context- and tensor-parallel coordinates, with the sizes of these axes."""
+        """Return this rank's data-, context- and tensor-parallel rank numbers, and the sizes of these axes."""
         tp, cp = self._axes("tp"), self._cp_mesh
         group = cp.size() * tp.size()
         return Layout(
@@ -175,9 +178,10 @@ class World:
     def all_or_none(self, action: str) -> Iterator[None]:
         """Run the block; if it fails on any rank, raise an error on all ranks. Collective.
 
-        The block must not contain a collective. If any rank raises UserError, all ranks raise the UserError of the
-        lowest such rank as CollectiveUserError. Any other error is raised on its rank, and other ranks raise
-        RuntimeError. ``action`` describes the block in that error and in the current phase.
+        The block must not contain a collective. A rank whose block raises an error other than UserError raises this
+        error. All other ranks raise CollectiveUserError, which repeats the UserError of the lowest rank that has one.
+        If no rank has a UserError, they raise RuntimeError instead. ``action`` describes the block in the RuntimeError
+        and is the name of the phase during the block.
         """
         error: Exception | None = None
         with progress.phase(action):
@@ -236,7 +240,7 @@ class World:
 
 
 def _fields(error: Exception) -> tuple[bool, tuple[str, str, str, str | None]]:
-    """Return whether ``error`` is a UserError, and the arguments with which other ranks can recreate it."""
+    """Return whether ``error`` is a UserError, and the arguments that recreate it as CollectiveUserError."""
     if isinstance(error, UserError):
         return True, (error.problem, error.fix, error.key, None if error.value is None else show(error.value))
     return False, (f"{error}" or repr(error), "", "", None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 def interpreted() -> bool:
     """Return whether the Triton kernels run in Triton's interpreter instead of on a GPU.
 
-    The environment variable ``TRITON_INTERPRET`` decides this when the kernels are first imported.
+    The environment variable ``TRITON_INTERPRET``, read when the kernels are first imported, selects the interpreter.
     """
     from triton.runtime.interpreter import InterpretedFunction
 

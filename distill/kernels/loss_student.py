@@ -6,9 +6,9 @@ the tail. ``gradient_rows`` reads the logits again and writes the gradient. The 
 ``loss.topk_reduction`` need about ten passes over the logits. Each Triton program processes one row. Sums are float32
 for all dtypes.
 
-Suffixes of names in the kernels: K kept ids, B a block of kept ids, G x L a tile of G runs of L adjacent logits. Each
-thread processes the same lanes (indices in 0..L-1) of all G runs. It can therefore sum a tile without communication
-between threads, and it updates the running maximum once per G logits.
+Suffixes of names in the kernels are axes: K = kept ids, B = a block of kept ids, GL = a tile, which has G runs of L
+adjacent logits. Each thread processes the same lanes (indices in 0..L-1) of all G runs. It can therefore sum a tile
+without communication between threads, and it updates the running maximum once per G logits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def launch(vocab: int, dtype: torch.dtype) -> Launch:
 
 
 def id_block(k: int) -> int:
-    """Return the block size of a program's loop over the ``k`` kept ids: a power of 2, at most 1024."""
+    """Return the number of kept ids per iteration of a kernel's loop over ``k`` kept ids.
+
+    It is a power of 2, at most 1024.
+    """
     return min(int(triton.next_power_of_2(k)), 1024)
 
 
@@ -174,8 +177,8 @@ def _add_tile(
 ) -> tl.tensor:
     """Update the running maximum and the two running sums of each lane with a tile of raw logits z.
 
-    With the maximum m and w = exp((z - m) / temperature), the sums are those of w and of (z - m) w. ``to_log2`` is
-    log2(e) / temperature. Returns the new maximum and sums.
+    ``top_L`` is the maximum m. ``sum_L`` and ``product_L`` are the sums of w and of (z - m) w, with w = exp((z - m) /
+    temperature). ``to_log2`` is log2(e) / temperature. Returns the new maximum and sums.
     """
     new_top_L = tl.maximum(top_L, tl.max(z_GL, axis=0))
     # If a lane has only read -inf, -inf - -inf would be NaN.

@@ -1,8 +1,8 @@
 """Triton kernels for the exact top-k of each row of logits, with log tail mass and entropy.
 
-The log tail mass is the log of the total probability of all tokens outside the top-k. The kernels read the logits
-little more than once. The reference implementation is ``loss.targets.TeacherScorer.topk_of_ids`` with the ids of
-``torch.topk``. No kernel makes the host wait for the device.
+The log tail mass is the log of the total probability of all tokens outside the top-k. Usually the kernels read all
+logits once, and a small part of them twice. The reference implementation is ``loss.targets.TeacherScorer.topk_of_ids``
+with the ids of ``torch.topk``. No kernel makes the host wait for the device.
 
 1. ``scan_tiles`` reads a row in tiles and writes the largest logit of each tile. Let t be the k-th largest of these
    maxima. Then k tiles have a logit of at least t, so t is a lower bound of the k-th largest logit.
@@ -15,8 +15,8 @@ A tile is not contiguous: it consists of ``W / VEC`` runs of 16 bytes, with a la
 complete tile, so it computes the tile's maximum and sums without communication, which would take longer than the read.
 This layout also distributes adjacent logits, which are often large together, over many tiles.
 
-Suffixes of names in the kernels: R x S x VEC a group of S tiles with R runs of VEC adjacent logits each, T the tiles of
-a row, G the groups of a row, B a block of logits, A the candidate buffer.
+Suffixes of names in the kernels are axes: R = runs of a tile, S = tiles of a group, VEC = adjacent logits of a run, T =
+tiles of a row, G = groups of a row, B = a block of logits, A = entries of the candidate buffer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ For a larger k, or a k close to the vocabulary size, the kernel ``full_row`` com
 """
 
 _GROUP = 8192
-"""Number of logits that a program of ``scan_tiles`` reads: 64 per thread, which fit into registers."""
+"""Number of logits that one program of the kernel ``scan_tiles`` reads.
+
+Each thread reads 64 of them, which fit into registers.
+"""
 
 
 class Tiling(NamedTuple):
@@ -53,7 +56,7 @@ class Tiling(NamedTuple):
     groups: int
     """Number of groups in a row; the last group may extend past the end of the row."""
     room: int
-    """Capacity of the candidate buffer of a row: the number of logits that may belong to the top-k."""
+    """Maximum number of candidates in a row: logits that may belong to the top-k."""
 
     @property
     def tiles(self) -> int:
@@ -64,10 +67,10 @@ class Tiling(NamedTuple):
 def tiling(vocab: int, k: int) -> Tiling | None:
     """Return the division of rows of ``vocab`` logits into tiles for a top-``k``.
 
-    Returns None if k is above ``MAX_TILED_K``, or if a row has few tiles in comparison to k; then the kernel
-    ``full_row`` is as fast, because nearly all logits would be candidates for the top-k. The memory traffic consists of
-    two 4-byte numbers per tile, written and read, and of about k tiles that are read again. It is smallest for a tile
-    width of about sqrt(2 V / k).
+    Returns None if k is above ``MAX_TILED_K``, or if a row has few tiles in comparison to k. In the second case nearly
+    all logits would be candidates for the top-k, so tiles would not be faster than the kernel ``full_row``. The tile
+    width of about sqrt(2 V / k) minimises the additional memory traffic: two 4-byte numbers are written and read for
+    each tile, and about k tiles are read again.
     """
     width = 64
     while width > 8 and width * width * k > 4 * vocab:
@@ -85,9 +88,9 @@ def topk_ids(z_CV: Tensor, k: int) -> Tensor:
     ``torch.topk``.
 
     Args:
-        z_CV: logits, float32 or bf16, with column stride 1; the row stride may exceed V. If it is a multiple of 16, the
-            kernels use 16-byte loads. Logits may be -inf. In a row with NaN the ids are distinct and in range, but
-            otherwise undefined.
+        z_CV: logits, float32 or bf16, with column stride 1; the row stride may exceed V. If the row stride is a
+            multiple of 16, the kernels use 16-byte loads. Logits may be -inf. In a row with NaN the ids are distinct
+            and in range, but otherwise undefined.
         k: number of ids, from 1 to V.
 
     Returns:
@@ -160,8 +163,8 @@ def _by_tiles(
     """Write the top-k of all rows to ``outputs``, with the kernels ``scan_tiles`` and ``select``.
 
     ``cut`` is the division of a row into tiles. ``rest`` has the vocabulary size, the row stride and 1 / temperature.
-    Sets ``full_row_C`` to 1 for rows that overflowed the candidate buffer, which the kernel ``full_row`` must compute,
-    and to 0 for all other rows.
+    ``stats``: whether to write log-probs, log tail mass and entropy too, not only the ids. Sets ``full_row_C`` to 1 for
+    rows that overflowed the candidate buffer, which the kernel ``full_row`` must compute, and to 0 for all other rows.
     """
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)

@@ -38,16 +38,17 @@ def _number(key: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _finite(top: tl.tensor) -> tl.tensor:
-    """Replace -inf in the maxima ``top`` by 0, because subtracting -inf from -inf would give NaN."""
+    """Return the maxima ``top`` with -inf replaced by 0, so that -inf - top is -inf and not NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """Find a lower bound that k to k + ``slack`` of the int32 ``keys`` reach or exceed, by bisection.
+    """Return an int32 threshold such that k to k + ``slack`` of the ``keys`` are at least this threshold.
 
-    Returns the k-th largest key if such a bound does not exist. ``low`` is the start of the search; at least k keys
-    must reach or exceed it. The search stops at the first suitable bound, usually after 10 to 20 of at most 32 steps.
+    Returns the k-th largest key if such a threshold does not exist. The search is a bisection that starts at ``low``;
+    at least k keys must be at least ``low``. The search stops at the first suitable threshold, usually after 10 to 20
+    of at most 32 steps.
     """
     low = low.to(tl.int64)
     high = tl.max(keys, axis=0).to(tl.int64)
@@ -63,8 +64,9 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
     """Add selected logits to the running sum over the tail (all tokens outside the top-k).
 
-    ``taken`` selects entries of the logits ``z``. ``top`` is the maximum m of the tail so far, and ``total`` the sum of
-    exp((z - m) / temperature). ``to_log2`` is log2(e) / temperature. Returns the new maximum and sum.
+    ``taken`` is a mask that selects entries of the logits ``z``. ``top`` is the maximum m of the tail so far, and
+    ``total`` the sum of exp((z - m) / temperature). ``to_log2`` is log2(e) / temperature. Returns the new maximum and
+    sum.
     """
     z = tl.where(taken, z, float("-inf"))
     new_top = tl.maximum(top, tl.max(z, axis=0))
@@ -75,10 +77,10 @@ def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _join(top_X: tl.tensor, sum_X: tl.tensor, product_X: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Combine the maxima and sums of several sets of logits z into those of all sets together.
+    """Combine the maxima and sums of several sets of logits z into the maximum and sums of their union.
 
-    The sums of a set with maximum m are those of w and of (z - m) w, with w = exp((z - m) / temperature). ``to_log2``
-    is log2(e) / temperature. Returns the maximum and the two sums.
+    For a set with maximum m (``top_X``), ``sum_X`` is the sum of w and ``product_X`` the sum of (z - m) w, with w =
+    exp((z - m) / temperature). ``to_log2`` is log2(e) / temperature. Returns the maximum and the two sums.
     """
     top = tl.max(top_X, axis=0)
     moved_X = tl.maximum(top_X - _finite(top), _FAR)
@@ -103,9 +105,9 @@ def scan_tiles(
 ) -> None:
     """Write the maximum m of each tile of a row of logits z, and the sum of exp((z - m) / temperature).
 
-    One program processes one group of tiles. For the group it also writes m, the same sum, and the sum of (z - m)
-    exp((z - m) / temperature). m is a raw logit: subtracting before scaling by the temperature makes the difference of
-    two close logits exact. Without ``STATS`` only the maxima of the tiles are written.
+    One program processes one group of tiles. For the group it also writes the group's maximum m, the same sum, and the
+    sum of (z - m) exp((z - m) / temperature). m is a raw logit: subtracting before scaling by the temperature makes the
+    difference of two close logits exact. Without ``STATS`` only the maxima of the tiles are written.
     """
     row = tl.program_id(0).to(tl.int64) // groups  # row * stride can exceed 32 bits
     group = tl.program_id(0) % groups

@@ -21,7 +21,7 @@ from distill.types import TopK
 
 @cache
 def _choices() -> dict[str, tuple[Any, ...]]:
-    """Return the allowed values of each ``LossConfig`` field with a Literal type, by field name."""
+    """Return a dict from each ``LossConfig`` field with a Literal type to the allowed values of the field."""
 
     def words(hint: Any) -> tuple[Any, ...]:
         return get_args(hint) if get_origin(hint) is Literal else sum(map(words, get_args(hint)), ())
@@ -111,7 +111,7 @@ def check_rows(rows: int, **columns: Tensor) -> None:
     """Raise ``UserError`` if one of the tensors ``columns`` does not have one entry per row.
 
     ``rows`` is the number of rows of the student's hidden states or logits. A tensor whose name ends in ``_ND`` may
-    have more dimensions; all other tensors must have exactly one. The message contains the name of the tensor.
+    have several dimensions; all other tensors must be 1-D. The error message contains the name of the tensor.
     """
     for name, column in columns.items():
         if column.shape[:1] != (rows,) or (column.ndim != 1 and not name.endswith("_ND")):
@@ -184,7 +184,7 @@ def check_kept(
     sampled_ids_N: Tensor | None,
     weight_N: Tensor | None,
 ) -> None:
-    """Raise ``UserError`` if the ids of the teacher's top-k in a row are not sufficient for the loss.
+    """Raise ``UserError`` if the teacher's top-k of a row lacks token ids that the loss requires.
 
     With ``loss_fn.kl_type=sampled`` the ids must include the sampled token of the row. Otherwise at least one id must
     not be padding (-1), except with ``loss_fn.outside_topk=bucket``. Rows of weight 0 are not checked;
@@ -220,7 +220,10 @@ def check_kept(
 
 
 def check_tokens(loss_config: LossConfig, given: bool) -> None:
-    """Raise ``UserError`` if ``loss_fn.kl_type=sampled`` is set, but the sampled tokens are not ``given``."""
+    """Raise ``UserError`` if ``loss_fn.kl_type=sampled`` is set, but ``given`` is False.
+
+    ``given``: whether the caller of the loss passed the sampled tokens.
+    """
     if loss_config.kl_type == "sampled" and not given:
         problem = "loss_fn.kl_type=sampled needs the sampled tokens, but the caller passed none"
         fix = "pass the sampled tokens, or set loss_fn.kl_type to another value"

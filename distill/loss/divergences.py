@@ -56,11 +56,11 @@ class Outcomes(NamedTuple):
     """
 
     def unnormalised_NE(self) -> Tensor:
-        """Return unnormalised log-probs [N, K + 1] of the K kept tokens, and of all other tokens together."""
+        """Return [N, K + 1]: the logits at the K kept ids, then the logsumexp of all other logits."""
         return torch.cat([self.logits_NK, self.tail_N.unsqueeze(1)], dim=1)
 
     def log_masses_NE(self) -> Tensor:
-        """Return log-probs [N, K + 1] of the K kept tokens, and of all other tokens together."""
+        """Return log-probs [N, K + 1]: of each of the K kept tokens, then of all other tokens together."""
         return torch.log_softmax(self.unnormalised_NE(), dim=1)
 
 
@@ -143,9 +143,9 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "mixed": _mixed,
     "jsd": _jsd,
 }
-"""Function that computes the divergence for each value of ``loss_fn.kl_type``, except ``sampled``.
+"""Maps each value of ``loss_fn.kl_type``, except ``sampled``, to the function of the divergence.
 
-``sampled`` is not included, because it estimates the reverse KL from the sampled token alone.
+``sampled`` is not a divergence of two distributions: it estimates the reverse KL from the sampled token alone.
 """
 
 
@@ -280,7 +280,7 @@ def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) 
 
 
 def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
-    """Return factors [N] that scale the absolute loss of each row down to at most ``cap`` nats.
+    """Return factors [N]; loss * factor has an absolute value of at most ``cap`` nats in each row.
 
     A factor is 1 if the loss is within the cap, or if ``cap`` is None. The loss is scaled instead of clamped, because a
     clamped loss would have no gradient.
@@ -302,8 +302,8 @@ def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
 def entropy(outcomes: Outcomes) -> Tensor:
     """Return the entropy of a model's distribution over the complete vocabulary, [N] in nats.
 
-    The entropy is logsumexp - E[logit]. The tail (all tokens outside the top-k) adds its probability times its mean
-    logit to E[logit].
+    The entropy is logsumexp(z) - E[z], where z are the logits. In E[z], the tail (all tokens outside the top-k)
+    contributes the tail's total probability times ``tail_mean_N``.
     """
     lse_N1 = outcomes.unnormalised_NE().logsumexp(dim=1, keepdim=True)
     means_NE = torch.cat([outcomes.logits_NK, outcomes.tail_mean_N.unsqueeze(1)], dim=1)
@@ -343,10 +343,11 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _tail_on_floor(student: Outcomes) -> Tensor:
-    """Return the sum of q (log q - log p) over the tail, [N], with log p = -100 at each token.
+    """Return the tail's term of KL(student || teacher) for ``loss_fn.outside_topk=floor``, [N] in nats.
 
-    The tail consists of all tokens outside the top-k; q is the student, p the teacher. The result equals the sum of q
-    log q over the tail plus 100 times the student's probability of the tail.
+    The tail consists of all tokens outside the top-k; q is the student, p the teacher. The term is the sum over the
+    tail of q (log q - log p). Since log p = -100 at each of these tokens, it equals the sum of q log q plus 100 times
+    the student's probability of the tail.
     """
     lse_N = student.unnormalised_NE().logsumexp(dim=1)
     return (student.tail_N - lse_N).exp() * (student.tail_mean_N - lse_N - LOG_FLOOR)
@@ -355,7 +356,7 @@ def _tail_on_floor(student: Outcomes) -> Tensor:
 def _mark(ids_NK: Tensor, vocab: int) -> Tensor:
     """Return a bool mask [N, V] that is True at the ids of ``ids_NK``; -1 (padding) is ignored.
 
-    Padding marks an additional column V, which is then removed.
+    In the implementation, padding sets an additional column V, which is then removed.
     """
     marks = torch.zeros(ids_NK.shape[0], vocab + 1, dtype=torch.bool, device=ids_NK.device)
     columns_NK = ids_NK.long()

@@ -27,12 +27,12 @@ from distill.loss.metrics import RowMetrics
 from distill.loss.topk_reduction import Scratch
 
 BUFFERS = 4
-"""Number of [C, V] buffers for the loss of a chunk without autograd.
+"""Number of [C, V] buffers that the loss of a chunk of C rows needs without autograd.
 
-It applies to the divergences in ``FAST_GRADIENTS`` and to ``loss_fn.kl_type=sampled``.
+The number applies to the divergences in ``FAST_GRADIENTS`` and to ``loss_fn.kl_type=sampled``.
 """
 AUTOGRAD_BUFFERS = 19
-"""Number of [C, V] buffers for the loss of a chunk with autograd.
+"""Number of [C, V] buffers that the loss of a chunk of C rows needs with autograd.
 
 It was measured with the Jensen-Shannon divergence.
 """
@@ -50,12 +50,12 @@ class FullRows:
     shift_C: Tensor
     """[C]: largest logit of the student in each row, divided by the temperature."""
     lse_C: Tensor
-    """[C]: logsumexp of the student's logits divided by the temperature, minus ``shift_C``."""
+    """[C]: logsumexp(z / T) - ``shift_C``, where z are the student's logits and T is the temperature."""
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Distributions of teacher (p) and student (q) over the vocabulary for C rows, and their KLs.
+    """Distributions of teacher (p) and student (q) over the vocabulary for C rows, with their KLs.
 
     ``forward_C`` is KL(p || q) and ``reverse_C`` is KL(q || p), in nats. ``spare_CV`` is a free buffer. The functions
     that compute gradients may overwrite all [C, V] buffers.
@@ -85,10 +85,10 @@ def full_vocabulary(
     """Return the loss over the complete vocabulary, its gradient, and metrics for a chunk of C rows.
 
     ``z_CV`` and ``teacher_CV`` are the logits of student and teacher, already divided by the temperature; both are
-    overwritten. ``factor_C`` is the weight of each row divided by the temperature. The gradient is multiplied by it, so
-    it is the gradient of the weighted loss with respect to the raw logits. ``tokens`` are the sampled tokens, and
-    ``stop_ids`` the token ids for the metric ``teacher_stop_mass``. All log-probs must be finite, so that p log p is 0
-    if p underflows to 0.
+    overwritten. ``factor_C`` is the weight of each row divided by the temperature. The gradient is multiplied by it.
+    The returned gradient is therefore that of the weighted loss with respect to the raw logits. ``tokens`` are the
+    sampled tokens, and ``stop_ids`` the token ids for the metric ``teacher_stop_mass``. All log-probs must be finite,
+    so that p log p is 0 if p underflows to 0.
     """
     rows, dtype = len(z_CV), z_CV.dtype
     q_CV, p_CV = (
@@ -181,7 +181,7 @@ def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
 
 
 def _at(log_CV: Tensor, tokens: Tokens) -> Tensor:
-    """Return the entry of each row of ``log_CV`` at the row's sampled token, [C]."""
+    """Return [C]: for each row of ``log_CV``, the value in the column of the row's sampled token."""
     return log_CV.gather(1, tokens.ids_N.long().unsqueeze(1)).squeeze(1)
 
 
@@ -200,8 +200,11 @@ def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, 
 def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
     """Return the forward, reverse or mixed KL [C], and its gradient [C, V].
 
-    p is the teacher, q the student. The gradient with respect to the student's logits is q - p for the forward KL KL(p
-    || q), and q (log q - log p - R) for the reverse KL R = KL(q || p).
+    p is the teacher, q the student. The gradients with respect to the student's logits are:
+
+    - forward KL, KL(p || q): q - p
+    - reverse KL, R = KL(q || p): q (log q - log p - R)
+    - mixed KL: w times the first plus (1 - w) times the second, with w = ``loss_fn.mixed_kl_weight``
     """
     weight = {"forward": 1.0, "reverse": 0.0, "mixed": loss_config.mixed_kl_weight}[loss_config.kl_type]
     value_C, gradient_CV = (
@@ -221,8 +224,8 @@ def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
 def _jsd(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
     """Return the Jensen-Shannon divergence [C], and its gradient [C, V].
 
-    The gradient with respect to the student's logits is q (u - sum q u) with u = (1 - b) (log q - log m) and m = b p +
-    (1 - b) q. p is the teacher, q the student, and b = ``loss_fn.jsd_beta``.
+    p is the teacher, q the student, b = ``loss_fn.jsd_beta``, and m = b p + (1 - b) q. The gradient with respect to
+    the student's logits is q (u - sum(q u)) with u = (1 - b) (log q - log m).
     """
     beta, log_ratio_CV, q_CV, p_CV = (
         loss_config.jsd_beta,
@@ -244,8 +247,8 @@ FAST_GRADIENTS: Mapping[str, Callable[[_Models, LossConfig], tuple[Tensor, Tenso
     "mixed": _kls,
     "jsd": _jsd,
 }
-"""Functions with hand-derived gradients, by ``loss_fn.kl_type``.
+"""Maps a value of ``loss_fn.kl_type`` to a function with a hand-derived gradient.
 
 Each function returns the divergence [C] and its gradient [C, V] with respect to the student's logits divided by the
-temperature. It allocates no tensors of [C, V]: the results overwrite the buffers of ``_Models``.
+temperature. The function allocates no tensors of [C, V]: the gradient overwrites a buffer of ``_Models``.
 """

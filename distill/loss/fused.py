@@ -178,8 +178,8 @@ class _Columns:
     ) -> _Columns:
         """Return the columns of logits that this rank computes with the LM head ``head_VD``.
 
-        ``teacher_rows``: whether the targets have the type ``TeacherRows``. Raises ``UserError`` on all ranks if the
-        sizes are invalid.
+        ``teacher_rows``: whether the targets have the type ``TeacherRows``. Raises ``UserError`` on all ranks if
+        ``valid_vocab`` or the number of ranks is invalid for this head.
         """
         columns = head_VD.shape[0]
         if parallel is None:
@@ -253,7 +253,8 @@ class _Loop:
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
         """Compute the loss and the gradients of a chunk of rows, and return metrics [C] by name.
 
-        Gradients are written to ``d_hidden_ND`` and added to ``d_head_VD``. ``first``: whether this is the first chunk.
+        The gradient of the hidden states is written to ``d_hidden_ND``. The gradient of the head's weight is added to
+        ``d_head_VD``, or overwrites it if ``first`` (this is the first chunk).
         """
         # Compute the teacher's top-k first: it may use the same buffer as the student's logits.
         topk = self.targets.topk(rows) if self.targets.topk else None
@@ -304,7 +305,7 @@ class _Loop:
         read_CE: Tensor,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Compute loss, gradients and metrics of a chunk for the loss over the complete vocabulary.
+        """Compute loss, gradients and metrics of a chunk over the complete vocabulary instead of a top-k.
 
         ``run`` calls this method if the targets are not a top-k.         ``z_CV`` has the student's raw logits,
         ``teacher_CV`` the teacher's logits divided by the temperature, and ``read_CE`` the result of
@@ -345,7 +346,7 @@ class _Loop:
         return self.student.logits(hidden_CD, self.loss_pass.scratch.get("logits", len(hidden_CD), dtype))
 
     def _own_ids(self, ids_CK: Tensor, columns: int) -> Tensor:
-        """Convert token ids to column numbers of this rank's logits; -1 for tokens of other ranks.
+        """Convert token ids to column numbers of this rank's logits; -1 for padding and tokens of other ranks.
 
         ``columns`` is the number of columns of logits on this rank.
         """

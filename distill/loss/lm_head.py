@@ -26,7 +26,10 @@ class Projection:
     def __init__(self, head_VD: Tensor, logits_dtype: str = "float32") -> None:
         self.head_VD = head_VD.detach()
         self.dtype = torch.promote_types(head_VD.dtype, torch.float32)
-        """Dtype of unrounded logits and of the head's gradient: float64 for a float64 head, else float32."""
+        """Dtype of the head's gradient, and of logits that are not rounded to bf16.
+
+        It is float64 for a float64 head, else float32.
+        """
         self.logits_dtype = logits_dtype
         self._rounded = logits_dtype == ROUNDED
         self._narrow = head_VD.dtype != self.dtype
@@ -67,9 +70,9 @@ class Projection:
         return torch.mm(gradient_CV, self.head_VD, out_dtype=self.dtype)
 
     def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor, first: bool) -> None:
-        """Add a chunk's gradient of the head's weight to the sum ``into_VD``, which has dtype ``self.dtype``.
+        """Add the gradient of the head's weight for one chunk of rows to ``into_VD``, of dtype ``self.dtype``.
 
-        With ``first`` (the first chunk) the gradient overwrites ``into_VD``, which may be uninitialised.
+        If ``first`` is True (first chunk), the gradient overwrites ``into_VD``, which may be uninitialised.
         """
         if self._widen:  # as in plain PyTorch: a bf16 matmul, added to a float32 sum
             product_VD = gradient_CV.t() @ hidden_CD

@@ -1,8 +1,8 @@
 """Metrics of each row of the loss, and the trainer's log-probs of the sampled tokens.
 
 A row is one response token. The kept ids of a row are the K token ids of ``TopK``; the tail consists of all other
-tokens. The metrics are computed from results of the loss, without another pass over the logits, except if the loss does
-not use the sampling temperature.
+tokens. The metrics are computed from results of the loss, without another pass over the logits. The only exception is
+the log-prob of the sampled token, if the temperatures of loss and sampling differ.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class RowMetrics:
     """
 
     forward_kl: Tensor
-    """KL(teacher || student) over the top-k tokens, and all other tokens as one outcome; in nats."""
+    """KL(teacher || student) in nats over K + 1 outcomes: the top-k tokens, and all other tokens as one."""
     reverse_kl: Tensor
-    """KL(student || teacher) over the top-k tokens, and all other tokens as one outcome; in nats."""
+    """KL(student || teacher) in nats over K + 1 outcomes: the top-k tokens, and all other tokens as one."""
     teacher_topk_mass: Tensor
     """Teacher's total probability of the top-k tokens."""
     student_topk_mass: Tensor
-    """Student's total probability of the same top-k tokens."""
+    """Student's total probability of the top-k tokens (the same tokens as for the teacher)."""
     student_entropy: Tensor
     """Entropy in nats of the student's distribution over the complete vocabulary."""
     top1_agreement: Tensor
-    """bool: whether a token has the largest logit (or a tie for it) in both models."""
+    """bool: whether some token has the row's largest logit in both models; ties count."""
     teacher_entropy: Tensor | None
     """Entropy of the teacher over the complete vocabulary, in nats; None if ``TopK`` has no entropy."""
     teacher_stop_mass: Tensor | None
@@ -74,7 +74,7 @@ def topk_metrics(
 
 
 class StatsSum:
-    """Metrics of the rows of all chunks, stored per row and summed in ``stats``.
+    """Per-row metrics of all chunks; ``stats`` returns their sums.
 
     The sums are in float64, so that the chunk size does not change the result.
     """
@@ -92,7 +92,7 @@ class StatsSum:
         return torch.cat(self._rows[name])
 
     def stats(self) -> Stats:
-        """Return (sum over rows, number of rows) by metric name.
+        """Return a dict from metric name to (sum over rows, number of rows).
 
         For ``sampler_logprob_diff_max`` the pair is (maximum over rows, 1), or (0, 0) without rows.
         """
@@ -114,7 +114,7 @@ class Sampled:
     ids_N: Tensor
     """int64 [N]: ids of the sampled tokens."""
     logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs of these tokens in nats, at the sampling temperature."""
+    """float32 [N]: the sampler's log-probs of the sampled tokens, in nats, at the sampling temperature."""
     temperature: float
     """Temperature of the sampler; also the temperature of the loss if ``loss_fn.temperature`` is null."""
 
@@ -145,10 +145,13 @@ class SampledLogprobs:
         """Return this rank's terms of the student's log-probs of the sampled tokens, [C, E] of ``dtype``.
 
         The caller sums the terms over the ranks of ``group`` and passes the sums to ``metrics``. ``z_CV`` has the
-        student's raw logits, not divided by a temperature, and is not modified. Without sampled tokens E is 0. If the
-        loss uses the sampling temperature, E is 1: the logit of the sampled token divided by this temperature.
-        Otherwise E is 2, with the same logit minus the largest logit of the row, and the sum of exponentials of these
-        differences over all tokens. The method is collective over ``group`` only if E is 2.
+        student's raw logits, not divided by a temperature, and is not modified. Below, z is a logit divided by the
+        sampling temperature, y the sampled token, and m the largest z of the row over all ranks.
+
+        - Without sampled tokens, E is 0.
+        - If the loss uses the sampling temperature, E is 1: z_y, or 0 if y is a column of another rank.
+        - Otherwise E is 2: z_y - m, or 0 if y is a column of another rank; and the sum of exp(z - m) over this rank's
+          columns. Only in this case the method is collective over ``group``.
         """
         if self.sampled is None:
             return torch.zeros(len(z_CV), 0, dtype=dtype, device=z_CV.device)
@@ -170,7 +173,8 @@ class SampledLogprobs:
 
         They are the trainer's log-prob of the sampled token, and its absolute difference from the sampler's log-prob.
         ``read_CE`` is the result of ``read``, summed over the ranks of ``group``. ``shift_C + lse_C`` is the logsumexp
-        of the student's logits at the loss's temperature; it is used only if this is the sampling temperature.
+        of the student's logits divided by the loss's temperature. It is used only if the loss uses the sampling
+        temperature.
         """
         if self.sampled is None:
             return {}

@@ -1,4 +1,7 @@
-"""Teacher's targets for a chunk of rows (response tokens), given or computed from hidden states."""
+"""Return the teacher's targets of the loss for each chunk of rows (response tokens).
+
+The targets are part of a given top-k, or they are computed from the teacher's hidden states and LM head.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,7 @@ class TeacherScorer:
         return self.topk_of_ids(z_CV, with_extra_ids(self.kernels.topk(z_CV, k), extra_ids_C, z_CV.shape[1]))[0]
 
     def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
-        """Return the teacher's log-probs at the token ids ``ids_CK``, with log tail mass and entropy.
+        """Return the teacher's log-probs at ``ids_CK`` as a ``TopK`` with log tail mass and entropy.
 
         The second result is a bool mask [C, K] of the ids with the largest logit of their row. ``z_CV`` has the
         teacher's raw logits and is overwritten.
@@ -214,11 +217,12 @@ def targets_by_chunk(
     weight_N: Tensor,
     debug: bool,
 ) -> ChunkTargets:
-    """Check the teacher's targets, and return functions that return the targets of a chunk of rows.
+    """Check the teacher's targets, and return the functions that select or compute the targets of a chunk.
 
-    ``rows`` is the number of rows of the student, ``k`` the number of token ids per row (0: complete vocabulary; not
-    used with a ``TopK``). Also checks the sampled ids. With ``loss_fn.kl_type=sampled``, a computed top-k includes the
-    sampled tokens. All checks that block the host until the GPU has finished run here, and not in every chunk.
+    ``rows`` is the number of rows of the student. ``k`` is the number of token ids per row that the loss compares; 0
+    means the complete vocabulary. It is ignored if ``targets`` is a ``TopK``. The sampled ids are checked too. With
+    ``loss_fn.kl_type=sampled``, a computed top-k includes the sampled tokens. All checks that block the host until the
+    GPU has finished run here, and not in every chunk.
     """
     loss_config, vocab = loss_pass.loss_config, loss_pass.vocab
     if isinstance(targets, TeacherRows):
@@ -297,8 +301,8 @@ def _targets_from_rows(
 def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
     """Return the number of [C, V] buffers that the loss of a chunk of C rows needs.
 
-    ``k`` is ``distillation.topk_logits_k``; 0 means the complete vocabulary, and None that the targets are a given
-    ``TopK``.
+    ``k`` is ``distillation.topk_logits_k``; 0 means the complete vocabulary. None means that the targets
+    are a given ``TopK``.
     """
     if k == 0:
         return full_vocab.buffers_of(loss_config)

@@ -65,17 +65,17 @@ class LocalTail:
     tail_top_C: Tensor
     """[C]: largest logit outside the kept ids on this rank; -inf if all columns are kept."""
     tail_sum_C: Tensor
-    """[C]: sum of exp(logit - tail_top) over this rank's columns outside the kept ids; 0 if none."""
+    """[C]: sum of exp(logit - tail_top) over this rank's columns outside the kept ids; 0 if all are kept."""
     tail_product_C: Tensor
-    """[C]: sum of (logit - tail_top) exp(logit - tail_top) over the same columns; 0 if none."""
+    """[C]: sum of (logit - tail_top) exp(logit - tail_top) over this rank's columns outside the kept ids."""
 
 
 class ReducedLogits(Protocol):
-    """Kept logits and tail sums of a chunk, with the buffers to compute the gradient of its logits."""
+    """Kept logits and tail sums of a chunk, and buffers for the gradient of the chunk's logits."""
 
     @property
     def local(self) -> LocalTail:
-        """Return the logits at the kept ids, and the sums over this rank's other columns (the tail)."""
+        """Return this rank's logits at the kept ids, and the sums over the rank's other columns (the tail)."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """Return the gradient of the loss with respect to the logits, [C, V].
@@ -92,11 +92,11 @@ class TorchReduced:
 
     local: LocalTail
     columns_CK: Tensor
-    """int64 [C, K]: this rank's columns of the kept ids; 0 if ``kept_CK`` is False."""
+    """int64 [C, K]: column of each kept id in this rank's logits; 0 where ``kept_CK`` is False."""
     kept_CK: Tensor
     """bool [C, K]: whether a kept id is a column of this rank; False for padding (-1)."""
     tail_CV: Tensor
-    """[C, V]: exp(z - tail_top) of each logit z, tail_top from ``local``; 0 at the kept ids."""
+    """[C, V]: exp(z - tail_top) of each logit z, with ``tail_top_C`` of ``local``; 0 at the kept ids."""
     product_CV: Tensor
     """[C, V]: (z - tail_top) exp(z - tail_top) of each logit z; 0 at the kept ids."""
 
@@ -109,10 +109,11 @@ class TorchReduced:
 
 
 def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchReduced:
-    """Reduce logits to the kept logits and tail sums of ``LocalTail``; overwrites both buffers.
+    """Reduce logits to the kept logits and tail sums of ``LocalTail``.
 
-    ``z_CV`` has logits divided by the temperature, ``ids_CK`` the kept ids (-1: padding). Logits outside the kept ids
-    must be finite. This is the reference implementation of ``kernels.loss_student.reduce_rows``.
+    ``z_CV`` has logits divided by the temperature, ``ids_CK`` the kept ids (-1: padding). Overwrites ``z_CV`` and
+    ``spare_CV``. Logits outside the kept ids must be finite. This is the reference implementation of
+    ``kernels.loss_student.reduce_rows``.
     """
     # The lowest finite number replaces -inf at the kept ids: 0 * -inf in the product would be NaN.
     low, high = torch.finfo(z_CV.dtype).min, torch.finfo(z_CV.dtype).max
@@ -145,7 +146,8 @@ class LogitsKernels(Protocol):
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
         """Return the dtype of the buffer for the student's logits.
 
-        It is ``wide``, or bf16 if the logits are ``rounded`` to bf16 and the backend supports a bf16 buffer.
+        ``rounded``: whether the logits are rounded to bf16. The result is bf16 if ``rounded`` is True and the backend
+        supports bf16 buffers, otherwise ``wide`` (float32 or float64).
         """
 
     def reduce(
@@ -180,7 +182,7 @@ class TorchKernels:
     """Implementation of the loss's operations on logits in PyTorch, for all devices and dtypes."""
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
-        """Return ``wide``: this backend stores logits in a ``wide`` buffer, even if they are rounded."""
+        """Return ``wide``, because this backend stores logits in that dtype even if they are rounded to bf16."""
         return wide
 
     def reduce(
@@ -200,7 +202,7 @@ class TorchKernels:
         return z_CV.topk(k, dim=1).indices
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return None, because PyTorch has no single kernel for top-k, log tail mass and entropy."""
+        """Return None: PyTorch has no single kernel for top-k, log tail mass and entropy."""
         return None
 
 
@@ -320,7 +322,7 @@ class TopKSummary:
     """
 
     outcomes: Outcomes
-    """Kept logits and tail statistics minus ``shift_C``, so that the largest logit of each row is 0."""
+    """Kept logits and tail statistics, shifted by -``shift_C`` so that the largest logit of each row is 0."""
     shift_C: Tensor
     """[C]: largest logit of each row over all ranks, divided by the temperature."""
     tail_sum_C: Tensor
@@ -328,19 +330,22 @@ class TopKSummary:
     tail_shift_C: Tensor
     """[C]: largest logit outside the kept ids on this rank, minus ``shift_C``; -inf without such logits."""
     tail_scale_C: Tensor
-    """[C]: exp(m_rank - m_all), m being the largest logit outside the kept ids (this rank, all ranks)."""
+    """[C]: exp(m_rank - m_all); m_rank and m_all are the largest logits outside the kept ids.
+
+    m_rank is the largest such logit on this rank, m_all the largest on all ranks.
+    """
 
     def lse(self) -> Tensor:
-        """Return the logsumexp of each row's logits over the complete vocabulary, minus ``shift_C``, [C]."""
+        """Return [C]: logsumexp(z / T) - ``shift_C``, with all logits z of the row and temperature T."""
         return self.outcomes.unnormalised_NE().logsumexp(dim=1)
 
     def coefficients(self, d_tail_C: Tensor | None, d_mean_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return ``factor_C`` and ``slope_C`` of ``ReducedLogits.gradient``.
 
         ``d_tail_C`` and ``d_mean_C`` are the gradients of the loss with respect to ``tail_N`` and ``tail_mean_N`` of
-        ``Outcomes``; None means that the loss does not depend on this field. The formulas use the softmax t over the
-        tail: d tail / d z_j = t_j and d mean / d z_j = t_j (1 + z_j - mean). Both results are exactly 0 if this rank's
-        tail is empty.
+        ``Outcomes``; None means that the loss does not depend on this field. The formulas follow from d tail / d z_j =
+        t_j and d mean / d z_j = t_j (1 + z_j - mean), where t is the softmax over the tail's logits z. Both results
+        are exactly 0 if this rank's tail is empty.
         """
         share_C = (self.tail_scale_C / self.tail_sum_C).masked_fill(self.tail_shift_C == _NEG_INF, 0.0)
         if d_tail_C is None:
@@ -358,7 +363,7 @@ def combine(
     extra_CE: Tensor,
     group: dist.ProcessGroup | None,
 ) -> tuple[TopKSummary, Tensor]:
-    """Combine the kept logits and tail sums of all ranks into the result over the complete vocabulary.
+    """Combine the kept logits and tail sums of all ranks into those of the complete vocabulary.
 
     Collective over ``group``: an all-reduce of a maximum [C] and of a sum [C, K + 2 + E]. If ``group`` is None,
     ``local`` already covers the complete vocabulary.
@@ -366,7 +371,7 @@ def combine(
     Args:
         local: this rank's kept logits and tail sums.
         ids_CK: the kept ids in the complete vocabulary; -1 is padding.
-        own_ids_CK: the same ids as column numbers of this rank; -1 for columns of other ranks.
+        own_ids_CK: the same ids as column numbers of this rank's logits; -1 for padding and ids of other ranks.
         extra_CE: E additional numbers per row, which are summed over the ranks in the same all-reduce.
         group: the ranks over which the columns of logits are sharded, or None.
 

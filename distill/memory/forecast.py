@@ -22,14 +22,15 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 CARD_SHARE = 0.98
-"""Fraction of N GiB that is usable on a GPU sold with N GB of memory.
+"""Usable memory of a GPU that is sold with N GB, as a fraction of N GiB.
 
 Drivers report a total memory of 0.985 to 0.99 times N GiB.
 """
 RESERVE = 3 * GIB
-"""Number of bytes that the forecast adds to each phase on a GPU for memory that it does not compute.
+"""Number of bytes that the forecast adds to each phase on a GPU for memory that is not predicted.
 
-It covers the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and fragmentation.
+This memory is used by the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and
+fragmentation.
 """
 
 PHASES = {
@@ -78,9 +79,9 @@ class Forecast:
     about: tuple[str, ...]
     """Text lines that describe the models and the parallel layout, printed above the table."""
     phases: dict[str, Lines]
-    """Maps each phase to the bytes of device memory at its peak, by purpose."""
+    """Maps each phase to a table of the device memory at the phase's peak: from purpose to bytes."""
     host: Lines
-    """Bytes of pinned host memory per rank, by purpose; empty without a GPU."""
+    """Maps each purpose of pinned host memory to bytes per rank; empty without a GPU."""
     window_cache: int
     """Bytes per rank of the key-value cache for one sequence of the maximum length.
 
@@ -106,8 +107,9 @@ class Forecast:
     def check(self, config: Config) -> None:
         """Raise UserError if a GPU with ``cluster.gpu_memory_gb`` GB has too little memory.
 
-        A phase may need more memory than the GPU has, or the generation engine may have too little memory for the
-        key-value cache of one sequence. Checks nothing if ``cluster.gpu_memory_gb`` is null.
+        This is the case if a phase needs more memory than the GPU has, or if the generation engine has too little
+        memory for the key-value cache of one sequence of the maximum length. Checks nothing if
+        ``cluster.gpu_memory_gb`` is null.
         """
         if config.cluster.gpu_memory_gb is None:
             return
@@ -140,9 +142,9 @@ class Forecast:
 
 
 def _is_set(config: Config, remedy: str) -> bool:
-    """Return whether the recipe already contains the setting ``remedy``, which an error would recommend.
+    """Return whether the recipe already has the setting ``remedy``, so that recommending it is useless.
 
-    ``remedy`` is ``key=true`` or a key; a key without a value is never considered as set.
+    ``remedy`` is ``key=true`` or only ``key``. The result is always False for only ``key``.
     """
     key, _, value = remedy.rpartition(".")[2].partition("=")
     return value == "true" and bool(getattr(config.policy.dtensor_cfg, key))

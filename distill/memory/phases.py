@@ -27,10 +27,11 @@ Lines = dict[str, int]
 def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
     """Return the bytes per token position that autograd saves for the backward of one layer.
 
-    The number applies without activation checkpointing. The tensors are those of transformers' layers. Each norm saves
-    its float32 input, and its output before and after the multiplication by the weight. Attention saves queries, keys,
-    values, and two copies of its output: that of the kernel, and that which the output projection reads. The MLP saves
-    four tensors of its intermediate size. The norms of queries and keys save the same tensors as other norms.
+    The number applies to training without activation checkpointing. The tensors are those of transformers' layers. Each
+    norm saves its float32 input, and its output before and after the multiplication by the weight. Attention saves
+    queries, keys, values, and two copies of its output: the result of the attention kernel, and the input of the output
+    projection. The MLP saves four tensors of its intermediate size. The norms of queries and keys save the same tensors
+    as other norms.
     """
     queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
@@ -83,9 +84,9 @@ class StepMemory:
     # ---- memory that several phases use ----
 
     def kept(self, training: bool = False) -> Lines:
-        """Return the bytes by purpose that stay allocated during a complete phase.
+        """Return the memory that stays allocated during a complete phase: a dict from purpose to bytes.
 
-        They are mainly the student's float32 shards. ``training``: whether the phase is training. AdamW's two moments
+        Most of it is the student's float32 shards. ``training``: whether the phase is training. AdamW's two moments
         are on the device during training, and in other phases if they are not offloaded. Without a GPU the teacher and
         the engine always stay in memory.
         """
@@ -105,11 +106,11 @@ class StepMemory:
         return self.teacher_b * self.teacher.parameters // self.shards
 
     def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool) -> Lines:
-        """Return the bytes of the parameters that FSDP keeps gathered at the same time, by purpose.
+        """Return the parameters that FSDP keeps gathered at the same time: a dict from purpose to bytes.
 
-        ``b`` is the number of bytes per parameter. The layers are the current and the prefetched layer, or all layers
-        with ``stays`` (reshard_after_forward=false). Embedding, head and last norm are gathered during the complete
-        pass.
+        ``b`` is the number of bytes per parameter. ``stays``: whether layers stay gathered after their forward
+        (reshard_after_forward=false). If so, all layers are gathered, otherwise the current and the prefetched layer.
+        Embedding, head and last norm are gathered during the complete pass.
         """
         layers = shape.layers if stays else min(2, shape.layers)
         return {
@@ -120,9 +121,9 @@ class StepMemory:
     def engine_lines(self) -> Lines:
         """Return the bytes of weights and key-value cache of the generation engine while it is awake.
 
-        vLLM allocates the fraction gpu_memory_utilization of the GPU; its cache has the size of this fraction minus the
-        weights. The transformers engine has the complete model and a cache for one batch of sequences of the maximum
-        length. The cache is omitted if its size depends on an unknown GPU.
+        vLLM allocates the fraction gpu_memory_utilization of the GPU's memory; its cache gets the part of this memory
+        that the weights do not use. The transformers engine has the complete model and a cache for one batch of
+        sequences of the maximum length. The cache of vLLM is omitted if the memory of the GPU is unknown.
         """
         generation, shape = self.config.policy.generation, self.student
         if generation.backend != "vllm":
@@ -148,8 +149,9 @@ class StepMemory:
         """Return the bytes of the teacher's targets for all responses that one rank trains on in a step.
 
         The targets stay on the device until the student has trained on them. For each response token they are K ids
-        (int32), K log-probs, the log tail mass and the entropy (float32). If ``returns_rows``, they are a hidden state
-        of the teacher instead, and a copy of the teacher's complete LM head is kept too.
+        (int32), K log-probs, the log tail mass and the entropy (float32). If ``returns_rows`` is
+        True, the target of a response token is a hidden state of the teacher instead, and each rank also keeps a copy
+        of the teacher's complete LM head.
         """
         loop, shape = self.config.distillation, self.teacher
         responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
@@ -171,8 +173,9 @@ class StepMemory:
     def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
         """Return the number of rows of logits that are in memory at the same time.
 
-        It is the model's chunk size ``own``, or ``runtime.logits_chunk_rows`` if ``own`` is null. If both are null, the
-        memory budget of the loss for ``buffers`` buffers of [rows, ``vocab``] limits it. It is never above ``rows``.
+        The result is ``own`` (the chunk size configured for the model), or ``runtime.logits_chunk_rows`` if ``own`` is
+        None. If both are None, it is the number of rows for which ``buffers`` buffers of [rows, ``vocab``] fit into the
+        memory budget of the loss. The result is never above ``rows``.
         """
         set_rows = own or self.config.runtime.logits_chunk_rows
         return min(set_rows or rows_within_budget(self.cuda, vocab, buffers), rows)
@@ -203,9 +206,9 @@ class StepMemory:
         """Return the memory at two candidates for the peak of the teacher phase: a layer, and the logits.
 
         The first is the forward of a layer, the second the top-k of a chunk of logits. A teacher group is a set of
-        ranks that shard the teacher's input. The number of packs that it computes together is proportional to its
-        number of ranks, so ``positions`` does not depend on this number. Logits are float32; without Triton, the top-k
-        needs a second buffer of the same size.
+        ranks that shard the teacher's input. The number of packs that a group computes together is proportional to the
+        size of the group, so ``positions``, the number of positions per rank, does not depend on the group size. Logits
+        are float32; without Triton, the top-k needs a second buffer of the same size.
         """
         config, shape, b = self.config, self.teacher, self.teacher_b
         positions = -(-self.teacher_tokens // (self.tp * self.cp))
@@ -291,7 +294,7 @@ class StepMemory:
         return own + (4 if self.returns_rows else 0)
 
     def host(self) -> Lines:
-        """Return the bytes of pinned host memory per rank by purpose.
+        """Return the pinned host memory per rank: a dict from purpose to bytes.
 
         The purposes are the host copy of the teacher's shards, the offloaded weights, gradients and optimizer state,
         and a checkpoint that is being written.

@@ -30,7 +30,10 @@ QWEN3 = {
     "14": (5120, 40, 40, 17408, False),
     "32": (5120, 64, 64, 25600, False),
 }
-"""Shapes of the published Qwen3 models, by billions of parameters, for forecasts without model files."""
+"""Maps the size of a published Qwen3 model, in billions of parameters, to its shape.
+
+Forecasts use this table if the model's files are not on this machine.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ def shape_of(config: Any, name: str) -> ModelShape:
 def find_shape(name: str, key: str) -> ModelShape | None:
     """Return the shape of the model ``name``, or None if ``find_config`` finds no such model.
 
-    ``find_config`` searches local files and the table ``QWEN3``. ``key`` is the configuration key that names the model,
-    for errors.
+    ``find_config`` searches local files and the table ``QWEN3``. ``key`` is the configuration key that contains the
+    model's name; errors mention it.
     """
     config = find_config(name, key)
     return None if config is None else shape_of(config, name)
@@ -121,8 +124,8 @@ def find_config(name: str, key: str) -> Any:
     """Return the Hugging Face configuration of the model ``name``, or None if the model is not found.
 
     Uses no network. Searches the folder ``name``, the local cache of the Hugging Face hub, and the table ``QWEN3``.
-    ``key``: the configuration key that names the model, for errors. Raises UserError if the model is not supported, as
-    ``model_config`` does.
+    ``key``: the configuration key that contains the model's name; errors mention it. Raises UserError if the model is
+    not supported, as ``model_config`` does.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
@@ -255,7 +258,7 @@ def _check_teacher(config: Config, shape: ModelShape) -> None:
 def group_size(parallel: Any) -> int:
     """Return the number of ranks that compute one micro-batch together.
 
-    It is tensor_parallel_size * context_parallel_size. ``parallel`` is the section ``policy.dtensor_cfg`` or
+    The number is tensor_parallel_size * context_parallel_size. ``parallel`` is the section ``policy.dtensor_cfg`` or
     ``teacher.dtensor_cfg``.
     """
     return int(parallel.tensor_parallel_size * parallel.context_parallel_size)
@@ -264,15 +267,15 @@ def group_size(parallel: Any) -> int:
 def teacher_group(config: Config) -> int:
     """Return the number of ranks that compute the teacher's forward of a packed micro-batch together.
 
-    It is at least the number of ranks that compute one micro-batch of the student.
+    The result is the larger of ``group_size`` of the teacher and ``group_size`` of the student.
     """
     return max(group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
 
 
 def _splits(heads: int, kv_heads: int, size: int) -> bool:
-    """Return whether query and key-value heads of attention can be split over ``size`` ranks.
+    """Return whether the query heads and key-value heads of attention can be split over ``size`` ranks.
 
-    ``heads`` is the number of query heads. Key-value heads are repeated if there are fewer of them than ranks.
+    ``heads`` is the number of query heads. If there are more ranks than key-value heads, the heads are repeated.
     """
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 

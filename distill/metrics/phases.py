@@ -21,7 +21,7 @@ OUTSIDE_THROUGHPUT: tuple[Phase, ...] = ("validation", "checkpointing")
 """Phases that process no training tokens; their time is excluded from tokens per second."""
 
 TIMING = "timing/train/"
-"""Prefix of the names of metrics with durations in a training step, in seconds."""
+"""Prefix of the metric names of durations within a training step; the unit is seconds."""
 
 _TAGS = {
     "sync": "prepare_for_generation",
@@ -29,7 +29,7 @@ _TAGS = {
     "teacher": "teacher_logprob_inference",
     "training": "policy_training",
 }
-"""Name of each phase in metric names, if it differs from the phase's name; the names of NeMo-RL."""
+"""Maps a phase to its name in metric names, if that name differs. NeMo-RL uses the same metric names."""
 
 
 def timing_tag(name: str) -> str:
@@ -41,8 +41,8 @@ class Phases:
     """Durations and memory of one step on this rank, by phase; the step's timer starts in the constructor.
 
     On CUDA the device is synchronized at the start and the end of each phase, so a duration includes the phase's
-    kernels. ``seconds``: duration by phase. ``memory``: bytes by phase, on CUDA the peak of torch's allocator,
-    otherwise the process's resident memory at the end of the phase.
+    kernels. ``seconds`` maps each phase to its duration. ``memory`` maps each phase to a number of bytes: on CUDA the
+    peak of torch's allocator, otherwise the process's resident memory at the end of the phase.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -74,7 +74,7 @@ class Phases:
     def stats(self) -> Stats:
         """Return the durations as metrics ``timing/train/*``: pairs (seconds, 1), to be averaged over ranks.
 
-        The averaged durations of the phases add up to the averaged duration of the step.
+        Means are used instead of maxima, so that the durations of the phases add up to the duration of the step.
         """
         seconds = {**self.seconds, "total_step_time": time.perf_counter() - self._start}
         return {timing_tag(name): (value, 1.0) for name, value in seconds.items()}

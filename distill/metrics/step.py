@@ -25,7 +25,7 @@ _TOKENS_OF_PHASE = {
     "teacher": "train/teacher_tokens",
     "training": "train/total_num_tokens",
 }
-"""Name of the metric for the number of tokens that a phase processes on all ranks, by phase."""
+"""Maps a phase to the name of the metric that counts the tokens processed in this phase on all ranks."""
 
 
 class Metrics:
@@ -69,7 +69,7 @@ class Metrics:
         self._values[name] = (first, second)
 
     def on_host(self) -> dict[str, tuple[Kind, float, float]]:
-        """Return (kind, sum or value, count) by metric name; copy all numbers from the device together."""
+        """Return a dict of metric name to (kind, sum or value, count); copy all device tensors at once."""
         scalars = [scalar for pair in self._values.values() for scalar in pair]
         on_device = [scalar for scalar in scalars if isinstance(scalar, Tensor)]
         device = next((scalar.device for scalar in on_device if scalar.device.type != "cpu"), torch.device("cpu"))
@@ -93,7 +93,7 @@ class Metrics:
 
 
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-    """Add the lengths and finish reasons of ``rollouts``; add each rollout of a step on exactly one rank."""
+    """Add length and finish-reason metrics of ``rollouts``; pass each rollout of a step on one rank only."""
     prompts = [len(rollout.prompt.student_ids) for rollout in rollouts]
     responses = [len(rollout.response_ids) for rollout in rollouts]
     truncated = [rollout.finish == "length" for rollout in rollouts]
@@ -140,8 +140,7 @@ def step_numbers(
 def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | None) -> dict[str, float]:
     """Return the step's metrics, reduced over ranks, by logged name; collective over ``group``.
 
-    Adds durations and throughput.
-    Names without a slash get the prefix ``train/``.
+    Adds metrics for durations and throughput. Metrics whose names have no slash get the prefix ``train/``.
     """
     metrics.add(phases.stats())
     values = {name if "/" in name else f"train/{name}": value for name, value in metrics.reduce(group).items()}
@@ -151,15 +150,15 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
 def waits(values: Mapping[str, float]) -> dict[str, float]:
     """Return the metric ``timing/train/generation_wait_share``; empty if generation was not measured.
 
-    The value is the fraction of the generation phase that a rank, on average, waits for the slowest rank. ``values``:
-    the step's metrics, reduced over ranks.
+    The value is 1 - mean / max of the ranks' generation times: the average fraction of the generation phase in which a
+    rank waits for the slowest rank. ``values``: the step's metrics, reduced over ranks.
     """
     mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
     return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Return the metrics of a step in tokens per second: per rank, and over all ranks for each phase.
+    """Return throughput metrics of a step in tokens/s: per rank for the step, over all ranks per phase.
 
     ``values``: the step's metrics, reduced over ranks. Rates per rank exclude the time of validation and checkpointing.
     """

@@ -69,8 +69,8 @@ def _part(values: Mapping[str, float], form: str, *names: str) -> str:
 def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     """Return a table of the main metrics as text, with one column per run.
 
-    ``runs``: rows of metrics.jsonl and run directory, by the run's name. Metrics without a value in any run are
-    omitted. Paths inside the working directory are printed as relative paths.
+    ``runs`` maps each run's name to its rows of metrics.jsonl and its run directory. Metrics without a value in any run
+    are omitted. Paths inside the working directory are printed as relative paths.
     """
     labels = ["", "steps"]
     columns = [[name, str(sum(not is_validation(row) for row in rows))] for name, (rows, _) in runs.items()]
@@ -106,7 +106,7 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _ends(rows: Sequence[Row], name: str, form: str, first: bool = True) -> str:
-    """Return the metric's values in the first and last row as ``FIRST -> LAST``, or only the last value."""
+    """Return a metric's first and last value as ``FIRST -> LAST``; if not ``first``, only the last value."""
     values = _values(rows, name)
     start = f"{form.format(values[0])} -> " if values and first else ""
     return f"{start}{form.format(values[-1])}" if values else ""

@@ -18,7 +18,7 @@ from distill.types import SharedPrefixes
 PACKED = "distill_packed"
 """Value of transformers' ``attn_implementation`` that selects ``packed_attention``.
 
-The model's forward then requires the argument ``packed_bounds``.
+The model's forward then requires the argument ``packed_bounds``, the cumulative sequence lengths.
 """
 
 
@@ -40,11 +40,12 @@ def packed_attention(
     ``query`` is [1, H, T, Dh]; ``key`` and ``value`` are [1, H_kv, T, Dh]: H query heads, H_kv key-value heads, T
     positions, Dh channels per head. ``packed_bounds``: B + 1 cumulative lengths of the B sequences, from 0. Returns the
     attention output [1, T, H, Dh], and None instead of attention weights. Creates no [T, T] mask. Applies no dropout,
-    because it would add noise to the student but not to the teacher.
+    because dropout would add noise to the student but not to the teacher.
 
     With ``packed_shared``, a prefix that several sequences share occurs only once among the T positions. The T
-    positions are first expanded to the S positions of all sequences. The outputs of a shared prefix are equal in all
-    its sequences, and the first copy is returned; the gradients of its keys and values are summed over the sequences.
+    positions are first expanded to the S positions of all sequences. A shared prefix has the same outputs in all
+    sequences, so only its first copy is returned. The gradients of the prefix's keys and values are summed over the
+    sequences.
 
     With ``packed_all_to_all``, T is the number of positions on this rank, and the call is collective over the process
     group of ``packed_all_to_all``.
@@ -70,8 +71,8 @@ def packed_attention(
 def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
     """Copy each position of ``heads`` to all sequences that share it: [1, H, T, Dh] -> [1, H, S, Dh].
 
-    ``expand_S``: index into the T positions for each of the S positions of the sequences. The transposed tensor is
-    indexed, because its memory layout after the projections is [T, H, Dh].
+    ``expand_S`` maps each of the S positions of the sequences to its index among the T positions. ``heads`` is
+    transposed before it is indexed, because the projections store it as [T, H, Dh] in memory.
     """
     return heads.transpose(1, 2).index_select(1, expand_S).transpose(1, 2)
 
@@ -82,8 +83,8 @@ def _attend(
     """Compute causal attention separately for each sequence, with the fastest supported kernel.
 
     ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; S is the total length of the sequences.
-    ``bounds``: cumulative sequence lengths, from 0 to S; ``window``: size of the sliding window in tokens; None: no
-    window. Returns [1, S, H, Dh].
+    ``bounds``: cumulative sequence lengths, from 0 to S. ``window``: size of the sliding window in tokens, or None for
+    full causal attention. Returns [1, S, H, Dh].
     """
     assert query.shape[0] == 1 and query.shape[2] == bounds[-1], (query.shape, bounds)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)

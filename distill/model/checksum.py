@@ -15,9 +15,9 @@ WORD_BYTES = 8
 class BitSums(NamedTuple):
     """Two checksums of a tensor: sums of its bit patterns, modulo 2**64, stored as int64.
 
-    Each row is read as 64-bit words; its end is padded with zeros. If a tensor is split by rows, or by columns at a
-    word boundary, the checksums of the parts add up to the checksums of the tensor. ``weighted`` detects exchanged
-    rows, ``plain`` does not. Neither detects words that are exchanged inside one row.
+    Each row is padded with zeros to a multiple of 8 bytes and read as 64-bit words. If a tensor is split by rows, or by
+    columns at a word boundary, the checksums of the parts add up to the checksums of the tensor. If two rows are
+    swapped, ``weighted`` changes but ``plain`` does not. If two words inside one row are swapped, neither changes.
     """
 
     plain: int
@@ -29,8 +29,8 @@ class BitSums(NamedTuple):
 def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
     """Return the checksums ``BitSums.plain`` and ``BitSums.weighted`` of a tensor as an int64 tensor [2].
 
-    The result is on the tensor's device, and the call does not wait for the device. If ``tensor`` is a slice of rows,
-    ``first_row`` is the index of its first row in the complete tensor. In a vector each element is a row.
+    The result is on the tensor's device, and the call does not synchronize with the device. If ``tensor`` is a slice of
+    rows, ``first_row`` is the index of its first row in the complete tensor. Each element of a vector is a row.
     """
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     short = -rows.shape[1] % (WORD_BYTES // tensor.element_size())
@@ -52,5 +52,5 @@ def wrap_int64(total: int) -> int:
 
 
 def changed_names(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> list[str]:
-    """Return the names of tensors that have other checksums in ``after`` or are missing in ``before``."""
+    """Return the names of tensors in ``after`` with new or changed checksums, compared with ``before``."""
     return [name for name, sums in after.items() if before.get(name) != sums]

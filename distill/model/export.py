@@ -1,4 +1,4 @@
-"""Write the student as a Hugging Face folder; the main rank writes the gathered weights."""
+"""Export the student as a Hugging Face model folder; the main rank writes the gathered weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def export_hf(
 ) -> None:
     """Write a folder for ``AutoModelForCausalLM.from_pretrained``: weights, configuration and tokenizer.
 
-    Collective: all ranks iterate over ``weights`` (names and complete tensors), which gathers them. ``files``:
-    configuration and tokenizer files on the main rank, which writes the folder; None on all other ranks. The main rank
-    holds at most one file of weights (5 GiB) in memory. If writing fails, it raises the error only after all weights
-    are gathered, so that the other ranks do not wait in a gather forever.
+    Collective: all ranks iterate over ``weights``, pairs of a name and a complete tensor, because the iteration gathers
+    the tensors. ``files``: configuration and tokenizer files on the main rank, which writes the folder; None on all
+    other ranks. The main rank holds the weights of only one file (at most 5 GiB, or one larger tensor) in memory. If
+    writing fails, the main rank raises the error only after all weights are gathered, so that the other ranks do not
+    wait in a gather forever.
     """
     remaining = iter(weights)
     try:
@@ -62,10 +63,10 @@ def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFil
 
 
 def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> tuple[dict[str, str], int]:
-    """Write safetensors files of at most 5 GiB; return the file name of each tensor and the total bytes.
+    """Write safetensors files of at most 5 GiB; return each tensor's file name and the total bytes.
 
     A tensor that is larger than 5 GiB gets its own file. The file names are temporary, because the final names contain
-    the number of files.
+    the number of files, which is known only at the end.
     """
     names: dict[str, str] = {}
     shard: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
 """Edit the JSON files of exported models for transformers 4, transformers 5 and vLLM.
 
-"Version 4" and "version 5" are versions of transformers. Version 4 reads ``rope_theta``, ``rope_scaling`` and
-``rope_local_base_freq``; version 5 writes ``rope_parameters`` instead and reads both. The public functions return new
-dictionaries and keep the keys that they do not edit.
+In this module, "version 4" and "version 5" are versions of transformers. Version 4 reads the keys ``rope_theta``,
+``rope_scaling`` and ``rope_local_base_freq`` of config.json. Version 5 writes ``rope_parameters`` instead, but also
+reads the keys of version 4. The public functions return new dictionaries and keep the keys that they do not edit.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Json = dict[str, Any]
 _QUANTIZATION = ("quantization_config", "compression_config")
 _CODE, _FROM_CONFIG = "auto_map", "_from_model_config"
 _READ_BY_BOTH = "PreTrainedTokenizerFast"
-"""Tokenizer class with which transformers 4 and 5 read tokenizer.json without changes to it.
+"""Tokenizer class that loads tokenizer.json unchanged in both transformers 4 and transformers 5.
 
-In version 4 this class also returns token_type_ids, unless model_input_names omits them.
+In version 4 the tokenizer also returns token_type_ids, unless model_input_names in tokenizer_config.json omits them.
 """
 _CLASSES = {
     "llama": "LlamaTokenizer",
@@ -32,7 +32,7 @@ _CLASSES = {
     "qwen3": "Qwen2Tokenizer",
     "gemma3_text": "GemmaTokenizer",
 }
-"""Tokenizer class of transformers 4 by model type, used if tokenizer_config.json names no class."""
+"""Maps a model type to the class that transformers 4 uses if tokenizer_config.json names no class."""
 _PADDED_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "XLNetTokenizer")
 """Tokenizer classes of transformers that pad on the left by default."""
 
@@ -40,9 +40,9 @@ _PADDED_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "Coher
 def model_config_for_export(source: Mapping[str, Any], config: Any, architecture: str) -> Json:
     """Return the config.json of an export, made from the source model's config.json.
 
-    ``with_dtype``, ``with_tying`` and ``with_stop_ids`` set the dtype, ``tie_word_embeddings`` and the stop ids
-    afterwards. ``source``: content of the source model's config.json. ``config``: the Hugging Face configuration object
-    of the source model. ``architecture``: class name of the trained model, such as Qwen3ForCausalLM.
+    The dtype, ``tie_word_embeddings`` and the stop ids are set afterwards, by ``with_dtype``, ``with_tying`` and
+    ``with_stop_ids``. ``source``: content of the source model's config.json. ``config``: the Hugging Face configuration
+    object of the source model. ``architecture``: class name of the trained model, such as Qwen3ForCausalLM.
     """
     edited = without_ignored_settings(source, config)
     edited = {key: value for key, value in edited.items() if key not in (*_QUANTIZATION, _CODE)}
@@ -51,10 +51,11 @@ def model_config_for_export(source: Mapping[str, Any], config: Any, architecture
 
 
 def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
-    """Return transformers 4's rotary keys with the values that transformers 5 reads into ``config``.
+    """Return the rotary keys of config.json for transformers 4, with the values in ``config``.
 
-    ``rope_scaling``: its value in the source model's config.json. The result omits this key, so that the value is kept,
-    if version 4 reads the same parameters from it.
+    ``config``: the configuration object that transformers 5 created from the source model's config.json.
+    ``rope_scaling``: value of this key in that file, or None. If version 4 reads the same parameters from
+    ``rope_scaling``, the result has no such key, and the export keeps the source's value.
     """
     main = config.rope_parameters.get("full_attention", config.rope_parameters)
     local = config.rope_parameters.get("sliding_attention")
@@ -79,7 +80,7 @@ def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
 
 
 def _scaling(parameters: Mapping[str, Any] | None) -> Json | None:
-    """Return transformers 4's ``rope_scaling`` for rotary parameters; None for the rope_type default."""
+    """Convert rotary parameters to transformers 4's ``rope_scaling``; None for the rope_type "default"."""
     if not parameters:
         return None
     kind = parameters.get("rope_type", parameters.get("type", "default"))
@@ -88,7 +89,7 @@ def _scaling(parameters: Mapping[str, Any] | None) -> Json | None:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> Json:
-    """Return ``config`` (content of config.json) with the dtype of the exported weights.
+    """Return a copy of ``config`` (content of config.json) with the dtype of the exported weights.
 
     The dtype is set in ``torch_dtype``, which all versions of transformers read, and in ``dtype`` if this key exists.
     """
@@ -97,9 +98,10 @@ def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> Json:
 
 
 def with_tying(config: Mapping[str, Any], as_read: bool, tied: bool) -> Json:
-    """Return ``config`` (content of config.json) with ``tie_word_embeddings`` equal to ``tied``.
+    """Return a copy of ``config`` (content of config.json) with ``tie_word_embeddings`` equal to ``tied``.
 
-    ``as_read``: the value that transformers reads from ``config``; if it equals ``tied``, the content is not changed.
+    ``as_read``: the value that transformers reads from ``config``. If it already equals ``tied``, the copy is not
+    changed.
     """
     return dict(config) if as_read == tied else {**config, "tie_word_embeddings": tied}
 
@@ -119,12 +121,12 @@ def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
 def with_stop_ids(
     generation: Mapping[str, Any] | None, config: Mapping[str, Any], stop_token_ids: Sequence[int]
 ) -> tuple[Json | None, Json]:
-    """Return generation_config.json and config.json with the stop ids that the training used.
+    """Return generation_config.json and config.json with the training's stop ids as ``eos_token_id``.
 
-    Neither file changes if generation_config.json already has exactly these ids or if ``stop_token_ids`` is empty. A
-    missing generation_config.json is created from the special tokens in config.json. transformers recreates a
-    generation_config.json with ``_from_model_config`` from config.json, so in this case config.json must have these ids
-    too.
+    Neither file changes if ``stop_token_ids`` is empty, or if generation_config.json already has exactly these ids. If
+    generation_config.json contains ``_from_model_config``, transformers recreates it from config.json, so config.json
+    must then have exactly these ids too. A missing generation_config.json is created from the special tokens in
+    config.json.
     """
     if not stop_token_ids:
         return (None if generation is None else dict(generation)), dict(config)
@@ -148,12 +150,14 @@ def tokenizer_config_for_export(
 ) -> Json:
     """Return a tokenizer_config.json with which transformers 4 and 5 load the same tokenizer.
 
-    ``source``: content of the source tokenizer's file. ``family``: model type. If there is a tokenizer.json
-    (``has_json``), the tokenizer class is replaced by a class that reads tokenizer.json unchanged in three cases:
-    ``source`` has the format of version 5, it names no class, or its class reads tokenizer.json differently
-    (``misread``). If no class were named, version 4 would use the class of the ``family``; that of Llama adds a BOS
-    token to every text. The defaults of the replaced class become explicit settings. ``own_template``: the user
-    configured a chat template, so the template in ``source`` is removed.
+    ``source``: content of the source model's tokenizer_config.json. ``family``: model type. ``has_json``: whether the
+    export has a tokenizer.json. ``misread``: whether the class that ``source`` names reads tokenizer.json differently.
+    ``own_template``: whether the user configured a chat template; the template in ``source`` is then removed.
+
+    With a tokenizer.json, the tokenizer class is replaced by PreTrainedTokenizerFast, which reads tokenizer.json
+    unchanged, in three cases: ``source`` has the format of version 5, ``source`` names no class, or ``misread`` is
+    true. Without a class name, version 4 would choose a class by model type; Llama's class adds a BOS token to every
+    text. The defaults of the replaced class become explicit settings.
     """
     edited = {key: value for key, value in source.items() if key != _CODE}
     if own_template:

@@ -38,7 +38,7 @@ from distill.model.model_card import model_card
 log = logging.getLogger(__name__)
 
 EXPORT_FILES = "export_files"
-"""Subfolder of a checkpoint with the small files of its exports: configuration, tokenizer, licence."""
+"""Subfolder of a checkpoint for the small files of an export: configuration, tokenizer, licence."""
 _HEAD = "lm_head.weight"
 _CONFIG, _GENERATION, _CARD, _TOKENIZER_JSON = "config.json", "generation_config.json", "README.md", "tokenizer.json"
 _TOKENIZER_CONFIG, _SPECIAL_MAP, _TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
@@ -49,7 +49,7 @@ _TOKENIZER = (
     *("tekken.json", _TEMPLATE, *_OTHER_TEMPLATES),
 )
 _FOLDERS = ("additional_chat_templates", "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*")
-"""Patterns of the subfolders of a model folder from which matching files are copied to exports."""
+"""Glob patterns of a model's subfolders that are also searched for files to copy to an export."""
 _MODEL = (_CONFIG, _GENERATION, *LICENSE_FILES)
 _SAMPLE_TEXTS = ("What is 1+2, please?", "  two  spaces\n\nand lines", "x = {'a': [1.5, -2]}; # done")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -67,8 +67,8 @@ class ExportFiles:
     def complete(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
         """Return the content of all files by path, with config.json adapted to the exported weights.
 
-        ``dtype``: dtype of the weights. ``tensors``: their names; without an LM head among them, config.json ties the
-        head to the embedding.
+        ``dtype``: dtype of the weights. ``tensors``: names of the weights. If ``tensors`` does not contain the LM head,
+        config.json ties the LM head to the embedding.
         """
         complete = dict(self.contents)
         config = with_dtype(json.loads(complete[_CONFIG]), dtype)
@@ -76,14 +76,14 @@ class ExportFiles:
         return complete
 
     def stored(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """Return the files of ``complete`` by their paths inside a checkpoint directory."""
+        """Return the files that ``complete()`` returns, keyed by their paths inside a checkpoint directory."""
         return {f"{EXPORT_FILES}/{name}": content for name, content in self.complete(dtype, tensors).items()}
 
     def with_card(self, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> ExportFiles:
-        """Return a copy with a model card that describes the training.
+        """Return a copy of these files with a model card that describes the training.
 
-        ``recipe``: the configuration as nested dictionaries. ``step``: number of training steps. ``stop_tokens``: text
-        of the stop tokens, by token id.
+        ``recipe``: the configuration as nested dictionaries. ``step``: number of completed training steps.
+        ``stop_tokens`` maps the id of each stop token to its text.
         """
         name = next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
         source = self.contents.get(name, b"").decode("utf-8-sig", errors="replace")
@@ -100,10 +100,10 @@ def read_export_files(
 ) -> ExportFiles:
     """Read the small files of the model ``files`` and of its tokenizer, and edit them for an export.
 
-    ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: policy.tokenizer.name. ``stop_token_ids``:
-    stop ids that the training uses; if empty, the stop ids of the source model are kept. ``chat_template``: path of the
-    user's chat template; None: keep the tokenizer's template. Reads no weights. Raises UserError for a file that cannot
-    be read.
+    Reads no weights. ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: value of
+    policy.tokenizer.name; None: the model's own tokenizer. ``stop_token_ids``: stop ids that the training uses; if
+    empty, the stop ids of the source model are kept. ``chat_template``: path of the user's chat template; None: keep
+    the tokenizer's template. Raises UserError for a file that cannot be read.
     """
     setting = ModelSetting("policy.model_name", files.name)
     try:
@@ -153,7 +153,7 @@ def _edit_model_files(
 ) -> None:
     """Edit config.json and generation_config.json in ``contents`` for the export.
 
-    A missing generation_config.json is created if the training uses stop ids.
+    A missing generation_config.json is created if ``stop_token_ids`` is not empty.
     """
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
     edited = model_config_for_export(json_object(folder / _CONFIG, setting), config, architecture)
@@ -165,10 +165,11 @@ def _edit_model_files(
 
 
 def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
-    """Copy the post-processor of ``tokenizer`` to tokenizer.json if that file encodes a text differently.
+    """Copy the post-processor of ``tokenizer`` to tokenizer.json if the two encode a text differently.
 
-    ``tokenizer``: the tokenizer as loaded for training. This keeps add_bos_token=true of the source: the tokenizer
-    class of exports ignores this setting in every version of transformers.
+    ``tokenizer``: the tokenizer as loaded for training. Its post-processor adds the BOS token if the source sets
+    add_bos_token=true. The copy is needed because the tokenizer class of exports ignores add_bos_token in every version
+    of transformers.
     """
     own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
     if own.encode("a").ids != used.encode("a").ids:
@@ -177,9 +178,10 @@ def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
 
 
 def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
-    """Return BOS, EOS, UNK and PAD token of ``tokenizer`` if tokenizer.json lists them as added tokens.
+    """Return the BOS, EOS, UNK and PAD tokens of ``tokenizer`` that tokenizer.json lists as added tokens.
 
-    Keys are attribute names such as ``bos_token``. Some of these tokens may be defaults of the tokenizer's class.
+    The result maps attribute names such as ``bos_token`` to the text of the token. Some of these tokens may come from
+    the defaults of the tokenizer's class.
     """
     added = {entry["content"] for entry in tokenizer_json.get("added_tokens", ())}
     found = {name: str(getattr(tokenizer, name, None)) for name in _SPECIAL}
@@ -189,7 +191,7 @@ def _special_tokens(tokenizer_json: Json, tokenizer: Any) -> dict[str, str]:
 def _warn_if_misread(contents: Mapping[str, bytes], setting: ModelSetting) -> None:
     """Log a warning if AutoTokenizer encodes sample texts differently from the exported tokenizer.json.
 
-    The cause is that AutoTokenizer ignores ``tokenizer_class`` for some model types.
+    This can happen because AutoTokenizer ignores ``tokenizer_class`` for some model types.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name in (_CONFIG, _TOKENIZER_CONFIG, _TOKENIZER_JSON):
@@ -212,16 +214,16 @@ def _object(contents: Mapping[str, bytes], folder: Path, name: str, setting: Mod
 
 
 def _put(contents: dict[str, bytes], name: str, edited: Json) -> None:
-    """Store ``edited`` as the JSON file ``name``; if the file holds an equal object, keep its bytes."""
+    """Store ``edited`` as JSON in ``contents[name]``, unless an equal JSON object is already stored there."""
     if name not in contents or json.loads(contents[name]) != edited:
         contents[name] = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles | None:
-    """Return the small files of exports that a checkpoint stores; None if it stores none.
+    """Read the small export files that a checkpoint stores; return None if it stores no such files.
 
-    ``names``: paths of all files of the checkpoint, relative to it. Older versions of this program stored no such
-    files.
+    ``names``: paths of all files of the checkpoint, relative to the checkpoint. Checkpoints of older versions of this
+    program have no export files.
     """
     prefix = f"{EXPORT_FILES}/"
     contents = {n.removeprefix(prefix): (checkpoint / n).read_bytes() for n in names if n.startswith(prefix)}
@@ -232,10 +234,10 @@ def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles |
 
 
 def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
-    """Return the local folder of the tokenizer ``name``: a folder, or a download from the hub.
+    """Return the local folder of the tokenizer ``name``; download the tokenizer if ``name`` is a hub name.
 
-    ``name``: policy.tokenizer.name; None: the tokenizer in the folder of the model ``files``. The download contains
-    tokenizer and configuration files, no weights.
+    ``name``: value of policy.tokenizer.name; None: the tokenizer in the folder of the model ``files``. The download
+    contains tokenizer and configuration files, no weights.
     """
     if name in (None, files.name):
         return files.folder
@@ -247,7 +249,7 @@ def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
 
 
 def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    """Return the content of the files in ``folder`` that match ``patterns``, by relative path.
+    """Return the content of the files in ``folder`` that match ``patterns``, keyed by relative path.
 
     Symbolic links are followed.
     """

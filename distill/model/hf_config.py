@@ -31,7 +31,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LENGTH_DEPENDENT = ("dynamic", "longrope", "su")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _NESTED_MODELS = ("text_config", "decoder", "generator", "text_encoder")
-"""Keys of config.json that contain the configuration of another model inside the model."""
+"""Keys of config.json for the configurations of nested models, which are not supported."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _UNSUPPORTED = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _POSITIVE = (
@@ -39,7 +39,7 @@ _POSITIVE = (
     *("vocab_size", "max_position_embeddings", "head_dim"),
 )
 _CACHE_ONLY = ("sliding_window", "layer_types", "attention_chunk_size", "num_kv_shared_layers")
-"""Settings that transformers' key-value cache reads even if the layers of the model do not."""
+"""Settings that transformers' key-value cache reads even if the model's layers ignore them."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "rotary_pct": (None, 1.0),
@@ -60,7 +60,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "dual_chunk_attention_config": (None,),
     "alibi": (None, False),
 }
-"""Settings of some model families that change the logits, with their values that have no effect."""
+"""Model-specific config keys that can change the logits.
+
+Maps each key to the values with which it has no effect.
+"""
 
 
 def model_config(files: ModelFiles, key: str) -> Any:
@@ -157,9 +160,10 @@ def check_config_file(raw: Mapping[str, Any], setting: ModelSetting) -> None:
 def check_architecture(config: Any, raw: Mapping[str, Any], setting: ModelSetting) -> None:
     """Check the rotary embeddings, layer types and ignored settings of a model configuration.
 
-    Raises UserError for settings that packed sequences do not support. Logs a warning, once per process, for a setting
-    that transformers ignores although other programs apply it. ``config``: the Hugging Face configuration, from which
-    ignored settings of the key-value cache are removed in place; ``raw``: content of config.json.
+    ``config``: the Hugging Face configuration object. If the model type does not define a key-value cache setting, the
+    setting is removed from ``config`` in place. ``raw``: content of config.json. Raises UserError for settings that
+    packed sequences do not support. Logs a warning, once per process, for a setting that transformers ignores although
+    other programs apply it.
     """
     _check_rotary(config, raw, setting)
     _drop_ignored(config, setting)
@@ -177,7 +181,7 @@ def rotary_parameters(config: Any) -> Iterator[dict[str, Any]]:
 def rotary_factor(parameters: Mapping[str, Any], config: Any) -> float:
     """Return the scaling factor of rotary ``parameters``.
 
-    A null factor, which YaRN allows, is max_position_embeddings / original_max_position_embeddings.
+    YaRN allows a null factor; it means max_position_embeddings / original_max_position_embeddings.
     """
     factor = parameters["factor"]
     if factor is None:
@@ -216,7 +220,7 @@ def _check_rotary(config: Any, raw: Mapping[str, Any], setting: ModelSetting) ->
 def _positive_parameters(kind: str, parameters: Mapping[str, Any]) -> list[str]:
     """Return the names of the rotary parameters that must be positive numbers for rope_type ``kind``.
 
-    YaRN's factor and attention_factor may be null, so null values of these two are omitted.
+    YaRN's factor and attention_factor may be null. Their names are returned only if they are not null.
     """
     if kind == "default":
         return ["rope_theta"]
@@ -263,7 +267,10 @@ def _own_settings(config: Any) -> set[str]:
 
 
 def _has_effect(name: str, value: object) -> bool:
-    """Return whether ``value`` changes the logits or the key-value cache in models with this setting."""
+    """Return whether ``value`` of the setting ``name`` affects the logits or the key-value cache.
+
+    Assumes a model that supports the setting.
+    """
     return bool((name in _CACHE_ONLY and value) or (name in _NEUTRAL and value not in _NEUTRAL[name]))
 
 
@@ -306,11 +313,11 @@ def _check_layer_types(config: Any, setting: ModelSetting) -> None:
 def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> None:
     """Set ``config.tie_word_embeddings`` to whether the LM head and the embedding are the same tensor.
 
-    The decision is that of transformers' ``from_pretrained``. If config.json ties them but the files contain an LM head
-    with other values, the LM head is untied and a warning is logged; to compare them, both tensors are read. If
-    ``files`` lists no tensors (a memory forecast from config.json alone), nothing changes. Raises UserError for an
-    untied model without an LM head, which transformers would initialize at random, and for a model with an LM head but
-    no embedding.
+    The decision is the same as in transformers' ``from_pretrained``. If config.json ties the two but the files contain
+    an LM head with other values, the LM head is untied and a warning is logged. This comparison reads both tensors. If
+    ``files`` lists no tensors, because only config.json is available for a memory forecast, nothing changes. Raises
+    UserError in two cases: an untied model has no LM head, so transformers would initialize it at random; or a tied
+    model has an LM head but no embedding.
     """
     if not files.files:
         return
@@ -338,9 +345,9 @@ def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> N
 
 
 _EQUAL_HEADS: dict[tuple[object, ...], bool] = {}
-"""Cached results of ``_same_values``, by paths and modification times of the two files."""
+"""Cache of ``_same_values``: maps the paths and modification times of both files to the result."""
 _CHUNK = 2**24
-"""Number of elements of each tensor that one comparison reads: 64 MiB in float32."""
+"""Number of elements of each tensor that are read and compared at a time: 64 MiB in float32."""
 
 
 def _same_values(files: ModelFiles) -> bool:

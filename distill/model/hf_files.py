@@ -38,14 +38,15 @@ class ModelFiles:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Return the path of the safetensors file that contains each tensor, by parameter name."""
+        """Return a dictionary that maps each parameter name to the safetensors file that contains the tensor."""
         return {name: stored.file for name, stored in self.tensors.items()}
 
     def tensor(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
-        """Read the tensor ``name``, or only the part ``slices`` of it.
+        """Read the tensor ``name``, or only the part that ``slices`` selects.
 
-        Only this part is held in memory. The result has the element type of the file, but an FP8 weight is dequantized
-        to float32. Raises UserError for any other quantized type.
+        ``slices``: slices along the axes of the tensor; None: the complete tensor. Only the selected part is held in
+        memory. The result has the element type of the file, except that an FP8 weight is dequantized to float32. Raises
+        UserError for any other quantized type.
         """
         stored = self.tensors[name]
         if name in self.scales:
@@ -67,7 +68,7 @@ class ModelFiles:
 
 
 def find_model(name: str, key: str) -> ModelFiles:
-    """Find the files of the model ``name``: a local folder, or a model of the hub (cached or downloaded).
+    """Find the files of the model ``name``, a local folder or a hub name; download them if necessary.
 
     ``key``: the configuration key that names the model. Raises UserError if the model is missing, has no safetensors
     files, or is quantized with an unsupported method.

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _BASE_MODEL_NAME = re.compile(r"(embed_tokens|layers|norm)\.")
-"""Start of a tensor name that lacks the prefix "model.", because only the base model was saved."""
+"""Matches tensor names that lack the prefix "model.", because only the base model was saved."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StoredTensor:
 
 
 def json_object(path: Path, setting: ModelSetting) -> dict[str, Any]:
-    """Return the JSON object in a model's file ``path``; raise UserError if the file has no such object."""
+    """Return the JSON object in a model's file ``path``; raise UserError if the file contains none."""
     return _object(path, setting, dict)
 
 
@@ -83,9 +83,9 @@ def check_format(folder: Path, setting: ModelSetting) -> None:
 def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTensor]:
     """Return the headers of all tensors in the model folder ``folder``, by parameter name.
 
-    If only the base model was saved, names in the files lack "model."; they get this prefix, as in transformers. Raises
-    UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that its files do
-    not contain.
+    If only the base model was saved, the names in the files lack the prefix "model."; it is added, as in transformers.
+    Raises UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that the
+    files do not contain.
     """
     tensors: dict[str, StoredTensor] = {}
     named = _weight_map(folder, setting)
@@ -145,10 +145,10 @@ def _no_weights(folder: Path, setting: ModelSetting) -> UserError:
 
 
 def _weight_map(folder: Path, setting: ModelSetting) -> dict[str, str]:
-    """Return the file name of each tensor, as listed in model.safetensors.index.json.
+    """Return the map from tensor names to file names in model.safetensors.index.json.
 
-    Returns an empty dictionary without an index. Also returns it for an outdated index: none of its files exists, but
-    model.safetensors does.
+    Returns an empty dictionary if the index is missing or outdated. An index is outdated if none of the files that it
+    lists exists, but model.safetensors does.
     """
     index = folder / _INDEX
     if not index.is_file():
@@ -189,7 +189,7 @@ def _unique_keys(index: Path, setting: ModelSetting) -> Any:
 def _headers(file: Path, setting: ModelSetting) -> list[StoredTensor]:
     """Return the headers of all tensors in a safetensors file.
 
-    Opening the file also verifies that its length is the length that its header defines.
+    Opening the file also verifies that the file has the length that its header defines.
     """
     try:
         with safe_open(file, framework="pt") as opened:

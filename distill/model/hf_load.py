@@ -107,7 +107,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Return this rank's slice of the complete tensor along each of its dimensions.
+    """Return one slice per dimension of the complete tensor; together they select this rank's shard.
 
     Tensor parallelism, the innermost mesh axis, divides the tensor first; the FSDP axes divide the resulting part.
     """
@@ -127,9 +127,9 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def chunk_of(length: int, parts: int, number: int) -> tuple[int, int]:
-    """Return start and length of part ``number`` of ``length`` elements, divided as by torch.chunk.
+    """Return start and length of chunk ``number`` of ``length`` elements, as divided by torch.chunk.
 
-    All parts have the same length, but the last parts may be shorter or empty.
+    ``parts``: number of chunks. All chunks have the same length, except that the last chunks may be shorter or empty.
     """
     size = -(-length // parts)
     begin = min(length, number * size)

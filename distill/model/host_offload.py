@@ -39,7 +39,7 @@ class FrozenOffload:
         self.released = True
 
     def update_copy(self) -> None:
-        """Copy changed tensors from the device to the host copy; they must be on the device."""
+        """Update the host copy with the current values of the tensors, which must be on the device."""
         assert not self.released
         for storage, copy in zip(self._storages, self._host, strict=True):
             copy.copy_(_bytes_of(storage), non_blocking=True)  # ``release`` waits for it
@@ -58,12 +58,13 @@ class FrozenOffload:
 
 
 class OptimizerOffload:
-    """Offload of an optimizer's moments (AdamW's averages) to host memory, which is pinned on CUDA.
+    """Offload of an optimizer's moments (AdamW's averages) to host memory.
 
     Every ``release`` copies the moments to host memory, because each optimizer step changes them. Every call looks up
     the moments in the optimizer, because none exist before the first step. Scalars (the step count) are not moved. On
-    CUDA the copies are asynchronous: to host memory on the current stream, to the device on a separate stream. Call
-    ``wait`` before an optimizer step and before reading the moments. References to the tensors stay valid.
+    CUDA the host memory is pinned, and the copies are asynchronous: copies to host memory run on the current stream,
+    copies to the device on a separate stream. Call ``wait`` before an optimizer step and before reading the moments.
+    References to the tensors stay valid.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -73,13 +74,13 @@ class OptimizerOffload:
 
     @property
     def nbytes(self) -> int:
-        """Return the number of bytes of this rank's moments, both on the device and in host memory."""
+        """Return the total bytes of this rank's moments, on the device plus in host memory."""
         return sum(storage.nbytes() for storage in self._storages()) + sum(copy.numel() for _, copy in self._released)
 
     def release(self) -> None:
         """Copy the moments to host memory and free their device storage.
 
-        Moments that are already in host memory are skipped.
+        Skips moments that are already in host memory.
         """
         self.wait()
         for storage in self._storages():

@@ -21,8 +21,8 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
     """Return the README.md of an export: the source model's card, then a section about the training.
 
     ``source``: text of the source model's card, which is kept with its front matter and licence; if empty, a short card
-    with front matter is created. ``recipe``: the configuration as nested dictionaries. ``step``: number of training
-    steps. ``stop_tokens``: text of the stop tokens, by token id.
+    with front matter is created. ``recipe``: the configuration as nested dictionaries. ``step``: number of completed
+    training steps. ``stop_tokens`` maps the id of each stop token to its text.
     """
     windows = "\r\n" in source
     begin = _with_closed_fence(source.replace("\r\n", "\n").rstrip()) or _front_matter(recipe)
@@ -53,9 +53,9 @@ def _with_closed_fence(text: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """Return a model's hub name or the last part of its folder, so that a model card shows no local path.
+    """Return a name for the model card that shows no local path: the hub name or the folder's last part.
 
-    For a folder in the hub's cache, whose last part is a hash, return the hub name.
+    A folder in the hub's cache ends with a hash, so its hub name is returned.
     """
     expanded = os.path.expanduser(name)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(expanded)
@@ -94,7 +94,7 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
 
 
 def _code(text: str) -> str:
-    """Return ``text`` as Markdown inline code; the delimiter is longer than any backticks in ``text``."""
+    """Return ``text`` as Markdown inline code, with delimiters longer than any run of backticks in it."""
     if "`" not in text:
         return f"`{text}`"
     mark = "`" * (1 + max(map(len, re.findall("`+", text))))

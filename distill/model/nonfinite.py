@@ -18,10 +18,10 @@ from distill.types import OptimizerBatch, Rollout
 
 @dataclass(frozen=True)
 class NonFiniteReport:
-    """NaN and infinity that one rank found in losses, gradients and weights of an optimizer batch."""
+    """Report of one rank on NaN and infinity in the losses, gradients and weights of an optimizer batch."""
 
     norm: float
-    """2-norm of the gradients of all ranks; nan if the gradients are finite but a loss is not."""
+    """2-norm of the gradients of all ranks; nan if a loss on any rank is not finite."""
     losses: list[float]
     """Loss of each micro-batch on this rank, summed over its response tokens."""
     gradients: list[str]
@@ -98,7 +98,7 @@ def _json_number(loss: float) -> float | str:
 def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], step: int, rank: int) -> None:
     """Write this rank's report to the file ``path`` in JSON lines.
 
-    The first line contains the losses and the tensor names of ``found``; the lines ``samples`` follow.
+    The first line contains the losses and the tensor names of ``found``. The lines that ``samples`` yields follow.
     """
     numbers = {"norm": _json_number(found.norm), "losses": [_json_number(loss) for loss in found.losses]}
     tensors = {"gradients": found.gradients, "weights": found.weights}

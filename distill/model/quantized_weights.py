@@ -1,8 +1,8 @@
 """FP8 checkpoints: read the quantization settings, find the scales, and dequantize slices of weights.
 
-In every supported format the value of a weight is q * scale (q: the stored FP8 number), even if the scale is named
-``weight_scale_inv``. A UserError with the name of the method is raised for other quantization methods. A scale applies
-to a block of a weight: some rows and columns, a complete row, or the complete weight.
+In every supported format the value of a weight is q * scale, where q is the stored FP8 number. This also holds for a
+scale with the name ``weight_scale_inv``. A scale applies to a block of a weight: some rows and columns, a complete row,
+or the complete weight. Other quantization methods raise a UserError that names the method.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _NAMES = {
     "auto-round": "AutoRound",
 }
 _COMPRESSED_FORMATS = (None, "dense", "float-quantized", "naive-quantized", "mixed-precision")
-"""Values of ``format`` for which compressed-tensors stores unpacked FP8 weights; None: not set."""
+"""Supported values of compressed-tensors' ``format``, which store FP8 weights unpacked; None: not set."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Size of the block of a weight matrix that shares one scale."""
+    """Block size of a quantized weight matrix: all elements of one block share one scale."""
 
     rows: int | None
     """Number of rows of a block; None: all rows of the matrix."""
@@ -79,14 +79,13 @@ class WeightScale:
     stored: StoredTensor
     """File, name and shape of the tensor that contains the scales."""
     layout: Layout
-    """Size of the block of the weight that shares one scale."""
+    """Block size of the weight: all elements of one block share one scale."""
 
 
 def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | None:
-    """Return the FP8 quantization that the files of a model declare; None if they declare none.
+    """Return the FP8 quantization that a model's files declare, or None if they declare no quantization.
 
-    Raises UserError for any other quantization method, and for an FP8 method whose settings do not define the values of
-    the weights.
+    Raises UserError for any other quantization method, and for invalid or unsupported settings of an FP8 method.
     """
     found = _declared(folder, setting)
     if found is None:
@@ -113,9 +112,10 @@ def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | Non
 
 
 def _declared(folder: Path, setting: ModelSetting) -> tuple[str, Any] | None:
-    """Return the place and the settings of the declared quantization; None without a declaration.
+    """Return (location, settings) of the quantization that a model declares, or None.
 
-    The place is a file name or a key of config.json, for messages. vLLM and transformers read the same places.
+    The location, used in error messages, is a key of config.json or the name of another file. vLLM and transformers
+    read the settings from the same locations.
     """
     config = json_object(folder / "config.json", setting)
     nested = config.get("text_config")
@@ -144,8 +144,8 @@ def _method(settings: Mapping[str, Any]) -> str:
 def _fp8_layouts(settings: Mapping[str, Any], place: str, setting: ModelSetting) -> Iterator[Layout]:
     """Yield the block sizes that the method fp8 allows (the format of DeepSeek, Qwen and Mistral).
 
-    With weight_block_size, this is the only size. If it is null, a scale applies to a complete weight or to a row. If
-    it is missing, blocks of 128 x 128 are also allowed.
+    If weight_block_size is set, it is the only allowed size. If it is null, a scale applies to a complete weight or to
+    a row. If it is missing, a scale may also apply to a block of 128 x 128.
     """
     if "weight_block_size" not in settings:
         yield from (_TENSOR, _CHANNEL)
@@ -265,7 +265,7 @@ def _fits(layout: Layout, weight: tuple[int, ...], scale: tuple[int, ...]) -> bo
 def _sizes(layout: Layout, weight: tuple[int, ...]) -> tuple[int, ...]:
     """Return the size of a block of ``layout``, limited to the shape ``weight`` of the weight.
 
-    Equal sizes mean that two layouts are equivalent for this weight.
+    Two layouts with the same result are equivalent for this weight.
     """
     if layout == _TENSOR:
         return weight
@@ -281,7 +281,7 @@ def weight_scales(tensors: Mapping[str, StoredTensor], quantization: Quantizatio
 def dequantized(weight: StoredTensor, scale: WeightScale, slices: tuple[slice, ...] | None) -> Tensor:
     """Return a slice of an FP8 weight in float32; read only this slice and the scales of its blocks.
 
-    ``slices``: slices of step 1, at most one per axis; they may begin and end inside a block. None: the complete
+    ``slices``: slices of step 1, at most one per axis, which may begin and end inside a block; None: the complete
     weight.
     """
     spans = [range(*part.indices(length)) for part, length in zip(slices or (), weight.shape, strict=False)]

@@ -30,12 +30,12 @@ T = TypeVar("T")
 class ShardedLM(nn.Module):
     """A causal language model that applies its LM head only to positions that predict a response token.
 
-    ``forward(view, use)`` computes the hidden states of the packed sequences. It then calls ``use`` with the hidden
-    states [N, D] of ``view.rows_N`` and the LM head's weight [V, D] (with tensor parallelism, this rank's rows of it):
-    N response tokens, D hidden width, V vocabulary size. ``use`` computes the loss or the top-k tokens. It is called
-    inside the root module's forward, because FSDP gathers the LM head only there, and must return a pytree of tensors,
-    so that FSDP can add its backward hooks. ``group``: the process group over which the positions of packed sequences
-    are split; needed only for views with ``shards``.
+    ``forward(view, use)`` computes the hidden states of the packed sequences and then calls ``use(hidden, head)``,
+    which computes the loss or the top-k tokens. ``hidden`` [N, D] are the hidden states at the positions
+    ``view.rows_N`` of the N response tokens, with D channels. ``head`` [V, D] is the LM head's weight for V token ids;
+    with tensor parallelism, only this rank's rows. ``use`` runs inside the root module's forward, because FSDP gathers
+    the LM head only there. It must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``: the
+    process group over which the positions of packed sequences are split; needed only for views with ``shards``.
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:

@@ -35,8 +35,8 @@ class Student:
     """The trained model: a Hugging Face causal language model sharded by FSDP2, with its optimizer.
 
     Master weights are float32 shards; forward and backward run in ``policy.precision``. All ranks must construct the
-    student and call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer;
-    the model's logits beyond them are padding and get probability 0. ``stop_token_ids`` are used for metrics only.
+    student and call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer.
+    The model's logits for larger ids are padding and get probability 0. ``stop_token_ids`` are used for metrics only.
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class Student:
     def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
         """Return the forward and reverse KL between teacher and student for each response token, in nats.
 
-        The keys are ``forward_kl`` and ``reverse_kl``; the values are tensors with one number per response token of
-        ``micro_batch``. Response tokens of weight 0 are omitted. Collective over the shard mesh. Computes no gradients
-        and frees the gathered weights afterwards, so that validation needs little memory.
+        The keys are ``forward_kl`` and ``reverse_kl``. Each value is a 1-D tensor with one number per response token of
+        ``micro_batch`` whose weight is not 0. Collective over the shard mesh. Computes no gradients and frees the
+        gathered weights afterwards, so that validation needs little memory.
         """
         found: dict[str, Tensor] = {}
         self.loss(micro_batch, targets, found)
@@ -104,7 +104,8 @@ class Student:
         """Return the loss of one micro-batch, summed over its response tokens; collective over the shard mesh.
 
         The loss is computed inside the root module's forward, because FSDP gathers the weights of the LM head only
-        there. ``row_kls``: an optional dictionary that receives the result of ``Student.row_kls``.
+        there. ``row_kls``: a dictionary to which ``forward_kl`` and ``reverse_kl`` are added, as in
+        ``Student.row_kls``; None: they are not computed per token.
         """
         heartbeat()
         micro_batch = micro_batch.to(self.device)
@@ -201,10 +202,10 @@ class Student:
     def grad_norm(self, losses: Sequence[Tensor] = ()) -> float:
         """Return the 2-norm of the gradients of all parameters; collective over all ranks.
 
-        The result is nan if one of ``losses`` is not finite on any rank, which saves a separate collective. Squares are
-        accumulated in float64, because torch's float32 norm of a 49152 x 576 tensor has an error of 1.6e-3. The sum of
-        squares includes all replicas of the model and is divided by their number: all replicas then get exactly the
-        same norm and clip their gradients equally.
+        The result is nan if one of ``losses`` on any rank is not finite, so that the losses need no separate
+        collective. Squares are accumulated in float64, because torch's float32 norm of a 49152 x 576 tensor has an
+        error of 1.6e-3. The sum of squares includes all replicas of the model and is divided by the number of replicas.
+        All replicas then get exactly the same norm and clip their gradients equally.
         """
         squares = self._nan_if_not_finite(losses)
         for parameter in self.model.parameters():
@@ -248,8 +249,8 @@ class Student:
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
         """Return an iterable of (Hugging Face name, complete weight), gathered in buckets of weights.
 
-        ``dtype`` is the dtype of the weights; None: the compute dtype. Iteration is collective: every rank must iterate
-        over the result to the end.
+        ``dtype``: dtype of the gathered weights; None: the dtype ``policy.precision``. Iteration is collective: every
+        rank must iterate over the result to the end.
         """
         self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
@@ -323,7 +324,7 @@ class Student:
 def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
     """Add the loss statistics of a micro-batch to ``metrics``.
 
-    If ``sampler`` is false, comparisons with the log-probs of the sampler (the generation engine) are omitted: after an
+    ``sampler``: whether to include comparisons with the log-probs of the sampler (the generation engine). After an
     optimizer step the sampler still has the previous weights, so these comparisons would measure the effect of the
     step.
     """
@@ -333,7 +334,10 @@ def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
 
 
 def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
-    """Return the tensor-parallel group and the vocabulary range of this rank's part of the LM head."""
+    """Return how the LM head is split by vocabulary over the tensor-parallel group.
+
+    The result contains the group, the first token id of this rank's part, and the vocabulary size.
+    """
     _, head = causal_lm_parts(model.causal_lm)
     mesh, vocab = world.tp_mesh, head.weight.shape[0]
     first, _ = chunk_of(vocab, mesh.size(), mesh.get_local_rank())

@@ -27,8 +27,8 @@ from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 class Teacher:
     """Interface of all teachers: models that compute the training targets of the student.
 
-    All ranks must construct a teacher and call its collective methods in the same order. The default methods are those
-    of a teacher with constant weights and no device memory.
+    All ranks must construct a teacher and call its collective methods in the same order. The default methods, except
+    ``targets``, are for a teacher whose weights are constant and use no device memory.
     """
 
     def targets(self, micro_batch: MicroBatch) -> Targets:
@@ -64,7 +64,7 @@ class ShardedTeacher(Teacher):
     """A teacher with frozen weights in ``teacher.precision``, sharded over all ranks of a replica.
 
     On GPUs the shards are in pinned host memory except during the phase of a step that computes the targets.
-    ``valid_vocab``: number of token ids in the tokenizer; the model's logits beyond them are padding and get
+    ``valid_vocab``: number of token ids in the tokenizer. The model's logits for larger ids are padding and get
     probability 0.
     """
 
@@ -136,8 +136,8 @@ class ShardedTeacher(Teacher):
     def _gather_rows(self, topk: TopK, rows_per_tp_rank: tuple[int, ...]) -> TopK:
         """Return the targets of all rows (response tokens), gathered over the tensor-parallel group.
 
-        ``topk``: the targets that this rank has computed. ``rows_per_tp_rank``: number of rows that each rank has
-        computed; empty: ``topk`` is already complete.
+        ``topk``: the targets of the rows that this rank has computed. ``rows_per_tp_rank``: number of rows that each
+        rank has computed; if empty, ``topk`` is already complete and is returned.
         """
         if not rows_per_tp_rank:
             return topk
@@ -186,10 +186,11 @@ class ShardedTeacher(Teacher):
 class FollowingTeacher(ShardedTeacher):
     """A teacher with the student's current weights or an exponential moving average (EMA) of them.
 
-    ``decay``: decay of the average; None: the current weights. Each training step updates average <- decay * average +
-    (1 - decay) * weights. The average has the same shards as the student, so the update needs no communication. It is
-    float32, because in bfloat16 most of the small updates would round to zero. The forward uses a copy of the weights
-    in ``teacher.precision``, sharded like any other teacher.
+    ``decay``: decay of the average; if None, the teacher has the student's current weights. After each training step,
+    average = decay * average + (1 - decay) * weights. The average has the same shards as the student, so this update
+    needs no communication. The average is float32, because in bfloat16 most of the small updates would round to zero.
+    The teacher's forward uses a copy of the average or of the student's weights in ``teacher.precision``, sharded like
+    any other teacher.
     """
 
     def __init__(
@@ -203,9 +204,10 @@ class FollowingTeacher(ShardedTeacher):
 
     @torch.no_grad()
     def after_step(self, student: Student) -> None:
-        """Update the average of the student's weights, if any, and reload the teacher's weights from it.
+        """Update the moving average, if the teacher has one, and reload the teacher's weights.
 
-        Without an average, the teacher's weights are reloaded from the student. Collective over the ranks of a replica.
+        The weights are reloaded from the average or, without an average, from the student. Collective over the ranks of
+        a replica.
         """
         super().after_step(student)
         if self._decay is not None:
@@ -226,9 +228,9 @@ class FollowingTeacher(ShardedTeacher):
 
     @torch.no_grad()
     def _reload(self, student: Student) -> None:
-        """Copy the average, or without one the student's weights, into the teacher's shards; collective.
+        """Copy the average, or the student's weights if no average exists, into the teacher's shards.
 
-        The weights are gathered in buckets.
+        Collective. The weights are gathered in buckets.
         """
         source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
         tp = self.world.layout.tp_size
@@ -261,7 +263,7 @@ def build_teacher(
 
 
 def check_top_k(config: Config, vocabulary: int) -> None:
-    """Raise UserError if ``distillation.topk_logits_k`` exceeds ``vocabulary``, the number of tokens."""
+    """Raise UserError if ``distillation.topk_logits_k`` exceeds ``vocabulary``, the number of token ids."""
     k = config.distillation.topk_logits_k
     if k > vocabulary:
         raise UserError(

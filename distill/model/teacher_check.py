@@ -22,10 +22,10 @@ from distill.supervise.progress import heartbeat
 log = logging.getLogger(__name__)
 
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Accepted mean absolute difference between the teacher's and transformers' log-probs, in nats.
+"""Maps the teacher's dtype to the largest accepted mean absolute log-prob difference, in nats.
 
-The keys are the dtypes of the teacher. Rounding causes differences of about 1e-5 (float32) and 0.1 (bfloat16); a wrong
-forward causes more than 1.
+The teacher's log-probs are compared with those of transformers. Rounding causes differences of about 1e-5 (float32) and
+0.1 (bfloat16); a wrong forward causes more than 1.
 """
 _TOKENS = 32
 _LOG_PERIOD_S = 10.0
@@ -35,9 +35,9 @@ _LOG_PERIOD_S = 10.0
 def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) -> float:
     """Compare the teacher's sharded, packed forward with transformers' plain forward; collective.
 
-    Uses 32 tokens each of the first two ``sequences``, which are the same on every rank. The main rank reads the
-    complete checkpoint once. Returns the mean absolute difference of the log-probs of the teacher's top-8 tokens, in
-    nats. Raises RunFailed if this difference exceeds ``MAX_DIFFERENCE``.
+    Uses 32 tokens of each of the first two ``sequences``, which must be the same on every rank. The main rank reads the
+    complete checkpoint once. Returns the mean absolute difference between the two forwards in the log-probs of the
+    teacher's top-8 tokens, in nats. Raises RunFailed if this difference exceeds ``MAX_DIFFERENCE``.
     """
     world, device = teacher.world, teacher.device
     sequences = [(tuple(s) * (_TOKENS + 1))[: _TOKENS + 1] for s in sequences[:2]]
@@ -70,10 +70,11 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
 def plain_logits(
     files: ModelFiles, config: Any, sequences: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return float32 logits [B, T, V] of transformers' eager model for B sequences of T tokens.
+    """Return float32 logits [B, T, V] of B sequences of T tokens, computed by transformers' plain model.
 
-    Not collective. This is the slow reference for the sharded, packed forward. It reads the checkpoint once and keeps
-    the weights of only one layer in memory, so it also works for models larger than the device's memory.
+    Not collective. This is the slow reference for the sharded, packed forward. It uses eager attention. It reads the
+    checkpoint once and keeps the weights of only one layer in memory, so it also works for models larger than the
+    device's memory.
     """
     model = meta_model(config, "eager", dtype).eval()
     restore_buffers(model, device)
@@ -91,7 +92,10 @@ def plain_logits(
 
 
 def _progress_log(layers: int) -> Callable[[int], None]:
-    """Return a function that logs a layer number as progress, at most once per ``_LOG_PERIOD_S``."""
+    """Return a function that logs the number of the current layer, at most once per ``_LOG_PERIOD_S``.
+
+    ``layers``: total number of layers.
+    """
     last = time.monotonic()
 
     def progress(number: int) -> None:

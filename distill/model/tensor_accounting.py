@@ -20,22 +20,22 @@ log = logging.getLogger(__name__)
 _ACTIVATION_SCALE = re.compile(
     r"(^|[._])(input|output|activation|act|input_activation|k|v|q|kv|qkv|prob|attn|softmax)_(scale|zero_point)(_ub)?$"
 )
-"""Names of tensors with scales of activations or of the KV cache; weights do not depend on them."""
+"""Matches names of scales of activations or of the KV cache; weights do not depend on these scales."""
 _PART_OF_A_WEIGHT = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_\d|scale_and_zero|zeros?|zero_points?|qweight|qzeros|qscales|g_idx|packed|shape"
     r"|global_scale|blocks|codes|codebooks?|absmax|quant_map|nested_\w+|quant_state\S*|SCB|CB|weight_format|bitmask"
     r"|compressed|row_offsets|amax|meta|outliers?\w*|weight_[guv]|original\d|lora_\S+|lokr_\S+|hada_\S+|base_layer\S*"
     r"|magnitude\S*|smooth\w*)$"
 )
-"""Ends of tensor names that show a weight stored quantized, packed or as an adapter."""
+"""Matches the end of a tensor name if the weight is stored quantized, packed or as an adapter."""
 
 
 def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
     """Compare the tensors of a checkpoint with the parameters of the model that ``config`` describes.
 
-    Raises UserError for a missing tensor, a different shape, an unsupported element type, and a tensor that shows that
-    weights are quantized or packed. Logs a warning for tensors without a parameter, except those that transformers
-    ignores silently. ``key``: the configuration key that names the checkpoint. Reads headers only, without a
+    Raises UserError for a missing tensor, a different shape, an unsupported element type, and a tensor whose name
+    indicates quantized or packed weights. Logs a warning for tensors that match no parameter, except those that
+    transformers ignores silently. ``key``: the configuration key that names the checkpoint. Reads only headers. Not
     collective.
     """
     setting = ModelSetting(key, files.name)
@@ -80,7 +80,7 @@ def _check_types(files: ModelFiles, needed: Collection[str], setting: ModelSetti
 def _check_unused(files: ModelFiles, model: PreTrainedModel, needed: Collection[str], setting: ModelSetting) -> None:
     """Ignore, warn about or refuse the tensors in the files that match no parameter of the model.
 
-    Raises UserError for a tensor that shows that a weight is quantized or packed.
+    Raises UserError for a tensor whose name indicates that a weight is quantized or packed.
     """
     used = {scale.stored.name for scale in files.scales.values()}
     left = [name for name, stored in files.tensors.items() if name not in needed and stored.name not in used]
@@ -109,7 +109,7 @@ def _within(name: str, modules: Collection[str]) -> bool:
 
 
 def _dropped_silently(model: PreTrainedModel) -> Callable[[str], bool]:
-    """Return a function that returns whether ``from_pretrained`` silently ignores a tensor name."""
+    """Return a predicate: whether ``from_pretrained`` silently ignores the tensor with a given name."""
     tied = tied_names(model)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [buffer for buffer, _ in model.named_buffers()]

@@ -56,10 +56,10 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
     """Return the tensor-parallel plan (module pattern -> style) of the recipe or the model class.
 
-    ``config``: the model's Hugging Face configuration; ``custom``: the recipe's plan, or None; ``name``: the model's
-    name for errors. Raises UserError if no plan exists, a style is not supported, or a pattern matches no linear layer.
-    Also raises UserError if a plan splits a block but omits some of the block's weights, because their gradients would
-    be incomplete.
+    ``config``: the model's Hugging Face configuration. ``custom``: the recipe's plan; None: use the plan of the model
+    class. ``name``: the model's name for error messages. Raises UserError if no plan exists, a style is not supported,
+    or a pattern matches no linear layer. Also raises UserError if a plan splits a block but omits some of the block's
+    weights, because the gradients of these weights would be incomplete.
     """
     given = custom or getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
@@ -134,7 +134,10 @@ def _block(name: str) -> str:
 
 
 def _covers(pattern: str, name: str) -> bool:
-    """Return whether ``pattern`` matches the module ``name``; ``*`` in the pattern is the layer number."""
+    """Return whether the plan's ``pattern`` covers the module ``name``.
+
+    ``name`` has ``*`` in place of the layer number; ``pattern`` has ``*`` or a layer number.
+    """
     return re.sub(r"\.\d+\.", ".*.", pattern) == name
 
 
@@ -285,7 +288,8 @@ class _Rows(ParallelStyle):
 def _split_lookup(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     """Replace the forward of an embedding that is split by vocabulary over the ranks.
 
-    Each rank looks up the ids of its rows and uses zeros for all other ids; an all-reduce adds the results.
+    Each rank looks up the token ids in its part of the vocabulary and uses zeros for all other ids. An all-reduce adds
+    the results of all ranks.
     """
     first = chunk_of(embedding.num_embeddings, mesh.size(), mesh.get_local_rank())[0]
     group = mesh.get_group()

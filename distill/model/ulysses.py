@@ -17,7 +17,7 @@ from distill.types import SequenceShards
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all over the first axis: send part r to rank r; the backward sends gradients back."""
+    """All-to-all over the first axis: send part r to rank r. The backward sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -44,7 +44,7 @@ class UlyssesAllToAll:
     group: dist.ProcessGroup
     """Process group of the R ranks: a context-parallel group of the student or a teacher group."""
     shards: SequenceShards
-    """Positions that each rank of the group has."""
+    """Assignment of the micro-batch's positions to the ranks of the group."""
 
     def heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Exchange all heads of this rank's positions for this rank's heads of all positions.

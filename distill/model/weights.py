@@ -71,7 +71,7 @@ class _ShardLayout(NamedTuple):
 
 
 class _Gather(NamedTuple):
-    """A started all-gather of one bucket of tensors."""
+    """An all-gather in progress, for one bucket of tensors."""
 
     names: list[str]
     layouts: list[_ShardLayout]
@@ -88,12 +88,14 @@ class GatheredWeights:
     """Iterable of (name, complete tensor), gathered from sharded parameters in buckets; collective.
 
     Every rank of ``mesh`` must iterate once, to the end, with the same parameters in the same order. The mesh has one
-    axis over all ranks of a replica; consecutive groups of ``tp`` ranks are tensor-parallel groups. Shards are cast to
-    ``dtype`` before the all-gather. A bucket holds consecutive tensors of at most ``bucket_bytes`` together, or one
-    larger tensor; at most two buckets are in memory. A yielded tensor may be a view of its bucket: copy it if you keep
-    it, otherwise the bucket stays in memory. Each rank computes the checksums (``BitSums``) of its shards before it
-    sends them; the checksums of a tensor are the totals over its shards. If a tensor is not finite, all ranks raise
-    RuntimeError before the tensor is yielded.
+    axis over all ranks of a replica. Each group of ``tp`` consecutive ranks is a tensor-parallel group. Shards are cast
+    to ``dtype`` before the all-gather.
+
+    A bucket holds consecutive tensors of at most ``bucket_bytes`` in total, or one larger tensor. At most two buckets
+    are in memory. A yielded tensor may be a view of its bucket: if you keep the tensor, copy it, otherwise the bucket
+    stays in memory. Each rank computes the checksums (``BitSums``) of its shards before it sends them; the checksums of
+    a tensor are the sums over its shards. If a tensor is not finite, all ranks raise RuntimeError before the tensor is
+    yielded.
     """
 
     def __init__(
@@ -159,9 +161,9 @@ class GatheredWeights:
             yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
     def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
-        """Copy header and shards into one buffer of ``self._dtype``; return it and each shard's offset.
+        """Copy a header and this rank's shards into one buffer; return it and each shard's offset in elements.
 
-        Offsets are in elements. The header contains the checksums of the shards.
+        The header contains the checksums of the shards. The dtype of the buffer is ``self._dtype``.
         """
         shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
         # The header comes first. Every shard begins at a word boundary, because checksums are sums of words.
@@ -187,9 +189,9 @@ class GatheredWeights:
 
 
 def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
-    """Return the checksums of a bucket's tensors from the headers of all ranks [S * TP, tensors, 3].
+    """Sum the checksums of each tensor of a bucket over the headers of all ranks.
 
-    Raises RuntimeError if a tensor is not finite.
+    ``header``: [S * TP, tensors, 3]. Raises RuntimeError if a tensor is not finite.
     """
     finite = (header[..., 2] == 1).all(0).tolist()
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]

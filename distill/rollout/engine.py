@@ -16,7 +16,7 @@ from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
-"""Function that returns True if a stop was requested, so that the responses are not needed."""
+"""Function that returns True if a stop was requested, so that the generation must be cancelled."""
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
 
 
@@ -25,8 +25,11 @@ class GenerationCancelled(Exception):
 
 
 FoundIn = Literal["names", "transfer", "memory", "repacking"]
-"""Check of a sync that failed: names and shapes of the sent tensors, checksums of the received tensors, checksums of
-the weights in the engine's memory, or the repacking of these weights."""
+"""Check that failed in a sync.
+
+``names``: names and shapes of the sent tensors. ``transfer``: checksums of the received tensors. ``memory``: checksums
+of the weights in the engine's memory. ``repacking``: whether the engine has repacked the received weights.
+"""
 
 
 class SyncError(RuntimeError):
@@ -45,11 +48,11 @@ class Weights(Protocol):
     """The student's weights, as sent to the engine in one sync."""
 
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
-        """Yield each weight: its Hugging Face name, the complete tensor and the checksums before sending."""
+        """Yield (Hugging Face name, unsharded tensor, checksums computed before sending) for each weight."""
 
 
 class Engine(Protocol):
-    """Interface of a generation engine, with the states asleep -> weights -> synced -> ready -> asleep.
+    """Interface of a generation engine, which cycles through the states asleep, weights, synced, ready.
 
     A call in the wrong state raises RuntimeError. ``replicas``: number of engines in the job. ``replica``: index of
     this engine.
@@ -65,13 +68,16 @@ class Engine(Protocol):
     """Maximum number of tokens of a prompt and its response together."""
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return the part of ``prompts`` that this engine processes; ``prompts``: the prompts of all engines."""
+        """Return this engine's part of ``prompts``, which are the prompts of all engines."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
-        """Allocate memory for the weights (state asleep) or for the key-value cache (state synced)."""
+        """Allocate memory for the weights (requires state asleep) or the key-value cache (state synced)."""
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """Receive and verify all weights; requires state ``weights``; collective over all ranks of the job."""
+        """Receive and verify all weights; requires state ``weights``; collective over all ranks of the job.
+
+        ``version``: number of finished training steps, which identifies the weights.
+        """
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probs of all ``token_ids`` except the first, in nats at temperature 1.
@@ -99,9 +105,9 @@ class Engine(Protocol):
 class EngineBase(ABC):
     """Base class of all engines: state machine, verification of syncs, checks of prompts and responses.
 
-    ``manifest``: shape of every tensor that a sync must send, by Hugging Face name. ``window``: maximum number of
-    tokens of a prompt and its response together. ``valid_vocab``: number of valid token ids; larger ids are padding of
-    the vocabulary, are refused in prompts, and are never sampled.
+    ``manifest`` maps the Hugging Face name of every tensor that a sync must send to its shape. ``window``: maximum
+    number of tokens of a prompt and its response together. ``valid_vocab``: number of valid token ids. Ids of
+    ``valid_vocab`` and above are padding of the vocabulary: they are refused in prompts and never sampled.
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class EngineBase(ABC):
         self._sums: dict[str, BitSums] = {}  # of the last sync
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return every ``replicas``-th prompt, starting with number ``replica``."""
+        """Return ``prompts[replica::replicas]``, which divides the prompts evenly among the engines."""
         return prompts[self.replica :: self.replicas]
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
@@ -236,7 +242,10 @@ class EngineBase(ABC):
     def _checked(
         self, weights: Weights, sizes: dict[str, int], sums: dict[str, BitSums]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each verified tensor; add its size in bytes to ``sizes`` and its checksums to ``sums``."""
+        """Verify each received tensor, then yield its Hugging Face name and the tensor.
+
+        Stores the tensor's size in bytes in ``sizes`` and its checksums in ``sums``, under the same name.
+        """
         for name, tensor, sent in weights.with_sums():
             if name in sizes:
                 raise SyncError(f"the sync sent {name} twice", name)
@@ -262,7 +271,10 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Raise SyncError unless the weights in the engine's memory have the checksums ``sent``, by name."""
+        """Raise SyncError if the checksums of the weights in the engine's memory differ from ``sent``.
+
+        ``sent`` maps each tensor's Hugging Face name to the checksums that the sender computed.
+        """
 
     @abstractmethod
     def _wake_kv(self) -> None: ...
@@ -290,10 +302,10 @@ def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> 
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Return the 63-bit base seed for responses outside training; ``stream``: name of their purpose.
+    """Return a 63-bit base seed for responses outside training, derived from the run's ``seed``.
 
-    With the training seed, these responses would have the same seeds as training responses of equal step, prompt id and
-    index.
+    ``stream``: name of the purpose of these responses; each purpose gets a different base seed. With ``seed`` itself,
+    the responses would have the same seeds as training responses of equal step, prompt id and index.
     """
     digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

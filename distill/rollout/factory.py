@@ -39,7 +39,7 @@ _REFUSED_ARGUMENTS = {
     "gpu_memory_utilization": ("has its own key", "set policy.generation.vllm_cfg.gpu_memory_utilization"),
     "enforce_eager": ("has its own key", "set policy.generation.vllm_cfg.enforce_eager"),
 }
-"""Arguments of vLLM that are refused because they would break the trainer: name -> reason and fix."""
+"""vLLM arguments refused because they would break the trainer. Maps each name to (reason, fix)."""
 _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
 """Arguments of vLLM that would make vLLM build a different model than the trained model."""
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
@@ -82,7 +82,7 @@ def _check_installed(world: World) -> None:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise UserError for a vLLM argument that the trainer sets, that is refused, or that is unknown."""
+    """Raise UserError if a vLLM argument is set or refused by the trainer, or unknown to vLLM."""
     from vllm.engine.arg_utils import EngineArgs
 
     from distill.rollout.vllm_engine import fixed_arguments
@@ -112,7 +112,7 @@ def vllm_config_overrides(config: Any) -> dict[str, Any]:
 
 
 def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> None:
-    """Raise UserError unless the engine's ranks are on one node and divide the model evenly."""
+    """Raise UserError unless each engine's ranks are on one node and can split the model evenly."""
     size = config.policy.generation.vllm_cfg.tensor_parallel_size
     setting = f"{_ENGINE_SIZE}={size}"
     if world.local_size % size:
@@ -197,7 +197,7 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int)
 
 
 def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return the sampling settings of validation: training's, except the ``val_*`` keys and the seed."""
+    """Return validation's sampling settings: those of training with the ``val_*`` values and another seed."""
     generation = config.policy.generation
     return dataclasses.replace(
         sampling_of(config, stop_token_ids),

@@ -27,8 +27,8 @@ class Memory(Protocol):
 class CudaMemory:
     """Memory usage of the current CUDA device.
 
-    ``pool_bytes``: function that returns the size of the engine's memory pool. Torch counts the pool as reserved even
-    while it is unmapped.
+    ``pool_bytes``: function that returns the size of the engine's memory pool in bytes. Torch counts the pool as
+    reserved even while the engine sleeps and the pool uses no device memory.
     """
 
     def __init__(self, pool_bytes: Callable[[], int]) -> None:
@@ -49,7 +49,8 @@ class CudaMemory:
 class SleepGuard:
     """Checks of an engine's device memory: enough free memory to wake, and no growth between sleeps.
 
-    ``limit``: growth in bytes that causes a warning, since the previous warning or the first sleep.
+    ``limit``: warn if the memory used during sleep has grown by more than this number of bytes since the previous
+    warning, or since the first sleep if there was no warning yet.
     """
 
     def __init__(self, memory: Memory, limit: int = _GIB) -> None:
@@ -59,7 +60,10 @@ class SleepGuard:
         self._last_warning = 0
 
     def check_free(self, what: str, needed: int) -> None:
-        """Raise RuntimeError if fewer than ``needed`` bytes are free for ``what``, weights or kv_cache."""
+        """Raise RuntimeError if fewer than ``needed`` bytes of device memory are free.
+
+        ``what``: the part of the engine that needs the memory, "weights" or "kv_cache", for the message.
+        """
         free = self._memory.free()
         if free < needed:
             raise RuntimeError(

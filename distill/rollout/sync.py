@@ -18,24 +18,24 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 FLOAT32_LIMIT = 1e-4
-"""Maximum difference between float32 log-probs of engine and trainer, in nats.
+"""Maximum allowed difference between float32 log-probs of engine and trainer, in nats.
 
 Rounding causes a difference of 1e-6 to 3e-6.
 """
 GROSS_LIMIT = 0.5
-"""Maximum mean difference between bfloat16 log-probs of engine and trainer, in nats per token.
+"""Maximum allowed mean difference between bfloat16 log-probs of engine and trainer, in nats per token.
 
 Rounding causes a difference of 0.04, wrong weights a difference above 1.
 """
 _CHANGED_BYTES = 0.9
-"""Fraction of bytes in changed tensors that must change the log-probs of the probe prompt.
+"""If at least this fraction of the weights' bytes is in changed tensors, the log-probs must change.
 
-If this fraction of the bytes or more is in changed tensors, unchanged log-probs are an error. Otherwise they cause a
-warning, because rounding may hide the effect of a few changed bits. Bytes are counted instead of tensors, because the
-many small tensors of norms often do not change at small learning rates.
+The log-probs are those of the probe prompt. Below this fraction, unchanged log-probs cause only a warning, because
+rounding may hide the effect of a few changed bits. Bytes are counted instead of tensors, because the many small tensors
+of norms often do not change at small learning rates.
 """
 _WARNING_RATIO = 3.0
-"""Multiple of the first step's log-prob difference between trainer and engine that causes a warning."""
+"""Warn if the log-prob difference between trainer and engine exceeds this multiple of its first value."""
 
 
 class Trainer(Protocol):
@@ -58,8 +58,8 @@ class WeightSync:
 
     All methods are collective. The probe is a fixed prompt of random token ids below ``valid_vocab``. Its log-probs
     must change when the weights change, and in float32 they must equal the trainer's. ``observe`` also checks the
-    log-probs of the sampled tokens. In bfloat16 this check is weak, because one training step changes the log-probs
-    hardly more than rounding does.
+    log-probs of the sampled tokens. In bfloat16 ``observe`` hardly detects weights that are one step old, because one
+    training step changes the log-probs hardly more than rounding does.
     """
 
     def __init__(self, world: World, engine: Engine, student: Trainer, valid_vocab: int) -> None:
@@ -116,11 +116,11 @@ class WeightSync:
         return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)
 
     def observe(self, difference: float) -> None:
-        """Check the mean log-prob difference between trainer and sampler (the engine) in a step.
+        """Check the mean difference between the log-probs of trainer and engine in one step.
 
         ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained no tokens. Raises
-        RuntimeError if rounding cannot explain the difference; warns if it exceeds three times its first value
-        since the start of this process.
+        RuntimeError if rounding cannot explain the difference. Warns if the difference exceeds _WARNING_RATIO times the
+        first difference that this process observed.
         """
         if math.isnan(difference):
             return
@@ -134,8 +134,8 @@ class WeightSync:
             self._first_difference = difference
         elif difference > _WARNING_RATIO * self._first_difference:
             log.warning(
-                "the log-probs of trainer and engine differ by %.3g nats per token, up from %.3g in the first step of"
-                " this start: check that the engine's weights are current",
+                "the log-probs of trainer and engine differ by %.3g nats per token, up from %.3g in the first step"
+                " after the run started or resumed: check that the engine's weights are current",
                 *(difference, self._first_difference),
             )
 

@@ -191,7 +191,7 @@ class _Decoding:
         return sampled
 
     def unfinished_rows(self) -> list[int]:
-        """Return the rows of the batch with unfinished responses."""
+        """Return the indices of the rows whose responses are unfinished."""
         return [row for row, response in enumerate(self._rows) if self._unfinished(response)]
 
     def select(self, rows: list[int]) -> None:
@@ -199,7 +199,7 @@ class _Decoding:
         self._rows = [self._rows[row] for row in rows]
 
     def rollouts(self, version: int) -> list[list[Rollout]]:
-        """Return the finished rollouts of each prompt; ``version``: version of the weights."""
+        """Return the finished rollouts, one list per prompt; ``version``: version of the weights."""
         G = self._sampling.responses_per_prompt
         return [
             [self._rollout(p * G + g, prompt, g, version) for g in range(G)] for p, prompt in enumerate(self._prompts)
@@ -241,7 +241,8 @@ def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Sample one token per row by inverse transform sampling: int64 [B].
 
-    ``uniforms``: float64 [B], in [0, 1). Probabilities are summed in float64, so that rounding skips no token.
+    ``uniforms``: float64 [B], in [0, 1). Probabilities are summed in float64, so that rounding makes no token
+    impossible to sample.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -15,7 +15,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-"""vLLM's model class by ``model_type`` of config.json.
+"""Maps ``model_type`` of config.json to the name of vLLM's model class.
 
 The key ``architectures`` of config.json is not used, because it may name a classifier or a draft model.
 """
@@ -64,7 +64,7 @@ def _unsupported(config: Any, window: int) -> Iterator[tuple[str, str]]:
 
 
 def _windows_some_layers(config: Any) -> bool:
-    """Return whether only some layers have a sliding window, which vLLM does not support for this family."""
+    """Return whether only some layers of a Qwen model have a sliding window, which vLLM does not support."""
     return config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1
 
 
@@ -126,8 +126,8 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
 def apply_overrides(overrides: Mapping[str, Any], config: Any) -> Any:
     """Apply ``overrides`` in place to ``config``, the configuration that vLLM has read; return ``config``.
 
-    vLLM calls this function, passed as ``hf_overrides``. A dictionary would not suffice, because vLLM cannot remove a
-    setting through a dictionary.
+    This function is passed to vLLM as ``hf_overrides``. A dictionary would not suffice, because vLLM cannot remove a
+    setting through a dictionary. Here the value None removes a setting.
     """
     for name, value in overrides.items():
         if value is None and not hasattr(type(config), name):

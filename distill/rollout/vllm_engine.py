@@ -43,9 +43,12 @@ _CPU_DEFAULTS = {
     "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
-"""Maximum engine steps without a new token, plus one step per prompt token; then the run fails."""
+"""Number of consecutive engine steps without a new token after which the run fails.
+
+For each prompt token one more step is allowed, because long prompts take many steps.
+"""
 _STEPS_AHEAD = 4
-"""Number of engine steps after which vLLM has processed all results of removed requests."""
+"""Number of engine steps in which vLLM processes all remaining results of removed requests."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
 def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
     """Return the vLLM arguments that keep an engine's ranks in lockstep.
 
-    Before version 0.32, vLLM's asynchronous scheduler depends on timing, which differs between ranks.
+    Before version 0.32, the asynchronous scheduler is disabled for engines of several ranks, because its decisions
+    depend on timing, which differs between ranks.
     """
     import vllm
 
@@ -161,7 +165,7 @@ class VllmEngine(EngineBase):
         return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
-        """Make vLLM set the logits of the vocabulary's padding ids to -inf, as in the loss."""
+        """Make vLLM set the logits of the vocabulary's padding ids to -inf, as the loss does."""
         model: Any = self._weights.model
         compute_logits, valid = model.compute_logits, self._valid_vocab
 
@@ -283,8 +287,8 @@ class VllmEngine(EngineBase):
     ) -> list[Any]:
         """Return vLLM's outputs for ``requests`` (token ids, sampling parameters), in the same order.
 
-        If ``cancelled()`` returns True, removes the requests from vLLM and raises GenerationCancelled. Raises
-        RuntimeError if vLLM generates no token for many steps.
+        ``show``: show a progress bar if stderr is a terminal. If ``cancelled()`` returns True, removes the requests
+        from vLLM and raises GenerationCancelled. Raises RuntimeError if vLLM generates no token for many steps.
         """
         if self._engine.is_sleeping():
             raise RuntimeError("vLLM is asleep, so it would accept the requests but never finish them")
@@ -350,7 +354,7 @@ def kept_threads() -> Iterator[None]:
 
 
 def pool_bytes() -> int:
-    """Return the size of vLLM's memory pool in bytes, the same before and during sleep."""
+    """Return the size of vLLM's memory pool in bytes; sleeping does not change this number."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     return int(CuMemAllocator.get_instance().get_current_usage())

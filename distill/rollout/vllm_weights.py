@@ -17,7 +17,7 @@ from distill.rollout.engine import SyncError
 
 
 class Section(NamedTuple):
-    """Rows of one vLLM parameter on this rank that a sync fills from one tensor of the student."""
+    """Range of rows of a vLLM parameter on this rank. A sync fills these rows from one student tensor."""
 
     tensor: str
     """Hugging Face name of the student's tensor."""
@@ -34,10 +34,11 @@ class Section(NamedTuple):
 class VllmWeights:
     """The weights of a vLLM engine's model on this rank.
 
-    ``manifest``: shapes of all tensors of a sync by Hugging Face name; ``tp_group``: gloo group of the engine's ranks.
-    On CPU, vLLM repacks matrices for its kernels and drops the originals. The checksums of these matrices are computed
-    just before the repacking; the checksums of all other parameters are computed in place. Raises RuntimeError if the
-    model's parameters do not match the tensors of the manifest, because syncs could not be verified.
+    ``manifest`` maps the Hugging Face name of each tensor of a sync to its shape. ``tp_group``: gloo group of the
+    engine's ranks. On CPU, vLLM repacks matrices for its kernels and drops the originals. The checksums of these
+    matrices are computed just before the repacking; the checksums of all other parameters are computed in place. Raises
+    RuntimeError if the model's parameters do not match the tensors of the manifest, because syncs could not be
+    verified.
     """
 
     def __init__(self, llm: Any, manifest: Mapping[str, torch.Size], tp_size: int, tp_group: dist.ProcessGroup) -> None:
@@ -58,7 +59,10 @@ class VllmWeights:
 
     @property
     def path(self) -> str:
-        """Return the name of vLLM's method that loads weights; ``reload_weights`` repacks each layer."""
+        """Return the name of the vLLM method that loads the weights.
+
+        It is ``load_weights`` if the weights are updated in place, else ``reload_weights``, which repacks each layer.
+        """
         return "load_weights" if self._in_place else "reload_weights"
 
     @torch.no_grad()
@@ -80,10 +84,10 @@ class VllmWeights:
 
     @torch.no_grad()
     def verify(self, sent: Mapping[str, BitSums]) -> None:
-        """Compare the checksums of every tensor, added over the engine's ranks, with the sender's checksums.
+        """Compare each tensor's checksums, summed over the engine's ranks, with the sender's checksums.
 
-        Collective over the engine's ranks. Tensors that vLLM fused into one parameter are compared separately. Raises
-        SyncError if a checksum differs.
+        Collective over the engine's ranks. ``sent`` maps each tensor's Hugging Face name to the sender's checksums.
+        Tensors that vLLM fused into one parameter are compared separately. Raises SyncError if a checksum differs.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding module
         compared: list[tuple[str, Section]] = []
@@ -102,7 +106,10 @@ class VllmWeights:
                 raise SyncError(f"vLLM's parameter {name} differs from the student's weight {tensor}", tensor, "memory")
 
     def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:
-        """Return the checksums of a parameter's sections, int64 [sections, 2]."""
+        """Return the checksums of the sections of the parameter ``name``, int64 [sections, 2].
+
+        For a parameter that vLLM repacks, these are the checksums computed just before the repacking.
+        """
         if name not in self._repacked_names:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
         if name not in self._sums_before_repack:
@@ -136,7 +143,10 @@ class VllmWeights:
         method.process_weights_after_loading = sum_and_repack
 
     def _tensors_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-        """Return the student's tensors that form each parameter of vLLM, in row order, by parameter name."""
+        """Return a dict that maps each vLLM parameter name to the names of the student's tensors in it.
+
+        A fused parameter consists of several tensors; their names are in the order of their rows.
+        """
         fused = getattr(self.model, "packed_modules_mapping", {})
         tensors: dict[str, list[str]] = {}
         for name, _ in self.model.named_parameters(remove_duplicate=False):
@@ -154,7 +164,11 @@ class VllmWeights:
         return tensors
 
     def _sections(self, module: Any, leaf: str, tensors: list[str]) -> list[Section]:
-        """Return the sections of a parameter, according to vLLM's sharding over the engine's ranks."""
+        """Return the sections of the parameter ``leaf`` of ``module`` on this rank.
+
+        The sections depend on how vLLM shards the parameter over the engine's ranks. ``tensors``: names of the
+        student's tensors in the parameter.
+        """
         from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 

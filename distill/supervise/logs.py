@@ -28,7 +28,7 @@ def log_to_console(is_main: bool) -> None:
 
 
 def log_to_file(file: Path) -> None:
-    """Write this rank's log to ``file``, beginning with the records that ``log_to_console`` kept in memory."""
+    """Write this rank's log to ``file``, with the earlier records that ``log_to_console`` kept in memory."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _RankLog(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))

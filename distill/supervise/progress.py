@@ -14,7 +14,7 @@ class Progress:
     """Phase and progress counters of one rank. All ranks enter the same phases in the same order."""
 
     phase_changes: int = 0
-    """Number of phases entered or left since the start; a rank with a smaller number than other ranks is behind."""
+    """Number of phase entries and exits since the start; a rank with a smaller number is behind."""
     phase: str = "starting"
     """Name of the current phase; ``outer: inner`` for a nested phase."""
     step: int = 0

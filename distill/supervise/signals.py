@@ -16,8 +16,10 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 5.0
-"""Seconds after the first signal during which further signals count as duplicates: a scheduler signals every process,
-and a launcher forwards the signal that it receives."""
+"""Seconds after the first stop signal in which further signals are ignored as duplicates.
+
+Duplicates are usual: a scheduler signals every process, and a launcher also forwards the signal that it receives.
+"""
 
 _listening: list[StopSignals] = []
 
@@ -43,7 +45,7 @@ class StopSignals:
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def handle(self, number: int) -> None:
-        """Process the signal ``number``; called in the signal thread."""
+        """Call ``on_first`` or ``on_later`` for the signal ``number``; runs in the signal thread."""
         name = signal.Signals(number).name
         if self._first_time is None:
             self._first_time = self._clock()
@@ -109,7 +111,8 @@ class Deadline:
     """Time limit of a run: ``limit_s`` seconds after ``started``; no limit if ``limit_s`` is None.
 
     ``started``: start time by ``clock``, in seconds. The next step is expected to take as long as the slowest step so
-    far, and its save as long as the slowest save so far, or before the first save as long as a step.
+    far, and its save as long as the slowest save so far. Before the first save, a save is expected to take as long as
+    a step.
     """
 
     def __init__(self, limit_s: float | None, started: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -117,7 +120,7 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def record(self, step_s: float, save_s: float) -> None:
-        """Record the seconds of a step without its save, and of the slowest save so far (0 before the first save)."""
+        """Record the seconds of a step without its save, and of a save (0 before the first save)."""
         self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 

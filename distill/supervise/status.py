@@ -14,24 +14,24 @@ from typing import Literal, NamedTuple
 log = logging.getLogger(__name__)
 
 _STARTED, _CLOCK_MARGIN_S = time.time(), 60.0
-"""Start time of this process, and the maximum difference of start times and clocks between ranks; in seconds."""
+"""Start time of this process, and allowed difference of start times and clocks between ranks, in s."""
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 STATUS_FILE = "status.json"
 _EXTRA_FILE = "DISTILL_STATUS_FILE"
-"""Environment variable with the path of a second status file, which exists before the run directory."""
+"""Environment variable with the path of a second status file, written even without a run directory."""
 
 
 class ExitStatus(NamedTuple):
     """State, reason and exit code with which a rank exits; distributed/README.md describes the states.
 
-    The reason of a stop by a signal starts with the signal's name, by which scripts/train.sbatch recognises it.
+    If a signal stopped the run, the reason starts with the signal's name, for which scripts/train.sbatch searches.
     """
 
     state: State
     reason: str
     exit_code: int
     retryable: bool = False
-    """Whether the same command may succeed later, because a rank, a machine or a disk failed and not the program."""
+    """Whether the same command may succeed later: a rank, a machine or a disk failed, not the program."""
 
 
 _RUNNING = ExitStatus("running", "", 0)
@@ -55,7 +55,7 @@ class Status:
         self._start_step: int | None = None
         self._step = 0
         self.checkpoint_step: int | None = None
-        """Step of the newest complete checkpoint (0 without one); None until the run has searched for checkpoints."""
+        """Step of the newest complete checkpoint, or 0; None before the run has searched for checkpoints."""
         self._ended = False
         self._lock = threading.Lock()
         if is_main:
@@ -65,7 +65,7 @@ class Status:
                     self._write([path], _RUNNING)
 
     def begin(self, run_dir: Path, step: int) -> None:
-        """Write status.json to ``run_dir`` too, for a run that starts or resumes after ``step`` finished steps."""
+        """Begin to write status.json in ``run_dir``; the run starts or resumes after ``step`` finished steps."""
         self._start_step = self.checkpoint_step = step
         with self._lock:
             self._paths.append(run_dir / STATUS_FILE)
@@ -79,7 +79,7 @@ class Status:
                 self._write(self._paths, _RUNNING)
 
     def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
-        """Record ``status`` unless an exit status was recorded before, which is the cause of later failures.
+        """Record ``status``, unless an exit status was recorded before: the first one has the cause.
 
         ``alone``: this rank exits without the agreement of other ranks, so it writes even if it is not the main rank.
         """
@@ -121,7 +121,7 @@ def _modified(path: Path) -> float:
 
 
 def read_status(path: Path) -> dict[str, object]:
-    """Return the fields of a ``status.json``; empty if the file is missing or unreadable."""
+    """Return the fields of the status file ``path``; an empty dict if the file is missing or unreadable."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -10,7 +10,10 @@ from distill.supervise.signals import Deadline
 
 
 class StopRequested(Exception):
-    """Request to stop after ``step`` finished steps, raised by all ranks; the run saves and exits with code 0."""
+    """Request to stop after ``step`` finished steps; the run saves a checkpoint and exits with code 0.
+
+    All ranks raise it together.
+    """
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"stop after step {step}: {reason}")
@@ -52,7 +55,7 @@ class StopCheck:
         return self._received_signal() != 0
 
     def record_duration(self, step_s: float, save_s: float) -> None:
-        """Record the duration in seconds of a step without its save, and of the save (0 if no save has finished)."""
+        """Record the seconds of a step without its save, and of a save (0 if no save has finished)."""
         self._deadline.record(step_s, save_s)
 
     def raise_if_requested(self, step: int, check_time: bool = True) -> None:

@@ -22,13 +22,18 @@ from distill.supervise.watchdog import POLL_S, Watchdog
 log = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT_S = 15
-"""Seconds after which an exiting rank is killed, because a hanging thread may hold a lock that logging needs."""
+"""Seconds after which an exiting rank is killed.
+
+The exit may hang, because a hanging thread may hold a lock that logging needs.
+"""
 _GRACE_PERIOD_S = 4 * POLL_S
 _LOADING_TIMEOUT_S = 1800.0
 
 
 class Supervisor:
-    """Signals, watchdog and exit status of this rank; created by ``run_program`` and available as World.supervisor.
+    """Signals, watchdog and exit status of this rank.
+
+    ``run_program`` creates it, and it is available as ``World.supervisor``.
 
     A stop signal before the training loop ends the run immediately, because there is no progress to save. During the
     training loop, the first signal is only recorded, and the loop stops after the current step.
@@ -56,7 +61,7 @@ class Supervisor:
         self._signals.listen()
 
     def log_to(self, run_dir: Path, rank: int) -> None:
-        """Write this rank's log, and the stacks of its threads if the run fails, to its file in ``run_dir/logs``."""
+        """Write this rank's log to a file in ``run_dir/logs``; if the run fails, also its thread stacks."""
         self._log_file = run_dir / "logs" / f"rank_{rank:05d}.log"
         log_to_file(self._log_file)
 
@@ -77,11 +82,11 @@ class Supervisor:
 
     @property
     def has_watchdog(self) -> bool:
-        """Return whether the watchdog was started, through which other ranks receive this rank's exit status."""
+        """Return whether this rank has a watchdog, so that other ranks receive its exit status."""
         return self._watchdog is not None
 
     def allow_loading(self, phase_timeout_s: float) -> None:
-        """Set the phase timeout while data and models are loaded: ``phase_timeout_s``, but at least 30 minutes."""
+        """Set the phase timeout for loading data and models: ``phase_timeout_s``, but at least 30 minutes."""
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
 
@@ -106,7 +111,7 @@ class Supervisor:
         self.status.set_exit_status(status, alone)
 
     def abort(self, status: ExitStatus, report: Callable[[str], None] = lambda reason: None) -> NoReturn:
-        """End this rank because of an error that only this rank has; watchdogs then end the other ranks.
+        """End this rank because of an error that only this rank has; the watchdogs end the other ranks.
 
         ``report`` is called with the reason. If another rank failed first, ``report`` is not called, and this rank
         exits with the status of that rank.
@@ -122,7 +127,7 @@ class Supervisor:
         exit_process(status.exit_code)
 
     def stop_watchdog(self) -> None:
-        """Stop this rank's watchdog, so that it does not report ranks that exit earlier."""
+        """Stop this rank's watchdog, so that it does not report other ranks as failed when they exit."""
         if self._watchdog is not None:
             self._watchdog.stop()
 

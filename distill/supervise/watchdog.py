@@ -1,4 +1,4 @@
-"""Watchdog thread of each rank: detects ranks that died, hang, make no progress, or exit with an error.
+"""Watchdog thread of each rank: detects ranks that died, hang, make no progress or have an error.
 
 Ranks exchange heartbeats through the rendezvous store. The watchdog has a separate connection to the store, so it works
 while the main threads hang in a collective. The host of the store may hang too, so every call has a timeout.
@@ -28,11 +28,13 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 SILENT_POLLS = 20
-"""Number of polls without a new heartbeat, 40 s in total, after which a rank counts as dead. Polls are counted instead
-of seconds, so that a suspended job or an overloaded machine does not count as dead."""
+"""A rank counts as dead after this number of polls (40 s in total) without a new heartbeat.
+
+Polls are counted instead of seconds, because ranks of a suspended job or on an overloaded machine are not dead.
+"""
 _SILENCE = f"{SILENT_POLLS * POLL_S:g} s"
 _STORE_TIMEOUT_S = 8.0
-"""Seconds to wait for a reply of the rendezvous store; calls of torch without this limit may block forever."""
+"""Seconds to wait for a reply of the rendezvous store; torch's calls may otherwise block forever."""
 _NO_STATUS = "-"
 _STORE_ERRORS = (dist.DistError, RuntimeError, TimeoutError)
 T = TypeVar("T")
@@ -50,7 +52,7 @@ class Heartbeat:
 
     @classmethod
     def parse(cls, text: bytes) -> Heartbeat:
-        """Return the heartbeat in ``text``, the JSON that the method ``text()`` returned on another rank."""
+        """Return the heartbeat from its JSON ``text``, as returned by the method ``text`` on any rank."""
         count, progress, waiting = json.loads(text)
         return cls(count, Progress(**progress), waiting)
 
@@ -60,7 +62,7 @@ class Heartbeat:
 
 
 class FailureDetector:
-    """Detection of dead ranks and phases without progress, from the heartbeats of all ranks; used on rank 0.
+    """Detects dead ranks and phases without progress from the heartbeats of all ranks; used on rank 0.
 
     ``timeout_s``: maximum seconds in a phase without progress on any rank. Time is measured as a number of polls, each
     POLL_S seconds.
@@ -74,7 +76,10 @@ class FailureDetector:
         self._polls_without_progress = 0
 
     def poll(self, heartbeats: Sequence[Heartbeat]) -> ExitStatus | None:
-        """Compare the heartbeats of all ranks with the previous poll; return an exit status if the run must end."""
+        """Compare the heartbeats of all ranks with those of the previous poll.
+
+        Returns an exit status if the run must end, else None.
+        """
         counts = [heartbeat.count for heartbeat in heartbeats]
         if not self._counts:
             self._counts, self._silent_polls = [-1] * len(counts), [0] * len(counts)
@@ -170,7 +175,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self, barrier: Callable[[], None]) -> None:
-        """Publish this process's identity and start the thread; collective.
+        """Send this process's identity to other ranks and start the watchdog thread; collective.
 
         ``barrier``: function that returns when all ranks have called it.
         """
@@ -194,7 +199,8 @@ class Watchdog:
     def announce(self, status: ExitStatus) -> tuple[ExitStatus, bool]:
         """Announce ``status`` to all ranks as the exit status of the run.
 
-        Returns the status that was announced first, with which all ranks exit, and whether this rank announced it.
+        All ranks exit with the status that was announced first. Returns this status, and whether this rank announced
+        it.
         """
         message = json.dumps([self._rank, status])
         call = _in_thread(lambda: self._store.compare_set("exit", _NO_STATUS, message))

@@ -12,7 +12,7 @@ from distill.validation.held_out import HeldOut
 log = logging.getLogger(__name__)
 
 _SAMPLE = 50
-"""Maximum number of gold answers checked per dataset; the checked answers are evenly spaced."""
+"""Maximum number of gold answers checked per dataset. They are evenly spaced in the dataset."""
 _SECONDS = 2.0
 """Time limit for grading one gold answer, in seconds."""
 _NUMBER = re.compile(r"[-+]?\\?\$?[\d.,]+\\?%?")
@@ -20,7 +20,10 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MAX_WORDS = 8
 """Maximum number of words of a usable mathematical gold answer. A longer text is usually a solution."""
 _MARKS = (("####", "####"), ("\\boxed{", r"\\boxed\{(.*)\}"), ("answer is", "answer is"), ("Answer:", "Answer:"))
-"""Pairs: text before the final answer in a solution, and an output_pattern that extracts this answer."""
+"""Pairs (mark, output_pattern), used to suggest a fix for gold answers that are complete solutions.
+
+``mark`` precedes the final answer in a solution; ``output_pattern`` extracts this answer.
+"""
 
 
 def warn_of_unusable_golds(held_out: HeldOut) -> None:
@@ -46,7 +49,7 @@ def warn_of_unusable_golds(held_out: HeldOut) -> None:
 
 
 def _is_usable(gold: str, grader: str, grade: Grader) -> bool:
-    """Return whether the grader would grade a response with the final answer ``gold`` as right."""
+    """Return whether ``grader`` can grade a response with the final answer ``gold`` as right."""
     if grader in ("regex", "choice"):  # each gold answer is checked when it is loaded
         return True
     if "\n" in gold.strip():

@@ -31,12 +31,12 @@ class HeldOut:
 
     prompts: tuple[Prompt, ...] = ()
     graders: Mapping[int, str] | None = None
-    """Name of the grader by prompt id; responses to prompts without a name are not graded."""
+    """Maps prompt ids to names of graders. Responses to prompts without an entry are not graded."""
     names: Mapping[int, str] | None = None
-    """Name of the prompt's dataset in metric names, by prompt id."""
+    """Maps each prompt id to the name of the prompt's dataset in metric names."""
 
     def content(self, trace_column: str | None) -> ContentHashes:
-        """Return hashes of problems, gold answers, traces and token ids by name; empty without prompts.
+        """Return a dict with hashes of problems, gold answers, traces and token ids; empty without prompts.
 
         ``trace_column``: dataset column with the traces; None: traces are not hashed.
         """
@@ -103,9 +103,10 @@ def load_held_out(
 
 
 def _graders(name: str, prompts: Sequence[Prompt], key: str) -> dict[int, str]:
-    """Return the grader ``name`` by prompt id, for all prompts with a gold answer.
+    """Return a dict that maps the id of each prompt with a gold answer to the grader's ``name``.
 
-    Raises UserError if no prompt has a gold answer, or if the grader cannot use a gold answer.
+    ``key``: configuration key of the dataset, for messages. Raises UserError if no prompt has a gold answer, or if the
+    grader cannot use a gold answer.
     """
     gradable = [prompt for prompt in prompts if prompt.problem.answer]
     if not gradable:

@@ -118,7 +118,7 @@ def _accuracy(graded: Sequence[Sample]) -> dict[str, float]:
 
 
 def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
-    """Return the metrics of all samples and of each dataset, by logged name.
+    """Return the metrics of all samples together and of each dataset, keyed by logged name.
 
     The names are ``validation/NAME`` and ``validation/DATASET/NAME``, with NAME from ``scores``. ``prefix`` is
     prepended to each NAME.

@@ -45,7 +45,7 @@ def token_kls(
 
 
 class _TokenIndex:
-    """Mapping from rows of a micro-batch to the M concatenated response tokens of all rollouts."""
+    """Maps rows of a micro-batch to indices into the M concatenated response tokens of all rollouts."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self._lengths = [len(r.response_ids) for r in rollouts]
@@ -53,14 +53,17 @@ class _TokenIndex:
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the index into the M tokens for each row of the loss with a weight other than 0: int64 [N]."""
+        """Return the index into the M tokens for each of the N rows with nonzero loss weight: int64 [N]."""
         counted_N = micro_batch.weight_N != 0
         rollout_N = micro_batch.rollout_N[counted_N]
         position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]
         return self._starts_B[rollout_N] + position_N - (self._prompts_B[rollout_N] - 1)
 
     def by_rollout(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Return forward and reverse KL [R] of each rollout, from pairs of indices [N] and KL values [2, N]."""
+        """Return a pair (forward KL [R], reverse KL [R]) for each rollout with R response tokens.
+
+        ``found``: one pair per micro-batch: the indices [N] that ``of`` returned, and forward and reverse KL [2, N].
+        """
         both_2M = torch.full((2, sum(self._lengths)), torch.nan)
         for index_N, both_2N in found:
             both_2M[:, index_N] = both_2N

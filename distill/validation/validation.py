@@ -36,7 +36,10 @@ _REFERENCE_METRICS = ("accuracy", "accuracy_stderr", "avg_length", "truncation_r
 _NO_TRACE, _NO_ROOM = "no trace", "no room"
 
 Compare = Callable[[Sequence[Rollout], int], list[tuple[Tensor, Tensor]]]
-"""Collective function (rollouts, step) that returns forward and reverse KL [R] of each rollout."""
+"""Collective function with the arguments (rollouts, step).
+
+It returns a pair (forward KL [R], reverse KL [R]) for each rollout with R response tokens.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class ValidationConfig:
 
 
 def validation_config(config: Config, first_step: int, last_step: int) -> ValidationConfig:
-    """Return the validation settings of a run from ``first_step`` to ``last_step`` finished steps."""
+    """Return the validation settings of a run.
+
+    ``first_step``: number of finished steps when the run starts or resumes. ``last_step``: the number at its end.
+    """
     loop, context = config.distillation, config.distillation.context_distillation
     return ValidationConfig(
         period=loop.val_period,
@@ -76,7 +82,7 @@ def validation_config(config: Config, first_step: int, last_step: int) -> Valida
 
 
 def context_is_known(config: Config) -> bool:
-    """Return whether the teacher is the initial student and its context is known without a response."""
+    """Return whether the teacher is the initial student and its context does not depend on a response."""
     context = config.distillation.context_distillation
     if not context.enabled or config.teacher.model_name != config.policy.model_name:
         return False
@@ -101,7 +107,7 @@ class InContext:
     rollouts: list[Rollout]
     """The responses; ``teacher_prefix_ids`` contains the prompt with the teacher's context."""
     skipped: Mapping[int, str]
-    """Reason why no response to a problem was generated, by prompt id of the skipped problems."""
+    """Maps the prompt id of each skipped problem to the reason why no response was generated."""
 
 
 @dataclass
@@ -298,14 +304,14 @@ class Validation:
 
 
 def _reference(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics of responses generated with the teacher's context in the prompt."""
+    """Return the metrics of responses generated with the teacher's context in the prompt, by logged name."""
     prefix = f"{_IN_CONTEXT}_"
     values = {f"validation/{prefix}num_problems": 0.0} | by_source(samples, prefix)
     return {name: value for name, value in values.items() if name.rpartition(prefix)[2] in _REFERENCE_METRICS}
 
 
 def _warn_of_incomplete(samples: Sequence[Sample]) -> None:
-    """Log the number of responses that could not be graded or compared with the teacher."""
+    """Log the numbers of responses that could not be graded, and that were not compared with the teacher."""
     if failures := sum(s.verdict == "failed" for s in samples):
         log.warning("%d of %d held-out responses could not be graded and count as wrong", failures, len(samples))
     if missing := sum(s.forward_kl_R is None for s in samples):

@@ -115,10 +115,11 @@ def test_a_chat_template_is_checked_with_its_configured_arguments(tmp_path: Path
             find_models(config_for(tmp_path / "own", tmp_path / "own", f"policy.{other}", *words))
         template_file = f"{tmp_path}/template.jinja" if key else None
         assert (caught.value.key, caught.value.value) == ("policy.tokenizer.chat_template", template_file)
-        with pytest.raises(UserError, match=r"teacher\.tokenizer"):
-            find_models(
-                config_for(tmp_path / "own", tmp_path / "own", f"policy.{solve}", f"teacher.{other}", *words, *context)
-            )
+        theirs = [f"teacher.{word.removeprefix('policy.')}" for word in key]
+        settings = (f"policy.{solve}", f"teacher.{other}", *words, *theirs, *context)
+        with pytest.raises(UserError) as caught:
+            find_models(config_for(tmp_path / "own", tmp_path / "own", *settings))
+        assert (caught.value.key, caught.value.value) == ("teacher.tokenizer.chat_template", template_file)
 
 
 def test_the_default_of_named_templates_is_used_and_a_missing_template_is_logged(tmp_path: Path, caplog: Any) -> None:

@@ -154,7 +154,7 @@ def test_small_files_need_neither_the_datasets_library_nor_the_cache(tmp_path: P
 
 BAD_FILES: dict[str, tuple[str | bytes | None, str, str]] = {
     "missing.jsonl": (None, "data_path", "not exist"),
-    "empty.jsonl": ("", "", "empty"),
+    "empty.jsonl": ("", "", "is empty"),
     "blank.jsonl": ('{"question": " "}', "input_key", "no text"),
     "torn.jsonl": ('{"question": "a"}\n\n{"question": "b', "data_path", "line 3 (Unterminated"),
     "list.jsonl": ('{"question": "a"}\n["b"]', "data_path", "line 2"),
