@@ -77,7 +77,7 @@ class StepMemory:
         self.about = (
             f"student {student.name} ({student.parameters / 1e9:.2f} B parameters), teacher {teacher.name}"
             f" ({teacher.parameters / 1e9:.2f} B parameters, {config.teacher.precision})",
-            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher sharded over {self.group} ranks;"
+            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher micro-batches on {self.group} ranks;"
             f" micro-batches of at most {self.tokens} tokens (student) and {self.teacher_tokens} tokens (teacher)",
         )
 

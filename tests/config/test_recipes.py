@@ -255,7 +255,7 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
     gigabytes, student, teacher, ranks, dp, cp, tp, group, engine, tokens = LAYOUTS[name]
     config = load(name, f"cluster.gpu_memory_gb={gigabytes}")
     text = "\n".join(dry_run(config))  # raises if it does not fit
-    assert f"{ranks} ranks: dp {dp} x cp {cp} x tp {tp}, the teacher's packs on {group} each" in text
+    assert f"{ranks} ranks: dp {dp} x cp {cp} x tp {tp}, teacher micro-batches on {group} ranks" in text
     assert f" {tokens} tokens" in text
     shapes = [find_shape(model.model_name, "a model") for model in (config.policy, config.teacher)]
     assert shapes[0] is not None and shapes[1] is not None

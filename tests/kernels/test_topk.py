@@ -248,9 +248,9 @@ def test_no_rows_give_no_rows() -> None:
     [
         (torch.zeros(2, 8, dtype=torch.float64), 2, "float64"),
         (torch.zeros(8), 2, r"\[8\]"),
-        (torch.zeros(2, 8), 0, "not 0"),
-        (torch.zeros(2, 8), 9, "not 9"),
-        (torch.zeros(8, 2).t(), 2, "not 2"),
+        (torch.zeros(2, 8), 0, "is 0"),
+        (torch.zeros(2, 8), 9, "is 9"),
+        (torch.zeros(8, 2).t(), 2, "stride 2"),
     ],
     ids=["dtype", "shape", "no-k", "k-above-v", "stride"],
 )
