@@ -61,7 +61,7 @@ _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Inputs that are read before any weight is loaded, and the memory forecast.
+    """Model inputs that are ready before weights are loaded: model files, export files, memory forecast.
 
     ``export_files``: the files of a Hugging Face export except weights.
     """

@@ -392,7 +392,7 @@ class Checkpoints:
 
     @property
     def _metric(self) -> str:
-        """Return the metric set by metric_name as a logged name (``validation/accuracy``); "" if it is null."""
+        """Return metric_name in the notation of the logs, such as validation/accuracy; "" if metric_name is null."""
         kind, _, name = (self._config.metric_name or "").partition(":")
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 

@@ -209,7 +209,7 @@ def _refuse_wrong_types(tree: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the lowest layer: defaults of the schema, derived defaults and defaults of ignored keys."""
+    """Return the defaults that recipes and overrides replace: of the schema, derived, and of ignored keys."""
     tree: dict[str, Any] = _plain(asdict(Config()))
     # data.default must contain only keys that a recipe sets, because it fills data.train and data.validation.
     tree["data"] |= {"default": {}, "train": None, "validation": None}

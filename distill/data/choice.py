@@ -45,9 +45,9 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Regular expression for text that makes the bare letter before it an option: B because ...
+"""Match text after a letter without parentheses that shows the letter is the chosen option: ``B because ...``.
 
-A bare letter has no parentheses. If other text follows it, it is an article or part of a name (A man).
+Before any other text, the letter is an article or part of a name: ``A man``.
 """
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"

@@ -36,7 +36,7 @@ class RowMetrics:
     student_entropy: Tensor
     """Entropy in nats of the student's distribution over the complete vocabulary."""
     top1_agreement: Tensor
-    """bool: whether some token has the row's largest logit in both models; ties count."""
+    """bool: whether the top-1 tokens of student and teacher agree; with ties, one common token is enough."""
     teacher_entropy: Tensor | None
     """Entropy of the teacher over the complete vocabulary, in nats; None if ``TopK`` has no entropy."""
     teacher_stop_mass: Tensor | None

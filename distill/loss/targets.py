@@ -1,6 +1,6 @@
-"""Return the teacher's targets of the loss for each chunk of rows (response tokens).
+"""Teacher targets of the loss, for each chunk of rows (response tokens).
 
-The targets are part of a given top-k, or they are computed from the teacher's hidden states and LM head.
+They are the chunk's rows of a precomputed top-k, or are computed from the teacher's hidden states and LM head.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class _ShardLayout(NamedTuple):
         return self.rows(0, 0)[1] * self.part_shape(0)[1:].numel()
 
     def assemble(self, by_rank: Tensor) -> Tensor:
-        """Return the complete tensor, assembled from the shards of all ranks [S * TP, capacity]."""
+        """Assemble the complete tensor from ``by_rank``: one flattened shard per row, for S FSDP x TP ranks."""
         parts = []
         for tp_rank in range(1 if self.tp_dim is None else self.tp):
             shape = self.part_shape(tp_rank)

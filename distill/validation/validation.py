@@ -195,7 +195,7 @@ class Validation:
         return InContext([replace(r, teacher_prefix_ids=r.prompt.student_ids) for r in rollouts], skipped)
 
     def _prefix_or_reason(self, prompt: Prompt) -> Prefix | str:
-        """Return the teacher's prefix for ``prompt``, or the reason why this problem is skipped."""
+        """Return the teacher's prefix for ``prompt``, or the reason why ``prompt`` is skipped."""
         if not self._has_trace_column(prompt):
             return _NO_TRACE
         prefix = self.teacher_prefixes.prefix_of(prompt)
