@@ -48,7 +48,7 @@ SENTENCES: list[tuple[list[str], str]] = [
     (["policy.scheduler.7.name=x"], "policy.scheduler.7 does not exist: use an index in 0..2"),
     (
         ["policy.scheduler=[]", "policy.scheduler.0.name=x"],
-        "policy.scheduler.0 does not exist, because policy.scheduler is empty: set the complete list",
+        "policy.scheduler.0 does not exist, because policy.scheduler is empty: set policy.scheduler to a complete list",
     ),
     (
         ["distillation.num_prompts_per_step=0"],

@@ -230,7 +230,7 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
             missing = f"{key}.{max(entries)}"
             if not base:
                 problem = f"{missing} does not exist, because {key} is empty"
-                raise UserError(problem, "set the complete list", key=missing)
+                raise UserError(problem, f"set {key} to a complete list", key=missing)
             raise UserError(f"{missing} does not exist", f"use an index in 0..{len(base) - 1}", key=missing)
         return [merge(item, entries[i], f"{key}.{i}") if i in entries else item for i, item in enumerate(base)]
     if not (isinstance(base, dict) and isinstance(layer, dict)):

@@ -340,8 +340,8 @@ def _check_trace_source(context: ContextDistillationConfig, key: str) -> None:
         )
     if context.trace_source == "dynamic" and context.trace_extractor.type == "full_text":
         raise UserError(
-            f"{key}.trace_extractor.type=full_text with {key}.trace_source=dynamic shows the teacher the complete "
-            "response that it scores",
+            f"{key}.trace_extractor.type=full_text is not allowed with {key}.trace_source=dynamic, because the teacher "
+            "would read the complete response before it scores this response",
             "set type to think_tag, or trace_source to static_dataset",
             key=f"{key}.trace_extractor.type",
             value="full_text",
