@@ -214,9 +214,9 @@ def test_another_layout_resumes_from_a_checkpoint(root, runs) -> None:
 
 
 def test_a_finished_run_logs_that_all_steps_are_finished(root, runs) -> None:
-    assert "max_num_steps, or" not in runs[0][2][2]
+    assert "steps of the run are finished" not in runs[0][2][2]
     again = _run([_command(root, "full", "distillation.seed=7")])
-    assert again[0][0][0] == 0 and "all 4 steps" in again[0][0][2] and "max_num_steps, or" in again[0][0][2]
+    assert again[0][0][0] == 0 and "all 4 steps of the run are finished" in again[0][0][2]
     change = "distillation.seed was 42 and is 7"
     assert change in again[0][0][2] and "max_num_steps was" not in runs[0][2][2], (
         "a change of the steps is no difference"
