@@ -1,4 +1,4 @@
-"""Build a run: check the recipe, find the checkpoint, read the data and load the models, in this order."""
+"""Build a run: check the recipe, find the checkpoint, read the data, load the models, in this order."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 class ModelInputs:
     """Model inputs that are ready before weights are loaded: model files, export files, memory forecast.
 
-    ``export_files``: the files of a Hugging Face export except weights.
+    ``export_files``: the files of a Hugging Face export except weights; None if checkpoints are disabled or this is not
+    rank 0.
     """
 
     models: Models
@@ -73,7 +74,7 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Resume:
-    """Reader and writer of the run's checkpoints, the checkpoint to resume from, and the run's clock."""
+    """Reader and writer of checkpoints, the checkpoint to resume from, and the date for chat templates."""
 
     checkpoints: Checkpoints
     found: Found | None
@@ -83,13 +84,13 @@ class Resume:
 
 @dataclass(frozen=True)
 class Data:
-    """Input data of a run: training prompts, teacher prefixes and held-out (validation) problems."""
+    """Input data of a run: training prompts, builder of the teacher's prompts, validation prompts."""
 
     prompts: PromptOrder
     teacher_prefixes: TeacherPrefixes
     held_out: HeldOut
     hashes: dict[str, ContentHashes]
-    """Content hashes of this rank's input data, by configuration key such as data.train."""
+    """Maps a configuration key, such as data.train, to hashes of the data that this rank read."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class Start:
 def build_run(arguments: Arguments, world: World) -> Run:
     """Check the recipe, load the models and the checkpoint, and return the run; collective.
 
-    Raises UserError on all ranks for errors in the recipe or in the files that it names, in most cases before
-    any weight is loaded.
+    Raises UserError on all ranks for errors in the recipe or in the files that it names, in most cases before any
+    weight is loaded.
     """
     config = arguments.config
     world.supervisor.allow_loading(config.runtime.phase_timeout_s)
@@ -272,7 +273,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
 
 
 def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, start: Start) -> None:
-    """Load the checkpoint into student and teacher; log recipe and data changes since it was saved."""
+    """Load the checkpoint into student and teacher; log changes of recipe and data since the checkpoint."""
     has_optimizer = found.info["recipe"]["checkpointing"]["save_optimizer"]
     checkpoints.load(found.path, student.state(optimizer=has_optimizer) | teacher.state())
     student.resume(start.first_step)
@@ -296,7 +297,7 @@ def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: 
 def _validated_step(found: Found | None, start: Start) -> int:
     """Return the step whose validation is not repeated after a resume, or -1.
 
-    It is the checkpoint's step if the checkpoint has validation metrics and the held-out problems did not change.
+    Returns the checkpoint's step if the checkpoint has validation metrics and the validation problems did not change.
     """
     is_validated = found is not None and has_validation(found.info) and not start.history.validation_changes
     return start.first_step if is_validated else -1
@@ -315,7 +316,8 @@ def _stop_check(config: Config, world: World) -> StopCheck:
 def _warn_of_metric(config: Config) -> None:
     """Warn if the settings of checkpointing cannot select the best checkpoints.
 
-    Either metric_name is never measured, or its low values are the better ones although higher_is_better is true.
+    Either checkpointing.metric_name is never measured, or low values of this metric are better although
+    checkpointing.higher_is_better is true.
     """
     metric = config.checkpointing.metric_name or ""
     if not config.checkpointing.enabled:
@@ -329,7 +331,7 @@ def _warn_of_metric(config: Config) -> None:
     if metric.startswith("val:") and not validates(config):
         log.warning(
             "checkpointing.metric_name=%s is never measured, because distillation.val_period=0 and val_at_start and"
-            " val_at_end are false, so the newest checkpoints are kept",
+            " val_at_end are false, so the newest checkpoints are kept: set distillation.val_period to measure it",
             metric,
         )
 

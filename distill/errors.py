@@ -16,8 +16,8 @@ class UserError(ValueError):
     """Error in a setting or an input; the program prints one sentence and exits with code 2.
 
     ``problem``: the setting and the violated rule; ``fix``: the change that the user should make. str() returns
-    "problem: fix". ``key``: the configuration key or environment variable with the error, or "" if the
-    error is in a file; ``value``: the value of ``key``. Both are for callers and tests.
+    "problem: fix". ``key``: the configuration key or environment variable with the error, or "" if the error is in a
+    file; ``value``: the value of ``key``. Both are for callers and tests.
     """
 
     def __init__(self, problem: str, fix: str, key: str = "", value: object = None) -> None:

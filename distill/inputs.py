@@ -43,7 +43,7 @@ class Models:
     tokenizer: Any
     """The student's tokenizer."""
     teachers_tokenizer: Any
-    """Tokenizer for the teacher's prompts. Its token ids equal the student's; its chat template may differ."""
+    """Tokenizer for the teacher's prompts, with the student's token ids; its chat template may differ."""
     valid_vocab: int
     """Number of valid token ids, which start at 0; further rows of the embedding matrices are padding."""
     stop_token_ids: tuple[int, ...]
@@ -81,7 +81,8 @@ def find_models(config: Config) -> Models:
 def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None:
     """Raise UserError if a chat template fails to render an example.
 
-    The teacher's template is checked only if it renders prompts and differs from the student's.
+    The teacher's template is skipped if it is not used, or if it equals the student's template and has the same
+    arguments.
     """
     name = f"policy.tokenizer.name={config.policy.tokenizer.name}"
     kwargs, teacher_kwargs = config.policy.tokenizer.chat_template_kwargs, teacher_template_kwargs(config)[0]
@@ -95,7 +96,7 @@ def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None
 
 
 def _tokenizers(config: Config, student: ModelFiles, teacher: ModelFiles) -> tuple[Any, Any]:
-    """Return the tokenizers of student and teacher; one object if their files and chat templates are equal.
+    """Return the tokenizers of student and teacher; both are one object if files and templates are equal.
 
     If both models are the same and teacher.tokenizer.chat_template is null, the teacher uses
     policy.tokenizer.chat_template.
@@ -165,7 +166,7 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
 
 
 def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
-    """Return content hashes of the training data and of the tokenizers and chat templates that render it."""
+    """Return content hashes of the training data, the student's tokenizer and the chat templates."""
     context = config.distillation.context_distillation
     inputs = {
         **data_hashes(config.data.train, prompts.problems, context.trace_column),
@@ -200,11 +201,11 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
 
 
 def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, problems: Iterable[Problem]) -> None:
-    """Raise UserError if a problem's teacher prefix contains a token id without a row in the embedding.
+    """Raise UserError if the teacher's prompt for a problem contains a token id without an embedding row.
 
-    The check tokenizes every prefix, which takes minutes for large datasets. It is skipped if the embedding has a row
-    for every id of the tokenizer, which is the usual case. Prefixes with traces from responses are checked after
-    generation.
+    The check tokenizes the teacher's prompts (prefixes) of all problems, which takes minutes for large datasets. It is
+    skipped if the embedding has a row for every id of the tokenizer, which is the usual case. Prefixes with traces from
+    responses are checked after generation.
     """
     if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(prefixes, ContextPrefixes):
         return
@@ -215,10 +216,10 @@ def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, pr
 
 
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
-    """Return whether the teacher's prefixes contain traces.
+    """Return whether the teacher's prompts contain traces (reasoning texts).
 
-    This is true if teacher_prefix_template contains {trace} and the traces come from responses, or from a column with
-    at least one trace that is not empty.
+    This requires {trace} in teacher_prefix_template. If the traces come from a dataset column, at least one trace in
+    this column must not be empty.
     """
     if teacher_template(context.teacher_prefix_template).count("trace") == 0:
         return False
@@ -260,7 +261,7 @@ _EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
 def hashes_of(
     config: Config, order: PromptOrder, prefixes: TeacherPrefixes, held_out: HeldOut
 ) -> dict[str, ContentHashes]:
-    """Return content hashes of this rank's input data, by configuration key.
+    """Return a dict from configuration key, such as data.train, to hashes of the data that this rank read.
 
     The hashes of data.validation are empty if validation is disabled.
     """

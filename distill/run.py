@@ -62,7 +62,7 @@ class Run:
     sync: WeightSync
     checkpoints: Checkpoints
     export_files: ExportFiles | None
-    """Files of a Hugging Face export except weights; None if checkpoints are disabled or this is not rank 0."""
+    """Files of a Hugging Face export except weights; None on ranks other than 0 or without checkpoints."""
     recorder: Recorder
     validation: Validation
     sampling: Sampling
@@ -76,7 +76,7 @@ class Run:
     _step: int = 0
     _phases: Phases = field(default_factory=Phases)
     _dropped: dict[str, float] = field(default_factory=dict)
-    """Number of this rank's rollouts dropped in the current step, by reason."""
+    """Maps metric names to counts of this rank's kept and dropped rollouts and truncated teacher prefixes."""
     _values: dict[str, float] = field(default_factory=dict)
     """Metrics of the last finished step, reduced over all ranks."""
 
@@ -105,9 +105,9 @@ class Run:
     def add_prefixes(self, generated: list[Rollout], metrics: Metrics) -> list[Rollout]:
         """Add the teacher prefix to each rollout of this rank; collective.
 
-        Rollouts for which no teacher prefix can be built are dropped. If
-        distillation.context_distillation.metrics.enabled is true, the numbers of dropped rollouts and truncated
-        prefixes are added to ``metrics``.
+        The teacher prefix is the token ids that the teacher reads before the response. Rollouts for which no teacher
+        prefix can be built are dropped. If distillation.context_distillation.metrics.enabled is true, the numbers of
+        dropped rollouts and truncated prefixes are added to ``metrics``.
         """
         with self.world.all_or_none("building the teacher's prefixes"):
             prefixed, counts = self.teacher_prefixes.add(generated)
@@ -164,8 +164,8 @@ class Run:
     def save(self, step: int, exports: bool) -> None:
         """Start a background write of the checkpoint for ``step`` finished steps; collective.
 
-        ``exports``: whether the checkpoint includes a Hugging Face export. Raises RunFailed on all ranks if a weight is
-        not finite.
+        ``exports``: whether the checkpoint includes a Hugging Face export. Raises RunFailed on all ranks if a weight or
+        an optimizer tensor contains nan or inf.
         """
         info = {
             "step": step,

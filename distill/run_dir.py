@@ -1,4 +1,4 @@
-"""Create the run directory, with the recipe, the package versions and the changes at each resume."""
+"""Create the run directory, and write the recipe, the package versions and the changes at each resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers", "vllm", "triton", "safetensors", "datasets
 
 
 def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
-    """Create the run directory and return its path; called on the main rank only.
+    """Create the run directory and return its path; called on rank 0 only.
 
     Writes the resolved recipe, the package versions, and the differences in recipe and data detected at each resume.
     """
@@ -38,7 +38,7 @@ def start_run_dir(arguments: Arguments, history: RunHistory) -> Path:
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:
-    """Create a directory and return its path: ``run_dir``, or a new ``log_dir/exp_NNN`` if it is None."""
+    """Create and return the directory ``run_dir``, or a new ``log_dir/exp_NNN`` if ``run_dir`` is None."""
     try:
         if run_dir is not None:
             path = Path(run_dir)

@@ -24,15 +24,15 @@ Sums and counts are added over micro-batches and ranks; the metric is then sum /
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of a dataset, before the prompt file and the chat template are applied."""
+    """One row of a dataset, before the prompt file (a text template) and the chat template are applied."""
 
     text: str
     answer: str = ""
-    """The gold answer; empty if the dataset has none."""
+    """The gold (reference) answer; empty if the dataset has none."""
     source: str = ""
     """Path or hub name of the dataset."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Values of other columns that the recipe names, for example a precomputed trace, by column name."""
+    """Maps the names of other dataset columns that the run uses to values, for example a reasoning trace."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Prompt:
     """The student's prompt for a problem, as token ids."""
 
     prompt_id: int
-    """Index of the problem in the dataset, counting repeated rows; stable across epochs and restarts."""
+    """Index of the problem among all rows of the datasets; stable across epochs and restarts."""
     student_ids: tuple[int, ...]
     """Token ids of the prompt, including the chat template and its generation prompt."""
     problem: Problem
     inside_thought: bool = False
-    """Whether the prompt ends inside a think block, for example because the chat template adds ``<think>``."""
+    """Whether the prompt ends inside a think block, for example if the chat template adds ``<think>``."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Rollout:
     response_ids: tuple[int, ...]
     """The R >= 1 token ids of the response, including the stop token if the response ends with one."""
     logprobs: tuple[float, ...]
-    """The sampler's log-probs of the R response tokens, in nats, at the sampling temperature."""
+    """Log-probs of the R response tokens in nats, from the generation engine, at the sampling temperature."""
     finish: Literal["stop", "length"]
     version: int
     """Version of the weights that generated the response.
@@ -104,7 +104,8 @@ class Rollout:
 class SharedPrefixes:
     """Mapping between the S positions of a micro-batch's sequences and the T positions that are computed.
 
-    T is smaller than S if several sequences share a prefix, which is then computed once.
+    T is smaller than S if several sequences share a prefix (the tokens before the response). A shared prefix is
+    computed once.
     """
 
     expand_S: Tensor
@@ -121,11 +122,12 @@ class SharedPrefixes:
 class SequenceShards:
     """Distribution of a packed micro-batch's T positions over R ranks that compute it together.
 
-    Each rank gets M positions. If T < R * M, the remaining R * M - T slots are padding, to which no position attends.
+    Each rank has M slots for positions. If T < R * M, the remaining R * M - T slots are padding, to which no position
+    attends.
     """
 
     slot_T: Tensor
-    """int64 [T]: for each position, its slot: an index into the R ranks' parts, concatenated."""
+    """int64 [T]: for each position, the index of its slot among all R * M slots, ordered by rank."""
     position_P: Tensor
     """int64 [R * M]: for each slot, the index of its position; 0 for a padding slot."""
 
@@ -139,9 +141,9 @@ class View:
     """Input of one model for a packed micro-batch: B sequences concatenated without padding.
 
     S is the total length of the sequences. If sequences share a prefix that is computed once, T is smaller than S and
-    ``shared`` maps the positions; otherwise T is S. With ``shards`` several ranks compute the micro-batch together:
-    ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but ``bounds`` and ``shared``
-    describe the complete micro-batch.
+    ``shared`` maps the S positions to the T positions; otherwise T is S. With ``shards`` several ranks compute the
+    micro-batch together: ``tokens_T``, ``positions_T`` and ``rows_N`` are then this rank's part (M positions), but
+    ``bounds`` and ``shared`` describe the complete micro-batch.
     """
 
     tokens_T: Tensor
@@ -169,11 +171,11 @@ class View:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward and backward pass on one rank: both models' views of N response tokens.
+    """Input of one forward and backward pass on one rank: packed sequences with N response tokens.
 
-    Row n of the student's view and row n of the teacher's view predict the same token, ``sampled_N[n]``. With tensor
-    parallelism the ranks of a tensor-parallel group train the same rows, and each rank's teacher view has a contiguous
-    part of these rows; ``rows_per_tp_rank`` has the sizes of the parts.
+    A view is the input of one model. Row n of the student's view and row n of the teacher's view predict the same
+    token, ``sampled_N[n]``. With tensor parallelism the ranks of a tensor-parallel group train the same rows, and each
+    rank's teacher view has a contiguous part of these rows; ``rows_per_tp_rank`` has the sizes of the parts.
     """
 
     student: View
@@ -181,7 +183,7 @@ class MicroBatch:
     sampled_N: Tensor
     """int64 [N]: sampled response token of each row."""
     sampled_logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs of the response tokens."""
+    """float32 [N]: the generation engine's log-probs of the response tokens."""
     weight_N: Tensor
     """float32 [N]: loss weight of each row: 1, or 0 in the dummy sequence of an empty micro-batch."""
     rollout_N: Tensor
@@ -273,9 +275,9 @@ class TopK:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's final hidden state for each response token, and its LM head.
+    """The teacher's final hidden state for each response token, and the teacher's LM head.
 
-    The loss computes the teacher's logits from them in chunks.
+    The loss computes the teacher's logits from both, one chunk of tokens at a time.
     """
 
     hidden_ND: Tensor

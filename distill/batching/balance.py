@@ -1,8 +1,8 @@
 """Balance the work of data-parallel ranks: pack sequences into rounds of one micro-batch per rank.
 
 In round k every rank computes its k-th micro-batch. All ranks wait for the slowest rank of each round. The cost of a
-micro-batch estimates its computation time, in units of the time of one token. A bin is a micro-batch to be filled with
-sequences.
+micro-batch estimates its computation time, in units of the computation time of one token. A bin is a micro-batch to be
+filled with sequences.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Protocol
 ROUND_COST = 500
 """Fixed cost of a round of micro-batches: the time to gather the weights and to reduce the gradients.
 
-The unit is the computation time of one token. A round transfers about 8 bytes per parameter, and a token needs about 8
-FLOPs per parameter. The cost in tokens is therefore the number of FLOPs per transferred byte: 500 to 1000 at 150
-TFLOP/s and 150 to 300 GB/s. Part of the transfer overlaps with computation. The exact value matters little: it only
-decides between assignments of nearly equal time.
+In a round every rank computes one micro-batch. The unit is the computation time of one token. With P parameters, a
+round transfers about 8 P bytes, and a token needs about 8 P FLOPs. The cost is therefore (FLOP/s) / (bytes/s): 500 to
+1000 tokens at 150 TFLOP/s and 150 to 300 GB/s. Part of the transfer overlaps with computation. The exact value matters
+little: it only decides between assignments of nearly equal time.
 """
 BISECTION_STEPS = 12
-"""Number of bisection steps in the search of ``balance`` for the lowest cost limit of all rounds."""
+"""Number of bisection steps with which ``balance`` searches for the lowest cost limit per micro-batch."""
 
 
 class Limits(Protocol):
@@ -54,16 +54,16 @@ def quadratic_cost(
 ) -> float:
     """Return the factor q in the cost n + q n^2 of training on a sequence of n tokens.
 
-    A sequence needs a n + b n^2 FLOPs, and q is b / a. The quadratic term is attention. The function counts forward
-    FLOPs, two per multiply-add. Backward and recomputation scale both terms by the same factor, so q
-    does not depend on them.
+    The cost is in units of the cost of one token. A sequence needs a n + b n^2 FLOPs, and q is b / a. The quadratic
+    term is attention. The function counts forward FLOPs, two per multiply-add. Backward and recomputation scale both
+    terms by the same factor, so q does not depend on them.
 
     - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
       2 * 2 * hidden * kv_heads * head_dim for keys and values, and 3 * 2 * hidden * intermediate for the gated MLP.
     - FLOPs per token in the LM head: 2 * hidden * vocab. Nearly all tokens are response tokens, which need the head.
     - FLOPs per pair of query and key in each layer: 2 * 2 * heads * head_dim for the score and the weighted value. A
-      sequence of n tokens has n^2 / 2 pairs. A layer with sliding-window attention has n * window pairs instead, which
-      count as FLOPs per token; ``windowed`` is the number of these layers.
+      sequence of n tokens has n^2 / 2 pairs. A layer with sliding-window attention has n * window pairs instead, whose
+      FLOPs are part of a n; ``windowed`` is the number of these layers.
     """
     pair = 4 * heads * head_dim
     token = 4 * hidden * head_dim * (heads + kv_heads) + 6 * hidden * intermediate
@@ -73,17 +73,17 @@ def quadratic_cost(
 def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, limits: Limits) -> list[list[list[int]]]:
     """Pack sequences into rounds of one micro-batch per rank; return the sequence ids by round and rank.
 
-    ``tokens`` and ``cost`` map sequence ids to numbers of tokens and to costs. A bin is a micro-batch within
-    ``limits``. It may be empty. A sequence that exceeds the limits is the only sequence of its bin. All ranks wait for
-    the slowest bin of each round, so the function minimises the sum over rounds of the largest bin cost. The search is
-    heuristic. Two strategies propose assignments; both place the most expensive sequences first:
+    ``tokens`` maps each sequence id to its number of tokens, and ``cost`` maps it to its cost. A bin is a micro-batch
+    within ``limits``. It may be empty. A sequence that exceeds the limits is the only sequence of its bin. All ranks
+    wait for the slowest bin of each round, so the function minimises the sum over rounds of the largest bin cost. The
+    search is heuristic. Two strategies propose assignments; both place the most expensive sequences first:
 
     - Fill all rounds together: each sequence goes to the cheapest bin. This is best if the limits rarely restrict the
       choice.
-    - Fill one round after the other: each sequence goes to the most expensive bin of the round whose cost stays within
-      a cost limit. The limit is the cost of the round's first sequence, which determines the duration of the round, or
-      a limit common to all rounds, if that is higher. A bisection searches for the lowest common limit with which all
-      sequences fit. A round with a long sequence then gets as much work as possible, and the other rounds get less.
+    - Fill one round after the other: each sequence goes to the round's most expensive bin that stays within a cost
+      limit. The limit of a round is max(cost of its first sequence, common limit). A bisection searches for the lowest
+      common limit with which all sequences fit. A round with a long sequence then gets as much work as possible, and
+      the other rounds get less.
 
     The number of rounds is the smallest for which a strategy places all sequences. One more round is used if it saves
     more than ``ROUND_COST``. In each round the rank with the least work so far gets the most expensive bin.
@@ -112,8 +112,9 @@ def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, li
 def fewest_rounds(tokens: Mapping[int, int], ranks: int, limits: Limits) -> int:
     """Return a lower bound of the number of rounds of micro-batches that ``limits`` require.
 
-    The bound is the larger of two quotients: all tokens divided by the maximum number of tokens in a round, and all
-    sequences divided by the maximum number of sequences in a round. A round has one micro-batch per rank.
+    A round has one micro-batch per rank. ``tokens`` maps each sequence id to its number of tokens. With T tokens in all
+    N sequences, the bound is max(T / (ranks * limits.tokens), N / (ranks * limits.sequences)), rounded up. A limit
+    of None is ignored. A sequence longer than limits.tokens counts as limits.tokens.
     """
     by_tokens = 1 if limits.tokens is None else sum(min(n, limits.tokens) for n in tokens.values()) / limits.tokens
     by_sequences = 1 if limits.sequences is None else len(tokens) / limits.sequences
@@ -132,20 +133,21 @@ class _Balancer:
     limits: Limits
 
     def load(self, members: Sequence[int]) -> float:
-        """Return the total cost of the sequences ``members`` of a bin."""
+        """Return the total cost of the sequences with ids ``members``, which are in one bin (micro-batch)."""
         return sum(self.cost[i] for i in members)
 
     def time(self, bins: Bins) -> float:
         """Return the estimated time of all rounds: the sum over rounds of the largest bin cost.
 
-        The bins are grouped into rounds in order of descending cost, which minimises this sum.
+        A bin is a micro-batch, and a round has one bin per rank. The bins are grouped into rounds in order of
+        descending cost, which minimises this sum.
         """
         return sum(sorted(map(self.load, bins), reverse=True)[:: self.ranks])
 
     def candidates(self, num_rounds: int) -> list[Bins]:
-        """Return possible assignments of all sequences to the bins of ``num_rounds`` rounds.
+        """Return possible assignments of all sequences to the bins (micro-batches) of ``num_rounds`` rounds.
 
-        The list is empty if no strategy can place all sequences.
+        The list is empty if neither strategy of ``balance`` can place all sequences.
         """
         most_expensive_first = sorted(self.tokens, key=lambda i: (-self.cost[i], i))
         bins, left = self.fill(most_expensive_first, num_rounds * self.ranks)
@@ -169,7 +171,8 @@ class _Balancer:
     def fill_rounds(self, most_expensive_first: list[int], num_rounds: int, max_cost: float) -> tuple[Bins, list[int]]:
         """Fill the bins of one round after the other; return the bins and the sequences that did not fit.
 
-        The cost limit of a round's bins is ``max_cost``, or the cost of the round's first sequence, if that is higher.
+        A bin is a micro-batch; a round has one per rank. ``most_expensive_first``: sequence ids by descending cost. The
+        cost limit of a round's bins is max(``max_cost``, cost of the round's first sequence).
         """
         bins: Bins = []
         left = most_expensive_first
@@ -182,9 +185,9 @@ class _Balancer:
     def fill(self, order: list[int], num_bins: int, max_cost: float | None = None) -> tuple[Bins, list[int]]:
         """Put each sequence into a bin within ``limits``; return the bins and the sequences that did not fit.
 
-        ``order`` is the order in which the sequences are placed. Without ``max_cost`` a sequence goes to the cheapest
-        bin. With ``max_cost`` it goes to the most expensive bin that costs at most ``max_cost`` including the sequence.
-        An empty bin accepts every sequence.
+        A bin is a micro-batch. ``order`` has the sequence ids in the order in which they are placed. Without
+        ``max_cost`` a sequence goes to the cheapest bin in which it fits. With ``max_cost`` it goes to the most
+        expensive bin that costs at most ``max_cost`` including the sequence. An empty bin accepts every sequence.
         """
         bins: Bins = [[] for _ in range(num_bins)]
         filled = [0] * num_bins

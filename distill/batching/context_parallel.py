@@ -1,10 +1,11 @@
-"""Shard micro-batches over the ranks of a group: token positions and loss rows of each rank.
+"""Shard micro-batches over the ranks of a group: assign token positions and loss rows to each rank.
 
 A group consists of the ranks that compute one micro-batch together. A loss row is one response token. A view is the
-packed input of one model, student or teacher. The functions are pure. The ranks of a group exchange keys and values
-inside attention, so a rank can have arbitrary positions. In the views of both models a rank has the positions that
-predict its loss rows. Hidden states, targets and losses are therefore never communicated. Positions without a loss row
-(prompt tokens) go to the ranks with the fewest positions.
+packed input of one model, student or teacher. All functions are pure.
+
+The ranks of a group exchange keys and values inside attention, so a rank can compute arbitrary token positions. In both
+views a rank computes the positions that predict the tokens of its loss rows. Hidden states, targets and losses are
+therefore never communicated. Positions without a loss row (prompt tokens) go to the ranks with the fewest positions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
     A teacher group is a set of ranks that shard the teacher's input. ``group`` has one micro-batch per data-parallel
     rank of the teacher group, in order of rank. The teacher computes them as one packed micro-batch, sharded over the
     teacher group. The student trains only on the micro-batch of this rank's data-parallel group, sharded over the
-    context-parallel ranks. The result has this rank's part of both inputs.
+    context-parallel ranks. The result has this rank's part of the student's and of the teacher's input.
     """
     if layout.teacher_size == 1:
         (complete,) = group
@@ -58,8 +59,9 @@ def split(group: Sequence[MicroBatch], layout: Layout) -> MicroBatch:
 def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
     """Distribute the loss rows of a micro-batch over ranks; return each rank's row numbers, ascending.
 
-    The ranks get nearly equal numbers of rows. The first rank gets the first row of every response, because responses
-    with a shared prefix use the same position for their first row, and only one rank may have a position.
+    A loss row is one response token. The ranks get nearly equal numbers of rows. The first rank gets the first row of
+    every response: responses with a shared prefix use the same position for their first row, and each position belongs
+    to one rank.
     """
     rollout_N = micro_batch.rollout_N
     total = len(rollout_N)
@@ -77,8 +79,8 @@ def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
     """Return the part of a packed input that rank ``rank`` of the group computes.
 
-    ``view`` is the packed input of one model. ``rows[r]`` has the numbers of the loss rows of rank r, in ascending
-    order. A rank gets the positions that predict its loss rows, and a share of the remaining positions.
+    ``view`` is the packed input of one model. ``rows[r]`` has the numbers of the loss rows (response tokens) of rank r,
+    in ascending order. A rank gets the positions that predict its loss rows, and a part of the remaining positions.
     """
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)
@@ -113,7 +115,7 @@ def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
 
 
 def join(views: Sequence[View]) -> View:
-    """Concatenate packed inputs of one model into one; the order of the loss rows is preserved."""
+    """Concatenate packed inputs of one model into one packed input, in the given order."""
     if len(views) == 1:
         return views[0]
     tokens = slots = 0

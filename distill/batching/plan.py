@@ -16,35 +16,39 @@ from distill.batching.context_parallel import split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Maximum costs of a group of responses with a shared prefix, all tried by ``balance_responses``.
+"""Maximum costs that ``balance_responses`` tries for a group of responses with a shared prefix.
 
-The unit is the cost of all responses of the optimizer batch, divided by the number of data-parallel ranks.
+The unit is (cost of all responses of the optimizer batch) / (number of data-parallel ranks).
 """
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Size limits of optimizer batches and micro-batches, and settings of the packing."""
+    """Size limits of optimizer batches and micro-batches, and settings for packing responses into them."""
 
     optimizer_batch: int
-    """Number of responses in an optimizer batch."""
+    """Maximum number of responses in an optimizer batch, which is the data of one optimizer update."""
     sequences: int | None
     """Maximum number of responses in a micro-batch; None means no limit on this number."""
     tokens: int | None
     """Maximum number of tokens in a micro-batch; None means no limit.
 
-    A response counts with its prefix (the longer one of student and teacher), even if responses share the prefix. A
-    response that exceeds the limit is the only response of its micro-batch.
+    Every response counts with its prefix, even if responses share the prefix. The prefix is the text before the
+    response; if it differs between student and teacher, the longer one counts. A response that exceeds the limit is the
+    only response of its micro-batch.
     """
     quadratic: float = 0.0
     """Factor q in the cost n + q n^2 of training on a sequence of n tokens; see ``quadratic_cost``."""
     share_prefixes: bool = True
-    """Whether responses with the same prefix share the computation of the prefix in a micro-batch."""
+    """Whether a micro-batch computes a prefix once if several responses have it.
+
+    A prefix is the text before the response.
+    """
     expected: int | None = None
     """Number of responses of a step before filtering; None means that responses are not filtered.
 
     This number determines the number of optimizer batches, over which the remaining responses are distributed evenly.
-    Otherwise the last batch could be small, but have the same effect as a full batch.
+    Otherwise the last batch could have few responses, but the same influence on the weights as a full batch.
     """
 
 
@@ -97,10 +101,10 @@ def balance_responses(
 ) -> list[list[list[int]]]:
     """Assign the responses of an optimizer batch to rounds of one micro-batch per rank.
 
-    ``members`` and the result are indices into ``rollouts``; the result is nested by round and rank. A micro-batch may
-    be empty. Responses with the same prefix are assigned in groups. The function tries several maximum group costs and
-    returns the assignment with the lowest estimated time: larger groups process fewer tokens, but smaller groups
-    balance the ranks better.
+    In a round every data-parallel rank computes one micro-batch, which may be empty. ``members`` and the result are
+    indices into ``rollouts``; the result is nested by round and rank. Responses with the same prefix are assigned in
+    groups. Larger groups repeat the prefix less often, but smaller groups balance the ranks better. The function
+    therefore tries several maximum group costs and returns the assignment with the lowest estimated time.
     """
     costs = _ResponseCosts(rollouts, members, packing_config)
     candidates = []
@@ -137,8 +141,8 @@ class _ResponseCosts:
     def cost(self, responses: Sequence[int]) -> float:
         """Return the cost of training on a micro-batch of ``responses``, in units of the cost of one token.
 
-        The cost is the number of tokens, with each shared prefix counted once, plus q n^2 for each response of n tokens
-        (prefix included). q is ``PackingConfig.quadratic``.
+        The cost is the number of tokens, with each shared prefix counted once, plus q n^2 for each response. n is the
+        number of tokens of response and prefix; q is ``PackingConfig.quadratic``.
         """
         prefixes = {self.first_with_prefix[i] for i in responses}
         tokens = sum(self.reads[i] - self.prefix_reads[i] for i in responses)
@@ -146,7 +150,7 @@ class _ResponseCosts:
         return tokens + self.config.quadratic * sum(self.reads[i] ** 2 for i in responses)
 
     def groups(self, max_cost: float) -> list[list[int]]:
-        """Group responses with the same prefix, shortest first; return the response indices by group.
+        """Group responses with the same prefix, shortest first; return the response indices of each group.
 
         A group of several responses costs at most ``max_cost`` and fits into one micro-batch. If the configuration
         limits the number of responses in a micro-batch, every group has one response, because larger groups might
@@ -175,9 +179,9 @@ def _tokens_read(rollout: Rollout) -> int:
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
     """Pack rollouts into one micro-batch: concatenate prefixes and responses without padding.
 
-    ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n refers to response token n. In
-    the input of each model, it uses the position of the previous token, which predicts token n. With ``share`` a
-    repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence of one token
+    ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n belongs to response token n. In
+    the input of each model, row n refers to the position of the token before it, which predicts token n. With ``share``
+    a repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence of one token
     with one row of weight 0, so that every rank runs the same collectives.
     """
     if not members:

@@ -1,6 +1,6 @@
 """Sharded checkpoints, written in the background and verified before they are loaded.
 
-A checkpoint's directory gets its final name when all files are written.
+A checkpoint's directory gets its final name after all files are written.
 """
 
 from distill.checkpoint.checkpoints import Checkpoints, Found, has_validation

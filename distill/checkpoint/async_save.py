@@ -31,7 +31,10 @@ class WriteResult:
     error: Exception | None = None
     """Error of the failed write; None after success. If several ranks failed, an OSError takes precedence."""
     checksums: Checksums = field(default_factory=dict)
-    """Size and SHA-256 of each file that this rank wrote; empty after a failed write."""
+    """Maps the path of each file that this rank wrote to its size and SHA-256; empty after a failed write.
+
+    The paths are relative to the checkpoint.
+    """
     expected: frozenset[str] = frozenset()
     """Paths of the tensor files of all ranks, relative to the checkpoint; empty after a failed write."""
 
@@ -39,9 +42,10 @@ class WriteResult:
 class Write:
     """Background write of tensors to ``folder/shards``; the constructor is collective over ``group``.
 
-    The constructor copies the tensors to host memory, so the caller may change them afterwards. ``group`` must not be
-    used for other collectives. ``files``: contents of additional files of this rank, by path relative to ``folder``.
-    The background thread is a daemon thread, so the process can exit before the write has finished.
+    The constructor copies the tensors to host memory, so the caller may change them afterwards. ``tensors`` maps names
+    to tensors. ``group`` must not be used for other collectives; None without torch.distributed. ``files`` maps the
+    path of each additional file of this rank, relative to ``folder``, to its content. The background thread is a daemon
+    thread, so the process can exit before the write has finished.
     """
 
     def __init__(
@@ -67,7 +71,10 @@ class Write:
         return self._result
 
     def wait(self) -> None:
-        """Wait until the write has finished; record a heartbeat whenever more tensors have been written."""
+        """Wait until the write has finished.
+
+        Report progress to the watchdog whenever more tensors have been written.
+        """
         seen = self._tensors_written
         while self._thread.is_alive():
             self._thread.join(1.0)

@@ -63,12 +63,13 @@ class Found:
 
     path: Path
     info: dict[str, Any]
-    """Content of training_info.json: the ``info`` passed to ``Checkpoints.save``, ``files``, ``metrics``.
+    """Content of training_info.json: the ``info`` passed to ``Checkpoints.save``, plus two more keys.
 
-    ``files`` has the checksums of the files, and ``metrics`` the metrics added by ``Checkpoints.record_metrics``.
+    ``files`` maps the path of each file to its size and SHA-256. ``metrics`` maps names to the values that
+    ``Checkpoints.record_metrics`` added; it may be missing.
     """
     history: list[dict[str, float | None]]
-    """Rows of the run's metrics.jsonl up to the checkpoint's step; empty except on the main rank."""
+    """Rows of the run's metrics.jsonl up to the checkpoint's step; empty on ranks other than 0."""
 
 
 @dataclass
@@ -85,10 +86,10 @@ class _Pending:
 class Checkpoints:
     """Manager of the ``step_N`` directories in ``checkpointing.checkpoint_dir``.
 
-    Tensors are stored by name and offset, so a checkpoint can be loaded on any number of ranks. ``save`` copies the
-    tensors to host memory, and a thread writes them to ``tmp_step_N``. When every rank has written its shards,
-    ``finalize_pending`` renames the directory to ``step_N``. Only one write runs at the same time. All methods except
-    ``due`` are collective.
+    N is the number of finished training steps. Each shard is stored with its tensor's name and its offset in the
+    tensor, so a checkpoint can be loaded on any number of ranks. ``save`` copies the tensors to host memory, and a
+    thread writes them to ``tmp_step_N``. After every rank has written its shards, ``finalize_pending`` renames the
+    directory to ``step_N``. Only one checkpoint is written at a time. All public methods except ``due`` are collective.
     """
 
     def __init__(self, config: CheckpointingConfig, world: World) -> None:
@@ -106,7 +107,7 @@ class Checkpoints:
         """Texts of the warnings that ``_warn_once`` has logged, so that each text is logged only once."""
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether to save a checkpoint after ``step`` finished steps; ``last``: the run ends here."""
+        """Return whether to save a checkpoint after ``step`` finished steps; ``last``: whether the run ends."""
         period = self._config.save_period
         return self._config.enabled and (last or (period > 0 and step % period == 0))
 
@@ -132,7 +133,7 @@ class Checkpoints:
             if not _wait_for_file(main_probe):
                 raise UserError(
                     f"{_KEY}={self._config.checkpoint_dir} is not the same directory on all ranks (rank"
-                    f" {self._world.rank} cannot see a file that rank 0 wrote)",
+                    f" {self._world.rank} does not find a file that rank 0 wrote)",
                     "choose a directory on a file system that all nodes share",
                     key=_KEY,
                     value=self._config.checkpoint_dir,
@@ -193,7 +194,8 @@ class Checkpoints:
     def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
         """Rename damaged checkpoints, so that the next resume ignores them; collective.
 
-        ``damaged``: maps checkpoint names to reasons. ``intact``: the checkpoint that the run resumes from.
+        ``damaged`` maps the directory name of each damaged checkpoint to the reason. ``intact``: the checkpoint that
+        the run resumes from.
         """
         with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
             if self._world.is_main:
@@ -207,10 +209,10 @@ class Checkpoints:
                     )
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Read the tensors of the checkpoint ``path`` into ``tensors`` (by name), in place; collective.
+        """Read the tensors of the checkpoint ``path`` into ``tensors``, in place; collective.
 
-        Raises UserError if a tensor is missing in the checkpoint or has another shape there. Raises RunFailed if a file
-        of the checkpoint cannot be read.
+        ``tensors`` maps the name of each tensor to load to its destination. Raises UserError if a tensor is missing in
+        the checkpoint or has another shape there. Raises RunFailed if a file of the checkpoint cannot be read.
         """
         reader = ShardsReader(path / SHARDS)
         with self._world.all_or_none("reading the shapes of the checkpoint's tensors"):
@@ -236,7 +238,7 @@ class Checkpoints:
             self._raise_read_failed(path, {rank: read_error(error) for rank, error in errors.items()})
 
     def _raise_read_failed(self, path: Path, errors: Mapping[int, CheckpointError]) -> None:
-        """Raise RunFailed if ``errors``, the read errors by rank, is not empty.
+        """Raise RunFailed if ``errors`` is not empty; ``errors`` maps ranks to their read errors.
 
         A permanent error takes precedence over transient errors.
         """
@@ -255,13 +257,14 @@ class Checkpoints:
         history: Path | None = None,
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Start writing the checkpoint ``step_N`` in the background; collective.
+        """Start writing the checkpoint of step ``step`` in the background; collective.
 
-        First completes the previous checkpoint. ``finalize_pending`` later completes this checkpoint. ``tensors`` are
-        copied before ``save`` returns. ``info``: JSON values for training_info.json. ``export`` is called on all ranks
-        with the checkpoint's directory and writes additional files. It may raise an exception on only some ranks, but
-        not before its last collective. ``history``: path of the run's metrics.jsonl; the rows up to ``step`` are copied
-        into the checkpoint. ``files``: contents of small files of this rank, by path inside the checkpoint.
+        First completes the previous checkpoint. ``finalize_pending`` later completes this checkpoint. ``tensors`` (by
+        name) are copied before ``save`` returns. ``info``: JSON values for training_info.json. ``export``: called on
+        all ranks with the checkpoint's directory, to write additional files; if it raises an exception on only some
+        ranks, it must do so after its last collective. ``history``: path of the run's metrics.jsonl; the rows up to
+        ``step`` are copied into the checkpoint. ``files`` maps the path, inside the checkpoint, of each small file of
+        this rank to its content.
         """
         self.finalize_pending(block=True)
         folder = self._dir / f"{_UNFINISHED}step_{step}"
@@ -281,10 +284,11 @@ class Checkpoints:
         self._pending = _Pending(step, folder, dict(info), history, write)
 
     def finalize_pending(self, block: bool) -> None:
-        """Complete the last saved checkpoint if all ranks have written it, then remove old checkpoints.
+        """Complete the checkpoint that is being written, if all ranks have written their parts; collective.
 
-        Collective. ``block``: wait until the background write has finished. If the write failed, raises UserError on
-        all ranks for a disk error and RuntimeError for any other error; earlier checkpoints are kept.
+        Then removes the checkpoints that checkpointing.keep_top_k does not keep. ``block``: whether to wait until the
+        background write has finished. If the write failed, raises UserError on all ranks for a disk error, and
+        RuntimeError for any other error; earlier checkpoints are then kept.
         """
         pending = self._pending
         if pending is None:
@@ -349,9 +353,9 @@ class Checkpoints:
     def record_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Add metrics to the checkpoint of ``step``, if that checkpoint exists; then remove old checkpoints.
 
-        Collective. ``values``: metrics of the weights after ``step`` steps, by logged name such as ``train/loss``; all
-        ranks must pass the same names. Only validation metrics and the metric that checkpointing.metric_name selects
-        are stored.
+        Collective. ``values`` maps logged names, such as ``train/loss``, to the metrics after ``step`` training steps;
+        all ranks must pass the same names. Only validation metrics and the metric that checkpointing.metric_name
+        selects are stored.
         """
         if not self._config.enabled:
             return
@@ -392,7 +396,7 @@ class Checkpoints:
 
     @property
     def _metric(self) -> str:
-        """Return metric_name in the notation of the logs, such as validation/accuracy; "" if metric_name is null."""
+        """Return checkpointing.metric_name as in the logs, such as validation/accuracy; "" if it is null."""
         kind, _, name = (self._config.metric_name or "").partition(":")
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 
@@ -437,7 +441,7 @@ class Checkpoints:
 
 
 def _wait_for_file(file: Path) -> bool:
-    """Wait until ``file`` is visible on this node; return False after _VISIBLE_WITHIN_S seconds.
+    """Wait up to _VISIBLE_WITHIN_S seconds until ``file`` is visible on this node; return whether it is.
 
     A network file system may show a new file with a delay.
     """

@@ -1,7 +1,7 @@
 """Lock a checkpoint directory, so that only one run writes to it.
 
-The package ``filelock`` is not used: its lock file remains after a run is killed on a file system without locks, and
-the lock of a failed machine cannot be taken over.
+The package ``filelock`` is not used, because its lock of a failed machine cannot be taken over. On a file system
+without locks, its lock file also remains after a run is killed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from distill.supervise.progress import heartbeat
 log = logging.getLogger(__name__)
 
 WAIT_S = 120.0
-"""Seconds to wait while another run holds the lock, because that run may be exiting."""
+"""Time in seconds to wait for a lock that another run holds, because that run may be exiting."""
 FILE = ".owner"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class DirectoryLock:
-    """Exclusive lock on ``folder``, held until the process exits; only the main rank creates it.
+    """Exclusive lock on the directory ``folder``, held until the process exits.
 
-    The operating system releases the lock when the process ends. A file server may keep the lock of a failed machine,
-    so a requeued Slurm job takes over the lock of its earlier start. If the file system does not support locks, a
-    warning is logged. Raises UserError if another process holds the lock for WAIT_S seconds. ``key``: configuration key
-    of the directory, used in messages.
+    Only rank 0 creates a lock. The operating system releases the lock when the process ends. A file server may keep the
+    lock of a failed machine, so a requeued Slurm job takes over the lock that its earlier start left. If the file
+    system does not support locks, a warning is logged and nothing is locked. Raises UserError if another run holds the
+    lock for WAIT_S seconds. ``key``: configuration key of the directory, used in messages.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -72,7 +72,8 @@ class DirectoryLock:
     def check(self) -> None:
         """Raise UserError if the lock file names another run.
 
-        On some file systems a lock is valid on one machine only, so a run on another machine may use the directory.
+        On some file systems, a lock has no effect on other machines, so a run on another machine may have taken over
+        the directory.
         """
         owner = self._read()
         if owner != self._token:
@@ -103,7 +104,7 @@ class DirectoryLock:
 
 
 def _slurm_start() -> str:
-    """Return `` in start N of job M`` for the lock file; empty outside Slurm."""
+    """Return the text `` in start N of job M`` for the lock file; "" outside Slurm."""
     job = slurm.start_of_job()
     return "" if job is None else f" in start {job[1]} of job {job[0]}"
 

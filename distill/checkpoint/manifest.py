@@ -41,7 +41,7 @@ Checksums = dict[str, dict[str, int | str]]
 class CheckpointError(Exception):
     """Error of a checkpoint that is damaged or cannot be read.
 
-    ``retryable``: whether the cause is a transient I/O error, so that the files may be undamaged.
+    ``retryable``: whether the cause is a transient I/O error; the files may then be undamaged.
     """
 
     def __init__(self, reason: str, retryable: bool = False) -> None:
@@ -54,12 +54,15 @@ class CheckpointError(Exception):
 
 
 def checksums_of(folder: Path, names: Iterable[str]) -> Checksums:
-    """Return size and SHA-256 of the files ``names``, which are paths relative to ``folder``."""
+    """Return the size and SHA-256 of each file; ``names``: paths of the files relative to ``folder``."""
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
 def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> CheckpointError | None:
-    """Return the error of the first damaged or unreadable file of ``names``, or None if all are intact."""
+    """Return the error of the first damaged or unreadable file of ``names``, or None if all are intact.
+
+    ``names``: paths relative to ``folder``. ``checksums``: expected size and SHA-256 of each file.
+    """
     for name in names:
         try:
             size, expected = retry_io((folder / name).stat).st_size, checksums[name]["bytes"]
@@ -89,13 +92,16 @@ def retry_io(read: Callable[[], T]) -> T:
 
 
 def files_of(info: Mapping[str, Any]) -> Checksums:
-    """Return the checksums of a checkpoint's files, which ``info`` (training_info.json) contains."""
+    """Return the checksums of a checkpoint's files from ``info``, the content of training_info.json."""
     checksums: Checksums = info[_FILES]
     return checksums
 
 
 def write_info(folder: Path, info: Mapping[str, Any], checksums: Checksums | None = None) -> None:
-    """Write ``folder/training_info.json`` atomically; ``checksums=None`` keeps the checksums in ``info``."""
+    """Write ``info`` and ``checksums`` to ``folder/training_info.json`` atomically.
+
+    ``checksums``: checksums of the checkpoint's files; None keeps the checksums that ``info`` contains.
+    """
     content = {name: value for name, value in info.items() if name != _SEAL}
     content |= {} if checksums is None else {_FILES: checksums}
     part = folder / f"{INFO}.part"
@@ -189,7 +195,11 @@ def _sha256(path: Path) -> str:
 
 
 def read_history(path: Path, info: Mapping[str, Any]) -> list[dict[str, float | None]]:
-    """Return the rows of a checkpoint's metrics.jsonl, plus validation metrics added after the save."""
+    """Return the rows of a checkpoint's metrics.jsonl, plus a row of later validation metrics if any.
+
+    Later metrics were added to ``info``, the content of training_info.json, after metrics.jsonl was copied into the
+    checkpoint. ``path``: directory of the checkpoint.
+    """
     file = path / METRICS_FILE
     rows = read_metrics(file) if METRICS_FILE in files_of(info) else []
     step = int(path.name.removeprefix("step_"))

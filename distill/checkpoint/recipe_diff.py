@@ -1,4 +1,4 @@
-"""Find keys that affect training and differ between the recipe in a checkpoint and the current recipe."""
+"""Compare a checkpoint's recipe (configuration) with the current one, in keys that affect training."""
 
 from __future__ import annotations
 
@@ -28,15 +28,18 @@ _SAME_RUN = (
     "teacher.logprob_",
     "teacher.sequence_packing.",
 )
-"""Prefixes of keys that do not affect training: duration, parallelism, memory and monitoring."""
+"""Prefixes of configuration keys that do not affect training.
+
+These keys are about duration, parallelism, memory and monitoring.
+"""
 
 
 def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return a text ``KEY was OLD and is NEW`` for each changed key that affects training.
 
-    ``saved``, ``current``: the recipe in the checkpoint and the current recipe. The texts follow the order of keys in
-    ``current``. Keys that only one of the recipes contains are ignored, because another version of the program may have
-    written the checkpoint. Different paths to the same file count as equal values.
+    ``saved``, ``current``: the recipe (configuration) in the checkpoint and the current recipe. The texts follow the
+    order of keys in ``current``. Keys that only one of the recipes contains are ignored, because another version of the
+    program may have written the checkpoint. Different paths to the same file count as equal values.
     """
     before = dict(_flat(saved, ""))
     return [

@@ -28,9 +28,10 @@ CHANGES_FILE = "changes.json"
 
 
 def clock_of(found: Found | None) -> RunClock:
-    """Return the clock stored in the checkpoint, which provides the date for chat templates.
+    """Return the run's clock, from which chat templates get the date.
 
-    Without a checkpoint, or if the checkpoint contains no clock, return a clock with the current time.
+    It always returns the time of the run's first start, which is stored in the checkpoint ``found``. Without a
+    checkpoint, or if the checkpoint contains no clock, return a clock with the current time.
     """
     if found is None or _CLOCK not in found.info:
         return RunClock(current_time())
@@ -54,38 +55,41 @@ def log_clock(clock: RunClock, found: Found | None) -> None:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """Start time of a run, and differences in data and recipe detected at each resume.
+    """Start time of a run, and differences in data and recipe (configuration) detected at each resume.
 
-    ``info`` is stored in every checkpoint.
+    The property ``info`` is stored in every checkpoint.
     """
 
     clock: RunClock
     """Clock that always returns the time of the run's first start."""
     changes: Sequence[dict[str, Any]] = ()
-    """Differences in recipe and data detected at each resume so far; keys: ``step``, ``what``, ``when``."""
+    """Differences in recipe and data detected at each resume so far.
+
+    Each dict has the keys ``step`` (of the checkpoint), ``what`` (a text) and ``when`` (time of the resume).
+    """
     validation: ContentHashes | None = None
     """Hashes of the validation data, to detect changes at a resume; empty or None without such data."""
     training_changes: Sequence[str] = ()
-    """Changes in the training data and in keys that affect training, as texts, detected at this resume."""
+    """Texts about changes detected at this resume in the training data and in keys that affect training."""
     validation_changes: Sequence[str] = ()
-    """Changes in the validation data, as texts, detected at this resume."""
+    """Texts about changes detected at this resume in the validation data."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """Return the clock, differences and validation hashes as JSON values for training_info.json."""
+        """Return the clock, the differences and the validation hashes, to be stored in training_info.json."""
         validation = None if self.validation is None else dict(self.validation)
         return {_CLOCK: str(self.clock), _CHANGES: list(self.changes), _VALIDATION: validation}
 
     def in_context_metrics(self, found: Found | None) -> dict[str, float] | None:
-        """Return the checkpoint's validation metrics measured with the teacher's context in the prompt.
+        """Return the validation metrics that were measured with the teacher's context in the student's prompt.
 
-        Returns None without a checkpoint, if the checkpoint has no such metrics, or if the validation data changed
-        after the checkpoint was saved.
+        They are stored in the checkpoint ``found``. Returns None without a checkpoint, if the checkpoint has no such
+        metrics, or if the validation data changed after the checkpoint was saved.
         """
         return None if found is None or self.validation_changes else found.info["in_context"]
 
     def write(self, run_dir: Path) -> None:
-        """Write ``self.changes`` to ``changes.json`` in the run directory; write no file without changes."""
+        """Write ``self.changes`` to ``changes.json`` in the run directory, if there are any changes."""
         if self.changes:
             (run_dir / CHANGES_FILE).write_text(json.dumps(list(self.changes), indent=2) + "\n")
 
@@ -127,7 +131,7 @@ def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
 
 
 def warn_of_changes(history: RunHistory, found: Found) -> None:
-    """Log as warnings the differences between the checkpoint ``found`` and the current data and recipe."""
+    """Log warnings about differences between checkpoint ``found`` and the current data and recipe."""
     if history.training_changes:
         log.warning(
             "the recipe or the data changed since checkpoint %s (%s), so training differs from a run without changes:"

@@ -9,9 +9,10 @@ from pathlib import Path
 def to_drop(metrics: Mapping[Path, float | None], keep: int | None, higher_is_better: bool) -> list[Path]:
     """Return the checkpoints to remove: all except the newest and the best ``keep``.
 
-    ``metrics``: value of checkpointing.metric_name by checkpoint, oldest checkpoint first; a checkpoint with the value
-    None counts as worse than all others. If values are equal, the newer checkpoint counts as better. The newest
-    checkpoint is always kept, because its validation may follow later. ``keep``: None keeps all checkpoints.
+    ``metrics`` maps each checkpoint to its value of the metric checkpointing.metric_name, oldest checkpoint first; a
+    checkpoint with the value None counts as worse than all others. If values are equal, the newer checkpoint counts as
+    better. The newest checkpoint is always kept, because its metric may be measured later. ``keep``: None keeps all
+    checkpoints.
     """
     if keep is None:
         return []

@@ -22,7 +22,7 @@ from distill.errors import as_disk_error
 from distill.supervise.progress import heartbeat
 
 SHARDS = "shards"
-"""Name of the directory with the tensor files inside a checkpoint."""
+"""Name of the subdirectory of a checkpoint that contains the tensor files."""
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": (
@@ -34,17 +34,17 @@ _ALLOWED = {
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),
 }
-"""Maps each module to its classes and functions that may be unpickled from a checkpoint's metadata.
+"""Maps each module to the names of its classes and functions that may be unpickled from a checkpoint.
 
-Allowing complete modules would also allow every name that they import.
+Complete modules are not allowed, because that would also allow every function that these modules import.
 """
 
 
 class ShardsWriter(dcp.FileSystemWriter):
-    """Writer of tensor shards that raises a disk error as OSError.
+    """Writer of tensor shards that raises OSError if the disk fails.
 
-    torch pickles the error of a rank to send it to all ranks, but pickling removes the cause of an exception. Therefore
-    the OSError is raised instead of the exception that it caused.
+    torch may wrap an OSError in another exception, and pickles this exception to send it to all ranks. Pickling removes
+    the cause of an exception, so this class raises the OSError itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,10 +70,10 @@ class CountingSavePlanner(dcp.DefaultSavePlanner):
 
 
 class HeartbeatLoadPlanner(dcp.DefaultLoadPlanner):
-    """Load planner that records a heartbeat for every shard."""
+    """Load planner that reports progress to the watchdog after every shard."""
 
     def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
-        """Record a heartbeat for the watchdog after one shard was read."""
+        """Report progress to the watchdog after one shard was read; then do the same as the base class."""
         heartbeat()
         super().commit_tensor(read_item, tensor)
 
@@ -98,7 +98,7 @@ class ShardsReader(dcp.FileSystemReader):
         return self._metadata
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
-        """Read this rank's shards file by file; transient I/O errors are retried for each file."""
+        """Read this rank's shards file by file; retry the file after a transient I/O error."""
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
@@ -113,7 +113,7 @@ class ShardsReader(dcp.FileSystemReader):
             super().read_data(plan, planner)
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the unsharded shape of every tensor in the checkpoint, by name."""
+        """Return a dict that maps the name of each tensor in the checkpoint to its unsharded shape."""
         stored = self.read_metadata().state_dict_metadata
         return {name: entry.size for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -125,7 +125,7 @@ class ShardsReader(dcp.FileSystemReader):
             return {}, read_error(error)
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and the unsharded tensor in host memory for each of ``names``; not collective.
+        """For each of ``names``, yield the name and the unsharded tensor in host memory; not collective.
 
         Raises OSError if the disk fails.
         """
@@ -144,7 +144,10 @@ class ShardsReader(dcp.FileSystemReader):
 
 
 def read_error(error: OSError) -> CheckpointError:
-    """Return the CheckpointError for an OSError raised while reading shards; retryable if it is transient."""
+    """Return a CheckpointError for an OSError that was raised while shards were read.
+
+    The CheckpointError is retryable if the OSError is transient.
+    """
     return CheckpointError(f"{SHARDS} cannot be read ({error.strerror or error})", error.errno in TRANSIENT_ERRNOS)
 
 

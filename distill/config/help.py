@@ -55,7 +55,7 @@ def print_help(config: Config, path: Path) -> None:
 
 
 def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Return the tyro spec that shows a mapping, or a list of dataclasses, as one flag; None for other types.
+    """Return the tyro spec that shows a dict or a list of dataclasses as one flag; None for other types.
 
     By default, tyro shows one flag per entry, or no flag at all.
     """
@@ -74,7 +74,7 @@ def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def _shown(value: Any) -> str:
-    """Return ``value`` as YAML; keys of a dataclass that are null or empty are omitted."""
+    """Return ``value`` as YAML. A dataclass is shown without the fields that are None or empty."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
     if is_dataclass(value):

@@ -1,7 +1,8 @@
-"""Load a Config from four layers: schema defaults, parent recipes, the recipe and command-line overrides.
+"""Load a Config from default values, parent recipes, the recipe (YAML file) and command-line overrides.
 
-OmegaConf reads files and resolves interpolations. parse.py converts values to the types of the schema. tyro only prints
---help; it does not parse the command line, because its error messages are longer than one sentence.
+Later sources override earlier ones. OmegaConf reads files and resolves interpolations. parse.py converts values to the
+types of the schema. tyro only prints --help. It does not parse the command line, because its error messages are longer
+than one sentence.
 """
 
 from __future__ import annotations
@@ -91,19 +92,20 @@ class Arguments:
 
     @property
     def resolved(self) -> str:
-        """Return the complete configuration as YAML. Loading it as a recipe gives an equal Config."""
+        """Return the complete configuration as YAML text. Loading it as a recipe gives an equal Config."""
         return to_yaml(self.config)
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
-    """Load the configuration for the command-line arguments ``argv``. Raises UserError if it is invalid."""
+    """Load the configuration for the command line ``argv``; raise UserError if it is invalid."""
     return parse_args(argv).config
 
 
 def parse_args(argv: Sequence[str]) -> Arguments:
-    """Parse ``[--config FILE] [--dry-run] [--help] [a.b=value | ++a.b=value | --a.b value | --a.b=value] ...``.
+    """Parse the command line ``argv`` and load the configuration.
 
-    Raises UserError for an invalid command line or recipe. ``--help`` prints and raises SystemExit(0).
+    Syntax: ``[--config FILE] [--dry-run] [--help] [a.b=value | ++a.b=value | --a.b value | --a.b=value] ...``. Raises
+    UserError for an invalid command line or recipe. With ``--help``, prints the help and raises SystemExit(0).
     """
     line = _parse_command_line(argv)
     path = find_recipe(line.config_path)
@@ -113,9 +115,10 @@ def parse_args(argv: Sequence[str]) -> Arguments:
 
 
 def print_flag(argv: Sequence[str]) -> str | None:
-    """Return --help or --dry-run if the command line has this flag, so the program only prints; None starts a run.
+    """Return "--help" or "--dry-run" if ``argv`` contains this flag, else None.
 
-    Other words of an invalid command line are not parsed; ``parse_args`` reports their error.
+    With one of these flags, the program prints its output and exits without a run. An invalid command line raises no
+    error here, but in ``parse_args``.
     """
     try:
         line = _parse_command_line(argv)
@@ -132,7 +135,7 @@ def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
 
 
 def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
-    """Print the help and exit. The defaults are the recipe's values, or the schema's for an invalid recipe."""
+    """Print the help and exit. It shows the recipe's values, or the default values if the recipe is invalid."""
     from distill.config.help import print_help  # imported here, as tyro is slow to import
 
     try:
@@ -144,7 +147,7 @@ def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
 
 
 def build_config(tree: dict[str, Any]) -> Config:
-    """Build a Config from ``tree``, the merged layers.
+    """Build a Config from ``tree``: defaults, recipes and overrides, merged into one dict.
 
     Resolves interpolations, drops ignored keys, converts types and checks the rules.
     """
@@ -165,9 +168,9 @@ def build_config(tree: dict[str, Any]) -> Config:
 
 
 def _fill_dataset(default: Any, entry: Any) -> Any:
-    """Return ``entry`` of data.train or data.validation with missing keys filled from data.default.
+    """Return ``entry``, one dataset's section, with its missing keys taken from ``default`` (data.default).
 
-    ``dataset_name: ResponseDataset``, which NeMo-RL requires for local files, becomes null.
+    ``dataset_name: ResponseDataset`` becomes null. NeMo-RL requires this value for local files.
     """
     filled = merge(default, entry)
     if isinstance(filled, dict) and filled.get("dataset_name") == "ResponseDataset":
@@ -194,7 +197,7 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
 def _refuse_wrong_types(tree: dict[str, Any]) -> None:
     """Raise UserError if a value in ``tree`` has the wrong type.
 
-    Called after an interpolation failed, because a value of the wrong type may be the cause.
+    This function is called after an interpolation failed, because a value of the wrong type may be the cause.
     """
     for key in key_paths():
         if key in ("data.train", "data.validation"):  # may be one dataset instead of a list
@@ -209,7 +212,7 @@ def _refuse_wrong_types(tree: dict[str, Any]) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the defaults that recipes and overrides replace: of the schema, derived, and of ignored keys."""
+    """Return the default values of all keys, including DERIVED_DEFAULTS and ignored keys of NeMo-RL."""
     tree: dict[str, Any] = _plain(asdict(Config()))
     # data.default must contain only keys that a recipe sets, because it fills data.train and data.validation.
     tree["data"] |= {"default": {}, "train": None, "validation": None}
@@ -221,8 +224,8 @@ def _defaults() -> dict[str, Any]:
 def merge(base: Any, layer: Any, key: str = "") -> Any:
     """Return ``base`` overridden by ``layer``: mappings are merged key by key, other values are replaced.
 
-    A mapping with numeric keys ({"0": ...}) changes single entries of a list. ``key``: key path of ``base`` and
-    ``layer``, for messages.
+    A mapping with numeric keys ({"0": ...}) changes single entries of a list. ``key``: dotted key of ``base``
+    and ``layer``, for messages.
     """
     if isinstance(base, list) and isinstance(layer, dict) and layer and all(str(name).isdigit() for name in layer):
         entries = {int(name): value for name, value in layer.items()}
@@ -262,8 +265,8 @@ def find_recipe(path: Path | None) -> Path:
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe and merge it over its parent recipes.
 
-    The recipe's key ``defaults`` lists the parents, relative to the recipe's folder. ``children``: the chain of recipes
-    that led to this one, for the detection of cycles.
+    The recipe's key ``defaults`` lists the parents, relative to the recipe's folder. ``children``: the
+    recipe of the run, its parent, and so on, up to the child of ``path``, for the detection of cycles.
     """
     if os.path.isfile(path) and path.resolve() in children:
         problem = f"defaults={path} in {children[-1]} makes the recipe a parent of itself"
@@ -312,7 +315,7 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _check_expanded_size(text: str) -> None:
-    """Raise YAMLError if the aliases in ``text`` are recursive or expand to more than ``_MAX_VALUES`` values."""
+    """Raise YAMLError if the YAML aliases in ``text`` are recursive or expand to over ``_MAX_VALUES`` values."""
     if "&" not in text or "*" not in text:
         return
     nodes, count = [yaml.compose(text, Loader=yaml.SafeLoader)], 0
@@ -327,9 +330,9 @@ def _check_expanded_size(text: str) -> None:
 
 
 def _similar_recipes(path: Path) -> str:
-    """Return the fix text of the error for a missing recipe ``path``.
+    """Return the fix in the error message for a missing recipe ``path``.
 
-    It lists recipes with similar names in the recipe's folder, or else the first ten recipes of this folder.
+    The fix lists recipes with similar names in the folder of ``path``, or else the first ten recipes in this folder.
     """
     folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
     names = sorted(file.name for file in folder.glob("*.yaml"))
@@ -373,7 +376,10 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
 
 
 def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
-    """Split an override into key and value text. For ``--key value``, the value is removed from ``rest``."""
+    """Split the override ``word`` into key and value text.
+
+    ``rest``: the next words of the command line. For ``--key value``, the value is removed from ``rest``.
+    """
     key, equals, text = word.partition("=")
     is_flag = key.startswith("--")
     key = key[2:].replace("-", "_") if is_flag else key.lstrip("+")
@@ -387,7 +393,10 @@ def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
 
 
 def _read_value(key: str, text: str) -> Any:
-    """Parse an override's value as YAML. For a key with a text type, return ``text`` unchanged."""
+    """Return the value of an override: ``text`` parsed as YAML.
+
+    For a key with a text type, ``text`` is returned unchanged, except for null and text in quotes.
+    """
     options = members(type_of(key))
     is_text = any(option is str or get_origin(option) is Literal for option in options) and bool not in options
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -410,7 +419,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return ``config`` as the YAML of a recipe without parents. Loading it gives an equal Config."""
+    """Return ``config`` as the YAML text of a complete recipe. Loading this recipe gives an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(asdict(config), escape=True)))
 
 

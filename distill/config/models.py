@@ -17,13 +17,13 @@ class TokenizerConfig:
     """Tokenizer of the student or the teacher, and its chat template."""
 
     name: str = "Qwen/Qwen3-1.7B-Base"
-    """Hub name or folder of the tokenizer. Default: policy.model_name or teacher.model_name."""
+    """Hub name or folder of the tokenizer. Default: the model_name in the same section (policy or teacher)."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Arguments of the chat template, such as {enable_thinking: false}; null: no arguments. For the teacher, null means
-    policy.tokenizer.chat_template_kwargs."""
+    the value of policy.tokenizer.chat_template_kwargs."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template; null: no replacement. For the teacher, null means
-    policy.tokenizer.chat_template if teacher and student are the same model."""
+    """Jinja file that replaces the tokenizer's chat template; null: no replacement. If the teacher is the student's
+    model, null means for the teacher the value of policy.tokenizer.chat_template."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,13 @@ class DtensorConfig(TeacherDtensorConfig):
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """Limit of a micro-batch's size by its number of tokens (token budget) instead of its number of sequences."""
+    """Token budget: limit a micro-batch by its number of tokens instead of its number of sequences."""
 
     enabled: bool = False
     """Limit micro-batches by the token budget."""
     train_mb_tokens: int = 8192
-    """Maximum number of tokens in a micro-batch. Each response counts with the longer of the student's prompt and the
-    teacher's prefix. Default: policy.max_total_sequence_length * policy.train_micro_batch_size."""
+    """Maximum number of tokens in a micro-batch. Each response counts together with its prompt, the student's or the
+    teacher's, whichever is longer. Default: policy.max_total_sequence_length * policy.train_micro_batch_size."""
     logprob_mb_tokens: int = 8192
     """No effect: the teacher uses the student's micro-batches. Default: policy.max_total_sequence_length *
     policy.logprob_batch_size."""
@@ -131,11 +131,14 @@ class SchedulerStage:
     """Arguments of the scheduler. LinearLR: start_factor, end_factor, total_iters; ConstantLR: factor, total_iters;
     CosineAnnealingLR: T_max, eta_min."""
     milestones: tuple[int, ...] = ()
-    """Training steps at which the next stage starts: one milestone between each two consecutive stages."""
+    """Training steps at which the second and each later stage starts; empty in the entry of a stage."""
 
 
 def reference_scheduler(warmup: int = 10) -> tuple[SchedulerStage, ...]:
-    """Return NeMo-RL's default schedule: the factor rises linearly from 0.1 to 1 in ``warmup`` steps, then stays 1."""
+    """Return the default learning rate schedule, which is also NeMo-RL's default.
+
+    The factor of the learning rate rises linearly from 0.1 to 1 in ``warmup`` training steps, then stays 1.
+    """
     return (
         SchedulerStage(
             "torch.optim.lr_scheduler.LinearLR", {"start_factor": 0.1, "end_factor": 1.0, "total_iters": warmup}
@@ -183,17 +186,17 @@ class GenerationConfig:
     val_top_p: float = 1.0
     """Probability mass of nucleus sampling in validation. Default: policy.generation.top_p."""
     val_top_k: int | None = None
-    """Number of most likely tokens to sample from in validation. Default: policy.generation.top_k."""
+    """Number of most likely tokens to sample from in validation; null: all tokens. Default: policy.generation.top_k."""
     stop_token_ids: tuple[int, ...] | None = None
     """Token ids that end a response; null: the stop ids of both models' generation configs and tokenizers."""
     vllm_cfg: VllmConfig = field(default_factory=VllmConfig)
     """Settings of the vLLM engine."""
     vllm_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Additional arguments of the vLLM engine, passed unchanged."""
+    """Additional arguments of vLLM's LLM class, passed unchanged."""
 
     @property
     def engine_window(self) -> int | None:
-        """Return the maximum sequence length of the engine in tokens; None for transformers, which has no limit."""
+        """Return the maximum sequence length of the vLLM engine, in tokens; None for transformers (no limit)."""
         return self.vllm_cfg.max_model_len if self.backend == "vllm" else None
 
     @property
@@ -212,7 +215,7 @@ class PolicyConfig:
     """Configuration of the student."""
 
     model_name: str = "Qwen/Qwen3-1.7B-Base"
-    """Hub name or folder of the student."""
+    """Hub name or folder of the student model."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Tokenizer of the student."""
     train_global_batch_size: int = 64
@@ -220,7 +223,7 @@ class PolicyConfig:
     train_micro_batch_size: int = 1
     """Number of responses per micro-batch and rank, if neither dynamic_batching nor sequence_packing is enabled."""
     generation_batch_size: int = 64
-    """Number of responses in a generation batch of a rank; only for policy.generation.backend=transformers."""
+    """Number of responses that a rank generates at a time; only for policy.generation.backend=transformers."""
     logprob_batch_size: int = 1
     """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
     policy.*.logprob_mb_tokens, which has no effect either."""
@@ -230,7 +233,7 @@ class PolicyConfig:
     """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on CPUs with
     bfloat16 instructions; float32 on other CPUs, because bfloat16 is 10 to 60 times slower there."""
     logprob_chunk_size: int | None = None
-    """NeMo-RL's name for runtime.logits_chunk_rows; null: the value of that key."""
+    """Value that replaces runtime.logits_chunk_rows for the student (key of NeMo-RL); null: no replacement."""
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
     """Parallelism of the student."""
     dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
@@ -244,8 +247,8 @@ class PolicyConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Class and arguments of the optimizer."""
     scheduler: tuple[SchedulerStage, ...] = field(default_factory=reference_scheduler)
-    """Learning rate schedule, advanced once per step: a list of stages, then an entry with the milestones between
-    them. An empty list: a constant learning rate."""
+    """Learning rate schedule, advanced once per training step: a list of stages, then an entry with the milestones at
+    which the next stage starts. An empty list: a constant learning rate."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Generation and sampling of responses."""
 
@@ -255,11 +258,11 @@ class TeacherConfig:
     """Configuration of the teacher, which neither trains nor generates."""
 
     model_name: str = "Qwen/Qwen3-4B"
-    """Hub name or folder of the teacher."""
+    """Hub name or folder of the teacher model."""
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig("Qwen/Qwen3-4B"))
     """Tokenizer of the teacher. Its vocabulary must equal the student's."""
     max_total_sequence_length: int = 8192
-    """Maximum number of tokens in the teacher's prefix and response together. Default:
+    """Maximum number of tokens in the teacher's prompt and the response together. Default:
     policy.max_total_sequence_length."""
     precision: Precision = "bfloat16"
     """Dtype of the teacher's weights and computation. Default: policy.precision."""
@@ -267,7 +270,7 @@ class TeacherConfig:
     """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
     teacher.*.logprob_mb_tokens, which has no effect either. Default: policy.logprob_batch_size."""
     logprob_chunk_size: int | None = None
-    """NeMo-RL's name for runtime.logits_chunk_rows, for the teacher; null: the value of that key."""
+    """Value that replaces runtime.logits_chunk_rows for the teacher (key of NeMo-RL); null: no replacement."""
     dtensor_cfg: TeacherDtensorConfig = field(default_factory=TeacherDtensorConfig)
     """Parallelism of the teacher."""
     dynamic_batching: TeacherBatchingConfig = field(default_factory=TeacherBatchingConfig)

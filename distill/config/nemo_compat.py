@@ -1,7 +1,7 @@
-"""Compatibility with NeMo-RL recipes: keys that are ignored, and keys with only one allowed value.
+"""Compatibility with NeMo-RL recipes (YAML files): ignored keys, and keys with restricted values.
 
-NeMo-RL recipes load although some of their keys have no effect here. One warning lists these keys. A value that would
-change the results of a run raises UserError.
+Some keys of NeMo-RL recipes have no effect in this project. One warning lists the ignored keys. A value that is
+not supported raises UserError.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ IGNORED = {
         wandb.log_nemo_gym_full_result_tables""",
     "cluster": "master_port_range_low master_port_range_high segment_size",
 }
-"""Maps a section to the names of its NeMo-RL keys and subsections that are ignored, separated by spaces.
+"""Maps a section of the recipe to its ignored keys and subsections, separated by spaces.
 
-``*`` in a section matches any text.
+``*`` in the name of a section matches any text.
 """
 
 UNUSED: dict[str, Any] = {
@@ -58,7 +58,7 @@ UNUSED: dict[str, Any] = {
 }
 """Maps an ignored key to its default value.
 
-Recipes may refer to these keys in interpolations, so the keys need a value.
+The keys need a value because recipes may refer to them in interpolations.
 """
 
 ONE_VALUE: dict[str, tuple[Any, str]] = {
@@ -85,39 +85,42 @@ ONE_VALUE: dict[str, tuple[Any, str]] = {
     "env.math.math_verify_impl": ("hf_math_verify", "set it to hf_math_verify (the math-verify library)"),
     "checkpointing.model_save_format": ("safetensors", "set it to safetensors"),
 }
-"""Maps each key to its only allowed value and the fix for any other value."""
+"""Maps a key to (its only allowed value, the fix in the error message for any other value)."""
 
 ONLY_IGNORED = ("policy.generation.colocated", "env.math", "env")
-"""Sections that are not in the schema because they contain only ignored keys, inner sections first."""
+"""Sections that are not in the schema because all their keys are ignored; inner sections come first."""
 
 ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "*.megatron_cfg.enabled": ((False,), "set it to false, because training requires FSDP2 (dtensor_cfg)"),
     "*.dtensor_cfg.lora_cfg.enabled": ((False,), "set it to false to train every parameter"),
     "data.*.split_validation_size": (
         (0,),
-        "put the held-out problems into a file and set data.validation.data_path to it",
+        "put the validation problems into a file and set data.validation.data_path to it",
     ),
     "checkpointing.pretrained_checkpoint": ((), "set policy.model_name to the folder of the weights"),
     "checkpointing.is_peft": ((False,), "set it to false to train every parameter"),
     "checkpointing.ft_save_period": ((), "use checkpointing.save_period"),
     "checkpointing.ft_keep_latest_k": ((), "use checkpointing.keep_top_k"),
 }
-"""Maps a key pattern to its allowed values and the fix for any other value; null is always allowed."""
+"""Maps a key to (its allowed values, the fix in the error message for any other value).
+
+null is always allowed. ``*`` in a key matches any text.
+"""
 
 
 def inert_defaults() -> dict[str, Any]:
-    """Return the keys of UNUSED and ONE_VALUE with their default values.
+    """Return a dict from each key in UNUSED and ONE_VALUE to its default value.
 
-    The keys need a value because interpolations in recipes may refer to them.
+    The keys need a value because recipes may refer to them in interpolations.
     """
     return UNUSED | {key: value for key, (value, _) in ONE_VALUE.items()}
 
 
 def drop_ignored_keys(config: DictConfig) -> None:
-    """Remove the keys in IGNORED from ``config`` in place, and warn of all keys without effect.
+    """Remove the keys in IGNORED from ``config`` in place, and log a warning with all keys without effect.
 
-    ``config``: the merged recipe before its interpolations are resolved. Raises UserError for a value that ONE_VALUE or
-    ALLOWED_VALUES does not allow.
+    ``config``: the merged recipes before their interpolations are resolved. Raises UserError for a value that
+    ONE_VALUE or ALLOWED_VALUES does not allow.
     """
     _refuse_other_teacher_temperature(config)
     _own_chat_template(config)
@@ -137,7 +140,8 @@ def drop_ignored_keys(config: DictConfig) -> None:
 def drop_inert_keys(tree: dict[str, Any]) -> None:
     """Remove the keys in UNUSED and ONE_VALUE and the sections in ONLY_IGNORED from ``tree`` in place.
 
-    ``tree``: the resolved recipe. Raises UserError for any other key in these sections.
+    ``tree``: the merged recipes with resolved interpolations. Raises UserError if a section in ONLY_IGNORED contains
+    any other key.
     """
     for key in inert_defaults():
         section, name = _parent(tree, key)
@@ -150,7 +154,7 @@ def drop_inert_keys(tree: dict[str, Any]) -> None:
 
 
 def _parent(tree: Any, key: str) -> tuple[dict[str, Any], str]:
-    """Return the section that contains ``key`` ({} if it does not exist), and the key's name in it."""
+    """Return (section of ``tree`` that contains ``key``, last part of ``key``); {} for a missing section."""
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.get(section) if isinstance(tree, dict) else None
@@ -178,7 +182,7 @@ def _refuse_value(key: str, value: Any, fix: str) -> NoReturn:
 
 
 def _refuse_other_teacher_temperature(config: DictConfig) -> None:
-    """Raise UserError if the teacher's temperature differs from the student's.
+    """Raise UserError if teacher.generation.temperature is set and differs from the student's temperature.
 
     NeMo-RL divides the logits of each model by that model's temperature. Here both models have the same temperature.
     """
@@ -206,7 +210,7 @@ def _own_chat_template(config: DictConfig) -> None:
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (key path, value) of every section, list and scalar in ``tree``; key paths include list indices."""
+    """Yield (dotted key, value) of every section, list and scalar in ``tree``. Keys include list indices."""
     entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for name, value in entries:
         yield f"{prefix}{name}", value

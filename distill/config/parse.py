@@ -1,4 +1,4 @@
-"""Convert YAML values to the types of the configuration schema; list key paths; describe types."""
+"""Convert YAML values to the types of the configuration schema; list all keys; describe types in messages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from distill.config.schema import Config
 from distill.errors import UserError, any_of, show
 
 hints = cache(get_type_hints)
-"""Cached function that returns the types of a dataclass's fields, by field name."""
+"""Cached function that returns a dict from the field names of a dataclass to their types."""
 
 
 def parse_value(hint: Any, value: Any, key: str) -> Any:
-    """Convert ``value`` to the type ``hint``.
+    """Convert ``value``, read from YAML, to the type ``hint``.
 
-    Raises UserError for a wrong type or an unknown key; the error names ``key`` or the key below it.
+    ``key``: the dotted key of ``value``; "" for the complete configuration. Raises UserError for a wrong type or an
+    unknown key.
     """
     options = members(hint)
     if value is None:
@@ -58,9 +59,10 @@ def _parse_tuple(hint: Any, value: list[Any] | tuple[Any, ...], key: str) -> tup
 
 
 def _parse_scalar(option: Any, value: Any) -> Any:
-    """Return ``value`` as the type ``option``, or None if it has another type.
+    """Return ``value`` as the type ``option``; None if ``value`` has another type.
 
-    Text is never converted to a number, and a number is never converted to a boolean.
+    An int is converted if ``option`` is float. Text is never converted to a number, and a number is never converted to
+    a boolean.
     """
     if get_origin(option) is Literal:
         return value if any(type(value) is type(choice) and value == choice for choice in get_args(option)) else None
@@ -93,9 +95,9 @@ def _refuse_type(key: str, value: Any, options: tuple[Any, ...]) -> NoReturn:
 
 
 def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every key path of the schema, each section before its keys.
+    """Yield the dotted path of every section and key in the schema, each section before its keys.
 
-    Paths below a list contain no index.
+    Keys in a list of sections have no index: data.train.split. ``prefix``: text before each path.
     """
     for field in fields(cls):
         path = f"{prefix}{field.name}"
@@ -105,7 +107,7 @@ def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _section(hint: Any) -> Any:
-    """Return the dataclass of the section that has type ``hint``; None if the type is not a section.
+    """Return the dataclass in the type ``hint``; None if ``hint`` contains no dataclass.
 
     ``hint`` may be a dataclass, a tuple of dataclasses, or a union with one of these.
     """
@@ -117,7 +119,10 @@ def _section(hint: Any) -> Any:
 
 
 def type_of(key: str) -> Any:
-    """Return the type of the key path ``key``; None if the key does not exist. Numbers in the path are list indices."""
+    """Return the type of the configuration key ``key``; None if the key does not exist.
+
+    Numbers in the dotted path ``key`` are list indices.
+    """
     hint: Any = Config
     for name in key.split("."):
         section = _section(hint)
@@ -129,17 +134,17 @@ def type_of(key: str) -> Any:
 
 
 def unknown_key(key: str) -> UserError:
-    """Return the error for an unknown key; it suggests existing keys with similar names."""
+    """Return the UserError for an unknown key; its message suggests existing keys with similar names."""
     similar = _similar_keys(key)
     fix = f"did you mean {any_of(similar[:3])}?" if similar else "--help lists every key"
     return UserError(f"unknown key {key}", fix, key=key)
 
 
 def _similar_keys(key: str) -> list[str]:
-    """Return the existing key paths that the user may have meant by the unknown ``key``.
+    """Return the existing keys that the user may have meant by the unknown ``key``.
 
-    First choice: paths with the same last name. Second choice: paths with a similar last name. Paths in the section of
-    ``key`` are preferred to paths in other sections.
+    First choice: keys with the same name (the part after the last dot). Second choice: keys with a similar name. Keys
+    in the section of ``key`` are preferred to keys in other sections.
     """
     section, _, name = key.rpartition(".")
     name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # dtensor_cfg has this name in later versions of NeMo-RL

@@ -1,4 +1,4 @@
-"""Normalize the paths in a recipe, and detect whether two paths refer to the same file or model."""
+"""Normalize paths in the configuration; detect whether two paths refer to the same file or model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PATH_KEYS = (
     "logger.log_dir",
     "runtime.run_dir",
 )
-"""Configuration keys whose value is a path or a hub name."""
+"""Configuration keys whose value is a path or a Hugging Face hub name."""
 DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
-"""Names of the keys with a path in each dataset of data.default, data.train and data.validation."""
+"""Names of the keys whose value is a path, in data.default and in each dataset of data.train and data.validation."""
 
 
 def normalize(path: str, key: str) -> str:
     """Expand ``~`` in ``path`` and remove ``.`` parts, repeated slashes and a trailing slash.
 
     A leading ``./`` is kept if the path does not exist, so that ``./owner/name`` is not read as a hub name. ``..`` is
-    kept, because removing it changes the path's target after a symbolic link. Raises UserError with ``key`` for the
-    home folder of an unknown user and for a broken symbolic link.
+    kept, because removing it changes the path's target after a symbolic link. ``key``: the configuration key of
+    ``path``, for messages. Raises UserError for ``~name`` if no user has this name, and for a broken symbolic link.
     """
     expanded = os.path.expanduser(path)
     dotted = expanded.startswith("./")
@@ -49,8 +49,8 @@ def normalize(path: str, key: str) -> str:
 def normalize_paths(tree: dict[str, Any]) -> None:
     """Normalize every path of the resolved configuration ``tree`` in place.
 
-    The path of the teacher's model or of a tokenizer may refer to the student's model under another name: a symbolic
-    link, an absolute path, or a folder in the hub's cache. It is then replaced by policy.model_name, so that equal
+    If the path of the teacher's model or of a tokenizer refers to the student's model, it is replaced by
+    policy.model_name. Such a path is, for example, a symbolic link or a folder in the hub's cache. Afterwards, equal
     models have equal names.
     """
     for key, section, name in _paths(tree):
@@ -64,7 +64,7 @@ def normalize_paths(tree: dict[str, Any]) -> None:
 
 
 def _paths(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield (key path, parent section, name in the parent section) of each path that ``tree`` sets."""
+    """Yield (dotted key, section that contains the key, name of the key in it) for each path set in ``tree``."""
     for key in PATH_KEYS:
         *sections, name = key.split(".")
         holder: Any = tree

@@ -1,21 +1,21 @@
-"""Replace the precision ``auto`` by the dtype that is fast on this machine."""
+"""Replace ``auto``, as the value of a precision key, by the dtype that is fast on this machine."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PRECISIONS = (("policy", "precision"), ("policy", "generation", "vllm_cfg", "precision"), ("teacher", "precision"))
-"""Paths, as tuples of names, of the configuration keys whose value may be ``auto``."""
+"""Configuration keys whose value may be ``auto``, each split at its dots."""
 
 BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
-"""PyTorch's names of CPU features with bfloat16 matrix multiplication (x86 and ARM)."""
+"""CPU features (x86 and ARM) for bfloat16 matrix multiplication, as named by torch.cpu.get_capabilities()."""
 
 
 def fast_precision() -> str:
-    """Return bfloat16 on machines with a GPU or with bfloat16 instructions of the CPU, else float32.
+    """Return bfloat16 if this machine has a GPU or a CPU with bfloat16 instructions, else float32.
 
-    Without such instructions, PyTorch multiplies bfloat16 matrices at 9 GFLOP/s per core (1.2 in the backward pass),
-    and float32 matrices at 76 GFLOP/s.
+    On a CPU without such instructions, PyTorch multiplies bfloat16 matrices at 9 GFLOP/s per core (1.2 in the
+    backward pass), and float32 matrices at 76 GFLOP/s.
     """
     import torch
 
@@ -26,7 +26,7 @@ def fast_precision() -> str:
 
 
 def resolve_auto_precision(tree: dict[str, Any]) -> None:
-    """Replace each precision ``auto`` in the configuration ``tree`` in place by this machine's fast dtype."""
+    """In the configuration ``tree``, replace each precision ``auto`` in place by the result of fast_precision."""
     for *sections, key in PRECISIONS:
         section: Any = tree
         for name in sections:

@@ -36,7 +36,7 @@ AT_LEAST: dict[int, str] = {
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
-"""Maps a minimum to the configuration keys, separated by spaces, whose value must be at least this number."""
+"""Maps a minimum to the configuration keys with this minimum, separated by spaces."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
     policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
@@ -60,7 +60,10 @@ STAGES: dict[str, dict[str, Rule]] = {
         "eta_min": (lambda value: value >= 0, "at least 0"),
     },
 }
-"""Maps a scheduler's argument to (function that checks a value, description of the allowed values)."""
+"""Maps a scheduler class to a dict of its arguments.
+
+Each argument is mapped to (function that returns whether a value is allowed, description of the allowed values).
+"""
 
 
 def check(config: Config) -> None:
@@ -422,9 +425,10 @@ def _check_checkpointing(config: Config) -> None:
 
 
 def _check_degenerate(config: Config) -> None:
-    """Raise UserError if the teacher equals the student, or if top_p or top_k truncates the sampling.
+    """Raise UserError if the settings are suitable only for control experiments.
 
-    The check is skipped if distillation.allow_degenerate is true.
+    These settings are a teacher that is the student's model and reads the same prompts, and sampling that is truncated
+    by top_p or top_k. The check is skipped if distillation.allow_degenerate is true.
     """
     loop, generation = config.distillation, config.policy.generation
     if loop.allow_degenerate:

@@ -1,6 +1,6 @@
-"""Configuration keys as frozen dataclasses. The attribute path of a value equals its key path.
+"""Configuration keys as frozen dataclasses: the key policy.precision is the attribute ``config.policy.precision``.
 
-``--help`` prints these docstrings. "Default: KEY" means that the value is derived from KEY if no recipe sets it
+``--help`` prints the docstrings of the fields. "Default: KEY" means that an unset field has the value of KEY
 (DERIVED_DEFAULTS in load.py). rules.py checks ranges and rules between keys; nemo_compat.py lists keys without effect.
 """
 
@@ -12,22 +12,23 @@ from typing import Literal
 from distill.config.models import PolicyConfig, TeacherConfig
 
 Outside = Literal["bucket", "renormalize", "floor"]
-"""Treatment of the tokens outside the top-k in the loss; described at LossConfig.outside_topk."""
+"""How the loss treats the tokens outside the top-k; the values are explained at LossConfig.outside_topk."""
 
 
 @dataclass(frozen=True)
 class TraceExtractorConfig:
-    """Extraction of the trace (the reasoning) from a response or from a dataset's column."""
+    """How the trace (the reasoning) is extracted from a response, or from a text in a column of the dataset."""
 
     type: Literal["think_tag", "full_text"] = "think_tag"
     """Part of the text that is used as the trace. think_tag: the text between the think_tags; full_text: the complete
-    text of the dataset's column."""
+    text in the column of the dataset."""
     think_tags: tuple[str, str] = ("<think>", "</think>")
     """Tags that open and close a think block, for example [THINK] and [/THINK] for Mistral. They are used to extract
     traces and to find the final text that is graded. If a chat template ends the prompt with the opening tag, the
     response starts inside a think block."""
     selection: Literal["first", "last", "longest"] = "first"
-    """Think block to use if a text has several. longest: the block with the most characters, the first in a tie."""
+    """Think block that is the trace if a text has several. longest: the block with the most characters; in a tie, the
+    first of them."""
     unclosed_span: Literal["to_end", "ignore"] = "to_end"
     """Treatment of a think block without a closing tag, as in a truncated response. to_end: the block extends to the
     end of the text; ignore: the block is not used."""
@@ -40,8 +41,8 @@ class StaticTraceConfig:
     """Source of precomputed traces: a column of the dataset."""
 
     answer_column: str | None = None
-    """Column with the traces, by name or dotted path; required for trace_source static_dataset. Every row must have
-    this column; its value is a text or null."""
+    """Column with the traces, by name or dotted path; required for trace_source static_dataset. Every row of the
+    dataset must have this column, with a text or null as value."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ContextMetricsConfig:
     """Metrics of context distillation."""
 
     enabled: bool = True
-    """Write metrics of trace coverage, teacher prefix truncation and dropped responses."""
+    """Write metrics of the traces, of the teacher's prefixes (its prompts) and of dropped responses."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +58,30 @@ class ContextDistillationConfig:
     """Context distillation: the teacher reads a filled template (problem, trace) in place of the student's prompt."""
 
     enabled: bool = False
-    """Use teacher_prefix_template as the teacher's prefix, in place of the student's prompt."""
+    """Use the filled teacher_prefix_template as the teacher's prompt; false: the teacher reads the student's prompt."""
     mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
     """Model that is the teacher. self_frozen: the student before training; self_ema: a moving average of the student
     (ema_decay); self_live: the current student; frozen: teacher.model_name, any model with the student's tokenizer."""
     ema_decay: float = 0.99
-    """Decay per step of the teacher's moving average, for mode self_ema."""
+    """Decay d of the moving average in mode self_ema. After each step: teacher = d * teacher + (1 - d) * student."""
     overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
-    """Treatment of a teacher prefix that, with the response, exceeds teacher.max_total_sequence_length. truncate_trace:
-    remove the end of the trace, or drop the response if it does not fit without a trace; truncate_prefix_only: keep the
-    last tokens of the prefix; truncate_prefix_from_end: keep the first tokens of the prefix. Responses are never
-    truncated."""
+    """Action if the teacher's prefix (its prompt) and the response exceed teacher.max_total_sequence_length.
+    truncate_trace: remove the end of the trace, or drop the response if even the prefix without a trace is too long;
+    truncate_prefix_only: keep the last tokens of the prefix; truncate_prefix_from_end: keep the first tokens of the
+    prefix. Responses are never truncated."""
     teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
-    """Text for the teacher, with {problem} (the dataset's text, without prompt file) and optionally {trace}. Any other
-    word in braces is an error. Doubled braces become literal braces ({{word}} becomes {word}). All other braces are
-    literal."""
+    """Text for the teacher, with {problem} (the problem in the dataset, without the text of prompt_file) and optionally
+    {trace}. Any other word in braces is an error. Doubled braces become literal braces ({{word}} becomes {word}). All
+    other braces are literal."""
     chat_template: bool = True
     """Insert the filled template as the user message into the teacher's chat template; false: use it as plain text."""
     trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
-    """Source of the trace. dynamic: the response, which the teacher then reads before it scores the response;
+    """Source of the trace. dynamic: the response itself, so the teacher reads its trace before it scores the response;
     static_dataset: the dataset's column static_trace.answer_column."""
     static_trace: StaticTraceConfig = field(default_factory=StaticTraceConfig)
     """Traces from the dataset, for trace_source static_dataset."""
     trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
-    """Extraction of the trace from a response or from a dataset's column."""
+    """How the trace is extracted from a response, or from a text in a column of the dataset."""
     metrics: ContextMetricsConfig = field(default_factory=ContextMetricsConfig)
     """Metrics of context distillation."""
 
@@ -110,9 +111,9 @@ class DistillationConfig:
     val_at_end: bool = False
     """Validate after the last training step."""
     max_val_samples: int | None = 512
-    """Maximum number of held-out problems per validation, taken in turn from each dataset; null: all problems."""
+    """Maximum number of problems per validation, taken in turn from each validation dataset; null: all problems."""
     val_num_generations: int = 1
-    """Number of responses per held-out problem (n in the accuracy avg@n)."""
+    """Number of responses to each validation problem (n in the accuracy avg@n)."""
     topk_logits_k: int = 64
     """Number of most likely tokens (K) over which the loss compares teacher and student at each response token; 0: the
     complete vocabulary."""
@@ -134,7 +135,7 @@ class LossConfig:
     mixed_kl_weight; jsd: generalized Jensen-Shannon divergence, with jsd_beta; sampled: KL(student || teacher)
     estimated from the sampled token, with log student - log teacher as the cost of a policy gradient."""
     mixed_kl_weight: float = 0.5
-    """Weight of KL(teacher || student) in kl_type mixed; KL(student || teacher) has the remaining weight."""
+    """Weight w in kl_type mixed: the loss is w KL(teacher || student) + (1 - w) KL(student || teacher)."""
     jsd_beta: float = 0.5
     """Weight b, between 0 and 1, of the teacher in kl_type jsd: the loss is b KL(teacher || m) +
     (1 - b) KL(student || m) with m = b teacher + (1 - b) student."""
@@ -149,11 +150,12 @@ class LossConfig:
     not zero; null: no maximum."""
     zero_outside_topk: bool | None = None
     """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If both keys
-    are set in different places, the command line has priority over the recipe, and the recipe over its parents."""
+    are set in different places, the command line overrides the recipe, and the recipe overrides its parent recipes."""
     outside_topk: Outside | None = None
-    """Treatment of the vocabulary outside the top-k. bucket: one additional outcome with the summed probability, which
-    gives a lower bound of the full KL; renormalize: both models' probabilities are renormalized over the top-k; floor:
-    the teacher's log-prob is -100; null: as set by zero_outside_topk, or bucket if that key is also null."""
+    """Treatment of the vocabulary outside the top-k. bucket: all tokens outside count as one outcome with their
+    summed probability, so the loss is a lower bound of the full KL; renormalize: both models' probabilities are
+    renormalized over the top-k; floor: the teacher's log-prob of each token outside is -100; null: as set by
+    zero_outside_topk, or bucket if that key is also null."""
     temperature: float | None = None
     """Divisor of both models' logits in the loss; null: policy.generation.temperature."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -179,7 +181,7 @@ class DatasetConfig:
 
     dataset_name: str | None = None
     """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path. If both are set
-    in different places, the command line has priority over the recipe, and the recipe over its parents."""
+    in different places, the command line overrides the recipe, and the recipe overrides its parent recipes."""
     data_path: str | None = None
     """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
     input_key: str | None = None
@@ -187,14 +189,15 @@ class DatasetConfig:
     output_key: str | None = None
     """Column with the gold answer; null: the predefined column if dataset_name is a short name, otherwise "output"."""
     output_pattern: str | None = None
-    """Regular expression that finds the gold answer in the column output_key. The answer is the group of the last
-    match; if the expression has no group ("####" for GSM8K), it is the text after the last match. null: the
-    predefined pattern if dataset_name is a short name, otherwise the complete text is the answer."""
+    """Regular expression that finds the gold answer in the column output_key. The answer is the text of
+    the group (...) in the last match. Without a group, as in "####" for GSM8K, it is the text after the last match.
+    null: the predefined pattern if dataset_name is a short name, otherwise the complete text is the answer."""
     subset: str | None = None
     """Name of a configuration of the hub dataset (main for openai/gsm8k); null: the predefined configurations if
     dataset_name is a short name, otherwise the default configuration."""
     split: str | None = None
-    """Split or slice (train[:90%]); null: the predefined split if dataset_name is a short name, otherwise train."""
+    """Split of the dataset, or a slice of a split (train[:90%]); null: the predefined split if dataset_name is a short
+    name, otherwise train."""
     prompt_file: str | None = None
     """Text file with {} in place of the problem; literal braces are written as in teacher_prefix_template. null: the
     prompt is the problem."""
@@ -210,19 +213,19 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training and held-out problems."""
+    """Training and validation problems."""
 
     max_input_seq_length: int = 8192
     """Maximum number of tokens in a prompt; longer prompts are skipped and counted. Default:
     policy.max_total_sequence_length."""
     shuffle: bool = True
-    """Shuffle the training data in each epoch, depending on distillation.seed; false: the order of the dataset."""
+    """Shuffle the training data in each epoch, with the seed distillation.seed; false: use the dataset's order."""
     default: DatasetConfig = field(default_factory=DatasetConfig)
     """Values of the keys that a dataset in data.train or data.validation omits."""
     train: tuple[DatasetConfig, ...] = ()
     """Training data: a dataset, or a list of datasets to concatenate."""
     validation: tuple[DatasetConfig, ...] = ()
-    """Held-out (validation) data: a dataset, or a list of datasets to concatenate; null: no validation data."""
+    """Validation data: a dataset, or a list of datasets to concatenate; null: no validation data."""
 
 
 @dataclass(frozen=True)
@@ -232,14 +235,14 @@ class CheckpointingConfig:
     enabled: bool = True
     """Save checkpoints in the background, and resume from them."""
     checkpoint_dir: str = "checkpoints/distillation"
-    """Folder in which the run saves its checkpoints step_N. Every run needs a different folder."""
+    """Folder of the run's checkpoints; step_N is the checkpoint of step N. Every run needs a different folder."""
     metric_name: str | None = "val:accuracy"
     """Metric that selects the best checkpoints, val:NAME or train:NAME; null: the newest checkpoints are the best."""
     higher_is_better: bool = True
     """Whether higher values of metric_name are better."""
     keep_top_k: int | None = 3
-    """Number of best checkpoints to keep; null: all. The newest checkpoint is always kept. Checkpoints without a value
-    of metric_name count as the worst."""
+    """Number of best checkpoints to keep; null: all. The newest checkpoint is always kept. A checkpoint without a
+    value of metric_name ranks below all others."""
     save_period: int = 10
     """Number of training steps between checkpoints. A checkpoint of the last step is always saved."""
     checkpoint_must_save_by: str | None = None
@@ -295,8 +298,8 @@ class ClusterConfig:
     num_nodes: int = 1
     """Number of nodes."""
     gpu_memory_gb: float | None = None
-    """Nominal memory of a GPU in GB (40 for A100-40GB); 0.98 GiB per GB count as usable. If the memory forecast exceeds
-    the usable memory, the run fails at start, and so does --dry-run; null: no check."""
+    """Nominal memory of a GPU in GB (40 for A100-40GB); the usable memory is 0.98 GiB per GB. If the memory forecast
+    exceeds the usable memory, the run or --dry-run exits with an error; null: no check."""
 
 
 @dataclass(frozen=True)
@@ -304,29 +307,29 @@ class RuntimeConfig:
     """Settings of the execution. These keys do not change the result of a step."""
 
     run_dir: str | None = None
-    """Run directory, for the logs and metrics of the run; null: the next logger.log_dir/exp_NNN."""
+    """Run directory, for the logs and metrics of the run; null: a new directory exp_NNN in logger.log_dir."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of training and generation; auto: cuda if available, otherwise cpu."""
     sync_bucket_mib: int = 512
-    """Size in MiB of a bucket of weights in the sync from student to engine."""
+    """Size in MiB of a bucket: the weights that are copied together in the sync from student to generation engine."""
     share_prefixes: bool = True
-    """Compute each prompt only once for all responses to it in a micro-batch. With a token budget, responses to the
-    same prompt are placed in the same micro-batch if possible."""
+    """Compute each prompt only once for all its responses in a micro-batch. If micro-batches have a token budget,
+    responses to the same prompt are placed in the same micro-batch if possible."""
     offload_optimizer: bool = True
     """Keep the optimizer's moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
     logits_chunk_rows: int | None = None
-    """Maximum number of rows (response tokens) of logits in memory; null: derived from a memory budget (2048 rows for a
-    vocabulary of 151,936 on CUDA)."""
+    """Maximum number of rows of logits in memory, one row per response token; null: derived from a memory budget (2048
+    rows for a vocabulary of 151,936 on CUDA)."""
     phase_timeout_s: int = 1800
     """Timeout in seconds: the run fails if no rank makes progress in a phase (such as generation) for this time."""
     verify_teacher: bool = True
-    """Compare the log-probs of the sharded teacher with the unsharded model at the first start of a run. This reads the
-    teacher's weights a second time."""
+    """Compare the log-probs of the sharded teacher with those of the unsharded model when a run starts without a
+    checkpoint. This reads the teacher's weights a second time."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Configuration of a run: recipes and overrides are merged, interpolations resolved and rules checked."""
+    """Configuration of a run, merged from the default values, recipes (YAML files) and command-line overrides."""
 
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Settings of the training loop."""
@@ -337,7 +340,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The teacher: model, tokenizer, parallelism."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Training and held-out problems."""
+    """Training and validation problems."""
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     """Settings of checkpoints."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)

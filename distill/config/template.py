@@ -1,4 +1,4 @@
-"""Texts with placeholders: prompt files (``{}``) and the teacher's template (``{problem}``, ``{trace}``)."""
+"""Texts with placeholders: prompt files ({}) and the teacher's template ({problem}, {trace})."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from distill.errors import UserError, any_of
 
 _TEACHER_KEY = "distillation.context_distillation.teacher_prefix_template"
 _WORD = re.compile(r"\{([A-Za-z_]\w*(?:[.!:\[][^{}]*)?)\}")
-"""Pattern of a word in braces; ``str.format`` suffixes (.attribute, [index], !conversion, :format) may follow it."""
+"""Matches a word in braces, also with a ``str.format`` suffix (.attribute, [index], !conversion or :format)."""
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""Placeholders for literal { and } during parsing: code points that Unicode reserves for internal use."""
+"""Temporary replacements of literal { and } during parsing: code points that Unicode reserves for internal use."""
 
 
 class Template:
@@ -19,8 +19,8 @@ class Template:
 
     Any other word in single braces raises UserError. A matching pair of doubled braces becomes a pair of literal single
     braces: ``{{word}}`` becomes ``{word}``, and ``{{}}`` becomes ``{}``. All other braces, including unpaired doubled
-    braces, are literal and stay as written. ``key``: the configuration key of the text or of its file, for messages;
-    ``path``: the file, if the text is from a file.
+    braces, are literal and stay as written. For messages: ``key``, the configuration key that sets the text or its
+    file, and ``path``, the file; None if ``key`` sets the text itself.
     """
 
     def __init__(self, text: str, names: Sequence[str], key: str, path: str | None = None) -> None:
@@ -47,14 +47,17 @@ class Template:
         return self._pieces[1::2].count(name)
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """Return the text with each placeholder replaced by its entry in ``values``, in which braces are literal."""
+        """Return the text with its placeholders filled.
+
+        ``values`` maps the name of each placeholder to its text. Braces in these texts are literal.
+        """
         return "".join(values[piece] if i % 2 else piece for i, piece in enumerate(self._pieces))
 
 
 def teacher_template(text: str) -> Template:
-    """Parse teacher_prefix_template, the text of the teacher's prefix; ``{problem}`` is required.
+    """Parse ``text``, the value of teacher_prefix_template, from which the teacher's prompts are built.
 
-    Raises UserError if ``{problem}`` is missing, or if the text has a placeholder other than {problem} and {trace}.
+    Raises UserError if {problem} is missing, or if the text has a placeholder other than {problem} and {trace}.
     """
     template = Template(text, ("problem", "trace"), _TEACHER_KEY)
     if not template.count("problem"):

@@ -1,8 +1,9 @@
-"""Cache files of Arrow tables: each is built once per node and memory-mapped by all ranks of the node.
+"""Store Arrow tables in cache files, built once per node and memory-mapped by all ranks of the node.
 
-A cache file is an Arrow file followed by a magic number and a checksum. The file name contains a hash of the table's
-source files and columns, and the host name; nodes that share a home folder therefore have separate files. A process
-holds a shared lock on each file that it has mapped; locked files are never removed.
+A cache file is an Arrow file followed by a magic number and a checksum. The file name contains the host name, so nodes
+that share a home folder have separate cache files. It also contains a hash of the table's columns and of the paths,
+sizes and times of the source files. A process holds a shared lock on each cache file that it has mapped; locked files
+are never removed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ IN_MEMORY_BYTES = 4 * 2**20
 MAX_CACHE_BYTES = 32 * 2**30
 """Maximum total size of all cache files in bytes; above it, the least recently used files are removed."""
 _VERSION = 1
-"""Part of the hash in file names. Increase it if new code builds other tables from the same sources."""
+"""Version of the cache files, part of the hash in their names.
+
+Increase it if a change of the code changes the tables that are built from the same source files.
+"""
 _TRAILER = struct.Struct("<8sQ")
 _MAGIC = b"distill1"
 _CHUNK = 2**20
@@ -53,10 +57,11 @@ After this time, this process builds the file itself.
 def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) -> pa.Table:
     """Return a table of the record batches that ``batches()`` yields.
 
-    A table of at most IN_MEMORY_BYTES is kept in memory; a larger table is memory-mapped from a cache file.
-    ``identity``: a JSON value that changes whenever the table changes; ``size``: the total size of the source files in
-    bytes. If no folder can store the cache file, the table is kept in memory and a warning is logged. Not collective:
-    call it first on one rank per node (see World.main_first), so that only this rank builds the file.
+    The table is kept in memory if its size and the total size of its source files are at most IN_MEMORY_BYTES.
+    Otherwise it is memory-mapped from a cache file. ``identity``: a JSON value that changes whenever the table changes;
+    its hash is in the name of the cache file. ``size``: the total size of the source files in bytes. If no folder can
+    store the cache file, the table is kept in memory and a warning is logged. Not collective: call it first on one rank
+    per node (see World.main_first), so that only this rank builds the file.
     """
     import pyarrow as pa
 
@@ -126,9 +131,9 @@ def _open_shared(folder: Path, name: str, schema: pa.Schema, batches: Batches) -
 
 
 def _make_private(folder: Path) -> None:
-    """Create the folder and its parent with access only for the current user.
+    """Create ``folder`` and its parent folder, accessible only to the current user.
 
-    Raises PermissionError if one of them belongs to another user.
+    Raises PermissionError if one of the two folders belongs to another user.
     """
     for made in (folder.parent, folder):
         made.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -139,7 +144,7 @@ def _make_private(folder: Path) -> None:
 def _open_mapped(path: Path) -> pa.Table | None:
     """Return the memory-mapped table of a cache file; None if the file is missing, incomplete or damaged.
 
-    The file has a shared lock as long as the table exists.
+    This process holds a shared lock on the file as long as the table exists.
     """
     import pyarrow as pa
 
@@ -171,7 +176,7 @@ def _checksum(content: Any) -> int:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write the batches to a temporary file, then rename it to ``path``; no reader sees a partial file."""
+    """Write the batches to a temporary file, then rename it to ``path``; no process reads a partial file."""
     import pyarrow as pa
 
     descriptor, written = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
@@ -192,7 +197,7 @@ def _write(path: Path, schema: pa.Schema, batches: Batches) -> None:
 
 
 def _release_memory() -> None:
-    """Return freed memory to the operating system; otherwise the allocators keep tens of MiB of it."""
+    """Return freed memory to the operating system; otherwise Arrow and glibc keep tens of MiB allocated."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -200,11 +205,11 @@ def _release_memory() -> None:
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
-    """Remove temporary files older than a day, and the least recently used files beyond MAX_CACHE_BYTES.
+    """Remove old temporary files, and the least recently used cache files above MAX_CACHE_BYTES in total.
 
-    ``keep``: a file that is not removed. Locked files are not removed either. Files of other hosts are removed only if
-    they were last opened more than a day ago, because locks may not be visible across hosts (Lustre). They are not kept
-    forever, because every container may have a new host name, so their number would grow.
+    Temporary files are removed after one day. ``keep``: a file that is not removed. Locked files are not removed
+    either. A cache file of another host is removed only if it was last opened more than a day ago, because its lock may
+    not be visible on this host (Lustre).
     """
     found = []
     for path in folder.iterdir():

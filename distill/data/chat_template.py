@@ -78,7 +78,7 @@ def check_chat_template(
 
 
 def _rendered_without_message(tokenizer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
-    """Render a test chat; return the start of the text if the user's message is missing in it, else None.
+    """Render a test chat; if the text lacks the user's message, return its first 60 characters, else None.
 
     White space and case are ignored in the search for the message. Also returns None if the template raises an error:
     the error is reported later, when the prompts are rendered.

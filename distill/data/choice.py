@@ -19,9 +19,9 @@ _MARKUP = re.compile(
 _MARK, _END = "\x02", "\x03"
 r"""Placeholder characters for the start and the end of a LaTeX ``\boxed{...}``."""
 _WIDE = str.maketrans({"。": ". ", "、": ", ", "【": "[", "】": "]", _MARK: "", _END: ""})
-"""Translation table from East Asian punctuation, which NFKC normalization keeps, to ASCII punctuation.
+"""Translation table to ASCII for the East Asian punctuation that NFKC normalization does not change.
 
-It also removes the placeholder characters ``_MARK`` and ``_END`` from a response.
+The table also removes the placeholder characters ``_MARK`` and ``_END`` from a response.
 """
 _DOUBLE = re.compile(r"\[\[\s*([A-J])\s*\]\]")
 _BLANK = re.compile(r"\s+")
@@ -37,7 +37,7 @@ _NAME = (
     r"|perfringens|albicans|jejuni|diphtheriae|trachomatis|melanogaster|rerio|thaliana|fumigatus|pylori|influenzae"
     r"|sapiens|erectus|lamblia|histolytica|faecalis|gallus|discoideum)\b)"
 )
-"""Regular expression for text that makes the letter before it part of a name: J. K. Rowling; E. coli."""
+"""Regular expression for the text after a letter that is an initial of a name: J. K. Rowling; E. coli."""
 _CORRECT = r"(?:(?:clearly|indeed|definitely|therefore)\s)?(?:the\s)?(?:only\s)?(?:correct|right|best|true)\b"
 _AFTER = re.compile(
     rf"\s?(?:$|[\n,;:!?)\]\\{_MARK}{_END}]|[-–—]\s|—|\((?!\w\))|因为|而|(?:选项|项|是)?(?:正确|对)|选?项(?:$|[\n.,]))"
@@ -45,9 +45,9 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Match text after a letter without parentheses that shows the letter is the chosen option: ``B because ...``.
+"""Regular expression for the text after a letter that is the chosen option: " because" in "B because".
 
-Before any other text, the letter is an article or part of a name: ``A man``.
+It is used for letters without parentheses. If other text follows, the letter is an article or part of a name: "A man".
 """
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"
@@ -102,7 +102,7 @@ _LED = re.compile(
 )
 """Regular expression for an option letter followed by the option's text: (B) Paris; B. Paris."""
 _ABOUT = re.compile(r"(?:is|are|was|isn['’]t|can['’]?t|cannot)\b")
-"""Regular expression for a verb that makes the text after an option letter a comment: (B) is wrong."""
+"""Regular expression for a verb after an option letter, as in a comment on the option: (B) is wrong."""
 _BRACKETED = re.compile(r"(?<![^\s,;:])\(([A-J])\)")
 _NEGATION = re.compile(
     r"\b(?:not|no|neither|nor|never|wrong|incorrect|false|except|eliminate\w*|rule[sd]?\s+out|either)\b|n['’]t\b", re.I
@@ -112,8 +112,8 @@ _NEGATION = re.compile(
 def chosen_option(text: str) -> str | None:
     r"""Return the letter of the option that ``text`` chooses; None unless it chooses exactly one option.
 
-    The last statement of an option in ``text``, such as ``\boxed{B}`` or "Answer: B", is used. If ``text`` contains no
-    such statement, the option is read from the last line, or else from the first line.
+    The last phrase in ``text`` that states an option, such as ``\boxed{B}`` or "Answer: B", is used. If ``text``
+    contains no such phrase, the option is read from the last line, or else from the first line.
     """
     plain = _plain(text)
     found = [(match.end(), _stated_letter(match, plain)) for match in _STATEMENT.finditer(plain)]
@@ -155,7 +155,7 @@ def _one_blank(blank: re.Match[str]) -> str:
 
 
 def _mark_boxes(text: str) -> str:
-    r"""Replace each outermost closed ``\boxed{...}`` by its content between ``_MARK`` and ``_END``."""
+    r"""Replace each outermost closed ``\boxed{...}`` by its content, enclosed in ``_MARK`` and ``_END``."""
     opened: list[tuple[bool, int, int]] = []
     boxes = []
     for brace in _BRACE.finditer(text):

@@ -1,4 +1,4 @@
-"""Give chat templates a fixed time: the run's first start, on all ranks and after every resume."""
+"""Give chat templates the time of the run's first start, on all ranks and after every resume."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def current_time() -> datetime:
 class RunClock:
     """A clock that always returns the time of the run's first start.
 
-    The current time must not be used: a chat template that writes the date would render different prompts on a later
-    day, and different prompts on ranks that render before and after midnight.
+    With the current time, a chat template that contains the date would render different prompts after a resume on a
+    later day. Ranks that render before and after midnight would also have different prompts.
     """
 
     def __init__(self, time: datetime) -> None:
@@ -37,7 +37,7 @@ class RunClock:
 
     @classmethod
     def saved(cls, text: str) -> RunClock:
-        """Return the clock for ``text``, an ISO 8601 time from a checkpoint (the inverse of str(clock))."""
+        """Return the clock with the time ``text``, an ISO 8601 time from a checkpoint (inverse of str(clock))."""
         return cls(datetime.fromisoformat(text))
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class RunClock:
 
         As a template argument, ``strftime_now`` of this clock overrides the function of the same name in transformers.
         ``key``: the configuration key of ``kwargs``. Raises UserError if ``kwargs`` contain ``strftime_now``, because a
-        recipe cannot define a function.
+        YAML recipe cannot define a function.
         """
         given = dict(kwargs or {})
         if _NAME in given:

@@ -1,4 +1,4 @@
-"""Read the columns that a run uses from the rows of a dataset: problem text, gold answer and trace.
+"""Read from the rows of a dataset the columns that a run uses: problem text, gold answer and trace.
 
 A trace is a text with reasoning that the teacher reads together with the problem.
 """
@@ -21,8 +21,8 @@ Example: ("line 3", {"input": "1+1"}). The location is used in messages.
 Values = tuple[str | None, ...]
 """Values of the used columns of a row: problem text, gold answer, then each extra column.
 
-The problem text is None if it is blank. The gold answer is None if output_pattern does not match it, and "" if it is
-absent. An extra column is None if it is absent.
+The problem text is None if it is blank. The gold answer is None if the regular expression output_pattern does not
+match it, and "" if it is absent. An extra column is None if it is absent.
 """
 
 
@@ -40,7 +40,7 @@ class TextColumn:
     key: str
     """Configuration key that selects the column, for messages."""
     required: bool = True
-    """Whether a row without the column is an error. If false, Problem.columns omits it for this row."""
+    """Whether a row without the column is an error. If false, Problem.columns omits the column."""
 
 
 class WrittenFloat(float):
@@ -90,7 +90,10 @@ class Columns:
         object.__setattr__(self, "pattern", pattern)
 
     def project(self, row: Row, origin: str) -> Values:
-        """Return the values of the used columns of ``row``, a row of the file or dataset ``origin``."""
+        """Return the problem text, gold answer and extra columns of ``row``.
+
+        ``origin``: the file or dataset that contains the row, for messages.
+        """
         text = self._text(row, f"{self.key}.input_key", self.input_key, origin)
         extra = [
             self._text(row, column.key, column.name, origin) if column.required or _has(row[1], column.name) else None
@@ -109,8 +112,9 @@ class Columns:
     def select(self, names: Sequence[str], origin: str) -> list[str]:
         """Return the names of the columns to read from a table that has the columns ``names``.
 
-        For a dotted path to a nested value, this is the name of the outermost column. ``origin``: the file or dataset
-        of the table, for messages. Raises UserError if a required column is missing.
+        For a dotted path to a nested value (``prompt.0.content``), the name of the outermost column (``prompt``) is
+        returned. ``origin``: the file or dataset of the table, for messages. Raises UserError if a required column is
+        missing.
         """
         wanted = [(f"{self.key}.input_key", self.input_key, True)]
         wanted.append((f"{self.key}.output_key", self.output_key, self.answer_required))
@@ -171,9 +175,10 @@ def _wrong_type(row: Row, key: str, name: str, found: Any, wanted: str, origin: 
 
 
 def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:
-    """Compile the output_pattern of a dataset; ``key``: the dataset's configuration key.
+    """Compile the output_pattern of a dataset, the regular expression that extracts the gold answer.
 
-    Raises UserError if ``pattern`` is not a valid regular expression or has more than one capturing group.
+    ``key``: the dataset's configuration key. Raises UserError if ``pattern`` is not a valid regular expression or has
+    more than one capturing group.
     """
     key = f"{key}.output_pattern"
     try:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
 ContentHashes = Mapping[str, str]
-"""Maps part names to hashes. The parts are the inputs of the prompts and the tokenized prompts.
+"""Maps the name of each input of the prompts, such as ``problems`` or ``chat_template``, to its hash.
 
-Part names are, for example, ``problems`` and ``chat_template``. Each part comes after the parts that it depends on.
+The entry ``tokens`` is the hash of the tokenized prompts. This module calls each entry a part.
 """
 
 TOKENS = "tokens"
-"""Part name of the tokenized prompts in ContentHashes; this part depends on all other parts."""
+"""Key in ContentHashes for the hash of the tokenized prompts."""
 
 _SAME_DATA = "use the same files on all nodes"
 _SAME_RENDERING = (
@@ -37,7 +37,7 @@ _SAME_RENDERING = (
 
 
 def content_hash(values: Iterable[Any]) -> str:
-    """Return the first 16 hex digits of the SHA-256 of ``values`` as JSON, with sorted mapping keys."""
+    """Return a hash of ``values``: the first 16 hex digits of the SHA-256 of their JSON, with sorted keys."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\n")
@@ -49,7 +49,8 @@ def data_hashes(
 ) -> ContentHashes:
     """Return hashes of the problems, the traces and the contents of the prompt files.
 
-    Paths are not hashed. ``trace_column``: the column of the traces; None: the data have no traces.
+    Paths are not hashed. ``trace_column``: the dataset column of the traces (texts with reasoning that the teacher
+    reads); None: the data have no traces.
     """
     texts, traces = hashlib.sha256(), hashlib.sha256()
     for problem in problems:
@@ -76,9 +77,9 @@ def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, An
 
 
 def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
-    """Return the names of the parts with different hashes in ``before`` and ``after``.
+    """Return the keys of ContentHashes that have different hashes in ``before`` and ``after``.
 
-    ``tokens`` is returned only if no other part differs. Parts that only one of the arguments contains are ignored.
+    ``tokens`` is returned only if no other hash differs. Keys that only one of the arguments contains are ignored.
     """
     changed = [part for part, value in after.items() if before.get(part, value) != value]
     return [part for part in changed if part != TOKENS] or changed
@@ -95,14 +96,14 @@ _PART_NAMES = {
     "teacher_chat_template": "the chat template of teacher.tokenizer",
     "teacher_chat_template_kwargs": "teacher.tokenizer.chat_template_kwargs",
 }
-"""Maps each part of ContentHashes except ``tokens`` to its name in messages."""
+"""Maps each key of ContentHashes except ``tokens`` to the name of the hashed input in messages."""
 
 
 def describe_change(parts: Sequence[str], all_compared: bool) -> str:
-    """Return a clause for messages about the changed ``parts``, such as "data.train has changed".
+    """Return a clause for messages about changed inputs, such as "data.train has changed".
 
-    ``all_compared``: whether the hashes of all parts were compared; false if only the tokenized prompts were compared,
-    which does not show the cause of the change.
+    ``parts``: the keys of ContentHashes with different hashes. ``all_compared``: whether all hashes were compared;
+    false: only the hash of the tokenized prompts was compared, so the changed input is unknown.
     """
     if not all_compared:
         return "data.train, its prompt file, or policy.tokenizer has changed"

@@ -67,7 +67,7 @@ class DataFile:
     """A data file and the columns to read from it."""
 
     path: Path
-    """Path of the file; its type is one of KINDS."""
+    """Path of the file. Its file type is one of KINDS; it may be compressed."""
     columns: Columns
     """Columns to read from the file."""
 
@@ -77,7 +77,7 @@ class DataFile:
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:
-    """Yield (location, row) for each row of a file; raise UserError if it is unreadable or malformed."""
+    """Yield (location, row) for each row; raise UserError if the file is unreadable or malformed."""
     kind, compression = kind_of(file.path)
     try:
         with _opened(file.path, compression, seekable=kind == ".parquet") as stream:
@@ -249,8 +249,8 @@ def _tsv(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file with a header line.
 
-    All values are strings; quoted fields may contain line breaks. The delimiter is the first of ``delimiters`` for
-    which the column ``input_key`` is a field of the header, or else the first delimiter.
+    All values are strings; quoted fields may contain line breaks. Each of ``delimiters`` is tried in order, until the
+    split header contains the column ``input_key``. If none fits, the first delimiter is used.
     """
     lines = _decoded_lines(stream, file)
     head: list[str] = []

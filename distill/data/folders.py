@@ -18,16 +18,16 @@ _DOCUMENTS = (".md", ".txt", ".yaml", ".yml", ".py", "")
 _FILE_KEYS = {"config_name", "data_files", "data_dir", "default", "description"}
 """Keys in a dataset card (README.md) that do not change how files are parsed: they only select files.
 
-A configuration in the card with any other key must be read by the ``datasets`` library.
+If a configuration in the card has any other key, the ``datasets`` library must read the folder.
 """
 
 
 def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Path]] | None:
-    """Return the data files of each split, found by the dataset card or by the names of files and folders.
+    """Map each split to its data files, found by the dataset card or by the names of files and folders.
 
     ``subset``: name of a configuration in the dataset card (README.md), None: the default configuration; ``key``:
-    configuration key of ``folder``, for messages. Returns None if the folder has only unknown file types or the card
-    has parser settings; the ``datasets`` library must then read the folder. Raises UserError for a folder without data
+    configuration key of ``folder``, for messages. Returns None if the ``datasets`` library must read the folder: the
+    folder has only unknown file types, or the card has parser settings. Raises UserError for a folder without data
     files and for an invalid card.
     """
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
@@ -69,8 +69,9 @@ def _warn_of_ignored(
 ) -> None:
     """Log a warning about ignored files: files of unknown types, and data files that belong to no split.
 
-    ``by_names``: whether splits were found by file names. If false, the dataset card lists the files and may leave out
-    files on purpose, so there is no warning about data files that belong to no split.
+    ``splits``: maps each split to all its files; ``readable``: the same, but only files of known types. ``by_names``:
+    whether splits were found by file names. If false, the dataset card lists the files and may leave out files on
+    purpose, so there is no warning about data files that belong to no split.
     """
     unknown = [file for split in splits for file in splits[split] if file not in readable[split] and _may_be_data(file)]
     if unknown:
@@ -104,7 +105,7 @@ def _all_readable(base: Path) -> list[Path]:
 
 
 def _readable(files: list[Path]) -> list[Path]:
-    """Return the files of known types (KINDS).
+    """Return those ``files`` that have a known type (KINDS, such as .jsonl).
 
     Files named "metadata" are returned only if no other file has a known type.
     """
@@ -124,8 +125,8 @@ def _card_settings(folder: Path, subset: str | None) -> dict[str, Any] | None:
     """Return the settings of the configuration ``subset`` in the folder's dataset card (README.md).
 
     ``subset`` None: the default configuration. Returns {} if the card has no configurations. Returns None if no
-    configuration has the name ``subset``, or if the folder has the old file .huggingface.yaml; the ``datasets`` library
-    then reads the folder or reports the error.
+    configuration has the name ``subset``, or if the folder has the obsolete settings file .huggingface.yaml; the
+    ``datasets`` library then reads the folder or reports the error.
     """
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard

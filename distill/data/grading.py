@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Literal
 
 Verdict = Literal["right", "wrong", "failed"]
-"""Result of grading a response. "failed" means a time limit, a crash or an unreadable gold answer.
+"""Result of grading a response. "failed" means a timeout, a crash or an unreadable gold answer.
 
 A "failed" response counts as wrong, and is also counted separately.
 """
@@ -44,8 +44,8 @@ _BOX = re.compile(r"\\boxed\s*{")
 def final_part(response: str, think_tags: tuple[str, str] = THINK_TAGS, inside_thought: bool = False) -> str:
     """Return the stripped text after the last think block of ``response``; all text if it has no block.
 
-    Returns "" if the response ends inside a think block. ``inside_thought``: the prompt ends with an opening tag, so
-    the response begins inside a think block.
+    A think block is the reasoning between the two ``think_tags``. Returns "" if the response ends inside a think block.
+    ``inside_thought``: whether the prompt ends with an opening tag, so that the response begins inside a think block.
     """
     opening, closing = think_tags
     _, closed, after = response.rpartition(closing)
@@ -93,7 +93,7 @@ def _grade_math(final: str, gold: str) -> Verdict:
 
 
 def _grade_choice(final: str, gold: str) -> Verdict:
-    """Compare the option, A to J, that ``final`` chooses with the option ``gold``.
+    """Compare the option (A to J) that the text ``final`` chooses with the correct option ``gold``.
 
     Returns "failed" if ``gold`` is not an option.
     """
@@ -106,9 +106,9 @@ def _grade_choice(final: str, gold: str) -> Verdict:
 
 
 _IN_PROCESS: Mapping[str, Callable[[str, str], Verdict]] = {"exact": _grade_exact, "choice": _grade_choice}
-"""Maps names to graders that run in the calling process, because they can neither hang nor crash."""
+"""Maps grader names to functions that run in the calling process; they can neither hang nor crash."""
 _IN_WORKER: Mapping[str, Callable[[str, str], Verdict]] = {"math": _grade_math, "regex": _grade_regex}
-"""Maps names to graders that run in a worker process with a time limit."""
+"""Maps grader names to functions that run in a worker process with a time limit."""
 
 
 class Grader:
@@ -260,8 +260,8 @@ def _check_regex(gold: str, where: str) -> None:
 def _serve(name: str) -> None:
     """Grade the requests on standard input, and print one verdict per request.
 
-    ``name``: the grader. Each request is a line with the JSON list [final, gold, seconds]. Returns when standard input
-    is closed.
+    ``name``: the grader. Each request is a line with the JSON list [text to grade, gold answer, time limit in seconds].
+    Returns when standard input is closed.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # redirect stdout, so that text printed by a library is not read as a verdict

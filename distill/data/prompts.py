@@ -48,7 +48,7 @@ _STUDENT_KEYS = TemplateKeys("policy.tokenizer.chat_template", "policy.tokenizer
 _CHUNK = 1000
 """Number of conversations that are rendered and tokenized in one batch."""
 _RANDOM, _RENDERINGS = ("random", "lipsum"), 16
-"""Jinja functions with random results, and the number of renderings to compare if a template uses one."""
+"""Jinja functions with random results, and the number of renderings to compare if one is called."""
 
 
 def chat_ids(
@@ -61,8 +61,9 @@ def chat_ids(
 
     As in transformers and vLLM, the template writes all special tokens, including BOS; the tokenizer adds none. Without
     a chat template, the prompt is the tokenizer's BOS and the messages' texts, separated by blank lines (see
-    token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``. Raises UserError if
-    the template rejects a conversation or renders random text; the message contains one of ``keys``.
+    token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``; ``keys`` are
+    the template's configuration keys, for messages. Raises UserError if the template rejects a conversation or renders
+    random text.
     """
     if not chats:
         return []
@@ -162,7 +163,7 @@ class Prompts:
     problems: Sequence[Problem]
     """Problem of each prompt."""
     prompt_ids: tuple[int, ...]
-    """Index of each prompt in the list of all problems, which includes repetitions and too long prompts."""
+    """Index of each prompt in the list of all problems, counting repeated problems and skipped prompts."""
     tokens: array[int]
     """Concatenated token ids of all prompts."""
     bounds: array[int]
@@ -170,7 +171,10 @@ class Prompts:
     skipped: int
     """Number of prompts that were left out because they are too long."""
     inside_thought: bytes = b""
-    """One byte per prompt: 1 if the prompt ends inside an open think block, else 0. Empty: all are 0."""
+    """One byte per prompt: 1 for a prompt that ends inside a think block (after ``<think>``), else 0.
+
+    If it is empty, no prompt ends inside a think block.
+    """
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -215,9 +219,10 @@ def load_prompts(
     """Load the datasets and tokenize their prompts.
 
     Each dataset may set its own prompt file and system prompt file. Prompts of more than ``max_tokens`` tokens are
-    skipped and counted. ``key`` is the datasets' configuration key, for messages. ``trace_column`` and
-    ``trace_required`` are described in load_problems, ``think_tags`` in inside_thoughts. The result depends only on the
-    arguments and files, so it is equal on all ranks. Raises UserError for invalid data and if all prompts are too long.
+    skipped and counted. ``key``: the datasets' configuration key, for messages. ``trace_column``: the column with
+    reasoning for the teacher; ``trace_required``: whether each row must have this column. ``think_tags``: the tags that
+    begin and end the reasoning in a response. The result depends only on the arguments and files, so it is equal on all
+    ranks. Raises UserError for invalid data and if all prompts are too long.
     """
     problems: list[Problems] = []
     rows: list[array[int]] = []
@@ -341,7 +346,7 @@ class PromptOrder:
     shuffle: bool = True
     """Whether each epoch permutes the prompts; false: prompts keep the order of the datasets."""
     input_hashes: ContentHashes = field(default_factory=dict)
-    """Hashes of the data and settings from which prompts and teacher prefixes are built, by part name."""
+    """Maps the name of each input of the prompts and teacher prefixes, such as ``problems``, to its hash."""
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
@@ -356,7 +361,7 @@ class PromptOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the number of full batches in one epoch, which is the number of steps per epoch."""
+        """Return the number of steps per epoch: the number of full batches in one epoch."""
         return len(self.prompts) // self.num_prompts_per_step
 
     def steps(self, max_num_steps: int, max_num_epochs: int) -> int:
@@ -385,7 +390,7 @@ class PromptOrder:
 
     @cached_property
     def _permutations(self) -> dict[int, list[int]]:
-        """Return a cache that maps the last used epoch to its permutation; shuffling 100k prompts is slow."""
+        """Return a cache that maps the last used epoch to the permutation of prompt indices in this epoch."""
         return {}
 
     @property
@@ -394,9 +399,10 @@ class PromptOrder:
         return {**self.input_hashes, TOKENS: self.prompts.fingerprint}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the position in the data before ``step``, and hashes of the data, as JSON for a checkpoint.
+        """Return the state for a checkpoint as JSON: the position in the data before ``step``, and hashes.
 
-        ``sums`` contains the prompts' checksums in base85, so that a resume can report how many prompts changed.
+        The entry ``sums`` contains the prompts' checksums in base85, so that a resume can report how many prompts
+        changed.
         """
         return {
             "step": step,
@@ -415,9 +421,9 @@ class PromptOrder:
         """Return one phrase per difference between this order and ``state``, the state in a checkpoint.
 
         Differences are changed inputs of the prompts and changed settings of the order. The seed is not compared,
-        because it changes only the order of later steps. A state of an earlier version contains only the hash of the
-        tokenized prompts. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``, so that a resume
-        can remove duplicates.
+        because it changes only the order of later steps. A checkpoint of an earlier program version contains only the
+        hash of the tokenized prompts. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``, so that
+        a resume can remove duplicates.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
@@ -431,9 +437,10 @@ class PromptOrder:
         ]
 
     def _count_changed_prompts(self, state: Mapping[str, Any]) -> str:
-        """Return the change since ``state``, such as " (2 of 9 prompts removed, 1 added)"; "" if none changed.
+        """Return the changes of the prompts as text, such as " (2 of 9 prompts removed, 1 added)".
 
-        If only the order of the prompts changed, returns a text about the order.
+        ``state``: the state in the checkpoint to compare with. Returns "" if no prompt changed, and a text about the
+        order if only the order of the prompts changed.
         """
         if state["fingerprint"] == self.prompts.fingerprint:
             return ""

@@ -40,11 +40,11 @@ class KnownDataset:
     subsets: tuple[str | None, ...] = (None,)
     """Subsets to load and concatenate if the recipe sets no subset; None: the hub's default subset."""
     split: str = "train"
-    """Default of the configuration key split."""
+    """Default of the configuration key split: the split to load."""
     output_pattern: str | None = None
-    """Default of the configuration key output_pattern; not used if the recipe sets another output_key.
+    """Default of the configuration key output_pattern: a regular expression to extract the gold answer.
 
-    None: the gold answer is the complete value of its column.
+    It is not used if the recipe sets another output_key. None: the gold answer is the complete value of its column.
     """
 
 
@@ -121,8 +121,8 @@ def load_problems(
 def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
     """Return the columns to read from ``dataset``.
 
-    If the recipe does not set input_key or output_key, the default is that of the built-in dataset, or else "input" or
-    "output".
+    ``extra``: columns to read in addition to problem text and gold answer. If the recipe does not set input_key or
+    output_key, the default of the built-in dataset is used. For other datasets, the defaults are "input" and "output".
     """
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
@@ -140,7 +140,10 @@ def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) ->
 
 
 def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns: Columns) -> None:
-    """Raise UserError if output_pattern matches no gold answer; log a warning if it matches only some."""
+    """Raise UserError if output_pattern matches no gold answer; log a warning if it matches only some.
+
+    ``found``: pairs (table, numbers of the rows with a problem text).
+    """
     unmatched = [(table, row) for table, kept in found for row in table.without_match(kept)]
     if not unmatched:
         return
@@ -227,7 +230,7 @@ def _file_source(path: Path, columns: Columns) -> Source:
 
 
 def _identity(path: Path, key: str, value: str) -> list[Any]:
-    """Return path, size, times of modification and inode of a file, to detect that its content changed.
+    """Return path, size, mtime, ctime and inode of a file, to detect a change of the file's content.
 
     ``key``, ``value``: the configuration key and value that select the file, for messages.
     """
@@ -248,8 +251,8 @@ def _sliced(
 ) -> Sequence[Slice]:
     """Return the rows that the split ``spec`` selects, such as ``train[:90%]`` or ``train+test[:10]``.
 
-    ``splits``: the data of each split, by split name. ``table_of``: function that reads the table of a split from these
-    data. ``single_file``: whether the data are one file, for messages.
+    ``splits``: maps the name of each split to its data (files or a loaded dataset). ``table_of``: function that reads
+    the data of one split as a table. ``single_file``: whether the data are one file, for messages.
     """
     key = f"{columns.key}.split"
     names = [part.partition("[")[0].strip() for part in spec.split("+")]

@@ -53,8 +53,8 @@ def stop_ids(files: ModelFolder, tokenizer: Any, key: str) -> tuple[int, ...]:
 def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: str) -> tuple[int, ...]:
     """Return the stop ids that the model can generate: ids less than ``valid_vocab``, the vocabulary size.
 
-    Logs a warning about larger ids, about stop ids that are ordinary text, and if no stop id is left. ``name``: the
-    model's name, for messages.
+    Logs a warning about ids that are too large, about stop ids that are ordinary text, and if no stop id is left.
+    ``name``: the model's name, for messages.
     """
     if beyond := [token for token in ids if token >= valid_vocab]:
         log.warning("%s: stop ids %s are ignored, because the vocabulary has only %d tokens", name, beyond, valid_vocab)

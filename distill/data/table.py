@@ -43,7 +43,7 @@ class ProblemTable:
     origins: Sequence[str]
     """Names of the sources of the rows; the table's column "origin" contains indices into this list."""
     table: pa.Table
-    """Arrow table of the problem texts, gold answers, extra columns and locations; see ``_schema``."""
+    """Arrow table of the problem texts, gold answers, extra columns and locations in the sources."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -130,9 +130,9 @@ def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Colu
 
 
 class Problems(Sequence[Problem]):
-    """Sequence of the problems in selected rows of tables. A Problem is created on access.
+    """Sequence of the problems in selected rows of ``tables``. A Problem is created on access.
 
-    ``rows``: row numbers in the concatenation of ``tables``.
+    ``rows``: numbers of the selected rows, counted from 0 through all ``tables``.
     """
 
     def __init__(self, tables: Sequence[ProblemTable], rows: Sequence[int]) -> None:

@@ -3,7 +3,8 @@
 A prefix is the student's prompt or, in context distillation, a template filled with the problem and a trace. A trace is
 a text with reasoning: a part of the response, or a column of the dataset. Both models score the same response tokens,
 so a response is never truncated. The teacher's window is the maximum length of prefix and response together
-(teacher.max_total_sequence_length). If they exceed it, the prefix is shortened, or the response is dropped and counted.
+(teacher.max_total_sequence_length). If prefix and response exceed the window, the prefix is shortened, or the response
+is dropped and counted.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
-"""Name of the metric "number of truncated teacher prefixes divided by number of kept responses"."""
+"""Name of the metric: number of truncated teacher prefixes / number of responses that are not dropped."""
 _KEY = "distillation.context_distillation"
 _TEMPLATE_KEY = f"{_KEY}.teacher_prefix_template"
 _CHAT_TEMPLATE_KEY, _KWARGS_KEY = "teacher.tokenizer.chat_template", "teacher.tokenizer.chat_template_kwargs"
 
 DropReason = Literal["missing_trace", "too_long_response", "no_prefix_budget", "prefix_too_long"]
-"""Reason for dropping a response, which is then not trained on.
+"""Reason for dropping a response. The student is not trained on a dropped response.
 
 missing_trace: no trace was found; too_long_response: the response is longer than the teacher's window
 (teacher.max_total_sequence_length); no_prefix_budget: the response is exactly as long as the window; prefix_too_long:
-the prefix does not fit even without the trace.
+prefix and response exceed the window even with the shortest allowed trace.
 """
 _REFERENCE_ZERO_METRICS = ("invalid_message", "for_dp_divisibility")
-"""Drop reasons of NeMo-RL that cannot occur here.
+"""Reasons for dropping a response in NeMo-RL that cannot occur in this program.
 
-Their metrics are reported as 0, so that dashboards made for NeMo-RL find them.
+Their metrics are reported as 0, so that dashboards made for NeMo-RL have all their metrics.
 """
 
 
@@ -52,18 +53,18 @@ Their metrics are reported as 0, so that dashboards made for NeMo-RL find them.
 class PrefixStats:
     """Metrics of the teacher prefixes that one rank has built in a step.
 
-    The metrics of the step are computed from the sums over all ranks.
+    The metrics of the step are computed from the sums of these values over all ranks.
     """
 
     means: Stats = field(default_factory=dict)
-    """Maps each metric that is a mean to (sum, count). Metrics with count 0 are omitted."""
+    """Maps the name of each averaged metric to (sum, count). Metrics with count 0 are omitted."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Maps each metric that is a number of prefixes or of responses to its value."""
+    """Maps the name of each counting metric (a number of prefixes or responses) to its value."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The teacher's prefix of one response."""
+    """The teacher's prefix for one response: the tokens that the teacher reads before the response."""
 
     token_ids: tuple[int, ...]
     """Token ids that the teacher reads before the response."""
@@ -72,13 +73,13 @@ class Prefix:
 
 
 class TeacherPrefixes(Protocol):
-    """Interface of classes that build the teacher's prefixes for prompts and rollouts."""
+    """Interface of builders of teacher prefixes: the tokens that the teacher reads before a response."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return the kept rollouts in order, with ``teacher_prefix_ids`` set, and this rank's metrics.
+        """Return copies of the rollouts with ``teacher_prefix_ids`` set, and this rank's metrics.
 
-        A rollout is dropped for the reasons in DropReason. Not collective: each rank passes the rollouts that it
-        generated.
+        The copies have the order of ``rollouts``. Rollouts that are dropped (see DropReason) are omitted. Not
+        collective: each rank passes the rollouts that it generated.
         """
         ...
 
@@ -155,8 +156,8 @@ class ContextPrefixes:
     """Teacher prefixes in context distillation: a template filled with the problem text and a trace.
 
     The trace is a text with reasoning, from the scored response or from a dataset column. ``max_tokens``: maximum
-    length of prefix and response together. With ``context.chat_template`` the filled template is a user message,
-    followed by a generation prompt; otherwise it is plain text after the tokenizer's BOS. Raises UserError for a
+    length of prefix and response together. If ``context.chat_template`` is true, the filled template is a user message,
+    followed by a generation prompt; if false, it is plain text after the tokenizer's BOS. Raises UserError for a
     template without ``{problem}``, with unknown placeholders or with at least ``max_tokens`` tokens, and for a prefix
     with a token id that is not less than ``valid_vocab``. ``kwargs_key``: the configuration key of ``template_kwargs``,
     for messages.
@@ -206,12 +207,12 @@ class ContextPrefixes:
             )
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
-        """Return the kept rollouts with their teacher prefixes, and this rank's metrics.
+        """Return the rollouts that are not dropped, with their teacher prefixes, and this rank's metrics.
 
-        Metric names and formulas equal those of NeMo-RL. ``trace_coverage``: responses with a trace divided by all
-        responses, including dropped responses. ``prefix_truncation_rate``: truncated prefixes divided by kept responses
-        (``valid_samples``). ``dropped_samples``: the sum of the ``dropped_*`` counts. Raises UserError for a problem
-        without the dataset column static_trace.answer_column, if traces are read from this column.
+        Metric names and formulas equal those of NeMo-RL. ``trace_coverage``: responses with a trace / all responses,
+        including dropped responses. ``prefix_truncation_rate``: truncated prefixes / ``valid_samples``, the number of
+        responses that are not dropped. ``dropped_samples``: the sum of the ``dropped_*`` counts. If traces are read
+        from a dataset column, raises UserError for a problem without this column (static_trace.answer_column).
         """
         samples = [_Sample(rollout, trace) for rollout, trace in zip(rollouts, self._traces(rollouts), strict=True)]
         traced = [s for s in samples if s.trace or not self._drops_missing]
@@ -265,7 +266,7 @@ class ContextPrefixes:
         return [*map(bool, inside_thoughts(self._tokenizer, chats, ids, tags, self._template_kwargs))]
 
     def _trace_source(self, rollout: Rollout) -> str:
-        """Return the text that contains the trace: the response, or the problem's value in the trace column."""
+        """Return the text that contains the trace: the response, or the value of the problem's trace column."""
         if self._context.trace_source == "dynamic":
             # Keep special tokens, because the think tags of some tokenizers are special tokens. Drop the stop token:
             # it would become part of an unclosed think block and would end the teacher's user message.
@@ -288,7 +289,7 @@ class ContextPrefixes:
         return self._fill([(s.problem, s.trace) for s in samples])
 
     def _fill(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Return the token ids of the template filled with each (problem, trace)."""
+        """Fill the template with each (problem, trace); return the token ids of each filled template."""
         texts = self._texts(values)
         if self._context.chat_template:
             filled = chat_ids(self._tokenizer, _chats(texts), self._template_kwargs, self._template_keys)
@@ -304,9 +305,10 @@ class ContextPrefixes:
         return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
 
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
-        """Return the prefix, truncated as overflow_policy specifies if it exceeds the teacher's window.
+        """Return the prefix; if prefix and response exceed the teacher's window, truncate the prefix.
 
-        Returns None if the prefix is too long even with the shortest allowed trace.
+        The setting overflow_policy selects the part of the prefix to remove. Returns None if the prefix is too long
+        even with the shortest allowed trace.
         """
         budget = self._max_tokens - sample.length
         if len(prefix) <= budget:
@@ -318,9 +320,9 @@ class ContextPrefixes:
         return self._with_shorter_trace(sample, budget)
 
     def _with_shorter_trace(self, sample: _Sample, budget: int) -> list[int] | None:
-        """Cut the end of the trace until the prefix has at most ``budget`` tokens; return its token ids.
+        """Cut the end of the trace so that the prefix has at most ``budget`` tokens; return the prefix.
 
-        The longest start of the trace that fits is kept. Returns None if the prefix is too long even with the shortest
+        As much of the trace as possible is kept. Returns None if the prefix is too long even with the shortest
         allowed trace.
         """
 
@@ -353,8 +355,8 @@ def _largest_fitting(length: Callable[[int], int], low: int, high: int, limit: i
     """Return the largest n in [low, high) with ``length(n) <= limit``; None if no n fits.
 
     The search stops early at an n with ``length(n) == limit``. ``length`` must not decrease, and ``length(high)`` must
-    exceed ``limit``. Each call of ``length`` tokenizes a text, so the search interpolates linearly; after four
-    consecutive steps that do not halve the interval, it bisects.
+    exceed ``limit``. A call of ``length`` is slow, because it tokenizes a text. To need few calls, the search
+    interpolates linearly; after four consecutive steps that do not halve the interval, it bisects.
     """
     short, long, slow = length(low), length(high), 0
     if short > limit:

@@ -33,10 +33,10 @@ def check_texts(
     """Raise UserError for a token id without an embedding; log warnings about text that models misread.
 
     ``prompts`` are iterated several times. ``valid_vocab``: number of token ids with an embedding. ``where``: the
-    configuration key of the datasets, for messages. ``trace_column``: a column that the teacher reads and that may
-    contain ``think_tags``. Warnings report control tokens inside a problem or a trace, characters that are not in the
-    vocabulary, and texts that encoding and decoding change. Each warning has the number of prompts and the first
-    prompt.
+    configuration key of the datasets, for messages. ``trace_column``: the column with reasoning that the
+    teacher reads, in which ``think_tags`` are allowed; None: there is no such column. Warnings report control tokens
+    inside a problem or a trace, characters that are not in the vocabulary, and texts that encoding and decoding change.
+    Each warning contains the number of affected prompts and the first of them.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
@@ -76,7 +76,7 @@ def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, k
 
 
 def _row(prompt: Prompt, where: str) -> str:
-    """Return a name of the prompt's problem for messages: its number, source and first characters."""
+    """Return a description of the prompt's problem for messages: number, source and first characters."""
     problem = prompt.problem
     source = f"{problem.source}: " if problem.source else ""
     return f"{where}: problem {prompt.prompt_id + 1} ({source}{problem.text[:40]!r})"
@@ -101,7 +101,7 @@ def _control_tokens(texts: Iterable[tuple[Prompt, str]], tokens: set[str]) -> It
     """Yield (prompt, first token found) for each text that contains one of ``tokens``.
 
     A regular expression with thousands of tokens takes milliseconds per text. It is faster to search for the first
-    characters of the tokens, and to compare the tokens only there.
+    characters of the tokens, and to compare the tokens only at these positions.
     """
     if not tokens:
         return
@@ -125,7 +125,7 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
 
 
 def _warn_of(hits: Iterator[tuple[Prompt, str]], where: str, fault: str, effect: str) -> None:
-    """Log a warning with the number of ``hits`` and the first prompt; no warning without hits.
+    """Log a warning with the number of ``hits`` and the first prompt; log nothing if there are no hits.
 
     ``hits``: pairs (prompt, token found in the prompt). ``fault``: what is wrong with these prompts; ``%s`` in this
     text is replaced by the token of the first pair. ``effect``: the consequence for the model.

@@ -36,7 +36,8 @@ def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bo
 
     A think block begins after an opening tag and ends at the next closing tag. An opening tag inside a block is part of
     its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines the treatment of a block
-    without a closing tag. ``inside_thought``: the prompt ends with an opening tag, so the text begins inside a block.
+    without a closing tag. ``inside_thought``: whether the text begins inside a block, because the prompt ends with an
+    opening tag.
     ``extractor.type="full_text"`` selects the complete text.
     """
     if extractor.type == "full_text":
@@ -80,9 +81,9 @@ def inside_thoughts(
     """Return one byte per prompt: 1 if the prompt ends inside an open think block, else 0.
 
     ``ids``: the token ids of the prompts; ``chats``: the conversations of the prompts, or None for prompts of plain
-    text. In a rendered chat, only tags in the generation prompt count, not tags in messages. Plain text (also a chat
-    without a chat template) ends inside a think block if it ends with the opening tag. Logs a warning if a generation
-    prompt ends with an opening tag that is not in ``think_tags``.
+    text. In a rendered chat, only tags in the generation prompt count, not tags in messages. If the prompts are plain
+    text, or the tokenizer has no chat template, a prompt ends inside a think block if it ends with the opening tag.
+    Logs a warning if a generation prompt ends with an opening tag that is not in ``think_tags``.
     """
     opening = think_tags[0]
     rendered = chats is not None and tokenizer.chat_template is not None

@@ -1,4 +1,4 @@
-"""Load a model's tokenizer; tokenizer.json, if present, has priority over the class in transformers."""
+"""Load a model's tokenizer; tokenizer.json, if present, has priority over the transformers class."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ def tokenizer_class_misreads(folder: Path) -> bool:
 
 
 def same_tokenizer_files(student: Path, teacher: Path) -> bool:
-    """Return whether both model folders have the same tokenizer files, so that loading one is enough."""
+    """Return whether both models have the same tokenizer files, so that loading one tokenizer is enough.
+
+    Returns False if tokenizer.json is missing, a folder has additional chat templates, or the model types differ.
+    """
     if not (student / "tokenizer.json").is_file() or any((f / _TEMPLATES).exists() for f in (student, teacher)):
         return False
     keyed = ((student, "policy.model_name"), (teacher, "teacher.model_name"))

@@ -126,12 +126,12 @@ def _preserves_words(text: str, back: str) -> bool:
 
 
 def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_name: str) -> None:
-    """Raise UserError unless student and teacher have the same token for each id, including added tokens.
+    """Raise UserError if the vocabularies of student and teacher, including added tokens, differ.
 
-    The padded sizes of the embeddings may differ. Tokenizers with equal vocabularies may split text differently. In
-    this case, a warning is logged, because without context distillation the teacher reads the student's prompt ids.
-    Responses are always passed to the teacher as ids; in context distillation, the teacher's tokenizer encodes the
-    teacher's prefix. ``student_name``, ``teacher_name``: the model names, for messages.
+    The padded sizes of the embeddings may differ. Logs a warning if the tokenizers split test texts into different
+    tokens. The teacher receives responses as token ids, and without context distillation also the student's prompts.
+    In context distillation, the teacher's tokenizer encodes the teacher's prompts. ``student_name``, ``teacher_name``:
+    the model names, for messages.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:

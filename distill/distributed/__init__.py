@@ -1,1 +1,1 @@
-"""Starting and connecting the ranks of a run: launcher, rendezvous, process groups, device meshes."""
+"""Start and connect the ranks of a run: launcher, rendezvous, process groups, device meshes."""

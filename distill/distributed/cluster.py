@@ -1,4 +1,4 @@
-"""Check the recipe's cluster settings against the ranks that were started."""
+"""Check the cluster settings of the recipe (configuration) against the ranks that were started."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from distill.errors import UserError
 
 
 def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str, tp: int, cp: int) -> None:
-    """Raise UserError if device, nodes or ranks of the recipe do not match the ranks in ``world``.
+    """Raise UserError if the configured device, nodes or GPUs per node do not match the started ranks.
 
+    ``world`` has the started ranks; ``num_nodes``, ``gpus_per_node`` and ``device`` are configuration settings.
     ``tp``, ``cp``: tensor- and context-parallel size of the student; tp * cp must divide the number of ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():

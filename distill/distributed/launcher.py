@@ -10,13 +10,14 @@ from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PARENT = os.getppid()
-"""Parent's process id at import. If the parent has died since, os.getppid() returns another number."""
+"""Process id of the parent at import. After the parent has ended, os.getppid() returns another id."""
 
 
 def rank_by_launcher() -> int:
     """Return this process's rank from the variables of torchrun or Slurm; 0 if they are not set.
 
-    Raises UserError for invalid variables. Without this check, the process would wait for ranks that never connect.
+    Raises UserError for invalid environment variables. Without this check, the process would wait for ranks that never
+    connect.
     """
     variables = {**os.environ, **slurm.torch_environment()}
     if "RANK" not in variables:
@@ -47,15 +48,15 @@ def is_torchrun() -> bool:
 
 
 def launcher_holds_store() -> bool:
-    """Return whether the rendezvous store is in torchrun's launcher process; otherwise it is in rank 0."""
+    """Return whether torchrun's launcher serves the rendezvous store (TCPStore); otherwise rank 0 does."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launch_id() -> str:
-    """Return the launch id: equal on all ranks of a launch; a restart by the launcher has a new id.
+    """Return the launch id, which is equal on all ranks; a restart by the launcher has a new id.
 
-    All keys in the rendezvous store begin with the id, so that ranks of another job or an earlier start at the
-    same port are ignored. Without torchrun and Slurm the id is "0".
+    All keys in the rendezvous store begin with the id. Ranks of another job or of an earlier launch that use the same
+    port are therefore ignored. Without torchrun and Slurm the id is "0".
     """
     if is_torchrun():  # the run id is torchrun's --rdzv-id; its agents keep their store when they restart the ranks
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
@@ -64,9 +65,10 @@ def launch_id() -> str:
 
 
 def launcher_error(rank: int) -> str | None:
-    """Return an error message if torchrun's launcher (parent process of ``rank``) has ended; else None.
+    """Return an error message if torchrun's launcher, the parent process, has ended; else None.
 
-    Always None without torchrun, because a shell that starts the process in the background may end earlier.
+    Always None without torchrun: the parent is then, for example, a shell, which may end before the run. ``rank``: this
+    process's rank, for the message.
     """
     if is_torchrun() and os.getppid() != _PARENT:
         return f"the launcher (process {_PARENT}) of rank {rank} ended"
@@ -74,5 +76,5 @@ def launcher_error(rank: int) -> str | None:
 
 
 def restrict_umask() -> None:
-    """Deny other users write access to files that this process and its children create."""
+    """Deny write access by other users (``o-w``) to files that this process and its children create."""
     os.umask(os.umask(0o077) | 0o002)

@@ -31,9 +31,10 @@ def start_process() -> None:
 def run_program(program: Callable[[World], None]) -> int:
     """Connect all ranks, run ``program`` and return the exit code, which is the same on every rank.
 
-    Call ``start_process`` first. Exit codes: 0; 2 for UserError; 1 for RunFailed or any other exception. The main rank
-    prints one sentence for an error that all ranks raise together. An error of a single rank is printed by that rank,
-    which then exits, and the watchdogs end the other ranks. Supervisor handles signals and ``status.json``.
+    Call ``start_process`` first. Exit codes: 0 for success; 2 for UserError; 1 for RunFailed or another exception. The
+    main rank prints one sentence for an error that all ranks raise together. An error of a single rank is printed by
+    that rank, which then exits, and the watchdogs end the other ranks. A Supervisor handles stop signals and writes
+    ``status.json``.
     """
     try:
         is_main = rank_by_launcher() == 0
@@ -136,12 +137,12 @@ def _is_main_or_unknown() -> bool:
 
 
 def _print_error(reason: str) -> None:
-    """Print ``reason`` on one line; paths and messages of libraries may contain line breaks."""
+    """Print ``reason`` to standard error on one line; line breaks in it become spaces."""
     print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
 def _may_follow_from_peer(error: Exception) -> bool:
-    """Return whether ``error`` may be a collective's error that was caused by the exit of another rank."""
+    """Return whether ``error`` may be the failure of a collective, caused by the exit of another rank."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
@@ -151,9 +152,9 @@ _CONNECTION_LOSS = re.compile(
     r"|uncorrectable ECC|fallen off the bus",
     re.IGNORECASE,
 )
-"""Regex for messages of gloo, NCCL, torch's store and CUDA after a rank, machine or device has failed."""
+"""Regex for error messages of gloo, NCCL, TCPStore and CUDA about a failed rank, machine or device."""
 
 
 def is_connection_loss(error: BaseException) -> bool:
-    """Return whether ``error`` shows a failure of another rank, a machine or a device, which is retryable."""
+    """Return whether ``error`` reports a failed rank, machine or device, so that a retry may succeed."""
     return _CONNECTION_LOSS.search(str(error)) is not None

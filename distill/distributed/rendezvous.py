@@ -20,7 +20,7 @@ from distill.supervise.watchdog import rank_names
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
-"""Seconds to wait for missing ranks; importing modules from a cold file system can take minutes."""
+"""Seconds to wait for missing ranks; a rank on a slow file system may import modules for minutes."""
 _OWN_STORE_TIMEOUT_S = 20.0
 """Timeout in seconds for rank 0 to connect to the store, if the store is in rank 0 itself."""
 _LOG_AFTER_S = 20.0
@@ -29,7 +29,7 @@ _TIMED_OUT = "timed out"
 
 
 class RendezvousError(Exception):
-    """Failure of the rendezvous, for example a missing rank.
+    """Failure to connect all ranks at the start of a run, for example because a rank is missing.
 
     ``report``: whether this rank prints the reason; False if another rank prints it.
     """
@@ -40,16 +40,18 @@ class RendezvousError(Exception):
 
 
 class Rendezvous:
-    """This rank's number, the number of ranks and the store, from the variables of torchrun or Slurm.
+    """This rank's connection to the key-value store through which the ranks find each other.
 
-    Every rank creates a Rendezvous, and calls ``barrier`` and then ``connect``. Raises UserError if the port is in use,
-    and RendezvousError if this rank cannot connect to the store. A single process without a launcher opens no port.
+    Rank, number of ranks and address are read from the environment variables of torchrun or Slurm. Every rank creates a
+    Rendezvous, and calls ``barrier`` and then ``connect``. Raises UserError if rank 0 cannot open the store, for
+    example because the port is in use, and RendezvousError if another rank cannot connect to it. A single process
+    without a launcher opens no port.
     """
 
     def __init__(self) -> None:
         self.rank, self.size, self._address = 0, 1, "this process"
         self.holds_store = True
-        """Whether the store is in this process, so that it ends with this process."""
+        """Whether this process serves the store, which then closes when this process exits."""
         if "RANK" not in os.environ:
             self.store: dist.Store = dist.HashStore()
             return
@@ -60,7 +62,7 @@ class Rendezvous:
         self.store = self._open_store(host, port)
 
     def _open_store(self, host: str, port: int) -> dist.Store:
-        """Open the key-value store; it is in rank 0, or in torchrun's launcher process.
+        """Connect to the key-value store, which rank 0 or torchrun's launcher process serves.
 
         If MASTER_ADDR is an IP address, rank 0 listens on that address only; PyTorch would listen on all interfaces.
         """
@@ -124,9 +126,10 @@ class Rendezvous:
         return rank_names([rank for rank in range(self.size) if not arrived.check([f"{rank}"])])
 
     def _raise_timeout(self, arrived: dist.Store) -> NoReturn:
-        """Raise RendezvousError on every rank with the reason of the rank that timed out first.
+        """Raise RendezvousError with the reason that the first rank to time out has written to the store.
 
-        Only the rank that timed out first prints the reason.
+        Only the first rank to time out prints the reason. ``arrived``: store with one key per rank that has reached
+        the barrier.
         """
         reason = f"{self._missing(arrived)} of {self.size} did not reach the rendezvous {self._address} within"
         message = f"{self.rank}:{reason} {TIMEOUT_S:g} s"
@@ -136,9 +139,10 @@ class Rendezvous:
         raise RendezvousError(first.partition(":")[2], report=first == message)
 
     def connect(self, backend: str, timeout: datetime.timedelta) -> None:
-        """Create torch's default process group; collective; call it after ``barrier``.
+        """Create torch's default process group after ``barrier``; collective.
 
-        ``timeout``: timeout of the group's collectives. Raises UserError if ranks cannot reach each other.
+        ``backend``, ``timeout``: backend of the group and timeout of its collectives. Raises UserError if ranks cannot
+        reach each other.
         """
         self.store.set_timeout(timeout)
         try:
@@ -157,8 +161,8 @@ class Rendezvous:
 def _is_ip_address(host: str) -> bool:
     """Return whether ``host`` is an IP address and not a host name.
 
-    A server must not listen only on the address of a host name: on its own machine, a host name may resolve to the
-    loopback interface, which other machines cannot reach.
+    The store listens on a single address only if ``host`` is an IP address. A host name may resolve to the loopback
+    address on its own machine, and other machines cannot reach that address.
     """
     try:
         ipaddress.ip_address(host)
@@ -168,13 +172,13 @@ def _is_ip_address(host: str) -> bool:
 
 
 def _is_port_in_use(error: Exception) -> bool:
-    """Return whether ``error`` reports that the port is in use, which torch reports only in the message."""
+    """Return whether ``error`` means that the port is in use; torch reports this only in the message."""
     text = str(error)
     return getattr(error, "errno", None) == errno.EADDRINUSE or "EADDRINUSE" in text or "already in use" in text
 
 
 def _listen(host: str, port: int) -> int | None:
-    """Return the descriptor of a socket that listens on ``host`` only.
+    """Return the descriptor of a socket that listens on ``port`` of the IP address ``host`` only.
 
     None if ``host`` is not an address of this machine, for example behind a NAT.
     """

@@ -12,25 +12,26 @@ from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PORT_BASE, _PORT_SPAN = 20000, 12000
-"""First port and number of ports for rendezvous.
+"""First port, and number of ports, of the range that is used for the rendezvous.
 
 All ports are below 32768, because Linux uses higher ports for outgoing connections.
 """
 LAUNCH_ID = "DISTILL_LAUNCH_ID"
-"""Environment variable with the id of a launch by ``srun``, equal on all ranks of the launch."""
+"""Name of the environment variable with the id of an ``srun`` launch; its value is equal on all ranks."""
 PORTS_PER_JOB = 31
-"""Number of consecutive ports per job, so that jobs with nearby numbers use different ports."""
+"""Number of consecutive ports per Slurm job, so that jobs with nearby numbers use different ports."""
 _FIX = "start the program with srun, or unset the variable"
 
 
 def torch_environment() -> dict[str, str]:
     """Return the environment variables that ``srun python -m distill.train`` needs but Slurm does not set.
 
-    They are those of torch.distributed, and LAUNCH_ID. srun must start one task per GPU.
+    The dict maps the variables of torch.distributed, and LAUNCH_ID, to their values. srun must start one task per GPU.
 
-    Empty if RANK is already set (as by torchrun), outside of Slurm, or if the Slurm step has only one task. If the
-    environment does not set them, MASTER_ADDR is the step's first node, and MASTER_PORT depends on job and step, so
-    that two jobs on one node use different ports. Raises UserError for invalid variables of Slurm.
+    It is empty if RANK is already set (as by torchrun), outside of Slurm, or if the Slurm step has only one task.
+    MASTER_ADDR and MASTER_PORT keep the values that the environment has. Otherwise MASTER_ADDR is the step's first
+    node, and MASTER_PORT depends on job and step, so that two jobs on one node use different ports. Raises UserError
+    for invalid variables of Slurm.
     """
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ:
         return {}
@@ -79,12 +80,15 @@ def allocation() -> tuple[int, int | None]:
 
 
 def port(job: int, step: int = 0) -> int:
-    """Return the rendezvous port of a job or of one of its steps; jobs with nearby numbers differ."""
+    """Return the rendezvous port with index ``step`` of Slurm job number ``job``.
+
+    Jobs with nearby numbers have different ports. The Slurm step with number k uses index k + 1.
+    """
     return _PORT_BASE + (job * PORTS_PER_JOB + step) % _PORT_SPAN
 
 
 def address_of(node: str) -> str:
-    """Return the name of ``node``, or its address in Slurm's configuration if the name cannot be resolved."""
+    """Return the name ``node``; if it cannot be resolved, the node's address in Slurm's configuration."""
     if not resolves(node) and (scontrol := shutil.which("scontrol")):
         shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
         if found := re.search(r"NodeAddr=(\S+)", shown.stdout):

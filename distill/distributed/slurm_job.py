@@ -1,4 +1,7 @@
-"""Print nodes, rendezvous address and run directory for scripts/train.sbatch, as shell assignments."""
+"""Print a Slurm job's nodes, rendezvous address and run directory as shell assignments.
+
+The batch script scripts/train.sbatch evaluates them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ _SIOCGIFADDR = 0x8915
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print ``variables(argv)`` as shell assignments; return exit code 0, or 2 for a UserError."""
+    """Print the dict ``variables(argv)`` as shell assignments; return 0, or exit code 2 for a UserError.
+
+    ``argv``: command-line arguments of ``distill.train``.
+    """
     try:
         found = variables(argv)
     except UserError as error:
@@ -33,10 +39,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def variables(argv: Sequence[str]) -> dict[str, str]:
-    """Return NODES, RANKS (ranks per node), ADDRESS and PORT of the rendezvous, and RUN_DIR.
+    """Return the shell variables for scripts/train.sbatch, as a dict from name to value.
 
-    Called on the first node of the Slurm job. The run directory is the same after a requeue. Raises UserError if the
-    recipe is invalid, or if its numbers of nodes and GPUs differ from those of the job.
+    The names are NODES, RANKS (ranks per node), ADDRESS and PORT of the rendezvous, and RUN_DIR. RUN_DIR is the same
+    after a requeue. ``argv``: command-line arguments of ``distill.train``. Call it on the first node of the Slurm job.
+    Raises UserError if the arguments are invalid, or if the configured numbers of nodes and GPUs differ from the job's.
     """
     if flag := print_flag(argv):
         raise UserError(f"{flag} cannot be used in a Slurm job", f"run python -m distill.train {flag}", key=flag)
@@ -54,9 +61,9 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
 
 
 def check_allocation(config: Config) -> None:
-    """Raise UserError if ``cluster.*`` and the Slurm job have different numbers of nodes or GPUs.
+    """Raise UserError if ``cluster.*`` and the Slurm job differ in the number of nodes or GPUs per node.
 
-    The number of GPUs is compared only if Slurm manages GPUs.
+    The GPUs are not compared if Slurm does not manage GPUs or if runtime.device is cpu.
     """
     (nodes, gpus), cluster = slurm.allocation(), config.cluster
     if cluster.num_nodes != nodes:
@@ -76,7 +83,10 @@ def check_allocation(config: Config) -> None:
 
 
 def free_port(job: int) -> int:
-    """Return the first free port on this machine among the ports of Slurm job ``job``."""
+    """Return the first free port on this machine among the ports of Slurm job number ``job``.
+
+    If all of them are in use, return the first one.
+    """
     for port in (slurm.port(job, index) for index in range(slurm.PORTS_PER_JOB)):
         with contextlib.suppress(OSError), socket.create_server(("", port)):
             return port

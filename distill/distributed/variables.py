@@ -15,9 +15,10 @@ def integer(
     default: str = "",
     fix: str = "start the program with torchrun or srun, or unset the variable",
 ) -> int:
-    """Return the variable ``name`` as an integer; raise UserError unless it is in ``least``..``most``.
+    """Return the environment variable ``name`` as an integer in ``least``..``most``, else raise UserError.
 
-    ``most``: maximum, or None. ``default``: text used if the variable is missing. ``fix``: fix text of the error.
+    ``variables`` maps names of environment variables to values. ``most``: None means no maximum. ``default``: text used
+    if the variable is missing. ``fix``: the error's advice to the user.
     """
     text = variables.get(name, default)
     if text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):

@@ -29,18 +29,19 @@ T = TypeVar("T")
 _TIMEOUT = datetime.timedelta(minutes=30)
 _SHUTDOWN_TIMEOUT = datetime.timedelta(minutes=1)
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
-"""Timeout of collectives on ``World.control``.
+"""Timeout of collectives on the process group ``World.control``.
 
-It is longer than any step, because the watchdog detects hanging ranks much earlier.
+It is longer than any training step. A shorter one is not needed: the watchdog detects hanging ranks much earlier.
 """
 
 
 class World:
     """This rank's connection to all ranks of the run: process groups, device meshes and collectives.
 
-    Creating it is collective. Ranks are read from torchrun's or Slurm's variables; without them the world has one rank.
-    ``supervisor``: supervisor of this rank; if None, there is no watchdog. Raises RendezvousError or UserError, like
-    Rendezvous.
+    Creating it is collective. The rank number and the number of ranks are read from the environment variables of
+    torchrun or Slurm; without them the world has one rank. ``supervisor`` handles signals, watchdog and exit status of
+    this rank; with None no watchdog detects failed ranks. Raises RendezvousError or UserError if the ranks cannot
+    connect.
     """
 
     def __init__(self, timeout: datetime.timedelta = _TIMEOUT, supervisor: Supervisor | None = None) -> None:
@@ -74,7 +75,7 @@ class World:
 
     @property
     def control(self) -> dist.ProcessGroup:
-        """Return the gloo group of all ranks, for small objects; separate from the NCCL groups of the models.
+        """Return the gloo process group of all ranks, for small Python objects; models use other groups.
 
         Raises RuntimeError after the process groups were destroyed.
         """
@@ -91,11 +92,13 @@ class World:
         return self.rank == 0
 
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
-        """Create the mesh (replica, shard, tp), tp innermost, on ``device`` (auto, cpu or cuda); collective.
+        """Create the device mesh (replica, shard, tp) on ``device`` (auto, cpu or cuda); collective.
 
-        The shard axis combines (dp, cp). Unused axes have size 1. ``replicas``: number of copies of the model, each
-        sharded over a part of the ranks. ``teacher``: number of consecutive ranks that compute the teacher's
-        micro-batches together; cp * tp if it is smaller. Call ``check_cluster`` before with these sizes.
+        Consecutive ranks differ in tp. The shard axis combines the data-parallel and context-parallel axes (dp, cp).
+        Unused axes have size 1. Call ``check_cluster`` first: tp * cp must divide the number of ranks.
+        ``tp``, ``cp``: tensor- and context-parallel size. ``replicas``: number of copies of the model; the ranks are
+        divided evenly among them. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
+        together; values below cp * tp are raised to cp * tp.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
@@ -117,12 +120,15 @@ class World:
 
     @property
     def shard_mesh(self) -> DeviceMesh:
-        """Return the device mesh for FSDP: (shard), or (replica, shard) if there are several replicas."""
+        """Return the device mesh for FSDP: (shard), or (replica, shard) with several copies of the model."""
         return self._axes("shard") if self._axes("replica").size() == 1 else self._axes("replica", "shard")
 
     @property
     def replica_mesh(self) -> DeviceMesh:
-        """Return the flat device mesh of the ranks (shard x tp) that together hold one complete student."""
+        """Return the one-dimensional device mesh of the ranks that hold one complete copy of the student.
+
+        It combines the axes (shard, tp).
+        """
         mesh: DeviceMesh = self._axes("shard", "tp")._flatten("shard_tp")
         return mesh
 
@@ -133,13 +139,13 @@ class World:
 
     @property
     def cp_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks that split a micro-batch's positions; None without context parallelism."""
+        """Return the group of ranks that split a micro-batch's token positions; None if cp_size is 1."""
         assert self.mesh is not None, "build_mesh comes first"
         return self._cp_mesh.get_group() if self._cp_mesh.size() > 1 else None
 
     @property
     def teacher_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks that compute the teacher's micro-batches together; None for one rank."""
+        """Return the group of ranks that compute the teacher's micro-batches together; None if it is one rank."""
         assert self.mesh is not None, "build_mesh comes first"
         return self._teacher_mesh.get_group("teacher") if self._teacher_size > 1 else None
 
@@ -176,12 +182,12 @@ class World:
 
     @contextmanager
     def all_or_none(self, action: str) -> Iterator[None]:
-        """Run the block; if it fails on any rank, raise an error on all ranks. Collective.
+        """Run the ``with`` block; if it fails on any rank, raise an error on all ranks; collective.
 
         The block must not contain a collective. A rank whose block raises an error other than UserError raises this
         error. All other ranks raise CollectiveUserError, which repeats the UserError of the lowest rank that has one.
-        If no rank has a UserError, they raise RuntimeError instead. ``action`` describes the block in the RuntimeError
-        and is the name of the phase during the block.
+        If no rank has a UserError, they raise RuntimeError instead. ``action`` describes the block, such as
+        "reading the data"; it is part of the RuntimeError's message and the name of this rank's phase meanwhile.
         """
         error: Exception | None = None
         with progress.phase(action):
@@ -203,9 +209,10 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on the first rank of each node before the node's other ranks; collective.
+        """Run the ``with`` block on the first rank of each node before the node's other ranks; collective.
 
-        A download or the build of a cache then happens once per node. The wait has no timeout.
+        A download or the build of a cache then happens once per node. ``runtime.phase_timeout_s`` does not limit the
+        time.
         """
         with progress.phase("one rank per node first", timed=False):
             if self.local_rank != 0:
@@ -226,7 +233,7 @@ class World:
     def shutdown_barrier(self) -> None:
         """Wait for all ranks and stop the watchdogs of all ranks; the last collective of a run.
 
-        Afterwards ranks may exit at different times.
+        Afterwards ranks may exit at different times without being reported as failed.
         """
         self.barrier()
         self.supervisor.stop_watchdog()
@@ -240,7 +247,7 @@ class World:
 
 
 def _fields(error: Exception) -> tuple[bool, tuple[str, str, str, str | None]]:
-    """Return whether ``error`` is a UserError, and the arguments that recreate it as CollectiveUserError."""
+    """Return whether ``error`` is a UserError, and arguments of a CollectiveUserError with its text."""
     if isinstance(error, UserError):
         return True, (error.problem, error.fix, error.key, None if error.value is None else show(error.value))
     return False, (f"{error}" or repr(error), "", "", None)

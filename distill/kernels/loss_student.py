@@ -51,7 +51,7 @@ def launch(vocab: int, dtype: torch.dtype) -> Launch:
 
 
 def id_block(k: int) -> int:
-    """Return the number of kept ids per iteration of a kernel's loop over ``k`` kept ids.
+    """Return the number of top-k ids per iteration of a kernel's loop over the ``k`` ids of a row.
 
     It is a power of 2, at most 1024.
     """
@@ -59,10 +59,10 @@ def id_block(k: int) -> int:
 
 
 def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the logits at the kept ids, and three numbers about the tail of each row.
+    """Return the logits at the kept ids (the top-k), and three numbers about the tail of each row.
 
-    The tail consists of all other logits of the row. Overwrites the logits at the kept ids with -inf. The reference
-    implementation is ``loss.topk_reduction.reduce_in_place``.
+    The tail consists of all other logits of the row. Overwrites the logits in ``z_CV`` at the kept ids with -inf. The
+    reference implementation is ``loss.topk_reduction.reduce_in_place``.
 
     Args:
         z_CV: raw logits, float32 or bf16, with column stride 1; the row stride may exceed V.
@@ -116,8 +116,9 @@ def gradient_rows(
 ) -> Tensor:
     """Write the gradient of the loss with respect to the student's logits to ``out_CV``.
 
-    The gradient is ``d_logits_CK`` at the kept ids, and exp(z - m) (factor + slope (z - m)) at all other logits z, with
-    m = ``tail_max_C``. The reference implementation is ``loss.topk_reduction.TorchReduced.gradient``.
+    At the kept ids (the top-k) the gradient is ``d_logits_CK``. At any other logit it is
+    exp(z - m) * (factor + slope * (z - m)), with z = logit * ``inverse_temperature`` and m = ``tail_max_C``. The
+    reference implementation is ``loss.topk_reduction.TorchReduced.gradient``.
 
     Args:
         z_CV: the raw logits after ``reduce_rows``, with -inf at the kept ids.
@@ -175,10 +176,11 @@ def gradient_rows(
 def _add_tile(
     z_GL: tl.tensor, top_L: tl.tensor, sum_L: tl.tensor, product_L: tl.tensor, to_log2: tl.tensor
 ) -> tl.tensor:
-    """Update the running maximum and the two running sums of each lane with a tile of raw logits z.
+    """Update the running maximum and the two running sums of each column with a tile of raw logits z.
 
-    ``top_L`` is the maximum m. ``sum_L`` and ``product_L`` are the sums of w and of (z - m) w, with w = exp((z - m) /
-    temperature). ``to_log2`` is log2(e) / temperature. Returns the new maximum and sums.
+    The columns are those of the tile ``z_GL``. ``top_L`` is the maximum m of each column. ``sum_L`` and ``product_L``
+    are the sums of w and of (z - m) w, with w = exp((z - m) / temperature). ``to_log2`` is log2(e) / temperature.
+    Returns the new maximum and sums.
     """
     new_top_L = tl.maximum(top_L, tl.max(z_GL, axis=0))
     # If a lane has only read -inf, -inf - -inf would be NaN.
@@ -249,9 +251,9 @@ def _reduce(
 def _gradient_of_tile(
     z_GL: tl.tensor, top: tl.tensor, factor: tl.tensor, slope: tl.tensor, inverse_temperature: tl.tensor
 ) -> tl.tensor:
-    """Return exp(z - top) (factor + slope (z - top)) for a tile of logits, with z = logit / temperature.
+    """Return exp(z - top) * (factor + slope * (z - top)) for a tile of raw logits.
 
-    ``slope=None`` means 0.
+    z is logit / temperature. ``slope=None`` means 0.
     """
     distance_GL = z_GL.to(tl.float32) * inverse_temperature - top
     mass_GL = tl.exp2(distance_GL * _LOG2_E)

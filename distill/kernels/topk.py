@@ -56,7 +56,7 @@ class Tiling(NamedTuple):
     groups: int
     """Number of groups in a row; the last group may extend past the end of the row."""
     room: int
-    """Maximum number of candidates in a row: logits that may belong to the top-k."""
+    """Size of the buffer for a row's candidates, the logits that may belong to the top-k."""
 
     @property
     def tiles(self) -> int:
@@ -69,8 +69,8 @@ def tiling(vocab: int, k: int) -> Tiling | None:
 
     Returns None if k is above ``MAX_TILED_K``, or if a row has few tiles in comparison to k. In the second case nearly
     all logits would be candidates for the top-k, so tiles would not be faster than the kernel ``full_row``. The tile
-    width of about sqrt(2 V / k) minimises the additional memory traffic: two 4-byte numbers are written and read for
-    each tile, and about k tiles are read again.
+    width of about sqrt(2 * vocab / k) minimises the additional memory traffic: two 4-byte numbers are written and read
+    for each tile, and about k tiles are read again.
     """
     width = 64
     while width > 8 and width * width * k > 4 * vocab:
@@ -125,9 +125,10 @@ def topk_with_tail(z_CV: Tensor, k: int, inverse_temperature: float) -> tuple[Te
 
 
 def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids, log-probs, log tail mass and entropy of the top-k of each row.
+    """Return the top-k of each row: ids and log-probs [C, K], log tail mass and entropy [C].
 
-    Without ``inverse_temperature`` only the ids are computed, and the other results have no elements.
+    The log tail mass is the log of the total probability of all other tokens. The entropy is that of the complete row.
+    If ``inverse_temperature`` is None, only the ids are computed, and the other results have no elements.
     """
     _check(z_CV, k)
     (rows, vocab), device = z_CV.shape, z_CV.device
@@ -162,9 +163,10 @@ def _by_tiles(
 ) -> None:
     """Write the top-k of all rows to ``outputs``, with the kernels ``scan_tiles`` and ``select``.
 
-    ``cut`` is the division of a row into tiles. ``rest`` has the vocabulary size, the row stride and 1 / temperature.
-    ``stats``: whether to write log-probs, log tail mass and entropy too, not only the ids. Sets ``full_row_C`` to 1 for
-    rows that overflowed the candidate buffer, which the kernel ``full_row`` must compute, and to 0 for all other rows.
+    ``outputs`` has the tensors for ids, log-probs, log tail mass and entropy. Without ``stats`` only the ids are
+    written. ``cut`` is the division of a row into tiles. ``rest`` has the vocabulary size, the row stride and
+    1 / temperature. A row with too many candidates for the top-k overflows its buffer: the kernel ``full_row`` must
+    compute it later. ``full_row_C`` is set to 1 for these rows, and to 0 for all other rows.
     """
     (rows, vocab), device = z_CV.shape, z_CV.device
     top_CT = torch.empty(rows, cut.tiles, dtype=torch.float32, device=device)

@@ -13,9 +13,9 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
 """Finite number that replaces a logit difference of -inf, because exp(-inf) * -inf would be NaN."""
 _LOWEST = tl.constexpr(-(2**31))
-"""Int32 number below the sort keys (see ``_key``) of all float32 values."""
+"""Int32 number below all sort keys; ``_key`` converts a float32 logit to an int32 sort key."""
 _HIGHEST = tl.constexpr(2**31 - 1)
-"""Sort key of NaN (see ``_key``), the largest of all keys."""
+"""Largest sort key, which represents NaN; ``_key`` converts a float32 logit to an int32 sort key."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -38,17 +38,17 @@ def _number(key: tl.tensor) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _finite(top: tl.tensor) -> tl.tensor:
-    """Return the maxima ``top`` with -inf replaced by 0, so that -inf - top is -inf and not NaN."""
+    """Return the maxima ``top`` with -inf replaced by 0, so that -inf - result is -inf and not NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) -> tl.tensor:
-    """Return an int32 threshold such that k to k + ``slack`` of the ``keys`` are at least this threshold.
+    """Return an int32 threshold t for which the number of ``keys`` >= t is between k and k + ``slack``.
 
-    Returns the k-th largest key if such a threshold does not exist. The search is a bisection that starts at ``low``;
-    at least k keys must be at least ``low``. The search stops at the first suitable threshold, usually after 10 to 20
-    of at most 32 steps.
+    If equal keys make this impossible, t is the k-th largest key. The search is a bisection that starts at ``low``; at
+    least k keys must be >= ``low``. It stops at the first suitable threshold, usually after 10 to 20 of at most 32
+    steps.
     """
     low = low.to(tl.int64)
     high = tl.max(keys, axis=0).to(tl.int64)
@@ -103,11 +103,12 @@ def scan_tiles(
     VEC: tl.constexpr,
     STATS: tl.constexpr,
 ) -> None:
-    """Write the maximum m of each tile of a row of logits z, and the sum of exp((z - m) / temperature).
+    """Write the maximum m and the sum of exp((z - m) / temperature) of each tile of a row of logits z.
 
-    One program processes one group of tiles. For the group it also writes the group's maximum m, the same sum, and the
-    sum of (z - m) exp((z - m) / temperature). m is a raw logit: subtracting before scaling by the temperature makes the
-    difference of two close logits exact. Without ``STATS`` only the maxima of the tiles are written.
+    A tile is a set of logits that a single thread reads. One program processes one group of tiles. For the group it
+    writes the maximum m, the same sum, and the sum of (z - m) exp((z - m) / temperature). m is not divided by the
+    temperature, because the difference of two close raw logits is exact. Without ``STATS`` only the maxima of the tiles
+    are written.
     """
     row = tl.program_id(0).to(tl.int64) // groups  # row * stride can exceed 32 bits
     group = tl.program_id(0) % groups
@@ -167,8 +168,9 @@ def select(
 ) -> None:
     """Write the top-k of a row with log tail mass and entropy, using the results of ``scan_tiles``.
 
-    Writes 1 to ``full_row_ptr`` if the row has more candidates for the top-k than the buffer of ``ROOM`` entries can
-    hold, otherwise 0. Without ``STATS`` only the ids are written.
+    The log tail mass is the log of the total probability of all other tokens. A candidate is a logit that may belong to
+    the top-k. If the row has more than ``ROOM`` candidates, the kernel writes 1 to ``full_row_ptr``, otherwise 0.
+    Without ``STATS`` only the ids are written.
     """
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
@@ -266,8 +268,9 @@ def full_row(
 ) -> None:
     """Write the top-k of a row with log tail mass and entropy, if ``full_row_ptr`` marks the row with 1.
 
-    Rows marked with 0 are skipped. Without ``STATS`` only the ids are written. At most 32 passes over the row find the
-    k-th largest logit by bisection. Three more passes compute the search range, the sums and the outputs.
+    Rows marked with 0 are skipped. The log tail mass is the log of the total probability of all other tokens. Without
+    ``STATS`` only the ids are written. At most 32 passes over the row find the k-th largest logit by bisection. Three
+    more passes compute the search range, the sums and the outputs.
     """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(full_row_ptr + row) == 0:

@@ -21,7 +21,7 @@ from distill.types import TopK
 
 @cache
 def _choices() -> dict[str, tuple[Any, ...]]:
-    """Return a dict from each ``LossConfig`` field with a Literal type to the allowed values of the field."""
+    """Return a dict from the name of each ``LossConfig`` field with a Literal type to its allowed values."""
 
     def words(hint: Any) -> tuple[Any, ...]:
         return get_args(hint) if get_origin(hint) is Literal else sum(map(words, get_args(hint)), ())
@@ -32,7 +32,8 @@ def _choices() -> dict[str, tuple[Any, ...]]:
 def check_loss(loss_config: LossConfig) -> None:
     """Raise ``UserError`` if a setting in ``loss_config`` is invalid, or two settings conflict.
 
-    The configuration loader makes the same checks for recipes. This function is for a ``LossConfig`` built in Python.
+    The configuration loader makes the same checks for configuration files. This function is for a ``LossConfig`` that
+    is created in Python.
     """
     for name, words in _choices().items():
         value = getattr(loss_config, name)
@@ -186,9 +187,11 @@ def check_kept(
 ) -> None:
     """Raise ``UserError`` if the teacher's top-k of a row lacks token ids that the loss requires.
 
-    With ``loss_fn.kl_type=sampled`` the ids must include the sampled token of the row. Otherwise at least one id must
-    not be padding (-1), except with ``loss_fn.outside_topk=bucket``. Rows of weight 0 are not checked;
-    ``weight_N=None`` means that no row has weight 0.
+    - ``loss_fn.kl_type=sampled``: the ids must include the sampled token of the row.
+    - Other divergences with ``loss_fn.outside_topk=bucket``: no ids are required.
+    - Other divergences with another ``loss_fn.outside_topk``: at least one id must be a token, not padding (-1).
+
+    Rows of weight 0 are not checked; ``weight_N=None`` means that no row has weight 0.
     """
     if loss_config.kl_type == "sampled":
         assert sampled_ids_N is not None

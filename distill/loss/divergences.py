@@ -1,9 +1,9 @@
 """Divergences between student and teacher: the reference implementation of ``loss.fused``.
 
-A row is one response token. The kept ids of a row are the K token ids of ``TopK``; the tail of a row consists of all
-other tokens. Each loss is a function of a few numbers per row: the student's logits at the kept ids, and the logsumexp
-and the mean logit of the tail. ``student_outcomes`` computes these numbers under autograd, and ``topk_reduction``
-computes the same numbers in place. In both cases ``divergence`` computes the loss from them.
+A row is one response token. The kept ids of a row are the K token ids of its top-k (``TopK``); the tail of a row
+consists of all other tokens. Each loss is a function of a few numbers per row: the student's logits at the kept ids,
+and the logsumexp and the mean logit of the tail. ``student_outcomes`` computes these numbers under autograd, and
+``topk_reduction`` computes the same numbers in place. In both cases ``divergence`` computes the loss from them.
 
 To add a divergence, add a function to ``DIVERGENCES`` and its name to ``LossConfig.kl_type``. KL(teacher || student) is
 the forward KL, KL(student || teacher) the reverse KL. Values are in nats.
@@ -39,28 +39,28 @@ class Tokens(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """Logits of one model at the K kept ids of each row, and statistics of the tail (all other tokens).
+    """Logits of one model at the K top-k ids of each row, and statistics of the tail (all other tokens).
 
-    The fields define a distribution over K + 1 outcomes: the K kept tokens, and the tail as one outcome. The
+    The fields define a distribution over K + 1 outcomes: the K top-k tokens, and the tail as one outcome. The
     distribution does not change if a constant is added to all values of a row.
     """
 
     logits_NK: Tensor
-    """[N, K]: logits at the K kept ids, divided by the loss's temperature; -inf if an id is padding (-1)."""
+    """[N, K]: logits at the K top-k ids, divided by the loss's temperature; -inf if an id is padding (-1)."""
     tail_N: Tensor
-    """[N]: logsumexp of the logits outside the kept ids; -inf if K is the vocabulary size."""
+    """[N]: logsumexp of all logits outside the top-k; -inf if K is the vocabulary size."""
     tail_mean_N: Tensor
-    """[N]: mean of the logits outside the kept ids, weighted by the softmax over these logits.
+    """[N]: mean of all logits outside the top-k, weighted by the softmax over these logits.
 
     It is 0 if K is the vocabulary size, and NaN if the mean was not computed.
     """
 
     def unnormalised_NE(self) -> Tensor:
-        """Return [N, K + 1]: the logits at the K kept ids, then the logsumexp of all other logits."""
+        """Return [N, K + 1]: the logits at the K top-k ids, then the logsumexp of all other logits."""
         return torch.cat([self.logits_NK, self.tail_N.unsqueeze(1)], dim=1)
 
     def log_masses_NE(self) -> Tensor:
-        """Return log-probs [N, K + 1]: of each of the K kept tokens, then of all other tokens together."""
+        """Return [N, K + 1]: the log-prob of each top-k token, then that of all other tokens together."""
         return torch.log_softmax(self.unnormalised_NE(), dim=1)
 
 
@@ -76,9 +76,10 @@ class Pair:
     log_q_NE: Tensor
     """[N, E]: the student's log-probs of the outcomes, differentiable."""
     floor: Outcomes | None = None
-    """Student's logits and tail statistics if ``loss_fn.outside_topk=floor``, otherwise None.
+    """Student's logits at the top-k ids, and statistics of all other tokens.
 
-    ``reverse_kl`` uses them to add the term of the tokens outside the top-k.
+    ``reverse_kl`` uses them to add the contribution of the tokens outside the top-k. They are only set for
+    ``loss_fn.outside_topk=floor``.
     """
 
     def forward_kl(self) -> Tensor:
@@ -143,7 +144,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "mixed": _mixed,
     "jsd": _jsd,
 }
-"""Maps each value of ``loss_fn.kl_type``, except ``sampled``, to the function of the divergence.
+"""Maps each value of ``loss_fn.kl_type``, except ``sampled``, to the function of this divergence.
 
 ``sampled`` is not a divergence of two distributions: it estimates the reverse KL from the sampled token alone.
 """
@@ -178,7 +179,8 @@ def topk_kl(
         topk: the teacher's log-probs at K token ids per row (the kept ids), at the loss's temperature.
         loss_config: the divergence and its settings.
         sampling_temperature: the loss's temperature if ``loss_config.temperature`` is None.
-        valid_vocab: number of columns without padding. Padding columns count as -inf and get gradient 0.
+        valid_vocab: number of columns of logits, not counting vocabulary padding; None means all columns. Padding
+            columns count as -inf and get gradient 0.
         tokens: the sampled tokens. ``loss_fn.kl_type=sampled`` requires them, and ``topk`` must then contain their ids.
 
     Returns:
@@ -209,10 +211,10 @@ def topk_kl(
 def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
     """Return the student's logits at the kept ids, and statistics of the tail (all other tokens).
 
-    ``z_NV`` has the student's logits divided by the temperature, and ``ids_NK`` the kept ids. The result is
-    differentiable. The tail's logsumexp is computed from the logits of the tail alone, because 1 - (probability of the
-    kept ids) would lose precision for a small tail. With ``with_mean`` the tail's mean logit is computed too, which
-    needs two more tensors of [N, V]. Only ``loss_fn.outside_topk=floor`` uses the mean.
+    ``z_NV`` has the student's logits divided by the temperature. ``ids_NK`` has the kept ids, which are the top-k; -1
+    is padding. The result is differentiable. The tail's logsumexp is computed from the logits of the tail alone,
+    because 1 - (probability of the kept ids) would lose precision for a small tail. With ``with_mean`` the tail's mean
+    logit is computed too, which needs two more tensors of [N, V]. Only ``loss_fn.outside_topk=floor`` uses the mean.
     """
     z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
     inside_NV = _mark(ids_NK, z_NV.shape[1])
@@ -258,9 +260,9 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
 def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
     """Return the policy-gradient loss of the sampled tokens, [N] in nats.
 
-    With q the student's and p the teacher's probability, the value is the cost ratio (log q(y) - log p(y)) at the
-    sampled token y, where ratio is the result of ``importance_ratio``. The gradient is cost * d log q(y). If the ratio
-    is 1, the expectations of value and gradient are those of KL(student || teacher).
+    The value is cost = r * (log q(y) - log p(y)). Here y is the sampled token, q the student's probability, p the
+    teacher's probability, and r the result of ``importance_ratio``. The gradient is cost * grad(log q(y)). If r is 1,
+    the expected value is KL(student || teacher), and the expected gradient is the gradient of this KL.
     """
     assert tokens is not None
     here_NK = topk.ids_NK == tokens.ids_N.unsqueeze(1)
@@ -271,7 +273,7 @@ def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, to
 
 
 def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) -> Tensor:
-    """Return the importance ratios of the sampled tokens, clamped to ``loss_fn.importance_ratio_cap``.
+    """Return the importance ratios [N] of the sampled tokens, clamped to ``loss_fn.importance_ratio_cap``.
 
     The importance ratio of a token is its probability in the trainer divided by its probability in the sampler.
     ``own_N`` and ``sampler_N`` are the log-probs of trainer and sampler.
@@ -280,7 +282,7 @@ def importance_ratio(own_N: Tensor, sampler_N: Tensor, loss_config: LossConfig) 
 
 
 def cap_factor(kl_N: Tensor, cap: float | None) -> Tensor:
-    """Return factors [N]; loss * factor has an absolute value of at most ``cap`` nats in each row.
+    """Return a factor [N] for the loss ``kl_N`` of each row, so that abs(kl * factor) <= ``cap`` nats.
 
     A factor is 1 if the loss is within the cap, or if ``cap`` is None. The loss is scaled instead of clamped, because a
     clamped loss would have no gradient.
@@ -303,7 +305,7 @@ def entropy(outcomes: Outcomes) -> Tensor:
     """Return the entropy of a model's distribution over the complete vocabulary, [N] in nats.
 
     The entropy is logsumexp(z) - E[z], where z are the logits. In E[z], the tail (all tokens outside the top-k)
-    contributes the tail's total probability times ``tail_mean_N``.
+    contributes the tail's total probability times the tail's mean logit, ``tail_mean_N``.
     """
     lse_N1 = outcomes.unnormalised_NE().logsumexp(dim=1, keepdim=True)
     means_NE = torch.cat([outcomes.logits_NK, outcomes.tail_mean_N.unsqueeze(1)], dim=1)
@@ -314,7 +316,8 @@ def entropy(outcomes: Outcomes) -> Tensor:
 def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Pair:
     """Return the log-probs of both models for the outcomes selected by ``loss_fn.outside_topk``.
 
-    With ``bucket`` these are the K tokens of ``topk`` and all other tokens as one outcome, otherwise only the K tokens.
+    With ``bucket`` the outcomes are the K tokens of ``topk``, and all other tokens as one outcome. With ``renormalize``
+    and ``floor`` they are the K tokens. With ``floor``, ``Pair.floor`` has the student's statistics of other tokens.
     """
     dtype = student.tail_N.dtype
     if loss_config.outside == "bucket":

@@ -57,14 +57,14 @@ class FullRows:
 class _Models:
     """Distributions of teacher (p) and student (q) over the vocabulary for C rows, with their KLs.
 
-    ``forward_C`` is KL(p || q) and ``reverse_C`` is KL(q || p), in nats. ``spare_CV`` is a free buffer. The functions
-    that compute gradients may overwrite all [C, V] buffers.
+    ``forward_C`` is KL(p || q) and ``reverse_C`` is KL(q || p), in nats. ``spare_CV`` is a buffer for intermediate
+    results. The functions that compute gradients may overwrite all [C, V] tensors.
     """
 
     log_ratio_CV: Tensor
     """[C, V]: log p - log q of each token, with teacher p and student q.
 
-    A KL computed as the sum of p (log p - log q) is more precise than the difference of two sums.
+    The KLs are computed from it: sum(p (log p - log q)) is more precise than sum(p log p) - sum(p log q).
     """
     q_CV: Tensor
     p_CV: Tensor
@@ -85,10 +85,10 @@ def full_vocabulary(
     """Return the loss over the complete vocabulary, its gradient, and metrics for a chunk of C rows.
 
     ``z_CV`` and ``teacher_CV`` are the logits of student and teacher, already divided by the temperature; both are
-    overwritten. ``factor_C`` is the weight of each row divided by the temperature. The gradient is multiplied by it.
-    The returned gradient is therefore that of the weighted loss with respect to the raw logits. ``tokens`` are the
-    sampled tokens, and ``stop_ids`` the token ids for the metric ``teacher_stop_mass``. All log-probs must be finite,
-    so that p log p is 0 if p underflows to 0.
+    overwritten. ``factor_C`` is the weight of each row divided by the temperature. The gradient is multiplied by
+    ``factor_C``, so it is the gradient of the weighted loss with respect to the raw logits. ``tokens`` are the sampled
+    tokens, and ``stop_ids`` the token ids for the metric ``teacher_stop_mass``. All log-probs must be finite, so that
+    p log p is 0 if p underflows to 0.
     """
     rows, dtype = len(z_CV), z_CV.dtype
     q_CV, p_CV = (
@@ -156,7 +156,10 @@ def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfi
 
 
 def buffers_of(loss_config: LossConfig) -> int:
-    """Return the number of [C, V] buffers that the loss of a chunk over the complete vocabulary needs."""
+    """Return the number of [C, V] buffers that the loss of a chunk of C rows needs.
+
+    The loss is the one over the complete vocabulary (``distillation.topk_logits_k=0``).
+    """
     return BUFFERS if loss_config.kl_type == "sampled" or loss_config.kl_type in FAST_GRADIENTS else AUTOGRAD_BUFFERS
 
 
@@ -188,8 +191,9 @@ def _at(log_CV: Tensor, tokens: Tokens) -> Tensor:
 def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return the policy-gradient loss [C] of the sampled tokens, and its gradient [C, V].
 
-    The loss is the cost ratio (log q(y) - log p(y)) at the sampled token y, with student q, teacher p and importance
-    ratios ``ratio_C``. The gradient with respect to the student's logits is cost (one-hot(y) - q).
+    The loss is cost = r * (log q(y) - log p(y)). Here y is the sampled token, q the student's probability, p the
+    teacher's probability, and r the importance ratio from ``ratio_C``. The gradient with respect to the student's
+    logits is cost * (one_hot(y) - q).
     """
     value_C = -ratio_C * _at(models.log_ratio_CV, tokens)
     gradient_CV = models.q_CV.mul_(-value_C.unsqueeze(1))
@@ -204,7 +208,8 @@ def _kls(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
 
     - forward KL, KL(p || q): q - p
     - reverse KL, R = KL(q || p): q (log q - log p - R)
-    - mixed KL: w times the first plus (1 - w) times the second, with w = ``loss_fn.mixed_kl_weight``
+    - mixed KL: w times the gradient of the forward KL plus (1 - w) times the gradient of the reverse KL, with w =
+      ``loss_fn.mixed_kl_weight``
     """
     weight = {"forward": 1.0, "reverse": 0.0, "mixed": loss_config.mixed_kl_weight}[loss_config.kl_type]
     value_C, gradient_CV = (
@@ -225,7 +230,7 @@ def _jsd(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
     """Return the Jensen-Shannon divergence [C], and its gradient [C, V].
 
     p is the teacher, q the student, b = ``loss_fn.jsd_beta``, and m = b p + (1 - b) q. The gradient with respect to
-    the student's logits is q (u - sum(q u)) with u = (1 - b) (log q - log m).
+    the student's logits is q (u - sum(q u)), with u = (1 - b) (log q - log m) and the sum over the vocabulary.
     """
     beta, log_ratio_CV, q_CV, p_CV = (
         loss_config.jsd_beta,
@@ -247,8 +252,8 @@ FAST_GRADIENTS: Mapping[str, Callable[[_Models, LossConfig], tuple[Tensor, Tenso
     "mixed": _kls,
     "jsd": _jsd,
 }
-"""Maps a value of ``loss_fn.kl_type`` to a function with a hand-derived gradient.
+"""Maps a value of ``loss_fn.kl_type`` to a function that computes this divergence without autograd.
 
 Each function returns the divergence [C] and its gradient [C, V] with respect to the student's logits divided by the
-temperature. The function allocates no tensors of [C, V]: the gradient overwrites a buffer of ``_Models``.
+temperature. It allocates no tensors of [C, V]: the gradient overwrites a tensor of ``_Models``.
 """

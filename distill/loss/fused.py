@@ -1,9 +1,9 @@
 """Fused LM head and loss: compute loss and gradients from hidden states, without a tensor of [N, V].
 
 N is the number of rows (response tokens), V the vocabulary size. The forward processes the rows in chunks of C =
-``chunk_rows``. It also computes the gradients of each chunk, so the backward only scales the stored gradients. This
-needs three matmuls with the head instead of four, because logits are not recomputed, and only a few buffers of [C, V].
-The reference implementation is ``divergences.topk_kl`` with the logits ``hidden @ head.T``.
+``chunk_rows``. It also computes the gradients of each chunk, so the backward only scales the stored gradients. The
+logits are not recomputed, so the loss needs three matmuls with the head instead of four. It allocates only a few
+buffers of [C, V]. The reference implementation is ``divergences.topk_kl`` with the logits ``hidden @ head.T``.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from distill.types import LossOutput, Targets, TeacherRows
 
 @dataclass(frozen=True)
 class VocabParallel:
-    """Sharding of the LM head's vocabulary (its rows, the columns of logits) over tensor-parallel ranks.
+    """Sharding of the LM head's rows (the vocabulary) over tensor-parallel ranks.
 
-    Rank r of the group has part r of ``torch.chunk`` over the rows of the head.
+    Rank r of the group has the rows ``torch.chunk(head, number of ranks)[r]`` and computes the logits of these tokens.
     """
 
     group: dist.ProcessGroup
@@ -76,20 +76,21 @@ def fused_linear_kl(
     Args:
         hidden_ND: the student's hidden states after the final norm, with the head's dtype and device.
         head_VD: the head's weight, bf16, float32 or float64; with ``parallel`` this rank's shard.
-        targets: a ``TopK`` at the loss's temperature, or ``TeacherRows`` to compute the teacher's logits in chunks.
+        targets: the teacher's top-k at the loss's temperature (``TopK``), or the teacher's hidden states and LM head
+            (``TeacherRows``), from which the teacher's logits are computed in chunks.
         loss_config: the section ``loss_fn`` of the configuration.
         weight_N: weight of each row, without gradient; 0 excludes the row.
         sampled: the sampled response tokens. ``loss_fn.kl_type=sampled`` requires them, and a ``TopK`` must then
             contain their ids.
         chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
-        valid_vocab: number of columns of logits without padding; None means all columns. Padding columns count as -inf
-            and get gradient 0.
+        valid_vocab: number of columns of logits, not counting vocabulary padding; None means all columns. Padding
+            columns count as -inf and get gradient 0.
         stop_token_ids: token ids for the metric ``teacher_stop_mass``.
         topk_logits_k: number of token ids per row that the loss compares; 0 means the complete vocabulary. Required
             with ``TeacherRows``, not used with a ``TopK``.
         parallel: sharding of the head over a group of ranks; requires a ``TopK``.
-        row_kls: a dict to which the function adds ``forward_kl`` and ``reverse_kl``, 1-D tensors with the values of all
-            rows of nonzero weight, in the order of the rows.
+        row_kls: a dict to which the function adds the keys ``forward_kl`` and ``reverse_kl``. Each value is a 1-D
+            tensor with the KLs of all rows of nonzero weight, in the order of the rows.
         debug: also check that no row of a ``TopK`` repeats a token id.
 
     Returns:
@@ -178,8 +179,9 @@ class _Columns:
     ) -> _Columns:
         """Return the columns of logits that this rank computes with the LM head ``head_VD``.
 
-        ``teacher_rows``: whether the targets have the type ``TeacherRows``. Raises ``UserError`` on all ranks if
-        ``valid_vocab`` or the number of ranks is invalid for this head.
+        ``valid_vocab`` is the number of columns without padding; None means all columns. ``teacher_rows``: whether the
+        targets have the type ``TeacherRows``, which a sharded head does not support. Raises ``UserError`` on all ranks
+        if an argument or the number of ranks is invalid for this head.
         """
         columns = head_VD.shape[0]
         if parallel is None:
@@ -251,7 +253,7 @@ class _Loop:
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
-        """Compute the loss and the gradients of a chunk of rows, and return metrics [C] by name.
+        """Compute loss and gradients of a chunk of rows, and return a dict from metric name to its values [C].
 
         The gradient of the hidden states is written to ``d_hidden_ND``. The gradient of the head's weight is added to
         ``d_head_VD``, or overwrites it if ``first`` (this is the first chunk).
@@ -305,11 +307,11 @@ class _Loop:
         read_CE: Tensor,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Compute loss, gradients and metrics of a chunk over the complete vocabulary instead of a top-k.
+        """Compute loss and gradients of a chunk over the complete vocabulary, and return its metrics.
 
-        ``run`` calls this method if the targets are not a top-k.         ``z_CV`` has the student's raw logits,
-        ``teacher_CV`` the teacher's logits divided by the temperature, and ``read_CE`` the result of
-        ``SampledLogprobs.read``.
+        ``run`` calls this method if ``topk_logits_k`` is 0. ``z_CV`` has the student's raw logits, ``teacher_CV`` the
+        teacher's logits divided by the temperature, and ``read_CE`` the result of ``SampledLogprobs.read``. ``first``:
+        whether this is the first chunk. Returns a dict from metric name to its values [C].
         """
         if z_CV.dtype != self.student.dtype:
             z_CV = self.loss_pass.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)
@@ -370,8 +372,8 @@ class _Loop:
 class _WithGradients(torch.autograd.Function):
     """Autograd function that returns a given loss with given gradients of hidden states and LM head.
 
-    It supports one backward. The backward multiplies the stored gradients by the incoming gradient. It does so in place
-    if the dtype allows, because the head's gradient is as large as the head.
+    It supports one backward. The backward multiplies the stored gradients by the incoming gradient. A gradient that
+    already has the dtype of its tensor is multiplied in place, to save memory.
     """
 
     @staticmethod

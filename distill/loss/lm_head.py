@@ -70,9 +70,10 @@ class Projection:
         return torch.mm(gradient_CV, self.head_VD, out_dtype=self.dtype)
 
     def add_head_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, into_VD: Tensor, first: bool) -> None:
-        """Add the gradient of the head's weight for one chunk of rows to ``into_VD``, of dtype ``self.dtype``.
+        """Add one chunk's gradient of the head's weight to ``into_VD``, a buffer of dtype ``self.dtype``.
 
-        If ``first`` is True (first chunk), the gradient overwrites ``into_VD``, which may be uninitialised.
+        ``gradient_CV`` is the gradient of the chunk's logits, ``hidden_CD`` the hidden states of the chunk. If
+        ``first`` is True (first chunk), the result overwrites ``into_VD``, which may be uninitialised.
         """
         if self._widen:  # as in plain PyTorch: a bf16 matmul, added to a float32 sum
             product_VD = gradient_CV.t() @ hidden_CD

@@ -1,8 +1,8 @@
 """Metrics of each row of the loss, and the trainer's log-probs of the sampled tokens.
 
-A row is one response token. The kept ids of a row are the K token ids of ``TopK``; the tail consists of all other
-tokens. The metrics are computed from results of the loss, without another pass over the logits. The only exception is
-the log-prob of the sampled token, if the temperatures of loss and sampling differ.
+A row is one response token. The metrics are computed from results of the loss, without another pass over the logits.
+The only exception is the log-prob of the sampled token: it needs another pass if the temperature of the loss differs
+from the sampling temperature.
 """
 
 from __future__ import annotations
@@ -22,39 +22,56 @@ from distill.types import Stats, TopK
 class RowMetrics:
     """Metrics of C rows (response tokens), [C] each; a metric that is not available is None.
 
-    KLs and entropies are in nats. The kept ids of a row are the K token ids of the top-k, or the complete vocabulary.
+    The top-k of a row is the set of K token ids that the loss compares. With ``distillation.topk_logits_k=0`` it is the
+    complete vocabulary.
     """
 
     forward_kl: Tensor
-    """KL(teacher || student) in nats over K + 1 outcomes: the top-k tokens, and all other tokens as one."""
+    """[C]: KL(teacher || student) of each row in nats.
+
+    The compared outcomes are the K top-k tokens, and all other tokens as one outcome.
+    """
     reverse_kl: Tensor
-    """KL(student || teacher) in nats over K + 1 outcomes: the top-k tokens, and all other tokens as one."""
+    """[C]: KL(student || teacher) of each row in nats.
+
+    The compared outcomes are the K top-k tokens, and all other tokens as one outcome.
+    """
     teacher_topk_mass: Tensor
-    """Teacher's total probability of the top-k tokens."""
+    """[C]: the teacher's total probability of the top-k tokens of each row."""
     student_topk_mass: Tensor
-    """Student's total probability of the top-k tokens (the same tokens as for the teacher)."""
+    """[C]: the student's total probability of the top-k tokens of each row.
+
+    The tokens are the same as for ``teacher_topk_mass``.
+    """
     student_entropy: Tensor
-    """Entropy in nats of the student's distribution over the complete vocabulary."""
+    """[C]: entropy in nats of the student's distribution over the complete vocabulary."""
     top1_agreement: Tensor
-    """bool: whether the top-1 tokens of student and teacher agree; with ties, one common token is enough."""
+    """bool [C]: whether student and teacher have the same most likely token.
+
+    If several tokens are equally likely, one common token is enough.
+    """
     teacher_entropy: Tensor | None
-    """Entropy of the teacher over the complete vocabulary, in nats; None if ``TopK`` has no entropy."""
+    """[C]: entropy in nats of the teacher's distribution over the complete vocabulary.
+
+    None if the ``TopK`` from the teacher has no entropy.
+    """
     teacher_stop_mass: Tensor | None
-    """Teacher's total probability of the stop tokens within the top-k; None if no stop tokens are given."""
+    """[C]: the teacher's total probability of the stop tokens in the top-k; None without stop tokens."""
 
     def by_name(self) -> dict[str, Tensor]:
-        """Return the metrics that are not None, by field name."""
+        """Return a dict from the name of each metric to its values [C], without the metrics that are None."""
         return {name: values_C for name, values_C in vars(self).items() if values_C is not None}
 
 
 def topk_metrics(
     student: Outcomes, topk: TopK, stop_ids: Tensor, is_top1_CK: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the fields of ``RowMetrics`` by name, for a loss over the token ids of ``topk``.
+    """Return a dict from metric name to its values [C], for a loss over the token ids of ``topk``.
 
-    The logits in ``student`` must be shifted so that the largest logit of each row is 0. ``is_top1_CK`` is True at the
-    ids with the teacher's largest logit, ties included; None selects the ids with the largest log-prob in ``topk``.
-    ``stop_ids`` has the token ids for the metric ``teacher_stop_mass``.
+    The metrics are the fields of ``RowMetrics``. The logits in ``student`` must be shifted so that the largest logit of
+    each row is 0. ``is_top1_CK`` is a bool mask of the ids with the teacher's largest logit in the vocabulary, ties
+    included. If it is None, the ids with the largest log-prob in ``topk`` are used. ``stop_ids`` has the token ids for
+    the metric ``teacher_stop_mass``.
     """
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()
@@ -74,16 +91,16 @@ def topk_metrics(
 
 
 class StatsSum:
-    """Per-row metrics of all chunks; ``stats`` returns their sums.
+    """Collects the metrics of all rows (response tokens); ``stats`` returns their sums over the rows.
 
-    The sums are in float64, so that the chunk size does not change the result.
+    The sums are in float64. They do not depend on the division of the rows into chunks.
     """
 
     def __init__(self) -> None:
         self._rows: dict[str, list[Tensor]] = {}
 
     def add(self, rows: dict[str, Tensor]) -> None:
-        """Append the metrics of the rows of one chunk; ``rows`` maps a metric's name to its values [C]."""
+        """Append the metrics of one chunk of C rows; ``rows`` maps the name of a metric to its values [C]."""
         for name, values_C in rows.items():
             self._rows.setdefault(name, []).append(values_C)
 
@@ -94,7 +111,7 @@ class StatsSum:
     def stats(self) -> Stats:
         """Return a dict from metric name to (sum over rows, number of rows).
 
-        For ``sampler_logprob_diff_max`` the pair is (maximum over rows, 1), or (0, 0) without rows.
+        For ``sampler_logprob_diff_max`` the pair is (maximum of ``sampler_logprob_diff``, 1), or (0, 0) without rows.
         """
         stats: Stats = {}
         for name in self._rows:
@@ -121,7 +138,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class SampledLogprobs:
-    """Computation of the trainer's log-probs of the sampled tokens, in two steps per chunk of rows.
+    """Computation of the trainer's log-probs of the sampled tokens, in two steps per chunk of tokens.
 
     The loss calls ``read`` before it overwrites the student's logits of a chunk, and ``metrics`` after it has computed
     the logsumexp of these logits.
@@ -137,21 +154,21 @@ class SampledLogprobs:
     """Ranks over which the columns of logits are sharded; None if this rank has all columns."""
 
     def tokens(self, rows: Rows) -> Tokens | None:
-        """Return the sampled tokens of the chunk ``rows``, or None if ``sampled`` is None."""
+        """Return the sampled tokens of a chunk of rows, or None if ``sampled`` is None."""
         sampled = self.sampled
         return None if sampled is None else Tokens(sampled.ids_N[rows], sampled.logprobs_N[rows])
 
     def read(self, z_CV: Tensor, rows: Rows, scratch: Scratch, dtype: torch.dtype) -> Tensor:
-        """Return this rank's terms of the student's log-probs of the sampled tokens, [C, E] of ``dtype``.
+        """Return this rank's contribution to the log-probs of the sampled tokens: E numbers per row, [C, E].
 
-        The caller sums the terms over the ranks of ``group`` and passes the sums to ``metrics``. ``z_CV`` has the
+        The caller sums the result over the ranks of ``group`` and passes the sum to ``metrics``. ``z_CV`` has the
         student's raw logits, not divided by a temperature, and is not modified. Below, z is a logit divided by the
         sampling temperature, y the sampled token, and m the largest z of the row over all ranks.
 
         - Without sampled tokens, E is 0.
         - If the loss uses the sampling temperature, E is 1: z_y, or 0 if y is a column of another rank.
-        - Otherwise E is 2: z_y - m, or 0 if y is a column of another rank; and the sum of exp(z - m) over this rank's
-          columns. Only in this case the method is collective over ``group``.
+        - Otherwise E is 2. The first number is z_y - m, or 0 if y is a column of another rank. The second number is the
+          sum of exp(z - m) over this rank's columns. Only in this case the method is collective over ``group``.
         """
         if self.sampled is None:
             return torch.zeros(len(z_CV), 0, dtype=dtype, device=z_CV.device)
@@ -169,12 +186,12 @@ class SampledLogprobs:
         return torch.stack([chosen_C, spare_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)], dim=1)
 
     def metrics(self, rows: Rows, read_CE: Tensor, shift_C: Tensor, lse_C: Tensor) -> dict[str, Tensor]:
-        """Return the metrics ``student_logprob`` and ``sampler_logprob_diff`` of a chunk, [C] each in nats.
+        """Return a dict with ``student_logprob`` and ``sampler_logprob_diff`` of a chunk, [C] each in nats.
 
-        They are the trainer's log-prob of the sampled token, and its absolute difference from the sampler's log-prob.
-        ``read_CE`` is the result of ``read``, summed over the ranks of ``group``. ``shift_C + lse_C`` is the logsumexp
-        of the student's logits divided by the loss's temperature. It is used only if the loss uses the sampling
-        temperature.
+        The first is the trainer's log-prob of the sampled token. The second is the absolute difference between this
+        log-prob and the sampler's log-prob. Without sampled tokens the dict is empty. ``read_CE`` is the result of
+        ``read``, summed over the ranks of ``group``. ``shift_C + lse_C`` is logsumexp(z / T), with the student's logits
+        z and the loss's temperature T. These two arguments are used only if T is the sampling temperature.
         """
         if self.sampled is None:
             return {}

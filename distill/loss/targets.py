@@ -1,6 +1,6 @@
-"""Teacher targets of the loss, for each chunk of rows (response tokens).
+"""Teacher targets of the loss (log-probs or logits), for each chunk of rows (response tokens).
 
-They are the chunk's rows of a precomputed top-k, or are computed from the teacher's hidden states and LM head.
+The targets of a chunk are selected from a precomputed top-k, or computed from the teacher's hidden states and LM head.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def teacher_topk(
         k: number of ids to keep; if k is the vocabulary size, the tail is empty (log mass -inf).
         temperature: the temperature of the loss, by which the logits are divided.
         chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
-        valid_vocab: number of columns of logits without padding; padding columns are never kept. None: all columns.
+        valid_vocab: number of columns of logits, not counting vocabulary padding; None means all columns. Padding
+            columns are never kept.
         extra_ids_N: an additional id to keep in each row, such as the sampled token. It adds a column of ids, with -1
             if the id is already among the k ids. No column is added if k is the vocabulary size.
         backend: value of ``loss_fn.backend``.
@@ -87,9 +88,10 @@ def teacher_topk(
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """Computation of the teacher's logits, top-k and log-probs from hidden states, for one chunk per call.
+    """Computation of the teacher's logits, top-k and log-probs from hidden states.
 
-    ``loss_fn.logits_dtype`` does not apply to the teacher's logits, which are float32 or float64.
+    Each call processes one chunk of C rows (response tokens). ``loss_fn.logits_dtype`` does not apply to the teacher's
+    logits: they are float32 or float64.
     """
 
     head: Projection
@@ -108,7 +110,10 @@ class TeacherScorer:
         scratch: Scratch,
         buffer: str = "logits",
     ) -> TeacherScorer:
-        """Return a scorer that uses the LM head ``head_VD`` and the kernels of ``loss_fn.backend``."""
+        """Return a scorer with the LM head ``head_VD`` and the kernels that ``backend`` selects.
+
+        ``backend`` is a value of ``loss_fn.backend``.
+        """
         head = Projection(head_VD)
         return cls(
             head,
@@ -134,7 +139,8 @@ class TeacherScorer:
     def topk(self, hidden_CD: Tensor, k: int, extra_ids_C: Tensor | None) -> TopK:
         """Return the teacher's k most likely tokens of each row, with log-probs, log tail mass and entropy.
 
-        ``extra_ids_C`` adds one token id per row, such as the sampled token.
+        The log tail mass is the log of the total probability of all other tokens. ``extra_ids_C`` adds one token id per
+        row, such as the sampled token; None adds no ids.
         """
         z_CV = self.logits(hidden_CD)
         if extra_ids_C is None and (found := self.kernels.topk_with_tail(z_CV, k, self.temperature)) is not None:
@@ -142,10 +148,11 @@ class TeacherScorer:
         return self.topk_of_ids(z_CV, with_extra_ids(self.kernels.topk(z_CV, k), extra_ids_C, z_CV.shape[1]))[0]
 
     def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
-        """Return the teacher's log-probs at ``ids_CK`` as a ``TopK`` with log tail mass and entropy.
+        """Return a ``TopK`` with the teacher's log-probs at ``ids_CK``, log tail mass and entropy.
 
-        The second result is a bool mask [C, K] of the ids with the largest logit of their row. ``z_CV`` has the
-        teacher's raw logits and is overwritten.
+        The log tail mass is the log of the total probability of all other tokens. The second result is a bool mask
+        [C, K] that is True at the ids with the row's largest logit in the vocabulary. ``z_CV`` has the teacher's raw
+        logits and is overwritten.
         """
         reduced = self.kernels.reduce(z_CV, ids_CK, self.temperature, self.scratch, self.head.head_VD.dtype)
         summary, _ = combine(reduced.local, ids_CK, ids_CK, reduced.local.logits_CK[:, :0], None)
@@ -219,10 +226,11 @@ def targets_by_chunk(
 ) -> ChunkTargets:
     """Check the teacher's targets, and return the functions that select or compute the targets of a chunk.
 
-    ``rows`` is the number of rows of the student. ``k`` is the number of token ids per row that the loss compares; 0
-    means the complete vocabulary. It is ignored if ``targets`` is a ``TopK``. The sampled ids are checked too. With
-    ``loss_fn.kl_type=sampled``, a computed top-k includes the sampled tokens. All checks that block the host until the
-    GPU has finished run here, and not in every chunk.
+    ``rows`` is the number of rows (response tokens) of the student. ``k`` is the number of token ids per row that the
+    loss compares, or 0 for the complete vocabulary. It is ignored if ``targets`` is a ``TopK``. ``sampled_ids_N``, the
+    ids of the sampled tokens, are checked too. With ``loss_fn.kl_type=sampled``, a computed top-k includes them. Rows
+    with ``weight_N`` 0 may lack ids that the loss requires. ``debug`` enables a check for repeated ids in a ``TopK``.
+    The checks run once for all chunks, because they make the host wait for the GPU.
     """
     loss_config, vocab = loss_pass.loss_config, loss_pass.vocab
     if isinstance(targets, TeacherRows):
@@ -301,8 +309,8 @@ def _targets_from_rows(
 def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
     """Return the number of [C, V] buffers that the loss of a chunk of C rows needs.
 
-    ``k`` is ``distillation.topk_logits_k``; 0 means the complete vocabulary. None means that the targets
-    are a given ``TopK``.
+    ``k`` is ``distillation.topk_logits_k``; 0 means the complete vocabulary. None means that the targets are a given
+    ``TopK``.
     """
     if k == 0:
         return full_vocab.buffers_of(loss_config)
@@ -310,12 +318,16 @@ def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
 
 
 def default_chunk_rows(hidden_ND: Tensor, vocab: int, buffers: int = 2) -> int:
-    """Return the default number of rows in a chunk of logits; see ``rows_within_budget``."""
+    """Return the default number of rows (response tokens) in a chunk of the loss.
+
+    The memory for the logits limits it: see ``rows_within_budget``. ``vocab`` is the number of columns of logits, and
+    ``buffers`` the number of [rows, ``vocab``] buffers that the loss needs.
+    """
     return rows_within_budget(hidden_ND.is_cuda, vocab, buffers, max(hidden_ND.element_size(), 4))
 
 
 def rows_within_budget(cuda: bool, vocab: int, buffers: int = 2, element: int = 4) -> int:
-    """Return the number of rows C for which the [C, V] buffers fit into the memory budget.
+    """Return the number of rows C of a chunk for which the loss's [C, V] buffers fit into a memory budget.
 
     ``vocab`` is V, ``buffers`` the number of buffers, ``element`` the number of bytes per logit. C is a multiple of 16,
     at least 16, and at most 2048 on a GPU or 256 on a CPU. With two buffers, the budget of a GPU allows 2048 rows of

@@ -54,54 +54,53 @@ class Scratch:
 
 @dataclass(frozen=True)
 class LocalTail:
-    """Kept logits and tail sums of C rows over this rank's columns of logits.
+    """Logits at the top-k ids (kept logits) and sums over all other logits (tail sums) of C rows.
 
-    The kept logits are those at the K kept ids; the tail consists of this rank's other columns. All logits are divided
-    by the temperature.
+    Only this rank's columns of logits are included. All logits are divided by the temperature.
     """
 
     logits_CK: Tensor
-    """[C, K]: logits at the kept ids; -inf if an id is padding or a token of another rank."""
+    """[C, K]: logits at the K top-k ids; -inf if an id is padding or a token of another rank."""
     tail_top_C: Tensor
-    """[C]: largest logit outside the kept ids on this rank; -inf if all columns are kept."""
+    """[C]: largest of this rank's logits outside the top-k; -inf if all its columns are in the top-k."""
     tail_sum_C: Tensor
-    """[C]: sum of exp(logit - tail_top) over this rank's columns outside the kept ids; 0 if all are kept."""
+    """[C]: sum of exp(z - tail_top) over this rank's logits z outside the top-k; 0 without such logits."""
     tail_product_C: Tensor
-    """[C]: sum of (logit - tail_top) exp(logit - tail_top) over this rank's columns outside the kept ids."""
+    """[C]: sum of (z - tail_top) exp(z - tail_top) over this rank's logits z outside the top-k."""
 
 
 class ReducedLogits(Protocol):
-    """Kept logits and tail sums of a chunk, and buffers for the gradient of the chunk's logits."""
+    """A chunk's logits at the top-k ids, sums over its other logits, and buffers for the gradient."""
 
     @property
     def local(self) -> LocalTail:
-        """Return this rank's logits at the kept ids, and the sums over the rank's other columns (the tail)."""
+        """Return this rank's logits at the top-k ids, and the sums over this rank's other logits."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """Return the gradient of the loss with respect to the logits, [C, V].
 
-        Overwrites the buffers of the chunk. The gradient is ``d_logits_CK`` at the kept ids, and exp(z - tail_top)
-        (factor + slope (z - tail_top)) at a logit z outside the kept ids, with the row's values of ``factor_C`` and
-        ``slope_C``. ``slope_C=None`` means a slope of 0.
+        At the top-k ids the gradient is ``d_logits_CK``. At any other logit z, divided by the temperature, it is
+        exp(z - t) * (f + s * (z - t)). Here t is the row's ``local.tail_top_C``, f its ``factor_C``, and s its
+        ``slope_C``; s is 0 if ``slope_C`` is None. The method overwrites the logits or the buffers of the chunk.
         """
 
 
 @dataclass(frozen=True)
 class TorchReduced:
-    """Kept logits and tail sums of a chunk, computed in PyTorch; see ``ReducedLogits``."""
+    """Logits of a chunk at the top-k ids (kept ids) and sums over all other logits, computed in PyTorch."""
 
     local: LocalTail
     columns_CK: Tensor
-    """int64 [C, K]: column of each kept id in this rank's logits; 0 where ``kept_CK`` is False."""
+    """int64 [C, K]: column of each top-k id in this rank's logits; 0 where ``kept_CK`` is False."""
     kept_CK: Tensor
-    """bool [C, K]: whether a kept id is a column of this rank; False for padding (-1)."""
+    """bool [C, K]: whether a top-k id is a column of this rank's logits; False for padding (-1)."""
     tail_CV: Tensor
-    """[C, V]: exp(z - tail_top) of each logit z, with ``tail_top_C`` of ``local``; 0 at the kept ids."""
+    """[C, V]: exp(z - t) of each logit z, with t = ``local.tail_top_C``; 0 at the top-k ids."""
     product_CV: Tensor
-    """[C, V]: (z - tail_top) exp(z - tail_top) of each logit z; 0 at the kept ids."""
+    """[C, V]: (z - t) exp(z - t) of each logit z, with t = ``local.tail_top_C``; 0 at the top-k ids."""
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
-        """Return the gradient of the logits: see ``ReducedLogits``."""
+        """Return the gradient of the loss with respect to the logits, [C, V]: see ``ReducedLogits.gradient``."""
         gradient_CV = self.tail_CV.mul_(factor_C.unsqueeze(1))
         if slope_C is not None:
             gradient_CV.addcmul_(self.product_CV, slope_C.unsqueeze(1))
@@ -109,10 +108,10 @@ class TorchReduced:
 
 
 def reduce_in_place(z_CV: Tensor, ids_CK: Tensor, spare_CV: Tensor) -> TorchReduced:
-    """Reduce logits to the kept logits and tail sums of ``LocalTail``.
+    """Return the logits at the top-k ids ``ids_CK``, and sums over all other logits of each row.
 
-    ``z_CV`` has logits divided by the temperature, ``ids_CK`` the kept ids (-1: padding). Overwrites ``z_CV`` and
-    ``spare_CV``. Logits outside the kept ids must be finite. This is the reference implementation of
+    ``z_CV`` has logits divided by the temperature; an id of -1 is padding. Overwrites ``z_CV`` and ``spare_CV``. Logits
+    outside the top-k must be finite. This is the reference implementation of
     ``kernels.loss_student.reduce_rows``.
     """
     # The lowest finite number replaces -inf at the kept ids: 0 * -inf in the product would be NaN.
@@ -158,10 +157,10 @@ class LogitsKernels(Protocol):
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Divide logits by the temperature, and reduce them to the kept logits and tail sums of ``LocalTail``.
+        """Divide logits by the temperature; return those at the top-k ids, and sums over all other logits.
 
-        Overwrites ``z_CV``. ``ids_CK`` has the kept ids; -1 is padding. ``gradient_dtype`` is the dtype that the caller
-        needs for the gradient; a backend may ignore it.
+        Overwrites ``z_CV``. ``ids_CK`` has the ids of the top-k; -1 is padding. ``gradient_dtype`` is the dtype that
+        the caller needs for the gradient; a backend may ignore it.
         """
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
@@ -171,10 +170,10 @@ class LogitsKernels(Protocol):
         """
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return the k largest logits of each row as a ``TopK`` with log tail mass and entropy.
+        """Return a ``TopK`` for the k largest logits of each row: ids, log-probs, log tail mass and entropy.
 
-        Returns None if the backend has no single kernel that computes all of them. Does not modify ``z_CV``, the raw
-        logits.
+        The log tail mass is the log of the total probability of all other tokens. Returns None if the backend has no
+        kernel that computes all these results together. Does not modify ``z_CV``, the raw logits.
         """
 
 
@@ -193,12 +192,12 @@ class TorchKernels:
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Reduce the logits to kept logits and tail sums: see ``LogitsKernels``."""
+        """Return the logits at the top-k ids, and sums over all other logits: see ``LogitsKernels.reduce``."""
         divide(z_CV, temperature)
         return reduce_in_place(z_CV, ids_CK, scratch.get("spare", len(z_CV), z_CV.dtype))
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits of each row."""
+        """Return the ids of the k largest logits of each row, [C, k]."""
         return z_CV.topk(k, dim=1).indices
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
@@ -216,7 +215,7 @@ class _TritonReduced:
     gradient_dtype: torch.dtype
 
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
-        """Return the gradient of the logits: see ``ReducedLogits``."""
+        """Return the gradient of the loss with respect to the logits, [C, V]: see ``ReducedLogits.gradient``."""
         from distill.kernels.loss_student import gradient_rows
 
         out_CV = self.z_CV
@@ -238,8 +237,8 @@ class _TritonReduced:
 class TritonKernels:
     """Implementation of the loss's operations on logits in Triton.
 
-    The kernels read the student's logits twice and write the gradient once. The gradient has the dtype of the LM head,
-    which the following matmuls require.
+    The kernels read the student's logits twice and write the gradient once. They write it in the dtype of the LM head,
+    because the next matmuls require this dtype.
     """
 
     def logits_dtype(self, wide: torch.dtype, rounded: bool) -> torch.dtype:
@@ -254,20 +253,20 @@ class TritonKernels:
         scratch: Scratch,
         gradient_dtype: torch.dtype,
     ) -> ReducedLogits:
-        """Reduce the logits to kept logits and tail sums: see ``LogitsKernels``."""
+        """Return the logits at the top-k ids, and sums over all other logits: see ``LogitsKernels.reduce``."""
         from distill.kernels.loss_student import reduce_rows
 
         local = LocalTail(*reduce_rows(z_CV, ids_CK, 1 / temperature))
         return _TritonReduced(local, z_CV, ids_CK, 1 / temperature, scratch, gradient_dtype)
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits of each row."""
+        """Return the ids of the k largest logits of each row, [C, k]."""
         from distill.kernels.topk import topk_ids
 
         return topk_ids(z_CV, k)
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
-        """Return the k largest logits of each row as a ``TopK`` with log tail mass and entropy."""
+        """Return a ``TopK`` for the k largest logits of each row: see ``LogitsKernels.topk_with_tail``."""
         from distill.kernels.topk import topk_with_tail
 
         return TopK(*topk_with_tail(z_CV, k, 1 / temperature))
@@ -315,37 +314,41 @@ def divide(z_CV: Tensor, temperature: float) -> None:
 
 @dataclass(frozen=True)
 class TopKSummary:
-    """Kept logits and tail statistics of C rows over all ranks' columns of logits.
+    """Logits at the top-k ids and statistics of all other logits (the tail) of C rows.
 
-    The tail consists of all tokens outside the K kept ids. ``tail_shift_C`` and ``tail_scale_C`` describe this rank's
-    part of the tail; ``coefficients`` uses them to compute the gradient of this rank's logits.
+    The columns of logits of all ranks are included. ``tail_shift_C`` and ``tail_scale_C`` describe this rank's part of
+    the tail; ``coefficients`` uses them to compute the gradient of this rank's logits.
     """
 
     outcomes: Outcomes
-    """Kept logits and tail statistics, shifted by -``shift_C`` so that the largest logit of each row is 0."""
+    """Logits at the top-k ids and statistics of all other logits, after ``shift_C`` was subtracted.
+
+    The largest logit of each row is therefore 0.
+    """
     shift_C: Tensor
     """[C]: largest logit of each row over all ranks, divided by the temperature."""
     tail_sum_C: Tensor
-    """[C]: sum of exp(z - m) over the logits z outside the kept ids of all ranks, with m the largest z."""
+    """[C]: sum of exp(z - m) over the logits z of all ranks outside the top-k, with m the largest z."""
     tail_shift_C: Tensor
-    """[C]: largest logit outside the kept ids on this rank, minus ``shift_C``; -inf without such logits."""
+    """[C]: largest of this rank's logits outside the top-k, minus ``shift_C``; -inf without such logits."""
     tail_scale_C: Tensor
-    """[C]: exp(m_rank - m_all); m_rank and m_all are the largest logits outside the kept ids.
+    """[C]: exp(m_rank - m_all), or 0 if this rank has no logits outside the top-k.
 
-    m_rank is the largest such logit on this rank, m_all the largest on all ranks.
+    m_rank is the largest of this rank's logits outside the top-k, m_all the largest of all ranks' logits outside it.
     """
 
     def lse(self) -> Tensor:
-        """Return [C]: logsumexp(z / T) - ``shift_C``, with all logits z of the row and temperature T."""
+        """Return [C]: logsumexp(z / T) - ``shift_C``, with z the logits of a row and T the temperature."""
         return self.outcomes.unnormalised_NE().logsumexp(dim=1)
 
     def coefficients(self, d_tail_C: Tensor | None, d_mean_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return ``factor_C`` and ``slope_C`` of ``ReducedLogits.gradient``.
+        """Return the arguments ``factor_C`` and ``slope_C`` for ``ReducedLogits.gradient``.
 
-        ``d_tail_C`` and ``d_mean_C`` are the gradients of the loss with respect to ``tail_N`` and ``tail_mean_N`` of
-        ``Outcomes``; None means that the loss does not depend on this field. The formulas follow from d tail / d z_j =
-        t_j and d mean / d z_j = t_j (1 + z_j - mean), where t is the softmax over the tail's logits z. Both results
-        are exactly 0 if this rank's tail is empty.
+        Let z be the logits of a row outside the top-k, and t the softmax over z. ``d_tail_C`` and ``d_mean_C`` are the
+        gradients of the loss with respect to tail = logsumexp(z) and mean = sum(t z). None means that the loss does not
+        depend on this quantity. The formulas follow from d tail / d z_j = t_j and d mean / d z_j = t_j (1 + z_j -
+        mean). ``slope_C`` is None if ``d_mean_C`` is None. If this rank has no logits of a row outside the top-k, the
+        row's factor and slope are 0.
         """
         share_C = (self.tail_scale_C / self.tail_sum_C).masked_fill(self.tail_shift_C == _NEG_INF, 0.0)
         if d_tail_C is None:
@@ -365,8 +368,9 @@ def combine(
 ) -> tuple[TopKSummary, Tensor]:
     """Combine the kept logits and tail sums of all ranks into those of the complete vocabulary.
 
-    Collective over ``group``: an all-reduce of a maximum [C] and of a sum [C, K + 2 + E]. If ``group`` is None,
-    ``local`` already covers the complete vocabulary.
+    Kept logits are the logits at the K top-k ids (kept ids); tail sums are sums over all other logits. Collective over
+    ``group``: an all-reduce of a maximum [C] and of a sum [C, K + 2 + E]. If ``group`` is None, ``local`` already
+    covers the complete vocabulary.
 
     Args:
         local: this rank's kept logits and tail sums.

@@ -1,1 +1,1 @@
-"""Forecast of the peak memory of each rank, from the recipe and the shapes of student and teacher."""
+"""Forecast of each rank's peak memory, computed from the recipe and the layer sizes of both models."""

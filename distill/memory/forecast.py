@@ -1,4 +1,4 @@
-"""Forecast of the peak memory per rank in each phase of a training step, and checks based on it.
+"""Forecast the peak memory per rank in each phase of a training step, and check that it fits the GPU.
 
 The phases are the sync of the weights to the generation engine, generation, the teacher's forward, and training.
 """
@@ -22,15 +22,14 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 CARD_SHARE = 0.98
-"""Usable memory of a GPU that is sold with N GB, as a fraction of N GiB.
+"""Usable fraction of GPU memory: a GPU sold with N GB has ``CARD_SHARE * N`` GiB of usable memory.
 
 Drivers report a total memory of 0.985 to 0.99 times N GiB.
 """
 RESERVE = 3 * GIB
-"""Number of bytes that the forecast adds to each phase on a GPU for memory that is not predicted.
+"""Bytes that the forecast adds to each phase on a GPU for memory that it cannot compute.
 
-This memory is used by the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and
-fragmentation.
+Examples are the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and fragmentation.
 """
 
 PHASES = {
@@ -39,7 +38,7 @@ PHASES = {
     "teacher": "teacher",
     "train": "training",
 }
-"""Maps the name of a phase in the forecast to its name in the measurements of a training step."""
+"""Maps the name of a phase in the forecast to the name of the phase in ``distill.metrics.phases``."""
 
 _STATE = ("cluster.num_nodes", "policy.dtensor_cfg.cpu_offload=true")
 _TOKENS = ("policy.dtensor_cfg.context_parallel_size", "policy.sequence_packing.train_mb_tokens")
@@ -66,9 +65,9 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "engine cache": (_ENGINE_SHARE,),
     "sync buckets": ("runtime.sync_bucket_mib",),
 }
-"""Maps a purpose of memory in the forecast to the configuration keys that can reduce it.
+"""Maps a purpose of memory, such as "gradients", to configuration keys that can reduce this memory.
 
-The error for a GPU that is too small recommends these keys. ``key=value`` also recommends the value.
+The error for a GPU that is too small recommends these keys. An entry ``key=value`` recommends to set this value.
 """
 
 
@@ -79,7 +78,10 @@ class Forecast:
     about: tuple[str, ...]
     """Text lines that describe the models and the parallel layout, printed above the table."""
     phases: dict[str, Lines]
-    """Maps each phase to a table of the device memory at the phase's peak: from purpose to bytes."""
+    """Maps each phase to its memory table, which maps a purpose, such as "gradients", to bytes per rank.
+
+    The table is for the point in time at which the phase uses the most device memory.
+    """
     host: Lines
     """Maps each purpose of pinned host memory to bytes per rank; empty without a GPU."""
     window_cache: int
@@ -95,7 +97,8 @@ class Forecast:
     def table(self) -> str:
         """Return the forecast as a text table with one line per phase.
 
-        A line has the predicted peak memory in GiB per rank, and up to five purposes with the most memory.
+        Each line has the predicted peak in GiB per rank, followed by the five largest purposes, such as gradients.
+        Pinned host memory has its own line.
         """
         rows = ["predicted peak memory per rank in GiB", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
@@ -142,9 +145,9 @@ class Forecast:
 
 
 def _is_set(config: Config, remedy: str) -> bool:
-    """Return whether the recipe already has the setting ``remedy``, so that recommending it is useless.
+    """Return whether the recipe already contains the recommended setting ``remedy``.
 
-    ``remedy`` is ``key=true`` or only ``key``. The result is always False for only ``key``.
+    ``remedy`` has the form ``key=true`` or ``key``. For the form ``key`` the result is always False.
     """
     key, _, value = remedy.rpartition(".")[2].partition("=")
     return value == "true" and bool(getattr(config.policy.dtensor_cfg, key))
@@ -158,9 +161,9 @@ def card_bytes(gigabytes: float) -> int:
 def dry_run(config: Config) -> Iterator[str]:
     """Yield the memory forecast of a recipe as YAML comments; never uses the network.
 
-    The shapes of student and teacher are read from local files or from a built-in table. If a shape is unknown, the
-    comment reports that no forecast is possible. Raises UserError if a model does not support the parallel layout of
-    the recipe. After the forecast, raises UserError if ``cluster.gpu_memory_gb`` is too small.
+    The layer sizes of student and teacher are read from local files or from a built-in table. If they are unknown, the
+    only comment reports that no forecast is possible. Raises UserError if a model does not support the sequence lengths
+    or the parallel sizes of the recipe. After the forecast, raises UserError if ``cluster.gpu_memory_gb`` is too small.
     """
     ours = find_config(config.policy.model_name, "policy.model_name")
     student = None if ours is None else shape_of(ours, config.policy.model_name)
@@ -180,9 +183,9 @@ def dry_run(config: Config) -> Iterator[str]:
 
 
 def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device: torch.device) -> Forecast:
-    """Return the memory forecast of a run.
+    """Check the recipe against both models, and return the memory forecast of the run.
 
-    Raises UserError if a model does not support the sequence lengths or the parallel layout of the recipe, or if
+    Raises UserError if a model does not support the sequence lengths or the parallel sizes of the recipe, or if
     ``cluster.gpu_memory_gb`` is too small. ``device`` is the device of this rank.
     """
     check_shapes(config, student, teacher)
@@ -199,8 +202,8 @@ def predict(
     """Predict the peak memory per rank in each phase of a training step.
 
     ``cuda``: whether the run uses GPUs; if not, all memory is host memory and nothing is offloaded. ``card``: memory of
-    the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are unknown, the forecast does not include
-    vLLM's key-value cache, because the size of the cache depends on the GPU.
+    the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are unset, the forecast does not include vLLM's
+    key-value cache, because its size depends on the GPU.
     """
     if config.cluster.gpu_memory_gb is not None:
         card = card_bytes(config.cluster.gpu_memory_gb)
@@ -217,12 +220,12 @@ def predict(
 
 
 def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
-    """Log the measured peak memory of each phase next to the forecast; collective.
+    """Log the measured peak memory of each phase, followed by its forecast in parentheses; collective.
 
-    The log has the maximum over ranks in GiB. Call it after the second step of the process: the optimizer state is
-    allocated in the first step. ``measured``: measured peak of this rank in bytes, by phase. ``pool_bytes``: size of
-    the memory pool of the generation engine, which sleeps in the teacher and training phases. It is subtracted in these
-    phases, because torch reports the pool as allocated although its memory is free.
+    The logged measurement is the maximum over ranks in GiB. Call this function after the second step of the process,
+    because the first step allocates the optimizer state. ``measured`` maps a phase name of ``distill.metrics.phases``
+    to this rank's peak in bytes. ``pool_bytes``: size of the generation engine's memory pool. The pool is free in the
+    teacher and training phases, but torch still counts it as allocated, so it is subtracted from their peaks.
     """
     sleeping = {"teacher", "train"}
     own = {

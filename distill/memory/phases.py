@@ -2,12 +2,12 @@
 
 The prediction is computed from the recipe and the shapes of the models. Every response is assumed to have the maximum
 length. The phases are the sync of the weights to the generation engine, generation, the teacher's forward, and
-training. The peak of a phase is at one of a few points in time. The method of the phase returns a table for each of
-these points, and the forecast uses the table with the largest sum. A pack is a packed micro-batch.
+training. The peak of a phase may occur at one of a few points in time. ``StepMemory`` has one method per phase, which
+returns a memory table for each of these points. The forecast uses the table with the largest sum.
 
 Names: ``tp``, ``cp`` and ``dp`` are the tensor-, context- and data-parallel sizes of the student; ``shards``: number of
-ranks over which one model is sharded; ``positions``: number of positions of a pack on one rank; ``b``: bytes per
-element of the compute dtype.
+ranks over which one model is sharded; ``positions``: number of token positions of a packed micro-batch on one rank;
+``b``: bytes per element of the compute dtype.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Lines = dict[str, int]
 def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
     """Return the bytes per token position that autograd saves for the backward of one layer.
 
-    The number applies to training without activation checkpointing. The tensors are those of transformers' layers. Each
-    norm saves its float32 input, and its output before and after the multiplication by the weight. Attention saves
-    queries, keys, values, and two copies of its output: the result of the attention kernel, and the input of the output
-    projection. The MLP saves four tensors of its intermediate size. The norms of queries and keys save the same tensors
-    as other norms.
+    ``b``: bytes per element of the compute dtype; ``tp``: tensor-parallel size. The number applies to training without
+    activation checkpointing, and to the layers of the transformers library. Each norm saves its float32 input, and its
+    output before and after the multiplication by the weight. Attention saves queries, keys, values, and two copies of
+    its output: the result of the attention kernel, and the input of the output projection. The MLP saves four tensors
+    of its intermediate size. The norms of queries and keys save the same tensors as other norms.
     """
     queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
     normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
@@ -49,7 +49,7 @@ def read_by_layer(shape: ModelShape, b: int) -> int:
     """Return the peak bytes per token position in the forward of one layer under ``torch.no_grad``.
 
     The peak is the residual stream plus the larger of two parts: the MLP's intermediate tensors, or the queries with
-    their float32 norm.
+    their float32 norm. ``b``: bytes per element of the compute dtype.
     """
     queries = shape.heads * shape.head_dim
     return max(3 * b * shape.intermediate, (8 + b) * queries) + 2 * b * shape.hidden
@@ -58,8 +58,9 @@ def read_by_layer(shape: ModelShape, b: int) -> int:
 class StepMemory:
     """Predicted memory per rank for one recipe.
 
-    The method of a phase returns one table for each point in time at which the peak of the phase may be. ``cuda``:
-    whether the run uses GPUs. ``card``: usable memory of a GPU in bytes; None if unknown.
+    The methods ``sync_phase``, ``generation_phase``, ``teacher_phase`` and ``training_phase`` return one memory table
+    for each point in time at which the peak of the phase may occur. ``cuda``: whether the run uses GPUs. ``card``:
+    usable memory of a GPU in bytes; None if unknown.
     """
 
     def __init__(self, config: Config, student: ModelShape, teacher: ModelShape, cuda: bool, card: int | None) -> None:
@@ -84,11 +85,11 @@ class StepMemory:
     # ---- memory that several phases use ----
 
     def kept(self, training: bool = False) -> Lines:
-        """Return the memory that stays allocated during a complete phase: a dict from purpose to bytes.
+        """Return the memory that stays allocated during a complete phase, as a dict from purpose to bytes.
 
-        Most of it is the student's float32 shards. ``training``: whether the phase is training. AdamW's two moments
-        are on the device during training, and in other phases if they are not offloaded. Without a GPU the teacher and
-        the engine always stay in memory.
+        Most of it is the student's float32 shards. ``training``: whether the phase is training. AdamW's two moments are
+        on the device during training, and in other phases if they are not offloaded. Without a GPU the teacher and the
+        engine always stay in memory.
         """
         weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
         moments_here = not self.on_host and (training or not self.offloads)
@@ -106,7 +107,7 @@ class StepMemory:
         return self.teacher_b * self.teacher.parameters // self.shards
 
     def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool) -> Lines:
-        """Return the parameters that FSDP keeps gathered at the same time: a dict from purpose to bytes.
+        """Return the memory of parameters that FSDP gathers at the same time, as a dict from purpose to bytes.
 
         ``b`` is the number of bytes per parameter. ``stays``: whether layers stay gathered after their forward
         (reshard_after_forward=false). If so, all layers are gathered, otherwise the current and the prefetched layer.
@@ -119,7 +120,7 @@ class StepMemory:
         }
 
     def engine_lines(self) -> Lines:
-        """Return the bytes of weights and key-value cache of the generation engine while it is awake.
+        """Return the memory of the awake generation engine, as a dict from purpose to bytes.
 
         vLLM allocates the fraction gpu_memory_utilization of the GPU's memory; its cache gets the part of this memory
         that the weights do not use. The transformers engine has the complete model and a cache for one batch of
@@ -138,7 +139,7 @@ class StepMemory:
         return {"engine weights": weights, "engine cache": max(share - weights, 0)}
 
     def window_cache(self) -> int:
-        """Return the bytes per engine rank of the key-value cache for one sequence of the maximum length."""
+        """Return the bytes per rank of the engine's key-value cache for one sequence of the maximum length."""
         generation, shape = self.config.policy.generation, self.student
         vllm = generation.backend == "vllm"
         window = generation.vllm_cfg.max_model_len if vllm else self.config.policy.max_total_sequence_length
@@ -148,10 +149,10 @@ class StepMemory:
     def targets(self) -> Lines:
         """Return the bytes of the teacher's targets for all responses that one rank trains on in a step.
 
-        The targets stay on the device until the student has trained on them. For each response token they are K ids
-        (int32), K log-probs, the log tail mass and the entropy (float32). If ``returns_rows`` is
-        True, the target of a response token is a hidden state of the teacher instead, and each rank also keeps a copy
-        of the teacher's complete LM head.
+        The targets stay on the device until the student has trained on them. For each response token they are K token
+        ids (int32), K log-probs, the log of the remaining probability, and the entropy (all float32). If
+        ``returns_rows`` is True, the target of a response token is a hidden state of the teacher instead, and each rank
+        also keeps a copy of the teacher's complete LM head.
         """
         loop, shape = self.config.distillation, self.teacher
         responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
@@ -171,11 +172,11 @@ class StepMemory:
         return min(policy.generation.max_new_tokens, policy.max_total_sequence_length - 1)
 
     def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
-        """Return the number of rows of logits that are in memory at the same time.
+        """Return the number of rows in a chunk of logits, one row per token; one chunk is in memory at a time.
 
         The result is ``own`` (the chunk size configured for the model), or ``runtime.logits_chunk_rows`` if ``own`` is
         None. If both are None, it is the number of rows for which ``buffers`` buffers of [rows, ``vocab``] fit into the
-        memory budget of the loss. The result is never above ``rows``.
+        memory budget of the loss. The result is at most ``rows``, the total number of tokens.
         """
         set_rows = own or self.config.runtime.logits_chunk_rows
         return min(set_rows or rows_within_budget(self.cuda, vocab, buffers), rows)
@@ -183,11 +184,11 @@ class StepMemory:
     # ---- memory at the candidates for the peak of each phase ----
 
     def sync_phase(self) -> list[Lines]:
-        """Return the memory at two candidates for the peak of the sync: weight transfer, and verification.
+        """Return two memory tables, one for each possible peak of the sync: weight transfer, and verification.
 
-        Weights are sent to the engine in buckets. Two buckets are in memory at the same time, each with complete
-        tensors and this rank's shards of these tensors. A bucket is at least as large as the largest tensor. The
-        verification compares a forward of the student with the engine, which is then awake.
+        Weights are sent to the engine in buckets, which are groups of tensors. Two buckets are in memory at the same
+        time, each with complete tensors and this rank's shards of these tensors. A bucket is at least as large as the
+        largest tensor. The verification runs a forward of the student while the engine is awake.
         """
         policy, shape = self.config.policy, self.student
         bucket = max(self.config.runtime.sync_bucket_mib * 2**20, self.b * shape.embedding)
@@ -199,16 +200,16 @@ class StepMemory:
         return [self.kept() | weights | buckets, self.kept() | awake | gathered]
 
     def generation_phase(self) -> list[Lines]:
-        """Return the memory during generation: the generation engine, and the student's shards."""
+        """Return one memory table: the generation engine and the memory that stays allocated, such as shards."""
         return [self.kept() | self.engine_lines()]
 
     def teacher_phase(self) -> list[Lines]:
-        """Return the memory at two candidates for the peak of the teacher phase: a layer, and the logits.
+        """Return two memory tables, one for each possible peak of the teacher phase: a layer, and the logits.
 
-        The first is the forward of a layer, the second the top-k of a chunk of logits. A teacher group is a set of
-        ranks that shard the teacher's input. The number of packs that a group computes together is proportional to the
-        size of the group, so ``positions``, the number of positions per rank, does not depend on the group size. Logits
-        are float32; without Triton, the top-k needs a second buffer of the same size.
+        The first is for the forward of a layer, the second for the top-k of a chunk of logits. A teacher group is a set
+        of ranks that combine their micro-batches and compute the teacher's forward on them together. The number of
+        token positions per rank therefore does not depend on the size of the group. Logits are float32; without Triton,
+        the top-k needs a second buffer of the same size.
         """
         config, shape, b = self.config, self.teacher, self.teacher_b
         positions = -(-self.teacher_tokens // (self.tp * self.cp))
@@ -224,12 +225,12 @@ class StepMemory:
         ]
 
     def training_phase(self) -> list[Lines]:
-        """Return the memory at three candidates for the peak of training.
+        """Return three memory tables, one for each possible peak of the training phase.
 
-        The candidates are the loss inside the forward, a layer's backward during the gradient reduction of another
+        The possible peaks are the loss inside the forward, a layer's backward during the gradient reduction of another
         layer, and the gradient reduction of the root module or the optimizer step. Gradients of an earlier micro-batch
-        are assumed to exist. Activation checkpointing saves the input of each layer and recomputes a single layer. A
-        layer's backward needs two more tensors of the intermediate size and two of the hidden size.
+        are assumed to exist. Activation checkpointing saves the input of each layer and recomputes one layer at a time.
+        A layer's backward needs two more tensors of the intermediate size and two of the hidden size.
         """
         config, shape, b, tp = self.config, self.student, self.b, self.tp
         parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
@@ -279,10 +280,11 @@ class StepMemory:
         ]
 
     def logits_bytes(self) -> int:
-        """Return the bytes per logit that ``fused_linear_kl`` needs for a chunk of logits [C, V / tp].
+        """Return the bytes per logit that the loss ``fused_linear_kl`` needs for a chunk of logits.
 
-        The buffers are the float32 logits and their gradient in the compute dtype. Without Triton one more float32
-        buffer is needed. The loss over the complete vocabulary needs the logits of both models and two more buffers.
+        A chunk has shape [C, V / tp], with C response tokens and V vocabulary entries. The buffers are the float32
+        logits and their gradient in the compute dtype. Without Triton one more float32 buffer is needed. The loss over
+        the complete vocabulary needs the logits of both models and two more buffers.
         """
         b, rounded = self.b, self.config.loss_fn.logits_dtype == "bfloat16"
         if self.config.distillation.topk_logits_k == 0:
@@ -294,7 +296,7 @@ class StepMemory:
         return own + (4 if self.returns_rows else 0)
 
     def host(self) -> Lines:
-        """Return the pinned host memory per rank: a dict from purpose to bytes.
+        """Return the pinned host memory per rank, as a dict from purpose to bytes.
 
         The purposes are the host copy of the teacher's shards, the offloaded weights, gradients and optimizer state,
         and a checkpoint that is being written.
@@ -314,9 +316,9 @@ class StepMemory:
 def _pack_tokens(config: Config, dp: int) -> tuple[int, int]:
     """Return the maximum numbers of tokens in a packed micro-batch of the student and of the teacher.
 
-    A packed micro-batch has at most ``train_mb_tokens`` tokens, or is a single longer sequence. The limit counts each
-    response with the longer prefix of student and teacher, so both models can reach it. A micro-batch never has more
-    responses than one data-parallel rank gets in an optimizer batch.
+    A packed micro-batch has at most ``train_mb_tokens`` tokens, or is a single longer sequence. For this limit, each
+    response counts with the longer of its two prompts (the student's and the teacher's), so both models can reach the
+    limit. A micro-batch never has more responses than one data-parallel rank gets in an optimizer batch.
     """
     policy, student = config.policy, config.policy.max_total_sequence_length
     same = not config.distillation.context_distillation.enabled

@@ -1,6 +1,6 @@
-"""Shapes of models, and checks of sequence lengths and parallel sizes against the shapes.
+"""Model shapes (layer sizes and parameter counts), and checks of a recipe against the shapes.
 
-No function reads weights.
+The checks are for sequence lengths and parallel sizes. No function reads weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from distill.model.tensor_parallel import one_layer_model
 
 log = logging.getLogger(__name__)
 
-# hidden size, layers, query heads, intermediate size, tied embeddings; all have 8 key-value heads of 128 channels
 QWEN3 = {
     "0.6": (1024, 28, 16, 3072, True),
     "1.7": (2048, 28, 16, 6144, True),
@@ -32,7 +31,8 @@ QWEN3 = {
 }
 """Maps the size of a published Qwen3 model, in billions of parameters, to its shape.
 
-Forecasts use this table if the model's files are not on this machine.
+A shape is (hidden size, layers, query heads, intermediate size, whether the embeddings are tied). All models have 8
+key-value heads of 128 channels. Forecasts use this table if the model's files are not on this machine.
 """
 
 
@@ -125,7 +125,7 @@ def find_config(name: str, key: str) -> Any:
 
     Uses no network. Searches the folder ``name``, the local cache of the Hugging Face hub, and the table ``QWEN3``.
     ``key``: the configuration key that contains the model's name; errors mention it. Raises UserError if the model is
-    not supported, as ``model_config`` does.
+    not supported.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
@@ -168,8 +168,8 @@ def _published(name: str) -> Any:
 def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape | None) -> None:
     """Raise UserError if a model does not support the sequence length or the parallel sizes of the recipe.
 
-    A model whose shape is None (unknown) is not checked. Logs a warning if the teacher's groups of ranks are larger
-    than configured.
+    A model whose shape is None (unknown) is not checked. Logs a warning if the teacher is split over more ranks than
+    teacher.dtensor_cfg sets.
     """
     for owner, shape, length in (
         ("policy", student, config.policy.max_total_sequence_length),
@@ -275,7 +275,8 @@ def teacher_group(config: Config) -> int:
 def _splits(heads: int, kv_heads: int, size: int) -> bool:
     """Return whether the query heads and key-value heads of attention can be split over ``size`` ranks.
 
-    ``heads`` is the number of query heads. If there are more ranks than key-value heads, the heads are repeated.
+    ``heads`` is the number of query heads. If there are more ranks than key-value heads, the key-value heads are
+    repeated.
     """
     return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 

@@ -29,7 +29,10 @@ _TAGS = {
     "teacher": "teacher_logprob_inference",
     "training": "policy_training",
 }
-"""Maps a phase to its name in metric names, if that name differs. NeMo-RL uses the same metric names."""
+"""Maps a phase to its name in metric names. Phases without an entry keep their name.
+
+The metric names are those of NeMo-RL.
+"""
 
 
 def timing_tag(name: str) -> str:
@@ -53,7 +56,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure the block as phase ``name``, and report that phase to the supervision of this process.
+        """Measure the ``with`` block as phase ``name``, and set the current phase for the watchdog.
 
         A phase may occur several times in a step; its durations are added.
         """

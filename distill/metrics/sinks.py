@@ -1,6 +1,6 @@
 """Write metrics to the console, metrics.jsonl, TensorBoard and Weights & Biases.
 
-A sink is one of these destinations. Only the main rank writes: on every other rank the Recorder has no sinks.
+A sink is one of these destinations. Only rank 0 (the main rank) writes: on every other rank the Recorder has no sinks.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class ConsoleSink:
 
 
 class Recorder:
-    """Writer of metrics and sample texts to all sinks of a run.
+    """Writes metrics and sample texts to all sinks (destinations) of a run.
 
     All methods raise UserError if writing to ``run_dir`` fails, for example because the disk is full.
     """
@@ -205,12 +205,12 @@ def open_recorder(
     recipe: Mapping[str, Any] | None = None,
     history: Sequence[Row] = (),
 ) -> Recorder:
-    """Return the run's recorder of metrics, which writes on the main rank only; not collective.
+    """Return the run's recorder of metrics, which writes on rank 0 only; not collective.
 
-    ``main``: whether this is the main rank. ``resumed_step``: step of the loaded checkpoint, 0 for a new run; metrics
-    of later steps are removed from the files. ``recipe``: the resolved configuration, for Weights & Biases.
-    ``history``: rows of metrics up to ``resumed_step``, written to a new run directory. Raises UserError on every rank
-    if wandb is enabled but not installed.
+    ``main``: whether this is rank 0. ``resumed_step``: step of the loaded checkpoint, 0 for a new run; metrics of later
+    steps are removed from the files. ``recipe``: the resolved configuration, for Weights & Biases. ``history``: rows of
+    metrics up to ``resumed_step``, written to a new run directory. Raises UserError on every rank if wandb is enabled
+    but not installed.
     """
     if config.wandb_enabled and importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -248,5 +248,5 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 
 
 def rows_until(path: Path, step: int) -> list[dict[str, float | None]]:
-    """Return the rows of a metrics.jsonl file up to and including ``step``; an empty list without a file."""
+    """Return the rows of a metrics.jsonl file up to and including ``step``; empty if there is no file."""
     return [row for row in read_metrics(path) if int(row["step"] or 0) <= step] if path.exists() else []

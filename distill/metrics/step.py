@@ -69,7 +69,7 @@ class Metrics:
         self._values[name] = (first, second)
 
     def on_host(self) -> dict[str, tuple[Kind, float, float]]:
-        """Return a dict of metric name to (kind, sum or value, count); copy all device tensors at once."""
+        """Return a dict from metric name to (kind, sum or value, count), copied to the host in one transfer."""
         scalars = [scalar for pair in self._values.values() for scalar in pair]
         on_device = [scalar for scalar in scalars if isinstance(scalar, Tensor)]
         device = next((scalar.device for scalar in on_device if scalar.device.type != "cpu"), torch.device("cpu"))
@@ -80,9 +80,8 @@ class Metrics:
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Return the reduced metrics by name, equal on all ranks of ``group``; collective over ``group``.
 
-        ``group``: a gloo group; None: this rank only. Names may differ between ranks, so names and values
-        are gathered as Python objects. Sums are computed in float64, in the order of the ranks. A mean with count 0 is
-        nan.
+        ``group``: a gloo group; None: this rank only. Names may differ between ranks, so names and values are gathered
+        as Python objects. Sums are computed in float64, in the order of the ranks. A mean with count 0 is nan.
         """
         own = self.on_host()
         by_rank = [own]
@@ -93,7 +92,7 @@ class Metrics:
 
 
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-    """Add length and finish-reason metrics of ``rollouts``; pass each rollout of a step on one rank only."""
+    """Add length and finish-reason metrics; each rollout of a step must be added on exactly one rank."""
     prompts = [len(rollout.prompt.student_ids) for rollout in rollouts]
     responses = [len(rollout.response_ids) for rollout in rollouts]
     truncated = [rollout.finish == "length" for rollout in rollouts]
@@ -150,17 +149,18 @@ def finish_step(metrics: Metrics, phases: Phases, group: dist.ProcessGroup | Non
 def waits(values: Mapping[str, float]) -> dict[str, float]:
     """Return the metric ``timing/train/generation_wait_share``; empty if generation was not measured.
 
-    The value is 1 - mean / max of the ranks' generation times: the average fraction of the generation phase in which a
-    rank waits for the slowest rank. ``values``: the step's metrics, reduced over ranks.
+    The value is 1 - mean / max, with mean and max of the ranks' generation times: the average fraction of the
+    generation phase in which a rank waits for the slowest rank. ``values``: the step's metrics, reduced over ranks.
     """
     mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
     return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 
 def rates(values: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Return throughput metrics of a step in tokens/s: per rank for the step, over all ranks per phase.
+    """Return throughput in tokens/s by metric name: of a step per rank, and of each phase over all ranks.
 
-    ``values``: the step's metrics, reduced over ranks. Rates per rank exclude the time of validation and checkpointing.
+    ``values``: the step's metrics, reduced over ranks. Rates of the step exclude the time of validation and
+    checkpointing.
     """
 
     def seconds(phase: str) -> float:

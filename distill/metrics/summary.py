@@ -12,13 +12,13 @@ from pathlib import Path
 from distill.metrics.phases import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
 
 Row = Mapping[str, float | None]
-"""One row of metrics.jsonl: ``step`` and metrics by name; None for a nan or infinite value."""
+"""One row of metrics.jsonl: maps "step" and metric names to values; None stands for nan or infinity."""
 
 _VALIDATION = "validation/"
 
 
 def is_validation(names: Iterable[str]) -> bool:
-    """Return whether metrics with these names belong to a validation and not to a step."""
+    """Return whether metrics with these names belong to a validation instead of a training step."""
     return any(name.startswith(_VALIDATION) for name in names)
 
 

@@ -1,1 +1,1 @@
-"""Student and teacher models: loading, sharding, packed attention, weights for sync and export."""
+"""Student and teacher models: loading, sharding, packed attention, offload and export of weights."""

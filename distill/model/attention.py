@@ -47,8 +47,8 @@ def packed_attention(
     sequences, so only its first copy is returned. The gradients of the prefix's keys and values are summed over the
     sequences.
 
-    With ``packed_all_to_all``, T is the number of positions on this rank, and the call is collective over the process
-    group of ``packed_all_to_all``.
+    With ``packed_all_to_all``, the positions are split over the ranks of its process group: T is the number of
+    positions on this rank, and the call is collective over this group.
     """
     assert attention_mask is None, "packed_attention supports no attention mask"
     assert not unused.get("softcap"), "packed_attention supports no soft cap"
@@ -71,7 +71,7 @@ def packed_attention(
 def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
     """Copy each position of ``heads`` to all sequences that share it: [1, H, T, Dh] -> [1, H, S, Dh].
 
-    ``expand_S`` maps each of the S positions of the sequences to its index among the T positions. ``heads`` is
+    ``expand_S`` maps each of the S positions of the sequences to its index among the T input positions. ``heads`` is
     transposed before it is indexed, because the projections store it as [T, H, Dh] in memory.
     """
     return heads.transpose(1, 2).index_select(1, expand_S).transpose(1, 2)
@@ -96,7 +96,7 @@ def _attend(
 def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[int, int]) -> bool:
     """Return whether flash attention supports this dtype, number of channels per head and GPU.
 
-    ``capability`` is the GPU's compute capability, or (0, 0) without a GPU.
+    ``capability`` is the GPU's compute capability (major, minor), or (0, 0) without a GPU.
     """
     return dtype in (torch.bfloat16, torch.float16) and channels % 8 == 0 and channels <= 256 and capability >= (8, 0)
 
@@ -104,7 +104,12 @@ def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute the attention of all sequences in one flash-attention call; arguments as in ``_attend``."""
+    """Compute the causal attention of all sequences in one flash-attention call.
+
+    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; S is the total length of the sequences.
+    ``bounds``: cumulative sequence lengths, from 0 to S. ``window``: size of the sliding window in tokens, or None for
+    full causal attention. Returns [1, S, H, Dh].
+    """
     # Imported here, because the import takes a second and only GPUs need it.
     from torch.nn.attention.varlen import varlen_attn
 
@@ -132,10 +137,11 @@ def _cumulative(bounds: tuple[int, ...], device: torch.device) -> Tensor:
 def attend_per_sequence(
     query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
 ) -> Tensor:
-    """Compute attention with one PyTorch call per sequence; arguments as in ``_attend``.
+    """Compute causal attention with one PyTorch call per sequence.
 
-    This is the simple reference for ``attend_packed`` and works for every dtype and device. If the sliding window is
-    shorter than a sequence of L tokens, a mask [L, L] is created for this sequence.
+    The arguments and the result are those of ``attend_packed``: ``query`` is [1, H, S, Dh], and ``bounds`` are the
+    cumulative lengths of the packed sequences. This simple reference works for every dtype and device. If the sliding
+    window is shorter than a sequence of L tokens, a mask [L, L] is created for this sequence.
     """
     lengths = [stop - start for start, stop in pairwise(bounds)]
     parts = []

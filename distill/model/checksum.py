@@ -1,4 +1,4 @@
-"""Checksums of tensors, to verify that the engine receives exactly the weights that a sync sends."""
+"""Checksums of tensors, to verify that the generation engine receives exactly the sent weights."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class BitSums(NamedTuple):
 def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
     """Return the checksums ``BitSums.plain`` and ``BitSums.weighted`` of a tensor as an int64 tensor [2].
 
-    The result is on the tensor's device, and the call does not synchronize with the device. If ``tensor`` is a slice of
-    rows, ``first_row`` is the index of its first row in the complete tensor. Each element of a vector is a row.
+    The result is on the tensor's device, and the call does not wait for the device. If ``tensor`` is a slice of rows,
+    ``first_row`` is the index of its first row in the complete tensor. In a 1-D tensor, each element is a row.
     """
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     short = -rows.shape[1] % (WORD_BYTES // tensor.element_size())
@@ -42,7 +42,7 @@ def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:
 
 
 def bit_sums_by_name(weights: Iterable[tuple[str, Tensor]]) -> dict[str, BitSums]:
-    """Return the checksums of complete tensors, by tensor name."""
+    """Return a dictionary from tensor name to checksums; ``weights`` are pairs (name, complete tensor)."""
     return {name: BitSums(*bit_sums(tensor).tolist()) for name, tensor in weights}
 
 
@@ -52,5 +52,8 @@ def wrap_int64(total: int) -> int:
 
 
 def changed_names(before: Mapping[str, BitSums], after: Mapping[str, BitSums]) -> list[str]:
-    """Return the names of tensors in ``after`` with new or changed checksums, compared with ``before``."""
+    """Return the names of the tensors that are new or have changed between ``before`` and ``after``.
+
+    Both arguments map tensor names to checksums.
+    """
     return [name for name, sums in after.items() if before.get(name) != sums]

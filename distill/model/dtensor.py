@@ -15,7 +15,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def tp_dim(parameter: Tensor) -> int | None:
-    """Return the dimension along which tensor parallelism splits a DTensor, or None if it is not split."""
+    """Return the dimension along which tensor parallelism splits a DTensor, or None if it does not."""
     assert isinstance(parameter, DTensor), type(parameter)
     names = parameter.device_mesh.mesh_dim_names or ()
     placement = parameter.placements[names.index("tp")] if "tp" in names else None

@@ -55,7 +55,7 @@ def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
 
     ``config``: the configuration object that transformers 5 created from the source model's config.json.
     ``rope_scaling``: value of this key in that file, or None. If version 4 reads the same parameters from
-    ``rope_scaling``, the result has no such key, and the export keeps the source's value.
+    ``rope_scaling``, the result has no key ``rope_scaling``, and the export keeps the source's value.
     """
     main = config.rope_parameters.get("full_attention", config.rope_parameters)
     local = config.rope_parameters.get("sliding_attention")
@@ -155,9 +155,9 @@ def tokenizer_config_for_export(
     ``own_template``: whether the user configured a chat template; the template in ``source`` is then removed.
 
     With a tokenizer.json, the tokenizer class is replaced by PreTrainedTokenizerFast, which reads tokenizer.json
-    unchanged, in three cases: ``source`` has the format of version 5, ``source`` names no class, or ``misread`` is
-    true. Without a class name, version 4 would choose a class by model type; Llama's class adds a BOS token to every
-    text. The defaults of the replaced class become explicit settings.
+    unchanged, in three cases: ``source`` has the format of transformers 5, ``source`` names no class, or ``misread`` is
+    true. Without a class name, transformers 4 would choose a class by model type; Llama's class adds a BOS token to
+    every text. The defaults of the replaced class become explicit settings.
     """
     edited = {key: value for key, value in source.items() if key != _CODE}
     if own_template:

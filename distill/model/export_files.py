@@ -60,12 +60,12 @@ class ExportFiles:
     """Files of an export except its weights: configuration, tokenizer, model card and licence."""
 
     contents: Mapping[str, bytes]
-    """Content of each file, by its path relative to the export folder."""
+    """Maps the path of each file, relative to the export folder, to its content."""
     tied_as_read: bool
     """Value of ``tie_word_embeddings`` that transformers reads from config.json in ``contents``."""
 
     def complete(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """Return the content of all files by path, with config.json adapted to the exported weights.
+        """Return a dictionary from path to content, with config.json adapted to the exported weights.
 
         ``dtype``: dtype of the weights. ``tensors``: names of the weights. If ``tensors`` does not contain the LM head,
         config.json ties the LM head to the embedding.
@@ -76,7 +76,7 @@ class ExportFiles:
         return complete
 
     def stored(self, dtype: torch.dtype, tensors: Collection[str]) -> dict[str, bytes]:
-        """Return the files that ``complete()`` returns, keyed by their paths inside a checkpoint directory."""
+        """Return the same files as ``complete()``, keyed by their paths inside a checkpoint directory."""
         return {f"{EXPORT_FILES}/{name}": content for name, content in self.complete(dtype, tensors).items()}
 
     def with_card(self, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> ExportFiles:
@@ -101,9 +101,9 @@ def read_export_files(
     """Read the small files of the model ``files`` and of its tokenizer, and edit them for an export.
 
     Reads no weights. ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: value of
-    policy.tokenizer.name; None: the model's own tokenizer. ``stop_token_ids``: stop ids that the training uses; if
-    empty, the stop ids of the source model are kept. ``chat_template``: path of the user's chat template; None: keep
-    the tokenizer's template. Raises UserError for a file that cannot be read.
+    policy.tokenizer.name; None: the model's own tokenizer. ``stop_token_ids``: ids of the tokens that end a response in
+    training; if empty, the stop ids of the source model are kept. ``chat_template``: path of the user's chat template;
+    None: keep the tokenizer's template. Raises UserError for a file that cannot be read.
     """
     setting = ModelSetting("policy.model_name", files.name)
     try:
@@ -167,8 +167,8 @@ def _edit_model_files(
 def _write_bos(contents: dict[str, bytes], tokenizer: Any) -> None:
     """Copy the post-processor of ``tokenizer`` to tokenizer.json if the two encode a text differently.
 
-    ``tokenizer``: the tokenizer as loaded for training. Its post-processor adds the BOS token if the source sets
-    add_bos_token=true. The copy is needed because the tokenizer class of exports ignores add_bos_token in every version
+    ``tokenizer``: the tokenizer as loaded for training. Its post-processor adds the BOS token if the source model sets
+    add_bos_token=true. The copy is needed because the tokenizer class in exports ignores add_bos_token in every version
     of transformers.
     """
     own, used = Tokenizer.from_str(contents[_TOKENIZER_JSON].decode()), tokenizer.backend_tokenizer
@@ -220,7 +220,7 @@ def _put(contents: dict[str, bytes], name: str, edited: Json) -> None:
 
 
 def stored_export_files(checkpoint: Path, names: Iterable[str]) -> ExportFiles | None:
-    """Read the small export files that a checkpoint stores; return None if it stores no such files.
+    """Read the export files (without weights) that a checkpoint stores; return None if it has none.
 
     ``names``: paths of all files of the checkpoint, relative to the checkpoint. Checkpoints of older versions of this
     program have no export files.

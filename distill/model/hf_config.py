@@ -345,7 +345,10 @@ def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> N
 
 
 _EQUAL_HEADS: dict[tuple[object, ...], bool] = {}
-"""Cache of ``_same_values``: maps the paths and modification times of both files to the result."""
+"""Caches whether the LM head of a model equals its embedding.
+
+The key is the path and the modification time of the two files that contain these tensors.
+"""
 _CHUNK = 2**24
 """Number of elements of each tensor that are read and compared at a time: 64 MiB in float32."""
 

@@ -32,9 +32,9 @@ class ModelFiles:
     folder: Path
     """Local folder of the files; for a hub name, the folder of the download."""
     tensors: Mapping[str, StoredTensor]
-    """Headers of all tensors in the safetensors files, by parameter name."""
+    """Maps each parameter name to the header of its tensor: file, element type and shape."""
     scales: Mapping[str, WeightScale] = field(default_factory=dict)
-    """Scales of the FP8 weights, by parameter name."""
+    """Maps the parameter name of each FP8 weight to its scales."""
 
     @property
     def files(self) -> dict[str, Path]:

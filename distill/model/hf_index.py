@@ -81,7 +81,7 @@ def check_format(folder: Path, setting: ModelSetting) -> None:
 
 
 def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTensor]:
-    """Return the headers of all tensors in the model folder ``folder``, by parameter name.
+    """Return a dictionary from parameter name to tensor header, for all tensors in ``folder``.
 
     If only the base model was saved, the names in the files lack the prefix "model."; it is added, as in transformers.
     Raises UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that the

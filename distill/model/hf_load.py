@@ -28,9 +28,9 @@ def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedMod
 
 
 def manifest_of(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shape of each parameter by name; a tied parameter appears once.
+    """Return a dictionary from parameter name to shape; tied parameters appear once.
 
-    These are the tensors that every sync sends.
+    These are the tensors that are sent to the generation engine.
     """
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
@@ -73,8 +73,8 @@ def load_weights(parameters: Iterable[tuple[str, Tensor]], files: ModelFiles, ke
     """Copy a checkpoint's weights into ``parameters``; each rank reads only the slices of its shards.
 
     Not collective. ``parameters``: Hugging Face names and tensors, sharded (DTensor) or complete, of any floating
-    dtype. ``files``: the checkpoint. ``key``: the configuration key that names it. Raises UserError for a missing
-    tensor, a different shape, and values that are not finite.
+    dtype. ``files``: the checkpoint. ``key``: the configuration key that names the checkpoint. Raises UserError for a
+    missing tensor, a different shape, and values that are not finite.
     """
     setting = ModelSetting(key, files.name)
     with torch.no_grad():
@@ -127,9 +127,10 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
 
 
 def chunk_of(length: int, parts: int, number: int) -> tuple[int, int]:
-    """Return start and length of chunk ``number`` of ``length`` elements, as divided by torch.chunk.
+    """Return (start, length) of chunk ``number`` if ``length`` elements are divided into ``parts`` chunks.
 
-    ``parts``: number of chunks. All chunks have the same length, except that the last chunks may be shorter or empty.
+    The division is that of torch.chunk. All chunks have the same length, except that the last chunks may be shorter or
+    empty.
     """
     size = -(-length // parts)
     begin = min(length, number * size)

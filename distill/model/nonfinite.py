@@ -47,7 +47,7 @@ class NonFiniteError(RuntimeError):
         )
         self.found = found
         self.batch: OptimizerBatch | None = None
-        """The optimizer batch of the failed step; ``Student.train`` sets it."""
+        """The optimizer batch of the failed step; None until ``Student.train`` sets it."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -67,8 +67,8 @@ def sample_lines(
     """Yield one JSON line for each response in a micro-batch whose loss is not finite.
 
     ``found``: this rank's report on ``batch``. ``all_``: include the responses of all micro-batches. ``rollouts``: all
-    rollouts of the training step; ``rollout_N`` of a micro-batch contains indices into them. ``decode``: converts token
-    ids to text.
+    rollouts (responses with prompts) of the training step; ``rollout_N`` of a micro-batch contains indices into them.
+    ``decode``: converts token ids to text.
     """
     for i in range(len(batch)) if all_ else found.micro_batches:
         rows_N = batch.micro_batches[i].rollout_N
@@ -98,7 +98,7 @@ def _json_number(loss: float) -> float | str:
 def write_report(path: Path, found: NonFiniteReport, samples: Iterator[str], step: int, rank: int) -> None:
     """Write this rank's report to the file ``path`` in JSON lines.
 
-    The first line contains the losses and the tensor names of ``found``. The lines that ``samples`` yields follow.
+    The first line contains ``step``, ``rank`` and the contents of ``found``. The lines that ``samples`` yields follow.
     """
     numbers = {"norm": _json_number(found.norm), "losses": [_json_number(loss) for loss in found.losses]}
     tensors = {"gradients": found.gradients, "weights": found.weights}

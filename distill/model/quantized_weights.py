@@ -38,7 +38,7 @@ _NAMES = {
     "auto-round": "AutoRound",
 }
 _COMPRESSED_FORMATS = (None, "dense", "float-quantized", "naive-quantized", "mixed-precision")
-"""Supported values of compressed-tensors' ``format``, which store FP8 weights unpacked; None: not set."""
+"""Supported values of compressed-tensors' setting ``format`` (unpacked FP8 weights); None: not set."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Quantization:
     method: str
     """Name of the method: fp8, fbgemm_fp8, compressed-tensors or modelopt."""
     layouts: tuple[Layout, ...]
-    """Allowed sizes of the blocks that share a scale."""
+    """Allowed block sizes; all elements of a block share one scale."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | Non
 
 
 def _declared(folder: Path, setting: ModelSetting) -> tuple[str, Any] | None:
-    """Return (location, settings) of the quantization that a model declares, or None.
+    """Return (location, settings) of a model's declared quantization, or None if none is declared.
 
     The location, used in error messages, is a key of config.json or the name of another file. vLLM and transformers
     read the settings from the same locations.
@@ -144,8 +144,8 @@ def _method(settings: Mapping[str, Any]) -> str:
 def _fp8_layouts(settings: Mapping[str, Any], place: str, setting: ModelSetting) -> Iterator[Layout]:
     """Yield the block sizes that the method fp8 allows (the format of DeepSeek, Qwen and Mistral).
 
-    If weight_block_size is set, it is the only allowed size. If it is null, a scale applies to a complete weight or to
-    a row. If it is missing, a scale may also apply to a block of 128 x 128.
+    If the setting weight_block_size has a value, only this size is allowed. If the value is null, a scale applies to a
+    complete weight or to a row. If the setting is missing, a scale may also apply to a block of 128 x 128.
     """
     if "weight_block_size" not in settings:
         yield from (_TENSOR, _CHANNEL)
@@ -168,7 +168,7 @@ def _block(block: Any, place: str, setting: ModelSetting) -> Layout:
 def _compressed_layouts(settings: Mapping[str, Any], place: str, setting: ModelSetting) -> Iterator[Layout]:
     """Yield the block size of each config group of a compressed-tensors quantization.
 
-    A weight belongs to the group whose block size fits the shape of its scale.
+    A weight belongs to the group whose block size fits the shape of the weight's scale tensor.
     """
     sparsity = settings.get("sparsity_config") or {}
     formats = [settings.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else "sparsity"]
@@ -263,7 +263,7 @@ def _fits(layout: Layout, weight: tuple[int, ...], scale: tuple[int, ...]) -> bo
 
 
 def _sizes(layout: Layout, weight: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the size of a block of ``layout``, limited to the shape ``weight`` of the weight.
+    """Return the block size of ``layout``, limited to the size of the weight; ``weight`` is its shape.
 
     Two layouts with the same result are equivalent for this weight.
     """
@@ -273,7 +273,7 @@ def _sizes(layout: Layout, weight: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def weight_scales(tensors: Mapping[str, StoredTensor], quantization: Quantization | None) -> dict[str, WeightScale]:
-    """Return the scales of FP8 weights by weight name; weights with an undefined scale are omitted."""
+    """Return a dictionary from weight name to scales for the FP8 weights that have a defined scale."""
     found = {name: scale_of(name, tensors, quantization) for name, stored in tensors.items() if stored.dtype in FP8}
     return {name: scale for name, scale in found.items() if isinstance(scale, WeightScale)}
 
@@ -292,7 +292,7 @@ def dequantized(weight: StoredTensor, scale: WeightScale, slices: tuple[slice, .
 
 
 def _scale_of_elements(weight: StoredTensor, scale: WeightScale, spans: list[range]) -> Tensor:
-    """Return the scales of a weight's elements in ``spans``, in a shape that broadcasts over them.
+    """Return the scales of a weight's elements in ``spans``, broadcastable to their shape.
 
     ``spans``: index range of the elements along each axis.
     """

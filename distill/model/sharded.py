@@ -30,12 +30,12 @@ T = TypeVar("T")
 class ShardedLM(nn.Module):
     """A causal language model that applies its LM head only to positions that predict a response token.
 
-    ``forward(view, use)`` computes the hidden states of the packed sequences and then calls ``use(hidden, head)``,
-    which computes the loss or the top-k tokens. ``hidden`` [N, D] are the hidden states at the positions
+    ``forward(view, use)`` computes the hidden states of the packed sequences in ``view``. The result is
+    ``use(hidden, head)``, e.g. the loss or the top-k tokens. ``hidden`` [N, D]: hidden states at the positions
     ``view.rows_N`` of the N response tokens, with D channels. ``head`` [V, D] is the LM head's weight for V token ids;
     with tensor parallelism, only this rank's rows. ``use`` runs inside the root module's forward, because FSDP gathers
     the LM head only there. It must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``: the
-    process group over which the positions of packed sequences are split; needed only for views with ``shards``.
+    process group over which the positions of packed sequences are split; needed only if ``view.shards`` is set.
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:
@@ -46,7 +46,11 @@ class ShardedLM(nn.Module):
         self._group = group
 
     def forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
-        """Run the model on this rank's packed sequences and return the result of ``use``; collective."""
+        """Run the model on this rank's packed sequences and return ``use(hidden, head)``; collective.
+
+        ``hidden`` [N, D]: hidden states at the positions that predict the N response tokens. ``head`` [V, D]: weight of
+        the LM head, or this rank's rows of it with tensor parallelism.
+        """
         body, head = causal_lm_parts(self.causal_lm)
         hidden_TD = body(
             input_ids=view.tokens_T[None],
@@ -65,7 +69,7 @@ class ShardedLM(nn.Module):
         return UlyssesAllToAll(self._group, view.shards)
 
     def reshard_all(self) -> None:
-        """Free the weights of all modules that FSDP gathered for the last forward; not collective.
+        """Free the weights that FSDP gathered for the last forward, in all modules; not collective.
 
         Call it after a forward that is not followed by a backward. It is not named ``reshard``, because FSDP adds a
         method of that name to the module, and that method reshards the root module only.
@@ -90,7 +94,7 @@ class Sharding:
     tp_mesh: DeviceMesh | None = None
     """Device mesh of tensor parallelism; None: no tensor parallelism."""
     tp_plan: Mapping[str, str] | None = None
-    """Tensor-parallel plan of the recipe; None: the plan of the model class.
+    """The user's tensor-parallel plan; None: the plan of the model class.
 
     Maps patterns of module names to styles, such as "colwise".
     """

@@ -36,7 +36,8 @@ class Student:
 
     Master weights are float32 shards; forward and backward run in ``policy.precision``. All ranks must construct the
     student and call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer.
-    The model's logits for larger ids are padding and get probability 0. ``stop_token_ids`` are used for metrics only.
+    Larger ids are padding of the model's vocabulary and get probability 0. ``stop_token_ids``: ids of the tokens that
+    end a response, for metrics only.
     """
 
     def __init__(
@@ -91,9 +92,10 @@ class Student:
     def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
         """Return the forward and reverse KL between teacher and student for each response token, in nats.
 
-        The keys are ``forward_kl`` and ``reverse_kl``. Each value is a 1-D tensor with one number per response token of
-        ``micro_batch`` whose weight is not 0. Collective over the shard mesh. Computes no gradients and frees the
-        gathered weights afterwards, so that validation needs little memory.
+        The keys are ``forward_kl`` (KL(teacher || student)) and ``reverse_kl`` (KL(student || teacher)). Each value is
+        a 1-D tensor with one number per response token; tokens with a loss weight of 0 are omitted. ``targets``: the
+        teacher's outputs for ``micro_batch``. Collective. Computes no gradients and frees the gathered weights
+        afterwards, so that validation needs little memory.
         """
         found: dict[str, Tensor] = {}
         self.loss(micro_batch, targets, found)
@@ -101,11 +103,11 @@ class Student:
         return found
 
     def loss(self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None) -> LossOutput:
-        """Return the loss of one micro-batch, summed over its response tokens; collective over the shard mesh.
+        """Return the loss of one micro-batch, summed over its response tokens; collective.
 
-        The loss is computed inside the root module's forward, because FSDP gathers the weights of the LM head only
-        there. ``row_kls``: a dictionary to which ``forward_kl`` and ``reverse_kl`` are added, as in
-        ``Student.row_kls``; None: they are not computed per token.
+        ``targets``: the teacher's outputs for ``micro_batch``. ``row_kls``: a dictionary that receives the forward and
+        reverse KL of each response token (keys ``forward_kl`` and ``reverse_kl``); None: they are not stored. The loss
+        is computed inside the root module's forward, because FSDP gathers the weights of the LM head only there.
         """
         heartbeat()
         micro_batch = micro_batch.to(self.device)
@@ -130,9 +132,9 @@ class Student:
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
-        ``targets``: the teacher's targets for each micro-batch. Adds the statistics of the loss and ``grad_norm`` to
-        ``metrics``. If a loss or gradient is not finite on any rank, all ranks raise NonFiniteError and the weights
-        stay unchanged.
+        ``targets``: the teacher's outputs for each micro-batch. Adds the loss statistics and the gradient norm
+        (``grad_norm``) to ``metrics``. If a loss or gradient is not finite on any rank, all ranks raise NonFiniteError
+        and the weights stay unchanged.
         """
         losses = []
         for micro_batch, its_targets in zip(batch, targets, strict=True):
@@ -179,10 +181,10 @@ class Student:
     def sum_gradients(self) -> None:
         """All-reduce the gradients of replicated weights over the tensor-parallel group; collective.
 
-        Call it once, after the last backward. Weights that every rank applies to its own attention heads only (Qwen3's
-        q_norm and k_norm) have a partial gradient on each rank; these gradients are summed. The other replicated
-        weights have the same gradient on every rank, except for rounding; these gradients are averaged, so that the
-        copies of a weight stay equal on all ranks.
+        Call it once per optimizer step, after the last backward. Weights that every rank applies to its own attention
+        heads only (Qwen3's q_norm and k_norm) have a partial gradient on each rank; these gradients are summed. The
+        other replicated weights have the same gradient on every rank, except for rounding; these gradients are
+        averaged, so that the copies of a weight stay equal on all ranks.
         """
         if self._tp == 1:
             return
@@ -202,10 +204,9 @@ class Student:
     def grad_norm(self, losses: Sequence[Tensor] = ()) -> float:
         """Return the 2-norm of the gradients of all parameters; collective over all ranks.
 
-        The result is nan if one of ``losses`` on any rank is not finite, so that the losses need no separate
-        collective. Squares are accumulated in float64, because torch's float32 norm of a 49152 x 576 tensor has an
-        error of 1.6e-3. The sum of squares includes all replicas of the model and is divided by the number of replicas.
-        All replicas then get exactly the same norm and clip their gradients equally.
+        The result is nan if one of ``losses`` on any rank is not finite. Squares are accumulated in float64, because
+        float32 is too inaccurate for large weights. They are summed over all ranks, which hold R replicas of the model:
+        norm = sqrt(sum / R). All replicas thus get exactly the same norm and clip their gradients equally.
         """
         squares = self._nan_if_not_finite(losses)
         for parameter in self.model.parameters():
@@ -247,10 +248,11 @@ class Student:
             self._moments.wait()
 
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
-        """Return an iterable of (Hugging Face name, complete weight), gathered in buckets of weights.
+        """Return an iterable of (Hugging Face name, complete weight).
 
-        ``dtype``: dtype of the gathered weights; None: the dtype ``policy.precision``. Iteration is collective: every
-        rank must iterate over the result to the end.
+        The weights are gathered in buckets, groups of weights that one all-gather sends. ``dtype``: dtype of the
+        gathered weights; None: the dtype ``policy.precision``. Iteration is collective: every rank must iterate over
+        the result to the end.
         """
         self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
@@ -260,8 +262,8 @@ class Student:
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return the student's log-probs of all tokens after the first, in nats, at temperature 1; collective.
 
-        Every rank of the shard mesh passes the same short sequence ``token_ids``. The result is compared with the
-        engine's log-probs to verify a sync.
+        Every rank passes the same short sequence ``token_ids``. The result is compared with the log-probs of the
+        generation engine, to verify that the engine has received the current weights.
         """
         view = view_of([(tuple(token_ids[:1]), tuple(token_ids[1:]))]).to(self.device)
         tokens_N = torch.tensor(token_ids[1:], device=self.device)
@@ -289,10 +291,11 @@ class Student:
         return part
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
-        """Return this rank's shards of weights and optimizer moments by name, to save or load a checkpoint.
+        """Return a dictionary from names to this rank's shards of the weights and the optimizer moments.
 
-        Moments that do not exist yet are created as zeros. Read or fill the tensors before the next ``offload``, which
-        frees the device memory of the moments. If ``optimizer`` is false, only weights are returned.
+        It is used to save and load checkpoints. Moments that do not exist yet are created as zeros. Read or fill the
+        tensors before the next ``offload``, which frees the device memory of the moments. If ``optimizer`` is false,
+        only weights are returned.
         """
         if not optimizer:
             return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
@@ -313,7 +316,7 @@ class Student:
     def resume(self, step: int) -> None:
         """Advance the learning-rate schedule to the state after ``step`` training steps.
 
-        The caller loads weights and moments separately, into the tensors of ``state``.
+        The caller loads weights and moments separately, into the tensors that ``state`` returns.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if the schedule advances before the optimizer

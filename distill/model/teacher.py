@@ -1,4 +1,4 @@
-"""Teacher models: their interface, a frozen teacher, and a teacher that follows the student."""
+"""Teachers: the interface, a frozen teacher, and a teacher with current or averaged student weights."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 class Teacher:
     """Interface of all teachers: models that compute the training targets of the student.
 
-    All ranks must construct a teacher and call its collective methods in the same order. The default methods, except
-    ``targets``, are for a teacher whose weights are constant and use no device memory.
+    All ranks must construct a teacher and call its collective methods in the same order. Subclasses must override
+    ``targets``. The other methods do nothing by default, which suits a teacher with constant weights.
     """
 
     def targets(self, micro_batch: MicroBatch) -> Targets:
@@ -53,18 +53,21 @@ class Teacher:
         """Update the teacher after a training step of the student, and free the memory of the step's targets."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors to save in a checkpoint, by name; a resume loads the saved values into them."""
+        """Return the tensors to save in a checkpoint, as a dictionary from name to tensor.
+
+        A resume loads the saved values into the same tensors.
+        """
         return {}
 
     def resume(self, student: Student) -> None:
-        """Update the teacher after a resume has loaded the tensors of ``state`` and the student's weights."""
+        """Update the teacher after a resume has loaded the student's weights and the teacher's ``state()``."""
 
 
 class ShardedTeacher(Teacher):
-    """A teacher with frozen weights in ``teacher.precision``, sharded over all ranks of a replica.
+    """A teacher with frozen weights in ``teacher.precision``, sharded over all ranks of a model replica.
 
-    On GPUs the shards are in pinned host memory except during the phase of a step that computes the targets.
-    ``valid_vocab``: number of token ids in the tokenizer. The model's logits for larger ids are padding and get
+    On GPUs the shards stay in pinned host memory and are copied to the device only while the teacher is used.
+    ``valid_vocab``: number of token ids in the tokenizer. Larger ids are padding of the model's vocabulary and get
     probability 0.
     """
 
@@ -93,7 +96,7 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """Return the teacher's targets for the N response tokens; collective over the shard mesh.
+        """Return the teacher's targets for the N response tokens; collective.
 
         Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
         vocabulary, the targets are the teacher's hidden states and its complete LM head. The LM head is copied once and
@@ -113,9 +116,10 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
-        """Return the teacher's top-k for each response token of a view; collective over the shard mesh.
+        """Return the teacher's ``k`` most likely tokens for each response token, with their log-probs.
 
-        ``extra_ids_N``: one additional id per response token, such as the sampled token, or None.
+        Collective. ``view``: packed sequences with N response tokens. ``extra_ids_N``: one token id per response token
+        (the sampled token, for example) whose log-prob is also returned; None: no additional ids.
         """
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
@@ -137,7 +141,7 @@ class ShardedTeacher(Teacher):
         """Return the targets of all rows (response tokens), gathered over the tensor-parallel group.
 
         ``topk``: the targets of the rows that this rank has computed. ``rows_per_tp_rank``: number of rows that each
-        rank has computed; if empty, ``topk`` is already complete and is returned.
+        tensor-parallel rank has computed; if empty, ``topk`` is already complete and is returned unchanged.
         """
         if not rows_per_tp_rank:
             return topk
@@ -189,8 +193,8 @@ class FollowingTeacher(ShardedTeacher):
     ``decay``: decay of the average; if None, the teacher has the student's current weights. After each training step,
     average = decay * average + (1 - decay) * weights. The average has the same shards as the student, so this update
     needs no communication. The average is float32, because in bfloat16 most of the small updates would round to zero.
-    The teacher's forward uses a copy of the average or of the student's weights in ``teacher.precision``, sharded like
-    any other teacher.
+    The teacher's forward uses a copy of the average or of the student's weights in ``teacher.precision``, sharded over
+    all ranks of a replica.
     """
 
     def __init__(
@@ -216,9 +220,10 @@ class FollowingTeacher(ShardedTeacher):
         self._reload(student)
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's shards of the averaged student weights, by name.
+        """Return this rank's shards of the averaged student weights.
 
-        The dictionary is empty if the teacher has the student's current weights.
+        Each key is "teacher." followed by the parameter name. The dictionary is empty if the teacher has the student's
+        current weights.
         """
         return {f"teacher.{name}": average for name, average in self._average.items()}
 
@@ -230,7 +235,7 @@ class FollowingTeacher(ShardedTeacher):
     def _reload(self, student: Student) -> None:
         """Copy the average, or the student's weights if no average exists, into the teacher's shards.
 
-        Collective. The weights are gathered in buckets.
+        Collective. The weights are gathered in groups of limited size.
         """
         source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
         tp = self.world.layout.tp_size

@@ -92,7 +92,7 @@ def plain_logits(
 
 
 def _progress_log(layers: int) -> Callable[[int], None]:
-    """Return a function that logs the number of the current layer, at most once per ``_LOG_PERIOD_S``.
+    """Return a function that logs the current layer number, at most once per ``_LOG_PERIOD_S`` seconds.
 
     ``layers``: total number of layers.
     """

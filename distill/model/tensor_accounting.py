@@ -35,8 +35,8 @@ def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
 
     Raises UserError for a missing tensor, a different shape, an unsupported element type, and a tensor whose name
     indicates quantized or packed weights. Logs a warning for tensors that match no parameter, except those that
-    transformers ignores silently. ``key``: the configuration key that names the checkpoint. Reads only headers. Not
-    collective.
+    transformers ignores silently. ``key``: the configuration key that names the checkpoint. Reads only the headers of
+    the files. Not collective.
     """
     setting = ModelSetting(key, files.name)
     model = meta_model(config, "eager", torch.float32)

@@ -42,10 +42,11 @@ _SIZE = "policy.dtensor_cfg.tensor_parallel_size"
 
 
 def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
-    """Raise UserError if the student does not support the recipe's tensor parallelism.
+    """Raise UserError if the student does not support the configured tensor parallelism.
 
     Checks the tensor-parallel plan, and that every rank's part of the vocabulary has at least one token. Reads no
-    weights. ``model``: the student's Hugging Face configuration; ``vocab``: number of token ids without padding.
+    weights. ``model``: the student's Hugging Face configuration; ``vocab``: number of token ids without padding of the
+    vocabulary.
     """
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:
@@ -58,8 +59,8 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
 
     ``config``: the model's Hugging Face configuration. ``custom``: the recipe's plan; None: use the plan of the model
     class. ``name``: the model's name for error messages. Raises UserError if no plan exists, a style is not supported,
-    or a pattern matches no linear layer. Also raises UserError if a plan splits a block but omits some of the block's
-    weights, because the gradients of these weights would be incomplete.
+    or a pattern matches no linear layer. Also raises UserError if a plan splits a block (attention or MLP) but omits
+    some of the block's weights, because the gradients of these weights would be incomplete.
     """
     given = custom or getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
@@ -148,7 +149,8 @@ def _role(plan: Mapping[str, str], name: str) -> str | None:
 def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mapping[str, str]) -> frozenset[str]:
     """Split a model on the meta device over ``mesh``; call it before FSDP. Not collective.
 
-    Returns the names of the replicated parameters whose gradients must be summed over the tensor-parallel group.
+    ``plan``: module name pattern -> style. Returns the names of the replicated parameters whose gradients must be
+    summed over the tensor-parallel group.
     """
     body, head = causal_lm_parts(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -219,7 +221,7 @@ class _SumGradients(torch.autograd.Function):
 
 
 class _SharedInput:
-    """Input tensor that several column-split layers share (q, k and v, for example).
+    """Input tensor of several linear layers with split outputs (q, k and v, for example).
 
     The layers share one autograd node, which adds their gradients before a single all-reduce.
     """

@@ -42,7 +42,7 @@ class UlyssesAllToAll:
     """
 
     group: dist.ProcessGroup
-    """Process group of the R ranks: a context-parallel group of the student or a teacher group."""
+    """Process group of the R ranks that compute the micro-batch together."""
     shards: SequenceShards
     """Assignment of the micro-batch's positions to the ranks of the group."""
 

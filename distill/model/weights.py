@@ -18,13 +18,14 @@ from distill.supervise.progress import heartbeat
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 _HEADER = 3
-"""Number of int64 values per tensor in a bucket's header: two checksums, and 1 if the shard is finite."""
+"""Number of int64 header values per tensor: two checksums, and whether the shard is finite (1 or 0)."""
 
 
 class _ShardLayout(NamedTuple):
     """Division of a tensor over S x TP ranks: TP tensor-parallel parts, each divided into S FSDP shards.
 
-    Tensor parallelism splits the tensor along ``tp_dim`` (None: not at all); FSDP then splits the rows of each part.
+    ``shards`` is S and ``tp`` is TP. Tensor parallelism splits the tensor along ``tp_dim`` (None: not at all). FSDP
+    then splits the rows of each part.
     """
 
     shape: torch.Size
@@ -52,12 +53,15 @@ class _ShardLayout(NamedTuple):
     def capacity(self) -> int:
         """Return the number of elements of the largest shard of the tensor.
 
-        Every rank reserves this size for its shard in a bucket.
+        In the send buffer of an all-gather, every rank reserves this size for its shard.
         """
         return self.rows(0, 0)[1] * self.part_shape(0)[1:].numel()
 
     def assemble(self, by_rank: Tensor) -> Tensor:
-        """Assemble the complete tensor from ``by_rank``: one flattened shard per row, for S FSDP x TP ranks."""
+        """Assemble the complete tensor from the flattened shards of all ranks.
+
+        ``by_rank`` has one row per rank; the row of FSDP shard s on tensor-parallel rank t is s * TP + t.
+        """
         parts = []
         for tp_rank in range(1 if self.tp_dim is None else self.tp):
             shape = self.part_shape(tp_rank)
@@ -117,7 +121,7 @@ class GatheredWeights:
             yield name, tensor
 
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
-        """Yield each tensor with its name and its checksums, which the sending ranks computed."""
+        """Yield (name, complete tensor, checksums); the sending ranks compute the checksums."""
         ahead: _Gather | None = None
         for bucket in self._buckets():
             # Start to gather the next bucket before the caller uses the current bucket.
@@ -161,9 +165,9 @@ class GatheredWeights:
             yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
     def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
-        """Copy a header and this rank's shards into one buffer; return it and each shard's offset in elements.
+        """Return a buffer with this rank's shards, and the offset of each shard in the buffer, in elements.
 
-        The header contains the checksums of the shards. The dtype of the buffer is ``self._dtype``.
+        The buffer begins with a header that contains the checksums of the shards. Its dtype is ``self._dtype``.
         """
         shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
         # The header comes first. Every shard begins at a word boundary, because checksums are sums of words.

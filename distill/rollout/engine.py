@@ -16,7 +16,7 @@ from distill.model.checksum import BitSums, bit_sums, changed_names
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
-"""Function that returns True if a stop was requested, so that the generation must be cancelled."""
+"""Function that returns True if generation must be cancelled, because a stop was requested."""
 State = Literal["asleep", "weights", "synced", "ready", "closed"]
 
 
@@ -25,17 +25,18 @@ class GenerationCancelled(Exception):
 
 
 FoundIn = Literal["names", "transfer", "memory", "repacking"]
-"""Check that failed in a sync.
+"""Name of the check that failed in a sync of weights to the engine.
 
 ``names``: names and shapes of the sent tensors. ``transfer``: checksums of the received tensors. ``memory``: checksums
-of the weights in the engine's memory. ``repacking``: whether the engine has repacked the received weights.
+of the weights in the engine's memory. ``repacking``: whether the engine has converted the received weights to the
+memory format of its kernels.
 """
 
 
 class SyncError(RuntimeError):
     """Error of a sync: the engine's weights differ from the student's.
 
-    ``tensor``: Hugging Face name of the first wrong tensor. ``found_in``: the check that failed.
+    ``tensor``: name of the first wrong tensor. ``found_in``: the check that failed.
     """
 
     def __init__(self, reason: str, tensor: str = "", found_in: FoundIn = "names") -> None:
@@ -54,8 +55,9 @@ class Weights(Protocol):
 class Engine(Protocol):
     """Interface of a generation engine, which cycles through the states asleep, weights, synced, ready.
 
-    A call in the wrong state raises RuntimeError. ``replicas``: number of engines in the job. ``replica``: index of
-    this engine.
+    asleep: no weights are in memory; weights: memory for the weights is allocated; synced: the weights are loaded;
+    ready: the key-value cache is allocated too, and the engine can generate. A call in the wrong state raises
+    RuntimeError. ``replicas``: number of engines in the job. ``replica``: index of this engine.
     """
 
     replica: int
@@ -63,18 +65,24 @@ class Engine(Protocol):
     residual_bytes: int
     """Bytes of device memory in use outside torch's allocator after the last sleep; 0 if not measured."""
     pool_bytes: int
-    """Size in bytes of the engine's memory pool, which torch counts as allocated even during sleep."""
+    """Size in bytes of the engine's memory pool; 0 without a pool.
+
+    Torch counts the pool as allocated even while the engine sleeps and the pool uses no device memory.
+    """
     window: int
     """Maximum number of tokens of a prompt and its response together."""
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return this engine's part of ``prompts``, which are the prompts of all engines."""
+        """Return the prompts for this engine; ``prompts``: the prompts of all engines."""
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
-        """Allocate memory for the weights (requires state asleep) or the key-value cache (state synced)."""
+        """Allocate memory for the weights or for the key-value cache.
+
+        ``what``: "weights" requires the state asleep; "kv" (the cache) requires the state synced.
+        """
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """Receive and verify all weights; requires state ``weights``; collective over all ranks of the job.
+        """Load and verify all weights; requires the state ``weights``; collective over all ranks of the job.
 
         ``version``: number of finished training steps, which identifies the weights.
         """
@@ -90,9 +98,10 @@ class Engine(Protocol):
     ) -> list[Rollout]:
         """Sample responses to the prompts; requires the state ready and does not change the state.
 
-        Collective over the engine's ranks: all of them pass the same prompts, and each response is returned on one of
-        them. ``cancelled`` is called before every token; if it returns True, the result is an empty list. Engines of
-        several ranks ignore ``cancelled``, because their ranks must run in lockstep.
+        Collective over the engine's ranks: all of these ranks pass the same prompts, and each response is returned on
+        only one of these ranks. ``step``: number that is hashed into the random seed of each response. ``cancelled`` is
+        called before every token; if it returns True, the result is an empty list. Engines of several ranks ignore
+        ``cancelled``, because their ranks must run in lockstep.
         """
 
     def sleep(self) -> None:
@@ -105,9 +114,10 @@ class Engine(Protocol):
 class EngineBase(ABC):
     """Base class of all engines: state machine, verification of syncs, checks of prompts and responses.
 
-    ``manifest`` maps the Hugging Face name of every tensor that a sync must send to its shape. ``window``: maximum
-    number of tokens of a prompt and its response together. ``valid_vocab``: number of valid token ids. Ids of
-    ``valid_vocab`` and above are padding of the vocabulary: they are refused in prompts and never sampled.
+    ``manifest`` maps the Hugging Face name of every tensor that a sync must send to the tensor's shape. ``window``:
+    maximum number of tokens of a prompt and its response together. ``valid_vocab``: number of valid token ids. Ids of
+    ``valid_vocab`` and above are padding of the vocabulary: they are refused in prompts and never sampled. ``replica``:
+    index of this engine among the ``replicas`` engines of the job.
     """
 
     def __init__(
@@ -125,7 +135,10 @@ class EngineBase(ABC):
         self._sums: dict[str, BitSums] = {}  # of the last sync
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
-        """Return ``prompts[replica::replicas]``, which divides the prompts evenly among the engines."""
+        """Return this engine's prompts: ``prompts[replica::replicas]``.
+
+        This divides the prompts evenly among the ``replicas`` engines.
+        """
         return prompts[self.replica :: self.replicas]
 
     def wake(self, what: Literal["weights", "kv"]) -> None:
@@ -140,7 +153,7 @@ class EngineBase(ABC):
             self.state = "ready"
 
     def sync(self, weights: Weights, version: int) -> SyncReport:
-        """Receive and verify all weights; see Engine.sync.
+        """Load and verify all weights; see Engine.sync.
 
         Raises SyncError if a tensor is missing, duplicate, unknown or has a wrong shape, or if the checksums of a
         tensor differ from the sender's, on arrival or in the engine's memory. The engine cannot be used after a
@@ -166,7 +179,7 @@ class EngineBase(ABC):
         return SyncReport(version, len(sizes), sum(sizes.values()), seconds, len(differ), differing)
 
     def probe(self, token_ids: Sequence[int]) -> list[float]:
-        """Return the log-probs of ``token_ids``; see Engine.probe.
+        """Return the log-probs of ``token_ids`` except the first, in nats; see Engine.probe.
 
         Raises RuntimeError if a log-prob is not finite.
         """
@@ -185,7 +198,8 @@ class EngineBase(ABC):
     ) -> list[Rollout]:
         """Sample responses to the prompts; see Engine.generate.
 
-        Raises RuntimeError if a prompt is too long or contains an invalid token id, or if a response is invalid.
+        Returns an empty list if ``cancelled`` returned True. Raises RuntimeError if a prompt is too long or contains an
+        invalid token id, or if a response is invalid.
         """
         self._expect("ready", "generate")
         for prompt in prompts:
@@ -244,7 +258,8 @@ class EngineBase(ABC):
     ) -> Iterator[tuple[str, Tensor]]:
         """Verify each received tensor, then yield its Hugging Face name and the tensor.
 
-        Stores the tensor's size in bytes in ``sizes`` and its checksums in ``sums``, under the same name.
+        Stores the tensor's size in bytes in ``sizes`` and its checksums in ``sums``, under the same name. Raises
+        SyncError if a tensor is wrong.
         """
         for name, tensor, sent in weights.with_sums():
             if name in sizes:
@@ -304,15 +319,19 @@ def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> 
 def stream_seed(seed: int, stream: str) -> int:
     """Return a 63-bit base seed for responses outside training, derived from the run's ``seed``.
 
-    ``stream``: name of the purpose of these responses; each purpose gets a different base seed. With ``seed`` itself,
-    the responses would have the same seeds as training responses of equal step, prompt id and index.
+    ``stream``: name of the purpose of these responses, such as "validation"; each purpose gets another base seed. Do
+    not use ``seed`` itself: it would repeat the random numbers of training responses with equal step, prompt and
+    response index.
     """
     digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
-    """Return the maximum number of tokens of a response to ``prompt`` in an engine's ``window``."""
+    """Return the maximum number of tokens of a response to ``prompt``.
+
+    ``window``: the engine's maximum number of tokens of a prompt and its response together.
+    """
     total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
     limit = min(sampling.max_new_tokens, total - len(prompt.student_ids))
     assert limit >= 1, (limit, len(prompt.student_ids))
@@ -320,7 +339,7 @@ def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
 
 
 def longest_first(prompts: Sequence[Prompt]) -> list[int]:
-    """Return the indices of ``prompts`` by decreasing length.
+    """Return the indices of ``prompts``, sorted by decreasing length of the prompt in tokens.
 
     In this order, prompts of similar length share a batch, and the slowest prompts start first.
     """

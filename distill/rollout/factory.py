@@ -1,4 +1,4 @@
-"""Build the generation engine that a recipe selects, and check that the engine can run the student."""
+"""Build the generation engine that the configuration selects; check that it can run the student."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _REFUSED_ARGUMENTS = {
     "data_parallel_size": _OTHER_LAYOUT,
     "pipeline_parallel_size": _OTHER_LAYOUT,
     "enable_expert_parallel": _OTHER_LAYOUT,
-    "gpu_memory_utilization": ("has its own key", "set policy.generation.vllm_cfg.gpu_memory_utilization"),
-    "enforce_eager": ("has its own key", "set policy.generation.vllm_cfg.enforce_eager"),
+    "gpu_memory_utilization": ("must be set with its own key", "set policy.generation.vllm_cfg.gpu_memory_utilization"),
+    "enforce_eager": ("must be set with its own key", "set policy.generation.vllm_cfg.enforce_eager"),
 }
-"""vLLM arguments refused because they would break the trainer. Maps each name to (reason, fix)."""
+"""Maps each vLLM argument that vllm_kwargs must not contain to (reason, fix), for the error message."""
 _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
-"""Arguments of vLLM that would make vLLM build a different model than the trained model."""
+"""Arguments of vLLM that could make vLLM's model differ from the trained model."""
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
 
 
 def check_backend(config: Config, files: ModelFiles, world: World) -> None:
-    """Raise UserError if the selected engine cannot run the student on the ranks of this job.
+    """Raise UserError if the configured generation engine cannot run the student on this job's ranks.
 
     Call this function before a model is loaded.
     """
@@ -60,7 +60,7 @@ def check_backend(config: Config, files: ModelFiles, world: World) -> None:
 
 
 def _check_installed(world: World) -> None:
-    """Set vLLM's environment variables; raise UserError unless vLLM is installed for this type of device."""
+    """Set vLLM's environment variables; raise UserError if vLLM is not installed for this device type."""
     if find_spec("vllm") is None:
         raise UserError(
             f"{_BACKEND}=vllm, but vllm is not installed",
@@ -82,7 +82,10 @@ def _check_installed(world: World) -> None:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise UserError if a vLLM argument is set or refused by the trainer, or unknown to vLLM."""
+    """Raise UserError if ``arguments`` contain an argument that vLLM lacks or that a user must not set.
+
+    ``arguments``: policy.generation.vllm_kwargs.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     from distill.rollout.vllm_engine import fixed_arguments
@@ -105,14 +108,15 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 def vllm_config_overrides(config: Any) -> dict[str, Any]:
     """Return the settings that override config.json, so that vLLM builds the same model as the trainer.
 
-    ``config``: the Hugging Face configuration, from ``model_config``. The value None removes a setting. Quantization
-    is removed, because a quantized student is dequantized when it is loaded and every sync sends plain floats.
+    ``config``: the Hugging Face configuration, from ``model_config``. The result maps each overridden setting to its
+    new value; None removes the setting. Quantization settings are removed, because the trainer dequantizes the
+    student's weights before it sends them to vLLM.
     """
     return {**architecture_overrides(config), "quantization_config": None, "compression_config": None}
 
 
 def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> None:
-    """Raise UserError unless each engine's ranks are on one node and can split the model evenly."""
+    """Raise UserError if an engine's ranks are not all on one node or cannot split the model evenly."""
     size = config.policy.generation.vllm_cfg.tensor_parallel_size
     setting = f"{_ENGINE_SIZE}={size}"
     if world.local_size % size:
@@ -143,9 +147,10 @@ def _check_tensor_parallel(config: Config, files: ModelFiles, world: World) -> N
 
 
 def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: int) -> Engine:
-    """Return this rank's generation engine, asleep and without weights.
+    """Build and return this rank's generation engine, asleep and without weights.
 
-    Collective. Call this function before a model is loaded. ``valid_vocab``: number of valid token ids.
+    Collective. Call this function before a model is loaded. ``valid_vocab``: number of valid token ids; ids of
+    ``valid_vocab`` and above are padding of the vocabulary. Raises UserError if vLLM refuses the model or an argument.
     """
     policy = config.policy
     dtype, window = DTYPES[policy.precision], policy.max_total_sequence_length
@@ -197,7 +202,10 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int)
 
 
 def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
-    """Return validation's sampling settings: those of training with the ``val_*`` values and another seed."""
+    """Return the sampling settings of the responses for validation.
+
+    They are the settings for training, but with the ``val_*`` values of the configuration and another seed.
+    """
     generation = config.policy.generation
     return dataclasses.replace(
         sampling_of(config, stop_token_ids),

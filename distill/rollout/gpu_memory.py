@@ -1,4 +1,4 @@
-"""Check that a sleeping engine has enough device memory to wake, and does not leak device memory."""
+"""Check that a sleeping generation engine does not leak device memory and has enough to wake."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Memory(Protocol):
         """Return the number of bytes that the engine can allocate now."""
 
     def outside_torch(self) -> int:
-        """Return the bytes used on the device outside torch: by engine, libraries and other programs."""
+        """Return the bytes used outside torch's allocator: by the engine, libraries and other programs."""
 
 
 class CudaMemory:
@@ -35,13 +35,17 @@ class CudaMemory:
         self._pool_bytes = pool_bytes
 
     def free(self) -> int:
-        """Return the free bytes, after releasing torch's cached blocks, which the engine cannot use."""
+        """Release the memory that torch caches, then return the number of free bytes on the device."""
         gc.collect()
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
 
     def outside_torch(self) -> int:
-        """Return the bytes used on the device, except the bytes of torch's allocator."""
+        """Return ``used - (reserved - pool)`` in bytes, the memory used outside torch's allocator.
+
+        ``used``: device memory in use; ``reserved``: memory that torch counts as reserved; ``pool``: size of the
+        engine's memory pool, which torch includes in ``reserved``.
+        """
         free, total = torch.cuda.mem_get_info()
         return int(total - free - (torch.cuda.memory_reserved() - self._pool_bytes()))
 
@@ -49,8 +53,8 @@ class CudaMemory:
 class SleepGuard:
     """Checks of an engine's device memory: enough free memory to wake, and no growth between sleeps.
 
-    ``limit``: warn if the memory used during sleep has grown by more than this number of bytes since the previous
-    warning, or since the first sleep if there was no warning yet.
+    ``limit``: allowed growth, in bytes, of the memory used outside torch while the engine sleeps. The growth is
+    measured since the first sleep, or since the last warning if there was one.
     """
 
     def __init__(self, memory: Memory, limit: int = _GIB) -> None:
@@ -73,7 +77,10 @@ class SleepGuard:
             )
 
     def after_sleep(self) -> int:
-        """Return the bytes of device memory used outside torch after a sleep; warn if this number has grown."""
+        """Return the bytes of device memory used outside torch; warn if they grew by more than ``limit``.
+
+        Call this method after each time the engine is put to sleep.
+        """
         residual = self._memory.outside_torch()
         if self._first is None:
             self._first = self._last_warning = residual

@@ -18,28 +18,33 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 24
 FLOAT32_LIMIT = 1e-4
-"""Maximum allowed difference between float32 log-probs of engine and trainer, in nats.
+"""Maximum allowed difference between float32 log-probs of the engine and the trainer, in nats.
 
 Rounding causes a difference of 1e-6 to 3e-6.
 """
 GROSS_LIMIT = 0.5
-"""Maximum allowed mean difference between bfloat16 log-probs of engine and trainer, in nats per token.
+"""Maximum allowed mean difference between the engine's and the trainer's bfloat16 log-probs, in nats.
 
-Rounding causes a difference of 0.04, wrong weights a difference above 1.
+The mean is over tokens. Rounding causes a difference of 0.04; wrong weights cause a difference above 1.
 """
 _CHANGED_BYTES = 0.9
-"""If at least this fraction of the weights' bytes is in changed tensors, the log-probs must change.
+"""Limit of (bytes of changed tensors) / (bytes of all tensors) in a sync of the weights.
 
-The log-probs are those of the probe prompt. Below this fraction, unchanged log-probs cause only a warning, because
-rounding may hide the effect of a few changed bits. Bytes are counted instead of tensors, because the many small tensors
-of norms often do not change at small learning rates.
+After each sync, the engine computes the log-probs of a fixed test prompt. Unchanged log-probs are an error if the ratio
+is at least this limit. Below the limit they cause only a warning, because rounding may hide the effect of a few changed
+bits. Bytes are counted instead of tensors, because many small tensors (norms) often do not change at small learning
+rates.
 """
 _WARNING_RATIO = 3.0
-"""Warn if the log-prob difference between trainer and engine exceeds this multiple of its first value."""
+"""Limit of difference / first difference, above which a warning is logged.
+
+The difference is the mean difference between the log-probs of trainer and engine in one step. The first difference is
+the one of the first step after the run started or resumed.
+"""
 
 
 class Trainer(Protocol):
-    """Interface to the student, with the methods that a sync uses."""
+    """Methods of the trained student model that a sync of its weights to the engine uses."""
 
     dtype: torch.dtype
 
@@ -47,19 +52,20 @@ class Trainer(Protocol):
         """Move the moments of the optimizer (AdamW) to host memory."""
 
     def weights(self) -> Weights:
-        """Return the current weights; iterating over them is collective."""
+        """Return the current weights; iterating over the weights is collective."""
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-probs of all ``token_ids`` except the first, in nats; collective."""
 
 
 class WeightSync:
-    """Pushes the student's weights to the engine, and verifies with log-probs that the engine uses them.
+    """Pushes the student's weights to the generation engine, and verifies that the engine uses them.
 
-    All methods are collective. The probe is a fixed prompt of random token ids below ``valid_vocab``. Its log-probs
-    must change when the weights change, and in float32 they must equal the trainer's. ``observe`` also checks the
-    log-probs of the sampled tokens. In bfloat16 ``observe`` hardly detects weights that are one step old, because one
-    training step changes the log-probs hardly more than rounding does.
+    All methods are collective. After each push, the engine computes the log-probs of a fixed test prompt, the probe,
+    which consists of random token ids below ``valid_vocab``. The probe's log-probs must change when the weights change.
+    In float32 they must also equal the trainer's log-probs. ``observe`` checks the log-probs of the sampled tokens. In
+    bfloat16 ``observe`` often cannot detect weights that are one step old, because rounding changes the log-probs
+    almost as much as one training step.
     """
 
     def __init__(self, world: World, engine: Engine, student: Trainer, valid_vocab: int) -> None:
@@ -74,9 +80,10 @@ class WeightSync:
     def push_weights(self, version: int, metrics: Metrics | None = None) -> None:
         """Wake the engine, and load and verify the student's current weights; collective.
 
-        Afterwards the engine is in the state ready. ``version``: number of finished steps. Moves the optimizer's
-        moments to host memory first. Adds the duration, the number of changed tensors and the change of the probe's
-        log-probs to ``metrics``. Raises RuntimeError on all ranks if the engine does not use the weights.
+        First moves the optimizer's moments to host memory. Afterwards the engine is ready to generate. ``version``:
+        number of finished training steps. If ``metrics`` is given, adds the duration, the number of changed tensors and
+        the change of the log-probs of the probe (a fixed test prompt) to it. Raises RuntimeError on all ranks if the
+        engine does not use the weights.
         """
         engine, student = self._engine, self._student
         student.offload()  # the engine needs the device memory of the optimizer's moments
@@ -97,10 +104,11 @@ class WeightSync:
             metrics.add({"sync_changed_tensors": (float(report.changed), 1), "probe_change": (change, 1)})
 
     def _probe_change(self, logprobs: list[float], report: SyncReport) -> float:
-        """Return the mean absolute change of the probe's log-probs since the last sync, in nats.
+        """Return the mean absolute change of the probe's log-probs since the last sync, in nats per token.
 
-        Returns nan at the first sync. If weights changed but the log-probs did not change, raises RuntimeError, or logs
-        a warning if less than _CHANGED_BYTES of the bytes are in changed tensors.
+        ``logprobs``: the engine's current log-probs of the probe (a fixed test prompt). Returns nan at the first sync.
+        Raises RuntimeError if weights changed but no log-prob changed. If less than the fraction _CHANGED_BYTES of the
+        weights' bytes is in changed tensors, logs a warning instead.
         """
         last, self._last_logprobs = self._last_logprobs, logprobs
         if last is None:
@@ -116,11 +124,11 @@ class WeightSync:
         return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)
 
     def observe(self, difference: float) -> None:
-        """Check the mean difference between the log-probs of trainer and engine in one step.
+        """Check the mean difference between the trainer's and the engine's log-probs in one training step.
 
         ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained no tokens. Raises
-        RuntimeError if rounding cannot explain the difference. Warns if the difference exceeds _WARNING_RATIO times the
-        first difference that this process observed.
+        RuntimeError if the difference is larger than rounding can explain. Warns if the difference exceeds
+        _WARNING_RATIO times the first difference that this process observed.
         """
         if math.isnan(difference):
             return
@@ -141,7 +149,10 @@ class WeightSync:
 
 
 def check_equal(logprobs: Sequence[float], expected: Sequence[float]) -> None:
-    """Raise RuntimeError unless the engine's float32 log-probs of the probe prompt equal the trainer's."""
+    """Raise RuntimeError if two float32 log-probs of the same token differ by more than FLOAT32_LIMIT.
+
+    ``logprobs``, ``expected``: log-probs of the probe (a fixed test prompt) from the engine and from the trainer.
+    """
     difference = max(abs(a - b) for a, b in zip(logprobs, expected, strict=True))
     if not difference <= FLOAT32_LIMIT:  # also for nan
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Generation engine that uses transformers: slow, for tests and for machines without vLLM."""
+"""Generation engine that uses the transformers library: slow, for tests and for machines without vLLM."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from distill.types import Prompt, Rollout, Sampling
 
 
 class TransformersEngine(EngineBase):
-    """Engine with a complete copy of the student on this rank; it uses no memory while asleep.
+    """Generation engine with a complete copy of the student on one rank; a sleeping engine has no weights.
 
     ``config``: the model's Hugging Face configuration; ``dtype``: dtype of weights and computation; ``batch_size``:
-    number of responses generated together; ``window``, ``valid_vocab``: see EngineBase.
+    number of responses generated together; ``window``: maximum number of tokens of a prompt and its response together;
+    ``valid_vocab``: number of valid token ids; ``replica``: index of this engine among the ``replicas`` engines.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class TransformersEngine(EngineBase):
     def _generate_batch(
         self, prompts: list[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[list[Rollout]]:
-        """Generate and return the rollouts of each prompt of one batch.
+        """Generate the responses to one batch of prompts; return one list of rollouts per prompt.
 
-        Each prompt is computed once, and its key-value cache is copied for each response.
+        The model processes each prompt once, and the prompt's key-value cache is copied for each response. Raises
+        GenerationCancelled if ``cancelled()`` returns True.
         """
         batch = _Decoding(prompts, sampling, step, self.window, self._device)
         tokens, mask = self._padded(prompts)
@@ -125,7 +127,7 @@ class TransformersEngine(EngineBase):
             logits = self._forward(sampled[:, None], mask, cache)
 
     def _padded(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """Return token ids and attention mask, int64 [B, T], of the prompts padded on the left."""
+        """Return the token ids and the attention mask of the left-padded prompts, both int64 [B, T]."""
         width = max(len(prompt.student_ids) for prompt in prompts)
         tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
         mask = torch.zeros_like(tokens)
@@ -135,7 +137,10 @@ class TransformersEngine(EngineBase):
         return tokens, mask
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Return the logits of the last position of each row, float32 [B, V]; ``tokens``: the new tokens."""
+        """Return the logits of the last position of each row, float32 [B, V].
+
+        ``tokens``: [B, T], the tokens that are not in ``cache`` yet. ``mask``: attention mask of all positions.
+        """
         heartbeat()
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = self._model(
@@ -176,7 +181,7 @@ class _Decoding:
     def sample(self, logits: Tensor, valid_vocab: int) -> Tensor:
         """Sample and return the next token of each row: int64 [B].
 
-        Every response has separate random numbers. Tokens of finished rows are not recorded.
+        ``logits``: [B, V]. Every response has its own random numbers. Tokens of finished rows are not recorded.
         """
         logprobs = processed_logprobs(logits, self._sampling, valid_vocab)
         greedy = self._sampling.temperature == 0
@@ -199,7 +204,10 @@ class _Decoding:
         self._rows = [self._rows[row] for row in rows]
 
     def rollouts(self, version: int) -> list[list[Rollout]]:
-        """Return the finished rollouts, one list per prompt; ``version``: version of the weights."""
+        """Return the finished rollouts, one list per prompt.
+
+        ``version``: number of training steps of the weights that generated the responses.
+        """
         G = self._sampling.responses_per_prompt
         return [
             [self._rollout(p * G + g, prompt, g, version) for g in range(G)] for p, prompt in enumerate(self._prompts)
@@ -223,7 +231,8 @@ def _uniforms(seed: int, count: int) -> Tensor:
 def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> Tensor:
     """Return the normalised log-probs [B, V] after temperature, top-k and top-p.
 
-    At temperature 0 (greedy sampling) temperature 1 is used. Ids of ``valid_vocab`` and above get -inf.
+    For temperature 0 (greedy sampling), the log-probs at temperature 1 are returned. Token ids of ``valid_vocab`` and
+    above are padding of the vocabulary and get -inf.
     """
     logits = logits / (sampling.temperature or 1.0)
     logits[:, valid_vocab:] = -torch.inf
@@ -241,8 +250,8 @@ def processed_logprobs(logits: Tensor, sampling: Sampling, valid_vocab: int) -> 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Sample one token per row by inverse transform sampling: int64 [B].
 
-    ``uniforms``: float64 [B], in [0, 1). Probabilities are summed in float64, so that rounding makes no token
-    impossible to sample.
+    ``logprobs``: [B, V]. ``uniforms``: random numbers in [0, 1), float64 [B]. Probabilities are summed in float64,
+    because rounding in float32 would make some tokens impossible to sample.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -26,8 +26,8 @@ _SILU = ("silu", "swish")
 def check_vllm_config(config: Any, window: int, key: str, model: str) -> None:
     """Raise UserError if vLLM ignores or does not support a setting that transformers supports.
 
-    ``config``: the model's Hugging Face configuration; ``window``: maximum number of tokens of a sequence; ``key``,
-    ``model``: the configuration key of the model and its value, for the error message.
+    ``config``: the model's Hugging Face configuration; ``window``: maximum number of tokens of a sequence; ``key``: the
+    configuration key that names the model; ``model``: the value of ``key``. The last two are for the error message.
     """
     for setting, reason in _unsupported(config, window):
         raise UserError(
@@ -39,7 +39,10 @@ def check_vllm_config(config: Any, window: int, key: str, model: str) -> None:
 
 
 def _unsupported(config: Any, window: int) -> Iterator[tuple[str, str]]:
-    """Yield each setting of ``config`` that vLLM cannot run, and the reason."""
+    """Yield ("setting=value", reason) for each setting of ``config`` that vLLM does not support.
+
+    ``window``: maximum number of tokens of a sequence.
+    """
     family = config.model_type
     name, activation = _ACTIVATION.get(family, ("hidden_act", "silu"))
     given = getattr(config, name)
@@ -64,7 +67,10 @@ def _unsupported(config: Any, window: int) -> Iterator[tuple[str, str]]:
 
 
 def _windows_some_layers(config: Any) -> bool:
-    """Return whether only some layers of a Qwen model have a sliding window, which vLLM does not support."""
+    """Return whether ``config`` belongs to a Qwen model with a sliding window in only some of its layers.
+
+    vLLM does not support such models.
+    """
     return config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1
 
 
@@ -83,8 +89,8 @@ def _longest(parameters: Mapping[str, Any], config: Any) -> int | None:
 def architecture_overrides(config: Any) -> dict[str, Any]:
     """Return the config.json settings with which vLLM builds the same model as transformers.
 
-    ``config``: the Hugging Face configuration, from ``model_config``, of a model that ``check_vllm_config`` accepts.
-    The value None removes a setting.
+    ``config``: the Hugging Face configuration, from ``model_config``; ``check_vllm_config`` must accept this
+    configuration. The result maps each setting to its new value; None removes the setting.
     """
     overrides: dict[str, Any] = dict.fromkeys(foreign_settings(config))
     overrides["architectures"] = [ARCHITECTURES[config.model_type]]
@@ -101,7 +107,11 @@ def architecture_overrides(config: Any) -> dict[str, Any]:
 
 
 def _rotary_overrides(config: Any) -> dict[str, Any]:
-    """Return the rotary parameters in vLLM's format, with the same effect as in transformers."""
+    """Return the rotary parameters in vLLM's format, with the same effect as in transformers.
+
+    ``config``: the model's Hugging Face configuration, which contains the rotary parameters of transformers. If the
+    parameters depend on the layer type, the result maps each layer type to its parameters.
+    """
     given = config.rope_parameters
     if "rope_theta" in given:
         return _plain_rotary(given, config)

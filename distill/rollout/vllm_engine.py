@@ -43,16 +43,23 @@ _CPU_DEFAULTS = {
     "kv_cache_memory_bytes": CPU_CACHE,
 }
 _IDLE_STEPS = 1000
-"""Number of consecutive engine steps without a new token after which the run fails.
+"""Number of consecutive vLLM steps without a new token after which the run fails.
 
-For each prompt token one more step is allowed, because long prompts take many steps.
+For each token of the prompts one more step is allowed, because vLLM needs many steps to process long prompts.
 """
 _STEPS_AHEAD = 4
-"""Number of engine steps in which vLLM processes all remaining results of removed requests."""
+"""Number of vLLM steps to run after requests are cancelled.
+
+In these steps vLLM processes the results that were still in progress.
+"""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
-    """Return the vLLM arguments that the trainer sets and policy.generation.vllm_kwargs must not contain."""
+    """Return a dict that maps each vLLM argument that the trainer sets to its value.
+
+    policy.generation.vllm_kwargs must not contain these arguments. ``can_sleep``: whether vLLM can sleep on this type
+    of device.
+    """
     return {
         "distributed_executor_backend": "external_launcher",  # the only executor that runs in the calling process
         "enable_sleep_mode": can_sleep,
@@ -68,10 +75,10 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
 
 
 def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
-    """Return the vLLM arguments that keep an engine's ranks in lockstep.
+    """Return the vLLM arguments that keep an engine's ranks in lockstep; empty if none are needed.
 
-    Before version 0.32, the asynchronous scheduler is disabled for engines of several ranks, because its decisions
-    depend on timing, which differs between ranks.
+    Asynchronous scheduling is disabled if vLLM is older than 0.32 and the engine has several ranks. The decisions of
+    the asynchronous scheduler depend on timing, which differs between ranks.
     """
     import vllm
 
@@ -80,10 +87,10 @@ def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
 
 
 def _name_shared_memory() -> None:
-    """Add a random token to the names of the shared memory of vLLM's CPU engines; collective.
+    """Add a random suffix to the names of the shared memory of vLLM's CPU engines; collective.
 
-    vLLM's names contain only the numbers of the ranks: two jobs on one machine would share the memory, and the memory
-    of a killed job would block later jobs.
+    Without the suffix, the names contain only rank numbers. Two jobs on one machine would then use the same memory, and
+    the memory of a killed job would block later jobs.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -96,9 +103,11 @@ def _name_shared_memory() -> None:
 class VllmEngine(EngineBase):
     """A vLLM engine of ``tensor_parallel_size`` consecutive ranks.
 
-    Creating the engine is collective over all ranks of the job. ``arguments``: additional arguments of vLLM's ``LLM``.
-    Create the engine before other models are loaded, because vLLM measures the free device memory. Close it last,
-    because closing destroys the process groups. Creating the engine does not change the random state of this process.
+    Creating the engine is collective over all ranks of the job. Create the engine before other models are loaded,
+    because vLLM measures the free device memory at that time. Close it last, because closing destroys all process
+    groups. Creating the engine does not change the random state of this process. ``model``: directory of the model.
+    ``manifest``, ``window``, ``valid_vocab``: see EngineBase. ``arguments``: additional arguments of vLLM's ``LLM``, by
+    name. ``memory``: source of memory measurements; None: the CUDA device, or no measurements if vLLM cannot sleep.
     """
 
     def __init__(
@@ -155,7 +164,10 @@ class VllmEngine(EngineBase):
         )
 
     def _first_sleep(self) -> dict[str, int]:
-        """Put the new engine to sleep; return the bytes needed to wake its weights and its key-value cache."""
+        """Put the new engine to sleep; return the bytes of device memory that are needed to wake it.
+
+        The result maps "weights" and "kv_cache" (key-value cache) to bytes, or to 0 if memory is not measured.
+        """
         memory = self._memory
         awake = memory.free() if memory else 0
         self._llm.sleep(level=2)
@@ -165,7 +177,7 @@ class VllmEngine(EngineBase):
         return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
-        """Make vLLM set the logits of the vocabulary's padding ids to -inf, as the loss does."""
+        """Make vLLM set the logits of ids that only pad the vocabulary to -inf, as the loss does."""
         model: Any = self._weights.model
         compute_logits, valid = model.compute_logits, self._valid_vocab
 
@@ -178,7 +190,10 @@ class VllmEngine(EngineBase):
         model.compute_logits = masked
 
     def _count_tokens(self) -> None:
-        """Make vLLM count the tokens of each engine step, and record a heartbeat if there are new tokens."""
+        """Make vLLM count the new tokens of each step, and record a heartbeat if there are new tokens.
+
+        A heartbeat reports progress to the watchdog. The total is stored in ``self._tokens_made``.
+        """
         core = self._engine.engine_core
         get_output = core.get_output
 
@@ -285,10 +300,11 @@ class VllmEngine(EngineBase):
     def _run(
         self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, cancelled: Cancelled | None = None
     ) -> list[Any]:
-        """Return vLLM's outputs for ``requests`` (token ids, sampling parameters), in the same order.
+        """Run ``requests`` in vLLM until all are finished; return vLLM's outputs in the same order.
 
-        ``show``: show a progress bar if stderr is a terminal. If ``cancelled()`` returns True, removes the requests
-        from vLLM and raises GenerationCancelled. Raises RuntimeError if vLLM generates no token for many steps.
+        ``requests``: pairs of token ids and sampling parameters. ``show``: show a progress bar if stderr is a terminal.
+        If ``cancelled()`` returns True, removes the requests from vLLM and raises GenerationCancelled. Raises
+        RuntimeError if vLLM generates no token for many steps.
         """
         if self._engine.is_sleeping():
             raise RuntimeError("vLLM is asleep, so it would accept the requests but never finish them")
@@ -319,16 +335,16 @@ class VllmEngine(EngineBase):
         return [outputs[first + i] for i in range(len(requests))]
 
     def _abort(self, requests: Iterable[int]) -> None:
-        """Remove the requests from vLLM, including results that vLLM has not processed yet."""
+        """Cancel the requests with these numbers, and let vLLM process the results that are still in progress."""
         self._engine.abort_request([str(number) for number in requests])
         for _ in range(_STEPS_AHEAD):
             self._engine.step()
 
     def _check_same(self, what: str, *values: object) -> None:
-        """Raise RuntimeError on all ranks of the engine unless all pass equal ``values``.
+        """Raise RuntimeError on all ranks of the engine if the ranks pass different ``values``.
 
-        Collective over the engine's ranks. ``what``: description of the values, for the message. vLLM's ranks do not
-        exchange requests, so different requests would silently produce wrong tokens.
+        Collective over the engine's ranks. ``what``: description of the values, for the message. vLLM does not compare
+        the requests of the ranks, so different requests would produce wrong tokens without an error.
         """
         if self._tp_size == 1:
             return

@@ -1,4 +1,4 @@
-"""Set vLLM's environment variables and log level before its first import."""
+"""Set vLLM's environment variables and log level before vLLM is imported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _FIXED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine runs in the train
 def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
     """Set the environment variables that vLLM reads; call this function before vLLM is imported.
 
-    Variables that the user has set keep their values, except those that the trainer depends on. ``local_rank``: index
-    of this rank's device among the visible devices. RANK, WORLD_SIZE and LOCAL_RANK are set too, because they are
-    missing in a process without a launcher.
+    Variables that the user has set keep their values, except VLLM_ENABLE_V1_MULTIPROCESSING, which must be 0. RANK,
+    WORLD_SIZE and LOCAL_RANK are always set, because they are missing in a process that no launcher (such as torchrun)
+    started. ``local_rank``: index of this rank's device among the visible devices.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -1,6 +1,6 @@
-"""Load weights into vLLM's model, and verify the parameters with the checksums of the sender.
+"""Load the student's weights into vLLM's model, and verify vLLM's parameters with checksums.
 
-The checksums (``BitSums``) are sums of bit patterns.
+The checksums (``BitSums``) are sums of bit patterns. The trainer computes the same checksums before it sends a tensor.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Section(NamedTuple):
 class VllmWeights:
     """The weights of a vLLM engine's model on this rank.
 
-    ``manifest`` maps the Hugging Face name of each tensor of a sync to its shape. ``tp_group``: gloo group of the
-    engine's ranks. On CPU, vLLM repacks matrices for its kernels and drops the originals. The checksums of these
-    matrices are computed just before the repacking; the checksums of all other parameters are computed in place. Raises
-    RuntimeError if the model's parameters do not match the tensors of the manifest, because syncs could not be
-    verified.
+    ``llm``: vLLM's ``LLM`` object. ``manifest`` maps the Hugging Face name of each tensor that a sync sends to the
+    tensor's shape. ``tp_group``: gloo group of the engine's ranks. On CPU, vLLM repacks matrices: it converts them to
+    the memory format of its kernels and drops the originals. The checksums of these matrices are computed just before
+    the repacking; all other checksums are computed from the parameters of the model. Raises RuntimeError if the model's
+    parameters do not match the manifest.
     """
 
     def __init__(self, llm: Any, manifest: Mapping[str, torch.Size], tp_size: int, tp_group: dist.ProcessGroup) -> None:
@@ -61,7 +61,8 @@ class VllmWeights:
     def path(self) -> str:
         """Return the name of the vLLM method that loads the weights.
 
-        It is ``load_weights`` if the weights are updated in place, else ``reload_weights``, which repacks each layer.
+        It is ``load_weights`` if the weights are updated in place. Otherwise it is ``reload_weights``, which also
+        converts each layer's weights to the memory format of vLLM's kernels.
         """
         return "load_weights" if self._in_place else "reload_weights"
 
@@ -69,7 +70,8 @@ class VllmWeights:
     def receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Load all weights of a sync into vLLM's model.
 
-        In addition to the model, this needs memory for one layer and for one bucket of tensors.
+        ``weights`` yields pairs of Hugging Face name and unsharded tensor. Besides the memory of the model and of the
+        iterator, this needs memory for at most one layer.
         """
         self._sums_before_repack.clear()
         if self._in_place:
@@ -87,7 +89,8 @@ class VllmWeights:
         """Compare each tensor's checksums, summed over the engine's ranks, with the sender's checksums.
 
         Collective over the engine's ranks. ``sent`` maps each tensor's Hugging Face name to the sender's checksums.
-        Tensors that vLLM fused into one parameter are compared separately. Raises SyncError if a checksum differs.
+        Tensors that vLLM fused into one parameter, such as q, k and v, are compared separately. Raises SyncError if a
+        checksum differs.
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))  # a tied head may be the embedding module
         compared: list[tuple[str, Section]] = []
@@ -106,9 +109,10 @@ class VllmWeights:
                 raise SyncError(f"vLLM's parameter {name} differs from the student's weight {tensor}", tensor, "memory")
 
     def _sums_of(self, name: str, module: nn.Module, sections: list[Section]) -> Tensor:
-        """Return the checksums of the sections of the parameter ``name``, int64 [sections, 2].
+        """Return the checksums of the sections (row ranges) of the parameter ``name``, int64 [sections, 2].
 
-        For a parameter that vLLM repacks, these are the checksums computed just before the repacking.
+        vLLM converts some parameters to the memory format of its kernels. For these, return the checksums from just
+        before the conversion; raise SyncError if this sync did not convert the parameter.
         """
         if name not in self._repacked_names:
             return section_sums(module.get_parameter(name.rpartition(".")[2]), sections)
@@ -121,7 +125,11 @@ class VllmWeights:
         return self._sums_before_repack[name]
 
     def _hook_repack(self, prefix: str, module: nn.Module) -> None:
-        """Make vLLM compute the checksums of the module's parameters just before it repacks these parameters."""
+        """Make vLLM compute the checksums of the module's parameters just before it repacks these parameters.
+
+        Repacking converts a parameter to the memory format of vLLM's kernels. An embedding that is used only for
+        lookups is not repacked at all. ``prefix``: name of the module in the model.
+        """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         has_head = isinstance(getattr(self.model, "lm_head", None), ParallelLMHead)
@@ -143,9 +151,11 @@ class VllmWeights:
         method.process_weights_after_loading = sum_and_repack
 
     def _tensors_by_parameter(self, manifest: Mapping[str, torch.Size]) -> dict[str, list[str]]:
-        """Return a dict that maps each vLLM parameter name to the names of the student's tensors in it.
+        """Return a dict that maps each vLLM parameter's name to the names of the student's tensors in it.
 
-        A fused parameter consists of several tensors; their names are in the order of their rows.
+        A fused parameter consists of several tensors; their names are in the order of their rows. ``manifest`` maps the
+        name of each tensor that a sync sends to the tensor's shape. Raises RuntimeError if the names do not match the
+        manifest.
         """
         fused = getattr(self.model, "packed_modules_mapping", {})
         tensors: dict[str, list[str]] = {}
@@ -166,8 +176,8 @@ class VllmWeights:
     def _sections(self, module: Any, leaf: str, tensors: list[str]) -> list[Section]:
         """Return the sections of the parameter ``leaf`` of ``module`` on this rank.
 
-        The sections depend on how vLLM shards the parameter over the engine's ranks. ``tensors``: names of the
-        student's tensors in the parameter.
+        A section is a range of rows from one tensor of the student. The sections depend on how vLLM shards the
+        parameter over the engine's ranks. ``tensors``: names of the student's tensors in the parameter.
         """
         from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -189,5 +199,5 @@ class VllmWeights:
 
 
 def section_sums(parameter: Tensor, sections: list[Section]) -> Tensor:
-    """Return the checksums (``BitSums``) of each section of ``parameter``, int64 [sections, 2]."""
+    """Return the two checksums (``BitSums``) of each section of ``parameter``: int64 [sections, 2]."""
     return torch.stack([bit_sums(parameter[s.begin : s.end], s.first_row) for s in sections])

@@ -28,7 +28,7 @@ def log_to_console(is_main: bool) -> None:
 
 
 def log_to_file(file: Path) -> None:
-    """Write this rank's log to ``file``, with the earlier records that ``log_to_console`` kept in memory."""
+    """Write this rank's log to ``file``, including all records since ``log_to_console`` was called."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = _RankLog(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT))
@@ -42,7 +42,7 @@ def log_to_file(file: Path) -> None:
 
 
 class _RankLog(logging.FileHandler):
-    """Handler of a rank's log file, which logs one warning and removes itself after the first write error."""
+    """Handler of a rank's log file. After the first write error it logs one warning and removes itself."""
 
     failed = False
 

@@ -1,4 +1,7 @@
-"""Current phase and progress counters of this rank, which the watchdog sends to other ranks."""
+"""Progress of this rank: counters and current phase, which is a named part of the run.
+
+The watchdog sends it to other ranks.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from dataclasses import dataclass
 
 @dataclass
 class Progress:
-    """Phase and progress counters of one rank. All ranks enter the same phases in the same order."""
+    """Progress counters of one rank, and its phase: a named part of the run, such as ``generation``.
+
+    All ranks enter the same phases in the same order.
+    """
 
     phase_changes: int = 0
-    """Number of phase entries and exits since the start; a rank with a smaller number is behind."""
+    """Number of phase entries and exits since the start; ranks with smaller numbers are behind."""
     phase: str = "starting"
     """Name of the current phase; ``outer: inner`` for a nested phase."""
     step: int = 0
@@ -22,7 +28,7 @@ class Progress:
     work_units: int = 0
     """Number of finished units of work (tokens, micro-batches, tensors) since the start."""
     timed: bool = True
-    """Whether the run fails if no rank makes progress in this phase for ``runtime.phase_timeout_s``."""
+    """Whether the run fails if no rank makes progress for ``runtime.phase_timeout_s`` in this phase."""
 
 
 CURRENT = Progress()
@@ -30,7 +36,10 @@ CURRENT = Progress()
 
 
 def heartbeat() -> None:
-    """Count one finished unit of work; loops inside long phases call it in every iteration."""
+    """Count one finished unit of work (token, micro-batch, tensor).
+
+    Loops inside long phases call it in every iteration, so that the watchdog detects their progress.
+    """
     CURRENT.work_units += 1
 
 
@@ -41,10 +50,10 @@ def set_step(step: int) -> None:
 
 @contextmanager
 def phase(name: str, timed: bool = True) -> Iterator[None]:
-    """Set the current phase during the block; a nested phase is named ``outer: inner``.
+    """Set the current phase during the ``with`` block; a nested phase is named ``outer: inner``.
 
-    All ranks enter the same phases in the same order. ``timed=False`` disables the phase timeout, also in nested
-    phases.
+    All ranks enter the same phases in the same order. ``timed=False`` disables the limit ``runtime.phase_timeout_s`` in
+    this phase and in phases nested in it.
     """
     before, timed_before = CURRENT.phase, CURRENT.timed
     nested = not before.startswith(_BETWEEN_PHASES)

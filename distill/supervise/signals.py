@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_REQUEST_S = 5.0
-"""Seconds after the first stop signal in which further signals are ignored as duplicates.
+"""Seconds after the first stop signal, during which further signals are ignored as duplicates.
 
 Duplicates are usual: a scheduler signals every process, and a launcher also forwards the signal that it receives.
 """
@@ -27,9 +27,10 @@ _listening: list[StopSignals] = []
 class StopSignals:
     """Handler of the stop signals SIGTERM, SIGUSR1 and SIGINT of this process.
 
-    ``on_first`` is called with the name of the first signal, ``on_later`` with the name of each later signal that is
-    not a duplicate. Both run in a separate thread, because Python runs signal handlers only in the main thread, which
-    may hang in a collective. ``requested`` is the first signal; a handler in the main thread sets it immediately.
+    ``on_first`` is called with the name of the first signal, ``on_later`` with the name of each later signal. Signals
+    within SAME_REQUEST_S seconds after the first one are ignored. Both functions run in a separate thread, because the
+    main thread, in which Python runs signal handlers, may hang in a collective. ``requested`` is the first signal, or
+    None.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class StopSignals:
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def handle(self, number: int) -> None:
-        """Call ``on_first`` or ``on_later`` for the signal ``number``; runs in the signal thread."""
+        """Call ``on_first`` or ``on_later`` for the signal ``number``; called in the signal thread."""
         name = signal.Signals(number).name
         if self._first_time is None:
             self._first_time = self._clock()
@@ -55,7 +56,7 @@ class StopSignals:
             self._on_later(name)
 
     def listen(self) -> None:
-        """Install the signal handlers and start the signal thread; call it in the main thread."""
+        """Install the signal handlers and start the thread that calls ``handle``; call it in the main thread."""
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._handlers_before = {number: signal.signal(number, self._in_main_thread) for number in SIGNALS}
@@ -110,9 +111,9 @@ os.register_at_fork(after_in_child=_reset_in_forked_child)
 class Deadline:
     """Time limit of a run: ``limit_s`` seconds after ``started``; no limit if ``limit_s`` is None.
 
-    ``started``: start time by ``clock``, in seconds. The next step is expected to take as long as the slowest step so
-    far, and its save as long as the slowest save so far. Before the first save, a save is expected to take as long as
-    a step.
+    ``started``: start time of the run in seconds, as returned by ``clock``. The next step is expected to take as long
+    as the slowest step so far, and a checkpoint save as long as the slowest save so far. Before the first save, a save
+    is expected to take as long as a step.
     """
 
     def __init__(self, limit_s: float | None, started: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,19 +121,19 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def record(self, step_s: float, save_s: float) -> None:
-        """Record the seconds of a step without its save, and of a save (0 before the first save)."""
+        """Record the duration of a step without checkpoint saves, and of a save (0 if no save has finished)."""
         self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
     def is_near(self) -> bool:
-        """Return whether one more step and its save are expected to end after the time limit."""
+        """Return whether one more step and a checkpoint save are expected to end after the time limit."""
         if self._limit_s is None:
             return False
         return self._clock() - self._started + self._step_s + (self._save_s or self._step_s) > self._limit_s
 
 
 def seconds_of(text: str | None) -> float | None:
-    """Return the number of seconds of a duration ``DD:HH:MM:SS``; None for None."""
+    """Return the number of seconds of the duration ``text`` in ``DD:HH:MM:SS``; None if it is None."""
     if text is None:
         return None
     days, hours, minutes, seconds = map(int, text.split(":"))

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 log = logging.getLogger(__name__)
 
 _STARTED, _CLOCK_MARGIN_S = time.time(), 60.0
-"""Start time of this process, and allowed difference of start times and clocks between ranks, in s."""
+"""Start time of this process, and allowed difference of start times and clocks of ranks; in seconds."""
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 STATUS_FILE = "status.json"
 _EXTRA_FILE = "DISTILL_STATUS_FILE"
@@ -24,21 +24,21 @@ _EXTRA_FILE = "DISTILL_STATUS_FILE"
 class ExitStatus(NamedTuple):
     """State, reason and exit code with which a rank exits; distributed/README.md describes the states.
 
-    If a signal stopped the run, the reason starts with the signal's name, for which scripts/train.sbatch searches.
+    If a signal stopped the run, the reason starts with the signal's name; scripts/train.sbatch depends on this.
     """
 
     state: State
     reason: str
     exit_code: int
     retryable: bool = False
-    """Whether the same command may succeed later: a rank, a machine or a disk failed, not the program."""
+    """Whether the same command may succeed later. True if a rank, a machine or a disk failed."""
 
 
 _RUNNING = ExitStatus("running", "", 0)
 
 
 def retryable_failure(reason: str) -> ExitStatus:
-    """Return the exit status of a run that failed because of a rank, a machine or a disk."""
+    """Return the retryable exit status of a run that failed because a rank, a machine or a disk failed."""
     return ExitStatus("failed", reason, 1, retryable=True)
 
 
@@ -55,7 +55,7 @@ class Status:
         self._start_step: int | None = None
         self._step = 0
         self.checkpoint_step: int | None = None
-        """Step of the newest complete checkpoint, or 0; None before the run has searched for checkpoints."""
+        """Step of the newest complete checkpoint; 0 if none exists, None before the run has searched for one."""
         self._ended = False
         self._lock = threading.Lock()
         if is_main:
@@ -79,7 +79,7 @@ class Status:
                 self._write(self._paths, _RUNNING)
 
     def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
-        """Record ``status``, unless an exit status was recorded before: the first one has the cause.
+        """Record ``status`` if no exit status was recorded before, because the first one names the cause.
 
         ``alone``: this rank exits without the agreement of other ranks, so it writes even if it is not the main rank.
         """
@@ -121,7 +121,7 @@ def _modified(path: Path) -> float:
 
 
 def read_status(path: Path) -> dict[str, object]:
-    """Return the fields of the status file ``path``; an empty dict if the file is missing or unreadable."""
+    """Return the JSON object in the status file ``path``; an empty dict if the file is missing or invalid."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -34,8 +34,8 @@ class StopCheck:
     """Collective check of whether any rank requests that the run stops early.
 
     ``received_signal`` returns the number of the signal that this rank received, or 0. ``gather`` returns the requests
-    of all ranks and is collective. ``time_limit``: the configuration ``key=value`` that sets ``deadline``; it is
-    the logged reason if the run stops because of the time limit.
+    of all ranks and is collective. ``deadline``: the time limit. ``time_limit``: configuration ``key=value`` of the
+    time limit; it is the reported reason if the run stops because of the time limit.
     """
 
     def __init__(
@@ -55,13 +55,14 @@ class StopCheck:
         return self._received_signal() != 0
 
     def record_duration(self, step_s: float, save_s: float) -> None:
-        """Record the seconds of a step without its save, and of a save (0 if no save has finished)."""
+        """Record the duration of a step without checkpoint saves, and of a save (0 if no save has finished)."""
         self._deadline.record(step_s, save_s)
 
     def raise_if_requested(self, step: int, check_time: bool = True) -> None:
         """Raise StopRequested on all ranks if any rank requests a stop; collective.
 
-        A signal takes precedence over the time limit. ``check_time``: whether to check the time limit.
+        A signal takes precedence over the time limit. ``step``: number of finished steps. ``check_time``: whether to
+        check the time limit.
         """
         own = StopRequest(self._received_signal(), check_time and self._deadline.is_near())
         requests = self._gather(own)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _EXIT_TIMEOUT_S = 15
 """Seconds after which an exiting rank is killed.
 
-The exit may hang, because a hanging thread may hold a lock that logging needs.
+The exit itself may hang, for example if a hanging thread holds a lock of the logging module.
 """
 _GRACE_PERIOD_S = 4 * POLL_S
 _LOADING_TIMEOUT_S = 1800.0
@@ -42,7 +42,7 @@ class Supervisor:
     def __init__(self, is_main: bool) -> None:
         self.status = Status(is_main)
         self.started = time.monotonic()
-        """Start time of the program, by time.monotonic."""
+        """Start time of the program in seconds, as returned by time.monotonic."""
         self.stop_reason: str | None = None
         """Reason why the training loop stopped before the last step; None if it did not stop early."""
         self._log_file: Path | None = None
@@ -61,7 +61,10 @@ class Supervisor:
         self._signals.listen()
 
     def log_to(self, run_dir: Path, rank: int) -> None:
-        """Write this rank's log to a file in ``run_dir/logs``; if the run fails, also its thread stacks."""
+        """Write this rank's log to a file in ``run_dir/logs``.
+
+        If the watchdog ends this rank because of a failure, the stacks of all threads are appended to the file.
+        """
         self._log_file = run_dir / "logs" / f"rank_{rank:05d}.log"
         log_to_file(self._log_file)
 
@@ -74,7 +77,12 @@ class Supervisor:
         launcher_error: Callable[[], str | None],
         holds_store: bool,
     ) -> None:
-        """Start this rank's watchdog; collective. The arguments are those of Watchdog and Watchdog.start."""
+        """Start this rank's watchdog; collective.
+
+        ``store``: the rendezvous store. ``barrier``: function that returns when all ranks have called it.
+        ``launcher_error``: returns an error message if the launcher has ended, else None. ``holds_store``: whether this
+        process serves the store.
+        """
         watchdog = Watchdog(store, rank, size, self._exit_from_thread, launcher_error, holds_store)
         watchdog.detector.timeout_s = _LOADING_TIMEOUT_S
         watchdog.start(barrier)
@@ -86,12 +94,18 @@ class Supervisor:
         return self._watchdog is not None
 
     def allow_loading(self, phase_timeout_s: float) -> None:
-        """Set the phase timeout for loading data and models: ``phase_timeout_s``, but at least 30 minutes."""
+        """Set the timeout for loading data and models: ``phase_timeout_s`` seconds, but at least 30 minutes.
+
+        The run fails if no rank makes progress for this time.
+        """
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = max(_LOADING_TIMEOUT_S, phase_timeout_s)
 
     def begin_loop(self, phase_timeout_s: float) -> None:
-        """Begin the training loop: set the phase timeout, and let signals stop the run after the current step."""
+        """Begin the training loop: from now on, a stop signal stops the run after the current step.
+
+        The run fails if no rank makes progress for ``phase_timeout_s`` seconds.
+        """
         self._in_loop = True
         if self._watchdog is not None:
             self._watchdog.detector.timeout_s = phase_timeout_s
@@ -106,7 +120,10 @@ class Supervisor:
             time.sleep(_GRACE_PERIOD_S)
 
     def set_exit_status(self, status: ExitStatus, alone: bool = False) -> None:
-        """Record the exit status, which later signals do not change. ``alone``: see Status.set_exit_status."""
+        """Record the exit status; later signals do not change it.
+
+        ``alone``: whether this rank exits without the agreement of other ranks.
+        """
         self._exit_status = status
         self.status.set_exit_status(status, alone)
 
@@ -162,7 +179,7 @@ class Supervisor:
         self._exit_from_thread(status if self._watchdog is None else self._watchdog.announce(status)[0])
 
     def _exit_from_thread(self, status: ExitStatus) -> NoReturn:
-        """End the process from another thread, because the main thread may hang."""
+        """End the process with ``status``; not called in the main thread, because that may hang."""
         faulthandler.dump_traceback_later(_EXIT_TIMEOUT_S, exit=True)
         self.status.set_exit_status(status, alone=True)
         if status.state == "failed":
@@ -177,7 +194,7 @@ class Supervisor:
         os._exit(status.exit_code)
 
     def _keep_store_alive(self) -> None:
-        """Wait until other ranks have read this rank's exit status, if this process serves the store."""
+        """If this process serves the rendezvous store, wait 4 s, so that other ranks read the exit status."""
         if self._watchdog is not None and self._watchdog.holds_store:
             time.sleep(2 * POLL_S)
 

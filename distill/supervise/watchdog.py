@@ -1,7 +1,8 @@
 """Watchdog thread of each rank: detects ranks that died, hang, make no progress or have an error.
 
 Ranks exchange heartbeats through the rendezvous store. The watchdog has a separate connection to the store, so it works
-while the main threads hang in a collective. The host of the store may hang too, so every call has a timeout.
+while the main threads hang in a collective. The host of the store may hang too, so every call to the store has a
+timeout.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ POLL_S = 2.0
 SILENT_POLLS = 20
 """A rank counts as dead after this number of polls (40 s in total) without a new heartbeat.
 
-Polls are counted instead of seconds, because ranks of a suspended job or on an overloaded machine are not dead.
+Polls are counted instead of seconds. While a job is suspended, time passes without polls, but its ranks are not dead.
 """
 _SILENCE = f"{SILENT_POLLS * POLL_S:g} s"
 _STORE_TIMEOUT_S = 8.0
@@ -45,14 +46,14 @@ class Heartbeat:
     """Message that each rank sends through the rendezvous store in every poll of its watchdog."""
 
     count: int
-    """Number of heartbeats sent by this rank."""
+    """Number of heartbeats that this rank has sent, including this one."""
     progress: Progress
     in_collective: bool
     """Whether the rank's main thread is in a collective, where it waits for other ranks."""
 
     @classmethod
     def parse(cls, text: bytes) -> Heartbeat:
-        """Return the heartbeat from its JSON ``text``, as returned by the method ``text`` on any rank."""
+        """Return the heartbeat whose method ``text`` returned the JSON ``text``."""
         count, progress, waiting = json.loads(text)
         return cls(count, Progress(**progress), waiting)
 
@@ -64,8 +65,8 @@ class Heartbeat:
 class FailureDetector:
     """Detects dead ranks and phases without progress from the heartbeats of all ranks; used on rank 0.
 
-    ``timeout_s``: maximum seconds in a phase without progress on any rank. Time is measured as a number of polls, each
-    POLL_S seconds.
+    ``timeout_s``: the run fails if no rank makes progress for this number of seconds. Time is measured in polls of
+    POLL_S seconds each.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -114,7 +115,7 @@ class FailureDetector:
 
 
 def rank_names(ranks: Sequence[int]) -> str:
-    """Return ``ranks`` as text, ``rank 3`` or ``ranks 3, 5``, with at most 20 numbers."""
+    """Return ``ranks`` as text, ``rank 3`` or ``ranks 3, 5``; at most 20 rank numbers are listed."""
     text = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
     return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
@@ -145,9 +146,9 @@ def _in_thread(call: Callable[[], T]) -> Future[T]:
 class Watchdog:
     """Watchdog thread of this rank. All ranks create a watchdog and call ``start`` at the same point.
 
-    ``store``: the rendezvous store. ``end_process``: ends the process with a status; called in the watchdog's thread.
-    ``launcher_error``: returns an error message if the launcher has ended, else None. ``holds_store``: whether this
-    process serves the store, so that the store ends with this process.
+    ``store``: the rendezvous store. ``end_process``: function that ends the process with the given exit status; the
+    watchdog thread calls it. ``launcher_error``: returns an error message if the launcher has ended, else None.
+    ``holds_store``: whether this process serves the store, which then closes when this process exits.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self, barrier: Callable[[], None]) -> None:
-        """Send this process's identity to other ranks and start the watchdog thread; collective.
+        """Send this process's host and process id to other ranks, and start the watchdog thread; collective.
 
         ``barrier``: function that returns when all ranks have called it.
         """
@@ -236,7 +237,10 @@ class Watchdog:
                 return
 
     def _poll(self) -> ExitStatus | None:
-        """Exchange heartbeats once; return an exit status if the run must end. Raises one of _STORE_ERRORS."""
+        """Exchange heartbeats once; return an exit status if the run must end, else None.
+
+        Raises one of _STORE_ERRORS if the rendezvous store fails.
+        """
         if message := self._launcher_error():
             return self.announce(retryable_failure(message))[0]
         announced, *messages = self._exchange()
@@ -251,7 +255,8 @@ class Watchdog:
     def _exchange(self) -> list[bytes]:
         """Run ``_send_and_read`` in another thread and return its result.
 
-        Raises TimeoutError if the store does not reply in time; the next call then waits for the same reply.
+        Raises TimeoutError if the store does not reply within _STORE_TIMEOUT_S seconds. The next call then waits for
+        the same reply.
         """
         pending = self._pending or _in_thread(self._send_and_read)
         self._pending = pending
@@ -294,7 +299,7 @@ class _Process(NamedTuple):
     """Identity of a rank's process, with which ranks on the same host detect that it ended."""
 
     host: str
-    """Host name and PID namespace; process ids are comparable only if both are equal."""
+    """Host name and PID namespace of the process; process ids are comparable only if both are equal."""
     pid: int
     start_ticks: str
     """Start time of the process in clock ticks after the boot; empty if unknown."""

@@ -1,4 +1,4 @@
-"""Validation: responses to held-out problems, graded and compared with the teacher."""
+"""Validation: grade responses to problems that are not used for training; compare student and teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warn at start if the gold answers of held-out problems look unusable for their grader."""
+"""Warn at start if the gold (reference) answers of validation problems look unusable for their grader."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MARKS = (("####", "####"), ("\\boxed{", r"\\boxed\{(.*)\}"), ("answer is", "ans
 
 
 def warn_of_unusable_golds(held_out: HeldOut) -> None:
-    """Warn of each dataset in which most gold answers cannot match a response.
+    """Warn of each validation dataset in which most gold (reference) answers cannot match a response.
 
     Unusable gold answers are complete solutions, prose, or texts of several lines. Call it on one rank only: grading a
     sample of gold answers starts a process and takes a few seconds.
@@ -49,7 +49,7 @@ def warn_of_unusable_golds(held_out: HeldOut) -> None:
 
 
 def _is_usable(gold: str, grader: str, grade: Grader) -> bool:
-    """Return whether ``grader`` can grade a response with the final answer ``gold`` as right."""
+    """Return whether ``grader`` can grade a response as right if its final answer is ``gold``."""
     if grader in ("regex", "choice"):  # each gold answer is checked when it is loaded
         return True
     if "\n" in gold.strip():

@@ -1,4 +1,4 @@
-"""Load the held-out problems of validation, and select the grader of each problem."""
+"""Load the held-out problems, which only validation uses, and select the grader of each problem."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ class HeldOut:
 
     prompts: tuple[Prompt, ...] = ()
     graders: Mapping[int, str] | None = None
-    """Maps prompt ids to names of graders. Responses to prompts without an entry are not graded."""
+    """Maps prompt ids to grader names. Responses to prompts without an entry are not graded."""
     names: Mapping[int, str] | None = None
     """Maps each prompt id to the name of the prompt's dataset in metric names."""
 
     def content(self, trace_column: str | None) -> ContentHashes:
-        """Return a dict with hashes of problems, gold answers, traces and token ids; empty without prompts.
+        """Return a dict from the name of a part, such as "problems", to its hash; empty without prompts.
 
-        ``trace_column``: dataset column with the traces; None: traces are not hashed.
+        The parts are the problems, gold (reference) answers, traces and token ids. ``trace_column``: dataset column
+        with the traces (reasoning texts); None: traces are not hashed.
         """
         if not self.prompts:
             return {}
@@ -51,7 +52,7 @@ class HeldOut:
         }
 
     def grader(self, prompt: Prompt) -> str | None:
-        """Return the name of the grader for responses to ``prompt``; None if these are not graded."""
+        """Return the name of the grader for responses to ``prompt``; None if the responses are not graded."""
         return (self.graders or {}).get(prompt.prompt_id)
 
     def name(self, prompt: Prompt) -> str:
@@ -68,13 +69,13 @@ def load_held_out(
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
 ) -> HeldOut:
-    """Load at most ``at_most`` held-out prompts (None: all).
+    """Load at most ``at_most`` held-out (validation) prompts (None: all).
 
     Prompts of more than ``max_tokens`` tokens are skipped. The remaining prompts are taken from the datasets in turn,
-    so that ``at_most`` keeps prompts of every dataset. ``trace_column``: dataset column with the trace for the
-    teacher's context; None: no column is needed. A problem without this column is kept, but responses to it are not
-    compared with the teacher. ``think_tags``: opening and closing tag of a think block. ``template_kwargs``: arguments
-    of the chat template. Raises UserError for unusable data.
+    so that ``at_most`` keeps prompts of every dataset. ``trace_column``: dataset column with the trace (reasoning text)
+    for the teacher's prompt; None: no column is needed. A problem without this column is kept, but responses to it are
+    not compared with the teacher. ``think_tags``: opening and closing tag of a think block. ``template_kwargs``:
+    arguments of the chat template. Raises UserError for unusable data.
     """
     each: list[list[Prompt]] = []
     graders: dict[int, str] = {}

@@ -41,8 +41,8 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
     """Return a short, unique name of each dataset (source, subset, split) for metrics.
 
     The name is a file's name without suffix, or a hub dataset's name without owner. If names are equal, subset and
-    split are appended. If they are still equal, the full path, with dots instead of slashes, is used. Finally the index
-    of the dataset is appended.
+    split are appended. If names are still equal, the full path (with dots instead of slashes) replaces the short name.
+    If even these names are equal, the index of the dataset is appended.
     """
     paths = [PurePath(source) for source, _, _ in datasets]
     endings = [len("".join(kind_of(path))) if kind_of(path)[0] else 0 for path in paths]
@@ -59,14 +59,14 @@ def source_names(datasets: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics of a set of responses by name, without metrics that were not measured.
+    """Return the metrics of ``samples`` by name; metrics that were not measured are omitted.
 
     - ``accuracy``: fraction of right responses among graded responses (avg@n for n responses per problem);
       ``judge_failures``: number of responses that could not be graded, which count as wrong.
     - ``accuracy_stderr``: standard error of the accuracy, clustered by problem, because responses to the same problem
-      (also if a dataset repeats the problem) are not independent. For m graded responses to P problems it is
-      sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m, with the numbers right_p and responses_p of
-      right and of all responses to problem p. With the same number of responses per problem this is the standard
+      are not independent. A problem that a dataset repeats counts as one problem. For m graded responses to P problems
+      the formula is sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. Problem p has responses_p
+      graded responses, of which right_p are right. With the same number of responses per problem this is the standard
       deviation of the problems' mean accuracies, divided by sqrt(P).
     - ``avg_length``: mean number of tokens of a response; ``truncation_rate``: fraction of truncated responses;
       ``num_answers``: number of responses; ``num_problems``: number of different problems.
@@ -120,7 +120,7 @@ def _accuracy(graded: Sequence[Sample]) -> dict[str, float]:
 def by_source(samples: Sequence[Sample], prefix: str = "") -> dict[str, float]:
     """Return the metrics of all samples together and of each dataset, keyed by logged name.
 
-    The names are ``validation/NAME`` and ``validation/DATASET/NAME``, with NAME from ``scores``. ``prefix`` is
+    The names are ``validation/NAME`` and ``validation/DATASET/NAME``, where NAME is a key of ``scores``. ``prefix`` is
     prepended to each NAME.
     """
     values = {f"validation/{prefix}{name}": value for name, value in scores(samples).items()}

@@ -28,7 +28,8 @@ def token_kls(
 
     Both are float32 [R] in nats, in host memory. Collective: every rank passes the same rollouts. The KL divergences
     are computed as in the loss, with each rollout's ``teacher_prefix_ids`` as the teacher's context. To save memory,
-    the teacher runs on one micro-batch after the other. ``packing``, ``seed``, ``step``: see ``plan``.
+    the teacher runs on one micro-batch after the other. ``packing``, ``seed`` and ``step`` are arguments of ``plan``,
+    which packs the rollouts into micro-batches.
     """
     if not rollouts:
         return []
@@ -45,7 +46,7 @@ def token_kls(
 
 
 class _TokenIndex:
-    """Maps rows of a micro-batch to indices into the M concatenated response tokens of all rollouts."""
+    """Maps each row (response token) of a micro-batch to its index among all rollouts' M response tokens."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self._lengths = [len(r.response_ids) for r in rollouts]
@@ -53,14 +54,14 @@ class _TokenIndex:
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Return the index into the M tokens for each of the N rows with nonzero loss weight: int64 [N]."""
+        """Return int64 [N]: for each of the N rows with nonzero loss weight, its index among the M tokens."""
         counted_N = micro_batch.weight_N != 0
         rollout_N = micro_batch.rollout_N[counted_N]
         position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]
         return self._starts_B[rollout_N] + position_N - (self._prompts_B[rollout_N] - 1)
 
     def by_rollout(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Return a pair (forward KL [R], reverse KL [R]) for each rollout with R response tokens.
+        """Return a pair (forward KL [R], reverse KL [R]) for each rollout with R response tokens, in order.
 
         ``found``: one pair per micro-batch: the indices [N] that ``of`` returned, and forward and reverse KL [2, N].
         """
