@@ -61,10 +61,9 @@ _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Model inputs that are ready before weights are loaded: model files, export files, memory forecast.
+    """Model files, files for Hugging Face exports, and memory forecast; ready before weights are loaded.
 
-    ``export_files``: the files of a Hugging Face export except weights; None if checkpoints are disabled or this is not
-    rank 0.
+    ``export_files``: the files of an export except weights; None if checkpoints are disabled or this is not rank 0.
     """
 
     models: Models
@@ -74,7 +73,10 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class Resume:
-    """Reader and writer of checkpoints, the checkpoint to resume from, and the date for chat templates."""
+    """Checkpoint manager, checkpoint to resume from, and clock with the time of the run's first start.
+
+    Chat templates that insert the date get it from the clock, so prompts do not change at a resume.
+    """
 
     checkpoints: Checkpoints
     found: Found | None
@@ -95,7 +97,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Start:
-    """History, step range, run directory and metrics recorder of a run that starts or resumes."""
+    """History of changes, first and last step, run directory and metrics recorder of a run at its start."""
 
     history: RunHistory
     first_step: int
@@ -206,7 +208,7 @@ def _open_run(arguments: Arguments, world: World, resume: Resume, data: Data) ->
 
 
 def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resume, data: Data) -> Run:
-    """Create the run directory, engine, student and teacher, load the checkpoint, and return the run."""
+    """Create the run directory and generation engine, load both models and the checkpoint; return the run."""
     start = _open_run(arguments, world, resume, data)
     config, models, checkpoints = arguments.config, inputs.models, resume.checkpoints
     log.info("starting the generation engine (%s)", config.policy.generation.backend)
@@ -219,7 +221,8 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
     if resume.found is None and config.runtime.verify_teacher:
         difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])
         log.info(
-            "teacher %s verified: log-probs of the sharded and the unsharded model differ by %.2g nats on average",
+            "teacher %s verified: its log-probs differ by %.2g nats on average from the log-probs that transformers"
+            " computes with the same weights",
             *(config.teacher.model_name, difference),
         )
     teacher.offload()
@@ -282,7 +285,8 @@ def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: 
     if not has_optimizer:
         log.warning(
             "checkpoint %s was saved without the optimizer state (checkpointing.save_optimizer=false), so the"
-            " moments of AdamW start at zero",
+            " moments of AdamW start at zero and the first updates differ from those of an uninterrupted run: set"
+            " checkpointing.save_optimizer=true to avoid this at later resumes",
             found.path,
         )
     warn_of_changes(start.history, found)
@@ -295,9 +299,9 @@ def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: 
 
 
 def _validated_step(found: Found | None, start: Start) -> int:
-    """Return the step whose validation is not repeated after a resume, or -1.
+    """Return the step whose validation is not repeated after a resume; -1 if no validation is skipped.
 
-    Returns the checkpoint's step if the checkpoint has validation metrics and the validation problems did not change.
+    The step is that of the checkpoint, if it has validation metrics and the validation problems did not change.
     """
     is_validated = found is not None and has_validation(found.info) and not start.history.validation_changes
     return start.first_step if is_validated else -1
@@ -324,8 +328,8 @@ def _warn_of_metric(config: Config) -> None:
         return
     if config.checkpointing.higher_is_better and _LOW_IS_GOOD.search(metric):
         log.warning(
-            "checkpointing.metric_name=%s is best when it is low, but the checkpoints with the highest values are kept:"
-            " set checkpointing.higher_is_better=false",
+            "low values of checkpointing.metric_name=%s are better, but the checkpoints with the highest values are"
+            " kept: set checkpointing.higher_is_better=false",
             metric,
         )
     if metric.startswith("val:") and not validates(config):

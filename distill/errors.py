@@ -48,7 +48,7 @@ class RunFailed(RuntimeError):
 
 
 def show(value: object) -> str:
-    """Return ``value`` as in a recipe (None as null, True as true), truncated to 80 characters."""
+    """Return ``value`` in the notation of recipes (null for None, true for True), cut to 80 characters."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -89,10 +89,10 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 @contextmanager
 def as_disk_error() -> Iterator[None]:
-    """If an OSError caused an exception of the block, raise this OSError in place of the exception.
+    """If an OSError caused the exception that the ``with`` block raised, raise the OSError instead.
 
-    Other exceptions are raised unchanged. Use this context manager where exceptions are pickled, because pickling
-    removes an exception's cause.
+    Other exceptions are raised unchanged. Use this context manager where exceptions are pickled to send them to other
+    ranks, because pickling removes an exception's cause.
     """
     try:
         yield
@@ -115,14 +115,14 @@ def cannot_write(target: str, error: OSError, fix: str) -> UserError:
 
 
 def writing_run(run_dir: Path) -> AbstractContextManager[None]:
-    """Return a context manager that raises UserError if its block fails to write to the run directory."""
+    """Return a context manager that raises UserError if its ``with`` block cannot write to ``run_dir``."""
     fix = "free disk space there, or set logger.log_dir or runtime.run_dir to a writable directory"
     return writing_to(f"the run directory {run_dir}", fix)
 
 
 @contextmanager
 def writing_to(target: str, fix: str) -> Iterator[None]:
-    """Raise UserError if the block fails because of a disk error.
+    """Raise UserError if the ``with`` block fails because of a disk error.
 
     ``target`` and ``fix``: arguments of ``cannot_write``.
     """

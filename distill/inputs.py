@@ -43,7 +43,7 @@ class Models:
     tokenizer: Any
     """The student's tokenizer."""
     teachers_tokenizer: Any
-    """Tokenizer for the teacher's prompts, with the student's token ids; its chat template may differ."""
+    """Tokenizer for the teacher's prompts: same token ids as ``tokenizer``, perhaps another chat template."""
     valid_vocab: int
     """Number of valid token ids, which start at 0; further rows of the embedding matrices are padding."""
     stop_token_ids: tuple[int, ...]
@@ -81,7 +81,7 @@ def find_models(config: Config) -> Models:
 def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None:
     """Raise UserError if a chat template fails to render an example.
 
-    The teacher's template is skipped if it is not used, or if it equals the student's template and has the same
+    The teacher's template is not checked if it is unused, or if it equals the student's template and has the same
     arguments.
     """
     name = f"policy.tokenizer.name={config.policy.tokenizer.name}"
@@ -139,8 +139,8 @@ def _stop_token_ids(
     if set(ours) != set(theirs):
         log.warning(
             "the stop tokens of student %s are %s, but the stop tokens of teacher %s are %s (perhaps one is a base"
-            " model and the other an instruct model): responses end at any of these tokens; the metric"
-            " train/teacher_stop_mass is the teacher's probability of its stop tokens",
+            " model and the other an instruct model), so responses end at any of these tokens: set"
+            " policy.generation.stop_token_ids to choose the stop tokens",
             *(student.name, tokenizer.convert_ids_to_tokens(list(ours))),
             *(teacher.name, teachers.convert_ids_to_tokens(list(theirs))),
         )
@@ -181,8 +181,8 @@ def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
 def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: PromptOrder) -> None:
     """Raise UserError if student and teacher are the same model and read the same prompts.
 
-    Compares the prompts of the first step only. Skips the check if context distillation is disabled, if the teacher
-    reads traces, or if distillation.allow_degenerate is true.
+    Compares the prompts of the first step only. Skips the check if context distillation is disabled, if the
+    teacher's prompts contain traces (reasoning texts), or if distillation.allow_degenerate is true.
     """
     is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
     if not context.enabled or config.distillation.allow_degenerate or not is_self or _has_traces(context, order):
@@ -194,7 +194,8 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
         raise UserError(
             f"{key} gives the teacher the same prompt as the student, and both are the same model, so the student"
             " cannot learn from the teacher",
-            "add a context to the template, or for a control run set distillation.allow_degenerate=true",
+            "add information for the teacher to the template, or set distillation.allow_degenerate=true for a control"
+            " experiment",
             key=key,
             value=context.teacher_prefix_template,
         )
@@ -204,8 +205,8 @@ def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, pr
     """Raise UserError if the teacher's prompt for a problem contains a token id without an embedding row.
 
     The check tokenizes the teacher's prompts (prefixes) of all problems, which takes minutes for large datasets. It is
-    skipped if the embedding has a row for every id of the tokenizer, which is the usual case. Prefixes with traces from
-    responses are checked after generation.
+    skipped if the embedding has a row for every id of the tokenizer, which is the usual case. Prefixes
+    that contain the reasoning of a response are checked after the response is generated.
     """
     if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(prefixes, ContextPrefixes):
         return
@@ -218,8 +219,8 @@ def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, pr
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
     """Return whether the teacher's prompts contain traces (reasoning texts).
 
-    This requires {trace} in teacher_prefix_template. If the traces come from a dataset column, at least one trace in
-    this column must not be empty.
+    This requires the placeholder {trace} in teacher_prefix_template. If the traces come from a dataset
+    column, at least one trace in this column must not be empty.
     """
     if teacher_template(context.teacher_prefix_template).count("trace") == 0:
         return False
@@ -243,8 +244,8 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
         return HeldOut()
     if context_is_known(config) and not config.distillation.val_at_start:
         log.info(
-            "the student's accuracy with the teacher's context in its prompt, which is the accuracy that distillation"
-            " can reach, is measured only before the first step: set distillation.val_at_start=true to measure it"
+            "the student's accuracy with the teacher's context in the prompt is not measured in this run: set"
+            " distillation.val_at_start=true to measure it before the first step"
         )
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)

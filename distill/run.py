@@ -62,7 +62,7 @@ class Run:
     sync: WeightSync
     checkpoints: Checkpoints
     export_files: ExportFiles | None
-    """Files of a Hugging Face export except weights; None on ranks other than 0 or without checkpoints."""
+    """Files of a Hugging Face export except weights; None on ranks other than 0 or if saving is disabled."""
     recorder: Recorder
     validation: Validation
     sampling: Sampling
@@ -76,7 +76,7 @@ class Run:
     _step: int = 0
     _phases: Phases = field(default_factory=Phases)
     _dropped: dict[str, float] = field(default_factory=dict)
-    """Maps metric names to counts of this rank's kept and dropped rollouts and truncated teacher prefixes."""
+    """Maps metric names to this rank's counts in the current step, such as numbers of dropped rollouts."""
     _values: dict[str, float] = field(default_factory=dict)
     """Metrics of the last finished step, reduced over all ranks."""
 
@@ -91,7 +91,7 @@ class Run:
         return self.config.distillation.seed
 
     def begin_step(self, step: int) -> Metrics:
-        """Start timing the next step, after ``step`` finished steps; return a new metrics object for it."""
+        """Start timing the step that follows ``step`` finished steps; return a new metrics object for it."""
         set_step(step + 1)
         self._step, self._phases = step, Phases(self.world.device)
         metrics = Metrics()
@@ -128,7 +128,10 @@ class Run:
             self._save_if_due(step)
         if not rollouts:
             log.warning(
-                "step %d trained on no responses, because all responses were dropped (counts: %s)", step, self._dropped
+                "step %d trained on no responses, because the teacher's prompt could not be built for any response"
+                " (counts: %s): raise teacher.max_total_sequence_length if they are too long, or change"
+                " distillation.context_distillation if they have no trace",
+                *(step, self._dropped),
             )
         self._record(step, metrics, rollouts)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
@@ -203,7 +206,7 @@ class Run:
             )
 
     def _small_files(self, step: int) -> ExportFiles | None:
-        """Return the files of a Hugging Face export except weights; None on ranks that do not write an export."""
+        """Return the files of a Hugging Face export except weights, for ``step``; None on ranks other than 0."""
         if self.export_files is None:
             return None
         tokens = {id_: self.models.tokenizer.convert_ids_to_tokens(id_) for id_ in self.models.stop_token_ids}
@@ -213,7 +216,7 @@ class Run:
         export_hf(folder / "hf", self.student.weights(), files, self.student.dtype)
 
     def save_and_stop(self, stop: StopRequested) -> None:
-        """Save a checkpoint if this step has none, and record that the run was stopped early; collective."""
+        """Save a checkpoint after step ``stop.step`` if it has none; record the early stop; collective."""
         step = stop.step
         is_saved = step == self.first_step or self.checkpoints.due(step, step == self.last_step)
         self.student.onload()  # a stopped validation leaves the optimizer state in host memory
@@ -227,7 +230,7 @@ class Run:
         log.warning("the run stopped after step %d because of %s", step, stop.reason)
 
     def report_non_finite(self, error: NonFiniteError) -> None:
-        """Write the responses with a non-finite loss or gradient to files, then raise RunFailed; collective.
+        """Write responses that may cause the non-finite loss or gradient, then raise RunFailed; collective.
 
         Each rank writes ``nonfinite/step_N_rank_R.jsonl`` in the run directory.
         """

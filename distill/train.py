@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_dry_run(argv: Sequence[str]) -> None:
     """Print the resolved recipe and the memory forecast, or print the help; do not start a run.
 
-    Raises UserError if the recipe is invalid, if the models do not support its parallel sizes, or if the forecast
-    exceeds the memory of the GPU.
+    Raises UserError if the recipe is invalid, if the models do not support the recipe's parallel sizes, or if the
+    forecast exceeds the memory of the GPU.
     """
     arguments = parse_args(argv)
     print(arguments.resolved)

@@ -1,9 +1,9 @@
 """Data types that several packages of ``distill`` use.
 
 Capital letters in names are sizes: P prompts, G responses per prompt, B sequences in a micro-batch, T positions, N
-response tokens (rows of the loss), V vocabulary, K top-k ids, D hidden width, W ranks. A tensor's name ends in its
-axes: ``tokens_T``, ``ids_NK``. Log-probs are in nats, float32. After packing, student and teacher have one row per
-response token, in the same order: row n of both predicts the same token.
+response tokens (rows of the loss), V vocabulary, K top-k ids, D hidden width, W ranks. A tensor's name ends in the
+letters of its axes: ``tokens_T``, ``ids_NK``. Log-probs are in nats, float32. After packing, student and teacher have
+one row per response token, in the same order: row n of both predicts the same token.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class SequenceShards:
     slot_T: Tensor
     """int64 [T]: for each position, the index of its slot among all R * M slots, ordered by rank."""
     position_P: Tensor
-    """int64 [R * M]: for each slot, the index of its position; 0 for a padding slot."""
+    """int64 [P] with P = R * M slots: for each slot, the index of its position; 0 for a padding slot."""
 
     def to(self, device: torch.device) -> SequenceShards:
         """Return a copy with all tensors on ``device``."""

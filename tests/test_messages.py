@@ -88,7 +88,7 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["policy.generation.vllm_cfg.precision=float32"],
         (
             "policy.generation.vllm_cfg.precision=float32 differs from policy.precision=bfloat16: remove "
-            "it, so that the engine uses the student's precision"
+            "policy.generation.vllm_cfg.precision, so that the engine uses the student's precision"
         ),
     ),
     (
@@ -102,16 +102,16 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["policy.dtensor_cfg.tensor_parallel_size=3"],
         (
             "policy.dtensor_cfg.tensor_parallel_size=3 * context_parallel_size=1 does not divide the 4 "
-            "ranks of cluster.num_nodes=1 * cluster.gpus_per_node=4: choose sizes with the product 1, 2 "
+            "ranks (cluster.num_nodes=1 * cluster.gpus_per_node=4): choose sizes with the product 1, 2 "
             "or 4"
         ),
     ),
     (
         ["policy.dtensor_cfg.replicate_size=3"],
         (
-            "policy.dtensor_cfg.replicate_size=3 does not divide the 4 groups of 1 ranks "
-            "(tensor_parallel_size * context_parallel_size) of cluster.num_nodes=1 * "
-            "cluster.gpus_per_node=4: set it to 1, 2 or 4"
+            "policy.dtensor_cfg.replicate_size=3 does not divide 4, the number of ranks "
+            "(cluster.num_nodes=1 * cluster.gpus_per_node=4) divided by the product of "
+            "policy.dtensor_cfg.tensor_parallel_size=1 and context_parallel_size=1: set it to 1, 2 or 4"
         ),
     ),
     (
@@ -129,7 +129,8 @@ SENTENCES: list[tuple[list[str], str]] = [
         ],
         (
             "teacher.dtensor_cfg.tensor_parallel_size=3 * context_parallel_size=1 is not a multiple of "
-            "policy.dtensor_cfg.tensor_parallel_size * context_parallel_size=2: choose sizes with the product 2 or 6"
+            "policy.dtensor_cfg.tensor_parallel_size=2 * context_parallel_size=1: choose teacher sizes with the "
+            "product 2 or 6"
         ),
     ),
     (
@@ -149,8 +150,8 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["policy.scheduler.2.milestones=[]"],
         (
-            "policy.scheduler has 2 stages and milestones=[]: write one milestone between each two stages, in "
-            "increasing order"
+            "policy.scheduler has 2 stages and milestones=[]: set milestones to one training step for each stage after "
+            "the first, in increasing order"
         ),
     ),
     (
@@ -162,7 +163,7 @@ SENTENCES: list[tuple[list[str], str]] = [
     ),
     (
         ["loss_fn.kl_type=jsd", "loss_fn.jsd_beta=1"],
-        "loss_fn.jsd_beta=1.0 is not between 0 and 1: set it between 0 and 1, or set loss_fn.kl_type=forward",
+        "loss_fn.jsd_beta=1.0 is not strictly between 0 and 1: set it between 0 and 1, or set loss_fn.kl_type=forward",
     ),
     (
         ["policy.dtensor_cfg.tensor_parallel_size=2", "loss_fn.support=student"],
@@ -210,8 +211,8 @@ SENTENCES: list[tuple[list[str], str]] = [
         ],
         (
             "distillation.context_distillation.static_trace.answer_column=null is missing for "
-            "distillation.context_distillation.trace_source=static_dataset: set it to the dataset's "
-            "column with the traces"
+            "distillation.context_distillation.trace_source=static_dataset: set it to the dataset "
+            "column that contains the reasoning traces for the teacher's prompt"
         ),
     ),
     (

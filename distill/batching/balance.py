@@ -22,7 +22,7 @@ round transfers about 8 P bytes, and a token needs about 8 P FLOPs. The cost is 
 little: it only decides between assignments of nearly equal time.
 """
 BISECTION_STEPS = 12
-"""Number of bisection steps with which ``balance`` searches for the lowest cost limit per micro-batch."""
+"""Number of bisection steps of ``balance`` to find the lowest possible cost limit of a micro-batch."""
 
 
 class Limits(Protocol):
@@ -54,16 +54,16 @@ def quadratic_cost(
 ) -> float:
     """Return the factor q in the cost n + q n^2 of training on a sequence of n tokens.
 
-    The cost is in units of the cost of one token. A sequence needs a n + b n^2 FLOPs, and q is b / a. The quadratic
-    term is attention. The function counts forward FLOPs, two per multiply-add. Backward and recomputation scale both
-    terms by the same factor, so q does not depend on them.
+    The cost is in units of the cost of one token. A sequence needs a * n + b * n^2 FLOPs, and q = b / a. The
+    quadratic term is attention. The function counts forward FLOPs, two per multiply-add. Backward and recomputation
+    scale both terms by the same factor, so q does not depend on them.
 
     - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
       2 * 2 * hidden * kv_heads * head_dim for keys and values, and 3 * 2 * hidden * intermediate for the gated MLP.
     - FLOPs per token in the LM head: 2 * hidden * vocab. Nearly all tokens are response tokens, which need the head.
     - FLOPs per pair of query and key in each layer: 2 * 2 * heads * head_dim for the score and the weighted value. A
       sequence of n tokens has n^2 / 2 pairs. A layer with sliding-window attention has n * window pairs instead, whose
-      FLOPs are part of a n; ``windowed`` is the number of these layers.
+      FLOPs are part of a * n; ``windowed`` is the number of these layers.
     """
     pair = 4 * heads * head_dim
     token = 4 * hidden * head_dim * (heads + kv_heads) + 6 * hidden * intermediate

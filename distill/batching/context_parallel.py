@@ -3,8 +3,8 @@
 A group consists of the ranks that compute one micro-batch together. A loss row is one response token. A view is the
 packed input of one model, student or teacher. All functions are pure.
 
-The ranks of a group exchange keys and values inside attention, so a rank can compute arbitrary token positions. In both
-views a rank computes the positions that predict the tokens of its loss rows. Hidden states, targets and losses are
+The ranks of a group exchange keys and values inside attention, so a rank can compute any subset of the positions. In
+both views a rank computes the positions that predict the tokens of its loss rows. Hidden states, targets and losses are
 therefore never communicated. Positions without a loss row (prompt tokens) go to the ranks with the fewest positions.
 """
 
@@ -77,10 +77,10 @@ def _rows_by_rank(micro_batch: MicroBatch, ranks: int) -> list[Tensor]:
 
 
 def shard_view(view: View, rows: Sequence[Tensor], rank: int) -> View:
-    """Return the part of a packed input that rank ``rank`` of the group computes.
+    """Return the part of the packed input ``view`` that rank ``rank`` computes.
 
-    ``view`` is the packed input of one model. ``rows[r]`` has the numbers of the loss rows (response tokens) of rank r,
-    in ascending order. A rank gets the positions that predict its loss rows, and a part of the remaining positions.
+    ``view`` is the input of one model. ``rows[r]`` has the numbers of the loss rows (response tokens) of rank r, in
+    ascending order. A rank gets the token positions that predict its loss rows, and a part of the remaining positions.
     """
     count, ranks = len(view.tokens_T), len(rows)
     owner_T = torch.full((count,), -1)

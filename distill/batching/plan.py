@@ -180,9 +180,9 @@ def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBa
     """Pack rollouts into one micro-batch: concatenate prefixes and responses without padding.
 
     ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n belongs to response token n. In
-    the input of each model, row n refers to the position of the token before it, which predicts token n. With ``share``
-    a repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence of one token
-    with one row of weight 0, so that every rank runs the same collectives.
+    the input of each model, row n refers to the position that predicts this token: the position of the token before it.
+    With ``share`` a repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence
+    of one token with one row of weight 0, so that every rank runs the same collectives.
     """
     if not members:
         view = view_of([((0,), (0,))])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -10,7 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +46,13 @@ log = logging.getLogger(__name__)
 _KEY = "checkpointing.checkpoint_dir"
 _PROBE_TEXT = "test of write access\n"
 _VISIBLE_WITHIN_S = 60.0
-"""Time limit in seconds for a file written on one node to become visible on all nodes."""
+"""Time limit in seconds for a new file to be visible on all nodes; network file systems have delays."""
 _UNFINISHED, _DAMAGED = "tmp_", "damaged_"
 _FIX_WRITING = f"free space there, or set {_KEY} to a writable directory"
 
 
 def has_validation(info: Mapping[str, Any]) -> bool:
-    """Return whether ``info``, a checkpoint's training_info.json, contains validation metrics."""
+    """Return whether ``info``, the content of training_info.json, contains validation metrics."""
     return any(name.startswith("validation/") for name in info.get("metrics", {}))
 
 
@@ -152,9 +151,8 @@ class Checkpoints:
         """Return the newest undamaged checkpoint after verifying its files, or None if there is no checkpoint.
 
         Collective; each rank hashes a part of the files. Returns None if checkpointing is disabled. Damaged checkpoints
-        are logged, renamed and skipped. Raises UserError if all checkpoints are damaged, so that the run does not
-        silently start from step 0. Raises RunFailed, and renames no checkpoint, if a transient I/O error persists. All
-        other errors of reading a file count as damage.
+        are logged, renamed and skipped. Raises UserError if all checkpoints are damaged. Raises RunFailed, and renames
+        no checkpoint, if a transient I/O error persists. All other errors of reading a file count as damage.
         """
         if not self._config.enabled:
             return None
@@ -183,8 +181,7 @@ class Checkpoints:
     def _find_damage(self, path: Path, checksums: Checksums) -> CheckpointError | None:
         """Return the error of a damaged or unreadable file of the checkpoint, or None if all files are intact.
 
-        Collective: each rank verifies a part of the files, and all ranks return the same error. Damage takes precedence
-        over transient I/O errors.
+        Collective; each rank verifies a part of the files. Damage takes precedence over transient I/O errors.
         """
         with self._world.all_or_none("verifying the checkpoint's files"):
             own = find_damage(path, checksums, sorted(checksums)[self._world.rank :: self._world.size])
@@ -194,8 +191,7 @@ class Checkpoints:
     def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
         """Rename damaged checkpoints, so that the next resume ignores them; collective.
 
-        ``damaged`` maps the directory name of each damaged checkpoint to the reason. ``intact``: the checkpoint that
-        the run resumes from.
+        ``damaged`` maps directory names of damaged checkpoints to reasons. The run resumes from ``intact``.
         """
         with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
             if self._world.is_main:
@@ -259,12 +255,12 @@ class Checkpoints:
     ) -> None:
         """Start writing the checkpoint of step ``step`` in the background; collective.
 
-        First completes the previous checkpoint. ``finalize_pending`` later completes this checkpoint. ``tensors`` (by
-        name) are copied before ``save`` returns. ``info``: JSON values for training_info.json. ``export``: called on
-        all ranks with the checkpoint's directory, to write additional files; if it raises an exception on only some
-        ranks, it must do so after its last collective. ``history``: path of the run's metrics.jsonl; the rows up to
-        ``step`` are copied into the checkpoint. ``files`` maps the path, inside the checkpoint, of each small file of
-        this rank to its content.
+        First completes the previous checkpoint. ``finalize_pending`` later completes this checkpoint. ``tensors`` maps
+        names to tensors, which are copied before ``save`` returns. ``info``: JSON values for training_info.json.
+        ``export``: called on all ranks with the checkpoint's directory, to write additional files; if it raises an
+        exception on only some ranks, it must do so after its last collective. ``history``: path of the run's
+        metrics.jsonl, whose rows up to ``step`` are copied into the checkpoint. ``files`` maps the path of each small
+        file of this rank, relative to the checkpoint, to its content.
         """
         self.finalize_pending(block=True)
         folder = self._dir / f"{_UNFINISHED}step_{step}"
@@ -351,7 +347,7 @@ class Checkpoints:
             raise
 
     def record_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Add metrics to the checkpoint of ``step``, if that checkpoint exists; then remove old checkpoints.
+        """Add metrics to the checkpoint of ``step``, if that checkpoint exists; then apply keep_top_k.
 
         Collective. ``values`` maps logged names, such as ``train/loss``, to the metrics after ``step`` training steps;
         all ranks must pass the same names. Only validation metrics and the metric that checkpointing.metric_name
@@ -407,14 +403,16 @@ class Checkpoints:
         if self._metric and any(value is not None for value in metrics.values()):
             for path in [p for p in list(metrics)[:-1] if metrics[p] is None]:
                 self._warn_once(
-                    f"checkpoint {path} counts as the worst checkpoint, because"
+                    f"checkpoint {path} counts as the worst checkpoint for checkpointing.keep_top_k, because"
                     f" checkpointing.metric_name={self._config.metric_name} was not measured for it"
                 )
         for old in to_drop(metrics, self._config.keep_top_k, self._config.higher_is_better):
             try:
                 self._remove(old)
             except OSError as error:  # another process may be reading it; the run can continue
-                self._warn_once(f"checkpoint {old} could not be removed completely ({error.strerror})")
+                self._warn_once(
+                    f"checkpoint {old} could not be fully removed ({error.strerror}): the next run removes the rest"
+                )
             log.info("removed checkpoint %s because of checkpointing.keep_top_k=%d", old, self._config.keep_top_k)
 
     def _info(self, path: Path) -> dict[str, Any] | None:
@@ -436,15 +434,12 @@ class Checkpoints:
             self._warnings.add(text)
             log.warning("%s", text)
 
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
+    def _writing(self) -> AbstractContextManager[None]:
         return writing_to(f"{_KEY}={self._config.checkpoint_dir}", _FIX_WRITING)
 
 
 def _wait_for_file(file: Path) -> bool:
-    """Wait up to _VISIBLE_WITHIN_S seconds until ``file`` is visible on this node; return whether it is.
-
-    A network file system may show a new file with a delay.
-    """
+    """Wait up to _VISIBLE_WITHIN_S seconds until ``file`` is visible on this node; return whether it is."""
     until = time.monotonic() + _VISIBLE_WITHIN_S
     while not file.exists():
         if time.monotonic() >= until:

@@ -1,7 +1,7 @@
 """Lock a checkpoint directory, so that only one run writes to it.
 
-The package ``filelock`` is not used, because its lock of a failed machine cannot be taken over. On a file system
-without locks, its lock file also remains after a run is killed.
+The package ``filelock`` is not used, because a lock that a failed machine left could not be taken over. On a file
+system without locks, the lock file of ``filelock`` also remains after a run is killed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DirectoryLock:
             elif time.monotonic() - start >= WAIT_S:
                 if _is_earlier_start(owner):
                     log.warning(
-                        "%s has ended, but its lock on %s remains: the restarted Slurm job takes over the lock",
+                        "%s has ended, but its lock on %s remains: this process takes over the lock",
                         *(owner, folder),
                     )
                     break
@@ -97,7 +97,8 @@ class DirectoryLock:
             if error.errno not in _NO_LOCKS:
                 raise
             log.warning(
-                "%s cannot be locked (%s): make sure that no other run writes to this directory",
+                "the lock file %s cannot be locked (%s), so a second run that writes to its directory is not detected:"
+                " use a different directory for each run",
                 *(self._file.name, error.strerror),
             )
         return True

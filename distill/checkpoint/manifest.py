@@ -1,8 +1,8 @@
 """Read and write the manifest of a checkpoint, the file ``training_info.json``.
 
-The manifest contains the checkpoint's info (step, recipe, metrics, state of the data) and the size and SHA-256 of each
-file that a resume reads. It is written last and contains its own hash, so a directory without a valid manifest is not a
-complete checkpoint.
+The manifest contains the checkpoint's info (step, recipe, metrics, position in the data) and the size and SHA-256 of
+each file that a resume reads. It is written last and contains its own hash, so a directory without a valid manifest is
+not a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> Che
             if size != expected:
                 return CheckpointError(f"{name} has {size} bytes instead of {expected}")
             if retry_io(partial(_sha256, folder / name)) != checksums[name]["sha256"]:
-                return CheckpointError(f"the sha256 of {name} differs from the manifest")
+                return CheckpointError(f"the sha256 of {name} differs from the value in {INFO}")
         except OSError as error:
             return CheckpointError(f"{name} cannot be read: {error.strerror}", error.errno in TRANSIENT_ERRNOS)
     return None
@@ -144,7 +144,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         seal = info.pop(_SEAL)
         checksums = info[_FILES]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{INFO} is truncated or not a manifest ({error!r})") from error
+        raise CheckpointError(f"{INFO} is truncated or has an invalid format ({error!r})") from error
     if not isinstance(checksums, dict) or _hash_of(info) != seal:
         raise CheckpointError(f"the content of {INFO} does not match the sha256 stored in it")
     return dict(info)

@@ -30,7 +30,7 @@ _SAME_RUN = (
 )
 """Prefixes of configuration keys that do not affect training.
 
-These keys are about duration, parallelism, memory and monitoring.
+These keys set the length of the run, parallelism, memory use and monitoring.
 """
 
 

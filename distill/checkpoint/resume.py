@@ -30,7 +30,7 @@ CHANGES_FILE = "changes.json"
 def clock_of(found: Found | None) -> RunClock:
     """Return the run's clock, from which chat templates get the date.
 
-    It always returns the time of the run's first start, which is stored in the checkpoint ``found``. Without a
+    The clock always returns the time of the run's first start, which is stored in the checkpoint ``found``. Without a
     checkpoint, or if the checkpoint contains no clock, return a clock with the current time.
     """
     if found is None or _CLOCK not in found.info:
@@ -68,11 +68,14 @@ class RunHistory:
     Each dict has the keys ``step`` (of the checkpoint), ``what`` (a text) and ``when`` (time of the resume).
     """
     validation: ContentHashes | None = None
-    """Hashes of the validation data, to detect changes at a resume; empty or None without such data."""
+    """Hashes of the validation data, to detect changes at a resume.
+
+    If validation is disabled now, the hashes are those in the checkpoint. Empty or None if it was never enabled.
+    """
     training_changes: Sequence[str] = ()
-    """Texts about changes detected at this resume in the training data and in keys that affect training."""
+    """Texts about changes in training data and in recipe keys that affect training, found at this resume."""
     validation_changes: Sequence[str] = ()
-    """Texts about changes detected at this resume in the validation data."""
+    """Texts about changes of the validation data, found at this resume."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -101,8 +104,8 @@ def compare_with_checkpoint(
 
     ``found``: the checkpoint that the run resumes from; None for a first start. ``validation``: hashes of the current
     validation data. Raises UserError if the training data, the prompts or their order changed and
-    checkpointing.allow_changes is false. Differences in the validation data and in keys that affect training are only
-    recorded.
+    checkpointing.allow_changes is false. Differences in the validation data and in recipe keys that affect training are
+    only recorded.
     """
     if found is None:
         return RunHistory(clock, validation=validation)
@@ -121,7 +124,8 @@ def compare_with_checkpoint(
 
 def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
     return UserError(
-        f"{'; '.join(changes)} since the checkpoint {found.path}{_NO_DATE if undated else ''}",
+        f"the run cannot resume from checkpoint {found.path}, because {'; '.join(changes)}"
+        f"{_NO_DATE if undated else ''}",
         f"undo the change, set {_ALLOW_KEY}=true to continue with the change from step {found.info['step'] + 1} on,"
         " or set another checkpointing.checkpoint_dir to start a new run (to keep the weights, export this checkpoint"
         " with scripts.export_hf and set policy.model_name to the export)",
@@ -142,7 +146,5 @@ def warn_of_changes(history: RunHistory, found: Found) -> None:
         log.warning(
             "%s than at checkpoint %s: validation metrics from step %d on are not comparable with earlier metrics%s",
             *("; ".join(history.validation_changes), found.path, found.info["step"]),
-            ", and metrics measured with the teacher's context in the prompt are no longer reported"
-            if found.info["in_context"]
-            else "",
+            ", and the metrics validation/in_context_* are no longer reported" if found.info["in_context"] else "",
         )

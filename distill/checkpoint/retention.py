@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def to_drop(metrics: Mapping[Path, float | None], keep: int | None, higher_is_better: bool) -> list[Path]:
-    """Return the checkpoints to remove: all except the newest and the best ``keep``.
+    """Return the checkpoints to remove: all except the newest one and the ``keep`` best ones.
 
     ``metrics`` maps each checkpoint to its value of the metric checkpointing.metric_name, oldest checkpoint first; a
     checkpoint with the value None counts as worse than all others. If values are equal, the newer checkpoint counts as

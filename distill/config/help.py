@@ -57,7 +57,7 @@ def print_help(config: Config, path: Path) -> None:
 def _as_yaml(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Return the tyro spec that shows a dict or a list of dataclasses as one flag; None for other types.
 
-    By default, tyro shows one flag per entry, or no flag at all.
+    Without this spec, tyro shows one flag per entry, and no flag for an empty dict or list.
     """
     options = get_args(info.type) if type(None) in get_args(info.type) else (info.type,)
     for option in options:

@@ -1,8 +1,8 @@
 """Load a Config from default values, parent recipes, the recipe (YAML file) and command-line overrides.
 
 Later sources override earlier ones. OmegaConf reads files and resolves interpolations. parse.py converts values to the
-types of the schema. tyro only prints --help. It does not parse the command line, because its error messages are longer
-than one sentence.
+types in schema.py. tyro only prints --help. It does not parse the command line, because tyro's error messages are
+longer than one sentence.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Arguments:
 
 
 def load_config(argv: Sequence[str] = ()) -> Config:
-    """Load the configuration for the command line ``argv``; raise UserError if it is invalid."""
+    """Load the configuration for the command line ``argv``; raise UserError if a setting is invalid."""
     return parse_args(argv).config
 
 
@@ -266,11 +266,11 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe and merge it over its parent recipes.
 
     The recipe's key ``defaults`` lists the parents, relative to the recipe's folder. ``children``: the
-    recipe of the run, its parent, and so on, up to the child of ``path``, for the detection of cycles.
+    recipes that led to ``path``: the recipe of the run, its parent, and so on. They are used to detect cycles.
     """
     if os.path.isfile(path) and path.resolve() in children:
         problem = f"defaults={path} in {children[-1]} makes the recipe a parent of itself"
-        raise UserError(problem, "set defaults to another recipe, or remove it", key="defaults", value=str(path))
+        raise UserError(problem, "remove defaults, or set it to another recipe", key="defaults", value=str(path))
     layer = _read_yaml(path, children)
     parents = layer.pop("defaults", [])
     if not isinstance(parents, (str, list)):
@@ -330,7 +330,7 @@ def _check_expanded_size(text: str) -> None:
 
 
 def _similar_recipes(path: Path) -> str:
-    """Return the fix in the error message for a missing recipe ``path``.
+    """Return the fix for the error message if the recipe ``path`` does not exist.
 
     The fix lists recipes with similar names in the folder of ``path``, or else the first ten recipes in this folder.
     """
@@ -378,7 +378,7 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
 def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
     """Split the override ``word`` into key and value text.
 
-    ``rest``: the next words of the command line. For ``--key value``, the value is removed from ``rest``.
+    ``rest``: the words after ``word`` on the command line. For ``--key value``, the value is removed from ``rest``.
     """
     key, equals, text = word.partition("=")
     is_flag = key.startswith("--")

@@ -22,8 +22,8 @@ class TokenizerConfig:
     """Arguments of the chat template, such as {enable_thinking: false}; null: no arguments. For the teacher, null means
     the value of policy.tokenizer.chat_template_kwargs."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template; null: no replacement. If the teacher is the student's
-    model, null means for the teacher the value of policy.tokenizer.chat_template."""
+    """Jinja file that replaces the tokenizer's chat template; null: no replacement. For a teacher with the student's
+    model_name, null means the value of policy.tokenizer.chat_template."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class BatchingConfig:
     enabled: bool = False
     """Limit micro-batches by the token budget."""
     train_mb_tokens: int = 8192
-    """Maximum number of tokens in a micro-batch. Each response counts together with its prompt, the student's or the
-    teacher's, whichever is longer. Default: policy.max_total_sequence_length * policy.train_micro_batch_size."""
+    """Maximum number of tokens in a micro-batch, prompts included. If a response has different prompts for student and
+    teacher, the longer one counts. Default: policy.max_total_sequence_length * policy.train_micro_batch_size."""
     logprob_mb_tokens: int = 8192
     """No effect: the teacher uses the student's micro-batches. Default: policy.max_total_sequence_length *
     policy.logprob_batch_size."""
@@ -116,7 +116,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SchedulerStage:
-    """One entry of policy.scheduler: a stage of the learning rate schedule, or the milestones between stages."""
+    """One entry of policy.scheduler: a stage of the learning rate schedule, or (last) the milestones."""
 
     name: (
         Literal[
@@ -126,12 +126,13 @@ class SchedulerStage:
         ]
         | None
     ) = None
-    """Scheduler class of the stage; null in the entry with the milestones."""
+    """Scheduler class of the stage; null in the entry that lists the milestones."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the scheduler. LinearLR: start_factor, end_factor, total_iters; ConstantLR: factor, total_iters;
     CosineAnnealingLR: T_max, eta_min."""
     milestones: tuple[int, ...] = ()
-    """Training steps at which the second and each later stage starts; empty in the entry of a stage."""
+    """Training steps at which the second and later stages start. Set only in the last entry of policy.scheduler; empty
+    in entries that define a stage."""
 
 
 def reference_scheduler(warmup: int = 10) -> tuple[SchedulerStage, ...]:
@@ -153,7 +154,7 @@ class VllmConfig:
     """Settings of the vLLM engine."""
 
     precision: Precision = "bfloat16"
-    """Compute dtype of the engine. It must equal policy.precision (the default)."""
+    """Compute dtype of the engine. It must equal policy.precision, which is also the default."""
     tensor_parallel_size: int = 1
     """Number of consecutive ranks that run one engine together."""
     gpu_memory_utilization: float = 0.6
@@ -233,7 +234,7 @@ class PolicyConfig:
     """Compute dtype; master weights and gradient reduction are float32. auto: bfloat16 on GPUs and on CPUs with
     bfloat16 instructions; float32 on other CPUs, because bfloat16 is 10 to 60 times slower there."""
     logprob_chunk_size: int | None = None
-    """Value that replaces runtime.logits_chunk_rows for the student (key of NeMo-RL); null: no replacement."""
+    """Value that replaces runtime.logits_chunk_rows for the student (a NeMo-RL key); null: no replacement."""
     dtensor_cfg: DtensorConfig = field(default_factory=DtensorConfig)
     """Parallelism of the student."""
     dynamic_batching: BatchingConfig = field(default_factory=BatchingConfig)
@@ -247,8 +248,8 @@ class PolicyConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Class and arguments of the optimizer."""
     scheduler: tuple[SchedulerStage, ...] = field(default_factory=reference_scheduler)
-    """Learning rate schedule, advanced once per training step: a list of stages, then an entry with the milestones at
-    which the next stage starts. An empty list: a constant learning rate."""
+    """Learning rate schedule, advanced once per training step: a list of stages, followed by one entry `milestones`
+    with the training steps at which the second and later stages start. An empty list: a constant learning rate."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """Generation and sampling of responses."""
 
@@ -270,7 +271,7 @@ class TeacherConfig:
     """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
     teacher.*.logprob_mb_tokens, which has no effect either. Default: policy.logprob_batch_size."""
     logprob_chunk_size: int | None = None
-    """Value that replaces runtime.logits_chunk_rows for the teacher (key of NeMo-RL); null: no replacement."""
+    """Value that replaces runtime.logits_chunk_rows for the teacher (a NeMo-RL key); null: no replacement."""
     dtensor_cfg: TeacherDtensorConfig = field(default_factory=TeacherDtensorConfig)
     """Parallelism of the teacher."""
     dynamic_batching: TeacherBatchingConfig = field(default_factory=TeacherBatchingConfig)

@@ -1,7 +1,7 @@
 """Compatibility with NeMo-RL recipes (YAML files): ignored keys, and keys with restricted values.
 
-Some keys of NeMo-RL recipes have no effect in this project. One warning lists the ignored keys. A value that is
-not supported raises UserError.
+Some keys of NeMo-RL recipes have no effect in this project. They are ignored, and one warning lists them. A
+value that is not supported raises UserError.
 """
 
 from __future__ import annotations

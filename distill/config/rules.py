@@ -17,22 +17,19 @@ from distill.errors import UserError, any_of, show
 
 AT_LEAST: dict[int, str] = {
     1: """distillation.num_prompts_per_step distillation.num_generations_per_prompt distillation.max_num_steps
-        distillation.max_num_epochs distillation.max_val_samples
-        distillation.val_num_generations
+        distillation.max_num_epochs distillation.max_val_samples distillation.val_num_generations
         policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
-        policy.dtensor_cfg.tensor_parallel_size
-        policy.dtensor_cfg.context_parallel_size policy.dtensor_cfg.replicate_size
-        policy.dynamic_batching.train_mb_tokens policy.dynamic_batching.logprob_mb_tokens
-        policy.sequence_packing.train_mb_tokens
+        policy.dtensor_cfg.tensor_parallel_size policy.dtensor_cfg.context_parallel_size
+        policy.dtensor_cfg.replicate_size policy.dynamic_batching.train_mb_tokens
+        policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
         policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens policy.generation.top_k
         policy.generation.val_top_k policy.generation.vllm_cfg.tensor_parallel_size
         policy.generation.vllm_cfg.max_model_len teacher.max_total_sequence_length teacher.logprob_batch_size
         teacher.logprob_chunk_size teacher.dtensor_cfg.tensor_parallel_size teacher.dtensor_cfg.context_parallel_size
-        teacher.dynamic_batching.logprob_mb_tokens teacher.sequence_packing.logprob_mb_tokens
-        data.max_input_seq_length checkpointing.keep_top_k checkpointing.save_period
-        cluster.num_nodes cluster.gpus_per_node runtime.sync_bucket_mib runtime.logits_chunk_rows
-        runtime.phase_timeout_s""",
+        teacher.dynamic_batching.logprob_mb_tokens teacher.sequence_packing.logprob_mb_tokens data.max_input_seq_length
+        checkpointing.keep_top_k checkpointing.save_period cluster.num_nodes cluster.gpus_per_node
+        runtime.sync_bucket_mib runtime.logits_chunk_rows runtime.phase_timeout_s""",
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
 }
@@ -146,7 +143,7 @@ def _check_windows(config: Config) -> None:
         raise UserError(
             f"policy.generation.vllm_cfg.precision={generation.engine_precision} differs from "
             f"policy.precision={config.policy.precision}",
-            "remove it, so that the engine uses the student's precision",
+            "remove policy.generation.vllm_cfg.precision, so that the engine uses the student's precision",
             key="policy.generation.vllm_cfg.precision",
             value=generation.engine_precision,
         )
@@ -163,7 +160,7 @@ def _check_windows(config: Config) -> None:
         raise UserError(
             f"teacher.max_total_sequence_length={teacher} is below policy.generation.max_new_tokens="
             f"{generation.max_new_tokens}, so the longest responses do not fit",
-            f"set it to at least {generation.max_new_tokens} plus the length of the teacher's prefix",
+            f"set it to at least {generation.max_new_tokens} plus the length of the teacher's prompt",
             key="teacher.max_total_sequence_length",
             value=teacher,
         )
@@ -171,13 +168,13 @@ def _check_windows(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     ranks, node = (config.cluster.num_nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node)
-    cluster = f"cluster.num_nodes={config.cluster.num_nodes} * cluster.gpus_per_node={node}"
+    cluster = f"(cluster.num_nodes={config.cluster.num_nodes} * cluster.gpus_per_node={node})"
     policy, teacher = config.policy.dtensor_cfg, config.teacher.dtensor_cfg
     for name, parallel in (("policy", policy), ("teacher", teacher)):
         if ranks % parallel.group_size:
             raise UserError(
                 f"{name}.dtensor_cfg.tensor_parallel_size={parallel.tensor_parallel_size} * context_parallel_size="
-                f"{parallel.context_parallel_size} does not divide the {ranks} ranks of {cluster}",
+                f"{parallel.context_parallel_size} does not divide the {ranks} ranks {cluster}",
                 f"choose sizes with the product {_divisors(ranks)}",
                 key=f"{name}.dtensor_cfg.tensor_parallel_size",
                 value=parallel.tensor_parallel_size,
@@ -185,8 +182,9 @@ def _check_groups(config: Config) -> None:
     groups = ranks // policy.group_size
     if groups % policy.replicate_size:
         raise UserError(
-            f"policy.dtensor_cfg.replicate_size={policy.replicate_size} does not divide the {groups} groups of "
-            f"{policy.group_size} ranks (tensor_parallel_size * context_parallel_size) of {cluster}",
+            f"policy.dtensor_cfg.replicate_size={policy.replicate_size} does not divide {groups}, the number of ranks "
+            f"{cluster} divided by the product of policy.dtensor_cfg.tensor_parallel_size="
+            f"{policy.tensor_parallel_size} and context_parallel_size={policy.context_parallel_size}",
             f"set it to {_divisors(groups)}",
             key="policy.dtensor_cfg.replicate_size",
             value=policy.replicate_size,
@@ -196,9 +194,9 @@ def _check_groups(config: Config) -> None:
         sizes = any_of(str(policy.group_size * size) for size in range(1, groups + 1) if groups % size == 0)
         raise UserError(
             f"teacher.dtensor_cfg.tensor_parallel_size={teacher.tensor_parallel_size} * context_parallel_size="
-            f"{teacher.context_parallel_size} is not a multiple of policy.dtensor_cfg.tensor_parallel_size * "
-            f"context_parallel_size={policy.group_size}",
-            f"choose sizes with the product {sizes}",
+            f"{teacher.context_parallel_size} is not a multiple of policy.dtensor_cfg.tensor_parallel_size="
+            f"{policy.tensor_parallel_size} * context_parallel_size={policy.context_parallel_size}",
+            f"choose teacher sizes with the product {sizes}",
             key="teacher.dtensor_cfg.tensor_parallel_size",
             value=teacher.tensor_parallel_size,
         )
@@ -241,7 +239,7 @@ def _check_scheduler(config: Config) -> None:
     if len(milestones) != max(len(stages) - 1, 0) or milestones != sorted(set(milestones)):
         refuse(
             f"has {len(stages)} stages and milestones={milestones}",
-            "write one milestone between each two stages, in increasing order",
+            "set milestones to one training step for each stage after the first, in increasing order",
             milestones,
         )
 
@@ -294,7 +292,7 @@ def check_divergence(loss: LossConfig) -> None:
         )
     if loss.kl_type == "jsd" and not 0 < loss.jsd_beta < 1:
         raise UserError(
-            f"loss_fn.jsd_beta={loss.jsd_beta} is not between 0 and 1",
+            f"loss_fn.jsd_beta={loss.jsd_beta} is not strictly between 0 and 1",
             f"set it between 0 and 1, or set loss_fn.kl_type={'reverse' if loss.jsd_beta <= 0 else 'forward'}",
             key="loss_fn.jsd_beta",
             value=loss.jsd_beta,
@@ -307,7 +305,7 @@ def _check_context(config: Config) -> None:
     _check_think_tags(context.trace_extractor.think_tags, f"{key}.trace_extractor.think_tags")
     if not 0 < context.ema_decay < 1:
         raise UserError(
-            f"{key}.ema_decay={context.ema_decay} is not between 0 and 1",
+            f"{key}.ema_decay={context.ema_decay} is not strictly between 0 and 1",
             "set it between 0 and 1, or set mode to self_frozen (a decay of 1) or self_live (a decay of 0)",
             key=f"{key}.ema_decay",
             value=context.ema_decay,
@@ -330,7 +328,7 @@ def _check_trace_source(context: ContextDistillationConfig, key: str) -> None:
     if context.trace_source == "static_dataset" and not column:
         raise UserError(
             f"{key}.static_trace.answer_column={show(column)} is missing for {key}.trace_source=static_dataset",
-            "set it to the dataset's column with the traces",
+            "set it to the dataset column that contains the reasoning traces for the teacher's prompt",
             key=f"{key}.static_trace.answer_column",
             value=column,
         )
@@ -373,11 +371,8 @@ def _check_think_tags(tags: tuple[str, str], key: str) -> None:
 def _check_data(config: Config) -> None:
     loop, data = config.distillation, config.data
     if not data.train:
-        raise UserError(
-            "data.train=null provides no training data",
-            "set data.train.dataset_name or data.train.data_path",
-            key="data.train",
-        )
+        fix = "set data.train.dataset_name or data.train.data_path"
+        raise UserError("data.train=null provides no training data", fix, key="data.train")
     validations = [name for name in ("val_period", "val_at_start", "val_at_end") if getattr(loop, name)]
     if not data.validation and validations:
         raise UserError(

@@ -28,7 +28,7 @@ class TraceExtractorConfig:
     response starts inside a think block."""
     selection: Literal["first", "last", "longest"] = "first"
     """Think block that is the trace if a text has several. longest: the block with the most characters; in a tie, the
-    first of them."""
+    first of these blocks."""
     unclosed_span: Literal["to_end", "ignore"] = "to_end"
     """Treatment of a think block without a closing tag, as in a truncated response. to_end: the block extends to the
     end of the text; ignore: the block is not used."""
@@ -55,17 +55,18 @@ class ContextMetricsConfig:
 
 @dataclass(frozen=True)
 class ContextDistillationConfig:
-    """Context distillation: the teacher reads a filled template (problem, trace) in place of the student's prompt."""
+    """Context distillation: the teacher's prompt is a template filled with the problem and a trace."""
 
     enabled: bool = False
     """Use the filled teacher_prefix_template as the teacher's prompt; false: the teacher reads the student's prompt."""
     mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
-    """Model that is the teacher. self_frozen: the student before training; self_ema: a moving average of the student
-    (ema_decay); self_live: the current student; frozen: teacher.model_name, any model with the student's tokenizer."""
+    """Model that is the teacher. self_frozen: the student before training; self_ema: a moving average of the student's
+    weights (ema_decay); self_live: the current student; frozen: teacher.model_name, which may be any model with the
+    student's tokenizer."""
     ema_decay: float = 0.99
     """Decay d of the moving average in mode self_ema. After each step: teacher = d * teacher + (1 - d) * student."""
     overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
-    """Action if the teacher's prefix (its prompt) and the response exceed teacher.max_total_sequence_length.
+    """Action if the teacher's prefix (its prompt) and the response together exceed teacher.max_total_sequence_length.
     truncate_trace: remove the end of the trace, or drop the response if even the prefix without a trace is too long;
     truncate_prefix_only: keep the last tokens of the prefix; truncate_prefix_from_end: keep the first tokens of the
     prefix. Responses are never truncated."""
@@ -106,8 +107,8 @@ class DistillationConfig:
     val_period: int = 20
     """Number of training steps between validations; 0: no periodic validation."""
     val_at_start: bool = False
-    """Validate before the first training step. If the teacher's context does not depend on a response, also measure the
-    student's accuracy with this context in place of the prompt."""
+    """Validate before the first training step. If the teacher's prompt does not depend on a response, also measure the
+    student's accuracy with the teacher's prompts."""
     val_at_end: bool = False
     """Validate after the last training step."""
     max_val_samples: int | None = 512
@@ -291,7 +292,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Number of nodes and ranks, which must match the started ranks. On GPUs, each rank has one GPU."""
+    """Number of nodes and of ranks per node, which must match the started processes. On GPUs, each rank has one GPU."""
 
     gpus_per_node: int = 8
     """Number of ranks per node."""
@@ -304,22 +305,26 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Settings of the execution. These keys do not change the result of a step."""
+    """Run directory, device, memory use, timeout and verification of the teacher.
+
+    These keys do not change the result of a training step, except for rounding.
+    """
 
     run_dir: str | None = None
     """Run directory, for the logs and metrics of the run; null: a new directory exp_NNN in logger.log_dir."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of training and generation; auto: cuda if available, otherwise cpu."""
     sync_bucket_mib: int = 512
-    """Size in MiB of a bucket: the weights that are copied together in the sync from student to generation engine."""
+    """Maximum size in MiB of a bucket, a set of tensors that are gathered and copied together when the student's
+    weights are copied to the generation engine or to the teacher. A larger tensor has its own bucket."""
     share_prefixes: bool = True
     """Compute each prompt only once for all its responses in a micro-batch. If micro-batches have a token budget,
     responses to the same prompt are placed in the same micro-batch if possible."""
     offload_optimizer: bool = True
     """Keep the optimizer's moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
     logits_chunk_rows: int | None = None
-    """Maximum number of rows of logits in memory, one row per response token; null: derived from a memory budget (2048
-    rows for a vocabulary of 151,936 on CUDA)."""
+    """Maximum number of rows of logits in memory at a time, one row per response token; null: derived from a memory
+    budget (2048 rows for a vocabulary of 151,936 on CUDA)."""
     phase_timeout_s: int = 1800
     """Timeout in seconds: the run fails if no rank makes progress in a phase (such as generation) for this time."""
     verify_teacher: bool = True
@@ -346,6 +351,6 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Destinations of metrics: Weights & Biases, TensorBoard, console."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Number of nodes and ranks, and GPU memory."""
+    """Number of nodes, ranks per node, and GPU memory."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """Settings of the execution."""
+    """Run directory, device, memory use, timeout and verification of the teacher."""

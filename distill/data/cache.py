@@ -57,7 +57,7 @@ After this time, this process builds the file itself.
 def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) -> pa.Table:
     """Return a table of the record batches that ``batches()`` yields.
 
-    The table is kept in memory if its size and the total size of its source files are at most IN_MEMORY_BYTES.
+    The table is kept in memory if its size and the size of its source files are both at most IN_MEMORY_BYTES.
     Otherwise it is memory-mapped from a cache file. ``identity``: a JSON value that changes whenever the table changes;
     its hash is in the name of the cache file. ``size``: the total size of the source files in bytes. If no folder can
     store the cache file, the table is kept in memory and a warning is logged. Not collective: call it first on one rank
@@ -205,7 +205,7 @@ def _release_memory() -> None:
 
 
 def _remove_old(folder: Path, keep: Path) -> None:
-    """Remove old temporary files, and the least recently used cache files above MAX_CACHE_BYTES in total.
+    """Remove old temporary files and, above MAX_CACHE_BYTES in total, the least recently used cache files.
 
     Temporary files are removed after one day. ``keep``: a file that is not removed. Locked files are not removed
     either. A cache file of another host is removed only if it was last opened more than a day ago, because its lock may

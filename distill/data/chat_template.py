@@ -63,7 +63,7 @@ def check_chat_template(
         other = Path(tokenizer.name_or_path, "chat_template.json")
         remark = f" (transformers reads {other.name} only for multimodal processors)" if other.is_file() else ""
         log.info(
-            "%s has no chat template%s, so prompts are plain text after the tokenizer's BOS token, if it adds one: to"
+            "%s has no chat template%s, so prompts are plain text (after a BOS token, if the tokenizer adds one): to"
             " use a chat template, set %s to the path of a Jinja file",
             *(what, remark, key),
         )

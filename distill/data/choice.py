@@ -110,7 +110,7 @@ _NEGATION = re.compile(
 
 
 def chosen_option(text: str) -> str | None:
-    r"""Return the letter of the option that ``text`` chooses; None unless it chooses exactly one option.
+    r"""Return the letter of the option that ``text`` chooses; None if it chooses no option or several.
 
     The last phrase in ``text`` that states an option, such as ``\boxed{B}`` or "Answer: B", is used. If ``text``
     contains no such phrase, the option is read from the last line, or else from the first line.
@@ -142,8 +142,8 @@ def named_option(text: str) -> str | None:
 def _plain(text: str) -> str:
     r"""Return ``text`` without LaTeX, Markdown and HTML markup.
 
-    The content of each ``\boxed{...}`` is placed between ``_MARK`` and ``_END``. Each sequence of white space is
-    replaced by one line break if it contains a line break, else by one space.
+    The content of each ``\boxed{...}`` is placed between the characters ``_MARK`` and ``_END``. Each sequence of white
+    space is replaced by one line break if it contains a line break, else by one space.
     """
     plain = unicodedata.normalize("NFKC", text).translate(_WIDE)
     plain = _mark_boxes(_DOUBLE.sub(r"\\boxed{\1}", plain))
@@ -155,7 +155,7 @@ def _one_blank(blank: re.Match[str]) -> str:
 
 
 def _mark_boxes(text: str) -> str:
-    r"""Replace each outermost closed ``\boxed{...}`` by its content, enclosed in ``_MARK`` and ``_END``."""
+    r"""Replace each outermost closed ``\boxed{...}`` by the characters ``_MARK``, its content and ``_END``."""
     opened: list[tuple[bool, int, int]] = []
     boxes = []
     for brace in _BRACE.finditer(text):
@@ -175,7 +175,8 @@ def _mark_boxes(text: str) -> str:
 def _stated_letter(match: re.Match[str], plain: str) -> str | None:
     """Return the option letter in a match of ``_STATEMENT``; None if it does not state exactly one option.
 
-    Returns "" if the letter is an article or part of a name (A man). ``plain``: the text that contains the match.
+    A match is a phrase such as "Answer: B". Returns "" if the letter is an article or part of a name ("Answer: A man").
+    ``plain``: the text that contains the match.
     """
     if match["box"] is not None:
         return named_option(match["box"])

@@ -40,7 +40,7 @@ class TextColumn:
     key: str
     """Configuration key that selects the column, for messages."""
     required: bool = True
-    """Whether a row without the column is an error. If false, Problem.columns omits the column."""
+    """Whether a row without the column is an error. If false, Problem.columns omits it for such a row."""
 
 
 class WrittenFloat(float):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ContentHashes = Mapping[str, str]
 """Maps the name of each input of the prompts, such as ``problems`` or ``chat_template``, to its hash.
 
-The entry ``tokens`` is the hash of the tokenized prompts. This module calls each entry a part.
+The entry ``tokens`` is the hash of the tokenized prompts.
 """
 
 TOKENS = "tokens"
@@ -118,10 +118,10 @@ def describe_change(parts: Sequence[str], all_compared: bool) -> str:
 
 
 def raise_if_ranks_differ(gathered: Sequence[tuple[str, Mapping[str, ContentHashes]]]) -> None:
-    """Raise UserError if the hashes of any rank differ from the hashes of rank 0.
+    """Raise UserError if the prompts' inputs on any rank have other hashes than those on rank 0.
 
     ``gathered``: one pair per rank: the host name, and a mapping from configuration keys, such as ``data.train``, to
-    the rank's hashes. All ranks must pass the same value, so that all ranks raise the same error.
+    the rank's hashes of these inputs. All ranks must pass the same value, so that all ranks raise the same error.
     """
     first_host, first = gathered[0]
     for key in first:

@@ -38,7 +38,7 @@ _BATCH = 1000
 
 
 def kind_of(path: PurePath) -> tuple[str, str]:
-    """Return the file type and the compression by the suffixes of ``path``, such as (".jsonl", ".gz").
+    """Return the file type and the compression from the suffixes of ``path``, such as (".jsonl", ".gz").
 
     Each value is "" if its suffix is missing or unknown.
     """
@@ -67,7 +67,7 @@ class DataFile:
     """A data file and the columns to read from it."""
 
     path: Path
-    """Path of the file. Its file type is one of KINDS; it may be compressed."""
+    """Path of the file. Its file type is one of KINDS (such as .jsonl); it may be compressed."""
     columns: Columns
     """Columns to read from the file."""
 
@@ -249,8 +249,9 @@ def _tsv(stream: BinaryIO, file: DataFile) -> Iterator[Row]:
 def _separated(stream: BinaryIO, file: DataFile, delimiters: tuple[str, ...]) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file with a header line.
 
-    All values are strings; quoted fields may contain line breaks. Each of ``delimiters`` is tried in order, until the
-    split header contains the column ``input_key``. If none fits, the first delimiter is used.
+    All values are strings; quoted fields may contain line breaks. ``delimiters`` are tried in order, until one
+    splits the header into names that include ``input_key``, the column of the problem text. If no delimiter does, the
+    first one is used.
     """
     lines = _decoded_lines(stream, file)
     head: list[str] = []

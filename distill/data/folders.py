@@ -25,7 +25,7 @@ If a configuration in the card has any other key, the ``datasets`` library must 
 def split_files(folder: Path, subset: str | None, key: str) -> dict[str, list[Path]] | None:
     """Map each split to its data files, found by the dataset card or by the names of files and folders.
 
-    ``subset``: name of a configuration in the dataset card (README.md), None: the default configuration; ``key``:
+    ``subset``: name of a configuration in the dataset card (README.md); None: the default configuration. ``key``:
     configuration key of ``folder``, for messages. Returns None if the ``datasets`` library must read the folder: the
     folder has only unknown file types, or the card has parser settings. Raises UserError for a folder without data
     files and for an invalid card.
@@ -82,9 +82,9 @@ def _warn_of_ignored(
     listed = {file for files in splits.values() for file in files}
     if by_names and (unlisted := [file for file in _all_readable(base) if file not in listed]):
         log.warning(
-            "%s: ignoring %d data files that are in a symbolically linked folder, or that belong to no split by their"
-            " names (first: %s): rename the files, set data_path to one file, or list all files under configs in"
-            " README.md",
+            "%s: ignoring %d data files that are in a symbolically linked folder or whose names match no split (first:"
+            " %s): rename the files, set data_path to one file, or list all files under configs in the README.md of the"
+            " dataset",
             *(label, len(unlisted), unlisted[0].relative_to(base)),
         )
 

@@ -112,9 +112,9 @@ _IN_WORKER: Mapping[str, Callable[[str, str], Verdict]] = {"math": _grade_math, 
 
 
 class Grader:
-    """Grader of responses; a context manager that ends the worker processes on exit.
+    """Grader of responses; a context manager that ends its worker processes on exit.
 
-    ``seconds``: time limit in seconds for one response.
+    Worker processes run the graders math and regex. ``seconds``: time limit in seconds for one response.
     """
 
     def __init__(self, seconds: float = SECONDS) -> None:

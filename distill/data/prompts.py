@@ -35,7 +35,7 @@ Messages = list[dict[str, str]]
 
 
 class TemplateKeys(NamedTuple):
-    """Configuration keys of a chat template, for messages."""
+    """Names of the configuration keys of a chat template, for error messages."""
 
     template: str
     """Configuration key for the path of the template file."""
@@ -48,7 +48,7 @@ _STUDENT_KEYS = TemplateKeys("policy.tokenizer.chat_template", "policy.tokenizer
 _CHUNK = 1000
 """Number of conversations that are rendered and tokenized in one batch."""
 _RANDOM, _RENDERINGS = ("random", "lipsum"), 16
-"""Jinja functions with random results, and the number of renderings to compare if one is called."""
+"""Jinja functions with random results; number of test renderings of a template that calls one."""
 
 
 def chat_ids(
@@ -60,10 +60,10 @@ def chat_ids(
     """Return the token ids of each conversation, ending with the chat template's generation prompt.
 
     As in transformers and vLLM, the template writes all special tokens, including BOS; the tokenizer adds none. Without
-    a chat template, the prompt is the tokenizer's BOS and the messages' texts, separated by blank lines (see
-    token_ids). ``template_kwargs`` are arguments of the chat template, such as ``enable_thinking``; ``keys`` are
-    the template's configuration keys, for messages. Raises UserError if the template rejects a conversation or renders
-    random text.
+    a chat template, the messages' texts are joined by blank lines, and the tokenizer's BOS is added (see token_ids).
+    ``template_kwargs``: arguments of the chat template, such as ``enable_thinking``. ``keys``: the template's
+    configuration keys, for error messages. Raises UserError if the template rejects a conversation, or renders the same
+    conversation to different texts.
     """
     if not chats:
         return []
@@ -115,10 +115,7 @@ def _rejected(
 def _raise_if_random(
     tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any], keys: TemplateKeys
 ) -> None:
-    """Raise UserError if the chat template renders random text.
-
-    All ranks and all resumes of a run must render the same prompts.
-    """
+    """Raise UserError if repeated renderings of ``chat`` differ; all ranks need the same prompts."""
     sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
     if not any(name in sources for name in _RANDOM):
         return
@@ -171,10 +168,7 @@ class Prompts:
     skipped: int
     """Number of prompts that were left out because they are too long."""
     inside_thought: bytes = b""
-    """One byte per prompt: 1 for a prompt that ends inside a think block (after ``<think>``), else 0.
-
-    If it is empty, no prompt ends inside a think block.
-    """
+    """One byte per prompt: 1 if it ends inside a think block (after ``<think>``), else 0; b"": all are 0."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -219,10 +213,10 @@ def load_prompts(
     """Load the datasets and tokenize their prompts.
 
     Each dataset may set its own prompt file and system prompt file. Prompts of more than ``max_tokens`` tokens are
-    skipped and counted. ``key``: the datasets' configuration key, for messages. ``trace_column``: the column with
-    reasoning for the teacher; ``trace_required``: whether each row must have this column. ``think_tags``: the tags that
-    begin and end the reasoning in a response. The result depends only on the arguments and files, so it is equal on all
-    ranks. Raises UserError for invalid data and if all prompts are too long.
+    skipped and counted. ``key``: the datasets' configuration key, for error messages. ``trace_column``: the column with
+    reasoning for the teacher, or None; ``trace_required``: whether each row must have this column. ``think_tags``: the
+    tags that begin and end the reasoning in a response. The result depends only on the arguments and files, so it is
+    equal on all ranks. Raises UserError for invalid data and if all prompts are too long.
     """
     problems: list[Problems] = []
     rows: list[array[int]] = []
@@ -333,8 +327,7 @@ class PromptOrder:
     """Order of the training prompts: the batch of prompts of each step, identical on all ranks.
 
     Steps count from 0. Each epoch is a permutation of all prompts, derived from (seed, epoch) and split into batches of
-    ``num_prompts_per_step``. An incomplete last batch is dropped. Raises UserError if there are fewer prompts than one
-    batch needs.
+    ``num_prompts_per_step``. An incomplete last batch is dropped. Raises UserError for fewer prompts than one batch.
     """
 
     prompts: Prompts
@@ -346,7 +339,7 @@ class PromptOrder:
     shuffle: bool = True
     """Whether each epoch permutes the prompts; false: prompts keep the order of the datasets."""
     input_hashes: ContentHashes = field(default_factory=dict)
-    """Maps the name of each input of the prompts and teacher prefixes, such as ``problems``, to its hash."""
+    """Maps each input of the student's and teacher's prompts, such as ``problems``, to its hash."""
 
     def __post_init__(self) -> None:
         n = len(self.prompts)
@@ -395,14 +388,13 @@ class PromptOrder:
 
     @property
     def content_hashes(self) -> ContentHashes:
-        """Return ``input_hashes`` and the hash of the tokenized prompts."""
+        """Return ``input_hashes`` with the additional entry ``tokens``, the hash of the tokenized prompts."""
         return {**self.input_hashes, TOKENS: self.prompts.fingerprint}
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the state for a checkpoint as JSON: the position in the data before ``step``, and hashes.
+        """Return JSON values for a checkpoint before ``step``: position in the data, settings and hashes.
 
-        The entry ``sums`` contains the prompts' checksums in base85, so that a resume can report how many prompts
-        changed.
+        The entry ``sums`` has the prompts' checksums in base85, so that a resume can count the changed prompts.
         """
         return {
             "step": step,
@@ -420,10 +412,10 @@ class PromptOrder:
     def changes(self, state: Mapping[str, Any]) -> list[str]:
         """Return one phrase per difference between this order and ``state``, the state in a checkpoint.
 
-        Differences are changed inputs of the prompts and changed settings of the order. The seed is not compared,
-        because it changes only the order of later steps. A checkpoint of an earlier program version contains only the
-        hash of the tokenized prompts. Phrases about settings equal the phrases of ``recipe_diff.changed_keys``, so that
-        a resume can remove duplicates.
+        The inputs of the prompts and the fields in ``_SETTINGS`` are compared. The seed is not compared, because it
+        changes only the order of later prompts. A checkpoint of an earlier program version has no hashes of the inputs;
+        then only the hash of the tokenized prompts is compared. Phrases about settings equal those of
+        ``recipe_diff.changed_keys``, so that a resume can remove duplicates.
         """
         saved: ContentHashes = state.get("content", {TOKENS: state["fingerprint"]})
         changes = []
@@ -453,4 +445,4 @@ class PromptOrder:
 
 
 _SETTINGS = {"shuffle": "data.shuffle", "num_prompts_per_step": "distillation.num_prompts_per_step"}
-"""Maps the PromptOrder fields that a resume compares with the checkpoint to their configuration keys."""
+"""Maps each field of PromptOrder that is compared on resume to its configuration key."""

@@ -84,12 +84,12 @@ def _no_dataset(key: str) -> UserError:
 def load_problems(
     dataset: DatasetConfig, key: str, trace_column: str | None = None, trace_required: bool = True
 ) -> Problems:
-    """Load the problems of one dataset, concatenated ``repeat`` times.
+    """Load the problems of one dataset, concatenated ``dataset.repeat`` times.
 
     ``key``: the dataset's configuration key, for messages. ``trace_column``: the column of the traces (texts with
-    reasoning for the teacher), to store in Problem.columns; a null value is stored as "". ``trace_required``: whether
-    each row must have this column. Raises UserError for a missing file, an empty dataset, a missing column, a value of
-    the wrong type, a malformed line, or if the Hugging Face hub cannot be reached.
+    reasoning for the teacher), to store in Problem.columns; a null value is stored as "". None: no such column.
+    ``trace_required``: whether each row must have this column. Raises UserError for a missing file, an empty dataset, a
+    missing column, a value of the wrong type, a malformed line, or if the Hugging Face hub cannot be reached.
     """
     if dataset.repeat < 1:
         repeat = dataset.repeat
@@ -142,7 +142,8 @@ def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) ->
 def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns: Columns) -> None:
     """Raise UserError if output_pattern matches no gold answer; log a warning if it matches only some.
 
-    ``found``: pairs (table, numbers of the rows with a problem text).
+    output_pattern is the regular expression that extracts the gold answer from its column. ``found``: pairs (table,
+    numbers of the rows with a problem text).
     """
     unmatched = [(table, row) for table, kept in found for row in table.without_match(kept)]
     if not unmatched:
@@ -157,7 +158,8 @@ def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns:
             "correct the pattern, or set it to null if the column contains only gold answers",
         )
     log.warning(
-        "%s=%s does not match the gold answers of %d of %d problems, so these problems have no gold answer (first: %s)",
+        "%s=%s matches nothing in the gold-answer column of %d of %d problems (first: %s), so these problems have no"
+        " gold answer: correct the pattern, or correct these rows",
         *(key, pattern, len(unmatched), sum(len(kept) for _, kept in found), table.location(row)),
     )
 

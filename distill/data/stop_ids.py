@@ -69,7 +69,7 @@ def usable_stop_ids(ids: Sequence[int], tokenizer: Any, valid_vocab: int, name: 
         )
     if not usable:
         log.warning(
-            "%s has no stop id in generation_config.json, config.json or tokenizer, so responses end only at"
+            "%s has no stop id in generation_config.json, config.json or the tokenizer, so responses end only at"
             " policy.generation.max_new_tokens: set policy.generation.stop_token_ids",
             name,
         )

@@ -68,7 +68,7 @@ class ProblemTable:
         return _rows_where(texts, start, lambda column: column.is_valid())
 
     def without_match(self, rows: Sequence[int]) -> list[int]:
-        """Return the numbers of those ``rows`` in which output_pattern does not match the gold answer."""
+        """Return those row numbers in ``rows`` whose gold answer the regex output_pattern does not match."""
         answers = self.table.column("answer")
         if answers.null_count == 0:
             return []

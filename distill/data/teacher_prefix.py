@@ -116,9 +116,10 @@ def build_teacher_prefixes(
 ) -> TeacherPrefixes:
     """Return the object that builds the teacher's prefixes, as selected by the configuration.
 
-    ``tokenizer``: the teacher's tokenizer. Its chat template receives the teacher's chat_template_kwargs, or else the
-    student's. ``valid_vocab``: number of token ids with an embedding; a prefix with any other id raises UserError;
-    None: ids are not checked. ``clock``: the clock that chat templates read; None: they read the current time.
+    A prefix is the token ids that the teacher reads before a response. ``tokenizer``: the teacher's tokenizer. Its chat
+    template receives the teacher's chat_template_kwargs, or else the student's. ``valid_vocab``: number of token ids
+    with an embedding; a prefix with any other id raises UserError; None: ids are not checked. ``clock``: the clock that
+    chat templates read; None: they read the current time.
     """
     context = config.distillation.context_distillation
     if not context.enabled:
@@ -307,8 +308,8 @@ class ContextPrefixes:
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
         """Return the prefix; if prefix and response exceed the teacher's window, truncate the prefix.
 
-        The setting overflow_policy selects the part of the prefix to remove. Returns None if the prefix is too long
-        even with the shortest allowed trace.
+        The window is teacher.max_total_sequence_length. The setting overflow_policy selects the part of the prefix to
+        remove. Returns None if the prefix is too long even with the shortest allowed trace.
         """
         budget = self._max_tokens - sample.length
         if len(prefix) <= budget:

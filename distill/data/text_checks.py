@@ -35,8 +35,8 @@ def check_texts(
     ``prompts`` are iterated several times. ``valid_vocab``: number of token ids with an embedding. ``where``: the
     configuration key of the datasets, for messages. ``trace_column``: the column with reasoning that the
     teacher reads, in which ``think_tags`` are allowed; None: there is no such column. Warnings report control tokens
-    inside a problem or a trace, characters that are not in the vocabulary, and texts that encoding and decoding change.
-    Each warning contains the number of affected prompts and the first of them.
+    inside a problem or a trace, characters that are not in the vocabulary, and texts that differ after encoding
+    and decoding. Each warning contains the number of affected prompts and the first of them.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
@@ -61,8 +61,8 @@ def largest_id(tokenizer: Any) -> int:
 def check_ids(tokenizer: Any, ids: Sequence[int], valid_vocab: int, what: str, key: str) -> None:
     """Raise UserError if ``ids`` contain a token id without an embedding.
 
-    ``valid_vocab``: number of token ids with an embedding; ``what``: name of the text in the message; ``key``:
-    configuration key of the text.
+    ``valid_vocab``: number of token ids with an embedding; ``what``: name of the text in the error message;
+    ``key``: configuration key of the text.
     """
     largest = max(ids, default=0)
     if largest >= valid_vocab:
@@ -86,7 +86,9 @@ def _warn_of_control_tokens(
     prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None, think_tags: tuple[str, str]
 ) -> None:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
-    reads = "reads such a token as a control token, not as text: remove the tokens from the data, unless intended"
+    reads = (
+        "reads such a token as a control token, not as text: remove the tokens from the data if this is not intended"
+    )
     texts = ((prompt, prompt.problem.text) for prompt in prompts)
     found = _control_tokens(texts, tokens)
     _warn_of(found, where, "contain control tokens such as %s in the problem", f"the model {reads}")
@@ -120,7 +122,7 @@ def _warn_of_unknown_tokens(prompts: Iterable[Prompt], tokenizer: Any, where: st
     if number is None or number in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return
     hits = ((prompt, unknown) for prompt in prompts if number in prompt.student_ids)
-    fault = "contain characters that are not in the vocabulary and have the token %s"
+    fault = "contain characters that are not in the vocabulary and are encoded as the token %s"
     _warn_of(hits, where, fault, "the model cannot distinguish these characters")
 
 

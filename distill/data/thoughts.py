@@ -32,13 +32,12 @@ _THINK_LIKE = re.compile(r"(?:<\|?[\w:]*(?:think|thought)\w*\|?>|\[THINK\])\Z", 
 
 
 def extract_trace(text: str, extractor: TraceExtractorConfig, inside_thought: bool = False) -> str:
-    """Return the trace in ``text``: the think block that ``extractor`` selects, stripped; "" if none.
+    """Return the trace in ``text``: the think block that ``extractor`` selects; "" if there is no block.
 
     A think block begins after an opening tag and ends at the next closing tag. An opening tag inside a block is part of
     its text; a closing tag outside of a block is ignored. ``extractor.unclosed_span`` defines the treatment of a block
     without a closing tag. ``inside_thought``: whether the text begins inside a block, because the prompt ends with an
-    opening tag.
-    ``extractor.type="full_text"`` selects the complete text.
+    opening tag. ``extractor.type="full_text"`` selects the complete text.
     """
     if extractor.type == "full_text":
         return text.strip()
@@ -108,8 +107,9 @@ def inside_thoughts(
             states.append(clear or _opens(_generation_prompt(tokenizer, chats[i], template_kwargs or {}), think_tags))
     if unknown:
         log.warning(
-            "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s]: set this"
-            " key to the model's opening and closing tag; otherwise the reasoning is graded, and no trace is found",
+            "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s], so the"
+            " reasoning is graded together with the answer, and context distillation finds no reasoning to use as a"
+            " trace: set this key to the model's opening and closing tag",
             *(tokenizer.name_or_path, unknown, _KEY, *think_tags),
         )
     return bytes(states)

@@ -116,7 +116,7 @@ def tokenizer_class_misreads(folder: Path) -> bool:
 
 
 def same_tokenizer_files(student: Path, teacher: Path) -> bool:
-    """Return whether both models have the same tokenizer files, so that loading one tokenizer is enough.
+    """Return whether both models have the same tokenizer files, so that both can use one tokenizer.
 
     Returns False if tokenizer.json is missing, a folder has additional chat templates, or the model types differ.
     """
@@ -186,8 +186,8 @@ def _is_sentencepiece(tokenizer: Any, source: _Source) -> bool:
     """
     loaded = type(tokenizer).__name__
     log.warning(
-        "%s has no tokenizer.json, so the class %s of transformers loads the tokenizer from other files, and its token"
-        " ids are checked on only a few texts",
+        "%s has no tokenizer.json, so transformers loads its tokenizer from other files with the class %s, and wrong"
+        " token ids may remain undetected: add the model's tokenizer.json to its folder to avoid this",
         *(source, loaded),
     )
     path = source.file("tokenizer.model")
@@ -265,8 +265,8 @@ def _add_bos(tokenizer: Any, source: _Source) -> None:
     if bos is None or tokenizer.bos_token_id in opening_ids(tokenizer) or not hasattr(tokenizer, "backend_tokenizer"):
         return
     log.warning(
-        "%s requires %s before plain text (by add_bos_token or its tokenizer class), but transformers %s does not add"
-        " it, so this run adds it",
+        "%s requires the BOS token %s before plain text (because of add_bos_token or the tokenizer class), but"
+        " transformers %s does not add this token, so this run adds it",
         *(source, bos, transformers.__version__),
     )
     pair = [bos, "$A", bos, "$B:1"]

@@ -39,7 +39,7 @@ _VERBATIM = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False
 
 
 def encoding_difference(read: Any, own: Tokenizer) -> str | None:
-    """Describe a text that ``read`` and ``own`` encode to different ids; None if all ids are equal.
+    """Describe a test text that ``read`` and ``own`` encode to different ids; None if all ids are equal.
 
     ``read``: the tokenizer as loaded by transformers, or None if it could not be loaded; ``own``: the tokenizer in
     tokenizer.json.
@@ -68,7 +68,7 @@ def _texts(added_tokens: Iterable[str]) -> list[str]:
 
 
 def check_round_trip(tokenizer: Any, key: str, value: str) -> None:
-    """Raise UserError if encoding and decoding changes plain text; warn if it changes other texts.
+    """Encode and decode test texts; raise UserError if plain text changes, warn if other texts change.
 
     ``key``, ``value``: the configuration key that selects the tokenizer, and the value of this key.
     """
@@ -91,7 +91,7 @@ def check_round_trip(tokenizer: Any, key: str, value: str) -> None:
 
 
 def changed_by_round_trip(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (text, decoded text) for each text that encoding and decoding changes.
+    """Encode and decode each text; return (text, decoded text) for each text that is changed.
 
     The tokenizer's normalizer is applied to both texts before the comparison.
     """
@@ -151,6 +151,7 @@ def compare_vocabularies(student: Any, teacher: Any, student_name: str, teacher_
     if differing := [text for text, of_student, of_teacher in pairs if of_student != of_teacher]:
         log.warning(
             "policy.model_name=%s and teacher.model_name=%s have the same tokens but split text differently (%d of %d"
-            " test texts, for example %r): without context distillation, the teacher reads the student's prompt ids",
+            " test texts, for example %r), so without context distillation the teacher reads token ids that its own"
+            " tokenizer would not produce: choose a teacher with the student's tokenizer",
             *(student_name, teacher_name, len(differing), len(texts), show(differing[0])),
         )

@@ -10,7 +10,7 @@ from distill.distributed.variables import integer
 from distill.errors import UserError
 
 _PARENT = os.getppid()
-"""Process id of the parent at import. After the parent has ended, os.getppid() returns another id."""
+"""Parent process id at import of this module; os.getppid() differs from it after the parent has ended."""
 
 
 def rank_by_launcher() -> int:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 600.0
 """Seconds to wait for missing ranks; a rank on a slow file system may import modules for minutes."""
 _OWN_STORE_TIMEOUT_S = 20.0
-"""Timeout in seconds for rank 0 to connect to the store, if the store is in rank 0 itself."""
+"""Timeout in seconds for rank 0 to connect to the rendezvous store, if rank 0 itself serves the store."""
 _LOG_AFTER_S = 20.0
 _POLL_S = 0.1
 _TIMED_OUT = "timed out"

@@ -19,17 +19,17 @@ All ports are below 32768, because Linux uses higher ports for outgoing connecti
 LAUNCH_ID = "DISTILL_LAUNCH_ID"
 """Name of the environment variable with the id of an ``srun`` launch; its value is equal on all ranks."""
 PORTS_PER_JOB = 31
-"""Number of consecutive ports per Slurm job, so that jobs with nearby numbers use different ports."""
+"""Number of consecutive ports per Slurm job ID, so that jobs with nearby IDs use different ports."""
 _FIX = "start the program with srun, or unset the variable"
 
 
 def torch_environment() -> dict[str, str]:
     """Return the environment variables that ``srun python -m distill.train`` needs but Slurm does not set.
 
-    The dict maps the variables of torch.distributed, and LAUNCH_ID, to their values. srun must start one task per GPU.
+    The dict maps the variables of torch.distributed, and LAUNCH_ID, to their values. It is empty outside of Slurm, if
+    the Slurm step has only one task, or if RANK is already set (as by torchrun). srun must start one task per GPU.
 
-    It is empty if RANK is already set (as by torchrun), outside of Slurm, or if the Slurm step has only one task.
-    MASTER_ADDR and MASTER_PORT keep the values that the environment has. Otherwise MASTER_ADDR is the step's first
+    MASTER_ADDR and MASTER_PORT keep their values if they are already set. Otherwise MASTER_ADDR is the step's first
     node, and MASTER_PORT depends on job and step, so that two jobs on one node use different ports. Raises UserError
     for invalid variables of Slurm.
     """
@@ -58,12 +58,12 @@ def _port_of_step() -> int:
 
 
 def job_id() -> int:
-    """Return the number of this process's Slurm job, which stays the same after a requeue."""
+    """Return the Slurm job ID of this process, which stays the same after a requeue."""
     return int(os.environ["SLURM_JOB_ID"])
 
 
 def start_of_job() -> tuple[int, int] | None:
-    """Return the Slurm job's number and how often the job was requeued; None outside of Slurm."""
+    """Return the Slurm job ID and the number of times the job was requeued; None outside of Slurm."""
     job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
     return (int(job), int(restarts)) if job.isdecimal() and restarts.isdecimal() else None
 
@@ -74,21 +74,27 @@ def job_nodes() -> str:
 
 
 def allocation() -> tuple[int, int | None]:
-    """Return the Slurm job's number of nodes, and of GPUs on this node (None if Slurm manages no GPUs)."""
+    """Return the number of nodes of the Slurm job, and the number of the job's GPUs on this node.
+
+    The number of GPUs is None if Slurm does not manage GPUs.
+    """
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]), int(gpus) if gpus else None
 
 
 def port(job: int, step: int = 0) -> int:
-    """Return the rendezvous port with index ``step`` of Slurm job number ``job``.
+    """Return the rendezvous port for the Slurm job ID ``job`` and the index ``step``.
 
-    Jobs with nearby numbers have different ports. The Slurm step with number k uses index k + 1.
+    The srun step with Slurm step ID k uses index k + 1. Jobs with nearby IDs have different ports.
     """
     return _PORT_BASE + (job * PORTS_PER_JOB + step) % _PORT_SPAN
 
 
 def address_of(node: str) -> str:
-    """Return the name ``node``; if it cannot be resolved, the node's address in Slurm's configuration."""
+    """Return ``node`` if this host name can be resolved, else the node's address in Slurm's configuration.
+
+    If Slurm has no address of the node either, return ``node``.
+    """
     if not resolves(node) and (scontrol := shutil.which("scontrol")):
         shown = subprocess.run([scontrol, "show", "node", node], capture_output=True, text=True, check=False)
         if found := re.search(r"NodeAddr=(\S+)", shown.stdout):

@@ -83,9 +83,9 @@ def check_allocation(config: Config) -> None:
 
 
 def free_port(job: int) -> int:
-    """Return the first free port on this machine among the ports of Slurm job number ``job``.
+    """Return a rendezvous port that is free on this machine, derived from the Slurm job ID ``job``.
 
-    If all of them are in use, return the first one.
+    Each job ID has PORTS_PER_JOB candidate ports. If all candidates are in use, return the first one.
     """
     for port in (slurm.port(job, index) for index in range(slurm.PORTS_PER_JOB)):
         with contextlib.suppress(OSError), socket.create_server(("", port)):
@@ -96,7 +96,8 @@ def free_port(job: int) -> int:
 def address() -> str:
     """Return the address at which other nodes reach this node, the first node of the Slurm job.
 
-    If GLOO_SOCKET_IFNAME is set, it is the address of that network interface.
+    If GLOO_SOCKET_IFNAME names a network interface, return the address of this interface. Raises UserError if no
+    address is found.
     """
     if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
         return interface_address(interface)

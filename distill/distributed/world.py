@@ -94,8 +94,10 @@ class World:
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
         """Create the device mesh (replica, shard, tp) on ``device`` (auto, cpu or cuda); collective.
 
-        Consecutive ranks differ in tp. The shard axis combines the data-parallel and context-parallel axes (dp, cp).
-        Unused axes have size 1. Call ``check_cluster`` first: tp * cp must divide the number of ranks.
+        tp is the innermost axis: it varies fastest with the rank. The shard axis combines the data-parallel and the
+        context-parallel axis (dp, cp). Unused axes have size 1. Call ``check_cluster`` first: tp * cp must divide the
+        number of ranks.
+
         ``tp``, ``cp``: tensor- and context-parallel size. ``replicas``: number of copies of the model; the ranks are
         divided evenly among them. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
         together; values below cp * tp are raised to cp * tp.
@@ -145,7 +147,7 @@ class World:
 
     @property
     def teacher_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks that compute the teacher's micro-batches together; None if it is one rank."""
+        """Return the ranks that compute the teacher's micro-batches together; None if this is only one rank."""
         assert self.mesh is not None, "build_mesh comes first"
         return self._teacher_mesh.get_group("teacher") if self._teacher_size > 1 else None
 
@@ -211,8 +213,8 @@ class World:
     def main_first(self) -> Iterator[None]:
         """Run the ``with`` block on the first rank of each node before the node's other ranks; collective.
 
-        A download or the build of a cache then happens once per node. ``runtime.phase_timeout_s`` does not limit the
-        time.
+        A download or the build of a cache then happens once per node. ``runtime.phase_timeout_s`` does not apply to
+        the block.
         """
         with progress.phase("one rank per node first", timed=False):
             if self.local_rank != 0:
@@ -247,7 +249,10 @@ class World:
 
 
 def _fields(error: Exception) -> tuple[bool, tuple[str, str, str, str | None]]:
-    """Return whether ``error`` is a UserError, and arguments of a CollectiveUserError with its text."""
+    """Return whether ``error`` is a UserError, and its (problem, fix, key, value) as text.
+
+    If it is not a UserError, ``problem`` is its message, and the remaining values are empty.
+    """
     if isinstance(error, UserError):
         return True, (error.problem, error.fix, error.key, None if error.value is None else show(error.value))
     return False, (f"{error}" or repr(error), "", "", None)

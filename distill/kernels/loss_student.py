@@ -70,7 +70,7 @@ def reduce_rows(z_CV: Tensor, ids_CK: Tensor, inverse_temperature: float) -> tup
         inverse_temperature: 1 / temperature; all outputs are computed from z = logit * inverse_temperature.
 
     Returns:
-        Four float32 tensors: z at the kept ids [C, K] (-inf for padding), the largest z of the tail m [C], the sum of
+        Four float32 tensors: z at the kept ids [C, K] (-inf for padding), m = the largest z of the tail [C], the sum of
         exp(z - m) over the tail [C], and the sum of (z - m) exp(z - m) over the tail [C]. If all logits of the tail are
         -inf, m is -inf and the sums are 0. If a logit is NaN, the sums are NaN.
 
@@ -253,7 +253,7 @@ def _gradient_of_tile(
 ) -> tl.tensor:
     """Return exp(z - top) * (factor + slope * (z - top)) for a tile of raw logits.
 
-    z is logit / temperature. ``slope=None`` means 0.
+    z is logit / temperature, and ``top`` the largest z of the tail of the row. ``slope=None`` means 0.
     """
     distance_GL = z_GL.to(tl.float32) * inverse_temperature - top
     mass_GL = tl.exp2(distance_GL * _LOG2_E)

@@ -7,7 +7,7 @@ with the ids of ``torch.topk``. No kernel makes the host wait for the device.
 1. ``scan_tiles`` reads a row in tiles and writes the largest logit of each tile. Let t be the k-th largest of these
    maxima. Then k tiles have a logit of at least t, so t is a lower bound of the k-th largest logit.
 2. ``select`` reads again only the tiles with a maximum of at least t, about k tiles. Their logits of at least t are the
-   candidates, usually few more than k. The kernel selects the k largest candidates.
+   candidates, usually a few more than k. The kernel selects the k largest candidates.
 3. With hundreds of equal logits, which occur in bf16, the candidates can overflow their buffer. ``select`` marks such a
    row, and ``full_row`` computes it. ``full_row`` needs no buffer, but it reads the row in every bisection step.
 
@@ -89,12 +89,12 @@ def topk_ids(z_CV: Tensor, k: int) -> Tensor:
 
     Args:
         z_CV: logits, float32 or bf16, with column stride 1; the row stride may exceed V. If the row stride is a
-            multiple of 16, the kernels use 16-byte loads. Logits may be -inf. In a row with NaN the ids are distinct
-            and in range, but otherwise undefined.
+            multiple of 16 elements, the kernels use 16-byte loads. Logits may be -inf. In a row with NaN the ids are
+            distinct and in range, but otherwise undefined.
         k: number of ids, from 1 to V.
 
     Returns:
-        int32 [C, K]; the order within a row is arbitrary, but equal for equal inputs.
+        int32 [C, k] for C rows; the order within a row is arbitrary, but equal for equal inputs.
 
     Raises ``ValueError`` for other dtypes, shapes, strides or values of k.
     """

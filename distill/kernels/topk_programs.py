@@ -62,7 +62,7 @@ def _threshold(keys: tl.tensor, k: tl.tensor, slack: tl.tensor, low: tl.tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_sum(z: tl.tensor, taken: tl.tensor, top: tl.tensor, total: tl.tensor, to_log2: tl.tensor) -> tl.tensor:
-    """Add selected logits to the running sum over the tail (all tokens outside the top-k).
+    """Add selected logits to the running maximum and sum of the tail (all tokens outside the top-k).
 
     ``taken`` is a mask that selects entries of the logits ``z``. ``top`` is the maximum m of the tail so far, and
     ``total`` the sum of exp((z - m) / temperature). ``to_log2`` is log2(e) / temperature. Returns the new maximum and

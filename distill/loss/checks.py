@@ -1,7 +1,7 @@
 """Checks of the arguments of the distillation loss, made before any computation.
 
-A row is one response token. The kept ids of a row are the K token ids with individual log-probs; all other tokens are
-the tail. Each check raises ``UserError`` with the name and the value of the invalid setting or argument.
+A row is one response token. The kept ids of a row are the K token ids of its top-k. Each check raises ``UserError``
+with the name and the value of the invalid setting or argument.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distill.types import TopK
 
 @cache
 def _choices() -> dict[str, tuple[Any, ...]]:
-    """Return a dict from the name of each ``LossConfig`` field with a Literal type to its allowed values."""
+    """Return a dict from the name of a ``LossConfig`` field to its allowed values, for each Literal field."""
 
     def words(hint: Any) -> tuple[Any, ...]:
         return get_args(hint) if get_origin(hint) is Literal else sum(map(words, get_args(hint)), ())
@@ -109,10 +109,11 @@ def check_linear(owner: str, hidden_ND: Tensor, head_VD: Tensor, vocab: int) -> 
 
 
 def check_rows(rows: int, **columns: Tensor) -> None:
-    """Raise ``UserError`` if one of the tensors ``columns`` does not have one entry per row.
+    """Raise ``UserError`` if a tensor in ``columns`` does not have one entry per row.
 
-    ``rows`` is the number of rows of the student's hidden states or logits. A tensor whose name ends in ``_ND`` may
-    have several dimensions; all other tensors must be 1-D. The error message contains the name of the tensor.
+    ``columns`` maps the name of each tensor to the tensor. ``rows`` is the number of rows of the student's hidden
+    states or logits. A tensor whose name ends in ``_ND`` may have several dimensions; all other tensors must be 1-D.
+    The error message contains the name of the tensor.
     """
     for name, column in columns.items():
         if column.shape[:1] != (rows,) or (column.ndim != 1 and not name.endswith("_ND")):
@@ -124,7 +125,8 @@ def check_rows(rows: int, **columns: Tensor) -> None:
 def check_ids(vocab: int, topk_ids_NK: Tensor | None = None, sampled_ids_N: Tensor | None = None) -> None:
     """Raise ``UserError`` if a token id is not an integer between 0 and ``vocab`` - 1.
 
-    ``topk_ids_NK`` may also contain -1 (padding). Ids on a GPU are copied to the host in a single transfer.
+    ``topk_ids_NK`` may also contain -1 (padding). If the ids are on a GPU, only the lowest and highest ids are copied
+    to the host, in a single transfer.
     """
     named = [
         (name, what, lowest, ids)
@@ -160,10 +162,10 @@ def check_support_size(k: int, vocab: int) -> None:
 
 
 def check_topk(topk: TopK, rows: int, vocab: int) -> None:
-    """Raise ``UserError`` if the tensors of the teacher's top-k have inconsistent shapes or a wrong size.
+    """Raise ``UserError`` if the tensors of the teacher's top-k have wrong or inconsistent shapes.
 
-    ``rows`` is the number of rows of the student's logits, which the top-k must also have. K must be from 1 to
-    ``vocab``, the size of the vocabulary.
+    ``rows`` is the number of rows of the student's logits; the top-k must have the same number. K, the number of ids
+    per row, must be from 1 to ``vocab``, the size of the vocabulary.
     """
     shapes = [tuple(tensor.shape) for tensor in (topk.ids_NK, topk.logprobs_NK, topk.log_tail_N)]
     if topk.ids_NK.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:

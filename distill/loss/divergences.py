@@ -144,7 +144,7 @@ DIVERGENCES: Mapping[str, Divergence] = {
     "mixed": _mixed,
     "jsd": _jsd,
 }
-"""Maps each value of ``loss_fn.kl_type``, except ``sampled``, to the function of this divergence.
+"""Maps each value of ``loss_fn.kl_type`` except ``sampled`` to the function for this divergence.
 
 ``sampled`` is not a divergence of two distributions: it estimates the reverse KL from the sampled token alone.
 """
@@ -176,7 +176,7 @@ def topk_kl(
 
     Args:
         logits_NV: the student's logits, not divided by the temperature.
-        topk: the teacher's log-probs at K token ids per row (the kept ids), at the loss's temperature.
+        topk: the teacher's log-probs at K token ids per row, at the loss's temperature.
         loss_config: the divergence and its settings.
         sampling_temperature: the loss's temperature if ``loss_config.temperature`` is None.
         valid_vocab: number of columns of logits, not counting vocabulary padding; None means all columns. Padding
@@ -209,12 +209,12 @@ def topk_kl(
 
 
 def student_outcomes(z_NV: Tensor, ids_NK: Tensor, with_mean: bool) -> Outcomes:
-    """Return the student's logits at the kept ids, and statistics of the tail (all other tokens).
+    """Return the student's logits at the top-k ids, and statistics of the tail (all other tokens).
 
-    ``z_NV`` has the student's logits divided by the temperature. ``ids_NK`` has the kept ids, which are the top-k; -1
-    is padding. The result is differentiable. The tail's logsumexp is computed from the logits of the tail alone,
-    because 1 - (probability of the kept ids) would lose precision for a small tail. With ``with_mean`` the tail's mean
-    logit is computed too, which needs two more tensors of [N, V]. Only ``loss_fn.outside_topk=floor`` uses the mean.
+    ``z_NV`` has the student's logits divided by the temperature. ``ids_NK`` has the top-k ids; -1 is padding. The
+    result is differentiable. The tail's logsumexp is computed from the logits of the tail alone, because
+    1 - (probability of the top-k) would lose precision for a small tail. With ``with_mean`` the tail's mean logit is
+    computed too, which needs two more tensors of [N, V]. Only ``loss_fn.outside_topk=floor`` uses the mean.
     """
     z_NV = z_NV - z_NV.detach().amax(dim=1, keepdim=True)
     inside_NV = _mark(ids_NK, z_NV.shape[1])
@@ -238,13 +238,14 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
     The arguments are not checked (see ``checks``). The tail consists of all tokens outside the K ids of ``topk``.
     ``loss_fn.outside_topk`` determines which outcomes are compared:
 
-    - ``bucket``: the K ids, and the tail as one outcome. The result is never negative and never above the full KL.
+    - ``bucket``: the K ids, and the tail as one outcome. The result is at least 0, and at most the
+      divergence over the complete vocabulary.
     - ``renormalize``: the K ids, with both models renormalised over them.
     - ``floor``: all tokens. The teacher is renormalised over the K ids and has a log-prob of -100 at all other tokens,
       as with NeMo-RL's ``zero_outside_topk: true``.
 
     ``loss_fn.kl_type=sampled`` ignores ``outside_topk`` and compares the models at the sampled token. The absolute loss
-    of a row is at most ``loss_fn.token_kl_cap``, if that is set.
+    of a row is at most ``loss_fn.token_kl_cap``, if this cap is set.
     """
     if loss_config.kl_type == "sampled":
         kl_N = _sampled_estimate(student, topk, loss_config, tokens)
@@ -317,7 +318,7 @@ def _compared(student: Outcomes, topk: TopK, loss_config: LossConfig) -> Pair:
     """Return the log-probs of both models for the outcomes selected by ``loss_fn.outside_topk``.
 
     With ``bucket`` the outcomes are the K tokens of ``topk``, and all other tokens as one outcome. With ``renormalize``
-    and ``floor`` they are the K tokens. With ``floor``, ``Pair.floor`` has the student's statistics of other tokens.
+    and ``floor`` they are the K tokens. With ``floor``, ``Pair.floor`` has the student's statistics of all tokens.
     """
     dtype = student.tail_N.dtype
     if loss_config.outside == "bucket":

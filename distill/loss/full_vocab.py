@@ -2,8 +2,8 @@
 
 The reference implementation is ``divergences.topk_kl`` with all V token ids. A row is one response token, and C is the
 number of rows in a chunk. The loss of a chunk needs four buffers of [C, V]: the logits of both models and two more.
-Each intermediate result overwrites a buffer that is no longer needed. ``FAST_GRADIENTS`` contains hand-derived
-gradients. All other divergences of ``DIVERGENCES`` are differentiated by autograd, which needs more memory.
+Each intermediate result overwrites a buffer that is no longer needed. ``FAST_GRADIENTS`` contains functions with
+hand-derived gradients. A divergence without such a function is differentiated by autograd, which needs more memory.
 """
 
 from __future__ import annotations
@@ -27,20 +27,24 @@ from distill.loss.metrics import RowMetrics
 from distill.loss.topk_reduction import Scratch
 
 BUFFERS = 4
-"""Number of [C, V] buffers that the loss of a chunk of C rows needs without autograd.
+"""Number of [C, V] buffers for the loss of a chunk, if the gradient is computed without autograd.
 
-The number applies to the divergences in ``FAST_GRADIENTS`` and to ``loss_fn.kl_type=sampled``.
+C is the number of rows in the chunk, V the vocabulary size. The number applies to the divergences in ``FAST_GRADIENTS``
+and to ``loss_fn.kl_type=sampled``.
 """
 AUTOGRAD_BUFFERS = 19
-"""Number of [C, V] buffers that the loss of a chunk of C rows needs with autograd.
+"""Number of [C, V] buffers for the loss of a chunk, if autograd computes the gradient.
 
-It was measured with the Jensen-Shannon divergence.
+C is the number of rows in the chunk, V the vocabulary size. The number was measured with the Jensen-Shannon divergence.
 """
 
 
 @dataclass(frozen=True)
 class FullRows:
-    """Loss over the complete vocabulary, its gradient, and metrics for C rows (response tokens)."""
+    """Loss over the complete vocabulary of V tokens, with gradient and metrics, for C rows.
+
+    A row is one response token.
+    """
 
     kl_C: Tensor
     """[C]: loss of each row in nats, not multiplied by the weight of the row."""
@@ -55,7 +59,7 @@ class FullRows:
 
 @dataclass(frozen=True)
 class _Models:
-    """Distributions of teacher (p) and student (q) over the vocabulary for C rows, with their KLs.
+    """Distributions of teacher (p) and student (q) over the V tokens for C rows, with their KLs.
 
     ``forward_C`` is KL(p || q) and ``reverse_C`` is KL(q || p), in nats. ``spare_CV`` is a buffer for intermediate
     results. The functions that compute gradients may overwrite all [C, V] tensors.
@@ -158,7 +162,7 @@ def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfi
 def buffers_of(loss_config: LossConfig) -> int:
     """Return the number of [C, V] buffers that the loss of a chunk of C rows needs.
 
-    The loss is the one over the complete vocabulary (``distillation.topk_logits_k=0``).
+    The loss is that over the complete vocabulary of V tokens, for ``distillation.topk_logits_k=0``.
     """
     return BUFFERS if loss_config.kl_type == "sampled" or loss_config.kl_type in FAST_GRADIENTS else AUTOGRAD_BUFFERS
 

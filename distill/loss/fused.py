@@ -88,7 +88,7 @@ def fused_linear_kl(
         stop_token_ids: token ids for the metric ``teacher_stop_mass``.
         topk_logits_k: number of token ids per row that the loss compares; 0 means the complete vocabulary. Required
             with ``TeacherRows``, not used with a ``TopK``.
-        parallel: sharding of the head over a group of ranks; requires a ``TopK``.
+        parallel: sharding of the head over a group of ranks; requires a ``TopK``. None: the head is not sharded.
         row_kls: a dict to which the function adds the keys ``forward_kl`` and ``reverse_kl``. Each value is a 1-D
             tensor with the KLs of all rows of nonzero weight, in the order of the rows.
         debug: also check that no row of a ``TopK`` repeats a token id.
@@ -253,10 +253,11 @@ class _Loop:
     d_head_VD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
-        """Compute loss and gradients of a chunk of rows, and return a dict from metric name to its values [C].
+        """Compute loss and gradients of a chunk of C rows, and return metrics.
 
-        The gradient of the hidden states is written to ``d_hidden_ND``. The gradient of the head's weight is added to
-        ``d_head_VD``, or overwrites it if ``first`` (this is the first chunk).
+        The result is a dict from metric name to values [C]. The gradient of the hidden states is written to
+        ``d_hidden_ND``. The gradient of the head's weight is added to ``d_head_VD``, or overwrites it if ``first``
+        (this is the first chunk).
         """
         # Compute the teacher's top-k first: it may use the same buffer as the student's logits.
         topk = self.targets.topk(rows) if self.targets.topk else None
@@ -307,11 +308,11 @@ class _Loop:
         read_CE: Tensor,
         first: bool,
     ) -> dict[str, Tensor]:
-        """Compute loss and gradients of a chunk over the complete vocabulary, and return its metrics.
+        """Compute the loss over the complete vocabulary, and its gradients, for a chunk of C rows.
 
         ``run`` calls this method if ``topk_logits_k`` is 0. ``z_CV`` has the student's raw logits, ``teacher_CV`` the
         teacher's logits divided by the temperature, and ``read_CE`` the result of ``SampledLogprobs.read``. ``first``:
-        whether this is the first chunk. Returns a dict from metric name to its values [C].
+        whether this is the first chunk. Returns a dict from metric name to values [C].
         """
         if z_CV.dtype != self.student.dtype:
             z_CV = self.loss_pass.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)

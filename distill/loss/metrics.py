@@ -46,9 +46,10 @@ class RowMetrics:
     student_entropy: Tensor
     """[C]: entropy in nats of the student's distribution over the complete vocabulary."""
     top1_agreement: Tensor
-    """bool [C]: whether student and teacher have the same most likely token.
+    """bool [C]: whether a most likely token of the teacher is also a most likely token of the student.
 
-    If several tokens are equally likely, one common token is enough.
+    A model has several most likely tokens if their logits are equal. With ``distillation.topk_logits_k=0``, only one
+    of the teacher's most likely tokens is compared.
     """
     teacher_entropy: Tensor | None
     """[C]: entropy in nats of the teacher's distribution over the complete vocabulary.
@@ -66,12 +67,12 @@ class RowMetrics:
 def topk_metrics(
     student: Outcomes, topk: TopK, stop_ids: Tensor, is_top1_CK: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return a dict from metric name to its values [C], for a loss over the token ids of ``topk``.
+    """Return the metrics of C rows for a loss over the token ids of ``topk``.
 
-    The metrics are the fields of ``RowMetrics``. The logits in ``student`` must be shifted so that the largest logit of
-    each row is 0. ``is_top1_CK`` is a bool mask of the ids with the teacher's largest logit in the vocabulary, ties
-    included. If it is None, the ids with the largest log-prob in ``topk`` are used. ``stop_ids`` has the token ids for
-    the metric ``teacher_stop_mass``.
+    The result is a dict from metric name to values [C]; the metrics are the fields of ``RowMetrics``. The logits in
+    ``student`` must be shifted so that the largest logit of each row is 0. ``is_top1_CK`` is a bool mask of the ids
+    with the teacher's largest logit in the vocabulary, ties included. If it is None, the ids with the largest log-prob
+    in ``topk`` are used. ``stop_ids`` has the token ids for the metric ``teacher_stop_mass``.
     """
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()

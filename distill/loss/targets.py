@@ -205,13 +205,13 @@ class ChunkTargets:
     student_topk: Callable[[Rows, Tensor], tuple[TopK, Tensor]] | None = None
     """Function for ``loss_fn.support=student``: returns the teacher's log-probs at the student's top-k.
 
-    The arguments are the rows of a chunk and the student's logits of these rows. The second result is a bool mask
-    [C, K] of the ids with the teacher's largest logit.
+    The arguments are the C rows of a chunk and the student's logits of these rows. The second result is a bool mask
+    [C, K], which is True at the ids with the teacher's largest logit in the vocabulary.
     """
     scaled_logits: Callable[[Rows], Tensor] | None = None
-    """Function for ``distillation.topk_logits_k=0``: returns the teacher's logits [C, V] of a chunk.
+    """Function for ``distillation.topk_logits_k=0``: returns the teacher's logits of a chunk, [C, V].
 
-    The logits are divided by the temperature of the loss.
+    C is the number of rows in the chunk. The logits are divided by the temperature of the loss.
     """
 
 
@@ -228,9 +228,10 @@ def targets_by_chunk(
 
     ``rows`` is the number of rows (response tokens) of the student. ``k`` is the number of token ids per row that the
     loss compares, or 0 for the complete vocabulary. It is ignored if ``targets`` is a ``TopK``. ``sampled_ids_N``, the
-    ids of the sampled tokens, are checked too. With ``loss_fn.kl_type=sampled``, a computed top-k includes them. Rows
-    with ``weight_N`` 0 may lack ids that the loss requires. ``debug`` enables a check for repeated ids in a ``TopK``.
-    The checks run once for all chunks, because they make the host wait for the GPU.
+    ids of the sampled tokens, are checked too. With ``loss_fn.kl_type=sampled``, a top-k that is computed from
+    ``TeacherRows`` includes them. Rows with ``weight_N`` 0 may lack ids that the loss requires. ``debug`` enables a
+    check for repeated ids in a ``TopK``. The checks run once for all chunks, because they make the host wait for the
+    GPU.
     """
     loss_config, vocab = loss_pass.loss_config, loss_pass.vocab
     if isinstance(targets, TeacherRows):
@@ -239,8 +240,8 @@ def targets_by_chunk(
         return _targets_from_rows(targets, loss_pass, rows, k, extra_ids_N)
     if loss_config.support == "student":
         raise UserError(
-            "loss_fn.support=student does not work with targets of type TopK, a given top-k of the teacher",
-            "pass targets of type TeacherRows, the hidden states and the LM head of the teacher",
+            "loss_fn.support=student does not work with targets of type TopK, which contain only the teacher's top-k",
+            "pass targets of type TeacherRows, which contain the teacher's hidden states and LM head",
             key="loss_fn.support",
             value="student",
         )
@@ -320,8 +321,8 @@ def chunk_buffers(loss_config: LossConfig, k: int | None) -> int:
 def default_chunk_rows(hidden_ND: Tensor, vocab: int, buffers: int = 2) -> int:
     """Return the default number of rows (response tokens) in a chunk of the loss.
 
-    The memory for the logits limits it: see ``rows_within_budget``. ``vocab`` is the number of columns of logits, and
-    ``buffers`` the number of [rows, ``vocab``] buffers that the loss needs.
+    The number is chosen so that the logits fit into a memory budget: see ``rows_within_budget``. ``vocab`` is the
+    number of columns of logits, and ``buffers`` the number of [rows, ``vocab``] buffers that the loss needs.
     """
     return rows_within_budget(hidden_ND.is_cuda, vocab, buffers, max(hidden_ND.element_size(), 4))
 

@@ -2,10 +2,10 @@
 
 A row is one response token. The kept ids of a row are the K token ids of its top-k; the tail consists of all other
 tokens. The reduction returns the logits at the kept ids (kept logits) and sums over the tail (tail sums). Logits and
-gradient have shape [C, V]. The reference implementation is ``divergences.student_outcomes`` under autograd, which needs
-several tensors of [N, V]; this module needs two buffers of [C, V]. ``TorchKernels`` uses PyTorch, ``TritonKernels``
-uses Triton. Each rank of a vocabulary-parallel head reduces its own columns, and ``combine`` adds up the results of all
-ranks.
+gradient have shape [C, V], with C rows in a chunk. The reference implementation is ``divergences.student_outcomes``
+under autograd, which needs several tensors of [N, V], with N rows in total. This module needs two buffers of [C, V].
+``TorchKernels`` uses PyTorch, ``TritonKernels`` uses Triton. If the LM head is sharded over ranks, each rank reduces
+its own columns of logits, and ``combine`` combines the results of all ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Scratch:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Return the first ``rows`` rows of the buffer ``name``; the first call allocates the buffer."""
+        """Return the first ``rows`` rows of the buffer with this name and dtype; the first call allocates it."""
         held = self._buffers.get((name, dtype))
         if held is None:
             count, vocab = self._shape
@@ -62,7 +62,7 @@ class LocalTail:
     logits_CK: Tensor
     """[C, K]: logits at the K top-k ids; -inf if an id is padding or a token of another rank."""
     tail_top_C: Tensor
-    """[C]: largest of this rank's logits outside the top-k; -inf if all its columns are in the top-k."""
+    """[C]: largest of this rank's logits outside the top-k; -inf without such logits."""
     tail_sum_C: Tensor
     """[C]: sum of exp(z - tail_top) over this rank's logits z outside the top-k; 0 without such logits."""
     tail_product_C: Tensor
@@ -79,9 +79,9 @@ class ReducedLogits(Protocol):
     def gradient(self, d_logits_CK: Tensor, factor_C: Tensor, slope_C: Tensor | None) -> Tensor:
         """Return the gradient of the loss with respect to the logits, [C, V].
 
-        At the top-k ids the gradient is ``d_logits_CK``. At any other logit z, divided by the temperature, it is
-        exp(z - t) * (f + s * (z - t)). Here t is the row's ``local.tail_top_C``, f its ``factor_C``, and s its
-        ``slope_C``; s is 0 if ``slope_C`` is None. The method overwrites the logits or the buffers of the chunk.
+        At the top-k ids the gradient is ``d_logits_CK``. At all other tokens it is exp(z - t) * (f + s * (z - t)). Here
+        z is the token's logit divided by the temperature, t is the row's ``local.tail_top_C``, f its ``factor_C``, and
+        s its ``slope_C``; s is 0 if ``slope_C`` is None. The method overwrites the logits or the buffers of the chunk.
         """
 
 
@@ -316,8 +316,9 @@ def divide(z_CV: Tensor, temperature: float) -> None:
 class TopKSummary:
     """Logits at the top-k ids and statistics of all other logits (the tail) of C rows.
 
-    The columns of logits of all ranks are included. ``tail_shift_C`` and ``tail_scale_C`` describe this rank's part of
-    the tail; ``coefficients`` uses them to compute the gradient of this rank's logits.
+    If the LM head is sharded, each rank has the logits of a part of the vocabulary. ``outcomes``, ``shift_C`` and
+    ``tail_sum_C`` then describe the logits of all ranks together. ``tail_shift_C`` and ``tail_scale_C`` describe this
+    rank's part of the tail; ``coefficients`` uses them for the gradient of this rank's logits.
     """
 
     outcomes: Outcomes
@@ -328,7 +329,7 @@ class TopKSummary:
     shift_C: Tensor
     """[C]: largest logit of each row over all ranks, divided by the temperature."""
     tail_sum_C: Tensor
-    """[C]: sum of exp(z - m) over the logits z of all ranks outside the top-k, with m the largest z."""
+    """[C]: sum of exp(z - m) over all ranks' logits z outside the top-k, with m the largest z."""
     tail_shift_C: Tensor
     """[C]: largest of this rank's logits outside the top-k, minus ``shift_C``; -inf without such logits."""
     tail_scale_C: Tensor

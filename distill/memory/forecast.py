@@ -27,7 +27,7 @@ CARD_SHARE = 0.98
 Drivers report a total memory of 0.985 to 0.99 times N GiB.
 """
 RESERVE = 3 * GIB
-"""Bytes that the forecast adds to each phase on a GPU for memory that it cannot compute.
+"""Bytes that the forecast adds to each phase on a GPU, for memory use that it cannot predict.
 
 Examples are the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and fragmentation.
 """
@@ -67,7 +67,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 """Maps a purpose of memory, such as "gradients", to configuration keys that can reduce this memory.
 
-The error for a GPU that is too small recommends these keys. An entry ``key=value`` recommends to set this value.
+The error for a GPU that is too small recommends these keys. An entry ``key=value`` recommends this value of the key.
 """
 
 
@@ -97,8 +97,8 @@ class Forecast:
     def table(self) -> str:
         """Return the forecast as a text table with one line per phase.
 
-        Each line has the predicted peak in GiB per rank, followed by the five largest purposes, such as gradients.
-        Pinned host memory has its own line.
+        Each line has the predicted peak in GiB per rank, followed by the sizes of the five largest purposes of
+        memory, such as gradients. Pinned host memory has its own line.
         """
         rows = ["predicted peak memory per rank in GiB", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
@@ -202,7 +202,7 @@ def predict(
     """Predict the peak memory per rank in each phase of a training step.
 
     ``cuda``: whether the run uses GPUs; if not, all memory is host memory and nothing is offloaded. ``card``: memory of
-    the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are unset, the forecast does not include vLLM's
+    the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null. If both are None, the forecast does not include vLLM's
     key-value cache, because its size depends on the GPU.
     """
     if config.cluster.gpu_memory_gb is not None:
@@ -239,8 +239,8 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
     if world.is_main:
         log.info(
-            "peak memory of each phase in GiB in the second step after the start, as maximum over ranks of the %s,"
-            " with the forecast in parentheses: %s",
+            "peak %s in each phase of the second step after the start, in GiB (maximum over all ranks; forecast in"
+            " parentheses): %s",
             method,
             ", ".join(numbers),
         )

@@ -87,9 +87,9 @@ class StepMemory:
     def kept(self, training: bool = False) -> Lines:
         """Return the memory that stays allocated during a complete phase, as a dict from purpose to bytes.
 
-        Most of it is the student's float32 shards. ``training``: whether the phase is training. AdamW's two moments are
-        on the device during training, and in other phases if they are not offloaded. Without a GPU the teacher and the
-        engine always stay in memory.
+        Most of it is the student's float32 weight shards. ``training``: whether the phase is training. AdamW's two
+        moments are on the device during training, and in other phases if they are not offloaded. Without a GPU the
+        teacher and the engine always stay in memory.
         """
         weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
         moments_here = not self.on_host and (training or not self.offloads)
@@ -147,12 +147,12 @@ class StepMemory:
         return 2 * self.b * shape.layers * heads * shape.head_dim * window
 
     def targets(self) -> Lines:
-        """Return the bytes of the teacher's targets for all responses that one rank trains on in a step.
+        """Return ``{"targets": bytes}``, for all responses that one rank trains on in a step.
 
-        The targets stay on the device until the student has trained on them. For each response token they are K token
-        ids (int32), K log-probs, the log of the remaining probability, and the entropy (all float32). If
-        ``returns_rows`` is True, the target of a response token is a hidden state of the teacher instead, and each rank
-        also keeps a copy of the teacher's complete LM head.
+        The targets are the teacher's outputs that the loss compares to the student. They stay on the device until the
+        student has trained on them. For each response token they are K token ids (int32), K log-probs, the log of the
+        remaining probability, and the entropy (all float32). If ``returns_rows`` is True, the target of a response
+        token is a hidden state of the teacher instead, and each rank also keeps a copy of the teacher's LM head.
         """
         loop, shape = self.config.distillation, self.teacher
         responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
@@ -200,7 +200,7 @@ class StepMemory:
         return [self.kept() | weights | buckets, self.kept() | awake | gathered]
 
     def generation_phase(self) -> list[Lines]:
-        """Return one memory table: the generation engine and the memory that stays allocated, such as shards."""
+        """Return one memory table: the generation engine, and memory that is always allocated (see ``kept``)."""
         return [self.kept() | self.engine_lines()]
 
     def teacher_phase(self) -> list[Lines]:
@@ -283,8 +283,9 @@ class StepMemory:
         """Return the bytes per logit that the loss ``fused_linear_kl`` needs for a chunk of logits.
 
         A chunk has shape [C, V / tp], with C response tokens and V vocabulary entries. The buffers are the float32
-        logits and their gradient in the compute dtype. Without Triton one more float32 buffer is needed. The loss over
-        the complete vocabulary needs the logits of both models and two more buffers.
+        logits and their gradient in the compute dtype. Without Triton one more float32 buffer is needed. With Triton
+        and loss_fn.logits_dtype=bfloat16, one bfloat16 buffer is enough. The loss over the complete vocabulary needs
+        the logits of both models and two more buffers.
         """
         b, rounded = self.b, self.config.loss_fn.logits_dtype == "bfloat16"
         if self.config.distillation.topk_logits_k == 0:

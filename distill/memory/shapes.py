@@ -224,8 +224,9 @@ def _check_student(config: Config, shape: ModelShape) -> None:
     if not _splits(heads, kv_heads, cp):
         fitting = [size for size in _divisors(ranks // tp) if _splits(heads, kv_heads, size)]
         raise UserError(
-            f"policy.dtensor_cfg.context_parallel_size={cp} cannot split the {heads} attention heads and {kv_heads}"
-            f" key-value heads of {shape.name} that each rank has with tensor_parallel_size={tp}",
+            f"policy.dtensor_cfg.context_parallel_size={cp} cannot be used with {shape.name}, because the {heads}"
+            f" attention heads and {kv_heads} key-value heads of each rank (tensor_parallel_size={tp}) cannot be split"
+            f" over {cp} ranks",
             f"set policy.dtensor_cfg.context_parallel_size to {any_of(map(str, fitting))}",
             key="policy.dtensor_cfg.context_parallel_size",
             value=cp,
@@ -244,8 +245,8 @@ def _check_teacher(config: Config, shape: ModelShape) -> None:
         tp, cp = config.teacher.dtensor_cfg.tensor_parallel_size, config.teacher.dtensor_cfg.context_parallel_size
         raise UserError(
             f"the {shape.heads} attention heads and {shape.kv_heads} key-value heads of the teacher {shape.name} cannot"
-            f" be split over {group} ranks, the larger product tensor_parallel_size * context_parallel_size of"
-            f" teacher.dtensor_cfg ({tp} * {cp}) and policy.dtensor_cfg ({students})",
+            f" be split over {group} ranks (tensor_parallel_size * context_parallel_size is {tp} * {cp} in"
+            f" teacher.dtensor_cfg and {students} in policy.dtensor_cfg, and the larger product is used)",
             f"set the two sizes in teacher.dtensor_cfg so that their product is {any_of(map(str, fitting))}"
             if fitting
             else "lower policy.dtensor_cfg.tensor_parallel_size or policy.dtensor_cfg.context_parallel_size, because"

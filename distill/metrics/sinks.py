@@ -112,8 +112,8 @@ def _ignore_tensorboard_thread(args: threading.ExceptHookArgs) -> None:
 class WandbSink:
     """Sink that logs to Weights & Biases; a resumed run continues the same curves.
 
-    The run's id is stored in the run directory. With ``logger.wandb.mode=offline`` or WANDB_MODE=offline, no data is
-    sent.
+    The Weights & Biases id of the run is stored in the run directory. With ``logger.wandb.mode=offline`` or
+    WANDB_MODE=offline, no data is sent.
     """
 
     def __init__(self, config: LoggerConfig, run_dir: Path, recipe: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from distill.metrics.phases import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
 
 Row = Mapping[str, float | None]
-"""One row of metrics.jsonl: maps "step" and metric names to values; None stands for nan or infinity."""
+"""One row of metrics.jsonl: maps "step" and metric names to values; None replaces nan and infinity."""
 
 _VALIDATION = "validation/"
 

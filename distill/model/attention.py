@@ -82,9 +82,9 @@ def _attend(
 ) -> Tensor:
     """Compute causal attention separately for each sequence, with the fastest supported kernel.
 
-    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; S is the total length of the sequences.
-    ``bounds``: cumulative sequence lengths, from 0 to S. ``window``: size of the sliding window in tokens, or None for
-    full causal attention. Returns [1, S, H, Dh].
+    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]: H query heads, H_kv key-value heads, S
+    tokens of all sequences, Dh channels per head. ``bounds``: cumulative sequence lengths, from 0 to S. ``window``:
+    size of the sliding window in tokens, or None for full causal attention. Returns [1, S, H, Dh].
     """
     assert query.shape[0] == 1 and query.shape[2] == bounds[-1], (query.shape, bounds)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
@@ -106,9 +106,9 @@ def attend_packed(
 ) -> Tensor:
     """Compute the causal attention of all sequences in one flash-attention call.
 
-    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]; S is the total length of the sequences.
-    ``bounds``: cumulative sequence lengths, from 0 to S. ``window``: size of the sliding window in tokens, or None for
-    full causal attention. Returns [1, S, H, Dh].
+    ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]: H query heads, H_kv key-value heads, S
+    tokens of all sequences, Dh channels per head. ``bounds``: cumulative sequence lengths, from 0 to S. ``window``:
+    size of the sliding window in tokens, or None for full causal attention. Returns [1, S, H, Dh].
     """
     # Imported here, because the import takes a second and only GPUs need it.
     from torch.nn.attention.varlen import varlen_attn
@@ -127,7 +127,7 @@ def attend_packed(
 
 @lru_cache(maxsize=4)
 def _cumulative(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the cumulative sequence lengths ``bounds`` as an int32 tensor [B + 1] on ``device``.
+    """Return the cumulative lengths ``bounds`` of B sequences as an int32 tensor [B + 1] on ``device``.
 
     Cached, because all layers of a model use the same tensor.
     """
@@ -140,8 +140,8 @@ def attend_per_sequence(
     """Compute causal attention with one PyTorch call per sequence.
 
     The arguments and the result are those of ``attend_packed``: ``query`` is [1, H, S, Dh], and ``bounds`` are the
-    cumulative lengths of the packed sequences. This simple reference works for every dtype and device. If the sliding
-    window is shorter than a sequence of L tokens, a mask [L, L] is created for this sequence.
+    cumulative lengths of the packed sequences. This simple implementation works for every dtype and device. If the
+    sliding window is shorter than a sequence of L tokens, a mask [L, L] is created for this sequence.
     """
     lengths = [stop - start for start, stop in pairwise(bounds)]
     parts = []

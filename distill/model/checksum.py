@@ -23,7 +23,7 @@ class BitSums(NamedTuple):
     plain: int
     """Sum of all words of the tensor."""
     weighted: int
-    """Sum of all words of the tensor, each multiplied by its row number; row numbers start at 1."""
+    """Sum of all words of the tensor, each multiplied by the number of its row; row numbers start at 1."""
 
 
 def bit_sums(tensor: Tensor, first_row: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ _CLASSES = {
     "qwen3": "Qwen2Tokenizer",
     "gemma3_text": "GemmaTokenizer",
 }
-"""Maps a model type to the class that transformers 4 uses if tokenizer_config.json names no class."""
+"""Maps a model type to transformers 4's tokenizer class if tokenizer_config.json names no class."""
 _PADDED_LEFT = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "XLNetTokenizer")
 """Tokenizer classes of transformers that pad on the left by default."""
 
@@ -54,8 +54,8 @@ def _rope_of_version_4(rope_scaling: Any, config: Any) -> Json:
     """Return the rotary keys of config.json for transformers 4, with the values in ``config``.
 
     ``config``: the configuration object that transformers 5 created from the source model's config.json.
-    ``rope_scaling``: value of this key in that file, or None. If version 4 reads the same parameters from
-    ``rope_scaling``, the result has no key ``rope_scaling``, and the export keeps the source's value.
+    ``rope_scaling``: value of this key in that file, or None. If this value already agrees with ``config``, the result
+    has no key ``rope_scaling``, and the export keeps the value.
     """
     main = config.rope_parameters.get("full_attention", config.rope_parameters)
     local = config.rope_parameters.get("sliding_attention")
@@ -112,7 +112,7 @@ def _listed_ids(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _has_ids(config: Mapping[str, Any], ids: Sequence[int]) -> bool:
-    """Return whether ``eos_token_id`` of ``config`` (null, an id or a list) has exactly the ids ``ids``."""
+    """Return whether ``eos_token_id`` in ``config`` (null, an id or a list) contains exactly ``ids``."""
     listed = _listed_ids(config)
     known = all(type(token) is int and token in ids for token in listed)  # version 4 does not accept 256.0
     return known and all(token in listed for token in ids)
@@ -123,10 +123,10 @@ def with_stop_ids(
 ) -> tuple[Json | None, Json]:
     """Return generation_config.json and config.json with the training's stop ids as ``eos_token_id``.
 
-    Neither file changes if ``stop_token_ids`` is empty, or if generation_config.json already has exactly these ids. If
-    generation_config.json contains ``_from_model_config``, transformers recreates it from config.json, so config.json
-    must then have exactly these ids too. A missing generation_config.json is created from the special tokens in
-    config.json.
+    ``generation`` and ``config``: contents of the two files; None: generation_config.json is missing. Neither file
+    changes if ``stop_token_ids`` is empty, or if generation_config.json already has exactly these ids. With
+    ``_from_model_config`` in generation_config.json, transformers reads the ids from config.json, so config.json must
+    then have these ids too. A missing generation_config.json is created from the special tokens in config.json.
     """
     if not stop_token_ids:
         return (None if generation is None else dict(generation)), dict(config)
@@ -151,8 +151,9 @@ def tokenizer_config_for_export(
     """Return a tokenizer_config.json with which transformers 4 and 5 load the same tokenizer.
 
     ``source``: content of the source model's tokenizer_config.json. ``family``: model type. ``has_json``: whether the
-    export has a tokenizer.json. ``misread``: whether the class that ``source`` names reads tokenizer.json differently.
-    ``own_template``: whether the user configured a chat template; the template in ``source`` is then removed.
+    export has a tokenizer.json. ``misread``: whether the class that transformers chooses for the source model encodes
+    texts differently from tokenizer.json. ``own_template``: whether the user configured a chat template; the template
+    in ``source`` is then removed.
 
     With a tokenizer.json, the tokenizer class is replaced by PreTrainedTokenizerFast, which reads tokenizer.json
     unchanged, in three cases: ``source`` has the format of transformers 5, ``source`` names no class, or ``misread`` is

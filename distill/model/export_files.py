@@ -98,12 +98,12 @@ def read_export_files(
     *,
     chat_template: str | None = None,
 ) -> ExportFiles:
-    """Read the small files of the model ``files`` and of its tokenizer, and edit them for an export.
+    """Read a model's configuration, tokenizer and licence files, and edit them for an export.
 
-    Reads no weights. ``tokenizer``: the tokenizer as loaded for training. ``tokenizer_name``: value of
-    policy.tokenizer.name; None: the model's own tokenizer. ``stop_token_ids``: ids of the tokens that end a response in
-    training; if empty, the stop ids of the source model are kept. ``chat_template``: path of the user's chat template;
-    None: keep the tokenizer's template. Raises UserError for a file that cannot be read.
+    Reads no weights. ``files``: the source model. ``tokenizer``: the tokenizer as loaded for training.
+    ``tokenizer_name``: value of policy.tokenizer.name; None: the model's own tokenizer. ``stop_token_ids``: ids of the
+    tokens that end a response in training; if empty, the stop ids of the source model are kept. ``chat_template``: path
+    of the user's chat template; None: keep the tokenizer's template. Raises UserError for a file that cannot be read.
     """
     setting = ModelSetting("policy.model_name", files.name)
     try:
@@ -249,7 +249,7 @@ def tokenizer_folder(files: ModelFiles, name: str | None) -> Path:
 
 
 def _read(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    """Return the content of the files in ``folder`` that match ``patterns``, keyed by relative path.
+    """Return the contents of the files that match ``patterns``, keyed by path relative to ``folder``.
 
     Symbolic links are followed.
     """

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class GlooReduceScatter:
-    """Sum reduce-scatter with the interface of FSDP2's custom reduce-scatter.
+    """Reduce-scatter (sum) to pass to FSDP2's ``set_custom_reduce_scatter``.
 
-    An all-to-all sends each rank its parts of all inputs, and each rank adds the parts that it receives. On two ranks
-    this takes half the time of gloo's own reduce-scatter. All ranks add in the same order, so the result does not
+    An all-to-all sends each rank its part of every rank's input, and each rank adds the parts that it receives. On two
+    ranks this takes half the time of gloo's own reduce-scatter. All ranks add in the same order, so the result does not
     depend on the rank that computes it.
     """
 

@@ -196,8 +196,8 @@ def _check_rotary(config: Any, raw: Mapping[str, Any], setting: ModelSetting) ->
         kind = parameters.get("rope_type", "default")
         if isinstance(kind, str) and (kind in _LENGTH_DEPENDENT or "dynamic" in kind):
             raise setting.error(
-                f"has rope_type={kind} {place}; its rotary frequencies depend on the longest sequence of a batch, so"
-                " packing sequences would change the logits",
+                f"has rope_type={kind} {place}, which is not supported, because the rotary frequencies of this type"
+                " depend on the longest sequence of a batch",
                 choose,
             )
         if kind not in ROTARY:
@@ -235,8 +235,8 @@ def _is_positive(number: object) -> bool:
 def foreign_settings(config: Any) -> list[str]:
     """Return the names of settings that transformers ignores for the model type of ``config``.
 
-    The list always includes the key-value cache settings that the model type does not define, because
-    ``check_architecture`` removes them from ``config``.
+    The list includes key-value cache settings that the model type does not define, even if ``config`` lacks them,
+    because ``check_architecture`` may have removed them from ``config``.
     """
     known = _own_settings(config)
     names = dict.fromkeys([*vars(config), *_CACHE_ONLY])
@@ -332,7 +332,7 @@ def decide_tied_head(config: Any, files: ModelFiles, setting: ModelSetting) -> N
     if EMBEDDING not in files.files:
         raise setting.error(
             f"holds its embedding only under the name {HEAD}",
-            "load it with transformers' from_pretrained and save it with save_pretrained, which uses the name"
+            "load the model with transformers' from_pretrained and save it with save_pretrained, which uses the name"
             f" {EMBEDDING}",
         )
     if not _same_values(files):

@@ -84,8 +84,8 @@ def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTenso
     """Return a dictionary from parameter name to tensor header, for all tensors in ``folder``.
 
     If only the base model was saved, the names in the files lack the prefix "model."; it is added, as in transformers.
-    Raises UserError if files are missing, damaged or inconsistent. Logs a warning if the index lists tensors that the
-    files do not contain.
+    Raises UserError if files are missing, damaged or inconsistent. Logs a warning if model.safetensors.index.json lists
+    tensors that the files do not contain.
     """
     tensors: dict[str, StoredTensor] = {}
     named = _weight_map(folder, setting)
@@ -111,7 +111,10 @@ def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTenso
 
 
 def _files(folder: Path, named: dict[str, str], setting: ModelSetting) -> list[Path]:
-    """Return the files that transformers reads: model.safetensors, or the files that the index names."""
+    """Return the weight files that transformers reads: the files in ``named``, or else model.safetensors.
+
+    ``named`` maps tensor names to file names, from model.safetensors.index.json; empty: no index.
+    """
     single = folder / _SINGLE
     if not named:
         if single.is_file():
@@ -136,7 +139,7 @@ def _no_weights(folder: Path, setting: ModelSetting) -> UserError:
     if shards:
         return setting.error(
             f"holds {shards[0]} but neither {_SINGLE} nor {_INDEX}, so the list of its weight files is unknown",
-            "download the missing file",
+            f"download {_INDEX}, or the complete model",
         )
     return setting.error(
         "has no safetensors files, and pickled weights are not supported because they can execute code",

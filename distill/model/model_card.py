@@ -53,7 +53,7 @@ def _with_closed_fence(text: str) -> str:
 
 
 def public_name(name: str) -> str:
-    """Return a name for the model card that shows no local path: the hub name or the folder's last part.
+    """Return a model's name without local directories: its hub name, or the last part of its path.
 
     A folder in the hub's cache ends with a hash, so its hub name is returned.
     """

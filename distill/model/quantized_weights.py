@@ -112,7 +112,7 @@ def read_quantization(folder: Path, setting: ModelSetting) -> Quantization | Non
 
 
 def _declared(folder: Path, setting: ModelSetting) -> tuple[str, Any] | None:
-    """Return (location, settings) of a model's declared quantization, or None if none is declared.
+    """Return (location, settings) of a model's declared quantization; None: it declares no quantization.
 
     The location, used in error messages, is a key of config.json or the name of another file. vLLM and transformers
     read the settings from the same locations.
@@ -166,9 +166,9 @@ def _block(block: Any, place: str, setting: ModelSetting) -> Layout:
 
 
 def _compressed_layouts(settings: Mapping[str, Any], place: str, setting: ModelSetting) -> Iterator[Layout]:
-    """Yield the block size of each config group of a compressed-tensors quantization.
+    """Yield the block size of each entry of ``config_groups`` in compressed-tensors' ``settings``.
 
-    A weight belongs to the group whose block size fits the shape of the weight's scale tensor.
+    An entry applies to the weights whose scale tensor has a shape that fits the entry's block size.
     """
     sparsity = settings.get("sparsity_config") or {}
     formats = [settings.get("format"), sparsity.get("format") if isinstance(sparsity, dict) else "sparsity"]
@@ -263,7 +263,7 @@ def _fits(layout: Layout, weight: tuple[int, ...], scale: tuple[int, ...]) -> bo
 
 
 def _sizes(layout: Layout, weight: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the block size of ``layout``, limited to the size of the weight; ``weight`` is its shape.
+    """Return the block size of ``layout``, limited to the weight's shape ``weight``.
 
     Two layouts with the same result are equivalent for this weight.
     """
@@ -292,7 +292,7 @@ def dequantized(weight: StoredTensor, scale: WeightScale, slices: tuple[slice, .
 
 
 def _scale_of_elements(weight: StoredTensor, scale: WeightScale, spans: list[range]) -> Tensor:
-    """Return the scales of a weight's elements in ``spans``, broadcastable to their shape.
+    """Return the scales of a weight's elements in ``spans``, broadcastable to the shape of the elements.
 
     ``spans``: index range of the elements along each axis.
     """

@@ -34,8 +34,8 @@ class ShardedLM(nn.Module):
     ``use(hidden, head)``, e.g. the loss or the top-k tokens. ``hidden`` [N, D]: hidden states at the positions
     ``view.rows_N`` of the N response tokens, with D channels. ``head`` [V, D] is the LM head's weight for V token ids;
     with tensor parallelism, only this rank's rows. ``use`` runs inside the root module's forward, because FSDP gathers
-    the LM head only there. It must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``: the
-    process group over which the positions of packed sequences are split; needed only if ``view.shards`` is set.
+    the LM head only there. ``use`` must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``:
+    the process group over which the positions of packed sequences are split; needed only if ``view.shards`` is set.
     """
 
     def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:

@@ -226,7 +226,7 @@ class Student:
         return zero
 
     def end_step(self) -> None:
-        """Advance the learning-rate schedule; call it once per training step, not once per optimizer batch."""
+        """Advance the learning-rate schedule; call it once per training step, after all its optimizer steps."""
         self._scheduler.step()
 
     def onload(self) -> None:
@@ -291,11 +291,11 @@ class Student:
         return part
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
-        """Return a dictionary from names to this rank's shards of the weights and the optimizer moments.
+        """Return this rank's shards of the weights and the optimizer moments, to save or load a checkpoint.
 
-        It is used to save and load checkpoints. Moments that do not exist yet are created as zeros. Read or fill the
-        tensors before the next ``offload``, which frees the device memory of the moments. If ``optimizer`` is false,
-        only weights are returned.
+        The keys are ``model.NAME`` and ``optimizer.NAME.MOMENT``, where NAME is a parameter's name. Moments that do not
+        exist yet are created as zeros. Read or fill the tensors before the next ``offload``, which frees the device
+        memory of the moments. If ``optimizer`` is false, only weights are returned.
         """
         if not optimizer:
             return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
@@ -358,9 +358,9 @@ def loss_at_temperature(config: Config) -> Any:
 def build_scheduler(optimizer: torch.optim.Optimizer, pieces: Sequence[Any]) -> torch.optim.lr_scheduler.LRScheduler:
     """Build the learning-rate schedule from the entries of ``policy.scheduler``.
 
-    An entry with a ``name`` is a scheduler of torch with its ``kwargs``; the schedulers run one after another. The
-    entry without a ``name`` lists the ``milestones``: the steps at which the next scheduler starts. Without entries the
-    learning rate is constant.
+    An entry with a ``name`` defines a scheduler of torch and its ``kwargs``; the schedulers run one after another. The
+    entry without a ``name`` lists ``milestones``: the training steps at which the second, third, ... scheduler starts.
+    Without entries the learning rate is constant.
     """
     if not pieces:
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

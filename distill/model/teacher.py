@@ -96,7 +96,7 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def targets(self, micro_batch: MicroBatch) -> Targets:
-        """Return the teacher's targets for the N response tokens; collective.
+        """Return the teacher's targets for the response tokens of a micro-batch; collective.
 
         Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
         vocabulary, the targets are the teacher's hidden states and its complete LM head. The LM head is copied once and
@@ -235,7 +235,7 @@ class FollowingTeacher(ShardedTeacher):
     def _reload(self, student: Student) -> None:
         """Copy the average, or the student's weights if no average exists, into the teacher's shards.
 
-        Collective. The weights are gathered in groups of limited size.
+        Collective. Only a few complete weights are gathered at a time, to save memory.
         """
         source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
         tp = self.world.layout.tp_size

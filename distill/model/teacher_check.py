@@ -110,7 +110,10 @@ def _progress_log(layers: int) -> Callable[[int], None]:
 def _stream(
     module: nn.Module, names: dict[int, str], files: ModelFiles, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Register hooks that load the weights of ``module`` before its forward and free them after it."""
+    """Register hooks that load the weights of ``module`` before its forward and free them after it.
+
+    ``names`` maps the ``id()`` of each parameter object to the parameter's name in the checkpoint.
+    """
     parameters = [
         (part, leaf, parameter, names[id(parameter)])
         for part in module.modules()

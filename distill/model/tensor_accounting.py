@@ -27,7 +27,7 @@ _PART_OF_A_WEIGHT = re.compile(
     r"|compressed|row_offsets|amax|meta|outliers?\w*|weight_[guv]|original\d|lora_\S+|lokr_\S+|hada_\S+|base_layer\S*"
     r"|magnitude\S*|smooth\w*)$"
 )
-"""Matches the end of a tensor name if the weight is stored quantized, packed or as an adapter."""
+"""Matches tensor names whose ending indicates a quantized or packed weight, or an adapter."""
 
 
 def check_tensors(files: ModelFiles, config: Any, key: str) -> None:
@@ -78,9 +78,10 @@ def _check_types(files: ModelFiles, needed: Collection[str], setting: ModelSetti
 
 
 def _check_unused(files: ModelFiles, model: PreTrainedModel, needed: Collection[str], setting: ModelSetting) -> None:
-    """Ignore, warn about or refuse the tensors in the files that match no parameter of the model.
+    """Check the tensors in the files that match no parameter of the model.
 
-    Raises UserError for a tensor whose name indicates that a weight is quantized or packed.
+    Raises UserError for a tensor whose name indicates that a weight is quantized or packed. Logs a warning for other
+    tensors, except activation scales and tensors that transformers ignores silently.
     """
     used = {scale.stored.name for scale in files.scales.values()}
     left = [name for name, stored in files.tensors.items() if name not in needed and stored.name not in used]

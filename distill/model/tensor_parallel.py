@@ -45,8 +45,8 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
     """Raise UserError if the student does not support the configured tensor parallelism.
 
     Checks the tensor-parallel plan, and that every rank's part of the vocabulary has at least one token. Reads no
-    weights. ``model``: the student's Hugging Face configuration; ``vocab``: number of token ids without padding of the
-    vocabulary.
+    weights. ``model``: the student's Hugging Face configuration; ``vocab``: number of token ids, without the padding of
+    the vocabulary.
     """
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:

@@ -167,7 +167,7 @@ class GatheredWeights:
     def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
         """Return a buffer with this rank's shards, and the offset of each shard in the buffer, in elements.
 
-        The buffer begins with a header that contains the checksums of the shards. Its dtype is ``self._dtype``.
+        The buffer has the dtype ``self._dtype`` and begins with a header that contains the checksums of the shards.
         """
         shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
         # The header comes first. Every shard begins at a word boundary, because checksums are sums of words.
@@ -195,7 +195,8 @@ class GatheredWeights:
 def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
     """Sum the checksums of each tensor of a bucket over the headers of all ranks.
 
-    ``header``: [S * TP, tensors, 3]. Raises RuntimeError if a tensor is not finite.
+    ``header`` [ranks, tensors, 3]: two checksums of each shard, and 1 if the shard is finite, otherwise 0. Raises
+    RuntimeError if a tensor is not finite.
     """
     finite = (header[..., 2] == 1).all(0).tolist()
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]

@@ -1,4 +1,4 @@
-"""Interface, state machine and sync verification of generation engines; random seeds of responses."""
+"""Generation engines: interface, and base class that verifies weight syncs; random seeds of responses."""
 
 from __future__ import annotations
 
@@ -317,11 +317,10 @@ def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> 
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Return a 63-bit base seed for responses outside training, derived from the run's ``seed``.
+    """Return a 63-bit seed for sampling responses outside training, derived from the run's ``seed``.
 
-    ``stream``: name of the purpose of these responses, such as "validation"; each purpose gets another base seed. Do
-    not use ``seed`` itself: it would repeat the random numbers of training responses with equal step, prompt and
-    response index.
+    ``stream``: purpose of these responses, such as "validation"; each purpose gets a different seed. With ``seed``
+    itself, a response would use the same random numbers as the training response with equal step, prompt and index.
     """
     digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -39,7 +39,7 @@ _REFUSED_ARGUMENTS = {
     "gpu_memory_utilization": ("must be set with its own key", "set policy.generation.vllm_cfg.gpu_memory_utilization"),
     "enforce_eager": ("must be set with its own key", "set policy.generation.vllm_cfg.enforce_eager"),
 }
-"""Maps each vLLM argument that vllm_kwargs must not contain to (reason, fix), for the error message."""
+"""Arguments that vllm_kwargs must not contain: maps each name to (reason, fix) for the error message."""
 _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
 """Arguments of vLLM that could make vLLM's model differ from the trained model."""
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"

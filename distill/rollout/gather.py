@@ -15,8 +15,8 @@ def gather_rollouts(
     """Return the rollouts of all ranks, in the same order on every rank; collective.
 
     The rollouts are sorted by their prompt's position in ``prompts``, then by response index. ``own``: the rollouts of
-    this rank. ``prompts``: the prompts of all ranks, equal on every rank. ``version``: version of the weights (number
-    of finished steps) that must have generated every rollout; None: not checked.
+    this rank. ``prompts``: the prompts of all ranks, equal on every rank. ``version``: expected ``Rollout.version``
+    (number of finished training steps) of every rollout; None: not checked.
     """
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}

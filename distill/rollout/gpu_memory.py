@@ -1,4 +1,4 @@
-"""Check that a sleeping generation engine does not leak device memory and has enough to wake."""
+"""Check that enough device memory is free to wake a generation engine, and that its sleep leaks none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Memory(Protocol):
         """Return the number of bytes that the engine can allocate now."""
 
     def outside_torch(self) -> int:
-        """Return the bytes used outside torch's allocator: by the engine, libraries and other programs."""
+        """Return the bytes in use outside torch's allocator: by the engine, libraries and other programs."""
 
 
 class CudaMemory:
@@ -51,10 +51,11 @@ class CudaMemory:
 
 
 class SleepGuard:
-    """Checks of an engine's device memory: enough free memory to wake, and no growth between sleeps.
+    """Checks of an engine's device memory: enough is free to wake the engine, and sleeping leaks none.
 
-    ``limit``: allowed growth, in bytes, of the memory used outside torch while the engine sleeps. The growth is
-    measured since the first sleep, or since the last warning if there was one.
+    ``limit``: growth in bytes, above which a warning is logged. The growth is that of the device memory in use outside
+    torch's allocator while the engine sleeps. It is measured since the first call of ``after_sleep``, or since the last
+    warning if there was one.
     """
 
     def __init__(self, memory: Memory, limit: int = _GIB) -> None:
@@ -77,9 +78,10 @@ class SleepGuard:
             )
 
     def after_sleep(self) -> int:
-        """Return the bytes of device memory used outside torch; warn if they grew by more than ``limit``.
+        """Return the bytes of device memory in use outside torch's allocator, and warn of a leak.
 
-        Call this method after each time the engine is put to sleep.
+        Call this method each time the engine has been put to sleep. It logs a warning if the memory has grown by more
+        than the constructor's ``limit`` since the first call, or since the last warning if there was one.
         """
         residual = self._memory.outside_torch()
         if self._first is None:
@@ -87,8 +89,9 @@ class SleepGuard:
         if residual > self._last_warning + self._limit:
             self._last_warning = residual
             log.warning(
-                "device memory used outside torch while the engine sleeps is %.2f GiB, up from %.2f GiB at the first"
-                " sleep: if this memory continues to grow, the run will run out of memory",
+                "%.2f GiB of device memory are used outside torch while vLLM is in sleep mode, up from %.2f GiB when"
+                " it first slept after a weight sync: if this memory continues to grow, the run will fail with an"
+                " out-of-memory error",
                 *(residual / _GIB, self._first / _GIB),
             )
         return residual

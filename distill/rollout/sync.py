@@ -30,21 +30,21 @@ The mean is over tokens. Rounding causes a difference of 0.04; wrong weights cau
 _CHANGED_BYTES = 0.9
 """Limit of (bytes of changed tensors) / (bytes of all tensors) in a sync of the weights.
 
-After each sync, the engine computes the log-probs of a fixed test prompt. Unchanged log-probs are an error if the ratio
-is at least this limit. Below the limit they cause only a warning, because rounding may hide the effect of a few changed
-bits. Bytes are counted instead of tensors, because many small tensors (norms) often do not change at small learning
-rates.
+After each sync, the engine computes the log-probs of a fixed test prompt. An error is raised if weights changed, the
+log-probs equal those of the previous sync, and the ratio is at least this limit. Below the limit only a warning is
+logged, because rounding may hide the effect of a few changed bits. Bytes are counted instead of tensors, because many
+small tensors (norms) often do not change at small learning rates.
 """
 _WARNING_RATIO = 3.0
-"""Limit of difference / first difference, above which a warning is logged.
+"""Limit of ``difference / first_difference``, above which a warning is logged.
 
-The difference is the mean difference between the log-probs of trainer and engine in one step. The first difference is
-the one of the first step after the run started or resumed.
+``difference``: mean difference between the log-probs of trainer and engine in the current training step;
+``first_difference``: the same in the first step after the run started or resumed.
 """
 
 
 class Trainer(Protocol):
-    """Methods of the trained student model that a sync of its weights to the engine uses."""
+    """Attributes and methods of the student model that a weight sync to the engine uses."""
 
     dtype: torch.dtype
 
@@ -81,9 +81,9 @@ class WeightSync:
         """Wake the engine, and load and verify the student's current weights; collective.
 
         First moves the optimizer's moments to host memory. Afterwards the engine is ready to generate. ``version``:
-        number of finished training steps. If ``metrics`` is given, adds the duration, the number of changed tensors and
-        the change of the log-probs of the probe (a fixed test prompt) to it. Raises RuntimeError on all ranks if the
-        engine does not use the weights.
+        number of finished training steps. If ``metrics`` is given, three metrics are added to it: duration of the
+        sync, number of changed tensors, and change of the log-probs of the probe (a fixed test prompt). Raises
+        RuntimeError on all ranks if the engine does not use the weights.
         """
         engine, student = self._engine, self._student
         student.offload()  # the engine needs the device memory of the optimizer's moments
@@ -115,12 +115,13 @@ class WeightSync:
             return math.nan
         if report.changed and logprobs == last:
             problem = (
-                f"{report.changed} of {report.tensors} tensors, with {report.changed_bytes / report.bytes:.0%} of the"
-                " bytes, changed in this sync, but the engine's log-probs of the probe prompt did not change"
+                f"{report.changed} of {report.tensors} weight tensors ({report.changed_bytes / report.bytes:.0%} of all"
+                " bytes) changed since the previous weight sync, but the generation engine computes the same log-probs"
+                " as before for a fixed test prompt"
             )
             if report.changed_bytes >= _CHANGED_BYTES * report.bytes:
                 raise RuntimeError(f"{problem}: the engine does not use the weights that it received")
-            log.warning("%s: rounding may hide the change", problem)
+            log.warning("%s, perhaps because the change is smaller than the rounding error", problem)
         return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)
 
     def observe(self, difference: float) -> None:

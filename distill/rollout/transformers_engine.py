@@ -206,7 +206,7 @@ class _Decoding:
     def rollouts(self, version: int) -> list[list[Rollout]]:
         """Return the finished rollouts, one list per prompt.
 
-        ``version``: number of training steps of the weights that generated the responses.
+        ``version``: number of finished training steps when the engine received its weights.
         """
         G = self._sampling.responses_per_prompt
         return [

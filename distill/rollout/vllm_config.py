@@ -1,4 +1,4 @@
-"""Override config.json settings that vLLM interprets differently; refuse models that vLLM cannot run."""
+"""Override config.json settings that vLLM and transformers read differently; refuse unsupported ones."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def _plain_rotary(parameters: Mapping[str, Any], config: Any) -> dict[str, Any]:
 def apply_overrides(overrides: Mapping[str, Any], config: Any) -> Any:
     """Apply ``overrides`` in place to ``config``, the configuration that vLLM has read; return ``config``.
 
-    This function is passed to vLLM as ``hf_overrides``. A dictionary would not suffice, because vLLM cannot remove a
-    setting through a dictionary. Here the value None removes a setting.
+    ``overrides`` maps the name of each setting to its new value; None removes the setting. This function is passed to
+    vLLM as ``hf_overrides``. A dictionary would not suffice, because with a dictionary vLLM cannot remove settings.
     """
     for name, value in overrides.items():
         if value is None and not hasattr(type(config), name):

@@ -55,7 +55,7 @@ In these steps vLLM processes the results that were still in progress.
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
-    """Return a dict that maps each vLLM argument that the trainer sets to its value.
+    """Return the vLLM arguments that the trainer always sets, as a dict from name to value.
 
     policy.generation.vllm_kwargs must not contain these arguments. ``can_sleep``: whether vLLM can sleep on this type
     of device.
@@ -157,8 +157,8 @@ class VllmEngine(EngineBase):
         self._needs = self._first_sleep()
         self.pool_bytes = pool_bytes() if isinstance(self._memory, CudaMemory) else 0
         log.info(
-            "created vLLM in %.0f s: %d engine(s) of %d rank(s) for sequences of up to %d tokens; vLLM's method %s"
-            " loads weights, and sleep %s",
+            "created vLLM in %.0f s: %d engine(s) of %d rank(s) for sequences of up to %d tokens; each sync loads the"
+            " weights with vLLM's method %s, and vLLM's sleep mode %s",
             *(time.monotonic() - started, self.replicas, tensor_parallel_size, window, self._weights.path),
             "frees the weights and the key-value cache" if self.can_sleep else "frees no memory",
         )
@@ -177,7 +177,7 @@ class VllmEngine(EngineBase):
         return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
-        """Make vLLM set the logits of ids that only pad the vocabulary to -inf, as the loss does."""
+        """Make vLLM mask the padding of the vocabulary: logits of ids from ``valid_vocab`` on become -inf."""
         model: Any = self._weights.model
         compute_logits, valid = model.compute_logits, self._valid_vocab
 
@@ -357,9 +357,9 @@ class VllmEngine(EngineBase):
 
 @contextmanager
 def kept_threads() -> Iterator[None]:
-    """Restore torch's number of threads after the block.
+    """Restore torch's number of CPU threads after the ``with`` block.
 
-    vLLM lowers this number, which would slow down an optimizer on the host.
+    vLLM lowers this number, which would slow down an optimizer that runs on the CPU.
     """
     threads = torch.get_num_threads()
     try:
@@ -378,7 +378,7 @@ def pool_bytes() -> int:
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Restore the states of the global random generators of Python, numpy and torch after the block."""
+    """Restore the global random generators of Python, numpy and torch after the ``with`` block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:

@@ -70,8 +70,8 @@ class VllmWeights:
     def receive(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         """Load all weights of a sync into vLLM's model.
 
-        ``weights`` yields pairs of Hugging Face name and unsharded tensor. Besides the memory of the model and of the
-        iterator, this needs memory for at most one layer.
+        ``weights`` yields pairs of Hugging Face name and unsharded tensor. The additional memory that loading needs is
+        at most the size of one layer.
         """
         self._sums_before_repack.clear()
         if self._in_place:
@@ -154,8 +154,8 @@ class VllmWeights:
         """Return a dict that maps each vLLM parameter's name to the names of the student's tensors in it.
 
         A fused parameter consists of several tensors; their names are in the order of their rows. ``manifest`` maps the
-        name of each tensor that a sync sends to the tensor's shape. Raises RuntimeError if the names do not match the
-        manifest.
+        name of each tensor that a sync sends to the tensor's shape. Raises RuntimeError if vLLM's model needs other
+        tensors than those of the manifest.
         """
         fused = getattr(self.model, "packed_modules_mapping", {})
         tensors: dict[str, list[str]] = {}

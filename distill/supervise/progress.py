@@ -1,6 +1,6 @@
-"""Progress of this rank: counters and current phase, which is a named part of the run.
+"""Progress of this rank: counters, and the current phase, which is a named part of the run.
 
-The watchdog sends it to other ranks.
+The watchdog sends the progress to other ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Progress:
     work_units: int = 0
     """Number of finished units of work (tokens, micro-batches, tensors) since the start."""
     timed: bool = True
-    """Whether the run fails if no rank makes progress for ``runtime.phase_timeout_s`` in this phase."""
+    """Whether the run fails after ``runtime.phase_timeout_s`` seconds without progress in this phase."""
 
 
 CURRENT = Progress()

@@ -121,7 +121,10 @@ class Deadline:
         self._step_s = self._save_s = 0.0
 
     def record(self, step_s: float, save_s: float) -> None:
-        """Record the duration of a step without checkpoint saves, and of a save (0 if no save has finished)."""
+        """Record the durations of a training step and of a checkpoint save, in seconds.
+
+        ``step_s``: without saves. ``save_s``: 0 if no save has finished.
+        """
         self._step_s = max(self._step_s, step_s)
         self._save_s = max(self._save_s, save_s)
 
@@ -133,7 +136,7 @@ class Deadline:
 
 
 def seconds_of(text: str | None) -> float | None:
-    """Return the number of seconds of the duration ``text`` in ``DD:HH:MM:SS``; None if it is None."""
+    """Return the duration ``text``, in the format ``DD:HH:MM:SS``, in seconds; None if ``text`` is None."""
     if text is None:
         return None
     days, hours, minutes, seconds = map(int, text.split(":"))

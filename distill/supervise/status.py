@@ -14,7 +14,10 @@ from typing import Literal, NamedTuple
 log = logging.getLogger(__name__)
 
 _STARTED, _CLOCK_MARGIN_S = time.time(), 60.0
-"""Start time of this process, and allowed difference of start times and clocks of ranks; in seconds."""
+"""Unix start time of this process, and tolerance when file times are compared with it; in seconds.
+
+The tolerance is needed because ranks start at different times, and the clocks of machines differ.
+"""
 State = Literal["running", "finished", "stopped", "refused", "failed"]
 STATUS_FILE = "status.json"
 _EXTRA_FILE = "DISTILL_STATUS_FILE"
@@ -106,7 +109,11 @@ class Status:
                 part.write_text(text, encoding="utf-8")
                 part.replace(path)
             except OSError as error:  # not raised: a full disk must not hide the exit reason from the log
-                log.warning("cannot write the status file %s (%s)", path, error.strerror)
+                log.warning(
+                    "cannot write the status file %s (%s): the file does not show the current state",
+                    path,
+                    error.strerror,
+                )
 
 
 def _has_ended(path: Path) -> bool:

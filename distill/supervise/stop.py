@@ -55,7 +55,10 @@ class StopCheck:
         return self._received_signal() != 0
 
     def record_duration(self, step_s: float, save_s: float) -> None:
-        """Record the duration of a step without checkpoint saves, and of a save (0 if no save has finished)."""
+        """Record the durations of a training step and of a checkpoint save, in seconds.
+
+        ``step_s``: without saves. ``save_s``: 0 if no save has finished.
+        """
         self._deadline.record(step_s, save_s)
 
     def raise_if_requested(self, step: int, check_time: bool = True) -> None:

@@ -27,7 +27,7 @@ _EXIT_TIMEOUT_S = 15
 The exit itself may hang, for example if a hanging thread holds a lock of the logging module.
 """
 _GRACE_PERIOD_S = 4 * POLL_S
-_LOADING_TIMEOUT_S = 1800.0
+_LOADING_TIMEOUT_S = 1800.0  # named in the message of FailureDetector
 
 
 class Supervisor:
@@ -171,7 +171,7 @@ class Supervisor:
     def _later_signal(self, name: str) -> None:
         if self._exit_status is not None:
             self._announce_and_exit(self._exit_status)
-        reason = f"{name} as the second stop signal: the run stopped immediately and did not save the unfinished step"
+        reason = f"{name} was the second stop signal: the run stopped immediately and did not save the unfinished step"
         self._announce_and_exit(ExitStatus("stopped", reason, 128 + self.stop_signal))
 
     def _announce_and_exit(self, status: ExitStatus) -> NoReturn:

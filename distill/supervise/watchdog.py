@@ -53,7 +53,7 @@ class Heartbeat:
 
     @classmethod
     def parse(cls, text: bytes) -> Heartbeat:
-        """Return the heartbeat whose method ``text`` returned the JSON ``text``."""
+        """Return the heartbeat that is encoded in the JSON ``text``; inverse of the method ``text``."""
         count, progress, waiting = json.loads(text)
         return cls(count, Progress(**progress), waiting)
 
@@ -104,13 +104,14 @@ class FailureDetector:
         late = [r for r, each in enumerate(heartbeats) if each.progress.phase_changes < furthest.phase_changes]
         if not late:  # all ranks are in the same phase: ranks outside of a collective are late
             late = [rank for rank, heartbeat in enumerate(heartbeats) if not heartbeat.in_collective]
-        limit = f"{self.timeout_s:g} s (runtime.phase_timeout_s)"
+        limit = f"runtime.phase_timeout_s={self.timeout_s:g} (seconds; at least 1800 while loading)"
+        fix = "increase runtime.phase_timeout_s if this phase can take longer"
         if not late or len(late) == len(heartbeats):
-            return f"no rank made progress in {_phase_name(furthest)} for {limit}"
+            return f"no rank made progress in {_phase_name(furthest)} for {limit}: {fix}"
         phases = " and ".join(sorted({_phase_name(heartbeats[rank].progress) for rank in late}))
         return (
             f"{phases} made no progress for {limit}: {rank_names(late)} of {len(heartbeats)} did not reach"
-            f" {_phase_name(furthest)}, in which the other ranks wait"
+            f" {_phase_name(furthest)}, in which the other ranks wait; {fix}"
         )
 
 
@@ -296,7 +297,7 @@ def _store_failure(error: Exception) -> ExitStatus:
 
 
 class _Process(NamedTuple):
-    """Identity of a rank's process, with which ranks on the same host detect that it ended."""
+    """Identity of a rank's process; ranks on the same host use it to detect that the process has ended."""
 
     host: str
     """Host name and PID namespace of the process; process ids are comparable only if both are equal."""

@@ -33,7 +33,7 @@ class HeldOut:
     graders: Mapping[int, str] | None = None
     """Maps prompt ids to grader names. Responses to prompts without an entry are not graded."""
     names: Mapping[int, str] | None = None
-    """Maps each prompt id to the name of the prompt's dataset in metric names."""
+    """Maps each prompt id to the name of the prompt's dataset, as used in metric names."""
 
     def content(self, trace_column: str | None) -> ContentHashes:
         """Return a dict from the name of a part, such as "problems", to its hash; empty without prompts.
@@ -92,8 +92,9 @@ def load_held_out(
         lacking = sum(trace_column is not None and trace_column not in prompt.problem.columns for prompt in prompts)
         if lacking:
             log.warning(
-                "%s: %d of %d problems have no column %s with a trace for the teacher's context, so responses to these"
-                " problems are not compared with the teacher and do not count in the metric in_context_accuracy",
+                "%s: %d of %d problems have no column %s (static_trace.answer_column) with a reasoning text for the"
+                " teacher's prompt, so their responses are not compared with the teacher and do not count in the metric"
+                " in_context_accuracy: add the column to include these problems",
                 *(key, lacking, len(prompts), trace_column),
             )
     in_turn = (prompts[i] for i in range(max(map(len, each))) for prompts in each if i < len(prompts))

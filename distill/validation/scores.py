@@ -26,7 +26,7 @@ class Sample:
 
     rollout: Rollout
     source: str
-    """Name of the problem's dataset in metric names."""
+    """Name of the problem's dataset, as used in metric names."""
     verdict: Verdict | None = None
     """Grade: "right", "wrong" or "failed" (could not be graded); None if the response is not graded."""
     forward_kl_R: Tensor | None = None

@@ -54,7 +54,7 @@ class _TokenIndex:
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
     def of(self, micro_batch: MicroBatch) -> Tensor:
-        """Return int64 [N]: for each of the N rows with nonzero loss weight, its index among the M tokens."""
+        """Return int64 [N]: for each row with loss weight > 0, its index among all rollouts' response tokens."""
         counted_N = micro_batch.weight_N != 0
         rollout_N = micro_batch.rollout_N[counted_N]
         position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]

@@ -44,7 +44,7 @@ For each rollout of R response tokens it returns a pair (forward KL [R], reverse
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Settings of the validations of a run."""
+    """Settings that determine after which steps a run validates, and what it generates and logs."""
 
     period: int
     """Number of steps between periodic validations; 0: no periodic validation."""
@@ -138,7 +138,7 @@ class Validation:
     measured_at: int = -1
     """Step of the loaded checkpoint if its validation need not be repeated; otherwise -1."""
     reference: Mapping[str, float] | None = None
-    """Maps metric names to values measured with the teacher's context in the initial student's prompt.
+    """Maps metric names to values measured before training, with the teacher's context in the prompt.
 
     None if not measured. The metrics are reported with each validation and stored in checkpoints.
     """
@@ -317,10 +317,15 @@ def _reference(samples: Sequence[Sample]) -> dict[str, float]:
 def _warn_of_incomplete(samples: Sequence[Sample]) -> None:
     """Log how many responses could not be graded, and how many were not compared with the teacher."""
     if failures := sum(s.verdict == "failed" for s in samples):
-        log.warning("%d of %d held-out responses could not be graded and count as wrong", failures, len(samples))
+        log.warning(
+            "%d of %d validation responses could not be graded and count as wrong: check the problems with"
+            ' "verdict": "failed" in the folder validation of the run directory',
+            *(failures, len(samples)),
+        )
     if missing := sum(s.forward_kl_R is None for s in samples):
         log.warning(
-            "the KL metrics exclude %d of %d held-out responses, because the teacher's context has no trace, or context"
-            " and response together exceed teacher.max_total_sequence_length",
+            "the KL metrics exclude %d of %d validation responses, because the problem has no reasoning text for the"
+            " teacher's prompt, or the teacher's prompt and the response are too long: raise"
+            " teacher.max_total_sequence_length to include long responses",
             *(missing, len(samples)),
         )

@@ -52,7 +52,7 @@ def test_a_phase_without_progress_ends_the_run_and_names_the_ranks_that_are_behi
     assert found[:6] == [None] * 6 and found[6] is not None
     assert (found[6].state, found[6].exit_code, found[6].retryable) == ("failed", 1, False)
     reason = found[6].reason
-    assert reason.startswith("generation of step 3 ") and "12 s (runtime.phase_timeout_s)" in reason
+    assert reason.startswith("generation of step 3 ") and "runtime.phase_timeout_s=12 " in reason
     assert ": rank 1 of 3 " in reason and "batching: adding prefixes of step 3" in reason
 
 
