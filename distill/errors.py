@@ -5,8 +5,10 @@ Exit codes: 2 for UserError, 1 for RunFailed and for any other exception.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -30,6 +32,20 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str, object]]:
         """Return the class and the constructor's arguments, so that pickle keeps all fields."""
         return type(self), (self.problem, self.fix, self.key, self.value)
+
+
+class MissingError(UserError):
+    """A package, model or file that the recipe needs is not on this machine.
+
+    ``--dry-run --elsewhere`` logs it as a warning, because the run is planned for another machine.
+    """
+
+
+class NotCachedError(MissingError):
+    """A model, tokenizer or dataset of the Hugging Face hub is not in the local cache, and cannot be downloaded.
+
+    ``--dry-run`` logs it as a warning, because it uses no network.
+    """
 
 
 class CollectiveUserError(UserError):
@@ -101,6 +117,25 @@ def as_disk_error() -> Iterator[None]:
         if cause is None or cause is error:
             raise
         raise cause from error
+
+
+def raise_if_not_creatable(folder: Path) -> None:
+    """Raise the OSError with which creating the directory ``folder`` and writing to it would fail; write nothing.
+
+    Faults that show only during the write, such as a full disk, are not detected.
+    """
+    for place in (folder, *folder.parents):
+        try:
+            is_directory = stat.S_ISDIR(place.stat().st_mode)
+        except FileNotFoundError:
+            continue  # the parent decides
+        if not is_directory:
+            number = errno.EEXIST if place == folder else errno.ENOTDIR
+        elif os.access(place, os.W_OK | os.X_OK):
+            return
+        else:
+            number = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(place))
 
 
 def cannot_write(target: str, error: OSError, fix: str) -> UserError:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from distill.batching.balance import quadratic_cost
+from distill.batching.flops import ModelFlops
 from distill.batching.plan import PackingConfig
 from distill.config import Config, ContextDistillationConfig
-from distill.config.template import teacher_template
+from distill.config.template import reads_traces
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
 from distill.data.content import TOKENS, ContentHashes, content_hash, data_hashes, tokenizer_hashes
+from distill.data.grading import check_grader
+from distill.data.prompt_files import read_datasets
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
 from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.teacher_prefix import ContextPrefixes, Prefix, TeacherPrefixes, teacher_template_kwargs
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
-from distill.data.tokenizer import load_tokenizer, same_tokenizer_files
+from distill.data.tokenizer import check_tokenizer, load_tokenizer, same_tokenizer_files
 from distill.data.tokenizer_checks import compare_vocabularies
 from distill.errors import UserError
 from distill.memory.shapes import ModelShape, shape_of
@@ -76,6 +79,43 @@ def find_models(config: Config) -> Models:
     teachers = teachers if is_other else tokenizer
     _check_chat_templates(config, tokenizer, teachers)
     return Models(student, teacher, tokenizer, teachers, valid_vocab, stop_token_ids, shapes)
+
+
+def check_model(name: str, key: str) -> None:
+    """Check the files of one model without the recipe; ``key``: its configuration key. Raises UserError."""
+    files = find_model(name, key)
+    check_tensors(files, model_config(files, key), key)
+
+
+def check_files(config: Config, missing: Callable[[], AbstractContextManager[None]]) -> None:
+    """Check the files of the datasets and the prompt files, for a dry run without the student's tokenizer.
+
+    ``missing``: context manager that may catch errors about missing packages and files. Raises UserError.
+    """
+    column = config.distillation.context_distillation.trace_column
+    held_out = config.data.validation if validates(config) else ()
+    for key, datasets, required in (("data.train", config.data.train, True), ("data.validation", held_out, False)):
+        for dataset in datasets:
+            with missing():
+                if dataset.env_name is not None and key == "data.validation":
+                    check_grader(dataset.env_name, key)
+                for _ in read_datasets([dataset], key, column, required):
+                    pass
+
+
+def check_tokenizers(config: Config, missing: Callable[[], AbstractContextManager[None]]) -> None:
+    """Check the tokenizers and chat template files of both models, for a dry run without the files of a model.
+
+    ``missing``: see ``check_files``. Raises UserError.
+    """
+    teacher_kwargs = teacher_template_kwargs(config)[0]
+    for section, owner, kwargs in (
+        ("policy", config.policy, config.policy.tokenizer.chat_template_kwargs),
+        ("teacher", config.teacher, teacher_kwargs),
+    ):
+        name = None if owner.tokenizer.name == owner.model_name else owner.tokenizer.name
+        with missing():
+            check_tokenizer(name, f"{section}.tokenizer.name", owner.tokenizer.chat_template, kwargs)
 
 
 def _check_chat_templates(config: Config, tokenizer: Any, teachers: Any) -> None:
@@ -222,7 +262,7 @@ def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
     This requires the placeholder {trace} in teacher_prefix_template. If the traces come from a dataset
     column, at least one trace in this column must not be empty.
     """
-    if teacher_template(context.teacher_prefix_template).count("trace") == 0:
+    if not reads_traces(context.teacher_prefix_template):
         return False
     column = context.trace_column
     texts = (problem.columns.get(column, "") for problem in order.prompts.problems) if column else ()
@@ -288,22 +328,27 @@ def packing_of(config: Config, shape: Any) -> PackingConfig:
     policy = config.policy
     batchings = (policy.sequence_packing, policy.dynamic_batching)
     tokens = next((batching.train_mb_tokens for batching in batchings if batching.enabled), None)
-    windowed = [kind for kind in getattr(shape, "layer_types", None) or () if kind == "sliding_attention"]
     return PackingConfig(
         optimizer_batch=policy.train_global_batch_size,
         sequences=policy.train_micro_batch_size if tokens is None else None,
         tokens=tokens,
-        quadratic=quadratic_cost(
-            hidden=shape.hidden_size,
-            layers=shape.num_hidden_layers,
-            heads=shape.num_attention_heads,
-            kv_heads=shape.num_key_value_heads,
-            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
-            intermediate=shape.intermediate_size,
-            vocab=shape.vocab_size,
-            windowed=len(windowed),
-            window=shape.sliding_window if windowed else 0,
-        ),
+        quadratic=flops_of(shape).quadratic,
         share_prefixes=config.runtime.share_prefixes,
         expected=config.distillation.num_prompts_per_step * config.distillation.num_generations_per_prompt,
+    )
+
+
+def flops_of(shape: Any) -> ModelFlops:
+    """Return the FLOPs of a model; ``shape``: its Hugging Face configuration."""
+    windowed = [kind for kind in getattr(shape, "layer_types", None) or () if kind == "sliding_attention"]
+    return ModelFlops(
+        hidden=shape.hidden_size,
+        layers=shape.num_hidden_layers,
+        heads=shape.num_attention_heads,
+        kv_heads=shape.num_key_value_heads,
+        head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
+        intermediate=shape.intermediate_size,
+        vocab=shape.vocab_size,
+        windowed=len(windowed),
+        window=shape.sliding_window if windowed else 0,
     )

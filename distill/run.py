@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints
+from distill.checkpoint.lock import DirectoryLock
 from distill.checkpoint.resume import RunHistory
+from distill.checkpoint.search import step_of
 from distill.config import Config
 from distill.data.prompts import PromptOrder
-from distill.data.teacher_prefix import TeacherPrefixes
+from distill.data.teacher_prefix import TRACE_COVERAGE, TeacherPrefixes
 from distill.distributed.host_memory import give_back_freed_memory
 from distill.distributed.world import World
 from distill.errors import RunFailed
@@ -26,7 +29,8 @@ from distill.memory.forecast import Forecast, compare
 from distill.metrics.phases import Phase, Phases
 from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics
 from distill.metrics.step import Metrics, add_rollouts, step_numbers
-from distill.metrics.summary import summary
+from distill.metrics.summary import ending, summary
+from distill.metrics.utilization import Utilization
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
 from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report
@@ -34,10 +38,11 @@ from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.rollout.engine import Engine
 from distill.rollout.sync import WeightSync
-from distill.supervise.progress import phase, set_step
+from distill.supervise.progress import phase, set_step, task
 from distill.supervise.stop import StopCheck, StopRequested
-from distill.types import Layout, Rollout, Sampling
+from distill.types import Layout, OptimizerBatch, Rollout, Sampling
 from distill.validation import Validation
+from distill.validation.train_samples import TrainSamples, shows_traces
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +57,8 @@ class Run:
     config: Config
     world: World
     run_dir: Path
+    run_lock: DirectoryLock | None
+    """Lock of the run directory, held until the process exits; None except on rank 0."""
     models: Models
     prompts: PromptOrder
     history: RunHistory
@@ -64,6 +71,8 @@ class Run:
     export_files: ExportFiles | None
     """Files of a Hugging Face export except weights; None on ranks other than 0 or if saving is disabled."""
     recorder: Recorder
+    utilization: Utilization
+    train_samples: TrainSamples
     validation: Validation
     sampling: Sampling
     packing: PackingConfig
@@ -98,16 +107,25 @@ class Run:
         metrics.add_same({"lr": self.student.learning_rate})
         return metrics
 
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """Return a context manager that measures the time and memory of phase ``name`` of the current step."""
-        return self._phases(name)
+    @contextmanager
+    def phase(
+        self, name: Phase, batches: Sequence[OptimizerBatch] = (), engine_asleep: bool | None = None
+    ) -> Iterator[None]:
+        """Measure the time and memory of the ``with`` block as phase ``name`` of the current step.
+
+        ``batches``: batches whose micro-batches the phase computes, for the progress report on the console.
+        ``engine_asleep``: whether the engine is asleep in the complete block; None: the default of this phase.
+        """
+        with self._phases(name, engine_asleep), task(sum(map(len, batches)), "micro-batches"):
+            yield
 
     def add_prefixes(self, generated: list[Rollout], metrics: Metrics) -> list[Rollout]:
         """Add the teacher prefix to each rollout of this rank; collective.
 
         The teacher prefix is the token ids that the teacher reads before the response. Rollouts for which no teacher
         prefix can be built are dropped. If distillation.context_distillation.metrics.enabled is true, the numbers of
-        dropped rollouts and truncated prefixes are added to ``metrics``.
+        dropped rollouts and truncated prefixes are added to ``metrics``. The fraction of rollouts with a trace is added
+        also without this setting if the teacher reads traces, because the console shows it.
         """
         with self.world.all_or_none("building the teacher's prefixes"):
             prefixed, counts = self.teacher_prefixes.add(generated)
@@ -116,6 +134,8 @@ class Run:
         if self.config.distillation.context_distillation.metrics.enabled:
             metrics.add(counts.means)
             metrics.add_totals(counts.totals)
+        elif shows_traces(self.config):
+            metrics.add({name: value for name, value in counts.means.items() if name == TRACE_COVERAGE})
         return prefixed
 
     def end_step(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
@@ -128,16 +148,17 @@ class Run:
             self._save_if_due(step)
         if not rollouts:
             log.warning(
-                "step %d trained on no responses, because the teacher's prompt could not be built for any response"
-                " (counts: %s): raise teacher.max_total_sequence_length if they are too long, or change"
-                " distillation.context_distillation if they have no trace",
+                "step %d trained on no responses, because no teacher prompt could be built (dropped responses by"
+                " reason: %s): if prompt and response are too long, raise teacher.max_total_sequence_length; if"
+                " responses have no trace, change distillation.context_distillation.trace_source",
                 *(step, self._dropped),
             )
         self._record(step, metrics, rollouts)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
         self.checkpoints.record_metrics(step, self._values)
-        self.checkpoints.finalize_pending(block=step == self.last_step)
+        with phase("completing the checkpoint"):
+            self.checkpoints.finalize_pending(block=step == self.last_step)
         if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
             self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))  # may end the run: last
         self._update_status(step)
@@ -149,14 +170,23 @@ class Run:
         copy_s = seconds["checkpointing"]
         self.stop.record_duration(sum(seconds.values()) - copy_s, copy_s + write_s if write_s else 0.0)
         metrics.add_max({"engine_residual_gib": self.engine.residual_bytes / 2**30})
+        omitted = () if self.validation.due(step - 1) else ("validation",)
+        metrics.add_max(self._phases.memory_gib(self.engine.pool_bytes, omitted))
         self._values = step_numbers(metrics, self._phases, rollouts, self.world.control)
+        self._values |= self.utilization.metrics(self._values, rollouts)
+        self._values["progress/epoch"] = step / self.prompts.steps_per_epoch
         with self.world.all_or_none("writing the step's metrics"):
             self.recorder.record(step, self._values)
+            if self.world.is_main:
+                self.train_samples.record(step, rollouts)
+        if step == self.first_step + 1:
+            self.train_samples.warn_of_missing_traces(step, self._values)
 
     def _update_status(self, step: int) -> None:
         """Write the number of finished steps and the step of the newest checkpoint to status.json."""
         status = self.world.supervisor.status
-        status.checkpoint_step = self.checkpoints.newest_step or status.checkpoint_step
+        if self.checkpoints.newest is not None:
+            status.checkpoint_step = step_of(self.checkpoints.newest)
         status.set_step(step)
 
     def _save_if_due(self, step: int) -> None:
@@ -179,9 +209,8 @@ class Run:
             "stop_token_ids": self.models.stop_token_ids,
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
-        self.checkpoints.finalize_pending(
-            block=True
-        )  # an error below must not leave the previous checkpoint incomplete
+        # An error below must not leave the previous checkpoint incomplete.
+        self.checkpoints.finalize_pending(block=True)
         give_back_freed_memory()  # the previous save left it fragmented
         self._check_finite(step, tensors)
         small = self._small_files(step)
@@ -251,10 +280,13 @@ class Run:
         step = self.last_step
         if self.first_step > step or not self.validation.due(step):
             return
-        self.sync.push_weights(step)
-        held_out = self.validation.generate(step)
-        self.engine.sleep()
-        self.validation.report(held_out)
+        with self.phase("sync"):
+            self.sync.push_weights(step)
+        with self.phase("validation"):
+            held_out = self.validation.generate(step)
+            self.engine.sleep()
+        with self.phase("validation", engine_asleep=True):
+            self.validation.report(held_out)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written, close recorder and engine, log a summary; collective."""
@@ -263,6 +295,13 @@ class Run:
             self.recorder.close()
         if self.world.is_main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
-            log.info("\n%s", summary({self.run_dir.name: (rows, self.run_dir)}))
+            log.info("\n%s\n\n%s", summary({self.run_dir.name: (rows, self.run_dir)}), self._ending())
         self.world.shutdown_barrier()  # closing vLLM's engine destroys the process groups, so it comes last
         self.engine.close()
+
+    def _ending(self) -> str:
+        """Return the lines about duration, checkpoint and export that follow the table of the run."""
+        supervisor = self.world.supervisor
+        seconds = time.monotonic() - supervisor.started
+        stopped, enabled = supervisor.stop_reason is not None, self.config.checkpointing.enabled
+        return ending(seconds, self.checkpoints.newest, stopped, enabled)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from distill.batching.plan import plan
 from distill.config import parse_args, print_flag
 from distill.distributed.program import exit_process, run_program, run_without_world, start_process
 from distill.errors import CollectiveUserError, RunFailed
+from distill.supervise.progress import counted
 from distill.supervise.stop import StopRequested
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def train(run: Run) -> None:
             generated = engine.generate(engine.share_of(prompts), run.sampling, step)
             engine.sleep()
 
-        with run.phase("validation"):
+        with run.phase("validation", engine_asleep=True):
             run.validation.report(held_out)
 
         with run.phase("batching"):
@@ -54,10 +55,10 @@ def train(run: Run) -> None:
             rollouts = gather_rollouts(run.world, run.add_prefixes(generated, metrics), prompts, version=step)
             batches = plan(rollouts, run.layout, run.packing, run.seed, step)
 
-        with run.phase("teacher"), teacher.on_device():
-            targets = [[teacher.targets(micro_batch) for micro_batch in batch] for batch in batches]
+        with run.phase("teacher", batches), teacher.on_device():
+            targets = [[teacher.targets(micro_batch) for micro_batch in counted(batch)] for batch in batches]
 
-        with run.phase("training"):
+        with run.phase("training", batches):
             student.onload()  # the optimizer state stays on the device until a checkpoint has copied it
             for batch in batches:
                 # pop frees the targets of the batch, which may include a complete LM head
@@ -79,17 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_dry_run(argv: Sequence[str]) -> None:
-    """Print the resolved recipe and the memory forecast, or print the help; do not start a run.
+    """Print the resolved recipe and the plan of the run, or print the help; do not start a run.
 
-    Raises UserError if the recipe is invalid, if the models do not support the recipe's parallel sizes, or if the
-    forecast exceeds the memory of the GPU.
+    Raises the UserError with which the run would be refused, if this can be known without weights and network.
     """
     arguments = parse_args(argv)
-    print(arguments.resolved)
-    from distill.memory.forecast import dry_run  # a slow import: print the recipe first
+    print(arguments.resolved, flush=True)
+    from distill.dry_run import dry_run  # a slow import: print the recipe first
 
-    for part in dry_run(arguments.config):
-        print(part)
+    dry_run(arguments, argv)
 
 
 def train_from(argv: Sequence[str], world: World) -> None:
@@ -99,6 +98,8 @@ def train_from(argv: Sequence[str], world: World) -> None:
     with world.all_or_none("reading the recipe"):
         arguments = parse_args(argv)
     run = build_run(arguments, world)
+    if run is None:  # all steps are finished
+        return
     # From now on, a stop signal ends the run after the current step.
     world.supervisor.begin_loop(arguments.config.runtime.phase_timeout_s)
     try:
@@ -120,5 +121,10 @@ def _train_or_stop(run: Run) -> None:
         run.report_non_finite(error)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """Run the program and end the process with its exit code; the console command ``distill``."""
     exit_process(main())
+
+
+if __name__ == "__main__":
+    command()

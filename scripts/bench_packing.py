@@ -32,13 +32,14 @@ from dataclasses import dataclass
 
 import torch
 
-from distill.batching.balance import balance, fewest_rounds, quadratic_cost
+from distill.batching.balance import balance, fewest_rounds
+from distill.batching.flops import ModelFlops
 from distill.batching.plan import PackingConfig, plan
 from distill.types import Layout, Problem, Prompt, Rollout
 
 MEDIAN, SIGMA = 2048, 1.0
 QWEN3_4B = dict(hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, intermediate=9728, vocab=151_936)
-QUADRATIC = quadratic_cost(**QWEN3_4B)
+QUADRATIC = ModelFlops(**QWEN3_4B).quadratic
 REAL, LOCKSTEP = 0.98, 0.95
 NEAR = 0.99
 """Required fraction of the upper bound, if this is lower than LOCKSTEP."""
@@ -153,7 +154,7 @@ def possible(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, b
     """Return an upper bound of the efficiency ``lockstep`` for any number of rounds.
 
     The cost per token must increase with the length. Sort the rounds by time, longest first. The first j - 1 rounds
-    contain at most (j - 1) * ranks * budget tokens. If the longest responses fill this room, round j takes at least as
+    contain at most (j - 1) * ranks * budget tokens. If the longest responses use all of them, round j takes at least as
     long as the longest remaining response. The work of the first j rounds is limited in two ways: by ranks times their
     time, and by the cost of the longest responses that fill their budget. The remaining work takes at least its cost /
     ranks. The total time is at least the sum of both times, for every j, so the maximum over j is a lower bound.

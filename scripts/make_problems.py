@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 TASK = "gsm_symbolic"
 STORY = r"^\s*Once upon a time"
@@ -21,6 +23,7 @@ _INSTRUCTION = re.compile(r" *Give the result as your final answer\. Do not incl
 
 def problems(seed: int) -> Iterator[dict[str, str]]:
     """Generate distinct problems without end: question, gold answer, source."""
+    sys.modules.setdefault("pycosat", ModuleType("pycosat"))  # has no wheel; imported, but not needed for this task
     import reasoning_gym
 
     seen: set[str] = set()

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from distill.batching.plan import PackingConfig, plan
 from distill.config import Config, load_config
 from distill.distributed.world import World
+from distill.memory.forecast import known_shapes, plan_memory
 from distill.metrics.step import Metrics
 from distill.model.checksum import BitSums, bit_sums_by_name
 from distill.model.dtensor import local_shard, tp_dim
@@ -32,6 +33,14 @@ from distill.model.weights import GatheredWeights
 from distill.types import Problem, Prompt, Rollout
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+def forecast_text(config: Config) -> str:
+    """Return the memory forecast of models without weights, for GPUs unless runtime.device=cpu."""
+    lines: list[str] = []
+    device = torch.device("cpu" if config.runtime.device == "cpu" else "cuda")
+    plan_memory(config, *known_shapes(config), device, lines.append)
+    return "\n".join(lines)
 
 
 def config_for(student: Path, teacher: Path, *overrides: str, ranks: int = 1) -> Config:

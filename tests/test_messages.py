@@ -22,7 +22,11 @@ SENTENCES: list[tuple[list[str], str]] = [
         ["policy.temperature=1"],
         "unknown key policy.temperature: did you mean loss_fn.temperature or policy.generation.temperature?",
     ),
-    (["qqq.zzz=1"], "unknown key qqq: --help lists every key"),
+    (
+        ["qqq.zzz=1"],
+        "unknown key qqq: choose distillation, loss_fn, policy, teacher, data, checkpointing, logger, cluster or "
+        "runtime",
+    ),
     (["distillation.seed"], "distillation.seed has no value: write distillation.seed=value"),
     (["=5"], "=5 is not an override: write key.path=value or --key.path value"),
     (
@@ -109,9 +113,8 @@ SENTENCES: list[tuple[list[str], str]] = [
     (
         ["policy.dtensor_cfg.replicate_size=3"],
         (
-            "policy.dtensor_cfg.replicate_size=3 does not divide 4, the number of ranks "
-            "(cluster.num_nodes=1 * cluster.gpus_per_node=4) divided by the product of "
-            "policy.dtensor_cfg.tensor_parallel_size=1 and context_parallel_size=1: set it to 1, 2 or 4"
+            "policy.dtensor_cfg.replicate_size=3 does not divide 4, the number of groups of tensor_parallel_size=1 * "
+            "context_parallel_size=1 ranks (cluster.num_nodes=1 * cluster.gpus_per_node=4): set it to 1, 2 or 4"
         ),
     ),
     (

@@ -27,6 +27,7 @@ from tests.helpers import save_tiny_model
 from tests.tiny_tokenizer import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes/distillation_math.yaml"
 
 NEVER = {"eval", "exec", "compile", "__import__", "system", "popen", "unsafe_load", "full_load", "load_module", "dill"}
 """Functions that execute text as code."""
@@ -159,7 +160,7 @@ def test_a_recipe_creates_no_python_objects(tmp_path: Path) -> None:
         assert (caught.value.key, caught.value.value) == ("--config", str(recipe))
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UserError) as caught:
-        load_config(["distillation.seed=!!python/name:os.system"])
+        load_config(["--config", str(RECIPE), "distillation.seed=!!python/name:os.system"])
     assert (caught.value.key, caught.value.value) == ("distillation.seed", "!!python/name:os.system")
 
 

@@ -45,7 +45,7 @@ def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespa
         first_step=0,
         last_step=2,
         begin_step=lambda step: record(f"step {step}"),
-        phase=lambda name: contextlib.nullcontext(),
+        phase=lambda name, batches=(), engine_asleep=None: contextlib.nullcontext(),
         student=part(onload="student onload", train="train", end_step="student end"),
         teacher=teacher or SimpleNamespace(on_device=on_device, **vars(part(targets="targets", after_step="follow"))),
         engine=part(share_of="share", generate="generate", sleep="sleep"),
@@ -133,8 +133,8 @@ def test_a_dry_run_trains_nothing_in_both_spellings(
 ) -> None:
     monkeypatch.setattr(train, "start_process", lambda: None)
     monkeypatch.setattr(train, "run_program", MagicMock(side_effect=AssertionError))
-    monkeypatch.setattr("distill.memory.forecast.dry_run", lambda config: ["# forecast"])
-    assert train.main([flag]) == 0
+    monkeypatch.setattr("distill.dry_run.dry_run", lambda arguments, words: print("# forecast"))
+    assert train.main(["--config", "recipes/distillation_math.yaml", flag]) == 0
     printed = capsys.readouterr().out
     assert "max_num_steps" in printed and "# forecast" in printed
 

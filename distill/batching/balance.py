@@ -40,36 +40,6 @@ class Limits(Protocol):
         """Return the maximum number of sequences in a micro-batch, or None."""
 
 
-def quadratic_cost(
-    *,
-    hidden: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    intermediate: int,
-    vocab: int,
-    windowed: int = 0,
-    window: int = 0,
-) -> float:
-    """Return the factor q in the cost n + q n^2 of training on a sequence of n tokens.
-
-    The cost is in units of the cost of one token. A sequence needs a * n + b * n^2 FLOPs, and q = b / a. The
-    quadratic term is attention. The function counts forward FLOPs, two per multiply-add. Backward and recomputation
-    scale both terms by the same factor, so q does not depend on them.
-
-    - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
-      2 * 2 * hidden * kv_heads * head_dim for keys and values, and 3 * 2 * hidden * intermediate for the gated MLP.
-    - FLOPs per token in the LM head: 2 * hidden * vocab. Nearly all tokens are response tokens, which need the head.
-    - FLOPs per pair of query and key in each layer: 2 * 2 * heads * head_dim for the score and the weighted value. A
-      sequence of n tokens has n^2 / 2 pairs. A layer with sliding-window attention has n * window pairs instead, whose
-      FLOPs are part of a * n; ``windowed`` is the number of these layers.
-    """
-    pair = 4 * heads * head_dim
-    token = 4 * hidden * head_dim * (heads + kv_heads) + 6 * hidden * intermediate
-    return (layers - windowed) * pair / 2 / (layers * token + 2 * hidden * vocab + windowed * pair * window)
-
-
 def balance(tokens: Mapping[int, int], cost: Mapping[int, float], ranks: int, limits: Limits) -> list[list[list[int]]]:
     """Pack sequences into rounds of one micro-batch per rank; return the sequence ids by round and rank.
 

@@ -38,7 +38,7 @@ class PackingConfig:
     only response of its micro-batch.
     """
     quadratic: float = 0.0
-    """Factor q in the cost n + q n^2 of training on a sequence of n tokens; see ``quadratic_cost``."""
+    """Factor q in the cost n + q n^2 of training on a sequence of n tokens; see ``ModelFlops.quadratic``."""
     share_prefixes: bool = True
     """Whether a micro-batch computes a prefix once if several responses have it.
 

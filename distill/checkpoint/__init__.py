@@ -3,9 +3,10 @@
 A checkpoint's directory gets its final name after all files are written.
 """
 
-from distill.checkpoint.checkpoints import Checkpoints, Found, has_validation
+from distill.checkpoint.checkpoints import Checkpoints, has_validation
 from distill.checkpoint.manifest import CheckpointError, files_of, read_info, read_verified
 from distill.checkpoint.recipe_diff import changed_keys
+from distill.checkpoint.search import Found
 from distill.checkpoint.storage import SHARDS, ShardsReader
 
 __all__ = [

@@ -19,56 +19,35 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from distill.checkpoint.async_save import Write, WriteResult
-from distill.checkpoint.lock import DirectoryLock
+from distill.checkpoint.lock import WAIT_S, DirectoryLock, owner_of
 from distill.checkpoint.manifest import (
     CheckpointError,
-    Checksums,
     checksums_of,
-    files_of,
-    find_damage,
     flush_directory,
-    info_or_error,
     read_failed,
-    read_history,
     read_info,
     write_durably,
     write_info,
 )
 from distill.checkpoint.retention import to_drop
+from distill.checkpoint.search import DIR_KEY, Found, find_checkpoint, steps_in, writing
 from distill.checkpoint.storage import SHARDS, HeartbeatLoadPlanner, ShardsReader, read_error
 from distill.config import CheckpointingConfig
 from distill.distributed.world import CONTROL_TIMEOUT, World
-from distill.errors import CollectiveUserError, UserError, cannot_write, writing_to
+from distill.errors import CollectiveUserError, UserError, cannot_write, raise_if_not_creatable
 from distill.metrics.sinks import METRICS_FILE, rows_until
 
 log = logging.getLogger(__name__)
 
-_KEY = "checkpointing.checkpoint_dir"
 _PROBE_TEXT = "test of write access\n"
 _VISIBLE_WITHIN_S = 60.0
-"""Time limit in seconds for a new file to be visible on all nodes; network file systems have delays."""
-_UNFINISHED, _DAMAGED = "tmp_", "damaged_"
-_FIX_WRITING = f"free space there, or set {_KEY} to a writable directory"
+"""Time limit in seconds for a file written on one node to become visible on all nodes."""
+_UNFINISHED = "tmp_"
 
 
 def has_validation(info: Mapping[str, Any]) -> bool:
     """Return whether ``info``, the content of training_info.json, contains validation metrics."""
     return any(name.startswith("validation/") for name in info.get("metrics", {}))
-
-
-@dataclass(frozen=True)
-class Found:
-    """A verified checkpoint that a run resumes from."""
-
-    path: Path
-    info: dict[str, Any]
-    """Content of training_info.json: the ``info`` passed to ``Checkpoints.save``, plus two more keys.
-
-    ``files`` maps the path of each file to its size and SHA-256. ``metrics`` maps names to the values that
-    ``Checkpoints.record_metrics`` added; it may be missing.
-    """
-    history: list[dict[str, float | None]]
-    """Rows of the run's metrics.jsonl up to the checkpoint's step; empty on ranks other than 0."""
 
 
 @dataclass
@@ -94,12 +73,13 @@ class Checkpoints:
     def __init__(self, config: CheckpointingConfig, world: World) -> None:
         self._config = config
         self._world = world
+        assert config.checkpoint_dir is not None, "build.py sets it to a folder in the run directory"
         self._dir = Path(config.checkpoint_dir)
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
         self._lock: DirectoryLock | None = None
-        self.newest_step: int | None = None
-        """Step of the newest checkpoint that this process has completed; None before its first checkpoint."""
+        self.newest: Path | None = None
+        """Newest checkpoint: the one that ``find`` returned, or that this process has completed; None before that."""
         self.slowest_s = 0.0
         """Longest duration of a background checkpoint write of this rank so far, in seconds."""
         self._warnings: set[str] = set()
@@ -125,17 +105,17 @@ class Checkpoints:
         with self._world.all_or_none("creating the checkpoint directory"), self._writing():
             if self._world.is_main:
                 self._dir.mkdir(parents=True, exist_ok=True)
-                self._lock = self._lock or DirectoryLock(self._dir, _KEY)
+                self._lock = self._lock or DirectoryLock(self._dir, DIR_KEY)
                 self._remove_unfinished()
                 main_probe.write_text(_PROBE_TEXT)
         with self._world.all_or_none("testing the checkpoint directory"), self._writing():
             if not _wait_for_file(main_probe):
                 raise UserError(
-                    f"{_KEY}={self._config.checkpoint_dir} is not the same directory on all ranks (rank"
+                    f"{DIR_KEY}={self._dir} is not the same directory on all ranks (rank"
                     f" {self._world.rank} does not find a file that rank 0 wrote)",
                     "choose a directory on a file system that all nodes share",
-                    key=_KEY,
-                    value=self._config.checkpoint_dir,
+                    key=DIR_KEY,
+                    value=str(self._dir),
                 )
             own_probe.write_text(_PROBE_TEXT)
         with self._world.all_or_none("testing the checkpoint directory"), self._writing():
@@ -147,62 +127,28 @@ class Checkpoints:
             outcome = "could not be removed" if folder.exists() else "was removed"
             log.warning("the unfinished checkpoint %s of an earlier run %s", folder, outcome)
 
-    def newest(self) -> Found | None:
-        """Return the newest undamaged checkpoint after verifying its files, or None if there is no checkpoint.
+    def check_only(self) -> Found | None:
+        """Check checkpoint_dir and return the checkpoint to resume from, as ``prepare`` and ``find``; write nothing.
 
-        Collective; each rank hashes a part of the files. Returns None if checkpointing is disabled. Damaged checkpoints
-        are logged, renamed and skipped. Raises UserError if all checkpoints are damaged. Raises RunFailed, and renames
-        no checkpoint, if a transient I/O error persists. All other errors of reading a file count as damage.
+        A lock that another run holds is logged as a warning, because that run may end before this one starts.
         """
         if not self._config.enabled:
             return None
-        damaged: dict[str, str] = {}
-        for path in reversed(self._world.broadcast(self._steps() if self._world.is_main else [])):
-            with self._world.all_or_none("reading the checkpoint's training_info.json"):
-                read = info_or_error(path) if self._world.is_main else ({}, None)
-            info, error = self._world.broadcast(read)
-            error = error or self._find_damage(path, files_of(info))
-            if error is None:
-                self._rename_damaged(damaged, path)
-                return Found(path, info, read_history(path, info) if self._world.is_main else [])
-            if error.retryable:
-                raise read_failed(path, error)
-            damaged[path.name] = error.reason
-        if damaged:
-            reasons = "; ".join(f"{name}: {error}" for name, error in damaged.items())
-            raise CollectiveUserError(
-                f"{_KEY}={self._config.checkpoint_dir} contains only damaged checkpoints ({reasons})",
-                "repair one of these checkpoints, or remove all of them to start from step 0",
-                key=_KEY,
-                value=self._config.checkpoint_dir,
-            )
-        return None
+        with self._writing():
+            raise_if_not_creatable(self._dir)
+        if owner := owner_of(self._dir):
+            text = "%s=%s is in use by %s: a run waits up to %g s until that process exits"
+            log.warning(text, DIR_KEY, self._dir, owner, WAIT_S)
+        return find_checkpoint(self._config, self._dir, self._world, read_only=True)
 
-    def _find_damage(self, path: Path, checksums: Checksums) -> CheckpointError | None:
-        """Return the error of a damaged or unreadable file of the checkpoint, or None if all files are intact.
+    def find(self) -> Found | None:
+        """Return the verified checkpoint to resume from, or None for a start at step 0; collective.
 
-        Collective; each rank verifies a part of the files. Damage takes precedence over transient I/O errors.
+        checkpointing.resume_from selects the checkpoint. Returns None if checkpointing is disabled.
         """
-        with self._world.all_or_none("verifying the checkpoint's files"):
-            own = find_damage(path, checksums, sorted(checksums)[self._world.rank :: self._world.size])
-        errors = [error for error in self._world.gather(own) if error is not None]
-        return min(errors, key=lambda error: error.retryable, default=None)
-
-    def _rename_damaged(self, damaged: Mapping[str, str], intact: Path) -> None:
-        """Rename damaged checkpoints, so that the next resume ignores them; collective.
-
-        ``damaged`` maps directory names of damaged checkpoints to reasons. The run resumes from ``intact``.
-        """
-        with self._world.all_or_none("renaming damaged checkpoints"), self._writing():
-            if self._world.is_main:
-                for name, reason in damaged.items():
-                    renamed = self._dir / f"{_DAMAGED}{name}"
-                    shutil.rmtree(renamed, ignore_errors=True)
-                    (self._dir / name).rename(renamed)
-                    log.warning(
-                        "checkpoint %s is damaged (%s) and was renamed to %s: the run resumes from %s",
-                        *(name, reason, renamed, intact),
-                    )
+        found = find_checkpoint(self._config, self._dir, self._world) if self._config.enabled else None
+        self.newest = None if found is None else found.path
+        return found
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Read the tensors of the checkpoint ``path`` into ``tensors``, in place; collective.
@@ -221,9 +167,9 @@ class Checkpoints:
                     raise UserError(
                         f"checkpoint {path} does not match the model ({name} {found} in the checkpoint and has shape"
                         f" {tuple(tensor.shape)} in the model)",
-                        f"set policy.model_name to the model of the checkpoint, or set {_KEY} to another directory",
-                        key=_KEY,
-                        value=self._config.checkpoint_dir,
+                        f"set policy.model_name to the model of the checkpoint, or set {DIR_KEY} to another directory",
+                        key=DIR_KEY,
+                        value=str(self._dir),
                     )
         try:
             dcp.load(tensors, storage_reader=reader, planner=HeartbeatLoadPlanner(), process_group=self._world.control)
@@ -301,8 +247,8 @@ class Checkpoints:
             with self._world.all_or_none("completing the checkpoint"), self._writing():
                 if self._world.is_main:
                     self._finish(pending, results)
-        self.newest_step = pending.step
-        log.info("saved checkpoint %s", self._dir / f"step_{pending.step}")
+        self.newest = self._dir / f"step_{pending.step}"
+        log.info("saved checkpoint %s", self.newest)
 
     def _finish(self, pending: _Pending, results: list[WriteResult]) -> None:
         checksums = {name: entry for result in results for name, entry in result.checksums.items()}
@@ -329,7 +275,7 @@ class Checkpoints:
         for _, error in errors:
             if isinstance(error, OSError):
                 fix = "free space there, then start the run again to resume from the newest complete checkpoint"
-                found = cannot_write(f"{_KEY}={self._config.checkpoint_dir}", error, fix)
+                found = cannot_write(f"{DIR_KEY}={self._dir}", error, fix)
                 problem = f"writing the checkpoint of step {step} failed: {found.problem}"
                 raise CollectiveUserError(problem, found.fix, found.key, found.value) from error
         if errors:
@@ -385,20 +331,15 @@ class Checkpoints:
 
     # ---- existing checkpoints ----
 
-    def _steps(self) -> list[Path]:
-        """Return the ``step_N`` directories of the checkpoints in increasing order of N."""
-        named = [p for p in self._dir.glob("step_*") if p.name[5:].isdigit() and p.is_dir()]
-        return sorted(named, key=lambda p: int(p.name[5:]))
-
     @property
     def _metric(self) -> str:
-        """Return checkpointing.metric_name as in the logs, such as validation/accuracy; "" if it is null."""
+        """Return the name of checkpointing.metric_name in the logs, such as validation/accuracy; "" if it is null."""
         kind, _, name = (self._config.metric_name or "").partition(":")
         return f"{'validation' if kind == 'val' else kind}/{name}" if name else ""
 
     def _drop_old(self) -> None:
         """Remove the checkpoints that checkpointing.keep_top_k does not keep; ignore unreadable checkpoints."""
-        infos = {path: info for path in self._steps() if (info := self._info(path)) is not None}
+        infos = {path: info for path in steps_in(self._dir) if (info := self._info(path)) is not None}
         metrics = {path: info.get("metrics", {}).get(self._metric) for path, info in infos.items()}
         if self._metric and any(value is not None for value in metrics.values()):
             for path in [p for p in list(metrics)[:-1] if metrics[p] is None]:
@@ -435,7 +376,7 @@ class Checkpoints:
             log.warning("%s", text)
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing_to(f"{_KEY}={self._config.checkpoint_dir}", _FIX_WRITING)
+        return writing(self._dir)
 
 
 def _wait_for_file(file: Path) -> bool:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import struct
 import time
 from pathlib import Path
 
@@ -102,6 +103,17 @@ class DirectoryLock:
                 *(self._file.name, error.strerror),
             )
         return True
+
+
+def owner_of(folder: Path) -> str | None:
+    """Return the content of the lock file of ``folder`` if another process holds the lock, else None; take no lock."""
+    try:
+        with (folder / FILE).open("rb") as file:
+            query = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+            kind = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, query))[0]
+            return None if kind == fcntl.F_UNLCK else file.read().decode(errors="replace").strip() or "a process"
+    except OSError:  # no lock file, or a file system without locks
+        return None
 
 
 def _slurm_start() -> str:

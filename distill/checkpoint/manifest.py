@@ -58,17 +58,20 @@ def checksums_of(folder: Path, names: Iterable[str]) -> Checksums:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
-def find_damage(folder: Path, checksums: Checksums, names: Sequence[str]) -> CheckpointError | None:
+def find_damage(
+    folder: Path, checksums: Checksums, names: Sequence[str], hashes: bool = True
+) -> CheckpointError | None:
     """Return the error of the first damaged or unreadable file of ``names``, or None if all are intact.
 
-    ``names``: paths relative to ``folder``. ``checksums``: expected size and SHA-256 of each file.
+    ``names``: paths relative to ``folder``. ``checksums``: expected size and SHA-256 of each file. ``hashes``: whether
+    to compare the SHA-256 too, which reads the files completely.
     """
     for name in names:
         try:
             size, expected = retry_io((folder / name).stat).st_size, checksums[name]["bytes"]
             if size != expected:
                 return CheckpointError(f"{name} has {size} bytes instead of {expected}")
-            if retry_io(partial(_sha256, folder / name)) != checksums[name]["sha256"]:
+            if hashes and retry_io(partial(_sha256, folder / name)) != checksums[name]["sha256"]:
                 return CheckpointError(f"the sha256 of {name} differs from the value in {INFO}")
         except OSError as error:
             return CheckpointError(f"{name} cannot be read: {error.strerror}", error.errno in TRANSIENT_ERRNOS)

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoint import Found, changed_keys
+from distill.checkpoint.recipe_diff import affects_learning
+from distill.checkpoint.search import JOB, SOURCE, source_of
 from distill.config import Config
 from distill.data.clock import RunClock, current_time
 from distill.data.content import ContentHashes, changed_parts
 from distill.data.prompts import PromptOrder
+from distill.distributed import slurm
 from distill.errors import UserError
 
 log = logging.getLogger(__name__)
 
 _CLOCK, _CHANGES, _VALIDATION = "clock", "changes", "validation_inputs"
 _ALLOW_KEY = "checkpointing.allow_changes"
+_MAX_LISTED = 6
+"""Maximum number of changes in an error message."""
 _NO_DATE = (
     " (a possible cause is a different date: the chat template inserts the date, and the version of this program that"
     " wrote the checkpoint did not save the date)"
@@ -70,21 +75,34 @@ class RunHistory:
     validation: ContentHashes | None = None
     """Hashes of the validation data, to detect changes at a resume.
 
-    If validation is disabled now, the hashes are those in the checkpoint. Empty or None if it was never enabled.
+    If validation is disabled now, these are the hashes in the checkpoint. Empty or None if it was never enabled.
     """
     training_changes: Sequence[str] = ()
-    """Texts about changes in training data and in recipe keys that affect training, found at this resume."""
+    """Descriptions of changes in the training data and in keys that affect training, since the checkpoint."""
     validation_changes: Sequence[str] = ()
-    """Texts about changes of the validation data, found at this resume."""
+    """Descriptions of changes in the validation data since the checkpoint."""
+    same_run: bool = True
+    """Whether training data and all keys that affect learning are unchanged since the checkpoint.
+
+    False is possible only with checkpointing.allow_changes=true.
+    """
+    source: str | None = None
+    """Absolute path in checkpointing.resume_from with which the run started; None without a path."""
 
     @property
     def info(self) -> dict[str, Any]:
         """Return the clock, the differences and the validation hashes, to be stored in training_info.json."""
-        validation = None if self.validation is None else dict(self.validation)
-        return {_CLOCK: str(self.clock), _CHANGES: list(self.changes), _VALIDATION: validation}
+        validation, job = None if self.validation is None else dict(self.validation), slurm.start_of_job()
+        return {
+            _CLOCK: str(self.clock),
+            _CHANGES: list(self.changes),
+            _VALIDATION: validation,
+            SOURCE: self.source,
+            JOB: None if job is None else job[0],
+        }
 
     def in_context_metrics(self, found: Found | None) -> dict[str, float] | None:
-        """Return the validation metrics that were measured with the teacher's context in the student's prompt.
+        """Return the validation metrics of the student that were measured with the teacher's prompts.
 
         They are stored in the checkpoint ``found``. Returns None without a checkpoint, if the checkpoint has no such
         metrics, or if the validation data changed after the checkpoint was saved.
@@ -98,40 +116,49 @@ class RunHistory:
 
 
 def compare_with_checkpoint(
-    found: Found | None, config: Config, prompts: PromptOrder, clock: RunClock, validation: ContentHashes | None
+    found: Found | None, config: Config, prompts: PromptOrder | None, clock: RunClock, validation: ContentHashes | None
 ) -> RunHistory:
     """Compare the checkpoint's data and recipe with the current ones; return the run's history.
 
     ``found``: the checkpoint that the run resumes from; None for a first start. ``validation``: hashes of the current
-    validation data. Raises UserError if the training data, the prompts or their order changed and
-    checkpointing.allow_changes is false. Differences in the validation data and in recipe keys that affect training are
-    only recorded.
+    validation data. ``prompts`` is None only in a dry run without the training data, which are then not compared.
+    With checkpointing.allow_changes=false, raises UserError if the training data, the prompts, their order, or keys
+    that affect what the run learns have changed. Differences in the validation data and in keys that change only the
+    rounding are recorded without an error.
     """
+    source: str | None = source_of(config.checkpointing) or (None if found is None else found.info.get(SOURCE))
     if found is None:
-        return RunHistory(clock, validation=validation)
-    data_changes = prompts.changes(found.info["data"])
-    if data_changes and not config.checkpointing.allow_changes:
-        raise _refused(data_changes, found, undated=clock.was_read and _CLOCK not in found.info)
+        return RunHistory(clock, validation=validation, source=source)
+    data_changes = prompts.changes(found.info["data"]) if prompts else []
     recipe_changes = changed_keys(found.info["recipe"], asdict(config))
-    training = [*data_changes, *(change for change in recipe_changes if change not in data_changes)]
+    learning = [*data_changes, *(change for key, change in recipe_changes.items() if affects_learning(key))]
+    learning = list(dict.fromkeys(learning))
+    if learning and not config.checkpointing.allow_changes:
+        raise _refused(learning, found, undated=bool(data_changes) and clock.was_read and _CLOCK not in found.info)
+    training = [*data_changes, *(change for change in recipe_changes.values() if change not in data_changes)]
     before = found.info.get(_VALIDATION)
     parts = changed_parts(before, validation) if before and validation else []
     changed = [f"data.validation has different {' and '.join(parts)}"] if parts else []
     now = current_time().isoformat(timespec="seconds")
     new = [{"step": found.info["step"], "what": what, "when": now} for what in [*training, *changed]]
-    return RunHistory(clock, [*found.info.get(_CHANGES, []), *new], validation or before, training, changed)
+    changes = [*found.info.get(_CHANGES, []), *new]
+    return RunHistory(clock, changes, validation or before, training, changed, same_run=not learning, source=source)
 
 
 def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
     return UserError(
-        f"the run cannot resume from checkpoint {found.path}, because {'; '.join(changes)}"
-        f"{_NO_DATE if undated else ''}",
-        f"undo the change, set {_ALLOW_KEY}=true to continue with the change from step {found.info['step'] + 1} on,"
-        " or set another checkpointing.checkpoint_dir to start a new run (to keep the weights, export this checkpoint"
-        " with scripts.export_hf and set policy.model_name to the export)",
+        f"the run cannot resume from checkpoint {found.path}, because {_listed(changes)}{_NO_DATE if undated else ''}",
+        "undo the change, set another checkpointing.checkpoint_dir to start a new run, or set"
+        f" {_ALLOW_KEY}=true to continue with the change from step {found.info['step'] + 1} on (to start a new run from"
+        " these weights, export this checkpoint with scripts.export_hf and set policy.model_name to the export)",
         key=_ALLOW_KEY,
         value=False,
     )
+
+
+def _listed(changes: Sequence[str]) -> str:
+    more = f"; and {len(changes) - _MAX_LISTED} more changes" if len(changes) > _MAX_LISTED else ""
+    return "; ".join(changes[:_MAX_LISTED]) + more
 
 
 def warn_of_changes(history: RunHistory, found: Found) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from distill.config.load import Arguments, load_config, parse_args, print_flag, to_yaml
+from distill.config.command_line import print_flag
+from distill.config.load import Arguments, load_config, parse_args, to_yaml
 from distill.config.models import (
     BatchingConfig,
     DtensorConfig,

@@ -1,17 +1,16 @@
 """Load a Config from default values, parent recipes, the recipe (YAML file) and command-line overrides.
 
 Later sources override earlier ones. OmegaConf reads files and resolves interpolations. parse.py converts values to the
-types in schema.py. tyro only prints --help. It does not parse the command line, because tyro's error messages are
-longer than one sentence.
+types in schema.py, command_line.py splits the command line, and help.py prints --help.
 """
 
 from __future__ import annotations
 
 import difflib
 import os.path
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_origin
 
@@ -19,21 +18,17 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distill.config.command_line import CommandLine, parse_command_line
 from distill.config.nemo_compat import drop_ignored_keys, drop_inert_keys, inert_defaults
 from distill.config.parse import hints, key_paths, members, parse_value, type_of
-from distill.config.paths import normalize, normalize_paths
+from distill.config.paths import local_or_shipped, normalize, normalize_paths, shipped
 from distill.config.precision import resolve_auto_precision
 from distill.config.rules import check
 from distill.config.schema import Config
 from distill.errors import UserError, any_of, reason, show
 
-BASE_RECIPE = Path("recipes/distillation_math.yaml")
-"""Recipe to use if the command line has no --config.
-
-The path is relative to the current folder, or to the repository if the current folder does not contain the file.
-"""
-
-_HELP_FLAGS, _DRY_RUN_FLAGS = ("--help", "-h"), ("--dry-run", "--dry_run")
+RECIPES = Path("recipes")
+"""Folder of the recipes, in the working directory or among the shipped files."""
 
 _MAX_VALUES = 100_000
 """Maximum number of values in a recipe after its YAML aliases are expanded.
@@ -89,6 +84,10 @@ class Arguments:
 
     config: Config
     """Configuration from the recipe and all command-line overrides."""
+    recipe: Path
+    """Path of the recipe (``--config``)."""
+    elsewhere: bool
+    """Whether ``--dry-run`` plans a run on another machine (``--elsewhere``)."""
 
     @property
     def resolved(self) -> str:
@@ -96,7 +95,7 @@ class Arguments:
         return to_yaml(self.config)
 
 
-def load_config(argv: Sequence[str] = ()) -> Config:
+def load_config(argv: Sequence[str]) -> Config:
     """Load the configuration for the command line ``argv``; raise UserError if a setting is invalid."""
     return parse_args(argv).config
 
@@ -104,27 +103,22 @@ def load_config(argv: Sequence[str] = ()) -> Config:
 def parse_args(argv: Sequence[str]) -> Arguments:
     """Parse the command line ``argv`` and load the configuration.
 
-    Syntax: ``[--config FILE] [--dry-run] [--help] [a.b=value | ++a.b=value | --a.b value | --a.b=value] ...``. Raises
-    UserError for an invalid command line or recipe. With ``--help``, prints the help and raises SystemExit(0).
+    Syntax: ``--config FILE [OPTION ...] [a.b=value | ++a.b=value | --a.b value | --a.b=value] ...``; OPTIONS in
+    command_line.py lists the options. Raises UserError for an invalid command line or recipe. With ``--help`` or
+    ``--help-all``, --config is optional; prints the help and raises SystemExit(0).
     """
-    line = _parse_command_line(argv)
+    line = parse_command_line(argv)
+    if line.flag == "--help":
+        _help(line)
+    if line.config_path is None:
+        raise _no_recipe()
     path = find_recipe(line.config_path)
-    if line.help:
-        _help(path, line.overrides)
-    return Arguments(_load(path, line.overrides))
+    return Arguments(_load(path, line.overrides), path, line.elsewhere)
 
 
-def print_flag(argv: Sequence[str]) -> str | None:
-    """Return "--help" or "--dry-run" if ``argv`` contains this flag, else None.
-
-    With one of these flags, the program prints its output and exits without a run. An invalid command line raises no
-    error here, but in ``parse_args``.
-    """
-    try:
-        line = _parse_command_line(argv)
-    except UserError:
-        line = _parse_command_line([word for word in argv if word in _HELP_FLAGS + _DRY_RUN_FLAGS])
-    return "--help" if line.help else "--dry-run" if line.dry_run else None
+def _no_recipe() -> UserError:
+    names = next(filter(None, map(_recipes_in, _recipe_folders())), [])
+    return UserError("--config is missing", f"add --config recipes/NAME with one of {', '.join(names)}", key="--config")
 
 
 def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
@@ -134,15 +128,19 @@ def _load(path: Path, overrides: list[tuple[str, str]]) -> Config:
     return build_config(tree)
 
 
-def _help(path: Path, overrides: list[tuple[str, str]]) -> NoReturn:
-    """Print the help and exit. It shows the recipe's values, or the default values if the recipe is invalid."""
-    from distill.config.help import print_help  # imported here, as tyro is slow to import
+def _help(line: CommandLine) -> NoReturn:
+    """Print the help and exit.
 
-    try:
-        config = _load(path, overrides)
-    except ValueError:
-        config = Config()
-    print_help(config, path)
+    It shows the recipe's values; without a recipe, or if the recipe is invalid, it shows the default values.
+    """
+    from distill.config.help import print_help
+
+    config, path = Config(), None
+    if line.config_path is not None:
+        with suppress(ValueError):
+            path = find_recipe(line.config_path)
+            config = _load(path, line.overrides)
+    print_help(config, path, line.help_words, line.help_all)
     raise SystemExit(0)
 
 
@@ -251,22 +249,24 @@ def merge(base: Any, layer: Any, key: str = "") -> Any:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def find_recipe(path: Path | None) -> Path:
-    """Return the normalized ``path`` of a recipe; for None, the path of the base recipe.
+def find_recipe(path: Path) -> Path:
+    """Return the normalized ``path`` of a recipe.
 
-    The base recipe is read from the current folder, or else from the repository.
+    The suffix .yaml may be omitted, and so may the folder recipes/. The recipe is read from the working directory, or
+    else from the shipped recipes.
     """
-    if path is None:
-        repository = Path(__file__).resolve().parents[2] / BASE_RECIPE
-        return BASE_RECIPE if BASE_RECIPE.is_file() or not repository.is_file() else repository
-    return Path(normalize(str(path), "--config"))
+    named = Path(normalize(str(path), "--config"))
+    folders = [named.parent, RECIPES] if len(named.parts) == 1 else [named.parent]
+    files = [str(folder / f"{named.name}{suffix}") for folder in folders for suffix in ("", ".yaml")]
+    return next((Path(file) for file in map(local_or_shipped, files) if os.path.isfile(file)), named)
 
 
 def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe and merge it over its parent recipes.
 
-    The recipe's key ``defaults`` lists the parents, relative to the recipe's folder. ``children``: the
-    recipes that led to ``path``: the recipe of the run, its parent, and so on. They are used to detect cycles.
+    The recipe's key ``defaults`` lists the parents, relative to the recipe's folder; "recipes/NAME.yaml" is also a
+    shipped recipe. ``children``: the recipes that led to ``path``: the recipe of the run, its parent, and so on. They
+    are used to detect cycles.
     """
     if os.path.isfile(path) and path.resolve() in children:
         problem = f"defaults={path} in {children[-1]} makes the recipe a parent of itself"
@@ -283,8 +283,10 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         )
     tree: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        named = Path(normalize(str(parent), "defaults"))
-        tree = merge(tree, read_recipe(path.parent / named, (*children, path.resolve())))
+        named = normalize(str(parent), "defaults")
+        file = path.parent / named
+        file = file if os.path.lexists(file) else Path(shipped(named) or file)
+        tree = merge(tree, read_recipe(file, (*children, path.resolve())))
     return merge(tree, layer)  # type: ignore[no-any-return]
 
 
@@ -332,10 +334,12 @@ def _check_expanded_size(text: str) -> None:
 def _similar_recipes(path: Path) -> str:
     """Return the fix for the error message if the recipe ``path`` does not exist.
 
-    The fix lists recipes with similar names in the folder of ``path``, or else the first ten recipes in this folder.
+    The fix lists recipes with similar names in the folder of ``path``, or else the first ten recipes in this folder. If
+    the folder contains no recipes, those in recipes/ or the shipped recipes are used.
     """
-    folder = path if os.path.isdir(path) else path.parent if os.path.isdir(path.parent) else BASE_RECIPE.parent
-    names = sorted(file.name for file in folder.glob("*.yaml"))
+    folder = path if os.path.isdir(path) else path.parent
+    folder = next((one for one in (folder, *_recipe_folders()) if _recipes_in(one)), folder)
+    names = _recipes_in(folder)
     similar = difflib.get_close_matches(path.name, names, 3, 0.5) or names[:10]
     return (
         f"use {any_of(similar)} in {folder}"
@@ -344,52 +348,16 @@ def _similar_recipes(path: Path) -> str:
     )
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+def _recipe_folders() -> tuple[Path, Path]:
+    """Return the folder of recipes in the working directory and the folder of the shipped recipes."""
+    return RECIPES, Path(shipped(RECIPES) or RECIPES)
 
 
-@dataclass
-class _CommandLine:
-    config_path: Path | None = None
-    help: bool = False
-    dry_run: bool = False
-    overrides: list[tuple[str, str]] = field(default_factory=list)
+def _recipes_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.yaml")) if os.path.isdir(folder) else []
 
 
-def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
-    line, words = _CommandLine(), list(argv)
-    if bad := [word for word in words if word != word.encode(errors="replace").decode()]:
-        problem = f"{bad[0]!a} on the command line is not UTF-8 text"
-        raise UserError(problem, "encode it as UTF-8", key=bad[0].partition("=")[0], value=bad[0])
-    while words:
-        word = words.pop(0)
-        if word in _HELP_FLAGS:
-            line.help = True
-        elif word in _DRY_RUN_FLAGS:
-            line.dry_run = True
-        else:
-            key, text = _parse_override(word, words)
-            if key == "config":
-                line.config_path = Path(text)
-            else:
-                line.overrides.append((key, text))
-    return line
-
-
-def _parse_override(word: str, rest: list[str]) -> tuple[str, str]:
-    """Split the override ``word`` into key and value text.
-
-    ``rest``: the words after ``word`` on the command line. For ``--key value``, the value is removed from ``rest``.
-    """
-    key, equals, text = word.partition("=")
-    is_flag = key.startswith("--")
-    key = key[2:].replace("-", "_") if is_flag else key.lstrip("+")
-    if not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", key):
-        raise UserError(f"{word} is not an override", "write key.path=value or --key.path value", value=word)
-    if equals:
-        return key, text
-    if not is_flag or not rest or rest[0].startswith("--"):
-        raise UserError(f"{word} has no value", f"write {key}=value", key=key)
-    return key, rest.pop(0)
+# ---- values ----------------------------------------------------------------------------------------------------------
 
 
 def _read_value(key: str, text: str) -> Any:
@@ -413,9 +381,6 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     for name in reversed(key.split(".")):
         value = {name: value}
     return value  # type: ignore[no-any-return]
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def to_yaml(config: Config) -> str:

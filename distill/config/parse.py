@@ -61,13 +61,15 @@ def _parse_tuple(hint: Any, value: list[Any] | tuple[Any, ...], key: str) -> tup
 def _parse_scalar(option: Any, value: Any) -> Any:
     """Return ``value`` as the type ``option``; None if ``value`` has another type.
 
-    An int is converted if ``option`` is float. Text is never converted to a number, and a number is never converted to
-    a boolean.
+    An int is converted if ``option`` is float, and a float without a fraction, such as 1e3, if ``option`` is int. Text
+    is never converted to a number, and a number is never converted to a boolean.
     """
     if get_origin(option) is Literal:
         return value if any(type(value) is type(choice) and value == choice for choice in get_args(option)) else None
     if option is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
+    if option is int and type(value) is float and value.is_integer():
+        return int(value)
     if get_origin(option) is dict and isinstance(value, Mapping):
         return dict(value)
     return value if option in (bool, int, str) and type(value) is option else None
@@ -134,17 +136,25 @@ def type_of(key: str) -> Any:
 
 
 def unknown_key(key: str) -> UserError:
-    """Return the UserError for an unknown key; its message suggests existing keys with similar names."""
-    similar = _similar_keys(key)
-    fix = f"did you mean {any_of(similar[:3])}?" if similar else "--help lists every key"
+    """Return the UserError for an unknown key; its message suggests existing keys with similar names.
+
+    If no name is similar, the message lists the keys in the section of ``key``.
+    """
+    section = key.rpartition(".")[0]
+    if similar := similar_keys(key)[:3]:
+        fix = f"did you mean {any_of(similar)}?"
+    else:
+        names = [path.rpartition(".")[2] for path in _keys_in(section)]
+        fix = f"choose {any_of(names)}" + (f" in {section}" if section else "")
     return UserError(f"unknown key {key}", fix, key=key)
 
 
-def _similar_keys(key: str) -> list[str]:
-    """Return the existing keys that the user may have meant by the unknown ``key``.
+def similar_keys(key: str) -> list[str]:
+    """Return the existing keys that the user may have meant by the unknown ``key``, the most similar first.
 
-    First choice: keys with the same name (the part after the last dot). Second choice: keys with a similar name. Keys
-    in the section of ``key`` are preferred to keys in other sections.
+    First choice: keys with the same name (the part after the last dot), in the section of ``key`` or else in any
+    section. Then: the key of this section with the most similar name; the key with another separator (a dot for an
+    underscore); keys of this section with a common word; keys with a similar name in any section.
     """
     section, _, name = key.rpartition(".")
     name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # dtensor_cfg has this name in later versions of NeMo-RL
@@ -154,7 +164,17 @@ def _similar_keys(key: str) -> list[str]:
     same = by_name.get(name, [])
     if here := [path for path in same if path.rpartition(".")[0] == section] or same:
         return here
-    neighbours = {path.rpartition(".")[2]: path for path in key_paths() if path.rpartition(".")[0] == section}
+    neighbours = {path.rpartition(".")[2]: path for path in _keys_in(section)} if section else {}
     if close := difflib.get_close_matches(name, neighbours, 1, 0.6):
         return [neighbours[close[0]]]
+    if joined := [path for path in key_paths() if path.replace(".", "_") == key.replace(".", "_")]:
+        return joined
+    words = set(name.split("_"))
+    if common := [path for other, path in neighbours.items() if words & set(other.split("_"))]:
+        return common
     return [path for similar in difflib.get_close_matches(name, by_name, 1, 0.8) for path in by_name[similar]]
+
+
+def _keys_in(section: str) -> list[str]:
+    """Return the paths of the keys directly in ``section``; "" for the complete configuration."""
+    return [path for path in key_paths() if path.rpartition(".")[0] == section]

@@ -1,4 +1,4 @@
-"""Normalize paths in the configuration; detect whether two paths refer to the same file or model."""
+"""Normalize paths of the configuration, find files of the project, detect paths to the same file or model."""
 
 from __future__ import annotations
 
@@ -9,20 +9,49 @@ from typing import Any
 
 from distill.errors import UserError
 
-PATH_KEYS = (
+MODEL_PATH_KEYS = (
     "policy.model_name",
     "policy.tokenizer.name",
     "policy.tokenizer.chat_template",
     "teacher.model_name",
     "teacher.tokenizer.name",
     "teacher.tokenizer.chat_template",
+)
+"""Configuration keys whose value is the path of a file to read, or a Hugging Face hub name."""
+RUN_PATH_KEYS = (
     "checkpointing.checkpoint_dir",
+    "checkpointing.resume_from",
     "logger.log_dir",
     "runtime.run_dir",
 )
+"""Configuration keys whose value is the path of a folder that runs write."""
+KEYWORDS = {"checkpointing.resume_from": ("latest", "never")}
+"""Maps a key whose value is usually a path to its values that are no paths."""
+PATH_KEYS = MODEL_PATH_KEYS + RUN_PATH_KEYS
 """Configuration keys whose value is a path or a Hugging Face hub name."""
 DATASET_PATH_KEYS = ("data_path", "prompt_file", "system_prompt_file")
 """Names of the keys whose value is a path, in data.default and in each dataset of data.train and data.validation."""
+
+SHIPPED_FOLDERS = ("recipes", "prompts", "models")
+"""Folders of the project whose files are found from any working directory. An installed package has no models."""
+
+
+def shipped(path: str | Path) -> str | None:
+    """Return the absolute path of a file that the project ships, such as "prompts/cot.txt", or None.
+
+    ``path``: a relative path that starts with one of SHIPPED_FOLDERS. In an installed package these folders are in the
+    package, in a checkout at the top of the repository.
+    """
+    if Path(path).parts[:1] not in [(folder,) for folder in SHIPPED_FOLDERS]:
+        return None
+    package = Path(__file__).resolve().parents[1]
+    found = (package if (package / SHIPPED_FOLDERS[0]).is_dir() else package.parent) / path
+    return str(found) if os.path.exists(found) else None
+
+
+def local_or_shipped(path: str) -> str:
+    """Return the path of the shipped file of this name if only that file exists, otherwise ``path``."""
+    return path if os.path.lexists(path) else shipped(path) or path
 
 
 def normalize(path: str, key: str) -> str:
@@ -49,12 +78,15 @@ def normalize(path: str, key: str) -> str:
 def normalize_paths(tree: dict[str, Any]) -> None:
     """Normalize every path of the resolved configuration ``tree`` in place.
 
-    If the path of the teacher's model or of a tokenizer refers to the student's model, it is replaced by
-    policy.model_name. Such a path is, for example, a symbolic link or a folder in the hub's cache. Afterwards, equal
-    models have equal names.
+    A path to read that does not exist is replaced by the path of the shipped file of this name. If the path of the
+    teacher's model or of a tokenizer refers to the student's model, it is replaced by policy.model_name. Such a path
+    is, for example, a symbolic link or a folder in the hub's cache. Afterwards, equal models have equal names.
     """
     for key, section, name in _paths(tree):
-        section[name] = normalize(section[name], key)
+        if section[name] in KEYWORDS.get(key, ()):
+            continue
+        path = normalize(section[name], key)
+        section[name] = path if key in RUN_PATH_KEYS else local_or_shipped(path)
     student = tree["policy"].get("model_name")
     teacher = tree["teacher"]
     tokenizers = [model["tokenizer"] for model in (tree["policy"], teacher) if isinstance(model.get("tokenizer"), dict)]

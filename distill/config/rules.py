@@ -5,12 +5,11 @@ Rules that depend on model files, data or the started ranks are checked by other
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any
 
+from distill.config.schedule_rules import check_scheduler
 from distill.config.schema import Config, ContextDistillationConfig, DatasetConfig, LossConfig
 from distill.config.template import teacher_template
 from distill.errors import UserError, any_of, show
@@ -29,9 +28,11 @@ AT_LEAST: dict[int, str] = {
         teacher.logprob_chunk_size teacher.dtensor_cfg.tensor_parallel_size teacher.dtensor_cfg.context_parallel_size
         teacher.dynamic_batching.logprob_mb_tokens teacher.sequence_packing.logprob_mb_tokens data.max_input_seq_length
         checkpointing.keep_top_k checkpointing.save_period cluster.num_nodes cluster.gpus_per_node
+        logger.train_samples_period
         runtime.sync_bucket_mib runtime.logits_chunk_rows runtime.phase_timeout_s""",
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
-        policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print""",
+        policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print
+        logger.num_train_samples_to_print""",
 }
 """Maps a minimum to the configuration keys with this minimum, separated by spaces."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
@@ -42,26 +43,6 @@ AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation
 FLOOR_KL_TYPES = ("forward", "reverse", "mixed", "sampled")
 """Values of ``loss_fn.kl_type`` that can be combined with ``outside_topk: floor``."""
 
-Rule = tuple[Callable[[Any], bool], str]
-_FRACTION: Rule = lambda value: 0 <= value <= 1, "a number between 0 and 1"
-_STEPS: Rule = (lambda value: value >= 1 and value == int(value), "a whole number of at least 1")
-STAGES: dict[str, dict[str, Rule]] = {
-    "torch.optim.lr_scheduler.LinearLR": {
-        "start_factor": (lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
-        "end_factor": _FRACTION,
-        "total_iters": _STEPS,
-    },
-    "torch.optim.lr_scheduler.ConstantLR": {"factor": _FRACTION, "total_iters": _STEPS},
-    "torch.optim.lr_scheduler.CosineAnnealingLR": {
-        "T_max": _STEPS,
-        "eta_min": (lambda value: value >= 0, "at least 0"),
-    },
-}
-"""Maps a scheduler class to a dict of its arguments.
-
-Each argument is mapped to (function that returns whether a value is allowed, description of the allowed values).
-"""
-
 
 def check(config: Config) -> None:
     """Raise UserError for the first rule that ``config`` breaks."""
@@ -70,7 +51,7 @@ def check(config: Config) -> None:
         _check_batches,
         _check_windows,
         _check_groups,
-        _check_scheduler,
+        check_scheduler,
         _check_loss,
         _check_context,
         _check_data,
@@ -94,7 +75,7 @@ def _check_ranges(config: Config) -> None:
     require("policy.optimizer.kwargs.betas", lambda betas: all(0 <= beta < 1 for beta in betas), betas)
     require("policy.generation.val_temperature", lambda value: value >= 0, "set it to at least 0")
     require("policy.model_name teacher.model_name", bool, "set it to a hub name or a folder", "is not allowed")
-    folders = "runtime.run_dir logger.log_dir checkpointing.checkpoint_dir"
+    folders = "runtime.run_dir logger.log_dir checkpointing.checkpoint_dir checkpointing.resume_from"
     fix = "set it to the name of a folder"
     require(folders, lambda path: path and "\0" not in path, fix, "is not allowed")
 
@@ -182,9 +163,9 @@ def _check_groups(config: Config) -> None:
     groups = ranks // policy.group_size
     if groups % policy.replicate_size:
         raise UserError(
-            f"policy.dtensor_cfg.replicate_size={policy.replicate_size} does not divide {groups}, the number of ranks "
-            f"{cluster} divided by the product of policy.dtensor_cfg.tensor_parallel_size="
-            f"{policy.tensor_parallel_size} and context_parallel_size={policy.context_parallel_size}",
+            f"policy.dtensor_cfg.replicate_size={policy.replicate_size} does not divide {groups}, the number of groups "
+            f"of tensor_parallel_size={policy.tensor_parallel_size} * context_parallel_size="
+            f"{policy.context_parallel_size} ranks {cluster}",
             f"set it to {_divisors(groups)}",
             key="policy.dtensor_cfg.replicate_size",
             value=policy.replicate_size,
@@ -215,33 +196,6 @@ def _check_node(key: str, size: int, node: int) -> None:
 
 def _divisors(number: int) -> str:
     return any_of(str(size) for size in range(1, number + 1) if number % size == 0)
-
-
-def _check_scheduler(config: Config) -> None:
-    def refuse(problem: str, fix: str, value: object) -> NoReturn:
-        raise UserError(f"policy.scheduler {problem}", fix, key="policy.scheduler", value=value)
-
-    stages = [entry for entry in config.policy.scheduler if entry.name]
-    milestones = [step for entry in config.policy.scheduler for step in entry.milestones]
-    for stage in stages:
-        assert stage.name is not None
-        rules = STAGES[stage.name]
-        for name, value in stage.kwargs.items():
-            if name not in rules or type(value) not in (int, float):
-                known = f"set numbers for {', '.join(sorted(rules))}"
-                refuse(f"has the invalid argument {name}={show(value)} for {stage.name}", known, value)
-            holds, rule = rules[name]
-            if not (math.isfinite(value) and holds(value)):
-                refuse(f"has {name}={show(value)} out of range for {stage.name}", f"set it to {rule}", value)
-        if stage.name.endswith("CosineAnnealingLR") and "T_max" not in stage.kwargs:
-            fix = "set it to the number of steps until the learning rate reaches eta_min"
-            refuse(f"has no T_max for {stage.name}", fix, None)
-    if len(milestones) != max(len(stages) - 1, 0) or milestones != sorted(set(milestones)):
-        refuse(
-            f"has {len(stages)} stages and milestones={milestones}",
-            "set milestones to one training step for each stage after the first, in increasing order",
-            milestones,
-        )
 
 
 def _check_loss(config: Config) -> None:
@@ -416,6 +370,13 @@ def _check_checkpointing(config: Config) -> None:
             "set it to a duration such as 00:03:45:00, or to null",
             key="checkpointing.checkpoint_must_save_by",
             value=deadline,
+        )
+    if config.checkpointing.resume_from not in ("latest", "never") and not config.checkpointing.enabled:
+        raise UserError(
+            f"checkpointing.resume_from={config.checkpointing.resume_from} requires checkpointing.enabled=true",
+            "set checkpointing.enabled=true, or checkpointing.resume_from=never",
+            key="checkpointing.resume_from",
+            value=config.checkpointing.resume_from,
         )
 
 

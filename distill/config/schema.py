@@ -1,6 +1,6 @@
 """Configuration keys as frozen dataclasses: the key policy.precision is the attribute ``config.policy.precision``.
 
-``--help`` prints the docstrings of the fields. "Default: KEY" means that an unset field has the value of KEY
+``--help-all`` prints the docstrings of the fields. "Default: KEY" means that an unset field has the value of KEY
 (DERIVED_DEFAULTS in load.py). rules.py checks ranges and rules between keys; nemo_compat.py lists keys without effect.
 """
 
@@ -50,7 +50,8 @@ class ContextMetricsConfig:
     """Metrics of context distillation."""
 
     enabled: bool = True
-    """Write metrics of the traces, of the teacher's prefixes (its prompts) and of dropped responses."""
+    """Write metrics of the traces, of the teacher's prefixes (its prompts) and of dropped responses.
+    false: only the fraction of responses with a trace is written, if the template contains {trace}."""
 
 
 @dataclass(frozen=True)
@@ -181,24 +182,28 @@ class DatasetConfig:
     """One dataset, from the hub or from files. Keys that data.train or data.validation omit come from data.default."""
 
     dataset_name: str | None = None
-    """Short name (DeepScaler, AIME2024) or hub name (openai/gsm8k). Set either this key or data_path. If both are set
-    in different places, the command line overrides the recipe, and the recipe overrides its parent recipes."""
+    """Name of a built-in dataset (DeepScaler, AIME2024, AIME2025, AIME2026, MATH500, GSM8K, OpenMathInstruct-2,
+    OpenR1-Math-220k, DAPOMath17K) or hub name (openai/gsm8k). Set either this key or data_path. If both are set in
+    different places, the command line overrides the recipe, and the recipe overrides its parent recipes."""
     data_path: str | None = None
-    """A .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder of them."""
+    """Your own data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder
+    of such files."""
     input_key: str | None = None
-    """Column with the problem; null: the predefined column if dataset_name is a short name, otherwise "input"."""
+    """Column with the problem, by name or dotted path (messages.0.content: the first message of a chat); null: the
+    predefined column if dataset_name is a built-in dataset, otherwise "input"."""
     output_key: str | None = None
-    """Column with the gold answer; null: the predefined column if dataset_name is a short name, otherwise "output"."""
+    """Column with the gold answer, by name or dotted path; null: the predefined column if dataset_name is a built-in
+    dataset, otherwise "output"."""
     output_pattern: str | None = None
     """Regular expression that finds the gold answer in the column output_key. The answer is the text of
     the group (...) in the last match. Without a group, as in "####" for GSM8K, it is the text after the last match.
-    null: the predefined pattern if dataset_name is a short name, otherwise the complete text is the answer."""
+    null: the predefined pattern if dataset_name is a built-in dataset, otherwise the complete text is the answer."""
     subset: str | None = None
     """Name of a configuration of the hub dataset (main for openai/gsm8k); null: the predefined configurations if
-    dataset_name is a short name, otherwise the default configuration."""
+    dataset_name is a built-in dataset, otherwise the default configuration."""
     split: str | None = None
-    """Split of the dataset, or a slice of a split (train[:90%]); null: the predefined split if dataset_name is a short
-    name, otherwise train."""
+    """Split of the dataset, or a slice of a split (train[:90%]); null: the predefined split if dataset_name is a
+    built-in dataset, otherwise train."""
     prompt_file: str | None = None
     """Text file with {} in place of the problem; literal braces are written as in teacher_prefix_template. null: the
     prompt is the problem."""
@@ -231,12 +236,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
-    """Settings of checkpoints. A run resumes from the newest checkpoint in checkpoint_dir."""
+    """Settings of checkpoints. A run resumes from the newest checkpoint in checkpoint_dir, see resume_from."""
 
     enabled: bool = True
     """Save checkpoints in the background, and resume from them."""
-    checkpoint_dir: str = "checkpoints/distillation"
-    """Folder of the run's checkpoints; step_N is the checkpoint of step N. Every run needs a different folder."""
+    checkpoint_dir: str | None = "checkpoints/distillation"
+    """Folder of the run's checkpoints; step_N is the checkpoint of step N. Every run needs a different folder. null:
+    the folder checkpoints in the run directory."""
+    resume_from: str = "latest"
+    """Checkpoint to resume from. latest: the newest in checkpoint_dir, if there is one; never: start at step 0, and
+    refuse a checkpoint_dir with checkpoints; a path: this step_N folder, or the newest in this folder. The run then
+    saves to checkpoint_dir, and a restart continues from there."""
     metric_name: str | None = "val:accuracy"
     """Metric that selects the best checkpoints, val:NAME or train:NAME; null: the newest checkpoints are the best."""
     higher_is_better: bool = True
@@ -252,8 +262,9 @@ class CheckpointingConfig:
     save_consolidated: bool = False
     """Write a Hugging Face export with every checkpoint; false: only with the last checkpoint."""
     allow_changes: bool = False
-    """Allow a run to resume with other training data, prompts or prompt order: the step number continues, and the
-    change is logged and recorded. false: such a change is an error."""
+    """Allow a run to resume with other training data, or with other values of keys that affect what it learns (model,
+    loss, optimizer, sampling, batch sizes, seed): the step number continues, and the change is logged and recorded.
+    false: such a change is an error."""
     save_optimizer: bool = True
     """Save the optimizer state. Without it, a resumed run starts with AdamW's moments at zero and logs a warning."""
 
@@ -282,6 +293,11 @@ class LoggerConfig:
     """Parent directory of the run directories exp_001, exp_002, ... if runtime.run_dir is null."""
     num_val_samples_to_print: int = 5
     """Number of responses that each validation prints on the console."""
+    num_train_samples_to_print: int = 2
+    """Number of training responses to print on the console and to write to train_samples/step_N.jsonl in the run
+    directory, TensorBoard and Weights & Biases, every train_samples_period steps; 0: none."""
+    train_samples_period: int = 20
+    """Number of training steps between samples of training responses; the first step's responses are always shown."""
     wandb_enabled: bool = True
     """Write metrics to Weights & Biases."""
     tensorboard_enabled: bool = True

@@ -68,3 +68,8 @@ def teacher_template(text: str) -> Template:
             value=text,
         )
     return template
+
+
+def reads_traces(template: str) -> bool:
+    """Return whether the teacher's prompts contain traces; ``template``: the value of teacher_prefix_template."""
+    return teacher_template(template).count("trace") > 0

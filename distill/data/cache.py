@@ -20,7 +20,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +47,28 @@ _TRAILER = struct.Struct("<8sQ")
 _MAGIC = b"distill1"
 _CHUNK = 2**20
 _DAY = 24 * 3600.0
+_private: Path | None = None
+"""Temporary folder for new cache files in the block of ``private_cache``; None outside."""
 _LOCK_SECONDS = 1800.0
 """Maximum time in seconds to wait for another process that builds the same cache file.
 
 After this time, this process builds the file itself.
 """
+
+
+@contextmanager
+def private_cache() -> Iterator[None]:
+    """In the ``with`` block, new cache files are written to a temporary folder, which is removed at the end.
+
+    Complete files of the shared cache are used, but not changed. Tables remain readable after the block.
+    """
+    global _private
+    with tempfile.TemporaryDirectory(prefix="distill-", ignore_cleanup_errors=True) as folder:
+        _private = Path(folder)
+        try:
+            yield
+        finally:
+            _private = None
 
 
 def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) -> pa.Table:
@@ -70,10 +87,12 @@ def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) ->
         if found is not None:
             return pa.Table.from_batches(found, schema)
     digest = hashlib.sha256(json.dumps([_VERSION, identity]).encode()).hexdigest()[:32]
-    failures = []
-    for folder in cache_folders():
+    name, failures = f"{digest}-{socket.gethostname()}.arrow", []
+    if _private is not None and (cached := _open_existing(name)) is not None:
+        return cached
+    for folder in cache_folders() if _private is None else [_private]:
         try:
-            return _open_shared(folder / "data", f"{digest}-{socket.gethostname()}.arrow", schema, batches)
+            return _open_shared(folder / "data", name, schema, batches)
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             failures.append(f"{folder / 'data'}: {reason(error)}")
     log.warning(
@@ -82,6 +101,15 @@ def open_table(identity: Any, size: int, schema: pa.Schema, batches: Batches) ->
         "; ".join(failures),
     )
     return pa.Table.from_batches(list(batches()), schema)
+
+
+def _open_existing(name: str) -> pa.Table | None:
+    """Return the table of the shared cache file ``name`` without changing the file's times; None if it is missing."""
+    for folder in cache_folders():
+        with suppress(OSError):
+            if (table := _open_mapped(folder / "data" / name, mark=False)) is not None:
+                return table
+    return None
 
 
 def _all_of(batches: Iterator[pa.RecordBatch], size: int) -> list[pa.RecordBatch] | None:
@@ -141,10 +169,11 @@ def _make_private(folder: Path) -> None:
             raise PermissionError(f"{made} belongs to another user")
 
 
-def _open_mapped(path: Path) -> pa.Table | None:
+def _open_mapped(path: Path, mark: bool = True) -> pa.Table | None:
     """Return the memory-mapped table of a cache file; None if the file is missing, incomplete or damaged.
 
-    This process holds a shared lock on the file as long as the table exists.
+    This process holds a shared lock on the file as long as the table exists. ``mark``: whether to mark the file as most
+    recently used.
     """
     import pyarrow as pa
 
@@ -163,8 +192,9 @@ def _open_mapped(path: Path) -> pa.Table | None:
     body = content.slice(0, content.size - _TRAILER.size)
     if bytes(content.slice(body.size)) != _TRAILER.pack(_MAGIC, _checksum(body)):
         return None
-    with suppress(OSError):
-        os.utime(path)  # mark the file as most recently used
+    if mark:
+        with suppress(OSError):
+            os.utime(path)
     return pa.ipc.open_file(body).read_all()
 
 

@@ -25,6 +25,22 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
     (chat_template_kwargs). Raises UserError for a file that cannot be read or parsed, and for a template that omits the
     user's message.
     """
+    tokenizer.chat_template = read_chat_template(path, key)
+    if (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
+        raise UserError(
+            f"{key}={path} is a chat template that omits the user's message (the test message {_MESSAGE!r} is rendered"
+            f" as {rendered!r})",
+            "correct the template so that it renders the content of each message",
+            key=key,
+            value=path,
+        )
+
+
+def read_chat_template(path: str, key: str) -> str:
+    """Return the Jinja template in the file ``path``; ``key``: the configuration key that contains ``path``.
+
+    Raises UserError for a file that cannot be read or parsed.
+    """
     if "{{" in path or "{%" in path:
         problem = f"{key}={show(path)} is the text of a template, but must be the path of a file"
         raise UserError(
@@ -39,15 +55,7 @@ def set_chat_template(tokenizer: Any, path: str, key: str, kwargs: Mapping[str, 
     except Exception as error:  # e.g. RecursionError for deep nesting
         problem = f"{key}={path} is not a valid Jinja template ({reason(error)})"
         raise UserError(problem, "correct the file", key=key, value=path) from None
-    tokenizer.chat_template = text
-    if (rendered := _rendered_without_message(tokenizer, kwargs)) is not None:
-        raise UserError(
-            f"{key}={path} is a chat template that omits the user's message (the test message {_MESSAGE!r} is rendered"
-            f" as {rendered!r})",
-            "correct the template so that it renders the content of each message",
-            key=key,
-            value=path,
-        )
+    return text
 
 
 def check_chat_template(

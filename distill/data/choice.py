@@ -45,9 +45,10 @@ _AFTER = re.compile(
     rf"|\s(?:is\s{_CORRECT}|not\s(?:\(?[A-J]\b)|(?i:because|since|as|due|which|so|given|and|with|for|by|while|but"
     r"|rather|instead|only|then|hence|thus|therefore|explanation|reasoning|justification)\b)"
 )
-"""Regular expression for the text after a letter that is the chosen option: " because" in "B because".
+"""Regular expression for the text that must follow a bare letter (A to J) that is the chosen option.
 
-It is used for letters without parentheses. If other text follows, the letter is an article or part of a name: "A man".
+In "B because", " because" matches, so B is the chosen option. In "A man", " man" does not match: A is an article.
+Letters in parentheses, such as "(B)", are not checked with this expression.
 """
 _SECOND = re.compile(
     r"\s*[).:]?\s*(?:(?:,?\s*(?:or|and)\b|/|&|\+|和|或|及)\s*(?:(?:option|choice)\s+)?\(?[A-HJ](?![\w'’-])"

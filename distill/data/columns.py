@@ -26,9 +26,9 @@ match it, and "" if it is absent. An extra column is None if it is absent.
 """
 
 
-def setting_error(key: str, value: str, problem: str, fix: str) -> UserError:
-    """Return a UserError about the configuration key ``key``. Its message is "key=value problem: fix"."""
-    return UserError(f"{key}={value} {problem}", fix, key=key, value=value)
+def setting_error(key: str, value: str, problem: str, fix: str, kind: type[UserError] = UserError) -> UserError:
+    """Return an error of the type ``kind`` about the configuration key ``key``: "key=value problem: fix"."""
+    return kind(f"{key}={value} {problem}", fix, key=key, value=value)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,27 @@ def _missing(key: str, name: str, location: str, names: Iterable[str]) -> UserEr
 def _wrong_type(row: Row, key: str, name: str, found: Any, wanted: str, origin: str) -> UserError:
     kind = type(found).__name__
     problem = f"has a value of type {kind} in {row[0]} of {origin}"
-    return setting_error(key, name, problem, f"set {key} to a column of {wanted}")
+    if path := _first_message(found, "assistant" if key.endswith(".output_key") else "user"):
+        return setting_error(key, name, problem, f"set {key} to the text of a message, such as {name}.{path}")
+    inner = f", or to the dotted path of a value in it, such as {name}.0" if isinstance(found, list) else ""
+    inner = f", or to one of {_inner_paths(name, found)}" if isinstance(found, Mapping) and found else inner
+    return setting_error(key, name, problem, f"set {key} to a column of {wanted}{inner}")
+
+
+def _first_message(found: Any, role: str) -> str | None:
+    """Return the path of the text of the first message of ``role`` in the chat ``found``, such as "0.content".
+
+    Returns None if ``found`` is not a chat, a list of mappings with the keys role and content, or has no such message.
+    """
+    for i, message in enumerate(found if isinstance(found, list) else ()):
+        if isinstance(message, Mapping) and message.get("role") == role and isinstance(message.get("content"), str):
+            return f"{i}.content"
+    return None
+
+
+def _inner_paths(name: str, found: Mapping[str, Any]) -> str:
+    paths = ", ".join(f"{name}.{key}" for key in found)
+    return paths if len(paths) <= 200 else paths[:197] + "..."
 
 
 def compile_pattern(pattern: str, key: str) -> re.Pattern[str]:

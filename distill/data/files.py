@@ -26,7 +26,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from distill.data.columns import Columns, Row, WrittenFloat, setting_error
-from distill.errors import UserError, reason, show
+from distill.errors import MissingError, UserError, reason, show
 
 KINDS = (".jsonl", ".json", ".parquet", ".ndjson", ".csv", ".tsv")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -54,8 +54,9 @@ def read_text(path: str, key: str) -> str:
     ``key``: the configuration key that contains ``path``, for messages.
     """
     if not os.path.isfile(path):  # reading a named pipe would block forever
-        problem = "is not a regular file" if os.path.exists(path) else "does not exist"
-        raise setting_error(key, path, f"{problem} (working directory: {Path.cwd()})", "correct the path")
+        exists = os.path.exists(path)
+        problem = f"{'is not a regular file' if exists else 'does not exist'} (working directory: {Path.cwd()})"
+        raise setting_error(key, path, problem, "correct the path", UserError if exists else MissingError)
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -71,9 +72,9 @@ class DataFile:
     columns: Columns
     """Columns to read from the file."""
 
-    def error(self, problem: str, fix: str) -> UserError:
-        """Return a UserError about this file. Its message is "KEY.data_path=PATH problem: fix"."""
-        return setting_error(f"{self.columns.key}.data_path", str(self.path), problem, fix)
+    def error(self, problem: str, fix: str, kind: type[UserError] = UserError) -> UserError:
+        """Return an error of the type ``kind`` about this file: "KEY.data_path=PATH problem: fix"."""
+        return setting_error(f"{self.columns.key}.data_path", str(self.path), problem, fix, kind)
 
 
 def read_rows(file: DataFile) -> Iterator[Row]:

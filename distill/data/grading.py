@@ -202,10 +202,10 @@ def check_grader(name: str, where: str) -> None:
 
     ``where``: the dataset's configuration key.
     """
-    from distill.errors import UserError
+    from distill.errors import MissingError
 
     if name == "math" and find_spec("math_verify") is None:
-        raise UserError(
+        raise MissingError(
             f"{where}.env_name=math needs the package math-verify, which is not installed",
             f"run pip install math-verify, or set {where}.env_name to exact, regex, choice or null",
             key=f"{where}.env_name",

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from distill.config.template import Template
 from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_change
-from distill.data.files import read_text
 from distill.data.grading import THINK_TAGS
-from distill.data.sources import keyed, load_problems
+from distill.data.prompt_files import Messages, PromptFormat, read_datasets
 from distill.data.table import Problems
 from distill.data.thoughts import inside_thoughts
 from distill.errors import UserError, reason
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
 log = logging.getLogger(__name__)
-
-Messages = list[dict[str, str]]
 
 
 class TemplateKeys(NamedTuple):
@@ -221,9 +217,7 @@ def load_prompts(
     problems: list[Problems] = []
     rows: list[array[int]] = []
     inside = bytearray()
-    for dataset_key, dataset in keyed(datasets, key):
-        prompt_format = _PromptFormat.of(dataset, dataset_key)
-        found = load_problems(dataset, dataset_key, trace_column, trace_required)
+    for dataset, prompt_format, found in read_datasets(datasets, key, trace_column, trace_required):
         chats = _Chats(prompt_format, found[: len(found) // dataset.repeat])  # repetitions are tokenized once
         found_rows = _tokenized(tokenizer, chats, template_kwargs)
         inside += inside_thoughts(tokenizer, chats, found_rows, think_tags, template_kwargs) * dataset.repeat
@@ -232,48 +226,11 @@ def load_prompts(
     return _without_long_prompts(Problems.joined(problems), rows, inside, max_tokens, key)
 
 
-def read_prompt_file(path: str, key: str) -> Template:
-    """Read a prompt file: the template of the user message, in which ``{}`` is replaced by the problem.
-
-    ``key``: the configuration key of ``path``. Raises UserError unless the file contains exactly one ``{}``; a second
-    ``{}`` is usually a ``\\boxed{}`` that was meant literally.
-    """
-    template = Template(read_text(path, key), ("",), key, path)
-    count = template.count("")
-    if count == 0:
-        raise UserError(f"{key}={path} contains no {{}}", "write {} in place of the problem", key=key, value=path)
-    if count > 1:
-        fix = "keep one {} for the problem and write literal braces as {{}}"
-        raise UserError(f"{key}={path} contains {count} placeholders {{}}", fix, key=key, value=path)
-    return template
-
-
-@dataclass(frozen=True)
-class _PromptFormat:
-    """Contents of the prompt file and the system prompt file of one dataset."""
-
-    prompt: Template | None
-    system: str | None
-
-    @classmethod
-    def of(cls, dataset: DatasetConfig, key: str) -> _PromptFormat:
-        prompt_file, system_file = dataset.prompt_file, dataset.system_prompt_file
-        return cls(
-            read_prompt_file(prompt_file, f"{key}.prompt_file") if prompt_file else None,
-            read_text(system_file, f"{key}.system_prompt_file") if system_file else None,
-        )
-
-    def chat(self, problem: Problem) -> Messages:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self.prompt.fill({"": problem.text}) if self.prompt else problem.text
-        return [*system, {"role": "user", "content": text}]
-
-
 @dataclass(frozen=True)
 class _Chats(Sequence[Messages]):
     """Conversations for the problems of a dataset, created on access to save memory."""
 
-    format: _PromptFormat
+    format: PromptFormat
     problems: Problems
 
     def __len__(self) -> int:

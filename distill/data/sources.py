@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import os.path
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from distill.data.columns import Columns, Row, TextColumn, setting_error
 from distill.data.files import COMPRESSIONS, KINDS, DataFile, kind_of, read_rows, table_rows
 from distill.data.folders import split_files
 from distill.data.table import Problems, ProblemTable, Source, read_table
-from distill.errors import UserError, reason
+from distill.errors import MissingError, NotCachedError, UserError, reason
+from distill.hub import cause_and_fix, is_hub_name, is_missing
 
 if TYPE_CHECKING:
     from distill.config import DatasetConfig
@@ -46,6 +47,20 @@ class KnownDataset:
 
     It is not used if the recipe sets another output_key. None: the gold answer is the complete value of its column.
     """
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """Parts of a dataset that a run loads with the ``datasets`` library."""
+
+    key: str
+    """Configuration key that selects the dataset: data.train.data_path or data.train.dataset_name, for example."""
+    name: str
+    """Name of the dataset on the hub (owner/name), or a folder that the library reads."""
+    subsets: tuple[str | None, ...]
+    """Subsets to load and concatenate; None: the hub's default subset."""
+    split: str
+    """Split to load, such as train or train[:90%]."""
 
 
 KNOWN_DATASETS = {
@@ -184,31 +199,46 @@ def _tables(dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
         path = Path(dataset.data_path).expanduser()
         if os.path.exists(path) or not _is_hub_name(dataset.data_path):
             return _path_tables(path, dataset, columns)
-        return _hub_tables(dataset.data_path, (dataset.subset,), dataset.split or "train", columns, "data_path")
-    if not dataset.dataset_name:
-        raise _no_dataset(columns.key)
-    known = _known(dataset.dataset_name)
+    found = hub_dataset(dataset, columns.key)
+    assert found is not None, "a path that is no hub name was handled above"
+    return _hub_tables(found, columns)
+
+
+def hub_dataset(dataset: DatasetConfig, key: str) -> HubDataset | None:
+    """Return the parts of a dataset that a run loads from the hub; None if data_path is a file or folder.
+
+    ``key``: the dataset's configuration key. Raises UserError if neither data_path nor dataset_name is set, or if
+    dataset_name is neither the name of a built-in dataset nor a name on the hub.
+    """
+    split = dataset.split or "train"
+    if path := dataset.data_path:
+        is_local = os.path.exists(Path(path).expanduser()) or not _is_hub_name(path)
+        return None if is_local else HubDataset(f"{key}.data_path", path, (dataset.subset,), split)
+    name, name_key = dataset.dataset_name, f"{key}.dataset_name"
+    if not name:
+        raise _no_dataset(key)
+    known = _known(name)
     if known is not None:
         subsets = (dataset.subset,) if dataset.subset else known.subsets
-        return _hub_tables(known.hub, subsets, dataset.split or known.split, columns, "dataset_name")
-    if not _is_hub_name(dataset.dataset_name):
+        return HubDataset(name_key, known.hub, subsets, dataset.split or known.split)
+    if not _is_hub_name(name):
         raise setting_error(
-            *(f"{columns.key}.dataset_name", dataset.dataset_name),
+            *(name_key, name),
             f"is neither a built-in dataset ({', '.join(KNOWN_DATASETS)}) nor a name on the Hugging Face hub"
             " (owner/name)",
-            f"correct the name, or set {columns.key}.data_path to a file",
+            f"correct the name, or set {key}.data_path to a file",
         )
-    return _hub_tables(dataset.dataset_name, (dataset.subset,), dataset.split or "train", columns, "dataset_name")
+    return HubDataset(name_key, name, (dataset.subset,), split)
 
 
 def _is_hub_name(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not kind_of(Path(name))[0]
+    return is_hub_name(name) and not kind_of(Path(name))[0]
 
 
 def _path_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequence[Slice]:
     file = DataFile(path, columns)
     if not os.path.exists(path):
-        raise file.error(f"does not exist (working directory: {Path.cwd()})", "correct the path")
+        raise file.error(f"does not exist (working directory: {Path.cwd()})", "correct the path", MissingError)
     if path.is_dir():
         return _folder_tables(path, dataset, columns)
     if not path.is_file():  # reading a named pipe would block forever
@@ -286,7 +316,7 @@ def _folder_tables(path: Path, dataset: DatasetConfig, columns: Columns) -> Sequ
         return _saved_tables(path, split, columns)
     files = split_files(path, dataset.subset, f"{columns.key}.data_path")
     if files is None:
-        return _hub_tables(str(path), (dataset.subset,), split, columns, "data_path")
+        return _hub_tables(HubDataset(f"{columns.key}.data_path", str(path), (dataset.subset,), split), columns)
     return _sliced(split, files, partial(_file_table, columns), columns)
 
 
@@ -304,25 +334,49 @@ def _saved_tables(path: Path, split: str, columns: Columns) -> Sequence[Slice]:
     return _sliced(split, splits, lambda part: _library_table(part, key, str(path), columns), columns)
 
 
-def _hub_tables(name: str, subsets: Sequence[str | None], split: str, columns: Columns, field: str) -> Sequence[Slice]:
-    """Load a dataset with ``datasets.load_dataset``, and return the complete table of each subset.
+def _hub_tables(found: HubDataset, columns: Columns) -> Sequence[Slice]:
+    """Load a dataset, and return the complete table of each subset."""
+    tables = [_library_table(part, found.key, found.name, columns) for part in load_subsets(found)]
+    return [(table, 0, len(table)) for table in tables]
 
-    ``field``: the configuration key that contains ``name``: data_path or dataset_name.
+
+def load_subsets(found: HubDataset) -> list[Any]:
+    """Load each subset with ``datasets.load_dataset``, from its cache or from the hub.
+
+    Raises UserError if the dataset is not cached and the hub does not send it, or has no such subset or split.
     """
+    if find_spec("datasets") is None:
+        problem, fix = "needs the package datasets, which is not installed", "run pip install datasets"
+        raise setting_error(found.key, found.name, problem, f"{fix}, or set data_path to a file", MissingError)
     from datasets import load_dataset
 
-    key = f"{columns.key}.{field}"
     try:
-        parts = [load_dataset(name, subset, split=split) for subset in subsets]
+        return [load_dataset(found.name, subset, split=found.split) for subset in found.subsets]
     except Exception as error:  # the library and its readers raise many kinds of exception
-        raise setting_error(
-            *(key, name),
-            f"with split {split} cannot be loaded ({reason(error)})",
-            "correct the name, the subset or the split, or download the dataset first on a machine with access to the"
-            " Hugging Face hub",
-        ) from None
-    tables = [_library_table(part, key, name, columns) for part in parts]
-    return [(table, 0, len(table)) for table in tables]
+        kind: type[UserError] = UserError
+        if is_missing(error):
+            cause, fix = cause_and_fix(error, found.name, "dataset")
+            problem = f"(split {found.split}) is not in the cache {dataset_cache()}, and {cause}"
+            kind = NotCachedError
+        else:
+            problem = f"cannot be loaded with split {found.split} ({reason(error)})"
+            fix = "correct the name, the subset or the split"
+        raise setting_error(found.key, found.name, problem, fix, kind) from None
+
+
+def dataset_cache() -> str:
+    """Return the folder in which the ``datasets`` library keeps datasets of the hub."""
+    from datasets import config
+
+    return str(config.HF_DATASETS_CACHE)
+
+
+def cached_dataset(name: str) -> Path:
+    """Return the folder in which the ``datasets`` library keeps the dataset ``name`` of the hub."""
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, own = name.rpartition("/")
+    return Path(dataset_cache(), f"{owner}___{camelcase_to_snakecase(own)}" if owner else camelcase_to_snakecase(own))
 
 
 def _library_table(loaded: Any, key: str, value: str, columns: Columns) -> ProblemTable:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from distill.config.template import teacher_template
 from distill.data.clock import RunClock
-from distill.data.prompts import Messages, TemplateKeys, chat_ids, token_ids
+from distill.data.prompt_files import Messages
+from distill.data.prompts import TemplateKeys, chat_ids, token_ids
 from distill.data.text_checks import check_ids
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
 from distill.errors import UserError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRACE_COVERAGE = "context_distillation_trace_coverage"
+"""Name of the metric: number of responses with a trace / number of all responses."""
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
 """Name of the metric: number of truncated teacher prefixes / number of responses that are not dropped."""
 _KEY = "distillation.context_distillation"
@@ -186,10 +189,7 @@ class ContextPrefixes:
         self._check_window()
         if shows_trace and context.trace_source == "dynamic":
             log.warning(
-                "%s.trace_source=dynamic gives the teacher the reasoning of the response before the teacher scores the"
-                " response, so the scores may simply confirm this reasoning: set %s.trace_source=static_dataset to use"
-                " traces of the dataset, or remove {trace} from the template",
-                *(_KEY, _KEY),
+                "trace_source=dynamic: the teacher reads the reasoning that it scores, and may simply confirm it"
             )
 
     def _check_window(self) -> None:

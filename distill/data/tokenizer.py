@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from distill.data.chat_template import set_chat_template
+from distill.data.chat_template import read_chat_template, set_chat_template
 from distill.data.prompts import opening_ids, token_ids
 from distill.data.stop_ids import ModelFolder, read_json
 from distill.data.tokenizer_checks import PLAIN_TEXTS, check_round_trip, encoding_difference
-from distill.errors import UserError, reason, show
+from distill.errors import MissingError, NotCachedError, UserError, reason, show
+from distill.hub import cause_and_fix, is_hub_name, model_cache
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ class _Source:
     def __str__(self) -> str:
         return f"{self.key}={self.value}" if self.key else str(self.path)
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Return whether ``path`` has the form of a name on the hub (owner/name) and is not a folder."""
+        return not os.path.isdir(self.path) and is_hub_name(str(self.path))
+
     def file(self, name: str) -> Path | None:
         """Return the path of the tokenizer's file ``name``; None if the file is missing.
 
@@ -71,9 +77,9 @@ class _Source:
         found = json.loads(path.read_text(encoding="utf-8")) if path else {}
         return found if isinstance(found, dict) else {}
 
-    def error(self, problem: str, fix: str) -> UserError:
-        """Return a UserError about this tokenizer. Its message is "key=value problem: fix"."""
-        return UserError(f"{self} {problem}", fix, key=self.key, value=self.value)
+    def error(self, problem: str, fix: str, kind: type[UserError] = UserError) -> UserError:
+        """Return an error of the type ``kind`` about this tokenizer. Its message is "key=value problem: fix"."""
+        return kind(f"{self} {problem}", fix, key=self.key, value=self.value)
 
 
 def load_tokenizer(
@@ -93,12 +99,32 @@ def load_tokenizer(
     that cannot be parsed or that omits the user's message.
     """
     source = _Source(files.folder if name is None or name == files.name else name, key, name or files.name)
+    return _load(source, chat_template, template_kwargs)
+
+
+def check_tokenizer(
+    name: str | None, key: str, chat_template: str | None = None, template_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Raise the UserError that ``load_tokenizer`` raises for these arguments; the model's files are missing.
+
+    Without ``name``, the tokenizer is one of the missing files, so only the chat template is read.
+    """
+    if name is not None:
+        _load(_Source(name, key, name), chat_template, template_kwargs)
+    elif chat_template is not None:
+        read_chat_template(chat_template, _template_key(key))
+
+
+def _template_key(key: str) -> str:
+    return key.removesuffix(".name") + ".chat_template"
+
+
+def _load(source: _Source, chat_template: str | None, template_kwargs: Mapping[str, Any] | None) -> Any:
     tokenizer = _read(source)
     tokenizer.clean_up_tokenization_spaces = False  # this setting removes spaces from decoded text
     check_round_trip(tokenizer, source.key, source.value)
     if chat_template is not None:
-        template_key = key.removesuffix(".name") + ".chat_template"
-        set_chat_template(tokenizer, chat_template, template_key, template_kwargs)
+        set_chat_template(tokenizer, chat_template, _template_key(source.key), template_kwargs)
     return tokenizer
 
 
@@ -141,17 +167,22 @@ def _read(source: _Source) -> Any:
     if own is not None and (difference is not None or not read.get_vocab().keys() <= own.get_vocab().keys()):
         # This class uses only tokenizer.json, and adds no special tokens by default.
         tokenizer, error = _from_pretrained(PreTrainedTokenizerFast, source)
+    if error is not None and source.is_on_hub and source.file("tokenizer_config.json") is None:
+        cause, fix = cause_and_fix(error, str(source.path))
+        problem = f"is neither a folder nor a tokenizer in the download cache {model_cache()}, and {cause}"
+        raise source.error(problem, fix, NotCachedError)
     if tokenizer is None or not len(tokenizer):
         raise source.error(
             f"has no readable tokenizer ({reason(error or ValueError('its vocabulary is empty'))})",
             f"set {source.key} to the folder or the Hugging Face name of a model with a tokenizer.json (tokenizers that"
             " need custom code are not supported)",
+            UserError if os.path.exists(source.path) or source.is_on_hub else MissingError,
         )
     settings = source.settings()
     if difference is not None:
         log.warning(
-            "%s has tokenizer_class=%s in tokenizer_config.json, which transformers loads as %s, and this class encodes"
-            " text differently from tokenizer.json (%s), so tokenizer.json is used",
+            "%s: tokenizer.json is used instead of tokenizer_class=%s in tokenizer_config.json, because transformers"
+            " loads %s for it, with a different encoding of text (%s)",
             *(source, show(settings.get("tokenizer_class"))),
             *(type(read).__name__ if read is not None else "no class", difference),
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+import logging
 
 from distill.distributed import slurm
+from distill.distributed.hardware import check_gpus
 from distill.distributed.world import World
 from distill.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str, tp: int, cp: int) -> None:
@@ -15,19 +18,13 @@ def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str,
     ``world`` has the started ranks; ``num_nodes``, ``gpus_per_node`` and ``device`` are configuration settings.
     ``tp``, ``cp``: tensor- and context-parallel size of the student; tp * cp must divide the number of ranks.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "runtime.device=cuda but torch finds no CUDA device",
-            "set runtime.device=auto or cpu",
-            key="runtime.device",
-            value=device,
-        )
+    check_gpus(device)
     if num_nodes * gpus_per_node != world.size:
         raise UserError(
             f"cluster.num_nodes={num_nodes} x cluster.gpus_per_node={gpus_per_node} needs {num_nodes * gpus_per_node}"
-            f" ranks but {world.size} were started",
-            f"set cluster.num_nodes and cluster.gpus_per_node to the nodes and the ranks per node that were started, or"
-            f" start {gpus_per_node} ranks on each of {num_nodes} nodes",
+            f" ranks, but the number of started ranks is {world.size}",
+            f"start the ranks with {_torchrun(num_nodes, gpus_per_node)}, or set"
+            f" cluster.num_nodes={world.size // world.local_size} and cluster.gpus_per_node={world.local_size}",
             key="cluster.gpus_per_node",
             value=gpus_per_node,
         )
@@ -55,3 +52,19 @@ def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str,
             key="policy.dtensor_cfg.tensor_parallel_size",
             value=tp,
         )
+
+
+def warn_of_cpu(world: World, device: str) -> None:
+    """Log a warning if the run uses the CPU because no GPU was found; ``device``: the setting runtime.device."""
+    if device == "auto" and world.device.type == "cpu" and world.is_main:
+        log.warning("no GPU was found: the run uses the CPU; set runtime.device=cpu if this is intended")
+
+
+def _torchrun(num_nodes: int, gpus_per_node: int) -> str:
+    """Return the command that starts the ranks."""
+    program = "-m distill.train --config ..."
+    if num_nodes == 1:
+        return f"`torchrun --nproc-per-node {gpus_per_node} {program}`"
+    nodes = f"--nnodes {num_nodes} --nproc-per-node {gpus_per_node}"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    return f"`torchrun {nodes} {rendezvous} {program}` on each node, where HOST is the name of the first node"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import time
+from contextlib import suppress
+from pathlib import Path
 
 from distill.distributed import slurm
 from distill.distributed.variables import integer
@@ -73,6 +77,18 @@ def launcher_error(rank: int) -> str | None:
     if is_torchrun() and os.getppid() != _PARENT:
         return f"the launcher (process {_PARENT}) of rank {rank} ended"
     return None
+
+
+def write_error_file(reason: str) -> None:
+    """Write ``reason`` to torchrun's error file; do nothing without torchrun.
+
+    torchrun prints a report after its own traceback when a rank fails. With this file, the report ends with ``reason``
+    instead of a link to a manual.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": reason, "extraInfo": details}}), encoding="utf-8")
 
 
 def restrict_umask() -> None:

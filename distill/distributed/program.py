@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 
 import torch.distributed as dist
 
-from distill.distributed.launcher import rank_by_launcher, restrict_umask
+from distill.distributed.launcher import rank_by_launcher, restrict_umask, write_error_file
 from distill.distributed.rendezvous import RendezvousError
 from distill.distributed.world import World
 from distill.errors import CollectiveUserError, RunFailed, UserError
@@ -40,8 +40,9 @@ def run_program(program: Callable[[World], None]) -> int:
         is_main = rank_by_launcher() == 0
     except UserError as error:
         _print_error(str(error))
+        write_error_file(str(error))
         return 2
-    supervisor = Supervisor(is_main)
+    supervisor = Supervisor(is_main, on_failure=write_error_file)
     supervisor.listen()
     world = _join_world(supervisor)
     if isinstance(world, int):
@@ -69,11 +70,13 @@ def run_program(program: Callable[[World], None]) -> int:
         if _may_follow_from_peer(error):
             supervisor.wait_grace_period()
         # A normal interpreter exit could block, because destructors wait for ranks that wait for this rank.
+        supervisor.stop_progress_report()
         traceback.print_exc()
         supervisor.abort(status)
     if single_rank:
         supervisor.abort(status, _print_error)
     if status.exit_code and is_main:
+        supervisor.stop_progress_report()
         _print_error(status.reason)
     supervisor.set_exit_status(status)
     world.close()
@@ -86,13 +89,17 @@ def run_without_world(program: Callable[[], None]) -> int:
 
     There is no rendezvous, signal handler or status file.
 
-    A UserError is printed as one sentence, with exit code 2.
+    A UserError is printed as one sentence, with exit code 2; a RunFailed likewise, with exit code 1.
     """
     try:
         program()
     except UserError as error:
         _print_error(str(error))
+        write_error_file(str(error))
         return 2
+    except RunFailed as error:
+        _print_error(str(error))
+        return 1
     return 0
 
 
@@ -110,6 +117,7 @@ def _join_world(supervisor: Supervisor) -> World | int:
     except RendezvousError as error:
         return _exit_without_world(supervisor, retryable_failure(str(error)), error.report)
     except Exception as error:
+        supervisor.stop_progress_report()
         traceback.print_exc()
         status = ExitStatus(
             "failed", f"a rank failed before all ranks had joined the run: {error}", 1, is_connection_loss(error)
@@ -121,6 +129,7 @@ def _join_world(supervisor: Supervisor) -> World | int:
 
 
 def _exit_without_world(supervisor: Supervisor, status: ExitStatus, prints: bool = True) -> int:
+    supervisor.stop_progress_report()
     if prints:
         _print_error(status.reason)
     supervisor.set_exit_status(status, alone=True)

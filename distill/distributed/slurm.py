@@ -73,6 +73,11 @@ def job_nodes() -> str:
     return os.environ["SLURM_JOB_NODELIST"]
 
 
+def is_allocated() -> bool:
+    """Return whether this process runs in a Slurm job whose number of nodes is known."""
+    return start_of_job() is not None and bool({"SLURM_JOB_NUM_NODES", "SLURM_NNODES"} & os.environ.keys())
+
+
 def allocation() -> tuple[int, int | None]:
     """Return the number of nodes of the Slurm job, and the number of the job's GPUs on this node.
 
@@ -80,6 +85,14 @@ def allocation() -> tuple[int, int | None]:
     """
     gpus = os.environ.get("SLURM_GPUS_ON_NODE")
     return int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ["SLURM_NNODES"]), int(gpus) if gpus else None
+
+
+def gpu_variable() -> str | None:
+    """Return the first of Slurm's variables that shows GPUs on this node, as "NAME=value"; None without GPUs."""
+    for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        if (value := os.environ.get(name, "")) and not (name == "SLURM_GPUS_ON_NODE" and value == "0"):
+            return f"{name}={value}"
+    return None
 
 
 def port(job: int, step: int = 0) -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from distill.config import Config, parse_args, print_flag
 from distill.distributed import slurm
-from distill.errors import UserError, any_of
+from distill.distributed.hardware import check_gpus
+from distill.errors import UserError, any_of, show
 
 _SIOCGIFADDR = 0x8915
 """Linux's ioctl request for the IPv4 address of a network interface."""
@@ -43,10 +44,14 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
 
     The names are NODES, RANKS (ranks per node), ADDRESS and PORT of the rendezvous, and RUN_DIR. RUN_DIR is the same
     after a requeue. ``argv``: command-line arguments of ``distill.train``. Call it on the first node of the Slurm job.
-    Raises UserError if the arguments are invalid, or if the configured numbers of nodes and GPUs differ from the job's.
+    Raises UserError if the arguments are invalid, if the configured numbers of nodes and GPUs differ from the job's, or
+    if the environment contains COMMAND, which no part of the job runs.
     """
+    _refuse_command(os.environ.get("COMMAND", ""))
     if flag := print_flag(argv):
-        raise UserError(f"{flag} cannot be used in a Slurm job", f"run python -m distill.train {flag}", key=flag)
+        raise UserError(
+            f"{flag} cannot be used in a Slurm job", f"run python -m distill.train {flag} without sbatch", key=flag
+        )
     config = parse_args(argv).config
     check_allocation(config)
     job, nodes = slurm.job_id(), config.cluster.num_nodes
@@ -60,8 +65,32 @@ def variables(argv: Sequence[str]) -> dict[str, str]:
     }
 
 
+def _refuse_command(command: str) -> None:
+    """Raise UserError if the environment variable COMMAND is set, as in ``sbatch --export=ALL,COMMAND=...``.
+
+    NeMo-RL's batch script runs this command; train.sbatch would ignore it. The fix contains the recipe and the
+    overrides of ``command`` if they can be read.
+    """
+    if not command:
+        return
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = []
+    at = words.index("--config") if "--config" in words[:-1] else len(words)
+    recipe = f"recipes/{Path(words[at + 1]).name}" if at < len(words) else "recipes/NAME.yaml"
+    arguments = shlex.join(["--config", recipe, *words[at + 2 :]])
+    raise UserError(
+        f"environment variable COMMAND={show(command)} has no effect, because the job runs the arguments of"
+        " scripts/train.sbatch",
+        f"submit sbatch -N... scripts/train.sbatch {arguments}, without COMMAND in the environment",
+        key="COMMAND",
+        value=command,
+    )
+
+
 def check_allocation(config: Config) -> None:
-    """Raise UserError if ``cluster.*`` and the Slurm job differ in the number of nodes or GPUs per node.
+    """Raise UserError if ``cluster.*`` and the Slurm job differ in nodes or GPUs, or if torch cannot use the GPUs.
 
     The GPUs are not compared if Slurm does not manage GPUs or if runtime.device is cpu.
     """
@@ -80,6 +109,7 @@ def check_allocation(config: Config) -> None:
             key="cluster.gpus_per_node",
             value=cluster.gpus_per_node,
         )
+    check_gpus(config.runtime.device)
 
 
 def free_port(job: int) -> int:

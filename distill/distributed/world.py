@@ -91,6 +91,11 @@ class World:
         """Return whether this is the main rank, which writes to console, TensorBoard and run directory."""
         return self.rank == 0
 
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Return the memory of this rank's GPU in bytes; None on the CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
     def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
         """Create the device mesh (replica, shard, tp) on ``device`` (auto, cpu or cuda); collective.
 
@@ -216,7 +221,7 @@ class World:
         A download or the build of a cache then happens once per node. ``runtime.phase_timeout_s`` does not apply to
         the block.
         """
-        with progress.phase("one rank per node first", timed=False):
+        with progress.untimed():
             if self.local_rank != 0:
                 self.barrier()
             try:

@@ -310,9 +310,9 @@ class _Loop:
     ) -> dict[str, Tensor]:
         """Compute the loss over the complete vocabulary, and its gradients, for a chunk of C rows.
 
-        ``run`` calls this method if ``topk_logits_k`` is 0. ``z_CV`` has the student's raw logits, ``teacher_CV`` the
-        teacher's logits divided by the temperature, and ``read_CE`` the result of ``SampledLogprobs.read``. ``first``:
-        whether this is the first chunk. Returns a dict from metric name to values [C].
+        ``run`` calls this method if ``topk_logits_k`` is 0. ``z_CV``: the student's raw logits. ``teacher_CV``: the
+        teacher's logits divided by the temperature. ``read_CE``: log-probs of the sampled tokens, from
+        ``SampledLogprobs.read``. ``first``: as in ``run``. Returns a dict from metric name to values [C].
         """
         if z_CV.dtype != self.student.dtype:
             z_CV = self.loss_pass.scratch.get("wide logits", len(z_CV), self.student.dtype).copy_(z_CV)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.config import LossConfig
-from distill.errors import UserError
+from distill.errors import MissingError, UserError
 from distill.loss.divergences import Outcomes
 from distill.types import TopK
 
@@ -283,7 +283,7 @@ def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> Lo
     if not use_triton or dtype == torch.float64:
         return TorchKernels()
     if importlib.util.find_spec("triton") is None:
-        raise UserError(
+        raise MissingError(
             f"loss_fn.backend={backend} needs the package triton on {device.type}, but triton is not installed",
             "install triton, or set loss_fn.backend=torch, which is slower",
             key="loss_fn.backend",

@@ -6,8 +6,8 @@ The phases are the sync of the weights to the generation engine, generation, the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,13 +32,11 @@ RESERVE = 3 * GIB
 Examples are the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and fragmentation.
 """
 
-PHASES = {
-    "sync": "sync",
-    "generate": "generation",
-    "teacher": "teacher",
-    "train": "training",
-}
-"""Maps the name of a phase in the forecast to the name of the phase in ``distill.metrics.phases``."""
+_CARDS_GB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
+"""Memory of common GPUs in GB."""
+
+PHASES = ("sync", "generation", "teacher", "training")
+"""Phases of a step with a forecast, named as in ``distill.metrics.phases``."""
 
 _STATE = ("cluster.num_nodes", "policy.dtensor_cfg.cpu_offload=true")
 _TOKENS = ("policy.dtensor_cfg.context_parallel_size", "policy.sequence_packing.train_mb_tokens")
@@ -89,22 +87,41 @@ class Forecast:
 
     vLLM refuses to start with a smaller cache.
     """
+    engine_share: float | None = None
+    """Fraction of the GPU's memory that vLLM takes, if the memory of the GPU is unknown; else None.
+
+    The phases then contain the engine's weights, but not its cache.
+    """
 
     def total(self, phase: str) -> int:
         """Return the predicted peak device memory of ``phase`` in bytes per rank."""
         return sum(self.phases[phase].values())
 
+    def fits(self, card: int) -> bool:
+        """Return whether each phase, and vLLM's cache for one sequence, fit a GPU with ``card`` bytes of memory."""
+        is_cached = self.phases["generation"]["engine cache"] >= self.window_cache
+        return is_cached and max(map(self.total, self.phases)) <= card
+
     def table(self) -> str:
         """Return the forecast as a text table with one line per phase.
 
         Each line has the predicted peak in GiB per rank, followed by the sizes of the five largest purposes of
-        memory, such as gradients. Pinned host memory has its own line.
+        memory, such as gradients. Pinned host memory has its own line. If the memory of the GPU is unknown, the memory
+        of an awake vLLM engine is a percentage of the GPU.
         """
         rows = ["predicted peak memory per rank in GiB", *(f"  {line}" for line in self.about)]
         for phase, lines in [*self.phases.items(), *([("host", self.host)] if self.host else [])]:
             largest = sorted(lines.items(), key=lambda line: -line[1])
             parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest[:5] if size >= 0.05 * GIB)
-            rows.append(f"  {phase:9}{sum(lines.values()) / GIB:6.1f}  {parts}".rstrip())
+            total = sum(lines.values()) / GIB
+            if self.engine_share is not None and "engine weights" in lines:
+                engine = lines["engine weights"] / GIB
+                rows.append(
+                    f"  {phase:10}{total - engine:6.1f} + {self.engine_share:.0%} of the GPU for vLLM (engine weights"
+                    f" {engine:.1f} and its cache); {parts}"
+                )
+            else:
+                rows.append(f"  {phase:10}{total:6.1f}  {parts}".rstrip())
         return "\n".join(rows)
 
     def check(self, config: Config) -> None:
@@ -117,7 +134,7 @@ class Forecast:
         if config.cluster.gpu_memory_gb is None:
             return
         given, card = config.cluster.gpu_memory_gb, card_bytes(config.cluster.gpu_memory_gb)
-        cache = self.phases["generate"]["engine cache"]
+        cache = self.phases["generation"]["engine cache"]
         if cache < self.window_cache:
             settings = config.policy.generation.vllm_cfg
             raise UserError(
@@ -158,42 +175,68 @@ def card_bytes(gigabytes: float) -> int:
     return int(gigabytes * GIB * CARD_SHARE)
 
 
-def dry_run(config: Config) -> Iterator[str]:
-    """Yield the memory forecast of a recipe as YAML comments; never uses the network.
+def known_shapes(config: Config) -> tuple[ModelShape | None, ModelShape | None]:
+    """Return the shapes of student and teacher if they are known without a download, else None.
 
-    The layer sizes of student and teacher are read from local files or from a built-in table. If they are unknown, the
-    only comment reports that no forecast is possible. Raises UserError if a model does not support the sequence lengths
-    or the parallel sizes of the recipe. After the forecast, raises UserError if ``cluster.gpu_memory_gb`` is too small.
+    The shapes are read from local files, or taken from a built-in table. Raises UserError if the student does not
+    support the tensor-parallel size.
     """
     ours = find_config(config.policy.model_name, "policy.model_name")
     student = None if ours is None else shape_of(ours, config.policy.model_name)
-    teacher = find_shape(config.teacher.model_name, "teacher.model_name")
-    check_shapes(config, student, teacher)
     if student is not None:
         check_tensor_parallel(config, ours, student.vocab)
-    if student is None or teacher is None:
-        unknown = config.policy.model_name if student is None else config.teacher.model_name
-        yield f"# no memory forecast, because the model {unknown} is neither on this machine nor in the built-in table"
-        return
-    cuda = config.runtime.device != "cpu"
-    forecast = predict(config, student, teacher, cuda)
-    yield "\n".join(f"# {line}" for line in forecast.table().splitlines())
-    if cuda:
-        forecast.check(config)
+    return student, find_shape(config.teacher.model_name, "teacher.model_name")
 
 
-def plan_memory(config: Config, student: ModelShape, teacher: ModelShape, device: torch.device) -> Forecast:
-    """Check the recipe against both models, and return the memory forecast of the run.
+def plan_memory(
+    config: Config,
+    student: ModelShape | None,
+    teacher: ModelShape | None,
+    device: torch.device,
+    report: Callable[[str], None] = lambda table: None,
+    card: int | None = None,
+) -> Forecast | None:
+    """Check the recipe against both models, and return the memory forecast; None if a shape is unknown (None).
 
-    Raises UserError if a model does not support the sequence lengths or the parallel sizes of the recipe, or if
-    ``cluster.gpu_memory_gb`` is too small. ``device`` is the device of this rank.
+    ``report`` receives the text of the forecast before the check, so that it is printed even if the forecast exceeds
+    the memory of the GPU. ``device`` is the device of this rank; a dry run may plan a GPU on a machine without one.
+    ``card``: memory of the GPU in bytes, used if ``cluster.gpu_memory_gb`` is null; None: unknown. Raises UserError if
+    a model does not support the sequence lengths or the parallel sizes of the recipe, or if ``cluster.gpu_memory_gb``
+    is too small.
     """
     check_shapes(config, student, teacher)
-    if device.type != "cuda":
-        return predict(config, student, teacher, cuda=False)
-    forecast = predict(config, student, teacher, card=torch.cuda.get_device_properties(device).total_memory)
-    forecast.check(config)
+    if student is None or teacher is None:
+        unknown = config.policy.model_name if student is None else config.teacher.model_name
+        report(f"no memory forecast, because the model {unknown} is neither on this machine nor in the built-in table")
+        return None
+    cuda = device.type == "cuda"
+    forecast = predict(config, student, teacher, cuda, card)
+    report(forecast.table())
+    if cuda and card is None and config.cluster.gpu_memory_gb is None:
+        report(_fitting_gpus(config, student, teacher))
+    if cuda:
+        forecast.check(config)
     return forecast
+
+
+def _fitting_gpus(config: Config, student: ModelShape, teacher: ModelShape) -> str:
+    """Return a sentence about the memory of GPUs on which the recipe fits, for an unknown GPU."""
+    fits = (size for size in _CARDS_GB if _fits(config, size, student, teacher))
+    smallest = next(fits, None)
+    found = "no GPU" if smallest is None else f"GPUs with at least {smallest} GB"
+    return (
+        "cluster.gpu_memory_gb is null, so the memory of the GPUs is unknown: according to the forecast, the run fits"
+        f" on {found} (checked: {', '.join(map(str, _CARDS_GB))} GB)"
+    )
+
+
+def _fits(config: Config, gigabytes: int, student: ModelShape, teacher: ModelShape) -> bool:
+    sized = replace(config, cluster=replace(config.cluster, gpu_memory_gb=float(gigabytes)))
+    try:
+        predict(sized, student, teacher).check(sized)
+    except UserError:
+        return False
+    return True
 
 
 def predict(
@@ -216,7 +259,9 @@ def predict(
     if not cuda:
         return Forecast(memory.about, peaks, {}, memory.window_cache())
     phases = {phase: lines | {"reserve": RESERVE} for phase, lines in peaks.items()}
-    return Forecast(memory.about, phases, memory.host(), memory.window_cache())
+    generation = config.policy.generation
+    share = generation.vllm_cfg.gpu_memory_utilization if card is None and generation.backend == "vllm" else None
+    return Forecast(memory.about, phases, memory.host(), memory.window_cache(), share)
 
 
 def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
@@ -227,11 +272,11 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     to this rank's peak in bytes. ``pool_bytes``: size of the generation engine's memory pool. The pool is free in the
     teacher and training phases, but torch still counts it as allocated, so it is subtracted from their peaks.
     """
-    sleeping = {"teacher", "train"}
+    sleeping = {"teacher", "training"}
     own = {
-        phase: (measured[name] - (pool_bytes if phase in sleeping else 0)) / GIB
-        for phase, name in PHASES.items()
-        if name in measured
+        phase: (measured[phase] - (pool_bytes if phase in sleeping else 0)) / GIB
+        for phase in PHASES
+        if phase in measured
     }
     everyone = world.gather(own)
     method = "memory allocated by torch" if world.device.type == "cuda" else "resident memory of the process"

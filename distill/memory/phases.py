@@ -13,6 +13,7 @@ ranks over which one model is sharded; ``positions``: number of token positions 
 from __future__ import annotations
 
 from distill.config import Config
+from distill.loss.full_vocab import buffers_of
 from distill.loss.targets import chunk_buffers, rows_within_budget
 from distill.memory.shapes import ModelShape, teacher_group
 from distill.model.student import DTYPES
@@ -285,11 +286,11 @@ class StepMemory:
         A chunk has shape [C, V / tp], with C response tokens and V vocabulary entries. The buffers are the float32
         logits and their gradient in the compute dtype. Without Triton one more float32 buffer is needed. With Triton
         and loss_fn.logits_dtype=bfloat16, one bfloat16 buffer is enough. The loss over the complete vocabulary needs
-        the logits of both models and two more buffers.
+        ``buffers_of`` float32 buffers.
         """
         b, rounded = self.b, self.config.loss_fn.logits_dtype == "bfloat16"
         if self.config.distillation.topk_logits_k == 0:
-            return 16 + b + (2 if rounded else 0)
+            return 4 * buffers_of(self.config.loss_fn) + b + (2 if rounded else 0)
         cast = b if b < 4 else 0
         own = 4 + (4 + cast if not self.triton else cast)
         if self.triton and rounded:

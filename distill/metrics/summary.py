@@ -1,20 +1,25 @@
-"""Format metrics as text: one console line per step or validation, and a table at the end of a run."""
+"""Format metrics as text: one console line per step or validation, and the table and paths at the end of a run."""
 
 from __future__ import annotations
 
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from distill.data.teacher_prefix import TRACE_COVERAGE
 from distill.metrics.phases import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
+from distill.supervise.quantities import duration, short_count
 
 Row = Mapping[str, float | None]
 """One row of metrics.jsonl: maps "step" and metric names to values; None replaces nan and infinity."""
 
 _VALIDATION = "validation/"
+_STEP_TIME = timing_tag("total_step_time")
+WIDTH = 111
+"""Maximum number of characters of a console line: 120 with the time of day."""
 
 
 def is_validation(names: Iterable[str]) -> bool:
@@ -22,42 +27,66 @@ def is_validation(names: Iterable[str]) -> bool:
     return any(name.startswith(_VALIDATION) for name in names)
 
 
-def console_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
-    """Return the console line of a step; metrics that were not measured are omitted."""
+def console_line(
+    step: int, total_steps: int, values: Mapping[str, float], left_s: float = math.nan, shows_traces: bool = False
+) -> str:
+    """Return the console line of a step; metrics that were not measured are omitted.
+
+    ``left_s``: estimated time until the last step, in seconds. ``shows_traces``: whether to show the fraction of
+    responses with a trace for the teacher.
+    """
     part = partial(_part, values)
-    phases = " ".join(
-        f"{phase} {seconds:.1f}" for phase in PHASES if (seconds := values.get(timing_tag(phase), 0.0)) >= 0.05
-    )
+    tokens = _tokens_per_second(values)
+    traces = part("trace {:.0%}", f"train/{TRACE_COVERAGE}") if shows_traces else ""
     parts = [
-        f"step {step}/{total_steps}",
-        f"loss {values.get('train/loss', math.nan):.4f}",
-        part("KL fwd {:.4f} rev {:.4f}", "train/forward_kl", "train/reverse_kl"),
-        part("response length {:.1f}", "train/mean_gen_tokens_per_sample"),
-        part("truncated {:.0%}", "train/truncation_rate"),
-        part("grad {:.3g}", "train/grad_norm"),
-        part("lr {:.2e}", "train/lr"),
-        part("{:.0f} tok/s/rank", "train/tokens_per_sec_per_gpu"),
-        part("{:.1f} s", TIMING + "total_step_time") + (f" ({phases})" if phases else ""),
+        (0, f"step {step}/{total_steps}"),
+        (0, f"loss {values.get('train/loss', math.nan):.4f}"),
+        (3, part("grad {:.3g}", "train/grad_norm")),
+        (1, part("length {:.0f}", "train/mean_gen_tokens_per_sample")),
+        (1, part("truncated {:.0%}", "train/truncation_rate")),
+        (0, traces),
+        (2, f"{short_count(tokens)} tok/s" if tokens else ""),
+        (0, part("{:.1f} s", _STEP_TIME)),
+        (0, part("{:.1f} GiB", "memory/peak_gib")),
+        (0, "" if math.isnan(left_s) or step == total_steps else f"ETA {duration(left_s)}"),
     ]
-    return "  ".join(text for text in parts if text)
+    return _joined(parts)
+
+
+def _tokens_per_second(values: Mapping[str, float]) -> float:
+    """Return the tokens/s of a step over all ranks, without the time of validation and checkpoints."""
+    seconds = values.get(_STEP_TIME, 0.0) - sum(values.get(timing_tag(phase), 0.0) for phase in OUTSIDE_THROUGHPUT)
+    return values.get("train/total_num_tokens", 0.0) / seconds if seconds > 0 else 0.0
 
 
 def validation_line(step: int, total_steps: int, values: Mapping[str, float]) -> str:
     """Return the console line of a validation; metrics that were not measured are omitted."""
     part = partial(_part, values)
+    in_context = part("(in context {:.1%}", "validation/in_context_accuracy")
+    in_context += part(" +- {:.1%}", "validation/in_context_accuracy_stderr")
     parts = [
-        f"validation at {step}/{total_steps}",
-        part("accuracy {:.1%}", "validation/accuracy") + part(" +- {:.1%}", "validation/accuracy_stderr"),
-        part("(in context {:.1%}", "validation/in_context_accuracy")
-        + part(" +- {:.1%}", "validation/in_context_accuracy_stderr")
-        + part(")", "validation/in_context_accuracy"),
-        part("KL fwd {:.4f} rev {:.4f}", "validation/forward_kl", "validation/reverse_kl"),
-        part("response length {:.1f}", "validation/avg_length"),
-        part("truncated {:.0%}", "validation/truncation_rate"),
-        part("{:.0f} responses to {:.0f} problems", "validation/num_answers", "validation/num_problems"),
-        part("{:.1f} s", "timing/validation/total_validation_time"),
+        (0, f"validation at {step}/{total_steps}"),
+        (0, part("accuracy {:.1%}", "validation/accuracy") + part(" +- {:.1%}", "validation/accuracy_stderr")),
+        (0, in_context + part(")", "validation/in_context_accuracy")),
+        (1, part("KL fwd {:.4f} rev {:.4f}", "validation/forward_kl", "validation/reverse_kl")),
+        (2, part("length {:.0f}", "validation/avg_length")),
+        (2, part("truncated {:.0%}", "validation/truncation_rate")),
+        (3, part("{:.0f} responses to {:.0f} problems", "validation/num_answers", "validation/num_problems")),
+        (0, part("{:.1f} s", "timing/validation/total_validation_time")),
     ]
-    return "  ".join(text for text in parts if text)
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[tuple[int, str]]) -> str:
+    """Return the texts in one line of at most WIDTH characters.
+
+    ``parts``: pairs of priority and text, in the order of the line. If the line is too long, parts with the largest
+    priority numbers are omitted first; parts of priority 0 are always kept.
+    """
+    kept = [part for part in parts if part[1]]
+    while len(line := "  ".join(text for _, text in kept)) > WIDTH and (least := max(number for number, _ in kept)):
+        kept = [part for part in kept if part[0] < least]
+    return line
 
 
 def _part(values: Mapping[str, float], form: str, *names: str) -> str:
@@ -97,7 +126,11 @@ def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     for phase in PHASES:
         least = 0.005 if phase in OUTSIDE_THROUGHPUT else 0.0  # excludes steps without validation or checkpoint
         line(f"  {phase}", (_median(rows, timing_tag(phase), "{:.2f}", least) for rows in tables))
-    line("run directory", (_relative(folder) for _, folder in runs.values()))
+    line("MFU of training, median", (_median(rows, "throughput/mfu", "{:.1%}") for rows in tables))
+    line("peak memory per rank, GiB", (_largest(rows, "memory/peak_gib", "{:.1f}") for rows in tables))
+    line("time of all steps", (_total(rows, _STEP_TIME, duration) for rows in tables))
+    line("tokens of all steps", (_total(rows, "train/total_num_tokens", short_count) for rows in tables))
+    line("run directory", (relative_path(folder) for _, folder in runs.values()))
     return _columns([labels, *columns])
 
 
@@ -117,7 +150,18 @@ def _median(rows: Sequence[Row], name: str, form: str, least: float = 0.0) -> st
     return form.format(statistics.median(values)) if values else ""
 
 
-def _relative(folder: Path) -> str:
+def _largest(rows: Sequence[Row], name: str, form: str) -> str:
+    values = _values(rows, name)
+    return form.format(max(values)) if values else ""
+
+
+def _total(rows: Sequence[Row], name: str, text: Callable[[float], str]) -> str:
+    values = _values(rows, name)
+    return text(sum(values)) if values else ""
+
+
+def relative_path(folder: Path) -> str:
+    """Return the path as text; a path inside the working directory is relative to it."""
     relative = os.path.relpath(folder)
     return str(folder) if relative.startswith("..") else relative
 
@@ -127,3 +171,30 @@ def _columns(columns: Sequence[Sequence[str]]) -> str:
     widths = [max(len(cell) for cell in column) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)
+
+
+def ending(seconds: float, checkpoint: Path | None, stopped: bool, enabled: bool = True) -> str:
+    """Return the lines below the table of a run: duration, checkpoint, export, and the next command.
+
+    ``seconds``: duration of this start of the program. ``checkpoint``: the newest checkpoint; None if there is
+    no checkpoint. ``stopped``: whether the run stopped before its last step. ``enabled``: checkpointing.enabled.
+    """
+    export = None if checkpoint is None or not (checkpoint / "hf").is_dir() else checkpoint / "hf"
+    if stopped and checkpoint is not None:
+        following = "run the same command again to continue from this checkpoint"
+    elif export is not None:
+        call = f"pipeline('text-generation', '{relative_path(export)}')('Hello')"
+        following = f'python -c "from transformers import pipeline; print({call})"'
+    elif checkpoint is not None:
+        following = f"python -m scripts.export_hf {relative_path(checkpoint)} OUT"
+    elif enabled:
+        following = "run the same command again; it starts at step 0, because no checkpoint was saved before the stop"
+    else:
+        following = "set checkpointing.enabled=true to keep the weights of a run"
+    rows = {
+        "time since the start": duration(seconds),
+        "checkpoint": "not saved" if checkpoint is None else relative_path(checkpoint),
+        "Hugging Face export": "" if export is None else relative_path(export),
+        "next": following,
+    }
+    return _columns([[name for name, text in rows.items() if text], [text for text in rows.values() if text]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,19 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from distill.errors import UserError
+from distill.errors import MissingError, NotCachedError, UserError
+from distill.hub import cause_and_fix, is_hub_name, model_cache
 from distill.model.hf_index import ModelSetting, StoredTensor, check_format, stored_tensors
 from distill.model.quantized_weights import WeightScale, dequantized, read_quantization, weight_scales
 
 LICENSE_FILES = ("README.md", "*LICEN[CS]E*", "NOTICE*", "*USE_POLICY*", "COPYING*", "*TERMS.*", "*TERMS", "TERMS_OF_*")
 """File name patterns of the model card and of licence files, which are copied to exports."""
+TOKENIZER_PATTERNS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+"""File name patterns of configuration and tokenizer files."""
+MODEL_PATTERNS = ["*.safetensors", *TOKENIZER_PATTERNS, *LICENSE_FILES]
+"""File name patterns of the files of a model on the hub that a run downloads."""
+DUPLICATE_PATTERNS = ["original/*", "consolidated*"]
+"""File name patterns of files with the same weights in the format of the model's authors, which are not downloaded."""
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """Safetensors names of the supported unquantized element types.
 
@@ -85,20 +93,32 @@ def find_model(name: str, key: str) -> ModelFiles:
 
 
 def _from_hub(setting: ModelSetting) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
 
     name = setting.value
-    is_path = name.startswith((".", "/")) or name.split("/")[0] in ("models", "runs")
-    if is_path or name.count("/") != 1:
+    if not is_hub_name(name):
         raise setting.error(
-            "does not exist", "give a folder with config.json and safetensors files, or the hub name of a model"
+            "does not exist",
+            "give a folder with config.json and safetensors files, or the hub name of a model",
+            MissingError,
         )
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *LICENSE_FILES]
-        duplicates = ["original/*", "consolidated*"]  # the same weights in the format of the model's authors
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=duplicates))
-    except Exception as error:  # huggingface_hub raises many types; the fix is the same for all
-        raise setting.error(
-            f"is not a folder, and the download from the hub failed ({type(error).__name__})",
-            f"download the model first, or set {setting.key} to a local folder",
-        ) from error
+        folder = Path(snapshot_download(name, allow_patterns=MODEL_PATTERNS, ignore_patterns=DUPLICATE_PATTERNS))
+        if is_offline_mode() and not is_complete(folder):
+            raise FileNotFoundError(f"the cache has only a part of {name}")
+        return folder
+    except Exception as error:  # huggingface_hub raises many types
+        cause, fix = cause_and_fix(error, name)
+        problem = f"is neither a folder nor a model in the download cache {model_cache()}, and {cause}"
+        raise setting.error(problem, f"{fix}, or set {setting.key} to a local folder", NotCachedError) from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a snapshot in the hub's cache has a config.json and all its safetensors files."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        listed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, AttributeError):
+        return True  # damaged, which a later check reports
+    files = [folder / name for name in listed] or list(folder.glob("*.safetensors"))
+    return (folder / "config.json").is_file() and bool(files) and all(file.is_file() for file in files)

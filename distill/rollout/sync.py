@@ -63,9 +63,9 @@ class WeightSync:
 
     All methods are collective. After each push, the engine computes the log-probs of a fixed test prompt, the probe,
     which consists of random token ids below ``valid_vocab``. The probe's log-probs must change when the weights change.
-    In float32 they must also equal the trainer's log-probs. ``observe`` checks the log-probs of the sampled tokens. In
-    bfloat16 ``observe`` often cannot detect weights that are one step old, because rounding changes the log-probs
-    almost as much as one training step.
+    In float32 they must also equal the trainer's log-probs. ``observe`` compares the engine's log-probs of the sampled
+    tokens with the trainer's. In bfloat16 this comparison often cannot detect weights that are one step old, because
+    rounding changes the log-probs almost as much as one training step.
     """
 
     def __init__(self, world: World, engine: Engine, student: Trainer, valid_vocab: int) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from distill.model.checksum import BitSums, bit_sums_by_name
@@ -22,7 +20,7 @@ from distill.rollout.engine import (
     response_limit,
     response_seed,
 )
-from distill.supervise.progress import heartbeat
+from distill.supervise.progress import heartbeat, task
 from distill.types import Prompt, Rollout, Sampling
 
 
@@ -87,13 +85,11 @@ class TransformersEngine(EngineBase):
         order = longest_first(prompts)
         per_batch = max(1, self._batch_size // sampling.responses_per_prompt)
         done: dict[int, list[Rollout]] = {}
-        disable = self.replica != 0 or not sys.stderr.isatty()
-        with tqdm(total=len(prompts), desc="generate", unit="prompt", leave=False, disable=disable) as bar:
+        with task(len(prompts) * sampling.responses_per_prompt, "responses"):
             for start in range(0, len(order), per_batch):
                 batch = order[start : start + per_batch]
                 rollouts = self._generate_batch([prompts[i] for i in batch], sampling, step, cancelled)
                 done.update(zip(batch, rollouts, strict=True))
-                bar.update(len(batch))
         return [rollout for i in range(len(prompts)) for rollout in done[i]]
 
     def _generate_batch(
@@ -111,11 +107,14 @@ class TransformersEngine(EngineBase):
         G = sampling.responses_per_prompt
         cache.batch_repeat_interleave(G)
         mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
+        unfinished = len(prompts) * G
         while True:
             if cancelled():
                 raise GenerationCancelled
             sampled = batch.sample(logits, self._valid_vocab)
             keep = batch.unfinished_rows()
+            heartbeat(done=unfinished - len(keep), tokens=unfinished)
+            unfinished = len(keep)
             if not keep:
                 return batch.rollouts(self._version)
             if 2 * len(keep) <= len(sampled):  # removing rows copies the cache, so it waits for half of them

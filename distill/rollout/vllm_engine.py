@@ -6,7 +6,6 @@ import hashlib
 import logging
 import random
 import secrets
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from distill.memory.phases import CPU_CACHE
 from distill.model.checksum import BitSums
@@ -30,7 +28,7 @@ from distill.rollout.engine import (
 )
 from distill.rollout.gpu_memory import CudaMemory, Memory, SleepGuard
 from distill.rollout.vllm_weights import VllmWeights
-from distill.supervise.progress import heartbeat
+from distill.supervise.progress import heartbeat, task
 from distill.types import Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)
@@ -202,7 +200,7 @@ class VllmEngine(EngineBase):
             made = sum(len(output.new_token_ids) for output in outputs.outputs)
             self._tokens_made += made
             if made:
-                heartbeat()
+                heartbeat(tokens=made)
             return outputs
 
         core.get_output = counted
@@ -252,7 +250,7 @@ class VllmEngine(EngineBase):
         responses = [(prompts[i], g) for i in longest_first(prompts) for g in range(sampling.responses_per_prompt)]
         outputs = self._run(
             [(prompt.student_ids, self._params(prompt, index, sampling, step)) for prompt, index in responses],
-            show=self.replica == 0 and self._tp_rank == 0,
+            counted=self._tp_rank == 0,
             cancelled=cancelled if self._tp_size == 1 else None,
         )
         rollouts = [
@@ -298,13 +296,14 @@ class VllmEngine(EngineBase):
         )
 
     def _run(
-        self, requests: Sequence[tuple[tuple[int, ...], Any]], show: bool = False, cancelled: Cancelled | None = None
+        self, requests: Sequence[tuple[tuple[int, ...], Any]], counted: bool = False, cancelled: Cancelled | None = None
     ) -> list[Any]:
         """Run ``requests`` in vLLM until all are finished; return vLLM's outputs in the same order.
 
-        ``requests``: pairs of token ids and sampling parameters. ``show``: show a progress bar if stderr is a terminal.
-        If ``cancelled()`` returns True, removes the requests from vLLM and raises GenerationCancelled. Raises
-        RuntimeError if vLLM generates no token for many steps.
+        ``requests``: pairs of token ids and sampling parameters. ``counted``: count the finished requests as
+        responses of the console's progress report; only one of an engine's ranks counts them. If ``cancelled()``
+        returns True, removes the requests from vLLM and raises GenerationCancelled. Raises RuntimeError if vLLM
+        generates no token for many steps.
         """
         if self._engine.is_sleeping():
             raise RuntimeError("vLLM is asleep, so it would accept the requests but never finish them")
@@ -315,8 +314,7 @@ class VllmEngine(EngineBase):
         outputs: dict[int, Any] = {}
         max_idle = _IDLE_STEPS + sum(len(token_ids) for token_ids, _ in requests)  # long prompts take many steps
         idle = 0
-        disable = not (show and sys.stderr.isatty())
-        with tqdm(total=len(requests), desc="generate", unit="response", leave=False, disable=disable) as bar:
+        with task(len(requests) if counted else 0, "responses"):
             while self._engine.has_unfinished_requests():
                 if cancelled is not None and cancelled():
                     self._abort(range(first, self._requests))
@@ -324,7 +322,7 @@ class VllmEngine(EngineBase):
                 made = self._tokens_made
                 for output in self._engine.step():
                     outputs[int(output.request_id)] = output
-                    bar.update(1)
+                    heartbeat(done=1)
                 idle = 0 if self._tokens_made > made else idle + 1
                 if idle > max_idle:
                     unfinished = len(requests) - len(outputs)

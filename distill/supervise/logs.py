@@ -3,11 +3,69 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import time
+from collections.abc import Callable
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_CLEAR_LINE = "\r\x1b[K"
+
+
+class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Handler that writes records to standard error, with a progress bar in the last line of a terminal.
+
+    Each record starts with the time of day; warnings are marked. ``clock``: returns the time in seconds, for
+    ``last_output``.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(sys.stderr)
+        self._clock = clock
+        self._bar = ""
+        self.last_output = clock()
+        """Value of ``clock`` at the last record, or at the start if there was no record."""
+        self.is_terminal = self.stream.isatty()
+        self.setFormatter(_ConsoleFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write ``record`` above the progress bar; the next update of the progress reporter draws the bar again."""
+        self._clear_bar()
+        super().emit(record)
+        self.last_output = self._clock()
+
+    def show_bar(self, text: str) -> None:
+        """Replace the progress bar by ``text``, cut to the terminal's width; an empty text removes it."""
+        self.acquire()
+        try:
+            text = text[: shutil.get_terminal_size().columns - 1]
+            if text != self._bar:
+                self._clear_bar()
+                self._bar = text
+                self.stream.write(text)
+                self.flush()
+        finally:
+            self.release()
+
+    def _clear_bar(self) -> None:
+        if self._bar:
+            self._bar = ""
+            self.stream.write(_CLEAR_LINE)
+
+
+class _ConsoleFormatter(logging.Formatter):
+    """Formatter that marks warnings. Errors, and tables that start with a line break, are written without the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.ERROR or record.getMessage().startswith("\n"):
+            return record.getMessage()
+        if record.levelno == logging.WARNING:
+            moment, _, message = text.partition(" ")
+            return f"{moment} warning: {message}"
+        return text
 
 
 def log_to_console(is_main: bool) -> None:
@@ -21,9 +79,7 @@ def log_to_console(is_main: bool) -> None:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     # A logger without any handler prints warnings to standard error, so other ranks get a handler that drops records.
-    handler = logging.StreamHandler(sys.stderr) if is_main else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(ConsoleHandler() if is_main else logging.NullHandler())
     logger.addHandler(MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=True))
 
 
@@ -63,3 +119,8 @@ class _RankLog(logging.FileHandler):
             self.baseFilename,
             error.strerror,
         )
+
+
+def console() -> ConsoleHandler | None:
+    """Return the handler that writes to the console; None on ranks that print nothing."""
+    return next((h for h in logging.getLogger("distill").handlers if isinstance(h, ConsoleHandler)), None)

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,8 +52,10 @@ class Status:
     the file has no exit status yet. Every write replaces the file atomically.
     """
 
-    def __init__(self, is_main: bool) -> None:
+    def __init__(self, is_main: bool, on_failure: Callable[[str], None] = lambda reason: None) -> None:
+        """``on_failure``: called once with the reason if the first exit status has an exit code other than 0."""
         self._is_main = is_main
+        self._on_failure = on_failure
         self._paths = [Path(os.environ[_EXTRA_FILE])] if os.environ.get(_EXTRA_FILE) else []
         self._start_step: int | None = None
         self._step = 0
@@ -89,6 +91,8 @@ class Status:
         with self._lock:
             if (self._is_main or alone) and not self._ended:
                 self._write([path for path in self._paths if not _has_ended(path)], status)
+            if status.exit_code and not self._ended:
+                self._on_failure(status.reason)
             self._ended = True
 
     def _write(self, paths: Sequence[Path], status: ExitStatus) -> None:

@@ -14,7 +14,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from distill.supervise.logs import log_to_file
+from distill.supervise.logs import console, log_to_file
+from distill.supervise.progress import CURRENT, Progress
+from distill.supervise.progress_report import ProgressReporter
 from distill.supervise.signals import StopSignals, ignore_signals
 from distill.supervise.status import ExitStatus, Status
 from distill.supervise.watchdog import POLL_S, Watchdog
@@ -39,8 +41,9 @@ class Supervisor:
     training loop, the first signal is only recorded, and the loop stops after the current step.
     """
 
-    def __init__(self, is_main: bool) -> None:
-        self.status = Status(is_main)
+    def __init__(self, is_main: bool, on_failure: Callable[[str], None] = lambda reason: None) -> None:
+        """``on_failure``: called once with the reason if this rank's exit code is not 0."""
+        self.status = Status(is_main, on_failure)
         self.started = time.monotonic()
         """Start time of the program in seconds, as returned by time.monotonic."""
         self.stop_reason: str | None = None
@@ -50,6 +53,8 @@ class Supervisor:
         self._exit_status: ExitStatus | None = None
         self._signals = StopSignals(self._first_signal, self._later_signal)
         self._watchdog: Watchdog | None = None
+        handler = console() if is_main else None
+        self._reporter = None if handler is None else ProgressReporter(handler, self._progress_of_ranks)
 
     @property
     def stop_signal(self) -> int:
@@ -57,8 +62,13 @@ class Supervisor:
         return self._signals.requested or 0
 
     def listen(self) -> None:
-        """Start handling stop signals; call it in the main thread."""
+        """Start to handle stop signals and to show progress on the console; call it in the main thread."""
         self._signals.listen()
+        if self._reporter is not None:
+            self._reporter.start()
+
+    def _progress_of_ranks(self) -> list[Progress]:
+        return [CURRENT] if self._watchdog is None else self._watchdog.progress_of_ranks()
 
     def log_to(self, run_dir: Path, rank: int) -> None:
         """Write this rank's log to a file in ``run_dir/logs``.
@@ -137,6 +147,7 @@ class Supervisor:
         if self._watchdog is not None:
             status = self._watchdog.dead_neighbour() or status
             status, is_first = self._watchdog.announce(status)
+        self.stop_progress_report()
         if is_first:
             report(status.reason)
         self.set_exit_status(status, alone=True)
@@ -148,8 +159,14 @@ class Supervisor:
         if self._watchdog is not None:
             self._watchdog.stop()
 
+    def stop_progress_report(self) -> None:
+        """Stop to show progress and clear the progress bar; call it before an error is printed."""
+        if self._reporter is not None:
+            self._reporter.stop()
+
     def close(self) -> None:
-        """Stop the watchdog and restore the signal handlers; called at the regular end of the program."""
+        """Stop all threads and restore the signal handlers; called at the regular end of the program."""
+        self.stop_progress_report()
         self.stop_watchdog()
         self._signals.close()
 
@@ -182,6 +199,7 @@ class Supervisor:
         """End the process with ``status``; not called in the main thread, because that may hang."""
         faulthandler.dump_traceback_later(_EXIT_TIMEOUT_S, exit=True)
         self.status.set_exit_status(status, alone=True)
+        self.stop_progress_report()
         if status.state == "failed":
             log.error("error: %s", status.reason)
             if self._log_file is not None:

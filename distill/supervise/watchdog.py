@@ -73,7 +73,8 @@ class FailureDetector:
         self.timeout_s = timeout_s
         self._counts: list[int] = []
         self._silent_polls: list[int] = []
-        self._progress: list[Progress] = []
+        self.progress: list[Progress] = []
+        """Progress of all ranks in the last poll, by rank; empty before the first poll."""
         self._polls_without_progress = 0
 
     def poll(self, heartbeats: Sequence[Heartbeat]) -> ExitStatus | None:
@@ -90,9 +91,9 @@ class FailureDetector:
         ]
         self._counts = counts
         progress = [heartbeat.progress for heartbeat in heartbeats]
-        advanced = progress != self._progress or not all(each.timed for each in progress)
+        advanced = progress != self.progress or not all(each.timed for each in progress)
         self._polls_without_progress = 0 if advanced else self._polls_without_progress + 1
-        self._progress = progress
+        self.progress = progress
         if dead := [rank for rank, silent in enumerate(self._silent_polls) if silent >= SILENT_POLLS]:
             return retryable_failure(f"{rank_names(dead)} sent no heartbeat for {_SILENCE}")
         if self._polls_without_progress * POLL_S >= self.timeout_s:
@@ -191,6 +192,13 @@ class Watchdog:
         host = processes[self._rank].host
         self._neighbours = {r: p for r, p in enumerate(processes) if p.host == host and r != self._rank}
         self._thread.start()
+
+    def progress_of_ranks(self) -> list[Progress]:
+        """Return the progress of all ranks, by rank: of this process now, of other ranks as last received.
+
+        Call it on rank 0 only, which receives the heartbeats of all ranks.
+        """
+        return [CURRENT, *self.detector.progress[1:]]
 
     def stop(self) -> None:
         """Stop the watchdog thread, so that ranks that exit from now on are not reported as failed."""

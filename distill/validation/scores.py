@@ -22,7 +22,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Sample:
-    """One response to a held-out problem, with grade and KL divergences."""
+    """One response to a validation or training problem, with its grade and KL divergences."""
 
     rollout: Rollout
     source: str
@@ -136,10 +136,10 @@ def response_text(rollout: Rollout, decode: Decode) -> str:
     return decode(ids[:-1] if rollout.finish == "stop" else ids)
 
 
-def jsonl_line(sample: Sample, decode: Decode) -> str:
-    """Return a JSON object with the sample's prompt, response, gold answer, verdict and KL at each token."""
+def sample_row(sample: Sample, decode: Decode) -> dict[str, Any]:
+    """Return the sample's prompt, response, gold answer and verdict as JSON values."""
     rollout = sample.rollout
-    row: dict[str, Any] = {
+    return {
         "prompt_id": rollout.prompt.prompt_id,
         "answer_number": rollout.response_index,
         "source": sample.source,
@@ -150,6 +150,11 @@ def jsonl_line(sample: Sample, decode: Decode) -> str:
         "finish": rollout.finish,
         "tokens": len(rollout.response_ids),
     }
+
+
+def jsonl_line(sample: Sample, decode: Decode) -> str:
+    """Return a JSON object with the values of ``sample_row`` and the KL divergences at each token."""
+    row = sample_row(sample, decode)
     for name in ("forward_kl", "reverse_kl"):
         kl_R = getattr(sample, f"{name}_R")
         row[name] = None if kl_R is None else [round(value, 5) for value in kl_R.tolist()]

@@ -39,7 +39,7 @@ def token_kls(
     teacher.onload()
     for micro_batch in batch:
         kls = student.row_kls(micro_batch, teacher.targets(micro_batch))
-        found.append((index.of(micro_batch), torch.stack([kls["forward_kl"], kls["reverse_kl"]]).float().cpu()))
+        found.append((index.indices(micro_batch), torch.stack([kls["forward_kl"], kls["reverse_kl"]]).float().cpu()))
     teacher.offload()
     counts = world.layout.tp_rank == 0  # all ranks of a tensor-parallel group have the same rows
     return index.by_rollout([pair for part in world.gather(found if counts else []) for pair in part])
@@ -53,7 +53,7 @@ class _TokenIndex:
         self._prompts_B = torch.tensor([len(r.prompt.student_ids) for r in rollouts])
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
-    def of(self, micro_batch: MicroBatch) -> Tensor:
+    def indices(self, micro_batch: MicroBatch) -> Tensor:
         """Return int64 [N]: for each row with loss weight > 0, its index among all rollouts' response tokens."""
         counted_N = micro_batch.weight_N != 0
         rollout_N = micro_batch.rollout_N[counted_N]
@@ -61,9 +61,10 @@ class _TokenIndex:
         return self._starts_B[rollout_N] + position_N - (self._prompts_B[rollout_N] - 1)
 
     def by_rollout(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Return a pair (forward KL [R], reverse KL [R]) for each rollout with R response tokens, in order.
+        """Return the pair (forward KL [R], reverse KL [R]) of each rollout with R response tokens.
 
-        ``found``: one pair per micro-batch: the indices [N] that ``of`` returned, and forward and reverse KL [2, N].
+        The pairs are in the order of the rollouts. ``found``: for each micro-batch, the result [N] of ``indices``, and
+        a tensor [2, N] with the forward and the reverse KL of these tokens.
         """
         both_2M = torch.full((2, sum(self._lengths)), torch.nan)
         for index_N, both_2N in found:

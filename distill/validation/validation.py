@@ -12,20 +12,20 @@ from torch import Tensor
 
 from distill.checkpoint import Checkpoints
 from distill.config import Config
-from distill.config.template import teacher_template
+from distill.config.template import reads_traces
 from distill.data.grading import Grader, Verdict
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes
 from distill.distributed.world import World
 from distill.errors import writing_run
 from distill.metrics.phases import Phases
-from distill.metrics.sinks import Recorder
+from distill.metrics.sinks import Recorder, Samples
 from distill.rollout.engine import Engine, response_limit, stream_seed
 from distill.rollout.gather import gather_rollouts
 from distill.supervise.progress import heartbeat
 from distill.supervise.stop import StopCheck, StopRequested
 from distill.types import Prompt, Rollout, Sampling
 from distill.validation.held_out import HeldOut
-from distill.validation.scores import Decode, Sample, by_source, format_sample, jsonl_line, response_text
+from distill.validation.scores import Decode, Sample, by_source, format_sample, jsonl_line, response_text, sample_row
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,12 @@ class ValidationConfig:
     samples_shown: int
     """Number of responses to log after each validation."""
 
+    def due(self, step: int) -> bool:
+        """Return whether a validation is due after ``step`` finished steps."""
+        if step == 0:
+            return self.at_start
+        return (self.period > 0 and step % self.period == 0) or (self.at_end and step == self.last_step)
+
 
 def validation_config(config: Config, first_step: int, last_step: int) -> ValidationConfig:
     """Return the validation settings of a run.
@@ -91,7 +97,7 @@ def context_is_known(config: Config) -> bool:
     context = config.distillation.context_distillation
     if not context.enabled or config.teacher.model_name != config.policy.model_name:
         return False
-    return context.trace_column is not None or not teacher_template(context.teacher_prefix_template).count("trace")
+    return context.trace_column is not None or not reads_traces(context.teacher_prefix_template)
 
 
 @dataclass(frozen=True)
@@ -145,12 +151,7 @@ class Validation:
 
     def due(self, step: int) -> bool:
         """Return whether the weights after ``step`` finished steps must be validated."""
-        if step == self.measured_at:
-            return False
-        if step == 0:
-            return self.config.at_start
-        periodic = self.config.period > 0 and step % self.config.period == 0
-        return periodic or (self.config.at_end and step == self.config.last_step)
+        return step != self.measured_at and self.config.due(step)
 
     def generate(self, step: int) -> Generated | None:
         """Generate responses to the held-out problems; return None if no validation is due; collective.
@@ -299,11 +300,13 @@ class Validation:
         seconds = {**phases.seconds, "total_validation_time": sum(phases.seconds.values())}
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
         first_responses = [sample for sample in samples if sample.rollout.response_index == 0]
-        texts = [format_sample(sample, self.decode) for sample in first_responses[: self.config.samples_shown]]
+        shown = first_responses[: self.config.samples_shown]
+        texts = [format_sample(sample, self.decode) for sample in shown]
         values = by_source(samples) | dict(self.reference or {}) | timing
         with self.world.all_or_none("recording the validation"):
             self.recorder.record(step, values)
-            self.recorder.show(step, texts)
+            rows = [sample_row(sample, self.decode) for sample in shown]
+            self.recorder.show(step, Samples("validation", texts, rows))
         self.checkpoints.record_metrics(step, values)
 
 
@@ -324,8 +327,8 @@ def _warn_of_incomplete(samples: Sequence[Sample]) -> None:
         )
     if missing := sum(s.forward_kl_R is None for s in samples):
         log.warning(
-            "the KL metrics exclude %d of %d validation responses, because the problem has no reasoning text for the"
-            " teacher's prompt, or the teacher's prompt and the response are too long: raise"
-            " teacher.max_total_sequence_length to include long responses",
+            "the KL metrics exclude %d of %d validation responses: either the dataset row has no reasoning text for the"
+            " teacher's prompt, or the teacher's prompt and the response together exceed"
+            " teacher.max_total_sequence_length (raise it to include long responses)",
             *(missing, len(samples)),
         )

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from distill.batching.balance import ROUND_COST, balance, fewest_rounds, quadratic_cost
+from distill.batching.balance import ROUND_COST, balance, fewest_rounds
+from distill.batching.flops import ModelFlops
 from distill.batching.plan import PackingConfig
 from distill.config import Config
 from distill.inputs import packing_of
@@ -191,5 +192,5 @@ def test_layers_with_a_window_are_linear_in_length(tmp_path) -> None:
 
 def test_attention_of_qwen3_4b_is_half_of_all_flops_at_27k_tokens() -> None:
     """36 layers, worked by hand: 294,912 FLOPs per n^2, 8,044,544,000 per n."""
-    assert quadratic_cost(**bench_packing.QWEN3_4B) == QUADRATIC == pytest.approx(294_912 / 8_044_544_000)
+    assert ModelFlops(**bench_packing.QWEN3_4B).quadratic == QUADRATIC == pytest.approx(294_912 / 8_044_544_000)
     assert cost_of(27_277) == pytest.approx(2 * 27_277, rel=1e-4)

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.checkpoint import Checkpoints, async_save, changed_keys, has_validation, lock, manifest, read_info, storage
+from distill.checkpoint.lock import owner_of
 from distill.config import CheckpointingConfig
 from distill.distributed.world import World
 from distill.errors import RunFailed, UserError
@@ -177,7 +178,7 @@ def _on_two_ranks(folder: Path) -> dict[str, Any]:
         world.barrier()
         file.truncate(10)
     world.barrier()
-    record_error("damaged", saved.newest)
+    record_error("damaged", saved.find)
     separate = Checkpoints(CheckpointingConfig(checkpoint_dir=str(folder / f"separate {world.rank}")), world)
     (folder / f"separate {world.rank}").mkdir()
     with pytest.MonkeyPatch.context() as patch:
@@ -214,12 +215,12 @@ def test_a_checkpoint_contains_the_metrics_and_a_later_validation_of_its_weights
     saved.save(2, {"x": torch.ones(1)}, {"step": 2}, history=run)
     run.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 3, "train/loss": 9.0}]))
     saved.finalize_pending(block=True)
-    found = checkpoints(tmp_path / "saved").newest()
+    found = checkpoints(tmp_path / "saved").find()
     assert found is not None and found.history == rows
     saved.record_metrics(
         2, {"validation/accuracy": 0.25, "validation/avg_length": 3.0, "timing/validation/judging": 1.0}
     )
-    found = checkpoints(tmp_path / "saved").newest()
+    found = checkpoints(tmp_path / "saved").find()
     late = {"step": 2, "validation/accuracy": 0.25, "validation/avg_length": 3.0}
     assert found is not None and found.history == [*rows, late]
 
@@ -232,11 +233,11 @@ def test_changed_keys_lists_keys_that_affect_training_with_both_values() -> None
         "loss_fn": {},
     }
     now = json.loads(json.dumps(then))
-    assert changed_keys(now, then) == changed_keys(now, now | {"loss_fn": {"new": 1}}) == []
+    assert changed_keys(now, then) == changed_keys(now, now | {"loss_fn": {"new": 1}}) == {}
     now["distillation"] = {"seed": 2, "max_num_steps": 50, "context_distillation": {"mode": "self_live"}}
     now["policy"] = {"optimizer": {"kwargs": {"lr": 1e-4, "betas": [0.9, 0.99]}}, "dtensor_cfg": {"replicate_size": 2}}
     now["logger"] = {"log_dir": "b"}
-    assert changed_keys(json.loads(json.dumps(then)), now) == [
+    assert list(changed_keys(json.loads(json.dumps(then)), now).values()) == [
         "distillation.seed was 1 and is 2",
         "distillation.context_distillation.mode was self_ema and is self_live",
         "policy.optimizer.kwargs.lr was 0.001 and is 0.0001",
@@ -296,13 +297,13 @@ def test_a_damaged_checkpoint_is_renamed_and_the_previous_one_used(
     for step in (1, 2):
         save(saved, step)
     damage(tmp_path / "step_2" / file)
-    found = checkpoints(tmp_path).newest()
+    found = checkpoints(tmp_path).find()
     assert found is not None and found.path == tmp_path / "step_1" and found.info["step"] == 1
     (message,) = messages_of(caplog)
     assert "step_2" in message and "step_1" in message and file in message and reason in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged_step_2", "step_1"]
     save(saved, 2)
-    again = checkpoints(tmp_path).newest()
+    again = checkpoints(tmp_path).find()
     assert again is not None and again.path.name == "step_2"
 
 
@@ -313,15 +314,15 @@ def test_a_run_is_refused_if_all_checkpoints_are_damaged(tmp_path: Path, what: s
     damage(tmp_path / "step_7" / file)
     for _ in range(2):  # the first refusal must not rename them
         with pytest.raises(UserError) as refused:
-            checkpoints(tmp_path).newest()
+            checkpoints(tmp_path).find()
         assert refused.value.key == "checkpointing.checkpoint_dir"
         assert "step_7" in refused.value.problem and reason in refused.value.problem
 
 
 def test_newest_returns_none_without_checkpoints(tmp_path: Path) -> None:
-    assert checkpoints(tmp_path / "none").newest() is None
+    assert checkpoints(tmp_path / "none").find() is None
     save(checkpoints(tmp_path), 1)
-    assert checkpoints(tmp_path, enabled=False).newest() is None
+    assert checkpoints(tmp_path, enabled=False).find() is None
 
 
 def test_prepare_removes_unfinished_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -530,10 +531,10 @@ def test_a_transient_error_during_verification_is_retried_and_is_no_damage(
     monkeypatch.setattr(manifest, "_sha256", hiccup)
     if stays:
         with pytest.raises(RunFailed, match=r"step_2 .*Stale") as failed:
-            saved.newest()
+            saved.find()
         assert failed.value.retryable
     else:
-        found = saved.newest()
+        found = saved.find()
         assert found is not None and found.path.name == "step_2"
     assert kept(tmp_path) == [1, 2]
 
@@ -610,3 +611,16 @@ def test_writing_and_loading_shards_record_heartbeats(tmp_path: Path, monkeypatc
     before = CURRENT.work_units
     saved.load(tmp_path / "step_1", {name: torch.zeros(2) for name in tensors})
     assert CURRENT.work_units == before + 300
+
+
+def test_the_owner_of_a_lock_is_read_without_a_lock(tmp_path: Path) -> None:
+    assert owner_of(tmp_path) is None and not list(tmp_path.iterdir())
+    holder = (
+        "import sys, pathlib; from distill.checkpoint.lock import DirectoryLock;"
+        f"lock = DirectoryLock(pathlib.Path({str(tmp_path)!r}), 'a.key'); print('locked', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
+        assert f"process {process.pid}" in (owner_of(tmp_path) or "")
+        process.communicate(b"\n")
+    assert owner_of(tmp_path) is None

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def test_an_override_has_several_spellings(words: list[str]) -> None:
     [
         ("policy.optimizer.kwargs.lr=1e-6", "policy.optimizer.kwargs.lr", 1e-6),
         ("policy.optimizer.kwargs.lr=1", "policy.optimizer.kwargs.lr", 1.0),
+        ("distillation.max_num_steps=1e3", "distillation.max_num_steps", 1000),
         ("policy.optimizer.kwargs.betas=[0.9, 0.95]", "policy.optimizer.kwargs.betas", (0.9, 0.95)),
         ("logger.wandb_enabled=True", "logger.wandb_enabled", True),
         ("policy.max_grad_norm=null", "policy.max_grad_norm", None),
@@ -135,17 +136,20 @@ def test_dry_run_has_two_spellings(flag: str) -> None:
     assert parse_args([flag, "--config", SMALL]) == parse_args([f"--config={SMALL}"])
 
 
-def test_the_base_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert load_config([]).policy.model_name == "Qwen/Qwen3-1.7B-Base"
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--dry-run", "--elsewhere", "distillation.seed=3"]])
+def test_a_command_line_without_a_recipe_is_refused_with_the_names_of_the_recipes(flags: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_args(flags)
+    assert caught.value.key == "--config"
+    assert "my-distillation-1n4g.yaml" in caught.value.fix and "smollm2-context-cpu.yaml" in caught.value.fix
 
 
-def test_the_base_recipe_of_the_current_folder_is_preferred(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write
-) -> None:
-    write("recipes/distillation_math.yaml", f"defaults: {SMALL}\ndistillation: {{seed: 7}}")
-    monkeypatch.chdir(tmp_path)
-    assert load_config([]).distillation.seed == 7
+def test_elsewhere_requires_a_dry_run() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_args(["--config", SMALL, "--elsewhere"])
+    assert caught.value.key == "--elsewhere"
+    assert parse_args(["--config", SMALL, "--elsewhere", "--dry-run"]).elsewhere
+    assert not parse_args(["--config", SMALL, "--dry-run"]).elsewhere
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -289,6 +293,12 @@ def test_a_missing_recipe_is_refused_with_similar_names() -> None:
 # ---- keys and types --------------------------------------------------------------------------------------------------
 
 
+def test_an_unknown_key_without_a_similar_one_is_refused_with_the_keys_of_its_section() -> None:
+    for word, section in (("cluster.zzz=4", "cluster."), ("zzz.qqq=1", "")):
+        names = {key.removeprefix(section).split(".")[0] for key in key_paths() if key.startswith(section)}
+        assert names == {name.strip(",") for name in refusal(word).fix.split()} & names
+
+
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
@@ -300,7 +310,10 @@ def test_a_missing_recipe_is_refused_with_similar_names() -> None:
         ("data.train.datapath=x", ["data.train.data_path"]),
         ("policy.automodel_cfg.enabled=true", ["policy.dtensor_cfg"]),
         ("policy.vllm_kwargs_=3", ["policy.generation.vllm_kwargs"]),
-        ("qqq.zzz=1", []),
+        ("data.train_data_path=x", ["data.train.data_path"]),
+        ("data.train.input_column=x", ["data.train.input_key"]),
+        ("cluster.gpus=4", ["cluster.gpus_per_node"]),
+        ("checkpointing.resume=x", ["checkpointing.resume_from"]),
     ],
 )
 def test_an_unknown_key_is_refused_with_similar_keys(word: str, meant: list[str]) -> None:
@@ -586,6 +599,11 @@ EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
         (["data.validation=null"], "data.validation", "val_period=0"),
         (["checkpointing.metric_name=accuracy"], "checkpointing.metric_name", "val:NAME"),
         (["checkpointing.checkpoint_must_save_by=4h"], "checkpointing.checkpoint_must_save_by", "00:03:45:00"),
+        (
+            ["checkpointing.resume_from=checkpoints/a", "checkpointing.enabled=false"],
+            "checkpointing.resume_from",
+            "checkpointing.enabled=true",
+        ),
         (["teacher.model_name=${policy.model_name}"], "teacher.model_name", "distillation.allow_degenerate=true"),
         (["policy.generation.top_p=0.9"], "policy.generation.top_p", "distillation.allow_degenerate=true"),
         (["policy.generation.top_k=5"], "policy.generation.top_k", "distillation.allow_degenerate=true"),
@@ -706,38 +724,6 @@ def test_a_configuration_is_frozen() -> None:
         load().distillation.seed = 1  # type: ignore[misc]
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def test_help_lists_every_key_with_its_value_and_the_direction_of_each_kl(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        parse_args(["--config", SMALL, "--help", "distillation.seed=1234567"])
-    assert error.value.code == 0
-    shown = capsys.readouterr().out
-    flags = {word for line in shown.splitlines() for word in line.split() if word.startswith("--")}
-    keys = {f"--{key}" for key in leaves(dataclasses.asdict(Config()))}
-    assert len(keys) > 100
-    assert keys <= flags, keys - flags
-    assert {"--config", "--dry-run", "--help"} <= {flag.strip(",") for flag in flags}
-    words = " ".join(shown.replace("│", " ").split())
-    assert "forward: KL(teacher || student)" in words and "reverse: KL(student || teacher)" in words
-    assert "(default: 1234567)" in words
-    assert "(default: Qwen/Qwen3-0.6B)" in words
-
-
-def test_help_is_printed_for_a_recipe_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_args(["--config", SMALL, "distillation.topk_logits_k=-1", "-h"])
-    assert "--distillation.topk_logits_k INT" in capsys.readouterr().out
-
-
 def test_every_field_has_a_docstring() -> None:
     missing = []
     for name in ("schema.py", "models.py"):
@@ -753,7 +739,7 @@ def test_every_field_has_a_docstring() -> None:
 def test_reading_a_recipe_imports_neither_torch_nor_transformers() -> None:
     code = (
         f"import sys; from distill.config import load_config; load_config(['--config', {SMALL!r}]);"
-        "print(sorted({'torch', 'transformers', 'tyro'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -773,7 +759,7 @@ def test_reading_a_recipe_imports_neither_torch_nor_transformers() -> None:
 def test_ranking_a_metric_that_should_be_low_by_its_highest_value_is_warned_of(
     caplog: pytest.LogCaptureFixture, metric: str, higher: str, warns: bool
 ) -> None:
-    from distill.build import _warn_of_metric
+    from distill.preflight import _warn_of_metric
 
     _warn_of_metric(load(f"checkpointing.metric_name={metric}", f"checkpointing.higher_is_better={higher}"))
     assert [record.levelname for record in caplog.records if "higher_is_better" in record.getMessage()] == (

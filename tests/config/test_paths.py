@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from distill.checkpoint.recipe_diff import changed_keys
-from distill.config import Config, load_config
-from distill.config.paths import normalize, same_place
+from distill.config import Config, load_config, paths
+from distill.config.paths import normalize, same_place, shipped
 from distill.errors import UserError
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes/distillation_math.yaml")
@@ -109,5 +109,48 @@ def test_a_broken_symbolic_link_is_refused(home: Path) -> None:
 
 def test_another_path_to_the_same_model_is_not_a_change_of_the_recipe(home: Path) -> None:
     before = {"policy": {"model_name": "models/A", "precision": "float32"}}
-    assert changed_keys(before, {"policy": {"model_name": f"{home}/models/link", "precision": "float32"}}) == []
+    assert changed_keys(before, {"policy": {"model_name": f"{home}/models/link", "precision": "float32"}}) == {}
     assert len(changed_keys(before, {"policy": {"model_name": "models/B", "precision": "float32"}})) == 1
+
+
+# -- shipped files -----------------------------------------------------------------------------------------------------
+
+
+def test_recipes_and_prompts_are_found_from_any_working_directory(home: Path) -> None:
+    config = load_config(["--config", "recipes/my-distillation-1n4g.yaml"])
+    prompt_file = config.data.train[0].prompt_file
+    assert prompt_file is not None and Path(prompt_file).is_absolute() and Path(prompt_file).is_file()
+
+
+def test_a_recipe_outside_the_project_has_shipped_parents(home: Path) -> None:
+    (home / "mine.yaml").write_text("defaults: recipes/smollm2-distillation-cpu.yaml\ndistillation: {seed: 9}\n")
+    config = load_config(["--config", "mine.yaml"])
+    assert config.distillation.seed == 9
+    data_path = config.data.train[0].data_path
+    assert data_path is not None and Path(data_path).is_file()
+
+
+def test_a_file_in_the_working_directory_is_preferred_to_a_shipped_file(home: Path) -> None:
+    (home / "prompts").mkdir()
+    (home / "prompts/cot.txt").write_text("{}")
+    config = loaded("data.train.prompt_file=prompts/cot.txt")
+    assert config.data.train[0].prompt_file == "prompts/cot.txt"
+
+
+def test_folders_that_a_run_writes_stay_relative_to_the_working_directory(home: Path) -> None:
+    config = loaded("checkpointing.checkpoint_dir=recipes", "logger.log_dir=prompts", "runtime.run_dir=recipes")
+    assert (config.checkpointing.checkpoint_dir, config.logger.log_dir) == ("recipes", "prompts")
+    assert config.runtime.run_dir == "recipes"
+
+
+def test_an_installed_package_ships_its_files_inside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site-packages/distill"
+    for folder in ("config", "recipes", "prompts", "data"):
+        (package / folder).mkdir(parents=True)
+        (package / folder / "file").write_text("")
+    monkeypatch.setattr(paths, "__file__", str(package / "config/paths.py"))
+    assert shipped("prompts/file") == str(package / "prompts/file")
+    assert shipped("data/file") is None and shipped("prompts/missing") is None
+    assert shipped(str(package / "prompts/file")) is None

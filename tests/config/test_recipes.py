@@ -9,8 +9,9 @@ import pytest
 
 from distill.config import Config, load_config, parse_args
 from distill.errors import UserError
-from distill.memory.forecast import GIB, card_bytes, dry_run, predict
+from distill.memory.forecast import GIB, card_bytes, predict
 from distill.memory.shapes import find_shape
+from tests.harness import forecast_text
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -254,13 +255,13 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)  # a folder without model files
     gigabytes, student, teacher, ranks, dp, cp, tp, group, engine, tokens = LAYOUTS[name]
     config = load(name, f"cluster.gpu_memory_gb={gigabytes}")
-    text = "\n".join(dry_run(config))  # raises if it does not fit
+    text = forecast_text(config)  # raises if it does not fit
     assert f"{ranks} ranks: dp {dp} x cp {cp} x tp {tp}, teacher micro-batches on {group} ranks" in text
     assert f" {tokens} tokens" in text
     shapes = [find_shape(model.model_name, "a model") for model in (config.policy, config.teacher)]
     assert shapes[0] is not None and shapes[1] is not None
     found = predict(config, shapes[0], shapes[1])
-    train, score, generate = (found.phases[phase] for phase in ("train", "teacher", "generate"))
+    train, score, generate = (found.phases[phase] for phase in ("training", "teacher", "generation"))
     P, teachers = QWEN3[student], QWEN3[teacher]
     assert ranks == dp * cp * tp == config.cluster.num_nodes * config.cluster.gpus_per_node
     assert [train[line] for line in ("master weights", "gradients", "optimizer state")] == [
@@ -279,7 +280,11 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", CONTEXT_40GB)
 def test_a_context_recipe_for_40_gb_gpus_does_not_fit_20_gb(name: str) -> None:
     with pytest.raises(UserError, match=r"cluster\.gpu_memory_gb=20 provides 19\.6 GiB"):
-        list(dry_run(load(name, "cluster.gpu_memory_gb=20", "policy.generation.vllm_cfg.gpu_memory_utilization=0.95")))
+        (
+            forecast_text(
+                load(name, "cluster.gpu_memory_gb=20", "policy.generation.vllm_cfg.gpu_memory_utilization=0.95")
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from distill.config.template import Template, teacher_template
 from distill.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "recipes/distillation_math.yaml")
 KEY = "distillation.context_distillation.teacher_prefix_template"
 
 
@@ -40,7 +41,7 @@ def test_braces_around_anything_but_a_word_are_literal_and_doubled_braces_become
     template: str, filled: str
 ) -> None:
     assert teacher_template(template).fill({"problem": "1+1?", "trace": ""}) == filled
-    load_config([f"{KEY}={template}"])
+    load_config(["--config", RECIPE, f"{KEY}={template}"])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_braces_around_anything_but_a_word_are_literal_and_doubled_braces_become
 )
 def test_an_unknown_word_in_braces_is_refused_with_its_line(template: str, word: str, line: int) -> None:
     with pytest.raises(UserError) as caught:
-        load_config([f"{KEY}={template}"])
+        load_config(["--config", RECIPE, f"{KEY}={template}"])
     assert (caught.value.key, caught.value.value) == (KEY, word)
     assert f"line {line}" in caught.value.problem
     assert f"{{{word}}}" in caught.value.fix  # doubled braces are literal
@@ -67,7 +68,7 @@ def test_an_unknown_word_in_braces_is_refused_with_its_line(template: str, word:
 @pytest.mark.parametrize("template", ["{problem", "{trace}", "Always write in French.", "{{problem}}"])
 def test_a_teacher_template_without_the_problem_is_refused(template: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config([f"{KEY}={template}"])
+        load_config(["--config", RECIPE, f"{KEY}={template}"])
     assert (caught.value.key, caught.value.value) == (KEY, template)
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from distill.config import DatasetConfig
 from distill.data import cache, files, sources
-from distill.data.cache import cache_folders
+from distill.data.cache import cache_folders, private_cache
 from distill.data.table import Problems
 from distill.errors import UserError
 from tests.data.loading import load_datasets
@@ -266,6 +266,22 @@ def test_without_a_writable_cache_folder_data_stay_in_memory(
     with caplog.at_level(logging.WARNING):
         assert texts(load(path)) == ["a"]
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "XDG_CACHE_HOME" in caplog.text
+
+
+def test_a_private_cache_reads_the_shared_cache_and_leaves_no_file(
+    folder: Path, reads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, other = write(tmp_path / "a.jsonl", ["a"]), write(tmp_path / "b.jsonl", ["b"])
+    load(shared)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with private_cache():
+        tables = load(shared), load(other)
+        assert len(list((tmp_path / "temporary").rglob("*.arrow"))) == 1
+    assert [texts(table) for table in tables] == [["a"], ["b"]] and reads == [shared, other]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_each_split_of_a_saved_dataset_is_read_once(folder: Path, tmp_path: Path) -> None:

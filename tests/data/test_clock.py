@@ -239,7 +239,7 @@ def test_changes_of_all_resumes_are_recorded(tmp_path: Path, caplog: pytest.LogC
     training, validation = caplog.records
     assert (training.levelname, validation.levelname) == ("WARNING", "WARNING")
     assert all(text in training.getMessage() for text in (f"{found.path} (", "data.train.prompt_file", "undo"))
-    assert all(text in validation.getMessage() for text in ("data.validation", "step 3", "teacher"))
+    assert all(text in validation.getMessage() for text in ("data.validation", "step 3", "in_context"))
     off = compare_with_checkpoint(found, allowing(False), order, clock, {})  # without validation, the hashes are kept
     assert off.changes == earlier and off.in_context_metrics(found) and off.info["validation_inputs"] == then
 
@@ -383,7 +383,8 @@ def test_resume_at_another_date_and_time_zone_is_bit_exact(dated: Path, ended) -
 def test_resume_with_changed_inputs_is_refused_unless_changes_are_allowed(dated: Path, ended) -> None:
     for message in REFUSED:
         code, _, output = ended[message]
-        assert code == 2 and f"error: {message}" in output and ALLOWED in output.splitlines()[-1], output
+        sentence = output.splitlines()[-1]
+        assert code == 2 and f"because {message}" in sentence and ALLOWED in sentence, output
     assert [ended[name][0] for name in ("allowed", "again")] == [0, 0], ended
     info, output = _info(dated, "another day", 2), ended["allowed"][2]
     changes = info["changes"]
@@ -397,7 +398,7 @@ def test_resume_with_changed_inputs_is_refused_unless_changes_are_allowed(dated:
     assert all(what in output for what in expected), output
     assert all(change["step"] == 1 and change["when"].startswith("2031-") for change in changes)
     (omitted,) = (line for line in output.splitlines() if "data.validation has" in line)
-    assert info["in_context"] is None and "teacher" in omitted
+    assert info["in_context"] is None and "in_context" in omitted
     assert info["clock"] == _info(dated, "another day", 1)["clock"], "the clock does not change"
     assert info["data"]["num_prompts_per_step"] == 2
     # The new checkpoint contains the new inputs, so the next resume finds no changes.

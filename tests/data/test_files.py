@@ -233,6 +233,21 @@ def test_errors_in_a_folder_name_file_line_and_cause(tmp_path: Path) -> None:
     assert error.key == "data.train.input_key" and f"type list in line 1 of {path}/2.jsonl" in str(error)
 
 
+def test_a_column_of_chats_is_refused_with_the_path_of_a_message(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
+    (tmp_path / "chats.jsonl").write_bytes(as_lines([{"messages": turns, "inner": {"a": "1", "b": "2"}}]))
+    error = refusal(tmp_path / "chats.jsonl", input_key="messages", output_key="messages.2.content")
+    assert (error.key, error.value) == ("data.train.input_key", "messages") and "messages.1.content" in error.fix
+    error = refusal(tmp_path / "chats.jsonl", input_key="messages.1.content", output_key="messages")
+    assert error.key == "data.train.output_key" and "messages.2.content" in error.fix
+    error = refusal(tmp_path / "chats.jsonl", input_key="inner")
+    assert "inner.a, inner.b" in error.fix
+    path = str(tmp_path / "chats.jsonl")
+    dataset = DatasetConfig(data_path=path, input_key="messages.1.content", output_key="messages.2.content")
+    (problem,) = load_datasets([dataset])
+    assert (problem.text, problem.answer) == ("USER", "ASSISTANT")
+
+
 BAD = {
     "ragged.csv": (b"question,answer\na,1\nb\n", "data_path", "line 3 (number of fields: 1, in the header: 2)"),
     "long.csv": (b"question,answer\na,1,2\n", "data_path", "line 2 (number of fields: 3, in the header: 2)"),

@@ -64,7 +64,7 @@ def test_a_llama_class_does_not_change_a_byte_level_tokenizer_json(
     tokenizer = assert_reads_as_written(folder)
     assert tokenizer.decode(token_ids(tokenizer, ["What is 1+2, please?"])[0]) == "What is 1+2, please?"
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith(f"{KEY}={folder} ") and "tokenizer_class=LlamaTokenizerFast" in warning
+    assert warning.startswith(f"{KEY}={folder}: ") and "tokenizer_class=LlamaTokenizerFast" in warning
     assert (tokenizer.bos_token, tokenizer.eos_token) == (BOS, EOS)
     assert tokenizer.get_vocab() == written(folder).get_vocab(), "a default token of the class was added"
     assert tokenizer_class_misreads(folder)

@@ -58,7 +58,7 @@ def _sums() -> tuple[torch.Tensor, torch.Tensor]:
     return ours, gloos
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_gloo_reduce_scatter_equals_torch_reduce_scatter(ranks: int) -> None:
     everything = [torch.randn(6 * ranks, generator=torch.Generator().manual_seed(r)) for r in range(ranks)]
     total = torch.stack(everything).double().sum(0).float()

@@ -1,4 +1,4 @@
-"""Plan and decisions of the batch script, and the commands of scripts/README.md."""
+"""Plan and decisions of the batch script, and the commands of scripts/SLURM.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from unittest.mock import patch
 import pytest
 
 from distill.config import parse_args
-from distill.distributed import slurm
+from distill.distributed import hardware, slurm
+from distill.distributed.hardware import TorchBuild
 from distill.distributed.slurm_job import main, variables
 from distill.errors import UserError
 from distill.supervise.status import ExitStatus
@@ -34,6 +35,12 @@ def job(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name, value in JOB.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
+
+
+def _fake_torch(monkeypatch: pytest.MonkeyPatch, finds_gpu: bool) -> None:
+    """Replace the installed torch by one that finds GPUs, or by a build without CUDA."""
+    fake = TorchBuild("2.13.0+cu130", "13.0", True) if finds_gpu else TorchBuild("2.13.0+cpu", None, False)
+    monkeypatch.setattr(hardware, "torch_build", lambda: fake)
 
 
 def _plan(capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, str]:
@@ -73,6 +80,7 @@ def test_ports_of_jobs_and_steps_differ_and_are_below_the_ephemeral_range() -> N
 
 
 def test_a_recipe_that_does_not_match_the_allocation_is_refused(job, capsys) -> None:
+    _fake_torch(job, finds_gpu=True)
     assert _refused_key(capsys, "cluster.num_nodes=2") == "cluster.num_nodes"
     job.setenv("SLURM_GPUS_ON_NODE", "8")
     assert _refused_key(capsys) == "cluster.gpus_per_node"
@@ -82,6 +90,47 @@ def test_a_recipe_that_does_not_match_the_allocation_is_refused(job, capsys) -> 
     for flag in ("--dry-run", "--dry_run", "--help"):
         assert _refused_key(capsys, flag) == flag.replace("_", "-")
     assert main([*RECIPE, "distillation.max_num_stepz=3"]) == 2
+
+
+def test_a_job_with_gpus_that_torch_cannot_use_is_refused_before_any_rank_starts(job, capsys) -> None:
+    job.setenv("SLURM_GPUS_ON_NODE", "4")
+    _fake_torch(job, finds_gpu=False)
+    assert _refused_key(capsys) == "runtime.device"
+    assert main(RECIPE) == 2
+    printed = capsys.readouterr().err
+    assert "torch 2.13.0+cpu" in printed and "make venv-gpu" in printed and "runtime.device=cpu" in printed
+    assert _plan(capsys, "runtime.device=cpu")["RANKS"] == "4"
+    _fake_torch(job, finds_gpu=True)
+    assert _plan(capsys)["RANKS"] == "4"
+
+
+OLD_COMMAND = (
+    "uv run python examples/run_distillation.py --config"
+    " examples/configs/recipes/llm/my-context-self-distillation-1n4g.yaml"
+    " cluster.num_nodes=2 logger.wandb_enabled=False"
+)
+
+
+@pytest.mark.parametrize("arguments", [[], RECIPE])
+def test_a_command_in_the_environment_is_refused_with_the_new_command(job, arguments: list[str]) -> None:
+    """The old batch script ran this variable, and this one runs its arguments."""
+    job.setenv("COMMAND", OLD_COMMAND)
+    with pytest.raises(UserError) as caught:
+        variables(arguments)
+    assert caught.value.key == "COMMAND"
+    new = "--config recipes/my-context-self-distillation-1n4g.yaml cluster.num_nodes=2 logger.wandb_enabled=False"
+    assert f"scripts/train.sbatch {new}" in caught.value.fix
+    for broken in ("'", "--config", "ls"):
+        job.setenv("COMMAND", broken)
+        with pytest.raises(UserError) as caught:
+            variables(arguments)
+        assert caught.value.key == "COMMAND" and "recipes/NAME.yaml" in caught.value.fix
+
+
+def test_a_job_without_a_recipe_is_refused(job) -> None:
+    with pytest.raises(UserError) as caught:
+        variables(["distillation.seed=3"])
+    assert caught.value.key == "--config"
 
 
 def test_both_fixes_are_printed_if_the_allocation_does_not_match(job, capsys) -> None:
@@ -112,11 +161,11 @@ def test_a_node_whose_name_cannot_be_resolved_gets_its_address_from_slurm(job, t
     assert _refused_key(capsys) == "GLOO_SOCKET_IFNAME"
 
 
-COMMANDS = re.findall(r"`(sbatch -N[^`]*train\.sbatch[^`]*)`", (ROOT / "scripts/README.md").read_text())
+COMMANDS = re.findall(r"`(sbatch -N[^`]*train\.sbatch[^`]*)`", (ROOT / "scripts/SLURM.md").read_text())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_scripts_readme_fits_its_recipe(command: str) -> None:
+def test_a_command_of_the_slurm_page_fits_its_recipe(command: str) -> None:
     before, _, after = command.partition("scripts/train.sbatch ")
     cluster = parse_args([word.replace("recipes/", f"{ROOT}/recipes/") for word in shlex.split(after)]).config.cluster
     gpus = re.search(r"--gpus-per-node=(\d+)", before)
@@ -124,7 +173,7 @@ def test_a_command_of_the_scripts_readme_fits_its_recipe(command: str) -> None:
     assert (cluster.num_nodes, cluster.gpus_per_node) == given
 
 
-def test_the_scripts_readme_has_a_command_for_every_cluster_recipe() -> None:
+def test_the_slurm_page_has_a_command_for_every_cluster_recipe() -> None:
     runs = {word for command in COMMANDS for word in command.split() if word.startswith("recipes/")}
     on_a_cluster = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*-[0-9]n[0-9]g*")}
     assert len(COMMANDS) >= 12 and {name for name in on_a_cluster if "-4n4g" not in name} <= runs

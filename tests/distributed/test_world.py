@@ -6,10 +6,14 @@ import logging
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from distill.distributed.cluster import check_cluster
+from distill.distributed.launcher import write_error_file
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.run_dir import new_run_dir
@@ -62,6 +66,34 @@ def test_an_error_on_one_rank_is_raised_on_all_ranks_with_its_fields() -> None:
         ("policy.dtensor_cfg.tensor_parallel_size", 3),
         ("cluster.num_nodes", 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "command"),
+    [
+        (1, 4, "torchrun --nproc-per-node 4 -m distill.train"),
+        (
+            2,
+            8,
+            "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m distill.train",
+        ),
+    ],
+)
+def test_a_wrong_number_of_ranks_is_refused_with_the_torchrun_command(nodes: int, gpus: int, command: str) -> None:
+    world = cast(World, SimpleNamespace(size=2, local_size=2))
+    with pytest.raises(UserError) as caught:
+        check_cluster(world, nodes, gpus, "cpu", 1, 1)
+    assert command in caught.value.fix
+    assert "cluster.num_nodes=1 and cluster.gpus_per_node=2" in caught.value.fix
+
+
+def test_torchruns_report_ends_with_the_error_of_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_error_file("not under torchrun")
+    file = str(tmp_path / "error.json")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+    write_error_file("a=1 is wrong: set 2")
+    report = str(ChildFailedError("distill.train", {0: ProcessFailure(0, 123, 2, file)})).splitlines()
+    assert report[-2] == "  traceback : a=1 is wrong: set 2"
 
 
 ERROR_ON_ONE_RANK = """

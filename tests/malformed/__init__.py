@@ -6,6 +6,7 @@ from tests.malformed import (  # noqa: F401
     data_formats,
     environment,
     exports,
+    missing,
     model_config,
     models,
     prompts,

@@ -32,6 +32,8 @@ class Case:
     """Environment variables to set; None: to unset."""
     detail: str = ""
     """Drawn values, for the report of a failure."""
+    absent: str = ""
+    """Name of a package that must seem not to be installed; only for runs in the test's process."""
 
 
 class Workshop:

@@ -6,7 +6,9 @@ import importlib.machinery
 import json
 import logging
 import math
+import re
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +24,9 @@ from distill.distributed.host_memory import resident_bytes
 from distill.errors import UserError
 from distill.metrics import phases as phases_module
 from distill.metrics.phases import Phases
-from distill.metrics.sinks import JsonlSink, open_recorder, read_metrics
+from distill.metrics.sinks import ConsoleSink, JsonlSink, Samples, open_recorder, read_metrics, tokens_of
 from distill.metrics.step import Metrics, add_rollouts, finish_step, rates
-from distill.metrics.summary import Row, console_line, summary
+from distill.metrics.summary import Row, console_line, ending, summary
 from distill.types import Problem, Prompt, Rollout
 from tests.helpers import run_ranks
 
@@ -168,6 +170,60 @@ def test_a_phase_records_resident_memory_at_its_end() -> None:
     assert phases.memory["holding"] == most
 
 
+class FakeAllocator:
+    """Stand-in for torch's CUDA allocator: a number of allocated bytes and its peak since the last reset."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated = self.peak = 0
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def reset(self, device: torch.device) -> None:
+        self.peak = self.allocated
+
+    def use(self, gib: int) -> None:
+        """Allocate and free ``gib`` GiB."""
+        self.peak = max(self.peak, self.allocated + gib * 2**30)
+
+
+def test_a_phase_includes_the_memory_peaks_of_nested_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, device = FakeAllocator(monkeypatch), torch.device("cuda")
+    outer, inner = Phases(device), Phases(device)
+    with outer("checkpointing"):
+        fake.use(3)
+        with inner("judging"):
+            fake.use(7)
+        with inner("writing"):
+            fake.use(1)
+    with outer("training"):
+        fake.use(2)
+    assert {name: size / 2**30 for name, size in outer.memory.items()} == {"checkpointing": 7, "training": 2}
+    assert {name: size / 2**30 for name, size in inner.memory.items()} == {"judging": 7, "writing": 1}
+    with outer("training"):
+        fake.use(5)
+        with inner("judging"):
+            fake.use(1)
+    assert outer.memory["training"] / 2**30 == 5
+
+
+def test_the_memory_pool_is_subtracted_only_while_the_engine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, phases = FakeAllocator(monkeypatch), Phases(torch.device("cuda"))
+    with phases("validation"):
+        fake.use(60)
+    with phases("validation", engine_asleep=True):
+        fake.use(90)
+    with phases("training"):
+        fake.use(80)
+    pool = 50 * 2**30
+    expected = {"memory/validation_gib": 60.0, "memory/training_gib": 30.0, "memory/peak_gib": 60.0}
+    assert phases.memory_gib(pool) == expected
+    with phases("validation", engine_asleep=True):
+        fake.use(120)
+    assert phases.memory_gib(pool) == {**expected, "memory/validation_gib": 70.0, "memory/peak_gib": 70.0}
+    assert phases.memory_gib(pool, omitted=("validation",)) == {"memory/training_gib": 30.0, "memory/peak_gib": 30.0}
+
+
 def test_throughput_excludes_validation_and_checkpoints(clock: Clock) -> None:
     metrics, phases = Metrics(), Phases()
     metrics.add({"loss": (1.0, 2.0)})
@@ -212,7 +268,7 @@ def test_values_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
     sink.write(1, {"a": math.nan, "b": -math.inf, "c": 1e-300})
     # Read before the file is closed: a killed run must lose nothing. The file must be strict JSON.
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert row == {"step": 1, "a": None, "b": None, "c": 1e-300}
+    assert row.pop("timestamp") > 1.6e9 and row == {"step": 1, "a": None, "b": None, "c": 1e-300}
     sink.close()
 
 
@@ -238,7 +294,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(tmp_path: Path) -> None:
     recorder = open_recorder(config, tmp_path, main=True, total_steps=3, resumed_step=2)
     recorder.record(3, {"train/loss": 0.5})
     recorder.close()
-    assert curve(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
+    assert curve(tmp_path / "tensorboard", "learning/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
 def test_a_run_resumed_in_a_new_directory_has_the_complete_curve(tmp_path: Path) -> None:
@@ -249,7 +305,7 @@ def test_a_run_resumed_in_a_new_directory_has_the_complete_curve(tmp_path: Path)
         recorder.record(3, {"train/loss": 0.5})
         recorder.close()
         assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-        assert curve(tmp_path / "tensorboard", "train/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
+        assert curve(tmp_path / "tensorboard", "learning/loss") == [(1, 1.0), (2, 2.0), (3, 0.5)]
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,7 +329,7 @@ def test_missing_wandb_is_a_user_error_on_every_rank(
 
 def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
-    logged: list[tuple[int, dict[str, float]]] = []
+    logged: list[tuple[int, dict[str, Any]]] = []
 
     class Run:
         def log(self, values: dict[str, float], step: int) -> None:
@@ -289,6 +345,7 @@ def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     wandb.init = init  # type: ignore[attr-defined]
+    wandb.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     config = replace(PLAIN, wandb_enabled=True, wandb=replace(PLAIN.wandb, project="p", mode="offline"))
     for step in (1, 2):
@@ -299,6 +356,9 @@ def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch
     assert started[0]["resume"] == "allow" and len(started[0]["id"]) >= 8
     assert (started[0]["project"], started[0]["mode"], started[0]["config"]) == ("p", "offline", {"seed": 7})
     assert logged == [(1, {"train/loss": 0.5}), (-1, {}), (2, {"train/loss": 0.5}), (-1, {})]
+    recorder = open_recorder(config, tmp_path, main=True, total_steps=2)
+    recorder.show(2, Samples("train", ["text"], [{"prompt_id": 7, "answer": "a"}, {"prompt_id": 8, "answer": "b"}]))
+    assert logged[-1] == (2, {"train/samples": (["prompt_id", "answer"], [[7, "a"], [8, "b"]])})
 
 
 STEP = {
@@ -314,23 +374,74 @@ STEP = {
     "timing/train/policy_training": 4.5,
     "timing/train/data_processing": 0.001,
     "timing/train/total_step_time": 8.25,
+    "train/total_num_tokens": 1200.0,
+    "memory/peak_gib": 4.4,
 }
 
 
 def test_console_line_of_a_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         recorder = open_recorder(PLAIN, tmp_path, main=True, total_steps=5)
-        recorder.record(3, STEP)
+        recorder.record(3, {**STEP, "train/context_distillation_trace_coverage": 0.0})
         recorder.close()
     (line,) = caplog.messages
-    assert line == (
-        "step 3/5  loss 0.4123  KL fwd 0.4000 rev 0.4500  response length 47.2  truncated 88%  grad 1.25  lr 2.00e-05"
-        "  105 tok/s/rank  8.2 s (generation 3.0 training 4.5)"
-    )
+    text = "step 3/5  loss 0.4123  grad 1.25  length 47  truncated 88%  145 tok/s  8.2 s  4.4 GiB  ETA 16 s"
+    assert line == text, "no trace: the teacher's template has none"
+
+
+def test_the_remaining_time_follows_from_the_time_between_steps(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    sink = ConsoleSink(10, clock=lambda: now)
+    with caplog.at_level(logging.INFO):
+        for step, now in ((3, 100.0), (4, 110.0), (5, 140.0), (10, 200.0)):  # noqa: B007
+            sink.write(step, {"train/loss": 0.5, "timing/train/total_step_time": 60.0})
+    found = [re.search(r"ETA (.*)", message) for message in caplog.messages]
+    assert [match and match[1] for match in found] == ["7 min", "60 s", "2 min", None]
+
+
+def test_a_console_line_has_at_most_120_columns_with_the_time_of_day() -> None:
+    large = dict.fromkeys(STEP, 12345.678) | {"train/truncation_rate": 1.0, "memory/peak_gib": 139.9}
+    large |= {"train/context_distillation_trace_coverage": 0.25, "train/total_num_tokens": 1e12}
+    line = console_line(12345, 20000, large, left_s=1e6, shows_traces=True)
+    assert len("12:34:56 ") + len(line) <= 120
+    for part in ("step 12345/20000", "loss 12345.6780", "trace 25%", "12345.7 s", "139.9 GiB", "ETA 11 d 13 h"):
+        assert part in line
+    assert len("12:34:56 ") + len(console_line(900, 1000, STEP, 11520.0, shows_traces=True)) <= 120
+    assert "truncated" in console_line(900, 1000, STEP, 11520.0, shows_traces=True)
 
 
 def test_console_line_omits_metrics_that_were_not_measured() -> None:
     assert console_line(1, 2, {"train/loss": 0.5, "train/grad_norm": math.nan}) == "step 1/2  loss 0.5000"
+
+
+def test_total_tokens_and_time_stamps_of_a_resumed_run_continue(tmp_path: Path) -> None:
+    for first in (0, 2):
+        tokens = tokens_of(read_metrics(tmp_path / "metrics.jsonl")[:first]) if first else 0.0
+        recorder = open_recorder(PLAIN, tmp_path, main=True, total_steps=4, resumed_step=first, total_tokens=tokens)
+        for step in (first + 1, first + 2, first + 3):
+            recorder.record(step, {"train/total_num_tokens": 10.0 * step})
+        recorder.record(first + 3, {"validation/accuracy": 0.5})
+        recorder.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row.get("progress/total_tokens") for row in rows] == [10, 30, 60, 100, 150, None]
+    stamps = [row["timestamp"] or 0.0 for row in rows]
+    assert stamps == sorted(stamps) and abs(stamps[-1] - time.time()) < 3600
+
+
+def test_the_ending_of_a_run_names_the_checkpoint_and_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "checkpoints/step_4"
+    checkpoint.mkdir(parents=True)
+    assert "2 min" in ending(100.0, None, False, enabled=False)
+    assert "checkpointing.enabled=true" in ending(1.0, None, False, enabled=False)
+    assert "starts at step 0" in ending(1.0, None, stopped=True), "stopped before the first checkpoint"
+    assert "scripts.export_hf checkpoints/step_4 " in ending(1.0, checkpoint, stopped=False)
+    (checkpoint / "hf").mkdir()
+    finished, stopped = (ending(1.0, checkpoint, stopped) for stopped in (False, True))
+    assert "('text-generation', 'checkpoints/step_4/hf')" in finished
+    assert "same command" in stopped and "pipeline" not in stopped
 
 
 def test_summary_shows_first_and_last_values_and_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

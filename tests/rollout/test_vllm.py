@@ -569,7 +569,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_for_vllm_only(tmp_path: Path) -
 
 def test_without_vllm_the_backend_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_model(tmp_path / "m")
-    monkeypatch.setattr("distill.rollout.factory.find_spec", lambda name: None)
+    monkeypatch.setattr("distill.rollout.factory.installed_vllm", lambda: None)
     alternative = "policy.generation.backend=transformers"
     assert _refused_key(folder, VLLM, problem="installed", fix=alternative) == "policy.generation.backend"
     assert _refused_key(folder, "policy.generation.backend=transformers") == ""

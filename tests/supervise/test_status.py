@@ -36,6 +36,16 @@ def test_status_json_contains_the_progress_and_then_the_exit_status(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["extra.json", STATUS_FILE]
 
 
+def test_the_reason_of_the_first_failure_is_reported_once() -> None:
+    reasons: list[str] = []
+    failed, stopped = Status(is_main=False, on_failure=reasons.append), Status(is_main=True, on_failure=reasons.append)
+    failed.set_exit_status(ExitStatus("refused", "a=1 is wrong: set 2", 2))
+    failed.set_exit_status(ExitStatus("failed", "a consequence", 1))
+    stopped.set_exit_status(ExitStatus("stopped", "SIGTERM", 0))
+    stopped.set_exit_status(ExitStatus("failed", "a consequence", 1))
+    assert reasons == ["a=1 is wrong: set 2"]
+
+
 def test_an_old_status_is_overwritten_and_the_exit_status_of_another_rank_is_not(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "extra.json"
     monkeypatch.setenv("DISTILL_STATUS_FILE", str(file))

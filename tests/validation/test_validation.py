@@ -24,7 +24,7 @@ from distill.data.grading import Grader
 from distill.data.teacher_prefix import Prefix, PrefixStats
 from distill.distributed.world import World
 from distill.errors import UserError
-from distill.metrics.sinks import open_recorder
+from distill.metrics.sinks import Samples, open_recorder
 from distill.metrics.summary import summary, validation_line
 from distill.model.hf_files import find_model
 from distill.model.student import Student
@@ -437,7 +437,7 @@ def reported(tmp_path: Path, prefixes: Prefixes, prompts: Sequence[Prompt], *ove
         compare=lambda rollouts, step: [(torch.zeros(1), torch.zeros(1))] * len(rollouts),
     )
     found.report(found.generate(0))
-    return recorder.record.call_args.args[1], recorder.show.call_args.args[1]
+    return recorder.record.call_args.args[1], recorder.show.call_args.args[1].texts
 
 
 def problems_of(sources: str, **columns: str) -> list[Prompt]:
@@ -498,12 +498,13 @@ def test_a_validation_is_logged_to_console_and_tensorboard(tmp_path: Path, caplo
     caplog.set_level("INFO")
     recorder = open_recorder(LoggerConfig(wandb_enabled=False), tmp_path, main=True, total_steps=4)
     recorder.record(0, VALUES)
-    recorder.show(0, ["problem: 1+1\nanswer: *2*"])
+    recorder.show(0, Samples("validation", ["problem: 1+1\nanswer: *2*"]))
     recorder.close()
     line = "validation at 0/4  accuracy 12.5% +- 6.2%  (in context 50.0% +- 12.5%)  KL fwd 0.2500 rev 0.5000"
-    line += "  8 responses to 4 problems"
-    assert caplog.messages == [line, "problem: 1+1\nanswer: *2*\n"]
-    assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  response length 3.0"
+    assert caplog.messages == [line, "\nproblem: 1+1\nanswer: *2*\n"]
+    assert validation_line(2, 4, {"validation/avg_length": 3.0}) == "validation at 2/4  length 3"
+    short = {name: VALUES[name] for name in ("validation/num_answers", "validation/num_problems")}
+    assert validation_line(2, 4, short).endswith("  8 responses to 4 problems")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (text,) = events.Tensors("validation/sample_0/text_summary")

@@ -1,0 +1,81 @@
+"""FLOPs of a causal language model: for balancing the ranks, and for the model FLOPs utilization (MFU)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distill.types import Rollout
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Sizes of a model, from which its FLOPs are computed; one multiply-add counts as two FLOPs.
+
+    - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
+      2 * 2 * hidden * kv_heads * head_dim for keys and values, and 3 * 2 * hidden * intermediate for the gated MLP.
+    - FLOPs per response token in the LM head: 2 * hidden * vocab.
+    - FLOPs per pair of query and key in each layer: 2 * 2 * heads * head_dim for the score and the weighted value. A
+      sequence of n tokens has n^2 / 2 pairs, and at most n * window pairs in a layer with sliding-window attention.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    windowed: int = 0
+    """Number of layers with sliding-window attention."""
+    window: int = 0
+    """Number of tokens in the window of these layers."""
+
+    @property
+    def _pair(self) -> int:
+        return 4 * self.heads * self.head_dim
+
+    @property
+    def _token(self) -> int:
+        attention = 4 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 6 * self.hidden * self.intermediate)
+
+    @property
+    def _head(self) -> int:
+        return 2 * self.hidden * self.vocab
+
+    @property
+    def quadratic(self) -> float:
+        """Return the factor q in the cost n + q n^2 of training on a sequence of n tokens.
+
+        The cost is in units of the cost of one token. A sequence needs a * n + b * n^2 FLOPs, and q = b / a. Every
+        token counts as a response token. A sliding-window layer counts n * window pairs. Backward and recomputation
+        scale both terms by the same factor, so q does not depend on them.
+        """
+        full = self.layers - self.windowed
+        return full * self._pair / 2 / (self._token + self._head + self.windowed * self._pair * self.window)
+
+    def forward(self, start: int, tokens: int, scored: int) -> float:
+        """Return the FLOPs of the forward pass over ``tokens`` tokens that follow ``start`` tokens of a sequence.
+
+        ``scored``: number of these tokens for which the LM head computes logits.
+        """
+        pairs = tokens * (start + tokens / 2)
+        in_window = min(pairs, tokens * self.window)
+        attention = self._pair * ((self.layers - self.windowed) * pairs + self.windowed * in_window)
+        return self._token * tokens + self._head * scored + attention
+
+    def training(self, rollouts: Sequence[Rollout], share_prefixes: bool) -> float:
+        """Return the FLOPs of forward and backward (twice the forward) over the student's prompts and responses.
+
+        ``share_prefixes``: count a prompt once for all its responses. A prompt whose responses are in several
+        micro-batches is computed more often, so the result is a lower bound. Recomputed activations do not count.
+        """
+        total, seen = 0.0, set()
+        for rollout in rollouts:
+            prompt, response = len(rollout.prompt.student_ids), len(rollout.response_ids)
+            if not share_prefixes or rollout.prompt.student_ids not in seen:
+                seen.add(rollout.prompt.student_ids)
+                total += self.forward(0, prompt, 0)
+            total += self.forward(prompt, response, response)
+        return 3 * total

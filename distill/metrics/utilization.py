@@ -1,0 +1,80 @@
+"""Model FLOPs utilization (MFU): the FLOPs of training in relation to the peak of the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distill.batching.flops import ModelFlops
+from distill.metrics.phases import timing_tag
+from distill.types import Rollout
+
+PEAKS = {
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+"""Maps a part of a GPU's name to its peak in bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets.
+
+The first match counts, so a name comes before names that it contains.
+"""
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Return the peak of a GPU in FLOP/s; None for unknown GPUs and for dtypes other than bfloat16 and float16."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    words = device_name.replace("-", " ").split()
+    found = (peak for name, peak in PEAKS.items() if set(name.split()) <= set(words))
+    return next(found, None)
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the peak of ``device`` in FLOP/s; None on CPUs, and if ``peak_flops`` returns None."""
+    return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Model FLOPs utilization of the training phase."""
+
+    flops: ModelFlops
+    """FLOPs of the student."""
+    share_prefixes: bool
+    """Whether a prompt is computed once for all its responses."""
+    ranks: int
+    """Number of ranks of the job."""
+    peak: float | None
+    """Peak FLOP/s of a rank's device; None if unknown."""
+
+    def metrics(self, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Return the metrics ``throughput/training_tflops_per_gpu`` and, if the peak is known, ``throughput/mfu``.
+
+        ``values``: the step's metrics, reduced over ranks. ``rollouts``: the rollouts of all ranks on which the step
+        trained. The result is empty without rollouts or without a measured training time.
+        """
+        seconds = values.get(timing_tag("training"), 0.0)
+        if not rollouts or seconds <= 0:
+            return {}
+        rate = self.flops.training(rollouts, self.share_prefixes) / seconds / self.ranks
+        found = {"throughput/training_tflops_per_gpu": rate / 1e12}
+        return found if self.peak is None else found | {"throughput/mfu": rate / self.peak}

@@ -1,0 +1,219 @@
+"""The checks before any weight is loaded; a run and a dry run make the same checks, in this order."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from distill.checkpoint import Found, has_validation
+from distill.checkpoint.resume import RunHistory, compare_with_checkpoint, log_clock
+from distill.config import Config
+from distill.data.clock import RunClock
+from distill.data.content import ContentHashes, raise_if_ranks_differ
+from distill.data.prompts import PromptOrder
+from distill.data.teacher_prefix import TeacherPrefixes, build_teacher_prefixes
+from distill.distributed.cluster import check_cluster, warn_of_cpu
+from distill.distributed.world import World
+from distill.inputs import (
+    Models,
+    check_contexts,
+    check_teacher_reads_more,
+    find_models,
+    hashes_of,
+    read_held_out,
+    read_prompts,
+    validates,
+)
+from distill.loss import check_loss_backend
+from distill.memory.forecast import Forecast, known_shapes, plan_memory
+from distill.metrics.sinks import check_packages
+from distill.model.export_files import ExportFiles, read_export_files
+from distill.rollout.factory import check_backend
+from distill.validation import HeldOut, validation_config
+from distill.validation.golds import warn_of_unusable_golds
+
+log = logging.getLogger(__name__)
+
+Missing = Callable[[], AbstractContextManager[None]]
+"""Function that returns a context manager for a check of packages, models or files.
+
+In a dry run, the context manager catches errors about packages, models and files that are missing on this machine. In
+a run it catches no errors (nullcontext).
+"""
+
+_LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Input data of a run: training prompts, builder of the teacher's prompts, validation prompts."""
+
+    prompts: PromptOrder
+    teacher_prefixes: TeacherPrefixes
+    held_out: HeldOut
+    hashes: dict[str, ContentHashes]
+    """Maps a configuration key, such as data.train, to hashes of the data that this rank read."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """First and last step of this process, and the history of the run before it."""
+
+    history: RunHistory
+    first: int
+    """Number of finished steps when this process starts: 0, or the step of the checkpoint."""
+    last: int
+    """Number of finished steps at which the run ends."""
+
+
+def check_recipe(config: Config, world: World, missing: Missing = nullcontext) -> None:
+    """Check the recipe against the installed packages and the started ranks; build the device mesh; collective.
+
+    ``missing``: context manager that may catch errors about missing packages, see ``Missing``.
+    """
+    _warn_of_metric(config)
+    with missing(), world.all_or_none("checking the installed packages"):
+        check_packages(config.logger)
+    _check_ranks(config, world, missing)
+
+
+def _check_ranks(config: Config, world: World, missing: Missing) -> None:
+    """Check the number of started ranks and loss_fn.backend, and build the device mesh; collective."""
+    cluster, device, parallel = config.cluster, config.runtime.device, config.policy.dtensor_cfg
+    tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
+    with missing(), world.all_or_none("checking the number of ranks"):
+        check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
+    teacher = config.teacher.dtensor_cfg
+    teacher_size = teacher.tensor_parallel_size * teacher.context_parallel_size
+    world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
+    warn_of_cpu(world, device)
+    with missing(), world.all_or_none("checking the loss backend"):
+        check_loss_backend(config.loss_fn, world.device)
+
+
+def check_models(
+    config: Config, world: World, report: Callable[[str], None], missing: Missing = nullcontext
+) -> tuple[Models | None, ExportFiles | None, Forecast | None]:
+    """Check the model files, the parallel sizes, the memory forecast and the generation engine; collective.
+
+    Returns the models, the files for Hugging Face exports (None if checkpoints are disabled or this is not rank 0), and
+    the memory forecast. ``report`` receives the text of the forecast on rank 0. Models and forecast are None only if
+    ``missing`` has caught an error.
+    """
+    models, export_files = None, None
+    with missing(), world.all_or_none("finding the models"), world.main_first():
+        models = find_models(config)
+    with world.all_or_none("reading the files for exports"):
+        if models is not None and world.is_main and config.checkpointing.enabled:
+            export_files = _export_files(config, models)
+    with world.all_or_none("checking the parallel layout and the memory forecast"):
+        shapes = known_shapes(config) if models is None else models.shapes
+        forecast = plan_memory(config, *shapes, world.device, report if world.is_main else _ignore, world.gpu_bytes)
+    with missing(), world.all_or_none("checking the generation backend"):
+        check_backend(config, None if models is None else models.student, world)
+    return models, export_files, forecast
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def read_data(
+    config: Config, world: World, models: Models, clock: RunClock, found: Found | None, missing: Missing = nullcontext
+) -> Data | None:
+    """Read the training and validation prompts; verify that all ranks read equal data; collective.
+
+    ``clock``: the run's clock, because chat templates may write the date into prompts; ``found``: the checkpoint to
+    resume from. Returns None only if ``missing`` has caught an error about the training data.
+    """
+    log.info("reading the data")
+    prompts, held_out = None, HeldOut()
+    with world.all_or_none("reading the data"), world.main_first():
+        with missing():
+            prompts = read_prompts(config, models, clock)
+        prefixes = build_teacher_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
+        if prompts is not None:
+            check_teacher_reads_more(config, prefixes, prompts)
+        with missing():
+            held_out = read_held_out(config, models, clock)
+        problems = [] if prompts is None else [prompts.prompts.problems]
+        for each in (*problems, [prompt.problem for prompt in held_out.prompts]):
+            check_contexts(config, models, prefixes, each)
+        hashes = {} if prompts is None else hashes_of(config, prompts, prefixes, held_out)
+    hashes_of_ranks = world.gather((platform.node(), hashes))
+    with world.all_or_none("comparing the prompts of all ranks"):
+        raise_if_ranks_differ(hashes_of_ranks)
+    log_clock(clock, found)
+    with world.all_or_none("checking the gold answers"):
+        if world.is_main:
+            warn_of_unusable_golds(held_out)
+    return None if prompts is None else Data(prompts, prefixes, held_out, hashes)
+
+
+def compare(config: Config, world: World, found: Found | None, clock: RunClock, data: Data | None) -> Steps:
+    """Compare the checkpoint with the recipe and the data; return the steps to train; collective.
+
+    ``data`` is None only in a dry run without the data; the number of steps per epoch is then unknown.
+    """
+    loop = config.distillation
+    prompts, validation = (None, None) if data is None else (data.prompts, data.hashes["data.validation"])
+    with world.all_or_none("comparing the checkpoint with the recipe"):
+        history = compare_with_checkpoint(found, config, prompts, clock, validation)
+        first = int(found.info["data"]["step"]) if found else 0
+    last = loop.max_num_steps if prompts is None else prompts.steps(loop.max_num_steps, loop.max_num_epochs)
+    return Steps(history, first, last)
+
+
+def is_finished(config: Config, found: Found | None, steps: Steps) -> bool:
+    """Return whether no step and no validation is left to do."""
+    if found is None or steps.first < steps.last:
+        return False
+    settings = validation_config(config, steps.first, steps.last)
+    return steps.first > steps.last or not settings.due(steps.last) or validated_step(found, steps) == steps.last
+
+
+def validated_step(found: Found | None, steps: Steps) -> int:
+    """Return the step whose validation is not repeated after a resume, or -1.
+
+    This is the checkpoint's step, if the checkpoint has validation metrics and the validation problems did not change.
+    """
+    is_validated = found is not None and has_validation(found.info) and not steps.history.validation_changes
+    return steps.first if is_validated else -1
+
+
+def _warn_of_metric(config: Config) -> None:
+    """Warn if the settings of checkpointing cannot select the best checkpoints.
+
+    Either checkpointing.metric_name is never measured, or low values of this metric are better although
+    checkpointing.higher_is_better is true.
+    """
+    metric = config.checkpointing.metric_name or ""
+    if not config.checkpointing.enabled:
+        return
+    if config.checkpointing.higher_is_better and _LOW_IS_GOOD.search(metric):
+        log.warning(
+            "low values of checkpointing.metric_name=%s are better, but the checkpoints with the highest values are"
+            " kept: set checkpointing.higher_is_better=false",
+            metric,
+        )
+    if metric.startswith("val:") and not validates(config):
+        log.warning(
+            "checkpointing.metric_name=%s is never measured, because distillation.val_period=0 and val_at_start and"
+            " val_at_end are false, so the newest checkpoints are kept: set distillation.val_period to measure it",
+            metric,
+        )
+
+
+def _export_files(config: Config, models: Models) -> ExportFiles:
+    tokenizer = config.policy.tokenizer
+    return read_export_files(
+        models.student,
+        models.tokenizer,
+        tokenizer.name,
+        models.stop_token_ids,
+        chat_template=tokenizer.chat_template,
+    )

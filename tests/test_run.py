@@ -1,0 +1,95 @@
+"""Methods of ``Run`` with stand-ins for its components."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distill import run as run_module
+from distill.config import Config, ContextMetricsConfig
+from distill.data.teacher_prefix import TRACE_COVERAGE, PrefixStats
+from distill.metrics.phases import Phases
+from distill.metrics.step import Metrics
+from distill.run import Run
+
+
+def test_the_validation_after_the_last_step_has_the_phases_of_the_loop() -> None:
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def phase(name: str, engine_asleep: bool | None = None) -> Iterator[None]:
+        events.append(f"{name} begins" + (" with the engine asleep" if engine_asleep else ""))
+        yield
+        events.append(f"{name} ends")
+
+    def record(event: str) -> Any:
+        return lambda *_: events.append(event)
+
+    run: Any = SimpleNamespace(
+        first_step=0,
+        last_step=2,
+        phase=phase,
+        sync=SimpleNamespace(push_weights=record("push")),
+        engine=SimpleNamespace(sleep=record("sleep")),
+        validation=SimpleNamespace(due=lambda step: True, generate=record("generate"), report=record("report")),
+    )
+    Run.validate_last(run)
+    assert events == [
+        *("sync begins", "push", "sync ends"),
+        *("validation begins", "generate", "sleep", "validation ends"),
+        *("validation begins with the engine asleep", "report", "validation ends"),
+    ]
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_step_without_validation_has_no_memory_metric_of_a_validation(
+    validates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases, recorded = Phases(), dict[str, float]()
+    for name in ("validation", "training", "checkpointing"):
+        with phases(name):
+            pass
+    monkeypatch.setattr(run_module, "step_numbers", lambda metrics, *_: metrics.reduce())
+    run: Any = SimpleNamespace(
+        _phases=phases,
+        checkpoints=SimpleNamespace(slowest_s=None),
+        stop=SimpleNamespace(record_duration=lambda *_: None),
+        validation=SimpleNamespace(due=lambda step: validates and step == 2),
+        engine=SimpleNamespace(residual_bytes=0, pool_bytes=0),
+        world=SimpleNamespace(control=None, is_main=False, all_or_none=lambda _: contextlib.nullcontext()),
+        utilization=SimpleNamespace(metrics=lambda *_: {}),
+        prompts=SimpleNamespace(steps_per_epoch=4),
+        recorder=SimpleNamespace(record=lambda step, values: recorded.update(values)),
+        first_step=0,
+    )
+    Run._record(run, 3, Metrics(), [])
+    assert ("memory/validation_gib" in recorded) is validates and "memory/training_gib" in recorded
+
+
+@pytest.mark.parametrize(
+    ("enabled", "template"), [(True, "{problem}{trace}"), (False, "{problem}{trace}"), (False, "{problem}")]
+)
+def test_trace_coverage_is_counted_also_without_metrics_of_context_distillation(enabled: bool, template: str) -> None:
+    config = Config()
+    context = replace(
+        config.distillation.context_distillation,
+        enabled=True,
+        teacher_prefix_template=template,
+        metrics=ContextMetricsConfig(enabled),
+    )
+    counts = PrefixStats({TRACE_COVERAGE: (1.0, 4.0), "other": (1.0, 2.0)}, {"dropped": 3.0})
+    run: Any = SimpleNamespace(
+        config=replace(config, distillation=replace(config.distillation, context_distillation=context)),
+        world=SimpleNamespace(all_or_none=lambda _: contextlib.nullcontext()),
+        teacher_prefixes=SimpleNamespace(add=lambda rollouts: (rollouts, counts)),
+    )
+    metrics = Metrics()
+    Run.add_prefixes(run, [], metrics)
+    values = metrics.reduce()
+    assert values.get(TRACE_COVERAGE) == (0.25 if "trace" in template else None)
+    assert ("other" in values) is enabled and ("dropped" in values) is enabled
