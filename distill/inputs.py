@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from distill.batching.flops import ModelFlops
+from distill.batching.flops import ModelFlops, sizes_of
 from distill.batching.plan import PackingConfig
 from distill.config import Config, ContextDistillationConfig
 from distill.config.template import reads_traces
@@ -342,13 +342,7 @@ def flops_of(shape: Any) -> ModelFlops:
     """Return the FLOPs of a model; ``shape``: its Hugging Face configuration."""
     windowed = [kind for kind in getattr(shape, "layer_types", None) or () if kind == "sliding_attention"]
     return ModelFlops(
-        hidden=shape.hidden_size,
-        layers=shape.num_hidden_layers,
-        heads=shape.num_attention_heads,
-        kv_heads=shape.num_key_value_heads,
-        head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads,
-        intermediate=shape.intermediate_size,
-        vocab=shape.vocab_size,
+        **sizes_of(shape),
         windowed=len(windowed),
         window=shape.sliding_window if windowed else 0,
     )

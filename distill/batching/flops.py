@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from distill.types import Rollout
 
 
 @dataclass(frozen=True)
-class ModelFlops:
+class ModelSizes:
+    """Sizes of a causal language model whose layers all have the same shape."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+
+
+def sizes_of(text: Any) -> dict[str, int]:
+    """Return the fields of ModelSizes by name; ``text``: the Hugging Face configuration of the text model."""
+    return {
+        "hidden": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "heads": text.num_attention_heads,
+        "kv_heads": text.num_key_value_heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "intermediate": text.intermediate_size,
+        "vocab": text.vocab_size,
+    }
+
+
+@dataclass(frozen=True)
+class ModelFlops(ModelSizes):
     """Sizes of a model, from which its FLOPs are computed; one multiply-add counts as two FLOPs.
 
     - FLOPs per token in each layer: 2 * 2 * hidden * heads * head_dim for the query and output projections,
@@ -19,13 +46,6 @@ class ModelFlops:
       sequence of n tokens has n^2 / 2 pairs, and at most n * window pairs in a layer with sliding-window attention.
     """
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
     windowed: int = 0
     """Number of layers with sliding-window attention."""
     window: int = 0

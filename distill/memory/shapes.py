@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.batching.flops import ModelSizes, sizes_of
 from distill.config import Config
 from distill.errors import UserError, any_of, reason
 from distill.model.hf_config import model_config
@@ -37,17 +38,10 @@ key-value heads of 128 channels. Forecasts use this table if the model's files a
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(ModelSizes):
     """Sizes and numbers of parameters of a causal language model; all layers have the same shape."""
 
     name: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
     window: int
     """Maximum sequence length in tokens (``max_position_embeddings``)."""
     qk_norm: bool
@@ -94,13 +88,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
     layer_parameters = sum(parameter.numel() for parameter in layer.parameters())
     return ModelShape(
         name=name,
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        intermediate=text.intermediate_size,
-        vocab=text.vocab_size,
+        **sizes_of(text),
         window=text.max_position_embeddings,
         qk_norm=any(name.endswith("q_norm") for name, _ in layer.named_modules()),
         embedding=embedding,
