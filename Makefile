@@ -21,7 +21,8 @@ export TOKENIZERS_PARALLELISM := false
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help venv venv-gpu check-locks models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing \
-	soak lint types check test test-demo test-exports test-faults test-slurm clean
+	soak lint types check test test-demo test-exports test-fakecuda test-faults test-slurm \
+	clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -71,10 +72,10 @@ types: venv  ## mypy, strict in distill/
 	@$(BIN)/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not faults and not slurm" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not fakecuda and not faults and not slurm" -n 2 --dist loadfile
 
-test: venv models lint types  ## lint, types and all tests except demo, exports, faults and Slurm: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo and not exports and not faults and not slurm" -n 2 --dist loadfile
+test: venv models lint types  ## lint, types and all tests that have no other target: under fifteen minutes
+	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm" -n 2 --dist loadfile
 
 test-demo: venv models  ## the tests of the demonstration: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
@@ -88,6 +89,9 @@ test-demo: venv models  ## the tests of the demonstration: five to twenty minute
 
 test-exports: venv models .venv-transformers4/installed.lock  ## load exports with transformers 4 (in a separate environment), transformers 5 and vLLM
 	@$(PY) -m pytest -q -m exports tests/test_exports.py
+
+test-fakecuda: venv  ## memory, host syncs and launches of a step on fake CUDA tensors, without a GPU: under three minutes
+	@$(PY) -m pytest -q -rs -m fakecuda -n 2 --dist loadfile tests/fakecuda
 
 test-faults: venv  ## runs that are killed, stopped, hung or have nan losses
 	@$(PY) -m pytest -q -m faults -n 3 --dist worksteal

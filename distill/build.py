@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from distill.checkpoint.lock import DirectoryLock
 from distill.checkpoint.resume import clock_of, warn_of_changes
 from distill.config import Arguments, Config
 from distill.data.clock import RunClock
+from distill.distributed.allocator import use_expandable_segments
 from distill.distributed.world import World
 from distill.errors import writing_run
 from distill.inputs import (
@@ -27,6 +29,7 @@ from distill.memory.forecast import Forecast
 from distill.metrics.sinks import Recorder, open_recorder, tokens_of
 from distill.metrics.utilization import Utilization, device_peak
 from distill.model.export_files import ExportFiles
+from distill.model.flash_attention import activate_flash_attention
 from distill.model.hf_config import model_config
 from distill.model.student import DTYPES, Student
 from distill.model.teacher import Teacher, build_teacher
@@ -41,8 +44,10 @@ from distill.preflight import (
     read_data,
     validated_step,
 )
+from distill.rollout.engine import Engine
 from distill.rollout.factory import build_engine, sampling_of, validation_sampling_of
 from distill.rollout.sync import WeightSync
+from distill.rollout.vllm_version import allows_expandable_segments, installed_vllm
 from distill.run import Run
 from distill.run_dir import new_run_dir, open_run_dir
 from distill.supervise.progress import phase
@@ -61,10 +66,13 @@ log = logging.getLogger(__name__)
 class ModelInputs:
     """Model files, files for exports, memory forecast and devices; ready before weights are loaded.
 
+    ``config``: the recipe, with a value in place of each ``auto`` that depends on the memory forecast.
+
     ``export_files``: the files of an export except weights; None if checkpoints are disabled or this is not rank 0.
     ``start``: devices of all ranks, and package versions.
     """
 
+    config: Config
     models: Models
     export_files: ExportFiles | None
     forecast: Forecast
@@ -125,9 +133,10 @@ def _check(config: Config, world: World) -> ModelInputs:
     check_recipe(config, world)
     start = log_start(world, config.policy.generation.backend)
     log.info("reading the model files")
-    models, export_files, forecast = check_models(config, world, partial(log.info, "%s"))
+    checked = check_models(config, world, partial(log.info, "%s"))
+    models, forecast = checked.models, checked.forecast
     assert models is not None and forecast is not None, "only a dry run continues without its models"
-    return ModelInputs(models, export_files, forecast, start)
+    return ModelInputs(checked.config, models, checked.export_files, forecast, start)
 
 
 def _find_checkpoint(config: Config, world: World) -> Resume:
@@ -174,10 +183,12 @@ def _open_run(arguments: Arguments, world: World, resume: Resume, steps: Steps, 
 def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resume, data: Data, steps: Steps) -> Run:
     """Create the run directory, engine, student and teacher, load the checkpoint, and return the run."""
     run_dir = _open_run(arguments, world, resume, steps, inputs.start)
-    config, models, checkpoints = arguments.config, inputs.models, resume.checkpoints
+    config, models, checkpoints = inputs.config, inputs.models, resume.checkpoints
     log.info("starting the generation engine (%s)", config.policy.generation.backend)
     with phase("creating the engine"):
-        engine = build_engine(config, models.student, world, models.valid_vocab)
+        engine = _build_engine(config, models, world)
+    with world.all_or_none("checking runtime.attention"):
+        _activate_attention(config, models, world)
     log.info("loading the student model %s", config.policy.model_name)
     with phase("loading the student model"):
         student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
@@ -219,8 +230,9 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         measured_at=validated_step(resume.found, steps),
         reference=steps.history.in_context_metrics(resume.found),
     )
+    _freeze_heap()
     return Run(
-        config=config,
+        config=arguments.config,  # checkpoints store the recipe with its ``auto``, so a resume may choose other values
         world=world,
         run_dir=run_dir.path,
         run_lock=run_dir.lock,
@@ -245,6 +257,33 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         first_step=steps.first,
         last_step=steps.last,
     )
+
+
+def _build_engine(config: Config, models: Models, world: World) -> Engine:
+    """Build the generation engine, then use expandable segments on GPUs if the engine supports them; collective.
+
+    Not before: CUDA graphs of a vLLM engine on several GPUs share their memory between processes, and memory in
+    expandable segments cannot be shared in this way: vLLM would end the process.
+    """
+    engine = build_engine(config, models.student, world, models.valid_vocab)
+    uses_vllm = config.policy.generation.backend == "vllm"
+    if world.device.type == "cuda" and (not uses_vllm or allows_expandable_segments(installed_vllm())):
+        use_expandable_segments()
+    return engine
+
+
+def _activate_attention(config: Config, models: Models, world: World) -> None:
+    files = ((models.student, "policy.model_name"), (models.teacher, "teacher.model_name"))
+    activate_flash_attention(config.runtime.attention, [model_config(*each) for each in files], world.device)
+
+
+def _freeze_heap() -> None:
+    """Exclude all current objects from garbage collection; the engine, the models and the libraries live to the end.
+
+    Otherwise each full collection in the training loop would visit all of them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _utilization(config: Config, models: Models, world: World) -> Utilization:

@@ -86,7 +86,8 @@ class _DryRun:
         self._check_allocation()
         world = PlannedWorld(config.cluster.num_nodes, config.cluster.gpus_per_node, self._device(), self._gpu_bytes())
         check_recipe(config, world, self._allowed)
-        models, _, forecast = check_models(config, world, _print, self._allowed)
+        checked = check_models(config, world, _print, self._allowed)
+        models, forecast = checked.models, checked.forecast
         checklist.layout_checked = models is not None or forecast is not None
         self._check_memory(forecast, world)
         self._found = self._check_checkpoints(world)

@@ -29,9 +29,11 @@ from distill.inputs import (
     validates,
 )
 from distill.loss import check_loss_backend
+from distill.memory.auto import resolve
 from distill.memory.forecast import Forecast, known_shapes, plan_memory
 from distill.metrics.sinks import check_packages
 from distill.model.export_files import ExportFiles, read_export_files
+from distill.model.fused_layers import uses_fused_layers
 from distill.rollout.factory import check_backend
 from distill.validation import HeldOut, validation_config
 from distill.validation.golds import warn_of_unusable_golds
@@ -46,6 +48,18 @@ a run it catches no errors (nullcontext).
 """
 
 _LOW_IS_GOOD = re.compile(r"(_kl|loss|truncation_rate)$")
+
+
+@dataclass(frozen=True)
+class CheckedModels:
+    """Results of the checks of the models. Models and forecast are None only in a dry run without a model's files."""
+
+    config: Config
+    """The recipe, with a value in place of each ``auto`` that depends on the memory forecast."""
+    models: Models | None
+    export_files: ExportFiles | None
+    """Files for Hugging Face exports; None if checkpoints are disabled or this is not rank 0."""
+    forecast: Forecast | None
 
 
 @dataclass(frozen=True)
@@ -93,16 +107,16 @@ def _check_ranks(config: Config, world: World, missing: Missing) -> None:
     warn_of_cpu(world, device)
     with missing(), world.all_or_none("checking the loss backend"):
         check_loss_backend(config.loss_fn, world.device)
+    with missing(), world.all_or_none("checking runtime.fused_layers"):
+        uses_fused_layers(config.runtime.fused_layers, world.device)
 
 
 def check_models(
     config: Config, world: World, report: Callable[[str], None], missing: Missing = nullcontext
-) -> tuple[Models | None, ExportFiles | None, Forecast | None]:
+) -> CheckedModels:
     """Check the model files, the parallel sizes, the memory forecast and the generation engine; collective.
 
-    Returns the models, the files for Hugging Face exports (None if checkpoints are disabled or this is not rank 0), and
-    the memory forecast. ``report`` receives the text of the forecast on rank 0. Models and forecast are None only if
-    ``missing`` has caught an error.
+    ``report`` receives the text of the forecast and of the values that replace ``auto``, on rank 0.
     """
     models, export_files = None, None
     with missing(), world.all_or_none("finding the models"), world.main_first():
@@ -110,12 +124,18 @@ def check_models(
     with world.all_or_none("reading the files for exports"):
         if models is not None and world.is_main and config.checkpointing.enabled:
             export_files = _export_files(config, models)
+    sizes = [size for size in world.gather(world.gpu_bytes) if size is not None]
+    card = min(sizes, default=None)  # the values that replace auto must be equal on all ranks
     with world.all_or_none("checking the parallel layout and the memory forecast"):
         shapes = known_shapes(config) if models is None else models.shapes
-        forecast = plan_memory(config, *shapes, world.device, report if world.is_main else _ignore, world.gpu_bytes)
+        resolved = resolve(config, *shapes, card, world.device.type == "cuda")
+        log_line = report if world.is_main else _ignore
+        for decision in resolved.decisions:
+            log_line(decision)
+        forecast = plan_memory(resolved.config, *shapes, world.device, log_line, card)
     with missing(), world.all_or_none("checking the generation backend"):
         check_backend(config, None if models is None else models.student, world)
-    return models, export_files, forecast
+    return CheckedModels(resolved.config, models, export_files, forecast)
 
 
 def _ignore(text: str) -> None:

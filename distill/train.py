@@ -26,48 +26,54 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> None:
-    """Run the remaining training steps; collective.
+    """Run the remaining training steps; collective."""
+    for step in range(run.first_step, run.last_step):
+        train_step(run, step)
+    run.validate_last()
 
-    In the loop, ``step`` is the number of finished steps, which is also the version of the weights.
+
+def train_step(run: Run, step: int) -> None:
+    """Generate responses and train on them; collective.
+
+    ``step`` is the number of finished steps, which is also the version of the weights. The step is a separate
+    function, so that its rollouts are freed before the next generation.
     """
     from distill.rollout.gather import gather_rollouts
 
     student, teacher, engine = run.student, run.teacher, run.engine
-    for step in range(run.first_step, run.last_step):
-        metrics = run.begin_step(step)
+    metrics = run.begin_step(step)
 
-        with run.phase("sync"):
-            run.sync.push_weights(step, metrics)
+    with run.phase("sync"):
+        run.sync.push_weights(step, metrics)
 
-        with run.phase("validation"):  # timed separately: its tokens are not trained on
-            held_out = run.validation.generate(step)  # None unless due
+    with run.phase("validation"):  # timed separately: its tokens are not trained on
+        held_out = run.validation.generate(step)  # None unless due
 
-        with run.phase("generation"):
-            prompts = run.prompts.batch(step)
-            generated = engine.generate(engine.share_of(prompts), run.sampling, step)
-            engine.sleep()
+    with run.phase("generation"):
+        prompts = run.prompts.batch(step)
+        generated = engine.generate(engine.share_of(prompts), run.sampling, step)
+        engine.sleep()
 
-        with run.phase("validation", engine_asleep=True):
-            run.validation.report(held_out)
+    with run.phase("validation", engine_asleep=True):
+        run.validation.report(held_out)
 
-        with run.phase("batching"):
-            run.checkpoints.finalize_pending(block=False)  # the background write may have finished
-            rollouts = gather_rollouts(run.world, run.add_prefixes(generated, metrics), prompts, version=step)
-            batches = plan(rollouts, run.layout, run.packing, run.seed, step)
+    with run.phase("batching"):
+        run.checkpoints.finalize_pending(block=False)  # the background write may have finished
+        rollouts = gather_rollouts(run.world, run.add_prefixes(generated, metrics), prompts, version=step)
+        batches = student.to_device(plan(rollouts, run.layout, run.packing, run.seed, step))
 
-        with run.phase("teacher", batches), teacher.on_device():
-            targets = [[teacher.targets(micro_batch) for micro_batch in counted(batch)] for batch in batches]
+    with run.phase("teacher", batches), teacher.on_device():
+        read = teacher.targets_of([micro_batch for batch in batches for micro_batch in batch])
+        targets = [[next(read) for _ in counted(batch)] for batch in batches]
 
-        with run.phase("training", batches):
-            student.onload()  # the optimizer state stays on the device until a checkpoint has copied it
-            for batch in batches:
-                # pop frees the targets of the batch, which may include a complete LM head
-                student.train(batch, targets.pop(0), metrics)
-            student.end_step()
-            teacher.after_step(student)
+    with run.phase("training", batches):
+        for batch in batches:
+            # pop frees the targets of the batch, which may include a complete LM head
+            student.train(batch, targets.pop(0), metrics)
+        student.end_step()
+        teacher.after_step(student)
 
-        run.end_step(step + 1, metrics, rollouts)  # log, checkpoint if due; raises StopRequested
-    run.validate_last()
+    run.end_step(step + 1, metrics, rollouts)  # log, checkpoint if due; raises StopRequested
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,18 +8,31 @@ one row per response token, in the same order: row n of both predicts the same t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 Stats = dict[str, tuple[float | Tensor, float | Tensor]]
 """Maps the name of a metric to (sum, count).
 
 Sums and counts are added over micro-batches and ranks; the metric is then sum / count.
 """
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """Return a copy of a dataclass with ``function`` applied to its tensors and to those of nested dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)  # type: ignore[return-value]
+    if not is_dataclass(value):
+        return value
+    instance: Any = value
+    mapped = {field.name: map_tensors(getattr(instance, field.name), function) for field in fields(instance)}
+    return replace(instance, **mapped)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class Sampling:
     seed: int = 0
     max_total_length: int | None = None
     """Maximum number of tokens of prompt plus response; None: no limit. A response that reaches it ends."""
+    logprob_interval: int = 1
+    """The engine returns log-probs for one of this many responses on average; 1: for all responses."""
 
     @property
     def full(self) -> bool:
@@ -84,7 +99,10 @@ class Rollout:
     response_ids: tuple[int, ...]
     """The R >= 1 token ids of the response, including the stop token if the response ends with one."""
     logprobs: tuple[float, ...]
-    """Log-probs of the R response tokens in nats, from the generation engine, at the sampling temperature."""
+    """Log-probs of the R response tokens in nats, from the generation engine, at the sampling temperature.
+
+    Empty if the engine did not compute them (``Sampling.logprob_interval``).
+    """
     finish: Literal["stop", "length"]
     version: int
     """Version of the weights that generated the response.
@@ -97,7 +115,8 @@ class Rollout:
     """Whether ``teacher_prefix_ids`` end inside a think block."""
 
     def __post_init__(self) -> None:
-        assert len(self.response_ids) == len(self.logprobs) >= 1, (len(self.response_ids), len(self.logprobs))
+        lengths = len(self.response_ids), len(self.logprobs)
+        assert lengths[0] >= 1 and lengths[1] in (0, lengths[0]), lengths
 
 
 @dataclass(frozen=True)
@@ -113,10 +132,6 @@ class SharedPrefixes:
     source_T: Tensor
     """int64 [T]: for each computed position, the first of the S positions that are mapped to it."""
 
-    def to(self, device: torch.device) -> SharedPrefixes:
-        """Return a copy with all tensors on ``device``."""
-        return SharedPrefixes(self.expand_S.to(device), self.source_T.to(device))
-
 
 @dataclass(frozen=True)
 class SequenceShards:
@@ -129,11 +144,7 @@ class SequenceShards:
     slot_T: Tensor
     """int64 [T]: for each position, the index of its slot among all R * M slots, ordered by rank."""
     position_P: Tensor
-    """int64 [P] with P = R * M slots: for each slot, the index of its position; 0 for a padding slot."""
-
-    def to(self, device: torch.device) -> SequenceShards:
-        """Return a copy with all tensors on ``device``."""
-        return SequenceShards(self.slot_T.to(device), self.position_P.to(device))
+    """int64 [P] with P = R * M slots: for each slot, the index of its position; any index for a padding slot."""
 
 
 @dataclass(frozen=True)
@@ -156,17 +167,12 @@ class View:
     """int64 [N]: index of the position whose hidden state predicts response token n."""
     shared: SharedPrefixes | None = None
     shards: SequenceShards | None = None
+    bounds_B: Tensor | None = None
+    """int32 [B + 1]: ``bounds`` on the device; None: attention copies ``bounds`` to the device, which waits for it."""
 
     def to(self, device: torch.device) -> View:
         """Return a copy with all tensors on ``device``."""
-        return View(
-            self.tokens_T.to(device),
-            self.positions_T.to(device),
-            self.bounds,
-            self.rows_N.to(device),
-            None if self.shared is None else self.shared.to(device),
-            None if self.shards is None else self.shards.to(device),
-        )
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ class MicroBatch:
     sampled_N: Tensor
     """int64 [N]: sampled response token of each row."""
     sampled_logprobs_N: Tensor
-    """float32 [N]: the generation engine's log-probs of the response tokens."""
+    """float32 [N]: the generation engine's log-probs of the response tokens; nan in rows without log-probs."""
     weight_N: Tensor
     """float32 [N]: loss weight of each row: 1, or 0 in the dummy sequence of an empty micro-batch."""
     rollout_N: Tensor
@@ -191,17 +197,12 @@ class MicroBatch:
     rows_per_tp_rank: tuple[int, ...] = ()
     """Number of rows of the teacher's view on each tensor-parallel rank; empty without tensor parallelism."""
 
+    kept_M: Tensor | None = None
+    """int64 [M]: indices of the rows of nonzero weight, ascending; None: the loss reads them from the device."""
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy with all tensors on ``device``."""
-        return MicroBatch(
-            self.student.to(device),
-            self.teacher.to(device),
-            self.sampled_N.to(device),
-            self.sampled_logprobs_N.to(device),
-            self.weight_N.to(device),
-            self.rollout_N.to(device),
-            self.rows_per_tp_rank,
-        )
+        return map_tensors(self, lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,12 @@ class TeacherRows:
 
     hidden_ND: Tensor
     head_VD: Tensor
+    """Rows of the LM head, beginning with that of token ``first``.
+
+    With tensor parallelism a rank needs only the rows of the tokens whose student logits it computes.
+    """
+    first: int = 0
+    """Token id of the first row of ``head_VD``."""
 
 
 Targets = TopK | TeacherRows

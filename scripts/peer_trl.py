@@ -66,7 +66,7 @@ def settings(config: Config, ranks: int, weights: str) -> dict[str, Any]:
         "model_init_kwargs": {"dtype": weights, "attn_implementation": attention},
         "teacher_model_init_kwargs": {"dtype": config.teacher.precision, "attn_implementation": attention},
         "bf16": policy.precision == "bfloat16" and weights == "float32",
-        "gradient_checkpointing": policy.dtensor_cfg.activation_checkpointing,
+        "gradient_checkpointing": policy.dtensor_cfg.recomputation != "none",
         "learning_rate": adamw.lr,
         "lr_scheduler_type": "constant",
         "weight_decay": adamw.weight_decay,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -28,9 +28,9 @@ from distill.model.dtensor import local_shard, tp_dim
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import ShardedTeacher
+from distill.model.teacher import ShardedTeacher, build_teacher
 from distill.model.weights import GatheredWeights
-from distill.types import Problem, Prompt, Rollout
+from distill.types import Problem, Prompt, Rollout, Stats
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -177,9 +177,9 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
-    teacher = ShardedTeacher(config, models[1], world, vocab)
-    (batch,) = plan(rollouts, world.layout, packing, seed=0, step=0)
-    targets = [teacher.targets(micro_batch) for micro_batch in batch]
+    teacher = build_teacher(_with_larger_packs(config), models[1], world, vocab, student)
+    (batch,) = student.to_device(plan(rollouts, world.layout, packing, seed=0, step=0))
+    targets = list(teacher.targets_of(batch.micro_batches))
     teacher.offload()
     loss = 0.0
     for micro_batch, its_targets in zip(batch, targets, strict=True):
@@ -188,11 +188,19 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
         loss += output.kl_sum.item() / batch.response_tokens
     student.sum_gradients()
     gradients = complete_gradients(student, world)
+    for parameter in student.model.parameters():  # needed by torch's fused AdamW on CUDA
+        assert local_shard(cast(Tensor, parameter.grad)).stride() == local_shard(parameter).stride()
     norm = student.step()
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
     layout = world.layout
     counted = loss if layout.tp_rank == 0 else 0.0  # all ranks of a tensor-parallel group have the same loss
     return Step(sum(world.gather(counted)), norm, gradients, weights)
+
+
+def _with_larger_packs(config: Config, tokens: int = 400) -> Config:
+    """Return ``config`` with a teacher that reads several micro-batches at once."""
+    batching = replace(config.teacher.dynamic_batching, enabled=True, logprob_mb_tokens=tokens)
+    return replace(config, teacher=replace(config.teacher, dynamic_batching=batching))
 
 
 def complete_gradients(student: Student, world: World) -> dict[str, Tensor]:
@@ -203,20 +211,39 @@ def complete_gradients(student: Student, world: World) -> dict[str, Tensor]:
 
 
 def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> list[str]:
-    """Train five steps; return the names of weights with copies that differ between ranks. Collective."""
+    """Train five steps; return what differs between ranks that must have equal copies. Collective.
+
+    The result contains names of weights, and ``grad_norm`` if the gradient norms are not the same bits on all ranks.
+    """
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
     teacher = ShardedTeacher(config, models[1], world, vocab)
+    norms = []
     for step in range(5):
         for batch in plan(rollouts, world.layout, packing, seed=0, step=step):
-            student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], Metrics())
+            metrics = _Norms()
+            student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], metrics)
+            norms.append(metrics.grad_norm)
         student.end_step()
+    different = [] if len({tuple(each) for each in world.gather(norms)}) == 1 else ["grad_norm"]
     copies: dict[tuple[str, int, int], set[bytes]] = {}
     for named in world.gather(list(_digests(student, world))):
         for part, digest in named:
             copies.setdefault(part, set()).add(digest)
-    return sorted({name for (name, _, _), digests in copies.items() if len(digests) > 1})
+    return different + sorted({name for (name, _, _), digests in copies.items() if len(digests) > 1})
+
+
+class _Norms(Metrics):
+    """Metrics that keep the gradient norm of the last optimizer step on this rank."""
+
+    grad_norm: float
+
+    def add(self, stats: Stats) -> None:
+        """Keep the gradient norm, and add the statistics."""
+        if "grad_norm" in stats:
+            self.grad_norm = float(stats["grad_norm"][0])
+        super().add(stats)
 
 
 def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, int], bytes]]:

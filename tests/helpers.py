@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import random
 import socket
@@ -80,10 +81,39 @@ def free_port() -> int:
             return port
 
 
+_PRELOADED = [
+    *("torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.tensorboard", "omegaconf", "tyro"),
+    *(f"transformers.{name}" for name in ("modeling_utils", "models.auto.modeling_auto")),
+    *(f"transformers.models.{name}" for name in ("llama.modeling_llama", "qwen2.modeling_qwen2")),
+    *(f"transformers.models.{name}" for name in ("qwen3.modeling_qwen3", "gemma3.modeling_gemma3")),
+]
+"""Modules that the fork server imports once per test session; each process would need about nine seconds of CPU."""
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+
+
+_FIRST_ENVIRONMENT = _environment()
+
+
+def _start_method() -> str:
+    """Return how to start ranks: "forkserver", a fork of a process that has only imported modules, or "spawn".
+
+    The forked ranks share no other state with earlier ranks. They have the environment variables of the server, so
+    ranks with other variables are spawned. CUDA may not work after a fork.
+    """
+    if torch.cuda.is_available() or _environment() != _FIRST_ENVIRONMENT:
+        return "spawn"
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    return "forkserver"
+
+
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank_main, (ranks, free_port(), folder, function, args), nprocs=ranks, start_method="spawn")
+        given = ranks, free_port(), folder, function, args
+        mp.start_processes(_rank_main, given, nprocs=ranks, start_method=_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

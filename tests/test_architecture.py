@@ -67,7 +67,7 @@ def slurm_variables_have_one_file(sources: Sources) -> list[str]:
 def files_are_short(sources: Sources) -> list[str]:
     """A file that exceeds the limit becomes a folder."""
     lengths = {path: len(text.splitlines()) for path, text, _ in product(sources, "distill", "scripts")}
-    return [f"{path}: {n} lines" for path, n in lengths.items() if n > MAX_FILE_LINES and "gpu_check" not in path]
+    return [f"{path}: {n} lines" for path, n in lengths.items() if n > MAX_FILE_LINES]
 
 
 def functions_are_short(sources: Sources) -> list[str]:
@@ -88,12 +88,12 @@ def the_median_function_is_short(sources: Sources) -> list[str]:
 
 
 def the_loop_is_short(sources: Sources) -> list[str]:
-    """train() fits on one screen."""
+    """The training loop and its step fit on one screen each."""
     return [
-        f"{path}:{function.lineno} {function.end_lineno} train() is too long"
+        f"{path}:{function.lineno} {function.end_lineno} {function.name}() is too long"
         for path, _, tree in product(sources)
         for function in functions(tree)
-        if path == "distill/train.py" and function.name == "train"
+        if path == "distill/train.py" and function.name in ("train", "train_step")
         if (function.end_lineno or 0) - function.lineno + 1 > MAX_LOOP_LINES
     ]
 
@@ -173,7 +173,7 @@ BAD: dict[Rule, Sources] = {
     files_are_short: {"scripts/x.py": "x = 1\n" * (MAX_FILE_LINES + 1)},
     functions_are_short: {"distill/run.py": long_function(MAX_FUNCTION_LINES + 1)},
     the_median_function_is_short: {"distill/run.py": long_function(MAX_MEDIAN_LINES + 1)},
-    the_loop_is_short: {"distill/train.py": long_function(MAX_LOOP_LINES + 1, "train")},
+    the_loop_is_short: {"distill/train.py": long_function(MAX_LOOP_LINES + 1, "train_step")},
     the_loop_has_no_arithmetic: {"distill/train.py": "if 0 != get_rank():\n    pass\n"},
     types_import_only_torch: {"distill/types.py": "import numpy\n"},
     errors_import_only_the_standard_library: {"distill/errors.py": "import json\nfrom distill import types\n"},

@@ -80,7 +80,7 @@ def _trained(folder: str, device: str) -> dict[str, Any]:
         for step in range(3):
             student.offload()
             moments = [t for s in student._optimizer.state.values() for t in s.values() if t.ndim > 0]
-            sizes.append(sum(t.to_local().untyped_storage().nbytes() for t in moments))
+            sizes.append(sum(t.untyped_storage().nbytes() for t in moments))
             if step == 2:  # state() restores the moments; offload them again before training
                 saved = {name: tensor.full_tensor().clone() for name, tensor in _sharded(student.state()).items()}
                 student.offload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,15 @@ CASES = {
     "tp 2, sampled": Case(2, 1, teacher=4, settings=("loss_fn.kl_type=sampled",)),
     "cp 2, full vocabulary": Case(1, 2, teacher=4, settings=("distillation.topk_logits_k=0",)),
     "cp 2, student's support": Case(1, 2, settings=("loss_fn.support=student",)),
+    "tp 2, full vocabulary": Case(2, 1, teacher=4, settings=("distillation.topk_logits_k=0",)),
+    "tp 2, cp 2, student's support": Case(2, 2, settings=("loss_fn.support=student",)),
 }
 HARDEST = ("qwen3", False)
-FOR_ALL_SHAPES = ("tp 2", "cp 2", "tp 2, cp 2", "tp 2, teacher group of 4", "cp 2, teacher group of 4")
+FOR_ALL_SHAPES = ("tp 2, cp 2", "tp 2, teacher group of 4", "cp 2, teacher group of 4")
 RUNS = [(shape, name) for shape in SHAPES[:3] for name in CASES if shape == HARDEST or name in FOR_ALL_SHAPES]
 RUNS.append((("gemma3_text", True), "tp 2, cp 2"))
+BFLOAT16 = ("tp 2", "cp 2", "tp 2, cp 2, single responses", "replicas, tp 2")
+"""Layouts that also take a step in bfloat16, with the model ``HARDEST``."""
 FIVE_STEPS = ("tp 2, cp 2", "replicas, tp 2")
 
 
@@ -76,8 +81,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _config(root: Path, shape: tuple[str, bool], case: Case) -> Config:
-    return config_for(*_folders(root, *shape), "loss_fn.outside_topk=bucket", *case.settings, ranks=4)
+HALF = "policy.precision=bfloat16"
+
+
+def _config(root: Path, shape: tuple[str, bool], case: Case, *overrides: str, ranks: int = 4) -> Config:
+    settings = ("loss_fn.outside_topk=bucket", *case.settings, *overrides)
+    return config_for(*_folders(root, *shape), *settings, ranks=ranks)
 
 
 def _build(world: World, case: Case) -> None:
@@ -92,12 +101,22 @@ def _all_steps(root: Path) -> dict[str, Any]:
     for shape, name in RUNS:
         _build(world, CASES[name])
         steps[shape, name] = sharded_step(_config(root, shape, CASES[name]), world, rollouts, CASES[name].packing)
+    rounded = {}
+    for name in BFLOAT16:
+        _build(world, CASES[name])
+        rounded[name] = sharded_step(_config(root, HARDEST, CASES[name], HALF), world, rollouts, CASES[name].packing)
     different = {}
     for name in FIVE_STEPS:
         _build(world, CASES[name])
         different[name] = five_steps(_config(root, HARDEST, CASES[name]), world, rollouts, CASES[name].packing)
     world.close()
-    return {"steps": steps if world.is_main else {}, "different_copies": different}
+    return {"steps": steps, "bfloat16": rounded, "different_copies": different} if world.is_main else {}
+
+
+def _on_one_rank(root: Path) -> Step:
+    world, case = World(), Case(1, 1)
+    _build(world, case)
+    return sharded_step(_config(root, HARDEST, case, HALF, ranks=1), world, fixed_rollouts(vocab=VOCAB), PACKED)
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +146,34 @@ def test_step_equals_plain_pytorch_for_every_layout(found, references, shape, na
 @pytest.mark.parametrize("name", FIVE_STEPS)
 def test_copies_of_a_weight_are_equal_after_five_steps(found, name) -> None:
     assert found["different_copies"][name] == []
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(models: Path) -> Step:
+    """Return the step of one rank in bfloat16."""
+    step: Step = run_ranks(1, _on_one_rank, models)[0]
+    return step
+
+
+def _error(step: Step, exact: Step) -> float:
+    """Return the relative error of the complete gradient (2-norm)."""
+    errors = [(step.gradients[name].double() - g.double()).norm() for name, g in exact.gradients.items()]
+    norms = [g.double().norm() for g in exact.gradients.values()]
+    return math.hypot(*map(float, errors)) / math.hypot(*map(float, norms))
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_bfloat16_step_is_as_accurate_in_every_layout_as_on_one_rank(found, references, on_one_rank, name) -> None:
+    """A layout adds in another order, so it rounds differently, but not worse.
+
+    The error is the difference from the float32 step. It is 7% on one rank, mostly because the teacher's rounding
+    changes the targets. Measured ratios to the error on one rank: at most 1.02 in total, and 1.08 for a parameter.
+    """
+    exact, step = references[HARDEST, ()], found["bfloat16"][name]
+    allowed = _error(on_one_rank, exact)
+    assert 0.01 < allowed < 0.2, "the error of one rank is not that of bfloat16"
+    assert _error(step, exact) < 1.1 * allowed
+    ours, alone = differences(step, exact), differences(on_one_rank, exact)
+    ratios = {name: ours[name] / alone[name] for name in ours if name.startswith("gradient of")}
+    worst = max(ratios, key=ratios.__getitem__)
+    assert ratios[worst] < 1.5, f"{worst}: {ours[worst]:.2g} instead of {alone[worst]:.2g}"

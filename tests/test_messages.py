@@ -169,15 +169,6 @@ SENTENCES: list[tuple[list[str], str]] = [
         "loss_fn.jsd_beta=1.0 is not strictly between 0 and 1: set it between 0 and 1, or set loss_fn.kl_type=forward",
     ),
     (
-        ["policy.dtensor_cfg.tensor_parallel_size=2", "loss_fn.support=student"],
-        (
-            "policy.dtensor_cfg.tensor_parallel_size=2 splits the student's vocabulary over ranks, but "
-            "loss_fn.support=student with distillation.topk_logits_k=64 needs the complete vocabulary on each rank: "
-            "set tensor_parallel_size=1 and use context_parallel_size, or set loss_fn.support=teacher and "
-            "topk_logits_k above 0"
-        ),
-    ),
-    (
         ["loss_fn.kl_type=sampled", "loss_fn.temperature=2"],
         (
             "loss_fn.temperature=2.0 differs from policy.generation.temperature=1.0, but "

@@ -46,8 +46,16 @@ def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespa
         last_step=2,
         begin_step=lambda step: record(f"step {step}"),
         phase=lambda name, batches=(), engine_asleep=None: contextlib.nullcontext(),
-        student=part(onload="student onload", train="train", end_step="student end"),
-        teacher=teacher or SimpleNamespace(on_device=on_device, **vars(part(targets="targets", after_step="follow"))),
+        student=SimpleNamespace(
+            to_device=lambda batches: record("to device") or batches,
+            **vars(part(train="train", end_step="student end")),
+        ),
+        teacher=teacher
+        or SimpleNamespace(
+            on_device=on_device,
+            targets_of=lambda micro_batches: (record("targets") for _ in micro_batches),
+            after_step=lambda student: record("follow"),
+        ),
         engine=part(share_of="share", generate="generate", sleep="sleep"),
         sync=part(push_weights="sync"),
         validation=part(generate="generate held-out", report="report"),
@@ -82,8 +90,8 @@ def test_a_step_calls_its_parts_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
     events: list[str] = []
     run_loop(stand_in(events.append), monkeypatch)
     step = ["sync", "generate held-out", "prompts", "share", "generate", "sleep", "report"]
-    step += ["finalize", "prefixes", "teacher onload", *["targets"] * 3, "teacher offload"]
-    step += ["student onload", "train", "train", "student end", "follow", "end step"]
+    step += ["finalize", "prefixes", "to device", "teacher onload", *["targets"] * 3, "teacher offload"]
+    step += ["train", "train", "student end", "follow", "end step"]
     assert events == ["step 0", *step, "step 1", *step, "validate last"]
 
 
@@ -110,10 +118,11 @@ def test_targets_are_freed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> No
             yield
             record("teacher offload")
 
-        def targets(self, micro_batch: object) -> TeacherRows:
-            if self.head is None:
-                self.head = new_tensor(4, 2)
-            return TeacherRows(new_tensor(3, 2), self.head)
+        def targets_of(self, micro_batches: list[object]) -> Iterator[TeacherRows]:
+            for _ in micro_batches:
+                if self.head is None:
+                    self.head = new_tensor(4, 2)
+                yield TeacherRows(new_tensor(3, 2), self.head)
 
         def after_step(self, student: object) -> None:
             self.head = None
@@ -125,6 +134,28 @@ def test_targets_are_freed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> No
     for event, counts in alive.items():
         found = [count for name, count in seen if name == event]
         assert found == counts * (1 if event == "validate last" else 2), event
+
+
+def test_rollouts_are_freed_before_the_next_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rollouts(list[Any]):
+        pass
+
+    created: list[weakref.ref[Any]] = []
+    alive: dict[str, list[int]] = {"sync": [], "train": []}
+
+    def record(event: str) -> list[Any]:
+        alive.get(event, []).append(sum(rollouts() is not None for rollouts in created))
+        return []
+
+    def gathered(*_: Any, version: int) -> Rollouts:
+        rollouts = Rollouts()
+        created.append(weakref.ref(rollouts))
+        return rollouts
+
+    monkeypatch.setattr(train, "plan", lambda *_: [("a",)])
+    monkeypatch.setattr(gather, "gather_rollouts", gathered)
+    train.train(stand_in(record))  # type: ignore[arg-type]
+    assert alive == {"sync": [0, 0], "train": [1, 1]}
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])

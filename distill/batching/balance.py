@@ -161,27 +161,33 @@ class _Balancer:
         """
         bins: Bins = [[] for _ in range(num_bins)]
         filled = [0] * num_bins
-        by_load = [(0.0, b) for b in range(num_bins)]
-        left = []
-        for i in order:
-            positions = range(num_bins)
+        by_load = [(0.0, b) for b in range(num_bins)]  # without full bins, which accept no sequence
+        smallest = min((self.tokens[i] for i in order), default=0)
+        left: list[int] = []
+        for n, i in enumerate(order):
+            if not by_load:
+                return bins, left + order[n:]
+            positions = range(len(by_load))
             if max_cost is not None:
                 below = bisect_right(by_load, (max_cost - self.cost[i], num_bins))
                 positions = range(max(below, 1) - 1, -1, -1)  # always includes the cheapest bin, which may be empty
             for position in positions:
                 load, b = by_load[position]
-                if not bins[b] or (self._fits(i, filled[b], len(bins[b])) and (max_cost is None or position < below)):
+                fits = self._fits(self.tokens[i], filled[b], len(bins[b]))
+                if not bins[b] or (fits and (max_cost is None or position < below)):
                     bins[b].append(i)
                     filled[b] += self.tokens[i]
                     del by_load[position]
-                    insort(by_load, (load + self.cost[i], b))
+                    if self._fits(smallest, filled[b], len(bins[b])):
+                        insort(by_load, (load + self.cost[i], b))
                     break
             else:
                 left.append(i)
         return bins, left
 
-    def _fits(self, i: int, tokens: int, sequences: int) -> bool:
+    def _fits(self, more: int, tokens: int, sequences: int) -> bool:
+        """Return whether a bin of ``sequences`` sequences and ``tokens`` tokens accepts one with ``more`` tokens."""
         limits = self.limits
-        return (limits.tokens is None or tokens + self.tokens[i] <= limits.tokens) and (
+        return (limits.tokens is None or tokens + more <= limits.tokens) and (
             limits.sequences is None or sequences < limits.sequences
         )

@@ -6,13 +6,17 @@ student and teacher. A view is the packed input of one model, student or teacher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from distill.batching.balance import ROUND_COST, balance
-from distill.batching.context_parallel import split
+from distill.batching.context_parallel import TeacherInput, split
 from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -84,12 +88,14 @@ def _optimizer_batch(
     share = packing_config.share_prefixes
     rounds = balance_responses(rollouts, members, layout.dp_size, packing_config)
 
-    def packed(responses: list[int]) -> MicroBatch:
-        return pack([(i, rollouts[i]) for i in responses], share)
+    def packed(responses: list[int], own: bool) -> MicroBatch | TeacherInput:
+        indexed = [(i, rollouts[i]) for i in responses]
+        return pack(indexed, share) if own else pack_teacher(indexed, share)
 
     return OptimizerBatch(
         micro_batches=tuple(
-            split([packed(by_rank[dp]) for dp in layout.teacher_dp_ranks], layout) for by_rank in rounds
+            split([packed(by_rank[dp], dp == layout.dp_rank) for dp in layout.teacher_dp_ranks], layout)
+            for by_rank in rounds
         ),
         response_tokens=sum(len(rollouts[i].response_ids) for i in members),
         rollouts=rollouts,
@@ -156,24 +162,49 @@ class _ResponseCosts:
         limits the number of responses in a micro-batch, every group has one response, because larger groups might
         leave micro-batches partly empty.
         """
-        groups: list[list[int]] = []
-        latest: dict[int, list[int]] = {}
+        groups: list[_Group] = []
+        latest: dict[int, _Group] = {}
         for i in sorted(self.members, key=self.reads.__getitem__):
             group = latest.get(self.first_with_prefix[i])
             if group is None or self.config.sequences is not None or not self._may_join(i, group, max_cost):
-                latest[self.first_with_prefix[i]] = group = []
+                latest[self.first_with_prefix[i]] = group = _Group(computed=self.prefix_reads[i])
                 groups.append(group)
-            group.append(i)
-        return groups
+            group.members.append(i)
+            group.reads += self.reads[i]
+            group.computed += self.reads[i] - self.prefix_reads[i]
+            group.squares += self.reads[i] ** 2
+        return [group.members for group in groups]
 
-    def _may_join(self, i: int, group: list[int], max_cost: float) -> bool:
-        tokens = self.reads[i] + sum(self.reads[j] for j in group)
-        return (self.config.tokens is None or tokens <= self.config.tokens) and self.cost([*group, i]) <= max_cost
+    def _may_join(self, i: int, group: _Group, max_cost: float) -> bool:
+        tokens = group.reads + self.reads[i]
+        computed = group.computed + self.reads[i] - self.prefix_reads[i]
+        cost = computed + self.config.quadratic * (group.squares + self.reads[i] ** 2)
+        return (self.config.tokens is None or tokens <= self.config.tokens) and cost <= max_cost
+
+
+@dataclass
+class _Group:
+    """Responses with the same prefix; the running totals keep the grouping linear in the number of responses."""
+
+    computed: int
+    """Number of tokens, with the shared prefix counted once."""
+    reads: int = 0
+    """Number of tokens, with the prefix counted for every response."""
+    squares: int = 0
+    """Sum of the squared numbers of tokens of prefix plus response."""
+    members: list[int] = field(default_factory=list)
 
 
 def _tokens_read(rollout: Rollout) -> int:
     """Return the number of tokens of prefix plus response, for the model with the longer prefix."""
     return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
+
+
+def _logprobs(rollout: Rollout) -> NDArray[np.float32]:
+    """Return the log-probs of the response tokens, nan if the engine did not compute them: float32 [R]."""
+    if not rollout.logprobs:
+        return np.full(len(rollout.response_ids), math.nan, np.float32)
+    return np.fromiter(rollout.logprobs, np.float32, len(rollout.logprobs))
 
 
 def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
@@ -185,20 +216,43 @@ def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBa
     of one token with one row of weight 0, so that every rank runs the same collectives.
     """
     if not members:
-        view = view_of([((0,), (0,))])
-        one, minus_one = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
-        return MicroBatch(view, view, one, torch.zeros(1), torch.zeros(1), minus_one)
+        return _dummy()
     rollouts = [rollout for _, rollout in members]
-    lengths = torch.tensor([len(r.response_ids) for r in rollouts])
-    sampled_N = torch.tensor([t for r in rollouts for t in r.response_ids])
+    responses = [_int64(r.response_ids) for r in rollouts]
+    sampled_N = torch.from_numpy(np.concatenate(responses))
     return MicroBatch(
-        student=view_of([(r.prompt.student_ids, r.response_ids) for r in rollouts], share),
-        teacher=view_of([(r.teacher_prefix_ids or r.prompt.student_ids, r.response_ids) for r in rollouts], share),
+        student=_view([r.prompt.student_ids for r in rollouts], responses, share),
+        teacher=_view([_teacher_prefix(r) for r in rollouts], responses, share),
         sampled_N=sampled_N,
-        sampled_logprobs_N=torch.tensor([p for r in rollouts for p in r.logprobs]),
+        sampled_logprobs_N=torch.from_numpy(np.concatenate([_logprobs(r) for r in rollouts])),
         weight_N=torch.ones(len(sampled_N)),
-        rollout_N=torch.tensor([i for i, _ in members]).repeat_interleave(lengths),
+        rollout_N=_rollout_numbers(members),
     )
+
+
+def pack_teacher(members: Sequence[tuple[int, Rollout]], share: bool = False) -> TeacherInput:
+    """Return only the part of ``pack(members, share)`` that other ranks of the teacher group need."""
+    if not members:
+        dummy = _dummy()
+        return TeacherInput(dummy.teacher, dummy.rollout_N)
+    responses = [_int64(rollout.response_ids) for _, rollout in members]
+    view = _view([_teacher_prefix(rollout) for _, rollout in members], responses, share)
+    return TeacherInput(view, _rollout_numbers(members))
+
+
+def _dummy() -> MicroBatch:
+    view = view_of([((0,), (0,))])
+    one, minus_one = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
+    return MicroBatch(view, view, one, torch.zeros(1), torch.zeros(1), minus_one)
+
+
+def _teacher_prefix(rollout: Rollout) -> Sequence[int]:
+    return rollout.teacher_prefix_ids or rollout.prompt.student_ids
+
+
+def _rollout_numbers(members: Sequence[tuple[int, Rollout]]) -> Tensor:
+    lengths = [len(rollout.response_ids) for _, rollout in members]
+    return torch.from_numpy(np.repeat([i for i, _ in members], lengths))
 
 
 def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = False) -> View:
@@ -207,30 +261,45 @@ def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: boo
     The last token of each response is omitted, because it predicts no token. If ``share`` is True, the result contains
     a repeated prefix once, and later sequences with this prefix refer to its positions.
     """
-    tokens: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    expand: list[int] = []
+    return _view([prefix for prefix, _ in sequences], [_int64(response) for _, response in sequences], share)
+
+
+_Int64s = NDArray[np.int64]
+
+
+def _view(prefixes: Sequence[Sequence[int]], responses: Sequence[_Int64s], share: bool) -> View:
+    """Return ``view_of`` for responses that are already arrays; Python's integers are converted only once."""
+    tokens: list[_Int64s] = []
+    positions: list[_Int64s] = []
+    rows: list[_Int64s] = []
+    expand: list[_Int64s] = []
     bounds = [0]
+    count = 0
     begins: dict[tuple[int, ...], int] = {}
-    for prefix, response in sequences:
+    for prefix, response in zip(prefixes, responses, strict=True):
         begin = begins.get(tuple(prefix)) if share else None
         if begin is None:
-            begins[tuple(prefix)] = begin = len(tokens)
-            tokens += prefix
-            positions += range(len(prefix))
-        own = range(len(tokens), len(tokens) + len(response) - 1)
-        tokens += response[:-1]
-        positions += range(len(prefix), len(prefix) + len(own))
-        expand += [*range(begin, begin + len(prefix)), *own]
-        rows += [begin + len(prefix) - 1, *own]
-        bounds.append(len(expand))
-    shared = _shared_prefixes(expand, len(tokens)) if len(expand) > len(tokens) else None
-    return View(torch.tensor(tokens), torch.tensor(positions), tuple(bounds), torch.tensor(rows), shared)
+            begins[tuple(prefix)] = begin = count
+            tokens.append(_int64(prefix))
+            positions.append(np.arange(len(prefix)))
+            count += len(prefix)
+        own = np.arange(count, count + len(response) - 1)
+        tokens.append(response[:-1])
+        positions.append(np.arange(len(prefix), len(prefix) + len(own)))
+        expand += [np.arange(begin, begin + len(prefix)), own]
+        rows += [np.array([begin + len(prefix) - 1]), own]
+        bounds.append(bounds[-1] + len(prefix) + len(own))
+        count += len(own)
+    shared = _shared_prefixes(np.concatenate(expand), count) if bounds[-1] > count else None
+    tokens_T, positions_T, rows_N = (torch.from_numpy(np.concatenate(parts)) for parts in (tokens, positions, rows))
+    return View(tokens_T, positions_T, tuple(bounds), rows_N, shared)
 
 
-def _shared_prefixes(expand: list[int], count: int) -> SharedPrefixes:
-    source = [-1] * count
-    for slot, position in reversed(list(enumerate(expand))):
-        source[position] = slot
-    return SharedPrefixes(torch.tensor(expand), torch.tensor(source))
+def _shared_prefixes(expand_S: _Int64s, count: int) -> SharedPrefixes:
+    source_T = np.full(count, -1)
+    source_T[expand_S[::-1]] = np.arange(len(expand_S))[::-1]  # the last assignment counts: the first slot
+    return SharedPrefixes(torch.from_numpy(expand_S), torch.from_numpy(source_T))
+
+
+def _int64(ids: Sequence[int]) -> _Int64s:
+    return np.fromiter(ids, np.int64, len(ids))

@@ -1,9 +1,14 @@
-"""Read recipes (YAML files) and command-line overrides into a frozen Config."""
+"""Read recipes (YAML files) and command-line overrides into a frozen Config.
+
+The functions that read recipes are imported at their first use, because only they need OmegaConf: losses and kernels
+also run where it is not installed.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from distill.config.command_line import print_flag
-from distill.config.load import Arguments, load_config, parse_args, to_yaml
 from distill.config.models import (
     BatchingConfig,
     DtensorConfig,
@@ -34,6 +39,9 @@ from distill.config.schema import (
     TraceExtractorConfig,
     WandbConfig,
 )
+
+if TYPE_CHECKING:
+    from distill.config.load import Arguments, load_config, parse_args, to_yaml
 
 __all__ = [
     "Arguments",
@@ -68,3 +76,12 @@ __all__ = [
     "print_flag",
     "to_yaml",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a function or class of ``load.py``."""
+    if name not in ("Arguments", "load_config", "parse_args", "to_yaml"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distill.config import load
+
+    return getattr(load, name)

@@ -58,8 +58,6 @@ DERIVED_DEFAULTS: dict[str, str] = {
     "teacher.max_total_sequence_length": "${policy.max_total_sequence_length}",
     "teacher.precision": "${policy.precision}",
     "teacher.logprob_batch_size": "${policy.logprob_batch_size}",
-    "teacher.dynamic_batching.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
-    "teacher.sequence_packing.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
     "data.max_input_seq_length": "${policy.max_total_sequence_length}",
 }
 """Maps a key to its default, an interpolation of other keys.
@@ -366,7 +364,9 @@ def _read_value(key: str, text: str) -> Any:
     For a key with a text type, ``text`` is returned unchanged, except for null and text in quotes.
     """
     options = members(type_of(key))
-    is_text = any(option is str or get_origin(option) is Literal for option in options) and bool not in options
+    is_text = any(option is str or get_origin(option) is Literal for option in options) and not {bool, int} & set(
+        options
+    )
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if is_text and text != "null" and not quoted:
         return text

@@ -12,6 +12,10 @@ Precision = Literal["bfloat16", "float32", "auto"]
 """
 
 
+Recomputation = Literal["none", "selective", "full"]
+"""Activations inside layers that the backward pass recomputes."""
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Tokenizer of the student or the teacher, and its chat template."""
@@ -48,8 +52,11 @@ class TeacherDtensorConfig:
 class DtensorConfig(TeacherDtensorConfig):
     """Parallelism of the student: FSDP2 over all ranks, combined with tensor and context parallelism."""
 
-    activation_checkpointing: bool = True
-    """Recompute activations in the backward pass instead of storing them."""
+    activation_checkpointing: bool | Literal["auto", "selective"] = "auto"
+    """Recompute activations in the backward pass instead of storing them. true: all activations inside layers;
+    selective: all except the results of attention and matrix multiplications, which are expensive to compute; false:
+    none. auto: the fastest of false, selective and true whose memory forecast fits the GPU; true on a CPU and if the
+    memory of the GPU is unknown."""
     cpu_offload: bool = False
     """Keep parameters and optimizer state in host memory."""
     replicate_size: int = 1
@@ -57,8 +64,15 @@ class DtensorConfig(TeacherDtensorConfig):
     replica; gradients are summed over all replicas."""
     custom_parallel_plan: dict[str, str] | None = None
     """Tensor-parallel plan: maps module names to colwise, rowwise or replicated_with_grad_allreduce, for example
-    layers.*.mlp.up_proj: colwise. The plan does not set the LM head, which is always split by vocabulary. null: the
-    predefined plan of the model family."""
+    layers.*.mlp.up_proj: colwise. Each module has one allowed style: a plan can only select the attention and MLP
+    blocks that are split, and must list all modules of such a block. The embedding and the LM head are always split by
+    vocabulary. null: the predefined plan of the model family."""
+
+    @property
+    def recomputation(self) -> Recomputation:
+        """Return the mode of activation checkpointing; an ``auto`` that was not resolved is ``full``."""
+        named: dict[Any, Recomputation] = {False: "none", "selective": "selective"}
+        return named.get(self.activation_checkpointing, "full")
 
 
 @dataclass(frozen=True)
@@ -70,20 +84,22 @@ class BatchingConfig:
     train_mb_tokens: int = 8192
     """Maximum number of tokens in a micro-batch, prompts included. If a response has different prompts for student and
     teacher, the longer one counts. Default: policy.max_total_sequence_length * policy.train_micro_batch_size."""
-    logprob_mb_tokens: int = 8192
-    """No effect: the teacher uses the student's micro-batches. Default: policy.max_total_sequence_length *
+    logprob_mb_tokens: int | Literal["auto"] = 8192
+    """No effect: use the key with this name in section teacher. Default: policy.max_total_sequence_length *
     policy.logprob_batch_size."""
 
 
 @dataclass(frozen=True)
 class TeacherBatchingConfig:
-    """Token budget of the teacher. No effect: the teacher uses the student's micro-batches."""
+    """Token budget of the teacher's packs. A pack joins consecutive micro-batches of the student."""
 
     enabled: bool = False
-    """No effect: the teacher uses the student's micro-batches."""
-    logprob_mb_tokens: int = 8192
-    """No effect: the teacher uses the student's micro-batches. Default: teacher.max_total_sequence_length *
-    teacher.logprob_batch_size."""
+    """Join micro-batches of the student to larger packs for the teacher, up to the token budget. false: the teacher
+    reads the student's micro-batches. The teacher's two sections have the same effect."""
+    logprob_mb_tokens: int | Literal["auto"] = "auto"
+    """Maximum number of tokens in a pack of the teacher, prompts included. A smaller budget than a micro-batch of the
+    student has no effect, because micro-batches are not split. auto: the largest multiple of the student's budget, up
+    to 65536 tokens, whose memory forecast fits the GPU; the student's budget if the memory of the GPU is unknown."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +114,10 @@ class OptimizerKwargs:
     """Decay rates of the first and the second moment of the gradient."""
     eps: float = 1e-8
     """Constant added to the square root of the second moment, to avoid division by zero."""
-    foreach: bool = False
-    """Use torch's multi-tensor (foreach) implementation of AdamW."""
-    fused: bool = False
-    """Use torch's fused implementation of AdamW."""
+    foreach: bool | None = None
+    """Use torch's multi-tensor (foreach) implementation of AdamW; null: see fused."""
+    fused: bool | None = None
+    """Use torch's fused implementation of AdamW. null: on GPUs, unless foreach is true."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +242,8 @@ class PolicyConfig:
     generation_batch_size: int = 64
     """Number of responses that a rank generates at a time; only for policy.generation.backend=transformers."""
     logprob_batch_size: int = 1
-    """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
-    policy.*.logprob_mb_tokens, which has no effect either."""
+    """No effect: the value is only a factor in the default of policy.*.logprob_mb_tokens, which has no effect
+    either."""
     max_total_sequence_length: int = 8192
     """Maximum number of tokens in the student's prompt and response together."""
     precision: Precision = "bfloat16"
@@ -268,13 +284,22 @@ class TeacherConfig:
     precision: Precision = "bfloat16"
     """Dtype of the teacher's weights and computation. Default: policy.precision."""
     logprob_batch_size: int = 1
-    """No effect: the teacher uses the student's micro-batches. The value is only a factor in the default of
-    teacher.*.logprob_mb_tokens, which has no effect either. Default: policy.logprob_batch_size."""
+    """No effect: set teacher.*.logprob_mb_tokens instead. Default: policy.logprob_batch_size."""
     logprob_chunk_size: int | None = None
     """Value that replaces runtime.logits_chunk_rows for the teacher (a NeMo-RL key); null: no replacement."""
     dtensor_cfg: TeacherDtensorConfig = field(default_factory=TeacherDtensorConfig)
     """Parallelism of the teacher."""
     dynamic_batching: TeacherBatchingConfig = field(default_factory=TeacherBatchingConfig)
-    """No effect: the teacher uses the student's micro-batches."""
+    """Token budget of the teacher's packs."""
     sequence_packing: TeacherBatchingConfig = field(default_factory=TeacherBatchingConfig)
-    """No effect: the teacher uses the student's micro-batches."""
+    """Token budget of the teacher's packs, under another name."""
+
+    @property
+    def pack_tokens(self) -> int | None:
+        """Return the maximum number of tokens in a pack of the teacher.
+
+        None: the teacher reads the student's micro-batches. An ``auto`` that was not resolved is also None.
+        """
+        enabled = (batching for batching in (self.sequence_packing, self.dynamic_batching) if batching.enabled)
+        budget = next((batching.logprob_mb_tokens for batching in enabled), None)
+        return budget if isinstance(budget, int) else None

@@ -53,8 +53,8 @@ UNUSED: dict[str, Any] = {
     "teacher.dtensor_cfg.activation_checkpointing": True,
     "teacher.dtensor_cfg.cpu_offload": False,
     "teacher.dtensor_cfg.replicate_size": 1,
-    "teacher.dynamic_batching.train_mb_tokens": "${.logprob_mb_tokens}",
-    "teacher.sequence_packing.train_mb_tokens": "${.logprob_mb_tokens}",
+    "teacher.dynamic_batching.train_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
+    "teacher.sequence_packing.train_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
 }
 """Maps an ignored key to its default value.
 

@@ -49,6 +49,7 @@ def check(config: Config) -> None:
     for rule in (
         _check_ranges,
         _check_batches,
+        _check_optimizer,
         _check_windows,
         _check_groups,
         check_scheduler,
@@ -64,7 +65,7 @@ def check(config: Config) -> None:
 def _check_ranges(config: Config) -> None:
     def require(keys: str, holds: Any, fix: str, fault: str = "is out of range") -> None:
         for key in keys.split():
-            if (value := attrgetter(key)(config)) is not None and not holds(value):
+            if (value := attrgetter(key)(config)) not in (None, "auto") and not holds(value):
                 raise UserError(f"{key}={show(value)} {fault}", fix, key=key, value=value)
 
     for least, keys in AT_LEAST.items():
@@ -100,6 +101,16 @@ def _check_batches(config: Config) -> None:
                 key=f"{name}.dynamic_batching.enabled",
                 value=True,
             )
+
+
+def _check_optimizer(config: Config) -> None:
+    if (kwargs := config.policy.optimizer.kwargs).fused and kwargs.foreach:
+        raise UserError(
+            "policy.optimizer.kwargs.fused=true and policy.optimizer.kwargs.foreach=true cannot be combined",
+            "set one of them to null",
+            key="policy.optimizer.kwargs.fused",
+            value=True,
+        )
 
 
 def _check_windows(config: Config) -> None:
@@ -209,17 +220,6 @@ def _check_loss(config: Config) -> None:
             value=loss.zero_outside_topk,
         )
     check_divergence(loss)
-    tp, k = (config.policy.dtensor_cfg.tensor_parallel_size, config.distillation.topk_logits_k)
-    if tp > 1 and (loss.support == "student" or k == 0):
-        raise UserError(
-            f"policy.dtensor_cfg.tensor_parallel_size={tp} splits the student's vocabulary over ranks, but "
-            f"loss_fn.support={loss.support} with distillation.topk_logits_k={k} needs the complete vocabulary on each "
-            "rank",
-            "set tensor_parallel_size=1 and use context_parallel_size, or set loss_fn.support=teacher and topk_logits_k"
-            " above 0",
-            key="policy.dtensor_cfg.tensor_parallel_size",
-            value=tp,
-        )
     if loss.kl_type == "sampled" and loss.temperature not in (None, config.policy.generation.temperature):
         raise UserError(
             f"loss_fn.temperature={loss.temperature} differs from policy.generation.temperature="

@@ -338,6 +338,13 @@ class RuntimeConfig:
     responses to the same prompt are placed in the same micro-batch if possible."""
     offload_optimizer: bool = True
     """Keep the optimizer's moments in pinned host memory except during training and checkpoints. No effect on CPUs."""
+    attention: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
+    """Attention kernel on GPUs for bfloat16. fa2: FlashAttention-2 of PyTorch. fa3, fa4: FlashAttention-3
+    (flash_attn_interface) or 4 (flash-attn-4), which PyTorch 2.11 and later can use if they are installed. auto: the
+    first of fa3, fa4 and fa2 that supports GPU and models. No effect on CPUs."""
+    fused_layers: bool | None = None
+    """Compute norms, rotary embeddings and MLP activations of student and teacher with Triton kernels, which move fewer
+    bytes than those of transformers; null: on GPUs. false is for debugging."""
     logits_chunk_rows: int | None = None
     """Maximum number of rows of logits in memory at a time, one row per response token; null: derived from a memory
     budget (2048 rows for a vocabulary of 151,936 on CUDA)."""

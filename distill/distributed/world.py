@@ -140,6 +140,12 @@ class World:
         return mesh
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """Return the group of ranks that hold the same shards in all replicas; None if only one replica exists."""
+        replicas = self._axes("replica")
+        return replicas.get_group() if replicas.size() > 1 else None
+
+    @property
     def tp_mesh(self) -> DeviceMesh:
         """Return the tensor-parallel device mesh: the ranks over which each layer's matrices are split."""
         return self._axes("tp")

@@ -1,4 +1,4 @@
-"""Triton kernels of the loss and of the top-k, each with a reference implementation in PyTorch.
+"""Triton kernels of the loss, of the top-k and of model layers, each with a reference implementation in PyTorch.
 
 Only this package imports triton directly.
 """

@@ -173,7 +173,7 @@ def gradient_rows(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_tile(
+def add_tile(
     z_GL: tl.tensor, top_L: tl.tensor, sum_L: tl.tensor, product_L: tl.tensor, to_log2: tl.tensor
 ) -> tl.tensor:
     """Update the running maximum and the two running sums of each column with a tile of raw logits z.
@@ -233,10 +233,10 @@ def _reduce(
     full = vocab // (RUNS * LANES) * (RUNS * LANES)
     for start in range(0, full, RUNS * LANES):
         z_GL = tl.load(z_ptr + (start + at_GL)).to(tl.float32)
-        top_L, sum_L, product_L = _add_tile(z_GL, top_L, sum_L, product_L, to_log2)
+        top_L, sum_L, product_L = add_tile(z_GL, top_L, sum_L, product_L, to_log2)
     if full < vocab:
         z_GL = tl.load(z_ptr + (full + at_GL), mask=full + at_GL < vocab, other=float("-inf")).to(tl.float32)
-        top_L, sum_L, product_L = _add_tile(z_GL, top_L, sum_L, product_L, to_log2)
+        top_L, sum_L, product_L = add_tile(z_GL, top_L, sum_L, product_L, to_log2)
 
     top = tl.max(top_L, axis=0)
     moved_L = tl.maximum(top_L - tl.where(top == float("-inf"), 0.0, top), _FAR)

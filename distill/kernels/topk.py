@@ -9,7 +9,8 @@ with the ids of ``torch.topk``. No kernel makes the host wait for the device.
 2. ``select`` reads again only the tiles with a maximum of at least t, about k tiles. Their logits of at least t are the
    candidates, usually a few more than k. The kernel selects the k largest candidates.
 3. With hundreds of equal logits, which occur in bf16, the candidates can overflow their buffer. ``select`` marks such a
-   row, and ``full_row`` computes it. ``full_row`` needs no buffer, but it reads the row in every bisection step.
+   row, and ``full_row`` computes it. ``full_row`` needs no buffer, but it usually reads the row five times: it
+   counts the logits in 128 intervals, then in 64 parts of the interval of the k-th largest logit, and so on.
 
 A tile is not contiguous: it consists of ``W / VEC`` runs of 16 bytes, with a large stride. A single thread reads a
 complete tile, so it computes the tile's maximum and sums without communication, which would take longer than the read.
@@ -147,8 +148,9 @@ def _topk(z_CV: Tensor, k: int, inverse_temperature: float | None) -> tuple[Tens
             full_row_C.fill_(1)
         else:
             _by_tiles(z_CV, cut, full_row_C, outputs, rest, k, stats)
-        block = min(_power_of_2(vocab), 4096)
-        full_row[(rows,)](z_CV, full_row_C, *outputs, *rest, K=k, STATS=stats, BLOCK=block, num_warps=8)
+        block = min(max(_power_of_2(vocab), 128), 2048)
+        lanes = min(block, 128 * 16 // z_CV.element_size())  # 16 bytes for each thread
+        full_row[(rows,)](z_CV, full_row_C, *outputs, *rest, K=k, STATS=stats, BLOCK=block, LANES=lanes, num_warps=4)
     return outputs
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from distill.kernels.loss_student import add_tile
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _FAR = tl.constexpr(-1e30)
 """Finite number that replaces a logit difference of -inf, because exp(-inf) * -inf would be NaN."""
@@ -252,6 +254,64 @@ def select(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _block(z_ptr: tl.tensor, at: tl.tensor, start: tl.tensor, vocab: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Return the ``BLOCK`` logits of a row at the columns ``start + at`` in float32; -inf past the end of the row."""
+    if start + BLOCK <= vocab:  # a mask prevents 16-byte loads if V is not a multiple of 16
+        z = tl.load(z_ptr + (start + at))
+    else:
+        z = tl.load(z_ptr + (start + at), mask=start + at < vocab, other=float("-inf"))
+    return z.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _digits(key_B: tl.tensor, low: tl.tensor, shift: tl.tensor, BINS: tl.constexpr) -> tl.tensor:
+    """Return (key - ``low``) >> ``shift`` for int32 keys, limited to 0..``BINS`` - 1."""
+    # An unsigned difference cannot overflow, even if the keys have different signs.
+    offset_B = (tl.maximum(key_B, low) - low).to(tl.uint32, bitcast=True)
+    return tl.minimum(offset_B >> shift.to(tl.uint32), BINS - 1).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kth_key(
+    z_ptr: tl.tensor,
+    vocab: tl.tensor,
+    k: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    BITS: tl.constexpr,
+) -> tl.tensor:
+    """Return the k-th largest key of a row, and the number of keys that equal it and belong to the top-k.
+
+    ``low`` and ``high`` are the smallest and the largest key. The first pass over the row counts the keys in ``BINS``
+    intervals of equal size. Each further pass divides the interval of the k-th largest key into 2 ** ``BITS`` =
+    ``BINS`` / 2 intervals; keys above them are counted in the other bins. The search stops early if the top-k are the
+    keys of complete intervals: the first result is then the lower end of the lowest of them, and the second one is k.
+    """
+    lane_B, bin_X = tl.arange(0, BLOCK), tl.arange(0, BINS)
+    shift = tl.full([], 0, tl.int32)
+    while ((high.to(tl.int64) - low.to(tl.int64)) >> shift) >= BINS:
+        shift += 1
+    need = tl.full([], 0, tl.int32)
+    while need == 0:
+        # Bin 0 also has the keys below the intervals. So only the sums from another bin to the last one are used.
+        count_X = tl.zeros([BINS], tl.int32)
+        for start in range(0, vocab, BLOCK):
+            key_B = _key(_block(z_ptr, lane_B, start, vocab, BLOCK))
+            count_X += tl.histogram(_digits(key_B, low, shift, BINS), BINS)
+        from_X = tl.cumsum(count_X, axis=0, reverse=True)
+        enough_X = (from_X >= k) | (bin_X == 0)
+        chosen = tl.max(tl.where(enough_X, bin_X, 0), axis=0)
+        above = tl.max(tl.where(enough_X, 0, from_X), axis=0)
+        exact = tl.sum((enough_X & (bin_X > 0) & (from_X == k)).to(tl.int32), axis=0) > 0
+        low = (low.to(tl.int64) + (chosen.to(tl.int64) << shift)).to(tl.int32)
+        need = tl.where(exact, k, tl.where(shift == 0, k - above, 0))
+        shift = tl.maximum(shift - BITS, 0)
+    return low, need
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def full_row(
     z_ptr: tl.tensor,
     full_row_ptr: tl.tensor,
@@ -265,74 +325,61 @@ def full_row(
     K: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ) -> None:
     """Write the top-k of a row with log tail mass and entropy, if ``full_row_ptr`` marks the row with 1.
 
     Rows marked with 0 are skipped. The log tail mass is the log of the total probability of all other tokens. Without
-    ``STATS`` only the ids are written. At most 32 passes over the row find the k-th largest logit by bisection. Three
-    more passes compute the search range, the sums and the outputs.
+    ``STATS`` only the ids are written. The row is read once for the range of the keys and the sums, usually three times
+    and at most six times to find the k-th largest key, and once to write the output. The first pass reads tiles of
+    ``BLOCK`` logits as runs of ``LANES`` adjacent ones; a thread keeps one maximum and sums of each of its lanes.
     """
     row = tl.program_id(0).to(tl.int64)
     if tl.load(full_row_ptr + row) == 0:
         return
     z_ptr += row * z_stride
-    lane_B = tl.arange(0, BLOCK)
     to_log2 = inverse_temperature * _LOG2_E
 
-    top_B = tl.full([BLOCK], float("-inf"), tl.float32)
-    low_B = tl.full([BLOCK], _HIGHEST, tl.int32)
-    high_B = tl.full([BLOCK], _LOWEST, tl.int32)
+    top_L = tl.full([LANES], float("-inf"), tl.float32)
+    sum_L = tl.zeros([LANES], tl.float32)
+    product_L = tl.zeros([LANES], tl.float32)
+    low_L = tl.full([LANES], _HIGHEST, tl.int32)
+    high_L = tl.full([LANES], _LOWEST, tl.int32)
+    at_GL = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     for start in range(0, vocab, BLOCK):
-        z_B = tl.load(z_ptr + start + lane_B, mask=start + lane_B < vocab, other=float("-inf")).to(tl.float32)
-        top_B = tl.maximum(top_B, z_B)
-        low_B = tl.minimum(low_B, tl.where(start + lane_B < vocab, _key(z_B), _HIGHEST))
-        high_B = tl.maximum(high_B, _key(z_B))
-    low, high = tl.min(low_B, axis=0).to(tl.int64), tl.max(high_B, axis=0).to(tl.int64)
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        count_B = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
-            held_B = start + lane_B < vocab
-            z_B = tl.load(z_ptr + start + lane_B, mask=held_B, other=float("-inf")).to(tl.float32)
-            count_B += (held_B & (_key(z_B) >= middle.to(tl.int32))).to(tl.int32)
-        count = tl.sum(count_B, axis=0)
-        high = tl.where(count < K, middle - 1, tl.where(count == K, middle, high))
-        low = tl.where(count < K, low, middle)
-    kth = low.to(tl.int32)
-
-    base = _finite(tl.max(top_B, axis=0))
-    above_B = tl.zeros([BLOCK], tl.int32)
-    sum_B = tl.zeros([BLOCK], tl.float32)
-    product_B = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        z_B = tl.load(z_ptr + start + lane_B, mask=start + lane_B < vocab, other=float("-inf")).to(tl.float32)
-        above_B += ((_key(z_B) > kth) & (start + lane_B < vocab)).to(tl.int32)
+        z_GL = _block(z_ptr, at_GL, start, vocab, BLOCK)
+        key_GL = _key(z_GL)
+        low_L = tl.minimum(low_L, tl.min(tl.where(start + at_GL < vocab, key_GL, _HIGHEST), axis=0))
+        high_L = tl.maximum(high_L, tl.max(key_GL, axis=0))
         if STATS:
-            mass_B = tl.exp2((z_B - base) * to_log2)
-            sum_B += mass_B
-            product_B += mass_B * tl.maximum(z_B - base, _FAR)
-    need = K - tl.sum(above_B, axis=0)
-    total = tl.sum(sum_B, axis=0)
+            top_L, sum_L, product_L = add_tile(z_GL, top_L, sum_L, product_L, to_log2)
+    top, total, product = _join(top_L, sum_L, product_L, to_log2)
+    base = _finite(top)
 
-    kept = tl.full([], 0, tl.int32)
+    kth, need = _kth_key(z_ptr, vocab, K, tl.min(low_L, axis=0), tl.max(high_L, axis=0), BLOCK, 128, 6)
+
+    lane_B = tl.arange(0, BLOCK)
+    above = tl.full([], 0, tl.int32)
     ties = tl.full([], 0, tl.int32)
     tail_top = tl.full([], float("-inf"), tl.float32)
     tail_sum = tl.full([], 0.0, tl.float32)
     for start in range(0, vocab, BLOCK):
         held_B = start + lane_B < vocab
-        z_B = tl.load(z_ptr + start + lane_B, mask=held_B, other=float("-inf")).to(tl.float32)
-        tie_B = held_B & (_key(z_B) == kth)
-        rank_B = ties + tl.cumsum(tie_B.to(tl.int32), axis=0) - 1
-        kept_B = (held_B & (_key(z_B) > kth)) | (tie_B & (rank_B < need))
-        place_B = kept + tl.cumsum(kept_B.to(tl.int32), axis=0) - 1
+        z_B = _block(z_ptr, lane_B, start, vocab, BLOCK)
+        key_B = _key(z_B)
+        above_B, tie_B = held_B & (key_B > kth), held_B & (key_B == kth)
+        # One scan of two counts, of which the lower 16 bits have the ties: a block has at most 2 ** 15 logits.
+        counts_B = tl.cumsum((above_B.to(tl.int32) << 16) + tie_B.to(tl.int32), axis=0)
+        rank_B = ties + (counts_B & 0xFFFF)
+        kept_B = above_B | (tie_B & (rank_B <= need))
+        place_B = above + (counts_B >> 16) + tl.minimum(rank_B, need) - 1
         tl.store(ids_ptr + row * K + place_B, start + lane_B, mask=kept_B & (place_B < K))
+        above += tl.sum(above_B.to(tl.int32), axis=0)
         ties += tl.sum(tie_B.to(tl.int32), axis=0)
-        kept += tl.sum(kept_B.to(tl.int32), axis=0)
         if STATS:
             logprob_B = (z_B - base) * inverse_temperature - tl.log(total)
             tl.store(logprobs_ptr + row * K + place_B, logprob_B, mask=kept_B & (place_B < K))
             tail_top, tail_sum = _add_sum(z_B, held_B & (kept_B == 0), tail_top, tail_sum, to_log2)
     if STATS:
         tl.store(log_tail_ptr + row, (tail_top - base) * inverse_temperature + tl.log(tail_sum) - tl.log(total))
-        product = tl.sum(product_B, axis=0)
         tl.store(entropy_ptr + row, tl.log(total) - product * inverse_temperature / total)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from distill.loss.columns import VocabParallel
 from distill.loss.divergences import Tokens, loss_temperature, topk_kl
-from distill.loss.fused import VocabParallel, fused_linear_kl
+from distill.loss.fused import fused_linear_kl
 from distill.loss.metrics import Sampled
 from distill.loss.targets import teacher_topk
 from distill.loss.topk_reduction import check_loss_backend

@@ -125,8 +125,8 @@ def check_rows(rows: int, **columns: Tensor) -> None:
 def check_ids(vocab: int, topk_ids_NK: Tensor | None = None, sampled_ids_N: Tensor | None = None) -> None:
     """Raise ``UserError`` if a token id is not an integer between 0 and ``vocab`` - 1.
 
-    ``topk_ids_NK`` may also contain -1 (padding). If the ids are on a GPU, only the lowest and highest ids are copied
-    to the host, in a single transfer.
+    ``topk_ids_NK`` may also contain -1 (padding). If the ids are on a GPU, the host waits for it: only the lowest and
+    highest ids are copied to the host, in a single transfer.
     """
     named = [
         (name, what, lowest, ids)
@@ -246,19 +246,15 @@ def check_no_duplicates(ids_NK: Tensor) -> None:
         raise UserError(problem, "pass distinct token ids in each row", key="topk.ids_NK", value=(row, token))
 
 
-def check_vocab_parallel(columns: int, ranks: int, vocab: int, teacher_rows: bool) -> None:
+def check_vocab_parallel(columns: int, ranks: int, vocab: int) -> None:
     """Raise ``UserError`` if the loss cannot use an LM head sharded over ``ranks`` tensor-parallel ranks.
 
     ``columns`` is the number of columns of logits over all ranks, and ``vocab`` the number of these columns without
-    padding. Every rank needs at least one column that is not padding. ``teacher_rows`` is True for targets of type
-    ``TeacherRows``, which are not supported. All arguments are equal on all ranks, so all ranks raise together.
+    padding. Every rank needs at least one column that is not padding. All arguments are equal on all ranks, so all
+    ranks raise together.
     """
     key = "policy.dtensor_cfg.tensor_parallel_size"
     last = (ranks - 1) * -(-columns // ranks)
     if last >= vocab:
         problem = f"{key}={ranks} leaves no token for the last rank, because the vocabulary has only {vocab} tokens"
         raise UserError(problem, f"set {key} to a smaller number", key=key, value=ranks)
-    if teacher_rows:
-        problem = f"{key}={ranks} does not work with loss_fn.support=student or distillation.topk_logits_k=0"
-        fix = f"set {key}=1, or set loss_fn.support=teacher and distillation.topk_logits_k above 0"
-        raise UserError(problem, fix, key=key, value=ranks)

@@ -4,6 +4,9 @@ The reference implementation is ``divergences.topk_kl`` with all V token ids. A 
 number of rows in a chunk. The loss of a chunk needs four buffers of [C, V]: the logits of both models and two more.
 Each intermediate result overwrites a buffer that is no longer needed. ``FAST_GRADIENTS`` contains functions with
 hand-derived gradients. A divergence without such a function is differentiated by autograd, which needs more memory.
+
+With tensor parallelism V is the number of this rank's columns of logits. Sums over the vocabulary are then summed over
+the ranks. So a divergence must be a sum over the tokens.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.config import LossConfig
+from distill.loss.columns import Columns
 from distill.loss.divergences import (
     DIVERGENCES,
     Pair,
@@ -32,7 +37,7 @@ BUFFERS = 4
 C is the number of rows in the chunk, V the vocabulary size. The number applies to the divergences in ``FAST_GRADIENTS``
 and to ``loss_fn.kl_type=sampled``.
 """
-AUTOGRAD_BUFFERS = 19
+AUTOGRAD_BUFFERS = 18
 """Number of [C, V] buffers for the loss of a chunk, if autograd computes the gradient.
 
 C is the number of rows in the chunk, V the vocabulary size. The number was measured with the Jensen-Shannon divergence.
@@ -62,7 +67,8 @@ class _Models:
     """Distributions of teacher (p) and student (q) over the V tokens for C rows, with their KLs.
 
     ``forward_C`` is KL(p || q) and ``reverse_C`` is KL(q || p), in nats. ``spare_CV`` is a buffer for intermediate
-    results. The functions that compute gradients may overwrite all [C, V] tensors.
+    results. The functions that compute gradients may overwrite all [C, V] tensors. ``columns`` are the columns of
+    logits that this rank computes.
     """
 
     log_ratio_CV: Tensor
@@ -75,6 +81,7 @@ class _Models:
     spare_CV: Tensor
     forward_C: Tensor
     reverse_C: Tensor
+    columns: Columns
 
 
 def full_vocabulary(
@@ -84,9 +91,12 @@ def full_vocabulary(
     factor_C: Tensor,
     tokens: Tokens | None,
     stop_ids: Tensor,
+    columns: Columns,
     scratch: Scratch,
 ) -> FullRows:
     """Return the loss over the complete vocabulary, its gradient, and metrics for a chunk of C rows.
+
+    Collective over the ranks of ``columns``, the columns of logits that this rank computes.
 
     ``z_CV`` and ``teacher_CV`` are the logits of student and teacher, already divided by the temperature; both are
     overwritten. ``factor_C`` is the weight of each row divided by the temperature. The gradient is multiplied by
@@ -99,38 +109,44 @@ def full_vocabulary(
         scratch.get("spare", rows, dtype),
         scratch.get("second spare", rows, dtype),
     )
-    top1_C1 = teacher_CV.argmax(dim=1, keepdim=True)
-    agrees_C = z_CV.gather(1, top1_C1).squeeze(1) >= z_CV.amax(dim=1)
-    _normalise(teacher_CV, p_CV)
+    shifts_C2 = columns.max(torch.stack([teacher_CV.amax(dim=1), z_CV.amax(dim=1)], dim=1))
+    teacher_shift_C, shift_C = shifts_C2.unbind(dim=1)
+    agrees_C = _at(z_CV, _first_column(teacher_CV, teacher_shift_C, columns), columns, absent=-math.inf) >= shift_C
+    _normalise(teacher_CV, p_CV, teacher_shift_C, columns)
     teacher_entropy_C = -_dot(p_CV, teacher_CV, q_CV)
-    shift_C, lse_C = _normalise(z_CV, q_CV)
+    lse_C = _normalise(z_CV, q_CV, shift_C, columns)
     student_entropy_C = -_dot(q_CV, z_CV, p_CV)
     torch.exp(teacher_CV, out=p_CV)
-    own_C = None if tokens is None else _at(z_CV, tokens)
+    own_C = torch.zeros_like(lse_C) if tokens is None else _at(z_CV, tokens.ids_N, columns)
     by_autograd = None
     if loss_config.kl_type != "sampled" and loss_config.kl_type not in FAST_GRADIENTS:
-        by_autograd = autograd_gradient(teacher_CV, z_CV, loss_config)
+        by_autograd = autograd_gradient(teacher_CV, z_CV, loss_config, columns)
     log_ratio_CV = teacher_CV.sub_(z_CV)
     spare_CV = z_CV
-    forward_C, reverse_C = (
-        _dot(p_CV, log_ratio_CV, spare_CV),
-        -_dot(q_CV, log_ratio_CV, spare_CV),
-    )
-    metrics = RowMetrics(
-        forward_kl=forward_C,
-        reverse_kl=reverse_C,
-        teacher_topk_mass=p_CV.sum(dim=1),
-        student_topk_mass=q_CV.sum(dim=1),
-        student_entropy=student_entropy_C,
-        top1_agreement=agrees_C,
-        teacher_entropy=teacher_entropy_C,
-        teacher_stop_mass=p_CV[:, stop_ids].sum(dim=1) if stop_ids.numel() else None,
-    )
-    models = _Models(log_ratio_CV, q_CV, p_CV, spare_CV, forward_C, reverse_C)
+    stop_columns = columns.own_ids(stop_ids)
+    on_this_rank = {
+        "forward_kl": _dot(p_CV, log_ratio_CV, spare_CV),
+        "reverse_kl": -_dot(q_CV, log_ratio_CV, spare_CV),
+        "teacher_topk_mass": p_CV.sum(dim=1),
+        "student_topk_mass": q_CV.sum(dim=1),
+        "student_entropy": student_entropy_C,
+        "top1_agreement": agrees_C.to(dtype),
+        "teacher_entropy": teacher_entropy_C,
+        "teacher_stop_mass": (p_CV[:, stop_columns.clamp(min=0)] * (stop_columns >= 0)).sum(dim=1),
+        "own": own_C,
+    }
+    sums_CE = columns.sum(torch.stack([*on_this_rank.values()], dim=1))  # one all-reduce
+    sums: dict[str, Any] = dict(zip(on_this_rank, sums_CE.unbind(dim=1), strict=True))
+    own_C = sums.pop("own")
+    if not stop_ids.numel():
+        sums["teacher_stop_mass"] = None
+    metrics = RowMetrics(**sums)
+    models = _Models(log_ratio_CV, q_CV, p_CV, spare_CV, metrics.forward_kl, metrics.reverse_kl, columns)
     if by_autograd is not None:
-        value_C, gradient_CV = by_autograd
+        value_C, slope_CV = by_autograd
+        gradient_CV = q_CV.copy_(slope_CV)
     elif loss_config.kl_type == "sampled":
-        assert tokens is not None and own_C is not None, "fused_linear_kl requires tokens for kl_type=sampled"
+        assert tokens is not None, "fused_linear_kl requires tokens for kl_type=sampled"
         value_C, gradient_CV = _sampled(models, tokens, importance_ratio(own_C, tokens.logprobs_N, loss_config))
     else:
         value_C, gradient_CV = FAST_GRADIENTS[loss_config.kl_type](models, loss_config)
@@ -144,7 +160,9 @@ def full_vocabulary(
     )
 
 
-def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
+def autograd_gradient(
+    log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfig, columns: Columns
+) -> tuple[Tensor, Tensor]:
     """Return the divergence of each row [C] in nats and its gradient [C, V], computed by autograd.
 
     ``log_p_CV`` and ``log_q_CV`` are the log-probs of teacher and student; they are not modified. The gradient is with
@@ -153,10 +171,11 @@ def autograd_gradient(log_p_CV: Tensor, log_q_CV: Tensor, loss_config: LossConfi
     """
     leaf_CV = log_q_CV.clone().requires_grad_()
     with torch.enable_grad():
-        pair = Pair(log_p_CV, torch.log_softmax(leaf_CV, dim=1))
-        value_C = DIVERGENCES[loss_config.kl_type](pair, loss_config)
-        (gradient_CV,) = torch.autograd.grad(value_C.sum(), leaf_CV)
-    return value_C.detach(), gradient_CV
+        value_C = DIVERGENCES[loss_config.kl_type](Pair(log_p_CV, leaf_CV), loss_config)
+        (slope_CV,) = torch.autograd.grad(value_C.sum(), leaf_CV)
+    value_C, total_C = columns.sum(torch.stack([value_C.detach(), slope_CV.sum(dim=1)], dim=1)).unbind(dim=1)
+    # The derivative of log q_j with respect to logit i is (i == j) - q_i; autograd would need the sum of one rank only.
+    return value_C, slope_CV.addcmul_(log_q_CV.exp(), total_C.unsqueeze(1), value=-1)
 
 
 def buffers_of(loss_config: LossConfig) -> int:
@@ -167,16 +186,25 @@ def buffers_of(loss_config: LossConfig) -> int:
     return BUFFERS if loss_config.kl_type == "sampled" or loss_config.kl_type in FAST_GRADIENTS else AUTOGRAD_BUFFERS
 
 
-def _normalise(logits_CV: Tensor, mass_CV: Tensor) -> tuple[Tensor, Tensor]:
+def _normalise(logits_CV: Tensor, mass_CV: Tensor, shift_C: Tensor, columns: Columns) -> Tensor:
     """Replace logits by log-probs in place, and write the probabilities to ``mass_CV``.
 
-    Returns the largest logit of each row, and the logsumexp of the row minus its largest logit, [C] each.
+    ``shift_C`` is the largest logit of each row over all ranks. Returns the logsumexp of the row minus ``shift_C``,
+    [C].
     """
-    shift_C1 = logits_CV.amax(dim=1, keepdim=True)
-    logits_CV.sub_(shift_C1)
-    lse_C1 = torch.exp(logits_CV, out=mass_CV).sum(dim=1, keepdim=True).log_()
-    torch.exp(logits_CV.sub_(lse_C1), out=mass_CV)
-    return shift_C1.squeeze(1), lse_C1.squeeze(1)
+    logits_CV.sub_(shift_C.unsqueeze(1))
+    lse_C = columns.sum(torch.exp(logits_CV, out=mass_CV).sum(dim=1)).log_()
+    torch.exp(logits_CV.sub_(lse_C.unsqueeze(1)), out=mass_CV)
+    return lse_C
+
+
+def _first_column(logits_CV: Tensor, shift_C: Tensor, columns: Columns) -> Tensor:
+    """Return the token id of the largest logit of each row over all ranks, int64 [C].
+
+    ``shift_C`` is this logit. If several ranks have it, the id of the first rank is returned.
+    """
+    top_C, column_C = logits_CV.max(dim=1)
+    return columns.min((columns.first + column_C).masked_fill(top_C < shift_C, columns.vocab))
 
 
 def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
@@ -187,9 +215,10 @@ def _dot(a_CV: Tensor, b_CV: Tensor, spare_CV: Tensor) -> Tensor:
     return torch.mul(a_CV, b_CV, out=spare_CV).sum(dim=1)
 
 
-def _at(log_CV: Tensor, tokens: Tokens) -> Tensor:
-    """Return [C]: for each row of ``log_CV``, the value in the column of the row's sampled token."""
-    return log_CV.gather(1, tokens.ids_N.long().unsqueeze(1)).squeeze(1)
+def _at(rows_CV: Tensor, ids_C: Tensor, columns: Columns, absent: float = 0.0) -> Tensor:
+    """Return [C]: for each row of ``rows_CV``, the value in the column of a token, or ``absent`` on other ranks."""
+    own_C1 = columns.own_ids(ids_C.long()).unsqueeze(1)
+    return rows_CV.gather(1, own_C1.clamp(min=0)).masked_fill_(own_C1 < 0, absent).squeeze(1)
 
 
 def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,9 +228,11 @@ def _sampled(models: _Models, tokens: Tokens, ratio_C: Tensor) -> tuple[Tensor, 
     teacher's probability, and r the importance ratio from ``ratio_C``. The gradient with respect to the student's
     logits is cost * (one_hot(y) - q).
     """
-    value_C = -ratio_C * _at(models.log_ratio_CV, tokens)
+    columns = models.columns
+    value_C = -ratio_C * columns.sum(_at(models.log_ratio_CV, tokens.ids_N, columns))
     gradient_CV = models.q_CV.mul_(-value_C.unsqueeze(1))
-    gradient_CV.scatter_add_(1, tokens.ids_N.long().unsqueeze(1), value_C.unsqueeze(1))
+    own_C1 = columns.own_ids(tokens.ids_N.long()).unsqueeze(1)
+    gradient_CV.scatter_add_(1, own_C1.clamp(min=0), value_C.unsqueeze(1).masked_fill(own_C1 < 0, 0.0))
     return value_C, gradient_CV
 
 
@@ -246,6 +277,7 @@ def _jsd(models: _Models, loss_config: LossConfig) -> tuple[Tensor, Tensor]:
     torch.logaddexp(above_CV, above_CV.new_zeros(()), out=above_CV).add_(math.log1p(-beta))  # log m - log q
     teachers_C = _dot(p_CV, log_ratio_CV.sub_(above_CV), p_CV)
     own_C = _dot(q_CV, above_CV, p_CV)
+    teachers_C, own_C = models.columns.sum(torch.stack([teachers_C, own_C], dim=1)).unbind(dim=1)
     value_C = beta * teachers_C - (1 - beta) * own_C
     return value_C, above_CV.sub_(own_C.unsqueeze(1)).mul_(q_CV).mul_(beta - 1)
 

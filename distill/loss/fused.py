@@ -14,15 +14,15 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import checks
+from distill.loss.columns import Columns, VocabParallel
 from distill.loss.divergences import Outcomes, divergence, loss_temperature
 from distill.loss.full_vocab import full_vocabulary
-from distill.loss.lm_head import ROUNDED, Projection
+from distill.loss.lm_head import ROUNDED, Projection, padded_columns
 from distill.loss.metrics import Sampled, SampledLogprobs, StatsSum, topk_metrics
 from distill.loss.targets import (
     ChunkTargets,
@@ -30,24 +30,10 @@ from distill.loss.targets import (
     chunk_buffers,
     default_chunk_rows,
     targets_by_chunk,
+    teacher_head,
 )
 from distill.loss.topk_reduction import Rows, Scratch, choose_kernels, combine, divide
 from distill.types import LossOutput, Targets, TeacherRows
-
-
-@dataclass(frozen=True)
-class VocabParallel:
-    """Sharding of the LM head's rows (the vocabulary) over tensor-parallel ranks.
-
-    Rank r of the group has the rows ``torch.chunk(head, number of ranks)[r]`` and computes the logits of these tokens.
-    """
-
-    group: dist.ProcessGroup
-    """Tensor-parallel ranks over which the rows of the LM head are sharded."""
-    first: int
-    """Token id of the first row of the LM head on this rank."""
-    vocab: int
-    """Number of rows of the complete LM head over all ranks, including padding rows."""
 
 
 def fused_linear_kl(
@@ -64,6 +50,8 @@ def fused_linear_kl(
     topk_logits_k: int | None = None,
     parallel: VocabParallel | None = None,
     row_kls: dict[str, Tensor] | None = None,
+    kept_M: Tensor | None = None,
+    check_values: bool = True,
     debug: bool = False,
 ) -> LossOutput:
     """Return the weighted sum of the distillation loss over N rows (response tokens), and metrics.
@@ -88,9 +76,13 @@ def fused_linear_kl(
         stop_token_ids: token ids for the metric ``teacher_stop_mass``.
         topk_logits_k: number of token ids per row that the loss compares; 0 means the complete vocabulary. Required
             with ``TeacherRows``, not used with a ``TopK``.
-        parallel: sharding of the head over a group of ranks; requires a ``TopK``. None: the head is not sharded.
+        parallel: sharding of the head over a group of ranks; None: the head is not sharded. The hidden states of a
+            ``TeacherRows`` must then be those of all N rows, and its head must contain the tokens of this rank.
         row_kls: a dict to which the function adds the keys ``forward_kl`` and ``reverse_kl``. Each value is a 1-D
             tensor with the KLs of all rows of nonzero weight, in the order of the rows.
+        kept_M: int64 [M], the indices of the rows of nonzero weight, ascending; None: they are read from ``weight_N``,
+            for which the host waits for the GPU.
+        check_values: whether to check the values of all ids; on a GPU the host waits for these checks.
         debug: also check that no row of a ``TopK`` repeats a token id.
 
     Returns:
@@ -102,7 +94,7 @@ def fused_linear_kl(
     Raises ``UserError`` for an invalid configuration, mismatched shapes or dtypes, and ids out of range.
     """
     checks.check_loss(loss_config)
-    columns = _Columns.of(head_VD, valid_vocab, parallel, isinstance(targets, TeacherRows))
+    columns = Columns.of(head_VD, valid_vocab, parallel)
     checks.check_linear("the student's", hidden_ND, head_VD, columns.own)
     checks.check_rows(len(hidden_ND), weight_N=weight_N)
     temperature = _temperature(loss_config, sampled)
@@ -117,13 +109,16 @@ def fused_linear_kl(
         if chunk_rows is None:  # must be equal on all ranks: each chunk runs collectives
             buffers = chunk_buffers(loss_config, topk_logits_k)
             chunk_rows = default_chunk_rows(hidden_ND, columns.per_rank, buffers)
-        chunks = _chunks(weight_N, chunk_rows)
-        student = Projection(head_VD[: columns.own], loss_config.logits_dtype)
+        chunks = _chunks(weight_N, kept_M, chunk_rows)
+        student = Projection(head_VD, columns.own, loss_config.logits_dtype)
         kernels = choose_kernels(loss_config.backend, hidden_ND.device, student.dtype)
-        scratch = Scratch(max(map(_length, chunks)), columns.own, hidden_ND.device)
-        loss_pass = LossPass(loss_config, temperature, columns.vocab, kernels, scratch)
+        width = student.columns
+        if isinstance(targets, TeacherRows):
+            width = max(width, padded_columns(columns.own, len(teacher_head(targets, columns))))
+        scratch = Scratch(max(map(_length, chunks)), columns.own, width, hidden_ND.device)
+        loss_pass = LossPass(loss_config, temperature, columns, kernels, scratch)
         sampled_ids_N = None if sampled is None else sampled.ids_N
-        d_head_VD = _head_gradient(head_VD, columns.own, student.dtype) if train and head_VD.requires_grad else None
+        d_head_VD = _head_gradient(head_VD, student) if train and head_VD.requires_grad else None
         loop = _Loop(
             loss_pass=loss_pass,
             hidden_ND=hidden_ND.detach(),
@@ -136,12 +131,13 @@ def fused_linear_kl(
                 sampled_ids_N,
                 weight_N,
                 debug,
+                check_values,
             ),
             weight_N=weight_N.detach().to(student.dtype),
-            sampled=SampledLogprobs(sampled, temperature, columns.first, columns.group),
+            sampled=SampledLogprobs(sampled, temperature, columns),
             stop_ids=_stop_ids(tuple(stop_token_ids), hidden_ND.device),
             d_hidden_ND=torch.zeros_like(hidden_ND) if train and hidden_ND.requires_grad else None,
-            d_head_VD=None if d_head_VD is None else d_head_VD[: columns.own],
+            d_head_PD=None if d_head_VD is None else d_head_VD[: student.columns],
         )
         sums = StatsSum()
         for c, chunk in enumerate(chunks):
@@ -154,46 +150,6 @@ def fused_linear_kl(
     return LossOutput(kl_sum, stats)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Range of the columns of logits (token ids) that this rank computes."""
-
-    own: int
-    """Number of columns of logits on this rank, without padding columns."""
-    first: int
-    """Token id of the first column of logits on this rank."""
-    per_rank: int
-    """Number of columns on the rank with the most columns, including padding columns."""
-    vocab: int
-    """Number of columns of logits over all ranks, without padding columns."""
-    group: dist.ProcessGroup | None
-    """Ranks over which the columns of logits are sharded; None if this rank has all columns."""
-
-    @classmethod
-    def of(
-        cls,
-        head_VD: Tensor,
-        valid_vocab: int | None,
-        parallel: VocabParallel | None,
-        teacher_rows: bool,
-    ) -> _Columns:
-        """Return the columns of logits that this rank computes with the LM head ``head_VD``.
-
-        ``valid_vocab`` is the number of columns without padding; None means all columns. ``teacher_rows``: whether the
-        targets have the type ``TeacherRows``, which a sharded head does not support. Raises ``UserError`` on all ranks
-        if an argument or the number of ranks is invalid for this head.
-        """
-        columns = head_VD.shape[0]
-        if parallel is None:
-            vocab = checks.check_vocab(columns, valid_vocab)
-            return cls(min(columns, vocab), 0, columns, vocab, None)
-        ranks = dist.get_world_size(parallel.group)
-        vocab = checks.check_vocab(parallel.vocab, valid_vocab)
-        checks.check_vocab_parallel(parallel.vocab, ranks, vocab, teacher_rows)
-        own = min(columns, vocab - parallel.first)
-        return cls(own, parallel.first, -(-parallel.vocab // ranks), vocab, parallel.group)
-
-
 @cache
 def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the ids of the stop tokens as an int64 tensor on ``device``.
@@ -203,13 +159,14 @@ def _stop_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-def _head_gradient(head_VD: Tensor, own: int, dtype: torch.dtype) -> Tensor:
+def _head_gradient(head_VD: Tensor, student: Projection) -> Tensor:
     """Return a buffer for the gradient of the LM head's weight.
 
-    The first ``own`` rows are uninitialised; the remaining rows are vocabulary padding and have gradient 0.
+    The rows that the matmuls of ``student`` write are uninitialised; the other rows are vocabulary padding and have
+    gradient 0.
     """
-    d_head_VD = torch.empty_like(head_VD, dtype=dtype)
-    d_head_VD[own:] = 0
+    d_head_VD = torch.empty_like(head_VD, dtype=student.dtype)
+    d_head_VD[student.columns :] = 0
     return d_head_VD
 
 
@@ -239,7 +196,7 @@ def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
 class _Loop:
     """Inputs and gradient buffers of the loss over all chunks of rows; ``run`` processes one chunk.
 
-    ``d_hidden_ND`` and ``d_head_VD`` are the gradients of hidden states and LM head; None if a gradient is not needed.
+    ``d_hidden_ND`` and ``d_head_PD`` are the gradients of hidden states and LM head; None if a gradient is not needed.
     """
 
     loss_pass: LossPass
@@ -250,13 +207,13 @@ class _Loop:
     sampled: SampledLogprobs
     stop_ids: Tensor
     d_hidden_ND: Tensor | None
-    d_head_VD: Tensor | None
+    d_head_PD: Tensor | None
 
     def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
         """Compute loss and gradients of a chunk of C rows, and return metrics.
 
         The result is a dict from metric name to values [C]. The gradient of the hidden states is written to
-        ``d_hidden_ND``. The gradient of the head's weight is added to ``d_head_VD``, or overwrites it if ``first``
+        ``d_hidden_ND``. The gradient of the head's weight is added to ``d_head_PD``, or overwrites it if ``first``
         (this is the first chunk).
         """
         # Compute the teacher's top-k first: it may use the same buffer as the student's logits.
@@ -270,15 +227,16 @@ class _Loop:
         if topk is None:
             assert self.targets.student_topk is not None
             topk, is_top1_CK = self.targets.student_topk(rows, z_CV)
-        own_ids_CK = self._own_ids(topk.ids_NK, z_CV.shape[1])
+        columns = self.loss_pass.columns
+        own_ids_CK = columns.own_ids(topk.ids_NK)
         reduced = self.loss_pass.kernels.reduce(
             z_CV,
             own_ids_CK,
             self.loss_pass.temperature,
             self.loss_pass.scratch,
-            self.student.head_VD.dtype,
+            self.student.head_PD.dtype,
         )
-        summary, read_CE = combine(reduced.local, topk.ids_NK, own_ids_CK, read_CE, self.sampled.group)
+        summary, read_CE = combine(reduced.local, topk.ids_NK, own_ids_CK, read_CE, columns.group)
         outcomes, tokens, loss_config = (
             summary.outcomes,
             self.sampled.tokens(rows),
@@ -324,8 +282,10 @@ class _Loop:
             self._factor(rows),
             self.sampled.tokens(rows),
             self.stop_ids,
+            self.loss_pass.columns,
             self.loss_pass.scratch,
         )
+        read_CE = self.loss_pass.columns.sum(read_CE)
         if self._needs_gradient:
             self._add_gradients(rows, hidden_CD, found.gradient_CV, first)
         metrics = {"loss": found.kl_C * self.weight_N[rows]} | found.metrics.by_name()
@@ -333,7 +293,7 @@ class _Loop:
 
     @property
     def _needs_gradient(self) -> bool:
-        return not (self.d_hidden_ND is None and self.d_head_VD is None)
+        return not (self.d_hidden_ND is None and self.d_head_PD is None)
 
     def _factor(self, rows: Rows) -> Tensor:
         """Return weight / temperature of each row of the chunk ``rows``, [C].
@@ -348,26 +308,15 @@ class _Loop:
         dtype = self.loss_pass.kernels.logits_dtype(self.student.dtype, rounded)
         return self.student.logits(hidden_CD, self.loss_pass.scratch.get("logits", len(hidden_CD), dtype))
 
-    def _own_ids(self, ids_CK: Tensor, columns: int) -> Tensor:
-        """Convert token ids to column numbers of this rank's logits; -1 for padding and tokens of other ranks.
-
-        ``columns`` is the number of columns of logits on this rank.
-        """
-        if self.sampled.group is None:
-            return ids_CK
-        own_CK = ids_CK - self.sampled.first
-        return own_CK.masked_fill((own_CK < 0) | (own_CK >= columns), -1)
-
     def _add_gradients(self, rows: Rows, hidden_CD: Tensor, gradient_CV: Tensor, first: bool) -> None:
-        gradient_CV = self.student.cast(gradient_CV)
+        gradient_CP = self.student.cast(gradient_CV)
         if self.d_hidden_ND is not None:
-            sharded = self.sampled.group is not None  # round once, after the sum over ranks
-            d_hidden_CD = self.student.hidden_gradient(gradient_CV, wide=sharded)
-            if sharded:
-                dist.all_reduce(d_hidden_CD, group=self.sampled.group)
+            columns = self.loss_pass.columns
+            wide = columns.group is not None  # round once, after the sum over ranks
+            d_hidden_CD = columns.sum(self.student.hidden_gradient(gradient_CP, wide))
             self.d_hidden_ND[rows] = d_hidden_CD.to(self.d_hidden_ND.dtype)
-        if self.d_head_VD is not None:
-            self.student.add_head_gradient(gradient_CV, hidden_CD, self.d_head_VD, first)
+        if self.d_head_PD is not None:
+            self.student.add_head_gradient(gradient_CP, hidden_CD, self.d_head_PD, first)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -421,15 +370,16 @@ def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tenso
     return scaled
 
 
-def _chunks(weight_N: Tensor, chunk_rows: int) -> list[Rows]:
+def _chunks(weight_N: Tensor, kept_M: Tensor | None, chunk_rows: int) -> list[Rows]:
     """Return the rows of nonzero weight, split into chunks of at most ``chunk_rows`` rows.
 
-    If all rows have weight 0, the result is one empty chunk, so that the loss still returns all metric names.
+    ``kept_M``: the indices of these rows; None: they are read from ``weight_N``. If all rows have weight 0, the result
+    is one empty chunk, so that the loss still returns all metric names.
     """
-    kept_N = weight_N.detach().nonzero().squeeze(1)
-    if kept_N.numel() < weight_N.numel():
-        return list(torch.split(kept_N, chunk_rows))
-    return [slice(start, min(start + chunk_rows, len(kept_N))) for start in range(0, max(len(kept_N), 1), chunk_rows)]
+    kept_M = weight_N.detach().nonzero().squeeze(1) if kept_M is None else kept_M
+    if len(kept_M) < len(weight_N):
+        return list(torch.split(kept_M, chunk_rows))
+    return [slice(start, min(start + chunk_rows, len(kept_M))) for start in range(0, max(len(kept_M), 1), chunk_rows)]
 
 
 def _length(chunk: Rows) -> int:

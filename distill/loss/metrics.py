@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from distill.loss.columns import Columns
 from distill.loss.divergences import Outcomes, Tokens, bucket_kls, entropy
 from distill.loss.topk_reduction import Rows, Scratch
 from distill.types import Stats, TopK
@@ -113,6 +113,7 @@ class StatsSum:
         """Return a dict from metric name to (sum over rows, number of rows).
 
         For ``sampler_logprob_diff_max`` the pair is (maximum of ``sampler_logprob_diff``, 1), or (0, 0) without rows.
+        Rows without a log-prob of the sampler (nan) do not count in these two metrics.
         """
         stats: Stats = {}
         for name in self._rows:
@@ -120,8 +121,11 @@ class StatsSum:
             stats[name] = (values_N.sum(dtype=torch.float64), float(values_N.numel()))
         if "sampler_logprob_diff" in stats:
             diff_N = self.rows("sampler_logprob_diff").double()
-            highest = diff_N.max() if diff_N.numel() else diff_N.sum()
-            stats["sampler_logprob_diff_max"] = (highest, float(diff_N.numel() > 0))
+            missing_N = diff_N.isnan()
+            count = (~missing_N).sum()  # a tensor, so that the host does not wait for the device
+            diff_N = diff_N.masked_fill(missing_N, 0.0)
+            stats["sampler_logprob_diff"] = (diff_N.sum(), count)
+            stats["sampler_logprob_diff_max"] = (diff_N.max() if diff_N.numel() else diff_N.sum(), count > 0)
         return stats
 
 
@@ -132,7 +136,10 @@ class Sampled:
     ids_N: Tensor
     """int64 [N]: ids of the sampled tokens."""
     logprobs_N: Tensor
-    """float32 [N]: the sampler's log-probs of the sampled tokens, in nats, at the sampling temperature."""
+    """float32 [N]: the sampler's log-probs of the sampled tokens, in nats, at the sampling temperature.
+
+    nan in rows whose log-prob the sampler did not compute; not allowed with ``loss_fn.kl_type=sampled``.
+    """
     temperature: float
     """Temperature of the sampler; also the temperature of the loss if ``loss_fn.temperature`` is null."""
 
@@ -149,10 +156,8 @@ class SampledLogprobs:
     """The sampled tokens; None disables the metrics of sampled tokens."""
     temperature: float
     """Temperature that divides the logits in the loss; may differ from the sampling temperature."""
-    first: int
-    """Token id of the first column of logits on this rank; 0 if the LM head is not sharded."""
-    group: dist.ProcessGroup | None
-    """Ranks over which the columns of logits are sharded; None if this rank has all columns."""
+    columns: Columns
+    """The columns of logits that this rank computes."""
 
     def tokens(self, rows: Rows) -> Tokens | None:
         """Return the sampled tokens of a chunk of rows, or None if ``sampled`` is None."""
@@ -162,27 +167,24 @@ class SampledLogprobs:
     def read(self, z_CV: Tensor, rows: Rows, scratch: Scratch, dtype: torch.dtype) -> Tensor:
         """Return this rank's contribution to the log-probs of the sampled tokens: E numbers per row, [C, E].
 
-        The caller sums the result over the ranks of ``group`` and passes the sum to ``metrics``. ``z_CV`` has the
-        student's raw logits, not divided by a temperature, and is not modified. Below, z is a logit divided by the
+        The caller sums the result over the ranks of ``columns.group`` and passes the sum to ``metrics``. ``z_CV`` has
+        the student's raw logits, not divided by a temperature, and is not modified. Below, z is a logit divided by the
         sampling temperature, y the sampled token, and m the largest z of the row over all ranks.
 
         - Without sampled tokens, E is 0.
         - If the loss uses the sampling temperature, E is 1: z_y, or 0 if y is a column of another rank.
         - Otherwise E is 2. The first number is z_y - m, or 0 if y is a column of another rank. The second number is the
-          sum of exp(z - m) over this rank's columns. Only in this case the method is collective over ``group``.
+          sum of exp(z - m) over this rank's columns. Only in this case the method is collective over ``columns.group``.
         """
         if self.sampled is None:
             return torch.zeros(len(z_CV), 0, dtype=dtype, device=z_CV.device)
-        columns_C = self.sampled.ids_N[rows].long() - self.first
-        here_C = (columns_C >= 0) & (columns_C < z_CV.shape[1])
-        columns_C1 = columns_C.masked_fill(~here_C, 0).unsqueeze(1)
-        chosen_C = z_CV.gather(1, columns_C1).squeeze(1).to(dtype) / self.sampled.temperature
+        columns_C = self.columns.own_ids(self.sampled.ids_N[rows].long())
+        here_C = columns_C >= 0
+        chosen_C = z_CV.gather(1, columns_C.clamp(min=0).unsqueeze(1)).squeeze(1).to(dtype) / self.sampled.temperature
         if self.sampled.temperature == self.temperature:
             return chosen_C.masked_fill(~here_C, 0.0).unsqueeze(1)
         spare_CV = scratch.get("spare", len(z_CV), dtype).copy_(z_CV).div_(self.sampled.temperature)
-        top_C = spare_CV.amax(dim=1)
-        if self.group is not None:
-            dist.all_reduce(top_C, op=dist.ReduceOp.MAX, group=self.group)
+        top_C = self.columns.max(spare_CV.amax(dim=1))
         chosen_C = (chosen_C - top_C).masked_fill(~here_C, 0.0)
         return torch.stack([chosen_C, spare_CV.sub_(top_C.unsqueeze(1)).exp_().sum(dim=1)], dim=1)
 
@@ -191,8 +193,8 @@ class SampledLogprobs:
 
         The first is the trainer's log-prob of the sampled token. The second is the absolute difference between this
         log-prob and the sampler's log-prob. Without sampled tokens the dict is empty. ``read_CE`` is the result of
-        ``read``, summed over the ranks of ``group``. ``shift_C + lse_C`` is logsumexp(z / T), with the student's logits
-        z and the loss's temperature T. These two arguments are used only if T is the sampling temperature.
+        ``read``, summed over the ranks. ``shift_C + lse_C`` is logsumexp(z / T), with the student's logits z and the
+        loss's temperature T. These two arguments are used only if T is the sampling temperature.
         """
         if self.sampled is None:
             return {}

@@ -32,21 +32,22 @@ Rows = slice | Tensor
 class Scratch:
     """Named [C, V] buffers that all chunks of rows of one call of the loss reuse.
 
-    On a CPU, allocating new memory for every chunk would take longer than the computation.
+    On a CPU, allocating new memory for every chunk would take longer than the computation. The buffers have
+    ``columns`` columns, at least ``vocab``; ``lm_head.with_padding`` returns a view of all of them.
     """
 
-    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
-        self._shape = (rows, vocab)
+    def __init__(self, rows: int, vocab: int, columns: int, device: torch.device) -> None:
+        self._shape = (rows, vocab, columns)
         self._device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Return the first ``rows`` rows of the buffer with this name and dtype; the first call allocates it."""
+        """Return [``rows``, V] of the buffer with this name and dtype; the first call allocates it."""
         held = self._buffers.get((name, dtype))
         if held is None:
-            count, vocab = self._shape
+            count, vocab, columns = self._shape
             # Kernels use 16-byte loads if every row starts at a multiple of 16 bytes.
-            stride = -(-vocab // 16) * 16 if self._device.type == "cuda" else vocab
+            stride = -(-columns // 16) * 16 if self._device.type == "cuda" else columns
             held = torch.empty(count, stride, dtype=dtype, device=self._device)[:, :vocab]
             self._buffers[name, dtype] = held
         return held[:rows]
@@ -164,9 +165,9 @@ class LogitsKernels(Protocol):
         """
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits of each row, int32 or int64 [C, k], unordered.
+        """Return the columns of the k largest logits of each row, int32 or int64 [C, k], unordered.
 
-        Does not modify ``z_CV``.
+        Of several logits that equal the k-th largest, those in the lowest columns are kept. Does not modify ``z_CV``.
         """
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
@@ -197,8 +198,14 @@ class TorchKernels:
         return reduce_in_place(z_CV, ids_CK, scratch.get("spare", len(z_CV), z_CV.dtype))
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
-        """Return the ids of the k largest logits of each row, [C, k]."""
-        return z_CV.topk(k, dim=1).indices
+        """Return the columns of the k largest logits of each row, [C, k], and the lowest of equal ones."""
+        if k == z_CV.shape[1]:
+            return z_CV.topk(k, dim=1).indices
+        # PyTorch does not specify which of equal logits it returns; one more value shows whether a row has this choice.
+        values_CK, columns_CK = z_CV.topk(k + 1, dim=1)
+        kth_C1, next_C1 = values_CK[:, k - 1 : k], values_CK[:, k:]
+        tied_C1 = kth_C1.masked_fill(kth_C1 != next_C1, torch.nan)
+        return _lowest_of_ties(z_CV, values_CK[:, :k], columns_CK[:, :k], tied_C1)
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
         """Return None: PyTorch has no single kernel for top-k, log tail mass and entropy."""
@@ -270,6 +277,20 @@ class TritonKernels:
         from distill.kernels.topk import topk_with_tail
 
         return TopK(*topk_with_tail(z_CV, k, 1 / temperature))
+
+
+def _lowest_of_ties(z_CV: Tensor, values_CK: Tensor, columns_CK: Tensor, tied_C1: Tensor) -> Tensor:
+    """Return the columns of a top-k, in which logits that equal ``tied_C1`` have the lowest possible columns.
+
+    ``values_CK`` and ``columns_CK`` are a top-k of each row of ``z_CV``. ``tied_C1`` is a logit, or NaN for a row that
+    remains unchanged.
+    """
+    if bool(tied_C1.isnan().all()):
+        return columns_CK
+    tied_CK = values_CK == tied_C1
+    row_T, column_T = (z_CV == tied_C1).nonzero(as_tuple=True)
+    rank_T = torch.arange(len(row_T), device=row_T.device) - torch.searchsorted(row_T, row_T)
+    return columns_CK.masked_scatter(tied_CK, column_T[rank_T < tied_CK.sum(dim=1)[row_T]])
 
 
 def choose_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> LogitsKernels:

@@ -15,6 +15,7 @@ from distill.config import Config
 from distill.distributed.world import World
 from distill.errors import UserError, any_of
 from distill.memory.phases import Lines, StepMemory
+from distill.memory.reserve import reserve
 from distill.memory.shapes import ModelShape, check_shapes, find_config, find_shape, shape_of
 from distill.model.tensor_parallel import check_tensor_parallel
 
@@ -26,11 +27,8 @@ CARD_SHARE = 0.98
 
 Drivers report a total memory of 0.985 to 0.99 times N GiB.
 """
-RESERVE = 3 * GIB
-"""Bytes that the forecast adds to each phase on a GPU, for memory use that it cannot predict.
-
-Examples are the CUDA context, NCCL buffers, matmul workspaces, CUDA graphs of the generation engine, and fragmentation.
-"""
+ENGINE = ("engine weights", "engine cache")
+"""Purposes of memory that belong to the generation engine."""
 
 _CARDS_GB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
 """Memory of common GPUs in GB."""
@@ -78,10 +76,13 @@ class Forecast:
     phases: dict[str, Lines]
     """Maps each phase to its memory table, which maps a purpose, such as "gradients", to bytes per rank.
 
-    The table is for the point in time at which the phase uses the most device memory.
+    The table is for the point in time at which the phase uses the most device memory. The line "reserve" is the
+    estimate of ``distill.memory.reserve`` for memory outside the trainer's tensors.
     """
+    trainer: dict[str, Lines]
+    """Maps each phase to the memory table at the peak of the trainer's tensors, without engine and reserve."""
     host: Lines
-    """Maps each purpose of pinned host memory to bytes per rank; empty without a GPU."""
+    """Maps each purpose of host memory to bytes per rank; empty without a GPU."""
     window_cache: int
     """Bytes per rank of the key-value cache for one sequence of the maximum length.
 
@@ -96,6 +97,10 @@ class Forecast:
     def total(self, phase: str) -> int:
         """Return the predicted peak device memory of ``phase`` in bytes per rank."""
         return sum(self.phases[phase].values())
+
+    def tensors(self, phase: str) -> int:
+        """Return the predicted peak of ``phase`` in bytes per rank without the reserve."""
+        return self.total(phase) - self.phases[phase].get("reserve", 0)
 
     def fits(self, card: int) -> bool:
         """Return whether each phase, and vLLM's cache for one sequence, fit a GPU with ``card`` bytes of memory."""
@@ -167,7 +172,7 @@ def _is_set(config: Config, remedy: str) -> bool:
     ``remedy`` has the form ``key=true`` or ``key``. For the form ``key`` the result is always False.
     """
     key, _, value = remedy.rpartition(".")[2].partition("=")
-    return value == "true" and bool(getattr(config.policy.dtensor_cfg, key))
+    return value == "true" and getattr(config.policy.dtensor_cfg, key) in (True, "auto")
 
 
 def card_bytes(gigabytes: float) -> int:
@@ -251,17 +256,35 @@ def predict(
     if config.cluster.gpu_memory_gb is not None:
         card = card_bytes(config.cluster.gpu_memory_gb)
     memory = StepMemory(config, student, teacher, cuda, card)
-    candidates = (memory.sync_phase(), memory.generation_phase(), memory.teacher_phase(), memory.training_phase())
-    peaks = {
-        phase: max(tables, key=lambda lines: sum(lines.values()))
-        for phase, tables in zip(PHASES, candidates, strict=True)
-    }
+    tables = dict(
+        zip(
+            PHASES,
+            (memory.sync_phase(), memory.generation_phase(), memory.teacher_phase(), memory.training_phase()),
+            strict=True,
+        )
+    )
+    trainer = {phase: max(map(_without_engine, found), key=_sum) for phase, found in tables.items()}
     if not cuda:
-        return Forecast(memory.about, peaks, {}, memory.window_cache())
-    phases = {phase: lines | {"reserve": RESERVE} for phase, lines in peaks.items()}
+        phases = {phase: max(found, key=_sum) for phase, found in tables.items()}
+        return Forecast(memory.about, phases, trainer, {}, memory.window_cache())
+    phases = {phase: max((_with_reserve(config, t) for t in found), key=_sum) for phase, found in tables.items()}
     generation = config.policy.generation
     share = generation.vllm_cfg.gpu_memory_utilization if card is None and generation.backend == "vllm" else None
-    return Forecast(memory.about, phases, memory.host(), memory.window_cache(), share)
+    return Forecast(memory.about, phases, trainer, memory.host(), memory.window_cache(), share)
+
+
+def _sum(lines: Lines) -> int:
+    return sum(lines.values())
+
+
+def _without_engine(lines: Lines) -> Lines:
+    return {purpose: size for purpose, size in lines.items() if purpose not in ENGINE}
+
+
+def _with_reserve(config: Config, lines: Lines) -> Lines:
+    asleep = not any(purpose in lines for purpose in ENGINE)
+    parts = reserve(config, _sum(_without_engine(lines)), asleep)
+    return lines | {"reserve": sum(parts.values())}
 
 
 def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, world: World) -> None:
@@ -270,7 +293,8 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     The logged measurement is the maximum over ranks in GiB. Call this function after the second step of the process,
     because the first step allocates the optimizer state. ``measured`` maps a phase name of ``distill.metrics.phases``
     to this rank's peak in bytes. ``pool_bytes``: size of the generation engine's memory pool. The pool is free in the
-    teacher and training phases, but torch still counts it as allocated, so it is subtracted from their peaks.
+    teacher and training phases, but torch still counts it as allocated, so it is subtracted from their peaks. The
+    forecast is without the reserve, because torch does not count the memory outside of tensors.
     """
     sleeping = {"teacher", "training"}
     own = {
@@ -281,7 +305,7 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     everyone = world.gather(own)
     method = "memory allocated by torch" if world.device.type == "cuda" else "resident memory of the process"
     largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
-    numbers = (f"{phase} {value:.1f} ({forecast.total(phase) / GIB:.1f})" for phase, value in largest.items())
+    numbers = (f"{phase} {value:.1f} ({forecast.tensors(phase) / GIB:.1f})" for phase, value in largest.items())
     if world.is_main:
         log.info(
             "peak %s in each phase of the second step after the start, in GiB (maximum over all ranks; forecast in"

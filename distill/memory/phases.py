@@ -15,45 +15,22 @@ from __future__ import annotations
 from distill.config import Config
 from distill.loss.full_vocab import buffers_of
 from distill.loss.targets import chunk_buffers, rows_within_budget
-from distill.memory.shapes import ModelShape, teacher_group
+from distill.memory.layers import backward_workspace, forward_workspace, kept_by_layer
+from distill.memory.shapes import ModelShape, shard_sizes, teacher_group
+from distill.model.host_offload import pinned_blocks
 from distill.model.student import DTYPES
 
 CPU_CACHE = 2**29
 """Size in bytes of vLLM's key-value cache on a machine without a GPU."""
 
+_INT64 = 8
+_ROW_VALUES = 32
+"""Bytes per response token of a micro-batch, outside of both models' inputs: three int64 and two float32 tensors."""
+_TENSOR_PADDING = 20 * 256
+"""Bytes per micro-batch by which the alignment of its tensors, and its sequence lengths, can exceed the values."""
+
 Lines = dict[str, int]
 """A table of memory: maps a purpose, such as "gradients", to bytes per rank."""
-
-
-def saved_by_layer(shape: ModelShape, b: int, tp: int = 1) -> int:
-    """Return the bytes per token position that autograd saves for the backward of one layer.
-
-    ``b``: bytes per element of the compute dtype; ``tp``: tensor-parallel size. The number applies to training without
-    activation checkpointing, and to the layers of the transformers library. Each norm saves its float32 input, and its
-    output before and after the multiplication by the weight. Attention saves queries, keys, values, and two copies of
-    its output: the result of the attention kernel, and the input of the output projection. The MLP saves four tensors
-    of its intermediate size. The norms of queries and keys save the same tensors as other norms.
-    """
-    queries, keys = shape.heads * shape.head_dim // tp, shape.kv_heads * shape.head_dim // tp
-    normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
-    statistics = 4 * shape.heads // tp
-    return (
-        2 * (4 + 2 * b) * shape.hidden
-        + normalised
-        + b * (3 * queries + 2 * keys)
-        + statistics
-        + 4 * b * shape.intermediate // tp
-    )
-
-
-def read_by_layer(shape: ModelShape, b: int) -> int:
-    """Return the peak bytes per token position in the forward of one layer under ``torch.no_grad``.
-
-    The peak is the residual stream plus the larger of two parts: the MLP's intermediate tensors, or the queries with
-    their float32 norm. ``b``: bytes per element of the compute dtype.
-    """
-    queries = shape.heads * shape.head_dim
-    return max(3 * b * shape.intermediate, (8 + b) * queries) + 2 * b * shape.hidden
 
 
 class StepMemory:
@@ -75,7 +52,19 @@ class StepMemory:
         self.triton = cuda and config.loss_fn.backend != "torch"
         self.offloads = cuda and config.runtime.offload_optimizer
         self.on_host = cuda and policy.dtensor_cfg.cpu_offload
-        self.tokens, self.teacher_tokens = _pack_tokens(config, self.dp)
+        self.fsdp = self.shards // self.tp
+        fused = config.runtime.fused_layers
+        self.fused = cuda if fused is None else fused
+        self.batches = (
+            config.distillation.num_prompts_per_step
+            * config.distillation.num_generations_per_prompt
+            // policy.train_global_batch_size
+        )
+        loop = config.distillation
+        self.responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
+        self.tokens, self.teacher_tokens = _pack_tokens(config, self.dp, self.responses)
+        window, responses = policy.max_total_sequence_length, -(-policy.train_global_batch_size // self.dp)
+        self.single = self.tokens >= responses * window
         self.about = (
             f"student {student.name} ({student.parameters / 1e9:.2f} B parameters), teacher {teacher.name}"
             f" ({teacher.parameters / 1e9:.2f} B parameters, {config.teacher.precision})",
@@ -85,16 +74,16 @@ class StepMemory:
 
     # ---- memory that several phases use ----
 
-    def kept(self, training: bool = False) -> Lines:
+    def kept(self, moments: bool | None = None) -> Lines:
         """Return the memory that stays allocated during a complete phase, as a dict from purpose to bytes.
 
-        Most of it is the student's float32 weight shards. ``training``: whether the phase is training. AdamW's two
-        moments are on the device during training, and in other phases if they are not offloaded. Without a GPU the
-        teacher and the engine always stay in memory.
+        Most of it is the student's float32 weight shards. ``moments``: whether AdamW's two moments are on the device;
+        None: they are, unless they are offloaded. Without a GPU the teacher and the engine always stay in memory.
         """
-        weights = 0 if self.on_host else 4 * self.student.parameters // self.shards
-        moments_here = not self.on_host and (training or not self.offloads)
-        lines = {"master weights": weights, "optimizer state": 2 * weights if moments_here else 0}
+        weights = 0 if self.on_host else 4 * self.student_shard
+        if moments is None:
+            moments = not self.offloads
+        lines = {"master weights": weights, "optimizer state": 2 * weights if moments else 0}
         context = self.config.distillation.context_distillation
         if context.enabled and context.mode == "self_ema":
             lines["teacher average"] = weights  # FollowingTeacher keeps it on the student's shards
@@ -103,22 +92,40 @@ class StepMemory:
         return lines
 
     @property
+    def student_shard(self) -> int:
+        """Return the number of the student's weights on one rank."""
+        return sum(shard_sizes(self.student, self.fsdp, self.tp))
+
+    @property
     def teacher_shards(self) -> int:
         """Return the bytes per rank of the teacher's sharded weights, stored in ``teacher.precision``."""
-        return self.teacher_b * self.teacher.parameters // self.shards
+        return self.teacher_b * sum(shard_sizes(self.teacher, self.shards))
 
-    def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool) -> Lines:
+    def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool, layers: int = 2) -> Lines:
         """Return the memory of parameters that FSDP gathers at the same time, as a dict from purpose to bytes.
 
         ``b`` is the number of bytes per parameter. ``stays``: whether layers stay gathered after their forward
-        (reshard_after_forward=false). If so, all layers are gathered, otherwise the current and the prefetched layer.
+        (reshard_after_forward=false). If so, all layers are gathered. ``layers``: number of buffers of a layer's size
+        that are in memory: on GPUs, FSDP keeps the result of a gather until the next gather has been copied to the
+        parameters. A layer at work thus has two buffers, and three exist for a moment when the next layer is gathered.
         Embedding, head and last norm are gathered during the complete pass.
         """
-        layers = shape.layers if stays else min(2, shape.layers)
+        layers = shape.layers + layers - 1 if stays else min(layers, shape.layers + 1)
         return {
             "gathered layers": layers * b * shape.layer // tp,
             "gathered embeddings": b * shape.root // tp,
         }
+
+    def start(self, shape: ModelShape, b: int, tp: int, casts: bool) -> Lines:
+        """Return the gathered memory at the start of a pass, when the first layer is gathered.
+
+        The result of the gather of embedding, head and last norm is still in memory, in addition to these parameters.
+        ``casts``: whether the shards are cast to the compute dtype before they are gathered.
+        """
+        if not self.cuda:
+            return self.gathered(shape, b, tp, stays=False)
+        copy = b * shape.root // (tp * self.fsdp) if casts else 0
+        return {"gathered layers": 2 * b * shape.layer // tp, "gathered embeddings": 2 * b * shape.root // tp + copy}
 
     def engine_lines(self) -> Lines:
         """Return the memory of the awake generation engine, as a dict from purpose to bytes.
@@ -153,13 +160,12 @@ class StepMemory:
         The targets are the teacher's outputs that the loss compares to the student. They stay on the device until the
         student has trained on them. For each response token they are K token ids (int32), K log-probs, the log of the
         remaining probability, and the entropy (all float32). If ``returns_rows`` is True, the target of a response
-        token is a hidden state of the teacher instead, and each rank also keeps a copy of the teacher's LM head.
+        token is a hidden state of the teacher instead, and each rank also keeps its part of the teacher's LM head.
         """
         loop, shape = self.config.distillation, self.teacher
-        responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
-        rows = -(-responses * self.longest_response() // self.cp)
+        rows = -(-self.responses * self.longest_response() // self.cp)
         if self.returns_rows:
-            return {"targets": self.teacher_b * shape.hidden * (rows + shape.vocab)}
+            return {"targets": self.teacher_b * shape.hidden * (rows + -(-shape.vocab // self.tp))}
         return {"targets": 8 * (loop.topk_logits_k + 1) * rows}
 
     @property
@@ -185,100 +191,154 @@ class StepMemory:
     # ---- memory at the candidates for the peak of each phase ----
 
     def sync_phase(self) -> list[Lines]:
-        """Return two memory tables, one for each possible peak of the sync: weight transfer, and verification.
+        """Return memory tables for the possible peaks of the sync: its start, weight transfer, and verification.
 
-        Weights are sent to the engine in buckets, which are groups of tensors. Two buckets are in memory at the same
-        time, each with complete tensors and this rank's shards of these tensors. A bucket is at least as large as the
-        largest tensor. The verification runs a forward of the student while the engine is awake.
+        At the start the optimizer's moments are still on the device, and the engine sleeps. Weights are sent to the
+        engine in buckets, which are groups of tensors. Two buckets are in memory at the same time, each with complete
+        tensors and this rank's shards of these tensors, and a copy of one tensor. A bucket is larger than
+        ``runtime.sync_bucket_mib`` if it consists of one larger tensor, such as the embedding; the bucket after it is
+        not. With tensor parallelism, the parts of a tensor are copied first, and then joined in a second copy. The
+        verification runs a forward of the student while the engine is awake, but only in float32.
         """
         policy, shape = self.config.policy, self.student
-        bucket = max(self.config.runtime.sync_bucket_mib * 2**20, self.b * shape.embedding)
-        bucket = min(bucket, self.b * shape.parameters)
+        largest, rest = self.b * shape.embedding, self.b * shape.layers * shape.layer
+        bucket = min(self.config.runtime.sync_bucket_mib * 2**20, rest)
+        both = max(largest, bucket) + bucket
         awake = self.engine_lines()
         weights = {"engine weights": awake["engine weights"]}
-        gathered = self.gathered(shape, self.b, self.tp, not policy.dtensor_cfg.reshard_after_forward)
-        buckets = {"sync buckets": 2 * (bucket + bucket // self.shards)}
-        return [self.kept() | weights | buckets, self.kept() | awake | gathered]
+        buckets = {"sync buckets": both + both // self.shards + largest * (2 if self.tp > 1 else 1)}
+        stays = not policy.dtensor_cfg.reshard_after_forward
+        tables = [self.kept(moments=not self.on_host), self.kept() | weights | buckets, self.kept() | awake]
+        if policy.precision != "float32":
+            return tables
+        return [
+            *tables,
+            self.kept() | awake | self.start(shape, self.b, self.tp, casts=True),
+            self.kept() | awake | self.gathered(shape, self.b, self.tp, stays, layers=3 if self.cuda else 2),
+        ]
 
     def generation_phase(self) -> list[Lines]:
         """Return one memory table: the generation engine, and memory that is always allocated (see ``kept``)."""
         return [self.kept() | self.engine_lines()]
 
     def teacher_phase(self) -> list[Lines]:
-        """Return two memory tables, one for each possible peak of the teacher phase: a layer, and the logits.
+        """Return memory tables for the possible peaks of the teacher phase: its start, a layer, and the logits.
 
-        The first is for the forward of a layer, the second for the top-k of a chunk of logits. A teacher group is a set
-        of ranks that combine their micro-batches and compute the teacher's forward on them together. The number of
-        token positions per rank therefore does not depend on the size of the group. Logits are float32; without Triton,
-        the top-k needs a second buffer of the same size.
+        A teacher group is a set of ranks that combine their micro-batches and compute the teacher's forward on them
+        together. The number of token positions per rank therefore does not depend on the size of the group. Logits are
+        float32; without Triton, the top-k needs a second buffer of the same size. If one pack has all responses of a
+        step, no targets exist before its logits.
         """
         config, shape, b = self.config, self.teacher, self.teacher_b
         positions = -(-self.teacher_tokens // (self.tp * self.cp))
         stays = not config.teacher.dtensor_cfg.reshard_after_forward
-        lines = self.kept() | {"teacher shards": self.teacher_shards} | self.targets()
-        lines |= self.gathered(shape, b, 1, stays)
+        lines = self.kept() | {"teacher shards": self.teacher_shards} | self.packs()
+        is_only_pack = self.teacher_tokens >= self.responses * _teacher_window(config)
+        before = lines if is_only_pack else lines | self.targets()
         rows = self.chunk(config.teacher.logprob_chunk_size, positions, shape.vocab)
         logits = 0 if self.returns_rows else (4 if self.triton else 8) * rows * shape.vocab
+        layer = forward_workspace(shape, b, self.fused) + 2 * b * shape.hidden
         return [
+            before | self.start(shape, b, 1, casts=False) | {"teacher workspace": b * shape.hidden * positions},
+            before
+            | self.gathered(shape, b, 1, stays, layers=3 if self.cuda else 2)
+            | {"teacher workspace": 2 * b * shape.hidden * positions},
             # Also includes the input of this layer and the input of the first layer.
-            lines | {"teacher workspace": (read_by_layer(shape, b) + 2 * b * shape.hidden) * positions},
-            lines | {"teacher workspace": b * shape.hidden * positions, "logits chunk": logits},
+            before | self.gathered(shape, b, 1, stays) | {"teacher workspace": layer * positions},
+            lines
+            | self.targets()
+            | self.gathered(shape, b, 1, stays, layers=1 if self.cuda else 2)
+            | {"teacher workspace": b * shape.hidden * positions, "logits chunk": logits},
         ]
 
-    def training_phase(self) -> list[Lines]:
-        """Return three memory tables, one for each possible peak of the training phase.
+    def packs(self) -> Lines:
+        """Return the memory of a step's micro-batches, on GPUs; pinned host memory has a copy during the transfer.
 
-        The possible peaks are the loss inside the forward, a layer's backward during the gradient reduction of another
-        layer, and the gradient reduction of the root module or the optimizer step. Gradients of an earlier micro-batch
-        are assumed to exist. Activation checkpointing saves the input of each layer and recomputes one layer at a time.
-        A layer's backward needs two more tensors of the intermediate size and two of the hidden size.
+        Each model's input has token ids and positions, split over the ranks that compute it together, and one row index
+        per response token. If they are several ranks, each has the complete mapping between positions and ranks. If
+        sequences share prefixes, each has the complete mapping between sequences and positions.
+        """
+        if not self.cuda:
+            return {}
+        config, ranks, responses = self.config, self.tp * self.cp, self.responses
+        shared = config.runtime.share_prefixes and config.distillation.num_generations_per_prompt > 1
+
+        def view(tokens: int, ranks: int, members: int = 1) -> int:
+            """Return the bytes of a model's input; ``members``: micro-batches that ``ranks`` ranks compute together."""
+            complete = 2 * (ranks > 1) + 2 * shared
+            return _INT64 * members * tokens * complete + 2 * _INT64 * -(-members * tokens // ranks)
+
+        rows = responses * self.longest_response()
+        values = -(-rows * (_ROW_VALUES + _INT64) // self.cp) + -(-rows * _INT64 // ranks)
+        inputs = view(responses * config.policy.max_total_sequence_length, self.cp)
+        inputs += view(responses * _teacher_window(config), self.group, self.group // ranks)
+        return {"micro-batches": inputs + values + responses * _TENSOR_PADDING}
+
+    def training_phase(self) -> list[Lines]:
+        """Return memory tables for the possible peaks of the training phase.
+
+        The possible peaks are the start of a forward, the loss inside the forward, a layer's backward during the
+        gradient reduction of another layer, the gradient reduction of the root module, and the optimizer step.
+        Gradients of an earlier micro-batch exist, unless one micro-batch is always enough for an optimizer batch. With
+        one micro-batch, gradients grow during the backward while activations are freed. Moments are on the device from
+        the first optimizer step of a training step.
         """
         config, shape, b, tp = self.config, self.student, self.b, self.tp
         parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
+        mode, stays = parallel.recomputation, not parallel.reshard_after_forward
         positions = -(-self.tokens // self.cp)
-        saved_layer = saved_by_layer(shape, b, tp)
-        checkpointed = parallel.activation_checkpointing
-        saved = positions * (
-            shape.layers * (b * shape.hidden if checkpointed else saved_layer) + (4 + b) * shape.hidden
-        )
-        working = positions * (2 * b * (shape.intermediate // tp + shape.hidden) + (saved_layer if checkpointed else 0))
-        kept = self.kept(training=True)
-        kept |= {"gradients": kept["master weights"], **self.targets()}
-        gathered = self.gathered(shape, b, tp, not parallel.reshard_after_forward)
-        root = {"gathered embeddings": gathered["gathered embeddings"]}
+        kept_layer = kept_by_layer(shape, b, tp, self.fused, mode)
+        last_norm = (2 * b if self.fused else 4 + b) * shape.hidden
+        saved = positions * (shape.layers * kept_layer + last_norm)
+        working = positions * backward_workspace(shape, b, tp, self.fused, mode)
+        has_moments = None if self.batches == 1 else not self.on_host
+        lines = self.kept(moments=has_moments) | self.targets() | self.packs()
+        gradients = 0 if self.on_host else 4 * self.student_shard
+        before = lines | {"gradients": 0 if self.single else gradients}
+        gathered = self.gathered(shape, b, tp, stays)
         head = (shape.head or shape.embedding) // tp
         buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
         own_rows = self.chunk(own, positions, shape.vocab // tp, buffers)
-        largest = max(shape.embedding, shape.head) // self.shards
-        if config.policy.optimizer.kwargs.foreach:
-            largest = shape.parameters // self.shards
+        # While a layer's backward runs, the gradient of the layer above it is reduced in float32.
+        reduction = {"gradient reduction": (b + 4) * shape.layer // tp, "embedding gradients": b * head}
+        root = {"gathered embeddings": gathered["gathered embeddings"]}
         return [
-            kept
-            | (root if parallel.reshard_after_forward else gathered)
+            before | self.start(shape, b, tp, casts=True) | {"saved activations": positions * b * shape.hidden},
+            before
+            | self.gathered(shape, b, tp, stays, layers=1 if self.cuda else 2)
             | {
                 "saved activations": saved,
                 "response rows": 2 * b * shape.hidden * positions,
                 "logits chunk": self.logits_bytes() * own_rows * shape.vocab // tp,
                 "embedding gradients": 4 * head,
             },
-            kept
+            before | gathered | reduction | {"saved activations": saved, "layer workspace": working},
+            lines
+            | {"gradients": gradients}
             | gathered
-            | {
-                "saved activations": saved,
-                "layer workspace": working,
-                "gradient reduction": (b + 2 * 4) * shape.layer // tp,
-                "embedding gradients": b * head,
-            },
-            kept
+            | reduction
+            | {"saved activations": positions * kept_layer, "layer workspace": working},
+            lines
+            | {"gradients": gradients}
             | root
             | {
-                "gradient reduction": 4 * shape.root // tp,
-                # A tied embedding and head each have a complete gradient before the two are added.
-                "embedding gradients": b * (shape.embedding + (shape.head or shape.embedding)) // tp,
-                # Largest shard in float64 for the norm, or two float32 temporaries; with foreach, for all shards.
-                "optimizer temporaries": 0 if self.on_host else 8 * largest,
+                "gradient reduction": 4 * shape.root // tp + 4 * shape.root // self.shards,
+                "embedding gradients": b * shape.root // tp,
             },
+            self.kept(moments=not self.on_host)
+            | self.targets()
+            | self.packs()
+            | {"gradients": gradients, "optimizer temporaries": self.optimizer_temporaries()},
         ]
+
+    def optimizer_temporaries(self) -> int:
+        """Return the bytes of temporary tensors in AdamW: none if fused, one or two float32 tensors otherwise."""
+        kwargs, shape = self.config.policy.optimizer.kwargs, self.student
+        if self.on_host or (self.cuda and not kwargs.foreach and kwargs.fused is not False):
+            return 0
+        if kwargs.foreach:
+            return 4 * self.student_shard
+        return 8 * max(shape.embedding, shape.head) // self.shards
 
     def logits_bytes(self) -> int:
         """Return the bytes per logit that the loss ``fused_linear_kl`` needs for a chunk of logits.
@@ -298,37 +358,51 @@ class StepMemory:
         return own + (4 if self.returns_rows else 0)
 
     def host(self) -> Lines:
-        """Return the pinned host memory per rank, as a dict from purpose to bytes.
+        """Return the host memory per rank, as a dict from purpose to bytes, on GPUs.
 
-        The purposes are the host copy of the teacher's shards, the offloaded weights, gradients and optimizer state,
-        and a checkpoint that is being written.
+        Pinned are the host copy of the teacher's shards, the offloaded moments, and the transfer of micro-batches. With
+        cpu_offload also weights and gradients are pinned, each tensor in a block that torch rounds up to a power of
+        two. A checkpoint that is being written, and moments with cpu_offload, are in pageable memory.
         """
         context, saving = self.config.distillation.context_distillation, self.config.checkpointing
-        state = 4 * self.student.parameters // self.shards
+        state = 4 * self.student_shard
         average = state if context.enabled and context.mode == "self_ema" else 0
-        lines = {"teacher shards": self.teacher_shards}
+        lines = {"teacher shards": sum(pinned_blocks(self.teacher_shards)), **self.packs()}
         if saving.enabled:
             lines["pending checkpoint"] = state * (3 if saving.save_optimizer else 1) + average
         if self.on_host:
-            lines |= {"master weights": state, "gradients": state, "optimizer state": 2 * state}
+            pinned = self.pinned_parameters()
+            lines |= {"master weights": pinned, "gradients": pinned, "optimizer state": 2 * state}
             return lines | ({"teacher average": average} if average else {})
-        return lines | ({"optimizer state": 2 * state} if self.offloads else {})
+        return lines | ({"optimizer state": sum(pinned_blocks(2 * state))} if self.offloads else {})
+
+    def pinned_parameters(self) -> int:
+        """Return the pinned bytes of the student's float32 shards, each rounded up to a power of two."""
+        sizes = shard_sizes(self.student, self.fsdp, self.tp)
+        return sum(1 << (4 * size - 1).bit_length() for size in sizes)
 
 
-def _pack_tokens(config: Config, dp: int) -> tuple[int, int]:
-    """Return the maximum numbers of tokens in a packed micro-batch of the student and of the teacher.
+def _teacher_window(config: Config) -> int:
+    """Return the maximum number of tokens of a sequence that the teacher reads."""
+    own = config.distillation.context_distillation.enabled  # else the teacher reads the student's prompts
+    return (config.teacher if own else config.policy).max_total_sequence_length
 
-    A packed micro-batch has at most ``train_mb_tokens`` tokens, or is a single longer sequence. For this limit, each
-    response counts with the longer of its two prompts (the student's and the teacher's), so both models can reach the
-    limit. A micro-batch never has more responses than one data-parallel rank gets in an optimizer batch.
+
+def _pack_tokens(config: Config, dp: int, of_step: int) -> tuple[int, int]:
+    """Return the maximum numbers of tokens in a micro-batch of the student and in a pack of the teacher.
+
+    A micro-batch has at most ``train_mb_tokens`` tokens, or is a single longer sequence. For this limit, each response
+    counts with the longer of its two prompts (the student's and the teacher's), so both models can reach the limit. A
+    micro-batch does not have more responses than one data-parallel rank gets in an optimizer batch. A pack of the
+    teacher joins micro-batches up to ``logprob_mb_tokens``, also of several optimizer batches. It has at most the
+    ``of_step`` responses that one data-parallel rank gets in a step.
     """
-    policy, student = config.policy, config.policy.max_total_sequence_length
-    same = not config.distillation.context_distillation.enabled
-    teacher = student if same else config.teacher.max_total_sequence_length
+    policy, student, teacher = config.policy, config.policy.max_total_sequence_length, _teacher_window(config)
     responses = -(-policy.train_global_batch_size // dp)
-    for batching in (policy.sequence_packing, policy.dynamic_batching):
-        if batching.enabled:
-            budget = batching.train_mb_tokens
-            return min(max(budget, student), responses * student), min(max(budget, teacher), responses * teacher)
-    responses = min(responses, policy.train_micro_batch_size)
-    return responses * student, responses * teacher
+    budget = next((b.train_mb_tokens for b in (policy.sequence_packing, policy.dynamic_batching) if b.enabled), None)
+    if budget is None:
+        count = min(responses, policy.train_micro_batch_size)
+        tokens, own = count * student, count * teacher
+    else:
+        tokens, own = min(max(budget, student), responses * student), min(max(budget, teacher), responses * teacher)
+    return tokens, max(own, min(config.teacher.pack_tokens or 0, of_step * teacher))

@@ -9,6 +9,7 @@ import logging
 import os.path
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class ModelShape(ModelSizes):
     """Number of parameters of one transformer layer."""
     rest: int
     """Number of parameters outside layers, embedding and LM head (the last norm)."""
+    layer_tensors: tuple[tuple[int, ...], ...]
+    """Shapes of the parameters of one transformer layer."""
 
     @property
     def parameters(self) -> int:
@@ -61,9 +64,27 @@ class ModelShape(ModelSizes):
         return self.root + self.layers * self.layer
 
     @property
+    def norms(self) -> int:
+        """Return the number of norms of the hidden size in one layer: 2, or 4 for Gemma 3."""
+        return self.layer_tensors.count((self.hidden,))
+
+    @property
     def root(self) -> int:
         """Return the number of parameters in FSDP's root module: all parameters outside the layers."""
         return self.embedding + self.head + self.rest
+
+
+def shard_sizes(shape: ModelShape, fsdp: int, tp: int = 1) -> list[int]:
+    """Return the number of elements of each parameter's shard, on the rank with the largest shards.
+
+    Tensor parallelism splits matrices over ``tp`` ranks, but not norms. FSDP splits the rows of every parameter over
+    ``fsdp`` ranks.
+    """
+    root = [(shape.vocab, shape.hidden)] * (2 if shape.head else 1) + [(shape.hidden,)]
+    return [
+        -(-rows // fsdp) * prod(rest) // (tp if rest else 1)
+        for rows, *rest in [*root, *shape.layer_tensors * shape.layers]
+    ]
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
@@ -95,6 +116,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
         head=own_head,
         layer=layer_parameters,
         rest=sum(parameter.numel() for parameter in model.parameters()) - embedding - own_head - layer_parameters,
+        layer_tensors=tuple(tuple(parameter.shape) for parameter in layer.parameters()),
     )
 
 

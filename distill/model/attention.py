@@ -33,14 +33,16 @@ def packed_attention(
     packed_all_to_all: UlyssesAllToAll | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    packed_bounds_B: Tensor | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
     """Compute causal attention separately for each sequence of a packed micro-batch.
 
     ``query`` is [1, H, T, Dh]; ``key`` and ``value`` are [1, H_kv, T, Dh]: H query heads, H_kv key-value heads, T
-    positions, Dh channels per head. ``packed_bounds``: B + 1 cumulative lengths of the B sequences, from 0. Returns the
-    attention output [1, T, H, Dh], and None instead of attention weights. Creates no [T, T] mask. Applies no dropout,
-    because dropout would add noise to the student but not to the teacher.
+    positions, Dh channels per head. ``packed_bounds``: B + 1 cumulative lengths of the B sequences, from 0;
+    ``packed_bounds_B``: the same as an int32 tensor on the device, or None. Returns the attention output [1, T, H, Dh],
+    and None instead of attention weights. Creates no [T, T] mask. Applies no dropout, because dropout would add noise
+    to the student but not to the teacher.
 
     With ``packed_shared``, a prefix that several sequences share occurs only once among the T positions. The T
     positions are first expanded to the S positions of all sequences. A shared prefix has the same outputs in all
@@ -60,7 +62,7 @@ def packed_attention(
     if dtype == torch.bfloat16 and not query.is_cuda:
         # On CPUs PyTorch's bf16 kernel is half as fast as its float32 kernel and rounds intermediate results.
         query, key, value = query.float(), key.float(), value.float()
-    attended = _attend(query, key, value, packed_bounds, scaling, sliding_window).to(dtype)
+    attended = _attend(query, key, value, packed_bounds, packed_bounds_B, scaling, sliding_window).to(dtype)
     if packed_shared is not None:
         attended = attended.index_select(1, packed_shared.source_T)
     if packed_all_to_all is not None:
@@ -78,18 +80,25 @@ def _expand(heads: Tensor, expand_S: Tensor) -> Tensor:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[int, ...],
+    bounds_B: Tensor | None,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """Compute causal attention separately for each sequence, with the fastest supported kernel.
 
     ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]: H query heads, H_kv key-value heads, S
-    tokens of all sequences, Dh channels per head. ``bounds``: cumulative sequence lengths, from 0 to S. ``window``:
-    size of the sliding window in tokens, or None for full causal attention. Returns [1, S, H, Dh].
+    tokens of all sequences, Dh channels per head. ``bounds``: cumulative sequence lengths, from 0 to S. ``bounds_B``:
+    as in ``attend_packed``. ``window``: size of the sliding window in tokens, or None for full causal attention.
+    Returns [1, S, H, Dh].
     """
     assert query.shape[0] == 1 and query.shape[2] == bounds[-1], (query.shape, bounds)
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
     if supports_packed_kernel(query.dtype, query.shape[-1], capability):
-        return attend_packed(query, key, value, bounds, scaling, window)
+        return attend_packed(query, key, value, bounds, scaling, window, bounds_B)
     return attend_per_sequence(query, key, value, bounds, scaling, window)
 
 
@@ -102,18 +111,25 @@ def supports_packed_kernel(dtype: torch.dtype, channels: int, capability: tuple[
 
 
 def attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: tuple[int, ...],
+    scaling: float | None,
+    window: int | None,
+    bounds_B: Tensor | None = None,
 ) -> Tensor:
     """Compute the causal attention of all sequences in one flash-attention call.
 
     ``query`` is [1, H, S, Dh]; ``key`` and ``value`` are [1, H_kv, S, Dh]: H query heads, H_kv key-value heads, S
     tokens of all sequences, Dh channels per head. ``bounds``: cumulative sequence lengths, from 0 to S. ``window``:
-    size of the sliding window in tokens, or None for full causal attention. Returns [1, S, H, Dh].
+    size of the sliding window in tokens, or None for full causal attention. ``bounds_B``: ``bounds`` as an int32 tensor
+    [B + 1] on the device; None: it is made from ``bounds``, which waits for the device. Returns [1, S, H, Dh].
     """
     # Imported here, because the import takes a second and only GPUs need it.
     from torch.nn.attention.varlen import varlen_attn
 
-    cumulative = _cumulative(bounds, query.device)
+    cumulative = _cumulative(bounds, query.device) if bounds_B is None else bounds_B
     longest = max(stop - start for start, stop in pairwise(bounds))
     before = -1 if window is None or longest <= window else window - 1  # number of previous tokens; -1: all
     options: dict[str, Any] = {"scale": scaling, "window_size": (before, 0)}
@@ -143,6 +159,9 @@ def attend_per_sequence(
     cumulative lengths of the packed sequences. This simple implementation works for every dtype and device. If the
     sliding window is shorter than a sequence of L tokens, a mask [L, L] is created for this sequence.
     """
+    if query.is_cuda and query.dtype == torch.float32 and query.shape[1] != key.shape[1]:
+        # PyTorch's memory-efficient kernel needs equal numbers of heads; otherwise it makes a matrix [L, L] per head.
+        key, value = (heads.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for heads in (key, value))
     lengths = [stop - start for start, stop in pairwise(bounds)]
     parts = []
     # torch.split instead of slices: the backward of each slice would allocate zeros for all sequences.

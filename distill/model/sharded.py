@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from distill.config.models import Recomputation
 from distill.distributed.host_memory import keep_freed_memory
 from distill.distributed.world import World
 from distill.model.attention import PACKED
 from distill.model.dtensor import local_shard
+from distill.model.fused_layers import fuse_layers
 from distill.model.gloo_reduce_scatter import GlooReduceScatter
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, load_weights, materialize, meta_model, restore_buffers
+from distill.model.recomputation import set_recomputation
 from distill.model.tensor_parallel import apply_tensor_parallel, check_plan
 from distill.model.ulysses import UlyssesAllToAll
 from distill.types import View
@@ -56,6 +59,7 @@ class ShardedLM(nn.Module):
             input_ids=view.tokens_T[None],
             position_ids=view.positions_T[None],
             packed_bounds=view.bounds,
+            packed_bounds_B=view.bounds_B,
             packed_shared=view.shared,
             packed_all_to_all=self._all_to_all(view),
             use_cache=False,  # with a cache, transformers silently reads packed positions as one sequence
@@ -77,6 +81,15 @@ class ShardedLM(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule):  # with reshard_after_forward=False, FSDP keeps every layer gathered
                 module.reshard()
+        self._forget_forwards()
+
+    def _forget_forwards(self) -> None:
+        """Clear FSDP's record of the order of forwards, which grows until a backward, and a frozen model has none."""
+        context = self._get_fsdp_state()._comm_ctx  # type: ignore[operator]
+        order = getattr(context, "post_forward_order", [])  # absent before the first forward
+        for group in order:
+            group._post_forward_indices.clear()
+        order.clear()
 
     def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return (Hugging Face name, parameter) pairs; a tied LM head appears once, as the embedding."""
@@ -100,8 +113,10 @@ class Sharding:
     """
     reshard_after_forward: bool = True
     """Whether FSDP frees a layer's gathered weights after the layer's forward."""
-    activation_checkpointing: bool = False
-    """Whether activations inside layers are recomputed in the backward."""
+    recomputation: Recomputation = "none"
+    """Activations inside layers that the backward recomputes."""
+    fused_layers: bool = False
+    """Whether norms, rotary embeddings and activations use the Triton kernels of ``kernels.layer_*``."""
     cpu_offload: bool = False
     """Whether FSDP keeps the shards in host memory on GPUs; no effect on CPUs."""
 
@@ -131,8 +146,9 @@ def load_sharded(
     if sharding.tp_mesh is not None:
         plan = check_plan(config, sharding.tp_plan, files.name)
         model.summed_gradients = apply_tensor_parallel(model.causal_lm, sharding.tp_mesh, plan)
-    if sharding.activation_checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if sharding.fused_layers:
+        fuse_layers(model.causal_lm)
+    set_recomputation(model.causal_lm, sharding.recomputation)
     model.train(trainable)
     offloaded = sharding.cpu_offload and device.type == "cuda"
     _shard(model, sharding, compute_dtype, CPUOffloadPolicy() if offloaded else OffloadPolicy(), trainable)

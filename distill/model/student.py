@@ -13,15 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.batching.plan import view_of
+from distill.batching.transfer import to_device
 from distill.config import Config
 from distill.distributed.world import World
-from distill.loss import Sampled, VocabParallel, fused_linear_kl
+from distill.loss import Sampled, VocabParallel, checks, fused_linear_kl
 from distill.metrics.step import Metrics
 from distill.model.dtensor import local_shard, tp_dim
+from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, chunk_of
 from distill.model.host_offload import OptimizerOffload
 from distill.model.nonfinite import NonFiniteError, NonFiniteReport, not_finite
+from distill.model.optimizer import ShardedAdamW, sum_of_squares
 from distill.model.sharded import ShardedLM, Sharding, load_sharded
 from distill.model.weights import GatheredWeights
 from distill.supervise.progress import heartbeat
@@ -48,6 +51,7 @@ class Student:
         self.device = world.device
         self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
         self._replicas = world.size // self._mesh.size()
+        self._replica_group = world.replica_group
         self._tp_group = world.tp_mesh.get_group()
         # All ranks of a tensor-parallel group compute the same statistics, so only the first rank reports them.
         self._is_first_tp_rank = world.layout.tp_rank == 0
@@ -58,6 +62,7 @@ class Student:
             valid_vocab=valid_vocab,
             stop_token_ids=tuple(stop_token_ids),
             topk_logits_k=config.distillation.topk_logits_k,
+            check_values=world.device.type == "cpu",  # on a GPU they would block the host in every micro-batch
         )
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
@@ -69,24 +74,40 @@ class Student:
             world.tp_mesh if self._tp > 1 else None,
             policy.dtensor_cfg.custom_parallel_plan,
             reshard_after_forward=policy.dtensor_cfg.reshard_after_forward,
-            activation_checkpointing=policy.dtensor_cfg.activation_checkpointing,
+            recomputation=policy.dtensor_cfg.recomputation,
+            fused_layers=uses_fused_layers(config.runtime.fused_layers, world.device),
             cpu_offload=policy.dtensor_cfg.cpu_offload,
         )
         self.model = load_sharded(
             files, "policy.model_name", world, sharding, dtype=torch.float32, compute_dtype=self.dtype, trainable=True
         )
         self._parallel = _vocab_parallel(self.model, world) if self._tp > 1 else None
-        kwargs = dataclasses.asdict(policy.optimizer.kwargs)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), **kwargs)
+        self._optimizer = ShardedAdamW(self.model.parameters(), policy.optimizer.kwargs, world.device)
         self._scheduler = build_scheduler(self._optimizer, policy.scheduler)
         cuda, cpu_offload = world.device.type == "cuda", policy.dtensor_cfg.cpu_offload
         offloads = config.runtime.offload_optimizer and cuda and not cpu_offload
         self._moments = OptimizerOffload(self._optimizer) if offloads else None
 
     @property
+    def head_rows(self) -> slice:
+        """Return the rows of the complete LM head (token ids) from which this rank computes logits."""
+        parallel = self._parallel
+        return slice(None) if parallel is None else slice(parallel.first, parallel.first + parallel.per_rank)
+
+    @property
     def learning_rate(self) -> float:
         """Return the learning rate of the next optimizer step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    def to_device(self, batches: Sequence[OptimizerBatch]) -> list[OptimizerBatch]:
+        """Copy the micro-batches of both models to the device in one transfer; not collective.
+
+        Raises UserError if a response contains a token id outside the vocabulary. On a GPU, ids are not checked later.
+        """
+        for batch in batches:
+            for micro_batch in batch:
+                checks.check_ids(self._valid_vocab, sampled_ids_N=micro_batch.sampled_N)
+        return to_device(batches, self.device)
 
     @torch.no_grad()
     def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
@@ -123,6 +144,7 @@ class Student:
                 sampled,
                 parallel=self._parallel,
                 row_kls=row_kls,
+                kept_M=micro_batch.kept_M,
                 **self._loss_options,
             )
             return output.kl_sum, output.stats
@@ -159,16 +181,15 @@ class Student:
         Returns the gradient norm before clipping. ``losses``: losses of this rank's micro-batches. Raises
         NonFiniteError if the gradient norm or one of the losses on any rank is not finite.
         """
+        self.onload()  # not earlier: the moments would be in memory during the forwards and backwards
         norm = self.grad_norm(losses)
         if not math.isfinite(norm):
             raise self._non_finite_error(norm, losses)
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self._max_grad_norm / norm)
+            self._optimizer.clip(self._max_grad_norm / norm)
         self._wait_for_moments()
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         self._synced = False
         return norm
 
@@ -207,17 +228,18 @@ class Student:
 
         The result is nan if one of ``losses`` on any rank is not finite. Squares are accumulated in float64, because
         float32 is too inaccurate for large weights. They are summed over all ranks, which hold R replicas of the model:
-        norm = sqrt(sum / R). All replicas thus get exactly the same norm and clip their gradients equally.
+        norm = sqrt(sum / R). One rank computes the sum and broadcasts it, so that all ranks have exactly the same norm
+        and clip their gradients equally: an all-reduce does not guarantee the same rounding on every rank.
         """
         squares = self._nan_if_not_finite(losses)
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                shard = local_shard(parameter.grad)
-                square = torch.linalg.vector_norm(shard, dtype=torch.float64).square().to(self.device)
-                # Count a parameter that is replicated over the tensor-parallel group only once.
-                squares += square if self._is_first_tp_rank or tp_dim(parameter) is not None else 0.0
-        dist.all_reduce(squares)
+        squares += sum_of_squares(self._optimizer.gradients(self._is_counted), self.device)
+        dist.reduce(squares, dst=0)
+        dist.broadcast(squares, src=0)
         return float((squares / self._replicas).sqrt())
+
+    def _is_counted(self, parameter: Tensor) -> bool:
+        """Return whether this rank's shard counts in the norm: shards that a tp group replicates count only once."""
+        return self._is_first_tp_rank or tp_dim(parameter) is not None
 
     def _nan_if_not_finite(self, losses: Sequence[Tensor]) -> Tensor:
         """Return 0 as a float64 scalar, or nan if one of ``losses`` is not finite."""
@@ -257,7 +279,8 @@ class Student:
         """
         self._synced = True  # the caller sends these weights to the engine
         parameters = self.model.named_hf_parameters()
-        return GatheredWeights(parameters, dtype or self.dtype, self._bucket_bytes, self._mesh, self._tp)
+        dtype = dtype or self.dtype
+        return GatheredWeights(parameters, dtype, self._bucket_bytes, self._mesh, self._tp, self._replica_group)
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -302,14 +325,9 @@ class Student:
             return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
         self._wait_for_moments()
         state: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_hf_parameters():
-            moments = self._optimizer.state[parameter]
-            if not moments:
-                # torch keeps the step count on the host, except for its fused kernel
-                device = parameter.device if self._optimizer.defaults["fused"] else "cpu"
-                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        names = {parameter: name for name, parameter in self.model.named_hf_parameters()}
+        for parameter, moments in self._optimizer.moments():
+            name = names[parameter]
             state[f"model.{name}"] = parameter.detach()
             state.update({f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()})
         return state

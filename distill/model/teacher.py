@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.batching.teacher_packs import (
+    TeacherPack,
+    by_pack,
+    join_for_teacher,
+    pack_sizes,
+    positions_read,
+    split_targets,
+)
 from distill.config import Config
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.loss import teacher_topk
 from distill.model.dtensor import local_shard
+from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import local_slices
 from distill.model.host_offload import FrozenOffload
@@ -31,9 +41,13 @@ class Teacher:
     ``targets``. The other methods do nothing by default, which suits a teacher with constant weights.
     """
 
-    def targets(self, micro_batch: MicroBatch) -> Targets:
+    def targets(self, micro_batch: MicroBatch | TeacherPack) -> Targets:
         """Return the teacher's targets for a micro-batch, one row per response token; collective."""
         raise NotImplementedError
+
+    def targets_of(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Targets]:
+        """Yield the targets of each micro-batch in order; collective, for the same number of micro-batches per rank."""
+        yield from map(self.targets, micro_batches)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -68,10 +82,17 @@ class ShardedTeacher(Teacher):
 
     On GPUs the shards stay in pinned host memory and are copied to the device only while the teacher is used.
     ``valid_vocab``: number of token ids in the tokenizer. Larger ids are padding of the model's vocabulary and get
-    probability 0.
+    probability 0. ``head_rows``: rows of the LM head (token ids) that this rank needs after the teacher's forward.
     """
 
-    def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        files: ModelFiles,
+        world: World,
+        valid_vocab: int,
+        head_rows: slice = slice(None),
+    ) -> None:
         self.dtype = DTYPES[config.teacher.precision]
         self.device = world.device
         self.files = files
@@ -84,35 +105,59 @@ class ShardedTeacher(Teacher):
         self._keeps_sampled = loss.kl_type == "sampled"
         self._returns_rows = loss.support == "student" or self._top_k == 0
         self._head_VD: Tensor | None = None
+        self._head_rows = head_rows
         self._chunk_rows = config.teacher.logprob_chunk_size or config.runtime.logits_chunk_rows
         self._tp_group = world.tp_mesh.get_group()
+        budget, ranks = config.teacher.pack_tokens, world.layout.group_size
+        self._pack_positions = None if budget is None else -(-budget // ranks)
         # No tensor parallelism: large packs are compute-bound, so the group splits positions and gathers full layers.
         reshard = config.teacher.dtensor_cfg.reshard_after_forward
-        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=reshard)
+        fused = uses_fused_layers(config.runtime.fused_layers, world.device)
+        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=reshard, fused_layers=fused)
         self.model = load_sharded(
             files, "teacher.model_name", world, sharding, dtype=self.dtype, compute_dtype=self.dtype, trainable=False
         )
         self._host = FrozenOffload(self.model.parameters()) if world.device.type == "cuda" else None
 
+    def targets_of(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Targets]:
+        """Yield the targets of each micro-batch in order; collective, for the same number of micro-batches per rank.
+
+        The teacher reads as many consecutive micro-batches at once as ``teacher.*.logprob_mb_tokens`` allows. The
+        targets are those of ``targets``, except for rounding.
+        """
+        if self._pack_positions is None:
+            yield from super().targets_of(micro_batches)
+            return
+        positions = self.world.gather([positions_read(micro_batch) for micro_batch in micro_batches])
+        for pack in by_pack(micro_batches, pack_sizes(positions, self._pack_positions)):
+            found = split_targets(self.targets(join_for_teacher(pack)), pack)
+            while found:
+                yield found.pop(0)  # a suspended generator must not keep targets in memory
+
     @torch.no_grad()
-    def targets(self, micro_batch: MicroBatch) -> Targets:
+    def targets(self, micro_batch: MicroBatch | TeacherPack) -> Targets:
         """Return the teacher's targets for the response tokens of a micro-batch; collective.
 
         Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
-        vocabulary, the targets are the teacher's hidden states and its complete LM head. The LM head is copied once and
-        kept until ``after_step``.
+        vocabulary, the targets are the teacher's hidden states and the rows of its LM head for the tokens whose student
+        logits this rank computes. These rows are copied once and kept until ``after_step``.
         """
         heartbeat()
         view = micro_batch.teacher.to(self.device)
         if self._returns_rows:
-            return self._hidden_rows(view)
+            return self._hidden_rows(view, micro_batch.rows_per_tp_rank)
         extra_ids_N = None
         if self._keeps_sampled:
             extra_ids_N = micro_batch.sampled_N.to(self.device)
             if micro_batch.rows_per_tp_rank:
                 by_rank = torch.split(extra_ids_N, list(micro_batch.rows_per_tp_rank))
                 extra_ids_N = by_rank[dist.get_rank(self._tp_group)]
-        return self._gather_rows(self.topk(view, self._top_k, extra_ids_N), micro_batch.rows_per_tp_rank)
+        topk = self.topk(view, self._top_k, extra_ids_N)
+        gathered: dict[str, Any] = {
+            name: None if part is None else self._gather_rows(part, micro_batch.rows_per_tp_rank)
+            for name, part in vars(topk).items()
+        }
+        return TopK(**gathered)
 
     @torch.no_grad()
     def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
@@ -132,44 +177,36 @@ class ShardedTeacher(Teacher):
                 self.valid_vocab,
                 extra_ids_N=extra_ids_N,
                 backend=self._backend,
+                check_values=self.device.type == "cpu",
             )
             return vars(topk)
 
         return TopK(**self.model(view, use))
 
-    def _gather_rows(self, topk: TopK, rows_per_tp_rank: tuple[int, ...]) -> TopK:
-        """Return the targets of all rows (response tokens), gathered over the tensor-parallel group.
+    def _gather_rows(self, part: Tensor, rows_per_tp_rank: tuple[int, ...]) -> Tensor:
+        """Return one row per response token of all tensor-parallel ranks, gathered over their group.
 
-        ``topk``: the targets of the rows that this rank has computed. ``rows_per_tp_rank``: number of rows that each
-        tensor-parallel rank has computed; if empty, ``topk`` is already complete and is returned unchanged.
+        ``part``: the rows that this rank has computed. ``rows_per_tp_rank``: number of rows that each tensor-parallel
+        rank has computed; if empty, ``part`` is already complete and is returned unchanged.
         """
         if not rows_per_tp_rank:
-            return topk
-        most = max(rows_per_tp_rank)
+            return part
+        padded = part.new_zeros(max(rows_per_tp_rank), *part.shape[1:])  # all_gather needs the same size on every rank
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in rows_per_tp_rank]
+        dist.all_gather(parts, padded, group=self._tp_group)
+        return torch.cat([rows[:count] for rows, count in zip(parts, rows_per_tp_rank, strict=True)])
 
-        def gather(part: Tensor) -> Tensor:
-            padded = part.new_zeros(most, *part.shape[1:])  # all_gather needs the same size on every rank
-            padded[: len(part)] = part
-            parts = [torch.empty_like(padded) for _ in rows_per_tp_rank]
-            dist.all_gather(parts, padded, group=self._tp_group)
-            return torch.cat([rows[:count] for rows, count in zip(parts, rows_per_tp_rank, strict=True)])
-
-        return TopK(
-            gather(topk.ids_NK),
-            gather(topk.logprobs_NK),
-            gather(topk.log_tail_N),
-            None if topk.entropy_N is None else gather(topk.entropy_N),
-        )
-
-    def _hidden_rows(self, view: View) -> TeacherRows:
+    def _hidden_rows(self, view: View, rows_per_tp_rank: tuple[int, ...]) -> TeacherRows:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
             if self._head_VD is None:
-                self._head_VD = head_VD.detach().clone()  # FSDP frees the gathered head after the forward
+                # A copy, because FSDP frees the gathered head after the forward.
+                self._head_VD = head_VD.detach()[self._head_rows].clone()
             return hidden_ND
 
-        hidden_ND = self.model(view, use)
+        hidden_ND = self._gather_rows(self.model(view, use), rows_per_tp_rank)
         assert self._head_VD is not None
-        return TeacherRows(hidden_ND, self._head_VD)
+        return TeacherRows(hidden_ND, self._head_VD, self._head_rows.start or 0)
 
     def after_step(self, student: Student) -> None:
         """Free the copy of the teacher's LM head that ``targets`` keeps during a training step."""
@@ -182,8 +219,8 @@ class ShardedTeacher(Teacher):
 
     def offload(self) -> None:
         """Free the teacher's shards on the device; their host copy stays. Not collective."""
+        self.model.reshard_all()
         if self._host is not None:
-            self.model.reshard_all()
             self._host.release()
 
 
@@ -200,7 +237,7 @@ class FollowingTeacher(ShardedTeacher):
     def __init__(
         self, config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student, decay: float | None
     ) -> None:
-        super().__init__(config, files, world, valid_vocab)
+        super().__init__(config, files, world, valid_vocab, student.head_rows)
         self._decay = decay
         self._bucket_bytes = config.runtime.sync_bucket_mib * 2**20
         named = student.model.named_hf_parameters() if decay is not None else []
@@ -262,7 +299,7 @@ def build_teacher(
     """
     context = config.distillation.context_distillation
     if not context.enabled or context.mode in ("self_frozen", "frozen"):
-        return ShardedTeacher(config, files, world, valid_vocab)
+        return ShardedTeacher(config, files, world, valid_vocab, student.head_rows)
     decay = context.ema_decay if context.mode == "self_ema" else None
     return FollowingTeacher(config, files, world, valid_vocab, student, decay)
 

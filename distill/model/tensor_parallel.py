@@ -35,8 +35,20 @@ Each rank applies such a weight (Qwen3's q_norm, for example) to its own attenti
 """
 STYLES = ("colwise", "rowwise", REPLICATED)
 """Supported styles: split by outputs, split by inputs, and replicated with summed gradients."""
-_BY_VOCABULARY = ("embed_tokens", "lm_head")
-"""Modules that are always split by vocabulary, because the loss requires it; plans cannot change this."""
+_ROLES = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), "colwise"),
+    **dict.fromkeys(("o_proj", "down_proj"), "rowwise"),
+    **dict.fromkeys(("q_norm", "k_norm"), REPLICATED),
+}
+"""The only correct style of each module that a plan may have; all other modules compute the same on every rank.
+
+q, k, v, gate and up read the complete hidden states and split their outputs. o and down read these parts.
+"""
+_BY_VOCABULARY = {
+    "embed_tokens": ("rowwise", "embedding_rowwise"),
+    "lm_head": ("colwise", "colwise_rep", "colwise_gather_output"),
+}
+"""Modules that are always split by vocabulary, because the loss requires it, and the styles that mean this split."""
 _PLAN = "policy.dtensor_cfg.custom_parallel_plan"
 _SIZE = "policy.dtensor_cfg.tensor_parallel_size"
 
@@ -51,7 +63,7 @@ def check_tensor_parallel(config: Config, model: Any, vocab: int) -> None:
     parallel = config.policy.dtensor_cfg
     if parallel.tensor_parallel_size > 1:
         check_plan(model, parallel.custom_parallel_plan, config.policy.model_name)
-        check_vocab_parallel(model.vocab_size, parallel.tensor_parallel_size, vocab, teacher_rows=False)
+        check_vocab_parallel(model.vocab_size, parallel.tensor_parallel_size, vocab)
 
 
 def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict[str, str]:
@@ -59,8 +71,9 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
 
     ``config``: the model's Hugging Face configuration. ``custom``: the recipe's plan; None: use the plan of the model
     class. ``name``: the model's name for error messages. Raises UserError if no plan exists, a style is not supported,
-    or a pattern matches no linear layer. Also raises UserError if a plan splits a block (attention or MLP) but omits
-    some of the block's weights, because the gradients of these weights would be incomplete.
+    a pattern matches no module, or a module has another style than its role requires. Also raises UserError if a plan
+    splits a block (attention or MLP) of any layer but omits some of the block's weights, because the gradients of these
+    weights would be incomplete.
     """
     given = custom or getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in given.items() if pattern not in _BY_VOCABULARY}
@@ -71,6 +84,14 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
             f"set a plan in {_PLAN}, or set {_SIZE}=1",
             key=_SIZE,
         )
+    for module, styles in _BY_VOCABULARY.items():
+        if custom and custom.get(module, styles[0]) not in styles:
+            raise UserError(
+                f"{_PLAN} has {module}: {custom[module]}, but {module} is always split by vocabulary",
+                f"remove the entry {module}, or set {module}: {styles[0]}",
+                key=_PLAN,
+                value=module,
+            )
     for pattern, style in plan.items():
         if style not in STYLES:
             source = _PLAN if custom else f"transformers' tensor-parallel plan for model_type={config.model_type}"
@@ -85,11 +106,10 @@ def check_plan(config: Any, custom: Mapping[str, str] | None, name: str) -> dict
 
 
 def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
-    body, _ = causal_lm_parts(one_layer_model(config))
-    modules = {re.sub(r"\.\d+\.", ".*.", name): module for name, module in body.named_modules()}
+    modules = _modules(config, plan)
     for pattern, style in plan.items():
-        found = [module for name, module in modules.items() if _covers(pattern, name)]
-        if not found or (style != REPLICATED and not all(isinstance(module, nn.Linear) for module in found)):
+        found = {name: module for name, module in modules.items() if _matches(pattern, name)}
+        if not found or (style != REPLICATED and not all(isinstance(module, nn.Linear) for module in found.values())):
             raise UserError(
                 f"{_PLAN} has {pattern}: {style}, which matches {'no linear layer' if found else 'no module'} of"
                 f" {config.model_type}",
@@ -97,27 +117,50 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
                 key=_PLAN,
                 value=pattern,
             )
-    # If the plan splits a block, it must use the styles of the model class for all modules of the block.
-    styles = {name: _role(plan, name) for name in modules}
-    own = {name: _role(getattr(config, "base_model_tp_plan", None) or {}, name) for name in modules}
+        for name in found:
+            if style != _role(name):
+                raise _wrong_style(pattern, style, name)
+    styles = {name: _style(plan, name) for name in modules}
     split = {_block(name) for name, style in styles.items() if style in ("colwise", "rowwise")}
     for name, module in modules.items():
-        if not any(True for _ in module.parameters(recurse=False)) or name in _BY_VOCABULARY:
-            continue
-        wanted = (own[name] or REPLICATED) if _block(name) in split else None
-        if wanted and not any(own.values()):  # no plan of the model class: check only for missing entries
-            wanted = styles[name] or ("colwise or rowwise" if isinstance(module, nn.Linear) else REPLICATED)
-        if styles[name] != wanted:
-            raise _wrong_style(name, styles[name], wanted)
+        has_weights = any(True for _ in module.parameters(recurse=False))
+        if has_weights and (styles[name] is not None) != (_block(name) in split):
+            raise _incomplete_block(name, styles[name])
 
 
-def _wrong_style(name: str, style: str | None, wanted: str | None) -> UserError:
-    block = _block(name)
-    if wanted is None:
+def _modules(config: Any, plan: Mapping[str, str]) -> dict[str, nn.Module]:
+    """Return the modules of the layers that ``plan`` mentions by number, and of one other layer, by full name.
+
+    All layers have the same modules. Names of the other layer have ``*`` instead of the layer's number.
+    """
+    count = config.get_text_config().num_hidden_layers
+    mentioned = {int(part) for pattern in plan for part in pattern.split(".") if part.isdigit()} & set(range(count))
+    layers = [*map(str, sorted(mentioned)), *(["*"] if len(mentioned) < count else [])]
+    body, _ = causal_lm_parts(one_layer_model(config))
+    return {re.sub(r"\.0\.", f".{layer}.", name): module for layer in layers for name, module in body.named_modules()}
+
+
+def _role(name: str) -> str | None:
+    return _ROLES.get(name.rpartition(".")[2])
+
+
+def _wrong_style(pattern: str, style: str, name: str) -> UserError:
+    role = _role(name)
+    problem = f"{_PLAN} has {pattern}: {style}, but {name} must " + (
+        f"be {role}" if role else "stay complete on every rank: its inputs are not split, and its gradient is complete"
+    )
+    fix = f"set {pattern}: {role}" if role else f"remove the entry {pattern}"
+    return UserError(problem, fix, key=_PLAN, value=pattern)
+
+
+def _incomplete_block(name: str, style: str | None) -> UserError:
+    block, role = _block(name), _role(name)
+    if style is not None:
         problem = f"{_PLAN} has {name}: {style}, but splits no linear layer of {block}, so gradients would be wrong"
         return UserError(problem, f"remove the entry {name}", key=_PLAN, value=name)
-    problem = f"{_PLAN} splits {block}, but has {f'{name}: {style}' if style else f'no entry for {name}'}"
-    return UserError(problem, f"set {name}: {wanted}, or remove all entries of {block}", key=_PLAN, value=name)
+    add = f"set {name}: {role}, or " if role else ""
+    problem = f"{_PLAN} splits {block}, but has no entry for {name}"
+    return UserError(problem, f"{add}remove all entries of {block}", key=_PLAN, value=name)
 
 
 def one_layer_model(config: Any) -> PreTrainedModel:
@@ -132,18 +175,6 @@ def one_layer_model(config: Any) -> PreTrainedModel:
 
 def _block(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _covers(pattern: str, name: str) -> bool:
-    """Return whether the plan's ``pattern`` covers the module ``name``.
-
-    ``name`` has ``*`` in place of the layer number; ``pattern`` has ``*`` or a layer number.
-    """
-    return re.sub(r"\.\d+\.", ".*.", pattern) == name
-
-
-def _role(plan: Mapping[str, str], name: str) -> str | None:
-    return next((style for pattern, style in plan.items() if _covers(pattern, name)), None)
 
 
 def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mapping[str, str]) -> frozenset[str]:
@@ -178,7 +209,8 @@ def _style(plan: Mapping[str, str], name: str) -> str | None:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) is not None
+    """Return whether ``pattern`` covers the module ``name``; ``*`` matches a layer's number, or ``*`` in a name."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"(\d+|\*)"), name) is not None
 
 
 def _split(weight: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:

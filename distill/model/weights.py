@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from distill.errors import RunFailed
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.hf_load import chunk_of
@@ -100,6 +101,11 @@ class GatheredWeights:
     stays in memory. Each rank computes the checksums (``BitSums``) of its shards before it sends them; the checksums of
     a tensor are the sums over its shards. If a tensor is not finite, all ranks raise RuntimeError before the tensor is
     yielded.
+
+    Tensor-parallel ranks hold copies of the weights that are not split (norms, for example), and replicas hold copies
+    of all weights. The checksums of all copies are compared at the end of the iteration; this detects bit flips and
+    copies that are trained differently. If they differ, all ranks raise RunFailed. ``replicas``: process group of the
+    ranks that hold the same shards in all replicas; None: only one replica, or do not compare the replicas.
     """
 
     def __init__(
@@ -109,12 +115,14 @@ class GatheredWeights:
         bucket_bytes: int,
         mesh: DeviceMesh,
         tp: int = 1,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self._parameters = parameters
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._mesh = mesh
         self._tp = tp
+        self._replicas = replicas
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor, _ in self.with_sums():
@@ -123,13 +131,16 @@ class GatheredWeights:
     def with_sums(self) -> Iterator[tuple[str, Tensor, BitSums]]:
         """Yield (name, complete tensor, checksums); the sending ranks compute the checksums."""
         ahead: _Gather | None = None
+        copies = _Copies(self._mesh.mesh.flatten().tolist(), self._tp)
         for bucket in self._buckets():
-            # Start to gather the next bucket before the caller uses the current bucket.
-            now, ahead = ahead, self._start(bucket)
-            if now is not None:
-                yield from self._finish(now)
+            # Start to gather the next bucket before the caller uses the current bucket. The bucket before it is freed.
+            started = self._start(bucket)
+            if ahead is not None:
+                yield from self._finish(ahead, copies)
+            ahead = started
         if ahead is not None:
-            yield from self._finish(ahead)
+            yield from self._finish(ahead, copies)
+        copies.verify(self._replicas, self._mesh.device_type)
 
     def _buckets(self) -> Iterator[list[tuple[str, DTensor]]]:
         bucket: list[tuple[str, DTensor]] = []
@@ -155,12 +166,13 @@ class GatheredWeights:
         return _Gather([name for name, _ in bucket], layouts, starts, flat, gathered.view(ranks, -1), work)
 
     @torch.no_grad()
-    def _finish(self, gather: _Gather) -> Iterator[tuple[str, Tensor, BitSums]]:
+    def _finish(self, gather: _Gather, copies: _Copies) -> Iterator[tuple[str, Tensor, BitSums]]:
         gather.work.wait()
         heartbeat()
         by_rank, starts = gather.by_rank, gather.starts
-        header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER)
-        sums = _total_sums(header, gather.names)
+        header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER).cpu()
+        _check_finite(header, gather.names)
+        sums = copies.total_sums(header[..., :2], gather.names, gather.layouts)
         for name, layout, begin, sent in zip(gather.names, gather.layouts, starts, sums, strict=True):
             yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
@@ -184,22 +196,71 @@ class GatheredWeights:
             )
             flat[starts[i] + local.numel() : ends[i]] = 0
             sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
-            if layout.tp_dim is None and tp_rank > 0:
-                header[i, :2] = 0  # replicated: only tp rank 0 contributes its sums
-            else:
-                header[i, :2] = bit_sums(sent, layout.rows(shard, tp_rank)[0])
+            header[i, :2] = bit_sums(sent, layout.rows(shard, tp_rank)[0])
             header[i, 2] = local.sum(dtype=torch.float32).isfinite()
         return flat, starts
 
 
-def _total_sums(header: Tensor, names: Sequence[str]) -> list[BitSums]:
-    """Sum the checksums of each tensor of a bucket over the headers of all ranks.
+def _check_finite(header: Tensor, names: Sequence[str]) -> None:
+    """Raise RuntimeError if a tensor of a bucket is not finite.
 
-    ``header`` [ranks, tensors, 3]: two checksums of each shard, and 1 if the shard is finite, otherwise 0. Raises
-    RuntimeError if a tensor is not finite.
+    ``header`` [ranks, tensors, 3]: two checksums of each shard, and 1 if the shard is finite, otherwise 0.
     """
     finite = (header[..., 2] == 1).all(0).tolist()
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
     if broken:
         raise RuntimeError(f"{len(broken)} weights of the student contain nan or infinity; the first is {broken[0]}")
-    return [BitSums(plain, weighted) for plain, weighted, _ in header.sum(0).tolist()]
+
+
+class _Copies:
+    """Comparison of the copies of each weight on the tensor-parallel ranks and in the replicas.
+
+    ``ranks``: the ranks of one replica, in the order of the gathered shards; ``tp`` consecutive ranks are a
+    tensor-parallel group. All ranks of a replica have the same checksums, so all find the same differences.
+    """
+
+    def __init__(self, ranks: Sequence[int], tp: int) -> None:
+        self._ranks = torch.tensor(ranks).view(-1, tp)
+        self._names: list[str] = []
+        self._sums: list[Tensor] = []
+        """For each bucket, int64 [tensors, 3]: two checksums, and the first rank with a different copy, or -1."""
+
+    def total_sums(self, sums: Tensor, names: Sequence[str], layouts: Sequence[_ShardLayout]) -> list[BitSums]:
+        """Return the checksums of each tensor of a bucket, and store them with the tensor-parallel comparison.
+
+        ``sums`` [ranks, tensors, 2]: checksums of each rank's shard. Of a tensor that tensor parallelism does not
+        split, only the copy of the first tensor-parallel rank counts.
+        """
+        shards, tp = self._ranks.shape
+        by_shard = sums.view(shards, tp, -1, 2)
+        copied = torch.tensor([layout.tp_dim is None for layout in layouts])
+        total = torch.where(copied[:, None], by_shard[:, 0].sum(0), by_shard.sum((0, 1)))
+        differs = (by_shard != by_shard[:, :1]).any(-1).flatten(0, 1) & copied  # [ranks, tensors]
+        first = self._ranks.flatten()[differs.int().argmax(0)].where(differs.any(0), torch.tensor(-1))
+        self._names += names
+        self._sums.append(torch.cat([total, first[:, None]], dim=1))
+        return [BitSums(*pair) for pair in total.tolist()]
+
+    def verify(self, replicas: dist.ProcessGroup | None, device: str) -> None:
+        """Raise RunFailed on all ranks if copies of a weight differ; collective over ``replicas``."""
+        own = torch.cat(self._sums) if self._sums else torch.empty((0, 3), dtype=torch.int64)
+        by_replica = [own]
+        if replicas is not None:
+            by_replica = [torch.empty_like(own, device=device) for _ in range(replicas.size())]
+            dist.all_gather(by_replica, own.to(device), group=replicas)
+        found = torch.stack(by_replica).cpu()
+        split, replicated = (found[..., 2] >= 0).any(0), (found[..., :2] != found[:1, :, :2]).any(-1).any(0)
+        names = [name for name, differs in zip(self._names, (split | replicated).tolist(), strict=True) if differs]
+        if not names:
+            return
+        i = self._names.index(names[0])
+        if split[i]:
+            rank = int(found[:, i, 2].max())
+            where = f"rank {rank}'s copy differs from that of the first rank of its tensor-parallel group"
+        else:
+            replica = int((found[:, i, :2] != found[0, i, :2]).any(-1).int().argmax())
+            where = f"replica {replica} (of {len(found)}, counted from 0) differs from replica 0"
+        raise RunFailed(
+            f"{len(names)} weights of the student are not the same in all copies; the first is {names[0]}: {where}",
+            retryable=True,
+        )

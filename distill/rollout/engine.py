@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,7 +210,8 @@ class EngineBase(ABC):
         except GenerationCancelled:
             return []
         for rollout in rollouts:
-            self._check_response(rollout, sampling)
+            seed = response_seed(sampling.seed, step, rollout.prompt.prompt_id, rollout.response_index)
+            self._check_response(rollout, sampling.stop_token_ids, wants_logprobs(sampling, seed))
         return rollouts
 
     def sleep(self) -> None:
@@ -237,16 +239,19 @@ class EngineBase(ABC):
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
             raise RuntimeError(f"{what} contains a token id outside 0..{self._valid_vocab - 1}")
 
-    def _check_response(self, rollout: Rollout, sampling: Sampling) -> None:
+    def _check_response(self, rollout: Rollout, stop_token_ids: Sequence[int], with_logprobs: bool) -> None:
         name = f"response {rollout.response_index} to prompt {rollout.prompt.prompt_id}"
-        if not all(map(math.isfinite, rollout.logprobs)):
+        ids_R, logprobs = np.array(rollout.response_ids), np.array(rollout.logprobs)
+        last = len(ids_R) - 1
+        if len(logprobs) != (len(ids_R) if with_logprobs else 0):
+            raise RuntimeError(f"the engine returned {len(logprobs)} log-probs for the {last + 1} tokens of {name}")
+        if not np.isfinite(logprobs).all():
             raise RuntimeError(
                 f"the engine's log-probs of {name} are not finite: the engine's weights or kernels are faulty"
             )
-        if not 0 <= min(rollout.response_ids) <= max(rollout.response_ids) < self._valid_vocab:
+        if not 0 <= ids_R.min() <= ids_R.max() < self._valid_vocab:
             raise RuntimeError(f"the engine sampled a token id outside 0..{self._valid_vocab - 1} in {name}")
-        stops = [i for i, token in enumerate(rollout.response_ids) if token in sampling.stop_token_ids]
-        last = len(rollout.response_ids) - 1
+        stops = np.flatnonzero(np.isin(ids_R, list(stop_token_ids))).tolist()
         if stops != ([last] if rollout.finish == "stop" else []):
             raise RuntimeError(
                 f"{name} has {last + 1} tokens, finish={rollout.finish!r} and stop tokens at {stops}: only the last"
@@ -314,6 +319,14 @@ def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> 
     """Return the 63-bit random seed of one response, a hash of the arguments."""
     digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{response_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def wants_logprobs(sampling: Sampling, seed: int) -> bool:
+    """Return whether the engine returns log-probs for the response with random seed ``seed``.
+
+    The choice depends only on the seed, so it does not depend on the batch or on the number of ranks.
+    """
+    return seed % sampling.logprob_interval == 0
 
 
 def stream_seed(seed: int, stream: str) -> int:

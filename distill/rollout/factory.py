@@ -45,6 +45,17 @@ _REFUSED_ARGUMENTS = {
 """Arguments that vllm_kwargs must not contain: maps each name to (reason, fix) for the error message."""
 _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", "model_impl")
 """Arguments of vLLM that could make vLLM's model differ from the trained model."""
+_LOGPROB_INTERVAL, _COMPARED_RESPONSES = 16, 64
+"""The engine computes log-probs for a sixteenth of the responses, but for about 64 of a step if it has fewer than 1024.
+
+They are compared with the trainer's log-probs. The loss needs all of them only with ``loss_fn.kl_type=sampled``.
+"""
+_LARGEST_BATCH = 1024
+"""Maximum number of responses that an engine generates at the same time, as in vLLM's defaults for large GPUs."""
+_LARGEST_GRAPH = 512
+"""Largest batch for which vLLM captures CUDA graphs by default."""
+_GRAPH_ARGUMENTS = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size"}
+"""Arguments of vLLM that set the batch sizes of its CUDA graphs."""
 _ALTERNATIVE = f"or generate with transformers, which is slow ({_BACKEND}=transformers)"
 
 
@@ -176,10 +187,32 @@ def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: i
             replica=world.rank,
             replicas=world.size,
         )
-    return _build_vllm(config, files, shape, valid_vocab)
+    return _build_vllm(config, files, shape, world, valid_vocab)
 
 
-def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int) -> Engine:
+def batch_arguments(config: Config, ranks: int) -> dict[str, Any]:
+    """Return the arguments of vLLM that depend on the number of responses that one engine generates at the same time.
+
+    vLLM's defaults are for a server. They reserve memory for 1024 responses (600 MiB with a vocabulary of 150,000), and
+    capture CUDA graphs for batches up to 512. ``ranks``: number of ranks of the job. Arguments in
+    policy.generation.vllm_kwargs have precedence.
+    """
+    loop, generation = config.distillation, config.policy.generation
+    given = generation.vllm_kwargs
+    batches = [(loop.num_prompts_per_step, loop.num_generations_per_prompt)]
+    if config.data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end):
+        batches.append((loop.max_val_samples or _LARGEST_BATCH, loop.val_num_generations))
+    engines = ranks // generation.vllm_cfg.tensor_parallel_size
+    most = max(-(-prompts // engines) * responses for prompts, responses in batches)
+    size = min(_LARGEST_BATCH, -(-most // 8) * 8, given.get("max_num_batched_tokens") or _LARGEST_BATCH)
+    arguments = {"max_num_seqs": given.get("max_num_seqs", size)}
+    if arguments["max_num_seqs"] > _LARGEST_GRAPH and not _GRAPH_ARGUMENTS & given.keys():
+        # vLLM captures only multiples of 16 here.
+        arguments["max_cudagraph_capture_size"] = -(-arguments["max_num_seqs"] // 16) * 16
+    return arguments
+
+
+def _build_vllm(config: Config, files: ModelFiles, shape: Any, world: World, valid_vocab: int) -> Engine:
     from distill.rollout.vllm_engine import VllmEngine
 
     settings, dtype = config.policy.generation.vllm_cfg, DTYPES[config.policy.precision]
@@ -190,6 +223,8 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, valid_vocab: int)
     }
     if settings.enforce_eager:
         arguments["enforce_eager"] = True
+    if world.device.type != "cpu":
+        arguments.update(batch_arguments(config, world.size))
     arguments.update(config.policy.generation.vllm_kwargs)
     try:
         return VllmEngine(
@@ -229,14 +264,17 @@ def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> S
 
 def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
     """Return the sampling settings of the responses for training."""
-    generation = config.policy.generation
+    generation, loop = config.policy.generation, config.distillation
+    responses = loop.num_prompts_per_step * loop.num_generations_per_prompt
+    rarest = 1 if config.loss_fn.kl_type == "sampled" else _LOGPROB_INTERVAL
     return Sampling(
         temperature=generation.temperature,
         max_new_tokens=generation.max_new_tokens,
         stop_token_ids=stop_token_ids,
-        responses_per_prompt=config.distillation.num_generations_per_prompt,
+        responses_per_prompt=loop.num_generations_per_prompt,
         top_p=generation.top_p,
         top_k=generation.top_k or 0,
-        seed=config.distillation.seed,
+        seed=loop.seed,
+        logprob_interval=max(1, min(rarest, responses // _COMPARED_RESPONSES)),
         max_total_length=config.policy.max_total_sequence_length,
     )

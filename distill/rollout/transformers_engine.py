@@ -19,6 +19,7 @@ from distill.rollout.engine import (
     longest_first,
     response_limit,
     response_seed,
+    wants_logprobs,
 )
 from distill.supervise.progress import heartbeat, task
 from distill.types import Prompt, Rollout, Sampling
@@ -167,6 +168,7 @@ class _Decoding:
         responses = [(prompt, index) for prompt in prompts for index in range(sampling.responses_per_prompt)]
         self._limits = [response_limit(sampling, prompt, window) for prompt, _ in responses]
         seeds = [response_seed(sampling.seed, step, prompt.prompt_id, index) for prompt, index in responses]
+        self._wants_logprobs = [wants_logprobs(sampling, seed) for seed in seeds]
         self._uniforms = torch.stack([_uniforms(seed, max(self._limits)) for seed in seeds]).to(device)
         self._tokens: list[list[int]] = [[] for _ in responses]
         self._logprobs: list[list[float]] = [[] for _ in responses]
@@ -217,7 +219,7 @@ class _Decoding:
             prompt=prompt,
             response_index=response_index,
             response_ids=tuple(self._tokens[response]),
-            logprobs=tuple(self._logprobs[response]),
+            logprobs=tuple(self._logprobs[response]) if self._wants_logprobs[response] else (),
             finish="stop" if self._stopped[response] else "length",
             version=version,
         )

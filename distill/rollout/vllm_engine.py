@@ -7,7 +7,8 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +26,11 @@ from distill.rollout.engine import (
     longest_first,
     response_limit,
     response_seed,
+    wants_logprobs,
 )
-from distill.rollout.gpu_memory import CudaMemory, Memory, SleepGuard
+from distill.rollout.gpu_memory import CudaMemory, Memory, SleepGuard, Tag, pool_bytes
+from distill.rollout.vllm_env import kept_allocator_options
+from distill.rollout.vllm_loop import RequestLoop, Response
 from distill.rollout.vllm_weights import VllmWeights
 from distill.supervise.progress import heartbeat, task
 from distill.types import Prompt, Rollout, Sampling
@@ -40,16 +44,8 @@ _CPU_DEFAULTS = {
     "block_size": 32,  # with the default of 128, responses would not share the cache of shorter prompts
     "kv_cache_memory_bytes": CPU_CACHE,
 }
-_IDLE_STEPS = 1000
-"""Number of consecutive vLLM steps without a new token after which the run fails.
-
-For each token of the prompts one more step is allowed, because vLLM needs many steps to process long prompts.
-"""
-_STEPS_AHEAD = 4
-"""Number of vLLM steps to run after requests are cancelled.
-
-In these steps vLLM processes the results that were still in progress.
-"""
+_PROBE_STEPS = 100
+"""Maximum number of vLLM steps for the log-probs of the probe prompt."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
@@ -70,18 +66,6 @@ def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "seed": 0,
     }
-
-
-def _scheduling(tensor_parallel_size: int) -> dict[str, Any]:
-    """Return the vLLM arguments that keep an engine's ranks in lockstep; empty if none are needed.
-
-    Asynchronous scheduling is disabled if vLLM is older than 0.32 and the engine has several ranks. The decisions of
-    the asynchronous scheduler depend on timing, which differs between ranks.
-    """
-    import vllm
-
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    return {"async_scheduling": False} if tensor_parallel_size > 1 and version < (0, 32) else {}
 
 
 def _name_shared_memory() -> None:
@@ -126,20 +110,20 @@ class VllmEngine(EngineBase):
         rank, size = dist.get_rank(), dist.get_world_size()
         super().__init__(manifest, window, valid_vocab, rank // tensor_parallel_size, size // tensor_parallel_size)
         self.can_sleep = bool(current_platform.is_sleep_mode_available())
-        if tensor_parallel_size > 1 and current_platform.is_cpu():
+        on_cpu = bool(current_platform.is_cpu())
+        if tensor_parallel_size > 1 and on_cpu:
             _name_shared_memory()
         started = time.monotonic()
-        with kept_random_state(), kept_threads():
+        with kept_random_state(), kept_threads(on_cpu), kept_allocator_options(on_cpu):
             self._llm = LLM(
                 model=model,
                 dtype=str(dtype).removeprefix("torch."),
                 tensor_parallel_size=tensor_parallel_size,
                 max_model_len=window,
                 **{
-                    **(_CPU_DEFAULTS if current_platform.is_cpu() else {}),
+                    **(_CPU_DEFAULTS if on_cpu else {}),
                     **(arguments or {}),
                     **fixed_arguments(self.can_sleep),
-                    **_scheduling(tensor_parallel_size),
                 },
             )
         self._engine: Any = self._llm.llm_engine
@@ -147,32 +131,17 @@ class VllmEngine(EngineBase):
         self._tp_size, self._tp_rank = tensor_parallel_size, rank % tensor_parallel_size
         self._weights = VllmWeights(self._llm, manifest, tensor_parallel_size, self._group)
         self._mask_padding()
-        self._tokens_made = 0
-        self._count_tokens()
-        self._requests = 0
-        self._memory = memory or (CudaMemory(pool_bytes) if self.can_sleep else None)
-        self._guard = SleepGuard(self._memory) if self._memory else None
-        self._needs = self._first_sleep()
-        self.pool_bytes = pool_bytes() if isinstance(self._memory, CudaMemory) else 0
+        self._loop = RequestLoop(self._engine)
+        memory = memory or (CudaMemory() if self.can_sleep else None)
+        self._guard = SleepGuard(memory) if memory else None
+        self.pool_bytes = pool_bytes() if self.can_sleep else 0
+        self._llm.sleep(level=2)
         log.info(
             "created vLLM in %.0f s: %d engine(s) of %d rank(s) for sequences of up to %d tokens; each sync loads the"
             " weights with vLLM's method %s, and vLLM's sleep mode %s",
             *(time.monotonic() - started, self.replicas, tensor_parallel_size, window, self._weights.path),
             "frees the weights and the key-value cache" if self.can_sleep else "frees no memory",
         )
-
-    def _first_sleep(self) -> dict[str, int]:
-        """Put the new engine to sleep; return the bytes of device memory that are needed to wake it.
-
-        The result maps "weights" and "kv_cache" (key-value cache) to bytes, or to 0 if memory is not measured.
-        """
-        memory = self._memory
-        awake = memory.free() if memory else 0
-        self._llm.sleep(level=2)
-        freed = memory.free() - awake if memory else 0
-        parameters = self._weights.model.parameters()
-        weights = sum(p.numel() * p.element_size() for p in parameters) if memory else 0
-        return {"weights": weights, "kv_cache": max(0, freed - weights)}
 
     def _mask_padding(self) -> None:
         """Make vLLM mask the padding of the vocabulary: logits of ids from ``valid_vocab`` on become -inf."""
@@ -187,24 +156,6 @@ class VllmEngine(EngineBase):
 
         model.compute_logits = masked
 
-    def _count_tokens(self) -> None:
-        """Make vLLM count the new tokens of each step, and record a heartbeat if there are new tokens.
-
-        A heartbeat reports progress to the watchdog. The total is stored in ``self._tokens_made``.
-        """
-        core = self._engine.engine_core
-        get_output = core.get_output
-
-        def counted() -> Any:
-            outputs = get_output()
-            made = sum(len(output.new_token_ids) for output in outputs.outputs)
-            self._tokens_made += made
-            if made:
-                heartbeat(tokens=made)
-            return outputs
-
-        core.get_output = counted
-
     def _wake_weights(self) -> None:
         self._wake("weights")
 
@@ -215,9 +166,9 @@ class VllmEngine(EngineBase):
                 "vLLM could not clear the key-value cache of the previous weights, because requests still use it"
             )
 
-    def _wake(self, tag: str) -> None:
+    def _wake(self, tag: Tag) -> None:
         if self._guard is not None:
-            self._guard.check_free(tag, self._needs[tag])
+            self._guard.check_free(tag)
         self._llm.wake_up(tags=[tag])
 
     def _sleep(self) -> None:
@@ -238,9 +189,13 @@ class VllmEngine(EngineBase):
     def _probe(self, token_ids: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
 
+        # vLLM's output processor assembles the log-probs of the prompt.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self._run([(tuple(token_ids), params)])
-        return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
+        self._engine.add_request("probe", {"prompt_token_ids": list(token_ids)}, params)
+        for _ in range(_PROBE_STEPS + len(token_ids)):
+            for output in self._engine.step():
+                return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
+        raise RuntimeError("vLLM did not compute the log-probs of the probe prompt")
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
@@ -248,23 +203,24 @@ class VllmEngine(EngineBase):
         ids = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
         self._check_same("prompts, sampling or step", ids, sampling, step, self._version)
         responses = [(prompts[i], g) for i in longest_first(prompts) for g in range(sampling.responses_per_prompt)]
-        outputs = self._run(
+        finished = self._run(
             [(prompt.student_ids, self._params(prompt, index, sampling, step)) for prompt, index in responses],
             counted=self._tp_rank == 0,
             cancelled=cancelled if self._tp_size == 1 else None,
         )
         rollouts = [
-            self._rollout(prompt, index, output) for (prompt, index), output in zip(responses, outputs, strict=True)
+            self._rollout(prompt, index, response)
+            for (prompt, index), response in zip(responses, finished, strict=True)
         ]
-        self._check_same("responses", [rollout.response_ids for rollout in rollouts])
+        self._check_same("responses", [array("q", rollout.response_ids).tobytes() for rollout in rollouts])
         position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
         own = rollouts[self._tp_rank :: self._tp_size]
         return sorted(own, key=lambda rollout: (position[rollout.prompt.prompt_id], rollout.response_index))
 
     def _params(self, prompt: Prompt, response_index: int, sampling: Sampling, step: int) -> Any:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
+        seed = response_seed(sampling.seed, step, prompt.prompt_id, response_index)
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -272,71 +228,47 @@ class VllmEngine(EngineBase):
             max_tokens=response_limit(sampling, prompt, self.window),
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # otherwise vLLM adds the stop ids of the model's directory
-            seed=response_seed(sampling.seed, step, prompt.prompt_id, response_index),
-            logprobs=0,
-            flat_logprobs=True,
+            seed=seed,
+            logprobs=0 if wants_logprobs(sampling, seed) else None,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _rollout(self, prompt: Prompt, response_index: int, output: Any) -> Rollout:
-        (response,) = output.outputs
-        if response.finish_reason not in ("stop", "length"):
+    def _rollout(self, prompt: Prompt, response_index: int, response: Response) -> Rollout:
+        if response.finish not in ("stop", "length"):
             raise RuntimeError(
                 f"vLLM ended response {response_index} to prompt {prompt.prompt_id} with finish_reason"
-                f" {response.finish_reason!r} instead of 'stop' or 'length'"
+                f" {response.finish!r} instead of 'stop' or 'length'"
             )
         return Rollout(
             prompt=prompt,
             response_index=response_index,
             response_ids=tuple(response.token_ids),
-            logprobs=tuple(response.logprobs.logprobs),
-            finish=response.finish_reason,
+            logprobs=tuple(response.logprobs),
+            finish=response.finish,  # type: ignore[arg-type]
             version=self._version,
         )
 
     def _run(
         self, requests: Sequence[tuple[tuple[int, ...], Any]], counted: bool = False, cancelled: Cancelled | None = None
-    ) -> list[Any]:
-        """Run ``requests`` in vLLM until all are finished; return vLLM's outputs in the same order.
+    ) -> list[Response]:
+        """Run ``requests`` in vLLM until all are finished; return the responses in the same order.
 
         ``requests``: pairs of token ids and sampling parameters. ``counted``: count the finished requests as
         responses of the console's progress report; only one of an engine's ranks counts them. If ``cancelled()``
-        returns True, removes the requests from vLLM and raises GenerationCancelled. Raises RuntimeError if vLLM
-        generates no token for many steps.
+        returns True, removes the requests from vLLM and raises GenerationCancelled.
         """
-        if self._engine.is_sleeping():
-            raise RuntimeError("vLLM is asleep, so it would accept the requests but never finish them")
-        first = self._requests
-        for token_ids, params in requests:
-            self._engine.add_request(str(self._requests), {"prompt_token_ids": list(token_ids)}, params)
-            self._requests += 1
-        outputs: dict[int, Any] = {}
-        max_idle = _IDLE_STEPS + sum(len(token_ids) for token_ids, _ in requests)  # long prompts take many steps
-        idle = 0
+        loop = self._loop
+        numbers = [loop.add(token_ids, params) for token_ids, params in requests]
+        finished: dict[int, Response] = {}
         with task(len(requests) if counted else 0, "responses"):
-            while self._engine.has_unfinished_requests():
+            while loop.unfinished:
                 if cancelled is not None and cancelled():
-                    self._abort(range(first, self._requests))
+                    loop.abort()
                     raise GenerationCancelled
-                made = self._tokens_made
-                for output in self._engine.step():
-                    outputs[int(output.request_id)] = output
+                for response in loop.poll():
+                    finished[response.number] = response
                     heartbeat(done=1)
-                idle = 0 if self._tokens_made > made else idle + 1
-                if idle > max_idle:
-                    unfinished = len(requests) - len(outputs)
-                    raise RuntimeError(
-                        f"vLLM generated no token in {idle} steps, with {unfinished} of {len(requests)} responses"
-                        " unfinished"
-                    )
-        return [outputs[first + i] for i in range(len(requests))]
-
-    def _abort(self, requests: Iterable[int]) -> None:
-        """Cancel the requests with these numbers, and let vLLM process the results that are still in progress."""
-        self._engine.abort_request([str(number) for number in requests])
-        for _ in range(_STEPS_AHEAD):
-            self._engine.step()
+        return [finished[number] for number in numbers]
 
     def _check_same(self, what: str, *values: object) -> None:
         """Raise RuntimeError on all ranks of the engine if the ranks pass different ``values``.
@@ -354,24 +286,18 @@ class VllmEngine(EngineBase):
 
 
 @contextmanager
-def kept_threads() -> Iterator[None]:
-    """Restore torch's number of CPU threads after the ``with`` block.
+def kept_threads(on_cpu: bool) -> Iterator[None]:
+    """Restore torch's number of CPU threads after the ``with`` block if vLLM runs on the CPU.
 
-    vLLM lowers this number, which would slow down an optimizer that runs on the CPU.
+    With a GPU, vLLM sets one thread before it compiles the model, unless OMP_NUM_THREADS is set. The compiled model
+    raises an error if the number of threads is another one when it runs.
     """
     threads = torch.get_num_threads()
     try:
         yield
     finally:
-        if torch.get_num_threads() != threads:
+        if on_cpu and torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-
-
-def pool_bytes() -> int:
-    """Return the size of vLLM's memory pool in bytes; sleeping does not change this number."""
-    from vllm.device_allocator.cumem import CuMemAllocator
-
-    return int(CuMemAllocator.get_instance().get_current_usage())
 
 
 @contextmanager

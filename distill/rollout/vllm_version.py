@@ -73,6 +73,14 @@ def _owns_package(distribution: Distribution) -> bool:
     return re.search(r"^vllm/__init__\.py,", record, re.MULTILINE) is not None
 
 
+def allows_expandable_segments(installed: InstalledVllm | None) -> bool:
+    """Return whether vLLM's memory pool of the sleep mode works if torch's allocator uses expandable segments.
+
+    From 0.32 on, vLLM disables them while it allocates this pool; earlier releases raise an error.
+    """
+    return installed is not None and installed.release is not None and installed.release >= (0, 32)
+
+
 def check_vllm_version(installed: InstalledVllm) -> None:
     """Raise UserError if vLLM is older than OLDEST; log a warning if it is newer than NEWEST or unknown."""
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))

@@ -97,6 +97,33 @@ def log_to_file(file: Path) -> None:
         early.close()
 
 
+def log_library(name: str, level: str) -> None:
+    """Write the log of another library to this rank's log file; its errors also appear on the console.
+
+    ``name``: name of the library's logger. ``level``: lowest level that is logged. Has no effect on the library's own
+    handlers, which it must not install.
+    """
+    logger = logging.getLogger(name)
+    logger.setLevel(level)
+    logger.propagate = False
+    if not any(isinstance(handler, _LibraryHandler) for handler in logger.handlers):
+        logger.addHandler(_LibraryHandler())
+
+
+class _LibraryHandler(logging.Handler):
+    """Handler that passes records of another library to the handlers of this program."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            record.msg, record.args = record.getMessage(), None  # do not keep the arguments, which may be large objects
+        except Exception:
+            self.handleError(record)
+            return
+        for handler in logging.getLogger("distill").handlers:
+            if record.levelno >= logging.ERROR or not isinstance(handler, ConsoleHandler):
+                handler.handle(record)
+
+
 class _RankLog(logging.FileHandler):
     """Handler of a rank's log file. After the first write error it logs one warning and removes itself."""
 

@@ -28,7 +28,7 @@ def token_kls(
 
     Both are float32 [R] in nats, in host memory. Collective: every rank passes the same rollouts. The KL divergences
     are computed as in the loss, with each rollout's ``teacher_prefix_ids`` as the teacher's context. To save memory,
-    the teacher runs on one micro-batch after the other. ``packing``, ``seed`` and ``step`` are arguments of ``plan``,
+    the teacher runs on one of its packs after the other. ``packing``, ``seed`` and ``step`` are arguments of ``plan``,
     which packs the rollouts into micro-batches.
     """
     if not rollouts:
@@ -37,8 +37,10 @@ def token_kls(
     index = _TokenIndex(rollouts)
     found: list[tuple[Tensor, Tensor]] = []
     teacher.onload()
-    for micro_batch in batch:
-        kls = student.row_kls(micro_batch, teacher.targets(micro_batch))
+    (on_device,) = student.to_device([batch])
+    targets = teacher.targets_of(on_device.micro_batches)
+    for micro_batch, moved, its_targets in zip(batch, on_device, targets, strict=True):
+        kls = student.row_kls(moved, its_targets)
         found.append((index.indices(micro_batch), torch.stack([kls["forward_kl"], kls["reverse_kl"]]).float().cpu()))
     teacher.offload()
     counts = world.layout.tp_rank == 0  # all ranks of a tensor-parallel group have the same rows

@@ -60,7 +60,13 @@ def run_fused(problem: Problem) -> Outcome:
     """Run the forward and backward pass of ``fused_linear_kl``."""
     hidden_ND, head_VD = problem.leaves()
     output = fused_linear_kl(
-        hidden_ND, head_VD, problem.topk, CONFIG, problem.weight_N, chunk_rows=problem.size.chunk_rows
+        hidden_ND,
+        head_VD,
+        problem.topk,
+        CONFIG,
+        problem.weight_N,
+        chunk_rows=problem.size.chunk_rows,
+        valid_vocab=problem.size.valid,
     )
     return _backward(output.kl_sum, hidden_ND, head_VD)
 

@@ -20,7 +20,8 @@ DISTINCT = 16
 class Size:
     """Size of a problem: N rows, V vocabulary entries, hidden width D and K kept ids.
 
-    ``chunk_rows``: rows per chunk of the fused head; None uses the head's default.
+    ``chunk_rows``: rows per chunk of the fused head; None uses the head's default. ``valid``: number of vocabulary
+    entries that are tokens, and not padding; None: all.
     """
 
     rows: int
@@ -28,9 +29,11 @@ class Size:
     width: int
     k: int
     chunk_rows: int | None = None
+    valid: int | None = None
 
     def __str__(self) -> str:
-        return f"N={self.rows} V={self.vocab} D={self.width} K={self.k}"
+        tokens = "" if self.valid is None else f" ({self.valid} tokens)"
+        return f"N={self.rows} V={self.vocab}{tokens} D={self.width} K={self.k}"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def make_problem(size: Size, device: torch.device, dtype: torch.dtype) -> Proble
     teacher_hidden_RD = (hidden_RD + normal(DISTINCT, size.width) / 2).to(dtype)
     teacher_head_VD = (head_VD + normal(size.vocab, size.width) / math.sqrt(size.width)).to(dtype)
     rows_N = torch.arange(size.rows, device=device) % DISTINCT
-    topk = teacher_topk(teacher_hidden_RD, teacher_head_VD, size.k, 1.0)
+    topk = teacher_topk(teacher_hidden_RD, teacher_head_VD, size.k, 1.0, valid_vocab=size.valid)
     return Problem(
         size,
         hidden_RD.to(dtype)[rows_N],
@@ -119,8 +122,9 @@ def reference(problem: Problem, jsd: bool) -> tuple[Outcome, Tensor]:
     weight_R = weight_N.new_zeros(DISTINCT).index_add_(0, rows_N, weight_N)
     hidden_RD = problem.hidden_ND[:DISTINCT].double().requires_grad_()
     head_VD = problem.head_VD.double().requires_grad_()
-    teacher_RV = problem.teacher_hidden_ND[:DISTINCT].double() @ problem.teacher_head_VD.double().t()
-    log_p_RV, log_q_RV = teacher_RV.log_softmax(dim=1), (hidden_RD @ head_VD.t()).log_softmax(dim=1)
+    tokens = slice(problem.size.valid)
+    teacher_RV = problem.teacher_hidden_ND[:DISTINCT].double() @ problem.teacher_head_VD[tokens].double().t()
+    log_p_RV, log_q_RV = teacher_RV.log_softmax(dim=1), (hidden_RD @ head_VD[tokens].t()).log_softmax(dim=1)
     if jsd:
         kl_R = jsd_definition(log_q_RV, log_p_RV)
     else:

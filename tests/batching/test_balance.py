@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from distill.batching.balance import ROUND_COST, balance, fewest_rounds
+from distill.batching.balance import ROUND_COST, _Balancer, balance, fewest_rounds
 from distill.batching.flops import ModelFlops
 from distill.batching.plan import PackingConfig
 from distill.config import Config
@@ -66,6 +66,43 @@ def test_another_round_is_added_only_if_it_saves_more_than_round_cost() -> None:
         assert len(balance(tokens, cost, 2, PackingConfig(5, None, 12))) == rounds
 
 
+def _plain_fill(
+    tokens: dict[int, int], cost: dict[int, float], bins_count: int, limits: PackingConfig, max_cost: float | None
+) -> tuple[list[list[int]], list[int]]:
+    """Fill bins by the definition in ``_Balancer.fill``: every sequence looks at every bin."""
+    bins: list[list[int]] = [[] for _ in range(bins_count)]
+    loads, left = [0.0] * bins_count, []
+    for i, n in tokens.items():
+        by_load = sorted(range(bins_count), key=lambda b: (loads[b], b))
+        fitting = [
+            b
+            for b in by_load
+            if not bins[b]
+            or (
+                (limits.tokens is None or sum(tokens[j] for j in bins[b]) + n <= limits.tokens)
+                and (limits.sequences is None or len(bins[b]) < limits.sequences)
+            )
+        ]
+        if max_cost is not None:
+            below = [b for b in fitting if loads[b] <= max_cost - cost[i]]
+            fitting = below[-1:] or [b for b in fitting if not bins[b]]
+        if fitting:
+            bins[fitting[0]].append(i)
+            loads[fitting[0]] += cost[i]
+        else:
+            left.append(i)
+    return bins, left
+
+
+@settings(max_examples=150, deadline=None)
+@given(TOKENS, st.integers(1, 8), TOKEN_LIMIT, SEQUENCE_LIMIT, st.sampled_from([None, 1.0, 40.0, 90.0, 1e9]))
+def test_bins_are_filled_as_if_every_sequence_looked_at_every_bin(drawn, bins, tokens, sequences, max_cost) -> None:
+    limits = PackingConfig(len(drawn), sequences, tokens)
+    lengths, cost = dict(enumerate(drawn)), {i: n + 0.01 * n * n for i, n in enumerate(drawn)}
+    filled = _Balancer(lengths, cost, 1, limits).fill(list(lengths), bins, max_cost)
+    assert filled == _plain_fill(lengths, cost, bins, limits, max_cost)
+
+
 # ---- waiting of ranks ------------------------------------------------------------------------------------------------
 
 HARD = Case(responses=512, cap=20_480, ranks=32, cp=1, budget=40_960)
@@ -90,6 +127,7 @@ def test_lockstep_is_near_its_upper_bound_if_the_budget_forbids_95_percent() -> 
 
 def test_a_case_that_misses_a_bound_fails_the_benchmark(monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench_packing, "CASES", [replace(TIGHT, responses=64, ranks=8)])
+    monkeypatch.setattr(bench_packing, "long_plan_seconds", lambda: 0.0)
     monkeypatch.setattr("sys.argv", ["bench_packing", "--seeds", "2"])
     assert bench_packing.main() == 0 and "FAILED" not in capsys.readouterr().out
     monkeypatch.setattr(bench_packing, "balance", lambda tokens, cost, ranks, limits: _in_order(tokens, ranks, limits))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.batching.balance import ROUND_COST
-from distill.batching.plan import PackingConfig, balance_responses, pack, plan
+from distill.batching.plan import PackingConfig, balance_responses, pack, pack_teacher, plan
 from distill.inputs import packing_of
-from distill.types import Layout, OptimizerBatch, Problem, Prompt, Rollout
+from distill.types import Layout, OptimizerBatch, Problem, Prompt, Rollout, View
 from tests.harness import config_for
 from tests.helpers import tiny_config
 
@@ -162,6 +167,83 @@ def test_teacher_and_student_rows_predict_the_same_token(lengths, prefixes) -> N
                 assert (position, following) == (len(prefix_of(rollout)) - 1 + i, token)
                 n += 1
         assert n == len(view.rows_N)
+
+
+def _plain_view(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], share: bool) -> dict[str, list[int]]:
+    """Build a view from Python lists, token by token."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    expand: list[int] = []
+    bounds = [0]
+    begins: dict[tuple[int, ...], list[int]] = {}
+    for prefix, response in sequences:
+        slots = begins.get(prefix, []) if share else []
+        for position, token in enumerate(prefix[len(slots) :] + response[:-1], start=len(slots)):
+            slots = [*slots, len(tokens)]
+            tokens.append(token)
+            positions.append(position)
+        begins[prefix] = slots[: len(prefix)]
+        rows += slots[len(prefix) - 1 :]
+        expand += slots
+        bounds.append(len(expand))
+    found = dict(tokens_T=tokens, positions_T=positions, rows_N=rows, bounds=bounds)
+    if len(expand) > len(tokens):
+        found |= dict(expand_S=expand, source_T=[expand.index(t) for t in range(len(tokens))])
+    return found
+
+
+def _as_lists(view: View) -> dict[str, list[int]]:
+    tensors = dict(tokens_T=view.tokens_T, positions_T=view.positions_T, rows_N=view.rows_N)
+    if view.shared is not None:
+        tensors |= dict(expand_S=view.shared.expand_S, source_T=view.shared.source_T)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.int64}
+    return {"bounds": list(view.bounds)} | {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.booleans())
+def test_packed_arrays_equal_lists_built_token_by_token(lengths, prompts, share) -> None:
+    members = []
+    for i, n in enumerate(lengths, start=5):
+        prompt = Prompt(i % prompts, (i % prompts + 1,) * (1 + i % prompts), Problem("p"))
+        response = tuple(range(100 * i, 100 * i + n))
+        teacher = () if i % 3 else (*range(50), i % prompts)
+        members.append((i, Rollout(prompt, 0, response, tuple(-0.1 * t for t in response), "stop", 0, teacher)))
+    packed = pack(members, share)
+    students = [(r.prompt.student_ids, r.response_ids) for _, r in members]
+    teachers = [(r.teacher_prefix_ids or r.prompt.student_ids, r.response_ids) for _, r in members]
+    assert _as_lists(packed.student) == _plain_view(students, share)
+    assert _as_lists(packed.teacher) == _plain_view(teachers, share)
+    assert packed.sampled_N.tolist() == [t for _, r in members for t in r.response_ids]
+    assert torch.equal(packed.sampled_logprobs_N, torch.tensor([p for _, r in members for p in r.logprobs]))
+    assert packed.rollout_N.tolist() == [i for i, r in members for _ in r.response_ids]
+    others = pack_teacher(members, share)
+    assert _as_lists(others.teacher) == _as_lists(packed.teacher)
+    assert torch.equal(others.rollout_N, packed.rollout_N)
+
+
+class Counted(tuple):
+    """A tuple that counts how many of its elements were read."""
+
+    reads: ClassVar[Counter[str]] = Counter()
+
+    def __iter__(self) -> Iterator:
+        for element in tuple.__iter__(self):
+            self.reads[type(element).__name__] += 1
+            yield element
+
+
+def test_a_rank_converts_only_the_tokens_that_its_teacher_group_reads_and_only_once() -> None:
+    Counted.reads.clear()
+    rollouts = [
+        replace(r, response_ids=Counted(r.response_ids), logprobs=Counted(r.logprobs)) for r in _rollouts([50] * 64)
+    ]
+    for rank in range(8):
+        Counted.reads.clear()
+        batches = plan(rollouts, Layout(rank, 8, teacher_size=4), PackingConfig(64, 2, None), seed=0, step=0)
+        assert Counted.reads == {"int": 64 * 50 // 2, "float": 64 * 50 // 8}
+        assert sum(len(micro_batch.sampled_N) for batch in batches for micro_batch in batch) == 64 * 50 // 8
 
 
 def test_a_rank_without_responses_gets_a_dummy_of_weight_zero() -> None:

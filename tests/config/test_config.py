@@ -231,7 +231,7 @@ def test_derived_defaults_follow_their_key(write: Write) -> None:
     assert config.teacher.max_total_sequence_length == 512
     assert config.teacher.precision == "float32"
     assert config.teacher.logprob_batch_size == 2
-    assert config.teacher.dynamic_batching.logprob_mb_tokens == 1024
+    assert config.teacher.dynamic_batching.logprob_mb_tokens == "auto"
     assert config.data.max_input_seq_length == 512
 
 

@@ -90,12 +90,13 @@ def test_the_base_recipe_has_the_values_of_nemo_rl() -> None:
     assert (student.precision, student.max_grad_norm) == ("bfloat16", 1.0)
     assert (student.dtensor_cfg.tensor_parallel_size, student.dtensor_cfg.context_parallel_size) == (2, 2)
     assert (teacher.dtensor_cfg.tensor_parallel_size, teacher.dtensor_cfg.context_parallel_size) == (4, 2)
-    assert student.dtensor_cfg.activation_checkpointing
+    assert student.dtensor_cfg.activation_checkpointing == "auto"
     assert not student.dtensor_cfg.cpu_offload
     for model in (student, teacher):
         assert (model.dynamic_batching.enabled, model.sequence_packing.enabled) == (True, False)
-        assert model.dynamic_batching.logprob_mb_tokens == 8192
+    assert (student.dynamic_batching.logprob_mb_tokens, teacher.dynamic_batching.logprob_mb_tokens) == (8192, "auto")
     adam = student.optimizer.kwargs
+    assert (adam.foreach, adam.fused) == (None, None)
     assert (adam.lr, adam.weight_decay, adam.betas, adam.eps) == (2e-5, 0.01, (0.9, 0.999), 1e-8)
     warmup, constant, between = student.scheduler
     assert warmup.kwargs == {"start_factor": 0.1, "end_factor": 1.0, "total_iters": 10}
@@ -264,9 +265,11 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
     train, score, generate = (found.phases[phase] for phase in ("training", "teacher", "generation"))
     P, teachers = QWEN3[student], QWEN3[teacher]
     assert ranks == dp * cp * tp == config.cluster.num_nodes * config.cluster.gpus_per_node
-    assert [train[line] for line in ("master weights", "gradients", "optimizer state")] == [
-        pytest.approx(share * P / ranks, abs=8) for share in (4, 4, 8)
-    ]
+    assert [train[line] for line in ("master weights", "gradients")] == [pytest.approx(4 * P / ranks, abs=8)] * 2
+    # The moments are on the device only while the optimizer needs them, which is the peak only for short sequences.
+    moments = pytest.approx(8 * P / ranks, abs=8)
+    assert train["optimizer state"] in (0, moments)
+    assert 0 <= found.host["optimizer state"] - 8 * P / ranks < 2**20 + 8  # pinned memory has blocks of 1 MiB
     assert score["teacher shards"] == pytest.approx(2 * teachers / ranks, abs=2)
     assert score["master weights"] == generate["master weights"] == train["master weights"]
     assert score["optimizer state"] == generate["optimizer state"] == 0  # on the host

@@ -245,6 +245,16 @@ def test_two_jobs_on_the_same_nodes_do_not_interfere(cluster, tiny, undisturbed)
         _assert_same_metrics(job.rows(), undisturbed[1])
 
 
+def test_the_acceptance_job_checks_collectives_over_two_nodes(cluster, tmp_path) -> None:
+    arguments = ("--ranks", "1", "--only", "collectives", "--out", str(tmp_path))
+    job = cluster.submit("-N2", "--output=distill-%j.out", "scripts/accept.sbatch", *arguments)
+    _completed(cluster, job)
+    for folder in (tmp_path, tmp_path / "node_1"):
+        found = json.loads((folder / "accept.json").read_text())
+        checks = {check["name"]: check["value"] for check in found["parts"][1]["numbers"]}
+        assert found["passed"] and checks["ranks at the rendezvous"] == 2, found
+
+
 def test_no_process_of_any_job_remains(cluster) -> None:
     """Must be the last test: all jobs have ended."""
     with contextlib.suppress(TimeoutError):

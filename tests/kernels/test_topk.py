@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +73,8 @@ def assert_exact(z_CV: Tensor, k: int, temperature: float = 1.0, tolerance: floa
         pytest.param(1, 17001, 64, id="several-groups"),
         pytest.param(1, 40000, 2048, id="k2048"),
         pytest.param(2, 600, 200, id="k-a-third-of-the-row"),
+        pytest.param(2, 5003, 2049, id="k2049-odd-vocabulary"),
+        pytest.param(1, 12_001, 4096, id="k4096-several-blocks"),
         pytest.param(2, 70, 69, id="all-but-one"),
         pytest.param(2, 1, 1, id="one-column"),
     ],
@@ -153,6 +152,27 @@ def test_ties_at_the_edge_go_to_the_lowest_ids_even_if_the_buffer_overflows() ->
 @pytest.mark.parametrize(("vocab", "k"), [(3000, 64), (9000, 4500)], ids=["k64", "several-blocks-of-the-full-row"])
 def test_rounded_logits_with_many_ties_are_exact(vocab: int, k: int) -> None:
     assert_exact(normal(2, vocab).round(), k)
+
+
+def test_the_full_row_finds_any_kth_logit() -> None:
+    """Adjacent numbers, one far from the rest, equal ones, both signs, -inf, and the end of an interval."""
+    k = 2049
+    assert topk.tiling(4200, k) is None
+    one_bits = torch.tensor(1.0).view(torch.int32)
+    z_CV = torch.empty(7, 4200)
+    z_CV[0] = (one_bits + torch.arange(4200).flip(0)).int().view(torch.float32)
+    z_CV[1] = (one_bits + torch.arange(4200) // 64 * 64).int().view(torch.float32)
+    z_CV[2] = torch.where(torch.arange(4200) < k, 3e38, -3e38)
+    z_CV[3] = -7.5
+    z_CV[4] = torch.where(torch.arange(4200) < 100, 2.0, NEG_INF)
+    z_CV[5] = normal(1, 4200)[0].cpu()
+    z_CV[5, 17] = 1e30
+    # The k-th logit is the last number of an interval of 64, 128 and more, with ties, and larger logits exist.
+    steps = torch.tensor([0] * 1100 + [5001 * 128 - 1] * 2100)
+    z_CV[6] = (one_bits + torch.cat([steps, 1_500_000 + torch.arange(1000)])).int().view(torch.float32)
+    z_CV = z_CV.to(DEVICE)
+    assert_same_ids(topk.topk_ids(z_CV, k), z_CV)
+    assert_exact(z_CV[[0, 1, 3, 5]], k, tolerance=1e-5)
 
 
 def test_zero_and_minus_zero_are_equal() -> None:
@@ -262,51 +282,3 @@ def test_bad_arguments_are_refused_with_their_values(z_CV: Tensor, k: int, named
 def test_an_inverse_temperature_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="inverse_temperature"):
         topk.topk_with_tail(torch.zeros(2, 8), 2, 0.0)
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from distill.kernels import topk
-
-# Every other parameter is a pointer to float32.
-TYPES = {"z_ptr": "*bf16", "found_ptr": "*i32", "full_row_ptr": "*i32", "ids_ptr": "*i32"}
-TYPES |= {"vocab": "i32", "z_stride": "i32", "groups": "i32", "inverse_temperature": "fp32"}
-cut = topk.tiling(32_000, 64)
-MADE_FOR = {"K": 64, "W": cut.width, "S": cut.per_group, "VEC": 8, "STATS": True, "TILES": 2048, "GROUPS": 4}
-MADE_FOR |= {"ROOM": cut.room, "BLOCK": 1024}
-for name, kernel in vars(topk).items():
-    if not isinstance(kernel, triton.JITFunction) or kernel.arg_names[0] != "z_ptr":
-        continue
-    # An argument of 1 is a constant to Triton: the groups of a small vocabulary.
-    for capability, known in ((80, MADE_FOR), (90, MADE_FOR | {"groups": 1})):
-        signature = {p: "constexpr" if p in known else TYPES.get(p, "*fp32") for p in kernel.arg_names}
-        constants = {(at,): known[p] for at, p in enumerate(kernel.arg_names) if p in known}
-        aligned = [p.startswith(("vocab", "z_stride")) or p.endswith("_ptr") for p in kernel.arg_names]
-        attributes = {(at,): [["tt.divisibility", 16]] for at, is_aligned in enumerate(aligned) if is_aligned}
-        source = ASTSource(kernel, signature, constants, attributes)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-        assert len(binary.asm["cubin"]) > 1000
-        ptx = binary.asm["ptx"]
-        print(name, capability, ptx.count("ld.global"), ptx.count("ld.global.v4"), ptx.count("shfl"))
-"""
-
-
-@pytest.mark.slow
-def test_every_kernel_compiles_and_reads_16_bytes_at_a_time(tmp_path: Path) -> None:
-    """In a separate process, because kernels decorated for the interpreter cannot be compiled."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    assert "TRITON_INTERPRET" not in environment, "child processes would interpret their kernels"
-    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counts = {}
-    for line in done.stdout.splitlines():
-        name, capability, *numbers = line.split()
-        counts[name, capability] = [int(number) for number in numbers]
-    assert set(counts) == {(name, c) for name in ("scan_tiles", "select", "full_row") for c in ("80", "90")}
-    for capability in ("80", "90"):
-        loads, wide_loads, shuffles = counts["scan_tiles", capability]
-        assert loads == wide_loads > 0, "a load of less than 16 bytes"
-        assert shuffles < 64, "threads exchange a tile's values"

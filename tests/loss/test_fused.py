@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -157,9 +158,13 @@ def test_rows_of_weight_zero_have_no_effect_even_if_nan() -> None:
     dirty_topk = TopK(topk.ids_NK, *dirty[1:])
     clean_topk = TopK(topk.ids_NK[kept], topk.logprobs_NK[kept], topk.log_tail_N[kept])
     clean_sampled = Sampled(sampled.ids_N[kept], sampled.logprobs_N[kept], 1.0)
-    for config in LOSSES:
+    for config, kept_M in itertools.product(LOSSES, (None, kept)):
         output, (d_hidden, d_head) = gradients(
-            lambda h, w, c=config: fused_linear_kl(h, w, dirty_topk, c, weight_N, sampled, chunk_rows=2), dirty[0], head
+            lambda h, w, c=config, rows=kept_M: fused_linear_kl(
+                h, w, dirty_topk, c, weight_N, sampled, chunk_rows=2, kept_M=rows
+            ),
+            dirty[0],
+            head,
         )
         expected, (e_hidden, e_head) = gradients(
             lambda h, w, c=config: fused_linear_kl(h, w, clean_topk, c, torch.ones(3), clean_sampled),
@@ -215,6 +220,42 @@ def test_padded_vocabulary_rows_have_a_gradient_of_exactly_zero(config: LossConf
     assert_close(d_hidden, e_hidden, 1e-12)
     assert_close(d_head[:30], e_head, 1e-12)
     assert (d_head[30:] == 0).all()
+
+
+@pytest.mark.parametrize(("vocab", "rows", "columns"), [(70, 200, 128), (70, 100, 100), (128, 200, 128), (70, 70, 70)])
+def test_the_matmuls_have_a_multiple_of_64_columns_if_the_head_has_them(vocab: int, rows: int, columns: int) -> None:
+    hidden, head, teacher_hidden, teacher_head = rows_and_head(5, rows, 8)
+    sampled = Sampled(torch.arange(5), -torch.ones(5).double(), 1.0)
+    cases = [
+        (LossConfig(), 5),
+        (LossConfig("jsd"), 0),
+        (LossConfig("reverse", support="student"), 5),
+        (LossConfig(), None),
+    ]
+    for config, k in cases:
+        runs = []
+        for end in (rows, vocab):
+            targets: Any = TeacherRows(teacher_hidden, teacher_head[:end])
+            with Matmuls() as matmuls:
+                if k is None:
+                    targets = teacher_topk(teacher_hidden, teacher_head[:end], 5, 1.0, valid_vocab=vocab)
+                runs.append(
+                    gradients(
+                        lambda h, w, t=targets, c=config, k=k: fused_linear_kl(
+                            h, w, t, c, torch.ones(5), sampled, chunk_rows=4, valid_vocab=vocab, topk_logits_k=k
+                        ),
+                        hidden,
+                        head[:end],
+                    )
+                )
+            assert matmuls.columns == {columns if end == rows else vocab}
+        (padded, (d_hidden, d_head)), (exact, (e_hidden, e_head)) = runs
+        assert_close(padded.kl_sum, exact.kl_sum, 1e-12)
+        assert_close(d_hidden, e_hidden, 1e-12)
+        assert_close(d_head[:vocab], e_head, 1e-12)
+        assert (d_head[vocab:] == 0).all()
+        for metric in exact.stats:
+            assert mean(padded, metric) == pytest.approx(mean(exact, metric), rel=1e-12)
 
 
 @pytest.mark.parametrize("config", LOSSES, ids=name)
@@ -355,6 +396,19 @@ class LargestTensor(TorchDispatchMode):
         sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.elements = max([self.elements, *sizes])
         return result
+
+
+class Matmuls(TorchDispatchMode):
+    """Collects the number of columns of logits in all matmuls; the hidden states have 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in str(func):
+            self.columns |= {size for matrix in args[-2:] for size in matrix.shape if size > 8}
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

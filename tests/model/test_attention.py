@@ -159,3 +159,31 @@ def test_a_long_pack_needs_no_quadratic_memory_on_a_gpu(window: int | None) -> N
     out.backward(torch.randn_like(out))
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < longest**2, "memory is quadratic in the length"
+
+
+@pytest.mark.parametrize(("on_gpu", "repeated"), [(True, True), (False, False)])
+def test_float32_attention_on_a_gpu_repeats_grouped_heads(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, repeated: bool
+) -> None:
+    query, key, value = _heads(BOUNDS[-1], 8, torch.float32)
+    expected = attend_per_sequence(query, key, value, BOUNDS, None, None)
+    calls: list[bool] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args[1].shape[1] == args[0].shape[1] and not kwargs["enable_gqa"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", recorded)
+    query = query.as_subclass(_OnGpu) if on_gpu else query
+    found = attend_per_sequence(query, key, value, BOUNDS, None, None)
+    assert calls == [repeated] * (len(BOUNDS) - 1)
+    assert (torch.as_tensor(found) - expected).abs().max() < 1e-6
+
+
+class _OnGpu(Tensor):
+    """A CPU tensor that reports to be on a GPU."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True

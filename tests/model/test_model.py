@@ -27,10 +27,9 @@ from distill.model.sharded import ShardedLM, Sharding, load_sharded
 from distill.model.student import Student, build_scheduler
 from distill.model.teacher import ShardedTeacher
 from distill.model.teacher_check import plain_logits, verify_teacher
-from distill.model.tensor_parallel import check_plan
 from distill.model.weights import GatheredWeights
 from tests.harness import config_for, fixed_rollouts
-from tests.helpers import run_ranks, save_tiny_model, tiny_config
+from tests.helpers import run_ranks, save_tiny_model
 
 SEQUENCES = [((5, 6, 7), tuple(range(8, 30))), ((11,), (13, 14, 15, 16)), ((1, 2), (3,))]
 SHAPES = [("llama", False), ("qwen3", True), ("qwen2", False), ("gemma3_text", True)]
@@ -379,54 +378,3 @@ def test_attention_is_causal_within_each_sequence() -> None:
                     scores = 0.3 * k[0, head // 2, first : t + 1] @ q[0, head, t]
                     expected[0, t, head] = scores.softmax(0) @ v[0, head // 2, first : t + 1]
         assert (got - expected).abs().max() < 1e-5
-
-
-def _own_plan(change: dict[str, str | None] | None = None) -> dict[str, str]:
-    """Return Qwen3's plan with the entries of ``change`` replaced, or removed (None)."""
-    plan = dict(tiny_config("qwen3", True).base_model_tp_plan) | (change or {})
-    return {pattern: style for pattern, style in plan.items() if style is not None}
-
-
-_COMPLETE_MLP: dict[str, str | None] = {f"layers.*.mlp.{name}_proj": None for name in ("gate", "up", "down")}
-
-
-@pytest.mark.parametrize(
-    ("plan", "value", "part"),
-    [
-        ({"model.layers.*.mlp.up_proj": "colwise"}, "model.layers.*.mlp.up_proj", "qwen3"),
-        ({"layers.*.mlp": "colwise"}, "layers.*.mlp", "qwen3"),
-        ({"layers.*.mlp.up_proj": "sequence"}, "sequence", "colwise, rowwise"),
-        (_own_plan({"layers.*.self_attn.k_proj": None}), "layers.*.self_attn.k_proj", "k_proj: colwise"),
-        (_own_plan({"layers.*.self_attn.o_proj": "colwise"}), "layers.*.self_attn.o_proj", "o_proj: rowwise"),
-        (_own_plan({"layers.*.self_attn.q_norm": None}), "layers.*.self_attn.q_norm", "q_norm: replicated_with_grad"),
-        (
-            _own_plan(_COMPLETE_MLP) | {"layers.*.mlp.down_proj": "rowwise"},
-            "layers.*.mlp.gate_proj",
-            "gate_proj: colwise",
-        ),
-        (
-            _own_plan({"layers.*.input_layernorm": "replicated_with_grad_allreduce"}),
-            "layers.*.input_layernorm",
-            "entry layers.*.input_layernorm",
-        ),
-    ],
-)
-def test_an_incorrect_tensor_parallel_plan_is_refused(plan: dict[str, str], value: str, part: str) -> None:
-    with pytest.raises(UserError) as refused:
-        check_plan(tiny_config("qwen3", True), plan, "a model")
-    assert refused.value.key == "policy.dtensor_cfg.custom_parallel_plan"
-    assert refused.value.value == value
-    assert part in str(refused.value)
-
-
-def test_a_tensor_parallel_plan_may_leave_a_block_unsplit() -> None:
-    for family in ("llama", "qwen2", "qwen3", "gemma3_text"):
-        assert check_plan(tiny_config(family, True), None, "a model")["layers.*.self_attn.q_proj"] == "colwise"
-    config = tiny_config("qwen3", True)
-    assert not [name for name in check_plan(config, _own_plan(_COMPLETE_MLP), "a model") if ".mlp." in name]
-    by_layer = {p.replace("*", str(i)): s for p, s in _own_plan().items() for i in range(2)}
-    check_plan(config, by_layer, "a model")
-    config.base_model_tp_plan = None
-    with pytest.raises(UserError, match=r"k_proj: colwise or rowwise"):
-        check_plan(config, _own_plan({"layers.*.self_attn.k_proj": None}), "a model")
-    check_plan(config, _own_plan(), "a model")

@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.distributed.world import World
+from distill.errors import RunFailed
 from distill.metrics.step import Metrics, waits
 from distill.model.checksum import BitSums, bit_sums, bit_sums_by_name, changed_names, wrap_int64
+from distill.model.dtensor import local_shard
 from distill.model.hf_files import find_model
 from distill.model.student import Student
 from distill.model.weights import GatheredWeights
-from distill.rollout.gpu_memory import SleepGuard
+from distill.rollout.gpu_memory import SleepGuard, Tag
 from distill.rollout.sync import FLOAT32_LIMIT, WeightSync, check_equal
 from distill.types import SyncReport
 from tests.harness import CompleteWeights, config_for
@@ -170,6 +172,49 @@ def test_weights_that_are_not_finite_raise_on_every_rank(tmp_path: Path) -> None
     assert "model.layers.1.mlp.up_proj.weight" in errors[0]
 
 
+FLIPPED = [  # tensor-parallel size, replicas, weight with a flipped bit on rank 3, reported place
+    (2, 1, "model.layers.1.self_attn.k_norm.weight", "rank 3"),  # copied on the tensor-parallel ranks
+    (2, 2, "model.norm.weight", "rank 3"),
+    (2, 2, "model.layers.0.mlp.up_proj.weight", "replica 1"),  # split by tensor parallelism: one copy per replica
+]
+
+
+def _with_one_flipped_bit(folder: Path) -> list[tuple[str, str]]:
+    """Return the errors of two syncs for each case: with equal copies, and with a flipped bit."""
+    world = World()
+    errors = []
+    for tp, replicas, weight, _ in FLIPPED:
+        world.build_mesh("cpu", tp, 1, replicas)
+        size = (f"policy.dtensor_cfg.tensor_parallel_size={tp}", f"policy.dtensor_cfg.replicate_size={replicas}")
+        config = config_for(folder, folder, "distillation.allow_degenerate=true", *size, ranks=world.size)
+        student = Student(config, find_model(str(folder), "a model"), world, 384, ())
+        equal = _error_of(student)
+        if world.rank == 3:
+            shard = local_shard(dict(student.model.named_hf_parameters())[weight])
+            shard.detach().view(torch.int32).view(-1)[-1] ^= 1
+        errors.append((equal, _error_of(student)))
+    return errors
+
+
+def _error_of(student: Student) -> str:
+    try:
+        for _ in student.weights():
+            pass
+    except RunFailed as error:
+        return str(error)
+    return ""
+
+
+def test_a_sync_compares_all_copies_of_a_weight(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m", "qwen3", True)
+    by_rank = run_ranks(4, _with_one_flipped_bit, folder)
+    for errors in by_rank:
+        assert errors == by_rank[0], "ranks report different errors"
+        for (_, _, weight, where), (equal, flipped) in zip(FLIPPED, errors, strict=True):
+            assert equal == ""
+            assert weight in flipped and where in flipped
+
+
 class ScriptedEngine:
     """An engine without a model, with given numbers of changed tensors and log-probs of the probe."""
 
@@ -294,11 +339,19 @@ def test_a_rank_that_cannot_wake_stops_all_ranks_before_the_probe() -> None:
 class FakeMemory:
     """Memory of a device with given numbers of bytes, for machines without a GPU."""
 
-    def __init__(self, free: int = 0, outside_torch: int = 0) -> None:
-        self.free_bytes, self.outside_bytes = free, outside_torch
+    def __init__(self, free: int = 0, outside_torch: int = 0, cached: int = 0) -> None:
+        self.free_bytes, self.outside_bytes, self.cached_bytes = free, outside_torch, cached
+        self.releases = 0
 
     def free(self) -> int:
         return self.free_bytes
+
+    def release(self) -> None:
+        self.free_bytes, self.cached_bytes = self.free_bytes + self.cached_bytes, 0
+        self.releases += 1
+
+    def needed(self, tag: Tag) -> int:
+        return {"weights": 3 * GIB, "kv_cache": 4 * GIB}[tag]
 
     def outside_torch(self) -> int:
         return self.outside_bytes
@@ -306,9 +359,18 @@ class FakeMemory:
 
 def test_waking_with_too_little_free_memory_raises() -> None:
     guard = SleepGuard(FakeMemory(free=3 * GIB, outside_torch=GIB))
-    guard.check_free("weights", 3 * GIB)
+    guard.check_free("weights")
     with pytest.raises(RuntimeError, match=r"kv_cache .*4\.00 GiB.*3\.00 GiB.*1\.00 GiB"):
-        guard.check_free("kv_cache", 4 * GIB)
+        guard.check_free("kv_cache")
+
+
+def test_cached_memory_is_released_only_if_the_engine_needs_it() -> None:
+    memory = FakeMemory(free=3 * GIB, cached=GIB)
+    guard = SleepGuard(memory)
+    guard.check_free("weights")
+    assert memory.releases == 0
+    guard.check_free("kv_cache")
+    assert (memory.releases, memory.free_bytes) == (1, 4 * GIB)
 
 
 def test_growing_memory_of_a_sleeping_engine_warns_once_per_gib(warnings: pytest.LogCaptureFixture) -> None:

@@ -31,12 +31,15 @@ from distill.rollout.factory import check_backend
 from distill.rollout.gather import gather_rollouts
 from distill.rollout.sync import WeightSync
 from distill.rollout.transformers_engine import TransformersEngine, processed_logprobs
+from distill.rollout.vllm_config import ARCHITECTURES
 from distill.rollout.vllm_engine import VllmEngine
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.harness import CompleteWeights, config_for
-from tests.helpers import run_ranks, save_tiny_model
+from tests.helpers import free_port, run_ranks, save_tiny_model
+from tests.rollout.scripted_vllm import plain_fields, plain_run
 from tests.rollout.test_sync import FakeMemory
+from tests.rollout.vllm_loop_scenarios import loop_scenarios
 from tests.variants import NOT_IN_VLLM, save_variant
 
 pytestmark = pytest.mark.slow
@@ -53,6 +56,7 @@ def _prompts(*lengths: int) -> list[Prompt]:
 
 
 PROMPTS = _prompts(7, 1, 40, 12)
+SOME_LOGPROBS = replace(SAMPLED, logprob_interval=3)
 NUCLEUS = replace(SAMPLED, top_p=0.9, top_k=40, stop_token_ids=())
 KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
 EXCHANGED = {KEY: VALUE, VALUE: KEY}
@@ -116,8 +120,29 @@ def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
 def _cached(engine: VllmEngine, responses: int) -> list[int]:
     """Return, for each response to a prompt of 40 tokens, how many of its tokens were in the cache."""
     prompt = Prompt(9, tuple(range(100, 140)), Problem("p"))
-    outputs = engine._run([(prompt.student_ids, engine._params(prompt, a, SAMPLED, 0)) for a in range(responses)])
-    return [output.num_cached_tokens for output in outputs]
+    requests = [(prompt.student_ids, engine._params(prompt, a, SAMPLED, 0)) for a in range(responses)]
+    return [output.num_cached_tokens for output in plain_run(engine._engine, requests)]
+
+
+def _by_plain_loop(engine: VllmEngine, sampling: Sampling) -> list[tuple[list[int], list[float], str]]:
+    """Generate the responses to PROMPTS at step 0 with LLMEngine.step: token ids, log-probs and finish reasons."""
+    responses = [(prompt, g) for prompt in PROMPTS for g in range(sampling.responses_per_prompt)]
+    requests = [(prompt.student_ids, engine._params(prompt, g, sampling, 0)) for prompt, g in responses]
+    return [plain_fields(output) for output in plain_run(engine._engine, requests)]
+
+
+CACHE_OR_ON_HOST = {"kv_cache", "_k_scale_cpu", "_v_scale_cpu"}
+"""Attributes of vLLM's modules that are the key-value cache, or in host memory on every platform."""
+
+
+def _loose_tensors(engine: VllmEngine) -> list[str]:
+    """Return the tensors of vLLM's model that are neither parameters nor buffers, without CACHE_OR_ON_HOST."""
+    return [
+        f"{name}.{key}"
+        for name, module in engine._weights.model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and key not in CACHE_OR_ON_HOST
+    ]
 
 
 def _random_states() -> list[Any]:
@@ -144,6 +169,9 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["probe"] = engine.probe(PROBE), plain.probe(PROBE)
     seen["greedy"] = engine.generate(PROMPTS, GREEDY, 0), plain.generate(PROMPTS, GREEDY, 0)
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
+    seen["plain loop"] = _by_plain_loop(engine, SAMPLED)
+    seen["some log-probs"] = [each.generate(PROMPTS, SOME_LOGPROBS, 0) for each in (engine, plain)]
+    seen["loose tensors"] = _loose_tensors(engine)
     seen["cancelled"] = _cancelled(engine)
     seen["separately"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
     seen["cached"] = [_cached(engine, 2)]
@@ -191,15 +219,15 @@ def _cancelled(engine: VllmEngine) -> tuple[list[Any], int, bool]:
 def _faults(engine: VllmEngine, weights: CompleteWeights) -> dict[str, Any]:
     """Break the awake engine in several ways; return the error of each, and the tensor if it is a SyncError."""
     found: dict[str, Any] = {"none": _sync_error(lambda: engine._verify(weights.sums))}
-    core = engine._engine
+    core: Any = engine._engine.engine_core
     norm: Any = engine._weights.model.get_parameter("model.norm.weight")
-    core.sleep(1)
+    engine._engine.sleep(1)
     found["asleep"] = _error(lambda: engine.generate(PROMPTS, GREEDY, 0))
-    core.wake_up()
-    step, core.step = core.step, list  # steps without any output
+    engine._engine.wake_up()
+    get_output, core.get_output = core.get_output, lambda: SimpleNamespace(outputs=[])
     found["no progress"] = _error(lambda: engine.generate(PROMPTS[:2], GREEDY, 0))
-    core.step = step
-    core.abort_request([str(i) for i in range(engine._requests)])
+    core.get_output = get_output
+    engine._loop.abort()
     norm.data += 1
     found["overwritten"] = _sync_error(lambda: engine._verify(weights.sums))
     norm.data.fill_(torch.nan)
@@ -231,13 +259,67 @@ def _faults(engine: VllmEngine, weights: CompleteWeights) -> dict[str, Any]:
     return found
 
 
+def _one_rank(folder: Path, soaked: Path, port: int) -> dict[str, Any]:
+    """Run the scenarios of one rank one after the other: importing vLLM takes longer than each of them."""
+    seen = _alone(folder)
+    seen["loop"] = loop_scenarios(folder)
+    os.environ["MASTER_PORT"] = str(port)
+    seen["soak"] = _soak(soaked, 50)
+    return seen
+
+
+def _on_gpu(folder: Path) -> dict[str, Any]:
+    """Run the scenarios of one rank whose results do not depend on rounding."""
+    world = World()
+    world.build_mesh("cuda", 1, 1)
+    engine = _engine(folder)
+    tensors = _tensors(folder)
+    seen: dict[str, Any] = {
+        "loads by": engine._weights.path,
+        "asleep": _error(lambda: engine.generate(PROMPTS, GREEDY, 0)),
+    }
+    seen["report"] = _awake(engine, tensors, 3)
+    seen["probe"] = engine.probe(PROBE)
+    seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0)]
+    seen["cancelled"] = _cancelled(engine)
+    engine.sleep()
+    seen["residual"] = engine.residual_bytes
+    _awake(engine, {**tensors, "model.norm.weight": tensors["model.norm.weight"] * 1.5}, 4)
+    seen["second probe"] = engine.probe(PROBE)
+    norm: Any = engine._weights.model.get_parameter("model.norm.weight")
+    norm.data += 1
+    seen["overwritten"] = _sync_error(lambda: engine._verify(engine._sums))
+    engine.close()
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_engine_on_a_gpu_sleeps_loads_weights_in_place_and_generates(tmp_path: Path) -> None:
+    (seen,) = run_ranks(1, _on_gpu, save_tiny_model(tmp_path / "m", "qwen3", True, seed=1))
+    assert seen["loads by"] == "load_weights" and "asleep" in seen["asleep"]
+    assert seen["report"].tensors > 20 and seen["probe"] != seen["second probe"]
+    test_responses_end_at_a_stop_token_or_the_limit_and_keep_their_order(seen)
+    assert seen["cancelled"] == ([], 3, False)
+    assert seen["residual"] > 0
+    assert seen["overwritten"] == ("model.norm.weight", "memory")
+
+
+def _skip_on_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("compares bits and memory formats of vLLM on CPU; python -m scripts.accept checks vLLM on a GPU")
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "m", "qwen3", True, seed=1)
+    _skip_on_gpu()
+    models = tmp_path_factory.mktemp("models")
+    folder = save_tiny_model(models / "m", "qwen3", True, seed=1)
     GenerationConfig(eos_token_id=list(range(1, VALID, 2))).save_pretrained(
         folder
     )  # the recipe's stop ids count instead
-    return dict(run_ranks(1, _alone, folder)[0])
+    soaked = save_tiny_model(models / "soaked", "llama", True, vocab=4096, hidden=256)
+    return dict(run_ranks(1, _one_rank, folder, soaked, free_port())[0])
 
 
 def test_creating_the_engine_keeps_the_global_random_states(alone) -> None:
@@ -273,6 +355,20 @@ def test_responses_repeat_and_do_not_depend_on_the_batch(alone) -> None:
     assert alone["separately"] == first
     assert _ids(alone["another step"]) != _ids(first)
     assert len({r.response_ids for r in first}) > len(PROMPTS), "responses with equal seeds"
+
+
+def test_responses_equal_those_of_vllms_own_loop(alone) -> None:
+    ours = [(list(r.response_ids), list(r.logprobs), r.finish) for r in alone["sampled"][0]]
+    assert ours == alone["plain loop"]
+
+
+def test_some_responses_have_log_probs_if_few_are_needed(alone) -> None:
+    """The log-probs that are computed are those of the same responses with all log-probs."""
+    ours, plain = alone["some log-probs"]
+    assert _ids(ours) == _ids(alone["sampled"][0])
+    kept = [bool(r.logprobs) for r in ours]
+    assert kept == [bool(r.logprobs) for r in plain] and 0 < sum(kept) < len(kept)
+    assert all(r.logprobs in ((), full.logprobs) for r, full in zip(ours, alone["sampled"][0], strict=True))
 
 
 def test_cancelled_generation_returns_no_rollouts_and_removes_the_requests(alone) -> None:
@@ -363,7 +459,7 @@ def _pair(folder: Path, tp: int) -> dict[str, Any]:
             parameter.mul_(1.01)
     engine.sleep()
     sync.push_weights(1)  # float32: compares the probe with the trainer
-    seen: dict[str, Any] = {"own": [], "probe": engine.probe(PROBE)}
+    seen: dict[str, Any] = {"own": [], "probe": engine.probe(PROBE), "loose tensors": _loose_tensors(engine)}
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
         own = engine.generate(engine.share_of(PROMPTS), sampling, 0)
         seen["own"].append(len(own))
@@ -394,10 +490,10 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     run = engine._run
 
     def drifted(*args: Any, **kwargs: Any) -> list[Any]:
-        outputs = run(*args, **kwargs)
+        responses = run(*args, **kwargs)
         if other:
-            outputs[0].outputs[0].token_ids[0] ^= 1
-        return outputs
+            responses[0].token_ids[0] ^= 1
+        return responses
 
     engine.state = "ready"
     engine._llm.wake_up(tags=["kv_cache"])
@@ -405,16 +501,40 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     seen["responses"] = _error(lambda: engine.generate(PROMPTS, GREEDY, 0))
 
 
+FAMILIES = {"qwen2": True, "gemma3_text": True}  # one key-value head; sliding windows
+
+
+def _pairs(engines: list[tuple[Path, int, int]]) -> list[dict[str, Any]]:
+    """Run the scenario of two ranks for each (model, ranks of an engine, port), in the same processes."""
+    seen = []
+    for folder, tp, port in engines:
+        os.environ["MASTER_PORT"] = str(port)
+        seen.append(_pair(folder, tp))
+    return seen
+
+
 @pytest.fixture(scope="module")
-def qwen3(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    folder = save_tiny_model(tmp_path_factory.mktemp("models") / "m", "qwen3", True, seed=2)
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str | int, list[dict[str, Any]]]:
+    """Results of the two ranks by size of the qwen3 engine, and by family of the other models."""
+    _skip_on_gpu()
+    models = tmp_path_factory.mktemp("models")
+    folder = save_tiny_model(models / "m", "qwen3", True, seed=2)
+    engines = {1: (folder, 1), 2: (folder, 2)} | {
+        family: (save_tiny_model(models / family, family, tied, seed=2, vocab=385), 2)
+        for family, tied in FAMILIES.items()
+    }
     left = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")  # left by a killed run of two ranks with vLLM's names
     created = not left.exists()
     left.touch()
-    seen = {tp: run_ranks(2, _pair, folder, tp) for tp in (1, 2)}
+    ranks = run_ranks(2, _pairs, [(*engine, free_port()) for engine in engines.values()])
     if created:
         left.unlink()
-    return seen
+    return {name: [rank[i] for rank in ranks] for i, name in enumerate(engines)}
+
+
+@pytest.fixture(scope="module")
+def qwen3(pairs) -> dict[int, list[dict[str, Any]]]:
+    return {tp: pairs[tp] for tp in (1, 2)}
 
 
 def test_one_engine_of_two_ranks_generates_as_two_of_one(qwen3) -> None:
@@ -435,14 +555,16 @@ def test_the_sharded_students_responses_equal_those_of_transformers(qwen3) -> No
         _check_against_transformers(ranks[0])
 
 
-@pytest.mark.parametrize(
-    ("family", "tied"),
-    [("qwen2", True), ("gemma3_text", True)],  # one key-value head; sliding windows
-)
-def test_an_engine_of_two_ranks_supports_other_families(tmp_path: Path, family: str, tied: bool) -> None:
-    _check_against_transformers(
-        run_ranks(2, _pair, save_tiny_model(tmp_path / "m", family, tied, seed=2, vocab=385), 2)[0]
-    )
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_of_two_ranks_supports_other_families(pairs, family: str) -> None:
+    _check_against_transformers(pairs[family][0])
+
+
+def test_sleep_discards_only_tensors_that_waking_restores(alone, pairs) -> None:
+    """Level 2 discards tensors that are neither parameters nor buffers, so each supported family must have none."""
+    found = {"qwen3": alone["loose tensors"], "llama": alone["soak"]["loose tensors"]}
+    found |= {family: pairs[family][0]["loose tensors"] for family in FAMILIES}
+    assert found == {family: [] for family in ARCHITECTURES}
 
 
 def test_every_response_is_returned_by_one_rank(qwen3) -> None:
@@ -458,7 +580,7 @@ def test_different_inputs_weights_or_outputs_of_an_engines_ranks_are_found(qwen3
         assert rank["one rank's weights"] == ("model.norm.weight", "memory")
 
 
-def _soak(folder: Path, cycles: int) -> list[tuple[int, int, int]]:
+def _soak(folder: Path, cycles: int) -> dict[str, Any]:
     """Return resident bytes, file handles and threads after every cycle of sync and generation."""
     world = World()
     engine = _engine(folder)
@@ -472,19 +594,38 @@ def _soak(folder: Path, cycles: int) -> list[tuple[int, int, int]]:
         engine.sleep()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         seen.append((resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    loose, weights = _loose_tensors(engine), sum(t.numel() * t.element_size() for t in tensors.values())
     world.barrier()
     engine.close()
-    return seen
+    return {"cycles": seen, "weights": weights, "loose tensors": loose}
 
 
-def test_fifty_cycles_leak_no_memory_handles_or_threads(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", "qwen3", True, vocab=4096, hidden=256)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(folder).values())
-    (seen,) = run_ranks(1, _soak, folder, 50)
-    (memory, handles, threads), (memory_end, handles_end, threads_end) = seen[9], seen[-1]
-    assert weights > 6 * 2**20
+def test_fifty_cycles_leak_no_memory_handles_or_threads(alone) -> None:
+    cycles, weights = alone["soak"]["cycles"], alone["soak"]["weights"]
+    (memory, handles, threads), (memory_end, handles_end, threads_end) = cycles[9], cycles[-1]
+    assert len(cycles) == 50 and weights > 6 * 2**20
     assert memory_end - memory < 2 * weights
     assert (handles_end, threads_end) == (handles, threads)
+
+
+def test_the_loop_returns_the_tokens_log_probs_and_finish_reasons_of_vllms_engine(alone) -> None:
+    seen = alone["loop"]
+    assert seen["asynchronous"] == (True, 2)
+    assert seen["loop"] == seen["plain"] == seen["expected"]
+    assert {finish for _, _, finish in seen["loop"]} == {"stop", "length"}
+    assert {bool(logprobs) for _, logprobs, _ in seen["loop"]} == {True, False}
+
+
+def test_aborted_requests_leave_nothing_behind(alone) -> None:
+    seen = alone["loop"]
+    early, *left = seen["aborted"]
+    assert 0 < early < 60 and left == [0, False, 0]
+    assert seen["after abort"] == seen["expected"]
+
+
+def test_a_sleeping_engine_accepts_no_requests(alone) -> None:
+    seen = alone["loop"]
+    assert "asleep" in seen["asleep"]
 
 
 def _refused_key(folder: Path, *overrides: str, ranks: int = 2, problem: str = "", fix: str = "") -> str:
@@ -505,7 +646,8 @@ def _refused_key(folder: Path, *overrides: str, ranks: int = 2, problem: str = "
 
 def _refusal(folder: Path, *overrides: str, ranks: int) -> UserError | None:
     config = config_for(folder, folder, "distillation.allow_degenerate=true", *overrides, ranks=ranks)
-    world = SimpleNamespace(rank=0, size=ranks, local_rank=0, local_size=ranks, device=torch.device("cpu"))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    world = SimpleNamespace(rank=0, size=ranks, local_rank=0, local_size=ranks, device=device)
     try:
         check_backend(config, find_model(str(folder), "a model"), world)  # type: ignore[arg-type]
     except UserError as error:

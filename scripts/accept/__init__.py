@@ -1,0 +1,1 @@
+"""One command that verifies a node: ``python -m scripts.accept``."""

@@ -1,0 +1,90 @@
+"""Activation checkpointing: the same gradients in every mode, and what the backward computes again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from distill.batching.plan import view_of
+from distill.config.models import Recomputation
+from distill.model.attention import PACKED
+from distill.model.recomputation import set_recomputation
+from tests.helpers import tiny_config
+
+SEQUENCES = [(tuple(range(1, 4)), tuple(range(5, 15))), (tuple(range(20, 24)), tuple(range(30, 37)))]
+LAYERS = 2
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3_text"]
+
+
+class _Counter(TorchDispatchMode):
+    """Counts matrix products and attention calls of the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("mm", "addmm") or "attention" in name:
+            self.found["product" if "mm" in name else "attention"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _run(family: str, mode: Recomputation) -> tuple[list[Tensor], Counter[str]]:
+    """Return the gradients of all weights, and the products and attention calls of the backward."""
+    torch.manual_seed(0)
+    config = tiny_config(family, tied=True, layers=LAYERS)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32).train()
+    set_recomputation(model, mode)
+    view = view_of(SEQUENCES)
+    hidden = model.model(
+        input_ids=view.tokens_T[None], position_ids=view.positions_T[None], packed_bounds=view.bounds, use_cache=False
+    ).last_hidden_state
+    with _Counter() as counter:
+        hidden.square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], counter.found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_same_bit_for_bit_in_every_mode(family: str) -> None:
+    (plain, counted), *others = [_run(family, mode) for mode in ("none", "selective", "full")]
+    products = 7 * LAYERS  # q, k, v, o, gate, up, down: two each in a backward
+    assert counted == {"product": 2 * products, "attention": LAYERS * len(SEQUENCES)}
+    for gradients, _ in others:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, gradients, strict=True))
+    (_, selective), (_, full) = others
+    assert selective == counted, "selective checkpointing computes only elementwise results again"
+    # No gradient needs the result of the MLP's last product, unless a norm follows it.
+    again = products if family == "gemma3_text" else products - LAYERS
+    assert full == {"product": 2 * products + again, "attention": 2 * LAYERS * len(SEQUENCES)}
+
+
+def _saved_results(family: str) -> int:
+    """Return the number of elements that selective checkpointing keeps per position and layer."""
+    kept: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        wrapper = checkpoint._VersionWrapper
+
+        def counted(value: Any) -> Any:
+            kept.extend([value] if isinstance(value, Tensor) else [])
+            return wrapper(value)
+
+        patch.setattr(checkpoint, "_VersionWrapper", counted)
+        _run(family, "selective")
+    return sum(tensor.numel() for tensor in kept) // (len(view_of(SEQUENCES).tokens_T) * LAYERS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_the_last_product_of_a_layer_is_kept_only_if_a_norm_reads_it(family: str) -> None:
+    hidden, heads, kv_heads, channels = 64, 4, 2, 32
+    attention = heads * channels + heads  # output and log-sum-exp
+    products = (heads + 2 * kv_heads) * channels + hidden + 2 * 2 * hidden
+    last = hidden if family == "gemma3_text" else 0
+    assert _saved_results(family) == attention + products + last
