@@ -147,8 +147,10 @@ class OptimizerOffload:
         """Copy the moments to host memory and free their device storage; does nothing if they are in host memory."""
         self.wait()
         storages = self._storages()
-        if self._released or not storages:
+        if not any(storage.nbytes() for storage in storages):
             return
+        self.restore()  # moments that were created after the last release need another slab
+        self.wait()
         sizes = tuple(storage.nbytes() for storage in storages)
         if self._host is None or self._host.sizes != sizes:
             self._host = HostSlab(sizes, _is_on_cuda(storages))

@@ -113,7 +113,8 @@ def _rows_alive(folder: str, world: World) -> list[int]:
     packing = PackingConfig(4, sequences=1, tokens=None)
     batches = plan(fixed_rollouts(4), world.layout, packing, seed=0, step=0)
     targets = [[teacher.targets(micro_batch) for micro_batch in batch] for batch in batches]
-    made = {id(t): weakref.ref(t) for of_batch in targets for rows in of_batch for t in vars(rows).values()}
+    parts = (part for of_batch in targets for rows in of_batch for part in vars(rows).values())
+    made = {id(part): weakref.ref(part) for part in parts if isinstance(part, torch.Tensor)}
 
     def alive() -> int:
         return sum(tensor() is not None for tensor in made.values())

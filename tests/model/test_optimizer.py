@@ -61,6 +61,8 @@ def _plain_steps(count: int) -> list[Tensor]:
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """Yield a mesh of three ranks, of which this process is the second; collectives do nothing."""
+    if dist.is_initialized():  # left by another test of this process
+        dist.destroy_process_group()
     dist.init_process_group("fake", rank=1, world_size=3, store=FakeStore())
     yield init_device_mesh("cpu", (3,))
     dist.destroy_process_group()
