@@ -165,6 +165,9 @@ class Watch(TorchDispatchMode):
         if name in ("nonzero", "masked_select"):
             self.sync(name)
             return first.new_empty(0, first.dim(), dtype=torch.int64)
+        if name == "index" and inputs[-1].dtype == torch.bool:  # by a mask: no element is selected
+            self.sync(name)
+            return first.new_empty(0, *first.shape[inputs[-1].dim() :])
         if name in ("_unique2", "unique_dim", "equal"):
             self.sync(name)
         return None
