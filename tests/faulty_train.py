@@ -28,7 +28,7 @@ MOMENTS = {
     "loading": "distill.model.hf_load:load_weights",
     "sync": "distill.model.weights:GatheredWeights._finish",
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
-    "vllm": "distill.rollout.vllm_engine:heartbeat",
+    "vllm": "distill.rollout.vllm_loop:heartbeat",
     "data": "distill.batching.plan:view_of",
     "teacher": "distill.model.teacher:ShardedTeacher.targets",
     "forward": "distill.model.student:Student.loss",
