@@ -29,7 +29,7 @@ MOMENTS = {
     "sync": "distill.model.weights:GatheredWeights._finish",
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
     "vllm": "distill.rollout.vllm_loop:heartbeat",
-    "data": "distill.batching.plan:view_of",
+    "data": "distill.batching.plan:_view",
     "teacher": "distill.model.teacher:ShardedTeacher.targets",
     "forward": "distill.model.student:Student.loss",
     "backward": "torch:Tensor.backward",
