@@ -67,7 +67,6 @@ class ModelInputs:
     """Model files, files for exports, memory forecast and devices; ready before weights are loaded.
 
     ``config``: the recipe, with a value in place of each ``auto`` that depends on the memory forecast.
-
     ``export_files``: the files of an export except weights; None if checkpoints are disabled or this is not rank 0.
     ``start``: devices of all ranks, and package versions.
     """

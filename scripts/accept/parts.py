@@ -39,7 +39,7 @@ class Part:
     limit: float
     """Seconds on a GPU machine; the first part of a group has START_LIMIT more."""
     source: str
-    """``module:function``; the module is imported in the part's process only."""
+    """Module and function, separated by a colon; the module is imported in the part's process only."""
     about: str
 
 

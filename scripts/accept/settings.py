@@ -113,7 +113,7 @@ class Order:
     """Work of one process: parts of one group, in order. Written as a JSON file by the command."""
 
     parts: list[tuple[str, str, float]]
-    """Name, ``module:function`` and limit in seconds of each part."""
+    """Name, source (see ``parts.Part``) and limit in seconds of each part."""
     settings: dict[str, Any]
     ports: list[int]
     events: str

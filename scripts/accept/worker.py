@@ -53,7 +53,8 @@ def prepare_process() -> None:
 def run_part(name: str, source: str, limit: float, context: Context, events: Any) -> bool:
     """Run one part and write its events; return whether the process can run another part.
 
-    ``source``: ``module:function`` of the part. ``limit``: seconds after which the process ends by itself.
+    ``source``: the module and the function that run the part, separated by a colon. ``limit``: maximum duration in
+    seconds; a timer then ends this process.
     """
 
     def write(event: str, **fields: Any) -> None:

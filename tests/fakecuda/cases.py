@@ -29,6 +29,14 @@ def run_cases(cases: Mapping[str, Case]) -> dict[str, Any]:
     return found
 
 
+def run_cases_without_errors(cases: Mapping[str, Case]) -> dict[str, Any]:
+    """Run the cases as ``run_cases`` does; fail if one of them raised an error."""
+    found = run_cases(cases)
+    for counts in found.values():
+        assert "error" not in counts, counts["error"]
+    return found
+
+
 def main() -> int:
     """Run the cases of stdin."""
     from tests.fakecuda.drive import counts
