@@ -55,16 +55,13 @@ class StepMemory:
         self.fsdp = self.shards // self.tp
         fused = config.runtime.fused_layers
         self.fused = cuda if fused is None else fused
-        self.batches = (
-            config.distillation.num_prompts_per_step
-            * config.distillation.num_generations_per_prompt
-            // policy.train_global_batch_size
-        )
         loop = config.distillation
-        self.responses = -(-loop.num_prompts_per_step * loop.num_generations_per_prompt // self.dp)
+        in_step, in_batch = loop.num_prompts_per_step * loop.num_generations_per_prompt, policy.train_global_batch_size
+        self.optimizer_batches = in_step // in_batch
+        self.responses = -(-in_step // self.dp)  # of one data-parallel rank in a step
         self.tokens, self.teacher_tokens = _pack_tokens(config, self.dp, self.responses)
-        window, responses = policy.max_total_sequence_length, -(-policy.train_global_batch_size // self.dp)
-        self.single = self.tokens >= responses * window
+        # Then no gradients of an earlier micro-batch exist.
+        self.is_only_micro_batch = self.tokens >= -(-in_batch // self.dp) * policy.max_total_sequence_length
         self.about = (
             f"student {student.name} ({student.parameters / 1e9:.2f} B parameters), teacher {teacher.name}"
             f" ({teacher.parameters / 1e9:.2f} B parameters, {config.teacher.precision})",
@@ -291,10 +288,10 @@ class StepMemory:
         last_norm = (2 * b if self.fused else 4 + b) * shape.hidden
         saved = positions * (shape.layers * kept_layer + last_norm)
         working = positions * backward_workspace(shape, b, tp, self.fused, mode)
-        has_moments = None if self.batches == 1 else not self.on_host
+        has_moments = None if self.optimizer_batches == 1 else not self.on_host
         lines = self.kept(moments=has_moments) | self.targets() | self.packs()
         gradients = 0 if self.on_host else 4 * self.student_shard
-        before = lines | {"gradients": 0 if self.single else gradients}
+        before = lines | {"gradients": 0 if self.is_only_micro_batch else gradients}
         gathered = self.gathered(shape, b, tp, stays)
         head = (shape.head or shape.embedding) // tp
         buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
