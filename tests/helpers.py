@@ -90,20 +90,24 @@ _PRELOADED = [
 """Modules that the fork server imports once per test session; each process would need about nine seconds of CPU."""
 
 
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+_READ_ON_IMPORT = ("CUDA_", "HF_", "LD_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRITON_")
+"""Prefixes of environment variables that a preloaded module reads when it is imported."""
 
 
-_FIRST_ENVIRONMENT = _environment()
+def _import_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(_READ_ON_IMPORT)}
+
+
+_FIRST_ENVIRONMENT = _import_environment()
 
 
 def _start_method() -> str:
     """Return how to start ranks: "forkserver", a fork of a process that has only imported modules, or "spawn".
 
-    The forked ranks share no other state with earlier ranks. They have the environment variables of the server, so
-    ranks with other variables are spawned. CUDA may not work after a fork.
+    The forked ranks share no other state with earlier ranks. Ranks whose variables would change an import are spawned.
+    CUDA may not work after a fork.
     """
-    if torch.cuda.is_available() or _environment() != _FIRST_ENVIRONMENT:
+    if torch.cuda.is_available() or _import_environment() != _FIRST_ENVIRONMENT:
         return "spawn"
     multiprocessing.set_forkserver_preload(_PRELOADED)
     return "forkserver"
@@ -112,20 +116,19 @@ def _start_method() -> str:
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
-        given = ranks, free_port(), folder, function, args
+        port = str(free_port())
+        environment = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        given = environment, folder, function, args
         mp.start_processes(_rank_main, given, nprocs=ranks, start_method=_start_method())
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _rank_main(rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], args: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _rank_main(
+    rank: int, environment: dict[str, str], folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()  # a forked rank has the variables of the fork server
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:
         torch.save(function(*args), Path(folder) / f"{rank}.pt")
