@@ -90,8 +90,8 @@ _PRELOADED = [
 """Modules that the fork server imports once per test session; each process would need about nine seconds of CPU."""
 
 
-_READ_ON_IMPORT = ("CUDA_", "HF_", "LD_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_", "TRITON_")
-"""Prefixes of environment variables that a preloaded module reads when it is imported."""
+_READ_ON_IMPORT = ("CUDA_VISIBLE_DEVICES", "HF_", "LD_PRELOAD", "OMP_NUM_THREADS", "TRANSFORMERS_", "TRITON_INTERPRET")
+"""Prefixes of environment variables that tests set and that a preloaded module or its libraries read on import."""
 
 
 def _import_environment() -> dict[str, str]:
