@@ -29,7 +29,7 @@ from distill.memory.forecast import Forecast
 from distill.metrics.sinks import Recorder, open_recorder, tokens_of
 from distill.metrics.utilization import Utilization, device_peak
 from distill.model.export_files import ExportFiles
-from distill.model.flash_attention import activate_flash_attention
+from distill.model.flash_attention import activate_flash_attention, check_same_attention
 from distill.model.hf_config import model_config
 from distill.model.student import DTYPES, Student
 from distill.model.teacher import Teacher, build_teacher
@@ -186,8 +186,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
     log.info("starting the generation engine (%s)", config.policy.generation.backend)
     with phase("creating the engine"):
         engine = _build_engine(config, models, world)
-    with world.all_or_none("checking runtime.attention"):
-        _activate_attention(config, models, world)
+    _activate_attention(config, models, world)
     log.info("loading the student model %s", config.policy.model_name)
     with phase("loading the student model"):
         student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
@@ -272,8 +271,14 @@ def _build_engine(config: Config, models: Models, world: World) -> Engine:
 
 
 def _activate_attention(config: Config, models: Models, world: World) -> None:
+    """Activate the attention kernel; raise UserError on all ranks if GPUs support different ones; collective."""
     files = ((models.student, "policy.model_name"), (models.teacher, "teacher.model_name"))
-    activate_flash_attention(config.runtime.attention, [model_config(*each) for each in files], world.device)
+    with world.all_or_none("checking runtime.attention"):
+        configs = [model_config(*each) for each in files]
+        name = activate_flash_attention(config.runtime.attention, configs, world.device)
+    names = world.gather(name)
+    with world.all_or_none("comparing the attention kernels of all ranks"):
+        check_same_attention(config.runtime.attention, names)
 
 
 def _freeze_heap() -> None:

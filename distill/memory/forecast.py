@@ -55,7 +55,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "layer workspace": (*_TOKENS, _TP),
     "response rows": _TOKENS,
     "logits chunk": ("runtime.logits_chunk_rows", _TP),
-    "teacher workspace": _TOKENS,
+    "teacher workspace": ("teacher.sequence_packing.logprob_mb_tokens", *_TOKENS),
     "targets": ("distillation.topk_logits_k", "policy.dtensor_cfg.context_parallel_size", "cluster.num_nodes"),
     "engine weights": (_ENGINE_TP,),
     "engine cache": (_ENGINE_SHARE,),

@@ -1,7 +1,7 @@
 """Bytes per token position of one decoder layer: saved for the backward, and at work in a forward or backward.
 
 ``b``: bytes per element of the compute dtype; ``tp``: tensor-parallel size; ``fused``: whether the layers use the fused
-kernels for norms, rotary embedding and SwiGLU (``runtime.fused_layers``).
+kernels for norms, rotary embedding and SwiGLU (``runtime.fused_layers``); ``cp``: context-parallel size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from distill.config.models import Recomputation
 from distill.memory.shapes import ModelShape
 
 
-def saved_by_layer(shape: ModelShape, b: int, tp: int = 1, fused: bool = False) -> int:
+def saved_by_layer(shape: ModelShape, b: int, tp: int = 1, fused: bool = False, cp: int = 1) -> int:
     """Return the bytes per position that autograd saves for the backward of a layer without recomputation.
 
     Layers of the transformers library: each norm saves its float32 input, and its output before and after the
@@ -19,12 +19,15 @@ def saved_by_layer(shape: ModelShape, b: int, tp: int = 1, fused: bool = False) 
     norms of queries and keys save the same tensors as other norms.
 
     Fused layers: each norm saves its input, and the next product its output. Attention saves queries, keys, values and
-    its output once. The MLP saves three tensors of its intermediate size. Norms of queries and keys save their input.
+    its output once, or twice with context parallelism, which exchanges it between ranks. The MLP saves three tensors of
+    its intermediate size. Norms of queries and keys save their input.
     """
     hidden, queries, keys, intermediate, statistics = _widths(shape, tp)
     if fused:
         normalised = b * (queries + keys) if shape.qk_norm else 0
-        return b * ((2 + shape.norms) * hidden + 2 * queries + 2 * keys + 3 * intermediate) + statistics + normalised
+        outputs = 2 if cp > 1 else 1
+        attention = (1 + outputs) * queries + 2 * keys
+        return b * ((2 + shape.norms) * hidden + attention + 3 * intermediate) + statistics + normalised
     normalised = (4 + b) * (queries + keys) if shape.qk_norm else 0
     return (
         shape.norms * (4 + 2 * b) * hidden
@@ -35,7 +38,7 @@ def saved_by_layer(shape: ModelShape, b: int, tp: int = 1, fused: bool = False) 
     )
 
 
-def kept_by_layer(shape: ModelShape, b: int, tp: int, fused: bool, mode: Recomputation) -> int:
+def kept_by_layer(shape: ModelShape, b: int, tp: int, fused: bool, mode: Recomputation, cp: int = 1) -> int:
     """Return the bytes per position that stay in memory from a layer's forward to its backward.
 
     With full recomputation it is the input of the layer. With selective recomputation it is also the results of
@@ -43,26 +46,28 @@ def kept_by_layer(shape: ModelShape, b: int, tp: int, fused: bool, mode: Recompu
     """
     hidden, queries, keys, intermediate, statistics = _widths(shape, tp)
     if mode == "none":
-        return saved_by_layer(shape, b, tp, fused)
+        return saved_by_layer(shape, b, tp, fused, cp)
     if mode == "full":
         return b * hidden
     own = 2 + (shape.norms > 2)
     return b * (own * hidden + 2 * queries + 2 * keys + 2 * intermediate) + statistics
 
 
-def backward_workspace(shape: ModelShape, b: int, tp: int, fused: bool, mode: Recomputation) -> int:
+def backward_workspace(shape: ModelShape, b: int, tp: int, fused: bool, mode: Recomputation, cp: int = 1) -> int:
     """Return the bytes per position that the backward of one layer needs in addition to what layers keep.
 
     They are the results that the layer recomputes, and gradients: two tensors of the intermediate size and two of the
-    hidden size.
+    hidden size. A fused layer saves its input, which exists already, instead of a float32 copy.
     """
     hidden, _, _, intermediate, _ = _widths(shape, tp)
     gradients = 2 * b * (intermediate + hidden)
     if mode == "none":
         return gradients
-    recomputed = saved_by_layer(shape, b, tp, fused)
+    recomputed = saved_by_layer(shape, b, tp, fused, cp)
     if mode == "selective":
-        recomputed -= kept_by_layer(shape, b, tp, fused, mode) - b * hidden
+        recomputed -= kept_by_layer(shape, b, tp, fused, mode, cp) - b * hidden
+    elif fused:
+        recomputed -= b * hidden
     return gradients + recomputed
 
 

@@ -105,9 +105,10 @@ class StepMemory:
         (reshard_after_forward=false). If so, all layers are gathered. ``layers``: number of buffers of a layer's size
         that are in memory: on GPUs, FSDP keeps the result of a gather until the next gather has been copied to the
         parameters. A layer at work thus has two buffers, and three exist for a moment when the next layer is gathered.
+        After the last layer, the result of its gather is still in memory.
         Embedding, head and last norm are gathered during the complete pass.
         """
-        layers = shape.layers + layers - 1 if stays else min(layers, shape.layers + 1)
+        layers = shape.layers + max(layers - 1, 1) if stays else min(layers, shape.layers + 1)
         return {
             "gathered layers": layers * b * shape.layer // tp,
             "gathered embeddings": b * shape.root // tp,
@@ -284,10 +285,10 @@ class StepMemory:
         parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
         mode, stays = parallel.recomputation, not parallel.reshard_after_forward
         positions = -(-self.tokens // self.cp)
-        kept_layer = kept_by_layer(shape, b, tp, self.fused, mode)
+        kept_layer = kept_by_layer(shape, b, tp, self.fused, mode, self.cp)
         last_norm = (2 * b if self.fused else 4 + b) * shape.hidden
         saved = positions * (shape.layers * kept_layer + last_norm)
-        working = positions * backward_workspace(shape, b, tp, self.fused, mode)
+        working = positions * backward_workspace(shape, b, tp, self.fused, mode, self.cp)
         has_moments = None if self.optimizer_batches == 1 else not self.on_host
         lines = self.kept(moments=has_moments) | self.targets() | self.packs()
         gradients = 0 if self.on_host else 4 * self.student_shard
@@ -296,7 +297,9 @@ class StepMemory:
         head = (shape.head or shape.embedding) // tp
         buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
         own_rows = self.chunk(own, positions, shape.vocab // tp, buffers)
-        # While a layer's backward runs, the gradient of the layer above it is reduced in float32.
+        # While a layer's backward runs, the gradient of the layer above it is reduced in float32. The first layer that
+        # the backward reaches has no such gradient, and its own saved activations are freed only at its end.
+        saved_below = positions * (shape.layers - 1) * kept_layer
         reduction = {"gradient reduction": (b + 4) * shape.layer // tp, "embedding gradients": b * head}
         root = {"gathered embeddings": gathered["gathered embeddings"]}
         return [
@@ -309,7 +312,14 @@ class StepMemory:
                 "logits chunk": self.logits_bytes() * own_rows * shape.vocab // tp,
                 "embedding gradients": 4 * head,
             },
-            before | gathered | reduction | {"saved activations": saved, "layer workspace": working},
+            before | gathered | reduction | {"saved activations": saved_below, "layer workspace": working},
+            before
+            | gathered
+            | {
+                "saved activations": saved,
+                "layer workspace": working,
+                "embedding gradients": reduction["embedding gradients"],
+            },
             lines
             | {"gradients": gradients}
             | gathered

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,21 @@ def activate_flash_attention(setting: str, configs: list[Any], device: torch.dev
     reasons = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
     log.info("attention uses fa2, FlashAttention-2 of PyTorch (runtime.attention=auto; %s)", reasons)
     return "fa2"
+
+
+def check_same_attention(setting: str, names: Sequence[str]) -> None:
+    """Raise UserError if the ranks have different implementations; their rounding differs, and so would the results.
+
+    ``names``: the result of ``activate_flash_attention`` on each rank. ``setting``: ``runtime.attention``.
+    """
+    if len(set(names)) > 1:
+        ranks = ", ".join(f"{name} on rank {names.index(name)}" for name in sorted(set(names)))
+        raise UserError(
+            f"{_KEY}={setting} selects different attention kernels on different ranks ({ranks})",
+            f"set {_KEY}=fa2, or install the same packages on all nodes",
+            key=_KEY,
+            value=setting,
+        )
 
 
 def _channels(config: Any) -> int:

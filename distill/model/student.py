@@ -49,6 +49,7 @@ class Student:
         policy = config.policy
         self.dtype = DTYPES[policy.precision]
         self.device = world.device
+        self._all_or_none = world.all_or_none
         self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
         self._replicas = world.size // self._mesh.size()
         self._replica_group = world.replica_group
@@ -100,13 +101,15 @@ class Student:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def to_device(self, batches: Sequence[OptimizerBatch]) -> list[OptimizerBatch]:
-        """Copy the micro-batches of both models to the device in one transfer; not collective.
+        """Copy the micro-batches of both models to the device in one transfer; collective.
 
-        Raises UserError if a response contains a token id outside the vocabulary. On a GPU, ids are not checked later.
+        Raises UserError on all ranks if a response contains a token id outside the vocabulary. On a GPU, ids are not
+        checked later.
         """
-        for batch in batches:
-            for micro_batch in batch:
-                checks.check_ids(self._valid_vocab, sampled_ids_N=micro_batch.sampled_N)
+        with self._all_or_none("checking token ids"):
+            for batch in batches:
+                for micro_batch in batch:
+                    checks.check_ids(self._valid_vocab, sampled_ids_N=micro_batch.sampled_N)
         return to_device(batches, self.device)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +85,13 @@ def test_on_a_cpu_the_batches_stay_as_they_are() -> None:
 
 def test_a_response_with_an_unknown_token_is_refused_before_the_transfer() -> None:
     """On a GPU nothing checks the ids later."""
-    student: Any = SimpleNamespace(_valid_vocab=300, device=CPU)
+    actions: list[str] = []
+
+    def all_or_none(action: str) -> Any:
+        actions.append(action)
+        return contextlib.nullcontext()
+
+    student: Any = SimpleNamespace(_valid_vocab=300, device=CPU, _all_or_none=all_or_none)
     with pytest.raises(UserError) as refused:
         Student.to_device(student, _batches(LAYOUTS["one rank"]))
-    assert refused.value.key == "sampled_ids_N"
+    assert (refused.value.key, actions) == ("sampled_ids_N", ["checking token ids"])

@@ -5,6 +5,7 @@ The models have few layers here. With all layers, each case can be run from the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,22 @@ CASES = {
         teacher_prefix=2048,
         responses=(15360, 15360),
     ),
+    "8b <- 14b, two replicas, cp 2, layers stay gathered": Case(
+        student="8b",
+        teacher="14b",
+        layers=LAYERS,
+        ranks=16,
+        replicas=2,
+        cp=2,
+        responses=(7892,),
+        overrides=("policy.dtensor_cfg.reshard_after_forward=false",),
+    ),
+}
+CASES |= {
+    f"14b <- 14b, recomputation {mode}": replace(
+        CASES["14b <- 14b, recipe 4n4g"], overrides=(f"policy.dtensor_cfg.activation_checkpointing={mode}",)
+    )
+    for mode in ("true", "selective")
 }
 
 

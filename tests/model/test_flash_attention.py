@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.model import flash_attention
 from distill.model.attention import attend_per_sequence
-from distill.model.flash_attention import activate_flash_attention
+from distill.model.flash_attention import activate_flash_attention, check_same_attention
 from tests.helpers import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -109,3 +109,10 @@ def test_the_verification_of_an_implementation_compares_results_and_gradients(
     monkeypatch.setattr(flash_attention, "attend_packed", packed)
     fault = flash_attention._wrong_result(32, True, CPU)
     assert (fault is None) == (factor == 1.0)
+
+
+def test_ranks_with_different_implementations_are_refused() -> None:
+    check_same_attention("auto", ["fa3", "fa3"])
+    with pytest.raises(UserError) as caught:
+        check_same_attention("auto", ["fa3", "fa2", "fa3"])
+    assert (caught.value.key, "fa2 on rank 1" in str(caught.value)) == ("runtime.attention", True)
