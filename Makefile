@@ -20,9 +20,9 @@ export TOKENIZERS_PARALLELISM := false
 # Keep compiled modules; otherwise every process of a test compiles torch and vLLM again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help venv venv-gpu check-locks models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing \
+.PHONY: help venv venv-gpu check-locks models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing report \
 	soak lint types check test test-demo test-exports test-fakecuda test-faults test-slurm \
-	clean
+	test-browser clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -51,6 +51,10 @@ demo-control: venv models  ## the same training without the context: the student
 demo-heal: venv models  ## a student without every sixth layer learns from the complete model
 	@$(PY) -m scripts.demo heal
 
+report: venv models  ## a page of the context demonstration, runs/demo/report.html; trains it first if it has not run
+	@test -f runs/demo/context/demo.json || { echo "runs/demo/context is missing: make demo-context runs first"; $(MAKE) demo-context; }
+	@$(PY) -m scripts.report runs/demo/context $(wildcard runs/demo/control-measured) --out runs/demo/report.html
+
 bench-step: venv models  ## seconds of each phase of a step, median of ten steps
 	@$(PY) -m scripts.bench_step
 
@@ -72,10 +76,10 @@ types: venv  ## mypy, strict in distill/
 	@$(BIN)/mypy $(SOURCES)
 
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
-	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not fakecuda and not faults and not slurm" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile
 
 test: venv models lint types  ## lint, types and all tests that have no other target: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile
 
 test-demo: venv models  ## the tests of the demonstration: five to twenty minutes
 	@$(PY) -m pytest -q -m demo
@@ -102,6 +106,12 @@ test-slurm: venv  ## the batch script on a real Slurm of three nodes (Debian pac
 	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \
 	  echo "slurm-wlm and munge cannot be installed (apt-get, as root): the tests on a real Slurm are skipped"
 	@$(PY) -m pytest -q -rs -m slurm
+
+test-browser: venv  ## the report page in headless Chromium (Debian packages): under one minute
+	@export DEBIAN_FRONTEND=noninteractive; install="apt-get install -y --no-install-recommends chromium chromium-driver"; \
+	  { type chromium chromedriver || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \
+	  echo "chromium and chromium-driver cannot be installed (apt-get, as root): the tests of the report page are skipped"
+	@$(PY) -m pytest -q -rs -m browser tests/report
 
 clean:  ## remove runs and caches, but not .venv and models
 	@rm -rf runs/smoke .import_contracts.log .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import yaml
-from torch import Tensor
 
 from distill.checkpoint import Checkpoints, Found
 from distill.checkpoint.lock import DirectoryLock
@@ -53,9 +51,8 @@ from distill.run_dir import new_run_dir, open_run_dir
 from distill.supervise.progress import phase
 from distill.supervise.signals import Deadline, seconds_of
 from distill.supervise.stop import StopCheck
-from distill.types import Rollout
 from distill.validation import Validation, validation_config
-from distill.validation.token_kl import token_kls
+from distill.validation.token_kl import compare_tokens
 from distill.validation.train_samples import TrainSamples, shows_traces
 from distill.versions import Start, log_start
 
@@ -207,10 +204,10 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
             _restore(resume.found, checkpoints, student, teacher, steps)
     packing = packing_of(config, model_config(models.student, "policy.model_name"))
     stop = _stop_check(config, world)
-
-    def compare_tokens(rollouts: Sequence[Rollout], step: int) -> list[tuple[Tensor, Tensor]]:
-        return token_kls(world, student, teacher, rollouts, packing, config.distillation.seed, step)
-
+    seed, top_tokens = config.distillation.seed, config.logger.top_tokens_per_sample
+    compare_responses = partial(
+        compare_tokens, world, student, teacher, packing=packing, seed=seed, top_tokens=top_tokens
+    )
     decode = partial(models.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     validation = Validation(
         config=validation_config(config, steps.first, steps.last),
@@ -219,7 +216,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         decode=decode,
         teacher_prefixes=data.teacher_prefixes,
         engine=engine,
-        compare=compare_tokens,
+        compare=compare_responses,
         sampling=validation_sampling_of(config, models.stop_token_ids),
         run_dir=run_dir.path,
         recorder=run_dir.recorder,
@@ -246,7 +243,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         export_files=inputs.export_files,
         recorder=run_dir.recorder,
         utilization=_utilization(config, models, world),
-        train_samples=TrainSamples(config, decode, run_dir.path, run_dir.recorder, steps.first),
+        train_samples=TrainSamples(config, decode, run_dir.path, run_dir.recorder, steps.first, compare_responses),
         validation=validation,
         sampling=sampling_of(config, models.stop_token_ids),
         packing=packing,

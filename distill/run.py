@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -23,11 +24,12 @@ from distill.data.prompts import PromptOrder
 from distill.data.teacher_prefix import TRACE_COVERAGE, TeacherPrefixes
 from distill.distributed.host_memory import give_back_freed_memory
 from distill.distributed.world import World
-from distill.errors import RunFailed
+from distill.errors import RunFailed, reason
 from distill.inputs import Models
 from distill.memory.forecast import Forecast, compare
-from distill.metrics.phases import Phase, Phases
-from distill.metrics.sinks import METRICS_FILE, Recorder, read_metrics
+from distill.metrics.names import Phase
+from distill.metrics.phases import Phases
+from distill.metrics.sinks import Recorder, read_metrics
 from distill.metrics.step import Metrics, add_rollouts, step_numbers
 from distill.metrics.summary import ending, summary
 from distill.metrics.utilization import Utilization
@@ -36,12 +38,15 @@ from distill.model.export_files import ExportFiles
 from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report
 from distill.model.student import Student
 from distill.model.teacher import Teacher
+from distill.report.page_data import write_run_page
 from distill.rollout.engine import Engine
 from distill.rollout.sync import WeightSync
+from distill.run_files import METRICS_FILE
 from distill.supervise.progress import phase, set_step, task
 from distill.supervise.stop import StopCheck, StopRequested
 from distill.types import Layout, OptimizerBatch, Rollout, Sampling
 from distill.validation import Validation
+from distill.validation.scores import Sample
 from distill.validation.train_samples import TrainSamples, shows_traces
 
 log = logging.getLogger(__name__)
@@ -139,7 +144,7 @@ class Run:
         return prefixed
 
     def end_step(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-        """Save a checkpoint if it is due, and record the metrics of step ``step``; collective.
+        """Save a checkpoint and compare samples if they are due; record the metrics of step ``step``; collective.
 
         ``rollouts``: the rollouts of all ranks on which the step trained. Raises StopRequested on all ranks if any rank
         requests a stop and the run is not finished.
@@ -153,7 +158,7 @@ class Run:
                 " responses have no trace, change distillation.context_distillation.trace_source",
                 *(step, self._dropped),
             )
-        self._record(step, metrics, rollouts)
+        self._record(step, metrics, rollouts, self._samples(step, rollouts))
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
         self.checkpoints.record_metrics(step, self._values)
@@ -165,7 +170,18 @@ class Run:
         if step < self.last_step or self.validation.due(step):
             self.stop.raise_if_requested(step)
 
-    def _record(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
+    def _samples(self, step: int, rollouts: Sequence[Rollout]) -> list[Sample]:
+        """Return a few rollouts of step ``step``, compared with the teacher; empty if no samples are due; collective.
+
+        The weights are those after the step. The optimizer's moments are moved to host memory before.
+        """
+        if not (rollouts and self.train_samples.due(step)):
+            return []
+        self.student.offload()  # the next sync would do it, and the teacher needs memory
+        with self.phase("samples"):
+            return self.train_samples.compared(step, rollouts)
+
+    def _record(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> None:
         seconds, write_s = self._phases.seconds, self.checkpoints.slowest_s
         copy_s = seconds["checkpointing"]
         self.stop.record_duration(sum(seconds.values()) - copy_s, copy_s + write_s if write_s else 0.0)
@@ -174,11 +190,12 @@ class Run:
         metrics.add_max(self._phases.memory_gib(self.engine.pool_bytes, omitted))
         self._values = step_numbers(metrics, self._phases, rollouts, self.world.control)
         self._values |= self.utilization.metrics(self._values, rollouts)
+        self._values |= self.forecast.metrics()
         self._values["progress/epoch"] = step / self.prompts.steps_per_epoch
         with self.world.all_or_none("writing the step's metrics"):
             self.recorder.record(step, self._values)
             if self.world.is_main:
-                self.train_samples.record(step, rollouts)
+                self.train_samples.record(step, samples)
         if step == self.first_step + 1:
             self.train_samples.warn_of_missing_traces(step, self._values)
 
@@ -273,6 +290,8 @@ class Run:
         folder = self.run_dir / "nonfinite"
         with self.world.all_or_none("writing the samples whose loss is not finite"):
             write_report(folder / f"step_{step}_rank_{rank}.jsonl", found, lines, step, rank)
+            if self.world.is_main:
+                self._write_page("failed")
         raise RunFailed(describe(found_by_rank, step, folder / f"step_{step}_rank_*.jsonl")) from error
 
     def validate_last(self) -> None:
@@ -295,13 +314,33 @@ class Run:
             self.recorder.close()
         if self.world.is_main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
-            log.info("\n%s\n\n%s", summary({self.run_dir.name: (rows, self.run_dir)}), self._ending())
+            # A job that is stopped has little time, and it continues later.
+            page = self._write_page("finished") if self.world.supervisor.stop_reason is None else None
+            log.info("\n%s\n\n%s", summary({self.run_dir.name: (rows, self.run_dir)}), self._ending(page))
         self.world.shutdown_barrier()  # closing vLLM's engine destroys the process groups, so it comes last
         self.engine.close()
 
-    def _ending(self) -> str:
-        """Return the lines about duration, checkpoint and export that follow the table of the run."""
+    def _write_page(self, state: Literal["finished", "failed"]) -> Path | None:
+        """Write the page of the run if ``logger.report`` is true, and return its path; called on the main rank.
+
+        An error becomes a warning, because the page must not fail the run.
+        """
+        if not self.config.logger.report:
+            return None
+        try:
+            with phase("writing the page of the run"):
+                return write_run_page(self.run_dir, state)
+        except Exception as error:
+            log.warning(
+                "the report of the run was not written (%s): write it with `python -m scripts.report %s`, or set"
+                " logger.report=false",
+                *(reason(error), self.run_dir),
+            )
+            return None
+
+    def _ending(self, page: Path | None) -> str:
+        """Return the lines about duration, checkpoint, export and page that follow the table of the run."""
         supervisor = self.world.supervisor
         seconds = time.monotonic() - supervisor.started
         stopped, enabled = supervisor.stop_reason is not None, self.config.checkpointing.enabled
-        return ending(seconds, self.checkpoints.newest, stopped, enabled)
+        return ending(seconds, self.checkpoints.newest, stopped, enabled, page)

@@ -15,18 +15,20 @@ from pathlib import Path
 import yaml
 
 from distill.checkpoint import Found, changed_keys
-from distill.checkpoint.lock import WAIT_S, DirectoryLock, owner_of
+from distill.checkpoint.lock import WAIT_S, DirectoryLock
 from distill.checkpoint.recipe_diff import affects_learning
 from distill.checkpoint.resume import RunHistory
 from distill.config import Arguments, Config
+from distill.config.load import parent_of
 from distill.distributed import slurm
-from distill.errors import UserError, raise_if_not_creatable, writing_run
-from distill.metrics.sinks import METRICS_FILE, equal_rows, read_metrics
+from distill.errors import UserError, raise_if_not_creatable, reason, writing_run
+from distill.metrics.sinks import equal_rows, read_metrics
+from distill.run_files import METRICS_FILE, PARENT_FILE, RECIPE_FILE, owner_of
 from distill.versions import Start, write_versions
 
 log = logging.getLogger(__name__)
 
-_RECIPE, _KEY = "config.yaml", "runtime.run_dir"
+_RECIPE, _KEY = RECIPE_FILE, "runtime.run_dir"
 _SAME_RUN_TOO = (
     "data.default.",
     "data.max_input_seq_length",
@@ -43,9 +45,9 @@ def open_run_dir(
 ) -> DirectoryLock:
     """Lock the run directory and write the files that describe the run; called on the main rank only.
 
-    The files are the resolved recipe, the devices and package versions of each start (``start`` is the current one),
-    and the differences in recipe and data detected at each resume. A recipe that a resume changes is kept as
-    config_until_step_N.yaml. Returns the lock, which the run holds until it ends. Raises UserError if the directory
+    The files are the resolved recipe, its parent, the devices and package versions of each start (``start`` is the
+    current one), and the differences in recipe and data detected at each resume. A recipe that a resume changes is kept
+    as config_until_step_N.yaml. Returns the lock, which the run holds until it ends. Raises UserError if the directory
     contains the metrics of another run.
     """
     with writing_run(run_dir):
@@ -53,6 +55,7 @@ def open_run_dir(
     _refuse_other_run(run_dir, arguments.config, found, last_step)
     with writing_run(run_dir):
         _write_recipe(run_dir, arguments.resolved, found)
+        _write_parent(run_dir, arguments.recipe)
         step = int(found.info["step"]) if found else 0
         write_versions(run_dir, {**start.versions(), "clock": str(history.clock), "start_step": step})
         history.write(run_dir)
@@ -69,6 +72,17 @@ def _write_recipe(run_dir: Path, text: str, found: Found | None) -> None:
         shutil.copyfile(recipe, next(path for name in names if not (path := run_dir / name).exists()))
     part.write_text(text)
     part.replace(recipe)
+
+
+def _write_parent(run_dir: Path, recipe: Path) -> None:
+    """Write the parent of the recipe, so that the report can show how the run differs from it on any machine."""
+    try:
+        name, values = parent_of(recipe)
+    except Exception as error:  # a parent need not be a complete recipe
+        log.debug("the parent of the recipe %s cannot be read: %s", recipe, reason(error))
+        return
+    text = yaml.safe_dump({"parent": name, "recipe": values}, sort_keys=False, allow_unicode=True)
+    (run_dir / PARENT_FILE).write_text(text, encoding="utf-8")
 
 
 def new_run_dir(log_dir: str, run_dir: str | None) -> Path:

@@ -17,10 +17,10 @@ from typing import Any
 from distill.distributed.hardware import RankDevice, check_devices, describe_devices, device_of_rank
 from distill.distributed.world import World
 from distill.rollout.vllm_version import InstalledVllm, installed_vllm
+from distill.run_files import EARLIER_STARTS, VERSIONS_FILE
 
 log = logging.getLogger(__name__)
 
-VERSIONS_FILE, EARLIER = "versions.json", "earlier_starts"
 _PACKAGES = ("transformers", "triton", "safetensors", "datasets", "huggingface_hub")
 
 
@@ -91,7 +91,7 @@ def write_versions(run_dir: Path, versions: Mapping[str, Any]) -> None:
     path = run_dir / VERSIONS_FILE
     earlier = _earlier(path)
     part = path.with_suffix(".json.part")
-    part.write_text(json.dumps({**versions, EARLIER: earlier}, indent=2) + "\n")
+    part.write_text(json.dumps({**versions, EARLIER_STARTS: earlier}, indent=2) + "\n")
     part.replace(path)  # a kill while writing must not lose the earlier starts
 
 
@@ -103,7 +103,7 @@ def _earlier(path: Path) -> list[Any]:
         return []
     try:
         newest = json.loads(text)
-        earlier = list(newest.pop(EARLIER, []))
+        earlier = list(newest.pop(EARLIER_STARTS, []))
     except (ValueError, AttributeError, TypeError):
         return [{"unreadable": text}]
     return [*earlier, newest]

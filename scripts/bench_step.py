@@ -24,9 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from distill.metrics.phases import TIMING
-from distill.metrics.sinks import METRICS_FILE, read_metrics
+from distill.metrics.names import TIMING
+from distill.metrics.sinks import read_metrics
 from distill.metrics.summary import Row
+from distill.run_files import METRICS_FILE
 from scripts.launch import ROOT, run, torchrun
 
 RUN_DIR = ROOT / "runs" / "bench_step"

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.metrics.sinks import METRICS_FILE, read_metrics
-from distill.validation.validation import FOLDER as VALIDATION
+from distill.metrics.sinks import read_metrics
+from distill.run_files import METRICS_FILE, VALIDATION_FOLDER
 from scripts.launch import ROOT, run, torchrun
 from scripts.prepare_models import EVENLY, prepare, pruned
 
@@ -102,7 +102,7 @@ def train(name: str, recipe: str, *overrides: str) -> Path:
 
 def validated(run_dir: Path, name: str) -> list[dict[str, Any]]:
     """Return the samples of a validation: ``step_N`` or ``in_context``."""
-    lines = (run_dir / VALIDATION / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_dir / VALIDATION_FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from distill.data.teacher_prefix import TRACE_COVERAGE
 from distill.errors import UserError
-from distill.metrics.sinks import METRICS_FILE, TENSORBOARD_FOLDER, read_metrics
+from distill.metrics.sinks import TENSORBOARD_FOLDER, read_metrics
 from distill.metrics.summary import summary
 from distill.rollout.vllm_version import InstalledVllm, installed_vllm
-from distill.validation.train_samples import FOLDER as SAMPLES_FOLDER
+from distill.run_files import METRICS_FILE, TRAIN_SAMPLES_FOLDER
 from scripts.launch import ROOT, run, torchrun
 
 RUNS = ROOT / "runs" / "smoke"
@@ -102,7 +102,7 @@ def missing_context(run_dir: Path, rows: list[dict[str, float | None]]) -> list[
     coverage = [row.get(COVERAGE) for row in rows]
     if not coverage or any(value is None or not value >= MIN_COVERAGE for value in coverage):
         problems.append(f"{COVERAGE} of at least {MIN_COVERAGE} at every step (values: {coverage})")
-    path = run_dir / SAMPLES_FOLDER / "step_1.jsonl"
+    path = run_dir / TRAIN_SAMPLES_FOLDER / "step_1.jsonl"
     samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     if not samples or not all(_has_gold(sample) for sample in samples):
         problems.append(f"gold answer in each teacher_prompt of {path.relative_to(run_dir)} ({len(samples)} samples)")

@@ -23,7 +23,7 @@ from statistics import mean
 
 import psutil
 
-from distill.metrics.sinks import METRICS_FILE
+from distill.run_files import METRICS_FILE
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 
 RUN = ROOT / "runs" / "soak"

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from distill.checkpoint import read_verified
-from distill.checkpoint.lock import FILE
-from distill.metrics.sinks import METRICS_FILE, TensorBoardSink, read_metrics
+from distill.metrics.sinks import TensorBoardSink, read_metrics
+from distill.run_files import LOCK_FILE, METRICS_FILE
 from distill.supervise.logs import log_to_file
 from tests.test_train import _command, _run, make_tiny_run
 
@@ -115,9 +115,9 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_removes_the_incomplete_on
     ended: Ended, disks: dict[str, Path]
 ) -> None:
     folder = disks["full at the second checkpoint"]
-    assert sorted(path.name for path in folder.iterdir()) == [FILE, "step_2"]
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK_FILE, "step_2"]
     assert read_verified(folder / "step_2")["step"] == 2
-    assert [path.name for path in disks["full at the export"].iterdir()] == [FILE]
+    assert [path.name for path in disks["full at the export"].iterdir()] == [LOCK_FILE]
 
 
 @pytest.mark.slow

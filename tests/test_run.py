@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.data.teacher_prefix import TRACE_COVERAGE, PrefixStats
 from distill.metrics.phases import Phases
 from distill.metrics.step import Metrics
 from distill.run import Run
+from distill.run_files import METRICS_FILE, REPORT_FILE
 
 
 def test_the_validation_after_the_last_step_has_the_phases_of_the_loop() -> None:
@@ -46,6 +48,26 @@ def test_the_validation_after_the_last_step_has_the_phases_of_the_loop() -> None
     ]
 
 
+def test_a_page_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = SimpleNamespace(report=True)
+    run: Any = SimpleNamespace(run_dir=tmp_path, config=SimpleNamespace(logger=logger))
+    assert Run._write_page(run, "finished") is None, "the folder is not a run directory"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "logger.report" in caplog.text
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "train/loss": 0.5}\n')
+    assert Run._write_page(run, "finished") == tmp_path / REPORT_FILE
+    logger.report = False
+    assert Run._write_page(run, "finished") is None and len(caplog.records) == 1
+    logger.report = True
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run_module, "write_run_page", fail)
+    assert Run._write_page(run, "finished") is None and len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("validates", [True, False])
 def test_a_step_without_validation_has_no_memory_metric_of_a_validation(
     validates: bool, monkeypatch: pytest.MonkeyPatch
@@ -63,12 +85,31 @@ def test_a_step_without_validation_has_no_memory_metric_of_a_validation(
         engine=SimpleNamespace(residual_bytes=0, pool_bytes=0),
         world=SimpleNamespace(control=None, is_main=False, all_or_none=lambda _: contextlib.nullcontext()),
         utilization=SimpleNamespace(metrics=lambda *_: {}),
+        forecast=SimpleNamespace(metrics=dict),
         prompts=SimpleNamespace(steps_per_epoch=4),
         recorder=SimpleNamespace(record=lambda step, values: recorded.update(values)),
         first_step=0,
     )
-    Run._record(run, 3, Metrics(), [])
+    Run._record(run, 3, Metrics(), [], [])
     assert ("memory/validation_gib" in recorded) is validates and "memory/training_gib" in recorded
+
+
+def test_training_samples_are_compared_only_when_due_and_without_the_moments_of_adamw() -> None:
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        events.append(name)
+        yield
+
+    run: Any = SimpleNamespace(
+        phase=phase,
+        student=SimpleNamespace(offload=lambda: events.append("offload")),
+        train_samples=SimpleNamespace(due=lambda step: step == 2, compared=lambda step, rollouts: [step, *rollouts]),
+    )
+    rollouts: Any = ["rollout"]
+    assert Run._samples(run, 1, rollouts) == Run._samples(run, 2, []) == [] and not events
+    assert Run._samples(run, 2, rollouts) == [2, "rollout"] and events == ["offload", "samples"]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from distill.checkpoint import Found, lock
 from distill.checkpoint.resume import RunHistory
@@ -20,6 +21,7 @@ from distill.distributed.hardware import RankDevice
 from distill.errors import UserError
 from distill.metrics.sinks import JsonlSink, read_metrics
 from distill.run_dir import new_run_dir, open_run_dir
+from distill.run_files import LOCK_FILE, PARENT_FILE
 from distill.versions import Start
 from scripts.launch import ROOT
 
@@ -44,11 +46,11 @@ def write(folder: Path, *steps: int, loss: float = 0.5) -> None:
 
 
 def refused(folder: Path, match: str, **start: Any) -> None:
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != lock.FILE}
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != LOCK_FILE}
     with pytest.raises(UserError, match=match) as caught:
         opened(folder, **start)
     assert caught.value.key == "runtime.run_dir"
-    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != lock.FILE} == before
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != LOCK_FILE} == before
 
 
 def at(step: int, *steps: int, loss: float = 0.5) -> Found:
@@ -80,6 +82,16 @@ def test_a_directory_of_a_finished_run_is_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     opened(tmp_path, last_step=3)  # a requeued job without any checkpoint
+
+
+def test_the_directory_has_the_parent_of_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "child.yaml"
+    recipe.write_text(f"defaults: {ROOT}/recipes/distillation_math.yaml\ndistillation: {{seed: 3}}\n")
+    arguments = Arguments(CONFIG, recipe, elsewhere=False)
+    open_run_dir(arguments, tmp_path, RunHistory(RunClock(current_time())), None, 9, START)
+    parent = yaml.safe_load((tmp_path / PARENT_FILE).read_text())
+    assert parent["parent"] == f"{ROOT}/recipes/distillation_math.yaml"
+    assert parent["recipe"]["distillation"]["seed"] == 42 and set(parent["recipe"]) == set(asdict(CONFIG))
 
 
 def test_a_resume_requires_the_rows_of_its_checkpoint(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -20,12 +21,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.checkpoint import ShardsReader, files_of, read_info
-from distill.checkpoint.lock import FILE
 from distill.checkpoint.manifest import write_info
+from distill.run_files import LOCK_FILE, REPORT_FILE
 from tests.helpers import free_port, run_ranks, save_tiny_model
+from tests.report.test_page import read_index
 from tests.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -240,8 +243,8 @@ def later(root: Path, runs: object) -> dict[str, tuple[int, str, str]]:
     before = {path: path.read_bytes() for path in (root / "runs/full").rglob("*") if path.is_file()}
     ended = dict(zip(LATER, _run(lines)[0], strict=True))
     assert {
-        path: path.read_bytes() for path in (root / "runs/full").rglob("*") if path.name != FILE and path.is_file()
-    } == {path: content for path, content in before.items() if path.name != FILE}
+        path: path.read_bytes() for path in (root / "runs/full").rglob("*") if path.name != LOCK_FILE and path.is_file()
+    } == {path: content for path, content in before.items() if path.name != LOCK_FILE}
     return ended
 
 
@@ -405,7 +408,7 @@ def test_the_checkpoint_with_the_best_metric_is_kept_and_the_console_shows_sampl
     kls = {row["step"]: row["validation/forward_kl"] for row in _validations(root, "validated")}
     assert kls[0] > max(kls[2], kls[3]), "the student learns the hint"
     best = max((2, 3), key=kls.__getitem__)
-    assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {FILE, "step_3", f"step_{best}"}
+    assert {path.name for path in (root / "checkpoints/validated").iterdir()} == {LOCK_FILE, "step_3", f"step_{best}"}
     console = runs[0][6][2]
     assert console.count("validation at") == 3
     assert all(console.count(f"problem: What is {problem}?\nresponse: ") == 3 for problem in ("0 + 0", "3"))
@@ -440,7 +443,62 @@ def test_the_run_directory_has_recipe_versions_metrics_and_logs(root, runs) -> N
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("learning/loss")] == [1, 2, 3, 4]
+    for name in ("sync", "generation", "teacher", "training"):
+        assert all(event.value > 0 for event in events.Scalars(f"memory/predicted_{name}_gib"))
     assert len(list((run_dir / "logs").glob("rank_*.log"))) == 2
+
+
+def test_the_layout_of_tensorboard_contains_metrics_of_the_run_once(root, runs) -> None:
+    events = EventAccumulator(str(root / "runs/validated in parts/tensorboard"))
+    events.Reload()
+    (config,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(config.tensor_proto.string_val[0])
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    tags = [tag for chart in charts.values() for tag in chart.multiline.tag]
+    (lengths,) = (series for chart in charts.values() for series in chart.margin.series)
+    tags += [f"{tag}$" for tag in (lengths.value, lengths.lower, lengths.upper)]
+    scalars = events.Tags()["scalars"]
+    fast = ("seconds/checkpointing", "seconds/samples", "seconds/validation")  # omitted below 5 ms
+    missing = [tag for tag in tags if not any(re.match(tag, name) for name in scalars) and not tag.startswith(fast)]
+    assert len(tags) > 20 and missing == []
+
+
+def test_samples_of_training_and_validation_have_every_token_and_top_tokens(root, runs) -> None:
+    decode = partial(tiny_tokenizer().decode, skip_special_tokens=False)
+    run_dir = root / "runs/validated"
+    for name in ("train_samples/step_1", "validation/step_0", "validation/step_3", "validation/in_context"):
+        rows = [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+        for row in rows:
+            ids, texts, top = row["token_ids"], row["token_texts"], row["top_tokens"]
+            assert len(ids) == len(texts) == row["tokens"] and "".join(texts) == decode(ids)
+            assert "".join(texts).startswith(row["answer"])
+            if name.endswith("in_context"):
+                assert row["forward_kl"] is row["teacher_prompt"] is top is None
+                continue
+            assert "Hint: What is" in row["teacher_prompt"] != row["prompt"]
+            kls = [max(pair) for pair in zip(row["forward_kl"], row["reverse_kl"], strict=True)]
+            assert len(top) == min(16, len(ids)) and max(kls) == max(kls[each["at"]] for each in top)
+            for likely in (each[model] for each in top for model in ("student", "teacher")):
+                probs = [prob for _, _, prob in likely]
+                assert len(likely) == 5 and probs == sorted(probs, reverse=True) and sum(probs) <= 1.00001
+        assert {row.get("weights_step") for row in rows} == ({1} if name.startswith("train") else {None})
+
+
+@pytest.mark.parametrize("name", ["full", "validated in parts"])
+def test_a_run_ends_with_a_page_of_its_curves_and_responses(root, runs, name) -> None:
+    run_dir = root / "runs" / name
+    index = read_index((run_dir / REPORT_FILE).read_text(encoding="utf-8"))
+    (run,) = index["runs"]
+    rows = _train_rows(run_dir)
+    assert run["status"] == "finished" and run["ending"].startswith("finished after step")
+    assert run["tables"]["train"]["step"] == [row["step"] for row in rows]
+    shown = {chart["id"]: [each["name"] for each in chart["series"]] for chart in index["charts"]}
+    assert "memory/training_gib" in shown["memory"] and "train/loss" in shown["loss"]
+    written = [line for path in run_dir.glob("*/*.jsonl") for line in path.read_text().splitlines()]
+    assert len(index["samples"]["set"]) == len(written) > 0
+    if name != "full":
+        assert shown["accuracy"][:2] == ["validation/accuracy", "pass@2"] and run["positions"]
+        assert run["recipe"]["parent"] and run["headline"][0]["label"] == "gap closed"
 
 
 def test_other_users_cannot_write_to_files_of_a_run(root, runs) -> None:
@@ -456,7 +514,7 @@ def test_the_export_is_a_plain_hugging_face_folder(root, runs) -> None:
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
     assert model.generation_config.eos_token_id == 258 and "| steps | 4 |" in (folder / "README.md").read_text()
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
-    assert sorted(p.name for p in (root / "checkpoints/full").iterdir()) == [FILE, "step_2", "step_4"]
+    assert sorted(p.name for p in (root / "checkpoints/full").iterdir()) == [LOCK_FILE, "step_2", "step_4"]
 
 
 def test_the_export_script_writes_the_same_bytes_as_the_run(root, runs, tmp_path, monkeypatch, capsys) -> None:

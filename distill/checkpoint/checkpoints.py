@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from distill.checkpoint.async_save import Write, WriteResult
-from distill.checkpoint.lock import WAIT_S, DirectoryLock, owner_of
+from distill.checkpoint.lock import WAIT_S, DirectoryLock
 from distill.checkpoint.manifest import (
     CheckpointError,
     checksums_of,
@@ -35,7 +35,8 @@ from distill.checkpoint.storage import SHARDS, HeartbeatLoadPlanner, ShardsReade
 from distill.config import CheckpointingConfig
 from distill.distributed.world import CONTROL_TIMEOUT, World
 from distill.errors import CollectiveUserError, UserError, cannot_write, raise_if_not_creatable
-from distill.metrics.sinks import METRICS_FILE, rows_until
+from distill.metrics.sinks import rows_until
+from distill.run_files import METRICS_FILE, owner_of
 
 log = logging.getLogger(__name__)
 

@@ -12,19 +12,18 @@ import logging
 import os
 import re
 import socket
-import struct
 import time
 from pathlib import Path
 
 from distill.distributed import slurm
 from distill.errors import UserError
+from distill.run_files import LOCK_FILE
 from distill.supervise.progress import heartbeat
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 120.0
 """Time in seconds to wait for a lock that another run holds, because that run may be exiting."""
-FILE = ".owner"
 _TAKEN = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -40,7 +39,7 @@ class DirectoryLock:
 
     def __init__(self, folder: Path, key: str) -> None:
         # Closing any handle of a file releases all of the process's locks on it, so keep this as the only handle.
-        self._file = (folder / FILE).open("a+", encoding="utf-8")
+        self._file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
         self._folder, self._key = folder, key
         start, owner = 0.0, ""
         while not self._locked():
@@ -59,7 +58,7 @@ class DirectoryLock:
                 raise UserError(
                     f"{key}={folder} is in use by another run ({owner})",
                     f"set {key} to another directory, or stop the other run first; if the machine of the other run is"
-                    f" down, remove {folder / FILE}",
+                    f" down, remove {folder / LOCK_FILE}",
                     key=key,
                     value=str(folder),
                 )
@@ -103,17 +102,6 @@ class DirectoryLock:
                 *(self._file.name, error.strerror),
             )
         return True
-
-
-def owner_of(folder: Path) -> str | None:
-    """Return the content of the lock file of ``folder`` if another process holds the lock, else None; take no lock."""
-    try:
-        with (folder / FILE).open("rb") as file:
-            query = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
-            kind = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, query))[0]
-            return None if kind == fcntl.F_UNLCK else file.read().decode(errors="replace").strip() or "a process"
-    except OSError:  # no lock file, or a file system without locks
-        return None
 
 
 def _slurm_start() -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.errors import RunFailed
-from distill.metrics.sinks import METRICS_FILE, read_metrics
+from distill.metrics.sinks import read_metrics
+from distill.run_files import METRICS_FILE
 from distill.supervise.progress import heartbeat
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ types in schema.py, command_line.py splits the command line, and help.py prints 
 from __future__ import annotations
 
 import difflib
+import logging
 import os.path
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,8 +25,10 @@ from distill.config.parse import hints, key_paths, members, parse_value, type_of
 from distill.config.paths import local_or_shipped, normalize, normalize_paths, shipped
 from distill.config.precision import resolve_auto_precision
 from distill.config.rules import check
-from distill.config.schema import Config
+from distill.config.schema import BUILT_IN, Config
 from distill.errors import UserError, any_of, reason, show
+
+log = logging.getLogger(__name__)
 
 RECIPES = Path("recipes")
 """Folder of the recipes, in the working directory or among the shipped files."""
@@ -147,10 +150,19 @@ def build_config(tree: dict[str, Any]) -> Config:
 
     Resolves interpolations, drops ignored keys, converts types and checks the rules.
     """
+    config, ignored = _typed(tree)
+    if ignored:
+        log.warning("these keys of the recipe have no effect: %s", ", ".join(ignored))
+    check(config)
+    return config
+
+
+def _typed(tree: dict[str, Any]) -> tuple[Config, list[str]]:
+    """Return ``tree`` as a Config, without the checks of rules between keys, and its keys without effect."""
     for name, section in hints(Config).items():
         if not isinstance(tree[name], dict):
             parse_value(section, tree[name], name)  # raises a clearer error than _resolve would
-    plain = _resolve(tree)
+    plain, ignored = _resolve(tree)
     resolve_auto_precision(plain)
     data = plain["data"]
     for name in ("train", "validation"):
@@ -158,9 +170,7 @@ def build_config(tree: dict[str, Any]) -> Config:
         data[name] = [_fill_dataset(data.get("default") or {}, entry) for entry in entries]
     data["default"] = data.get("default") or {}
     normalize_paths(plain)
-    config: Config = parse_value(Config, plain, "")
-    check(config)
-    return config
+    return parse_value(Config, plain, ""), ignored
 
 
 def _fill_dataset(default: Any, entry: Any) -> Any:
@@ -174,10 +184,11 @@ def _fill_dataset(default: Any, entry: Any) -> Any:
     return filled
 
 
-def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
+def _resolve(tree: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return ``tree`` with interpolations resolved and without ignored keys, and the keys without effect."""
     try:
         config = OmegaConf.create(tree)
-        drop_ignored_keys(config)
+        ignored = drop_ignored_keys(config)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         _refuse_wrong_types(tree)
@@ -187,7 +198,7 @@ def _resolve(tree: dict[str, Any]) -> dict[str, Any]:
         raise UserError(problem, "correct the expression in ${...}", key=key) from None
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     drop_inert_keys(plain)
-    return plain
+    return plain, ignored
 
 
 def _refuse_wrong_types(tree: dict[str, Any]) -> None:
@@ -270,7 +281,11 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         problem = f"defaults={path} in {children[-1]} makes the recipe a parent of itself"
         raise UserError(problem, "remove defaults, or set it to another recipe", key="defaults", value=str(path))
     layer = _read_yaml(path, children)
-    parents = layer.pop("defaults", [])
+    return merge(_read_parents(path, layer.pop("defaults", []), children), layer)  # type: ignore[no-any-return]
+
+
+def _read_parents(path: Path, parents: Any, children: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the merged parents of the recipe ``path``; ``parents``: the value of its key ``defaults``."""
     if not isinstance(parents, (str, list)):
         problem = f"defaults={show(parents)} in {path} is neither a file name nor a list of file names"
         raise UserError(
@@ -285,7 +300,23 @@ def read_recipe(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         file = path.parent / named
         file = file if os.path.lexists(file) else Path(shipped(named) or file)
         tree = merge(tree, read_recipe(file, (*children, path.resolve())))
-    return merge(tree, layer)  # type: ignore[no-any-return]
+    return tree
+
+
+def parent_of(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the name and the complete values of the parent of the recipe ``path``, as plain data.
+
+    The parent is the recipe in the key ``defaults``. If the recipe has no parent, or a value of the parent is invalid,
+    the parent is the built-in defaults.
+    """
+    try:
+        parents = _read_yaml(path, ()).get("defaults") or []
+        tree, name = _read_parents(path, parents, ()), parents if isinstance(parents, str) else ", ".join(parents)
+        if tree:
+            return name, _plain(asdict(_typed(merge(_defaults(), tree))[0]))
+    except UserError:
+        pass
+    return BUILT_IN, _plain(asdict(_typed(_defaults())[0]))
 
 
 def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ value that is not supported raises UserError.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any, NoReturn
@@ -15,8 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config.parse import parse_value, unknown_key
 from distill.errors import UserError, show
-
-log = logging.getLogger(__name__)
 
 IGNORED = {
     "*": "megatron_cfg offload_optimizer_for_logprob",
@@ -116,8 +113,8 @@ def inert_defaults() -> dict[str, Any]:
     return UNUSED | {key: value for key, (value, _) in ONE_VALUE.items()}
 
 
-def drop_ignored_keys(config: DictConfig) -> None:
-    """Remove the keys in IGNORED from ``config`` in place, and log a warning with all keys without effect.
+def drop_ignored_keys(config: DictConfig) -> list[str]:
+    """Remove the keys in IGNORED from ``config`` in place, and return all keys without effect.
 
     ``config``: the merged recipes before their interpolations are resolved. Raises UserError for a value that
     ONE_VALUE or ALLOWED_VALUES does not allow.
@@ -132,9 +129,7 @@ def drop_ignored_keys(config: DictConfig) -> None:
     for key in ignored:
         section, _, name = key.rpartition(".")
         del OmegaConf.select(config, section)[name]
-    ignored += [key for key, default in UNUSED.items() if values.get(key) not in (None, default)]
-    if ignored:
-        log.warning("these keys of the recipe have no effect: %s", ", ".join(ignored))
+    return ignored + [key for key, default in UNUSED.items() if values.get(key) not in (None, default)]
 
 
 def drop_inert_keys(tree: dict[str, Any]) -> None:

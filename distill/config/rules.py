@@ -32,7 +32,7 @@ AT_LEAST: dict[int, str] = {
         runtime.sync_bucket_mib runtime.logits_chunk_rows runtime.phase_timeout_s""",
     0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print
-        logger.num_train_samples_to_print""",
+        logger.num_train_samples_to_print logger.top_tokens_per_sample""",
 }
 """Maps a minimum to the configuration keys with this minimum, separated by spaces."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm

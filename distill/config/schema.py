@@ -15,6 +15,10 @@ Outside = Literal["bucket", "renormalize", "floor"]
 """How the loss treats the tokens outside the top-k; the values are explained at LossConfig.outside_topk."""
 
 
+BUILT_IN = "built-in defaults"
+"""Name of the parent of a recipe without the key ``defaults``."""
+
+
 @dataclass(frozen=True)
 class TraceExtractorConfig:
     """How the trace (the reasoning) is extracted from a response, or from a text in a column of the dataset."""
@@ -298,6 +302,12 @@ class LoggerConfig:
     directory, TensorBoard and Weights & Biases, every train_samples_period steps; 0: none."""
     train_samples_period: int = 20
     """Number of training steps between samples of training responses; the first step's responses are always shown."""
+    top_tokens_per_sample: int = 16
+    """Number of tokens per response at which files of samples list the five most likely tokens of student and teacher:
+    the tokens with the highest KL between them; 0: none."""
+    report: bool = True
+    """Write report.html into the run directory when the run finishes, or fails because of non-finite numbers: one page
+    with the curves and responses of the run. `python -m scripts.report RUN` writes it at any time."""
     wandb_enabled: bool = True
     """Write metrics to Weights & Biases."""
     tensorboard_enabled: bool = True

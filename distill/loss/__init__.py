@@ -11,14 +11,17 @@ from distill.loss.divergences import Tokens, loss_temperature, topk_kl
 from distill.loss.fused import fused_linear_kl
 from distill.loss.metrics import Sampled
 from distill.loss.targets import teacher_topk
+from distill.loss.top_tokens import LikelyTokens, likely_tokens
 from distill.loss.topk_reduction import check_loss_backend
 
 __all__ = [
+    "LikelyTokens",
     "Sampled",
     "Tokens",
     "VocabParallel",
     "check_loss_backend",
     "fused_linear_kl",
+    "likely_tokens",
     "loss_temperature",
     "teacher_topk",
     "topk_kl",

@@ -77,9 +77,19 @@ def teacher_topk(
             checks.check_ids(vocab, sampled_ids_N=extra_ids_N)
     scratch = Scratch(min(count, step), vocab, padded_columns(vocab, len(head_VD)), hidden_ND.device)
     scorer = TeacherScorer.of(head_VD, Columns(vocab, vocab), temperature, backend, scratch)
+    return topk_in_chunks(scorer, hidden_ND, k, step, extra_ids_N)
+
+
+def topk_in_chunks(
+    scorer: TeacherScorer, hidden_ND: Tensor, k: int, chunk_rows: int, extra_ids_N: Tensor | None = None
+) -> TopK:
+    """Return the k most likely tokens of each row of ``hidden_ND``; collective over the ranks of ``scorer.columns``.
+
+    ``chunk_rows``: number of rows with logits in memory at the same time. ``extra_ids_N``: as in ``teacher_topk``.
+    """
     chunks = []
-    for start in range(0, max(count, 1), step):
-        rows = slice(start, start + step)
+    for start in range(0, max(len(hidden_ND), 1), chunk_rows):
+        rows = slice(start, start + chunk_rows)
         chunks.append(scorer.topk(hidden_ND[rows], k, None if extra_ids_N is None else extra_ids_N[rows]))
     return TopK(
         torch.cat([chunk.ids_NK for chunk in chunks]),

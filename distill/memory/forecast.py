@@ -34,7 +34,7 @@ _CARDS_GB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
 """Memory of common GPUs in GB."""
 
 PHASES = ("sync", "generation", "teacher", "training")
-"""Phases of a step with a forecast, named as in ``distill.metrics.phases``."""
+"""Phases of a step with a forecast, named as in ``distill.metrics.names``."""
 
 _STATE = ("cluster.num_nodes", "policy.dtensor_cfg.cpu_offload=true")
 _TOKENS = ("policy.dtensor_cfg.context_parallel_size", "policy.sequence_packing.train_mb_tokens")
@@ -101,6 +101,13 @@ class Forecast:
     def tensors(self, phase: str) -> int:
         """Return the predicted peak of ``phase`` in bytes per rank without the reserve."""
         return self.total(phase) - self.phases[phase].get("reserve", 0)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics ``memory/predicted_PHASE_gib``: the predicted peaks without the reserve, in GiB per rank.
+
+        They can be compared with the measured ``memory/PHASE_gib``: torch does not count memory outside of tensors.
+        """
+        return {f"memory/predicted_{phase}_gib": self.tensors(phase) / GIB for phase in self.phases}
 
     def fits(self, card: int) -> bool:
         """Return whether each phase, and vLLM's cache for one sequence, fit a GPU with ``card`` bytes of memory."""

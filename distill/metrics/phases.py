@@ -1,24 +1,17 @@
-"""Phases of a training step: names, metric tags, durations and memory."""
+"""Durations and memory of the phases of a training step."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import torch
 
 from distill.distributed.host_memory import resident_bytes
+from distill.metrics.names import Phase, timing_tag
 from distill.supervise.progress import phase
 from distill.types import Stats
-
-Phase = Literal["sync", "generation", "validation", "batching", "teacher", "training", "checkpointing"]
-"""Names of the phases of a training step, in order; also used on the console and in the summary."""
-PHASES: tuple[Phase, ...] = get_args(Phase)
-
-OUTSIDE_THROUGHPUT: tuple[Phase, ...] = ("validation", "checkpointing")
-"""Phases that process no training tokens; their time is excluded from tokens per second."""
 
 _ENGINE_AWAKE: tuple[Phase, ...] = ("sync", "generation", "validation")
 """Phases in which the generation engine holds its memory, if ``engine_asleep`` is None."""
@@ -28,25 +21,6 @@ _open_peaks: list[int] = []
 
 A nested phase resets the allocator's peak, so the peak of the outer phase until then is kept here.
 """
-
-TIMING = "timing/train/"
-"""Prefix of the metric names of durations within a training step; the unit is seconds."""
-
-_TAGS = {
-    "sync": "prepare_for_generation",
-    "batching": "data_processing",
-    "teacher": "teacher_logprob_inference",
-    "training": "policy_training",
-}
-"""Maps a phase to its name in metric names. Phases without an entry keep their name.
-
-The metric names are those of NeMo-RL.
-"""
-
-
-def timing_tag(name: str) -> str:
-    """Return the name of the metric for the duration of the phase ``name``, in seconds."""
-    return f"{TIMING}{_TAGS.get(name, name)}"
 
 
 class Phases:

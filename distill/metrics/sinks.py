@@ -20,15 +20,13 @@ from typing import Any, Protocol
 
 from distill.config import LoggerConfig
 from distill.errors import MissingError, writing_run
-from distill.metrics.phases import timing_tag
+from distill.metrics.names import timing_tag
 from distill.metrics.summary import Row, console_line, is_validation, validation_line
-from distill.metrics.tags import tensorboard_scalars
+from distill.metrics.tags import tensorboard_layout, tensorboard_scalars
+from distill.run_files import METRICS_FILE, REPLACED_FILE
 
 log = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-REPLACED_FILE = "metrics.replaced.jsonl"
-"""File with the rows of steps that a resumed run repeats, so that no row is lost."""
 TENSORBOARD_FOLDER = "tensorboard"
 _STEP_TOKENS, _STEP_TIME = "train/total_num_tokens", timing_tag("total_step_time")
 _ROW_KEYS = ("step", "timestamp")
@@ -105,7 +103,7 @@ class TensorBoardSink:
     """Sink that writes TensorBoard events.
 
     In an existing directory, earlier events of steps after ``resumed_step`` are hidden. In a new directory, the rows in
-    ``history`` (from the loaded checkpoint) are written first.
+    ``history`` (from the loaded checkpoint) are written first, and a layout that groups the main charts.
     """
 
     def __init__(self, folder: Path, resumed_step: int = 0, history: Sequence[Row] = ()) -> None:
@@ -114,6 +112,8 @@ class TensorBoardSink:
         threading.excepthook = _ignore_tensorboard_thread
         is_new = not folder.exists()
         self._writer: Any = SummaryWriter(str(folder), purge_step=None if is_new else resumed_step + 1)
+        if is_new:
+            self._writer.add_custom_scalars(tensorboard_layout())
         for row in history if is_new else ():
             numbers = {name: value for name, value in row.items() if value is not None and name not in _ROW_KEYS}
             self.write(_step(row), numbers)

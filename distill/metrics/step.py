@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.data.teacher_prefix import TRUNCATION_RATE
-from distill.metrics.phases import OUTSIDE_THROUGHPUT, Phases, timing_tag
+from distill.metrics.names import OUTSIDE_THROUGHPUT, timing_tag
+from distill.metrics.phases import Phases
+from distill.metrics.responses import response_metrics
 from distill.types import Rollout, Stats
 
 Kind = Literal["mean", "total", "max", "same"]
@@ -126,6 +128,7 @@ def step_numbers(
             "global_valid_seqs": float(len(rollouts)),
             "global_valid_toks": float(response_tokens),
             "teacher_tokens": float(prefix_tokens + response_tokens),
+            **response_metrics(rollouts),
         }
     )
     metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from distill.data.teacher_prefix import TRACE_COVERAGE
-from distill.metrics.phases import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
+from distill.metrics.names import OUTSIDE_THROUGHPUT, PHASES, TIMING, timing_tag
 from distill.supervise.quantities import duration, short_count
 
 Row = Mapping[str, float | None]
@@ -173,11 +173,14 @@ def _columns(columns: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in lines)
 
 
-def ending(seconds: float, checkpoint: Path | None, stopped: bool, enabled: bool = True) -> str:
+def ending(
+    seconds: float, checkpoint: Path | None, stopped: bool, enabled: bool = True, page: Path | None = None
+) -> str:
     """Return the lines below the table of a run: duration, checkpoint, export, and the next command.
 
     ``seconds``: duration of this start of the program. ``checkpoint``: the newest checkpoint; None if there is
     no checkpoint. ``stopped``: whether the run stopped before its last step. ``enabled``: checkpointing.enabled.
+    ``page``: the page of the run; None if it was not written.
     """
     export = None if checkpoint is None or not (checkpoint / "hf").is_dir() else checkpoint / "hf"
     if stopped and checkpoint is not None:
@@ -195,6 +198,7 @@ def ending(seconds: float, checkpoint: Path | None, stopped: bool, enabled: bool
         "time since the start": duration(seconds),
         "checkpoint": "not saved" if checkpoint is None else relative_path(checkpoint),
         "Hugging Face export": "" if export is None else relative_path(export),
+        "report": "" if page is None else relative_path(page),
         "next": following,
     }
     return _columns([[name for name, text in rows.items() if text], [text for text in rows.values() if text]])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from distill.metrics.phases import OUTSIDE_THROUGHPUT, timing_tag
+from distill.metrics.names import OUTSIDE_THROUGHPUT, PHASES, timing_tag
 
 _GROUPS = {
     "responses": """mean_prompt_length mean_gen_tokens_per_sample mean_total_tokens_per_sample truncation_rate
-        total_num_tokens generated_tokens max_gen_tokens_per_sample global_valid_seqs global_valid_toks
-        teacher_tokens""",
+        total_num_tokens generated_tokens max_gen_tokens_per_sample p10_gen_tokens_per_sample p50_gen_tokens_per_sample
+        p90_gen_tokens_per_sample repetition_rate global_valid_seqs global_valid_toks teacher_tokens""",
     "sync": "sync_changed_tensors probe_change sampler_logprob_diff sampler_logprob_diff_max",
     "memory": "engine_residual_gib",
 }
@@ -58,3 +58,45 @@ def tensorboard_scalars(values: Mapping[str, float]) -> dict[str, float]:
         return name not in skipped and not is_only_dataset and math.isfinite(values[name])
 
     return {tensorboard_tag(name): values[name] for name in values if is_shown(name)}
+
+
+_MAIN_CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "quality": {
+        "loss": ("train/loss",),
+        "KL on training responses": ("train/forward_kl", "train/reverse_kl"),
+        "KL on held-out responses": ("validation/forward_kl", "validation/reverse_kl"),
+        "accuracy": ("validation/accuracy", "validation/in_context_accuracy"),
+        "entropy": ("train/student_entropy", "train/teacher_entropy"),
+    },
+    "responses": {
+        "length, 10% and 90% quantile around the median": (
+            *("train/p50_gen_tokens_per_sample", "train/p10_gen_tokens_per_sample"),
+            "train/p90_gen_tokens_per_sample",
+        ),
+        "truncated and repetitive responses": ("train/truncation_rate", "train/repetition_rate"),
+    },
+    "optimization": {"gradient norm": ("train/grad_norm",), "learning rate": ("train/lr",)},
+    "time": {
+        "seconds per phase": tuple(timing_tag(phase) for phase in PHASES),
+        "tokens per second": ("train/tokens_per_sec_per_gpu",),
+    },
+    "memory": {
+        f"{phase} in GiB, measured and predicted": (f"memory/{phase}_gib", f"memory/predicted_{phase}_gib")
+        for phase in ("sync", "generation", "teacher", "training")
+    },
+}
+"""Maps groups to main charts, and titles of charts to metrics.
+
+The chart of the lengths has a curve with a lower and an upper bound.
+"""
+
+
+def tensorboard_layout() -> dict[str, dict[str, list[str | list[str]]]]:
+    """Return the layout of the main charts for ``SummaryWriter.add_custom_scalars``: the tab Custom Scalars."""
+
+    def chart(names: tuple[str, ...]) -> list[str | list[str]]:
+        tags = [tensorboard_tag(name) for name in names]
+        # The tags of lines are regular expressions, of which the beginning must match.
+        return ["Margin", tags] if names[0].startswith("train/p50") else ["Multiline", [f"{tag}$" for tag in tags]]
+
+    return {group: {title: chart(names) for title, names in charts.items()} for group, charts in _MAIN_CHARTS.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distill.batching.flops import ModelFlops
-from distill.metrics.phases import timing_tag
+from distill.metrics.names import timing_tag
 from distill.types import Rollout
 
 PEAKS = {

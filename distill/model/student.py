@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from distill.batching.plan import view_of
 from distill.batching.transfer import to_device
 from distill.config import Config
 from distill.distributed.world import World
-from distill.loss import Sampled, VocabParallel, checks, fused_linear_kl
+from distill.loss import LikelyTokens, Sampled, VocabParallel, checks, fused_linear_kl, likely_tokens
 from distill.metrics.step import Metrics
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.fused_layers import uses_fused_layers
@@ -32,6 +32,20 @@ from distill.types import LossOutput, MicroBatch, OptimizerBatch, Stats, Targets
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class RowComparison:
+    """Comparison of student and teacher at N response tokens of a micro-batch."""
+
+    forward_kl_N: Tensor
+    """float32 [N]: KL(teacher || student) in nats."""
+    reverse_kl_N: Tensor
+    """float32 [N]: KL(student || teacher) in nats."""
+    rows_M: Tensor
+    """int64 [M]: selected response tokens, as row numbers of the micro-batch."""
+    likely: LikelyTokens
+    """The most likely tokens of both models at the selected response tokens."""
 
 
 class Student:
@@ -113,46 +127,71 @@ class Student:
         return to_device(batches, self.device)
 
     @torch.no_grad()
-    def row_kls(self, micro_batch: MicroBatch, targets: Targets) -> dict[str, Tensor]:
-        """Return the forward and reverse KL between teacher and student for each response token, in nats.
+    def compare(self, micro_batch: MicroBatch, targets: Targets, select: Callable[[Tensor], Tensor]) -> RowComparison:
+        """Compare student and teacher at the response tokens of a micro-batch; collective.
 
-        The keys are ``forward_kl`` (KL(teacher || student)) and ``reverse_kl`` (KL(student || teacher)). Each value is
-        a 1-D tensor with one number per response token; tokens with a loss weight of 0 are omitted. ``targets``: the
-        teacher's outputs for ``micro_batch``. Collective. Computes no gradients and frees the gathered weights
-        afterwards, so that validation needs little memory.
-        """
-        found: dict[str, Tensor] = {}
-        self.loss(micro_batch, targets, found)
-        self.model.reshard_all()
-        return found
-
-    def loss(self, micro_batch: MicroBatch, targets: Targets, row_kls: dict[str, Tensor] | None = None) -> LossOutput:
-        """Return the loss of one micro-batch, summed over its response tokens; collective.
-
-        ``targets``: the teacher's outputs for ``micro_batch``. ``row_kls``: a dictionary that receives the forward and
-        reverse KL of each response token (keys ``forward_kl`` and ``reverse_kl``); None: they are not stored. The loss
-        is computed inside the root module's forward, because FSDP gathers the weights of the LM head only there.
+        N is the number of tokens with a loss weight above 0; other tokens are omitted. ``targets``: the teacher's
+        outputs for ``micro_batch``. ``select``: a function that receives the larger of both KLs at each token, float32
+        [N] in host memory and equal on the ranks of a tensor-parallel group. It returns the rows (int64 [M], response
+        tokens of the micro-batch) at which the most likely tokens are computed. No gradients are computed, and the
+        gathered weights are freed afterwards: a forward of the training needs at least as much device memory.
         """
         heartbeat()
         micro_batch = micro_batch.to(self.device)
-        sampled = Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature)
+        options = {name: self._loss_options[name] for name in ("topk_logits_k", "chunk_rows", "valid_vocab")}
+
+        def use(hidden_ND: Tensor, head_VD: Tensor) -> RowComparison:
+            kls: dict[str, Tensor] = {}
+            self._loss(hidden_ND, head_VD, micro_batch, targets, kls)
+            forward_N, reverse_N = kls["forward_kl"].float(), kls["reverse_kl"].float()
+            # A sum over ranks may be rounded differently on each rank, but all ranks must select the same rows.
+            largest_N = self._all_reduce(torch.maximum(forward_N, reverse_N), dist.ReduceOp.MAX)
+            rows_M = select(largest_N.cpu()).to(self.device)
+            likely = likely_tokens(
+                hidden_ND, head_VD, targets, rows_M, self._loss_config, parallel=self._parallel, **options
+            )
+            return RowComparison(forward_N, reverse_N, rows_M, likely)
+
+        found: RowComparison = self.model(micro_batch.student, use)
+        self.model.reshard_all()
+        return found
+
+    def loss(self, micro_batch: MicroBatch, targets: Targets) -> LossOutput:
+        """Return the loss of one micro-batch, summed over its response tokens; collective.
+
+        ``targets``: the teacher's outputs for ``micro_batch``. The loss is computed inside the root module's forward,
+        because FSDP gathers the weights of the LM head only there.
+        """
+        heartbeat()
+        micro_batch = micro_batch.to(self.device)
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Stats]:
-            output = fused_linear_kl(
-                hidden_ND,
-                head_VD,
-                targets,
-                self._loss_config,
-                micro_batch.weight_N,
-                sampled,
-                parallel=self._parallel,
-                row_kls=row_kls,
-                kept_M=micro_batch.kept_M,
-                **self._loss_options,
-            )
+            output = self._loss(hidden_ND, head_VD, micro_batch, targets)
             return output.kl_sum, output.stats
 
         return LossOutput(*self.model(micro_batch.student, use))
+
+    def _loss(
+        self,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        micro_batch: MicroBatch,
+        targets: Targets,
+        row_kls: dict[str, Tensor] | None = None,
+    ) -> LossOutput:
+        """Return the loss for the student's hidden states; ``row_kls``: as in ``fused_linear_kl``."""
+        return fused_linear_kl(
+            hidden_ND,
+            head_VD,
+            targets,
+            self._loss_config,
+            micro_batch.weight_N,
+            Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature),
+            parallel=self._parallel,
+            row_kls=row_kls,
+            kept_M=micro_batch.kept_M,
+            **self._loss_options,
+        )
 
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.

@@ -64,7 +64,7 @@ class Teacher:
         """Move the teacher's weights to host memory; not collective."""
 
     def after_step(self, student: Student) -> None:
-        """Update the teacher after a training step of the student, and free the memory of the step's targets."""
+        """Update the teacher after a training step of the student."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save in a checkpoint, as a dictionary from name to tensor.
@@ -140,7 +140,7 @@ class ShardedTeacher(Teacher):
 
         Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
         vocabulary, the targets are the teacher's hidden states and the rows of its LM head for the tokens whose student
-        logits this rank computes. These rows are copied once and kept until ``after_step``.
+        logits this rank computes. These rows are copied once and shared by all targets until the next ``offload``.
         """
         heartbeat()
         view = micro_batch.teacher.to(self.device)
@@ -208,17 +208,17 @@ class ShardedTeacher(Teacher):
         assert self._head_VD is not None
         return TeacherRows(hidden_ND, self._head_VD, self._head_rows.start or 0)
 
-    def after_step(self, student: Student) -> None:
-        """Free the copy of the teacher's LM head that ``targets`` keeps during a training step."""
-        self._head_VD = None
-
     def onload(self) -> None:
         """Copy the teacher's shards from host memory to the device; not collective."""
         if self._host is not None:
             self._host.restore()
 
     def offload(self) -> None:
-        """Free the teacher's shards on the device; their host copy stays. Not collective."""
+        """Free the teacher's shards on the device; their host copy stays. Not collective.
+
+        The copy of the LM head is freed with the last targets that refer to it.
+        """
+        self._head_VD = None
         self.model.reshard_all()
         if self._host is not None:
             self._host.release()
@@ -250,7 +250,6 @@ class FollowingTeacher(ShardedTeacher):
         The weights are reloaded from the average or, without an average, from the student. Collective over the ranks of
         a replica.
         """
-        super().after_step(student)
         if self._decay is not None:
             for name, parameter in student.model.named_hf_parameters():
                 local_shard(self._average[name]).lerp_(local_shard(parameter), 1 - self._decay)

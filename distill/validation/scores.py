@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from torch import Tensor
 
 from distill.data.files import kind_of
 from distill.data.grading import Verdict
+from distill.metrics.responses import ends_in_a_loop
+from distill.supervise.progress import heartbeat
 from distill.types import Rollout
+from distill.validation.comparison import Likely, TopTokens
+from distill.validation.token_texts import Decode, TokenTexts
 
-Decode = Callable[[Sequence[int]], str]
-"""Function that decodes token ids to text, including special tokens."""
+_KLS = ("forward_kl", "reverse_kl")
+_LINE_ENDS = "\x85\u2028\u2029"
+"""Characters that ``str.splitlines`` takes for ends of lines, but JSON leaves unchanged."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Sample:
     """float32 [R]: KL(teacher || student) in nats at each token of the response; None if not measured."""
     reverse_kl_R: Tensor | None = None
     """float32 [R]: KL(student || teacher) in nats at each token of the response; None if not measured."""
+    top_tokens: tuple[TopTokens, ...] | None = None
+    """The most likely tokens of both models at the tokens of highest KL; None if not compared with the teacher."""
     read_ids: tuple[int, ...] | None = None
     """Token ids of the prompt that the response was generated from; None: the student's usual prompt."""
 
@@ -69,6 +77,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
       graded responses, of which right_p are right. With the same number of responses per problem this is the standard
       deviation of the problems' mean accuracies, divided by sqrt(P).
     - ``avg_length``: mean number of tokens of a response; ``truncation_rate``: fraction of truncated responses;
+      ``repetition_rate``: fraction of responses that end in a loop (``metrics.responses.ends_in_a_loop``);
       ``num_answers``: number of responses; ``num_problems``: number of different problems.
     - ``forward_kl``, ``reverse_kl``: mean of KL(teacher || student) and of KL(student || teacher), in nats, over all
       tokens of the ``num_compared`` responses that were compared with the teacher.
@@ -78,6 +87,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
     values = {
         "avg_length": _mean([len(s.rollout.response_ids) for s in samples]),
         "truncation_rate": _mean([s.rollout.finish == "length" for s in samples]),
+        "repetition_rate": _mean([ends_in_a_loop(s.rollout) for s in samples]),
         "num_answers": float(len(samples)),
         "num_problems": float(len({_problem(s) for s in samples})),
         "num_compared": float(sum(s.forward_kl_R is not None for s in samples)),
@@ -85,7 +95,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
     graded = [s for s in samples if s.verdict is not None]
     if graded:
         values |= _accuracy(graded)
-    for name in ("forward_kl", "reverse_kl"):
+    for name in _KLS:
         measured = [kl for s in samples if (kl := getattr(s, f"{name}_R")) is not None]
         if measured:
             tokens = sum(len(kl_R) for kl_R in measured)
@@ -137,13 +147,20 @@ def response_text(rollout: Rollout, decode: Decode) -> str:
 
 
 def sample_row(sample: Sample, decode: Decode) -> dict[str, Any]:
-    """Return the sample's prompt, response, gold answer and verdict as JSON values."""
+    """Return prompts, response, gold answer, verdict and length of a sample as JSON values.
+
+    ``teacher_prompt``, the text that the teacher read before the response, is None if it equals ``prompt``, or if the
+    response was not compared with the teacher.
+    """
     rollout = sample.rollout
+    prompt = decode(rollout.prompt.student_ids if sample.read_ids is None else sample.read_ids)
+    read = prompt if sample.forward_kl_R is None else decode(rollout.teacher_prefix_ids)
     return {
         "prompt_id": rollout.prompt.prompt_id,
         "answer_number": rollout.response_index,
         "source": sample.source,
-        "prompt": decode(rollout.prompt.student_ids if sample.read_ids is None else sample.read_ids),
+        "prompt": prompt,
+        "teacher_prompt": None if read == prompt else read,
         "answer": response_text(rollout, decode),
         "gold": rollout.prompt.problem.answer,
         "verdict": sample.verdict,
@@ -152,13 +169,58 @@ def sample_row(sample: Sample, decode: Decode) -> dict[str, Any]:
     }
 
 
-def jsonl_line(sample: Sample, decode: Decode) -> str:
-    """Return a JSON object with the values of ``sample_row`` and the KL divergences at each token."""
-    row = sample_row(sample, decode)
-    for name in ("forward_kl", "reverse_kl"):
+def table_row(sample: Sample, decode: Decode) -> dict[str, Any]:
+    """Return the values of ``sample_row``, and the mean of each KL over the response in nats; None if not compared."""
+    means = {
+        f"mean_{name}": None if (kl_R := getattr(sample, f"{name}_R")) is None else _number(float(kl_R.mean()))
+        for name in _KLS
+    }
+    return sample_row(sample, decode) | means
+
+
+def jsonl_line(sample: Sample, decode: Decode, texts: TokenTexts | None = None, **more: Any) -> str:
+    """Return a JSON object with the values of ``sample_row`` and ``more``, and lists with one value per token.
+
+    The lists are the KL divergences, ids and texts of the tokens; ``top_tokens`` has only the tokens of highest KL. A
+    KL that is not finite is null.
+    ``texts`` splits responses into the texts of their tokens; None: a new ``TokenTexts``.
+    """
+    texts = texts or TokenTexts(decode)
+    row = sample_row(sample, decode) | more
+    for name in _KLS:
         kl_R = getattr(sample, f"{name}_R")
-        row[name] = None if kl_R is None else [round(value, 5) for value in kl_R.tolist()]
-    return json.dumps(row, ensure_ascii=False)
+        row[name] = None if kl_R is None else [_number(value) for value in kl_R.tolist()]
+    ids = sample.rollout.response_ids
+    top = None if sample.top_tokens is None else [_top_tokens(each, texts) for each in sample.top_tokens]
+    row |= {"token_ids": ids, "token_texts": texts(ids), "top_tokens": top}
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    for end in _LINE_ENDS:  # faster than str.translate
+        if end in line:
+            line = line.replace(end, f"\\u{ord(end):04x}")
+    return line
+
+
+def _number(value: float) -> float | None:
+    """Return ``value`` rounded to five digits; None if it is not finite, because JSON has no such numbers."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
+def _top_tokens(found: TopTokens, texts: TokenTexts) -> dict[str, Any]:
+    def listed(likely: Likely) -> list[list[Any]]:
+        return [[id_, texts.of(id_), _number(prob)] for id_, prob in likely]
+
+    return {"at": found.at, "student": listed(found.student), "teacher": listed(found.teacher)}
+
+
+def write_samples(path: Path, samples: Sequence[Sample], decode: Decode, **more: Any) -> None:
+    """Write one ``jsonl_line`` per sample; a reader sees the previous or the complete file. Creates the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts, part = TokenTexts(decode), path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            heartbeat()
+            file.write(jsonl_line(sample, decode, texts, **more) + "\n")
+    os.replace(part, path)
 
 
 def format_sample(sample: Sample, decode: Decode) -> str:

@@ -1,76 +1,164 @@
-"""Measure the KL divergences between student and teacher at each token of given responses."""
+"""Compare student and teacher at each token of given responses: KL divergences and most likely tokens."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distill.batching.plan import PackingConfig, plan
 from distill.distributed.world import World
-from distill.model.student import Student
+from distill.model.student import RowComparison, Student
 from distill.model.teacher import Teacher
 from distill.types import MicroBatch, Rollout
+from distill.validation.comparison import Comparison, Likely, TopTokens
 
 
-def token_kls(
+def compare_tokens(
     world: World,
     student: Student,
     teacher: Teacher,
     rollouts: Sequence[Rollout],
+    step: int,
+    *,
     packing: PackingConfig,
     seed: int,
-    step: int,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return KL(teacher || student) and KL(student || teacher) of each rollout at its R response tokens.
+    top_tokens: int,
+) -> list[Comparison]:
+    """Compare student and teacher at the response tokens of each rollout.
 
-    Both are float32 [R] in nats, in host memory. Collective: every rank passes the same rollouts. The KL divergences
-    are computed as in the loss, with each rollout's ``teacher_prefix_ids`` as the teacher's context. To save memory,
-    the teacher runs on one of its packs after the other. ``packing``, ``seed`` and ``step`` are arguments of ``plan``,
-    which packs the rollouts into micro-batches.
+    Collective: every rank passes the same rollouts and receives all comparisons, in host memory. The KL divergences are
+    computed as in the loss, with each rollout's ``teacher_prefix_ids`` as the teacher's context. ``top_tokens``: number
+    of tokens per rollout at which the most likely tokens of both models are listed. They are the tokens with the
+    highest KL: the larger of forward and reverse KL; of equal KLs the earlier token. To save memory, the teacher runs
+    on one of its packs after the other, and its weights leave the device before the student's last forward. So the
+    comparison of one micro-batch per rank needs no more device memory than the training phase. ``packing``, ``seed``
+    and ``step`` are arguments of ``plan``, which packs the rollouts into micro-batches.
     """
     if not rollouts:
         return []
     (batch,) = plan(rollouts, world.layout, replace(packing, optimizer_batch=len(rollouts), expected=None), seed, step)
-    index = _TokenIndex(rollouts)
-    found: list[tuple[Tensor, Tensor]] = []
+    tokens = _Tokens(rollouts)
+    found: list[_Part] = []
     teacher.onload()
     (on_device,) = student.to_device([batch])
     targets = teacher.targets_of(on_device.micro_batches)
-    for micro_batch, moved, its_targets in zip(batch, on_device, targets, strict=True):
-        kls = student.row_kls(moved, its_targets)
-        found.append((index.indices(micro_batch), torch.stack([kls["forward_kl"], kls["reverse_kl"]]).float().cpu()))
-    teacher.offload()
+    for micro_batch, moved in zip(batch, on_device, strict=True):
+        its_targets = next(targets)
+        if micro_batch is batch.micro_batches[-1]:
+            teacher.offload()
+        rows = _Rows.of(micro_batch, tokens)
+        found.append(rows.part(student.compare(moved, its_targets, partial(rows.highest, most=top_tokens))))
     counts = world.layout.tp_rank == 0  # all ranks of a tensor-parallel group have the same rows
-    return index.by_rollout([pair for part in world.gather(found if counts else []) for pair in part])
+    parts = [part for of_rank in world.gather(found if counts else []) for part in of_rank]
+    return tokens.by_rollout(parts, top_tokens)
 
 
-class _TokenIndex:
-    """Maps each row (response token) of a micro-batch to its index among all rollouts' M response tokens."""
+@dataclass(frozen=True)
+class _Part:
+    """Comparison of student and teacher at N tokens; a token is given by its index among all rollouts' tokens."""
+
+    index_N: Tensor
+    kls_2N: Tensor
+    """float32 [2, N]: forward and reverse KL."""
+    index_M: Tensor
+    """int64 [M]: the tokens at which the most likely tokens are listed."""
+    ids_M2K: Tensor
+    probs_M2K: Tensor
+
+
+def highest(kl_N: Tensor, index_N: Tensor, rollout_N: Tensor, most: int) -> Tensor:
+    """Return the numbers of the ``most`` rows with the highest KL of each rollout, int64 [M]; not collective.
+
+    ``index_N``: the order of the rows, which decides between equal KLs. ``rollout_N``: the rollout of each row.
+    """
+    order_N = index_N.argsort()
+    order_N = order_N[kl_N[order_N].argsort(descending=True, stable=True)]
+    order_N = order_N[rollout_N[order_N].argsort(stable=True)]
+    sorted_N = rollout_N[order_N]
+    rank_N = torch.arange(len(order_N)) - torch.searchsorted(sorted_N, sorted_N)
+    return order_N[rank_N < most]
+
+
+class _Tokens:
+    """Index of each response token among the M response tokens of all rollouts."""
 
     def __init__(self, rollouts: Sequence[Rollout]) -> None:
         self._lengths = [len(r.response_ids) for r in rollouts]
         self._prompts_B = torch.tensor([len(r.prompt.student_ids) for r in rollouts])
         self._starts_B = torch.tensor([0, *self._lengths[:-1]]).cumsum(0)
 
-    def indices(self, micro_batch: MicroBatch) -> Tensor:
-        """Return int64 [N]: for each row with loss weight > 0, its index among all rollouts' response tokens."""
-        counted_N = micro_batch.weight_N != 0
-        rollout_N = micro_batch.rollout_N[counted_N]
-        position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][counted_N]
+    def indices(self, rollout_N: Tensor, position_N: Tensor) -> Tensor:
+        """Return int64 [N]: the index of the token that is predicted at ``position_N`` of the rollout's sequence."""
         return self._starts_B[rollout_N] + position_N - (self._prompts_B[rollout_N] - 1)
 
-    def by_rollout(self, found: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Return the pair (forward KL [R], reverse KL [R]) of each rollout with R response tokens.
+    def by_rollout(self, parts: Sequence[_Part], most: int) -> list[Comparison]:
+        """Return the comparison of each rollout, in the order of the rollouts.
 
-        The pairs are in the order of the rollouts. ``found``: for each micro-batch, the result [N] of ``indices``, and
-        a tensor [2, N] with the forward and the reverse KL of these tokens.
+        ``parts``: the comparisons of all micro-batches. Several ranks may have tokens of the same rollout, and each of
+        them lists the most likely tokens at up to ``most`` of its tokens.
         """
-        both_2M = torch.full((2, sum(self._lengths)), torch.nan)
-        for index_N, both_2N in found:
-            both_2M[:, index_N] = both_2N
-        assert not both_2M.isnan().any(), f"{int(both_2M[0].isnan().sum())} response tokens have no KL"
-        forward, reverse = (row_M.split(self._lengths) for row_M in both_2M)
-        return list(zip(forward, reverse, strict=True))
+        kls_2M = torch.empty(2, sum(self._lengths))
+        missing_M = torch.ones(sum(self._lengths), dtype=torch.bool)
+        for part in parts:
+            kls_2M[:, part.index_N] = part.kls_2N
+            missing_M[part.index_N] = False
+        assert not missing_M.any(), f"{int(missing_M.sum())} response tokens have no KL"
+        top = self._top_tokens(parts, kls_2M.amax(dim=0), most)
+        forward, reverse = (row_M.split(self._lengths) for row_M in kls_2M)
+        return [Comparison(f_R, r_R, tuple(own)) for f_R, r_R, own in zip(forward, reverse, top, strict=True)]
+
+    def _top_tokens(self, parts: Sequence[_Part], kl_M: Tensor, most: int) -> list[list[TopTokens]]:
+        index_N = torch.cat([part.index_M for part in parts])
+        rollout_N = torch.searchsorted(self._starts_B, index_N, right=True) - 1
+        kept_M = highest(kl_M[index_N], index_N, rollout_N, most)
+        kept_M = kept_M[index_N[kept_M].argsort()]
+        ids_M2K = torch.cat([part.ids_M2K for part in parts])[kept_M]
+        probs_M2K = torch.cat([part.probs_M2K for part in parts])[kept_M]
+        rollout_M, at_M = rollout_N[kept_M], (index_N - self._starts_B[rollout_N])[kept_M]
+        found: list[list[TopTokens]] = [[] for _ in self._lengths]
+        rows = (each.tolist() for each in (rollout_M, at_M, ids_M2K, probs_M2K))
+        for rollout, at, ids, probs in zip(*rows, strict=True):
+            found[rollout].append(TopTokens(at, *map(_likely, ids, probs)))
+        return found
+
+
+def _likely(ids: Sequence[int], probs: Sequence[float]) -> Likely:
+    """Return the pairs without padding, and without nan, which broken weights cause."""
+    return tuple((id_, prob) for id_, prob in zip(ids, probs, strict=True) if id_ >= 0 and math.isfinite(prob))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The N response tokens (rows with a loss weight) of a micro-batch, in host memory."""
+
+    row_N: Tensor
+    """int64 [N]: index among all rows of the micro-batch."""
+    rollout_N: Tensor
+    index_N: Tensor
+    """int64 [N]: index among all rollouts' response tokens."""
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch, tokens: _Tokens) -> _Rows:
+        row_N = micro_batch.weight_N.nonzero().squeeze(1)
+        rollout_N = micro_batch.rollout_N[row_N]
+        position_N = micro_batch.student.positions_T[micro_batch.student.rows_N][row_N]
+        return cls(row_N, rollout_N, tokens.indices(rollout_N, position_N))
+
+    def highest(self, kl_N: Tensor, most: int) -> Tensor:
+        """Return the rows (int64 [M]) of the ``most`` tokens with the highest KL of each rollout, ascending."""
+        return self.row_N[highest(kl_N, self.index_N, self.rollout_N, most)].sort().values
+
+    def part(self, compared: RowComparison) -> _Part:
+        """Return the comparison of these rows in host memory."""
+        return _Part(
+            self.index_N,
+            torch.stack([compared.forward_kl_N, compared.reverse_kl_N]).cpu(),
+            self.index_N[torch.searchsorted(self.row_N, compared.rows_M.cpu())],
+            compared.likely.ids_M2K.cpu(),
+            compared.likely.probs_M2K.cpu(),
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from distill.config.template import reads_traces
 from distill.data.teacher_prefix import TRACE_COVERAGE
 from distill.errors import writing_run
 from distill.metrics.sinks import Recorder, Samples
+from distill.run_files import TRAIN_SAMPLES_FOLDER
 from distill.types import Rollout
-from distill.validation.scores import Decode, Sample, format_sample, sample_row
+from distill.validation.comparison import Compare
+from distill.validation.scores import Sample, format_sample, table_row, write_samples
+from distill.validation.token_texts import Decode
 
 log = logging.getLogger(__name__)
 
-FOLDER = "train_samples"
-"""Folder inside the run directory with one JSON Lines file per sampled step."""
 _MIN_COVERAGE = 0.5
 """Fraction of responses with a trace in the first step, below which a warning is logged."""
 _CONSOLE_CHARACTERS = 1500
@@ -28,7 +28,7 @@ _CONSOLE_CHARACTERS = 1500
 
 @dataclass(frozen=True)
 class TrainSamples:
-    """Shows and stores a few training responses at some steps; used on the main rank only."""
+    """Compares a few training responses at some steps with the teacher, shows and stores them."""
 
     config: Config
     decode: Decode
@@ -36,6 +36,7 @@ class TrainSamples:
     recorder: Recorder
     first_step: int
     """Number of finished steps when this process starts; the samples of the step after it are shown."""
+    compare: Compare
 
     def due(self, step: int) -> bool:
         """Return whether samples of step ``step`` (counted from 1) are shown."""
@@ -43,30 +44,34 @@ class TrainSamples:
         is_due = step == self.first_step + 1 or step % settings.train_samples_period == 0
         return is_due and settings.num_train_samples_to_print > 0
 
-    def record(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """If samples are due, show and store the first responses to the first prompts of step ``step``."""
-        if not rollouts or not self.due(step):
-            return
+    def compared(self, step: int, rollouts: Sequence[Rollout]) -> list[Sample]:
+        """Return the first responses to the first prompts of step ``step``, compared with the teacher; collective.
+
+        ``rollouts``: all rollouts of the step, the same on every rank. Both models have their weights after the step:
+        the comparison shows what is left to learn at the tokens of the responses on which the step trained.
+        """
         shown = sorted(rollouts, key=lambda rollout: rollout.response_index)
         shown = shown[: self.config.logger.num_train_samples_to_print]
-        samples = [Sample(rollout, rollout.prompt.problem.source) for rollout in shown]
-        rows = [self._row(sample) for sample in samples]
+        compared = zip(shown, self.compare(shown, step), strict=True)
+        return [Sample(rollout, rollout.prompt.problem.source, **vars(found)) for rollout, found in compared]
+
+    def record(self, step: int, samples: Sequence[Sample]) -> None:
+        """Show and store the samples of step ``step``; call it on the main rank only.
+
+        The key ``weights_step`` of a row is the number of finished steps of the weights that were compared.
+        """
+        if not samples:
+            return
         with writing_run(self.run_dir):
-            folder = self.run_dir / FOLDER
-            folder.mkdir(exist_ok=True)
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"step_{step}.jsonl").write_text(lines, encoding="utf-8")
+            write_samples(
+                self.run_dir / TRAIN_SAMPLES_FOLDER / f"step_{step}.jsonl", samples, self.decode, weights_step=step
+            )
         texts = [
             f"training sample {i} of step {step}\n{_shortened(format_sample(sample, self.decode))}"
             for i, sample in enumerate(samples, 1)
         ]
+        rows = [table_row(sample, self.decode) for sample in samples]
         self.recorder.show(step, Samples("train", texts, rows))
-
-    def _row(self, sample: Sample) -> dict[str, object]:
-        row = sample_row(sample, self.decode)
-        if self.config.distillation.context_distillation.enabled:
-            row["teacher_prompt"] = self.decode(sample.rollout.teacher_prefix_ids)
-        return row
 
     def warn_of_missing_traces(self, step: int, values: Mapping[str, float]) -> None:
         """Log a warning if the teacher reads no trace for most responses of ``step``.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import Tensor
 
 from distill.checkpoint import Checkpoints
 from distill.config import Config
@@ -21,25 +19,19 @@ from distill.metrics.phases import Phases
 from distill.metrics.sinks import Recorder, Samples
 from distill.rollout.engine import Engine, response_limit, stream_seed
 from distill.rollout.gather import gather_rollouts
+from distill.run_files import IN_CONTEXT, VALIDATION_FOLDER
 from distill.supervise.progress import heartbeat
 from distill.supervise.stop import StopCheck, StopRequested
 from distill.types import Prompt, Rollout, Sampling
+from distill.validation.comparison import Compare
 from distill.validation.held_out import HeldOut
-from distill.validation.scores import Decode, Sample, by_source, format_sample, jsonl_line, response_text, sample_row
+from distill.validation.scores import Sample, by_source, format_sample, response_text, table_row, write_samples
+from distill.validation.token_texts import Decode
 
 log = logging.getLogger(__name__)
 
-FOLDER = "validation"
-"""Folder inside the run directory with one JSON Lines file of responses per validation."""
-_IN_CONTEXT = "in_context"
 _REFERENCE_METRICS = ("accuracy", "accuracy_stderr", "avg_length", "truncation_rate", "num_problems")
 _NO_TRACE, _NO_ROOM = "no trace", "no room"
-
-Compare = Callable[[Sequence[Rollout], int], list[tuple[Tensor, Tensor]]]
-"""Collective function (rollouts, step) that computes KL divergences between student and teacher.
-
-For each rollout of R response tokens it returns a pair (forward KL [R], reverse KL [R]) in nats.
-"""
 
 
 @dataclass(frozen=True)
@@ -194,7 +186,7 @@ class Validation:
             if isinstance(prefix := prefixes[prompt.prompt_id], Prefix)
         ]
         # With max_total_length, the longer prompts would leave fewer response tokens.
-        sampling = replace(self.sampling, seed=stream_seed(self.config.seed, _IN_CONTEXT), max_total_length=None)
+        sampling = replace(self.sampling, seed=stream_seed(self.config.seed, IN_CONTEXT), max_total_length=None)
         rollouts = self.engine.generate(in_context, sampling, step, cancelled=self.stop.has_signal)
         skipped = {prompt_id: reason for prompt_id, reason in prefixes.items() if isinstance(reason, str)}
         return InContext([replace(r, teacher_prefix_ids=r.prompt.student_ids) for r in rollouts], skipped)
@@ -233,7 +225,7 @@ class Validation:
         with phases("writing"), self.world.all_or_none("writing the validation's samples"), writing_run(self.run_dir):
             if self.world.is_main:
                 self._write(f"step_{step}", samples)
-                self._write(_IN_CONTEXT, context_samples)
+                self._write(IN_CONTEXT, context_samples)
         _warn_of_incomplete(samples)
         self._record(step, samples, phases)
 
@@ -268,12 +260,12 @@ class Validation:
         return [kept.get((r.prompt.prompt_id, r.response_index), r) for r in rollouts]
 
     def _compared(self, samples: list[Sample], step: int) -> list[Sample]:
-        """Return all samples, with KL at each token added to samples with a teacher prefix; collective."""
+        """Return all samples, those with a teacher prefix compared with the teacher at each token; collective."""
         indices = [i for i, sample in enumerate(samples) if sample.rollout.teacher_prefix_ids]
         compared = list(samples)
-        kls = self.compare([samples[i].rollout for i in indices], step)
-        for i, (forward_R, reverse_R) in zip(indices, kls, strict=True):
-            compared[i] = replace(samples[i], forward_kl_R=forward_R, reverse_kl_R=reverse_R)
+        found = self.compare([samples[i].rollout for i in indices], step)
+        for i, comparison in zip(indices, found, strict=True):
+            compared[i] = replace(samples[i], **vars(comparison))
         return compared
 
     def _warn_of_skipped(self, in_context: InContext) -> None:
@@ -291,10 +283,7 @@ class Validation:
 
     def _write(self, name: str, samples: Sequence[Sample]) -> None:
         if samples:
-            folder = self.run_dir / FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(jsonl_line(sample, self.decode) + "\n" for sample in samples)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            write_samples(self.run_dir / VALIDATION_FOLDER / f"{name}.jsonl", samples, self.decode)
 
     def _record(self, step: int, samples: Sequence[Sample], phases: Phases) -> None:
         seconds = {**phases.seconds, "total_validation_time": sum(phases.seconds.values())}
@@ -305,14 +294,14 @@ class Validation:
         values = by_source(samples) | dict(self.reference or {}) | timing
         with self.world.all_or_none("recording the validation"):
             self.recorder.record(step, values)
-            rows = [sample_row(sample, self.decode) for sample in shown]
+            rows = [table_row(sample, self.decode) for sample in shown]
             self.recorder.show(step, Samples("validation", texts, rows))
         self.checkpoints.record_metrics(step, values)
 
 
 def _reference(samples: Sequence[Sample]) -> dict[str, float]:
     """Return the metrics of responses generated with the teacher's context in the prompt, by logged name."""
-    prefix = f"{_IN_CONTEXT}_"
+    prefix = f"{IN_CONTEXT}_"
     values = {f"validation/{prefix}num_problems": 0.0} | by_source(samples, prefix)
     return {name: value for name, value in values.items() if name.rpartition(prefix)[2] in _REFERENCE_METRICS}
 

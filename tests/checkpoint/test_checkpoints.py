@@ -23,12 +23,12 @@ from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.checkpoint import Checkpoints, async_save, changed_keys, has_validation, lock, manifest, read_info, storage
-from distill.checkpoint.lock import owner_of
 from distill.config import CheckpointingConfig
 from distill.distributed.world import World
 from distill.errors import RunFailed, UserError
 from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
+from distill.run_files import LOCK_FILE, owner_of
 from distill.supervise.progress import CURRENT
 from scripts.launch import ROOT
 from tests.helpers import run_ranks
@@ -62,7 +62,7 @@ def save(saved: Checkpoints, step: int, **tensors: torch.Tensor) -> None:
 
 
 def kept(folder: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in folder.iterdir() if path.name != lock.FILE)
+    return sorted(int(path.name[5:]) for path in folder.iterdir() if path.name != LOCK_FILE)
 
 
 def messages_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -191,7 +191,7 @@ def _on_two_ranks(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_ranks_write_their_shards_and_fail_together(tmp_path: Path) -> None:
     first, second = run_ranks(2, _on_two_ranks, tmp_path)
-    assert first == second and first["loaded"] and first["left"] == [lock.FILE, "step_1"]
+    assert first == second and first["loaded"] and first["left"] == [LOCK_FILE, "step_1"]
     key = "checkpointing.checkpoint_dir"
     kind, sentence, error_key, _ = first["failed 2"]
     assert (kind, error_key) == ("CollectiveUserError", key) and "step 2" in sentence and "space" in sentence
@@ -458,7 +458,7 @@ def test_a_directory_in_use_is_refused_until_the_other_run_exits(
         threading.Timer(0.3, other.kill).start()
         checkpoints(tmp_path).prepare()
         assert not unfinished.exists()
-        assert (tmp_path / lock.FILE).read_text().startswith(f"process {os.getpid()} on ")
+        assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
     finally:
         other.kill()
         other.wait()
@@ -484,7 +484,7 @@ def test_a_requeued_job_takes_over_the_lock_of_its_earlier_start_only(
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
         checkpoints(tmp_path).prepare()
         assert "in start 1 of job 17 " in "".join(messages_of(caplog))
-        assert (tmp_path / lock.FILE).read_text().endswith(" in start 2 of job 17\n")
+        assert (tmp_path / LOCK_FILE).read_text().endswith(" in start 2 of job 17\n")
     finally:
         other.kill()
         other.wait()
@@ -497,7 +497,7 @@ def test_a_run_whose_directory_was_taken_stops_before_it_writes(
     saved.prepare()
     save(saved, 1)
     (tmp_path / "tmp_step_2").mkdir()  # of the other run
-    (tmp_path / lock.FILE).write_text("process 1 on another machine\n")
+    (tmp_path / LOCK_FILE).write_text("process 1 on another machine\n")
     with pytest.raises(UserError, match="process 1 on another machine"):
         save(saved, 2)
     assert kept(tmp_path / "tmp_step_2") == [] and (tmp_path / "tmp_step_2").exists()

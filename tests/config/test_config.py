@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import logging
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from distill.config import Config, DatasetConfig, LossConfig, load_config, parse_args, print_flag
+from distill.config.load import parent_of
 from distill.config.nemo_compat import ONE_VALUE
 from distill.config.parse import key_paths
+from distill.config.schema import BUILT_IN
 from distill.errors import UserError, show
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +173,21 @@ def test_defaults_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest
     child = write("old/child.yaml", "defaults: parent.yaml\ndistillation: {max_num_steps: 1}")
     monkeypatch.chdir("/")
     assert load(recipe=child).distillation.seed == 9
+
+
+def test_the_parent_of_a_recipe_has_complete_values(write: Write) -> None:
+    write("parent.yaml", f"defaults: {SMALL}\ndistillation: {{seed: 9}}")
+    child = write("child.yaml", "defaults: parent.yaml\ndistillation: {seed: 1}")
+    name, values = parent_of(Path(child))
+    assert name == "parent.yaml" and values["distillation"]["seed"] == 9
+    assert values["policy"]["model_name"] == load().policy.model_name
+    assert values == json.loads(json.dumps(dataclasses.asdict(load("distillation.seed=9"))))
+
+
+@pytest.mark.parametrize("text", ["distillation: {seed: 1}", "defaults: missing.yaml", "defaults: 3", "- no recipe"])
+def test_a_recipe_without_a_readable_parent_is_compared_with_the_built_in_defaults(text: str, write: Write) -> None:
+    name, values = parent_of(Path(write("child.yaml", text)))
+    assert name == BUILT_IN and values["distillation"]["seed"] == Config().distillation.seed
 
 
 def test_a_list_replaces_the_parents_list(write: Write) -> None:

@@ -442,6 +442,9 @@ def test_the_ending_of_a_run_names_the_checkpoint_and_the_next_command(
     finished, stopped = (ending(1.0, checkpoint, stopped) for stopped in (False, True))
     assert "('text-generation', 'checkpoints/step_4/hf')" in finished
     assert "same command" in stopped and "pipeline" not in stopped
+    assert "report" not in finished and "runs/a/report.html" in ending(
+        1.0, None, False, page=tmp_path / "runs/a/report.html"
+    )
 
 
 def test_summary_shows_first_and_last_values_and_medians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

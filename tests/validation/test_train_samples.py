@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill.config import Config
 from distill.metrics.sinks import Samples
 from distill.types import Problem, Prompt, Rollout
-from distill.validation.scores import jsonl_line
+from distill.validation.comparison import Comparison, TopTokens
+from distill.validation.scores import Sample, jsonl_line
 from distill.validation.train_samples import TrainSamples
 
 
@@ -42,7 +45,21 @@ def samples_of(tmp_path: Path, template: str | None = None, **logger: int) -> Tr
     if template is not None:
         context = replace(config.distillation.context_distillation, enabled=True, teacher_prefix_template=template)
         config = replace(config, distillation=replace(config.distillation, context_distillation=context))
-    return TrainSamples(config, decode, tmp_path, Recorder(), first_step=4)  # type: ignore[arg-type]
+    return TrainSamples(config, decode, tmp_path, Recorder(), 4, compare)  # type: ignore[arg-type]
+
+
+def compare(rollouts: Sequence[Rollout], step: int) -> list[Comparison]:
+    """Return the step as the KL of each token, and one top token."""
+    top = (TopTokens(0, ((ord("x"), 0.5),), ((ord("y"), 0.25),)),)
+    kls = [torch.full((len(r.response_ids),), float(step)) for r in rollouts]
+    return [Comparison(kl_R, 2 * kl_R, top) for kl_R in kls]
+
+
+def record(samples: TrainSamples, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """Compare and record the responses of step 5; return the rows of the file."""
+    samples.record(5, samples.compared(5, rollouts))
+    lines = (samples.run_dir / "train_samples/step_5.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def test_samples_are_due_at_the_first_step_and_periodically(tmp_path: Path) -> None:
@@ -54,32 +71,30 @@ def test_samples_are_due_at_the_first_step_and_periodically(tmp_path: Path) -> N
 def test_samples_are_responses_to_different_prompts_in_all_places(tmp_path: Path) -> None:
     samples = samples_of(tmp_path, num_train_samples_to_print=2)
     rollouts = [rollout(7, 0, "one"), rollout(7, 1, "two"), rollout(8, 0, "three")]
-    samples.record(6, rollouts)
+    samples.record(6, [])
     assert not list(tmp_path.iterdir()), "not due"
-    samples.record(5, [])
-    samples.record(5, rollouts)
-    lines = (tmp_path / "train_samples/step_5.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = record(samples, rollouts)
     assert [(row["prompt_id"], row["answer"], row["gold"]) for row in rows] == [(7, "one", "48"), (8, "three", "48")]
     ((step, shown),) = samples.recorder.shown  # type: ignore[attr-defined]
-    assert (step, shown.group, list(shown.rows)) == (5, "train", rows)
+    assert (step, shown.group) == (5, "train")
+    columns = {"prompt_id", "source", "prompt", "answer", "gold", "verdict", "finish", "tokens"}
+    assert [{k: table[k] for k in columns} for table in shown.rows] == [{k: row[k] for k in columns} for row in rows]
+    assert [table["mean_reverse_kl"] for table in shown.rows] == [10.0, 10.0]
     assert [text.count(word) for text, word in zip(shown.texts, ("one", "three"), strict=True)] == [1, 1]
 
 
-def test_a_sample_has_the_fields_of_a_validation_and_the_prompt_of_the_teacher(tmp_path: Path) -> None:
-    samples = samples_of(tmp_path, template="{problem}")
-    samples.record(5, [rollout(7, 0, "one")])
-    (row,) = map(json.loads, (tmp_path / "train_samples/step_5.jsonl").read_text().splitlines())
-    assert row.pop("teacher_prompt") == "context 7"
-    from distill.validation.scores import Sample
-
-    validated = json.loads(jsonl_line(Sample(rollout(7, 0, "one"), "gsm"), decode))
-    assert row.items() <= validated.items() and validated.keys() - row.keys() == {"forward_kl", "reverse_kl"}
+def test_a_sample_has_the_fields_of_a_validation_and_the_step_of_its_weights(tmp_path: Path) -> None:
+    (row,) = record(samples_of(tmp_path, template="{problem}"), [rollout(7, 0, "one")])
+    assert row.pop("weights_step") == 5
+    assert row["teacher_prompt"] == "context 7" and row["forward_kl"] == [5.0] * 3
+    assert row["top_tokens"] == [{"at": 0, "student": [[120, "x", 0.5]], "teacher": [[121, "y", 0.25]]}]
+    sample = Sample(rollout(7, 0, "one"), "gsm", **vars(compare([rollout(7, 0, "one")], 5)[0]))
+    assert json.loads(jsonl_line(sample, decode)) == row
 
 
 def test_the_console_omits_the_middle_of_a_long_response(tmp_path: Path) -> None:
     samples = samples_of(tmp_path)
-    samples.record(5, [rollout(7, 0, "a" * 5000 + "the end")])
+    record(samples, [rollout(7, 0, "a" * 5000 + "the end")])
     ((_, shown),) = samples.recorder.shown  # type: ignore[attr-defined]
     assert len(shown.texts[0]) < 1700 and "the end" in shown.texts[0]
     assert "a" * 5000 in (tmp_path / "train_samples/step_5.jsonl").read_text()

@@ -16,28 +16,31 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
 
-from distill.batching.plan import PackingConfig
 from distill.config import DatasetConfig, LoggerConfig
 from distill.data.grading import Grader
 from distill.data.teacher_prefix import Prefix, PrefixStats
-from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.sinks import Samples, open_recorder
 from distill.metrics.summary import summary, validation_line
-from distill.model.hf_files import find_model
-from distill.model.student import Student
-from distill.model.teacher import ShardedTeacher
 from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
 from distill.supervise.stop import StopRequested
 from distill.types import Problem, Prompt, Rollout, Sampling
 from distill.validation import HeldOut, Validation, load_held_out, validation_config
-from distill.validation.scores import Sample, by_source, format_sample, jsonl_line, scores, source_names
-from distill.validation.token_kl import token_kls
-from tests.harness import config_for, fixed_rollouts
-from tests.helpers import run_ranks, save_tiny_model
+from distill.validation.comparison import Comparison, TopTokens
+from distill.validation.scores import (
+    Sample,
+    by_source,
+    format_sample,
+    jsonl_line,
+    sample_row,
+    scores,
+    source_names,
+    table_row,
+    write_samples,
+)
+from tests.harness import config_for
 from tests.tiny_tokenizer import tiny_tokenizer
 
 # ---- graders ---------------------------------------------------------------------------------------------------------
@@ -105,6 +108,7 @@ def test_metrics_of_six_responses_to_three_problems_equal_a_hand_calculation() -
         "judge_failures": 1.0,
         "avg_length": 4.0,  # 24 / 6
         "truncation_rate": 0.5,
+        "repetition_rate": 0.0,
         "num_answers": 6.0,
         "num_problems": 3.0,
         "num_compared": 2.0,
@@ -128,7 +132,7 @@ def test_problems_are_weighted_by_their_number_of_responses() -> None:
 
 def test_metrics_that_were_not_measured_are_missing() -> None:
     ungraded = sample("b", None)
-    names = {"avg_length", "truncation_rate", "num_answers", "num_problems", "num_compared"}
+    names = {"avg_length", "truncation_rate", "repetition_rate", "num_answers", "num_problems", "num_compared"}
     assert scores([ungraded]).keys() == names
     both = scores([sample("a", "right"), ungraded])
     assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem has no standard error"
@@ -160,14 +164,16 @@ def test_a_line_of_the_samples_file_holds_all_fields_of_a_response() -> None:
     tokenizer = tiny_tokenizer()
     ids = (*tokenizer("4<think>")["input_ids"], 258)
     prompt = Prompt(3, tuple(tokenizer("2+2?")["input_ids"]), Problem("2+2?", "4", "x.jsonl"))
-    answer = Rollout(prompt, 1, ids, (-1.0,) * 3, "stop", 0)
+    answer = Rollout(prompt, 1, ids, (-1.0,) * 3, "stop", 0, prompt.student_ids)
     kl = torch.tensor([0.25, 0.0, 1.0])
-    found = Sample(answer, "x", "right", kl, 2 * kl)
+    top = (TopTokens(2, ((258, 0.7000001), (259, 0.2)), ((ids[0], 0.123456),)),)
+    found = Sample(answer, "x", "right", kl, 2 * kl, top)
     assert json.loads(jsonl_line(found, tokenizer.decode)) == {
         "prompt_id": 3,
         "answer_number": 1,
         "source": "x",
         "prompt": "2+2?",
+        "teacher_prompt": None,
         "answer": "4<think>",
         "gold": "4",
         "verdict": "right",
@@ -175,11 +181,24 @@ def test_a_line_of_the_samples_file_holds_all_fields_of_a_response() -> None:
         "tokens": 3,
         "forward_kl": [0.25, 0.0, 1.0],
         "reverse_kl": [0.5, 0.0, 2.0],
+        "token_ids": list(ids),
+        "token_texts": ["4", "<think>", "<|im_end|>"],
+        "top_tokens": [
+            {"at": 2, "student": [[258, "<|im_end|>", 0.7], [259, "<think>", 0.2]], "teacher": [[ids[0], "4", 0.12346]]}
+        ],
     }
+    row = table_row(found, tokenizer.decode)
+    assert (row["mean_forward_kl"], row["mean_reverse_kl"]) == (0.41667, 0.83333) and "token_ids" not in row
+    other = replace(found, rollout=replace(answer, teacher_prefix_ids=(*prompt.student_ids, 258)))
+    assert sample_row(other, tokenizer.decode)["teacher_prompt"] == "2+2?<|im_end|>"
     assert format_sample(found, tokenizer.decode) == "problem: 2+2?\nresponse: 4<think>\nright (gold: 4)"
     cut = Sample(replace(answer, finish="length"), "x", read_ids=(*prompt.student_ids, 258))
     row = json.loads(jsonl_line(cut, tokenizer.decode))
     assert (row["prompt"], row["answer"], row["forward_kl"]) == ("2+2?<|im_end|>", "4<think><|im_end|>", None)
+    assert row["teacher_prompt"] is None and row["top_tokens"] is None and len(row["token_texts"]) == 3
+    broken = replace(found, forward_kl_R=torch.tensor([0.5, torch.nan, torch.inf]))
+    assert json.loads(jsonl_line(broken, tokenizer.decode))["forward_kl"] == [0.5, None, None]
+    assert table_row(broken, tokenizer.decode)["mean_forward_kl"] is None
     assert "[truncated]\nnot graded" in format_sample(cut, tokenizer.decode)
 
 
@@ -434,7 +453,7 @@ def reported(tmp_path: Path, prefixes: Prefixes, prompts: Sequence[Prompt], *ove
         checkpoints=MagicMock(),
         decode=lambda ids: f"{len(ids)}",
         held_out=HeldOut(tuple(prompts), dict.fromkeys(names, "exact"), names),
-        compare=lambda rollouts, step: [(torch.zeros(1), torch.zeros(1))] * len(rollouts),
+        compare=lambda rollouts, step: [Comparison(torch.zeros(1), torch.zeros(1), ())] * len(rollouts),
     )
     found.report(found.generate(0))
     return recorder.record.call_args.args[1], recorder.show.call_args.args[1].texts
@@ -527,45 +546,16 @@ def test_the_final_summary_counts_steps_and_shows_validation(tmp_path: Path) -> 
     assert "checkpointing" not in [line[0] for line in lines]
 
 
-# ---- comparison with the teacher -------------------------------------------------------------------------------------
+def test_a_reader_of_a_file_of_samples_never_sees_a_part_of_it(tmp_path: Path) -> None:
+    path, samples = tmp_path / "validation/step_1.jsonl", [sample("a", "right")]
 
-LAYOUTS = {"fsdp": (1, 1), "tp": (2, 1), "cp": (1, 2)}
-PACKED = PackingConfig(4, sequences=None, tokens=120, expected=64)  # more rollouts than a validation has
+    def decode(ids: Sequence[int]) -> str:
+        return "\x85\u2028\u2029" * len(ids)
 
-
-def _kls(root: Path) -> dict[str, Any]:
-    """Return this rank's KLs in every layout."""
-    world = World()
-    found: dict[str, Any] = {}
-    for name, (tp, cp) in LAYOUTS.items():
-        world.build_mesh("cpu", tp, cp)
-        config = config_for(root / "student", root / "teacher", ranks=2)
-        student = Student(config, find_model(str(root / "student"), ""), world, 384, ())
-        teacher = ShardedTeacher(config, find_model(str(root / "teacher"), ""), world, 384)
-        found[name] = token_kls(world, student, teacher, fixed_rollouts(), PACKED, seed=0, step=0)
-        assert token_kls(world, student, teacher, [], PACKED, seed=0, step=0) == []
-    world.close()
-    return found
-
-
-@pytest.mark.slow
-def test_token_kls_equal_those_of_plain_models_in_any_layout(tmp_path: Path) -> None:
-    for seed, name in ((1, "student"), (2, "teacher")):
-        save_tiny_model(tmp_path / name, "qwen3", True, seed=seed)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher"))
-    wanted = []
-    for rollout in fixed_rollouts():
-        q, p = (
-            model(torch.tensor([[*prefix, *rollout.response_ids]])).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
-            for model, prefix in ((student, rollout.prompt.student_ids), (teacher, rollout.teacher_prefix_ids))
-        )
-        kept_ids = p.topk(16).indices
-        q, p = (
-            torch.cat([x.gather(1, kept_ids), x.scatter(1, kept_ids, -torch.inf).logsumexp(1, keepdim=True)], 1)
-            for x in (q, p)
-        )
-        wanted.append(((p.exp() * (p - q)).sum(1), (q.exp() * (q - p)).sum(1)))
-    for rank in run_ranks(2, _kls, tmp_path):
-        for name in LAYOUTS:
-            for ours, theirs in zip(rank[name], wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    write_samples(path, samples, decode, weights_step=1)
+    with path.open() as reader:
+        write_samples(path, samples * 2, decode)
+        assert len(reader.readlines()) == 1, "the earlier file"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["prompt"] == "\x85\u2028\u2029" * 2 and "weights_step" not in rows[0]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
