@@ -178,6 +178,10 @@ class LogitsKernels(Protocol):
         """
 
 
+_MORE = 16
+"""Number of additional values of a top-k, among which the values that equal the k-th largest are expected."""
+
+
 class TorchKernels:
     """Implementation of the loss's operations on logits in PyTorch, for all devices and dtypes."""
 
@@ -199,13 +203,15 @@ class TorchKernels:
 
     def topk(self, z_CV: Tensor, k: int) -> Tensor:
         """Return the columns of the k largest logits of each row, [C, k], and the lowest of equal ones."""
-        if k == z_CV.shape[1]:
-            return z_CV.topk(k, dim=1).indices
-        # PyTorch does not specify which of equal logits it returns; one more value shows whether a row has this choice.
-        values_CK, columns_CK = z_CV.topk(k + 1, dim=1)
-        kth_C1, next_C1 = values_CK[:, k - 1 : k], values_CK[:, k:]
-        tied_C1 = kth_C1.masked_fill(kth_C1 != next_C1, torch.nan)
-        return _lowest_of_ties(z_CV, values_CK[:, :k], columns_CK[:, :k], tied_C1)
+        # PyTorch does not specify which of equal logits it returns. Usually a few more values include all equal ones.
+        values_CE, columns_CE = z_CV.topk(min(k + _MORE, z_CV.shape[1]), dim=1)
+        columns_CE, order_CE = columns_CE.sort(dim=1)
+        order_CE = values_CE.gather(1, order_CE).sort(dim=1, descending=True, stable=True).indices
+        columns_CK, values_CK = columns_CE.gather(1, order_CE)[:, :k], values_CE[:, :k]
+        if values_CE.shape[1] == z_CV.shape[1]:
+            return columns_CK
+        kth_C1 = values_CK[:, -1:]
+        return _lowest_of_ties(z_CV, values_CK, columns_CK, kth_C1.masked_fill(kth_C1 != values_CE[:, -1:], torch.nan))
 
     def topk_with_tail(self, z_CV: Tensor, k: int, temperature: float) -> TopK | None:
         """Return None: PyTorch has no single kernel for top-k, log tail mass and entropy."""
