@@ -81,10 +81,13 @@ class ShardedLM(nn.Module):
         for module in self.modules():
             if isinstance(module, FSDPModule):  # with reshard_after_forward=False, FSDP keeps every layer gathered
                 module.reshard()
-        self._forget_forwards()
+        self.forget_forwards()
 
-    def _forget_forwards(self) -> None:
-        """Clear FSDP's record of the order of forwards, which grows until a backward, and a frozen model has none."""
+    def forget_forwards(self) -> None:
+        """Clear FSDP's record of the order of forwards; not collective.
+
+        It grows until a backward, and a frozen model has none.
+        """
         context = self._get_fsdp_state()._comm_ctx  # type: ignore[operator]
         order = getattr(context, "post_forward_order", [])  # absent before the first forward
         for group in order:

@@ -219,8 +219,10 @@ class ShardedTeacher(Teacher):
         The copy of the LM head is freed with the last targets that refer to it.
         """
         self._head_VD = None
-        self.model.reshard_all()
-        if self._host is not None:
+        if self._host is None:  # on a CPU, layers stay gathered if reshard_after_forward is false
+            self.model.forget_forwards()
+        else:
+            self.model.reshard_all()
             self._host.release()
 
 

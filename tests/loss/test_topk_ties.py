@@ -12,7 +12,7 @@ from distill.loss.topk_reduction import _MORE, TorchKernels
 def lowest_first(z_CV: Tensor, k: int) -> list[list[int]]:
     """Return the k columns of each row by decreasing logit and increasing column, sorted by column."""
     rows = z_CV.tolist()
-    return [sorted(sorted(range(len(row)), key=lambda v, row=row: (-row[v], v))[:k]) for row in rows]
+    return [sorted(sorted(range(len(row)), key=lambda v: (-row[v], v))[:k]) for row in rows]
 
 
 @pytest.mark.parametrize("levels", [1, 3, 20, 500], ids=lambda levels: f"{levels} different logits")
