@@ -16,7 +16,7 @@ _BLOCK_TOKENS, _BLOCK_SAMPLES = 60_000, 300
 
 
 @dataclass(frozen=True)
-class Place:
+class _Shown:
     """A sample, with the index of its set and of its prompt."""
 
     set: int
@@ -41,26 +41,26 @@ class Blocks(Sequence[dict[str, Any]]):
         names = "set prompt response source verdict finish tokens forward reverse block at"
         self.columns: dict[str, list[Any]] = {name: [] for name in names.split()}
         self._files = [each.file.path for _, each in sets]
-        self._blocks: list[list[Place]] = []
+        self._blocks: list[list[_Shown]] = []
         self._size = 0
-        places = [
-            Place(number_, prompts[sample.problem[1]], sample)
+        listed = [
+            _Shown(number_, prompts[sample.problem[1]], sample)
             for number_, (_, each) in enumerate(sets)
             for sample in each.samples
             if sample.problem[1] in prompts
         ]
-        for place in sorted(places, key=lambda place: (place.prompt, place.set, place.sample.response)):
-            self._add(place)
+        for shown in sorted(listed, key=lambda shown: (shown.prompt, shown.set, shown.sample.response)):
+            self._add(shown)
 
-    def _add(self, place: Place) -> None:
-        sample = place.sample
+    def _add(self, shown: _Shown) -> None:
+        sample = shown.sample
         if not self._blocks or self._size + sample.tokens > _BLOCK_TOKENS or len(self._blocks[-1]) >= _BLOCK_SAMPLES:
             self._blocks.append([])
             self._size = 0
         self._size += sample.tokens
         values = {
-            "set": place.set,
-            "prompt": place.prompt,
+            "set": shown.set,
+            "prompt": shown.prompt,
             "response": sample.response,
             "source": _index(self.sources, sample.problem[0]),
             "verdict": VERDICTS.index(sample.verdict),
@@ -73,12 +73,12 @@ class Blocks(Sequence[dict[str, Any]]):
         }
         for name, value in values.items():
             self.columns[name].append(value)
-        self._blocks[-1].append(place)
+        self._blocks[-1].append(shown)
 
     @property
     def without_tokens(self) -> int:
         """Return the number of samples without texts of tokens: an earlier version of the program wrote them."""
-        return sum(not place.sample.has_tokens for block in self._blocks for place in block)
+        return sum(not shown.sample.has_tokens for block in self._blocks for shown in block)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -86,15 +86,15 @@ class Blocks(Sequence[dict[str, Any]]):
     def __getitem__(self, number_: Any) -> Any:
         prompts: dict[str, Any] = {}
         samples = []
-        for place in self._blocks[number_]:
-            row = self._row(place)
-            prompts[str(place.prompt)] = {"prompt": place.sample.problem[1], "gold": place.sample.gold}
-            samples.append(_texts_of(place, row, self.sets[place.set]["kind"] == "in_context"))
+        for shown in self._blocks[number_]:
+            row = self._row(shown)
+            prompts[str(shown.prompt)] = {"prompt": shown.sample.problem[1], "gold": shown.sample.gold}
+            samples.append(_texts_of(shown, row, self.sets[shown.set]["kind"] == "in_context"))
         return {"prompts": prompts, "samples": samples}
 
-    def _row(self, place: Place) -> dict[str, Any]:
+    def _row(self, shown: _Shown) -> dict[str, Any]:
         """Return the row of a response; {} with a note if the file no longer has it."""
-        path, sample = self._files[place.set], place.sample
+        path, sample = self._files[shown.set], shown.sample
         row = _row_at(path, sample.offset)
         if (str(row.get("prompt_id")), response_of(row), gold_of(row)) == (
             sample.prompt_id,
@@ -118,16 +118,16 @@ def _row_at(path: Path, offset: int) -> dict[str, Any]:
         return {}
 
 
-def _texts_of(place: Place, row: Mapping[str, Any], in_context: bool) -> dict[str, Any]:
+def _texts_of(shown: _Shown, row: Mapping[str, Any], in_context: bool) -> dict[str, Any]:
     """Return texts and tokens of one response. ``in_context``: whether the student read the teacher's context."""
     texts = token_texts(row)
     read = row.get("prompt") if in_context else row.get("teacher_prompt")
-    if read is None and place.sample.forward is not None:  # the teacher read the prompt of this run
+    if read is None and shown.sample.forward is not None:  # the teacher read the prompt of this run
         read = row.get("prompt")
     forward, reverse = (rounded(kls(row, name)) for name in ("forward_kl", "reverse_kl"))
     return {
-        "prompt": place.prompt,
-        "teacher_prompt": read if isinstance(read, str) and read != place.sample.problem[1] else None,
+        "prompt": shown.prompt,
+        "teacher_prompt": read if isinstance(read, str) and read != shown.sample.problem[1] else None,
         "answer": str(row.get("answer") or ""),
         "texts": texts,
         "forward": forward if forward is not None and len(forward) == len(texts) else None,
@@ -171,11 +171,11 @@ def _top(row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if at is None:
             continue
         tokens = {model: _tokens(entry, model) for model in ("student", "teacher")}
-        shown: dict[str, Any] = {"at": int(at)}
-        shown |= {model: [[str(text), significant(number(p))] for _, text, p in tokens[model]] for model in tokens}
+        top: dict[str, Any] = {"at": int(at)}
+        top |= {model: [[str(text), significant(number(p))] for _, text, p in tokens[model]] for model in tokens}
         if isinstance(ids, list) and 0 <= int(at) < len(ids):
-            shown["chosen"] = {model: _place(tokens[model], ids[int(at)]) for model in tokens}
-        yield shown
+            top["chosen"] = {model: _index_of(tokens[model], ids[int(at)]) for model in tokens}
+        yield top
 
 
 def _tokens(entry: Mapping[str, Any], model: str) -> list[list[Any]]:
@@ -186,6 +186,6 @@ def _tokens(entry: Mapping[str, Any], model: str) -> list[list[Any]]:
     )
 
 
-def _place(tokens: Sequence[list[Any]], id_: Any) -> int | None:
+def _index_of(tokens: Sequence[list[Any]], id_: Any) -> int | None:
     """Return the index of the token with the id of the response's token; None if it is not listed."""
     return next((i for i, (listed, _, _) in enumerate(tokens) if listed == id_), None)

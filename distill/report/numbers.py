@@ -106,10 +106,10 @@ def gap_closed(before: float | None, after: float | None) -> float | None:
 def quantile(values: Sequence[float], fraction: float) -> float:
     """Return the quantile of ``values`` with linear interpolation between order statistics."""
     ordered = sorted(values)
-    place = fraction * (len(ordered) - 1)
-    low = math.floor(place)
+    position = fraction * (len(ordered) - 1)
+    low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 class Positions:

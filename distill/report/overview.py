@@ -69,6 +69,11 @@ class Final:
     hours: float
 
 
+def last_step(run: RunFiles) -> int:
+    """Return the number of finished steps."""
+    return int(run.train[-1]["step"]) if run.train else 0
+
+
 def final_of(run: RunFiles, sets: Sequence[SampleSet] = ()) -> Final:
     """Return the main numbers of ``run``; ``sets``: its responses, for standard errors over problems."""
     rows, steps = run.validation, run.train
@@ -76,7 +81,7 @@ def final_of(run: RunFiles, sets: Sequence[SampleSet] = ()) -> Final:
     tokens, hours = totals(run)
     kl = _ends(rows, "validation/forward_kl", sets, SampleSet.kl_of_prompts)
     return Final(
-        steps=int(steps[-1]["step"]) if steps else 0,
+        steps=last_step(run),
         kl=kl,
         closed=_closed(kl, sets),
         accuracy=_ends(rows, "validation/accuracy"),
@@ -126,7 +131,7 @@ def validation_at(sets: Sequence[SampleSet], step: int) -> SampleSet | None:
 def ending_of(run: RunFiles) -> Ending:
     """Return how the run ended, from its status file and its lock."""
     state, reason = str(run.status.get("state")), str(run.status.get("reason") or "")
-    at = f"after step {final_of(run).steps}"
+    at = f"after step {last_step(run)}"
     if state in _STATES:
         return Ending(_STATES[state], f"{state} {at}" + (f": {reason}" if reason else ""))
     if run.is_written:

@@ -44,7 +44,7 @@ def _common(texts: Iterable[str]) -> str:
 def _of_chat(common: Template) -> Template:
     """Return the template without the words that the problems have in common: it ends at a line end or a tag."""
     begin = max(common.start.rfind("\n"), common.start.rfind(">")) + 1
-    marks = [place for mark in "\n<" if (place := common.end.find(mark)) >= 0]
+    marks = [start for mark in "\n<" if (start := common.end.find(mark)) >= 0]
     return Template(common.start[:begin], common.end[min(marks, default=len(common.end)) :])
 
 

@@ -1,6 +1,6 @@
 """Scan files of responses: statistics of each file, and which responses the page contains.
 
-A file may have hundreds of megabytes. So a scan keeps only a few numbers of each response and its place in the file;
+A file may have hundreds of megabytes. So a scan keeps only a few numbers of each response and its position in the file;
 the texts are read again for the responses that the page contains.
 """
 
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sample:
-    """Numbers of one response, and its place in the file."""
+    """Numbers of one response, and its position in the file."""
 
     problem: Problem
     prompt_id: str
