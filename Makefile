@@ -53,7 +53,7 @@ demo-heal: venv models  ## a student without every sixth layer learns from the c
 
 report: venv models  ## a page of the context demonstration, runs/demo/report.html; trains it first if it has not run
 	@test -f runs/demo/context/demo.json || { echo "runs/demo/context is missing: make demo-context runs first"; $(MAKE) demo-context; }
-	@$(PY) -m scripts.report runs/demo/context $(wildcard runs/demo/control-measured) --out runs/demo/report.html
+	@$(PY) -m scripts.report runs/demo/context $(wildcard runs/demo/control) --out runs/demo/report.html
 
 bench-step: venv models  ## seconds of each phase of a step, median of ten steps
 	@$(PY) -m scripts.bench_step

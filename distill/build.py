@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import yaml
 
+from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints, Found
 from distill.checkpoint.lock import DirectoryLock
 from distill.checkpoint.resume import clock_of, warn_of_changes
 from distill.config import Arguments, Config
 from distill.data.clock import RunClock
+from distill.data.references import References
+from distill.data.train_grader import TrainGrader
 from distill.distributed.allocator import use_expandable_segments
 from distill.distributed.world import World
 from distill.errors import writing_run
@@ -23,14 +27,18 @@ from distill.inputs import (
     flops_of,
     packing_of,
 )
+from distill.loss.token_weights import needs_score_pass
 from distill.memory.forecast import Forecast
+from distill.metrics.responses import WatchedWords
+from distill.metrics.run_alarms import RunAlarms
 from distill.metrics.sinks import Recorder, open_recorder, tokens_of
 from distill.metrics.utilization import Utilization, device_peak
 from distill.model.export_files import ExportFiles
 from distill.model.flash_attention import activate_flash_attention, check_same_attention
+from distill.model.following_teacher import build_teacher
 from distill.model.hf_config import model_config
 from distill.model.student import DTYPES, Student
-from distill.model.teacher import Teacher, build_teacher
+from distill.model.teacher import Teacher
 from distill.model.teacher_check import verify_teacher
 from distill.preflight import (
     Data,
@@ -44,6 +52,7 @@ from distill.preflight import (
 )
 from distill.rollout.engine import Engine
 from distill.rollout.factory import build_engine, sampling_of, validation_sampling_of
+from distill.rollout.responses import StepResponses
 from distill.rollout.sync import WeightSync
 from distill.rollout.vllm_version import allows_expandable_segments, installed_vllm
 from distill.run import Run
@@ -52,6 +61,7 @@ from distill.supervise.progress import phase
 from distill.supervise.signals import Deadline, seconds_of
 from distill.supervise.stop import StopCheck
 from distill.validation import Validation, validation_config
+from distill.validation.probe_setup import with_run_probe
 from distill.validation.token_kl import compare_tokens
 from distill.validation.train_samples import TrainSamples, shows_traces
 from distill.versions import Start, log_start
@@ -99,12 +109,15 @@ class RunDir:
     lock: DirectoryLock | None
 
 
-def build_run(arguments: Arguments, world: World) -> Run | None:
+def build_run(
+    arguments: Arguments, world: World, check_data: Callable[[Models, Data, RunClock], None] | None = None
+) -> Run | None:
     """Check the recipe, load the models and the checkpoint, and return the run; collective.
 
     Returns None, without creating a run directory, if the checkpoint shows that the run has finished all its steps.
     Raises UserError on all ranks for errors in the recipe or in the files that it names, in most cases before any
-    weight is loaded.
+    weight is loaded. ``check_data``: additional check of the data before any weight is loaded, which may raise
+    UserError.
     """
     config = arguments.config
     world.supervisor.allow_loading(config.runtime.phase_timeout_s)
@@ -112,6 +125,9 @@ def build_run(arguments: Arguments, world: World) -> Run | None:
     resume = _find_checkpoint(config, world)
     data = read_data(config, world, inputs.models, resume.clock, resume.found)
     assert data is not None, "only a dry run continues without its data"
+    with world.all_or_none("checking the data"):
+        if check_data is not None:
+            check_data(inputs.models, data, resume.clock)
     steps = compare(config, world, resume.found, resume.clock, data)
     if is_finished(config, resume.found, steps):
         log.info(
@@ -209,22 +225,26 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         compare_tokens, world, student, teacher, packing=packing, seed=seed, top_tokens=top_tokens
     )
     decode = partial(models.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    alarms = _alarms(config, world, run_dir.path, resume, steps)
     validation = Validation(
         config=validation_config(config, steps.first, steps.last),
         world=world,
         held_out=data.held_out,
         decode=decode,
-        teacher_prefixes=data.teacher_prefixes,
+        teacher_prefixes=data.validation_prefixes,
         engine=engine,
         compare=compare_responses,
         sampling=validation_sampling_of(config, models.stop_token_ids),
         run_dir=run_dir.path,
         recorder=run_dir.recorder,
         checkpoints=checkpoints,
+        alarms=alarms,
         stop=stop,
         measured_at=validated_step(resume.found, steps),
         reference=steps.history.in_context_metrics(resume.found),
+        first=steps.history.first_validation(resume.found),
     )
+    validation = with_run_probe(config, validation)
     _freeze_heap()
     return Run(
         config=arguments.config,  # checkpoints store the recipe with its ``auto``, so a resume may choose other values
@@ -233,8 +253,8 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         run_lock=run_dir.lock,
         models=models,
         prompts=data.prompts,
+        responses=_responses(config, models, world, engine, data, decode),
         history=steps.history,
-        teacher_prefixes=data.teacher_prefixes,
         engine=engine,
         student=student,
         teacher=teacher,
@@ -242,15 +262,55 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         checkpoints=checkpoints,
         export_files=inputs.export_files,
         recorder=run_dir.recorder,
-        utilization=_utilization(config, models, world),
+        alarms=alarms,
+        utilization=_utilization(config, models, world, packing),
         train_samples=TrainSamples(config, decode, run_dir.path, run_dir.recorder, steps.first, compare_responses),
         validation=validation,
-        sampling=sampling_of(config, models.stop_token_ids),
         packing=packing,
         forecast=inputs.forecast,
         stop=stop,
         first_step=steps.first,
         last_step=steps.last,
+    )
+
+
+def _alarms(config: Config, world: World, run_dir: Path, resume: Resume, steps: Steps) -> RunAlarms:
+    """Return the alarms of the run, in their state after the loaded checkpoint."""
+    found, checkpoints = resume.found, resume.checkpoints
+    history = found.history if found and steps.history.same_run else ()  # a changed run has no earlier metrics
+    loop = config.distillation
+    if loop.default_alarms and config.data.validation and loop.val_period and not (loop.val_at_start or steps.first):
+        log.info(
+            "the alarm accuracy compares with the validation after step %d, the first one: set"
+            " distillation.val_at_start=true to compare with the accuracy before training",
+            loop.val_period,
+        )
+    with world.all_or_none("reading the state of the alarms"):
+        return RunAlarms(
+            config.distillation,
+            world,
+            run_dir,
+            steps.last,
+            history,
+            checkpoints.before,
+            config.checkpointing.enabled,
+        )
+
+
+def _responses(
+    config: Config, models: Models, world: World, engine: Engine, data: Data, decode: Callable[[Sequence[int]], str]
+) -> StepResponses:
+    tags = config.distillation.context_distillation.trace_extractor.think_tags
+    kwargs = config.policy.tokenizer.chat_template_kwargs
+    return StepResponses(
+        config=config,
+        world=world,
+        sampling=sampling_of(config, models.stop_token_ids),
+        window=engine.window,
+        references=References(models.tokenizer, models.stop_token_ids, models.valid_vocab, tags, kwargs),
+        grader=TrainGrader(data.graders, decode, tags),
+        teacher_prefixes=data.teacher_prefixes,
+        words=WatchedWords(config.distillation.watched_words, decode),
     )
 
 
@@ -287,10 +347,11 @@ def _freeze_heap() -> None:
     gc.freeze()
 
 
-def _utilization(config: Config, models: Models, world: World) -> Utilization:
+def _utilization(config: Config, models: Models, world: World, packing: PackingConfig) -> Utilization:
     flops = flops_of(model_config(models.student, "policy.model_name"))
     peak = device_peak(world.device, DTYPES[config.policy.precision])
-    return Utilization(flops, config.runtime.share_prefixes, world.size, peak)
+    scores = needs_score_pass(config.loss_fn, config.distillation.topk_logits_k)
+    return Utilization(flops, packing.share_prefixes, world.size, peak, packing.weights, scores)
 
 
 def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, steps: Steps) -> None:

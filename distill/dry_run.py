@@ -18,6 +18,7 @@ from distill.checklist import Checklist
 from distill.checkpoint import Checkpoints, Found
 from distill.checkpoint.resume import clock_of
 from distill.config import Arguments, Config
+from distill.config.response_limits import largest_max_new_tokens
 from distill.data.cache import private_cache
 from distill.distributed import slurm
 from distill.distributed.planned import PlannedWorld
@@ -222,6 +223,7 @@ class _DryRun:
             f" {responses} responses; optimizer batches: {responses // config.policy.train_global_batch_size} of"
             f" {config.policy.train_global_batch_size}"
         )
+        yield from _selection(config)
         ranks, size = cluster.num_nodes * cluster.gpus_per_node, generation.vllm_cfg.tensor_parallel_size
         size = size if generation.backend == "vllm" else 1
         yield (
@@ -275,6 +277,21 @@ class _DryRun:
         else:
             start = "python -m distill.train"
         return f"{start} {shlex.join(self.words)}"
+
+
+def _selection(config: Config) -> Iterator[str]:
+    """Yield the lines about the responses that a step trains on, for settings other than the defaults."""
+    loop, limit = config.distillation, config.policy.generation.max_new_tokens
+    if loop.max_new_tokens_schedule:
+        changes = ", ".join(f"{tokens} from step {first}" for first, tokens in loop.max_new_tokens_schedule)
+        yield (
+            f"  response length: at most {limit} tokens, {changes}; largest limit of the run:"
+            f" {largest_max_new_tokens(config)}"
+        )
+    if loop.off_policy.share:
+        yield f"  off-policy: {loop.off_policy_per_step} responses of each step come from the dataset"
+    if loop.train_on != "all":
+        yield f"  selection: only responses that are graded as {loop.train_on} are trained on"
 
 
 def _count(number: int, noun: str) -> str:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from distill.batching.flops import ModelFlops, sizes_of
 from distill.batching.plan import PackingConfig
-from distill.config import Config, ContextDistillationConfig
-from distill.config.template import reads_traces
+from distill.config import Config, ContextDistillationConfig, TokenWeightsConfig
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
+from distill.data.columns import TextColumn
 from distill.data.content import TOKENS, ContentHashes, content_hash, data_hashes, tokenizer_hashes
+from distill.data.files import read_text
 from distill.data.grading import check_grader
 from distill.data.prompt_files import read_datasets
 from distill.data.prompts import PromptOrder, Prompts, load_prompts
 from distill.data.stop_ids import stop_ids, usable_stop_ids
+from distill.data.table import Problems
+from distill.data.teacher_context import SYSTEM_KEY, TeacherContext, check_history, context_columns, reads_traces
 from distill.data.teacher_prefix import ContextPrefixes, Prefix, TeacherPrefixes, teacher_template_kwargs
 from distill.data.text_checks import check_texts, largest_id
 from distill.data.thoughts import extract_column_trace
 from distill.data.tokenizer import check_tokenizer, load_tokenizer, same_tokenizer_files
 from distill.data.tokenizer_checks import compare_vocabularies
+from distill.data.train_grader import gold_hashes
 from distill.errors import UserError
 from distill.memory.shapes import ModelShape, shape_of
 from distill.model.hf_config import model_config
@@ -31,6 +35,7 @@ from distill.model.hf_files import ModelFiles, find_model
 from distill.model.teacher import check_top_k
 from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
+from distill.rollout.factory import engine_window
 from distill.types import Problem, Prompt
 from distill.validation import HeldOut, context_is_known, load_held_out
 
@@ -92,14 +97,19 @@ def check_files(config: Config, missing: Callable[[], AbstractContextManager[Non
 
     ``missing``: context manager that may catch errors about missing packages and files. Raises UserError.
     """
-    column = config.distillation.context_distillation.trace_column
+    context = config.distillation.context_distillation
+    column, tags = context.trace_column, context.trace_extractor.think_tags
+    extra: Sequence[TextColumn] = ()
+    with missing():
+        extra = _extra_columns(config)
     held_out = config.data.validation if validates(config) else ()
     for key, datasets, required in (("data.train", config.data.train, True), ("data.validation", held_out, False)):
+        reference = reference_column(config) if required else None
         for dataset in datasets:
             with missing():
                 if dataset.env_name is not None and key == "data.validation":
                     check_grader(dataset.env_name, key)
-                for _ in read_datasets([dataset], key, column, required):
+                for _ in read_datasets([dataset], key, column, required, extra, reference, tags):
                     pass
 
 
@@ -198,23 +208,63 @@ def read_prompts(config: Config, models: Models, clock: RunClock) -> PromptOrder
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
     context = config.distillation.context_distillation
-    column, tags = context.trace_column, context.trace_extractor.think_tags
-    prompts = load_prompts(config.data.train, models.tokenizer, window, kwargs, trace_column=column, think_tags=tags)
-    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column, tags)
+    column, tags, extra = context.trace_column, context.trace_extractor.think_tags, _extra_columns(config)
+    prompts = load_prompts(
+        config.data.train,
+        models.tokenizer,
+        window,
+        kwargs,
+        trace_column=column,
+        think_tags=tags,
+        extra=extra,
+        reference=reference_column(config),
+    )
+    check_texts(prompts, models.tokenizer, models.valid_vocab, "data.train", column, tags, _names(extra))
     loop, inputs = config.distillation, _inputs(config, models, prompts)
     return PromptOrder(prompts, loop.num_prompts_per_step, loop.seed, config.data.shuffle, inputs)
+
+
+def _extra_columns(config: Config) -> Sequence[TextColumn]:
+    """Return the columns that the teacher reads, except the trace column, and columns of the kind unread."""
+    return context_columns(config.distillation.context_distillation)
+
+
+def _names(columns: Sequence[TextColumn]) -> list[str]:
+    return [column.name for column in columns if column.kind != "unread"]
+
+
+def reference_column(config: Config) -> TextColumn | None:
+    """Return the column of the off-policy responses; None if no response is off-policy.
+
+    If distillation.off_policy.column is null, its kind is message: the last assistant message of each conversation.
+    """
+    off_policy, key = config.distillation.off_policy, "distillation.off_policy.column"
+    if not off_policy.share > 0:
+        return None
+    if off_policy.column is None:
+        return TextColumn("", key, required=False, kind="message")
+    return TextColumn(off_policy.column, key)
 
 
 def _inputs(config: Config, models: Models, prompts: Prompts) -> ContentHashes:
     """Return content hashes of the training data, the student's tokenizer and the chat templates."""
     context = config.distillation.context_distillation
     inputs = {
-        **data_hashes(config.data.train, prompts.problems, context.trace_column),
+        **data_hashes(
+            config.data.train,
+            prompts.problems,
+            context.trace_column,
+            _names(_extra_columns(config)),
+            references=config.distillation.off_policy.share > 0,
+        ),
+        **gold_hashes(config, prompts.problems),
         **tokenizer_hashes(models.tokenizer, config.policy.tokenizer.chat_template_kwargs),
     }
     if context.enabled and context.chat_template:
         inputs["teacher_chat_template"] = content_hash([models.teachers_tokenizer.chat_template])
         inputs["teacher_chat_template_kwargs"] = content_hash([dict(teacher_template_kwargs(config)[0] or {})])
+    if context.enabled and context.teacher_system_prompt_file is not None:
+        inputs["teacher_system_prompt_file"] = content_hash([read_text(context.teacher_system_prompt_file, SYSTEM_KEY)])
     return inputs
 
 
@@ -222,47 +272,61 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
     """Raise UserError if student and teacher are the same model and read the same prompts.
 
     Compares the prompts of the first step only. Skips the check if context distillation is disabled, if the
-    teacher's prompts contain traces (reasoning texts), or if distillation.allow_degenerate is true.
+    teacher's prompts contain traces (reasoning texts), or if distillation.control or allow_degenerate is true.
     """
     is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
-    if not context.enabled or config.distillation.allow_degenerate or not is_self or _has_traces(context, order):
+    allowed = config.distillation.allow_degenerate or config.distillation.control
+    if not context.enabled or allowed or not is_self or _has_traces(context, order):
         return
     found = [(prompt, prefixes.prefix_of(prompt)) for prompt in order.batch(0)]
     kept = [(prompt.student_ids, prefix.token_ids) for prompt, prefix in found if isinstance(prefix, Prefix)]
     if kept and all(student_ids == teacher_ids for student_ids, teacher_ids in kept):
-        key = "distillation.context_distillation.teacher_prefix_template"
+        key = TeacherContext.of(context).key
         raise UserError(
             f"{key} gives the teacher the same prompt as the student, and both are the same model, so the student"
             " cannot learn from the teacher",
-            "add information for the teacher to the template, or set distillation.allow_degenerate=true for a control"
-            " experiment",
+            "add information for the teacher to it, or set distillation.allow_degenerate=true for a control experiment",
             key=key,
-            value=context.teacher_prefix_template,
+            value=context.teacher_messages_key or context.teacher_prefix_template,
         )
 
 
-def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, problems: Iterable[Problem]) -> None:
-    """Raise UserError if the teacher's prompt for a problem contains a token id without an embedding row.
+def check_contexts(config: Config, models: Models, prefixes: TeacherPrefixes, problems: Sequence[Problem]) -> None:
+    """Raise UserError if the teacher cannot read a conversation, or if a token id has no embedding row.
 
-    The check tokenizes the teacher's prompts (prefixes) of all problems, which takes minutes for large datasets. It is
-    skipped if the embedding has a row for every id of the tokenizer, which is the usual case. Prefixes
+    For conversations see ``check_history`` and ``ContextPrefixes.check_conversations``.
+
+    The check of token ids tokenizes the teacher's prompts (prefixes) of all problems, which takes minutes for large
+    datasets. It is skipped if the embedding has a row for every id of the tokenizer, which is the usual case. Prefixes
     that contain the reasoning of a response are checked after the response is generated.
     """
-    if largest_id(models.teachers_tokenizer) < models.valid_vocab or not isinstance(prefixes, ContextPrefixes):
+    if not isinstance(prefixes, ContextPrefixes):
         return
     context = config.distillation.context_distillation
+    if not isinstance(problems, Problems):
+        check_history(context, problems, _number, "data.validation")
+        prefixes.check_conversations(problems, _number)
+    elif problems.has_conversations or prefixes.reads_conversations:
+        check_history(context, problems, problems.location, "data.train")
+        prefixes.check_conversations(problems, problems.location)
+    if largest_id(models.teachers_tokenizer) < models.valid_vocab:
+        return
     for problem in problems:
         column_text = problem.columns.get(context.trace_column, "") if context.trace_column else ""
         prefixes.check_problem(problem, extract_column_trace(column_text, context.trace_extractor))
 
 
+def _number(i: int) -> str:
+    return f"problem {i + 1} of data.validation"
+
+
 def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
     """Return whether the teacher's prompts contain traces (reasoning texts).
 
-    This requires the placeholder {trace} in teacher_prefix_template. If the traces come from a dataset
+    This requires the placeholder {trace} in a template. If the traces come from a dataset
     column, at least one trace in this column must not be empty.
     """
-    if not reads_traces(context.teacher_prefix_template):
+    if not reads_traces(context):
         return False
     column = context.trace_column
     texts = (problem.columns.get(column, "") for problem in order.prompts.problems) if column else ()
@@ -272,7 +336,7 @@ def _has_traces(context: ContextDistillationConfig, order: PromptOrder) -> bool:
 def validates(config: Config) -> bool:
     """Return whether the recipe enables validation."""
     loop = config.distillation
-    return loop.val_period > 0 or loop.val_at_start or loop.val_at_end
+    return loop.val_period > 0 or loop.val_at_start or loop.val_at_end or loop.probe_period > 0
 
 
 def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
@@ -290,13 +354,16 @@ def read_held_out(config: Config, models: Models, clock: RunClock) -> HeldOut:
     window = min(config.data.max_input_seq_length, config.policy.max_total_sequence_length - 1)
     kwargs = clock.template_kwargs(models.tokenizer, config.policy.tokenizer.chat_template_kwargs, _TEMPLATE_KWARGS)
     max_samples, context = config.distillation.max_val_samples, config.distillation.context_distillation
-    column, tags = context.trace_column, context.trace_extractor.think_tags
-    held_out = load_held_out(config.data.validation, models.tokenizer, window, kwargs, max_samples, column, tags)
-    check_texts(held_out.prompts, models.tokenizer, models.valid_vocab, "data.validation", column, tags)
+    column, tags, extra = context.trace_column, context.trace_extractor.think_tags, _extra_columns(config)
+    datasets, tokenizer = config.data.validation, models.tokenizer
+    held_out = load_held_out(datasets, tokenizer, window, kwargs, max_samples, column, tags, extra)
+    check_texts(held_out.prompts, tokenizer, models.valid_vocab, "data.validation", column, tags, _names(extra))
     return held_out
 
 
-_EXAMPLE, _EXAMPLE_TRACE = "What is 1 + 1?", "<think>It is 2.</think>"
+def engine_window_of(config: Config, models: Models) -> int:
+    """Return the maximum number of tokens of a prompt and its response in the generation engine."""
+    return engine_window(config, model_config(models.student, "policy.model_name"))
 
 
 def hashes_of(
@@ -306,11 +373,11 @@ def hashes_of(
 
     The hashes of data.validation are empty if validation is disabled.
     """
-    column = config.distillation.context_distillation.trace_column
-    problem = Problem(_EXAMPLE, columns={} if column is None else {column: _EXAMPLE_TRACE})
-    prefix = prefixes.prefix_of(Prompt(0, (0,), problem))
+    distilled = config.distillation.context_distillation
+    example = TeacherContext.of(distilled).example() if distilled.enabled else Problem("")
+    prefix = prefixes.prefix_of(Prompt(0, (0,), example))
     context = content_hash([prefix.token_ids] if isinstance(prefix, Prefix) else [])
-    validation = held_out.content(column)
+    validation = held_out.content(distilled.trace_column, _names(_extra_columns(config)))
     return {
         "data.train": order.content_hashes,
         "teacher.tokenizer": {TOKENS: context},
@@ -335,6 +402,7 @@ def packing_of(config: Config, shape: Any) -> PackingConfig:
         quadratic=flops_of(shape).quadratic,
         share_prefixes=config.runtime.share_prefixes,
         expected=config.distillation.num_prompts_per_step * config.distillation.num_generations_per_prompt,
+        weights=None if config.loss_fn.token_weights == TokenWeightsConfig() else config.loss_fn.token_weights,
     )
 
 

@@ -12,16 +12,25 @@ from dataclasses import dataclass
 from distill.checkpoint import Found, has_validation
 from distill.checkpoint.resume import RunHistory, compare_with_checkpoint, log_clock
 from distill.config import Config
+from distill.config.loop_rules import warn_of_loop
 from distill.data.clock import RunClock
 from distill.data.content import ContentHashes, raise_if_ranks_differ
 from distill.data.prompts import PromptOrder
-from distill.data.teacher_prefix import TeacherPrefixes, build_teacher_prefixes
+from distill.data.references import check_references
+from distill.data.teacher_prefix import (
+    SamePromptPrefixes,
+    TeacherPrefixes,
+    build_context_prefixes,
+    build_teacher_prefixes,
+)
+from distill.data.train_grader import Graders, find_graders
 from distill.distributed.cluster import check_cluster, warn_of_cpu
 from distill.distributed.world import World
 from distill.inputs import (
     Models,
     check_contexts,
     check_teacher_reads_more,
+    engine_window_of,
     find_models,
     hashes_of,
     read_held_out,
@@ -37,6 +46,7 @@ from distill.model.fused_layers import uses_fused_layers
 from distill.rollout.factory import check_backend
 from distill.validation import HeldOut, validation_config
 from distill.validation.golds import warn_of_unusable_golds
+from distill.validation.probe_setup import check_run_probe
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +78,11 @@ class Data:
 
     prompts: PromptOrder
     teacher_prefixes: TeacherPrefixes
+    validation_prefixes: TeacherPrefixes
+    """Builder of the teacher's prompts in validations, which contain the context also in a control experiment."""
     held_out: HeldOut
+    graders: Graders
+    """Graders of the training responses."""
     hashes: dict[str, ContentHashes]
     """Maps a configuration key, such as data.train, to hashes of the data that this rank read."""
 
@@ -90,6 +104,8 @@ def check_recipe(config: Config, world: World, missing: Missing = nullcontext) -
     ``missing``: context manager that may catch errors about missing packages, see ``Missing``.
     """
     _warn_of_metric(config)
+    _warn_of_validation_limit(config)
+    warn_of_loop(config)
     with missing(), world.all_or_none("checking the installed packages"):
         check_packages(config.logger)
     _check_ranks(config, world, missing)
@@ -152,26 +168,37 @@ def read_data(
     """
     log.info("reading the data")
     prompts, held_out = None, HeldOut()
+    prefixes: TeacherPrefixes = SamePromptPrefixes()
+    with_context = prefixes
     with world.all_or_none("reading the data"), world.main_first():
         with missing():
             prompts = read_prompts(config, models, clock)
-        prefixes = build_teacher_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
+        with missing():
+            prefixes = build_teacher_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
+            with_context = prefixes
+            if config.distillation.control:
+                with_context = build_context_prefixes(config, models.teachers_tokenizer, models.valid_vocab, clock)
         if prompts is not None:
             check_teacher_reads_more(config, prefixes, prompts)
+            check_references(config, prompts.prompts, models.tokenizer)
         with missing():
             held_out = read_held_out(config, models, clock)
+        check_run_probe(config, held_out, with_context, engine_window_of(config, models))
         problems = [] if prompts is None else [prompts.prompts.problems]
         for each in (*problems, [prompt.problem for prompt in held_out.prompts]):
-            check_contexts(config, models, prefixes, each)
+            check_contexts(config, models, with_context, each)
         hashes = {} if prompts is None else hashes_of(config, prompts, prefixes, held_out)
     hashes_of_ranks = world.gather((platform.node(), hashes))
     with world.all_or_none("comparing the prompts of all ranks"):
         raise_if_ranks_differ(hashes_of_ranks)
     log_clock(clock, found)
-    with world.all_or_none("checking the gold answers"):
+    graders = Graders()
+    with missing(), world.all_or_none("checking the gold answers"):
         if world.is_main:
             warn_of_unusable_golds(held_out)
-    return None if prompts is None else Data(prompts, prefixes, held_out, hashes)
+            graders = graders if prompts is None else find_graders(config, prompts.prompts)
+    graders = world.broadcast(graders)
+    return None if prompts is None else Data(prompts, prefixes, with_context, held_out, graders, hashes)
 
 
 def compare(config: Config, world: World, found: Found | None, clock: RunClock, data: Data | None) -> Steps:
@@ -225,6 +252,18 @@ def _warn_of_metric(config: Config) -> None:
             "checkpointing.metric_name=%s is never measured, because distillation.val_period=0 and val_at_start and"
             " val_at_end are false, so the newest checkpoints are kept: set distillation.val_period to measure it",
             metric,
+        )
+
+
+def _warn_of_validation_limit(config: Config) -> None:
+    """Warn if the longest responses of validation do not fit into the teacher's window."""
+    tokens, window = config.policy.generation.val_max_new_tokens, config.teacher.max_total_sequence_length
+    if validates(config) and min(tokens, config.policy.max_total_sequence_length - 1) >= window:
+        log.warning(
+            "policy.generation.val_max_new_tokens=%d leaves no room for a prompt in"
+            " teacher.max_total_sequence_length=%d, so the longest responses of validation are graded, but not compared"
+            " with the teacher: raise teacher.max_total_sequence_length to include them",
+            *(tokens, window),
         )
 
 

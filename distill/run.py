@@ -21,7 +21,6 @@ from distill.checkpoint.resume import RunHistory
 from distill.checkpoint.search import step_of
 from distill.config import Config
 from distill.data.prompts import PromptOrder
-from distill.data.teacher_prefix import TRACE_COVERAGE, TeacherPrefixes
 from distill.distributed.host_memory import give_back_freed_memory
 from distill.distributed.world import World
 from distill.errors import RunFailed, reason
@@ -29,8 +28,9 @@ from distill.inputs import Models
 from distill.memory.forecast import Forecast, compare
 from distill.metrics.names import Phase
 from distill.metrics.phases import Phases
+from distill.metrics.run_alarms import RunAlarms, is_alarm
 from distill.metrics.sinks import Recorder, read_metrics
-from distill.metrics.step import Metrics, add_rollouts, step_numbers
+from distill.metrics.step import Metrics, step_numbers
 from distill.metrics.summary import ending, summary
 from distill.metrics.utilization import Utilization
 from distill.model.export import export_hf
@@ -40,14 +40,17 @@ from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.report.page_data import write_run_page
 from distill.rollout.engine import Engine
+from distill.rollout.responses import StepResponses
 from distill.rollout.sync import WeightSync
 from distill.run_files import METRICS_FILE
 from distill.supervise.progress import phase, set_step, task
 from distill.supervise.stop import StopCheck, StopRequested
-from distill.types import Layout, OptimizerBatch, Rollout, Sampling
+from distill.types import Layout, OptimizerBatch, Rollout
 from distill.validation import Validation
+from distill.validation.paired import FIRST_VALIDATION
 from distill.validation.scores import Sample
-from distill.validation.train_samples import TrainSamples, shows_traces
+from distill.validation.train_samples import TrainSamples
+from distill.validation.validation import Generated
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Run:
     models: Models
     prompts: PromptOrder
     history: RunHistory
-    teacher_prefixes: TeacherPrefixes
+    responses: StepResponses
     engine: Engine
     student: Student
     teacher: Teacher
@@ -76,10 +79,10 @@ class Run:
     export_files: ExportFiles | None
     """Files of a Hugging Face export except weights; None on ranks other than 0 or if saving is disabled."""
     recorder: Recorder
+    alarms: RunAlarms
     utilization: Utilization
     train_samples: TrainSamples
     validation: Validation
-    sampling: Sampling
     packing: PackingConfig
     forecast: Forecast
     stop: StopCheck
@@ -88,9 +91,9 @@ class Run:
     last_step: int
     """Number of finished steps at which the run ends."""
     _step: int = 0
+    _saved_step: int = -1
+    """Step of the last checkpoint that this process started to save; -1 if none."""
     _phases: Phases = field(default_factory=Phases)
-    _dropped: dict[str, float] = field(default_factory=dict)
-    """Maps metric names to this rank's counts in the current step, such as numbers of dropped rollouts."""
     _values: dict[str, float] = field(default_factory=dict)
     """Metrics of the last finished step, reduced over all ranks."""
 
@@ -124,25 +127,6 @@ class Run:
         with self._phases(name, engine_asleep), task(sum(map(len, batches)), "micro-batches"):
             yield
 
-    def add_prefixes(self, generated: list[Rollout], metrics: Metrics) -> list[Rollout]:
-        """Add the teacher prefix to each rollout of this rank; collective.
-
-        The teacher prefix is the token ids that the teacher reads before the response. Rollouts for which no teacher
-        prefix can be built are dropped. If distillation.context_distillation.metrics.enabled is true, the numbers of
-        dropped rollouts and truncated prefixes are added to ``metrics``. The fraction of rollouts with a trace is added
-        also without this setting if the teacher reads traces, because the console shows it.
-        """
-        with self.world.all_or_none("building the teacher's prefixes"):
-            prefixed, counts = self.teacher_prefixes.add(generated)
-        add_rollouts(metrics, generated)
-        self._dropped = dict(counts.totals)
-        if self.config.distillation.context_distillation.metrics.enabled:
-            metrics.add(counts.means)
-            metrics.add_totals(counts.totals)
-        elif shows_traces(self.config):
-            metrics.add({name: value for name, value in counts.means.items() if name == TRACE_COVERAGE})
-        return prefixed
-
     def end_step(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
         """Save a checkpoint and compare samples if they are due; record the metrics of step ``step``; collective.
 
@@ -151,35 +135,34 @@ class Run:
         """
         with self.phase("checkpointing"):
             self._save_if_due(step)
-        if not rollouts:
-            log.warning(
-                "step %d trained on no responses, because no teacher prompt could be built (dropped responses by"
-                " reason: %s): if prompt and response are too long, raise teacher.max_total_sequence_length; if"
-                " responses have no trace, change distillation.context_distillation.trace_source",
-                *(step, self._dropped),
-            )
+        self.responses.warn_if_empty(step, rollouts, metrics)
         self._record(step, metrics, rollouts, self._samples(step, rollouts))
+        if self.alarms.take_save():
+            self._save_for_alarm(step)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
         self.checkpoints.record_metrics(step, self._values)
         with phase("completing the checkpoint"):
             self.checkpoints.finalize_pending(block=step == self.last_step)
-        if self.sampling.full:  # top-p and top-k renormalize the sampler's log-probs, so they differ from the trainer's
+        if self.responses.sampling.full:  # otherwise top-p and top-k renormalize the sampler's log-probs
             self.sync.observe(self._values.get("train/sampler_logprob_diff", math.nan))  # may end the run: last
         self._update_status(step)
+        self.alarms.raise_if_stopped(step)
         if step < self.last_step or self.validation.due(step):
             self.stop.raise_if_requested(step)
 
     def _samples(self, step: int, rollouts: Sequence[Rollout]) -> list[Sample]:
         """Return a few rollouts of step ``step``, compared with the teacher; empty if no samples are due; collective.
 
-        The weights are those after the step. The optimizer's moments are moved to host memory before.
+        Responses of the dataset are not shown. The weights are those after the step. The optimizer's moments are moved
+        to host memory before.
         """
-        if not (rollouts and self.train_samples.due(step)):
+        sampled = [rollout for rollout in rollouts if not rollout.off_policy]
+        if not (sampled and self.train_samples.due(step)):
             return []
         self.student.offload()  # the next sync would do it, and the teacher needs memory
         with self.phase("samples"):
-            return self.train_samples.compared(step, rollouts)
+            return self.train_samples.compared(step, sampled)
 
     def _record(self, step: int, metrics: Metrics, rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> None:
         seconds, write_s = self._phases.seconds, self.checkpoints.slowest_s
@@ -188,10 +171,11 @@ class Run:
         metrics.add_max({"engine_residual_gib": self.engine.residual_bytes / 2**30})
         omitted = () if self.validation.due(step - 1) else ("validation",)
         metrics.add_max(self._phases.memory_gib(self.engine.pool_bytes, omitted))
-        self._values = step_numbers(metrics, self._phases, rollouts, self.world.control)
+        self._values = step_numbers(metrics, self._phases, rollouts, self.world.control, self.packing.reads)
         self._values |= self.utilization.metrics(self._values, rollouts)
         self._values |= self.forecast.metrics()
         self._values["progress/epoch"] = step / self.prompts.steps_per_epoch
+        self._values |= self.alarms.check(step, self._values)
         with self.world.all_or_none("writing the step's metrics"):
             self.recorder.record(step, self._values)
             if self.world.is_main:
@@ -211,6 +195,26 @@ class Run:
         if self.checkpoints.due(step, is_last):
             self.save(step, exports=is_last or self.config.checkpointing.save_consolidated)
 
+    def _save_for_alarm(self, step: int) -> None:
+        """Save a checkpoint after step ``step`` if it has none, and exempt it from keep_top_k; collective."""
+        if self.config.checkpointing.enabled and step not in (self.first_step, self._saved_step):
+            self.save(step, exports=False)
+        self.checkpoints.keep_for_alarm(step)
+
+    def report_validation(self, held_out: Generated | None) -> None:
+        """Report a validation; save the validated weights if an alarm requests it; collective.
+
+        ``held_out``: result of ``Validation.generate``; nothing happens if it is None. The student must not have taken
+        a step since then. Raises StopRequested on all ranks if an alarm stops the run.
+        """
+        with self.phase("validation", engine_asleep=True):
+            self.validation.report(held_out)
+        if held_out is not None and self.alarms.take_save():
+            with self.phase("checkpointing"):
+                self._save_for_alarm(held_out.step)
+                self.checkpoints.record_metrics(held_out.step, self.validation.values)
+                self.student.offload()  # the teacher needs the memory of the moments, which a checkpoint contains
+
     def save(self, step: int, exports: bool) -> None:
         """Start a background write of the checkpoint for ``step`` finished steps; collective.
 
@@ -222,6 +226,7 @@ class Run:
             **self.history.info,
             "data": self.prompts.state(step),
             "in_context": self.validation.reference,
+            FIRST_VALIDATION: self.validation.first,
             "recipe": asdict(self.config),
             "stop_token_ids": self.models.stop_token_ids,
         }
@@ -240,6 +245,7 @@ class Run:
             self.run_dir / METRICS_FILE,
             {} if small is None else small.stored(self.student.dtype, names),
         )
+        self._saved_step = step
 
     def _check_finite(self, step: int, state: dict[str, Tensor]) -> None:
         """Raise RunFailed on all ranks if a tensor of ``state`` contains nan or inf on any rank; collective."""
@@ -264,12 +270,14 @@ class Run:
     def save_and_stop(self, stop: StopRequested) -> None:
         """Save a checkpoint after step ``stop.step`` if it has none; record the early stop; collective."""
         step = stop.step
-        is_saved = step == self.first_step or self.checkpoints.due(step, step == self.last_step)
+        is_saved = step in (self.first_step, self._saved_step)
         self.student.onload()  # a stopped validation leaves the optimizer state in host memory
         with phase("saving before the exit"):
             if self.config.checkpointing.enabled and not is_saved:
                 self.save(step, exports=False)
                 self.checkpoints.record_metrics(step, self._values)
+            if is_alarm(stop.reason):
+                self.checkpoints.keep_for_alarm(step)
             self.checkpoints.finalize_pending(block=True)
         self._update_status(step)
         self.world.supervisor.stop_reason = stop.reason
@@ -304,8 +312,7 @@ class Run:
         with self.phase("validation"):
             held_out = self.validation.generate(step)
             self.engine.sleep()
-        with self.phase("validation", engine_asleep=True):
-            self.validation.report(held_out)
+        self.report_validation(held_out)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written, close recorder and engine, log a summary; collective."""
@@ -314,13 +321,17 @@ class Run:
             self.recorder.close()
         if self.world.is_main:
             rows = read_metrics(self.run_dir / METRICS_FILE)
-            # A job that is stopped has little time, and it continues later.
-            page = self._write_page("finished") if self.world.supervisor.stop_reason is None else None
+            # A job that is stopped by a signal or a time limit has little time, and it continues later.
+            reason = self.world.supervisor.stop_reason
+            page = None
+            if reason is None or is_alarm(reason):
+                page = self._write_page("finished" if reason is None else "stopped")
             log.info("\n%s\n\n%s", summary({self.run_dir.name: (rows, self.run_dir)}), self._ending(page))
+        self.responses.grader.close()
         self.world.shutdown_barrier()  # closing vLLM's engine destroys the process groups, so it comes last
         self.engine.close()
 
-    def _write_page(self, state: Literal["finished", "failed"]) -> Path | None:
+    def _write_page(self, state: Literal["finished", "stopped", "failed"]) -> Path | None:
         """Write the page of the run if ``logger.report`` is true, and return its path; called on the main rank.
 
         An error becomes a warning, because the page must not fail the run.
@@ -342,5 +353,6 @@ class Run:
         """Return the lines about duration, checkpoint, export and page that follow the table of the run."""
         supervisor = self.world.supervisor
         seconds = time.monotonic() - supervisor.started
-        stopped, enabled = supervisor.stop_reason is not None, self.config.checkpointing.enabled
-        return ending(seconds, self.checkpoints.newest, stopped, enabled, page)
+        reason, enabled = supervisor.stop_reason, self.config.checkpointing.enabled
+        by_alarm = reason is not None and is_alarm(reason)
+        return ending(seconds, self.checkpoints.newest, reason is not None, enabled, page, by_alarm)

@@ -51,15 +51,16 @@ def train_step(run: Run, step: int) -> None:
 
     with run.phase("generation"):
         prompts = run.prompts.batch(step)
-        generated = engine.generate(engine.share_of(prompts), run.sampling, step)
+        sampling = run.responses.sampling_at(step, prompts)
+        generated = engine.generate(engine.share_of(prompts), sampling, step)
         engine.sleep()
 
-    with run.phase("validation", engine_asleep=True):
-        run.validation.report(held_out)
+    run.report_validation(held_out)
 
     with run.phase("batching"):
         run.checkpoints.finalize_pending(block=False)  # the background write may have finished
-        rollouts = gather_rollouts(run.world, run.add_prefixes(generated, metrics), prompts, version=step)
+        selected = run.responses.select(generated, prompts, step, metrics)
+        rollouts = gather_rollouts(run.world, selected, prompts, version=step)
         batches = student.to_device(plan(rollouts, run.layout, run.packing, run.seed, step))
 
     with run.phase("teacher", batches), teacher.on_device():
@@ -71,7 +72,7 @@ def train_step(run: Run, step: int) -> None:
             # pop frees the targets of the batch, which may include a complete LM head
             student.train(batch, targets.pop(0), metrics)
         student.end_step()
-        teacher.after_step(student)
+        teacher.after_step(student, step + 1)
 
     run.end_step(step + 1, metrics, rollouts)  # log, checkpoint if due; raises StopRequested
 

@@ -40,12 +40,21 @@ class Problem:
     """One row of a dataset, before the prompt file (a text template) and the chat template are applied."""
 
     text: str
+    """The problem; in a conversation, the text of the last user message."""
     answer: str = ""
-    """The gold (reference) answer; empty if the dataset has none."""
+    """The gold answer; empty if the dataset has none."""
     source: str = ""
     """Path or hub name of the dataset."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Maps the names of other dataset columns that the run uses to values, for example a reasoning trace."""
+    reference: str = ""
+    """A response from the dataset, for off-policy training; empty if the dataset has none."""
+    messages: str = ""
+    """JSON of the conversation's messages up to the last user or tool message; empty if the row is a plain text."""
+    tools: str = ""
+    """JSON of the list of tools that the chat template shows to the model; empty if the row has none."""
+    system: str = ""
+    """Text of the dataset's system_prompt_file; empty without this file."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class Prompt:
     problem: Problem
     inside_thought: bool = False
     """Whether the prompt ends inside a think block, for example if the chat template adds ``<think>``."""
+    max_new_tokens: int | None = None
+    """Maximum number of tokens of a response to this prompt, if it is lower than ``Sampling.max_new_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,8 @@ class Sampling:
     """Maximum number of tokens of prompt plus response; None: no limit. A response that reaches it ends."""
     logprob_interval: int = 1
     """The engine returns log-probs for one of this many responses on average; 1: for all responses."""
+    omitted: tuple[tuple[int, int], ...] = ()
+    """Pairs (prompt_id, response_index) of responses that are not generated. The other responses do not change."""
 
     @property
     def full(self) -> bool:
@@ -113,6 +126,8 @@ class Rollout:
     """Token ids that the teacher reads before the response; added by the rank that generated the response."""
     teacher_inside_thought: bool = False
     """Whether ``teacher_prefix_ids`` end inside a think block."""
+    off_policy: bool = False
+    """Whether the response comes from the dataset; it has no log-probs."""
 
     def __post_init__(self) -> None:
         lengths = len(self.response_ids), len(self.logprobs)
@@ -176,12 +191,31 @@ class View:
 
 
 @dataclass(frozen=True)
+class ResponseGrid:
+    """Places of rows in a matrix with one row per response of a micro-batch and one column per token.
+
+    Context-parallel ranks share the responses of a micro-batch, and the matrix is the same on all of them. Each of them
+    has other rows of the loss.
+    """
+
+    cell_N: Tensor
+    """int64 [N]: index of each row of the loss in the flattened matrix."""
+    responses: int
+    """Number of rows of the matrix."""
+    tokens: int
+    """Number of columns of the matrix: the most tokens of a response that the models read."""
+    rows_per_rank: int
+    """The largest number of rows of the loss on one of the context-parallel ranks."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Input of one forward and backward pass on one rank: packed sequences with N response tokens.
 
     A view is the input of one model. Row n of the student's view and row n of the teacher's view predict the same
     token, ``sampled_N[n]``. With tensor parallelism the ranks of a tensor-parallel group train the same rows, and each
-    rank's teacher view has a contiguous part of these rows; ``rows_per_tp_rank`` has the sizes of the parts.
+    rank's teacher view has a contiguous part of these rows; ``rows_per_tp_rank`` has the sizes of the parts. A response
+    is read up to its last token with a position weight, so it may have fewer rows than tokens.
     """
 
     student: View
@@ -191,14 +225,24 @@ class MicroBatch:
     sampled_logprobs_N: Tensor
     """float32 [N]: the generation engine's log-probs of the response tokens; nan in rows without log-probs."""
     weight_N: Tensor
-    """float32 [N]: loss weight of each row: 1, or 0 in the dummy sequence of an empty micro-batch."""
+    """float32 [N]: loss weight of each row, from its position; 0 in the dummy sequence of an empty micro-batch."""
     rollout_N: Tensor
     """int64 [N]: index of each row's rollout in ``OptimizerBatch.rollouts``; -1 for a dummy sequence."""
+    token_N: Tensor
+    """int32 [N]: index of each row's token in the response, from 0."""
+    length_N: Tensor
+    """int32 [N]: number of tokens of each row's complete response."""
+    off_policy_N: Tensor | None = None
+    """bool [N]: whether each row's response comes from the dataset; None if no response of the micro-batch does."""
+    grid: ResponseGrid | None = None
+    """Places of the rows in the responses; None unless the weights depend on outputs of the models."""
     rows_per_tp_rank: tuple[int, ...] = ()
     """Number of rows of the teacher's view on each tensor-parallel rank; empty without tensor parallelism."""
 
     kept_M: Tensor | None = None
     """int64 [M]: indices of the rows of nonzero weight, ascending; None: the loss reads them from the device."""
+    off_policy_M: Tensor | None = None
+    """int64 [M]: those of ``kept_M`` that are off-policy; None: the loss reads them from the device, or none exist."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy with all tensors on ``device``."""
@@ -211,9 +255,19 @@ class OptimizerBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     response_tokens: int
-    """Number of response tokens of the optimizer batch over all ranks; the summed loss is divided by it."""
+    """Number of response tokens of the optimizer batch over all ranks, with any weight."""
     rollouts: Sequence[Rollout] = ()
     """Rollouts of the training step from all ranks; ``MicroBatch.rollout_N`` is an index into them."""
+    known_divisor: float | None = None
+    """Divisor of the loss that is summed over all ranks, from lengths and position weights; None: ``response_tokens``.
+
+    0 if no token of the optimizer batch has a weight; it then has no micro-batches.
+    """
+
+    @property
+    def divisor(self) -> float:
+        """Return the divisor of the loss, except for weights that depend on outputs of the models."""
+        return self.response_tokens if self.known_divisor is None else self.known_divisor
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
@@ -272,6 +326,8 @@ class TopK:
     """
     entropy_N: Tensor | None = None
     """float32 [N]: entropy of the teacher's full distribution in nats, for metrics; None if not computed."""
+    sampled_logprob_N: Tensor | None = None
+    """float32 [N]: the teacher's log-prob of the sampled token, at the loss's temperature; None if not computed."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +359,10 @@ class LossOutput:
     """Scalar float32, differentiable: sum of weight_N * divergence over the rows, not their mean."""
     stats: Stats
     """Metrics of the micro-batch's rows, without gradient."""
+    micro_batch: MicroBatch | None = None
+    """The micro-batch with the final weights of its rows; None unless the student returns the output."""
+    row_values: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values of each metric at the rows of nonzero weight, in order; empty unless the student returns the output."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def inject(fault: dict[str, Any]) -> None:
 def nan_loss(loss: Callable[..., Any], student: Any, *args: Any) -> Any:
     """Return a NaN loss with a finite gradient."""
     output = loss(student, *args)
-    return type(output)(output.kl_sum + torch.tensor(torch.nan), output.stats)
+    return replace(output, kl_sum=output.kl_sum + torch.tensor(torch.nan))
 
 
 def nan_weight(loss: Callable[..., Any], student: Any, *args: Any) -> Any:

@@ -25,10 +25,11 @@ from distill.memory.forecast import known_shapes, plan_memory
 from distill.metrics.step import Metrics
 from distill.model.checksum import BitSums, bit_sums_by_name
 from distill.model.dtensor import local_shard, tp_dim
+from distill.model.following_teacher import build_teacher
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import ShardedTeacher, build_teacher
+from distill.model.teacher import ShardedTeacher
 from distill.model.weights import GatheredWeights
 from distill.types import Problem, Prompt, Rollout, Stats
 
@@ -111,9 +112,9 @@ def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype =
     tokens = sum(len(r.response_ids) for r in rollouts)
     total = torch.zeros((), dtype=dtype)
     for rollout in rollouts:
-        ours = _response_logits(student, rollout.prompt.student_ids, rollout.response_ids) / temperature
+        ours = response_logits(student, rollout.prompt.student_ids, rollout.response_ids) / temperature
         with torch.no_grad():
-            theirs = _response_logits(teacher, rollout.teacher_prefix_ids, rollout.response_ids) / temperature
+            theirs = response_logits(teacher, rollout.teacher_prefix_ids, rollout.response_ids) / temperature
         if config.loss_fn.kl_type == "sampled":
             chosen = torch.tensor(rollout.response_ids)[:, None]
             q, p = (logits.log_softmax(-1).gather(-1, chosen)[:, 0] for logits in (ours, theirs))
@@ -122,7 +123,7 @@ def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype =
             total = total + (cost + cost * (q - q.detach())).sum() / tokens
             continue
         choosing = ours.detach() if config.loss_fn.support == "student" else theirs
-        p, q = (_outcomes(logits, choosing, k, config.loss_fn.outside) for logits in (theirs, ours))
+        p, q = (outcomes(logits, choosing, k, config.loss_fn.outside) for logits in (theirs, ours))
         forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
         total = total + (weight * forward + (1 - weight) * reverse).sum() / tokens
     total.backward()
@@ -148,12 +149,12 @@ def plain_update(config: Config, gradients: Mapping[str, Tensor]) -> dict[str, T
     return {name: p.detach().clone() for name, p in named.items()}
 
 
-def _response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+def response_logits(model: torch.nn.Module, prefix: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
     ids = torch.tensor([prefix + response])
     return model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1 : -1]
 
 
-def _outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
+def outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
     """Return the log-probs of the ids in the top-k of ``choosing``, or of all ids if k is 0.
 
     ``outside``: "bucket" adds one outcome with the total probability of all other ids, "renormalize" drops these ids.
@@ -181,16 +182,12 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     (batch,) = student.to_device(plan(rollouts, world.layout, packing, seed=0, step=0))
     targets = list(teacher.targets_of(batch.micro_batches))
     teacher.offload()
-    loss = 0.0
-    for micro_batch, its_targets in zip(batch, targets, strict=True):
-        output = student.loss(micro_batch, its_targets)
-        (output.kl_sum / batch.response_tokens).backward()
-        loss += output.kl_sum.item() / batch.response_tokens
-    student.sum_gradients()
-    gradients = complete_gradients(student, world)
+    backward = student.backward(batch, targets, Metrics())
+    loss = sum(float(each) for each in backward.losses) / batch.divisor * backward.factor
+    gradients = {name: gradient * backward.factor for name, gradient in complete_gradients(student, world).items()}
     for parameter in student.model.parameters():  # needed by torch's fused AdamW on CUDA
         assert local_shard(cast(Tensor, parameter.grad)).stride() == local_shard(parameter).stride()
-    norm = student.step()
+    norm = student.step(factor=backward.factor)
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
     layout = world.layout
     counted = loss if layout.tp_rank == 0 else 0.0  # all ranks of a tensor-parallel group have the same loss

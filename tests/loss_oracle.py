@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ LOSSES = [
     for kl_type in ("forward", "reverse", "mixed")
     for outside in ("bucket", "renormalize", "floor")
 ] + [LossConfig(kl_type="jsd", jsd_beta=0.3, outside_topk=outside) for outside in ("bucket", "renormalize")]
+CLIPPED = [replace(config, entry_clip=0.05) for config in LOSSES]
 
 
 class Case(NamedTuple):
@@ -46,19 +48,26 @@ def exact_topk(teacher_NV: Tensor, k: int, temperature: float = 1.0) -> TopK:
 def definition(
     student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, config: LossConfig, temperature: float
 ) -> Tensor:
-    """Return kl_N of every loss, from the two dense distributions."""
+    """Return kl_N of every loss, from the two dense distributions; ``config.entry_clip`` clips the K first terms."""
+    terms_NE, k = _terms(student_NV, teacher_NV, ids_NK, config, temperature), ids_NK.shape[1]
+    if config.entry_clip is None:
+        return terms_NE.sum(dim=1)
+    return terms_NE[:, :k].clamp(max=config.entry_clip).sum(dim=1) + terms_NE[:, k:].sum(dim=1)
+
+
+def _terms(student_NV: Tensor, teacher_NV: Tensor, ids_NK: Tensor, config: LossConfig, temperature: float) -> Tensor:
     p_NV, q_NV = torch.softmax(teacher_NV / temperature, 1), torch.softmax(student_NV / temperature, 1)
     p_NK, q_NK = p_NV.gather(1, ids_NK.long()), q_NV.gather(1, ids_NK.long())
     if config.outside == "floor":
-        forward_N, reverse_N = _on_floor(p_NK, q_NV, q_NK, ids_NK)
+        forward_NE, reverse_NE = _on_floor(p_NK, q_NV, q_NK, ids_NK)
     else:
         p_NE, q_NE = (_events(full, kept, ids_NK, config.outside) for full, kept in ((p_NV, p_NK), (q_NV, q_NK)))
         if config.kl_type == "jsd":
             middle_NE = config.jsd_beta * p_NE + (1 - config.jsd_beta) * q_NE
             return config.jsd_beta * _kl(p_NE, middle_NE) + (1 - config.jsd_beta) * _kl(q_NE, middle_NE)
-        forward_N, reverse_N = _kl(p_NE, q_NE), _kl(q_NE, p_NE)
+        forward_NE, reverse_NE = _kl(p_NE, q_NE), _kl(q_NE, p_NE)
     share = {"forward": 1.0, "reverse": 0.0, "mixed": config.mixed_kl_weight}[config.kl_type]
-    return share * forward_N + (1 - share) * reverse_N
+    return share * forward_NE + (1 - share) * reverse_NE
 
 
 def reference_kl(
@@ -95,8 +104,11 @@ def _events(full_NV: Tensor, kept_NK: Tensor, ids_NK: Tensor, outside: str) -> T
 def _on_floor(p_NK: Tensor, q_NV: Tensor, q_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
     hat_NK = p_NK / p_NK.sum(dim=1, keepdim=True)
     log_p_NV = torch.full_like(q_NV, -100.0).scatter(1, ids_NK.long(), hat_NK.log())
-    return _kl(hat_NK, q_NK), (q_NV * (q_NV.log() - log_p_NV)).sum(dim=1)
+    reverse_NV, ids_NK = q_NV * (q_NV.log() - log_p_NV), ids_NK.long()
+    tail_N1 = reverse_NV.scatter(1, ids_NK, 0.0).sum(dim=1, keepdim=True)
+    forward_NE = torch.cat([_kl(hat_NK, q_NK), torch.zeros_like(tail_N1)], dim=1)
+    return forward_NE, torch.cat([reverse_NV.gather(1, ids_NK), tail_N1], dim=1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p.log() - q.log())).sum(dim=1)
+    return p * (p.log() - q.log())

@@ -16,7 +16,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from distill.config import load_config
 from distill.distributed.planned import PlannedWorld
+from distill.dry_run import _selection
 from distill.errors import RunFailed, UserError, raise_if_not_creatable
 from distill.train import main, print_dry_run
 from scripts.launch import ENVIRONMENT
@@ -364,3 +366,13 @@ def test_a_difference_between_dry_run_and_run_is_found() -> None:
         ((0, "a=2 is not in the download cache: run scripts.fetch"), refused, False),
     ):
         assert difference(dry, run, changed)
+
+
+def test_the_plan_shows_which_responses_a_step_trains_on() -> None:
+    loop = [f"distillation.{key}" for key in ("train_on=right", "off_policy.share=0.25", "num_prompts_per_step=16")]
+    schedule = ["policy.generation.max_new_tokens=20", "distillation.max_new_tokens_schedule=[[2,64]]"]
+    recipe = ["--config", "recipes/my-distillation-1n4g.yaml", "policy.train_global_batch_size=16"]
+    lines = list(_selection(load_config([*recipe, *loop, *schedule])))
+    assert ["64" in line and "20" in line for line in lines] == [True, False, False]
+    assert " 4 " in lines[1] and "right" in lines[2]
+    assert not list(_selection(load_config(recipe[:2])))

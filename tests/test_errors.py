@@ -59,7 +59,7 @@ def disks(disk: Mount) -> dict[str, Path]:
         "full at the second checkpoint": disk("second", "size=2800k"),
         "full at the export": disk("export", "size=2100k"),
         "read-only": disk("read-only", "size=1m,ro"),
-        "full at a row of metrics": disk("metrics", "size=44k"),
+        "full at a row of metrics": disk("metrics", "size=56k"),
         "full at the recipe": disk("recipe", "size=4k"),
     }
 

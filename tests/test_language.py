@@ -41,7 +41,7 @@ FILES = (
     "setup.cfg",
     ".ci/run",
     ".ruff.toml",
-    "recipes/*",
+    "recipes/**/*",
 )
 EXEMPT = ("tests/test_language.py",)
 SAMPLES = {"distill/data/tokenizer_checks.py": "I'LL say it's DON'T"}

@@ -166,7 +166,10 @@ SENTENCES: list[tuple[list[str], str]] = [
     ),
     (
         ["loss_fn.kl_type=jsd", "loss_fn.jsd_beta=1"],
-        "loss_fn.jsd_beta=1.0 is not strictly between 0 and 1: set it between 0 and 1, or set loss_fn.kl_type=forward",
+        (
+            "loss_fn.jsd_beta=1.0 is not strictly between 0 and 1, as loss_fn.kl_type=jsd requires: set it between 0 "
+            "and 1, or set loss_fn.kl_type=forward"
+        ),
     ),
     (
         ["loss_fn.kl_type=sampled", "loss_fn.temperature=2"],
@@ -176,10 +179,11 @@ SENTENCES: list[tuple[list[str], str]] = [
         ),
     ),
     (
-        ["distillation.context_distillation.teacher_prefix_template={problem} {hint}"],
+        ["distillation.context_distillation.teacher_prefix_template={problem} {hint!r}"],
         (
             "distillation.context_distillation.teacher_prefix_template has the unknown placeholder "
-            "{hint} on line 1: write {problem} or {trace}, or {{hint}} for literal text"
+            "{hint!r} on line 1: write {problem}, {trace} or the name of a column in braces, or {{hint!r}} for literal"
+            " text"
         ),
     ),
     (
@@ -225,7 +229,8 @@ SENTENCES: list[tuple[list[str], str]] = [
         (
             "data.validation=null, but distillation.val_period=20 enables validation: set "
             "data.validation.dataset_name or data.validation.data_path, or disable validation with "
-            "distillation.val_period=0, distillation.val_at_start=false and distillation.val_at_end=false"
+            "distillation.val_period=0, distillation.val_at_start=false, "
+            "distillation.val_at_end=false and distillation.probe_period=0"
         ),
     ),
     (

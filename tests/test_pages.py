@@ -18,7 +18,7 @@ from tests.quoted_messages import ROOT
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for pattern in ("*.md", "distill/**/*.md", "scripts/*.md", "recipes/*.md")
+    for pattern in ("*.md", "distill/**/*.md", "scripts/*.md", "recipes/**/*.md")
     for path in sorted(ROOT.glob(pattern))
 }
 SECTIONS = "distillation|loss_fn|policy|teacher|data|checkpointing|logger|cluster|runtime"

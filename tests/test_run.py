@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 
 from distill import run as run_module
-from distill.config import Config, ContextMetricsConfig
-from distill.data.teacher_prefix import TRACE_COVERAGE, PrefixStats
 from distill.metrics.phases import Phases
 from distill.metrics.step import Metrics
 from distill.run import Run
@@ -39,7 +37,9 @@ def test_the_validation_after_the_last_step_has_the_phases_of_the_loop() -> None
         sync=SimpleNamespace(push_weights=record("push")),
         engine=SimpleNamespace(sleep=record("sleep")),
         validation=SimpleNamespace(due=lambda step: True, generate=record("generate"), report=record("report")),
+        alarms=SimpleNamespace(take_save=lambda: False),
     )
+    run.report_validation = partial(Run.report_validation, run)
     Run.validate_last(run)
     assert events == [
         *("sync begins", "push", "sync ends"),
@@ -84,10 +84,12 @@ def test_a_step_without_validation_has_no_memory_metric_of_a_validation(
         validation=SimpleNamespace(due=lambda step: validates and step == 2),
         engine=SimpleNamespace(residual_bytes=0, pool_bytes=0),
         world=SimpleNamespace(control=None, is_main=False, all_or_none=lambda _: contextlib.nullcontext()),
+        packing=SimpleNamespace(reads=lambda rollout: 0),
         utilization=SimpleNamespace(metrics=lambda *_: {}),
         forecast=SimpleNamespace(metrics=dict),
         prompts=SimpleNamespace(steps_per_epoch=4),
         recorder=SimpleNamespace(record=lambda step, values: recorded.update(values)),
+        alarms=SimpleNamespace(check=lambda step, values: {}),
         first_step=0,
     )
     Run._record(run, 3, Metrics(), [], [])
@@ -107,30 +109,8 @@ def test_training_samples_are_compared_only_when_due_and_without_the_moments_of_
         student=SimpleNamespace(offload=lambda: events.append("offload")),
         train_samples=SimpleNamespace(due=lambda step: step == 2, compared=lambda step, rollouts: [step, *rollouts]),
     )
-    rollouts: Any = ["rollout"]
-    assert Run._samples(run, 1, rollouts) == Run._samples(run, 2, []) == [] and not events
-    assert Run._samples(run, 2, rollouts) == [2, "rollout"] and events == ["offload", "samples"]
-
-
-@pytest.mark.parametrize(
-    ("enabled", "template"), [(True, "{problem}{trace}"), (False, "{problem}{trace}"), (False, "{problem}")]
-)
-def test_trace_coverage_is_counted_also_without_metrics_of_context_distillation(enabled: bool, template: str) -> None:
-    config = Config()
-    context = replace(
-        config.distillation.context_distillation,
-        enabled=True,
-        teacher_prefix_template=template,
-        metrics=ContextMetricsConfig(enabled),
-    )
-    counts = PrefixStats({TRACE_COVERAGE: (1.0, 4.0), "other": (1.0, 2.0)}, {"dropped": 3.0})
-    run: Any = SimpleNamespace(
-        config=replace(config, distillation=replace(config.distillation, context_distillation=context)),
-        world=SimpleNamespace(all_or_none=lambda _: contextlib.nullcontext()),
-        teacher_prefixes=SimpleNamespace(add=lambda rollouts: (rollouts, counts)),
-    )
-    metrics = Metrics()
-    Run.add_prefixes(run, [], metrics)
-    values = metrics.reduce()
-    assert values.get(TRACE_COVERAGE) == (0.25 if "trace" in template else None)
-    assert ("other" in values) is enabled and ("dropped" in values) is enabled
+    own, of_dataset = SimpleNamespace(off_policy=False), SimpleNamespace(off_policy=True)
+    rollouts: Any = [of_dataset, own]
+    assert Run._samples(run, 1, rollouts) == Run._samples(run, 2, []) == Run._samples(run, 2, rollouts[:1]) == []
+    assert not events
+    assert Run._samples(run, 2, rollouts) == [2, own] and events == ["offload", "samples"]

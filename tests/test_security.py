@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from distill.checkpoint.storage import ShardsReader
 from distill.config import load_config
-from distill.data.prompts import chat_ids
+from distill.data.rendering import chat_ids
 from distill.data.tokenizer import load_tokenizer
 from distill.errors import UserError
 from distill.model.hf_config import model_config

@@ -54,17 +54,18 @@ def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespa
         or SimpleNamespace(
             on_device=on_device,
             targets_of=lambda micro_batches: (record("targets") for _ in micro_batches),
-            after_step=lambda student: record("follow"),
+            after_step=lambda student, step: record(f"follow {step}"),
         ),
         engine=part(share_of="share", generate="generate", sleep="sleep"),
         sync=part(push_weights="sync"),
-        validation=part(generate="generate held-out", report="report"),
+        validation=part(generate="generate held-out"),
+        report_validation=lambda held_out: record("report"),
         prompts=part(batch="prompts"),
         checkpoints=part(finalize_pending="finalize"),
-        add_prefixes=lambda generated, metrics: record("prefixes"),
+        responses=part(sampling_at="sampling", select="select"),
         end_step=lambda step, metrics, rollouts: record("end step"),
         validate_last=lambda: record("validate last"),
-        **dict.fromkeys(("sampling", "world", "layout", "packing", "seed")),
+        **dict.fromkeys(("world", "layout", "packing", "seed")),
     )
 
 
@@ -89,10 +90,11 @@ def test_the_loop_needs_few_attributes_of_a_run() -> None:
 def test_a_step_calls_its_parts_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     run_loop(stand_in(events.append), monkeypatch)
-    step = ["sync", "generate held-out", "prompts", "share", "generate", "sleep", "report"]
-    step += ["finalize", "prefixes", "to device", "teacher onload", *["targets"] * 3, "teacher offload"]
-    step += ["train", "train", "student end", "follow", "end step"]
-    assert events == ["step 0", *step, "step 1", *step, "validate last"]
+    step = ["sync", "generate held-out", "prompts", "sampling", "share", "generate", "sleep", "report"]
+    step += ["finalize", "select", "to device", "teacher onload", *["targets"] * 3, "teacher offload"]
+    step += ["train", "train", "student end"]
+    first, second = (["follow 1", "end step"], ["follow 2", "end step"])
+    assert events == ["step 0", *step, *first, "step 1", *step, *second, "validate last"]
 
 
 def test_targets_are_freed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,7 @@ def test_targets_are_freed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> No
                     self.head = new_tensor(4, 2)
                 yield TeacherRows(new_tensor(3, 2), self.head)
 
-        def after_step(self, student: object) -> None:
+        def after_step(self, student: object, step: int) -> None:
             self.head = None
 
     run_loop(stand_in(record, Teacher()), monkeypatch)

@@ -51,10 +51,11 @@ def split(group: Sequence[MicroBatch | TeacherInput], layout: Layout) -> MicroBa
     teacher = join([micro_batch.teacher for micro_batch in group])
     offsets = torch.tensor([0, *(len(micro_batch.rollout_N) for micro_batch in group)]).cumsum(0).tolist()
     by_rank = [rows + offset for offset, of_group in zip(offsets, parts, strict=False) for rows in of_group]
-    student = complete.student
+    student, grid, tp = complete.student, complete.grid, layout.tp_size
+    by_cp_rank = [torch.cat(parts[own][i * tp : (i + 1) * tp]) for i in range(layout.cp_size)]
+    if grid is not None:
+        grid = replace(grid, cell_N=grid.cell_N[rows_N], rows_per_rank=max(map(len, by_cp_rank)))
     if layout.cp_size > 1:
-        tp = layout.tp_size
-        by_cp_rank = [torch.cat(parts[own][i * tp : (i + 1) * tp]) for i in range(layout.cp_size)]
         student = shard_view(student, by_cp_rank, layout.cp_rank)
     else:
         student = replace(student, rows_N=student.rows_N[rows_N])
@@ -65,6 +66,10 @@ def split(group: Sequence[MicroBatch | TeacherInput], layout: Layout) -> MicroBa
         sampled_logprobs_N=complete.sampled_logprobs_N[rows_N],
         weight_N=complete.weight_N[rows_N],
         rollout_N=complete.rollout_N[rows_N],
+        token_N=complete.token_N[rows_N],
+        length_N=complete.length_N[rows_N],
+        off_policy_N=None if complete.off_policy_N is None else complete.off_policy_N[rows_N],
+        grid=grid,
         rows_per_tp_rank=tuple(len(rows) for rows in trained) if layout.tp_size > 1 else (),
     )
 

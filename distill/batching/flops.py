@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,17 +85,29 @@ class ModelFlops(ModelSizes):
         attention = self._pair * ((self.layers - self.windowed) * pairs + self.windowed * in_window)
         return self._token * tokens + self._head * scored + attention
 
-    def training(self, rollouts: Sequence[Rollout], share_prefixes: bool) -> float:
+    def training(
+        self,
+        rollouts: Sequence[Rollout],
+        share_prefixes: bool,
+        read: Callable[[Rollout], int] | None = None,
+        trained: float | None = None,
+        scored: float = 0.0,
+    ) -> float:
         """Return the FLOPs of forward and backward (twice the forward) over the student's prompts and responses.
 
         ``share_prefixes``: count a prompt once for all its responses. A prompt whose responses are in several
         micro-batches is computed more often, so the result is a lower bound. Recomputed activations do not count.
+        ``read``: function that returns the number of tokens of a response that the student reads; None: all tokens.
+        ``trained``: number of tokens with a weight in the loss; None: all tokens that are read. ``scored``: number of
+        tokens that the LM head reads a second time, without a backward.
         """
-        total, seen = 0.0, set()
+        total, seen, head = 0.0, set(), 0
         for rollout in rollouts:
-            prompt, response = len(rollout.prompt.student_ids), len(rollout.response_ids)
-            if not share_prefixes or rollout.prompt.student_ids not in seen:
+            prompt = len(rollout.prompt.student_ids)
+            response = len(rollout.response_ids) if read is None else read(rollout)
+            if response and (not share_prefixes or rollout.prompt.student_ids not in seen):
                 seen.add(rollout.prompt.student_ids)
                 total += self.forward(0, prompt, 0)
-            total += self.forward(prompt, response, response)
-        return 3 * total
+            total += self.forward(prompt, response, 0)
+            head += response
+        return 3 * (total + self._head * (head if trained is None else trained)) + self._head * scored

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from distill.batching.balance import ROUND_COST, balance
 from distill.batching.context_parallel import TeacherInput, split
-from distill.types import Layout, MicroBatch, OptimizerBatch, Rollout, SharedPrefixes, View
+from distill.batching.position_weights import loss_divisor, row_weights, tokens_read
+from distill.config import TokenWeightsConfig
+from distill.types import Layout, MicroBatch, OptimizerBatch, ResponseGrid, Rollout, SharedPrefixes, View
 
 _GROUP_FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Maximum costs that ``balance_responses`` tries for a group of responses with a shared prefix.
@@ -54,6 +56,16 @@ class PackingConfig:
     This number determines the number of optimizer batches, over which the remaining responses are distributed evenly.
     Otherwise the last batch could have few responses, but the same influence on the weights as a full batch.
     """
+    weights: TokenWeightsConfig | None = None
+    """Weights of the response tokens (``loss_fn.token_weights``); None means that every token has the weight 1.
+
+    Responses without a token of nonzero position weight are not packed. The models read the other responses up to the
+    last such token.
+    """
+
+    def reads(self, rollout: Rollout) -> int:
+        """Return the number of response tokens of ``rollout`` that are rows of the loss."""
+        return tokens_read(self.weights, len(rollout.response_ids))
 
 
 def plan(
@@ -65,7 +77,8 @@ def plan(
     rollouts. ``seed`` and ``step`` determine which responses are in an optimizer batch; their lengths and the parallel
     layout have no influence. Within a batch every rank gets the same number of micro-batches, and the k-th
     micro-batches of all ranks cost about the same. A micro-batch without responses consists of a dummy row of weight 0.
-    The context-parallel and tensor-parallel ranks that compute a micro-batch together get shards of it.
+    An optimizer batch in which no token has a position weight has no micro-batches. The context-parallel and
+    tensor-parallel ranks that compute a micro-batch together get shards of it.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
@@ -85,20 +98,23 @@ def _optimizer_batches(order: list[int], packing_config: PackingConfig) -> list[
 def _optimizer_batch(
     rollouts: Sequence[Rollout], members: list[int], layout: Layout, packing_config: PackingConfig
 ) -> OptimizerBatch:
-    share = packing_config.share_prefixes
-    rounds = balance_responses(rollouts, members, layout.dp_size, packing_config)
+    share, weights = packing_config.share_prefixes, packing_config.weights
+    lengths = [len(rollouts[i].response_ids) for i in members]
+    read = [i for i in members if packing_config.reads(rollouts[i])]
+    rounds = balance_responses(rollouts, read, layout.dp_size, packing_config) if read else []
 
     def packed(responses: list[int], own: bool) -> MicroBatch | TeacherInput:
         indexed = [(i, rollouts[i]) for i in responses]
-        return pack(indexed, share) if own else pack_teacher(indexed, share)
+        return pack(indexed, share, weights) if own else pack_teacher(indexed, share, weights)
 
     return OptimizerBatch(
         micro_batches=tuple(
             split([packed(by_rank[dp], dp == layout.dp_rank) for dp in layout.teacher_dp_ranks], layout)
             for by_rank in rounds
         ),
-        response_tokens=sum(len(rollouts[i].response_ids) for i in members),
+        response_tokens=sum(lengths),
         rollouts=rollouts,
+        known_divisor=None if weights is None else loss_divisor(weights, lengths),
     )
 
 
@@ -135,8 +151,8 @@ class _ResponseCosts:
     def __init__(self, rollouts: Sequence[Rollout], members: Sequence[int], packing_config: PackingConfig) -> None:
         self.members = members
         self.config = packing_config
-        self.reads = {i: _tokens_read(rollouts[i]) for i in members}
-        self.prefix_reads = {i: self.reads[i] - len(rollouts[i].response_ids) for i in members}
+        self.prefix_reads = {i: _prefix_tokens(rollouts[i]) for i in members}
+        self.reads = {i: self.prefix_reads[i] + packing_config.reads(rollouts[i]) for i in members}
         self.first_with_prefix = {i: i for i in members}
         if packing_config.share_prefixes:
             first: dict[tuple[tuple[int, ...], ...], int] = {}
@@ -148,7 +164,7 @@ class _ResponseCosts:
         """Return the cost of training on a micro-batch of ``responses``, in units of the cost of one token.
 
         The cost is the number of tokens, with each shared prefix counted once, plus q n^2 for each response. n is the
-        number of tokens of response and prefix; q is ``PackingConfig.quadratic``.
+        number of tokens of prefix and response that are read; q is ``PackingConfig.quadratic``.
         """
         prefixes = {self.first_with_prefix[i] for i in responses}
         tokens = sum(self.reads[i] - self.prefix_reads[i] for i in responses)
@@ -195,9 +211,9 @@ class _Group:
     members: list[int] = field(default_factory=list)
 
 
-def _tokens_read(rollout: Rollout) -> int:
-    """Return the number of tokens of prefix plus response, for the model with the longer prefix."""
-    return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids)) + len(rollout.response_ids)
+def _prefix_tokens(rollout: Rollout) -> int:
+    """Return the number of tokens of the longer prefix of both models."""
+    return max(len(rollout.prompt.student_ids), len(rollout.teacher_prefix_ids))
 
 
 def _logprobs(rollout: Rollout) -> NDArray[np.float32]:
@@ -207,52 +223,83 @@ def _logprobs(rollout: Rollout) -> NDArray[np.float32]:
     return np.fromiter(rollout.logprobs, np.float32, len(rollout.logprobs))
 
 
-def pack(members: Sequence[tuple[int, Rollout]], share: bool = False) -> MicroBatch:
+def pack(
+    members: Sequence[tuple[int, Rollout]], share: bool = False, weights: TokenWeightsConfig | None = None
+) -> MicroBatch:
     """Pack rollouts into one micro-batch: concatenate prefixes and responses without padding.
 
     ``members`` has pairs of (index in the step's list of rollouts, rollout). Loss row n belongs to response token n. In
     the input of each model, row n refers to the position that predicts this token: the position of the token before it.
-    With ``share`` a repeated prefix is included only once. If ``members`` is empty, the micro-batch is a dummy sequence
-    of one token with one row of weight 0, so that every rank runs the same collectives.
+    With ``share`` a repeated prefix is included only once. ``weights``: as in ``PackingConfig``; every response needs a
+    token of nonzero position weight. If ``members`` is empty, the micro-batch is a dummy sequence of one token with one
+    row of weight 0, so that every rank runs the same collectives.
     """
     if not members:
-        return _dummy()
+        return _dummy(weights)
     rollouts = [rollout for _, rollout in members]
-    responses = [_int64(r.response_ids) for r in rollouts]
-    sampled_N = torch.from_numpy(np.concatenate(responses))
+    of_tokens = [row_weights(weights, len(r.response_ids)) for r in rollouts]
+    counts = [len(weight_R) for weight_R in of_tokens]
+    assert all(counts), "a response without a weight"
+    responses = [_int64(r.response_ids)[:n] for r, n in zip(rollouts, counts, strict=True)]
+    token_N = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
+    is_off_policy = [rollout.off_policy for rollout in rollouts]
+    logprobs = [_logprobs(r)[:n] for r, n in zip(rollouts, counts, strict=True)]
     return MicroBatch(
         student=_view([r.prompt.student_ids for r in rollouts], responses, share),
         teacher=_view([_teacher_prefix(r) for r in rollouts], responses, share),
-        sampled_N=sampled_N,
-        sampled_logprobs_N=torch.from_numpy(np.concatenate([_logprobs(r) for r in rollouts])),
-        weight_N=torch.ones(len(sampled_N)),
-        rollout_N=_rollout_numbers(members),
+        sampled_N=torch.from_numpy(np.concatenate(responses)),
+        sampled_logprobs_N=torch.from_numpy(np.concatenate(logprobs)),
+        weight_N=torch.from_numpy(np.concatenate(of_tokens)),
+        rollout_N=_rollout_numbers(members, counts),
+        token_N=torch.from_numpy(token_N),
+        length_N=torch.from_numpy(np.repeat(np.array([len(r.response_ids) for r in rollouts], np.int32), counts)),
+        off_policy_N=torch.from_numpy(np.repeat(is_off_policy, counts)) if any(is_off_policy) else None,
+        grid=_grid(counts, token_N) if weights is not None and weights.depends_on_models else None,
     )
 
 
-def pack_teacher(members: Sequence[tuple[int, Rollout]], share: bool = False) -> TeacherInput:
-    """Return only the part of ``pack(members, share)`` that other ranks of the teacher group need."""
+def _grid(counts: Sequence[int], token_N: NDArray[np.int32]) -> ResponseGrid:
+    width = max(counts)
+    cell_N = np.repeat(np.arange(len(counts)) * width, counts) + token_N
+    return ResponseGrid(torch.from_numpy(cell_N), len(counts), width, len(token_N))
+
+
+def pack_teacher(
+    members: Sequence[tuple[int, Rollout]], share: bool = False, weights: TokenWeightsConfig | None = None
+) -> TeacherInput:
+    """Return only the part of ``pack(members, share, weights)`` that other ranks of the teacher group need."""
     if not members:
         dummy = _dummy()
         return TeacherInput(dummy.teacher, dummy.rollout_N)
-    responses = [_int64(rollout.response_ids) for _, rollout in members]
+    counts = [tokens_read(weights, len(rollout.response_ids)) for _, rollout in members]
+    responses = [_int64(rollout.response_ids)[:n] for (_, rollout), n in zip(members, counts, strict=True)]
     view = _view([_teacher_prefix(rollout) for _, rollout in members], responses, share)
-    return TeacherInput(view, _rollout_numbers(members))
+    return TeacherInput(view, _rollout_numbers(members, counts))
 
 
-def _dummy() -> MicroBatch:
+def _dummy(weights: TokenWeightsConfig | None = None) -> MicroBatch:
     view = view_of([((0,), (0,))])
-    one, minus_one = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
-    return MicroBatch(view, view, one, torch.zeros(1), torch.zeros(1), minus_one)
+    zero, minus_one = torch.zeros(1, dtype=torch.int64), torch.full((1,), -1)
+    token_N = np.zeros(1, np.int32)
+    return MicroBatch(
+        student=view,
+        teacher=view,
+        sampled_N=zero,
+        sampled_logprobs_N=torch.zeros(1),
+        weight_N=torch.zeros(1),
+        rollout_N=minus_one,
+        token_N=torch.from_numpy(token_N),
+        length_N=torch.ones(1, dtype=torch.int32),
+        grid=_grid([1], token_N) if weights is not None and weights.depends_on_models else None,
+    )
 
 
 def _teacher_prefix(rollout: Rollout) -> Sequence[int]:
     return rollout.teacher_prefix_ids or rollout.prompt.student_ids
 
 
-def _rollout_numbers(members: Sequence[tuple[int, Rollout]]) -> Tensor:
-    lengths = [len(rollout.response_ids) for _, rollout in members]
-    return torch.from_numpy(np.repeat([i for i, _ in members], lengths))
+def _rollout_numbers(members: Sequence[tuple[int, Rollout]], counts: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.repeat([i for i, _ in members], counts))
 
 
 def view_of(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], share: bool = False) -> View:

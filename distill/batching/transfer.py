@@ -22,8 +22,8 @@ def to_device(batches: Sequence[OptimizerBatch], device: torch.device) -> list[O
     """Return the batches with all tensors of their micro-batches on ``device``; on a CPU, the batches themselves.
 
     All tensors are copied to one pinned buffer and from there in one asynchronous transfer on the current stream. They
-    remain views of one buffer on the device, which is freed with the last of them. ``MicroBatch.kept_M`` and
-    ``View.bounds_B`` are added, so that a micro-batch needs no further transfer.
+    remain views of one buffer on the device, which is freed with the last of them. ``MicroBatch.kept_M``,
+    ``MicroBatch.off_policy_M`` and ``View.bounds_B`` are added, so that a micro-batch needs no further transfer.
     """
     return list(batches) if device.type == "cpu" else copy_batches(batches, device)
 
@@ -47,11 +47,13 @@ def copy_batches(batches: Sequence[OptimizerBatch], device: torch.device) -> lis
 
 
 def _with_derived_tensors(micro_batch: MicroBatch) -> MicroBatch:
+    off_policy_N, is_kept_N = micro_batch.off_policy_N, micro_batch.weight_N != 0
     return replace(
         micro_batch,
         student=_with_bounds(micro_batch.student),
         teacher=_with_bounds(micro_batch.teacher),
-        kept_M=micro_batch.weight_N.nonzero().squeeze(1),
+        kept_M=is_kept_N.nonzero().squeeze(1),
+        off_policy_M=None if off_policy_N is None else (off_policy_N & is_kept_N).nonzero().squeeze(1),
     )
 
 

@@ -30,7 +30,7 @@ from distill.checkpoint.manifest import (
     write_info,
 )
 from distill.checkpoint.retention import to_drop
-from distill.checkpoint.search import DIR_KEY, Found, find_checkpoint, steps_in, writing
+from distill.checkpoint.search import DIR_KEY, Found, find_checkpoint, step_of, steps_in, writing
 from distill.checkpoint.storage import SHARDS, HeartbeatLoadPlanner, ShardsReader, read_error
 from distill.config import CheckpointingConfig
 from distill.distributed.world import CONTROL_TIMEOUT, World
@@ -44,6 +44,8 @@ _PROBE_TEXT = "test of write access\n"
 _VISIBLE_WITHIN_S = 60.0
 """Time limit in seconds for a file written on one node to become visible on all nodes."""
 _UNFINISHED = "tmp_"
+_FOR_ALARM = "saved_for_alarm"
+"""Key of training_info.json that is true if an alarm saved the checkpoint."""
 
 
 def has_validation(info: Mapping[str, Any]) -> bool:
@@ -68,7 +70,8 @@ class Checkpoints:
     N is the number of finished training steps. Each shard is stored with its tensor's name and its offset in the
     tensor, so a checkpoint can be loaded on any number of ranks. ``save`` copies the tensors to host memory, and a
     thread writes them to ``tmp_step_N``. After every rank has written its shards, ``finalize_pending`` renames the
-    directory to ``step_N``. Only one checkpoint is written at a time. All public methods except ``due`` are collective.
+    directory to ``step_N``. Only one checkpoint is written at a time. All public methods except ``due`` and
+    ``before`` are collective.
     """
 
     def __init__(self, config: CheckpointingConfig, world: World) -> None:
@@ -293,12 +296,17 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def record_metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def before(self, step: int) -> Path | None:
+        """Return the newest complete checkpoint with fewer than ``step`` finished steps, or None."""
+        older = [path for path in steps_in(self._dir) if step_of(path) < step] if self._config.enabled else []
+        return older[-1] if older else None
+
+    def record_metrics(self, step: int, values: Mapping[str, float], more: Mapping[str, Any] | None = None) -> None:
         """Add metrics to the checkpoint of ``step``, if that checkpoint exists; then apply keep_top_k.
 
         Collective. ``values`` maps logged names, such as ``train/loss``, to the metrics after ``step`` training steps;
         all ranks must pass the same names. Only validation metrics and the metric that checkpointing.metric_name
-        selects are stored.
+        selects are stored. ``more``: more JSON values by name to store.
         """
         if not self._config.enabled:
             return
@@ -307,16 +315,26 @@ class Checkpoints:
         if not kept:
             return
         finite = {name: value for name, value in kept.items() if math.isfinite(value)}
+        self._update_info(step, lambda info: {"metrics": info.get("metrics", {}) | finite, **(more or {})})
+
+    def keep_for_alarm(self, step: int) -> None:
+        """Exempt the checkpoint of ``step``, if that checkpoint exists, from keep_top_k; collective.
+
+        Only the newest checkpoints of alarms are exempt, see ``retention.to_drop``.
+        """
+        if self._config.enabled:
+            self._update_info(step, lambda info: {_FOR_ALARM: True})
+
+    def _update_info(self, step: int, changes: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
+        """Change training_info.json of ``step``, if that checkpoint exists; then apply keep_top_k; collective."""
         if self._pending is not None and self._pending.step == step:
-            info = self._pending.info
-            info["metrics"] = info.get("metrics", {}) | finite
+            self._pending.info.update(changes(self._pending.info))
             return
-        with self._world.all_or_none("recording the checkpoint's metrics"), self._writing():
+        with self._world.all_or_none("updating the checkpoint's information"), self._writing():
             path = self._dir / f"step_{step}"
             found = self._info(path) if self._world.is_main and path.exists() else None
             if found is not None:
-                found["metrics"] = found.get("metrics", {}) | finite
-                write_info(path, found)
+                write_info(path, found | changes(found))
                 self._drop_old()
 
     def _warn_if_not_measured(self, values: Mapping[str, float]) -> None:
@@ -342,13 +360,14 @@ class Checkpoints:
         """Remove the checkpoints that checkpointing.keep_top_k does not keep; ignore unreadable checkpoints."""
         infos = {path: info for path in steps_in(self._dir) if (info := self._info(path)) is not None}
         metrics = {path: info.get("metrics", {}).get(self._metric) for path, info in infos.items()}
+        for_alarms = {path for path, info in infos.items() if info.get(_FOR_ALARM)}
         if self._metric and any(value is not None for value in metrics.values()):
-            for path in [p for p in list(metrics)[:-1] if metrics[p] is None]:
+            for path in [p for p in list(metrics)[:-1] if metrics[p] is None and p not in for_alarms]:
                 self._warn_once(
                     f"checkpoint {path} counts as the worst checkpoint for checkpointing.keep_top_k, because"
                     f" checkpointing.metric_name={self._config.metric_name} was not measured for it"
                 )
-        for old in to_drop(metrics, self._config.keep_top_k, self._config.higher_is_better):
+        for old in to_drop(metrics, self._config.keep_top_k, self._config.higher_is_better, for_alarms):
             try:
                 self._remove(old)
             except OSError as error:  # another process may be reading it; the run can continue

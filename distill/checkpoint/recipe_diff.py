@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from distill.config import TokenWeightsConfig
 from distill.config.paths import same_value
 
 _SECTIONS = ("distillation.", "loss_fn.", "policy.", "teacher.")
 _SAME_RUN = (
+    "distillation.alarms",
     "distillation.allow_degenerate",
     "distillation.context_distillation.metrics.",
+    "distillation.default_alarms",
     "distillation.max_num_",
     "distillation.max_val_samples",
+    "distillation.probe_period",
     "distillation.val_",
+    "distillation.watched_words",
     "policy.dtensor_cfg.",
     "policy.dynamic_batching.",
     "policy.generation.backend",
@@ -42,6 +48,17 @@ _ARITHMETIC = (
     "teacher.precision",
 )
 """Keys of dtypes and implementations, which change the rounding but not what the run learns."""
+_OFF_POLICY = "distillation.off_policy."
+_BEFORE: dict[str, Any] = {
+    "distillation.context_distillation.keep_history": False,
+    "distillation.context_distillation.teacher_messages_key": None,
+    "distillation.context_distillation.teacher_system_prompt_file": None,
+    "distillation.control": False,
+    "distillation.max_new_tokens_schedule": [],
+    "distillation.off_policy.share": 0.0,
+    "distillation.train_on": "all",
+}
+"""Keys that recipes of older checkpoints lack, with the values that have the effect of these recipes."""
 _FREE_FORM = ("chat_template_kwargs",)
 """Names of keys whose value is a dict with any names; such a dict is compared as one value."""
 
@@ -51,21 +68,45 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any], others: t
 
     ``saved``, ``current``: the recipe (configuration) in the checkpoint and the current recipe. The dict follows the
     order of keys in ``current``. Keys that only one of the recipes contains are ignored, because another version of the
-    program may have written the checkpoint. Different paths to the same file count as equal values. ``others``:
-    prefixes of further keys to compare.
+    program may have written the checkpoint; keys in ``_BEFORE`` have a value also in recipes without them. If a
+    section is null in one recipe, each of its keys counts as null there. Keys of off-policy responses are compared only
+    if their share is above 0 in one of the recipes. Different paths to the same file are equal.
+    ``others``: prefixes of further keys to compare.
     """
-    before = dict(_flat(saved, ""))
+    share = f"{_OFF_POLICY}share"
+    now, then = json.loads(json.dumps(current)), _with_loss_defaults(saved)
+    after = dict(_flat(_with_null_sections(now, then), ""))
+    before = {**after, **_BEFORE, **dict(_flat(_with_null_sections(then, now), ""))}
     return {
         key: f"{key} was {before[key]} and is {value}"
-        for key, value in _flat(json.loads(json.dumps(current)), "")
+        for key, value in after.items()
         if key.startswith(_SECTIONS + others) and not key.startswith(_SAME_RUN)
-        if not same_value(key, before.get(key, value), value)
+        if not same_value(key, before[key], value)
+        if not (key.startswith(_OFF_POLICY) and before.get(share) == after.get(share) == 0)
     }
 
 
 def affects_learning(key: str) -> bool:
     """Return whether a change of ``key`` affects what the run learns, and not only the rounding."""
     return key not in _ARITHMETIC
+
+
+def _with_loss_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``saved`` with the defaults of the keys of loss_fn that recipes of older checkpoints lack."""
+    if "loss_fn" not in saved:
+        return dict(saved)
+    defaults = {"entry_clip": None, "token_weights": asdict(TokenWeightsConfig())}
+    return {**saved, "loss_fn": {**defaults, **saved["loss_fn"]}}
+
+
+def _with_null_sections(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` with a section of nulls in place of each null for which ``other`` has a section."""
+    found = dict(tree)
+    for name, value in tree.items():
+        section = other.get(name)
+        if isinstance(section, Mapping) and name not in _FREE_FORM and (value is None or isinstance(value, Mapping)):
+            found[name] = _with_null_sections(dict.fromkeys(section) if value is None else value, section)
+    return found
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

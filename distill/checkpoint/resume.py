@@ -109,6 +109,14 @@ class RunHistory:
         """
         return None if found is None or self.validation_changes else found.info["in_context"]
 
+    def first_validation(self, found: Found | None) -> dict[str, Any] | None:
+        """Return the grades of the run's first validation, which are stored in the checkpoint ``found``.
+
+        Returns None without a checkpoint, if the checkpoint has no grades, or if the validation data changed after the
+        checkpoint was saved.
+        """
+        return None if found is None or self.validation_changes else found.info.get("first_validation")
+
     def write(self, run_dir: Path) -> None:
         """Write ``self.changes`` to ``changes.json`` in the run directory, if there are any changes."""
         if self.changes:

@@ -9,6 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distill.config.command_line import print_flag
+from distill.config.loop import (
+    AlarmConfig,
+    ContextDistillationConfig,
+    ContextMetricsConfig,
+    DistillationConfig,
+    OffPolicyConfig,
+    StaticTraceConfig,
+    TraceExtractorConfig,
+)
+from distill.config.loss import KlType, LossConfig, PositionSigmoidConfig, SelectConfig, TokenWeightsConfig
 from distill.config.models import (
     BatchingConfig,
     DtensorConfig,
@@ -27,16 +37,10 @@ from distill.config.schema import (
     CheckpointingConfig,
     ClusterConfig,
     Config,
-    ContextDistillationConfig,
-    ContextMetricsConfig,
     DataConfig,
     DatasetConfig,
-    DistillationConfig,
     LoggerConfig,
-    LossConfig,
     RuntimeConfig,
-    StaticTraceConfig,
-    TraceExtractorConfig,
     WandbConfig,
 )
 
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from distill.config.load import Arguments, load_config, parse_args, to_yaml
 
 __all__ = [
+    "AlarmConfig",
     "Arguments",
     "BatchingConfig",
     "CheckpointingConfig",
@@ -56,17 +61,22 @@ __all__ = [
     "DistillationConfig",
     "DtensorConfig",
     "GenerationConfig",
+    "KlType",
     "LoggerConfig",
     "LossConfig",
+    "OffPolicyConfig",
     "OptimizerConfig",
     "OptimizerKwargs",
     "PolicyConfig",
+    "PositionSigmoidConfig",
     "RuntimeConfig",
     "SchedulerStage",
+    "SelectConfig",
     "StaticTraceConfig",
     "TeacherBatchingConfig",
     "TeacherConfig",
     "TeacherDtensorConfig",
+    "TokenWeightsConfig",
     "TokenizerConfig",
     "TraceExtractorConfig",
     "VllmConfig",

@@ -52,6 +52,7 @@ DERIVED_DEFAULTS: dict[str, str] = {
     "policy.sequence_packing.train_mb_tokens": "${mul:${..max_total_sequence_length},${..train_micro_batch_size}}",
     "policy.sequence_packing.logprob_mb_tokens": "${mul:${..max_total_sequence_length},${..logprob_batch_size}}",
     "policy.generation.max_new_tokens": "${..max_total_sequence_length}",
+    "policy.generation.val_max_new_tokens": "${.max_new_tokens}",
     "policy.generation.val_temperature": "${.temperature}",
     "policy.generation.val_top_p": "${.top_p}",
     "policy.generation.val_top_k": "${.top_k}",

@@ -198,6 +198,8 @@ class GenerationConfig:
     top_k: int | None = None
     """Number of most likely tokens to sample from; null: all tokens. A number requires
     distillation.allow_degenerate."""
+    val_max_new_tokens: int = 8192
+    """Maximum number of tokens in a response of validation. Default: policy.generation.max_new_tokens."""
     val_temperature: float = 1.0
     """Sampling temperature in validation. Default: policy.generation.temperature."""
     val_top_p: float = 1.0

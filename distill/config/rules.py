@@ -9,9 +9,14 @@ import re
 from operator import attrgetter
 from typing import Any
 
+from distill.config.alarm_rules import check_alarms
+from distill.config.context_rules import check_context
+from distill.config.divergence_rules import check_divergence
+from distill.config.loop_rules import check_loop
+from distill.config.response_limits import largest_max_new_tokens
 from distill.config.schedule_rules import check_scheduler
-from distill.config.schema import Config, ContextDistillationConfig, DatasetConfig, LossConfig
-from distill.config.template import teacher_template
+from distill.config.schema import Config, DatasetConfig
+from distill.config.token_weight_rules import check_token_weights
 from distill.errors import UserError, any_of, show
 
 AT_LEAST: dict[int, str] = {
@@ -22,26 +27,26 @@ AT_LEAST: dict[int, str] = {
         policy.dtensor_cfg.tensor_parallel_size policy.dtensor_cfg.context_parallel_size
         policy.dtensor_cfg.replicate_size policy.dynamic_batching.train_mb_tokens
         policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
-        policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens policy.generation.top_k
-        policy.generation.val_top_k policy.generation.vllm_cfg.tensor_parallel_size
+        policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens
+        policy.generation.val_max_new_tokens policy.generation.top_k policy.generation.val_top_k
+        policy.generation.vllm_cfg.tensor_parallel_size
         policy.generation.vllm_cfg.max_model_len teacher.max_total_sequence_length teacher.logprob_batch_size
         teacher.logprob_chunk_size teacher.dtensor_cfg.tensor_parallel_size teacher.dtensor_cfg.context_parallel_size
         teacher.dynamic_batching.logprob_mb_tokens teacher.sequence_packing.logprob_mb_tokens data.max_input_seq_length
         checkpointing.keep_top_k checkpointing.save_period cluster.num_nodes cluster.gpus_per_node
         logger.train_samples_period
         runtime.sync_bucket_mib runtime.logits_chunk_rows runtime.phase_timeout_s""",
-    0: """distillation.val_period distillation.seed distillation.topk_logits_k loss_fn.mixed_kl_weight
+    0: """distillation.val_period distillation.probe_period distillation.seed distillation.topk_logits_k
+        loss_fn.mixed_kl_weight
         policy.optimizer.kwargs.lr policy.optimizer.kwargs.weight_decay logger.num_val_samples_to_print
         logger.num_train_samples_to_print logger.top_tokens_per_sample""",
 }
 """Maps a minimum to the configuration keys with this minimum, separated by spaces."""
-ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap policy.max_grad_norm
-    policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p policy.generation.val_top_p
-    policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
+ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap loss_fn.entry_clip
+    policy.max_grad_norm policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p
+    policy.generation.val_top_p policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
 AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization"""
-FLOOR_KL_TYPES = ("forward", "reverse", "mixed", "sampled")
-"""Values of ``loss_fn.kl_type`` that can be combined with ``outside_topk: floor``."""
 
 
 def check(config: Config) -> None:
@@ -54,10 +59,14 @@ def check(config: Config) -> None:
         _check_groups,
         check_scheduler,
         _check_loss,
-        _check_context,
+        check_token_weights,
+        check_context,
+        check_loop,
+        _check_teacher_window,
         _check_data,
         _check_checkpointing,
         _check_degenerate,
+        check_alarms,
     ):
         rule(config)
 
@@ -140,7 +149,8 @@ def _check_windows(config: Config) -> None:
             value=generation.engine_precision,
         )
     teacher = config.teacher.max_total_sequence_length
-    if teacher < window and not config.distillation.context_distillation.enabled:
+    loop = config.distillation
+    if teacher < window and (loop.control or not loop.context_distillation.enabled):
         raise UserError(
             f"teacher.max_total_sequence_length={teacher} is below {student_window}, but the teacher reads the "
             "student's sequences",
@@ -148,13 +158,20 @@ def _check_windows(config: Config) -> None:
             key="teacher.max_total_sequence_length",
             value=teacher,
         )
-    if teacher < generation.max_new_tokens:
+
+
+def _check_teacher_window(config: Config) -> None:
+    """Raise UserError if the longest responses do not fit into the teacher's window."""
+    window, longest = config.teacher.max_total_sequence_length, largest_max_new_tokens(config)
+    if window < longest:
+        schedule = config.distillation.max_new_tokens_schedule
+        source = " and distillation.max_new_tokens_schedule" if schedule else ""
         raise UserError(
-            f"teacher.max_total_sequence_length={teacher} is below policy.generation.max_new_tokens="
-            f"{generation.max_new_tokens}, so the longest responses do not fit",
-            f"set it to at least {generation.max_new_tokens} plus the length of the teacher's prompt",
+            f"teacher.max_total_sequence_length={window} is below {longest}, the largest number of new tokens of the"
+            f" run (policy.generation.max_new_tokens{source}), so the longest responses do not fit",
+            f"set it to at least {longest} plus the length of the teacher's prompt",
             key="teacher.max_total_sequence_length",
-            value=teacher,
+            value=window,
         )
 
 
@@ -230,110 +247,19 @@ def _check_loss(config: Config) -> None:
         )
 
 
-def check_divergence(loss: LossConfig) -> None:
-    """Raise UserError if kl_type cannot be combined with outside_topk=floor, or if jsd_beta is invalid."""
-    if loss.outside == "floor" and loss.kl_type not in FLOOR_KL_TYPES:
-        floor, also = (
-            ("loss_fn.zero_outside_topk=true", " and remove loss_fn.zero_outside_topk")
-            if loss.zero_outside_topk
-            else ("loss_fn.outside_topk=floor", "")
-        )
-        raise UserError(
-            f"loss_fn.kl_type={loss.kl_type} cannot be combined with {floor}",
-            f"set loss_fn.outside_topk=bucket{also}",
-            key="loss_fn.kl_type",
-            value=loss.kl_type,
-        )
-    if loss.kl_type == "jsd" and not 0 < loss.jsd_beta < 1:
-        raise UserError(
-            f"loss_fn.jsd_beta={loss.jsd_beta} is not strictly between 0 and 1",
-            f"set it between 0 and 1, or set loss_fn.kl_type={'reverse' if loss.jsd_beta <= 0 else 'forward'}",
-            key="loss_fn.jsd_beta",
-            value=loss.jsd_beta,
-        )
-
-
-def _check_context(config: Config) -> None:
-    context, key = (config.distillation.context_distillation, "distillation.context_distillation")
-    teacher_template(context.teacher_prefix_template)
-    _check_think_tags(context.trace_extractor.think_tags, f"{key}.trace_extractor.think_tags")
-    if not 0 < context.ema_decay < 1:
-        raise UserError(
-            f"{key}.ema_decay={context.ema_decay} is not strictly between 0 and 1",
-            "set it between 0 and 1, or set mode to self_frozen (a decay of 1) or self_live (a decay of 0)",
-            key=f"{key}.ema_decay",
-            value=context.ema_decay,
-        )
-    if not context.enabled:
-        return
-    if context.mode != "frozen" and config.policy.model_name != config.teacher.model_name:
-        raise UserError(
-            f"teacher.model_name={config.teacher.model_name} differs from policy.model_name="
-            f"{config.policy.model_name}, but with {key}.mode={context.mode} the teacher is a copy of the student",
-            "set both to the same model, or set mode to frozen",
-            key="teacher.model_name",
-            value=config.teacher.model_name,
-        )
-    _check_trace_source(context, key)
-
-
-def _check_trace_source(context: ContextDistillationConfig, key: str) -> None:
-    column = context.static_trace.answer_column
-    if context.trace_source == "static_dataset" and not column:
-        raise UserError(
-            f"{key}.static_trace.answer_column={show(column)} is missing for {key}.trace_source=static_dataset",
-            "set it to the dataset column that contains the reasoning traces for the teacher's prompt",
-            key=f"{key}.static_trace.answer_column",
-            value=column,
-        )
-    if context.trace_source == "dynamic" and column:
-        raise UserError(
-            f"{key}.static_trace.answer_column={column} has no effect with {key}.trace_source=dynamic",
-            "set trace_source to static_dataset, or answer_column to null",
-            key=f"{key}.static_trace.answer_column",
-            value=column,
-        )
-    if context.trace_source == "dynamic" and context.trace_extractor.type == "full_text":
-        raise UserError(
-            f"{key}.trace_extractor.type=full_text is not allowed with {key}.trace_source=dynamic, because the teacher "
-            "would read the complete response before it scores this response",
-            "set type to think_tag, or trace_source to static_dataset",
-            key=f"{key}.trace_extractor.type",
-            value="full_text",
-        )
-
-
-def _check_think_tags(tags: tuple[str, str], key: str) -> None:
-    opening, closing = tags
-    example = 'such as ["<think>", "</think>"]'
-    if not all(tag and tag == tag.strip() for tag in tags):
-        raise UserError(
-            f"{key}={show(list(tags))} has an empty tag or a tag with white space around it",
-            f"set it to an opening and a closing tag, {example}",
-            key=key,
-            value=tags,
-        )
-    if opening in closing or closing in opening:
-        raise UserError(
-            f"{key}={show(list(tags))} has a tag that equals or contains the other",
-            f"set it to two different tags, {example}",
-            key=key,
-            value=tags,
-        )
-
-
 def _check_data(config: Config) -> None:
     loop, data = config.distillation, config.data
     if not data.train:
         fix = "set data.train.dataset_name or data.train.data_path"
         raise UserError("data.train=null provides no training data", fix, key="data.train")
-    validations = [name for name in ("val_period", "val_at_start", "val_at_end") if getattr(loop, name)]
+    validations = [name for name in ("val_period", "val_at_start", "val_at_end", "probe_period") if getattr(loop, name)]
     if not data.validation and validations:
         raise UserError(
             f"data.validation=null, but distillation.{validations[0]}={show(getattr(loop, validations[0]))} enables "
             "validation",
             "set data.validation.dataset_name or data.validation.data_path, or disable validation with "
-            "distillation.val_period=0, distillation.val_at_start=false and distillation.val_at_end=false",
+            "distillation.val_period=0, distillation.val_at_start=false, distillation.val_at_end=false and "
+            "distillation.probe_period=0",
             key="data.validation",
         )
     for name, entries in (("data.train", data.train), ("data.validation", data.validation)):
@@ -349,6 +275,10 @@ def _check_dataset(key: str, entry: DatasetConfig) -> None:
         raise UserError(
             f"{key}.repeat={entry.repeat} is out of range", "set it to at least 1", f"{key}.repeat", entry.repeat
         )
+    for name, column in (("input_key", entry.input_key), ("tools_key", entry.tools_key)):
+        if column is not None and not column.strip():
+            fix = "set it to the name of a column, or to null"
+            raise UserError(f"{key}.{name} is an empty text", fix, f"{key}.{name}", column)
     graders = ("math", "exact", "regex", "choice", None)
     if entry.env_name not in graders:
         fix = f"set it to {any_of(map(show, graders))}"

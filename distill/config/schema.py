@@ -9,176 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distill.config.loop import DistillationConfig
+from distill.config.loss import LossConfig
 from distill.config.models import PolicyConfig, TeacherConfig
-
-Outside = Literal["bucket", "renormalize", "floor"]
-"""How the loss treats the tokens outside the top-k; the values are explained at LossConfig.outside_topk."""
-
 
 BUILT_IN = "built-in defaults"
 """Name of the parent of a recipe without the key ``defaults``."""
-
-
-@dataclass(frozen=True)
-class TraceExtractorConfig:
-    """How the trace (the reasoning) is extracted from a response, or from a text in a column of the dataset."""
-
-    type: Literal["think_tag", "full_text"] = "think_tag"
-    """Part of the text that is used as the trace. think_tag: the text between the think_tags; full_text: the complete
-    text in the column of the dataset."""
-    think_tags: tuple[str, str] = ("<think>", "</think>")
-    """Tags that open and close a think block, for example [THINK] and [/THINK] for Mistral. They are used to extract
-    traces and to find the final text that is graded. If a chat template ends the prompt with the opening tag, the
-    response starts inside a think block."""
-    selection: Literal["first", "last", "longest"] = "first"
-    """Think block that is the trace if a text has several. longest: the block with the most characters; in a tie, the
-    first of these blocks."""
-    unclosed_span: Literal["to_end", "ignore"] = "to_end"
-    """Treatment of a think block without a closing tag, as in a truncated response. to_end: the block extends to the
-    end of the text; ignore: the block is not used."""
-    missing_trace_policy: Literal["empty", "drop_sample"] = "empty"
-    """Treatment of a response without a trace. empty: use an empty trace; drop_sample: do not train on the response."""
-
-
-@dataclass(frozen=True)
-class StaticTraceConfig:
-    """Source of precomputed traces: a column of the dataset."""
-
-    answer_column: str | None = None
-    """Column with the traces, by name or dotted path; required for trace_source static_dataset. Every row of the
-    dataset must have this column, with a text or null as value."""
-
-
-@dataclass(frozen=True)
-class ContextMetricsConfig:
-    """Metrics of context distillation."""
-
-    enabled: bool = True
-    """Write metrics of the traces, of the teacher's prefixes (its prompts) and of dropped responses.
-    false: only the fraction of responses with a trace is written, if the template contains {trace}."""
-
-
-@dataclass(frozen=True)
-class ContextDistillationConfig:
-    """Context distillation: the teacher's prompt is a template filled with the problem and a trace."""
-
-    enabled: bool = False
-    """Use the filled teacher_prefix_template as the teacher's prompt; false: the teacher reads the student's prompt."""
-    mode: Literal["self_frozen", "self_ema", "self_live", "frozen"] = "self_frozen"
-    """Model that is the teacher. self_frozen: the student before training; self_ema: a moving average of the student's
-    weights (ema_decay); self_live: the current student; frozen: teacher.model_name, which may be any model with the
-    student's tokenizer."""
-    ema_decay: float = 0.99
-    """Decay d of the moving average in mode self_ema. After each step: teacher = d * teacher + (1 - d) * student."""
-    overflow_policy: Literal["truncate_trace", "truncate_prefix_only", "truncate_prefix_from_end"] = "truncate_trace"
-    """Action if the teacher's prefix (its prompt) and the response together exceed teacher.max_total_sequence_length.
-    truncate_trace: remove the end of the trace, or drop the response if even the prefix without a trace is too long;
-    truncate_prefix_only: keep the last tokens of the prefix; truncate_prefix_from_end: keep the first tokens of the
-    prefix. Responses are never truncated."""
-    teacher_prefix_template: str = "You are given a problem and a trace: {problem} + {trace}. Solve it on your own."
-    """Text for the teacher, with {problem} (the problem in the dataset, without the text of prompt_file) and optionally
-    {trace}. Any other word in braces is an error. Doubled braces become literal braces ({{word}} becomes {word}). All
-    other braces are literal."""
-    chat_template: bool = True
-    """Insert the filled template as the user message into the teacher's chat template; false: use it as plain text."""
-    trace_source: Literal["dynamic", "static_dataset"] = "dynamic"
-    """Source of the trace. dynamic: the response itself, so the teacher reads its trace before it scores the response;
-    static_dataset: the dataset's column static_trace.answer_column."""
-    static_trace: StaticTraceConfig = field(default_factory=StaticTraceConfig)
-    """Traces from the dataset, for trace_source static_dataset."""
-    trace_extractor: TraceExtractorConfig = field(default_factory=TraceExtractorConfig)
-    """How the trace is extracted from a response, or from a text in a column of the dataset."""
-    metrics: ContextMetricsConfig = field(default_factory=ContextMetricsConfig)
-    """Metrics of context distillation."""
-
-    @property
-    def trace_column(self) -> str | None:
-        """Return the dataset's column with the traces; None if traces come from responses or are not used."""
-        return self.static_trace.answer_column if self.enabled and self.trace_source == "static_dataset" else None
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Settings of the training loop."""
-
-    num_prompts_per_step: int = 128
-    """Number of prompts per step (P)."""
-    num_generations_per_prompt: int = 1
-    """Number of responses per prompt (G)."""
-    max_num_steps: int = 1000
-    """Maximum number of training steps."""
-    max_num_epochs: int = 10
-    """Maximum number of passes over the training data."""
-    val_period: int = 20
-    """Number of training steps between validations; 0: no periodic validation."""
-    val_at_start: bool = False
-    """Validate before the first training step. If the teacher's prompt does not depend on a response, also measure the
-    student's accuracy with the teacher's prompts."""
-    val_at_end: bool = False
-    """Validate after the last training step."""
-    max_val_samples: int | None = 512
-    """Maximum number of problems per validation, taken in turn from each validation dataset; null: all problems."""
-    val_num_generations: int = 1
-    """Number of responses to each validation problem (n in the accuracy avg@n)."""
-    topk_logits_k: int = 64
-    """Number of most likely tokens (K) over which the loss compares teacher and student at each response token; 0: the
-    complete vocabulary."""
-    seed: int = 42
-    """Random seed of the data order, of sampling and of the assignment of responses to optimizer batches."""
-    allow_degenerate: bool = False
-    """Allow settings for control experiments: a teacher that is the student's model and reads the same prompts, and
-    truncated sampling (top_p, top_k)."""
-    context_distillation: ContextDistillationConfig = field(default_factory=ContextDistillationConfig)
-    """Settings of context distillation."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Settings of the loss: the divergence between teacher and student at every response token."""
-
-    kl_type: Literal["mixed", "forward", "reverse", "jsd", "sampled"] = "mixed"
-    """Divergence. forward: KL(teacher || student); reverse: KL(student || teacher); mixed: both, weighted by
-    mixed_kl_weight; jsd: generalized Jensen-Shannon divergence, with jsd_beta; sampled: KL(student || teacher)
-    estimated from the sampled token, with log student - log teacher as the cost of a policy gradient."""
-    mixed_kl_weight: float = 0.5
-    """Weight w in kl_type mixed: the loss is w KL(teacher || student) + (1 - w) KL(student || teacher)."""
-    jsd_beta: float = 0.5
-    """Weight b, between 0 and 1, of the teacher in kl_type jsd: the loss is b KL(teacher || m) +
-    (1 - b) KL(student || m) with m = b teacher + (1 - b) student."""
-    importance_ratio_cap: float = 2.0
-    """Maximum importance ratio of a response token, for kl_type sampled; larger ratios are set to this value. The
-    ratio is the student's probability of the token in training divided by its probability in generation."""
-    support: Literal["teacher", "student"] = "teacher"
-    """Model that selects the distillation.topk_logits_k most likely tokens, over which both models are compared. With
-    student, the teacher's LM head stays on the GPU during training, to score these tokens."""
-    token_kl_cap: float | None = None
-    """Maximum loss of a response token, in nats. A token with a larger loss gets a smaller weight, so its gradient is
-    not zero; null: no maximum."""
-    zero_outside_topk: bool | None = None
-    """NeMo-RL's name for outside_topk. false: renormalize; true: floor; null: the value of outside_topk. If both keys
-    are set in different places, the command line overrides the recipe, and the recipe overrides its parent recipes."""
-    outside_topk: Outside | None = None
-    """Treatment of the vocabulary outside the top-k. bucket: all tokens outside count as one outcome with their
-    summed probability, so the loss is a lower bound of the full KL; renormalize: both models' probabilities are
-    renormalized over the top-k; floor: the teacher's log-prob of each token outside is -100; null: as set by
-    zero_outside_topk, or bucket if that key is also null."""
-    temperature: float | None = None
-    """Divisor of both models' logits in the loss; null: policy.generation.temperature."""
-    logits_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the student's logits. bfloat16 is faster, with an error of about 0.02 nats per log-prob. The teacher's
-    logits are float32."""
-    backend: Literal["auto", "triton", "torch"] = "auto"
-    """Implementation of the loss. auto: Triton kernels on GPUs, PyTorch on CPUs; triton: Triton kernels; torch:
-    PyTorch."""
-
-    @property
-    def outside(self) -> Outside:
-        """Return the treatment of the vocabulary outside the top-k, from outside_topk and zero_outside_topk."""
-        if self.outside_topk is not None:
-            return self.outside_topk
-        if self.zero_outside_topk is None:
-            return "bucket"
-        return "floor" if self.zero_outside_topk else "renormalize"
 
 
 @dataclass(frozen=True)
@@ -193,8 +29,11 @@ class DatasetConfig:
     """Your own data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder
     of such files."""
     input_key: str | None = None
-    """Column with the problem, by name or dotted path (messages.0.content: the first message of a chat); null: the
-    predefined column if dataset_name is a built-in dataset, otherwise "input"."""
+    """Column with the problem, by name or dotted path: a text, or a conversation (a list of messages with role and
+    content, or from and value). The prompt ends at the last user or tool message; an assistant message after it is the
+    reference response. null: the predefined column if dataset_name is a built-in dataset, otherwise "input"."""
+    tools_key: str | None = None
+    """Column with the tools (a list of JSON schemas) that the chat template shows to the model; null: no tools."""
     output_key: str | None = None
     """Column with the gold answer, by name or dotted path; null: the predefined column if dataset_name is a built-in
     dataset, otherwise "output"."""
@@ -257,7 +96,7 @@ class CheckpointingConfig:
     """Whether higher values of metric_name are better."""
     keep_top_k: int | None = 3
     """Number of best checkpoints to keep; null: all. The newest checkpoint is always kept. A checkpoint without a
-    value of metric_name ranks below all others."""
+    value of metric_name ranks below all others. The newest two checkpoints that alarms saved are kept in addition."""
     save_period: int = 10
     """Number of training steps between checkpoints. A checkpoint of the last step is always saved."""
     checkpoint_must_save_by: str | None = None

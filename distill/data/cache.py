@@ -38,7 +38,7 @@ IN_MEMORY_BYTES = 4 * 2**20
 """Maximum size in bytes of a table that each process keeps in memory instead of in a cache file."""
 MAX_CACHE_BYTES = 32 * 2**30
 """Maximum total size of all cache files in bytes; above it, the least recently used files are removed."""
-_VERSION = 1
+_VERSION = 2
 """Version of the cache files, part of the hash in their names.
 
 Increase it if a change of the code changes the tables that are built from the same source files.

@@ -1,7 +1,7 @@
 """Hash all inputs of the prompts, to compare the inputs between ranks and with a checkpoint.
 
-The inputs are the problems, traces, prompt files, chat template, template arguments and vocabulary. A trace is a text
-with reasoning that the teacher reads together with the problem.
+The inputs are the problems with their conversations and tools, the references, the columns that the teacher reads, the
+prompt files, chat template, template arguments and vocabulary. The trace, a text with reasoning, is such a column.
 """
 
 from __future__ import annotations
@@ -45,26 +45,47 @@ def content_hash(values: Iterable[Any]) -> str:
 
 
 def data_hashes(
-    datasets: Sequence[DatasetConfig], problems: Iterable[Problem], trace_column: str | None
+    datasets: Sequence[DatasetConfig],
+    problems: Iterable[Problem],
+    trace_column: str | None,
+    columns: Sequence[str] = (),
+    references: bool = False,
 ) -> ContentHashes:
-    """Return hashes of the problems, the traces and the contents of the prompt files.
+    """Return hashes of the problems, the traces, the teacher's columns and the prompt files' contents.
 
     Paths are not hashed. ``trace_column``: the dataset column of the traces (texts with reasoning that the teacher
-    reads); None: the data have no traces.
+    reads); None: the data have no traces. ``columns``: other columns that the teacher reads. ``references``: whether
+    the run trains on the references, so that they are also hashed.
     """
-    texts, traces = hashlib.sha256(), hashlib.sha256()
+    texts, traces, responses, others = (hashlib.sha256() for _ in range(4))
     for problem in problems:
-        texts.update(json.dumps(problem.text).encode())
+        texts.update(json.dumps(content_of(problem)).encode())
+        if references:
+            responses.update(json.dumps(problem.reference).encode())
         if trace_column is not None:
             traces.update(json.dumps(problem.columns.get(trace_column)).encode())
+        if columns:
+            others.update(json.dumps(columns_of(problem, columns)).encode())
     prompt_files = [read_text(d.prompt_file, "prompt_file") if d.prompt_file else "{}" for d in datasets]
     systems = [read_text(d.system_prompt_file, "system_prompt_file") if d.system_prompt_file else "" for d in datasets]
     return {
         "problems": texts.hexdigest()[:16],
+        **({"references": responses.hexdigest()[:16]} if references else {}),
         **({} if trace_column is None else {"traces": traces.hexdigest()[:16]}),
+        **({"columns": others.hexdigest()[:16]} if columns else {}),
         "prompt_file": content_hash(prompt_files),
         "system_prompt_file": content_hash(systems),
     }
+
+
+def content_of(problem: Problem) -> str | list[str]:
+    """Return the text, messages and tools of ``problem`` for a hash; only the text if the problem is a plain text."""
+    return [problem.text, problem.messages, problem.tools] if problem.messages or problem.tools else problem.text
+
+
+def columns_of(problem: Problem, columns: Sequence[str]) -> list[str | None]:
+    """Return the values of ``columns`` of ``problem``; None for a missing column."""
+    return [problem.columns.get(column) for column in columns]
 
 
 def tokenizer_hashes(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None) -> ContentHashes:
@@ -87,12 +108,16 @@ def changed_parts(before: ContentHashes, after: ContentHashes) -> list[str]:
 
 _PART_NAMES = {
     "problems": "data.train",
+    "references": "the reference responses of data.train",
     "traces": "the trace column of data.train",
+    "golds": "the gold answers or graders of data.train",
+    "columns": "a column of data.train that the teacher reads",
     "prompt_file": "data.train.prompt_file",
     "system_prompt_file": "data.train.system_prompt_file",
     "chat_template": "the chat template of policy.tokenizer",
     "chat_template_kwargs": "policy.tokenizer.chat_template_kwargs",
     "vocabulary": "the vocabulary of policy.tokenizer",
+    "teacher_system_prompt_file": "distillation.context_distillation.teacher_system_prompt_file",
     "teacher_chat_template": "the chat template of teacher.tokenizer",
     "teacher_chat_template_kwargs": "teacher.tokenizer.chat_template_kwargs",
 }

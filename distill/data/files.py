@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
-from distill.data.columns import Columns, Row, WrittenFloat, setting_error
+from distill.data.columns import ArrowRow, Columns, Row, WrittenFloat, setting_error
 from distill.errors import MissingError, UserError, reason, show
 
 KINDS = (".jsonl", ".json", ".parquet", ".ndjson", ".csv", ".tsv")
@@ -335,7 +335,7 @@ def table_rows(batches: Iterable[Any]) -> Iterator[Row]:
     number = 0
     for batch in batches:
         for row in _short_floats(batch).to_pylist():
-            yield f"row {number}", row
+            yield f"row {number}", ArrowRow(row)
             number += 1
 
 

@@ -127,6 +127,10 @@ class Grader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes; a later call of the grader starts new ones."""
         for worker in self._workers.values():
             worker.end()
         self._workers.clear()

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distill.config.template import Template
+from distill.data.columns import TextColumn
+from distill.data.conversations import Chat, chat_of, has_system, stored_messages
 from distill.data.files import read_text
+from distill.data.grading import THINK_TAGS
 from distill.data.sources import keyed, load_problems
 from distill.data.table import Problems
 from distill.errors import UserError
@@ -16,20 +19,39 @@ from distill.types import Problem
 if TYPE_CHECKING:
     from distill.config import DatasetConfig
 
-Messages = list[dict[str, str]]
-
 
 def read_datasets(
-    datasets: Sequence[DatasetConfig], key: str, trace_column: str | None = None, trace_required: bool = True
+    datasets: Sequence[DatasetConfig],
+    key: str,
+    trace_column: str | None = None,
+    trace_required: bool = True,
+    extra: Sequence[TextColumn] = (),
+    reference: TextColumn | None = None,
+    think_tags: tuple[str, str] = THINK_TAGS,
 ) -> Iterator[tuple[DatasetConfig, PromptFormat, Problems]]:
     """Yield each dataset with the contents of its prompt files and its problems.
 
-    ``key``: the datasets' configuration key, for error messages. ``trace_column``, ``trace_required``: see
-    ``load_problems``. Raises UserError for invalid files.
+    ``key``: the datasets' configuration key, for error messages. The other arguments: see ``load_problems``. Raises
+    UserError for invalid files, and for a row with its own system message if the dataset has a system_prompt_file.
     """
     for dataset_key, dataset in keyed(datasets, key):
         prompt_format = PromptFormat.of(dataset, dataset_key)
-        yield dataset, prompt_format, load_problems(dataset, dataset_key, trace_column, trace_required)
+        problems = load_problems(dataset, dataset_key, trace_column, trace_required, extra, reference, think_tags)
+        if prompt_format.system:
+            _check_system(problems, f"{dataset_key}.system_prompt_file", dataset.system_prompt_file or "")
+        yield dataset, prompt_format, problems.with_system(prompt_format.system)
+
+
+def _check_system(problems: Problems, key: str, path: str) -> None:
+    """Raise UserError if a conversation has a system message, in addition to that of the file ``path``."""
+    for i, problem in enumerate(problems if problems.has_conversations else ()):
+        if problem.messages and has_system(stored_messages(problem.messages)):
+            raise UserError(
+                f"{key}={path} gives a system message, but the conversation in {problems.location(i)} has its own",
+                f"set {key} to null, or remove the system messages from the conversations",
+                key=key,
+                value=path,
+            )
 
 
 def read_prompt_file(path: str, key: str) -> Template:
@@ -66,8 +88,11 @@ class PromptFormat:
             read_text(system_file, f"{key}.system_prompt_file") if system_file else None,
         )
 
-    def chat(self, problem: Problem) -> Messages:
-        """Return the conversation with the prompt for ``problem``."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self.prompt.fill({"": problem.text}) if self.prompt else problem.text
-        return [*system, {"role": "user", "content": text}]
+    def chat(self, problem: Problem) -> Chat:
+        """Return the conversation with the prompt for ``problem``.
+
+        In a conversation of several messages, the prompt file applies to the text of the last user message.
+        """
+        return chat_of(
+            problem, self.prompt.fill({"": problem.text}) if self.prompt else problem.text, self.system or ""
+        )

@@ -10,16 +10,20 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
+from distill.data.columns import TextColumn
 from distill.data.content import TOKENS, ContentHashes, changed_parts, describe_change
+from distill.data.conversations import Chat
 from distill.data.grading import THINK_TAGS
-from distill.data.prompt_files import Messages, PromptFormat, read_datasets
+from distill.data.prompt_files import PromptFormat, read_datasets
+from distill.data.rendering import chat_ids
+from distill.data.rendering_checks import TemplateCheck
 from distill.data.table import Problems
 from distill.data.thoughts import inside_thoughts
-from distill.errors import UserError, reason
+from distill.errors import UserError
 from distill.types import Problem, Prompt
 
 if TYPE_CHECKING:
@@ -30,120 +34,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class TemplateKeys(NamedTuple):
-    """Names of the configuration keys of a chat template, for error messages."""
-
-    template: str
-    """Configuration key for the path of the template file."""
-    kwargs: str
-    """Configuration key for the arguments of the template."""
-
-
-_STUDENT_KEYS = TemplateKeys("policy.tokenizer.chat_template", "policy.tokenizer.chat_template_kwargs")
-
 _CHUNK = 1000
 """Number of conversations that are rendered and tokenized in one batch."""
-_RANDOM, _RENDERINGS = ("random", "lipsum"), 16
-"""Jinja functions with random results; number of test renderings of a template that calls one."""
-
-
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    chats: Sequence[Messages],
-    template_kwargs: Mapping[str, Any] | None = None,
-    keys: TemplateKeys = _STUDENT_KEYS,
-) -> list[list[int]]:
-    """Return the token ids of each conversation, ending with the chat template's generation prompt.
-
-    As in transformers and vLLM, the template writes all special tokens, including BOS; the tokenizer adds none. Without
-    a chat template, the messages' texts are joined by blank lines, and the tokenizer's BOS is added (see token_ids).
-    ``template_kwargs``: arguments of the chat template, such as ``enable_thinking``. ``keys``: the template's
-    configuration keys, for error messages. Raises UserError if the template rejects a conversation, or renders the same
-    conversation to different texts.
-    """
-    if not chats:
-        return []
-    if tokenizer.chat_template is None:
-        return token_ids(tokenizer, ["\n\n".join(m["content"] for m in chat) for chat in chats], special_tokens=True)
-    kwargs = dict(template_kwargs or {})
-    _raise_if_random(tokenizer, chats[0], kwargs, keys)
-    return token_ids(tokenizer, _rendered(tokenizer, chats, kwargs, keys))
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], kwargs: dict[str, Any], keys: TemplateKeys
-) -> list[str]:
-    fixed = {"tokenize": False, "add_generation_prompt": True}
-    if reserved := sorted(fixed.keys() & kwargs.keys()):
-        raise UserError(
-            f"{keys.kwargs} sets the reserved arguments {' and '.join(reserved)}",
-            f"remove these arguments from {keys.kwargs}",
-            key=f"{keys.kwargs}.{reserved[0]}",
-            value=kwargs[reserved[0]],
-        )
-    try:
-        return [str(tokenizer.apply_chat_template(chat, **fixed, **kwargs)) for chat in chats]
-    except Exception as error:  # a template is a program, which can fail in any way
-        raise _rejected(tokenizer, chats[0], kwargs, keys, error) from None
-
-
-def _rejected(
-    tokenizer: PreTrainedTokenizerBase,
-    chat: Messages,
-    kwargs: Mapping[str, Any],
-    keys: TemplateKeys,
-    error: Exception,
-) -> UserError:
-    roles = ", ".join(message["role"] for message in chat)
-    fix = f"change {keys.kwargs} or {keys.template}"
-    if isinstance(tokenizer.chat_template, dict) and "chat_template" not in kwargs:
-        fix = f"set {keys.kwargs}.chat_template to one of {', '.join(tokenizer.chat_template)}, or {fix}"
-    if chat[0]["role"] == "system":
-        fix = f"remove data.default.system_prompt_file, or {fix}"
-    return UserError(
-        f"the chat template of {tokenizer.name_or_path} rejects a conversation with the roles {roles}"
-        f" ({reason(error)})",
-        fix,
-        key=keys.template,
-    )
-
-
-def _raise_if_random(
-    tokenizer: PreTrainedTokenizerBase, chat: Messages, kwargs: dict[str, Any], keys: TemplateKeys
-) -> None:
-    """Raise UserError if repeated renderings of ``chat`` differ; all ranks need the same prompts."""
-    sources = f"{tokenizer.chat_template} {kwargs.get('chat_template')}"
-    if not any(name in sources for name in _RANDOM):
-        return
-    if len(set(_rendered(tokenizer, [chat] * _RENDERINGS, kwargs, keys))) > 1:
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} calls the Jinja function {' or '.join(_RANDOM)} and renders"
-            " the same conversation to different texts, but all ranks and all resumes of the run need the same prompts",
-            "remove this call from the template",
-            key=keys.template,
-        )
-
-
-def token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], special_tokens: bool = False
-) -> list[list[int]]:
-    """Return the token ids of each text.
-
-    ``special_tokens``: whether the ids begin with the tokenizer's special tokens for the start of a text (BOS). A text
-    that already begins with BOS gets no second BOS. EOS is not appended, because a prompt must not end with EOS.
-    """
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    opening = opening_ids(tokenizer) if special_tokens else []
-    return [row if row[: len(opening)] == opening else opening + row for row in ids]
-
-
-def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of the special tokens that the tokenizer adds before a text: usually BOS or no token."""
-    bare, full = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (False, True))
-    starts = (i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare)
-    return list(full[: next(starts, 0)])
 
 
 @dataclass(frozen=True)
@@ -165,6 +57,8 @@ class Prompts:
     """Number of prompts that were left out because they are too long."""
     inside_thought: bytes = b""
     """One byte per prompt: 1 if it ends inside a think block (after ``<think>``), else 0; b"": all are 0."""
+    starts: tuple[int, ...] = (0,)
+    """First prompt id of each dataset, in the order of the datasets."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -205,29 +99,37 @@ def load_prompts(
     trace_column: str | None = None,
     trace_required: bool = True,
     think_tags: tuple[str, str] = THINK_TAGS,
+    extra: Sequence[TextColumn] = (),
+    reference: TextColumn | None = None,
 ) -> Prompts:
     """Load the datasets and tokenize their prompts.
 
     Each dataset may set its own prompt file and system prompt file. Prompts of more than ``max_tokens`` tokens are
     skipped and counted. ``key``: the datasets' configuration key, for error messages. ``trace_column``: the column with
-    reasoning for the teacher, or None; ``trace_required``: whether each row must have this column. ``think_tags``: the
-    tags that begin and end the reasoning in a response. The result depends only on the arguments and files, so it is
-    equal on all ranks. Raises UserError for invalid data and if all prompts are too long.
+    reasoning for the teacher, or None; ``extra``: other columns that the teacher reads; ``trace_required``: whether
+    each row must have these columns. ``reference``: the column of the reference responses, see ``load_problems``.
+    ``think_tags``: the tags that begin and end the reasoning in a response. The result depends only on the arguments
+    and files, so it is equal on all ranks. Raises UserError for invalid data and if all prompts are too long.
     """
     problems: list[Problems] = []
     rows: list[array[int]] = []
     inside = bytearray()
-    for dataset, prompt_format, found in read_datasets(datasets, key, trace_column, trace_required):
+    starts = []
+    read = read_datasets(datasets, key, trace_column, trace_required, extra, reference, think_tags)
+    for dataset, prompt_format, found in read:
         chats = _Chats(prompt_format, found[: len(found) // dataset.repeat])  # repetitions are tokenized once
         found_rows = _tokenized(tokenizer, chats, template_kwargs)
         inside += inside_thoughts(tokenizer, chats, found_rows, think_tags, template_kwargs) * dataset.repeat
+        starts.append(len(rows))
         rows += found_rows * dataset.repeat
         problems.append(found)
-    return _without_long_prompts(Problems.joined(problems), rows, inside, max_tokens, key)
+    return replace(
+        _without_long_prompts(Problems.joined(problems), rows, inside, max_tokens, key), starts=tuple(starts)
+    )
 
 
 @dataclass(frozen=True)
-class _Chats(Sequence[Messages]):
+class _Chats(Sequence[Chat]):
     """Conversations for the problems of a dataset, created on access to save memory."""
 
     format: PromptFormat
@@ -237,21 +139,25 @@ class _Chats(Sequence[Messages]):
         return len(self.problems)
 
     @overload
-    def __getitem__(self, at: int) -> Messages: ...
+    def __getitem__(self, at: int) -> Chat: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Messages]: ...
-    def __getitem__(self, at: int | slice) -> Messages | list[Messages]:
+    def __getitem__(self, at: slice) -> list[Chat]: ...
+    def __getitem__(self, at: int | slice) -> Chat | list[Chat]:
         if isinstance(at, slice):
             return [self.format.chat(problem) for problem in self.problems[at]]
         return self.format.chat(self.problems[at])
 
 
 def _tokenized(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages], template_kwargs: Mapping[str, Any] | None
+    tokenizer: PreTrainedTokenizerBase, chats: _Chats, template_kwargs: Mapping[str, Any] | None
 ) -> list[array[int]]:
     rows: list[array[int]] = []
+    check = TemplateCheck(tokenizer, template_kwargs) if chats.problems.has_conversations else None
     for start in range(0, len(chats), _CHUNK):
-        rows += [array("i", ids) for ids in chat_ids(tokenizer, chats[start : start + _CHUNK], template_kwargs)]
+        chunk, problems = chats[start : start + _CHUNK], chats.problems[start : start + _CHUNK]
+        rows += [array("i", ids) for ids in chat_ids(tokenizer, chunk, template_kwargs, location=problems.location)]
+        if check is not None:
+            check(chunk, problems.location)
         if len(rows) % (10 * _CHUNK) == 0:
             log.info("tokenized %d of %d prompts", len(rows), len(chats))
     return rows

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.data.columns import Columns, Row, TextColumn, setting_error
+from distill.data.columns import Columns, Row, TextColumn, setting_error, without_used
 from distill.data.files import COMPRESSIONS, KINDS, DataFile, kind_of, read_rows, table_rows
 from distill.data.folders import split_files
+from distill.data.grading import THINK_TAGS
+from distill.data.row_checks import check_rows, log_golds
 from distill.data.table import Problems, ProblemTable, Source, read_table
 from distill.errors import MissingError, NotCachedError, UserError, reason
 from distill.hub import cause_and_fix, is_hub_name, is_missing
@@ -97,14 +99,23 @@ def _no_dataset(key: str) -> UserError:
 
 
 def load_problems(
-    dataset: DatasetConfig, key: str, trace_column: str | None = None, trace_required: bool = True
+    dataset: DatasetConfig,
+    key: str,
+    trace_column: str | None = None,
+    trace_required: bool = True,
+    extra: Sequence[TextColumn] = (),
+    reference: TextColumn | None = None,
+    think_tags: tuple[str, str] = THINK_TAGS,
 ) -> Problems:
     """Load the problems of one dataset, concatenated ``dataset.repeat`` times.
 
     ``key``: the dataset's configuration key, for messages. ``trace_column``: the column of the traces (texts with
     reasoning for the teacher), to store in Problem.columns; a null value is stored as "". None: no such column.
-    ``trace_required``: whether each row must have this column. Raises UserError for a missing file, an empty dataset, a
-    missing column, a value of the wrong type, a malformed line, or if the Hugging Face hub cannot be reached.
+    ``extra``: other columns for Problem.columns, such as those in the teacher's template. ``trace_required``: whether
+    each row must have the trace column and the columns ``extra``. ``reference``: the column for Problem.reference;
+    see Columns.reference. ``think_tags``: the tags of a think block. Raises UserError for a missing file, an empty
+    dataset, a missing column, a value of the wrong type, a malformed line or conversation, or if the Hugging Face hub
+    cannot be reached.
     """
     if dataset.repeat < 1:
         repeat = dataset.repeat
@@ -112,7 +123,10 @@ def load_problems(
             f"{key}.repeat={repeat} is less than 1", "set it to at least 1", key=f"{key}.repeat", value=repeat
         )
     trace = () if trace_column is None else (TextColumn(trace_column, _TRACE_KEY, trace_required),)
-    columns = _columns(dataset, key, trace)
+    others = (
+        replace(column, required=trace_required and column.required) for column in extra if column.name != trace_column
+    )
+    columns = without_used(replace(_columns(dataset, key, (*trace, *others), reference), think_tags=think_tags))
     slices = _tables(dataset, columns)
     rows = sum(stop - start for _, start, stop in slices)
     source = columns.source
@@ -129,15 +143,17 @@ def load_problems(
         )
     if skipped:
         log.warning("%s: %d of %d rows of %s have no problem text and are skipped", key, skipped, rows, source)
-    _check_matches(found, columns)
+    check_rows(found, columns)
+    log_golds(found, columns, dataset.env_name)
     return Problems.joined([Problems([table], kept) for table, kept in found]).repeated(dataset.repeat)
 
 
-def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) -> Columns:
+def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...], reference: TextColumn | None) -> Columns:
     """Return the columns to read from ``dataset``.
 
-    ``extra``: columns to read in addition to problem text and gold answer. If the recipe does not set input_key or
-    output_key, the default of the built-in dataset is used. For other datasets, the defaults are "input" and "output".
+    ``extra``, ``reference``: columns to read in addition to problem and gold answer. If the recipe does not set
+    input_key or output_key, the default of the built-in dataset is used. For other datasets, the defaults are "input"
+    and "output".
     """
     known = None if dataset.data_path else _known(dataset.dataset_name)
     pattern = dataset.output_pattern
@@ -151,31 +167,8 @@ def _columns(dataset: DatasetConfig, key: str, extra: tuple[TextColumn, ...]) ->
         answer_required=dataset.output_key is not None or known is not None,
         output_pattern=pattern,
         extra=extra,
-    )
-
-
-def _check_matches(found: Sequence[tuple[ProblemTable, Sequence[int]]], columns: Columns) -> None:
-    """Raise UserError if output_pattern matches no gold answer; log a warning if it matches only some.
-
-    output_pattern is the regular expression that extracts the gold answer from its column. ``found``: pairs (table,
-    numbers of the rows with a problem text).
-    """
-    unmatched = [(table, row) for table, kept in found for row in table.without_match(kept)]
-    if not unmatched:
-        return
-    table, row = unmatched[0]
-    key, pattern = f"{columns.key}.output_pattern", columns.output_pattern or ""
-    if not any(table.problem(row).answer for table, kept in found for row in kept):
-        raise setting_error(
-            *(key, pattern),
-            f"matches no gold answer in the column {columns.output_key} of {columns.source} (first row:"
-            f" {table.location(row)})",
-            "correct the pattern, or set it to null if the column contains only gold answers",
-        )
-    log.warning(
-        "%s=%s matches nothing in the gold-answer column of %d of %d problems (first: %s), so these problems have no"
-        " gold answer: correct the pattern, or correct these rows",
-        *(key, pattern, len(unmatched), sum(len(kept) for _, kept in found), table.location(row)),
+        tools_key=dataset.tools_key,
+        reference=reference,
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from distill.data.cache import open_table
-from distill.data.columns import Columns, Row
+from distill.data.columns import FIXED, Columns, Row
 from distill.errors import UserError
 from distill.types import Problem
 
@@ -43,17 +44,34 @@ class ProblemTable:
     origins: Sequence[str]
     """Names of the sources of the rows; the table's column "origin" contains indices into this list."""
     table: pa.Table
-    """Arrow table of the problem texts, gold answers, extra columns and locations in the sources."""
+    """Arrow table of the columns in FIXED, the extra columns and the locations in the sources."""
+    system: str = ""
+    """System message of the dataset, for Problem.system."""
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def problem(self, row: int) -> Problem:
         """Return the problem in row ``row`` of the table; the row must have a problem text."""
-        text, answer, *extra = (self.table.column(i)[row].as_py() for i in range(2 + len(self.columns.extra)))
-        named = zip(self.columns.extra, extra, strict=True)
+        values = [None if column is None else column[row].as_py() for column in self._used]
+        text, answer, reference, messages, tools = values[: len(FIXED)]
+        named = zip(self.columns.extra, values[len(FIXED) :], strict=True)
         given = {column.name: value for column, value in named if value is not None}
-        return Problem(text, answer or "", self.columns.source, given)
+        source = self.columns.source
+        return Problem(
+            text or "", answer or "", source, given, reference or "", messages or "", tools or "", self.system
+        )
+
+    @cached_property
+    def _used(self) -> list[pa.ChunkedArray | None]:
+        """Return the columns of a problem; None for a column of nulls, which takes no time to read."""
+        columns = [self.table.column(i) for i in range(len(FIXED) + len(self.columns.extra))]
+        return [None if column.null_count == len(self) else column for column in columns]
+
+    @property
+    def has_conversations(self) -> bool:
+        """Return whether a row of the table has messages or tools."""
+        return any(self.table.column(name).null_count < len(self) for name in ("messages", "tools"))
 
     def location(self, row: int) -> str:
         """Return the location of row ``row`` of the table for messages, such as "line 3 of FILE"."""
@@ -67,13 +85,34 @@ class ProblemTable:
             return range(start, stop)
         return _rows_where(texts, start, lambda column: column.is_valid())
 
+    def null_rows(self, name: str, rows: Sequence[int]) -> list[int]:
+        """Return those row numbers in ``rows`` whose column ``name`` of the table is null."""
+        column = self.table.column(name)
+        if column.null_count == 0:
+            return []
+        if column.null_count == len(self):
+            return list(rows)
+        null = set(_rows_where(column, 0, lambda found: found.is_null()))
+        return [row for row in rows if row in null]
+
+    def empty_rows(self, name: str, rows: Sequence[int]) -> list[int]:
+        """Return those row numbers in ``rows`` whose column ``name`` of the table is an empty text."""
+        import pyarrow.compute as pc
+
+        empty = set(_rows_where(self.table.column(name), 0, lambda found: pc.equal(found, "").fill_null(False)))
+        return [row for row in rows if row in empty] if empty else []
+
+    def own_golds(self) -> int:
+        """Return the number of rows whose conversation has both a reference and a gold answer."""
+        import pyarrow.compute as pc
+
+        reference, answer = (pc.fill_null(self.table.column(name), "") for name in ("reference", "answer"))
+        both = pc.and_(pc.not_equal(reference, ""), pc.not_equal(answer, ""))
+        return int(pc.sum(pc.and_(both, self.table.column("messages").is_valid())).as_py() or 0)
+
     def without_match(self, rows: Sequence[int]) -> list[int]:
         """Return those row numbers in ``rows`` whose gold answer the regex output_pattern does not match."""
-        answers = self.table.column("answer")
-        if answers.null_count == 0:
-            return []
-        unmatched = set(_rows_where(answers, 0, lambda column: column.is_null()))
-        return [row for row in rows if row in unmatched]
+        return self.null_rows("answer", rows)
 
 
 def _rows_where(column: pa.ChunkedArray, start: int, holds: Callable[[Any], Any]) -> array[int]:
@@ -90,9 +129,10 @@ def read_table(sources: Sequence[Source], columns: Columns) -> ProblemTable:
     """
     identities = [source.identity() for source in sources]
     main = [columns.input_key, columns.output_key, columns.answer_required, columns.output_pattern]
-    extra = [[column.name, column.required] for column in columns.extra]
+    extra = [[column.name, column.required, column.kind] for column in columns.extra]
+    reference = columns.reference and columns.reference.name
     table = open_table(
-        [main, extra, identities],
+        [main, columns.tools_key, reference, columns.think_tags, extra, identities],
         sum(source.size for source in sources),
         _schema(columns),
         lambda: _batches(sources, identities, columns),
@@ -105,7 +145,7 @@ def _schema(columns: Columns) -> pa.Schema:
 
     extra = [(f"column {i}", pa.string()) for i in range(len(columns.extra))]
     location = [("place", pa.string()), ("origin", pa.int32())]
-    return pa.schema([("text", pa.string()), ("answer", pa.string()), *extra, *location])
+    return pa.schema([*((name, pa.string()) for name in FIXED), *extra, *location])
 
 
 def _batches(sources: Sequence[Source], identities: Sequence[Any], columns: Columns) -> Iterator[pa.RecordBatch]:
@@ -171,6 +211,20 @@ class Problems(Sequence[Problem]):
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def location(self, at: int) -> str:
+        """Return the location of the problem at the index ``at`` for messages, such as "line 3 of FILE"."""
+        i = bisect_right(self._starts, self._rows[at]) - 1
+        return self._tables[i].location(self._rows[at] - self._starts[i])
+
+    @property
+    def has_conversations(self) -> bool:
+        """Return whether a row of the tables has messages or tools."""
+        return any(table.has_conversations for table in self._tables)
+
+    def with_system(self, system: str | None) -> Problems:
+        """Return the problems with ``system`` as Problem.system."""
+        return Problems([replace(table, system=system) for table in self._tables], self._rows) if system else self
 
     def select(self, positions: Sequence[int]) -> Problems:
         """Return the problems at the indices ``positions`` of this sequence, in the order of ``positions``."""

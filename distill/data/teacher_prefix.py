@@ -1,10 +1,10 @@
 """Build the teacher's prefixes: the token ids that the teacher reads before each response.
 
-A prefix is the student's prompt or, in context distillation, a template filled with the problem and a trace. A trace is
-a text with reasoning: a part of the response, or a column of the dataset. Both models score the same response tokens,
-so a response is never truncated. The teacher's window is the maximum length of prefix and response together
-(teacher.max_total_sequence_length). If prefix and response exceed the window, the prefix is shortened, or the response
-is dropped and counted.
+A prefix is the student's prompt or, in context distillation, a template filled with the problem, a trace and columns of
+the dataset, or a conversation in a column. A trace is a text with reasoning: a part of the response, or a column. Both
+models score the same response tokens, so a response is never truncated. The teacher's window is the maximum length of
+prefix and response together (teacher.max_total_sequence_length). If prefix and response exceed the window, the prefix
+is shortened, or the response is dropped and counted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from distill.config.template import teacher_template
 from distill.data.clock import RunClock
-from distill.data.prompt_files import Messages
-from distill.data.prompts import TemplateKeys, chat_ids, token_ids
+from distill.data.conversations import Chat
+from distill.data.rendering import TemplateKeys, chat_ids, token_ids
+from distill.data.rendering_checks import TemplateCheck
+from distill.data.teacher_context import SYSTEM_KEY, TEMPLATE_KEY, TeacherContext
 from distill.data.text_checks import check_ids
 from distill.data.thoughts import extract_column_trace, extract_trace, inside_thoughts
 from distill.errors import UserError
@@ -34,16 +35,14 @@ TRACE_COVERAGE = "context_distillation_trace_coverage"
 """Name of the metric: number of responses with a trace / number of all responses."""
 TRUNCATION_RATE = "context_distillation_prefix_truncation_rate"
 """Name of the metric: number of truncated teacher prefixes / number of responses that are not dropped."""
-_KEY = "distillation.context_distillation"
-_TEMPLATE_KEY = f"{_KEY}.teacher_prefix_template"
 _CHAT_TEMPLATE_KEY, _KWARGS_KEY = "teacher.tokenizer.chat_template", "teacher.tokenizer.chat_template_kwargs"
 
 DropReason = Literal["missing_trace", "too_long_response", "no_prefix_budget", "prefix_too_long"]
 """Reason for dropping a response. The student is not trained on a dropped response.
 
-missing_trace: no trace was found; too_long_response: the response is longer than the teacher's window
-(teacher.max_total_sequence_length); no_prefix_budget: the response is exactly as long as the window; prefix_too_long:
-prefix and response exceed the window even with the shortest allowed trace.
+missing_trace: no trace was found, or the problem lacks a column that the teacher reads; too_long_response: the response
+is longer than the teacher's window (teacher.max_total_sequence_length); no_prefix_budget: the response is exactly as
+long as the window; prefix_too_long: prefix and response exceed the window even with the shortest allowed trace.
 """
 _REFERENCE_ZERO_METRICS = ("invalid_message", "for_dp_divisibility")
 """Reasons for dropping a response in NeMo-RL that cannot occur in this program.
@@ -93,9 +92,13 @@ class TeacherPrefixes(Protocol):
         """
         ...
 
+    def can_read(self, problem: Problem) -> bool:
+        """Return whether ``problem`` has all columns that the teacher's prefix needs."""
+        ...
+
 
 class SamePromptPrefixes:
-    """Teacher prefixes without context distillation: the teacher reads the student's prompt."""
+    """Teacher prefixes without context, also for distillation.control: the teacher reads the student's prompt."""
 
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
         """Return all rollouts with the student's prompt as the teacher's prefix, and empty metrics."""
@@ -105,6 +108,10 @@ class SamePromptPrefixes:
     def prefix_of(self, prompt: Prompt) -> Prefix:
         """Return the student's prompt as the teacher's prefix."""
         return Prefix(prompt.student_ids, prompt.inside_thought)
+
+    def can_read(self, problem: Problem) -> bool:
+        """Return True, because no column is needed."""
+        return True
 
 
 def _with_prefix(rollout: Rollout, prefix: Prefix) -> Rollout:
@@ -124,9 +131,22 @@ def build_teacher_prefixes(
     with an embedding; a prefix with any other id raises UserError; None: ids are not checked. ``clock``: the clock that
     chat templates read; None: they read the current time.
     """
-    context = config.distillation.context_distillation
-    if not context.enabled:
+    if not config.distillation.context_distillation.enabled or config.distillation.control:
         return SamePromptPrefixes()
+    return build_context_prefixes(config, tokenizer, valid_vocab, clock)
+
+
+def build_context_prefixes(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    valid_vocab: int | None = None,
+    clock: RunClock | None = None,
+) -> ContextPrefixes:
+    """Return the object that builds prefixes with the teacher's context, also for distillation.control.
+
+    Arguments: see ``build_teacher_prefixes``.
+    """
+    context = config.distillation.context_distillation
     kwargs, key = teacher_template_kwargs(config)
     if clock is not None:
         kwargs = clock.template_kwargs(tokenizer, kwargs, key)
@@ -148,8 +168,8 @@ class _Sample:
     trace: str
 
     @property
-    def problem(self) -> str:
-        return self.rollout.prompt.problem.text
+    def problem(self) -> Problem:
+        return self.rollout.prompt.problem
 
     @property
     def length(self) -> int:
@@ -157,14 +177,14 @@ class _Sample:
 
 
 class ContextPrefixes:
-    """Teacher prefixes in context distillation: a template filled with the problem text and a trace.
+    """Teacher prefixes in context distillation: filled templates, or a conversation in a column (see TeacherContext).
 
     The trace is a text with reasoning, from the scored response or from a dataset column. ``max_tokens``: maximum
-    length of prefix and response together. If ``context.chat_template`` is true, the filled template is a user message,
-    followed by a generation prompt; if false, it is plain text after the tokenizer's BOS. Raises UserError for a
-    template without ``{problem}``, with unknown placeholders or with at least ``max_tokens`` tokens, and for a prefix
-    with a token id that is not less than ``valid_vocab``. ``kwargs_key``: the configuration key of ``template_kwargs``,
-    for messages.
+    length of prefix and response together. If ``context.chat_template`` is true, the filled template is the last user
+    message, followed by a generation prompt; if false, it is plain text after the tokenizer's BOS. Raises UserError for
+    a template without placeholders for data, with malformed placeholders or with at least ``max_tokens`` tokens, and
+    for a prefix with a token id that is not less than ``valid_vocab``. ``kwargs_key``: the configuration key of
+    ``template_kwargs``, for messages.
     """
 
     def __init__(
@@ -177,13 +197,13 @@ class ContextPrefixes:
         kwargs_key: str = _KWARGS_KEY,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template_keys = TemplateKeys(_CHAT_TEMPLATE_KEY, kwargs_key)
+        self._template_keys = TemplateKeys(_CHAT_TEMPLATE_KEY, kwargs_key, SYSTEM_KEY)
         self._valid_vocab = valid_vocab
         self._context = context
         self._max_tokens = max_tokens
         self._template_kwargs = template_kwargs
-        self._template = teacher_template(context.teacher_prefix_template)
-        shows_trace = self._template.count("trace") > 0
+        self._teacher_context = TeacherContext.of(context)
+        shows_trace = self._teacher_context.shows_trace
         # A template without {trace} needs no trace, so no response is dropped for a missing trace.
         self._drops_missing = context.trace_extractor.missing_trace_policy == "drop_sample" and shows_trace
         self._check_window()
@@ -193,17 +213,19 @@ class ContextPrefixes:
             )
 
     def _check_window(self) -> None:
-        """Raise UserError if the template alone, without problem and trace, fills the teacher's window.
+        """Raise UserError if the teacher's prompt with empty placeholders fills the teacher's window.
 
         The window is teacher.max_total_sequence_length tokens.
         """
-        (empty,) = self._fill([("", "")])
+        if self._context.teacher_messages_key is not None:
+            return
+        (empty,) = self._fill([(self._teacher_context.empty(), "")])
         if len(empty) >= self._max_tokens:
             raise UserError(
-                f"{_TEMPLATE_KEY} has {len(empty)} tokens without problem and trace, so no response fits into"
-                f" teacher.max_total_sequence_length={self._max_tokens}",
-                "shorten the template, or raise teacher.max_total_sequence_length",
-                key=_TEMPLATE_KEY,
+                f"the teacher's prompt of {TEMPLATE_KEY} has {len(empty)} tokens with empty placeholders, so no"
+                f" response fits into teacher.max_total_sequence_length={self._max_tokens}",
+                "shorten the template or the system message, or raise teacher.max_total_sequence_length",
+                key=TEMPLATE_KEY,
                 value=self._context.teacher_prefix_template,
             )
 
@@ -212,9 +234,11 @@ class ContextPrefixes:
 
         Metric names and formulas equal those of NeMo-RL. ``trace_coverage``: responses with a trace / all responses,
         including dropped responses. ``prefix_truncation_rate``: truncated prefixes / ``valid_samples``, the number of
-        responses that are not dropped. ``dropped_samples``: the sum of the ``dropped_*`` counts. If traces are read
-        from a dataset column, raises UserError for a problem without this column (static_trace.answer_column).
+        responses that are not dropped. ``dropped_samples``: the sum of the ``dropped_*`` counts. Raises UserError for a
+        problem without a column that the teacher reads.
         """
+        for rollout in rollouts:
+            self._check_columns(rollout.prompt.problem)
         samples = [_Sample(rollout, trace) for rollout, trace in zip(rollouts, self._traces(rollouts), strict=True)]
         traced = [s for s in samples if s.trace or not self._drops_missing]
         short = [s for s in traced if s.length <= self._max_tokens]
@@ -241,6 +265,8 @@ class ContextPrefixes:
 
         If this response would be dropped, returns the reason.
         """
+        if not self.can_read(prompt.problem):
+            return "missing_trace"
         kept, stats = self.add([Rollout(prompt, 0, (0,), (0.0,), "length", 0)])
         if kept:
             return Prefix(kept[0].teacher_prefix_ids, kept[0].teacher_inside_thought)
@@ -251,7 +277,36 @@ class ContextPrefixes:
 
         A token id is invalid if the models have no embedding for it.
         """
-        self._fill([(problem.text, trace)])
+        self._fill([(problem, trace)])
+
+    def can_read(self, problem: Problem) -> bool:
+        """Return whether ``problem`` has all columns that the teacher's prefix needs."""
+        return self._teacher_context.lacks(problem) is None
+
+    @property
+    def reads_conversations(self) -> bool:
+        """Return whether the teacher reads several turns of the dataset."""
+        return self._teacher_context.has_conversation
+
+    def check_conversations(self, problems: Sequence[Problem], location: Callable[[int], str]) -> None:
+        """Raise UserError if the teacher's chat template rejects a conversation, or omits a part of it.
+
+        One conversation for each sequence of roles is rendered, because templates reject sequences of roles. Skipped
+        unless the teacher reads conversations or tools. ``location``: returns the location of problem i, for messages.
+        """
+        if not self._context.chat_template:
+            return
+        check = TemplateCheck(self._tokenizer, self._template_kwargs, self._template_keys)
+        seen = set()
+        for i, problem in enumerate(problems):
+            if not (self._teacher_context.has_conversation or problem.tools) or not self.can_read(problem):
+                continue
+            chat = self._teacher_context.chat(problem, "")
+            kind = (*(message["role"] + str("tool_calls" in message) for message in chat), bool(problem.tools))
+            if kind not in seen:
+                seen.add(kind)
+                self._ids([chat], lambda _, i=i: location(i))  # type: ignore[misc]
+                check([chat], lambda _, i=i: location(i))  # type: ignore[misc]
 
     def _traces(self, rollouts: Sequence[Rollout]) -> list[str]:
         extractor, texts = self._context.trace_extractor, map(self._trace_source, rollouts)
@@ -261,8 +316,7 @@ class ContextPrefixes:
 
     def _inside_thoughts(self, prefixes: Sequence[tuple[_Sample, list[int]]]) -> list[bool]:
         """Return for each (sample, prefix after truncation) whether the prefix ends inside a think block."""
-        texts = self._texts([(s.problem, s.trace) for s, _ in prefixes])
-        chats = _chats(texts) if self._context.chat_template else None
+        chats = self._chats([(s.problem, s.trace) for s, _ in prefixes]) if self._context.chat_template else None
         ids, tags = [ids for _, ids in prefixes], self._context.trace_extractor.think_tags
         return [*map(bool, inside_thoughts(self._tokenizer, chats, ids, tags, self._template_kwargs))]
 
@@ -274,36 +328,40 @@ class ContextPrefixes:
             ids = rollout.response_ids[:-1] if rollout.finish == "stop" else rollout.response_ids
             verbatim = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
             return str(self._tokenizer.decode(list(ids), **verbatim))
-        column, problem = self._context.static_trace.answer_column or "", rollout.prompt.problem
-        if column not in problem.columns:
-            key = f"{_KEY}.static_trace.answer_column"
+        return rollout.prompt.problem.columns[self._context.static_trace.answer_column or ""]
+
+    def _check_columns(self, problem: Problem) -> None:
+        if (column := self._teacher_context.lacks(problem)) is not None:
             raise UserError(
-                f"{key}={column} is missing in a problem of {problem.source} (columns:"
+                f"{column.key}={column.name} is missing in a problem of {problem.source} (columns:"
                 f" {', '.join(problem.columns) or 'none'})",
-                f"set {key} to a column that all rows of the dataset have",
-                key=key,
-                value=column,
+                f"set {column.key} to a column that all rows of the dataset have",
+                key=column.key,
+                value=column.name,
             )
-        return problem.columns[column]
 
     def _prefixes(self, samples: Sequence[_Sample]) -> list[list[int]]:
         return self._fill([(s.problem, s.trace) for s in samples])
 
-    def _fill(self, values: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Fill the template with each (problem, trace); return the token ids of each filled template."""
-        texts = self._texts(values)
+    def _fill(self, values: Sequence[tuple[Problem, str]]) -> list[list[int]]:
+        """Fill the templates with each (problem, trace); return the token ids of each prefix."""
         if self._context.chat_template:
-            filled = chat_ids(self._tokenizer, _chats(texts), self._template_kwargs, self._template_keys)
+            filled = self._ids(self._chats(values), lambda i: f"the problem {values[i][0].text[:40]!r}")
         else:
+            texts = [self._teacher_context.text(problem, trace) for problem, trace in values]
             filled = token_ids(self._tokenizer, texts, special_tokens=True)
         if self._valid_vocab is not None:
+            key = self._teacher_context.key
             for (problem, _), ids in zip(values, filled, strict=True):
-                what = _TEMPLATE_KEY + (f" for the problem {problem[:40]!r}" if problem else "")
-                check_ids(self._tokenizer, ids, self._valid_vocab, what, _TEMPLATE_KEY)
+                what = key + (f" for the problem {problem.text[:40]!r}" if problem.text else "")
+                check_ids(self._tokenizer, ids, self._valid_vocab, what, key)
         return filled
 
-    def _texts(self, values: Sequence[tuple[str, str]]) -> list[str]:
-        return [self._template.fill({"problem": problem, "trace": trace}) for problem, trace in values]
+    def _ids(self, chats: Sequence[Chat], location: Callable[[int], str]) -> list[list[int]]:
+        return chat_ids(self._tokenizer, chats, self._template_kwargs, self._template_keys, location)
+
+    def _chats(self, values: Sequence[tuple[Problem, str]]) -> list[Chat]:
+        return [self._teacher_context.chat(problem, trace) for problem, trace in values]
 
     def _fit(self, sample: _Sample, prefix: list[int]) -> list[int] | None:
         """Return the prefix; if prefix and response exceed the teacher's window, truncate the prefix.
@@ -346,10 +404,6 @@ class ContextPrefixes:
             "prefix_mean_tokens": (sum(len(rollout.teacher_prefix_ids) for rollout in kept), len(kept)),
         }
         return {_metric(name): (float(total), float(count)) for name, (total, count) in means.items() if count}
-
-
-def _chats(texts: Sequence[str]) -> list[Messages]:
-    return [[{"role": "user", "content": text}] for text in texts]
 
 
 def _largest_fitting(length: Callable[[int], int], low: int, high: int, limit: int) -> int | None:

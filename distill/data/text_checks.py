@@ -29,19 +29,23 @@ def check_texts(
     where: str,
     trace_column: str | None = None,
     think_tags: tuple[str, str] = THINK_TAGS,
+    columns: Sequence[str] = (),
 ) -> None:
     """Raise UserError for a token id without an embedding; log warnings about text that models misread.
 
     ``prompts`` are iterated several times. ``valid_vocab``: number of token ids with an embedding. ``where``: the
     configuration key of the datasets, for messages. ``trace_column``: the column with reasoning that the
-    teacher reads, in which ``think_tags`` are allowed; None: there is no such column. Warnings report control tokens
+    teacher reads, in which ``think_tags`` are allowed; None: there is no such column. ``columns``: other columns that
+    the teacher reads. Warnings report control tokens
     inside a problem or a trace, characters that are not in the vocabulary, and texts that differ after encoding
     and decoding. Each warning contains the number of affected prompts and the first of them.
     """
     if largest_id(tokenizer) >= valid_vocab:
         for prompt in prompts:
             check_ids(tokenizer, prompt.student_ids, valid_vocab, _row(prompt, where), where)
-    _warn_of_control_tokens(prompts, tokenizer, where, trace_column, think_tags)
+    _warn_of_control_tokens(
+        prompts, tokenizer, where, [*([trace_column] if trace_column else []), *columns], think_tags
+    )
     _warn_of_unknown_tokens(prompts, tokenizer, where)
     problems = list(islice(prompts, _ROUND_TRIPS))
     changed = changed_by_round_trip(tokenizer, [prompt.problem.text for prompt in problems])
@@ -83,7 +87,7 @@ def _row(prompt: Prompt, where: str) -> str:
 
 
 def _warn_of_control_tokens(
-    prompts: Iterable[Prompt], tokenizer: Any, where: str, column: str | None, think_tags: tuple[str, str]
+    prompts: Iterable[Prompt], tokenizer: Any, where: str, columns: Sequence[str], think_tags: tuple[str, str]
 ) -> None:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
     reads = (
@@ -92,7 +96,10 @@ def _warn_of_control_tokens(
     texts = ((prompt, prompt.problem.text) for prompt in prompts)
     found = _control_tokens(texts, tokens)
     _warn_of(found, where, "contain control tokens such as %s in the problem", f"the model {reads}")
-    if column is not None:
+    texts = ((prompt, prompt.problem.messages) for prompt in prompts if prompt.problem.messages)
+    earlier = (hit for hit in _control_tokens(texts, tokens - set(think_tags)) if hit[1] not in hit[0].problem.text)
+    _warn_of(earlier, where, "contain control tokens such as %s in the messages", f"the model {reads}")
+    for column in columns:
         texts = ((prompt, prompt.problem.columns.get(column, "")) for prompt in prompts)
         found = _control_tokens(texts, tokens - set(think_tags))
         fault = f"contain control tokens such as %s in the column {column.replace('%', '%%')}"

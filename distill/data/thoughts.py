@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from distill.data.conversations import Chat, Message
 from distill.data.grading import THINK_TAGS
+from distill.data.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +74,7 @@ def extract_column_trace(text: str, extractor: TraceExtractorConfig) -> str:
 
 def inside_thoughts(
     tokenizer: PreTrainedTokenizerBase,
-    chats: Sequence[list[dict[str, str]]] | None,
+    chats: Sequence[list[Message]] | None,
     ids: Sequence[Sequence[int]],
     think_tags: tuple[str, str] = THINK_TAGS,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -103,7 +105,7 @@ def inside_thoughts(
                 continue
             assert chats is not None
             # Rendering again is slow. It is needed only if the tag may belong to a message.
-            clear = at_the_end and not any(opening in message["content"] for message in chats[i])
+            clear = at_the_end and not any(opening in (message["content"] or "") for message in chats[i])
             states.append(clear or _opens(_generation_prompt(tokenizer, chats[i], template_kwargs or {}), think_tags))
     if unknown:
         log.warning(
@@ -121,21 +123,17 @@ def _opens(text: str, think_tags: tuple[str, str]) -> bool:
 
 
 def _generation_prompt(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], template_kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, chat: list[Message], template_kwargs: Mapping[str, Any]
 ) -> str:
     """Return the text that the chat template adds after the last message to start the response."""
-
-    def render(messages: list[dict[str, str]], generation: bool) -> str:
-        settings = {**template_kwargs, "tokenize": False, "add_generation_prompt": generation}
-        return str(tokenizer.apply_chat_template(messages, **settings))
-
-    complete = render(chat, True)
+    complete = render(tokenizer, chat, template_kwargs)
     try:
-        messages_only = render(chat, False)
+        messages_only = render(tokenizer, chat, template_kwargs, add_generation_prompt=False)
     except Exception:  # the template is the model's code and can raise any exception
         messages_only = ""
     if messages_only and complete != messages_only and complete.startswith(messages_only):
         return complete[len(messages_only) :]
     # The template ignores add_generation_prompt, or renders the last message differently without this argument.
     last = {**chat[-1], "content": chat[-1]["content"] + _END_OF_MESSAGE}
-    return render([*chat[:-1], last], True).rpartition(_END_OF_MESSAGE)[2]
+    marked = Chat([*chat[:-1], last], getattr(chat, "tools", None))
+    return render(tokenizer, marked, template_kwargs).rpartition(_END_OF_MESSAGE)[2]

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from distill.data.chat_template import read_chat_template, set_chat_template
-from distill.data.prompts import opening_ids, token_ids
+from distill.data.rendering import opening_ids, token_ids
 from distill.data.stop_ids import ModelFolder, read_json
 from distill.data.tokenizer_checks import PLAIN_TEXTS, check_round_trip, encoding_difference
 from distill.errors import MissingError, NotCachedError, UserError, reason, show

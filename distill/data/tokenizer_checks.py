@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from distill.data.prompts import token_ids
+from distill.data.rendering import token_ids
 from distill.errors import UserError, reason, show
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,14 @@ from distill.loss.columns import VocabParallel
 from distill.loss.divergences import Tokens, loss_temperature, topk_kl
 from distill.loss.fused import fused_linear_kl
 from distill.loss.metrics import Sampled
+from distill.loss.row_groups import OffPolicyRows
 from distill.loss.targets import teacher_topk
 from distill.loss.top_tokens import LikelyTokens, likely_tokens
 from distill.loss.topk_reduction import check_loss_backend
 
 __all__ = [
     "LikelyTokens",
+    "OffPolicyRows",
     "Sampled",
     "Tokens",
     "VocabParallel",

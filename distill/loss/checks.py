@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.config import LossConfig
-from distill.config.rules import check_divergence
+from distill.config.divergence_rules import check_divergence
 from distill.errors import UserError, any_of
 from distill.types import TopK
 
@@ -44,7 +44,7 @@ def check_loss(loss_config: LossConfig) -> None:
     if not 0 <= weight <= 1:
         problem = f"loss_fn.mixed_kl_weight={weight} is out of range"
         raise UserError(problem, "set it to a number from 0 to 1", key="loss_fn.mixed_kl_weight", value=weight)
-    for name in ("token_kl_cap", "importance_ratio_cap"):
+    for name in ("token_kl_cap", "importance_ratio_cap", "entry_clip"):
         cap = getattr(loss_config, name)
         if cap is not None and not cap > 0:
             problem = f"loss_fn.{name}={cap} is not above 0"
@@ -122,6 +122,14 @@ def check_rows(rows: int, **columns: Tensor) -> None:
             raise UserError(problem, f"pass {name} with {rows} entries, one per row", key=name, value=shape)
 
 
+def check_mask(rows: int, name: str, mask_N: Tensor) -> None:
+    """Raise ``UserError`` if ``mask_N``, the argument ``name``, is not a bool tensor with one entry per row."""
+    check_rows(rows, **{name: mask_N})
+    if mask_N.dtype != torch.bool:
+        problem = f"{name}, a mask of rows, has dtype {mask_N.dtype}"
+        raise UserError(problem, f"pass {name} as a bool tensor", key=name, value=mask_N.dtype)
+
+
 def check_ids(vocab: int, topk_ids_NK: Tensor | None = None, sampled_ids_N: Tensor | None = None) -> None:
     """Raise ``UserError`` if a token id is not an integer between 0 and ``vocab`` - 1.
 
@@ -171,10 +179,12 @@ def check_topk(topk: TopK, rows: int, vocab: int) -> None:
     if topk.ids_NK.ndim != 2 or shapes != [shapes[0], shapes[0], shapes[0][:1]]:
         problem = f"ids_NK, logprobs_NK and log_tail_N of the teacher's top-k have inconsistent shapes {shapes}"
         raise UserError(problem, "pass tensors of shapes [N, K], [N, K] and [N]", key="topk", value=shapes)
-    if topk.entropy_N is not None and tuple(topk.entropy_N.shape) != shapes[2]:
-        shape = tuple(topk.entropy_N.shape)
-        problem = f"entropy_N of the teacher's top-k has shape {shape}, but the top-k has {shapes[0][0]} rows"
-        raise UserError(problem, f"pass a tensor of shape {shapes[2]}, or None", key="topk.entropy_N", value=shape)
+    for name in ("entropy_N", "sampled_logprob_N"):
+        column_N = getattr(topk, name)
+        if column_N is not None and tuple(column_N.shape) != shapes[2]:
+            shape = tuple(column_N.shape)
+            problem = f"{name} of the teacher's top-k has shape {shape}, but the top-k has {shapes[0][0]} rows"
+            raise UserError(problem, f"pass a tensor of shape {shapes[2]}, or None", key=f"topk.{name}", value=shape)
     if shapes[0][0] != rows:
         problem = f"the teacher's top-k has {shapes[0][0]} rows, but the student has {rows} rows (response tokens)"
         raise UserError(problem, f"pass a top-k of {rows} rows", key="topk", value=shapes[0][0])

@@ -121,3 +121,12 @@ class Columns:
         if self.group is not None and numbers.numel():
             dist.all_reduce(numbers, op=operation, group=self.group)
         return numbers
+
+
+def own_logits(z_CV: Tensor, ids_C: Tensor, columns: Columns, absent: float = 0.0) -> Tensor:
+    """Return [C]: for each row of ``z_CV``, the value in the column of a token, or ``absent`` on other ranks.
+
+    The sum over the ranks of ``columns.group`` is then the token's value. Not collective.
+    """
+    own_C1 = columns.own_ids(ids_C.long()).unsqueeze(1)
+    return z_CV.gather(1, own_C1.clamp(min=0)).masked_fill_(own_C1 < 0, absent).squeeze(1)

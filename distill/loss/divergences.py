@@ -68,7 +68,8 @@ class Outcomes(NamedTuple):
 class Pair:
     """Log-probs of teacher and student for the E outcomes that the loss compares in each of N rows.
 
-    An outcome is a single token, or all tokens outside the top-k together.
+    An outcome is a single token, or all tokens outside the top-k together. A divergence is the sum of one term per
+    outcome.
     """
 
     log_p_NE: Tensor
@@ -78,53 +79,58 @@ class Pair:
     floor: Outcomes | None = None
     """Student's logits at the top-k ids, and statistics of all other tokens.
 
-    ``reverse_kl`` uses them to add the contribution of the tokens outside the top-k. They are only set for
+    ``reverse_terms`` uses them to add the term of the tokens outside the top-k. They are only set for
     ``loss_fn.outside_topk=floor``.
     """
 
-    def forward_kl(self) -> Tensor:
-        """Return KL(teacher || student) over the compared outcomes, [N] in nats."""
-        return _kl(self.log_p_NE, self.log_q_NE)
+    def forward_terms(self) -> Tensor:
+        """Return the terms of KL(teacher || student), [N, E] in nats.
 
-    def reverse_kl(self) -> Tensor:
-        """Return KL(student || teacher) over the compared outcomes, [N] in nats.
-
-        If ``floor`` is set, the result includes the tokens outside the top-k.
+        If ``floor`` is set, the result is [N, E + 1]: the last term, that of the tokens outside the top-k, is 0.
         """
-        reverse_N = _kl(self.log_q_NE, self.log_p_NE)
-        return reverse_N if self.floor is None else reverse_N + _tail_on_floor(self.floor)
+        terms_NE = _kl_terms(self.log_p_NE, self.log_q_NE)
+        return terms_NE if self.floor is None else torch.nn.functional.pad(terms_NE, (0, 1))
+
+    def reverse_terms(self) -> Tensor:
+        """Return the terms of KL(student || teacher), [N, E] in nats.
+
+        If ``floor`` is set, the result is [N, E + 1]: the last term is that of the tokens outside the top-k.
+        """
+        terms_NE = _kl_terms(self.log_q_NE, self.log_p_NE)
+        return terms_NE if self.floor is None else torch.cat([terms_NE, _tail_on_floor(self.floor).unsqueeze(1)], dim=1)
 
 
 Divergence = Callable[[Pair, LossConfig], Tensor]
-"""Function of a ``Pair`` and a ``LossConfig`` that returns the divergence of each row, [N] in nats.
+"""Function of a ``Pair`` and a ``LossConfig`` that returns the terms of a divergence, [N, E] in nats.
 
-The result is differentiable with respect to the student's log-probs.
+The sum of a row's terms is the divergence of the row. The terms are differentiable with respect to the student's
+log-probs.
 """
 
 
 def _forward(pair: Pair, loss_config: LossConfig) -> Tensor:
-    return pair.forward_kl()
+    return pair.forward_terms()
 
 
 def _reverse(pair: Pair, loss_config: LossConfig) -> Tensor:
-    return pair.reverse_kl()
+    return pair.reverse_terms()
 
 
 def _mixed(pair: Pair, loss_config: LossConfig) -> Tensor:
-    """Return w KL(teacher || student) + (1 - w) KL(student || teacher), [N] in nats.
+    """Return the terms of w KL(teacher || student) + (1 - w) KL(student || teacher), [N, E] in nats.
 
     w is ``loss_fn.mixed_kl_weight``. A KL with weight 0 is not computed, because it may be infinite.
     """
     weight = loss_config.mixed_kl_weight
     if weight == 1:
-        return pair.forward_kl()
+        return pair.forward_terms()
     if weight == 0:
-        return pair.reverse_kl()
-    return weight * pair.forward_kl() + (1 - weight) * pair.reverse_kl()
+        return pair.reverse_terms()
+    return weight * pair.forward_terms() + (1 - weight) * pair.reverse_terms()
 
 
 def _jsd(pair: Pair, loss_config: LossConfig) -> Tensor:
-    """Return the Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q || m), which is always finite.
+    """Return the terms of the Jensen-Shannon divergence b KL(p || m) + (1 - b) KL(q || m), which is always finite.
 
     p is the teacher's distribution, q the student's, m = b p + (1 - b) q, and b = ``loss_fn.jsd_beta``.
     """
@@ -135,7 +141,7 @@ def _jsd(pair: Pair, loss_config: LossConfig) -> Tensor:
         log_q.masked_fill(impossible, 0.0),
     )
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta)).masked_fill(impossible, 0.0)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return beta * _kl_terms(log_p, log_m) + (1 - beta) * _kl_terms(log_q, log_m)
 
 
 DIVERGENCES: Mapping[str, Divergence] = {
@@ -244,18 +250,32 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
     - ``floor``: all tokens. The teacher is renormalised over the K ids and has a log-prob of -100 at all other tokens,
       as with NeMo-RL's ``zero_outside_topk: true``.
 
-    ``loss_fn.kl_type=sampled`` ignores ``outside_topk`` and compares the models at the sampled token. The absolute loss
-    of a row is at most ``loss_fn.token_kl_cap``, if this cap is set.
+    ``loss_fn.kl_type=sampled`` ignores ``outside_topk`` and compares the models at the sampled token. If
+    ``loss_fn.entry_clip`` is set, the terms of the K ids are clipped, but not that of the tail. Afterwards the absolute
+    loss of a row is at most ``loss_fn.token_kl_cap``, if this cap is set.
     """
     if loss_config.kl_type == "sampled":
         kl_N = _sampled_estimate(student, topk, loss_config, tokens)
     else:
-        kl_N = DIVERGENCES[loss_config.kl_type](_compared(student, topk, loss_config), loss_config)
+        terms_NE = DIVERGENCES[loss_config.kl_type](_compared(student, topk, loss_config), loss_config)
+        kl_N = clipped_sum(terms_NE, loss_config.entry_clip, topk.ids_NK.shape[1])
     if loss_config.token_kl_cap is None:
         return kl_N
     kept_N = cap_factor(kl_N.detach(), loss_config.token_kl_cap)
     cap_N = loss_config.token_kl_cap * kl_N.detach().sign()
     return torch.where(kl_N.isinf(), cap_N, kl_N * kept_N)  # inf * 0 is NaN
+
+
+def clipped_sum(terms_NE: Tensor, clip: float | None, entries: int) -> Tensor:
+    """Return the sum of each row's terms, [N]; the first ``entries`` terms count with at most ``clip`` nats each.
+
+    Clipped terms have no gradient. ``clip`` is ``loss_fn.entry_clip``; None: no term is clipped.
+    """
+    if clip is not None:
+        kept_NK, tail_NE = terms_NE[:, :entries], terms_NE[:, entries:]
+        # A NaN is not above the clip and reaches the loss.
+        terms_NE = torch.cat([kept_NK.masked_fill(kept_NK.detach() > clip, clip), tail_NE], dim=1)
+    return terms_NE.sum(dim=1)
 
 
 def _sampled_estimate(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: Tokens | None) -> Tensor:
@@ -299,7 +319,7 @@ def bucket_kls(student: Outcomes, topk: TopK) -> tuple[Tensor, Tensor]:
     The compared outcomes are the K tokens of ``topk``, and all other tokens as one outcome.
     """
     pair = Pair(_teacher_log_masses(topk, student.tail_N.dtype), student.log_masses_NE())
-    return pair.forward_kl(), pair.reverse_kl()
+    return pair.forward_terms().sum(dim=1), pair.reverse_terms().sum(dim=1)
 
 
 def entropy(outcomes: Outcomes) -> Tensor:
@@ -333,8 +353,8 @@ def _teacher_log_masses(topk: TopK, dtype: torch.dtype) -> Tensor:
     return torch.cat([topk.logprobs_NK, topk.log_tail_N.unsqueeze(1)], dim=1).to(dtype)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q): the sum of p (log p - log q) over the last axis.
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the terms of KL(p || q): p (log p - log q) of each outcome, in the shape of ``log_p``.
 
     An outcome with p = 0 contributes 0 to the value and to the gradient.
     """
@@ -343,7 +363,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
         log_p.masked_fill(impossible, 0.0),
         log_q.masked_fill(impossible, 0.0),
     )
-    return (log_p.exp() * (log_p - log_q)).masked_fill(impossible, 0.0).sum(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).masked_fill(impossible, 0.0)
 
 
 def _tail_on_floor(student: Outcomes) -> Tensor:

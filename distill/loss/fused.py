@@ -24,6 +24,8 @@ from distill.loss.divergences import Outcomes, divergence, loss_temperature
 from distill.loss.full_vocab import full_vocabulary
 from distill.loss.lm_head import ROUNDED, Projection, padded_columns
 from distill.loss.metrics import Sampled, SampledLogprobs, StatsSum, topk_metrics
+from distill.loss.overlap import Overlap
+from distill.loss.row_groups import OffPolicyRows, RowGroup, RowGroups, weights_by_config
 from distill.loss.targets import (
     ChunkTargets,
     LossPass,
@@ -33,7 +35,7 @@ from distill.loss.targets import (
     teacher_head,
 )
 from distill.loss.topk_reduction import Rows, Scratch, choose_kernels, combine, divide
-from distill.types import LossOutput, Targets, TeacherRows
+from distill.types import LossOutput, Stats, Targets, TeacherRows, TopK
 
 
 def fused_linear_kl(
@@ -49,8 +51,10 @@ def fused_linear_kl(
     stop_token_ids: Sequence[int] = (),
     topk_logits_k: int | None = None,
     parallel: VocabParallel | None = None,
-    row_kls: dict[str, Tensor] | None = None,
+    row_values: dict[str, Tensor] | None = None,
     kept_M: Tensor | None = None,
+    off_policy: OffPolicyRows | None = None,
+    overlap_N: Tensor | None = None,
     check_values: bool = True,
     debug: bool = False,
 ) -> LossOutput:
@@ -78,10 +82,15 @@ def fused_linear_kl(
             with ``TeacherRows``, not used with a ``TopK``.
         parallel: sharding of the head over a group of ranks; None: the head is not sharded. The hidden states of a
             ``TeacherRows`` must then be those of all N rows, and its head must contain the tokens of this rank.
-        row_kls: a dict to which the function adds the keys ``forward_kl`` and ``reverse_kl``. Each value is a 1-D
-            tensor with the KLs of all rows of nonzero weight, in the order of the rows.
+        row_values: a dict to which the function adds the values of each metric for all rows of nonzero weight, in the
+            order of the rows: a 1-D tensor without gradient per metric. ``loss`` is the loss of a row in nats, not
+            multiplied by its weight; the other metrics are those of ``RowMetrics`` and ``SampledLogprobs.metrics``.
+            Off-policy rows are included, under the same names.
         kept_M: int64 [M], the indices of the rows of nonzero weight, ascending; None: they are read from ``weight_N``,
             for which the host waits for the GPU.
+        off_policy: rows of responses from the dataset, and their configuration of the loss. Their metrics are returned
+            with the prefix ``off_policy_`` only.
+        overlap_N: bool [N], the rows for which the metric ``topk_overlap`` is computed; None: no rows.
         check_values: whether to check the values of all ids; on a GPU the host waits for these checks.
         debug: also check that no row of a ``TopK`` repeats a token id.
 
@@ -89,35 +98,25 @@ def fused_linear_kl(
         ``kl_sum`` is float32 (float64 with a float64 head) and supports one backward. ``stats`` has (sum, count) over
         the rows of nonzero weight for each field of ``RowMetrics``, and (sum of weight * loss, sum of weight) for
         ``loss``. With ``sampled`` it also has ``student_logprob``, ``sampler_logprob_diff`` and
-        ``sampler_logprob_diff_max``; the last has a maximum instead of a sum.
+        ``sampler_logprob_diff_max``; the last has a maximum instead of a sum. With ``overlap_N``, and if K is not 0, it
+        has ``topk_overlap``, the mean over these rows.
 
     Raises ``UserError`` for an invalid configuration, mismatched shapes or dtypes, and ids out of range.
     """
-    checks.check_loss(loss_config)
-    columns = Columns.of(head_VD, valid_vocab, parallel)
-    checks.check_linear("the student's", hidden_ND, head_VD, columns.own)
-    checks.check_rows(len(hidden_ND), weight_N=weight_N)
+    columns = _checked_columns(hidden_ND, head_VD, loss_config, weight_N, sampled, valid_vocab, parallel)
+    _check_masks(loss_config, weight_N, kept_M, off_policy, overlap_N, check_values)
     temperature = _temperature(loss_config, sampled)
-    if sampled is not None:
-        checks.check_rows(
-            len(hidden_ND),
-            sampled_ids_N=sampled.ids_N,
-            sampled_logprobs_N=sampled.logprobs_N,
-        )
     train = torch.is_grad_enabled()
     with torch.no_grad():
         if chunk_rows is None:  # must be equal on all ranks: each chunk runs collectives
-            buffers = chunk_buffers(loss_config, topk_logits_k)
-            chunk_rows = default_chunk_rows(hidden_ND, columns.per_rank, buffers)
-        chunks = _chunks(weight_N, kept_M, chunk_rows)
+            chunk_rows = _default_chunk_rows(hidden_ND, columns, loss_config, off_policy, topk_logits_k)
+        rows = RowGroups.of(weight_N, kept_M, chunk_rows, loss_config, off_policy)
         student = Projection(head_VD, columns.own, loss_config.logits_dtype)
         kernels = choose_kernels(loss_config.backend, hidden_ND.device, student.dtype)
-        width = student.columns
-        if isinstance(targets, TeacherRows):
-            width = max(width, padded_columns(columns.own, len(teacher_head(targets, columns))))
-        scratch = Scratch(max(map(_length, chunks)), columns.own, width, hidden_ND.device)
-        loss_pass = LossPass(loss_config, temperature, columns, kernels, scratch)
-        sampled_ids_N = None if sampled is None else sampled.ids_N
+        scratch = Scratch(rows.largest, columns.own, _width(student, targets, columns), hidden_ND.device)
+        k = targets.ids_NK.shape[1] if isinstance(targets, TopK) and not topk_logits_k else topk_logits_k
+        overlap = Overlap(overlap_N, k, columns, kernels) if overlap_N is not None and k else None
+        loss_pass = LossPass(loss_config, temperature, columns, kernels, scratch, overlap)
         d_head_VD = _head_gradient(head_VD, student) if train and head_VD.requires_grad else None
         loop = _Loop(
             loss_pass=loss_pass,
@@ -128,8 +127,8 @@ def fused_linear_kl(
                 loss_pass,
                 len(hidden_ND),
                 topk_logits_k,
-                sampled_ids_N,
-                weight_N,
+                None if sampled is None else sampled.ids_N,
+                weights_by_config(loss_config, weight_N, off_policy),
                 debug,
                 check_values,
             ),
@@ -139,15 +138,62 @@ def fused_linear_kl(
             d_hidden_ND=torch.zeros_like(hidden_ND) if train and hidden_ND.requires_grad else None,
             d_head_PD=None if d_head_VD is None else d_head_VD[: student.columns],
         )
-        sums = StatsSum()
-        for c, chunk in enumerate(chunks):
-            sums.add(loop.run(chunk, first=c == 0))
-        kl_sum = sums.rows("loss").sum()
-        if row_kls is not None:
-            row_kls.update({name: sums.rows(name) for name in ("forward_kl", "reverse_kl")})
-    stats = sums.stats() | {"loss": (kl_sum.double(), loop.weight_N.sum(dtype=torch.float64))}
+        kl_sum, stats = loop.run_groups(rows, row_values)
     kl_sum = _WithGradients.apply(hidden_ND, head_VD, kl_sum, loop.d_hidden_ND, d_head_VD)  # type: ignore[no-untyped-call]
     return LossOutput(kl_sum, stats)
+
+
+def _checked_columns(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    loss_config: LossConfig,
+    weight_N: Tensor,
+    sampled: Sampled | None,
+    valid_vocab: int | None,
+    parallel: VocabParallel | None,
+) -> Columns:
+    """Return the columns of logits of this rank; raise ``UserError`` for wrong settings, shapes or dtypes."""
+    checks.check_loss(loss_config)
+    columns = Columns.of(head_VD, valid_vocab, parallel)
+    checks.check_linear("the student's", hidden_ND, head_VD, columns.own)
+    checks.check_rows(len(hidden_ND), weight_N=weight_N)
+    if sampled is not None:
+        checks.check_rows(len(hidden_ND), sampled_ids_N=sampled.ids_N, sampled_logprobs_N=sampled.logprobs_N)
+    return columns
+
+
+def _check_masks(
+    loss_config: LossConfig,
+    weight_N: Tensor,
+    kept_M: Tensor | None,
+    off_policy: OffPolicyRows | None,
+    overlap_N: Tensor | None,
+    check_values: bool,
+) -> None:
+    if off_policy is not None:
+        off_policy.check(loss_config, weight_N, kept_M, check_values)
+    if overlap_N is not None:
+        checks.check_mask(len(weight_N), "overlap_N", overlap_N)
+
+
+def _default_chunk_rows(
+    hidden_ND: Tensor,
+    columns: Columns,
+    loss_config: LossConfig,
+    off_policy: OffPolicyRows | None,
+    topk_logits_k: int | None,
+) -> int:
+    """Return ``default_chunk_rows`` for the configuration that needs the most buffers."""
+    configs = [loss_config] if off_policy is None else [loss_config, off_policy.loss_config]
+    buffers = max(chunk_buffers(config, topk_logits_k) for config in configs)
+    return default_chunk_rows(hidden_ND, columns.per_rank, buffers)
+
+
+def _width(student: Projection, targets: Targets, columns: Columns) -> int:
+    """Return the number of columns of a buffer that holds the logits of either model, including padding."""
+    if not isinstance(targets, TeacherRows):
+        return student.columns
+    return max(student.columns, padded_columns(columns.own, len(teacher_head(targets, columns))))
 
 
 @cache
@@ -194,7 +240,7 @@ def _temperature(loss_config: LossConfig, sampled: Sampled | None) -> float:
 
 @dataclass(frozen=True)
 class _Loop:
-    """Inputs and gradient buffers of the loss over all chunks of rows; ``run`` processes one chunk.
+    """Inputs and gradient buffers of the loss over all chunks of rows; ``run_group`` processes the chunks of a group.
 
     ``d_hidden_ND`` and ``d_head_PD`` are the gradients of hidden states and LM head; None if a gradient is not needed.
     """
@@ -209,7 +255,34 @@ class _Loop:
     d_hidden_ND: Tensor | None
     d_head_PD: Tensor | None
 
-    def run(self, rows: Rows, first: bool) -> dict[str, Tensor]:
+    def run_groups(self, rows: RowGroups, row_values: dict[str, Tensor] | None) -> tuple[Tensor, Stats]:
+        """Compute loss and gradients of all rows; return the weighted sum of the loss, and the statistics.
+
+        ``row_values``: as in ``fused_linear_kl``.
+        """
+        by_group = [self.run_group(group, first=g == 0) for g, group in enumerate(rows.groups)]
+        kl_sum = torch.stack([kl_sum for kl_sum, _, _ in by_group]).sum()
+        if row_values is not None:
+            row_values.update(rows.in_order([values for _, _, values in by_group]))
+        return kl_sum, {name: pair for _, stats, _ in by_group for name, pair in stats.items()}
+
+    def run_group(self, group: RowGroup, first: bool) -> tuple[Tensor, Stats, dict[str, Tensor]]:
+        """Compute loss and gradients of a group of rows, chunk by chunk.
+
+        Returns the weighted sum of the loss, the statistics, and the values of each metric for all rows of the group.
+        ``first``: whether this is the first group.
+        """
+        sums = StatsSum()
+        for c, chunk in enumerate(group.chunks):
+            sums.add(self.run(chunk, group.loss_config, first=first and c == 0))
+        weight_M = torch.cat([self.weight_N[chunk] for chunk in group.chunks])
+        kl_sum = (sums.rows("loss") * weight_M).sum()
+        stats = sums.stats() | {"loss": (kl_sum.double(), weight_M.sum(dtype=torch.float64))}
+        if group.prefix:  # off-policy rows have no log-probs of the sampler
+            stats = {group.prefix + name: pair for name, pair in stats.items() if not name.startswith("sampler_")}
+        return kl_sum, stats, sums.all_rows()
+
+    def run(self, rows: Rows, loss_config: LossConfig, first: bool) -> dict[str, Tensor]:
         """Compute loss and gradients of a chunk of C rows, and return metrics.
 
         The result is a dict from metric name to values [C]. The gradient of the hidden states is written to
@@ -222,11 +295,13 @@ class _Loop:
         z_CV = self._logits(hidden_CD)
         read_CE = self.sampled.read(z_CV, rows, self.loss_pass.scratch, self.student.dtype)
         if self.targets.scaled_logits:
-            return self._full(rows, hidden_CD, z_CV, self.targets.scaled_logits(rows), read_CE, first)
-        is_top1_CK = None
+            return self._full(rows, hidden_CD, z_CV, self.targets.scaled_logits(rows), read_CE, loss_config, first)
+        is_top1_CK = overlap_C = None
         if topk is None:
             assert self.targets.student_topk is not None
-            topk, is_top1_CK = self.targets.student_topk(rows, z_CV)
+            topk, is_top1_CK, overlap_C = self.targets.student_topk(rows, z_CV)
+        elif self.loss_pass.overlap is not None:
+            overlap_C = self.loss_pass.overlap.of(z_CV, topk.ids_NK, rows)
         columns = self.loss_pass.columns
         own_ids_CK = columns.own_ids(topk.ids_NK)
         reduced = self.loss_pass.kernels.reduce(
@@ -237,11 +312,7 @@ class _Loop:
             self.student.head_PD.dtype,
         )
         summary, read_CE = combine(reduced.local, topk.ids_NK, own_ids_CK, read_CE, columns.group)
-        outcomes, tokens, loss_config = (
-            summary.outcomes,
-            self.sampled.tokens(rows),
-            self.loss_pass.loss_config,
-        )
+        outcomes, tokens = summary.outcomes, self.sampled.tokens(rows)
         if not self._needs_gradient:
             kl_C = divergence(outcomes, topk, loss_config, tokens)
         else:
@@ -254,7 +325,7 @@ class _Loop:
             kl_C = kl_C.detach()
             gradient_CV = reduced.gradient(d_logits_CK, *summary.coefficients(d_tail_C, d_mean_C))
             self._add_gradients(rows, hidden_CD, gradient_CV, first)
-        metrics = {"loss": kl_C * self.weight_N[rows]} | topk_metrics(outcomes, topk, self.stop_ids, is_top1_CK)
+        metrics = {"loss": kl_C} | topk_metrics(outcomes, topk, self.stop_ids, is_top1_CK, overlap_C)
         return metrics | self.sampled.metrics(rows, read_CE, summary.shift_C, summary.lse())
 
     def _full(
@@ -264,6 +335,7 @@ class _Loop:
         z_CV: Tensor,
         teacher_CV: Tensor,
         read_CE: Tensor,
+        loss_config: LossConfig,
         first: bool,
     ) -> dict[str, Tensor]:
         """Compute the loss over the complete vocabulary, and its gradients, for a chunk of C rows.
@@ -278,7 +350,7 @@ class _Loop:
         found = full_vocabulary(
             z_CV,
             teacher_CV,
-            self.loss_pass.loss_config,
+            loss_config,
             self._factor(rows),
             self.sampled.tokens(rows),
             self.stop_ids,
@@ -288,7 +360,7 @@ class _Loop:
         read_CE = self.loss_pass.columns.sum(read_CE)
         if self._needs_gradient:
             self._add_gradients(rows, hidden_CD, found.gradient_CV, first)
-        metrics = {"loss": found.kl_C * self.weight_N[rows]} | found.metrics.by_name()
+        metrics = {"loss": found.kl_C} | found.metrics.by_name()
         return metrics | self.sampled.metrics(rows, read_CE, found.shift_C, found.lse_C)
 
     @property
@@ -368,19 +440,3 @@ def _scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tenso
         # Convert first: a product of a bf16 tensor and a 0-dim float32 tensor on CUDA rounds the scale to bf16.
         torch.mul(block.to(scale.dtype), scale, out=target)
     return scaled
-
-
-def _chunks(weight_N: Tensor, kept_M: Tensor | None, chunk_rows: int) -> list[Rows]:
-    """Return the rows of nonzero weight, split into chunks of at most ``chunk_rows`` rows.
-
-    ``kept_M``: the indices of these rows; None: they are read from ``weight_N``. If all rows have weight 0, the result
-    is one empty chunk, so that the loss still returns all metric names.
-    """
-    kept_M = weight_N.detach().nonzero().squeeze(1) if kept_M is None else kept_M
-    if len(kept_M) < len(weight_N):
-        return list(torch.split(kept_M, chunk_rows))
-    return [slice(start, min(start + chunk_rows, len(kept_M))) for start in range(0, max(len(kept_M), 1), chunk_rows)]
-
-
-def _length(chunk: Rows) -> int:
-    return int(chunk.stop - chunk.start) if isinstance(chunk, slice) else len(chunk)

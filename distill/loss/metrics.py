@@ -58,6 +58,13 @@ class RowMetrics:
     """
     teacher_stop_mass: Tensor | None
     """[C]: the teacher's total probability of the stop tokens in the top-k; None without stop tokens."""
+    teacher_logprob: Tensor | None
+    """[C]: the teacher's log-prob of the sampled token in nats, at the loss's temperature; None if not computed."""
+    topk_overlap: Tensor | None = None
+    """[C]: fraction of the K most likely tokens that both models have in common; nan in rows without this metric.
+
+    None if it is not computed, or if K is 0.
+    """
 
     def by_name(self) -> dict[str, Tensor]:
         """Return a dict from the name of each metric to its values [C], without the metrics that are None."""
@@ -65,7 +72,11 @@ class RowMetrics:
 
 
 def topk_metrics(
-    student: Outcomes, topk: TopK, stop_ids: Tensor, is_top1_CK: Tensor | None = None
+    student: Outcomes,
+    topk: TopK,
+    stop_ids: Tensor,
+    is_top1_CK: Tensor | None = None,
+    overlap_C: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the metrics of C rows for a loss over the token ids of ``topk``.
 
@@ -73,6 +84,7 @@ def topk_metrics(
     ``student`` must be shifted so that the largest logit of each row is 0. ``is_top1_CK`` is a bool mask of the ids
     with the teacher's largest logit in the vocabulary, ties included. If it is None, the ids with the largest log-prob
     in ``topk`` are used. ``stop_ids`` has the token ids for the metric ``teacher_stop_mass``.
+    ``overlap_C`` is the metric ``topk_overlap``.
     """
     forward_C, reverse_C = bucket_kls(student, topk)
     mass_CK = topk.logprobs_NK.exp()
@@ -88,7 +100,13 @@ def topk_metrics(
         top1_agreement=(is_top1_CK & (student.logits_NK >= 0)).any(dim=1),
         teacher_entropy=topk.entropy_N,
         teacher_stop_mass=(mass_CK * torch.isin(topk.ids_NK, stop_ids)).sum(dim=1) if stop_ids.numel() else None,
+        teacher_logprob=topk.sampled_logprob_N,
+        topk_overlap=overlap_C,
     ).by_name()
+
+
+_WITH_GAPS = {"sampler_logprob_diff", "topk_overlap"}
+"""Metrics that may be nan in rows in which they are not available."""
 
 
 class StatsSum:
@@ -109,23 +127,28 @@ class StatsSum:
         """Return the values of the metric ``name`` for all rows added so far, [N]."""
         return torch.cat(self._rows[name])
 
+    def all_rows(self) -> dict[str, Tensor]:
+        """Return a dict from the name of each metric to its values for all rows added so far, [N]."""
+        return {name: self.rows(name) for name in self._rows}
+
     def stats(self) -> Stats:
         """Return a dict from metric name to (sum over rows, number of rows).
 
         For ``sampler_logprob_diff_max`` the pair is (maximum of ``sampler_logprob_diff``, 1), or (0, 0) without rows.
-        Rows without a log-prob of the sampler (nan) do not count in these two metrics.
+        Rows in which a metric of ``_WITH_GAPS`` is nan do not count in this metric.
         """
         stats: Stats = {}
         for name in self._rows:
             values_N = self.rows(name)
             stats[name] = (values_N.sum(dtype=torch.float64), float(values_N.numel()))
-        if "sampler_logprob_diff" in stats:
-            diff_N = self.rows("sampler_logprob_diff").double()
-            missing_N = diff_N.isnan()
+        for name in _WITH_GAPS & stats.keys():
+            values_N = self.rows(name).double()
+            missing_N = values_N.isnan()
             count = (~missing_N).sum()  # a tensor, so that the host does not wait for the device
-            diff_N = diff_N.masked_fill(missing_N, 0.0)
-            stats["sampler_logprob_diff"] = (diff_N.sum(), count)
-            stats["sampler_logprob_diff_max"] = (diff_N.max() if diff_N.numel() else diff_N.sum(), count > 0)
+            values_N = values_N.masked_fill(missing_N, 0.0)
+            stats[name] = (values_N.sum(), count)
+            if name == "sampler_logprob_diff":
+                stats[f"{name}_max"] = (values_N.max() if values_N.numel() else values_N.sum(), count > 0)
         return stats
 
 

@@ -5,8 +5,8 @@ The targets of a chunk are selected from a precomputed top-k, or computed from t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import checks, full_vocab
-from distill.loss.columns import Columns
+from distill.loss.columns import Columns, own_logits
 from distill.loss.divergences import entropy
 from distill.loss.lm_head import Projection, padded_columns
+from distill.loss.overlap import Overlap
 from distill.loss.topk_reduction import (
     LogitsKernels,
     Rows,
@@ -25,7 +26,7 @@ from distill.loss.topk_reduction import (
     combine,
     divide,
 )
-from distill.types import Targets, TeacherRows, TopK
+from distill.types import Targets, TeacherRows, TopK, map_tensors
 
 _MIB = 2**20
 
@@ -41,6 +42,7 @@ def teacher_topk(
     extra_ids_N: Tensor | None = None,
     backend: str = "auto",
     check_values: bool = True,
+    sampled_ids_N: Tensor | None = None,
 ) -> TopK:
     """Return the teacher's exact top-k of each row, with log-probs, log tail mass and entropy.
 
@@ -58,7 +60,9 @@ def teacher_topk(
         extra_ids_N: an additional id to keep in each row, such as the sampled token. It adds a column of ids, with -1
             if the id is already among the k ids. No column is added if k is the vocabulary size.
         backend: value of ``loss_fn.backend``.
-        check_values: whether to check that ``extra_ids_N`` are in the vocabulary; on a GPU the host waits for this.
+        check_values: whether to check that the given ids are in the vocabulary; on a GPU the host waits for this.
+        sampled_ids_N: the sampled token of each row, for ``TopK.sampled_logprob_N``; None: it is not computed. These
+            ids are not added to the kept ids.
 
     Returns:
         The ids are int32 and unordered. If several logits equal the k-th largest, the lowest of their ids are kept.
@@ -71,32 +75,42 @@ def teacher_topk(
     checks.check_support_size(k, vocab)
     checks.check_temperature(temperature)
     count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND, vocab)
-    if extra_ids_N is not None:
-        checks.check_rows(count, extra_ids_N=extra_ids_N)
-        if check_values:
-            checks.check_ids(vocab, sampled_ids_N=extra_ids_N)
+    given = {"extra_ids_N": extra_ids_N, "sampled_ids_N": sampled_ids_N}
+    for name, ids_N in given.items():
+        if ids_N is not None:
+            checks.check_rows(count, **{name: ids_N})
+            if check_values:
+                checks.check_ids(vocab, sampled_ids_N=ids_N)
     scratch = Scratch(min(count, step), vocab, padded_columns(vocab, len(head_VD)), hidden_ND.device)
     scorer = TeacherScorer.of(head_VD, Columns(vocab, vocab), temperature, backend, scratch)
-    return topk_in_chunks(scorer, hidden_ND, k, step, extra_ids_N)
+    return topk_in_chunks(scorer, hidden_ND, k, step, extra_ids_N, sampled_ids_N)
 
 
 def topk_in_chunks(
-    scorer: TeacherScorer, hidden_ND: Tensor, k: int, chunk_rows: int, extra_ids_N: Tensor | None = None
+    scorer: TeacherScorer,
+    hidden_ND: Tensor,
+    k: int,
+    chunk_rows: int,
+    extra_ids_N: Tensor | None = None,
+    sampled_ids_N: Tensor | None = None,
 ) -> TopK:
     """Return the k most likely tokens of each row of ``hidden_ND``; collective over the ranks of ``scorer.columns``.
 
-    ``chunk_rows``: number of rows with logits in memory at the same time. ``extra_ids_N``: as in ``teacher_topk``.
+    ``chunk_rows``: number of rows with logits in memory at the same time. ``extra_ids_N`` and ``sampled_ids_N``: as in
+    ``teacher_topk``.
     """
     chunks = []
     for start in range(0, max(len(hidden_ND), 1), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        chunks.append(scorer.topk(hidden_ND[rows], k, None if extra_ids_N is None else extra_ids_N[rows]))
-    return TopK(
-        torch.cat([chunk.ids_NK for chunk in chunks]),
-        torch.cat([chunk.logprobs_NK for chunk in chunks]),
-        torch.cat([chunk.log_tail_N for chunk in chunks]),
-        torch.cat([chunk.entropy_N for chunk in chunks if chunk.entropy_N is not None]),
-    )
+        chunks.append(scorer.topk(hidden_ND[rows], k, _at_rows(extra_ids_N, rows), _at_rows(sampled_ids_N, rows)))
+    fields = {
+        name: [vars(chunk)[name] for chunk in chunks] for name, part in vars(chunks[0]).items() if part is not None
+    }
+    return TopK(**{name: torch.cat(parts) for name, parts in fields.items()})
+
+
+def _at_rows(column_N: Tensor | None, rows: Rows) -> Tensor | None:
+    return None if column_N is None else column_N[rows]
 
 
 @dataclass(frozen=True)
@@ -154,39 +168,52 @@ class TeacherScorer:
         divide(z_CV, self.temperature)
         return z_CV
 
-    def topk(self, hidden_CD: Tensor, k: int, extra_ids_C: Tensor | None) -> TopK:
+    def topk(self, hidden_CD: Tensor, k: int, extra_ids_C: Tensor | None, sampled_ids_C: Tensor | None = None) -> TopK:
         """Return the teacher's k most likely tokens of each row, with log-probs, log tail mass and entropy.
 
         The log tail mass is the log of the total probability of all other tokens. ``extra_ids_C`` adds one token id per
-        row, such as the sampled token; None adds no ids.
+        row, such as the sampled token; None adds no ids. ``sampled_ids_C``: as in ``teacher_topk``.
         """
         z_CV = self.logits(hidden_CD)
         if extra_ids_C is None and self.columns.group is None:
             found = self.kernels.topk_with_tail(z_CV, k, self.temperature)
             if found is not None:
-                return found
+                return found if sampled_ids_C is None else self._with_sampled(found, z_CV, sampled_ids_C)
         ids_CK = self.columns.topk(self.kernels.topk, z_CV, k)
-        return self.topk_of_ids(z_CV, with_extra_ids(ids_CK, extra_ids_C, self.columns.vocab))[0]
+        return self.topk_of_ids(z_CV, with_extra_ids(ids_CK, extra_ids_C, self.columns.vocab), sampled_ids_C)[0]
 
-    def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor) -> tuple[TopK, Tensor]:
+    def topk_of_ids(self, z_CV: Tensor, ids_CK: Tensor, sampled_ids_C: Tensor | None = None) -> tuple[TopK, Tensor]:
         """Return a ``TopK`` with the teacher's log-probs at ``ids_CK``, log tail mass and entropy.
 
-        The log tail mass is the log of the total probability of all other tokens. The second result is a bool mask
-        [C, K] that is True at the ids with the row's largest logit in the vocabulary. ``z_CV`` has the teacher's raw
-        logits and is overwritten.
+        The log tail mass is the log of the total probability of all other tokens. ``sampled_ids_C``: as in
+        ``teacher_topk``. The second result is a bool mask [C, K] that is True at the ids with the row's largest logit
+        in the vocabulary. ``z_CV`` has the teacher's raw logits and is overwritten.
         """
         own_ids_CK = self.columns.own_ids(ids_CK)
+        sampled_CE = z_CV[:, :0]
+        if sampled_ids_C is not None:  # before ``reduce`` overwrites the logits
+            sampled_CE = (own_logits(z_CV, sampled_ids_C, self.columns) / self.temperature).unsqueeze(1)
         reduced = self.kernels.reduce(z_CV, own_ids_CK, self.temperature, self.scratch, self.head.head_PD.dtype)
-        no_extra_CE = reduced.local.logits_CK[:, :0]
-        summary, _ = combine(reduced.local, ids_CK, own_ids_CK, no_extra_CE, self.columns.group)
+        summary, sampled_CE = combine(reduced.local, ids_CK, own_ids_CK, sampled_CE, self.columns.group)
         log_masses_CE = summary.outcomes.log_masses_NE()
         topk = TopK(
             ids_CK.int(),
             log_masses_CE[:, :-1],
             log_masses_CE[:, -1],
             entropy(summary.outcomes),
+            None if sampled_ids_C is None else sampled_CE[:, 0] - summary.shift_C - summary.lse(),
         )
         return topk, summary.outcomes.logits_NK >= 0
+
+    def _with_sampled(self, topk: TopK, z_CV: Tensor, sampled_ids_C: Tensor) -> TopK:
+        """Return ``topk`` with the log-probs of the sampled tokens, from the logits ``z_CV`` of all tokens.
+
+        A log-prob is (z - m) / temperature + log p(m), where m is the largest logit.
+        """
+        top_logprob_C1, top_CK = topk.logprobs_NK.max(dim=1, keepdim=True)
+        ids_C2 = torch.cat([sampled_ids_C.unsqueeze(1), topk.ids_NK.gather(1, top_CK)], dim=1)
+        sampled_C, top_C = z_CV.gather(1, ids_C2.long()).unbind(dim=1)
+        return replace(topk, sampled_logprob_N=(sampled_C - top_C) / self.temperature + top_logprob_C1[:, 0])
 
 
 def with_extra_ids(ids_CK: Tensor, extra_ids_C: Tensor | None, vocab: int) -> Tensor:
@@ -217,6 +244,8 @@ class LossPass:
     """The columns of logits that this rank computes."""
     kernels: LogitsKernels
     scratch: Scratch
+    overlap: Overlap | None = None
+    """Computation of the metric ``topk_overlap``; None: it is not computed."""
 
 
 @dataclass(frozen=True)
@@ -225,11 +254,12 @@ class ChunkTargets:
 
     topk: Callable[[Rows], TopK] | None = None
     """Function for ``loss_fn.support=teacher``: returns the teacher's top-k of a chunk of rows."""
-    student_topk: Callable[[Rows, Tensor], tuple[TopK, Tensor]] | None = None
+    student_topk: Callable[[Rows, Tensor], tuple[TopK, Tensor, Tensor | None]] | None = None
     """Function for ``loss_fn.support=student``: returns the teacher's log-probs at the student's top-k.
 
     The arguments are the C rows of a chunk and the student's logits of these rows. The second result is a bool mask
-    [C, K], which is True at the ids with the teacher's largest logit in the vocabulary.
+    [C, K], which is True at the ids with the teacher's largest logit in the vocabulary. The third result is the metric
+    ``topk_overlap`` [C], or None.
     """
     scaled_logits: Callable[[Rows], Tensor] | None = None
     """Function for ``distillation.topk_logits_k=0``: returns the teacher's logits of a chunk, [C, V].
@@ -244,7 +274,7 @@ def targets_by_chunk(
     rows: int,
     k: int | None,
     sampled_ids_N: Tensor | None,
-    weight_N: Tensor,
+    weights: Sequence[tuple[LossConfig, Tensor]],
     debug: bool,
     check_values: bool,
 ) -> ChunkTargets:
@@ -252,17 +282,17 @@ def targets_by_chunk(
 
     ``rows`` is the number of rows (response tokens) of the student. ``k`` is the number of token ids per row that the
     loss compares, or 0 for the complete vocabulary. It is ignored if ``targets`` is a ``TopK``. ``sampled_ids_N``, the
-    ids of the sampled tokens, are checked too. With ``loss_fn.kl_type=sampled``, a top-k that is computed from
-    ``TeacherRows`` includes them. Rows with ``weight_N`` 0 may lack ids that the loss requires. ``debug`` enables a
-    check for repeated ids in a ``TopK``. ``check_values`` enables the checks of the values of ids. The checks run once
-    for all chunks, because those of values make the host wait for the GPU.
+    ids of the sampled tokens, are checked too. A top-k that is computed from ``TeacherRows`` has their log-probs, and
+    with ``loss_fn.kl_type=sampled`` it includes their ids. ``weights`` has each configuration of the loss with the
+    weights [N] of its rows; a row of weight 0 may lack ids that this configuration requires. ``debug`` enables a check
+    for repeated ids in a ``TopK``. ``check_values`` enables the checks of the values of ids. The checks run once for
+    all chunks, because those of values make the host wait for the GPU.
     """
     loss_config, vocab = loss_pass.loss_config, loss_pass.columns.vocab
     if isinstance(targets, TeacherRows):
         if check_values:
             checks.check_ids(vocab, sampled_ids_N=sampled_ids_N)
-        extra_ids_N = sampled_ids_N if loss_config.kl_type == "sampled" else None
-        return _targets_from_rows(targets, loss_pass, rows, k, extra_ids_N)
+        return _targets_from_rows(targets, loss_pass, rows, k, sampled_ids_N)
     if loss_config.support == "student":
         raise UserError(
             "loss_fn.support=student does not work with targets of type TopK, which contain only the teacher's top-k",
@@ -273,18 +303,11 @@ def targets_by_chunk(
     checks.check_topk(targets, rows, vocab)
     if check_values:
         checks.check_ids(vocab, targets.ids_NK, sampled_ids_N)
-        checks.check_kept(targets, loss_config, sampled_ids_N, weight_N)
+        for config, weight_N in weights:
+            checks.check_kept(targets, config, sampled_ids_N, weight_N)
     if debug:
         checks.check_no_duplicates(targets.ids_NK)
-    entropy_N = targets.entropy_N
-    return ChunkTargets(
-        topk=lambda chunk: TopK(
-            targets.ids_NK[chunk],
-            targets.logprobs_NK[chunk],
-            targets.log_tail_N[chunk],
-            None if entropy_N is None else entropy_N[chunk],
-        )
-    )
+    return ChunkTargets(topk=lambda chunk: map_tensors(targets, lambda column_N: column_N[chunk]))
 
 
 def _targets_from_rows(
@@ -292,7 +315,7 @@ def _targets_from_rows(
     loss_pass: LossPass,
     rows: int,
     k: int | None,
-    extra_ids_N: Tensor | None,
+    sampled_ids_N: Tensor | None,
 ) -> ChunkTargets:
     loss_config, columns, hidden_ND = loss_pass.loss_config, loss_pass.columns, targets.hidden_ND
     vocab = columns.vocab
@@ -318,18 +341,23 @@ def _targets_from_rows(
         buffer,
     )
 
-    def extra_ids(chunk: Rows) -> Tensor | None:
-        return None if extra_ids_N is None else extra_ids_N[chunk]
+    extra_ids_N = sampled_ids_N if loss_config.kl_type == "sampled" else None
 
-    def student_topk(chunk: Rows, student_CV: Tensor) -> tuple[TopK, Tensor]:
-        ids_CK = with_extra_ids(columns.topk(loss_pass.kernels.topk, student_CV, k), extra_ids(chunk), vocab)
-        return scorer.topk_of_ids(scorer.logits(hidden_ND[chunk]), ids_CK)
+    def topk(chunk: Rows) -> TopK:
+        return scorer.topk(hidden_ND[chunk], k, _at_rows(extra_ids_N, chunk), _at_rows(sampled_ids_N, chunk))
+
+    def student_topk(chunk: Rows, student_CV: Tensor) -> tuple[TopK, Tensor, Tensor | None]:
+        extra_ids_C, sampled_ids_C = _at_rows(extra_ids_N, chunk), _at_rows(sampled_ids_N, chunk)
+        ids_CK = with_extra_ids(columns.topk(loss_pass.kernels.topk, student_CV, k), extra_ids_C, vocab)
+        z_CV, overlap = scorer.logits(hidden_ND[chunk]), loss_pass.overlap
+        overlap_C = None if overlap is None else overlap.of(z_CV, ids_CK, chunk)
+        return *scorer.topk_of_ids(z_CV, ids_CK, sampled_ids_C), overlap_C
 
     if k == 0:
         return ChunkTargets(scaled_logits=lambda chunk: scorer.scaled_logits(hidden_ND[chunk]))
     if loss_config.support == "student":
         return ChunkTargets(student_topk=student_topk)
-    return ChunkTargets(topk=lambda chunk: scorer.topk(hidden_ND[chunk], k, extra_ids(chunk)))
+    return ChunkTargets(topk=topk)
 
 
 def teacher_head(targets: TeacherRows, columns: Columns) -> Tensor:

@@ -13,6 +13,7 @@ ranks over which one model is sharded; ``positions``: number of token positions 
 from __future__ import annotations
 
 from distill.config import Config
+from distill.config.response_limits import largest_max_new_tokens
 from distill.loss.full_vocab import buffers_of
 from distill.loss.targets import chunk_buffers, rows_within_budget
 from distill.memory.layers import backward_workspace, forward_workspace, kept_by_layer
@@ -24,8 +25,11 @@ CPU_CACHE = 2**29
 """Size in bytes of vLLM's key-value cache on a machine without a GPU."""
 
 _INT64 = 8
-_ROW_VALUES = 32
-"""Bytes per response token of a micro-batch, outside of both models' inputs: three int64 and two float32 tensors."""
+_ROW_VALUES = 40
+"""Bytes per response token of a micro-batch, outside of both models' inputs.
+
+They are those of three int64, two float32 and two int32 tensors.
+"""
 _TENSOR_PADDING = 20 * 256
 """Bytes per micro-batch by which the alignment of its tensors, and its sequence lengths, can exceed the values."""
 
@@ -81,12 +85,17 @@ class StepMemory:
         if moments is None:
             moments = not self.offloads
         lines = {"master weights": weights, "optimizer state": 2 * weights if moments else 0}
-        context = self.config.distillation.context_distillation
-        if context.enabled and context.mode == "self_ema":
-            lines["teacher average"] = weights  # FollowingTeacher keeps it on the student's shards
+        if self.teacher_is_stored:
+            lines["teacher copy"] = weights  # StoredTeacher keeps it on the student's shards
         if not self.cuda:
             lines |= {"teacher shards": self.teacher_shards, **self.engine_lines()}
         return lines
+
+    @property
+    def teacher_is_stored(self) -> bool:
+        """Return whether the teacher stores its own float32 weights on the student's shards (EMA or periodic copy)."""
+        context = self.config.distillation.context_distillation
+        return context.enabled and context.mode in ("self_ema", "self_periodic")
 
     @property
     def student_shard(self) -> int:
@@ -157,14 +166,16 @@ class StepMemory:
 
         The targets are the teacher's outputs that the loss compares to the student. They stay on the device until the
         student has trained on them. For each response token they are K token ids (int32), K log-probs, the log of the
-        remaining probability, and the entropy (all float32). If ``returns_rows`` is True, the target of a response
-        token is a hidden state of the teacher instead, and each rank also keeps its part of the teacher's LM head.
+        remaining probability, and the entropy (all float32); some weights of the tokens also need the log-prob of the
+        sampled token. If ``returns_rows`` is True, the target of a response token is a hidden state of the teacher
+        instead, and each rank also keeps its part of the teacher's LM head.
         """
         loop, shape = self.config.distillation, self.teacher
         rows = -(-self.responses * self.longest_response() // self.cp)
         if self.returns_rows:
             return {"targets": self.teacher_b * shape.hidden * (rows + -(-shape.vocab // self.tp))}
-        return {"targets": 8 * (loop.topk_logits_k + 1) * rows}
+        sampled = 4 * self.config.loss_fn.token_weights.reads_sampled_token
+        return {"targets": (8 * (loop.topk_logits_k + 1) + sampled) * rows}
 
     @property
     def returns_rows(self) -> bool:
@@ -174,7 +185,7 @@ class StepMemory:
     def longest_response(self) -> int:
         """Return the maximum length of a response in tokens, without the prompt."""
         policy = self.config.policy
-        return min(policy.generation.max_new_tokens, policy.max_total_sequence_length - 1)
+        return min(largest_max_new_tokens(self.config), policy.max_total_sequence_length - 1)
 
     def chunk(self, own: int | None, rows: int, vocab: int, buffers: int = 2) -> int:
         """Return the number of rows in a chunk of logits, one row per token; one chunk is in memory at a time.
@@ -371,16 +382,16 @@ class StepMemory:
         cpu_offload also weights and gradients are pinned, each tensor in a block that torch rounds up to a power of
         two. A checkpoint that is being written, and moments with cpu_offload, are in pageable memory.
         """
-        context, saving = self.config.distillation.context_distillation, self.config.checkpointing
+        saving = self.config.checkpointing
         state = 4 * self.student_shard
-        average = state if context.enabled and context.mode == "self_ema" else 0
+        copy = state if self.teacher_is_stored else 0
         lines = {"teacher shards": sum(pinned_blocks(self.teacher_shards)), **self.packs()}
         if saving.enabled:
-            lines["pending checkpoint"] = state * (3 if saving.save_optimizer else 1) + average
+            lines["pending checkpoint"] = state * (3 if saving.save_optimizer else 1) + copy
         if self.on_host:
             pinned = self.pinned_parameters()
             lines |= {"master weights": pinned, "gradients": pinned, "optimizer state": 2 * state}
-            return lines | ({"teacher average": average} if average else {})
+            return lines | ({"teacher copy": copy} if copy else {})
         return lines | ({"optimizer state": sum(pinned_blocks(2 * state))} if self.offloads else {})
 
     def pinned_parameters(self) -> int:

@@ -6,7 +6,7 @@ A mean is stored as (sum, count), because a mean of micro-batch means would give
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.data.teacher_prefix import TRUNCATION_RATE
 from distill.metrics.names import OUTSIDE_THROUGHPUT, timing_tag
 from distill.metrics.phases import Phases
-from distill.metrics.responses import response_metrics
+from distill.metrics.responses import ends_in_a_loop, own_responses, repeated_token_stats
 from distill.types import Rollout, Stats
 
 Kind = Literal["mean", "total", "max", "same"]
@@ -94,41 +94,54 @@ class Metrics:
 
 
 def add_rollouts(metrics: Metrics, rollouts: Sequence[Rollout]) -> None:
-    """Add length and finish-reason metrics; each rollout of a step must be added on exactly one rank."""
-    prompts = [len(rollout.prompt.student_ids) for rollout in rollouts]
-    responses = [len(rollout.response_ids) for rollout in rollouts]
-    truncated = [rollout.finish == "length" for rollout in rollouts]
-    number = float(len(rollouts))
-    metrics.add(
-        {
-            "mean_prompt_length": (float(sum(prompts)), number),
-            "mean_gen_tokens_per_sample": (float(sum(responses)), number),
-            "mean_total_tokens_per_sample": (float(sum(prompts) + sum(responses)), number),
-            "truncation_rate": (float(sum(truncated)), number),
-            "natural_termination_rate": (number - sum(truncated), number),
-        }
-    )
-    totals = {"total_num_tokens": sum(prompts) + sum(responses), "generated_tokens": sum(responses)}
-    metrics.add_totals({name: float(total) for name, total in totals.items()})
-    if responses:
+    """Add metrics of lengths, finish reasons and repetition; each rollout of a step must be added on exactly one rank.
+
+    Numbers of tokens count all rollouts. The other metrics are those of the student's own responses; without such
+    responses on any rank, only numbers of tokens are metrics of the step.
+    """
+    own = own_responses(rollouts)
+    prompts = [len(rollout.prompt.student_ids) for rollout in own]
+    responses = [len(rollout.response_ids) for rollout in own]
+    truncated = [rollout.finish == "length" for rollout in own]
+    number = float(len(own))
+    if own:
+        metrics.add(
+            {
+                "mean_prompt_length": (float(sum(prompts)), number),
+                "mean_gen_tokens_per_sample": (float(sum(responses)), number),
+                "mean_total_tokens_per_sample": (float(sum(prompts) + sum(responses)), number),
+                "truncation_rate": (float(sum(truncated)), number),
+                "natural_termination_rate": (number - sum(truncated), number),
+                "repeated_token_share": repeated_token_stats(own),
+                "repetition_rate": (float(sum(map(ends_in_a_loop, own))), number),
+            }
+        )
         metrics.add_max({"max_gen_tokens_per_sample": float(max(responses))})
+    tokens = sum(len(rollout.prompt.student_ids) + len(rollout.response_ids) for rollout in rollouts)
+    metrics.add_totals({"total_num_tokens": float(tokens), "generated_tokens": float(sum(responses))})
 
 
 def step_numbers(
-    metrics: Metrics, phases: Phases, rollouts: Sequence[Rollout], group: dist.ProcessGroup | None
+    metrics: Metrics,
+    phases: Phases,
+    rollouts: Sequence[Rollout],
+    group: dist.ProcessGroup | None,
+    read: Callable[[Rollout], int] = lambda rollout: len(rollout.response_ids),
 ) -> dict[str, float]:
     """Return all metrics of a finished step by logged name, reduced over ranks; collective.
 
-    ``rollouts``: the rollouts that the step trained on, the same list on every rank.
+    If the student generated no response in this step, metrics without a value (nan) are omitted.
+
+    ``rollouts``: the rollouts that the step trained on, the same list on every rank. ``read``: function that returns
+    the number of tokens of a response that the models read.
     """
     response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    prefix_tokens = sum(len(rollout.teacher_prefix_ids) for rollout in rollouts)
+    teacher_tokens = sum(len(rollout.teacher_prefix_ids) + n for rollout in rollouts if (n := read(rollout)))
     metrics.add_same(
         {
             "global_valid_seqs": float(len(rollouts)),
             "global_valid_toks": float(response_tokens),
-            "teacher_tokens": float(prefix_tokens + response_tokens),
-            **response_metrics(rollouts),
+            "teacher_tokens": float(teacher_tokens),
         }
     )
     metrics.add_max({"timing/train/generation_slowest": phases.seconds["generation"]})
@@ -136,6 +149,9 @@ def step_numbers(
     if "train/context_distillation_valid_samples" in values:
         # If all samples were dropped, the rate was not measured. 0 avoids a gap in the curve.
         values.setdefault(f"train/{TRUNCATION_RATE}", 0.0)
+    if values.get("train/generated_tokens") == 0:
+        # All responses come from the dataset, so no step measures the metrics of the student's own responses.
+        return {name: value for name, value in values.items() if not math.isnan(value)}
     return values
 
 

@@ -17,6 +17,7 @@ Row = Mapping[str, float | None]
 """One row of metrics.jsonl: maps "step" and metric names to values; None replaces nan and infinity."""
 
 _VALIDATION = "validation/"
+_ALARM = "alarm/"
 _STEP_TIME = timing_tag("total_step_time")
 WIDTH = 111
 """Maximum number of characters of a console line: 120 with the time of day."""
@@ -40,11 +41,12 @@ def console_line(
     traces = part("trace {:.0%}", f"train/{TRACE_COVERAGE}") if shows_traces else ""
     parts = [
         (0, f"step {step}/{total_steps}"),
-        (0, f"loss {values.get('train/loss', math.nan):.4f}"),
+        (0, f"loss {values.get('train/loss', values.get('train/off_policy_loss', math.nan)):.4f}"),
         (3, part("grad {:.3g}", "train/grad_norm")),
         (1, part("length {:.0f}", "train/mean_gen_tokens_per_sample")),
         (1, part("truncated {:.0%}", "train/truncation_rate")),
         (0, traces),
+        (0, _alarms(values)),
         (2, f"{short_count(tokens)} tok/s" if tokens else ""),
         (0, part("{:.1f} s", _STEP_TIME)),
         (0, part("{:.1f} GiB", "memory/peak_gib")),
@@ -64,17 +66,28 @@ def validation_line(step: int, total_steps: int, values: Mapping[str, float]) ->
     part = partial(_part, values)
     in_context = part("(in context {:.1%}", "validation/in_context_accuracy")
     in_context += part(" +- {:.1%}", "validation/in_context_accuracy_stderr")
+    at_end = part("(in context now {:.1%}", "validation/in_context_at_end_accuracy")
+    at_end += part(" +- {:.1%}", "validation/in_context_at_end_accuracy_stderr")
     parts = [
         (0, f"validation at {step}/{total_steps}"),
         (0, part("accuracy {:.1%}", "validation/accuracy") + part(" +- {:.1%}", "validation/accuracy_stderr")),
         (0, in_context + part(")", "validation/in_context_accuracy")),
+        (0, at_end + part(")", "validation/in_context_at_end_accuracy")),
         (1, part("KL fwd {:.4f} rev {:.4f}", "validation/forward_kl", "validation/reverse_kl")),
+        (1, part("probe from 0% {:+.1%}", "validation/probe/start_0/difference")),
         (2, part("length {:.0f}", "validation/avg_length")),
         (2, part("truncated {:.0%}", "validation/truncation_rate")),
         (3, part("{:.0f} responses to {:.0f} problems", "validation/num_answers", "validation/num_problems")),
+        (0, _alarms(values)),
         (0, part("{:.1f} s", "timing/validation/total_validation_time")),
     ]
     return _joined(parts)
+
+
+def _alarms(values: Mapping[str, float]) -> str:
+    """Return the names of the active alarms as text; empty without any."""
+    active = [name.removeprefix(_ALARM) for name, value in values.items() if name.startswith(_ALARM) and value]
+    return f"alarm: {', '.join(active)}" if active else ""
 
 
 def _joined(parts: Sequence[tuple[int, str]]) -> str:
@@ -117,10 +130,13 @@ def summary(runs: Mapping[str, tuple[Sequence[Row], Path]]) -> str:
     line("reverse KL", (_ends(rows, "train/reverse_kl", "{:.4f}") for rows in tables))
     line("validation accuracy", (_ends(rows, "validation/accuracy", "{:.1%}") for rows in tables))
     line("  in context", (_ends(rows, "validation/in_context_accuracy", "{:.1%}", first=False) for rows in tables))
+    at_end = "validation/in_context_at_end_accuracy"
+    line("  in context, at the end", (_ends(rows, at_end, "{:.1%}", first=False) for rows in tables))
     line("validation forward KL", (_ends(rows, "validation/forward_kl", "{:.4f}") for rows in tables))
     line("response length, mean", (_ends(rows, "train/mean_gen_tokens_per_sample", "{:.1f}") for rows in tables))
     line("response length, longest", (_ends(rows, "train/max_gen_tokens_per_sample", "{:.0f}") for rows in tables))
     line("truncated responses", (_ends(rows, "train/truncation_rate", "{:.0%}") for rows in tables))
+    line("alarms", (_alarm_steps(rows) for rows in tables))
     line("tokens/s per rank, median", (_median(rows, "train/tokens_per_sec_per_gpu", "{:.0f}") for rows in tables))
     line("seconds per step, median", (_median(rows, TIMING + "total_step_time", "{:.2f}") for rows in tables))
     for phase in PHASES:
@@ -143,6 +159,15 @@ def _ends(rows: Sequence[Row], name: str, form: str, first: bool = True) -> str:
     values = _values(rows, name)
     start = f"{form.format(values[0])} -> " if values and first else ""
     return f"{start}{form.format(values[-1])}" if values else ""
+
+
+def _alarm_steps(rows: Sequence[Row]) -> str:
+    """Return each alarm with the first step at which it was active."""
+    first: dict[str, int] = {}
+    for row in rows:
+        active = [name for name, value in row.items() if name.startswith(_ALARM) and value]
+        first |= {name: int(row["step"] or 0) for name in active if name not in first}
+    return ", ".join(f"{name.removeprefix(_ALARM)} from step {step}" for name, step in first.items())
 
 
 def _median(rows: Sequence[Row], name: str, form: str, least: float = 0.0) -> str:
@@ -174,16 +199,23 @@ def _columns(columns: Sequence[Sequence[str]]) -> str:
 
 
 def ending(
-    seconds: float, checkpoint: Path | None, stopped: bool, enabled: bool = True, page: Path | None = None
+    seconds: float,
+    checkpoint: Path | None,
+    stopped: bool,
+    enabled: bool = True,
+    page: Path | None = None,
+    by_alarm: bool = False,
 ) -> str:
     """Return the lines below the table of a run: duration, checkpoint, export, and the next command.
 
     ``seconds``: duration of this start of the program. ``checkpoint``: the newest checkpoint; None if there is
     no checkpoint. ``stopped``: whether the run stopped before its last step. ``enabled``: checkpointing.enabled.
-    ``page``: the page of the run; None if it was not written.
+    ``page``: the page of the run; None if it was not written. ``by_alarm``: whether an alarm stopped the run.
     """
     export = None if checkpoint is None or not (checkpoint / "hf").is_dir() else checkpoint / "hf"
-    if stopped and checkpoint is not None:
+    if by_alarm:
+        following = "look for the cause of the alarm before you continue: the same command continues the run"
+    elif stopped and checkpoint is not None:
         following = "run the same command again to continue from this checkpoint"
     elif export is not None:
         call = f"pipeline('text-generation', '{relative_path(export)}')('Hello')"

@@ -10,7 +10,8 @@ from distill.metrics.names import OUTSIDE_THROUGHPUT, PHASES, timing_tag
 _GROUPS = {
     "responses": """mean_prompt_length mean_gen_tokens_per_sample mean_total_tokens_per_sample truncation_rate
         total_num_tokens generated_tokens max_gen_tokens_per_sample p10_gen_tokens_per_sample p50_gen_tokens_per_sample
-        p90_gen_tokens_per_sample repetition_rate global_valid_seqs global_valid_toks teacher_tokens""",
+        p90_gen_tokens_per_sample p99_gen_tokens_per_sample repetition_rate repeated_token_share watched_words
+        global_valid_seqs global_valid_toks teacher_tokens""",
     "sync": "sync_changed_tensors probe_change sampler_logprob_diff sampler_logprob_diff_max",
     "memory": "engine_residual_gib",
 }
@@ -27,7 +28,8 @@ _REDUNDANT = (
 def tensorboard_tag(name: str) -> str:
     """Return the TensorBoard tag of a metric: ``GROUP/NAME``.
 
-    The groups are learning, responses, context, throughput, seconds, memory, sync, progress and validation.
+    The groups are learning, position, responses, context, throughput, seconds, memory, sync, progress and
+    validation.
     """
     kind, _, rest = name.partition("/")
     if "tokens_per_sec" in rest or rest.endswith("_share"):
@@ -36,6 +38,8 @@ def tensorboard_tag(name: str) -> str:
         return f"seconds/{rest.removeprefix('train/')}"
     if kind != "train":
         return name
+    if rest.startswith("position/"):
+        return rest
     if rest.startswith(_CONTEXT):
         return f"context/{rest.removeprefix(_CONTEXT)}"
     return f"{_GROUP_OF.get(rest, 'learning')}/{rest}"
@@ -73,7 +77,9 @@ _MAIN_CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
             *("train/p50_gen_tokens_per_sample", "train/p10_gen_tokens_per_sample"),
             "train/p90_gen_tokens_per_sample",
         ),
-        "truncated and repetitive responses": ("train/truncation_rate", "train/repetition_rate"),
+        "truncated and repetitive responses": (
+            *("train/truncation_rate", "train/repetition_rate", "train/repeated_token_share"),
+        ),
     },
     "optimization": {"gradient norm": ("train/grad_norm",), "learning rate": ("train/lr",)},
     "time": {

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from distill.batching.flops import ModelFlops
+from distill.batching.position_weights import tokens_read
+from distill.config import TokenWeightsConfig
 from distill.metrics.names import timing_tag
 from distill.types import Rollout
 
@@ -65,16 +67,34 @@ class Utilization:
     """Number of ranks of the job."""
     peak: float | None
     """Peak FLOP/s of a rank's device; None if unknown."""
+    weights: TokenWeightsConfig | None = None
+    """Weights of the response tokens, as in ``PackingConfig``."""
+    scores: bool = False
+    """Whether the weights need a pass of the LM head over the tokens before the loss."""
 
     def metrics(self, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Return the metrics ``throughput/training_tflops_per_gpu`` and, if the peak is known, ``throughput/mfu``.
+        """Return the metrics ``throughput/training_tflop``, ``training_tflops_per_gpu`` and, for a known peak, ``mfu``.
 
-        ``values``: the step's metrics, reduced over ranks. ``rollouts``: the rollouts of all ranks on which the step
-        trained. The result is empty without rollouts or without a measured training time.
+        They count the tokens that the student reads, and the tokens with a weight for which the LM head computes
+        logits. ``values``: the step's metrics, reduced over ranks. ``rollouts``: the rollouts of all ranks on which the
+        step trained. The result is empty without rollouts or without a measured training time.
         """
         seconds = values.get(timing_tag("training"), 0.0)
         if not rollouts or seconds <= 0:
             return {}
-        rate = self.flops.training(rollouts, self.share_prefixes) / seconds / self.ranks
-        found = {"throughput/training_tflops_per_gpu": rate / 1e12}
+        flops = self.training_flops(values.get("train/trained_tokens"), rollouts)
+        rate = flops / seconds / self.ranks
+        found = {"throughput/training_tflop": flops / 1e12, "throughput/training_tflops_per_gpu": rate / 1e12}
         return found if self.peak is None else found | {"throughput/mfu": rate / self.peak}
+
+    def training_flops(self, trained: float | None, rollouts: Sequence[Rollout]) -> float:
+        """Return the FLOPs of training on ``rollouts``, those of all ranks.
+
+        ``trained``: number of tokens with a weight; None: all tokens that the student reads.
+        """
+
+        def read(rollout: Rollout) -> int:
+            return tokens_read(self.weights, len(rollout.response_ids))
+
+        scored = sum(map(read, rollouts)) if self.scores else 0
+        return self.flops.training(rollouts, self.share_prefixes, read, trained, scored)

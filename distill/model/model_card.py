@@ -14,6 +14,7 @@ _TEACHERS = {
     "self_frozen": "the initial student, with additional context",
     "self_ema": "a moving average (EMA) of the student's weights, with additional context",
     "self_live": "the current student, with additional context",
+    "self_periodic": "a copy of the student, refreshed every {refresh_period} steps, with additional context",
 }
 
 
@@ -77,7 +78,7 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
     loop, policy, loss = recipe["distillation"], recipe["policy"], recipe["loss_fn"]
     context, sampling, optimizer = loop["context_distillation"], policy["generation"], policy["optimizer"]["kwargs"]
     yield "student", public_name(policy["model_name"])
-    own = _TEACHERS.get(context["mode"]) if context["enabled"] else None
+    own = _TEACHERS.get(context["mode"], "").format_map(context) if context["enabled"] else ""
     yield "teacher", own or public_name(recipe["teacher"]["model_name"])
     yield "steps", str(step)
     yield "prompts per step", str(loop["num_prompts_per_step"])
@@ -89,7 +90,8 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
     yield "precision", f"{policy['precision']} compute, float32 master weights"
     yield "sampling temperature", f"{sampling['temperature']:g}"
     yield "sampling top_p, top_k", f"{sampling['top_p']:g}, {sampling['top_k'] or 'off'}"
-    yield "maximum response length", f"{sampling['max_new_tokens']} tokens"
+    changes = (f"{tokens} from step {first}" for first, tokens in loop.get("max_new_tokens_schedule", ()))
+    yield "maximum response length", ", ".join((f"{sampling['max_new_tokens']} tokens", *changes))
     yield "stop tokens", ", ".join(f"{_code(token)} ({id_})" for id_, token in stop_tokens.items()) or "none"
 
 

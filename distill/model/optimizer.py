@@ -52,7 +52,7 @@ class ShardedAdamW(torch.optim.AdamW):
             return [local_shard(p.grad) for p in self.sharded if p.grad is not None and of(p)]
 
     @torch.no_grad()
-    def clip(self, factor: float) -> None:
+    def multiply_gradients(self, factor: float) -> None:
         """Multiply all gradients by ``factor``; not collective."""
         if shards := self.gradients():
             torch._foreach_mul_(shards, factor)

@@ -170,7 +170,7 @@ def _shard(
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     # By default FSDP keeps the root module gathered for the backward. A frozen model has no backward, and the gathered
-    # copy would be outdated after FollowingTeacher reloads its shards.
+    # copy would be outdated after LiveTeacher reloads its shards.
     root_reshards = None if trainable else True
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=root_reshards)
     for module in model.modules():

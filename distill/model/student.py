@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,15 +15,18 @@ from torch import Tensor
 
 from distill.batching.plan import view_of
 from distill.batching.transfer import to_device
-from distill.config import Config
+from distill.config import Config, TokenWeightsConfig
 from distill.distributed.world import World
-from distill.loss import LikelyTokens, Sampled, VocabParallel, checks, fused_linear_kl, likely_tokens
+from distill.loss import VocabParallel, checks
 from distill.metrics.step import Metrics
+from distill.metrics.token_metrics import TokenMetrics
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, chunk_of
 from distill.model.host_offload import OptimizerOffload
+from distill.model.learning_rate import build_scheduler
+from distill.model.micro_batch_loss import MicroBatchLoss, RowComparison
 from distill.model.nonfinite import NonFiniteError, NonFiniteReport, not_finite
 from distill.model.optimizer import ShardedAdamW, sum_of_squares
 from distill.model.sharded import ShardedLM, Sharding, load_sharded
@@ -30,22 +34,23 @@ from distill.model.weights import GatheredWeights
 from distill.supervise.progress import heartbeat
 from distill.types import LossOutput, MicroBatch, OptimizerBatch, Stats, Targets
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _MIB = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class RowComparison:
-    """Comparison of student and teacher at N response tokens of a micro-batch."""
+@dataclass(frozen=True)
+class Backward:
+    """Result of all forwards and backwards of an optimizer batch on this rank."""
 
-    forward_kl_N: Tensor
-    """float32 [N]: KL(teacher || student) in nats."""
-    reverse_kl_N: Tensor
-    """float32 [N]: KL(student || teacher) in nats."""
-    rows_M: Tensor
-    """int64 [M]: selected response tokens, as row numbers of the micro-batch."""
-    likely: LikelyTokens
-    """The most likely tokens of both models at the selected response tokens."""
+    losses: list[Tensor]
+    """Loss of each micro-batch, summed over its rows."""
+    factor: float = 1.0
+    """Factor by which ``Student.step`` multiplies the gradients; 0 if no token of the batch has a weight.
+
+    It differs from 1 if the divisor of the loss depends on outputs of the models. It is equal on all ranks.
+    """
 
 
 class Student:
@@ -70,15 +75,7 @@ class Student:
         self._tp_group = world.tp_mesh.get_group()
         # All ranks of a tensor-parallel group compute the same statistics, so only the first rank reports them.
         self._is_first_tp_rank = world.layout.tp_rank == 0
-        self._temperature = config.policy.generation.temperature
-        self._loss_config = loss_at_temperature(config)
-        self._loss_options: dict[str, Any] = dict(
-            chunk_rows=policy.logprob_chunk_size or config.runtime.logits_chunk_rows,
-            valid_vocab=valid_vocab,
-            stop_token_ids=tuple(stop_token_ids),
-            topk_logits_k=config.distillation.topk_logits_k,
-            check_values=world.device.type == "cpu",  # on a GPU they would block the host in every micro-batch
-        )
+        self._token_weights = config.loss_fn.token_weights
         self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
         self._valid_vocab = valid_vocab
@@ -97,6 +94,7 @@ class Student:
             files, "policy.model_name", world, sharding, dtype=torch.float32, compute_dtype=self.dtype, trainable=True
         )
         self._parallel = _vocab_parallel(self.model, world) if self._tp > 1 else None
+        self._loss = MicroBatchLoss(config, world, self._parallel, valid_vocab, stop_token_ids)
         self._optimizer = ShardedAdamW(self.model.parameters(), policy.optimizer.kwargs, world.device)
         self._scheduler = build_scheduler(self._optimizer, policy.scheduler)
         cuda, cpu_offload = world.device.type == "cuda", policy.dtensor_cfg.cpu_offload
@@ -127,30 +125,23 @@ class Student:
         return to_device(batches, self.device)
 
     @torch.no_grad()
-    def compare(self, micro_batch: MicroBatch, targets: Targets, select: Callable[[Tensor], Tensor]) -> RowComparison:
+    def compare(
+        self, micro_batch: MicroBatch, targets: Targets, select: Callable[[Tensor], Tensor], overlap: bool = False
+    ) -> RowComparison:
         """Compare student and teacher at the response tokens of a micro-batch; collective.
 
-        N is the number of tokens with a loss weight above 0; other tokens are omitted. ``targets``: the teacher's
+        N is the number of tokens with a position weight; other tokens are omitted. ``targets``: the teacher's
         outputs for ``micro_batch``. ``select``: a function that receives the larger of both KLs at each token, float32
         [N] in host memory and equal on the ranks of a tensor-parallel group. It returns the rows (int64 [M], response
-        tokens of the micro-batch) at which the most likely tokens are computed. No gradients are computed, and the
+        tokens of the micro-batch) at which the most likely tokens are computed. ``overlap``: whether to compute the
+        overlap of both models' top-k, which needs a top-k of all tokens. No gradients are computed, and the
         gathered weights are freed afterwards: a forward of the training needs at least as much device memory.
         """
         heartbeat()
         micro_batch = micro_batch.to(self.device)
-        options = {name: self._loss_options[name] for name in ("topk_logits_k", "chunk_rows", "valid_vocab")}
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> RowComparison:
-            kls: dict[str, Tensor] = {}
-            self._loss(hidden_ND, head_VD, micro_batch, targets, kls)
-            forward_N, reverse_N = kls["forward_kl"].float(), kls["reverse_kl"].float()
-            # A sum over ranks may be rounded differently on each rank, but all ranks must select the same rows.
-            largest_N = self._all_reduce(torch.maximum(forward_N, reverse_N), dist.ReduceOp.MAX)
-            rows_M = select(largest_N.cpu()).to(self.device)
-            likely = likely_tokens(
-                hidden_ND, head_VD, targets, rows_M, self._loss_config, parallel=self._parallel, **options
-            )
-            return RowComparison(forward_N, reverse_N, rows_M, likely)
+            return self._loss.compare(hidden_ND, head_VD, micro_batch, targets, select, overlap)
 
         found: RowComparison = self.model(micro_batch.student, use)
         self.model.reshard_all()
@@ -165,70 +156,91 @@ class Student:
         heartbeat()
         micro_batch = micro_batch.to(self.device)
 
-        def use(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Stats]:
-            output = self._loss(hidden_ND, head_VD, micro_batch, targets)
-            return output.kl_sum, output.stats
+        def use(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, LossOutput]:
+            output = self._loss.train(hidden_ND, head_VD, micro_batch, targets)
+            return output.kl_sum, output  # FSDP adds a hook to the tensors of a tuple
 
-        return LossOutput(*self.model(micro_batch.student, use))
-
-    def _loss(
-        self,
-        hidden_ND: Tensor,
-        head_VD: Tensor,
-        micro_batch: MicroBatch,
-        targets: Targets,
-        row_kls: dict[str, Tensor] | None = None,
-    ) -> LossOutput:
-        """Return the loss for the student's hidden states; ``row_kls``: as in ``fused_linear_kl``."""
-        return fused_linear_kl(
-            hidden_ND,
-            head_VD,
-            targets,
-            self._loss_config,
-            micro_batch.weight_N,
-            Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature),
-            parallel=self._parallel,
-            row_kls=row_kls,
-            kept_M=micro_batch.kept_M,
-            **self._loss_options,
-        )
+        output: LossOutput
+        kl_sum, output = self.model(micro_batch.student, use)
+        return replace(output, kl_sum=kl_sum)
 
     def train(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> None:
         """Take one optimizer step on this rank's micro-batches; collective.
 
         ``targets``: the teacher's outputs for each micro-batch. Adds the loss statistics and the gradient norm
         (``grad_norm``) to ``metrics``. If a loss or gradient is not finite on any rank, all ranks raise NonFiniteError
-        and the weights stay unchanged.
+        and the weights stay unchanged. If no token of the optimizer batch has a weight, no rank takes a step.
         """
-        losses = []
-        for micro_batch, its_targets in zip(batch, targets, strict=True):
-            output = self.loss(micro_batch, its_targets)
-            # Dividing by the token count of all ranks makes the gradient independent of the split into micro-batches.
-            (output.kl_sum / batch.response_tokens).backward()  # type: ignore[no-untyped-call]
-            losses.append(output.kl_sum.detach())
-            heartbeat(done=1)
-            if self._is_first_tp_rank:
-                _add_stats(metrics, output.stats, sampler=self._synced)
-        self.sum_gradients()
+        backward = self.backward(batch, targets, metrics)
+        skipped = backward.factor == 0
+        if self._token_weights != TokenWeightsConfig():
+            metrics.add_totals({"skipped_optimizer_steps": float(skipped and dist.get_rank() == 0)})
+        if skipped:
+            log.warning(
+                "an optimizer step was skipped, because no token of its responses has a weight: change"
+                " loss_fn.token_weights (skip_first, min_teacher_prob), or generate longer responses"
+            )
+            self._optimizer.zero_grad()
+            return
         try:
-            norm = self.step(losses)
+            norm = self.step(backward.losses, backward.factor)
         except NonFiniteError as error:
             error.batch = batch
             raise
         metrics.add({"grad_norm": (norm, 1)})
 
-    def step(self, losses: Sequence[Tensor] = ()) -> float:
+    def backward(self, batch: OptimizerBatch, targets: Sequence[Targets], metrics: Metrics) -> Backward:
+        """Add the gradients of this rank's micro-batches, divided by ``batch.divisor``; collective.
+
+        ``targets``, ``metrics``: as in ``train``. Multiplied by the factor of the result, they are the gradients of the
+        loss of the optimizer batch.
+        """
+        losses, tokens = [], TokenMetrics(weighted=self._token_weights != TokenWeightsConfig())
+        for micro_batch, its_targets in zip(batch, targets, strict=True):
+            output = self.loss(micro_batch, its_targets)
+            # A divisor of all ranks makes the gradient independent of the split into micro-batches.
+            (output.kl_sum / batch.divisor).backward()  # type: ignore[no-untyped-call]
+            losses.append(output.kl_sum.detach())
+            heartbeat(done=1)
+            if self._is_first_tp_rank:
+                _add_stats(metrics, output.stats, sampler=self._synced)
+                tokens.add(output)
+        tokens.record(metrics)
+        if not len(batch):
+            return Backward([], factor=0.0)
+        self.sum_gradients()
+        return Backward(losses, self._gradient_factor(batch, tokens.weight))
+
+    def _gradient_factor(self, batch: OptimizerBatch, weight: Tensor | float) -> float:
+        """Return ``Backward.factor``; collective if the weights depend on outputs of the models.
+
+        ``weight``: sum of the final weights of this rank's rows; 0 except on the first rank of a tensor-parallel group.
+        """
+        weights = self._token_weights
+        if not weights.depends_on_models:
+            return 1.0
+        total = torch.as_tensor(weight, dtype=torch.float64, device=self.device).reshape(1).clone()
+        summed = float(self._sum_on_first_rank(total))
+        # With normalize: sequences, the sum of the weights of a response is 1.
+        if summed == 0:  # false for nan, which must reach the gradient norm
+            return 0.0
+        return 1.0 if weights.normalize == "tokens" else batch.divisor / summed
+
+    def step(self, losses: Sequence[Tensor] = (), factor: float = 1.0) -> float:
         """Clip the gradients, update the weights and clear the gradients; collective.
 
-        Returns the gradient norm before clipping. ``losses``: losses of this rank's micro-batches. Raises
-        NonFiniteError if the gradient norm or one of the losses on any rank is not finite.
+        Returns the gradient norm before clipping. ``losses``: losses of this rank's micro-batches. ``factor``: the
+        gradients are multiplied by it before they are clipped. Raises NonFiniteError if the gradient norm or one of the
+        losses on any rank is not finite.
         """
         self.onload()  # not earlier: the moments would be in memory during the forwards and backwards
-        norm = self.grad_norm(losses)
+        norm = self.grad_norm(losses) * factor
         if not math.isfinite(norm):
             raise self._non_finite_error(norm, losses)
         if self._max_grad_norm is not None and norm > self._max_grad_norm:
-            self._optimizer.clip(self._max_grad_norm / norm)
+            factor *= self._max_grad_norm / norm
+        if factor != 1:
+            self._optimizer.multiply_gradients(factor)
         self._wait_for_moments()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -270,14 +282,21 @@ class Student:
 
         The result is nan if one of ``losses`` on any rank is not finite. Squares are accumulated in float64, because
         float32 is too inaccurate for large weights. They are summed over all ranks, which hold R replicas of the model:
-        norm = sqrt(sum / R). One rank computes the sum and broadcasts it, so that all ranks have exactly the same norm
-        and clip their gradients equally: an all-reduce does not guarantee the same rounding on every rank.
+        norm = sqrt(sum / R). All ranks have exactly the same norm, and clip their gradients equally.
         """
         squares = self._nan_if_not_finite(losses)
         squares += sum_of_squares(self._optimizer.gradients(self._is_counted), self.device)
-        dist.reduce(squares, dst=0)
-        dist.broadcast(squares, src=0)
-        return float((squares / self._replicas).sqrt())
+        return float((self._sum_on_first_rank(squares) / self._replicas).sqrt())
+
+    @staticmethod
+    def _sum_on_first_rank(values: Tensor) -> Tensor:
+        """Return the sum of ``values`` over all ranks, in place; collective.
+
+        One rank computes the sum and broadcasts it: an all-reduce does not guarantee the same rounding on every rank.
+        """
+        dist.reduce(values, dst=0)
+        dist.broadcast(values, src=0)
+        return values
 
     def _is_counted(self, parameter: Tensor) -> bool:
         """Return whether this rank's shard counts in the norm: shards that a tp group replicates count only once."""
@@ -406,28 +425,3 @@ def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:
     mesh, vocab = world.tp_mesh, head.weight.shape[0]
     first, _ = chunk_of(vocab, mesh.size(), mesh.get_local_rank())
     return VocabParallel(mesh.get_group(), first, vocab)
-
-
-def loss_at_temperature(config: Config) -> Any:
-    """Return ``config.loss_fn``, with a null temperature replaced by the sampling temperature."""
-    temperature = config.loss_fn.temperature
-    if temperature is None:
-        temperature = config.policy.generation.temperature
-    return dataclasses.replace(config.loss_fn, temperature=temperature)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, pieces: Sequence[Any]) -> torch.optim.lr_scheduler.LRScheduler:
-    """Build the learning-rate schedule from the entries of ``policy.scheduler``.
-
-    An entry with a ``name`` defines a scheduler of torch and its ``kwargs``; the schedulers run one after another. The
-    entry without a ``name`` lists ``milestones``: the training steps at which the second, third, ... scheduler starts.
-    Without entries the learning rate is constant.
-    """
-    if not pieces:
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    named = [piece for piece in pieces if piece.name]
-    milestones = [m for piece in pieces if not piece.name for m in piece.milestones]
-    built = [
-        getattr(torch.optim.lr_scheduler, piece.name.rpartition(".")[2])(optimizer, **piece.kwargs) for piece in named
-    ]
-    return built[0] if len(built) == 1 else torch.optim.lr_scheduler.SequentialLR(optimizer, built, milestones)

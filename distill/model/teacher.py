@@ -1,8 +1,8 @@
-"""Teachers: the interface, a frozen teacher, and a teacher with current or averaged student weights."""
+"""Teachers: the interface, and a frozen teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,12 @@ from distill.config import Config
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.loss import teacher_topk
-from distill.model.dtensor import local_shard
 from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_files import ModelFiles
-from distill.model.hf_load import local_slices
 from distill.model.host_offload import FrozenOffload
+from distill.model.micro_batch_loss import loss_at_temperature
 from distill.model.sharded import Sharding, load_sharded
-from distill.model.student import DTYPES, Student, loss_at_temperature
-from distill.model.weights import GatheredWeights
+from distill.model.student import DTYPES, Student
 from distill.supervise.progress import heartbeat
 from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
 
@@ -63,8 +61,8 @@ class Teacher:
     def offload(self) -> None:
         """Move the teacher's weights to host memory; not collective."""
 
-    def after_step(self, student: Student) -> None:
-        """Update the teacher after a training step of the student."""
+    def after_step(self, student: Student, step: int) -> None:
+        """Update the teacher after a training step of the student; ``step``: number of finished steps."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save in a checkpoint, as a dictionary from name to tensor.
@@ -103,6 +101,7 @@ class ShardedTeacher(Teacher):
         self._top_k = config.distillation.topk_logits_k
         self._backend = loss.backend
         self._keeps_sampled = loss.kl_type == "sampled"
+        self._scores_sampled = loss.token_weights.reads_sampled_token
         self._returns_rows = loss.support == "student" or self._top_k == 0
         self._head_VD: Tensor | None = None
         self._head_rows = head_rows
@@ -146,13 +145,15 @@ class ShardedTeacher(Teacher):
         view = micro_batch.teacher.to(self.device)
         if self._returns_rows:
             return self._hidden_rows(view, micro_batch.rows_per_tp_rank)
-        extra_ids_N = None
-        if self._keeps_sampled:
-            extra_ids_N = micro_batch.sampled_N.to(self.device)
-            if micro_batch.rows_per_tp_rank:
-                by_rank = torch.split(extra_ids_N, list(micro_batch.rows_per_tp_rank))
-                extra_ids_N = by_rank[dist.get_rank(self._tp_group)]
-        topk = self.topk(view, self._top_k, extra_ids_N)
+        sampled_N = micro_batch.sampled_N.to(self.device)
+        if micro_batch.rows_per_tp_rank:
+            sampled_N = torch.split(sampled_N, list(micro_batch.rows_per_tp_rank))[dist.get_rank(self._tp_group)]
+        topk = self.topk(
+            view,
+            self._top_k,
+            extra_ids_N=sampled_N if self._keeps_sampled else None,
+            sampled_ids_N=sampled_N if self._scores_sampled else None,
+        )
         gathered: dict[str, Any] = {
             name: None if part is None else self._gather_rows(part, micro_batch.rows_per_tp_rank)
             for name, part in vars(topk).items()
@@ -160,11 +161,12 @@ class ShardedTeacher(Teacher):
         return TopK(**gathered)
 
     @torch.no_grad()
-    def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None) -> TopK:
+    def topk(self, view: View, k: int, extra_ids_N: Tensor | None = None, sampled_ids_N: Tensor | None = None) -> TopK:
         """Return the teacher's ``k`` most likely tokens for each response token, with their log-probs.
 
-        Collective. ``view``: packed sequences with N response tokens. ``extra_ids_N``: one token id per response token
-        (the sampled token, for example) whose log-prob is also returned; None: no additional ids.
+        Collective. ``view``: packed sequences with N response tokens. ``extra_ids_N`` adds one token id per response
+        token to the k ids. ``sampled_ids_N`` adds no ids: the log-probs of these tokens are
+        ``TopK.sampled_logprob_N``. None: no such ids.
         """
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
@@ -178,6 +180,7 @@ class ShardedTeacher(Teacher):
                 extra_ids_N=extra_ids_N,
                 backend=self._backend,
                 check_values=self.device.type == "cpu",
+                sampled_ids_N=sampled_ids_N,
             )
             return vars(topk)
 
@@ -224,85 +227,6 @@ class ShardedTeacher(Teacher):
         else:
             self.model.reshard_all()
             self._host.release()
-
-
-class FollowingTeacher(ShardedTeacher):
-    """A teacher with the student's current weights or an exponential moving average (EMA) of them.
-
-    ``decay``: decay of the average; if None, the teacher has the student's current weights. After each training step,
-    average = decay * average + (1 - decay) * weights. The average has the same shards as the student, so this update
-    needs no communication. The average is float32, because in bfloat16 most of the small updates would round to zero.
-    The teacher's forward uses a copy of the average or of the student's weights in ``teacher.precision``, sharded over
-    all ranks of a replica.
-    """
-
-    def __init__(
-        self, config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student, decay: float | None
-    ) -> None:
-        super().__init__(config, files, world, valid_vocab, student.head_rows)
-        self._decay = decay
-        self._bucket_bytes = config.runtime.sync_bucket_mib * 2**20
-        named = student.model.named_hf_parameters() if decay is not None else []
-        self._average = {name: parameter.detach().clone() for name, parameter in named}
-
-    @torch.no_grad()
-    def after_step(self, student: Student) -> None:
-        """Update the moving average, if the teacher has one, and reload the teacher's weights.
-
-        The weights are reloaded from the average or, without an average, from the student. Collective over the ranks of
-        a replica.
-        """
-        if self._decay is not None:
-            for name, parameter in student.model.named_hf_parameters():
-                local_shard(self._average[name]).lerp_(local_shard(parameter), 1 - self._decay)
-        self._reload(student)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return this rank's shards of the averaged student weights.
-
-        Each key is "teacher." followed by the parameter name. The dictionary is empty if the teacher has the student's
-        current weights.
-        """
-        return {f"teacher.{name}": average for name, average in self._average.items()}
-
-    def resume(self, student: Student) -> None:
-        """Reload the teacher's weights after a resume has loaded the student and the average; collective."""
-        self._reload(student)
-
-    @torch.no_grad()
-    def _reload(self, student: Student) -> None:
-        """Copy the average, or the student's weights if no average exists, into the teacher's shards.
-
-        Collective. Only a few complete weights are gathered at a time, to save memory.
-        """
-        source: Iterable[tuple[str, Tensor]] = self._average.items() if self._average else ()
-        tp = self.world.layout.tp_size
-        weights = GatheredWeights(
-            source or student.model.named_hf_parameters(), self.dtype, self._bucket_bytes, self.world.replica_mesh, tp
-        )
-        self.onload()
-        self.model.reshard_all()  # otherwise the next forward would use gathered copies of the old weights
-        own = dict(self.model.named_hf_parameters())
-        for name, complete in weights:
-            local_shard(own[name]).copy_(complete[local_slices(own[name])])
-        if self._host is not None:
-            self._host.update_copy()
-        self.offload()
-
-
-def build_teacher(
-    config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student
-) -> ShardedTeacher:
-    """Build the teacher that ``distillation.context_distillation`` selects; collective.
-
-    The teacher's weights are frozen, equal to the student's current weights, or a moving average of the student's
-    weights.
-    """
-    context = config.distillation.context_distillation
-    if not context.enabled or context.mode in ("self_frozen", "frozen"):
-        return ShardedTeacher(config, files, world, valid_vocab, student.head_rows)
-    decay = context.ema_decay if context.mode == "self_ema" else None
-    return FollowingTeacher(config, files, world, valid_vocab, student, decay)
 
 
 def check_top_k(config: Config, vocabulary: int) -> None:

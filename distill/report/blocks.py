@@ -139,7 +139,7 @@ def _texts_of(shown: _Shown, row: Mapping[str, Any], in_context: bool) -> dict[s
 def _described(run: int, each: SampleSet) -> dict[str, Any]:
     labels = {
         "validation": f"validation at step {each.step}",
-        "in_context": "untrained, context in view",
+        "in_context": "trained, context in view" if each.step else "untrained, context in view",
         "train": f"training, step {each.step} (KL after the step)",
     }
     return {"run": run, "kind": each.kind, "step": each.step, "label": labels[each.kind]}

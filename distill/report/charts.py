@@ -106,6 +106,7 @@ _AFTER_SOURCES = (
             top1_agreement="same most likely token",
             teacher_topk_mass="teacher's probability of its top-k",
             student_topk_mass="student's probability of the teacher's top-k",
+            topk_overlap="teacher's top-k that are in the student's top-k",
         ),
     ),
     Chart(
@@ -129,11 +130,13 @@ _AFTER_SOURCES = (
         "repetition",
         "Repetition",
         "fraction",
-        "Fraction of responses that end in a loop: the last 64 tokens repeat a sequence of at most 32 tokens.",
+        "Fraction of tokens in a sequence of 8 tokens that occurs at least twice in its response, and fraction of"
+        " responses that end in a loop: the last 64 tokens repeat a sequence of at most 32 tokens.",
         "responses",
         (
-            Series("train", "train/repetition_rate", "training"),
-            Series("validation", "validation/repetition_rate", "validation"),
+            *_train(repeated_token_share="tokens, training", repetition_rate="loops at the end, training"),
+            Series("validation", "validation/repeated_token_share", "tokens, validation"),
+            Series("validation", "validation/repetition_rate", "loops at the end, validation"),
         ),
     ),
 )
@@ -169,6 +172,7 @@ def charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         *_BEFORE_SOURCES,
         *_accuracy(columns["validation"]),
         *_AFTER_SOURCES,
+        *_words(columns["train"]),
         *_OPTIMIZATION,
         *_resources(),
     ):
@@ -198,6 +202,12 @@ def _accuracy(names: Iterable[str]) -> list[Chart]:
             "untrained, context in view",
             f"{prefix}in_context_accuracy_stderr",
         ),
+        Series(
+            "validation",
+            f"{prefix}in_context_at_end_accuracy",
+            "trained, context in view",
+            f"{prefix}in_context_at_end_accuracy_stderr",
+        ),
     ]
     help_ = "Fraction of right responses, and of problems with a right response among k; bars: one standard error."
     found = [Chart("accuracy", "Accuracy", "fraction", help_, "quality", tuple(series))]
@@ -209,6 +219,18 @@ def _accuracy(names: Iterable[str]) -> list[Chart]:
         ]
         found.append(Chart("accuracy_by_source", "Accuracy by dataset", "fraction", help_, "quality", tuple(each)))
     return found
+
+
+def _words(names: Iterable[str]) -> list[Chart]:
+    """Return the chart of the words in distillation.watched_words."""
+    prefix = "train/watched_words"
+    series = [
+        Series("train", name, name.removeprefix(f"{prefix}/") if name != prefix else "all words")
+        for name in sorted(names)
+        if name == prefix or name.startswith(f"{prefix}/")
+    ]
+    help_ = "Occurrences of the words in distillation.watched_words per 1,000 response tokens of training."
+    return [Chart("watched_words", "Watched words", "per 1,000 tokens", help_, "responses", tuple(series))]
 
 
 def _resources() -> list[Chart]:

@@ -52,6 +52,7 @@ def final_table(
     for k in sorted({k for each in last if each for k in _ks(each)}):
         rows.append((f"pass@{k}", _pass_at(last, k), "Probability that one of k responses is right ± standard error"))
     row("accuracy, context in view", lambda final: estimate(final.in_context), "The untrained student's accuracy")
+    row("  at the end", lambda final: estimate(final.in_context_at_end), "The trained student's, context in view")
     rows += _ends("mean length", [final.length for final in finals], _measured_tokens, "Tokens of a response")
     row("truncated responses", lambda final: percent(final.truncated))
     row("loss, last step", lambda final: nats(final.loss.last.value) if final.loss.last else ABSENT)

@@ -61,6 +61,8 @@ class Final:
     accuracy: Ends
     in_context: Measured | None
     """Accuracy of the untrained student with the teacher's context in view."""
+    in_context_at_end: Measured | None
+    """Accuracy of the trained student with the teacher's context in view."""
     length: Ends
     """Mean response length in tokens in validations; without validations, in training."""
     truncated: float | None
@@ -86,6 +88,7 @@ def final_of(run: RunFiles, sets: Sequence[SampleSet] = ()) -> Final:
         closed=_closed(kl, sets),
         accuracy=_ends(rows, "validation/accuracy"),
         in_context=_ends(rows, "validation/in_context_accuracy").last,
+        in_context_at_end=_ends(rows, "validation/in_context_at_end_accuracy").last,
         length=lengths if lengths.last else _ends(steps, "train/mean_gen_tokens_per_sample"),
         truncated=last(*((rows, "validation/truncation_rate") if rows else (steps, "train/truncation_rate"))),
         loss=_ends(steps, "train/loss"),
@@ -142,8 +145,13 @@ def ending_of(run: RunFiles) -> Ending:
     )
 
 
-def headline(final: Final, control: tuple[str, Final] | None) -> list[dict[str, Any]]:
-    """Return the main numbers as texts: label, value, detail. ``control``: name and numbers of the control run."""
+def headline(
+    final: Final, control: tuple[str, Final] | None, alarms: Sequence[Mapping[str, str]] = ()
+) -> list[dict[str, Any]]:
+    """Return the main numbers as texts: label, value, detail.
+
+    ``control``: name and numbers of the control run. ``alarms``: the result of ``alarms_of``.
+    """
     found: list[tuple[str, str, str | None]] = []
     kl, accuracy, length = final.kl, final.accuracy, final.length
     if final.closed and kl.first and kl.last:
@@ -153,6 +161,7 @@ def headline(final: Final, control: tuple[str, Final] | None) -> list[dict[str, 
         references = {
             when(accuracy.first.step) if accuracy.first else "": accuracy.first,
             "context in view": final.in_context,
+            "context in view at the end": final.in_context_at_end,
             f"control {control[0]}" if control else "": control[1].accuracy.last if control else None,
         }
         texts = [f"{name} {estimate(each)}" for name, each in references.items() if each]
@@ -167,6 +176,9 @@ def headline(final: Final, control: tuple[str, Final] | None) -> list[dict[str, 
         truncated = f"{percent(final.truncated)} truncated" if final.truncated is not None else ""
         detail = _joined(_unless_at_end(length.last, final), first_length, truncated)
         found.append(("mean length", f"{length.last.value:.1f} tokens", detail))
+    if alarms:
+        texts = [f"{each['label']} {each['steps']}" for each in alarms]
+        found.append(("alarms", str(len(alarms)), _joined(*texts)))
     if final.steps:
         found.append(
             (
@@ -215,10 +227,20 @@ def estimate(value: Measured | Estimate | None) -> str:
     return percent(mean) + (f" ± {percent(stderr)}" if stderr is not None else "")
 
 
+def _teachers_context(loop: Mapping[str, Any]) -> object:
+    """Return what the teacher reads in place of the student's prompt; None if it reads the student's prompt."""
+    context = mapping(loop.get("context_distillation"))
+    if not context.get("enabled"):
+        return None
+    if loop.get("control"):
+        return "none (distillation.control=true)"
+    column = context.get("teacher_messages_key")
+    return f"the messages in the column {column}" if column else context.get("teacher_prefix_template")
+
+
 def facts(run: RunFiles) -> list[dict[str, str]]:
     """Return what ran: models, data, teacher's context, hardware, versions, commit."""
     recipe, versions = run.recipe, run.versions
-    context = mapping(mapping(recipe.get("distillation")).get("context_distillation"))
     earlier = versions.get("earlier_starts")
     packages = [f"{name} {versions[name]}" for name in _PACKAGES if versions.get(name)]
     hosts = versions.get("hosts")
@@ -227,7 +249,7 @@ def facts(run: RunFiles) -> list[dict[str, str]]:
         "folder": str(run.folder),
         "student": mapping(recipe.get("policy")).get("model_name"),
         "teacher": mapping(recipe.get("teacher")).get("model_name"),
-        "teacher's context": context.get("teacher_prefix_template") if context.get("enabled") else None,
+        "teacher's context": _teachers_context(mapping(recipe.get("distillation"))),
         "loss": mapping(recipe.get("loss_fn")).get("kl_type"),
         "training data": ", ".join(_datasets(recipe, "train")),
         "held-out data": ", ".join(_datasets(recipe, "validation")),
@@ -252,11 +274,21 @@ def _datasets(recipe: Mapping[str, Any], part: str) -> Iterator[str]:
 
 
 def is_control(run: RunFiles) -> bool:
-    """Return whether the run is a control: its folder's name begins with "control", or its recipe cannot teach.
+    """Return whether the run is a control experiment: its recipe has distillation.control=true."""
+    return mapping(run.recipe.get("distillation")).get("control") is True
 
-    A recipe that cannot teach runs only with distillation.allow_degenerate=true.
-    """
-    return run.name.startswith("control") or mapping(run.recipe.get("distillation")).get("allow_degenerate") is True
+
+def alarms_of(run: RunFiles) -> list[dict[str, str]]:
+    """Return each alarm of the run with its steps and the message of its first start; labels and values are texts."""
+    found: dict[str, dict[str, str]] = {}
+    for row in run.alarms:
+        name, step = str(row.get("alarm")), number(row.get("step"))
+        if row.get("event") == "start":
+            entry = found.setdefault(name, {"label": name, "steps": "", "value": str(row.get("message"))})
+            entry["steps"] += f"{', ' if entry['steps'] else ''}from step {step}"
+        elif name in found:
+            found[name]["steps"] += f" to {step}"
+    return list(found.values())
 
 
 def recipe_of(run: RunFiles) -> dict[str, Any]:

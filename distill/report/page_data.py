@@ -11,7 +11,17 @@ from distill.report.blocks import Blocks
 from distill.report.charts import charts
 from distill.report.compare import final_table, recipe_differences
 from distill.report.html import PageData, build_page
-from distill.report.overview import Final, ending_of, facts, final_of, headline, is_control, recipe_of, resume_notes
+from distill.report.overview import (
+    Final,
+    alarms_of,
+    ending_of,
+    facts,
+    final_of,
+    headline,
+    is_control,
+    recipe_of,
+    resume_notes,
+)
 from distill.report.prompts import match_problems
 from distill.report.read import RunFiles, read_run
 from distill.report.samples import VERDICTS, Limits, SampleSet, scan_run, select
@@ -79,14 +89,15 @@ class Report:
         return PageData(index, blocks)
 
     def _run(self, number: int) -> dict[str, Any]:
-        run, ending = self.runs[number], self.endings[number]
+        run, ending, alarms = self.runs[number], self.endings[number], alarms_of(self.runs[number])
         sets: Sequence[SampleSet] = self.sets[number]
         return {
             "name": self.names[number],
             "folder": str(run.folder),
             "status": ending.state,
             "ending": ending.text,
-            "headline": headline(self.finals[number], self._control_of(number)),
+            "headline": headline(self.finals[number], self._control_of(number), alarms),
+            "alarms": [{"label": f"{a['label']} {a['steps']}", "value": a["value"]} for a in alarms],
             "facts": facts(run),
             "recipe": recipe_of(run),
             "tables": tables(run, sets),
@@ -117,7 +128,7 @@ def write_page(out: Path, data: PageData) -> None:
     part.replace(out)
 
 
-def write_run_page(run_dir: Path, state: Literal["finished", "failed"]) -> Path:
+def write_run_page(run_dir: Path, state: Literal["finished", "stopped", "failed"]) -> Path:
     """Write the page of a run of this process, which ends now, into its run directory; return its path.
 
     ``state``: how the run ends. The status file does not show it yet, because it is written when the process exits.

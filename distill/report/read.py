@@ -18,7 +18,9 @@ import yaml
 from distill.config.paths import normalize
 from distill.errors import UserError, any_of
 from distill.run_files import (
+    ALARMS_FILE,
     IN_CONTEXT,
+    IN_CONTEXT_AT_END,
     METRICS_FILE,
     PARENT_FILE,
     RECIPE_FILE,
@@ -71,6 +73,8 @@ class RunFiles:
     """The recipes that resumes changed, each with the last step for which it was used."""
     notes: list[str] = field(default_factory=list)
     """What is missing or incomplete."""
+    alarms: Rows = field(default_factory=list)
+    """Starts and ends of alarms, in order of time."""
 
 
 def read_run(folder: str | Path, owned: bool = False) -> RunFiles:
@@ -98,9 +102,10 @@ def read_run(folder: str | Path, owned: bool = False) -> RunFiles:
         is_written=owned or owner_of(path) is not None,
         train=_last_of_each_step(row for row in numbered if not _is_validation(row)),
         validation=_last_of_each_step(row for row in numbered if _is_validation(row)),
-        sample_files=_sample_files(path),
+        sample_files=_sample_files(path, numbered),
         earlier_recipes=_earlier_recipes(path),
         notes=notes,
+        alarms=[row for _, row in json_lines(path / ALARMS_FILE, notes)] if _is_file(path / ALARMS_FILE) else [],
     )
     files.notes += _missing(files)
     return files
@@ -202,14 +207,18 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _sample_files(folder: Path) -> list[SampleFile]:
+def _sample_files(folder: Path, rows: Rows) -> list[SampleFile]:
     found: list[SampleFile] = []
     kinds: tuple[tuple[str, Kind], ...] = ((VALIDATION_FOLDER, "validation"), (TRAIN_SAMPLES_FOLDER, "train"))
     for name, kind in kinds:
         steps = {int(match[1]): path for path in _files(folder / name) if (match := _STEP_FILE.fullmatch(path.name))}
         found += [SampleFile(steps[step], kind, step) for step in sorted(steps)]
-    in_context = folder / VALIDATION_FOLDER / f"{IN_CONTEXT}.jsonl"
-    return [*found, *([SampleFile(in_context, "in_context", 0)] if _is_file(in_context) else [])]
+    prefix = f"validation/{IN_CONTEXT_AT_END}_"
+    at_end = max((int(row["step"]) for row in rows if any(name.startswith(prefix) for name in row)), default=1)
+    for name, step in ((IN_CONTEXT, 0), (IN_CONTEXT_AT_END, at_end)):
+        in_context = folder / VALIDATION_FOLDER / f"{name}.jsonl"
+        found += [SampleFile(in_context, "in_context", step)] if _is_file(in_context) else []
+    return found
 
 
 def _missing(files: RunFiles) -> list[str]:

@@ -17,6 +17,8 @@ FORECAST = "forecast/"
 """Prefix of the names of predicted values in a page; the rest of the name is that of the measured value."""
 _PREDICTED = re.compile(r"memory/predicted_(\w+)")
 """Names of predicted memory in metrics.jsonl."""
+_PASS_AT = re.compile(r"validation/(pass@\d+(?:_stderr)?)")
+"""Names of pass@k over all problems in metrics.jsonl."""
 _NO_METRICS = ("step", "timestamp")
 _QUANTILES = {"length_p10": 0.1, "length_p50": 0.5, "length_p90": 0.9}
 
@@ -31,14 +33,19 @@ def tables(run: RunFiles, sets: Sequence[SampleSet]) -> dict[str, Any]:
     shown = []
     for row in sorted(validations, key=lambda row: int(row["step"])):
         tokens, hours = axes.get(int(row["step"]), (0, 0.0) if not int(row["step"]) else (None, None))
-        shown.append({**row, **measured.get(int(row["step"]), {}), "tokens": tokens, "hours": hours})
+        shown.append({**_renamed(row), **measured.get(int(row["step"]), {}), "tokens": tokens, "hours": hours})
     return {"train": _columns(_thinned([_renamed(row) for row in rows])), "validation": _columns(shown)}
 
 
 def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row with the page's names of predicted values."""
-    matches = {name: _PREDICTED.fullmatch(name) for name in row}
-    return {f"{FORECAST}memory/{match[1]}" if (match := matches[name]) else name: row[name] for name in row}
+    """Return the row with the page's names of predicted values and of pass@k."""
+
+    def renamed(name: str) -> str:
+        if match := _PREDICTED.fullmatch(name):
+            return f"{FORECAST}memory/{match[1]}"
+        return match[1] if (match := _PASS_AT.fullmatch(name)) else name
+
+    return {renamed(name): value for name, value in row.items()}
 
 
 def _with_axes(run: RunFiles) -> list[dict[str, Any]]:

@@ -345,9 +345,16 @@ def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
     ``window``: the engine's maximum number of tokens of a prompt and its response together.
     """
     total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
-    limit = min(sampling.max_new_tokens, total - len(prompt.student_ids))
+    most = sampling.max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
+    limit = min(sampling.max_new_tokens, most, total - len(prompt.student_ids))
     assert limit >= 1, (limit, len(prompt.student_ids))
     return limit
+
+
+def indices_to_generate(sampling: Sampling, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the indices of the responses to generate for each prompt, without those in ``Sampling.omitted``."""
+    omitted, indices = set(sampling.omitted), range(sampling.responses_per_prompt)
+    return [[i for i in indices if (prompt.prompt_id, i) not in omitted] for prompt in prompts]
 
 
 def longest_first(prompts: Sequence[Prompt]) -> list[int]:

@@ -48,7 +48,8 @@ _MODEL_ARGUMENTS = ("hf_overrides", "hf_config_path", "disable_sliding_window", 
 _LOGPROB_INTERVAL, _COMPARED_RESPONSES = 16, 64
 """The engine computes log-probs for a sixteenth of the responses, but for about 64 of a step if it has fewer than 1024.
 
-They are compared with the trainer's log-probs. The loss needs all of them only with ``loss_fn.kl_type=sampled``.
+They are compared with the trainer's log-probs. The loss needs all of them only with
+``loss_fn.kl_type=sampled`` or ``loss_fn.token_weights.prefix_importance``.
 """
 _LARGEST_BATCH = 1024
 """Maximum number of responses that an engine generates at the same time, as in vLLM's defaults for large GPUs."""
@@ -174,7 +175,7 @@ def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: i
     ``valid_vocab`` and above are padding of the vocabulary. Raises UserError if vLLM refuses the model or an argument.
     """
     policy = config.policy
-    dtype, window = DTYPES[policy.precision], policy.max_total_sequence_length
+    dtype = DTYPES[policy.precision]
     shape = model_config(files, "policy.model_name")
     if policy.generation.backend == "transformers":
         return TransformersEngine(
@@ -182,12 +183,23 @@ def build_engine(config: Config, files: ModelFiles, world: World, valid_vocab: i
             dtype,
             torch.device(world.device),
             policy.generation_batch_size,
-            min(2 * window, shape.max_position_embeddings),
+            engine_window(config, shape),
             valid_vocab,
             replica=world.rank,
             replicas=world.size,
         )
     return _build_vllm(config, files, shape, world, valid_vocab)
+
+
+def engine_window(config: Config, shape: Any) -> int:
+    """Return the maximum number of tokens of a prompt and its response in the engine.
+
+    ``shape``: the student's Hugging Face configuration.
+    """
+    window = config.policy.generation.engine_window
+    if window is not None:
+        return window
+    return min(2 * config.policy.max_total_sequence_length, int(shape.max_position_embeddings))
 
 
 def batch_arguments(config: Config, ranks: int) -> dict[str, Any]:
@@ -200,7 +212,7 @@ def batch_arguments(config: Config, ranks: int) -> dict[str, Any]:
     loop, generation = config.distillation, config.policy.generation
     given = generation.vllm_kwargs
     batches = [(loop.num_prompts_per_step, loop.num_generations_per_prompt)]
-    if config.data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end):
+    if config.data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end or loop.probe_period):
         batches.append((loop.max_val_samples or _LARGEST_BATCH, loop.val_num_generations))
     engines = ranks // generation.vllm_cfg.tensor_parallel_size
     most = max(-(-prompts // engines) * responses for prompts, responses in batches)
@@ -231,7 +243,7 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, world: World, val
             str(files.folder),
             manifest,
             dtype,
-            settings.max_model_len,
+            engine_window(config, shape),
             valid_vocab,
             settings.tensor_parallel_size,
             arguments,
@@ -255,6 +267,7 @@ def validation_sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> S
     return dataclasses.replace(
         sampling_of(config, stop_token_ids),
         temperature=generation.val_temperature,
+        max_new_tokens=generation.val_max_new_tokens,
         top_p=generation.val_top_p,
         top_k=generation.val_top_k or 0,
         responses_per_prompt=config.distillation.val_num_generations,
@@ -266,7 +279,8 @@ def sampling_of(config: Config, stop_token_ids: tuple[int, ...]) -> Sampling:
     """Return the sampling settings of the responses for training."""
     generation, loop = config.policy.generation, config.distillation
     responses = loop.num_prompts_per_step * loop.num_generations_per_prompt
-    rarest = 1 if config.loss_fn.kl_type == "sampled" else _LOGPROB_INTERVAL
+    needs_all = config.loss_fn.kl_type == "sampled" or config.loss_fn.token_weights.prefix_importance > 0
+    rarest = 1 if needs_all else _LOGPROB_INTERVAL
     return Sampling(
         temperature=generation.temperature,
         max_new_tokens=generation.max_new_tokens,

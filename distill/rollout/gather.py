@@ -23,7 +23,7 @@ def gather_rollouts(
     sent: list[tuple[Any, ...]] = [
         (
             *(r.prompt.prompt_id, r.response_index, r.response_ids, r.logprobs, r.finish, r.version),
-            *(r.teacher_prefix_ids, r.teacher_inside_thought),
+            *(r.teacher_prefix_ids, r.teacher_inside_thought, r.off_policy),
         )
         for r in own
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from distill.rollout.engine import (
     EngineBase,
     GenerationCancelled,
     SyncError,
+    indices_to_generate,
     longest_first,
     response_limit,
     response_seed,
@@ -83,32 +85,35 @@ class TransformersEngine(EngineBase):
     def _generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[Rollout]:
-        order = longest_first(prompts)
+        indices = indices_to_generate(sampling, prompts)
+        order = [i for i in longest_first(prompts) if indices[i]]
         per_batch = max(1, self._batch_size // sampling.responses_per_prompt)
         done: dict[int, list[Rollout]] = {}
-        with task(len(prompts) * sampling.responses_per_prompt, "responses"):
+        with task(sum(map(len, indices)), "responses"):
             for start in range(0, len(order), per_batch):
                 batch = order[start : start + per_batch]
-                rollouts = self._generate_batch([prompts[i] for i in batch], sampling, step, cancelled)
+                wanted = [(prompts[i], indices[i]) for i in batch]
+                rollouts = self._generate_batch(wanted, sampling, step, cancelled)
                 done.update(zip(batch, rollouts, strict=True))
-        return [rollout for i in range(len(prompts)) for rollout in done[i]]
+        return [rollout for i in sorted(done) for rollout in done[i]]
 
     def _generate_batch(
-        self, prompts: list[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
+        self, wanted: Sequence[tuple[Prompt, Sequence[int]]], sampling: Sampling, step: int, cancelled: Cancelled
     ) -> list[list[Rollout]]:
         """Generate the responses to one batch of prompts; return one list of rollouts per prompt.
 
-        The model processes each prompt once, and the prompt's key-value cache is copied for each response. Raises
-        GenerationCancelled if ``cancelled()`` returns True.
+        ``wanted``: each prompt with the indices of its responses. The model processes each prompt once, and the
+        prompt's key-value cache is copied for each response. Raises GenerationCancelled if ``cancelled()`` returns
+        True.
         """
-        batch = _Decoding(prompts, sampling, step, self.window, self._device)
-        tokens, mask = self._padded(prompts)
+        batch = _Decoding(wanted, sampling, step, self.window, self._device)
+        tokens, mask = self._padded([prompt for prompt, _ in wanted])
         cache = DynamicCache(config=self._model.config)
         logits = self._forward(tokens, mask, cache)
-        G = sampling.responses_per_prompt
-        cache.batch_repeat_interleave(G)
-        mask, logits = mask.repeat_interleave(G, 0), logits.repeat_interleave(G, 0)
-        unfinished = len(prompts) * G
+        rows = torch.tensor([i for i, (_, indices) in enumerate(wanted) for _ in indices], device=self._device)
+        cache.batch_select_indices(rows)
+        mask, logits = mask[rows], logits[rows]
+        unfinished = len(rows)
         while True:
             if cancelled():
                 raise GenerationCancelled
@@ -162,10 +167,17 @@ class _Decoding:
     been removed from the batch; only finished responses are removed.
     """
 
-    def __init__(self, prompts: list[Prompt], sampling: Sampling, step: int, window: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[tuple[Prompt, Sequence[int]]],
+        sampling: Sampling,
+        step: int,
+        window: int,
+        device: torch.device,
+    ) -> None:
         self._sampling = sampling
-        self._prompts = prompts
-        responses = [(prompt, index) for prompt in prompts for index in range(sampling.responses_per_prompt)]
+        self._wanted = wanted
+        responses = [(prompt, index) for prompt, indices in wanted for index in indices]
         self._limits = [response_limit(sampling, prompt, window) for prompt, _ in responses]
         seeds = [response_seed(sampling.seed, step, prompt.prompt_id, index) for prompt, index in responses]
         self._wants_logprobs = [wants_logprobs(sampling, seed) for seed in seeds]
@@ -209,9 +221,10 @@ class _Decoding:
 
         ``version``: number of finished training steps when the engine received its weights.
         """
-        G = self._sampling.responses_per_prompt
+        responses = itertools.count()
         return [
-            [self._rollout(p * G + g, prompt, g, version) for g in range(G)] for p, prompt in enumerate(self._prompts)
+            [self._rollout(next(responses), prompt, index, version) for index in indices]
+            for prompt, indices in self._wanted
         ]
 
     def _rollout(self, response: int, prompt: Prompt, response_index: int, version: int) -> Rollout:

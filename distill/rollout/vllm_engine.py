@@ -23,6 +23,7 @@ from distill.rollout.engine import (
     Cancelled,
     EngineBase,
     GenerationCancelled,
+    indices_to_generate,
     longest_first,
     response_limit,
     response_seed,
@@ -202,7 +203,8 @@ class VllmEngine(EngineBase):
     ) -> list[Rollout]:
         ids = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
         self._check_same("prompts, sampling or step", ids, sampling, step, self._version)
-        responses = [(prompts[i], g) for i in longest_first(prompts) for g in range(sampling.responses_per_prompt)]
+        indices = indices_to_generate(sampling, prompts)
+        responses = [(prompts[i], index) for i in longest_first(prompts) for index in indices[i]]
         finished = self._run(
             [(prompt.student_ids, self._params(prompt, index, sampling, step)) for prompt, index in responses],
             counted=self._tp_rank == 0,

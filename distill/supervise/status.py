@@ -27,7 +27,8 @@ _EXTRA_FILE = "DISTILL_STATUS_FILE"
 class ExitStatus(NamedTuple):
     """State, reason and exit code with which a rank exits; distributed/README.md describes the states.
 
-    If a signal stopped the run, the reason starts with the signal's name; scripts/train.sbatch depends on this.
+    If a signal stopped the run, the reason starts with the signal's name; if an alarm stopped it, with "alarm ".
+    scripts/train.sbatch depends on this.
     """
 
     state: State

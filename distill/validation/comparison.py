@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -34,7 +35,13 @@ class Comparison:
     """float32 [R]: KL(student || teacher) in nats, in host memory."""
     top_tokens: tuple[TopTokens, ...]
     """The most likely tokens at the tokens of highest KL, ordered by ``at``."""
+    topk_overlap_R: Tensor | None = None
+    """float32 [R]: fraction of the most likely tokens that both models have in common; None if not computed."""
 
 
-Compare = Callable[[Sequence[Rollout], int], list[Comparison]]
-"""Collective function (rollouts, step) that compares student and teacher at each token of the rollouts."""
+class Compare(Protocol):
+    """Collective function that compares student and teacher at each token of rollouts."""
+
+    def __call__(self, rollouts: Sequence[Rollout], step: int, /, *, overlap: bool = False) -> list[Comparison]:
+        """Return the comparison of each rollout; ``overlap``: also compute the overlap of the top-k."""
+        ...

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distill.data.files import kind_of
 from distill.data.grading import Verdict
-from distill.metrics.responses import ends_in_a_loop
+from distill.metrics.responses import ends_in_a_loop, repeated_token_stats
+from distill.report.numbers import ks_of, pass_at
 from distill.supervise.progress import heartbeat
 from distill.types import Rollout
 from distill.validation.comparison import Likely, TopTokens
@@ -41,6 +42,8 @@ class Sample:
     """float32 [R]: KL(student || teacher) in nats at each token of the response; None if not measured."""
     top_tokens: tuple[TopTokens, ...] | None = None
     """The most likely tokens of both models at the tokens of highest KL; None if not compared with the teacher."""
+    topk_overlap_R: Tensor | None = None
+    """float32 [R]: fraction of the most likely tokens that both models have in common; None if not measured."""
     read_ids: tuple[int, ...] | None = None
     """Token ids of the prompt that the response was generated from; None: the student's usual prompt."""
 
@@ -76,8 +79,13 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
       the formula is sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. Problem p has responses_p
       graded responses, of which right_p are right. With the same number of responses per problem this is the standard
       deviation of the problems' mean accuracies, divided by sqrt(P).
+    - ``pass@k``: probability that at least one of k responses is right, for k = 2, 4, 8, ... and the largest number n
+      of graded responses to a problem. It is the mean over problems of 1 - C(n - right, k) / C(n, k). Problems with
+      fewer than k graded responses are not counted. ``pass@k_stderr``: the standard deviation of the problems' values,
+      divided by the square root of their number.
     - ``avg_length``: mean number of tokens of a response; ``truncation_rate``: fraction of truncated responses;
       ``repetition_rate``: fraction of responses that end in a loop (``metrics.responses.ends_in_a_loop``);
+      ``repeated_token_share``: fraction of tokens in a repeated 8-gram (``metrics.responses.repeated_tokens``);
       ``num_answers``: number of responses; ``num_problems``: number of different problems.
     - ``forward_kl``, ``reverse_kl``: mean of KL(teacher || student) and of KL(student || teacher), in nats, over all
       tokens of the ``num_compared`` responses that were compared with the teacher.
@@ -88,8 +96,9 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
         "avg_length": _mean([len(s.rollout.response_ids) for s in samples]),
         "truncation_rate": _mean([s.rollout.finish == "length" for s in samples]),
         "repetition_rate": _mean([ends_in_a_loop(s.rollout) for s in samples]),
+        "repeated_token_share": _repeated_token_share(samples),
         "num_answers": float(len(samples)),
-        "num_problems": float(len({_problem(s) for s in samples})),
+        "num_problems": float(len({problem_of(s) for s in samples})),
         "num_compared": float(sum(s.forward_kl_R is not None for s in samples)),
     }
     graded = [s for s in samples if s.verdict is not None]
@@ -103,8 +112,15 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
     return values
 
 
-def _problem(sample: Sample) -> tuple[str, str]:
-    return sample.source, sample.rollout.prompt.problem.text
+def problem_of(sample: Sample) -> tuple[str, str]:
+    """Return dataset and text of the sample's problem; equal conversations in a dataset are the same problem."""
+    problem = sample.rollout.prompt.problem
+    return sample.source, problem.text + problem.messages
+
+
+def _repeated_token_share(samples: Sequence[Sample]) -> float:
+    repeated, tokens = repeated_token_stats([sample.rollout for sample in samples])
+    return repeated / tokens
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -112,18 +128,23 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _accuracy(graded: Sequence[Sample]) -> dict[str, float]:
-    right: dict[tuple[str, str], int] = {}
-    responses: dict[tuple[str, str], int] = {}
+    verdicts: dict[tuple[str, str], list[bool]] = {}
     for sample in graded:
-        problem = _problem(sample)
-        responses[problem] = responses.get(problem, 0) + 1
-        right[problem] = right.get(problem, 0) + (sample.verdict == "right")
-    accuracy = sum(right.values()) / len(graded)
+        verdicts.setdefault(problem_of(sample), []).append(sample.verdict == "right")
+    accuracy = sum(map(sum, verdicts.values())) / len(graded)
     values = {"accuracy": accuracy, "judge_failures": float(sum(s.verdict == "failed" for s in graded))}
-    problems = len(responses)
+    problems = len(verdicts)
     if problems > 1:
-        squares = math.fsum((right[p] - accuracy * responses[p]) ** 2 for p in responses)
+        squares = math.fsum((sum(right) - accuracy * len(right)) ** 2 for right in verdicts.values())
         values["accuracy_stderr"] = math.sqrt(problems / (problems - 1) * squares) / len(graded)
+    return values | _pass_at(list(verdicts.values()))
+
+
+def _pass_at(verdicts: Sequence[Sequence[bool]]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for k in ks_of(verdicts):
+        mean, stderr = pass_at(verdicts, k) or (math.nan, None)
+        values |= {f"pass@{k}": mean} | ({} if stderr is None else {f"pass@{k}_stderr": stderr})
     return values
 
 

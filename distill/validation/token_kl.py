@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distill.batching.plan import PackingConfig, plan
 from distill.distributed.world import World
-from distill.model.student import RowComparison, Student
+from distill.model.micro_batch_loss import RowComparison
+from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.types import MicroBatch, Rollout
 from distill.validation.comparison import Comparison, Likely, TopTokens
@@ -28,6 +29,7 @@ def compare_tokens(
     packing: PackingConfig,
     seed: int,
     top_tokens: int,
+    overlap: bool = False,
 ) -> list[Comparison]:
     """Compare student and teacher at the response tokens of each rollout.
 
@@ -37,11 +39,13 @@ def compare_tokens(
     highest KL: the larger of forward and reverse KL; of equal KLs the earlier token. To save memory, the teacher runs
     on one of its packs after the other, and its weights leave the device before the student's last forward. So the
     comparison of one micro-batch per rank needs no more device memory than the training phase. ``packing``, ``seed``
-    and ``step`` are arguments of ``plan``, which packs the rollouts into micro-batches.
+    and ``step`` are arguments of ``plan``, which packs the rollouts into micro-batches. All tokens are compared,
+    with any weight in the loss. ``overlap``: whether to compute the overlap of the top-k of both models.
     """
     if not rollouts:
         return []
-    (batch,) = plan(rollouts, world.layout, replace(packing, optimizer_batch=len(rollouts), expected=None), seed, step)
+    packing = replace(packing, optimizer_batch=len(rollouts), expected=None, weights=None)
+    (batch,) = plan(rollouts, world.layout, packing, seed, step)
     tokens = _Tokens(rollouts)
     found: list[_Part] = []
     teacher.onload()
@@ -52,10 +56,12 @@ def compare_tokens(
         if micro_batch is batch.micro_batches[-1]:
             teacher.offload()
         rows = _Rows.of(micro_batch, tokens)
-        found.append(rows.part(student.compare(moved, its_targets, partial(rows.highest, most=top_tokens))))
+        select = partial(rows.highest, most=top_tokens)
+        found.append(rows.part(student.compare(moved, its_targets, select, overlap)))
     counts = world.layout.tp_rank == 0  # all ranks of a tensor-parallel group have the same rows
     parts = [part for of_rank in world.gather(found if counts else []) for part in of_rank]
-    return tokens.by_rollout(parts, top_tokens)
+    found_by_rollout = tokens.by_rollout(parts, top_tokens)
+    return found_by_rollout if overlap else [replace(each, topk_overlap_R=None) for each in found_by_rollout]
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class _Part:
     """Comparison of student and teacher at N tokens; a token is given by its index among all rollouts' tokens."""
 
     index_N: Tensor
-    kls_2N: Tensor
-    """float32 [2, N]: forward and reverse KL."""
+    values_3N: Tensor
+    """float32 [3, N]: forward KL, reverse KL and overlap of the top-k, which is nan if it was not computed."""
     index_M: Tensor
     """int64 [M]: the tokens at which the most likely tokens are listed."""
     ids_M2K: Tensor
@@ -102,15 +108,15 @@ class _Tokens:
         ``parts``: the comparisons of all micro-batches. Several ranks may have tokens of the same rollout, and each of
         them lists the most likely tokens at up to ``most`` of its tokens.
         """
-        kls_2M = torch.empty(2, sum(self._lengths))
+        values_3M = torch.empty(3, sum(self._lengths))
         missing_M = torch.ones(sum(self._lengths), dtype=torch.bool)
         for part in parts:
-            kls_2M[:, part.index_N] = part.kls_2N
+            values_3M[:, part.index_N] = part.values_3N
             missing_M[part.index_N] = False
         assert not missing_M.any(), f"{int(missing_M.sum())} response tokens have no KL"
-        top = self._top_tokens(parts, kls_2M.amax(dim=0), most)
-        forward, reverse = (row_M.split(self._lengths) for row_M in kls_2M)
-        return [Comparison(f_R, r_R, tuple(own)) for f_R, r_R, own in zip(forward, reverse, top, strict=True)]
+        top = self._top_tokens(parts, values_3M[:2].amax(dim=0), most)
+        rows = zip(*(row_M.split(self._lengths) for row_M in values_3M), strict=True)
+        return [Comparison(f_R, r_R, tuple(own), o_R) for (f_R, r_R, o_R), own in zip(rows, top, strict=True)]
 
     def _top_tokens(self, parts: Sequence[_Part], kl_M: Tensor, most: int) -> list[list[TopTokens]]:
         index_N = torch.cat([part.index_M for part in parts])
@@ -155,9 +161,12 @@ class _Rows:
 
     def part(self, compared: RowComparison) -> _Part:
         """Return the comparison of these rows in host memory."""
+        overlap_N = compared.topk_overlap_N
+        if overlap_N is None:
+            overlap_N = torch.full_like(compared.forward_kl_N, math.nan)
         return _Part(
             self.index_N,
-            torch.stack([compared.forward_kl_N, compared.reverse_kl_N]).cpu(),
+            torch.stack([compared.forward_kl_N, compared.reverse_kl_N, overlap_N.float()]).cpu(),
             self.index_N[torch.searchsorted(self.row_N, compared.rows_M.cpu())],
             compared.likely.ids_M2K.cpu(),
             compared.likely.probs_M2K.cpu(),

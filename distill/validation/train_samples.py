@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import Config
-from distill.config.template import reads_traces
+from distill.data.teacher_context import reads_traces
 from distill.data.teacher_prefix import TRACE_COVERAGE
 from distill.errors import writing_run
 from distill.metrics.sinks import Recorder, Samples
@@ -89,14 +89,14 @@ class TrainSamples:
                 f"check the texts in the column {context.trace_column}"
                 if context.trace_column
                 else "use a model that writes the tags trace_extractor.think_tags, raise"
-                " policy.generation.max_new_tokens if responses are truncated",
+                " policy.generation.max_new_tokens or distillation.max_new_tokens_schedule if responses are truncated",
             )
 
 
 def shows_traces(config: Config) -> bool:
     """Return whether the teacher's prompts contain traces, so that the fraction with a trace is shown."""
     context = config.distillation.context_distillation
-    return context.enabled and reads_traces(context.teacher_prefix_template)
+    return context.enabled and reads_traces(context)
 
 
 def _shortened(text: str) -> str:

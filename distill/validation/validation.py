@@ -5,26 +5,29 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from distill.checkpoint import Checkpoints
 from distill.config import Config
-from distill.config.template import reads_traces
 from distill.data.grading import Grader, Verdict
+from distill.data.teacher_context import reads_traces
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes
 from distill.distributed.world import World
 from distill.errors import writing_run
 from distill.metrics.phases import Phases
+from distill.metrics.run_alarms import RunAlarms
 from distill.metrics.sinks import Recorder, Samples
 from distill.rollout.engine import Engine, response_limit, stream_seed
 from distill.rollout.gather import gather_rollouts
-from distill.run_files import IN_CONTEXT, VALIDATION_FOLDER
+from distill.run_files import IN_CONTEXT, IN_CONTEXT_AT_END, VALIDATION_FOLDER
 from distill.supervise.progress import heartbeat
 from distill.supervise.stop import StopCheck, StopRequested
 from distill.types import Prompt, Rollout, Sampling
 from distill.validation.comparison import Compare
 from distill.validation.held_out import HeldOut
+from distill.validation.paired import FIRST_VALIDATION, accuracy_change, grades
 from distill.validation.scores import Sample, by_source, format_sample, response_text, table_row, write_samples
 from distill.validation.token_texts import Decode
 
@@ -46,8 +49,10 @@ class ValidationConfig:
     last_step: int
     seed: int
     in_context: bool
-    """Whether the validation at step 0 also generates with the teacher's context in the student's prompt."""
-    trace_column: str | None
+    """Whether the validations at step 0 and after the last step also generate with the teacher's context in view.
+
+    The teacher's context is then in the student's prompt.
+    """
     think_tags: tuple[str, str]
     samples_shown: int
     """Number of responses to log after each validation."""
@@ -57,6 +62,10 @@ class ValidationConfig:
         if step == 0:
             return self.at_start
         return (self.period > 0 and step % self.period == 0) or (self.at_end and step == self.last_step)
+
+    def due_in_context(self, step: int) -> bool:
+        """Return whether the validation at ``step`` also generates with the teacher's context in view."""
+        return self.in_context and step in (0, self.last_step)
 
 
 def validation_config(config: Config, first_step: int, last_step: int) -> ValidationConfig:
@@ -74,7 +83,6 @@ def validation_config(config: Config, first_step: int, last_step: int) -> Valida
         last_step=last_step,
         seed=loop.seed,
         in_context=context_is_known(config),
-        trace_column=context.trace_column,
         think_tags=context.trace_extractor.think_tags,
         samples_shown=config.logger.num_val_samples_to_print,
     )
@@ -89,7 +97,7 @@ def context_is_known(config: Config) -> bool:
     context = config.distillation.context_distillation
     if not context.enabled or config.teacher.model_name != config.policy.model_name:
         return False
-    return context.trace_column is not None or not reads_traces(context.teacher_prefix_template)
+    return context.trace_column is not None or not reads_traces(context)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Generated:
     phases: Phases
     rollouts: list[Rollout]
     in_context: InContext | None
-    """Responses generated with the teacher's context in the prompt, only at step 0; None if not generated."""
+    """Responses generated with the teacher's context in the prompt; None if not generated."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ class Validation:
     run_dir: Path
     recorder: Recorder
     checkpoints: Checkpoints
+    alarms: RunAlarms
     stop: StopCheck
     measured_at: int = -1
     """Step of the loaded checkpoint if its validation need not be repeated; otherwise -1."""
@@ -140,6 +149,10 @@ class Validation:
 
     None if not measured. The metrics are reported with each validation and stored in checkpoints.
     """
+    first: dict[str, Any] | None = None
+    """Grades of the first validation of the run (``paired.grades``), stored in checkpoints; None if not measured."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the last validation of this start by logged name; empty before it."""
 
     def due(self, step: int) -> bool:
         """Return whether the weights after ``step`` finished steps must be validated."""
@@ -148,10 +161,10 @@ class Validation:
     def generate(self, step: int) -> Generated | None:
         """Generate responses to the held-out problems; return None if no validation is due; collective.
 
-        ``step``: number of finished steps. With ``config.in_context``, the validation before the first step also
-        generates responses with the teacher's context in the prompt. Student and teacher are still equal then, so these
-        responses show the accuracy that distillation can reach. If any rank requests a stop before or during the
-        generation, puts the engine to sleep and raises StopRequested on all ranks.
+        ``step``: number of finished steps. With ``config.in_context``, the validations before the first step and after
+        the last step also generate responses with the teacher's context in the prompt. Before the first step, student
+        and teacher are equal, so these responses show the accuracy that distillation can reach. If any rank requests a
+        stop before or during the generation, puts the engine to sleep and raises StopRequested on all ranks.
         """
         if not self.due(step):
             return None
@@ -161,7 +174,7 @@ class Validation:
         with phases("generation"):
             rollouts = self.engine.generate(prompts, self.sampling, step, cancelled=self.stop.has_signal)
         in_context = None
-        if step == 0 and self.config.in_context:
+        if self.config.due_in_context(step):
             with phases("generation_in_context"):
                 in_context = self._generate_in_context(prompts, step)
         self._raise_if_stop_requested(step)  # a signal cancels the generation, so the responses are incomplete
@@ -193,7 +206,7 @@ class Validation:
 
     def _prefix_or_reason(self, prompt: Prompt) -> Prefix | str:
         """Return the teacher's prompt (prefix) for ``prompt``, or the reason why ``prompt`` is skipped."""
-        if not self._has_trace_column(prompt):
+        if not self.teacher_prefixes.can_read(prompt.problem):
             return _NO_TRACE
         prefix = self.teacher_prefixes.prefix_of(prompt)
         if not isinstance(prefix, Prefix):
@@ -201,14 +214,11 @@ class Validation:
         room = self.engine.window - len(prefix.token_ids)
         return prefix if room >= response_limit(self.sampling, prompt, self.engine.window) else _NO_ROOM
 
-    def _has_trace_column(self, prompt: Prompt) -> bool:
-        column = self.config.trace_column
-        return column is None or column in prompt.problem.columns
-
     def report(self, generated: Generated | None) -> None:
         """Grade the responses, compare student and teacher, and record metrics and samples; collective.
 
-        ``generated``: result of ``generate``; nothing happens if it is None.
+        ``generated``: result of ``generate``; nothing happens if it is None. Raises StopRequested on all ranks if an
+        alarm stops the run.
         """
         if generated is None:
             return
@@ -218,16 +228,19 @@ class Validation:
             context_samples = [] if in_context is None else self._graded(in_context.rollouts, step)
         with phases("teacher_comparison"):
             samples = self._compared(samples, step)
+        name, at_end = (IN_CONTEXT if step == 0 else IN_CONTEXT_AT_END), dict[str, float]()
         if in_context is not None:
-            self._warn_of_skipped(in_context)
+            self._warn_of_skipped(in_context, name)
             context_samples = [replace(s, read_ids=s.rollout.teacher_prefix_ids) for s in context_samples]
-            self.reference = _reference(context_samples)
+            measured = _with_context(context_samples, name)
+            self.reference, at_end = (measured, at_end) if step == 0 else (self.reference, measured)
         with phases("writing"), self.world.all_or_none("writing the validation's samples"), writing_run(self.run_dir):
             if self.world.is_main:
                 self._write(f"step_{step}", samples)
-                self._write(IN_CONTEXT, context_samples)
+                self._write(name, context_samples)
         _warn_of_incomplete(samples)
-        self._record(step, samples, phases)
+        self._record(step, samples, at_end, phases)
+        self.alarms.raise_if_stopped(step)
 
     def _graded(self, rollouts: Sequence[Rollout], step: int) -> list[Sample]:
         """Grade this rank's rollouts; return the graded samples of all ranks, ordered by problem; collective."""
@@ -254,7 +267,7 @@ class Validation:
 
     def _with_prefixes(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Return all rollouts, with the teacher's prompt (prefix) added to those that the teacher can score."""
-        scorable = [r for r in rollouts if self._has_trace_column(r.prompt)]
+        scorable = [r for r in rollouts if self.teacher_prefixes.can_read(r.prompt.problem)]
         with self.world.all_or_none("building the teacher's prefixes of held-out responses"):
             kept = {(r.prompt.prompt_id, r.response_index): r for r in self.teacher_prefixes.add(scorable)[0]}
         return [kept.get((r.prompt.prompt_id, r.response_index), r) for r in rollouts]
@@ -268,40 +281,48 @@ class Validation:
             compared[i] = replace(samples[i], **vars(comparison))
         return compared
 
-    def _warn_of_skipped(self, in_context: InContext) -> None:
+    def _warn_of_skipped(self, in_context: InContext, name: str) -> None:
         """Log how many problems the generation with the teacher's context skipped, and why; collective."""
         skipped = {id_: reason for part in self.world.gather(in_context.skipped) for id_, reason in part.items()}
         if skipped:
             reasons = Counter(skipped.values())
             log.warning(
-                "%d of %d held-out problems do not count in the metric in_context_accuracy: %d have no trace for the"
-                " teacher's context, and %d have a context that leaves too few tokens for a response (lower"
-                " policy.generation.max_new_tokens, or raise"
+                "%d of %d held-out problems do not count in the metric %s_accuracy: %d have no trace for the teacher's"
+                " context, and %d have a context that leaves too few tokens for a response (lower"
+                " policy.generation.val_max_new_tokens, or raise"
                 " teacher.max_total_sequence_length and, with vllm, policy.generation.vllm_cfg.max_model_len)",
-                *(len(skipped), len(self.held_out.prompts), reasons[_NO_TRACE], reasons[_NO_ROOM]),
+                *(len(skipped), len(self.held_out.prompts), name, reasons[_NO_TRACE], reasons[_NO_ROOM]),
             )
 
     def _write(self, name: str, samples: Sequence[Sample]) -> None:
         if samples:
             write_samples(self.run_dir / VALIDATION_FOLDER / f"{name}.jsonl", samples, self.decode)
 
-    def _record(self, step: int, samples: Sequence[Sample], phases: Phases) -> None:
+    def _record(self, step: int, samples: Sequence[Sample], at_end: Mapping[str, float], phases: Phases) -> None:
         seconds = {**phases.seconds, "total_validation_time": sum(phases.seconds.values())}
         timing = {f"timing/validation/{name}": value for name, value in seconds.items()}
         first_responses = [sample for sample in samples if sample.rollout.response_index == 0]
         shown = first_responses[: self.config.samples_shown]
         texts = [format_sample(sample, self.decode) for sample in shown]
-        values = by_source(samples) | dict(self.reference or {}) | timing
+        graded = grades(samples, step)
+        self.first = self.first or graded
+        values = by_source(samples) | accuracy_change(self.first, graded) | dict(self.reference or {}) | dict(at_end)
+        values |= timing
+        values |= self.alarms.check(step, values)
         with self.world.all_or_none("recording the validation"):
             self.recorder.record(step, values)
             rows = [table_row(sample, self.decode) for sample in shown]
             self.recorder.show(step, Samples("validation", texts, rows))
-        self.checkpoints.record_metrics(step, values)
+        self.values = values
+        self.checkpoints.record_metrics(step, values, {FIRST_VALIDATION: self.first})
 
 
-def _reference(samples: Sequence[Sample]) -> dict[str, float]:
-    """Return the metrics of responses generated with the teacher's context in the prompt, by logged name."""
-    prefix = f"{IN_CONTEXT}_"
+def _with_context(samples: Sequence[Sample], name: str) -> dict[str, float]:
+    """Return the metrics of responses generated with the teacher's context in the prompt, by logged name.
+
+    ``name``: the beginning of the names, IN_CONTEXT or IN_CONTEXT_AT_END.
+    """
+    prefix = f"{name}_"
     values = {f"validation/{prefix}num_problems": 0.0} | by_source(samples, prefix)
     return {name: value for name, value in values.items() if name.rpartition(prefix)[2] in _REFERENCE_METRICS}
 

@@ -105,12 +105,16 @@ def _assert_split(joined, micro_batches: list[MicroBatch], group: list[list[Micr
     own = torch.split(joined.sampled_N, list(joined.rows_per_tp_rank or (len(joined.sampled_N),)))[tp_rank]
     assert len(own) == len(joined.teacher.rows_N)
     column = gathered.float()
-    for targets in (TopK(gathered[:, None], column[:, None], column), TeacherRows(column[:, None], torch.zeros(2, 1))):
+    topk = TopK(gathered[:, None], column[:, None], column, sampled_logprob_N=-column)
+    for targets in (topk, TeacherRows(column[:, None], torch.zeros(2, 1))):
         found = split_targets(targets, micro_batches)
         assert len(found) == len(micro_batches)
         for each, micro_batch in zip(found, micro_batches, strict=True):
             rows = each.ids_NK if isinstance(each, TopK) else each.hidden_ND
             assert torch.equal(rows[:, 0].long(), micro_batch.sampled_N)
+            if isinstance(each, TopK):
+                assert each.sampled_logprob_N is not None and each.entropy_N is None
+                assert torch.equal(-each.sampled_logprob_N.long(), micro_batch.sampled_N)
 
 
 def test_a_position_counts_for_every_response_that_shares_it() -> None:
@@ -129,7 +133,12 @@ def test_packs_are_consecutive() -> None:
 
 CASES = {
     "one rank per micro-batch": (1, 1, 1, ()),
-    "tp 2, teacher group of 4, sampled": (2, 1, 4, ("loss_fn.kl_type=sampled",)),
+    "tp 2, teacher group of 4, sampled": (
+        2,
+        1,
+        4,
+        ("loss_fn.kl_type=sampled", "loss_fn.token_weights.prefix_importance=0.5"),
+    ),
     "cp 2, full vocabulary": (1, 2, 2, ("distillation.topk_logits_k=0",)),
 }
 
@@ -161,9 +170,14 @@ def _both(folder: Path) -> dict[str, tuple[float, int, int]]:
         joined = list(teacher.targets_of(micro_batches))
         handle.remove()
         difference = 0.0
-        for ours, theirs in zip(joined, plain, strict=True):
+        for ours, theirs, micro_batch in zip(joined, plain, micro_batches, strict=True):
+            if isinstance(ours, TopK):
+                assert (ours.sampled_logprob_N is None) == (not overrides)
+                difference = max(difference, *_sampled_difference(ours, micro_batch.sampled_N))
             for field, tensor in vars(theirs).items():
-                if field.endswith("ids_NK"):
+                if tensor is None:
+                    assert vars(ours)[field] is None
+                elif field.endswith("ids_NK"):
                     assert torch.equal(vars(ours)[field].sort(1).values, tensor.sort(1).values)
                 elif field.endswith("_N") or field == "hidden_ND":
                     assert vars(ours)[field].shape == tensor.shape
@@ -171,6 +185,14 @@ def _both(folder: Path) -> dict[str, tuple[float, int, int]]:
         found[name] = (difference, len(micro_batches), forwards)
     world.close()
     return found
+
+
+def _sampled_difference(topk: TopK, sampled_N: torch.Tensor) -> list[float]:
+    """Return how much ``sampled_logprob_N`` differs from the log-probs that ``kl_type=sampled`` adds to the top-k."""
+    if topk.sampled_logprob_N is None:
+        return [0.0]
+    kept_N = topk.logprobs_NK.masked_fill(topk.ids_NK != sampled_N[:, None], 0.0).sum(1)
+    return [0.0, *(topk.sampled_logprob_N - kept_N).abs().tolist()]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distill.checkpoint import Checkpoints, async_save, changed_keys, has_validation, lock, manifest, read_info, storage
-from distill.config import CheckpointingConfig
+from distill.config import CheckpointingConfig, Config
 from distill.distributed.world import World
 from distill.errors import RunFailed, UserError
 from distill.model.export import export_hf
@@ -225,6 +226,24 @@ def test_a_checkpoint_contains_the_metrics_and_a_later_validation_of_its_weights
     assert found is not None and found.history == [*rows, late]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ({"select": None}, {"select": {"score": "soft_or", "share": 0.5}}, {"select.score", "select.share"}),
+        ({"select": {"score": "soft_or", "share": 0.5}}, {"select": None}, {"select.score", "select.share"}),
+        ({"select": {"share": 0.5}}, {"select": {"share": 0.4}}, {"select.share"}),
+        ({"skip_first": 0, "first": None}, {"skip_first": 0, "first": 5}, {"first"}),
+        (None, {"skip_first": 3, "select": None, "normalize": "tokens"}, {"skip_first"}),  # an older checkpoint
+        (None, {"select": {"score": "soft_or", "share": 0.5}}, {"select.score", "select.share"}),
+        (None, {"skip_first": 0, "select": None}, set()),
+    ],
+)
+def test_changed_keys_lists_changed_token_weights(before: Any, after: Any, changed: set[str]) -> None:
+    saved = {"kl_type": "mixed"} | ({} if before is None else {"token_weights": before})
+    found = changed_keys({"loss_fn": saved}, {"loss_fn": {"kl_type": "mixed", "token_weights": after}})
+    assert set(found) == {f"loss_fn.token_weights.{key}" for key in changed}
+
+
 def test_changed_keys_lists_keys_that_affect_training_with_both_values() -> None:
     then = {
         "distillation": {"seed": 1, "max_num_steps": 5, "context_distillation": {"mode": "self_ema"}},
@@ -242,6 +261,31 @@ def test_changed_keys_lists_keys_that_affect_training_with_both_values() -> None
         "distillation.context_distillation.mode was self_ema and is self_live",
         "policy.optimizer.kwargs.lr was 0.001 and is 0.0001",
     ]
+
+
+def test_keys_that_select_what_is_learnt_are_compared_also_with_a_checkpoint_that_lacks_them() -> None:
+    now = asdict(Config())
+    then = json.loads(json.dumps(now))
+    for name in ("train_on", "off_policy", "max_new_tokens_schedule"):
+        del then["distillation"][name]
+    assert changed_keys(then, now) == changed_keys(json.loads(json.dumps(now)), now) == {}
+    unused, used = ({"off_policy": {"share": share, "column": "x", "kl_type": "forward"}} for share in (0.0, 0.5))
+    other = {"off_policy": {"share": 0.5, "column": "y", "kl_type": "forward"}}
+    assert not changed_keys({"distillation": unused}, now) and not changed_keys(now, {"distillation": unused})
+    assert list(changed_keys({"distillation": used}, {"distillation": other})) == ["distillation.off_policy.column"]
+    keys = [f"distillation.off_policy.{name}" for name in ("share", "column", "kl_type")]
+    assert list(changed_keys({"distillation": used}, now)) == list(changed_keys(now, {"distillation": used})) == keys
+    now["distillation"] |= {
+        "train_on": "right",
+        "max_new_tokens_schedule": ((1, 8),),
+        "off_policy": {"share": 0.5, "column": "x", "kl_type": None},
+    }
+    now["policy"]["generation"]["val_max_new_tokens"] = 7
+    now["distillation"] |= {"watched_words": ("wait",), "default_alarms": False, "alarms": ({"metric": "train/loss"},)}
+    keys = [f"distillation.{name}" for name in ("max_new_tokens_schedule", "train_on", "off_policy.share")]
+    assert list(changed_keys(then, now)) == keys
+    then["distillation"]["context_distillation"]["refresh_period"] = 7
+    assert [*keys, "distillation.context_distillation.refresh_period"] == list(changed_keys(then, now))
 
 
 def test_a_failed_export_still_consumes_all_weights(tmp_path: Path) -> None:

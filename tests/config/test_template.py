@@ -47,14 +47,14 @@ def test_braces_around_anything_but_a_word_are_literal_and_doubled_braces_become
 @pytest.mark.parametrize(
     ("template", "word", "line"),
     [
-        ("{problem} {hint}", "{hint}", 1),
+        ("{problem} {hint:>9}", "{hint:>9}", 1),
         ("{problem.text}", "{problem.text}", 1),
         ("{problem}\n{problem.__class__}", "{problem.__class__}", 2),
         ("{problem[0]}", "{problem[0]}", 1),
         ("{problem} {trace!r}", "{trace!r}", 1),
         ("{problem}\n\n{trace:>9}", "{trace:>9}", 3),
-        ("{problem} \\text{answer}", "{answer}", 1),
-        ("{problem} {{{x}}}", "{x}", 1),
+        ("{problem} \\text{trace.x}", "{trace.x}", 1),
+        ("{problem} {{{x!r}}}", "{x!r}", 1),
     ],
 )
 def test_an_unknown_word_in_braces_is_refused_with_its_line(template: str, word: str, line: int) -> None:
@@ -63,6 +63,25 @@ def test_an_unknown_word_in_braces_is_refused_with_its_line(template: str, word:
     assert (caught.value.key, caught.value.value) == (KEY, word)
     assert f"line {line}" in caught.value.problem
     assert f"{{{word}}}" in caught.value.fix  # doubled braces are literal
+
+
+@pytest.mark.parametrize(
+    ("template", "columns"),
+    [
+        ("{problem} {hint}", ["hint"]),
+        ("{hint} {hint}", ["hint"]),
+        ("{problem} \\text{answer}", ["answer"]),
+        ("{problem} {{{x}}}", ["x"]),
+        ("{problem} {{x}}", []),
+        ("{info.key.0} {_a1}", ["info.key.0", "_a1"]),
+        ("{problems} {traces}", ["problems", "traces"]),
+    ],
+)
+def test_other_words_in_braces_are_columns(template: str, columns: list[str]) -> None:
+    found = teacher_template(template)
+    assert [name for name in found.names if name not in ("problem", "trace")] == columns
+    assert found.fill(dict.fromkeys(["problem", *columns], "v")).count("v") >= len(columns)
+    load_config(["--config", RECIPE, f"{KEY}={template}"])
 
 
 @pytest.mark.parametrize("template", ["{problem", "{trace}", "Always write in French.", "{{problem}}"])

@@ -10,7 +10,7 @@ import pytest
 
 from distill import inputs
 from distill.data.chat_template import check_chat_template
-from distill.data.prompts import chat_ids
+from distill.data.rendering import chat_ids
 from distill.data.tokenizer import load_tokenizer
 from distill.errors import UserError
 from distill.inputs import find_models

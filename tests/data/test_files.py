@@ -233,11 +233,9 @@ def test_errors_in_a_folder_name_file_line_and_cause(tmp_path: Path) -> None:
     assert error.key == "data.train.input_key" and f"type list in line 1 of {path}/2.jsonl" in str(error)
 
 
-def test_a_column_of_chats_is_refused_with_the_path_of_a_message(tmp_path: Path) -> None:
+def test_a_message_is_a_problem_or_answer_by_its_path(tmp_path: Path) -> None:
     turns = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant")]
     (tmp_path / "chats.jsonl").write_bytes(as_lines([{"messages": turns, "inner": {"a": "1", "b": "2"}}]))
-    error = refusal(tmp_path / "chats.jsonl", input_key="messages", output_key="messages.2.content")
-    assert (error.key, error.value) == ("data.train.input_key", "messages") and "messages.1.content" in error.fix
     error = refusal(tmp_path / "chats.jsonl", input_key="messages.1.content", output_key="messages")
     assert error.key == "data.train.output_key" and "messages.2.content" in error.fix
     error = refusal(tmp_path / "chats.jsonl", input_key="inner")

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from distill.config import DatasetConfig
 from distill.data.prompt_files import read_prompt_file
-from distill.data.prompts import PromptOrder, Prompts, chat_ids, load_prompts
+from distill.data.prompts import PromptOrder, Prompts, load_prompts
+from distill.data.rendering import chat_ids
 from distill.errors import UserError
 from distill.types import Problem
 from tests.data.loading import load_datasets, refusal

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from distill.data import text_checks
 from distill.data.clock import RunClock, current_time
-from distill.data.prompts import token_ids
+from distill.data.rendering import token_ids
 from distill.data.teacher_prefix import ContextPrefixes
 from distill.data.text_checks import check_texts
 from distill.data.tokenizer_checks import compare_vocabularies
@@ -162,5 +162,5 @@ def test_the_search_for_thousands_of_control_tokens_is_fast(caplog: Any) -> None
     prompts = [Prompt(i, (1,), Problem(text)) for i in range(600)]
     tokenizer = SimpleNamespace(added_tokens_decoder=decoder)
     begun = time.process_time()
-    text_checks._warn_of_control_tokens(prompts, tokenizer, "data.train", None, ("<think>", "</think>"))
+    text_checks._warn_of_control_tokens(prompts, tokenizer, "data.train", (), ("<think>", "</think>"))
     assert time.process_time() - begun < 2.5

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from distill.config import ContextDistillationConfig
-from distill.data.prompts import chat_ids, token_ids
+from distill.data.rendering import chat_ids, token_ids
 from distill.data.teacher_prefix import ContextPrefixes, Prefix
 from distill.data.tokenizer import tokenizer_class_misreads
 from distill.data.tokenizer_checks import OTHER_TEXTS, PLAIN_TEXTS

@@ -259,12 +259,13 @@ def _stop_reason(report: str) -> str:
         (0, _status("stopped", _stop_reason("_first_signal")), 0, True),
         (1, _status("stopped", _stop_reason("_later_signal")), 0, True),
         (1, _status("stopped", "checkpointing.checkpoint_must_save_by=00:04:00:00"), 0, False),
+        (0, _status("stopped", "alarm train/loss>2 at step 3: train/loss is 4, above 2"), 0, False),
         (137, _status("running"), 0, True),
         (3, None, 3, False),
     ],
     ids=[
         *("finished", "refused", "failed", "retryable", "stopped", "stopped while loading", "second signal"),
-        *("time limit of the recipe", "killed", "no status"),
+        *("time limit of the recipe", "alarm", "killed", "no status"),
     ],
 )
 def test_the_status_of_a_run_decides_whether_its_job_is_requeued(batch_job, code, status, exits, requeues) -> None:

@@ -147,9 +147,9 @@ class FakeWorld(World):
 def build_models(config: Config, world: World, configs: dict[str, Any]) -> tuple[Any, Any]:
     """Return student and teacher with uninitialized weights; ``configs``: Hugging Face configurations by name."""
     import distill.model.sharded as sharded
+    from distill.model.following_teacher import build_teacher
     from distill.model.hf_files import ModelFiles
     from distill.model.student import Student
-    from distill.model.teacher import build_teacher
 
     replaced = {"model_config": lambda files, key: configs[files.name], "load_weights": lambda *_: None}
     for name, function in replaced.items():

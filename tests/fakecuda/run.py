@@ -102,9 +102,11 @@ class FakeRun:
         total = config.distillation.num_prompts_per_step
         self._rollouts = lambda version: rollouts_of(case, total, version)
         self.first_step, self.last_step = 0, case.steps
-        self.sampling = SimpleNamespace(stop_token_ids=(), full=True)
+        self.responses = SimpleNamespace(
+            sampling_at=lambda step, prompts: None, select=lambda generated, prompts, step, metrics: generated
+        )
         self.checkpoints = SimpleNamespace(finalize_pending=lambda block: None)
-        self.validation = SimpleNamespace(generate=lambda step: None, report=lambda held_out: None)
+        self.validation = SimpleNamespace(generate=lambda step: None)
         self.prompts = SimpleNamespace(batch=lambda step: [rollout.prompt for rollout in self._rollouts(step)])
         self.micro_batches = 0
         """Number of student micro-batches of the last step."""
@@ -131,10 +133,9 @@ class FakeRun:
         with WATCH.phase(name), self._phases(name, engine_asleep):
             yield
 
-    def add_prefixes(self, generated: list[Any], metrics: Metrics) -> list[Any]:
-        return generated
-
     def end_step(self, step: int, metrics: Metrics, rollouts: Sequence[Any]) -> None: ...
+
+    def report_validation(self, held_out: None) -> None: ...
 
     def validate_last(self) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -19,14 +20,14 @@ from distill.loss import Sampled, fused_linear_kl, teacher_topk, topk_kl
 from distill.loss.lm_head import Projection
 from distill.types import LossOutput, TeacherRows, TopK
 from scripts.live_bytes import LiveBytes
-from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
+from tests.loss_oracle import CLIPPED, LOSSES, definition, exact_topk, make_case
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BUCKETS = [config for config in LOSSES if config.outside == "bucket"]
 
 
 def name(config: LossConfig) -> str:
-    return f"{config.kl_type}-{config.outside}"
+    return f"{config.kl_type}-{config.outside}" + ("-clipped" if config.entry_clip else "")
 
 
 def rows_and_head(rows: int, vocab: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -61,7 +62,7 @@ def mean(output: LossOutput, metric: str) -> float:
 @given(
     shape=st.tuples(st.integers(1, 9), st.integers(2, 40), st.integers(1, 12)),
     data=st.data(),
-    config=st.sampled_from(LOSSES),
+    config=st.sampled_from([*LOSSES, *CLIPPED]),
     temperature=st.sampled_from([0.6, 1.0, 2.0]),
 )
 def test_fused_linear_kl_equals_topk_kl(shape, data, config, temperature) -> None:
@@ -85,19 +86,50 @@ def test_fused_linear_kl_equals_topk_kl(shape, data, config, temperature) -> Non
 
 
 @pytest.mark.parametrize("config", LOSSES, ids=name)
-def test_row_kls_are_those_of_topk_kl_without_rows_of_weight_zero(config) -> None:
+def test_row_values_are_those_of_topk_kl_without_rows_of_weight_zero(config) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(7, 30, 8)
     topk = exact_topk(teacher_hidden @ teacher_head.t(), 6, 1.0)
-    weight_N = torch.tensor([1.0, 0, 1, 1, 0, 1, 1], dtype=torch.float64)
+    weight_N = torch.tensor([1.0, 0, 0.5, 1, 0, 2, 1], dtype=torch.float64)
     sampled = Sampled(topk.ids_NK[:, 0], torch.zeros(7), 1.0)
     found: dict[str, Tensor] = {}
     with torch.no_grad():
-        output = fused_linear_kl(hidden, head, topk, config, weight_N, sampled, chunk_rows=2, row_kls=found)
-    for kl_type in ("forward", "reverse"):
-        plain_N = topk_kl(hidden @ head.t(), topk, LossConfig(kl_type=kl_type))
-        assert_close(found[f"{kl_type}_kl"], plain_N[weight_N > 0], 1e-10)
-        assert float(output.stats[f"{kl_type}_kl"][0]) == pytest.approx(float(found[f"{kl_type}_kl"].sum()))
-    assert found.keys() == {"forward_kl", "reverse_kl"}
+        output = fused_linear_kl(hidden, head, topk, config, weight_N, sampled, chunk_rows=2, row_values=found)
+    for row_metric, its_config in {
+        "loss": config,
+        "forward_kl": LossConfig("forward"),
+        "reverse_kl": LossConfig("reverse"),
+    }.items():
+        plain_N = topk_kl(hidden @ head.t(), topk, its_config)
+        assert_close(found[row_metric], plain_N[weight_N > 0], 1e-10)
+    for metric, values_M in found.items():
+        assert values_M.shape == (5,) and not values_M.requires_grad
+        if metric != "loss":
+            assert float(output.stats[metric][0]) == pytest.approx(float(values_M.sum()))
+    assert found.keys() == output.stats.keys() - {"sampler_logprob_diff_max"}
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig("sampled")], ids=name)
+@pytest.mark.parametrize(("k", "support"), [(5, "teacher"), (5, "student"), (0, "teacher")])
+def test_the_teachers_logprob_of_the_sampled_token_does_not_depend_on_the_kept_ids(config, k, support) -> None:
+    hidden, head, teacher_hidden, teacher_head = rows_and_head(7, 30, 8)
+    ids_N, weight_N = torch.arange(7) * 4, torch.tensor([1.0, 0, 0.5, 1, 0, 2, 1])
+    log_p_NV = torch.log_softmax(teacher_hidden @ teacher_head.t() / 0.6, 1)
+    expected_N = log_p_NV.gather(1, ids_N[:, None]).squeeze(1)
+    config = dataclasses.replace(config, support=support, temperature=0.6)
+    variants: list[Any] = [TeacherRows(teacher_hidden, teacher_head)]
+    if support == "teacher" and k:
+        extra_ids_N = ids_N if config.kl_type == "sampled" else None
+        topk = teacher_topk(teacher_hidden, teacher_head, k, 0.6, 3, extra_ids_N=extra_ids_N, sampled_ids_N=ids_N)
+        assert topk.ids_NK.shape[1] == k + (extra_ids_N is not None) and topk.sampled_logprob_N is not None
+        assert_close(topk.sampled_logprob_N, expected_N, 1e-12)
+        variants.append(topk)
+    for targets in variants:
+        found: dict[str, Tensor] = {}
+        sampled = Sampled(ids_N, -torch.ones(7), 0.6)
+        fused_linear_kl(
+            hidden, head, targets, config, weight_N, sampled, chunk_rows=2, topk_logits_k=k, row_values=found
+        )
+        assert_close(found["teacher_logprob"], expected_N[weight_N > 0], 1e-12)
 
 
 @pytest.mark.parametrize("config", BUCKETS, ids=name)

@@ -17,13 +17,13 @@ from distill.errors import UserError
 from distill.loss import loss_temperature, topk_kl
 from distill.types import TopK
 from scripts.live_bytes import LiveBytes
-from tests.loss_oracle import LOSSES, definition, exact_topk, make_case, reference_kl
+from tests.loss_oracle import CLIPPED, LOSSES, definition, exact_topk, make_case, reference_kl
 
 BUCKETS = [config for config in LOSSES if config.outside == "bucket"]
 
 
 def name(config: LossConfig) -> str:
-    return f"{config.kl_type}-{config.outside}"
+    return f"{config.kl_type}-{config.outside}" + ("-clipped" if config.entry_clip else "")
 
 
 def with_gradient(loss_of, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
-@pytest.mark.parametrize("config", LOSSES, ids=name)
+@pytest.mark.parametrize("config", [*LOSSES, *CLIPPED], ids=name)
 def test_every_loss_has_the_value_and_gradient_of_its_definition(config: LossConfig, temperature: float) -> None:
     case = make_case(rows=5, vocab=40, k=7, temperature=temperature)
     value, gradient = with_gradient(

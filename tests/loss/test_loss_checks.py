@@ -44,6 +44,9 @@ def compute(config: LossConfig, path: str) -> None:
         ({"mixed_kl_weight": 3.0}, "mixed_kl_weight"),
         ({"token_kl_cap": -1.0}, "token_kl_cap"),
         ({"importance_ratio_cap": 0.0}, "importance_ratio_cap"),
+        ({"entry_clip": 0.0}, "entry_clip"),
+        ({"entry_clip": math.nan}, "entry_clip"),
+        ({"kl_type": "sampled", "entry_clip": 0.05}, "entry_clip"),
         ({"temperature": -0.6}, "temperature"),
     ],
 )
@@ -51,7 +54,7 @@ def test_an_invalid_loss_configuration_is_refused_on_every_path(settings: Any, k
     compute(LossConfig(), path)
     with pytest.raises(UserError) as error:
         compute(LossConfig(**settings), path)
-    assert (error.value.key, error.value.value) == (f"loss_fn.{key}", settings[key])
+    assert error.value.key == f"loss_fn.{key}" and error.value.value is settings[key]
     assert f"{key}={settings[key]}" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -96,6 +99,11 @@ def sampled_of(ids: list[int], temperature: float = 1.0) -> Sampled:
             {"targets": TopK(TOPK.ids_NK, TOPK.logprobs_NK, TOPK.log_tail_N, torch.zeros(2))},
             "topk.entropy_N",
             (2,),
+        ),
+        (
+            {"targets": TopK(TOPK.ids_NK, TOPK.logprobs_NK, TOPK.log_tail_N, None, torch.zeros(3, 1))},
+            "topk.sampled_logprob_N",
+            (3, 1),
         ),
     ],
 )

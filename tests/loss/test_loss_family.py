@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -16,12 +17,12 @@ from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import Sampled, Tokens, checks, divergences, full_vocab, fused_linear_kl, teacher_topk, topk_kl
 from distill.loss.divergences import DIVERGENCES, Pair
-from distill.loss.full_vocab import FAST_GRADIENTS
+from distill.loss.full_vocab import FAST_GRADIENTS, TERMS_AND_SLOPES
 from distill.loss.targets import chunk_buffers, default_chunk_rows
 from distill.types import Targets, TeacherRows, TopK
 from scripts.live_bytes import LiveBytes
 from tests.loss.test_fused import assert_close, gradients, mean, name, rows_and_head
-from tests.loss_oracle import LOSSES, definition, exact_topk, make_case
+from tests.loss_oracle import CLIPPED, LOSSES, definition, exact_topk, make_case
 
 SAMPLED = LossConfig(kl_type="sampled")
 
@@ -287,7 +288,7 @@ def test_the_complete_vocabulary_in_float32_and_bf16(config: LossConfig, dtype: 
         assert abs(mean(same, "loss")) < 1e-5 and d_hidden.abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
+@pytest.mark.parametrize("config", [*LOSSES, *CLIPPED, SAMPLED], ids=name)
 def test_token_kl_cap_over_the_complete_vocabulary_equals_k_equal_v(config: LossConfig) -> None:
     hidden, head, t_hidden, t_head = rows_and_head(12, 40, 8)
     sampled = Sampled(draw(hidden @ head.t()), -torch.ones(12).double(), 1.0)
@@ -309,7 +310,7 @@ def test_token_kl_cap_over_the_complete_vocabulary_equals_k_equal_v(config: Loss
         assert_close(gradient, expected, 1e-10)
 
 
-@pytest.mark.parametrize("config", LOSSES, ids=name)
+@pytest.mark.parametrize("config", [*LOSSES, *CLIPPED], ids=name)
 def test_the_autograd_fallback_equals_the_fast_gradient(config: LossConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In value, gradients and metrics; for every divergence of the table."""
     hidden, head, t_hidden, t_head = rows_and_head(12, 40, 8)
@@ -322,8 +323,10 @@ def test_the_autograd_fallback_equals_the_fast_gradient(config: LossConfig, monk
         )
 
     fast, fast_gradients = run()
-    assert FAST_GRADIENTS.keys() == DIVERGENCES.keys(), "a divergence without a fast gradient is not compared here"
+    by_hand = FAST_GRADIENTS if config.entry_clip is None else TERMS_AND_SLOPES
+    assert by_hand.keys() == DIVERGENCES.keys(), "a divergence without a fast gradient is not compared here"
     monkeypatch.setattr(full_vocab, "FAST_GRADIENTS", {})
+    monkeypatch.setattr(full_vocab, "TERMS_AND_SLOPES", {})
     fallback, fallback_gradients = run()
     assert_close(fallback.kl_sum, fast.kl_sum, 1e-12)
     for ours, expected in zip(fallback_gradients, fast_gradients, strict=True):
@@ -336,7 +339,7 @@ def test_a_new_divergence_is_one_function_and_one_word(monkeypatch: pytest.Monke
     """Total variation, on the top-k path and over the complete vocabulary, without a gradient by hand."""
 
     def total_variation(pair: Pair, loss_config: LossConfig) -> Tensor:
-        return (pair.log_p_NE.exp() - pair.log_q_NE.exp()).abs().sum(dim=-1) / 2
+        return (pair.log_p_NE.exp() - pair.log_q_NE.exp()).abs() / 2
 
     monkeypatch.setattr(divergences, "DIVERGENCES", {**DIVERGENCES, "tv": total_variation})
     monkeypatch.setattr(full_vocab, "DIVERGENCES", {**DIVERGENCES, "tv": total_variation})
@@ -367,17 +370,22 @@ def test_the_autograd_fallback_reports_its_peak_memory(monkeypatch: pytest.Monke
     head.requires_grad_()
     peaks = {}
     monkeypatch.setattr(full_vocab, "FAST_GRADIENTS", {})
-    for kl_type in DIVERGENCES:
-        config: Any = LossConfig(kl_type=kl_type)  # type: ignore[arg-type]
+    monkeypatch.setattr(full_vocab, "TERMS_AND_SLOPES", {})
+    for kl_type, clip in itertools.product(DIVERGENCES, (None, 0.05)):
+        config: Any = LossConfig(kl_type=kl_type, entry_clip=clip)  # type: ignore[arg-type]
         with LiveBytes((hidden.numel(), head.numel())) as memory:
             targets = TeacherRows(t_hidden, t_head)
             fused_linear_kl(hidden, head, targets, config, torch.ones(rows), topk_logits_k=0).kl_sum.backward()
-        peaks[kl_type] = memory.peak / (4 * rows * vocab)
+        peaks[kl_type, clip] = memory.peak / (4 * rows * vocab)
     assert chunk_buffers(config, 0) - 1 < max(peaks.values()) < chunk_buffers(config, 0) + 0.3, peaks
 
 
 @pytest.mark.parametrize(("support", "k", "buffers"), [("teacher", 5, 2), ("student", 5, 3), ("teacher", 0, 4)])
-@pytest.mark.parametrize("config", [LossConfig(), LossConfig("jsd"), SAMPLED], ids=name)
+@pytest.mark.parametrize(
+    "config",
+    [LossConfig(), LossConfig("jsd"), SAMPLED, LossConfig(entry_clip=0.05), LossConfig("jsd", entry_clip=0.05)],
+    ids=name,
+)
 def test_chunk_buffers_is_the_peak_memory_of_a_chunk(config: LossConfig, support: Any, k: int, buffers: int) -> None:
     """Peak of live bytes, without the gradients of hidden rows and head; ``default_chunk_rows`` uses this number."""
     rows, vocab, width, chunk_rows = 48, 4000, 4, 16

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from distill.config import LossConfig
 from distill.errors import UserError
-from distill.loss import Sampled, VocabParallel, fused_linear_kl, teacher_topk
+from distill.loss import OffPolicyRows, Sampled, VocabParallel, fused_linear_kl, teacher_topk
 from distill.types import LossOutput, Targets, TeacherRows
 from tests.helpers import run_ranks
 from tests.loss.test_fused import name, rows_and_head
@@ -31,7 +31,12 @@ def _inputs(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _step(
-    config: LossConfig, k: int, parallel: VocabParallel | None, rows: bool = False, ties: bool = False
+    config: LossConfig,
+    k: int,
+    parallel: VocabParallel | None,
+    rows: bool = False,
+    ties: bool = False,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """Return loss, gradients and metrics with this rank's shard of the head, or with the complete head.
 
@@ -65,9 +70,10 @@ def _step(
         stop_token_ids=[3, 37],
         topk_logits_k=k,
         parallel=parallel,
+        **options,
     )
     (output.kl_sum / 3).backward()
-    stats = {metric: float(total) / float(count) for metric, (total, count) in output.stats.items()}
+    stats = {metric: float(total) / (float(count) or 1.0) for metric, (total, count) in output.stats.items()}
     return output.kl_sum.detach(), hidden.grad, head.grad, stats
 
 
@@ -87,6 +93,17 @@ def _all_steps(parallel: VocabParallel | None) -> dict[str, Any]:
     for k, rows in ((6, False), (0, True)):
         found[f"two temperatures, {k} ids"] = _step(LossConfig(temperature=2.0), k, parallel, rows)
         found[f"cap, {k} ids"] = _step(LossConfig("jsd", token_kl_cap=0.1), k, parallel, rows)
+        for kl_type in ("mixed", "jsd"):
+            found[f"clip of {kl_type}, {k} ids"] = _step(LossConfig(kl_type, entry_clip=0.02), k, parallel, rows)
+        for few in (False, True):  # a group of rows without rows, and a chunk of one row
+            off_policy = OffPolicyRows(
+                torch.arange(ROWS) % 9 == 1 if few else torch.zeros(ROWS).bool(), LossConfig("jsd")
+            )
+            found[f"off-policy, {few}, {k} ids"] = _step(LossConfig(), k, parallel, rows, off_policy=off_policy)
+    for support in ("teacher", "student"):
+        config = LossConfig(support=support)
+        overlap_N = torch.arange(ROWS) % 2 == 0
+        found[f"overlap, {support}"] = _step(config, 30, parallel, rows=True, overlap_N=overlap_N)
     return found
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import Sampled, Tokens, check_loss_backend, fused_linear_kl, teacher_topk, topk_kl
 from distill.loss.topk_reduction import Scratch, TorchKernels, TritonKernels, choose_kernels
-from distill.types import TeacherRows, TopK
+from distill.types import TeacherRows, TopK, map_tensors
 from tests.loss.test_fused import gradients, mean, name, rows_and_head
 from tests.loss_oracle import LOSSES, exact_topk
 
@@ -217,9 +218,14 @@ def test_the_teachers_topk_on_triton_is_that_of_float64() -> None:
     _, _, hidden, head = (tensor.to(DEVICE) for tensor in rows_and_head(6, 500, 8, dtype=torch.float32))
     exact = exact_topk((hidden @ head.t()).cpu(), 20, 0.6)
     assert exact.entropy_N is not None
+    sampled_ids_N = torch.arange(6, device=DEVICE) * 83
+    log_p_NV = torch.log_softmax((hidden @ head.t()).double() / 0.6, 1)
+    logprobs_N = log_p_NV.gather(1, sampled_ids_N[:, None])[:, 0].cpu()
     for extra_ids_N in (None, torch.arange(6, device=DEVICE)):
-        found = teacher_topk(hidden, head, 20, 0.6, 4, extra_ids_N=extra_ids_N, backend="triton")
-        found = TopK(*(tensor.cpu() for tensor in vars(found).values()))
+        found = teacher_topk(
+            hidden, head, 20, 0.6, 4, extra_ids_N=extra_ids_N, backend="triton", sampled_ids_N=sampled_ids_N
+        )
+        found = map_tensors(found, Tensor.cpu)
         assert found.entropy_N is not None
         for row in range(6):
             ours = dict(zip(found.ids_NK[row, :20].tolist(), found.logprobs_NK[row, :20].tolist(), strict=True))
@@ -228,6 +234,8 @@ def test_the_teachers_topk_on_triton_is_that_of_float64() -> None:
         if extra_ids_N is None:
             torch.testing.assert_close(found.log_tail_N.double(), exact.log_tail_N, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.entropy_N, exact.entropy_N.float(), rtol=0, atol=1e-5)
+        assert found.sampled_logprob_N is not None
+        torch.testing.assert_close(found.sampled_logprob_N.double(), logprobs_N, rtol=0, atol=1e-5)
 
 
 def test_the_backend_is_chosen_by_device_and_dtype_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

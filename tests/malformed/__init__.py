@@ -2,6 +2,7 @@
 
 from tests.malformed import (  # noqa: F401
     chat_templates,
+    conversations,
     data,
     data_formats,
     environment,

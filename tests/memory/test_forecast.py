@@ -255,7 +255,7 @@ def test_forecast_of_a_32b_teacher_on_eight_gpus_of_80_gb() -> None:
         "targets": 8 * (64 + 1) * 8 * 8191,  # 8 of 64 responses per rank
         # 8 responses per rank. Per token: 16 bytes for the student; the teacher's ranks, 4 in a group, share 16, and
         # each has 16 for every token of the group. Per response token: 48 bytes.
-        "micro-batches": 8 * (8192 * (16 + 16 + 4 * 16) + 8191 * 48 + 20 * 256),
+        "micro-batches": 8 * (8192 * (16 + 16 + 4 * 16) + 8191 * 56 + 20 * 256),
         "master weights": 4 * 1_720_574_976 // 8,
         "optimizer state": 0,  # on the host
     }
@@ -285,7 +285,7 @@ def test_forecast_of_a_4b_student_with_tensor_and_context_parallelism() -> None:
         "optimizer state": 0,  # not before the optimizer step
         "targets": 8 * 65 * 16 * 20479 // 2,
         # 16 responses per data-parallel rank; the teacher's group of 8 ranks reads the responses of two of them.
-        "micro-batches": 16 * (20480 * (16 + 16 // 2 + 2 * 16 + 2 * 16 // 8) + 20479 * (40 // 2 + 8 // 4) + 20 * 256),
+        "micro-batches": 16 * (20480 * (16 + 16 // 2 + 2 * 16 + 2 * 16 // 8) + 20479 * (48 // 2 + 8 // 4) + 20 * 256),
         "gathered embeddings": 2 * (151936 + 1) * 2560 // 2,
     }
     assert forecast(config).trainer["training"] == both | {
@@ -386,11 +386,23 @@ def test_configuration_keys_change_their_line_of_the_forecast(
     assert after[line] == pytest.approx(factor * before[line], rel=1e-6)
 
 
-def test_self_ema_teacher_has_a_float32_average_in_every_phase() -> None:
-    mode = "distillation.context_distillation.mode=self_ema"
+@pytest.mark.parametrize("mode", ["self_ema", "self_periodic"])
+def test_a_teacher_with_stored_weights_has_a_float32_copy_in_every_phase(mode: str) -> None:
+    mode = f"distillation.context_distillation.mode={mode}"
     found = forecast(recipe("my-context-self-distillation-1n4g.yaml", mode))
     for phase in PHASES:
-        assert found.phases[phase]["teacher average"] == found.phases["training"]["master weights"]
+        assert found.phases[phase]["teacher copy"] == found.phases["training"]["master weights"]
+
+
+def test_the_forecast_uses_the_largest_response_limit_of_the_run() -> None:
+    schedule, short = "distillation.max_new_tokens_schedule", "policy.generation.max_new_tokens=64"
+
+    def targets(*overrides: str) -> int:
+        return forecast(recipe(LONG, short, *overrides)).phases["training"]["targets"]
+
+    assert targets(f"{schedule}=[[2,128],[3,32]]") == 2 * targets()
+    assert targets(f"{schedule}=[[1,32]]") == targets() // 2
+    assert targets(f"{schedule}=[[9,128]]", "distillation.max_num_steps=8") == targets()
 
 
 def test_each_replica_has_a_complete_model() -> None:

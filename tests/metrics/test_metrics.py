@@ -112,6 +112,8 @@ def test_lengths_and_finish_reasons_of_rollouts_match_a_hand_count() -> None:
         "mean_total_tokens_per_sample": 13.0,
         "truncation_rate": 1 / 3,
         "natural_termination_rate": 2 / 3,
+        "repeated_token_share": 0.0,
+        "repetition_rate": 0.0,
         "total_num_tokens": 39.0,
         "generated_tokens": 18.0,
         "max_gen_tokens_per_sample": 8.0,

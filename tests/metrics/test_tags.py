@@ -8,6 +8,7 @@ from distill.metrics.tags import tensorboard_scalars, tensorboard_tag
 
 GROUPS = {
     "train/loss": "learning/loss",
+    "train/position/forward_kl_1": "position/forward_kl_1",
     "train/truncation_rate": "responses/truncation_rate",
     "train/context_distillation_trace_coverage": "context/trace_coverage",
     "train/tokens_per_sec_per_gpu": "throughput/tokens_per_sec_per_gpu",

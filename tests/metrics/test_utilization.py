@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill.batching.flops import ModelFlops
+from distill.config import TokenWeightsConfig
 from distill.metrics.utilization import PEAKS, Utilization, device_peak, peak_flops
 from distill.types import Problem, Prompt, Rollout
 
@@ -61,8 +62,20 @@ def test_mfu_is_the_fraction_of_the_peak_in_the_training_phase() -> None:
     flops = TINY.training(made, share_prefixes=True)
     values = {"timing/train/policy_training": 2.0}
     known = Utilization(TINY, True, ranks=4, peak=flops).metrics(values, made)
-    assert known == {"throughput/training_tflops_per_gpu": pytest.approx(flops / 8e12), "throughput/mfu": 0.125}
-    assert Utilization(TINY, True, 4, None).metrics(values, made).keys() == {"throughput/training_tflops_per_gpu"}
+    tflops = {"throughput/training_tflop": flops / 1e12, "throughput/training_tflops_per_gpu": flops / 8e12}
+    assert known == {name: pytest.approx(value) for name, value in tflops.items()} | {"throughput/mfu": 0.125}
+    assert Utilization(TINY, True, 4, None).metrics(values, made).keys() == tflops.keys()
     assert (
         Utilization(TINY, True, 4, 1.0).metrics({}, made) == Utilization(TINY, True, 4, 1.0).metrics(values, []) == {}
     )
+
+
+def test_flops_count_the_tokens_that_are_read_and_the_rows_with_a_weight() -> None:
+    """Of two responses to a prompt of six tokens, the second has no token with a weight."""
+    made = rollouts((6, 10), (6, 2))
+    weights = TokenWeightsConfig(skip_first=2, first=4)
+    values = {"timing/train/policy_training": 1.0, "train/trained_tokens": 2.0}
+    body = TOKEN * 10 + PAIR * 10 * 10 / 2
+    for scores, head in ((False, 3 * 2), (True, 3 * 2 + 4)):
+        found = Utilization(TINY, True, 1, None, weights, scores).metrics(values, made)
+        assert found["throughput/training_tflop"] * 1e12 == pytest.approx(3 * body + head * HEAD)

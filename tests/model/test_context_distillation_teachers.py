@@ -15,9 +15,10 @@ from distill.distributed.world import World
 from distill.errors import UserError
 from distill.metrics.step import Metrics
 from distill.model.dtensor import local_shard
+from distill.model.following_teacher import build_teacher
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import ShardedTeacher, build_teacher
+from distill.model.teacher import ShardedTeacher
 from distill.model.weights import GatheredWeights
 from distill.types import TopK
 from tests.harness import config_for, fixed_rollouts
@@ -37,6 +38,7 @@ def _config(folder: Path, mode: str, *overrides: str) -> Config:
         f"{context}.enabled=true",
         f"{context}.mode={mode}",
         f"{context}.ema_decay={DECAY}",
+        f"{context}.refresh_period=2",
         "teacher.dtensor_cfg.reshard_after_forward=false",  # gathered weights must not be stale
         "policy.optimizer.kwargs.lr=1e-2",
         *overrides,
@@ -64,9 +66,9 @@ def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
         targets = [teacher.targets(micro_batch) for micro_batch in batch]
         step_targets.append(targets[0])
         student.train(batch, targets, Metrics())
-        teacher.after_step(student)
+        teacher.after_step(student, step + 1)
         weights.append(_complete(student.model.named_hf_parameters(), world))
-    resumed = build_teacher(config, files, world, 384, student)
+    resumed = build_teacher(config, files, world, 384, student)  # its weights differ from the teacher's
     for name, tensor in teacher.state().items():  # as loading a checkpoint does
         local_shard(resumed.state()[name]).copy_(local_shard(tensor))
     resumed.resume(student)
@@ -78,6 +80,7 @@ def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
         "teacher": _shards(teacher),
         "resumed": torch.equal(*again),
         "moved": not torch.equal(again[0], cast(TopK, step_targets[-1]).logprobs_NK),
+        "stored": {name: local_shard(tensor).dtype for name, tensor in teacher.state().items()},
         "state": sorted(teacher.state()),
     }
 
@@ -115,6 +118,19 @@ def test_self_live_teacher_has_the_students_weights(folder: Path) -> None:
     for name, weight in runs[0]["weights"][-1].items():
         assert torch.equal(_parts(runs, name), weight), name
     assert all(run["resumed"] and run["moved"] and not run["state"] for run in runs)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_self_periodic_teacher_has_the_students_weights_of_the_last_refresh(folder: Path, tp: int) -> None:
+    """The period is 2: after 3 steps the teacher has the weights after step 2, also after a resume at step 3."""
+    runs = run_ranks(2, _train, folder, "self_periodic", tp)
+    weights = runs[0]["weights"]
+    for name, weight in weights[2].items():
+        assert torch.equal(_parts(runs, name), weight), name
+        assert not torch.equal(weight, weights[3][name])
+    for run in runs:
+        assert run["resumed"] and not run["moved"], "the step after a refresh has its targets"
+        assert run["stored"] == {f"teacher.{name}": torch.float32 for name in weights[0]}
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])

@@ -225,6 +225,7 @@ def test_the_engine_of_an_fp8_student_is_not_quantized(folder: Path, monkeypatch
             gpu_memory_utilization=0.5, enforce_eager=True, max_model_len=64, tensor_parallel_size=1
         ),
         vllm_kwargs={},
+        engine_window=64,
     )
     config: Any = SimpleNamespace(policy=SimpleNamespace(precision="float32", generation=generation))
     to_fp8(folder, "fp8 in blocks")

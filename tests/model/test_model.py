@@ -23,8 +23,9 @@ from distill.errors import RunFailed, UserError
 from distill.metrics.step import Metrics
 from distill.model import hf_config, hf_files, hf_load
 from distill.model.host_offload import FrozenOffload, OptimizerOffload
+from distill.model.learning_rate import build_scheduler
 from distill.model.sharded import ShardedLM, Sharding, load_sharded
-from distill.model.student import Student, build_scheduler
+from distill.model.student import Student
 from distill.model.teacher import ShardedTeacher
 from distill.model.teacher_check import plain_logits, verify_teacher
 from distill.model.weights import GatheredWeights

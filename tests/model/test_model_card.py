@@ -37,6 +37,13 @@ def test_the_model_card_keeps_the_source_card_and_adds_the_training() -> None:
     assert "./models" not in card and "| student | Base-1B |" in card
 
 
+def test_the_model_card_describes_a_periodic_teacher_and_a_schedule_of_response_limits() -> None:
+    context = {"enabled": True, "mode": "self_periodic", "refresh_period": 50}
+    loop = RECIPE["distillation"] | {"context_distillation": context, "max_new_tokens_schedule": [[1, 16], [30, 48]]}
+    card = model_card("", RECIPE | {"distillation": loop}, 40, {})
+    assert "every 50 steps" in card and "64 tokens, 16 from step 1, 48 from step 30" in card
+
+
 def test_a_model_card_is_created_if_the_source_has_none() -> None:
     card = model_card("", RECIPE, 40, {})
     head = card.split("---")[1].strip().splitlines()

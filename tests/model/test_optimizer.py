@@ -147,10 +147,10 @@ def test_the_sum_of_squares_is_accurate_to_float64() -> None:
 def test_clipping_multiplies_every_gradient() -> None:
     parameters = _parameters()
     optimizer = ShardedAdamW(parameters, OptimizerKwargs(), CPU)
-    optimizer.clip(0.5)  # without gradients
+    optimizer.multiply_gradients(0.5)  # without gradients
     _set_gradients(parameters, 1)
     parameters[0].grad = None
-    optimizer.clip(0.25)
+    optimizer.multiply_gradients(0.25)
     for parameter, gradient in zip(parameters[1:], _random(1, scale=0.1)[1:], strict=True):
         assert parameter.grad is not None and torch.equal(parameter.grad, 0.25 * gradient)
     assert parameters[0].grad is None

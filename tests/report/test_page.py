@@ -24,7 +24,7 @@ from distill.report.page_data import Report, write_run_page
 from distill.report.prompts import titles
 from distill.report.samples import Limits
 from distill.report.tables import MOST_ROWS
-from distill.run_files import METRICS_FILE, RECIPE_FILE, REPORT_FILE, VALIDATION_FOLDER
+from distill.run_files import ALARMS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, VALIDATION_FOLDER
 from scripts.launch import ROOT
 from scripts.report import main
 from tests.report.run_folders import CONFIG, response, write_rows, write_run
@@ -95,16 +95,15 @@ def test_one_validation_closes_no_gap(tmp_path: Path) -> None:
     assert "gap closed" not in {each["label"] for each in index_of(run)["runs"][0]["headline"]}
 
 
-@pytest.mark.parametrize("name", ["control-measured", "other"])
-def test_the_accuracy_is_beside_that_of_the_control(name: str, tmp_path: Path) -> None:
+def test_the_accuracy_is_beside_that_of_the_control(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    degenerate = replace(CONFIG, distillation=replace(CONFIG.distillation, allow_degenerate=True))
-    control = write_run(tmp_path / name, config=degenerate if name == "other" else CONFIG)
+    config = replace(CONFIG, distillation=replace(CONFIG.distillation, control=True))
+    control = write_run(tmp_path / "other", config=config)
     validations(run, BEFORE, AFTER)
     validations(control, BEFORE, {**AFTER, "accuracy": 0.12})
     of_run, of_control = (each["headline"] for each in index_of(run, control)["runs"])
     detail = {each["label"]: each["detail"] for each in of_run}["accuracy"]
-    assert f"control {name} 12.0% ± 3.0%" in detail
+    assert "control other 12.0% ± 3.0%" in detail
     assert "control " not in json.dumps(of_control)
 
 
@@ -362,3 +361,45 @@ def test_runs_with_equal_names_are_distinguished_by_their_folders(tmp_path: Path
     assert [run["name"] for run in index_of(*runs)["runs"]] == ["a/exp_001", "b/exp_001"]
     (runs[0] / RECIPE_FILE).unlink()
     assert len(index_of(*runs)["recipe_differences"]) > 10
+
+
+def test_alarms_are_in_the_headline_and_listed_with_their_messages(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    lines: list[dict[str, Any]] = [
+        {"step": 12, "alarm": "repetition", "event": "start", "message": HOSTILE[0]},
+        {"step": 14, "alarm": "collapse", "event": "start", "message": "both"},
+        {"step": 20, "alarm": "repetition", "event": "end", "message": "it ended"},
+        {"step": 30, "alarm": "repetition", "event": "start", "message": "again"},
+        {"step": "x", "alarm": None, "event": 3},
+    ]
+    write_rows(run / ALARMS_FILE, lines)
+    with (run / ALARMS_FILE).open("a") as file:
+        file.write('{"step": 31, "ala')
+    index = index_of(run, other)
+    of_run, of_other = index["runs"]
+    assert of_run["alarms"] == [
+        {"label": "repetition from step 12 to 20, from step 30", "value": HOSTILE[0]},
+        {"label": "collapse from step 14", "value": "both"},
+    ]
+    tiles = {each["label"]: (each["value"], each["detail"]) for each in of_run["headline"]}
+    assert tiles["alarms"] == ("2", "repetition from step 12 to 20, from step 30; collapse from step 14")
+    assert of_other["alarms"] == [] and "alarms" not in {each["label"] for each in of_other["headline"]}
+    assert any("alarms.jsonl is incomplete" in note for note in index["notes"])
+
+
+def test_the_accuracy_with_the_context_at_the_end_is_beside_that_at_the_start(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    validations(run, BEFORE, {**AFTER, "in_context_at_end_accuracy": 0.55, "pass@2": 0.7, "pass@2_stderr": 0.1})
+    write_rows(
+        run / VALIDATION_FOLDER / "in_context_at_end.jsonl", read_rows(run / VALIDATION_FOLDER / "in_context.jsonl")
+    )
+    index = index_of(run)
+    detail = {each["label"]: each["detail"] for each in index["runs"][0]["headline"]}["accuracy"]
+    assert "context in view 60.0%; context in view at the end 55.0%" in detail
+    labels = {(each["kind"], each["step"]): each["label"] for each in index["sample_sets"]}
+    assert labels["in_context", 0].startswith("untrained") and labels["in_context", 4].startswith("trained")
+    assert "validation/pass@2" not in index["runs"][0]["tables"]["validation"]["series"], "shown once, as pass@2"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

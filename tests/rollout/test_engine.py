@@ -235,6 +235,26 @@ def test_a_response_depends_on_its_seed_and_not_on_the_batch(folder) -> None:
     assert _ids(_ready(folder).generate(prompts, _sampling(responses_per_prompt=2), step=5)) != together
 
 
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_omitted_responses_are_not_generated_and_the_others_do_not_change(folder, batch_size, monkeypatch) -> None:
+    prompts, engine = _prompts(7, 3, 20), _ready(folder, batch_size)
+    complete = engine.generate(prompts, _sampling(responses_per_prompt=3), step=4)
+    omitted = ((0, 1), (1, 0), (1, 1), (1, 2), (2, 2))
+    rows: list[int] = []
+    forward = engine._forward
+
+    def counted(tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        rows.append(len(tokens))
+        return forward(tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "_forward", counted)
+    kept = engine.generate(prompts, _sampling(responses_per_prompt=3, omitted=omitted), step=4)
+    assert _ids(kept) == [r for r in _ids(complete) if r[:2] not in omitted]
+    assert rows[0] == (2 if batch_size == 64 else 1) and max(rows) == (4 if batch_size == 64 else 2)
+    everything = tuple((prompt, index) for prompt in range(3) for index in range(3))
+    assert engine.generate(prompts, _sampling(responses_per_prompt=3, omitted=everything), step=4) == []
+
+
 @pytest.mark.parametrize("batch_size", [64, 1])
 def test_cancelled_generation_returns_no_rollouts_and_leaves_the_engine_ready(folder, batch_size) -> None:
     engine, calls = _ready(folder, batch_size), []

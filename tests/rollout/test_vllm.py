@@ -56,6 +56,7 @@ def _prompts(*lengths: int) -> list[Prompt]:
 
 
 PROMPTS = _prompts(7, 1, 40, 12)
+OMITTED = ((0, 0), (1, 0), (1, 1), (1, 2))
 SOME_LOGPROBS = replace(SAMPLED, logprob_interval=3)
 NUCLEUS = replace(SAMPLED, top_p=0.9, top_k=40, stop_token_ids=())
 KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
@@ -170,6 +171,8 @@ def _alone(folder: Path) -> dict[str, Any]:
     seen["greedy"] = engine.generate(PROMPTS, GREEDY, 0), plain.generate(PROMPTS, GREEDY, 0)
     seen["sampled"] = [engine.generate(PROMPTS, SAMPLED, 0) for _ in range(2)]
     seen["plain loop"] = _by_plain_loop(engine, SAMPLED)
+    added = engine._loop._added
+    seen["omitted"] = engine.generate(PROMPTS, replace(SAMPLED, omitted=OMITTED), 0), engine._loop._added - added
     seen["some log-probs"] = [each.generate(PROMPTS, SOME_LOGPROBS, 0) for each in (engine, plain)]
     seen["loose tensors"] = _loose_tensors(engine)
     seen["cancelled"] = _cancelled(engine)
@@ -355,6 +358,12 @@ def test_responses_repeat_and_do_not_depend_on_the_batch(alone) -> None:
     assert alone["separately"] == first
     assert _ids(alone["another step"]) != _ids(first)
     assert len({r.response_ids for r in first}) > len(PROMPTS), "responses with equal seeds"
+
+
+def test_omitted_responses_are_not_requested_and_the_others_do_not_change(alone) -> None:
+    kept, requests = alone["omitted"]
+    assert kept == [r for r in alone["sampled"][0] if (r.prompt.prompt_id, r.response_index) not in OMITTED]
+    assert requests == len(kept) == len(alone["sampled"][0]) - len(OMITTED)
 
 
 def test_responses_equal_those_of_vllms_own_loop(alone) -> None:

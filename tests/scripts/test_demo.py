@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from scripts.demo import RUNS, compared, rise
+from scripts.demo import RUNS
+from scripts.experiments import compared, rise
 from scripts.launch import ROOT, run
 
 

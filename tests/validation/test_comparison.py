@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from distill.batching.plan import PackingConfig
 from distill.distributed.world import World
+from distill.model.following_teacher import build_teacher
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import build_teacher
 from distill.validation.token_kl import compare_tokens, highest
 from tests.harness import config_for, fixed_rollouts
 from tests.helpers import run_ranks, save_tiny_model

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -105,10 +106,13 @@ def test_metrics_of_six_responses_to_three_problems_equal_a_hand_calculation() -
     assert scores(samples) == {
         "accuracy": 0.5,  # 3 of 6; by problem 1/2, 1 and 0
         "accuracy_stderr": pytest.approx(0.2886751),  # standard deviation of these, 0.5, over sqrt(3)
+        "pass@2": pytest.approx(2 / 3),  # of 2 responses to a, b and c, at least one is right: 1, 1 and 0
+        "pass@2_stderr": pytest.approx(1 / 3),  # standard deviation of these, 0.5774, over sqrt(3)
         "judge_failures": 1.0,
         "avg_length": 4.0,  # 24 / 6
         "truncation_rate": 0.5,
         "repetition_rate": 0.0,
+        "repeated_token_share": 0.375,  # the response of 9 equal tokens has the same 8-gram twice: 9 of 24 tokens
         "num_answers": 6.0,
         "num_problems": 3.0,
         "num_compared": 2.0,
@@ -132,7 +136,8 @@ def test_problems_are_weighted_by_their_number_of_responses() -> None:
 
 def test_metrics_that_were_not_measured_are_missing() -> None:
     ungraded = sample("b", None)
-    names = {"avg_length", "truncation_rate", "repetition_rate", "num_answers", "num_problems", "num_compared"}
+    names = {"avg_length", "truncation_rate", "repetition_rate", "repeated_token_share"}
+    names |= {"num_answers", "num_problems", "num_compared"}
     assert scores([ungraded]).keys() == names
     both = scores([sample("a", "right"), ungraded])
     assert both["accuracy"] == 1.0 and "accuracy_stderr" not in both, "one problem has no standard error"
@@ -332,6 +337,7 @@ def validation(tmp_path: Path, *overrides: str, **parts: Any) -> Validation:
         "held_out": HeldOut(prompts),
         "run_dir": tmp_path,
         "stop": NeverStops(),
+        "alarms": SimpleNamespace(check=lambda step, values: {}, raise_if_stopped=lambda step: None),
     }
     return Validation(**{**given, **parts})
 
@@ -399,7 +405,9 @@ def test_a_signal_during_held_out_generation_stops_the_run_with_the_engine_aslee
 
 
 class Prefixes:
-    """Teacher prefixes of 0 tokens (a missing trace) or more, by prompt id."""
+    """Teacher prefixes of 0 tokens (a missing trace) or more, by prompt id, for problems with ``column``."""
+
+    column: str | None = None
 
     def __init__(self, *lengths: int) -> None:
         self._lengths = lengths
@@ -411,6 +419,9 @@ class Prefixes:
     def prefix_of(self, prompt: Prompt) -> Prefix | str:
         length = self._lengths[prompt.prompt_id]
         return Prefix((9,) * length, False) if length else "missing_trace"
+
+    def can_read(self, problem: Problem) -> bool:
+        return self.column is None or self.column in problem.columns
 
 
 def test_the_first_validation_also_generates_with_a_known_context_that_fits(tmp_path) -> None:
@@ -430,7 +441,9 @@ def test_the_first_validation_also_generates_with_a_known_context_that_fits(tmp_
     assert (first, second) == ([(5,), (5,)], [(9, 9, 9)])
     assert sampling == plain and other == replace(plain, seed=stream_seed(42, "in_context"), max_total_length=None)
     later = found.generate(2)
-    assert later is not None and later.in_context is None, "the student has changed"
+    assert later is not None and later.in_context is None, "only before the first and after the last step"
+    last = validation(tmp_path, *known, "distillation.val_at_end=true", **parts, engine=Engine()).generate(5)
+    assert last is not None and last.in_context is not None and len(last.in_context.rollouts) == 1
     another = f"teacher.model_name={tmp_path}/other"
     for settings in (keys, [*known, another, f"{context}.enabled=false"], [*known, another, f"{context}.mode=frozen"]):
         at_start = validation(tmp_path, *settings, **parts, engine=Engine()).generate(0)
@@ -488,7 +501,9 @@ def test_a_problem_without_the_trace_column_is_graded_but_not_compared(tmp_path:
     context = "distillation.context_distillation"
     static = [f"{context}.trace_source=static_dataset", f"{context}.static_trace.answer_column=solution"]
     with_it, without = problems_of("a", solution="s"), problems_of("ab")[1:]
-    values, _ = reported(tmp_path, Prefixes(3, 3), [*with_it, *without], *static)
+    prefixes = Prefixes(3, 3)
+    prefixes.column = "solution"
+    values, _ = reported(tmp_path, prefixes, [*with_it, *without], *static)
     assert (values["validation/accuracy"], values["validation/num_compared"]) == (1.0, 1)
     assert "validation/b/forward_kl" not in values and values["validation/in_context_num_problems"] == 1
 

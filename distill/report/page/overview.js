@@ -67,9 +67,10 @@ function result(run, number) {
   ];
 }
 
-/** Facts and recipe of a run. */
+/** Alarms, facts and recipe of a run. */
 function description(run, open) {
   return [
+    run.alarms?.length > 0 && details("Alarms", run.alarms.length, facts(run.alarms), true),
     run.facts.length > 0 && details("Facts", run.facts.length, facts(run.facts), open),
     run.recipe && recipeOf(run.recipe, open),
   ];
