@@ -11,10 +11,13 @@ from distill.config import Config, load_config, parse_args
 from distill.errors import UserError
 from distill.memory.forecast import GIB, card_bytes, predict
 from distill.memory.shapes import find_shape
+from distill.metrics.alarms import Alarms
 from tests.harness import forecast_text
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+FOLDER = ROOT / "recipes"
+RECIPES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+PAPERS = [name for name in RECIPES if name.startswith("papers/")]
 
 REFERENCE = {
     "distillation_math.yaml",
@@ -57,9 +60,11 @@ def test_a_recipe_takes_overrides(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_files_that_a_recipe_names_are_in_the_repository(name: str) -> None:
-    data = load(name).data
+    config = load(name)
+    data = config.data
     named = {entry.prompt_file for entry in (*data.train, *data.validation)}
     named |= {entry.data_path for entry in (*data.train, *data.validation)} | {data.default.prompt_file}
+    named |= {config.distillation.context_distillation.teacher_system_prompt_file}
     assert [file for file in named - {None} if not (ROOT / str(file)).is_file()] == []
 
 
@@ -225,6 +230,39 @@ def test_a_context_recipe_for_40_gb_gpus_has_16k_new_tokens_and_512_ids(name: st
     )
 
 
+@pytest.mark.parametrize("name", CONTEXT_40GB)
+def test_a_context_recipe_for_40_gb_gpus_validates_and_stops_at_a_collapse(name: str) -> None:
+    config = load(name)
+    loop = config.distillation
+    assert (loop.val_at_start, loop.val_period, loop.val_at_end, loop.max_val_samples) == (True, 20, True, None)
+    assert [entry.dataset_name for entry in config.data.validation] == ["AIME2024", "AIME2025"]
+    assert (loop.val_num_generations, config.checkpointing.metric_name) == (4, "val:accuracy")
+    assert loop.default_alarms
+    assert {alarm.action for alarm in loop.alarms} == {"stop"}
+
+
+def stopped_at(config: Config, shares: list[float], truncated: float) -> int | None:
+    """Return the step at which an alarm stops a run with these shares of repeated tokens; None if none does.
+
+    ``truncated``: truncation rate after the five steps of the baseline, where it is 0.1.
+    """
+    alarms = Alarms.of(config.distillation)
+    for step, share in enumerate(shares, 1):
+        values = {"train/repeated_token_share": share, "train/truncation_rate": 0.1 if step <= 5 else truncated}
+        if any(event.action == "stop" for event in alarms.update(step, values).started):
+            return step
+    return None
+
+
+@pytest.mark.parametrize("name", CONTEXT_40GB)
+def test_a_context_recipe_for_40_gb_gpus_stops_at_repetition_with_truncation_and_at_long_loops(name: str) -> None:
+    config, first = load(name), [0.1] * 5
+    assert stopped_at(config, [*first, *[0.25] * 10], 0.4) == 8, "both alarms hold for three steps: a collapse"
+    assert stopped_at(config, [*first, *[0.25] * 10], 0.1) is None, "repetition without truncation warns"
+    assert stopped_at(config, [*first, *[0.1] * 10], 0.4) is None, "truncation without repetition warns"
+    assert stopped_at(config, [*first, *[0.6] * 10], 0.1) == 10, "most tokens are in loops for five steps"
+
+
 QWEN3 = {"0.6": 596_049_920, "1.7": 1_720_574_976, "4": 4_022_468_096, "8": 8_190_735_360, "14": 14_768_307_200}
 QWEN3 |= {"32": 32_762_123_264}
 
@@ -247,7 +285,7 @@ LAYOUTS = {
 
 def test_every_gpu_recipe_has_a_layout() -> None:
     assert set(LAYOUTS) >= REFERENCE
-    assert set(RECIPES) - set(LAYOUTS) == {name for name in RECIPES if "cpu" in name}
+    assert set(RECIPES) - set(LAYOUTS) - set(PAPERS) == {name for name in RECIPES if "cpu" in name}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

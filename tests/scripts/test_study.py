@@ -1,0 +1,199 @@
+"""Statistics and data of the experiments: estimates over seeds, paired differences, steps of equal time, sums."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import experiments, study
+from scripts.experiments import Estimate, estimate, step_rows, step_seconds, training_seconds
+from scripts.launch import ROOT
+from scripts.study import (
+    SEEDS,
+    Arm,
+    Request,
+    agrees,
+    compare,
+    differences,
+    graded,
+    measured,
+    steps_that_fit,
+    summary,
+    table,
+    trained_tokens,
+)
+
+
+def _row(step: int, total: float, validation: float = 0.0) -> dict[str, float | int]:
+    """Metrics of a step: 2 s of training, of ``total`` seconds ``validation`` seconds outside of the step's work."""
+    return {
+        "step": step,
+        "timing/train/total_step_time": total,
+        "timing/train/policy_training": 2.0,
+        "timing/train/validation": validation,
+        "timing/train/checkpointing": 0.25,
+        "throughput/training_tflop": 0.5 * step,
+        "train/global_valid_toks": 100 * step,
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Files of a run of two steps: validations of one problem before the first step and after the last."""
+    rows: list[dict[str, Any]] = [{"step": 0, "validation/accuracy": 0.5}, _row(1, 7.0, 3.0), _row(2, 5.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "validation").mkdir()
+    for name, kls, verdicts in (
+        ("step_0", (0.5, 0.7), ("wrong", "right", "wrong", "wrong")),
+        ("step_2", (0.1, 0.3), ("right", "right", "wrong", "right")),
+        ("in_context", (0.0, 0.0), ("right", "right", "right", "right")),
+    ):
+        samples = [{"prompt_id": i // 2, "verdict": v, "forward_kl": kls} for i, v in enumerate(verdicts)]
+        (tmp_path / "validation" / f"{name}.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    return tmp_path
+
+
+def test_an_estimate_is_the_mean_with_the_interval_of_students_t() -> None:
+    # 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7, standard error sqrt(7 / 3), t(2 degrees of freedom) = 4.303
+    found = estimate([1.0, 2.0, 6.0])
+    assert found.mean == 3.0
+    assert found.high - found.mean == pytest.approx(4.303 * math.sqrt(7 / 3))
+    assert found.mean - found.low == pytest.approx(found.high - found.mean)
+
+
+def test_an_estimate_of_one_seed_has_no_interval_and_none_is_refused() -> None:
+    found = estimate([0.25])
+    assert found.mean == 0.25 and math.isnan(found.low) and math.isnan(found.high)
+    for values in ([], [0.0] * 11):
+        with pytest.raises(ValueError):
+            estimate(values)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    first = [{"kl": 1.0, "only here": 0.0}, {"kl": 5.0, "only here": 0.0}, {"kl": 9.0, "only here": 0.0}]
+    found = differences(first, [{"kl": 0.5}, {"kl": 4.5}, {"kl": 8.5}])
+    # The seeds differ by 4, but every pair by exactly -0.5: the paired interval is empty.
+    assert found == {"kl": Estimate(-0.5, -0.5, -0.5)}
+    assert summary(first)["kl"].high > 10
+    with pytest.raises(ValueError):
+        differences(first, [{"kl": 0.5}])
+
+
+def test_a_table_lists_every_seed() -> None:
+    lines = table({"one": [{"kl": 0.125}, {"kl": 0.25}, {"kl": 0.5}], "two": [{"n": 7.0}] * 3})
+    assert lines[0].split() == ["one", "two"]
+    assert "0.125, 0.25, 0.5" in lines[2]
+    assert lines[3].split() == ["n", "7", "(7", "to", "7)"]
+
+
+def test_a_comparison_reports_every_run_and_the_differences(capsys: pytest.CaptureFixture[str]) -> None:
+    found = compare({"one": [{"kl": 1.0}, {"kl": 2.0}, {"kl": 3.0}], "two": [{"kl": 0.0}, {"kl": 1.0}, {"kl": 2.0}]})
+    assert found["seeds"] == list(SEEDS) == [1, 2, 3]
+    assert found["runs"]["one"] == [{"kl": 1.0}, {"kl": 2.0}, {"kl": 3.0}]
+    assert found["differences"] == {"kl": {"mean": -1.0, "low": -1.0, "high": -1.0}}
+    assert json.loads(json.dumps(found)) == found
+    assert "two - one" in capsys.readouterr().out
+
+
+def test_a_recommendation_agrees_if_its_context_gives_the_highest_accuracy() -> None:
+    def runs(*after: float) -> list[dict[str, float]]:
+        return [{"right after": each, "rise": each - 0.2} for each in after]
+
+    results = {"sum_answer": runs(0.3, 0.4, 0.35), "sum_story": runs(0.2, 0.1, 0.3)}
+    assert agrees("context prompts/sum_answer.txt", results) and not agrees("context prompts/sum_story.txt", results)
+    assert agrees(None, {"sum_story": runs(0.2, 0.1, 0.3)})
+    assert not agrees(None, results)  # 0.15 +- 4.303 * 0.05 / sqrt(3) is above 0
+
+
+def test_steps_of_equal_time_count_the_slow_first_step_once() -> None:
+    # 100 s: 10 s for the first step, then 90 / 4 = 22.5 steps of 4 s (the median of 3, 4 and 9)
+    assert steps_that_fit(100.0, [10.0, 4.0, 9.0, 3.0]) == 23
+    assert steps_that_fit(100.0, [10.0, 4.0, 9.0, 3.0]) > steps_that_fit(97.0, [10.0, 4.0, 9.0, 3.0])
+    assert steps_that_fit(5.0, [10.0, 4.0]) == 1
+
+
+def test_training_seconds_exclude_validation_and_checkpoints(run_dir: Path) -> None:
+    assert [row["step"] for row in step_rows(run_dir)] == [1, 2]  # the first row has only a validation
+    assert step_seconds(_row(1, 7.0, 3.0)) == 3.75
+    assert training_seconds(run_dir) == 3.75 + 4.75
+
+
+def test_costs_are_means_over_steps_and_kls_means_over_tokens(run_dir: Path) -> None:
+    found = measured(run_dir)
+    assert (found["training TFLOP per step"], found["steps"], found["training seconds"]) == (0.75, 2.0, 8.5)
+    assert found["trained tokens per step"] == 150
+    assert found["KL before, nats per token"] == pytest.approx(0.6)
+    assert found["KL after, nats per token"] == pytest.approx(0.2)
+
+
+def test_selected_tokens_count_if_the_run_selects() -> None:
+    assert trained_tokens({"train/trained_tokens": 50.0, "train/global_valid_toks": 100.0}) == 50.0
+    assert trained_tokens({"train/global_valid_toks": 100.0}) == 100.0
+
+
+def test_rates_are_those_of_the_first_and_last_validation(run_dir: Path) -> None:
+    found = graded(run_dir)
+    assert (found["right before"], found["right after"], found["right with the context"]) == (0.25, 0.75, 1.0)
+    assert found["rise"] == 0.5
+
+
+def test_a_finished_run_is_kept_only_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+
+    def run(command: list[str]) -> int:
+        commands.append(command)
+        folder = next(word for word in command if word.startswith("runtime.run_dir="))
+        (tmp_path / folder.partition("=")[2]).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(experiments, "run", run)
+    arm, keeping = Arm("two words", "x.yaml", ("a.b=1",)), Request((), keep=True)
+    for request, changed in ((keeping, "c=1"), (keeping, "c=1"), (keeping, "c=2"), (Request((), keep=False), "c=2")):
+        folder = request.train("rule", arm, 1, changed)
+    assert folder == tmp_path / "runs" / "rule" / "two-words-seed1"
+    request.train("rule", arm, 2, "c=3")
+    assert [command[-2:] for command in commands] == [
+        *(["c=1", "distillation.seed=1"], ["c=2", "distillation.seed=1"], ["c=2", "distillation.seed=1"]),
+        ["c=3", "distillation.seed=2"],
+    ]
+    assert commands[0][-5:] == [
+        "recipes/study/x.yaml",
+        "runtime.run_dir=runs/rule/two-words-seed1",
+        *("a.b=1", "c=1", "distillation.seed=1"),
+    ]
+
+
+@pytest.mark.parametrize(("reason", "fails"), [("alarm collapse: ...", False), ("train/loss is not finite", True)])
+def test_a_run_that_an_alarm_stopped_has_not_failed(
+    reason: str, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str]) -> int:
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "status.json").write_text(json.dumps({"reason": reason}))
+        return 1
+
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(experiments, "run", run)
+    if fails:
+        with pytest.raises(SystemExit):
+            experiments.train(tmp_path / "x", "x.yaml")
+    else:
+        assert experiments.train(tmp_path / "x", "x.yaml") == tmp_path / "x"
+
+
+def test_held_out_sums_are_right_and_not_in_the_training_file() -> None:
+    parts = []
+    for name in ("sum_train", "sum_validation"):
+        lines = (ROOT / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        parts.append([json.loads(line) for line in lines])
+    for problem in (*parts[0], *parts[1]):
+        first, sign, second = problem["question"].removeprefix("What is ").removesuffix("?").split()
+        assert int(problem["answer"]) == int(first) + {"+": 1, "-": -1}[sign] * int(second)
+    train, held_out = ({problem["question"] for problem in part} for part in parts)
+    assert (len(train), len(held_out), train & held_out) == (136, 64, set())
