@@ -103,10 +103,9 @@ def _is_other_model(config: Config) -> bool:
 
 
 def _check_template(config: Config, path: Path) -> None:
-    text = _read(path)
+    context = _with_template(config, _read(path)).distillation.context_distillation
     with _of_template(path):
-        TeacherContext.of(_with_template(config, text).distillation.context_distillation)
-    context = _with_template(config, text).distillation.context_distillation
+        TeacherContext.of(context)
     if reads_traces(context) and context.trace_column is None:
         raise _unknown_context("--template", str(path))
 
