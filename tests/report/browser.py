@@ -98,6 +98,11 @@ class Browser:
         """Click the first element with the mouse."""
         self._post(f"/element/{self._find(selector)}/click")
 
+    def navigate(self, view: str) -> None:
+        """Click the link of a view and wait until the view is visible: ``hashchange`` follows later than the click."""
+        self.click(f"nav a[href='#{view}']")
+        self.wait(lambda: self.count(f".view-{view}:not([hidden])"))
+
     def type(self, selector: str, text: str) -> None:
         """Replace the text of an input by keys."""
         element = self._find(selector)

@@ -455,11 +455,11 @@ def test_several_runs_are_compared(show: Callable[..., Browser], three: PageData
     assert page.texts(".view-compare section:first-child thead th") == three.index["final"]["columns"]
     cells = page.texts(".view-compare section:last-child tbody tr:first-child td")
     assert cells == three.index["recipe_differences"][0]["values"]
-    page.click("nav a[href='#curves']")
+    page.navigate("curves")
     page.wait(lambda: page.count("#chart-loss .value") == 3)
     page.click(".runs .chip:nth-child(2) input")
     assert page.count("#chart-loss .value") == 2
-    page.click("nav a[href='#samples']")
+    page.navigate("samples")
     page.wait(lambda: page.count('.card[data-prompt="0"] .column') == 9)
 
 
@@ -483,9 +483,9 @@ def test_missing_parts_leave_a_page(show: Callable[..., Browser]) -> None:
     index |= {"sample_sets": [], "samples": {name: [] for name in index["samples"]}, "prompts": []}
     page = show(PageData(index, []), "curves")
     page.wait(lambda: page.count(".plot .empty"))
-    page.click("nav a[href='#samples']")
+    page.navigate("samples")
     page.wait(lambda: "no samples" in "".join(page.texts(".view-samples")))
-    page.click("nav a[href='#overview']")
+    page.navigate("overview")
     assert page.texts(".notes li") == index["notes"]
 
 
@@ -507,11 +507,11 @@ def test_the_page_of_run_directories(show: Callable[..., Browser], tmp_path: Pat
     names = [f"run{number}" for number in range(runs)]
     assert page.texts(".run-head h2") == names
     if runs > 1:
-        page.click("nav a[href='#compare']")
+        page.navigate("compare")
         assert page.texts(".view-compare section:first-child thead th") == names
-    page.click("nav a[href='#curves']")
+    page.navigate("curves")
     page.wait(lambda: page.count(".view-curves .plot canvas"))
-    page.click("nav a[href='#samples']")
+    page.navigate("samples")
     selector = '.card[data-prompt="0"] .response:has(.t.top)'
     page.wait(lambda: page.count(selector))
     assert page.text('.card[data-prompt="0"] .column .set') == "validation at step 0"
