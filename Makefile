@@ -20,8 +20,8 @@ export TOKENIZERS_PARALLELISM := false
 # Keep compiled modules; otherwise every process of a test compiles torch and vLLM again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help venv venv-gpu check-locks models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing report \
-	soak lint types check test test-demo test-exports test-fakecuda test-faults test-slurm \
+.PHONY: help venv venv-gpu check-locks models smoke demo-context demo-control demo-heal bench-step bench-loss bench-packing bench-generation \
+	report soak lint types check test test-demo test-exports test-fakecuda test-faults test-slurm \
 	test-browser clean
 
 help:  ## list the targets
@@ -63,6 +63,9 @@ bench-loss: venv  ## time and memory of the loss head and of other implementatio
 
 bench-packing: venv  ## balance of responses over ranks, compared with simpler methods, and its time
 	@$(PY) -m scripts.bench_packing
+
+bench-generation: venv  ## the generation phase with and without partial rollouts, simulated
+	@$(PY) -m scripts.bench_generation
 
 soak: venv models  ## 300 steps of a tiny model on two ranks: memory, files, threads and processes must not grow
 	@$(PY) -m scripts.soak

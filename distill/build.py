@@ -52,6 +52,8 @@ from distill.preflight import (
 )
 from distill.rollout.engine import Engine
 from distill.rollout.factory import build_engine, sampling_of, validation_sampling_of
+from distill.rollout.generation import Generation, Lockstep
+from distill.rollout.partial import PartialRollouts
 from distill.rollout.responses import StepResponses
 from distill.rollout.sync import WeightSync
 from distill.rollout.vllm_version import allows_expandable_segments, installed_vllm
@@ -60,6 +62,7 @@ from distill.run_dir import new_run_dir, open_run_dir
 from distill.supervise.progress import phase
 from distill.supervise.signals import Deadline, seconds_of
 from distill.supervise.stop import StopCheck
+from distill.timing.forecast import StepPredictor
 from distill.validation import Validation, validation_config
 from distill.validation.probe_setup import with_run_probe
 from distill.validation.token_kl import compare_tokens
@@ -203,17 +206,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
     log.info("loading the student model %s", config.policy.model_name)
     with phase("loading the student model"):
         student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
-    log.info("loading the teacher model %s", config.teacher.model_name)
-    with phase("loading the teacher model"):
-        teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
-    if resume.found is None and config.runtime.verify_teacher:
-        with phase("verifying the teacher"):
-            difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])
-        log.info(
-            "teacher %s verified: its log-probs differ by %.2g nats on average from the log-probs that transformers"
-            " computes with the same weights",
-            *(config.teacher.model_name, difference),
-        )
+    teacher = _load_teacher(config, models, world, student, data, verify=resume.found is None)
     teacher.offload()
     if resume.found is not None:
         with phase("loading the checkpoint"):
@@ -245,6 +238,10 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         first=steps.history.first_validation(resume.found),
     )
     validation = with_run_probe(config, validation)
+    responses = _responses(config, models, world, engine, data, decode)
+    generation = _generation(config, world, engine, data, responses, steps)
+    if resume.found is not None:
+        generation.restore(resume.found)
     _freeze_heap()
     return Run(
         config=arguments.config,  # checkpoints store the recipe with its ``auto``, so a resume may choose other values
@@ -253,7 +250,8 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         run_lock=run_dir.lock,
         models=models,
         prompts=data.prompts,
-        responses=_responses(config, models, world, engine, data, decode),
+        generation=generation,
+        responses=responses,
         history=steps.history,
         engine=engine,
         student=student,
@@ -268,10 +266,27 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
         validation=validation,
         packing=packing,
         forecast=inputs.forecast,
+        time_forecast=StepPredictor(config, *models.shapes, world.device),
         stop=stop,
         first_step=steps.first,
         last_step=steps.last,
     )
+
+
+def _load_teacher(config: Config, models: Models, world: World, student: Student, data: Data, verify: bool) -> Teacher:
+    """Load the teacher; with ``verify``, compare it with transformers if the recipe requires it; collective."""
+    log.info("loading the teacher model %s", config.teacher.model_name)
+    with phase("loading the teacher model"):
+        teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
+    if verify and config.runtime.verify_teacher:
+        with phase("verifying the teacher"):
+            difference = verify_teacher(teacher, [prompt.student_ids for prompt in data.prompts.batch(0)])
+        log.info(
+            "teacher %s verified: its log-probs differ by %.2g nats on average from the log-probs that transformers"
+            " computes with the same weights",
+            *(config.teacher.model_name, difference),
+        )
+    return teacher
 
 
 def _alarms(config: Config, world: World, run_dir: Path, resume: Resume, steps: Steps) -> RunAlarms:
@@ -307,11 +322,22 @@ def _responses(
         world=world,
         sampling=sampling_of(config, models.stop_token_ids),
         window=engine.window,
-        references=References(models.tokenizer, models.stop_token_ids, models.valid_vocab, tags, kwargs),
+        references=References(
+            models.tokenizer, models.stop_token_ids, models.valid_vocab, tags, kwargs, data.prompts.prompts.location
+        ),
         grader=TrainGrader(data.graders, decode, tags),
         teacher_prefixes=data.teacher_prefixes,
         words=WatchedWords(config.distillation.watched_words, decode),
     )
+
+
+def _generation(
+    config: Config, world: World, engine: Engine, data: Data, responses: StepResponses, steps: Steps
+) -> Generation:
+    """Return the strategy of generation that the recipe selects; collective."""
+    if not config.distillation.partial_rollouts.enabled:
+        return Lockstep(data.prompts, responses, engine)
+    return PartialRollouts(config.distillation, world, data.prompts, responses, engine, steps.first, steps.last)
 
 
 def _build_engine(config: Config, models: Models, world: World) -> Engine:

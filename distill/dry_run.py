@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,24 +21,28 @@ from distill.checkpoint.resume import clock_of
 from distill.config import Arguments, Config
 from distill.config.response_limits import largest_max_new_tokens
 from distill.data.cache import private_cache
+from distill.data.teacher_prefix import Prefix
 from distill.distributed import slurm
 from distill.distributed.planned import PlannedWorld
 from distill.distributed.slurm_job import check_allocation
-from distill.errors import MissingError, NotCachedError, UserError
+from distill.errors import MissingError, NotCachedError, UserError, reason
 from distill.hub import offline_hub
 from distill.inputs import Models, check_files, check_model, check_tokenizers, find_models
-from distill.memory.forecast import GIB, Forecast, card_bytes
+from distill.memory.forecast import GIB, Forecast, card_bytes, known_shapes
 from distill.memory.shapes import group_size
-from distill.preflight import Data, Steps, check_models, check_recipe, compare, is_finished, read_data
+from distill.preflight import CheckedModels, Data, Steps, check_models, check_recipe, compare, is_finished, read_data
 from distill.run_dir import check_run_dir
+from distill.timing.forecast import time_table
 
 log = logging.getLogger(__name__)
 
 _FLAGS = ("--dry-run", "--dry_run", "--elsewhere")
+_COUNTED_PROMPTS = 64
+"""Number of prompts whose mean length the time forecast uses."""
 
 
 def dry_run(arguments: Arguments, words: Sequence[str]) -> None:
-    """Check the run and print its memory forecast, the checklist and the plan as YAML comments.
+    """Check the run and print memory forecast, checklist, time forecast and plan as YAML comments.
 
     ``words``: the command line, for the commands in the output. Raises the UserError that the run would raise, if
     it can be detected without weights and network. A model or dataset that is missing from the local hub cache causes
@@ -51,7 +56,19 @@ def dry_run(arguments: Arguments, words: Sequence[str]) -> None:
         _print(plan.checklist.table(error))
         raise
     _print(plan.checklist.table())
+    _print_time(plan)
     _print("\n".join(plan.lines()))
+
+
+def _print_time(plan: _DryRun) -> None:
+    """Print the time forecast. An error becomes a warning, because a run does not need the forecast."""
+    try:
+        table = plan.time_table()
+    except Exception as error:
+        log.warning("no time forecast, because of %s: %s", type(error).__name__, reason(error))
+        return
+    if table:
+        _print(table)
 
 
 def _print(text: str) -> None:
@@ -71,6 +88,7 @@ class _DryRun:
     _compared: Data | None = None
     """The data that were compared with the checkpoint; None if a model or the data are missing."""
     _steps: Steps | None = None
+    _checked: CheckedModels | None = None
     _logged: set[str] = field(default_factory=set)
     """Warnings that ``_allowed`` has logged; each is logged only once."""
 
@@ -88,7 +106,7 @@ class _DryRun:
         world = PlannedWorld(config.cluster.num_nodes, config.cluster.gpus_per_node, self._device(), self._gpu_bytes())
         check_recipe(config, world, self._allowed)
         checked = check_models(config, world, _print, self._allowed)
-        models, forecast = checked.models, checked.forecast
+        self._checked, models, forecast = checked, checked.models, checked.forecast
         checklist.layout_checked = models is not None or forecast is not None
         self._check_memory(forecast, world)
         self._found = self._check_checkpoints(world)
@@ -201,7 +219,36 @@ class _DryRun:
             check_model(config.teacher.model_name, "teacher.model_name")
         return None
 
-    # ---- plan ----
+    # ---- forecast of the time, and plan ----
+
+    def time_table(self) -> str:
+        """Return the time forecast, or a line that names what it lacks; empty for a run on a CPU."""
+        checked, steps = self._checked, self._steps
+        assert checked is not None and steps is not None, "check comes first"
+        student, teacher = known_shapes(self.config) if checked.models is None else checked.models.shapes
+        if student is None or teacher is None:
+            return ""  # the memory forecast names the model whose shape is unknown
+        table = time_table(checked.config, student, teacher, self._gpu_name(), self._prompt_lengths(), steps.last)
+        if table is None and self._device().type == "cuda":
+            return "no time forecast, because the GPU is unknown: set cluster.gpu, for example to h100 or a100-40"
+        return table or ""
+
+    def _gpu_name(self) -> str | None:
+        """Return the name of this machine's GPU; None without a GPU, or for another machine."""
+        return None if self._gpu_bytes() is None else torch.cuda.get_device_name(0)
+
+    def _prompt_lengths(self) -> tuple[float, float] | None:
+        """Return the mean lengths of the first prompts of student and teacher in tokens; None without the data.
+
+        Prompts that the teacher cannot read are left out. A trace of the response is empty.
+        """
+        if self._data is None:
+            return None
+        prompts = self._data.prompts.batch(0)[:_COUNTED_PROMPTS]
+        found = [self._data.teacher_prefixes.prefix_of(prompt) for prompt in prompts]
+        own = [len(prompt.student_ids) for prompt in prompts]
+        read = [len(prefix.token_ids) for prefix in found if isinstance(prefix, Prefix)] or own
+        return statistics.mean(own), statistics.mean(read)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the plan."""
@@ -229,7 +276,7 @@ class _DryRun:
         yield (
             f"  ranks: {ranks} on {_count(cluster.num_nodes, 'node')}, {self._device_text()}, data-parallel size"
             f" {ranks // group_size(config.policy.dtensor_cfg)}; generation: {_count(ranks // size, 'engine')} of"
-            f" {_count(size, 'rank')} ({generation.backend})"
+            f" {_count(size, 'rank')} ({generation.backend}{_speculation(config)})"
         )
         yield f"  checkpoints: {self._checkpoint_folder()}; run directory: {self._run_folder()}"
         yield f"  start: {self._start(steps)}"
@@ -292,6 +339,11 @@ def _selection(config: Config) -> Iterator[str]:
         yield f"  off-policy: {loop.off_policy_per_step} responses of each step come from the dataset"
     if loop.train_on != "all":
         yield f"  selection: only responses that are graded as {loop.train_on} are trained on"
+
+
+def _speculation(config: Config) -> str:
+    speculative = config.policy.generation.vllm_cfg.speculative
+    return f" with {speculative} speculation" if speculative is not None else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -40,11 +40,13 @@ from distill.model.student import Student
 from distill.model.teacher import Teacher
 from distill.report.page_data import write_run_page
 from distill.rollout.engine import Engine
+from distill.rollout.generation import Generation
 from distill.rollout.responses import StepResponses
 from distill.rollout.sync import WeightSync
 from distill.run_files import METRICS_FILE
 from distill.supervise.progress import phase, set_step, task
 from distill.supervise.stop import StopCheck, StopRequested
+from distill.timing.forecast import StepPredictor
 from distill.types import Layout, OptimizerBatch, Rollout
 from distill.validation import Validation
 from distill.validation.paired import FIRST_VALIDATION
@@ -70,6 +72,7 @@ class Run:
     models: Models
     prompts: PromptOrder
     history: RunHistory
+    generation: Generation
     responses: StepResponses
     engine: Engine
     student: Student
@@ -85,6 +88,7 @@ class Run:
     validation: Validation
     packing: PackingConfig
     forecast: Forecast
+    time_forecast: StepPredictor
     stop: StopCheck
     first_step: int
     """Number of finished steps when this process starts: 0, or the step of the checkpoint to resume from."""
@@ -141,6 +145,8 @@ class Run:
             self._save_for_alarm(step)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
+            if self.world.is_main:
+                self.time_forecast.compare(self._values, step)
         self.checkpoints.record_metrics(step, self._values)
         with phase("completing the checkpoint"):
             self.checkpoints.finalize_pending(block=step == self.last_step)
@@ -229,6 +235,7 @@ class Run:
             FIRST_VALIDATION: self.validation.first,
             "recipe": asdict(self.config),
             "stop_token_ids": self.models.stop_token_ids,
+            **self.generation.info(step),
         }
         tensors = self.student.state(optimizer=self.config.checkpointing.save_optimizer) | self.teacher.state()
         # An error below must not leave the previous checkpoint incomplete.
@@ -236,6 +243,7 @@ class Run:
         give_back_freed_memory()  # the previous save left it fragmented
         self._check_finite(step, tensors)
         small = self._small_files(step)
+        files = dict(self.generation.files(step)) if self.world.is_main else {}
         names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
         self.checkpoints.save(
             step,
@@ -243,7 +251,7 @@ class Run:
             info,
             partial(self._export, files=small) if exports else None,
             self.run_dir / METRICS_FILE,
-            {} if small is None else small.stored(self.student.dtype, names),
+            files | ({} if small is None else small.stored(self.student.dtype, names)),
         )
         self._saved_step = step
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m distill.train --config recipes/NAME.yaml key.path=value ...
 
-The same program runs on every rank. In each step the student trains on responses that its current weights generated.
-Rewards are not used.
+The same program runs on every rank. In each step the student trains on responses that its current weights generated;
+with partial rollouts, earlier weights generated a part of some responses. Rewards are not used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def train_step(run: Run, step: int) -> None:
     """
     from distill.rollout.gather import gather_rollouts
 
-    student, teacher, engine = run.student, run.teacher, run.engine
+    student, teacher = run.student, run.teacher
     metrics = run.begin_step(step)
 
     with run.phase("sync"):
@@ -50,17 +50,15 @@ def train_step(run: Run, step: int) -> None:
         held_out = run.validation.generate(step)  # None unless due
 
     with run.phase("generation"):
-        prompts = run.prompts.batch(step)
-        sampling = run.responses.sampling_at(step, prompts)
-        generated = engine.generate(engine.share_of(prompts), sampling, step)
-        engine.sleep()
+        generated = run.generation.generate(step, metrics)
+        run.engine.sleep()
 
     run.report_validation(held_out)
 
     with run.phase("batching"):
         run.checkpoints.finalize_pending(block=False)  # the background write may have finished
-        selected = run.responses.select(generated, prompts, step, metrics)
-        rollouts = gather_rollouts(run.world, selected, prompts, version=step)
+        selected = run.responses.select(generated.own, generated.batch, step, metrics)
+        rollouts = gather_rollouts(run.world, selected, generated.prompts)
         batches = student.to_device(plan(rollouts, run.layout, run.packing, run.seed, step))
 
     with run.phase("teacher", batches), teacher.on_device():

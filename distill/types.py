@@ -120,7 +120,8 @@ class Rollout:
     version: int
     """Version of the weights that generated the response.
 
-    It is the number of training steps that were finished when the engine received these weights.
+    It is the number of training steps that were finished when the engine received these weights. With partial rollouts
+    it is the version of the last segment.
     """
     teacher_prefix_ids: tuple[int, ...] = ()
     """Token ids that the teacher reads before the response; added by the rank that generated the response."""
@@ -128,6 +129,13 @@ class Rollout:
     """Whether ``teacher_prefix_ids`` end inside a think block."""
     off_policy: bool = False
     """Whether the response comes from the dataset; it has no log-probs."""
+    older_tokens: int = 0
+    """Number of tokens, from the first one on, that older weights generated than those of the step that trains on them.
+
+    0 without partial rollouts.
+    """
+    order: int = 0
+    """Number of a training response among all responses of the run, in the order of the data; 0 in a validation."""
 
     def __post_init__(self) -> None:
         lengths = len(self.response_ids), len(self.logprobs)
@@ -234,6 +242,8 @@ class MicroBatch:
     """int32 [N]: number of tokens of each row's complete response."""
     off_policy_N: Tensor | None = None
     """bool [N]: whether each row's response comes from the dataset; None if no response of the micro-batch does."""
+    older_N: Tensor | None = None
+    """bool [N]: whether older weights generated each row's token (``Rollout.older_tokens``); None if none of them."""
     grid: ResponseGrid | None = None
     """Places of the rows in the responses; None unless the weights depend on outputs of the models."""
     rows_per_tp_rank: tuple[int, ...] = ()

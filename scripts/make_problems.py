@@ -1,8 +1,9 @@
-"""Write the problems of the smoke runs and of the experiments, from reasoning_gym, reproducible by seed.
+"""Write the problems of the smoke runs and of the experiments, reproducible by seed.
 
 python scripts/make_problems.py [--out prompts] [--train 512] [--validation 128] [--seed 7]
 
-gsm_*.jsonl: grade-school word problems. sum_*.jsonl: all 200 sums and differences of two digits, 136 and 64 of them.
+gsm_*.jsonl: grade-school word problems of reasoning_gym. sum_*.jsonl: all 200 sums and differences of two digits, 136
+and 64 of them. text_*.jsonl: 256 and 32 requests for texts of one word to several hundred words.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import random
 import re
 import sys
 from collections.abc import Iterator
@@ -24,6 +26,26 @@ GREETING = r"^\W*(Hi|Hey|Hello)\b"
 SUMS = "chain_sum"
 NUM_SUMS, NUM_HELD_OUT_SUMS = 200, 64
 """Number of all sums and differences of two digits, and of those in the validation file."""
+NUM_HELD_OUT_TEXTS = 32
+"""Number of requests for texts in the validation file; each form has four of them."""
+FORMS = (
+    "Answer only with yes or no: Is {} bigger than a cup?",
+    "Answer in one word: What is the color of {}?",
+    "Describe {} in one short sentence.",
+    "In two sentences, what is special about {}?",
+    "Name three things that belong to {}.",
+    "Write a poem of four lines about {}.",
+    "Write a short paragraph about {}.",
+    "Write a long story about {}, with many details and characters.",
+)
+"""Requests for texts in the order of the length that they ask for."""
+SUBJECTS = (
+    *("a lighthouse", "a bicycle", "a river", "an old clock", "a garden", "a train", "a mountain", "a loaf of bread"),
+    *("a violin", "a spider", "a winter night", "a sailing boat", "a school", "a mirror", "a horse", "a wooden bridge"),
+    *("a letter", "a thunderstorm", "a library", "a candle", "a market", "an apple tree", "a castle", "a snowman"),
+    *("a fisherman", "a teapot", "a desert", "a robot", "a bakery", "an owl", "a hospital", "a pair of shoes"),
+    *("a farm", "a camera", "an island", "a painting"),
+)
 MAX_CHARACTERS = 190
 """Maximum length of a problem, about 45 tokens: a step takes seconds without a GPU."""
 _EXPRESSION = re.compile(r"problem: (.+) =$")
@@ -54,6 +76,15 @@ def sums(seed: int) -> Iterator[dict[str, str]]:
         yield {"question": f"What is {expression}?", "answer": answer, "source": SUMS}
 
 
+def texts(seed: int) -> Iterator[dict[str, str]]:
+    """Generate each form with each subject once, all forms in turn; the order of the subjects depends on the seed."""
+    generator = random.Random(seed)
+    orders = [generator.sample(SUBJECTS, len(SUBJECTS)) for _ in FORMS]
+    for subjects in zip(*orders, strict=True):
+        for form, subject in zip(FORMS, subjects, strict=True):
+            yield {"question": form.format(subject), "source": "texts"}
+
+
 def _reasoning_gym() -> ModuleType:
     sys.modules.setdefault("pycosat", ModuleType("pycosat"))  # has no wheel; imported, but not needed for these tasks
     return importlib.import_module("reasoning_gym")
@@ -81,6 +112,9 @@ def main() -> None:
     stream = sums(args.seed)
     write(args.out / "sum_train.jsonl", stream, NUM_SUMS - NUM_HELD_OUT_SUMS)
     write(args.out / "sum_validation.jsonl", stream, NUM_HELD_OUT_SUMS)
+    stream = texts(args.seed)
+    write(args.out / "text_train.jsonl", stream, len(FORMS) * len(SUBJECTS) - NUM_HELD_OUT_TEXTS)
+    write(args.out / "text_validation.jsonl", stream, NUM_HELD_OUT_TEXTS)
 
 
 if __name__ == "__main__":

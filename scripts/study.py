@@ -1,11 +1,12 @@
 """Experiments on SmolLM2-135M: what a method changes, over three seeds named beforehand; two ranks, no GPU.
 
-    python -m scripts.study rule|short|selection|right_only|collapse|probe [--keep] [key.path=value ...]
+    python -m scripts.study rule|short|selection|right_only|collapse|probe|partial [--keep] [key.path=value ...]
 
 ``rule``: a system prompt that only the teacher reads is learnt. ``short``: responses of 16 tokens against 48 at equal
 training time. ``selection``: half of the tokens against all, after the same number of steps. ``right_only``: training
 on right responses against all responses. ``collapse``: a run that is made to collapse is stopped by an alarm.
-``probe``: the recommendation of scripts.probe against the runs.
+``probe``: the recommendation of scripts.probe against the runs. ``partial``: partial rollouts against steps that wait
+for their longest response, at equal training time.
 
 The recipes are in recipes/study. Every run is reported. Each experiment prints a table with mean and 95% interval over
 SEEDS and writes runs/study/NAME/study.json. ``--keep``: do not repeat runs that finished with the same settings.
@@ -52,7 +53,7 @@ SEEDS = (1, 2, 3)
 """Values of distillation.seed, chosen before the first run. All of them are reported."""
 RUNS = ROOT / "runs" / "study"
 PILOT_STEPS = 5
-"""Steps of the run that measures the seconds of a step with short responses."""
+"""Steps of the run that measures the seconds of a step of the arm that must fit into the time of the other arm."""
 
 Result = dict[str, float]
 """Measurements of one run, by name."""
@@ -172,6 +173,25 @@ def graded(run_dir: Path) -> Result:
     }
 
 
+def scheduled(run_dir: Path) -> Result:
+    """Return the time of the generation phase, the tokens that were trained, and their lengths and age."""
+    lengths = _by_step(run_dir, _LENGTH)
+    third = max(1, len(lengths) // 3)
+    return measured(run_dir) | {
+        "generation seconds per step": statistics.fmean(_by_step(run_dir, "timing/train/generation_slowest")),
+        "wait share": statistics.fmean(_by_step(run_dir, "timing/train/generation_wait_share")),
+        "trained tokens": sum(map(trained_tokens, step_rows(run_dir))),
+        "length, first third of steps": statistics.fmean(lengths[:third]),
+        "length, last third of steps": statistics.fmean(lengths[-third:]),
+        "share of older tokens": statistics.fmean(_by_step(run_dir, "train/partial/older_token_share")),
+    }
+
+
+def _by_step(run_dir: Path, name: str) -> list[float]:
+    """Return the metric ``name`` of each step; 0 where it was not measured."""
+    return [float(row.get(name) or 0.0) for row in step_rows(run_dir)]
+
+
 def steps_that_fit(seconds: float, pilot: Sequence[float]) -> int:
     """Return the number of steps that fit into ``seconds``, at least 1.
 
@@ -201,9 +221,7 @@ def short(request: Request) -> dict[str, Any]:
     results: dict[str, list[Result]] = {full.name: [], cut.name: []}
     for seed in SEEDS:
         complete = request.train("short", full, seed)
-        pilot = Arm("pilot", cut.recipe, cut.overrides)
-        few = request.train("short", pilot, seed, f"distillation.max_num_steps={PILOT_STEPS}", *_WITHOUT_VALIDATION)
-        fitting = steps_that_fit(training_seconds(complete), [step_seconds(row) for row in step_rows(few)])
+        fitting = steps_that_fit(training_seconds(complete), _pilot(request, "short", cut, seed))
         results[full.name].append(measured(complete))
         results[cut.name].append(measured(request.train("short", cut, seed, f"distillation.max_num_steps={fitting}")))
     return compare(results)
@@ -264,6 +282,28 @@ def probe(request: Request) -> dict[str, Any]:
     return compare(results) | {"recommendation": advice["recommendation"], "claims": claims}
 
 
+def partial(request: Request) -> dict[str, Any]:
+    """Train with steps that wait for their longest response, then with partial rollouts for the same time."""
+    lockstep = Arm("lockstep", "long-cpu.yaml")
+    early = Arm("partial", "long-cpu.yaml", PARTIAL)
+    seconds = _pilot(request, "partial", early, SEEDS[0])  # one for all seeds: it takes as long as half of a run
+    folders: dict[str, list[Path]] = {lockstep.name: [], early.name: []}
+    for seed in SEEDS:
+        complete = request.train("partial", lockstep, seed)
+        fitting = steps_that_fit(training_seconds(complete), seconds)
+        folders[lockstep.name].append(complete)
+        folders[early.name].append(request.train("partial", early, seed, f"distillation.max_num_steps={fitting}"))
+    lengths = {name: [_by_step(folder, _LENGTH) for folder in runs] for name, runs in folders.items()}
+    for name, runs in lengths.items():
+        print(f"\nmean length of the responses by step, {name}")
+        print(
+            "\n".join(
+                f"  seed {seed}: {' '.join(f'{n:.0f}' for n in run)}" for seed, run in zip(SEEDS, runs, strict=True)
+            )
+        )
+    return compare({name: [scheduled(run) for run in runs] for name, runs in folders.items()}) | {"lengths": lengths}
+
+
 def agrees(candidate: str | None, results: Mapping[str, Sequence[Result]]) -> bool:
     """Return whether the runs agree with the recommended candidate of a probe, which names its template's file.
 
@@ -276,7 +316,17 @@ def agrees(candidate: str | None, results: Mapping[str, Sequence[Result]]) -> bo
     return all(estimate([result["rise"] for result in runs]).low <= 0 for runs in results.values())
 
 
+PARTIAL = ("distillation.partial_rollouts.enabled=true", "distillation.partial_rollouts.finish_share=0.75")
+"""Overrides for partial rollouts: 16 responses per step of 22 in progress."""
+_LENGTH = "train/mean_gen_tokens_per_sample"
 _WITHOUT_VALIDATION = ("distillation.val_at_start=false", "distillation.val_at_end=false")
+
+
+def _pilot(request: Request, name: str, arm: Arm, seed: int) -> list[float]:
+    """Train ``arm`` for a few steps without validation; return the seconds of each step."""
+    few = (f"distillation.max_num_steps={PILOT_STEPS}", *_WITHOUT_VALIDATION)
+    folder = request.train(name, Arm("pilot", arm.recipe, arm.overrides), seed, *few)
+    return [step_seconds(row) for row in step_rows(folder)]
 
 
 def _pruned_student() -> tuple[str, ...]:
@@ -316,7 +366,7 @@ def _planned_steps(folder: Path) -> int:
 
 
 EXPERIMENTS: dict[str, Callable[[Request], dict[str, Any]]] = {
-    experiment.__name__: experiment for experiment in (rule, short, selection, right_only, collapse, probe)
+    experiment.__name__: experiment for experiment in (rule, short, selection, right_only, collapse, probe, partial)
 }
 
 

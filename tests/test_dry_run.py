@@ -259,11 +259,17 @@ def test_a_gpu_of_unknown_memory_is_named_and_a_cpu_recipe_has_no_reserve(quick,
     assert "reserve" not in output and "predicted peak memory" in output
 
 
+def test_an_error_of_the_time_forecast_does_not_end_a_dry_run(quick, capsys, caplog) -> None:
+    quick.setattr("distill.dry_run.time_table", lambda *_: 1 / 0)
+    print_dry_run(["--config", str(RECIPES / "distillation_math.yaml"), "--dry-run", "--elsewhere"])
+    assert "ZeroDivisionError" in caplog.text and "#   command: " in capsys.readouterr().out
+
+
 def test_the_checklist_compares_the_forecast_with_the_gpu_of_this_machine_only(quick, capsys) -> None:
     words = ["--config", str(RECIPES / "distillation_math.yaml"), "--dry-run", "logger.wandb_enabled=false"]
     quick.setattr(torch.cuda, "is_available", lambda: True)
     quick.setattr("distill.distributed.cluster.check_gpus", lambda device: None)
-    gpu = SimpleNamespace(total_memory=16 * 2**30)
+    gpu = SimpleNamespace(total_memory=16 * 2**30, name="NVIDIA A10")
     quick.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     for gigabytes, state in ((8, "FAILED"), (2000, "passed")):
         gpu.total_memory = gigabytes * 2**30

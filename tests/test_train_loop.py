@@ -56,13 +56,17 @@ def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespa
             targets_of=lambda micro_batches: (record("targets") for _ in micro_batches),
             after_step=lambda student, step: record(f"follow {step}"),
         ),
-        engine=part(share_of="share", generate="generate", sleep="sleep"),
+        generation=SimpleNamespace(
+            generate=lambda step, metrics: (
+                record("generate") or SimpleNamespace(own="own", batch="batch", prompts="prompts")
+            )
+        ),
+        engine=part(sleep="sleep"),
         sync=part(push_weights="sync"),
         validation=part(generate="generate held-out"),
         report_validation=lambda held_out: record("report"),
-        prompts=part(batch="prompts"),
         checkpoints=part(finalize_pending="finalize"),
-        responses=part(sampling_at="sampling", select="select"),
+        responses=part(select="select"),
         end_step=lambda step, metrics, rollouts: record("end step"),
         validate_last=lambda: record("validate last"),
         **dict.fromkeys(("world", "layout", "packing", "seed")),
@@ -72,7 +76,7 @@ def stand_in(record: Callable[[str], Any], teacher: Any = None) -> SimpleNamespa
 def run_loop(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run ``train`` on two optimizer batches of two and one micro-batches per step."""
     monkeypatch.setattr(train, "plan", lambda *_: [("a", "b"), ("c",)])
-    monkeypatch.setattr(gather, "gather_rollouts", lambda *_, version: [])
+    monkeypatch.setattr(gather, "gather_rollouts", lambda *_: [])
     train.train(run)  # type: ignore[arg-type]
 
 
@@ -90,7 +94,7 @@ def test_the_loop_needs_few_attributes_of_a_run() -> None:
 def test_a_step_calls_its_parts_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     run_loop(stand_in(events.append), monkeypatch)
-    step = ["sync", "generate held-out", "prompts", "sampling", "share", "generate", "sleep", "report"]
+    step = ["sync", "generate held-out", "generate", "sleep", "report"]
     step += ["finalize", "select", "to device", "teacher onload", *["targets"] * 3, "teacher offload"]
     step += ["train", "train", "student end"]
     first, second = (["follow 1", "end step"], ["follow 2", "end step"])
@@ -149,7 +153,7 @@ def test_rollouts_are_freed_before_the_next_generation(monkeypatch: pytest.Monke
         alive.get(event, []).append(sum(rollouts() is not None for rollouts in created))
         return []
 
-    def gathered(*_: Any, version: int) -> Rollouts:
+    def gathered(*_: Any) -> Rollouts:
         rollouts = Rollouts()
         created.append(weakref.ref(rollouts))
         return rollouts

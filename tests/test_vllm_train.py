@@ -94,3 +94,42 @@ def test_syncs_and_their_duration_are_metrics(root, runs) -> None:
         assert 0 <= row["timing/train/generation_wait_share"] < 1
         assert 0 < row["train/sampler_logprob_diff"] < 1e-4, "the engine does not hold the student's weights"
     assert all(row["train/probe_change"] > 0 for row in rows[1:])
+
+
+@pytest.fixture(scope="module")
+def partial(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Metrics of three steps with partial rollouts, and of a run that repeats the last two of them.
+
+    Problems of different lengths leave room for 8 to 28 new tokens.
+    """
+    problems = [{"question": "1" + "+1" * length, "answer": "0"} for length in (1, 4, 8, 11, 14, 16)]
+    (root / "spread.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    given = [f"distillation.partial_rollouts.{key}" for key in ("enabled=true", "finish_share=0.6", "max_age=1")]
+    given += ["checkpointing.save_period=1", f"data.train={{data_path: {root}/spread.jsonl, env_name: null}}"]
+    given += ["policy.generation.backend=vllm", "policy.generation.max_new_tokens=28", "distillation.max_num_steps=3"]
+    given += ["logger.num_train_samples_to_print=0", "logger.report=false"]
+    found: list[list[dict[str, Any]]] = []
+    for name in ("partial", "partial again"):
+        if found:
+            shutil.copytree(root / "checkpoints/partial/step_1", root / f"checkpoints/{name}/step_1")
+        ran = _run([_command(root, name, *given)])
+        assert [rank[0][0] for rank in ran] == [0, 0], ran[0][0][2]
+        rows = [row for row in _train_rows(root / "runs" / name) if "train/lr" in row]
+        found.append([{key: value for key, value in row.items() if "discarded" not in key} for row in rows])
+    return found[0], found[1]
+
+
+def test_partial_rollouts_repeat_bit_for_bit(root, partial) -> None:
+    """Also continued responses, whose tokens vLLM reads again under the new weights, and their pool."""
+    first, again = partial
+    for name in SINCE_THE_LAST_SYNC:
+        again[1][name] = first[1][name]
+    assert first == again and [row["step"] for row in first] == [1, 2, 3]
+    assert any(0 < row["train/partial/older_token_share"] < 1 for row in first)
+    assert any(row["train/partial/reprefilled_tokens"] > 0 for row in first)
+    assert all((row["train/sampler_logprob_diff"] or 0.0) < 1e-4 for row in first)
+    folders = [root / f"checkpoints/{name}/step_3" for name in ("partial", "partial again")]
+    files = [(folder / "partial_rollouts.npz").read_bytes() for folder in folders]
+    assert files[0] == files[1]
+    weights, repeated = (load_file(folder / "hf/model.safetensors") for folder in folders)
+    assert all(torch.equal(weights[name], repeated[name]) for name in weights)

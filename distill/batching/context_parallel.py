@@ -69,6 +69,7 @@ def split(group: Sequence[MicroBatch | TeacherInput], layout: Layout) -> MicroBa
         token_N=complete.token_N[rows_N],
         length_N=complete.length_N[rows_N],
         off_policy_N=None if complete.off_policy_N is None else complete.off_policy_N[rows_N],
+        older_N=None if complete.older_N is None else complete.older_N[rows_N],
         grid=grid,
         rows_per_tp_rank=tuple(len(rows) for rows in trained) if layout.tp_size > 1 else (),
     )

@@ -52,16 +52,19 @@ class ModelFlops(ModelSizes):
     """Number of tokens in the window of these layers."""
 
     @property
-    def _pair(self) -> int:
+    def pair_flops(self) -> int:
+        """Return the FLOPs per pair of query and key in one layer."""
         return 4 * self.heads * self.head_dim
 
     @property
-    def _token(self) -> int:
+    def token_flops(self) -> int:
+        """Return the FLOPs per token in all layers, without the pairs of queries and keys."""
         attention = 4 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * (attention + 6 * self.hidden * self.intermediate)
 
     @property
-    def _head(self) -> int:
+    def head_flops(self) -> int:
+        """Return the FLOPs per token in the LM head."""
         return 2 * self.hidden * self.vocab
 
     @property
@@ -73,7 +76,12 @@ class ModelFlops(ModelSizes):
         scale both terms by the same factor, so q does not depend on them.
         """
         full = self.layers - self.windowed
-        return full * self._pair / 2 / (self._token + self._head + self.windowed * self._pair * self.window)
+        return (
+            full
+            * self.pair_flops
+            / 2
+            / (self.token_flops + self.head_flops + self.windowed * self.pair_flops * self.window)
+        )
 
     def forward(self, start: int, tokens: int, scored: int) -> float:
         """Return the FLOPs of the forward pass over ``tokens`` tokens that follow ``start`` tokens of a sequence.
@@ -82,8 +90,8 @@ class ModelFlops(ModelSizes):
         """
         pairs = tokens * (start + tokens / 2)
         in_window = min(pairs, tokens * self.window)
-        attention = self._pair * ((self.layers - self.windowed) * pairs + self.windowed * in_window)
-        return self._token * tokens + self._head * scored + attention
+        attention = self.pair_flops * ((self.layers - self.windowed) * pairs + self.windowed * in_window)
+        return self.token_flops * tokens + self.head_flops * scored + attention
 
     def training(
         self,
@@ -110,4 +118,4 @@ class ModelFlops(ModelSizes):
                 total += self.forward(0, prompt, 0)
             total += self.forward(prompt, response, 0)
             head += response
-        return 3 * (total + self._head * (head if trained is None else trained)) + self._head * scored
+        return 3 * (total + self.head_flops * (head if trained is None else trained)) + self.head_flops * scored

@@ -242,7 +242,7 @@ def pack(
     assert all(counts), "a response without a weight"
     responses = [_int64(r.response_ids)[:n] for r, n in zip(rollouts, counts, strict=True)]
     token_N = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
-    is_off_policy = [rollout.off_policy for rollout in rollouts]
+    is_off_policy, older = [r.off_policy for r in rollouts], [r.older_tokens for r in rollouts]
     logprobs = [_logprobs(r)[:n] for r, n in zip(rollouts, counts, strict=True)]
     return MicroBatch(
         student=_view([r.prompt.student_ids for r in rollouts], responses, share),
@@ -254,6 +254,7 @@ def pack(
         token_N=torch.from_numpy(token_N),
         length_N=torch.from_numpy(np.repeat(np.array([len(r.response_ids) for r in rollouts], np.int32), counts)),
         off_policy_N=torch.from_numpy(np.repeat(is_off_policy, counts)) if any(is_off_policy) else None,
+        older_N=torch.from_numpy(token_N < np.repeat(older, counts)) if any(older) else None,
         grid=_grid(counts, token_N) if weights is not None and weights.depends_on_models else None,
     )
 

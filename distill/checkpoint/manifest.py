@@ -162,6 +162,14 @@ def info_or_error(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]
         return {}, error
 
 
+def read_file_or_error(folder: Path, name: str) -> tuple[bytes, CheckpointError | None]:
+    """Return the content of a small file of a checkpoint and None; or b"" and the error if it cannot be read."""
+    try:
+        return retry_io((folder / name).read_bytes), None
+    except OSError as error:
+        return b"", CheckpointError(f"{name} cannot be read: {error.strerror}", error.errno in TRANSIENT_ERRNOS)
+
+
 def read_failed(folder: Path, error: CheckpointError, on_rank: str = "") -> RunFailed:
     """Return the exception for an unreadable checkpoint; ``on_rank``: "" or a text such as " on rank 3"."""
     fix = "start the run again when the file system responds" if error.retryable else "repair this file"

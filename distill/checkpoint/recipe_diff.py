@@ -24,6 +24,7 @@ _SAME_RUN = (
     "policy.dtensor_cfg.",
     "policy.dynamic_batching.",
     "policy.generation.backend",
+    "policy.generation.expected_length.",
     "policy.generation.val_",
     "policy.generation.vllm_",
     "policy.generation_batch_size",
@@ -49,6 +50,7 @@ _ARITHMETIC = (
 )
 """Keys of dtypes and implementations, which change the rounding but not what the run learns."""
 _OFF_POLICY = "distillation.off_policy."
+_PARTIAL = "distillation.partial_rollouts."
 _BEFORE: dict[str, Any] = {
     "distillation.context_distillation.keep_history": False,
     "distillation.context_distillation.teacher_messages_key": None,
@@ -56,6 +58,7 @@ _BEFORE: dict[str, Any] = {
     "distillation.control": False,
     "distillation.max_new_tokens_schedule": [],
     "distillation.off_policy.share": 0.0,
+    "distillation.partial_rollouts.enabled": False,
     "distillation.train_on": "all",
 }
 """Keys that recipes of older checkpoints lack, with the values that have the effect of these recipes."""
@@ -70,10 +73,11 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any], others: t
     order of keys in ``current``. Keys that only one of the recipes contains are ignored, because another version of the
     program may have written the checkpoint; keys in ``_BEFORE`` have a value also in recipes without them. If a
     section is null in one recipe, each of its keys counts as null there. Keys of off-policy responses are compared only
-    if their share is above 0 in one of the recipes. Different paths to the same file are equal.
+    if their share is above 0 in one of the recipes, and keys of partial rollouts only if one of them enables these.
+    Different paths to the same file are equal.
     ``others``: prefixes of further keys to compare.
     """
-    share = f"{_OFF_POLICY}share"
+    share, enabled = f"{_OFF_POLICY}share", f"{_PARTIAL}enabled"
     now, then = json.loads(json.dumps(current)), _with_loss_defaults(saved)
     after = dict(_flat(_with_null_sections(now, then), ""))
     before = {**after, **_BEFORE, **dict(_flat(_with_null_sections(then, now), ""))}
@@ -83,6 +87,7 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any], others: t
         if key.startswith(_SECTIONS + others) and not key.startswith(_SAME_RUN)
         if not same_value(key, before[key], value)
         if not (key.startswith(_OFF_POLICY) and before.get(share) == after.get(share) == 0)
+        if not (key.startswith(_PARTIAL) and not before.get(enabled) and not after.get(enabled))
     }
 
 

@@ -15,6 +15,7 @@ from distill.config.loop import (
     ContextMetricsConfig,
     DistillationConfig,
     OffPolicyConfig,
+    PartialRolloutsConfig,
     StaticTraceConfig,
     TraceExtractorConfig,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "LoggerConfig",
     "LossConfig",
     "OffPolicyConfig",
+    "PartialRolloutsConfig",
     "OptimizerConfig",
     "OptimizerKwargs",
     "PolicyConfig",

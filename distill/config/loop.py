@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from distill.config.loss import KlType
@@ -116,6 +118,23 @@ class OffPolicyConfig:
 
 
 @dataclass(frozen=True)
+class PartialRolloutsConfig:
+    """Partial rollouts: a step ends generation early, and unfinished responses continue in the next steps.
+
+    No response is dropped, so the lengths that are trained on are unbiased in the long run; the first steps train on
+    shorter responses.
+    """
+
+    enabled: bool = False
+    """Continue unfinished responses in later steps; false: each step waits for its longest response."""
+    finish_share: float = 0.9
+    """Number of responses that a step trains on, divided by the number of responses in progress; from 0.5 to 1."""
+    max_age: int = 2
+    """Number of steps after which a response is no longer interrupted: a response that was started in step s runs to
+    its end in step s + max_age. At least 1."""
+
+
+@dataclass(frozen=True)
 class AlarmConfig:
     """A condition on a metric, and the action if it holds."""
 
@@ -172,6 +191,8 @@ class DistillationConfig:
     responses are counted, and the teacher does not read them."""
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     """Responses from the dataset in place of some of the student's own responses."""
+    partial_rollouts: PartialRolloutsConfig = field(default_factory=PartialRolloutsConfig)
+    """Continue unfinished responses in later steps, so that no rank waits for the longest response."""
     alarms: tuple[AlarmConfig, ...] = ()
     """Conditions on metrics that log a warning, save a checkpoint or stop the run, in addition to default_alarms."""
     default_alarms: bool = True
@@ -199,3 +220,23 @@ class DistillationConfig:
     def off_policy_per_step(self) -> int:
         """Return the number of responses of a step that come from the dataset."""
         return round(self.off_policy.share * self.responses_per_step)
+
+    @property
+    def generated_per_step(self) -> int:
+        """Return the number of the student's own responses that a step trains on."""
+        return self.responses_per_step - self.off_policy_per_step
+
+    @property
+    def most_in_progress(self) -> int:
+        """Return the maximum number of responses that all engines together generate at the same time in training."""
+        partial = self.partial_rollouts
+        share = Fraction(str(partial.finish_share)) if partial.enabled else 1
+        return math.ceil(self.generated_per_step / share)
+
+    def most_per_engine(self, engines: int) -> int:
+        """Return the maximum number of training responses that one of ``engines`` engines generates at the same time.
+
+        All new responses to a prompt are on one engine, as long as no engine gets more than this number.
+        """
+        of_prompts = -(-self.num_prompts_per_step // engines) * self.num_generations_per_prompt
+        return max(-(-self.most_in_progress // engines), of_prompts)

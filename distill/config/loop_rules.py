@@ -1,4 +1,4 @@
-"""Rules of the training loop: limits of the length of responses, and responses from the dataset (off-policy)."""
+"""Rules of the training loop: limits of the length of responses, off-policy responses and partial rollouts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import NoReturn
 from distill.config.divergence_rules import check_divergence
 from distill.config.loop import DistillationConfig
 from distill.config.loss import KlType, LossConfig
+from distill.config.partial_rules import check_partial_rollouts, warn_of_partial_rollouts
 from distill.config.schema import Config
 from distill.errors import UserError, show
 
@@ -20,7 +21,7 @@ _OFF_POLICY = "distillation.off_policy"
 
 def check_loop(config: Config) -> None:
     """Raise UserError for the first rule about the training loop that ``config`` breaks."""
-    for rule in (_check_schedule, _check_validation_limit, _check_off_policy):
+    for rule in (_check_schedule, _check_validation_limit, _check_off_policy, check_partial_rollouts):
         rule(config)
 
 
@@ -131,3 +132,4 @@ def warn_of_loop(config: Config) -> None:
             " train/off_policy_..., or set a smaller share",
             *(_OFF_POLICY, show(loop.off_policy.share)),
         )
+    warn_of_partial_rollouts(config)

@@ -54,6 +54,12 @@ _NEEDS = (
         "set distillation.off_policy.share above 0",
     ),
     _Need(
+        "train/partial/.*|timing/train/generation_busy",
+        lambda config: config.distillation.partial_rollouts.enabled,
+        "distillation.partial_rollouts.enabled=false",
+        "set distillation.partial_rollouts.enabled=true",
+    ),
+    _Need(
         "train/max_new_tokens",
         lambda config: bool(config.distillation.max_new_tokens_schedule),
         "distillation.max_new_tokens_schedule is empty",
@@ -66,7 +72,7 @@ _NEEDS = (
         "set a key of loss_fn.token_weights",
     ),
     _Need(
-        "train/context_distillation_.*",
+        "train/context_distillation_.*|timing/train/teacher_prefixes",
         lambda config: config.distillation.context_distillation.enabled,
         "distillation.context_distillation.enabled=false",
         "set distillation.context_distillation.enabled=true",

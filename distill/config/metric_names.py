@@ -16,6 +16,8 @@ _TRAIN = f"""{_ROWS} sampler_logprob_diff sampler_logprob_diff_max grad_norm lr
     p90_gen_tokens_per_sample p99_gen_tokens_per_sample truncation_rate natural_termination_rate repetition_rate
     repeated_token_share watched_words total_num_tokens generated_tokens teacher_tokens global_valid_seqs
     global_valid_toks tokens_per_sec_per_gpu probe_change sync_changed_tensors engine_residual_gib"""
+_PARTIAL = """age_mean age_max older_token_share pool_responses pool_tokens waiting_responses reprefilled_tokens
+    cut_after_tokens discarded_tokens untrained_tokens"""
 _OFF_POLICY = f"{_ROWS} responses dropped mean_tokens_per_sample truncation_rate"
 _CONTEXT = """trace_coverage trace_mean_chars trace_mean_tokens prefix_truncation_rate prefix_mean_tokens valid_samples
     prefix_truncation_count dropped_samples dropped_missing_trace dropped_too_long_response dropped_no_prefix_budget
@@ -30,7 +32,8 @@ _PROBE = """accuracy accuracy_stderr student_accuracy student_accuracy_stderr di
     truncation_rate avg_length"""
 _ALARMS = "repetition truncation length entropy topk_overlap grad_norm collapse accuracy"
 _PHASES = "prepare_for_generation data_processing teacher_logprob_inference policy_training generation validation"
-_SECONDS = f"{_PHASES} checkpointing samples weight_sync grading total_step_time generation_slowest"
+_SECONDS = f"""{_PHASES} checkpointing samples weight_sync grading teacher_prefixes background_preparation
+    total_step_time generation_slowest"""
 _VALIDATION_SECONDS = """generation generation_in_context judging teacher_comparison writing total_validation_time
     probe_generation probe_judging probe_comparison"""
 _MEMORY = "sync generation validation batching teacher training checkpointing samples"
@@ -44,6 +47,7 @@ _EXACT = frozenset(
     [
         *_names("train/", _TRAIN),
         *_names("train/off_policy_", _OFF_POLICY),
+        *_names("train/partial/", _PARTIAL),
         *_names("train/context_distillation_", _CONTEXT),
         *(f"{name}_{tenth}" for name in _names("train/position/", _BY_POSITION) for tenth in range(1, 11)),
         *_names("validation/", f"{_SCORES} {_CHANGE}"),
@@ -52,7 +56,7 @@ _EXACT = frozenset(
         *(name for start in (0, 10, 30, 60, 90) for name in _names(f"validation/probe/start_{start}/", _PROBE)),
         *_names("alarm/", _ALARMS),
         *_names("timing/train/", _SECONDS),
-        "timing/train/generation_wait_share",
+        *_names("timing/train/generation_", "wait_share busy"),
         "timing/train/valid_tokens_per_sec_per_gpu",
         *(f"timing/train/{phase}_tokens_per_sec" for phase in _PHASES.split()[2:5]),
         *_names("timing/validation/", _VALIDATION_SECONDS),

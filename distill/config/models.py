@@ -180,6 +180,22 @@ class VllmConfig:
     policy.max_total_sequence_length."""
     enforce_eager: bool = False
     """Disable CUDA graphs."""
+    speculative: Literal["ngram"] | None = None
+    """Speculative decoding without a draft model. ngram: vLLM proposes the tokens that followed the last tokens earlier
+    in the sequence, and the model verifies them in one pass. The distribution of responses stays the same; responses
+    with the same seed differ from those without speculation. It can be slower with many running responses per engine,
+    and on CPU. null: no speculation."""
+
+
+@dataclass(frozen=True)
+class ExpectedLengthConfig:
+    """Expected lengths of the training responses, in tokens, for the time forecast of --dry-run."""
+
+    median: float | None = None
+    """Median length; null: a quarter of the largest maximum of policy.generation.max_new_tokens and
+    distillation.max_new_tokens_schedule, and at most p90."""
+    p90: float | None = None
+    """90th percentile of the length; null: three times the median."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,8 @@ class GenerationConfig:
     """Settings of the vLLM engine."""
     vllm_kwargs: dict[str, Any] = field(default_factory=dict)
     """Additional arguments of vLLM's LLM class, passed unchanged."""
+    expected_length: ExpectedLengthConfig = field(default_factory=ExpectedLengthConfig)
+    """Expected lengths of the responses, for the time forecast of --dry-run."""
 
     @property
     def engine_window(self) -> int | None:

@@ -157,7 +157,8 @@ def similar_keys(key: str) -> list[str]:
     underscore); keys of this section with a common word; keys with a similar name in any section.
     """
     section, _, name = key.rpartition(".")
-    name = {"automodel_cfg": "dtensor_cfg"}.get(name, name)  # dtensor_cfg has this name in later versions of NeMo-RL
+    # dtensor_cfg has the name automodel_cfg in later versions of NeMo-RL; a number of GPUs is not cluster.gpu
+    name = {"automodel_cfg": "dtensor_cfg", "gpus": "gpus_per_node"}.get(name, name)
     by_name: dict[str, list[str]] = {}
     for path in key_paths():
         by_name.setdefault(path.rpartition(".")[2], []).append(path)

@@ -17,3 +17,17 @@ def largest_max_new_tokens(config: Config) -> int:
     loop = config.distillation
     starts = [1, *(first for first, _ in loop.max_new_tokens_schedule if first <= loop.max_num_steps)]
     return max(max_new_tokens_at(config, step) for step in starts)
+
+
+def expected_length(config: Config) -> tuple[float, float]:
+    """Return the expected median and 90th percentile of the lengths of training responses, in tokens.
+
+    Default of the median: a quarter of ``largest_max_new_tokens``, which includes distillation.max_new_tokens_schedule,
+    and at most the given 90th percentile. Default of the 90th percentile: three times the median.
+    """
+    given = config.policy.generation.expected_length
+    median, p90 = given.median, given.p90
+    if median is None:
+        default = max(1, largest_max_new_tokens(config) // 4)
+        median = default if p90 is None else min(default, p90)
+    return median, 3 * median if p90 is None else p90

@@ -12,6 +12,7 @@ from typing import Any
 from distill.config.alarm_rules import check_alarms
 from distill.config.context_rules import check_context
 from distill.config.divergence_rules import check_divergence
+from distill.config.forecast_rules import check_time_forecast
 from distill.config.loop_rules import check_loop
 from distill.config.response_limits import largest_max_new_tokens
 from distill.config.schedule_rules import check_scheduler
@@ -67,6 +68,7 @@ def check(config: Config) -> None:
         _check_checkpointing,
         _check_degenerate,
         check_alarms,
+        check_time_forecast,
     ):
         rule(config)
 
@@ -147,6 +149,14 @@ def _check_windows(config: Config) -> None:
             "remove policy.generation.vllm_cfg.precision, so that the engine uses the student's precision",
             key="policy.generation.vllm_cfg.precision",
             value=generation.engine_precision,
+        )
+    if generation.backend != "vllm" and generation.vllm_cfg.speculative is not None:
+        raise UserError(
+            f"policy.generation.vllm_cfg.speculative={generation.vllm_cfg.speculative} requires"
+            f" policy.generation.backend=vllm, not {generation.backend}",
+            "set policy.generation.vllm_cfg.speculative=null, or policy.generation.backend=vllm",
+            key="policy.generation.vllm_cfg.speculative",
+            value=generation.vllm_cfg.speculative,
         )
     teacher = config.teacher.max_total_sequence_length
     loop = config.distillation

@@ -166,6 +166,10 @@ class ClusterConfig:
     gpu_memory_gb: float | None = None
     """Nominal memory of a GPU in GB (40 for A100-40GB); the usable memory is 0.98 GiB per GB. If the memory forecast
     exceeds the usable memory, the run or --dry-run exits with an error; null: no check."""
+    gpu: str | None = None
+    """GPU for the time forecast of --dry-run: the name of a card, such as h100, h200 or a100-40, or its peak numbers as
+    TFLOPS/GBPS, such as 989/4800 (bfloat16 TFLOP/s without sparsity, and GB/s of the memory). null: the GPU of this
+    machine; without a GPU there is no time forecast. A run compares its phases with a forecast for its own devices."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import logging
 import random
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ class Prompts:
     problems: Sequence[Problem]
     """Problem of each prompt."""
     prompt_ids: tuple[int, ...]
-    """Index of each prompt in the list of all problems, counting repeated problems and skipped prompts."""
+    """Index of each prompt in the list of all problems, ascending; it counts repeated problems and skipped prompts."""
     tokens: array[int]
     """Concatenated token ids of all prompts."""
     bounds: array[int]
@@ -71,6 +72,18 @@ class Prompts:
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[i] for i in range(len(self)))
+
+    def location(self, prompt_id: int) -> str:
+        """Return the location of the prompt with the id ``prompt_id`` for messages, such as "line 3 of FILE"."""
+        if not isinstance(self.problems, Problems):
+            return f"problem {prompt_id + 1} of data.train"
+        return self.problems.location(bisect_left(self.prompt_ids, prompt_id))
+
+    def find(self, prompt_id: int, student_ids: tuple[int, ...]) -> Prompt | None:
+        """Return the prompt with this id if it has these token ids, otherwise None."""
+        i = bisect_left(self.prompt_ids, prompt_id)
+        found = self[i] if i < len(self) and self.prompt_ids[i] == prompt_id else None
+        return found if found is not None and found.student_ids == student_ids else None
 
     @cached_property
     def fingerprint(self) -> str:

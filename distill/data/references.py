@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distill.config import Config
 from distill.data.prompts import Prompts
 from distill.data.rendering import token_ids
-from distill.data.table import Problems
 from distill.data.text_checks import check_ids
 from distill.errors import UserError, show
 from distill.types import Prompt
@@ -37,17 +36,17 @@ def check_references(config: Config, prompts: Prompts, tokenizer: PreTrainedToke
         return
     tags, unclosed, removed = config.distillation.context_distillation.trace_extractor.think_tags, 0, 0
     closing = tags[1]
-    for i, prompt in enumerate(prompts):
+    for prompt in prompts:
         reference = prompt.problem.reference
         if not reference.strip():
-            raise _missing(given.share, given.column, prompt, _location(prompts, i))
+            raise _missing(given.share, given.column, prompt, prompts.location(prompt.prompt_id))
         unclosed += prompt.inside_thought and closing not in reference
         if _thought(reference, tags) is None or not _ends_closed(tokenizer, _tail(tokenizer, prompt), closing):
             continue
         if not without_thought(reference, tags):
             raise UserError(
-                f"the response in {_location(prompts, i)} has no text after its reasoning, but its prompt disables"
-                " reasoning with a closed think block",
+                f"the response in {prompts.location(prompt.prompt_id)} has no text after its reasoning, but its prompt"
+                " disables reasoning with a closed think block",
                 "add the answer to the response, or enable thinking in policy.tokenizer.chat_template_kwargs",
                 key=f"{_KEY}.column",
                 value=given.column,
@@ -66,12 +65,6 @@ def check_references(config: Config, prompts: Prompts, tokenizer: PreTrainedToke
             " responses, or disable thinking in policy.tokenizer.chat_template_kwargs",
             *(_KEY, unclosed, len(prompts), closing),
         )
-
-
-def _location(prompts: Prompts, i: int) -> str:
-    """Return the location of problem ``i`` for messages: its row and file."""
-    problems = prompts.problems
-    return problems.location(i) if isinstance(problems, Problems) else f"problem {i + 1} of data.train"
 
 
 def _tail(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -114,7 +107,8 @@ class References:
     """Token ids of the responses in the dataset, as a continuation of their prompts.
 
     ``stop_token_ids``: ids that end a response. ``valid_vocab``: number of valid token ids. ``think_tags``: opening and
-    closing tag of a think block. ``template_kwargs``: arguments of the chat template.
+    closing tag of a think block. ``template_kwargs``: arguments of the chat template. ``location``: returns the
+    location of the problem with a prompt id, for error messages, such as "line 3 of FILE".
     """
 
     def __init__(
@@ -124,7 +118,9 @@ class References:
         valid_vocab: int,
         think_tags: tuple[str, str],
         template_kwargs: dict[str, Any] | None = None,
+        location: Callable[[int], str] = "prompt id {} of data.train".format,
     ) -> None:
+        self._location = location
         self._tokenizer = tokenizer
         self._stops = frozenset(stop_token_ids)
         self._stop = written_stop_id(tokenizer, stop_token_ids, template_kwargs or {})
@@ -143,7 +139,7 @@ class References:
         text = self._continuation(prompt, tail)
         before, joint, alone = token_ids(self._tokenizer, [tail, tail + text, text])
         ids = joint[len(before) :] if joint[: len(before)] == before else alone
-        what = f"the response of problem {prompt.prompt_id + 1} of data.train"
+        what = f"the response in {self._location(prompt.prompt_id)}"
         check_ids(self._tokenizer, ids, self._valid_vocab, what, f"{_KEY}.column")
         end = next((i for i, token in enumerate(ids) if token in self._stops), None)
         stop = () if self._stop is None else (self._stop,)

@@ -63,6 +63,15 @@ class PrefixStats:
     totals: Mapping[str, float] = field(default_factory=dict)
     """Maps the name of each counting metric (a number of prefixes or responses) to its value."""
 
+    def __add__(self, other: PrefixStats) -> PrefixStats:
+        """Return the metrics of both sets of prefixes; exact, because all values are integers."""
+        means, totals = dict(self.means), dict(self.totals)
+        for name, (total, count) in other.means.items():
+            old = means.get(name, (0.0, 0.0))
+            means[name] = old[0] + total, old[1] + count
+        totals |= {name: totals.get(name, 0.0) + value for name, value in other.totals.items()}
+        return PrefixStats(means, totals)
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -83,18 +92,15 @@ class TeacherPrefixes(Protocol):
         The copies have the order of ``rollouts``. Rollouts that are dropped (see DropReason) are omitted. Not
         collective: each rank passes the rollouts that it generated.
         """
-        ...
 
     def prefix_of(self, prompt: Prompt) -> Prefix | DropReason:
         """Return the prefix that the teacher would read before a response of one token to ``prompt``.
 
         If this response would be dropped, returns the reason.
         """
-        ...
 
     def can_read(self, problem: Problem) -> bool:
         """Return whether ``problem`` has all columns that the teacher's prefix needs."""
-        ...
 
 
 class SamePromptPrefixes:
@@ -103,7 +109,7 @@ class SamePromptPrefixes:
     def add(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], PrefixStats]:
         """Return all rollouts with the student's prompt as the teacher's prefix, and empty metrics."""
         prefixes = [self.prefix_of(rollout.prompt) for rollout in rollouts]
-        return [_with_prefix(*pair) for pair in zip(rollouts, prefixes, strict=True)], PrefixStats()
+        return [with_prefix(*pair) for pair in zip(rollouts, prefixes, strict=True)], PrefixStats()
 
     def prefix_of(self, prompt: Prompt) -> Prefix:
         """Return the student's prompt as the teacher's prefix."""
@@ -114,7 +120,8 @@ class SamePromptPrefixes:
         return True
 
 
-def _with_prefix(rollout: Rollout, prefix: Prefix) -> Rollout:
+def with_prefix(rollout: Rollout, prefix: Prefix) -> Rollout:
+    """Return a copy of ``rollout`` with the teacher's prefix."""
     return replace(rollout, teacher_prefix_ids=prefix.token_ids, teacher_inside_thought=prefix.inside_thought)
 
 
@@ -255,7 +262,7 @@ class ContextPrefixes:
         truncated = sum(len(fit) < len(ids) for _, ids, fit in valid)
         inside = self._inside_thoughts([(s, fit) for s, _, fit in valid])
         kept = [
-            _with_prefix(s.rollout, Prefix(tuple(fit), opened))
+            with_prefix(s.rollout, Prefix(tuple(fit), opened))
             for (s, _, fit), opened in zip(valid, inside, strict=True)
         ]
         return kept, PrefixStats(self._means(samples, kept, truncated), _totals(dropped, truncated, len(valid)))
@@ -369,8 +376,7 @@ class ContextPrefixes:
         The window is teacher.max_total_sequence_length. The setting overflow_policy selects the part of the prefix to
         remove. Returns None if the prefix is too long even with the shortest allowed trace.
         """
-        budget = self._max_tokens - sample.length
-        if len(prefix) <= budget:
+        if len(prefix) <= (budget := self._max_tokens - sample.length):
             return prefix
         if self._context.overflow_policy == "truncate_prefix_only":
             return prefix[-budget:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from distill.data.conversations import Chat, Message
@@ -84,7 +85,7 @@ def inside_thoughts(
     ``ids``: the token ids of the prompts; ``chats``: the conversations of the prompts, or None for prompts of plain
     text. In a rendered chat, only tags in the generation prompt count, not tags in messages. If the prompts are plain
     text, or the tokenizer has no chat template, a prompt ends inside a think block if it ends with the opening tag.
-    Logs a warning if a generation prompt ends with an opening tag that is not in ``think_tags``.
+    Logs a warning once if a generation prompt ends with an opening tag that is not in ``think_tags``.
     """
     opening = think_tags[0]
     rendered = chats is not None and tokenizer.chat_template is not None
@@ -108,13 +109,18 @@ def inside_thoughts(
             clear = at_the_end and not any(opening in (message["content"] or "") for message in chats[i])
             states.append(clear or _opens(_generation_prompt(tokenizer, chats[i], template_kwargs or {}), think_tags))
     if unknown:
-        log.warning(
-            "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s], so the"
-            " reasoning is graded together with the answer, and context distillation finds no reasoning to use as a"
-            " trace: set this key to the model's opening and closing tag",
-            *(tokenizer.name_or_path, unknown, _KEY, *think_tags),
-        )
+        _warn_of_tag(tokenizer, unknown, think_tags)
     return bytes(states)
+
+
+@cache  # warn once, although the prompts of a run are passed in many calls
+def _warn_of_tag(tokenizer: PreTrainedTokenizerBase, unknown: str, think_tags: tuple[str, str]) -> None:
+    log.warning(
+        "the chat template of %s ends prompts with %s, which differs from the opening tag in %s=[%s, %s], so the"
+        " reasoning is graded together with the answer, and context distillation finds no reasoning to use as a"
+        " trace: set this key to the model's opening and closing tag",
+        *(tokenizer.name_or_path, unknown, _KEY, *think_tags),
+    )
 
 
 def _opens(text: str, think_tags: tuple[str, str]) -> bool:

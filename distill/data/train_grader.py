@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from distill.config import Config, DatasetConfig
@@ -14,7 +14,6 @@ from distill.data.grading import THINK_TAGS, Grader, Verdict, check_gold, check_
 from distill.data.prompts import Prompts
 from distill.data.sources import keyed
 from distill.errors import MissingError, UserError
-from distill.supervise.progress import heartbeat
 from distill.types import Problem, Prompt, Rollout
 
 log = logging.getLogger(__name__)
@@ -133,23 +132,17 @@ class TrainGrader:
         self._graders, self._decode, self._think_tags = graders, decode, think_tags
         self._grade = Grader(_LIMIT)
 
-    def verdicts(self, rollouts: Sequence[Rollout]) -> list[Verdict | None]:
-        """Return the grade of each response; None if the response is not graded. Not collective.
+    def verdict(self, rollout: Rollout) -> Verdict | None:
+        """Return the grade of a response; None if the response is not graded. Not for several threads at a time.
 
         Raises RuntimeError if the worker process of a grader does not start.
         """
-        return list(self._verdicts(rollouts))
-
-    def _verdicts(self, rollouts: Sequence[Rollout]) -> Iterator[Verdict | None]:
-        for rollout in rollouts:
-            heartbeat()
-            prompt, name = rollout.prompt, self._graders.of(rollout.prompt)
-            if name is None:
-                yield None
-                continue
-            ids = rollout.response_ids[:-1] if rollout.finish == "stop" else rollout.response_ids
-            inside, tags = prompt.inside_thought, self._think_tags
-            yield self._grade(name, self._decode(ids), prompt.problem.answer, think_tags=tags, inside_thought=inside)
+        prompt, name = rollout.prompt, self._graders.of(rollout.prompt)
+        if name is None:
+            return None
+        ids = rollout.response_ids[:-1] if rollout.finish == "stop" else rollout.response_ids
+        inside, tags = prompt.inside_thought, self._think_tags
+        return self._grade(name, self._decode(ids), prompt.problem.answer, think_tags=tags, inside_thought=inside)
 
     def close(self) -> None:
         """End the worker processes."""

@@ -64,6 +64,8 @@ class World:
                 rendezvous.holds_store,
             )
         rendezvous.connect(backend, timeout)
+        self.store = rendezvous.store
+        """Key-value store of all ranks, for messages that need no collective."""
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size)))

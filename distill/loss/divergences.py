@@ -94,9 +94,13 @@ class Pair:
     def reverse_terms(self) -> Tensor:
         """Return the terms of KL(student || teacher), [N, E] in nats.
 
-        If ``floor`` is set, the result is [N, E + 1]: the last term is that of the tokens outside the top-k.
+        If ``floor`` is set, the result is [N, E + 1]: the last term is that of the tokens outside the top-k. A term is
+        +inf, without gradient, if only the teacher's probability is 0.
         """
-        terms_NE = _kl_terms(self.log_q_NE, self.log_p_NE)
+        infinite_NE = (self.log_p_NE == _NEG_INF) & (self.log_q_NE > _NEG_INF)
+        # The gradient of an infinite term is infinite: it would become NaN even if the term is clipped.
+        log_p_NE = self.log_p_NE.masked_fill(infinite_NE, 0.0)
+        terms_NE = _kl_terms(self.log_q_NE, log_p_NE).masked_fill(infinite_NE, math.inf)
         return terms_NE if self.floor is None else torch.cat([terms_NE, _tail_on_floor(self.floor).unsqueeze(1)], dim=1)
 
 
@@ -261,9 +265,18 @@ def divergence(student: Outcomes, topk: TopK, loss_config: LossConfig, tokens: T
         kl_N = clipped_sum(terms_NE, loss_config.entry_clip, topk.ids_NK.shape[1])
     if loss_config.token_kl_cap is None:
         return kl_N
-    kept_N = cap_factor(kl_N.detach(), loss_config.token_kl_cap)
-    cap_N = loss_config.token_kl_cap * kl_N.detach().sign()
-    return torch.where(kl_N.isinf(), cap_N, kl_N * kept_N)  # inf * 0 is NaN
+    value_N = kl_N.detach()
+    scaled_N = kl_N.masked_fill(kl_N.isinf(), 0.0) * cap_factor(value_N, loss_config.token_kl_cap)  # inf * 0 is NaN
+    return scaled_N + (capped(value_N, loss_config.token_kl_cap) - scaled_N.detach())
+
+
+def capped(kl_N: Tensor, cap: float | None) -> Tensor:
+    """Return the loss of each row, limited to at most ``cap`` nats in absolute value, [N]; without gradient.
+
+    All rows above the cap have exactly the same loss. The product of the loss and ``cap_factor`` would differ in the
+    last bit, and ``token_weights.select`` would order the rows by this rounding.
+    """
+    return kl_N if cap is None else kl_N.clamp(-cap, cap)
 
 
 def clipped_sum(terms_NE: Tensor, clip: float | None, entries: int) -> Tensor:

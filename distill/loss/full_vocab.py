@@ -26,6 +26,7 @@ from distill.loss.divergences import (
     Pair,
     Tokens,
     cap_factor,
+    capped,
     clipped_sum,
     importance_ratio,
 )
@@ -161,7 +162,7 @@ def full_vocabulary(
         value_C, gradient_CV = FAST_GRADIENTS[loss_config.kl_type](models, loss_config)
     kept_C = cap_factor(value_C, loss_config.token_kl_cap)
     return FullRows(
-        value_C * kept_C,
+        capped(value_C, loss_config.token_kl_cap),
         gradient_CV.mul_((factor_C * kept_C).unsqueeze(1)),
         metrics,
         shift_C,

@@ -165,6 +165,8 @@ class Sampled:
     """
     temperature: float
     """Temperature of the sampler; also the temperature of the loss if ``loss_fn.temperature`` is null."""
+    older_N: Tensor | None = None
+    """bool [N]: tokens that older weights generated; they do not count in ``sampler_logprob_diff``. None: no token."""
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,10 @@ class SampledLogprobs:
         """Return a dict with ``student_logprob`` and ``sampler_logprob_diff`` of a chunk, [C] each in nats.
 
         The first is the trainer's log-prob of the sampled token. The second is the absolute difference between this
-        log-prob and the sampler's log-prob. Without sampled tokens the dict is empty. ``read_CE`` is the result of
-        ``read``, summed over the ranks. ``shift_C + lse_C`` is logsumexp(z / T), with the student's logits z and the
-        loss's temperature T. These two arguments are used only if T is the sampling temperature.
+        log-prob and the sampler's log-prob; it is nan in the rows ``Sampled.older_N``. Without sampled tokens the dict
+        is empty. ``read_CE`` is the result of ``read``, summed over the ranks. ``shift_C + lse_C`` is logsumexp(z / T),
+        with the student's logits z and the loss's temperature T. These two arguments are used only if T is the sampling
+        temperature.
         """
         if self.sampled is None:
             return {}
@@ -226,4 +229,6 @@ class SampledLogprobs:
         else:
             logprob_C = read_CE[:, 0] - read_CE[:, 1].log()
         diff_C = (logprob_C - self.sampled.logprobs_N[rows]).abs()
+        if self.sampled.older_N is not None:
+            diff_C = diff_C.masked_fill(self.sampled.older_N[rows], torch.nan)
         return {"student_logprob": logprob_C, "sampler_logprob_diff": diff_C}

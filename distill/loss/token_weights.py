@@ -101,7 +101,7 @@ def _scores(score: str, rows: ResponseRows, eligible_BR: Tensor) -> Tensor:
     if score != "soft_or":
         return rows.values[names[0]]
     h_BR, d_BR = (_scaled(rows.values[name], eligible_BR) for name in names)
-    return h_BR + d_BR - h_BR * d_BR
+    return 1 - (1 - h_BR) * (1 - d_BR)  # h + d - h d; exactly 1 if one of them is 1, so equal scores stay equal
 
 
 def _scaled(score_BR: Tensor, eligible_BR: Tensor) -> Tensor:

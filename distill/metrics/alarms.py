@@ -242,6 +242,17 @@ class _State:
     has_no_baseline: bool = False
 
 
+def _limits_change(config: DistillationConfig) -> list[int]:
+    """Return the steps from which the lengths of responses may be other ones without a fault of the student.
+
+    With partial rollouts, the first steps train on short responses, and a new maximum length applies to responses that
+    are started later: the lengths are representative after max_age more steps.
+    """
+    changes, partial = [step for step, _ in config.max_new_tokens_schedule], config.partial_rollouts
+    later = [step + partial.max_age + 1 for step in (1, *changes)] if partial.enabled else []
+    return sorted({*changes, *later})
+
+
 class Alarms:
     """State machine of all alarms of a run; needs no other rank.
 
@@ -261,8 +272,7 @@ class Alarms:
         defaults = default_rules() if config.default_alarms else []
         if config.control:  # its gradients are rounding errors, whose size may change by any factor
             defaults = [rule for rule in defaults if rule.name != GRAD_NORM]
-        changes = [step for step, _ in config.max_new_tokens_schedule]
-        return cls([*defaults, *user_rules(config.alarms)], changes)
+        return cls([*defaults, *user_rules(config.alarms)], _limits_change(config))
 
     @property
     def metrics(self) -> list[str]:

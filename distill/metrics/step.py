@@ -169,9 +169,12 @@ def waits(values: Mapping[str, float]) -> dict[str, float]:
     """Return the metric ``timing/train/generation_wait_share``; empty if generation was not measured.
 
     The value is 1 - mean / max, with mean and max of the ranks' generation times: the average fraction of the
-    generation phase in which a rank waits for the slowest rank. ``values``: the step's metrics, reduced over ranks.
+    generation phase in which a rank waits for the slowest rank. With partial rollouts, ranks wait within the phase, and
+    the mean is that of the times in which their engines worked. ``values``: the step's metrics, reduced over ranks.
     """
-    mean, slowest = (values.get(name) for name in ("timing/train/generation", "timing/train/generation_slowest"))
+    names = ("timing/train/generation_busy", "timing/train/generation", "timing/train/generation_slowest")
+    busy, complete, slowest = (values.get(name) for name in names)
+    mean = complete if busy is None else busy
     return {"timing/train/generation_wait_share": 1 - mean / slowest} if mean and slowest else {}
 
 

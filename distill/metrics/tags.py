@@ -32,6 +32,8 @@ def tensorboard_tag(name: str) -> str:
     validation.
     """
     kind, _, rest = name.partition("/")
+    if name.startswith("train/partial/"):
+        return f"responses/{rest}"
     if "tokens_per_sec" in rest or rest.endswith("_share"):
         return f"throughput/{rest.removeprefix('train/')}"
     if kind == "timing":

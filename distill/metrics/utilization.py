@@ -10,44 +10,17 @@ import torch
 from distill.batching.flops import ModelFlops
 from distill.batching.position_weights import tokens_read
 from distill.config import TokenWeightsConfig
+from distill.config.gpus import gpu_of_device
 from distill.metrics.names import timing_tag
 from distill.types import Rollout
-
-PEAKS = {
-    "GB300": 2500e12,
-    "GB200": 2500e12,
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
-"""Maps a part of a GPU's name to its peak in bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets.
-
-The first match counts, so a name comes before names that it contains.
-"""
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """Return the peak of a GPU in FLOP/s; None for unknown GPUs and for dtypes other than bfloat16 and float16."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
-    words = device_name.replace("-", " ").split()
-    found = (peak for name, peak in PEAKS.items() if set(name.split()) <= set(words))
-    return next(found, None)
+    gpu = gpu_of_device(device_name)
+    return None if gpu is None else gpu.tflops * 1e12
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -126,7 +126,7 @@ class MicroBatchLoss:
             targets,
             self._loss_config,
             micro_batch.weight_N,
-            Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature),
+            Sampled(micro_batch.sampled_N, micro_batch.sampled_logprobs_N, self._temperature, micro_batch.older_N),
             parallel=self._parallel,
             row_values=row_values,
             kept_M=micro_batch.kept_M,

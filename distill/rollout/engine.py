@@ -1,8 +1,7 @@
-"""Generation engines: interface, and base class that verifies weight syncs; random seeds of responses."""
+"""Generation engines: interface, and base class that verifies weight syncs and responses."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.model.checksum import BitSums, bit_sums, changed_names
+from distill.rollout.requests import Cutoff, OnEnded, Request, Segment, requests_of, rollout_of
 from distill.types import Prompt, Rollout, Sampling, SyncReport
 
 Cancelled = Callable[[], bool]
@@ -73,6 +73,10 @@ class Engine(Protocol):
     window: int
     """Maximum number of tokens of a prompt and its response together."""
 
+    @property
+    def version(self) -> int:
+        """Return the version of the weights of the last sync: the number of finished training steps."""
+
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Return the prompts for this engine; ``prompts``: the prompts of all engines."""
 
@@ -94,15 +98,32 @@ class Engine(Protocol):
         Collective over the engine's ranks; requires the state ready.
         """
 
+    def segments(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        cutoff: Cutoff | None = None,
+        cancelled: Cancelled | None = None,
+        on_ended: OnEnded | None = None,
+    ) -> list[Segment]:
+        """Sample a segment for each request; requires the state ready and does not change the state.
+
+        Collective over the engine's ranks: all of these ranks pass the same requests, and each segment is returned on
+        only one of these ranks, in the order of the requests. Temperature, top-p, top-k and stop tokens are those of
+        ``sampling``; seeds and limits are those of the requests. ``cutoff``: stops segments that take too long; a
+        segment that it stopped has at least ``cutoff.limit()`` tokens. ``cancelled`` is called before every token; if
+        it returns True, the result is an empty list. Engines of several ranks ignore ``cancelled``, because their ranks
+        must run in lockstep. ``on_ended`` is called with each segment that is not cut, soon after it ended, on the rank
+        that returns it. After an exception in ``on_ended`` or ``cutoff``, the engine can only be closed.
+        """
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """Sample responses to the prompts; requires the state ready and does not change the state.
+        """Sample complete responses to the prompts with ``segments``.
 
-        Collective over the engine's ranks: all of these ranks pass the same prompts, and each response is returned on
-        only one of these ranks. ``step``: number that is hashed into the random seed of each response. ``cancelled`` is
-        called before every token; if it returns True, the result is an empty list. Engines of several ranks ignore
-        ``cancelled``, because their ranks must run in lockstep.
+        Collective over the engine's ranks, which all pass the same prompts. ``step``: number that is hashed into the
+        random seed of each response. ``cancelled``: see ``segments``.
         """
 
     def sleep(self) -> None:
@@ -134,6 +155,11 @@ class EngineBase(ABC):
         self._valid_vocab = valid_vocab
         self._version = -1
         self._sums: dict[str, BitSums] = {}  # of the last sync
+
+    @property
+    def version(self) -> int:
+        """Return the version of the weights of the last sync; -1 before the first one."""
+        return self._version
 
     def share_of(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Return this engine's prompts: ``prompts[replica::replicas]``.
@@ -194,25 +220,45 @@ class EngineBase(ABC):
             )
         return found
 
+    def segments(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        cutoff: Cutoff | None = None,
+        cancelled: Cancelled | None = None,
+        on_ended: OnEnded | None = None,
+    ) -> list[Segment]:
+        """Sample a segment for each request; see Engine.segments.
+
+        Returns an empty list if ``cancelled`` returned True. Raises RuntimeError if the input of a request is too long
+        or contains an invalid token id, or if a segment is invalid.
+        """
+        self._expect("ready", "segments")
+        for request in {(each.prompt.prompt_id, each.generated_ids): each for each in requests}.values():
+            self._check_ids(f"prompt {request.prompt.prompt_id}", request.input_ids)
+
+        def ended(segment: Segment) -> None:
+            if on_ended is not None:
+                self._check_segment(segment, sampling.stop_token_ids)
+                on_ended(segment)
+
+        try:
+            segments = self._segments(requests, sampling, cutoff, cancelled or (lambda: False), ended)
+        except GenerationCancelled:
+            return []
+        for segment in segments:
+            self._check_segment(segment, sampling.stop_token_ids)
+        return segments
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled | None = None
     ) -> list[Rollout]:
-        """Sample responses to the prompts; see Engine.generate.
-
-        Returns an empty list if ``cancelled`` returned True. Raises RuntimeError if a prompt is too long or contains an
-        invalid token id, or if a response is invalid.
-        """
-        self._expect("ready", "generate")
+        """Sample complete responses to the prompts; see Engine.generate and ``segments``."""
         for prompt in prompts:
             self._check_ids(f"prompt {prompt.prompt_id}", prompt.student_ids)
-        try:
-            rollouts = self._generate(prompts, sampling, step, cancelled or (lambda: False))
-        except GenerationCancelled:
-            return []
-        for rollout in rollouts:
-            seed = response_seed(sampling.seed, step, rollout.prompt.prompt_id, rollout.response_index)
-            self._check_response(rollout, sampling.stop_token_ids, wants_logprobs(sampling, seed))
-        return rollouts
+        requests = requests_of(prompts, sampling, step, self.window)
+        segments = self.segments(requests, sampling, cancelled=cancelled)
+        return [rollout_of(segment, self._version) for segment in segments]
 
     def sleep(self) -> None:
         """Discard the weights and free the engine's memory; see Engine.sleep."""
@@ -239,22 +285,24 @@ class EngineBase(ABC):
         if not 0 <= min(token_ids) <= max(token_ids) < self._valid_vocab:
             raise RuntimeError(f"{what} contains a token id outside 0..{self._valid_vocab - 1}")
 
-    def _check_response(self, rollout: Rollout, stop_token_ids: Sequence[int], with_logprobs: bool) -> None:
-        name = f"response {rollout.response_index} to prompt {rollout.prompt.prompt_id}"
-        ids_R, logprobs = np.array(rollout.response_ids), np.array(rollout.logprobs)
-        last = len(ids_R) - 1
-        if len(logprobs) != (len(ids_R) if with_logprobs else 0):
-            raise RuntimeError(f"the engine returned {len(logprobs)} log-probs for the {last + 1} tokens of {name}")
+    def _check_segment(self, segment: Segment, stop_token_ids: Sequence[int]) -> None:
+        """Raise RuntimeError if ids, log-probs or the finish reason of the segment are invalid."""
+        request = segment.request
+        name = f"response {request.response_index} to prompt {request.prompt.prompt_id}"
+        ids_R, logprobs = np.array(segment.ids, dtype=np.int64), np.array(segment.logprobs)
+        count = len(ids_R)
+        if len(logprobs) != (count if request.with_logprobs else 0):
+            raise RuntimeError(f"the engine returned {len(logprobs)} log-probs for the {count} tokens of {name}")
         if not np.isfinite(logprobs).all():
             raise RuntimeError(
                 f"the engine's log-probs of {name} are not finite: the engine's weights or kernels are faulty"
             )
-        if not 0 <= ids_R.min() <= ids_R.max() < self._valid_vocab:
+        if ((ids_R < 0) | (ids_R >= self._valid_vocab)).any():
             raise RuntimeError(f"the engine sampled a token id outside 0..{self._valid_vocab - 1} in {name}")
         stops = np.flatnonzero(np.isin(ids_R, list(stop_token_ids))).tolist()
-        if stops != ([last] if rollout.finish == "stop" else []):
+        if stops != ([count - 1] if segment.finish == "stop" else []) or not (count or segment.finish == "cut"):
             raise RuntimeError(
-                f"{name} has {last + 1} tokens, finish={rollout.finish!r} and stop tokens at {stops}: only the last"
+                f"{name} has {count} tokens, finish={segment.finish!r} and stop tokens at {stops}: only the last"
                 " token may be a stop token, and it must be a stop token if and only if finish is 'stop'"
             )
 
@@ -303,63 +351,18 @@ class EngineBase(ABC):
     def _probe(self, token_ids: Sequence[int]) -> list[float]: ...
 
     @abstractmethod
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
-    ) -> list[Rollout]:
-        """Sample the responses; if ``cancelled()`` returns True, stop and raise GenerationCancelled."""
+    def _segments(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        cutoff: Cutoff | None,
+        cancelled: Cancelled,
+        on_ended: OnEnded,
+    ) -> list[Segment]:
+        """Sample the segments; if ``cancelled()`` returns True, stop and raise GenerationCancelled."""
 
     @abstractmethod
     def _sleep(self) -> None: ...
 
     def _close(self) -> None:
         self._sleep()
-
-
-def response_seed(seed: int, step: int, prompt_id: int, response_index: int) -> int:
-    """Return the 63-bit random seed of one response, a hash of the arguments."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{prompt_id}/{response_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def wants_logprobs(sampling: Sampling, seed: int) -> bool:
-    """Return whether the engine returns log-probs for the response with random seed ``seed``.
-
-    The choice depends only on the seed, so it does not depend on the batch or on the number of ranks.
-    """
-    return seed % sampling.logprob_interval == 0
-
-
-def stream_seed(seed: int, stream: str) -> int:
-    """Return a 63-bit seed for sampling responses outside training, derived from the run's ``seed``.
-
-    ``stream``: purpose of these responses, such as "validation"; each purpose gets a different seed. With ``seed``
-    itself, a response would use the same random numbers as the training response with equal step, prompt and index.
-    """
-    digest = hashlib.blake2b(f"{stream}/{seed}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def response_limit(sampling: Sampling, prompt: Prompt, window: int) -> int:
-    """Return the maximum number of tokens of a response to ``prompt``.
-
-    ``window``: the engine's maximum number of tokens of a prompt and its response together.
-    """
-    total = window if sampling.max_total_length is None else min(window, sampling.max_total_length)
-    most = sampling.max_new_tokens if prompt.max_new_tokens is None else prompt.max_new_tokens
-    limit = min(sampling.max_new_tokens, most, total - len(prompt.student_ids))
-    assert limit >= 1, (limit, len(prompt.student_ids))
-    return limit
-
-
-def indices_to_generate(sampling: Sampling, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Return the indices of the responses to generate for each prompt, without those in ``Sampling.omitted``."""
-    omitted, indices = set(sampling.omitted), range(sampling.responses_per_prompt)
-    return [[i for i in indices if (prompt.prompt_id, i) not in omitted] for prompt in prompts]
-
-
-def longest_first(prompts: Sequence[Prompt]) -> list[int]:
-    """Return the indices of ``prompts``, sorted by decreasing length of the prompt in tokens.
-
-    In this order, prompts of similar length share a batch, and the slowest prompts start first.
-    """
-    return sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].student_ids), i))

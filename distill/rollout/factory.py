@@ -17,11 +17,13 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import DTYPES
-from distill.rollout.engine import Engine, stream_seed
+from distill.rollout.engine import Engine
+from distill.rollout.requests import stream_seed
 from distill.rollout.transformers_engine import TransformersEngine
 from distill.rollout.vllm_config import apply_overrides, architecture_overrides, check_vllm_config
 from distill.rollout.vllm_env import prepare_for_vllm
-from distill.rollout.vllm_version import check_vllm_version, installed_vllm
+from distill.rollout.vllm_speculation import check_speculation, speculation_arguments
+from distill.rollout.vllm_version import InstalledVllm, check_vllm_version, installed_vllm
 from distill.types import Sampling
 
 log = logging.getLogger(__name__)
@@ -30,11 +32,15 @@ _BACKEND = "policy.generation.backend"
 _ENGINE_SIZE = "policy.generation.vllm_cfg.tensor_parallel_size"
 _OTHER_LAYOUT = ("would change which ranks form an engine", f"use {_ENGINE_SIZE}")
 _OTHER_WEIGHTS = ("would sample with other weights than those that are trained", "remove it")
+_OTHER_SPECULATION = (
+    "could need a draft model, which no sync would update",
+    "use policy.generation.vllm_cfg.speculative=ngram, which needs no draft model, or remove it",
+)
 _REFUSED_ARGUMENTS = {
     "quantization": _OTHER_WEIGHTS,
     "quantization_config": _OTHER_WEIGHTS,
     "enable_lora": ("needs LoRA weights, and all weights are trained", "remove it"),
-    "speculative_config": ("needs a draft model, which no sync would update", "remove it"),
+    **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), _OTHER_SPECULATION),
     "enable_batch_sharded_sampling": ("would sample ids of the vocabulary's padding", "remove it"),
     "data_parallel_size": _OTHER_LAYOUT,
     "pipeline_parallel_size": _OTHER_LAYOUT,
@@ -72,12 +78,17 @@ def check_backend(config: Config, files: ModelFiles | None, world: World) -> Non
         _check_tensor_parallel(config, files, world)
         window = config.policy.generation.vllm_cfg.max_model_len
         check_vllm_config(model_config(files, "policy.model_name"), window, "policy.model_name", files.name)
-    _check_installed(world)
+    installed = _check_installed(world)
+    if config.policy.generation.vllm_cfg.speculative is not None:
+        check_speculation(installed, world.device.type == "cpu")
     _check_arguments(config.policy.generation.vllm_kwargs)
 
 
-def _check_installed(world: World) -> None:
-    """Set vLLM's environment variables; raise UserError if vLLM is missing, too old, or of another device."""
+def _check_installed(world: World) -> InstalledVllm:
+    """Set vLLM's environment variables and return the installed distribution of vLLM.
+
+    Raises UserError if vLLM is missing, too old, or of another device.
+    """
     installed = installed_vllm()
     if installed is None:
         raise MissingError(
@@ -92,13 +103,14 @@ def _check_installed(world: World) -> None:
 
     supported, device = current_platform.device_type or "no device of this machine", world.device.type
     if supported == device:
-        return
+        return installed
     problem = f"{_BACKEND}=vllm, but the installed vllm supports {supported}, while this run uses {device}"
     fix = f"install the build of vllm for {device}, {_ALTERNATIVE}"
     if device == "cuda" and not torch.cuda.is_available():  # a dry run plans GPUs that this machine does not have
         log.warning("%s: %s", problem, fix)
     else:
         raise MissingError(problem, fix, key=_BACKEND, value="vllm")
+    return installed
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -211,14 +223,16 @@ def batch_arguments(config: Config, ranks: int) -> dict[str, Any]:
     """
     loop, generation = config.distillation, config.policy.generation
     given = generation.vllm_kwargs
-    batches = [(loop.num_prompts_per_step, loop.num_generations_per_prompt)]
-    if config.data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end or loop.probe_period):
-        batches.append((loop.max_val_samples or _LARGEST_BATCH, loop.val_num_generations))
     engines = ranks // generation.vllm_cfg.tensor_parallel_size
-    most = max(-(-prompts // engines) * responses for prompts, responses in batches)
-    size = min(_LARGEST_BATCH, -(-most // 8) * 8, given.get("max_num_batched_tokens") or _LARGEST_BATCH)
+    most = training = loop.most_per_engine(engines)
+    if config.data.validation and (loop.val_period or loop.val_at_start or loop.val_at_end or loop.probe_period):
+        most = max(most, -(-(loop.max_val_samples or _LARGEST_BATCH) // engines) * loop.val_num_generations)
+    # Partial rollouts generate all responses of an engine at the same time; more responses would only wait.
+    largest = max(_LARGEST_BATCH, -(-training // 8) * 8) if loop.partial_rollouts.enabled else _LARGEST_BATCH
+    size = min(largest, -(-most // 8) * 8, given.get("max_num_batched_tokens") or largest)
     arguments = {"max_num_seqs": given.get("max_num_seqs", size)}
-    if arguments["max_num_seqs"] > _LARGEST_GRAPH and not _GRAPH_ARGUMENTS & given.keys():
+    speculates = generation.vllm_cfg.speculative is not None  # vLLM then chooses sizes for several tokens per response
+    if arguments["max_num_seqs"] > _LARGEST_GRAPH and not speculates and not _GRAPH_ARGUMENTS & given.keys():
         # vLLM captures only multiples of 16 here.
         arguments["max_cudagraph_capture_size"] = -(-arguments["max_num_seqs"] // 16) * 16
     return arguments
@@ -235,7 +249,9 @@ def _build_vllm(config: Config, files: ModelFiles, shape: Any, world: World, val
     }
     if settings.enforce_eager:
         arguments["enforce_eager"] = True
-    if world.device.type != "cpu":
+    if settings.speculative is not None:
+        arguments.update(speculation_arguments(world.device.type == "cpu"))
+    if world.device.type != "cpu" or config.distillation.partial_rollouts.enabled:
         arguments.update(batch_arguments(config, world.size))
     arguments.update(config.policy.generation.vllm_kwargs)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill.data.references import References
-from distill.rollout.engine import response_limit, response_seed, stream_seed
+from distill.rollout.requests import response_limit, response_seed, stream_seed
 from distill.types import Prompt, Rollout, Sampling
 
 Pair = tuple[int, int]

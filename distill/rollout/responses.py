@@ -18,6 +18,8 @@ from distill.distributed.world import World
 from distill.metrics.responses import WatchedWords, length_quantiles
 from distill.metrics.step import Metrics, add_rollouts
 from distill.rollout.off_policy import off_policy_pairs, reference_rollout
+from distill.rollout.preparation import Preparation
+from distill.rollout.stream import response_order
 from distill.types import Prompt, Rollout, Sampling
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,11 @@ class StepResponses:
     """Words whose frequency is measured."""
     _removed: Counter[str] = field(default_factory=Counter)
     """Maps the reason for which responses were removed in the current step to their number on this rank."""
+    preparation: Preparation = field(init=False)
+    """Grades responses and builds their teacher prefixes, in advance while the engine generates."""
+
+    def __post_init__(self) -> None:
+        self.preparation = Preparation(self.grader, self.teacher_prefixes, self.config.distillation.train_on)
 
     def sampling_at(self, step: int, prompts: Sequence[Prompt]) -> Sampling:
         """Return the sampling settings of the step after ``step``, without the responses of the dataset."""
@@ -71,8 +78,13 @@ class StepResponses:
         metrics.add(self.words.stats(generated))
         self._removed = Counter()
         kept = self._graded(generated, metrics)
+        started = time.monotonic()
         with self.world.all_or_none("building the teacher's prefixes"):
-            prefixed, counts = self.teacher_prefixes.add(kept)
+            prefixed, counts = self.preparation.prefixes(kept)
+        if counts.totals:  # the teacher reads a context
+            metrics.add_max({"timing/train/teacher_prefixes": time.monotonic() - started})
+        if seconds := self.preparation.background_s:
+            metrics.add_max({"timing/train/background_preparation": seconds})
         reasons = {name: int(count) for name, count in counts.totals.items() if "dropped_" in name}
         self._removed.update({name: count for name, count in reasons.items() if not name.endswith("dropped_samples")})
         self._add_prefix_counts(counts, metrics)
@@ -82,7 +94,7 @@ class StepResponses:
         """Grade the responses of this rank; return those that distillation.train_on includes; collective."""
         started, train_on = time.monotonic(), self.config.distillation.train_on
         with self.world.all_or_none("grading responses"):
-            verdicts = self.grader.verdicts(generated)
+            verdicts = self.preparation.verdicts(generated)
         graded = [verdict for verdict in verdicts if verdict is not None]
         if graded:
             metrics.add({"accuracy": (float(graded.count("right")), float(len(graded)))})
@@ -107,12 +119,10 @@ class StepResponses:
         """Return this rank's part of the dataset's responses, with the teacher's prefixes; collective."""
         if not sampling.omitted:
             return []
-        by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        positions = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
         own = sampling.omitted[self.world.rank :: self.world.size]
         with self.world.all_or_none("reading the responses of the dataset"):
-            rollouts = [
-                reference_rollout(by_id[id_], index, self.references, sampling, self.window, step) for id_, index in own
-            ]
+            rollouts = [self._reference(prompts, positions[id_], index, sampling, step) for id_, index in own]
             prefixed, _ = self.teacher_prefixes.add(rollouts)
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         read = sum(lengths) + sum(len(rollout.prompt.student_ids) for rollout in rollouts)
@@ -132,6 +142,14 @@ class StepResponses:
         )
         self._removed["off-policy responses without a teacher prompt"] = len(rollouts) - len(prefixed)
         return prefixed
+
+    def _reference(
+        self, prompts: Sequence[Prompt], position: int, index: int, sampling: Sampling, step: int
+    ) -> Rollout:
+        """Return the dataset's response to ``prompts[position]``, numbered like the student's own responses."""
+        rollout = reference_rollout(prompts[position], index, self.references, sampling, self.window, step)
+        order = response_order(step, position, index, len(prompts), sampling.responses_per_prompt)
+        return replace(rollout, order=order)
 
     def warn_if_empty(self, step: int, rollouts: Sequence[Rollout], metrics: Metrics) -> None:
         """Count steps without responses in ``metrics`` if train_on removes responses; warn of such a step; collective.

@@ -127,9 +127,9 @@ class WeightSync:
     def observe(self, difference: float) -> None:
         """Check the mean difference between the trainer's and the engine's log-probs in one training step.
 
-        ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained no tokens. Raises
-        RuntimeError if the difference is larger than rounding can explain. Warns if the difference exceeds
-        _WARNING_RATIO times the first difference that this process observed.
+        ``difference``: in nats per sampled token, equal on all ranks; nan if the step trained on no tokens that
+        the current weights generated. Raises RuntimeError if the difference is larger than rounding can explain. Warns
+        if the difference exceeds _WARNING_RATIO times the first difference that this process observed.
         """
         if math.isnan(difference):
             return

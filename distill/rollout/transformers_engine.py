@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,19 +12,17 @@ from transformers import DynamicCache
 
 from distill.model.checksum import BitSums, bit_sums_by_name
 from distill.model.hf_load import manifest_of, materialize, meta_model, restore_buffers
-from distill.rollout.engine import (
-    Cancelled,
-    EngineBase,
-    GenerationCancelled,
-    SyncError,
-    indices_to_generate,
+from distill.rollout.engine import Cancelled, EngineBase, GenerationCancelled, SyncError
+from distill.rollout.requests import (
+    Cutoff,
+    CutoffPolling,
+    OnEnded,
+    Request,
+    Segment,
     longest_first,
-    response_limit,
-    response_seed,
-    wants_logprobs,
 )
 from distill.supervise.progress import heartbeat, task
-from distill.types import Prompt, Rollout, Sampling
+from distill.types import Sampling
 
 
 class TransformersEngine(EngineBase):
@@ -82,63 +80,72 @@ class TransformersEngine(EngineBase):
         self._model.tie_weights()
 
     @torch.no_grad()
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
-    ) -> list[Rollout]:
-        indices = indices_to_generate(sampling, prompts)
-        order = [i for i in longest_first(prompts) if indices[i]]
-        per_batch = max(1, self._batch_size // sampling.responses_per_prompt)
-        done: dict[int, list[Rollout]] = {}
-        with task(sum(map(len, indices)), "responses"):
-            for start in range(0, len(order), per_batch):
-                batch = order[start : start + per_batch]
-                wanted = [(prompts[i], indices[i]) for i in batch]
-                rollouts = self._generate_batch(wanted, sampling, step, cancelled)
-                done.update(zip(batch, rollouts, strict=True))
-        return [rollout for i in sorted(done) for rollout in done[i]]
+    def _segments(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        cutoff: Cutoff | None,
+        cancelled: Cancelled,
+        on_ended: OnEnded,
+    ) -> list[Segment]:
+        segments: dict[int, Segment] = {}
+        # With a cutoff all requests should fit into one batch: a later batch would start after earlier ones were cut.
+        per_prompt = sampling.responses_per_prompt if cutoff is None else 1
+        with task(len(requests), "responses"):
+            for inputs in batches_of(requests, self._batch_size, per_prompt):
+                batch = [i for same_input in inputs for i in same_input]
+                rows = [row for row, same_input in enumerate(inputs) for _ in same_input]
+                decoding = _Decoding([requests[i] for i in batch], sampling, self._device)
+                self._run(decoding, rows, cutoff, cancelled, on_ended)
+                segments.update(zip(batch, decoding.segments(), strict=True))
+        return [segments[i] for i in range(len(requests))]
 
-    def _generate_batch(
-        self, wanted: Sequence[tuple[Prompt, Sequence[int]]], sampling: Sampling, step: int, cancelled: Cancelled
-    ) -> list[list[Rollout]]:
-        """Generate the responses to one batch of prompts; return one list of rollouts per prompt.
+    def _run(
+        self, batch: _Decoding, rows: Sequence[int], cutoff: Cutoff | None, cancelled: Cancelled, on_ended: OnEnded
+    ) -> None:
+        """Generate the segments of one batch until all have ended or are cut.
 
-        ``wanted``: each prompt with the indices of its responses. The model processes each prompt once, and the
-        prompt's key-value cache is copied for each response. Raises GenerationCancelled if ``cancelled()`` returns
-        True.
+        ``rows``: maps each request of the batch to the index of its input among the different inputs. The model
+        processes each input once, and the input's key-value cache is copied for each request. Raises
+        GenerationCancelled if ``cancelled()`` returns True.
         """
-        batch = _Decoding(wanted, sampling, step, self.window, self._device)
-        tokens, mask = self._padded([prompt for prompt, _ in wanted])
+        polling = CutoffPolling(cutoff.limit if cutoff is not None else None)
+        inputs = {row: request.input_ids for row, request in zip(rows, batch.requests, strict=True)}
+        tokens, mask = self._padded(list(inputs.values()))
         cache = DynamicCache(config=self._model.config)
         logits = self._forward(tokens, mask, cache)
-        rows = torch.tensor([i for i, (_, indices) in enumerate(wanted) for _ in indices], device=self._device)
-        cache.batch_select_indices(rows)
-        mask, logits = mask[rows], logits[rows]
-        unfinished = len(rows)
-        while True:
+        indices = torch.tensor(rows, device=self._device)
+        cache.batch_select_indices(indices)
+        mask, logits = mask[indices], logits[indices]
+        while not polling.reached(lambda: batch.new_tokens):
             if cancelled():
                 raise GenerationCancelled
-            sampled = batch.sample(logits, self._valid_vocab)
+            unfinished = batch.unfinished
+            sampled, ended = batch.sample(logits, self._valid_vocab)
+            heartbeat(done=len(ended), tokens=unfinished)
+            if ended and cutoff is not None:
+                cutoff.ended([len(segment.ids) for segment in ended])
+            for segment in ended:
+                on_ended(segment)
             keep = batch.unfinished_rows()
-            heartbeat(done=unfinished - len(keep), tokens=unfinished)
-            unfinished = len(keep)
             if not keep:
-                return batch.rollouts(self._version)
+                return
             if 2 * len(keep) <= len(sampled):  # removing rows copies the cache, so it waits for half of them
-                rows = torch.tensor(keep, device=self._device)
-                cache.batch_select_indices(rows)
-                mask, sampled = mask[rows], sampled[rows]
+                indices = torch.tensor(keep, device=self._device)
+                cache.batch_select_indices(indices)
+                mask, sampled = mask[indices], sampled[indices]
                 batch.select(keep)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = self._forward(sampled[:, None], mask, cache)
 
-    def _padded(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """Return the token ids and the attention mask of the left-padded prompts, both int64 [B, T]."""
-        width = max(len(prompt.student_ids) for prompt in prompts)
-        tokens = torch.zeros(len(prompts), width, dtype=torch.int64, device=self._device)
+    def _padded(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return the token ids and the attention mask of the left-padded inputs, both int64 [B, T]."""
+        width = max(map(len, inputs))
+        tokens = torch.zeros(len(inputs), width, dtype=torch.int64, device=self._device)
         mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, width - len(prompt.student_ids) :] = torch.tensor(prompt.student_ids)
-            mask[row, width - len(prompt.student_ids) :] = 1
+        for row, ids in enumerate(inputs):
+            tokens[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
         return tokens, mask
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
@@ -160,82 +167,90 @@ class TransformersEngine(EngineBase):
         return logits
 
 
-class _Decoding:
-    """State of one batch of responses: random numbers, sampled tokens and log-probs.
+def batches_of(requests: Sequence[Request], batch_size: int, per_prompt: int = 1) -> list[list[list[int]]]:
+    """Return the batches in which the requests are generated: lists of groups of indices of ``requests``.
 
-    A ``response`` is an index into all responses of the batch. A ``row`` is an index into the responses that have not
-    been removed from the batch; only finished responses are removed.
+    A group has consecutive requests with the same input, the longest input first. A batch has at most ``batch_size``
+    requests, or one group. ``per_prompt``: minimum room of a group of new responses, so that batches do not depend on
+    the responses that are omitted.
+    """
+    order = longest_first(requests)
+    groups = itertools.groupby(order, lambda i: (requests[i].prompt.prompt_id, requests[i].generated_ids))
+    batches: list[list[list[int]]] = []
+    room = 0
+    for group in (list(indices) for _, indices in groups):
+        size = len(group) if requests[group[0]].generated_ids else max(len(group), per_prompt)
+        if size > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(group)
+        room -= size
+    return batches
+
+
+class _Decoding:
+    """State of one batch of segments: random numbers, sampled tokens and log-probs.
+
+    A ``row`` is an index into the requests that have not been removed from the batch; only requests whose segments have
+    ended are removed.
     """
 
-    def __init__(
-        self,
-        wanted: Sequence[tuple[Prompt, Sequence[int]]],
-        sampling: Sampling,
-        step: int,
-        window: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, device: torch.device) -> None:
+        self.requests = requests
+        self.new_tokens = 0
+        """Number of tokens of each unfinished segment."""
         self._sampling = sampling
-        self._wanted = wanted
-        responses = [(prompt, index) for prompt, indices in wanted for index in indices]
-        self._limits = [response_limit(sampling, prompt, window) for prompt, _ in responses]
-        seeds = [response_seed(sampling.seed, step, prompt.prompt_id, index) for prompt, index in responses]
-        self._wants_logprobs = [wants_logprobs(sampling, seed) for seed in seeds]
-        self._uniforms = torch.stack([_uniforms(seed, max(self._limits)) for seed in seeds]).to(device)
-        self._tokens: list[list[int]] = [[] for _ in responses]
-        self._logprobs: list[list[float]] = [[] for _ in responses]
-        self._stopped = [False] * len(responses)
-        self._rows = list(range(len(responses)))  # the response of each row
-        self._steps = 0
+        longest = max(request.max_new_tokens for request in requests)
+        self._uniforms = torch.stack([_uniforms(request.seed, longest) for request in requests]).to(device)
+        self._tokens: list[list[int]] = [[] for _ in requests]
+        self._logprobs: list[list[float]] = [[] for _ in requests]
+        self._ended: dict[int, Segment] = {}  # by index of the request
+        self._rows = list(range(len(requests)))  # the request of each row
 
-    def _unfinished(self, response: int) -> bool:
-        return not self._stopped[response] and len(self._tokens[response]) < self._limits[response]
+    def sample(self, logits: Tensor, valid_vocab: int) -> tuple[Tensor, list[Segment]]:
+        """Sample the next token of each row: int64 [B]; return also the segments that end with this token.
 
-    def sample(self, logits: Tensor, valid_vocab: int) -> Tensor:
-        """Sample and return the next token of each row: int64 [B].
-
-        ``logits``: [B, V]. Every response has its own random numbers. Tokens of finished rows are not recorded.
+        ``logits``: [B, V]. Every request has its own random numbers. Tokens of segments that have ended before are not
+        recorded.
         """
         logprobs = processed_logprobs(logits, self._sampling, valid_vocab)
         greedy = self._sampling.temperature == 0
-        sampled = logprobs.argmax(-1) if greedy else draw(logprobs, self._uniforms[self._rows, self._steps])
+        sampled = logprobs.argmax(-1) if greedy else draw(logprobs, self._uniforms[self._rows, self.new_tokens])
         chosen = logprobs.gather(1, sampled[:, None])[:, 0]
-        self._steps += 1
-        for response, token, logprob in zip(self._rows, sampled.tolist(), chosen.tolist(), strict=True):
-            if self._unfinished(response):
-                self._tokens[response].append(token)
-                self._logprobs[response].append(logprob)
-                self._stopped[response] = token in self._sampling.stop_token_ids
-        return sampled
+        self.new_tokens += 1
+        ended = []
+        for index, token, logprob in zip(self._rows, sampled.tolist(), chosen.tolist(), strict=True):
+            if index not in self._ended:
+                self._tokens[index].append(token)
+                self._logprobs[index].append(logprob)
+                if token in self._sampling.stop_token_ids:
+                    ended.append(self._end(index, "stop"))
+                elif self.new_tokens == self.requests[index].max_new_tokens:
+                    ended.append(self._end(index, "length"))
+        return sampled, ended
+
+    def _end(self, index: int, finish: Literal["stop", "length", "cut"]) -> Segment:
+        request = self.requests[index]
+        logprobs = tuple(self._logprobs[index]) if request.with_logprobs else ()
+        self._ended[index] = Segment(request, tuple(self._tokens[index]), logprobs, finish)
+        return self._ended[index]
 
     def unfinished_rows(self) -> list[int]:
-        """Return the indices of the rows whose responses are unfinished."""
-        return [row for row, response in enumerate(self._rows) if self._unfinished(response)]
+        """Return the indices of the rows whose segments have not ended."""
+        return [row for row, index in enumerate(self._rows) if index not in self._ended]
+
+    @property
+    def unfinished(self) -> int:
+        """Number of segments that have not ended."""
+        return len(self.requests) - len(self._ended)
 
     def select(self, rows: list[int]) -> None:
         """Remove all rows except ``rows`` from the batch."""
         self._rows = [self._rows[row] for row in rows]
 
-    def rollouts(self, version: int) -> list[list[Rollout]]:
-        """Return the finished rollouts, one list per prompt.
-
-        ``version``: number of finished training steps when the engine received its weights.
-        """
-        responses = itertools.count()
-        return [
-            [self._rollout(next(responses), prompt, index, version) for index in indices]
-            for prompt, indices in self._wanted
-        ]
-
-    def _rollout(self, response: int, prompt: Prompt, response_index: int, version: int) -> Rollout:
-        return Rollout(
-            prompt=prompt,
-            response_index=response_index,
-            response_ids=tuple(self._tokens[response]),
-            logprobs=tuple(self._logprobs[response]) if self._wants_logprobs[response] else (),
-            finish="stop" if self._stopped[response] else "length",
-            version=version,
-        )
+    def segments(self) -> list[Segment]:
+        """Return the segments of all requests; those that have not ended are cut."""
+        return [self._ended.get(index) or self._end(index, "cut") for index in range(len(self.requests))]
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

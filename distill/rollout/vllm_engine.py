@@ -8,7 +8,7 @@ import random
 import secrets
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,22 +19,22 @@ from torch import Tensor
 
 from distill.memory.phases import CPU_CACHE
 from distill.model.checksum import BitSums
-from distill.rollout.engine import (
-    Cancelled,
-    EngineBase,
-    GenerationCancelled,
-    indices_to_generate,
-    longest_first,
-    response_limit,
-    response_seed,
-    wants_logprobs,
-)
+from distill.rollout.engine import Cancelled, EngineBase, GenerationCancelled
 from distill.rollout.gpu_memory import CudaMemory, Memory, SleepGuard, Tag, pool_bytes
+from distill.rollout.requests import (
+    POLL_STEPS,
+    Cutoff,
+    CutoffPolling,
+    OnEnded,
+    Request,
+    Segment,
+    longest_first,
+)
 from distill.rollout.vllm_env import kept_allocator_options
 from distill.rollout.vllm_loop import RequestLoop, Response
 from distill.rollout.vllm_weights import VllmWeights
 from distill.supervise.progress import heartbeat, task
-from distill.types import Prompt, Rollout, Sampling
+from distill.types import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ _CPU_DEFAULTS = {
 }
 _PROBE_STEPS = 100
 """Maximum number of vLLM steps for the log-probs of the probe prompt."""
+_SHARED_POLL_STEPS = 16
+"""Value of POLL_STEPS for engines of several ranks, in which reading the bound is a collective operation."""
 
 
 def fixed_arguments(can_sleep: bool) -> dict[str, Any]:
@@ -198,81 +200,89 @@ class VllmEngine(EngineBase):
                 return [output.prompt_logprobs[i][token].logprob for i, token in enumerate(token_ids) if i]
         raise RuntimeError("vLLM did not compute the log-probs of the probe prompt")
 
-    def _generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, step: int, cancelled: Cancelled
-    ) -> list[Rollout]:
-        ids = [(prompt.prompt_id, prompt.student_ids) for prompt in prompts]
-        self._check_same("prompts, sampling or step", ids, sampling, step, self._version)
-        indices = indices_to_generate(sampling, prompts)
-        responses = [(prompts[i], index) for i in longest_first(prompts) for index in indices[i]]
-        finished = self._run(
-            [(prompt.student_ids, self._params(prompt, index, sampling, step)) for prompt, index in responses],
-            counted=self._tp_rank == 0,
-            cancelled=cancelled if self._tp_size == 1 else None,
-        )
-        rollouts = [
-            self._rollout(prompt, index, response)
-            for (prompt, index), response in zip(responses, finished, strict=True)
-        ]
-        self._check_same("responses", [array("q", rollout.response_ids).tobytes() for rollout in rollouts])
-        position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
-        own = rollouts[self._tp_rank :: self._tp_size]
-        return sorted(own, key=lambda rollout: (position[rollout.prompt.prompt_id], rollout.response_index))
+    def _segments(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        cutoff: Cutoff | None,
+        cancelled: Cancelled,
+        on_ended: OnEnded,
+    ) -> list[Segment]:
+        self._check_same("prompts, sampling or step", _identity(requests, sampling, cutoff, self._version))
+        order = longest_first(requests)
+        ordered = [requests[i] for i in order]
+        segments = self._run(ordered, sampling, cutoff, cancelled if self._tp_size == 1 else None, on_ended)
+        self._check_same("responses", (part for each in segments for part in (each.finish, _as_bytes(each.ids))))
+        by_index = dict(zip(order, segments, strict=True))
+        return [by_index[i] for i in sorted(order[self._tp_rank :: self._tp_size])]
 
-    def _params(self, prompt: Prompt, response_index: int, sampling: Sampling, step: int) -> Any:
+    def _params(self, request: Request, sampling: Sampling) -> Any:
         from vllm import SamplingParams
 
-        seed = response_seed(sampling.seed, step, prompt.prompt_id, response_index)
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=response_limit(sampling, prompt, self.window),
+            max_tokens=request.max_new_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # otherwise vLLM adds the stop ids of the model's directory
-            seed=seed,
-            logprobs=0 if wants_logprobs(sampling, seed) else None,
+            seed=request.seed,
+            logprobs=0 if request.with_logprobs else None,
             detokenize=False,
         )
 
-    def _rollout(self, prompt: Prompt, response_index: int, response: Response) -> Rollout:
-        if response.finish not in ("stop", "length"):
-            raise RuntimeError(
-                f"vLLM ended response {response_index} to prompt {prompt.prompt_id} with finish_reason"
-                f" {response.finish!r} instead of 'stop' or 'length'"
-            )
-        return Rollout(
-            prompt=prompt,
-            response_index=response_index,
-            response_ids=tuple(response.token_ids),
-            logprobs=tuple(response.logprobs),
-            finish=response.finish,  # type: ignore[arg-type]
-            version=self._version,
-        )
-
     def _run(
-        self, requests: Sequence[tuple[tuple[int, ...], Any]], counted: bool = False, cancelled: Cancelled | None = None
-    ) -> list[Response]:
-        """Run ``requests`` in vLLM until all are finished; return the responses in the same order.
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        cutoff: Cutoff | None,
+        cancelled: Cancelled | None,
+        on_ended: OnEnded,
+    ) -> list[Segment]:
+        """Run ``requests`` in vLLM until all have ended or are cut; return their segments in the same order.
 
-        ``requests``: pairs of token ids and sampling parameters. ``counted``: count the finished requests as
-        responses of the console's progress report; only one of an engine's ranks counts them. If ``cancelled()``
-        returns True, removes the requests from vLLM and raises GenerationCancelled.
+        Every rank of the engine returns all segments. Rank i of the engine's n ranks calls ``on_ended`` for the
+        requests i, i + n, ...; the first rank reports to the cutoff and counts the ended responses for the console's
+        progress report. If ``cancelled()`` returns True, removes the requests from vLLM and raises GenerationCancelled.
         """
-        loop = self._loop
-        numbers = [loop.add(token_ids, params) for token_ids, params in requests]
-        finished: dict[int, Response] = {}
-        with task(len(requests) if counted else 0, "responses"):
-            while loop.unfinished:
+        loop, is_first, polling = self._loop, self._tp_rank == 0, self._polling(cutoff)
+        indices = {loop.add(each.input_ids, self._params(each, sampling)): i for i, each in enumerate(requests)}
+        segments: dict[int, Segment] = {}
+        with task(len(requests) if is_first else 0, "responses"):
+            while loop.unfinished and not polling.reached(loop.fewest_tokens):
                 if cancelled is not None and cancelled():
                     loop.abort()
                     raise GenerationCancelled
-                for response in loop.poll():
-                    finished[response.number] = response
+                ended = {indices[response.number]: response for response in loop.poll()}
+                segments.update((i, _segment(requests[i], response)) for i, response in ended.items())
+                if ended and cutoff is not None and is_first:
+                    cutoff.ended([len(response.token_ids) for response in ended.values()])
+                for i in ended:
                     heartbeat(done=1)
-        return [finished[number] for number in numbers]
+                    if i % self._tp_size == self._tp_rank:
+                        on_ended(segments[i])
+        for response in loop.abort() if loop.unfinished else []:
+            i = indices[response.number]
+            segments[i] = _segment(requests[i], response)
+        return [segments[i] for i in range(len(requests))]
 
-    def _check_same(self, what: str, *values: object) -> None:
+    def _polling(self, cutoff: Cutoff | None) -> CutoffPolling:
+        if cutoff is None:
+            return CutoffPolling(None)
+        if self._tp_size == 1:
+            return CutoffPolling(cutoff.limit, POLL_STEPS)
+        return CutoffPolling(lambda: self._shared_limit(cutoff), _SHARED_POLL_STEPS)
+
+    def _shared_limit(self, cutoff: Cutoff) -> int | None:
+        """Return the bound that the engine's first rank reads; collective over the engine's ranks.
+
+        The ranks must stop at the same step, because vLLM computes each step on all of them together.
+        """
+        bound = [cutoff.limit() if self._tp_rank == 0 else None]
+        dist.broadcast_object_list(bound, group=self._group, group_src=0)
+        return bound[0]
+
+    def _check_same(self, what: str, values: Iterable[object]) -> None:
         """Raise RuntimeError on all ranks of the engine if the ranks pass different ``values``.
 
         Collective over the engine's ranks. ``what``: description of the values, for the message. vLLM does not compare
@@ -280,11 +290,38 @@ class VllmEngine(EngineBase):
         """
         if self._tp_size == 1:
             return
-        digest = hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(digest_size=8)
+        for value in values:
+            digest.update(value if isinstance(value, bytes) else repr(value).encode())
         digests = [""] * self._tp_size
-        dist.all_gather_object(digests, digest, group=self._group)
+        dist.all_gather_object(digests, digest.hexdigest(), group=self._group)
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks of one vLLM engine have different {what} (digests {digests})")
+
+
+def _identity(requests: Sequence[Request], sampling: Sampling, cutoff: Cutoff | None, version: int) -> Iterator[object]:
+    """Yield the values that must be the same on all ranks of an engine."""
+    yield sampling, cutoff is not None, version, len(requests)
+    for request in requests:
+        ids = request.input_ids
+        yield request.prompt.prompt_id, request.response_index, request.order, len(ids)
+        yield request.seed, request.max_new_tokens, request.with_logprobs
+        yield _as_bytes(ids)
+
+
+def _as_bytes(ids: Sequence[int]) -> bytes:
+    return array("q", ids).tobytes()
+
+
+def _segment(request: Request, response: Response) -> Segment:
+    """Return the result of a request; a response that vLLM has not finished is cut."""
+    finish = response.finish or "cut"
+    if finish not in ("stop", "length", "cut"):
+        raise RuntimeError(
+            f"vLLM ended response {request.response_index} to prompt {request.prompt.prompt_id} with finish_reason"
+            f" {finish!r} instead of 'stop' or 'length'"
+        )
+    return Segment(request, tuple(response.token_ids), tuple(response.logprobs), finish)  # type: ignore[arg-type]
 
 
 @contextmanager

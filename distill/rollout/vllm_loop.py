@@ -57,6 +57,10 @@ class RequestLoop:
         """Number of requests that are added but not finished."""
         return len(self._unfinished)
 
+    def fewest_tokens(self) -> int:
+        """Return the smallest number of generated tokens of an unfinished request; requires an unfinished request."""
+        return min(len(response.token_ids) for response in self._unfinished.values())
+
     def add(self, token_ids: Sequence[int], params: Any) -> int:
         """Add a request and return its number, which is unique in this object.
 
@@ -107,10 +111,16 @@ class RequestLoop:
                 f"vLLM generated no token in {self._idle_steps} steps, with {self.unfinished} responses unfinished"
             )
 
-    def abort(self) -> None:
-        """Abort all unfinished requests, and let vLLM process the results that are still in progress."""
+    def abort(self) -> list[Response]:
+        """Abort all unfinished requests, and let vLLM process the results that are still in progress.
+
+        Returns the aborted responses with the tokens that they had. vLLM keeps the complete blocks of their key-value
+        cache, so a later request that continues them computes at most the last block again, unless the cache is full.
+        """
+        aborted = list(self._unfinished.values())
         self._core.abort_requests(list(self._unfinished))
         self._unfinished.clear()
         self._prompt_tokens = self._idle_steps = 0
         for _ in range(_STEPS_AHEAD):
             self._core.get_output()
+        return aborted

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes
 from distill.errors import writing_run
 from distill.metrics.phases import Phases
-from distill.rollout.engine import Engine, response_limit, stream_seed
+from distill.rollout.engine import Engine
 from distill.rollout.gather import gather_rollouts
+from distill.rollout.requests import response_limit, stream_seed
 from distill.run_files import PROBE_FOLDER
 from distill.supervise.stop import StopRequested
 from distill.types import Prompt, Rollout, Sampling

@@ -13,8 +13,8 @@ from distill.data.clock import RunClock
 from distill.data.teacher_context import TeacherContext, reads_traces
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes, build_context_prefixes
 from distill.errors import UserError
-from distill.rollout.engine import response_limit
 from distill.rollout.factory import validation_sampling_of
+from distill.rollout.requests import response_limit
 from distill.validation.held_out import HeldOut
 from distill.validation.probe import Candidate, ProbeConfig, fits, with_probe
 from distill.validation.validation import Validation, context_is_known

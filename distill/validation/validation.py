@@ -19,8 +19,9 @@ from distill.errors import writing_run
 from distill.metrics.phases import Phases
 from distill.metrics.run_alarms import RunAlarms
 from distill.metrics.sinks import Recorder, Samples
-from distill.rollout.engine import Engine, response_limit, stream_seed
+from distill.rollout.engine import Engine
 from distill.rollout.gather import gather_rollouts
+from distill.rollout.requests import response_limit, stream_seed
 from distill.run_files import IN_CONTEXT, IN_CONTEXT_AT_END, VALIDATION_FOLDER
 from distill.supervise.progress import heartbeat
 from distill.supervise.stop import StopCheck, StopRequested

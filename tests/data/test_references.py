@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,25 @@ def test_a_response_of_reasoning_only_is_refused_after_a_closed_think_block(tmp_
             check_references(off_policy_config(), found, tiny_tokenizer(QWEN3))
         assert caught.value.key == "distillation.off_policy.column"
         assert f"line 1 of {tmp_path}/{i}.jsonl" in caught.value.problem
+
+
+@pytest.mark.parametrize("reference", ["2<think>", ""])
+def test_an_unusable_response_is_named_by_its_file_and_row(reference: str, tmp_path: Path) -> None:
+    """The first file is read twice, and its first prompt is too long: ids, rows and files differ in number."""
+    files = {"one": ["1" * 90, "1+1?"], "two": ["2+2?", "3+3?"]}
+    for name, questions in files.items():
+        lines = (json.dumps({"q": question, "a": "2"}) + "\n" for question in questions)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    datasets = [
+        DatasetConfig(data_path=f"{tmp_path}/{name}.jsonl", input_key="q", output_key="a", repeat=repeat)
+        for name, repeat in (("one", 2), ("two", 1))
+    ]
+    found = load_prompts(datasets, tiny_tokenizer(), 100)
+    assert [prompt.prompt_id for prompt in found] == [1, 3, 4, 5]
+    references = References(tiny_tokenizer(), (), 259, THINK, location=found.location)
+    for prompt, location in zip(found, ("2 of one", "2 of one", "1 of two", "2 of two"), strict=True):
+        with pytest.raises(UserError) as caught:
+            references.response_ids(replace(prompt, problem=replace(prompt.problem, reference=reference)))
+        file = f"{tmp_path}/{location.rpartition(' ')[2]}.jsonl"
+        assert f"line {location[0]} of {file}" in caught.value.problem
+        assert caught.value.key == "distillation.off_policy.column"

@@ -127,18 +127,16 @@ def test_the_text_after_the_reasoning_is_graded_as_in_validation() -> None:
         rollout("2", "2", "length"),
         rollout("2", ""),
     ]
-    assert train_grader("exact").verdicts(given) == ["right", "right", "wrong", "right", None]
+    assert [*map(train_grader("exact").verdict, given)] == ["right", "right", "wrong", "right", None]
     other = rollout("(3)2", "2")
-    assert train_grader("exact", ("(", ")")).verdicts([other]) == ["right"] and train_grader("exact").verdicts(
-        [other]
-    ) == ["wrong"]
+    assert [train_grader("exact", tags).verdict(other) for tags in (("(", ")"), THINK)] == ["right", "wrong"]
 
 
 def test_the_worker_process_of_a_grader_serves_all_steps_until_it_is_closed() -> None:
     found = train_grader("regex")
-    assert found.verdicts([rollout("ab", "b$")]) == ["right"]
+    assert found.verdict(rollout("ab", "b$")) == "right"
     first = found._grade._workers["regex"]._process
-    assert found.verdicts([rollout("ba", "b$")]) == ["wrong"]
+    assert found.verdict(rollout("ba", "b$")) == "wrong"
     assert found._grade._workers["regex"]._process is first and first.poll() is None
     found.close()
     assert first.poll() is not None and not found._grade._workers

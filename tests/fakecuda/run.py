@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,7 @@ from distill.metrics.step import Metrics  # noqa: E402
 from distill.model.student import Student  # noqa: E402
 from distill.model.teacher import ShardedTeacher  # noqa: E402
 from distill.rollout.engine import EngineBase  # noqa: E402
+from distill.rollout.generation import Generated  # noqa: E402
 from distill.rollout.sync import WeightSync  # noqa: E402
 from distill.train import train  # noqa: E402
 from distill.types import map_tensors  # noqa: E402
@@ -57,10 +58,9 @@ PHASES = ("sync", "teacher", "training")
 class FakeEngine(EngineBase):
     """A generation engine without a model: it receives the weights, and its memory is not counted."""
 
-    def __init__(self, world: FakeWorld, student: Any, rollouts: Callable[[int], list[Any]]) -> None:
+    def __init__(self, student: Any) -> None:
         manifest = {name: parameter.shape for name, parameter in student.model.named_hf_parameters()}
         super().__init__(manifest=manifest, window=2**20, valid_vocab=VALID_VOCAB, replica=0, replicas=1)
-        self._rollouts = rollouts
 
     def _wake_weights(self) -> None: ...
 
@@ -79,10 +79,7 @@ class FakeEngine(EngineBase):
     def _probe(self, token_ids: Sequence[int]) -> list[float]:
         return [-1.0] * (len(token_ids) - 1)
 
-    def generate(self, *_: Any, **__: Any) -> list[Any]:
-        return self._rollouts(self._version)
-
-    def _generate(self, *_: Any) -> list[Any]:
+    def _segments(self, *_: Any) -> list[Any]:
         return []
 
 
@@ -102,12 +99,10 @@ class FakeRun:
         total = config.distillation.num_prompts_per_step
         self._rollouts = lambda version: rollouts_of(case, total, version)
         self.first_step, self.last_step = 0, case.steps
-        self.responses = SimpleNamespace(
-            sampling_at=lambda step, prompts: None, select=lambda generated, prompts, step, metrics: generated
-        )
+        self.responses = SimpleNamespace(select=lambda own, batch, step, metrics: own)
+        self.generation = SimpleNamespace(generate=self._generated)
         self.checkpoints = SimpleNamespace(finalize_pending=lambda block: None)
         self.validation = SimpleNamespace(generate=lambda step: None)
-        self.prompts = SimpleNamespace(batch=lambda step: [rollout.prompt for rollout in self._rollouts(step)])
         self.micro_batches = 0
         """Number of student micro-batches of the last step."""
         self.transferred = 0
@@ -117,8 +112,13 @@ class FakeRun:
         """Build student and teacher; the FakeTensorMode must be active."""
         self.student, self.teacher = build_models(self.config, self.world, self.configs)
         self.teacher.offload()
-        self.engine = FakeEngine(self.world, self.student, self._rollouts)
+        self.engine = FakeEngine(self.student)
         self.sync = WeightSync(self.world, self.engine, self.student, VALID_VOCAB)
+
+    def _generated(self, step: int, metrics: Metrics) -> Generated:
+        rollouts = self._rollouts(step)
+        prompts = [rollout.prompt for rollout in rollouts]
+        return Generated(rollouts, prompts, prompts)
 
     def begin_step(self, step: int) -> Metrics:
         if step == self.last_step - 1:

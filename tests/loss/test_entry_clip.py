@@ -143,3 +143,40 @@ def test_entry_clip_over_the_complete_vocabulary_in_float32_and_bf16(config: Los
     bound = 2e-5 if dtype == torch.float32 else 6e-3
     for ours, expected in zip(found_gradients, exact_gradients, strict=True):
         assert (ours.double() - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+@pytest.mark.parametrize("outside", ["bucket", "renormalize"])
+def test_an_entry_that_is_impossible_for_the_teacher_has_the_clip_as_its_loss_and_no_gradient(
+    weight: float, outside: Any
+) -> None:
+    """Teacher (0.7, 0.3, 0) and student (0.2, 0.5, 0.3): the terms are negative, 0.26 (weight 0) and infinite."""
+    p, q, clip = [0.7, 0.3, 0.0], [0.2, 0.5, 0.3], 0.4
+    config = LossConfig("mixed", mixed_kl_weight=weight, entry_clip=clip, outside_topk=outside)
+    topk = TopK(torch.tensor([[0, 1, 2]]), torch.tensor([p], dtype=torch.float64).log(), torch.tensor([-math.inf]))
+    ratios = [math.log(p[v] / q[v]) for v in (0, 1)]
+    terms = [r * (weight * p[v] - (1 - weight) * q[v]) for v, r in enumerate(ratios)]
+    slopes = [(1 - weight) * q[v] * (1 - r) - weight * p[v] for v, r in enumerate(ratios)] + [0.0]
+    expected = torch.tensor([[s - q_v * sum(slopes) for s, q_v in zip(slopes, q, strict=True)]], dtype=torch.float64)
+    leaf = torch.tensor([q], dtype=torch.float64).log().requires_grad_()
+    kl_N = topk_kl(leaf, topk, config)
+    assert float(kl_N.detach()) == pytest.approx(sum(terms) + clip, rel=1e-12)
+    (gradient,) = torch.autograd.grad(kl_N.sum(), leaf)
+    assert_close(gradient, expected, 1e-12)
+    fused, (fused_gradient, _) = gradients(
+        lambda x, w: fused_linear_kl(x, w, topk, config, torch.ones(1)), leaf.detach(), torch.eye(3).double()
+    )
+    assert_close(fused.kl_sum, kl_N.sum(), 1e-12)
+    assert_close(fused_gradient * 3, expected, 1e-12)
+
+
+@pytest.mark.parametrize("cap", [None, 1.0])
+def test_an_infinite_reverse_kl_has_a_finite_gradient(cap: float | None) -> None:
+    """With token_kl_cap the loss is the cap; a row with a finite loss keeps its gradient."""
+    logprobs = torch.tensor([[0.7, 0.3, 0.0], [0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    topk = TopK(torch.tensor([[0, 1, 2]] * 2), logprobs, torch.full((2,), -math.inf))
+    leaf = Q.log().expand(2, 3).clone().requires_grad_()
+    kl_N = topk_kl(leaf, topk, LossConfig("reverse", outside_topk="bucket", token_kl_cap=cap))
+    kl_N.sum().backward()
+    assert float(kl_N[0]) == (math.inf if cap is None else cap)
+    assert leaf.grad is not None and leaf.grad.isfinite().all() and (leaf.grad[1] != 0).all()

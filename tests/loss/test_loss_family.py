@@ -255,6 +255,17 @@ def test_token_kl_cap_makes_an_infinite_row_finite() -> None:
     assert (leaf.grad[0] == 0).all() and leaf.grad[1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("k", [0, 8])
+def test_all_rows_above_token_kl_cap_have_exactly_the_same_loss(k: int) -> None:
+    """Otherwise ``token_weights.select`` would order them by rounding, which depends on the layout."""
+    hidden, head, t_hidden, t_head = rows_and_head(64, 100, 8, dtype=torch.float32)
+    targets = exact_topk(t_hidden @ t_head.t(), k) if k else TeacherRows(t_hidden, t_head)
+    values: dict[str, Tensor] = {}
+    config = LossConfig("forward", token_kl_cap=0.01)
+    fused_linear_kl(hidden, head, targets, config, torch.ones(64), topk_logits_k=k, row_values=values)
+    assert set(values["loss"].tolist()) == {float(torch.tensor(0.01))}
+
+
 @pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_complete_vocabulary_in_float32_and_bf16(config: LossConfig, dtype: torch.dtype) -> None:

@@ -98,6 +98,14 @@ def test_soft_or_combines_scaled_entropy_and_divergence() -> None:
     assert _found(_selecting("soft_or", 0.3), equal) == [[0, 0, 1]], "equal entropies are scaled to 0"
 
 
+def test_soft_or_selects_the_earlier_of_tokens_with_the_largest_divergence() -> None:
+    """With the largest divergence the score is 1 for every entropy: rounding of the entropies has no influence."""
+    entropies = [0.1 + 0.0137 * i for i in range(60)]
+    rows = _rows([61], student_entropy=[[0.0, *entropies]], loss=[[0.0] + [2.0] * 60])
+    expected = [0.0] + [1.0] * 30 + [0.0] * 30
+    assert _found(_selecting("soft_or", 30 / 61), rows) == [expected]
+
+
 def test_prefix_importance_of_hand_worked_responses() -> None:
     """|A| = 0.1, 0.3, 0, 0.6, so the ratios are 0, 0.1, 0.4, 0.4; of the second response 0; the third is off-policy."""
     rows = _rows(

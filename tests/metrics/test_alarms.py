@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
-from distill.config import AlarmConfig, DistillationConfig
+from distill.config import AlarmConfig, DistillationConfig, PartialRolloutsConfig
 from distill.metrics.alarms import Alarms, Event, Update
 
 SHARE, CUT, LENGTH = "train/repeated_token_share", "train/truncation_rate", "train/mean_gen_tokens_per_sample"
@@ -163,6 +164,17 @@ def test_the_baseline_restarts_where_the_maximum_length_of_responses_changes() -
     assert events(found) == [("length", "start", 20)]
     assert found[19].events[0].baseline == 30.0 and "steps 10 to 14" in found[19].events[0].message
     assert events(run(default(), LENGTH, lengths)) == [("length", "start", 12)]
+
+
+def test_the_baseline_restarts_when_the_lengths_with_partial_rollouts_are_representative() -> None:
+    """The first three steps train on short responses, and a new limit applies after three more steps."""
+    partial = DistillationConfig(partial_rollouts=PartialRolloutsConfig(True, max_age=2))
+    lengths = [*[10.0] * 3, *[30.0] * 5, *[50.0] * 3, *[70.0] * 3]
+    found = run(Alarms.of(partial), LENGTH, lengths)
+    assert events(found) == [("length", "start", 14)] and found[13].events[0].baseline == 30.0
+    assert events(run(default(), LENGTH, lengths)) == [("length", "start", 11)], "twice the mean 18 of steps 1 to 5"
+    schedule = replace(partial, max_new_tokens_schedule=((12, 64),))
+    assert not events(run(Alarms.of(schedule), LENGTH, [*lengths[:11], *[30.0] * 3, *[70.0] * 9]))
 
 
 @pytest.mark.parametrize("metric", [SHARE, "train/student_entropy", "train/topk_overlap"])

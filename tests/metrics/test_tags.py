@@ -10,6 +10,8 @@ GROUPS = {
     "train/loss": "learning/loss",
     "train/position/forward_kl_1": "position/forward_kl_1",
     "train/truncation_rate": "responses/truncation_rate",
+    "train/partial/age_mean": "responses/partial/age_mean",
+    "train/partial/older_token_share": "responses/partial/older_token_share",
     "train/context_distillation_trace_coverage": "context/trace_coverage",
     "train/tokens_per_sec_per_gpu": "throughput/tokens_per_sec_per_gpu",
     "timing/train/valid_tokens_per_sec_per_gpu": "throughput/valid_tokens_per_sec_per_gpu",

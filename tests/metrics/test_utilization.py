@@ -7,7 +7,8 @@ import torch
 
 from distill.batching.flops import ModelFlops
 from distill.config import TokenWeightsConfig
-from distill.metrics.utilization import PEAKS, Utilization, device_peak, peak_flops
+from distill.config.gpus import GPUS
+from distill.metrics.utilization import Utilization, device_peak, peak_flops
 from distill.types import Problem, Prompt, Rollout
 
 TINY = ModelFlops(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=7)
@@ -54,7 +55,7 @@ def test_a_layer_with_a_window_has_at_most_window_pairs_per_token() -> None:
 def test_the_peak_follows_from_the_name_of_the_gpu(name: str, tflops: float | None) -> None:
     assert peak_flops(name, torch.bfloat16) == (None if tflops is None else tflops * 1e12)
     assert peak_flops(name, torch.float32) is None and device_peak(torch.device("cpu"), torch.bfloat16) is None
-    assert all(peak_flops(f"NVIDIA {known}", torch.float16) == peak for known, peak in PEAKS.items())
+    assert all(peak_flops(f"NVIDIA {gpu.words}", torch.float16) == gpu.tflops * 1e12 for gpu in GPUS)
 
 
 def test_mfu_is_the_fraction_of_the_peak_in_the_training_phase() -> None:

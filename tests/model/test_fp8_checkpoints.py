@@ -222,12 +222,18 @@ def test_the_engine_of_an_fp8_student_is_not_quantized(folder: Path, monkeypatch
     monkeypatch.setattr(vllm_engine, "VllmEngine", lambda *args: given.append(args[-1]))
     generation = SimpleNamespace(
         vllm_cfg=SimpleNamespace(
-            gpu_memory_utilization=0.5, enforce_eager=True, max_model_len=64, tensor_parallel_size=1
+            gpu_memory_utilization=0.5,
+            enforce_eager=True,
+            max_model_len=64,
+            tensor_parallel_size=1,
+            speculative=None,
         ),
         vllm_kwargs={},
         engine_window=64,
     )
-    config: Any = SimpleNamespace(policy=SimpleNamespace(precision="float32", generation=generation))
+    loop = SimpleNamespace(partial_rollouts=SimpleNamespace(enabled=False))
+    policy = SimpleNamespace(precision="float32", generation=generation)
+    config: Any = SimpleNamespace(policy=policy, distillation=loop)
     to_fp8(folder, "fp8 in blocks")
     files = find_model(str(folder), "policy.model_name")
     world: Any = SimpleNamespace(device=torch.device("cpu"), size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,28 @@ from transformers import AutoModelForCausalLM
 from distill.model.checksum import bit_sums_by_name
 from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
-from distill.rollout.engine import SyncError, longest_first, response_seed
+from distill.rollout.engine import SyncError
+from distill.rollout.requests import Segment, longest_first, requests_of, response_seed, rollout_of
 from distill.rollout.transformers_engine import (
     TransformersEngine,
+    batches_of,
     draw,
     processed_logprobs,
 )
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.harness import CompleteWeights
 from tests.helpers import save_tiny_model
+from tests.rollout.segment_scenarios import (
+    GREEDY,
+    SAMPLED,
+    FixedCutoff,
+    check_continued,
+    check_cut,
+    check_greedy_continuation,
+    check_logprobs,
+    check_reports,
+    segment_scenarios,
+)
 
 VALID = 300  # ids from this one on are padding of the vocabulary
 WINDOW = 100
@@ -281,7 +295,7 @@ def test_generation_neither_reads_nor_changes_the_global_random_state(ready) -> 
 
 
 def test_the_longest_prompt_comes_first() -> None:
-    assert longest_first(_prompts(3, 9, 20, 9)) == [2, 1, 3, 0]
+    assert longest_first(requests_of(_prompts(3, 9, 20, 9), _sampling(), 0, WINDOW)) == [2, 1, 3, 0]
 
 
 def test_seeds_of_neighbouring_responses_differ() -> None:
@@ -330,8 +344,9 @@ def test_processed_log_probs_are_those_of_the_sampled_distribution() -> None:
 
 def test_a_response_whose_stop_tokens_contradict_its_finish_is_refused(ready, monkeypatch) -> None:
     def generate(response: tuple[int, ...], finish: str) -> None:
-        made = [Rollout(_prompts(3)[0], 0, response, (-1.0,) * len(response), finish, 7)]  # type: ignore[arg-type]
-        monkeypatch.setattr(ready, "_generate", lambda *args: made)
+        (request,) = requests_of(_prompts(3), _sampling(), 0, WINDOW)
+        made = [Segment(request, response, (-1.0,) * len(response), finish)]  # type: ignore[arg-type]
+        monkeypatch.setattr(ready, "_segments", lambda *args: made)
         ready.generate(_prompts(3), _sampling(), 0)
 
     generate((1, 2, 5), "stop")
@@ -339,3 +354,101 @@ def test_a_response_whose_stop_tokens_contradict_its_finish_is_refused(ready, mo
     for response, finish in (((1, 2, 3), "stop"), ((1, 5, 2), "length"), ((5, 2, 5), "stop"), ((1, 5), "length")):
         with pytest.raises(RuntimeError, match=rf"{len(response)} tokens.*{finish}"):
             generate(response, finish)
+
+
+def test_a_cut_segment_contains_no_stop_token_and_may_be_empty(ready, monkeypatch) -> None:
+    (request,) = requests_of(_prompts(3), _sampling(), 0, WINDOW)
+
+    def run(ids: tuple[int, ...], finish: str) -> list[Segment]:
+        made = [Segment(request, ids, (-1.0,) * len(ids), finish)]  # type: ignore[arg-type]
+        monkeypatch.setattr(ready, "_segments", lambda *args: made)
+        found: list[Segment] = ready.segments([request], _sampling())
+        assert found == made
+        return found
+
+    run((), "cut")
+    run((1, 2), "cut")
+    for ids, finish in (((1, 5), "cut"), ((5, 1), "cut"), ((), "length"), ((), "stop")):
+        with pytest.raises(RuntimeError, match=finish):
+            run(ids, finish)
+
+
+def test_a_cutoff_only_truncates_segments(folder) -> None:
+    seen = segment_scenarios(_ready(folder), SAMPLED, needed=6)
+    check_cut(seen)
+    check_reports(seen)
+    check_continued(seen)
+    check_logprobs(folder, seen["continued"], SAMPLED)
+    lengths = [len(segment.ids) for segment in seen["called"]]
+    assert lengths == sorted(lengths), "reported in the order in which they end"
+    assert 1 < seen["cutoff"].reads < max(map(len, (s.ids for s in seen["cut"]))), "not read at every token"
+
+
+def test_a_continued_greedy_segment_equals_the_uninterrupted_response(folder) -> None:
+    check_greedy_continuation(segment_scenarios(_ready(folder), GREEDY, needed=2))
+
+
+def test_every_batch_runs_until_the_bound(folder) -> None:
+    requests = requests_of(_prompts(3, 9, 20), _sampling(stop_token_ids=()), 0, WINDOW)
+    for batch_size in (64, 2):
+        segments = _ready(folder, batch_size).segments(requests, _sampling(stop_token_ids=()), FixedCutoff(3))
+        assert [(len(segment.ids), segment.finish) for segment in segments] == [(3, "cut")] * 3
+
+
+def test_generate_returns_the_complete_segments(ready) -> None:
+    sampling = _sampling(responses_per_prompt=2, logprob_interval=2)
+    segments = ready.segments(requests_of(_prompts(7, 3, 20), sampling, 4, WINDOW), sampling)
+    rollouts = ready.generate(_prompts(7, 3, 20), sampling, 4)
+    assert rollouts == [rollout_of(segment, 7) for segment in segments]
+    assert {bool(rollout.logprobs) for rollout in rollouts} == {True, False}
+
+
+def test_an_error_in_a_callback_ends_the_generation_and_cancelling_returns_nothing(ready) -> None:
+    requests = requests_of(_prompts(7, 3), _sampling(), 4, WINDOW)
+
+    def failing(segment: Segment) -> None:
+        raise LookupError(segment.request.prompt.prompt_id)
+
+    with pytest.raises(LookupError):
+        ready.segments(requests, _sampling(), on_ended=failing)
+    assert ready.segments(requests, _sampling(), FixedCutoff(3), cancelled=lambda: True) == []
+    assert [len(segment.ids) for segment in ready.segments(requests, _sampling(), FixedCutoff(3))] == [3, 3]
+
+
+def test_an_invalid_segment_is_refused_before_it_is_reported(ready) -> None:
+    requests = requests_of(_prompts(3), _sampling(), 0, WINDOW)
+    ready._model.model.norm.weight.data.fill_(torch.nan)
+    called: list[Segment] = []
+    with pytest.raises(RuntimeError, match="not finite"):
+        ready.segments(requests, _sampling(temperature=0.0), on_ended=called.append)
+    assert not called
+
+
+def test_a_continued_input_outside_window_or_vocabulary_is_refused(ready) -> None:
+    (request,) = requests_of(_prompts(3), _sampling(), 0, WINDOW)
+    for ids, limit in (((1,) * (WINDOW - 3), WINDOW), ((VALID,), VALID - 1)):
+        with pytest.raises(RuntimeError, match=rf"prompt 0 .*\b{limit}\b"):
+            ready.segments([replace(request, generated_ids=ids)], _sampling())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches"),
+    [
+        (8, [[[2, 3], [4], [5], [0, 1], [6, 7]]]),
+        (4, [[[2, 3], [4], [5]], [[0, 1], [6, 7]]]),
+        (3, [[[2, 3], [4]], [[5], [0, 1]], [[6, 7]]]),
+        (1, [[[2, 3]], [[4]], [[5]], [[0, 1]], [[6, 7]]]),
+    ],
+)
+def test_requests_with_the_same_input_share_a_prefill(batch_size, batches) -> None:
+    two = requests_of(_prompts(5, 9), _sampling(responses_per_prompt=2), 0, WINDOW)
+    continued = [replace(two[i], generated_ids=(1, 2, 3, i)) for i in (0, 1)]
+    other = requests_of(_prompts(5, 5, 5)[2:], _sampling(responses_per_prompt=2), 0, WINDOW)
+    assert batches_of([*two, *continued, *other], batch_size) == batches
+
+
+def test_omitted_responses_do_not_change_the_batches_of_prompts() -> None:
+    sampling = _sampling(responses_per_prompt=3, omitted=((0, 1), (1, 0), (1, 2)))
+    requests = requests_of(_prompts(9, 7, 5), sampling, 0, WINDOW)
+    assert batches_of(requests, 7, per_prompt=3) == [[[0, 1], [2]], [[3, 4, 5]]], "two prompts of three responses fit"
+    assert batches_of(requests, 7) == [[[0, 1], [2], [3, 4, 5]]]

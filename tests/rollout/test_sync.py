@@ -393,3 +393,4 @@ def test_the_wait_for_the_slowest_rank_is_a_fraction_of_generation() -> None:
     values = {"timing/train/generation": 3.0, "timing/train/generation_slowest": 4.0}
     assert waits(values) == {"timing/train/generation_wait_share": 0.25}
     assert waits({}) == {}
+    assert waits(values | {"timing/train/generation_busy": 1.0}) == {"timing/train/generation_wait_share": 0.75}

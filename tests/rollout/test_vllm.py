@@ -6,9 +6,10 @@ the results.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from distill.model.student import Student
 from distill.rollout.engine import SyncError
 from distill.rollout.factory import check_backend
 from distill.rollout.gather import gather_rollouts
+from distill.rollout.requests import Request, Segment, requests_of
 from distill.rollout.sync import WeightSync
 from distill.rollout.transformers_engine import TransformersEngine, processed_logprobs
 from distill.rollout.vllm_config import ARCHITECTURES
@@ -37,6 +39,7 @@ from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.harness import CompleteWeights, config_for
 from tests.helpers import free_port, run_ranks, save_tiny_model
+from tests.rollout import segment_scenarios as scenarios
 from tests.rollout.scripted_vllm import plain_fields, plain_run
 from tests.rollout.test_sync import FakeMemory
 from tests.rollout.vllm_loop_scenarios import loop_scenarios
@@ -62,6 +65,9 @@ NUCLEUS = replace(SAMPLED, top_p=0.9, top_k=40, stop_token_ids=())
 KEY, VALUE = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "kv")
 EXCHANGED = {KEY: VALUE, VALUE: KEY}
 
+
+SEGMENTS = (("sampled segments", scenarios.SAMPLED, 6), ("greedy segments", scenarios.GREEDY, 2))
+"""Name, sampling and number of segments that end by themselves, for each of the scenarios of segments."""
 
 LIMITS = {"max_num_batched_tokens": 2 * WINDOW, "max_num_seqs": 2 * WINDOW}
 """Maximum number of tokens, and of requests, of an engine step."""
@@ -121,15 +127,22 @@ def _awake(engine: Any, tensors: dict[str, torch.Tensor], version: int) -> Any:
 def _cached(engine: VllmEngine, responses: int) -> list[int]:
     """Return, for each response to a prompt of 40 tokens, how many of its tokens were in the cache."""
     prompt = Prompt(9, tuple(range(100, 140)), Problem("p"))
-    requests = [(prompt.student_ids, engine._params(prompt, a, SAMPLED, 0)) for a in range(responses)]
-    return [output.num_cached_tokens for output in plain_run(engine._engine, requests)]
+    return _cached_tokens(engine, requests_of([prompt], replace(SAMPLED, responses_per_prompt=responses), 0, WINDOW))
+
+
+def _cached_tokens(engine: VllmEngine, requests: list[Request]) -> list[int]:
+    """Return how many input tokens of each request were in the cache."""
+    return [output.num_cached_tokens for output in plain_run(engine._engine, _with_params(engine, requests, SAMPLED))]
+
+
+def _with_params(engine: VllmEngine, requests: list[Request], sampling: Sampling) -> list[tuple[Sequence[int], Any]]:
+    return [(request.input_ids, engine._params(request, sampling)) for request in requests]
 
 
 def _by_plain_loop(engine: VllmEngine, sampling: Sampling) -> list[tuple[list[int], list[float], str]]:
     """Generate the responses to PROMPTS at step 0 with LLMEngine.step: token ids, log-probs and finish reasons."""
-    responses = [(prompt, g) for prompt in PROMPTS for g in range(sampling.responses_per_prompt)]
-    requests = [(prompt.student_ids, engine._params(prompt, g, sampling, 0)) for prompt, g in responses]
-    return [plain_fields(output) for output in plain_run(engine._engine, requests)]
+    requests = requests_of(PROMPTS, sampling, 0, WINDOW)
+    return [plain_fields(output) for output in plain_run(engine._engine, _with_params(engine, requests, sampling))]
 
 
 CACHE_OR_ON_HOST = {"kv_cache", "_k_scale_cpu", "_v_scale_cpu"}
@@ -181,6 +194,10 @@ def _alone(folder: Path) -> dict[str, Any]:
     many = _prompts(*[40] * 8)
     seen["many"] = engine.generate(many, SAMPLED, 0), [r for p in many for r in engine.generate([p], SAMPLED, 0)]
     seen["nucleus"] = engine.generate(PROMPTS, NUCLEUS, 0)
+    for name, sampling, needed in SEGMENTS:
+        seen[name] = scenarios.segment_scenarios(
+            engine, sampling, needed, after_cut=lambda requests: _cached_tokens(engine, requests)
+        )
     seen["another step"] = engine.generate(PROMPTS, SAMPLED, 1)
     seen["refused"] = {
         "a prompt as long as the window": _error(lambda: engine.generate(_prompts(WINDOW), GREEDY, 0)),
@@ -404,6 +421,42 @@ def test_responses_end_at_a_stop_token_or_the_limit_and_keep_their_order(alone) 
         assert max(r.response_ids) < VALID and r.version == 3
 
 
+@pytest.mark.parametrize("engine", ["one rank", "two ranks"])
+def test_a_cutoff_only_truncates_segments(request, engine) -> None:
+    ranks = [request.getfixturevalue("alone")] if engine == "one rank" else request.getfixturevalue("qwen3")[2]
+    for seen in (rank[name] for rank in ranks for name, *_ in SEGMENTS):
+        scenarios.check_cut(seen)
+
+
+@pytest.mark.parametrize("engine", ["one rank", "two ranks"])
+def test_continued_segments_depend_on_input_and_seed_only(request, engine) -> None:
+    ranks = [request.getfixturevalue("alone")] if engine == "one rank" else request.getfixturevalue("qwen3")[2]
+    for rank in ranks:
+        scenarios.check_continued(rank["sampled segments"])
+        scenarios.check_greedy_continuation(rank["greedy segments"])
+
+
+def test_log_probs_of_continued_segments_are_those_of_the_sampled_distribution(alone) -> None:
+    continued = alone["sampled segments"]["continued"]
+    scenarios.check_logprobs(alone["folder"], continued, scenarios.SAMPLED)
+
+
+def test_ended_segments_are_reported_once_by_the_rank_that_returns_them(alone, qwen3) -> None:
+    for name, *_ in SEGMENTS:
+        scenarios.check_reports(alone[name])
+        first, second = (rank[name] for rank in qwen3[2])
+        assert first["called"] and second["called"], "both ranks return segments"
+        scenarios.check_reports({**first, "called": first["called"] + second["called"]})
+        assert (second["cutoff"].lengths, second["cutoff"].reads) == ([], 0), "only the first rank has a cutoff"
+
+
+def test_a_continued_segment_uses_the_cache_of_the_tokens_before_it(alone) -> None:
+    """Its first block of 32 tokens contains the prompt of 30 tokens and two generated tokens."""
+    seen = alone["sampled segments"]
+    cached = dict(zip([s.request.prompt.prompt_id for s in seen["continued"]], seen["after cut"], strict=True))
+    assert cached == {0: 32, 2: 32, 4: 32}
+
+
 def test_memory_is_checked_before_waking_and_measured_after_sleep(alone) -> None:
     assert "gpu_memory_utilization" in alone["no memory"]
     assert alone["residual"] == 5 * 2**30
@@ -477,10 +530,17 @@ def _pair(folder: Path, tp: int) -> dict[str, Any]:
     _awake(plain, {name: tensor.clone() for name, tensor in student.weights()}, 1)
     seen["plain"] = plain.generate(PROMPTS, GREEDY, 0)
     if tp > 1:
+        gather = functools.partial(_gathered, world)
+        for name, sampling, needed in SEGMENTS:
+            seen[name] = scenarios.segment_scenarios(engine, sampling, needed, gather)
         _disagree(engine, world, seen)
     world.barrier()
     engine.close()
     return seen
+
+
+def _gathered(world: World, own: list[Segment]) -> list[Segment]:
+    return [segment for part in world.gather(own) for segment in part]
 
 
 def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
@@ -489,6 +549,9 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     seen["prompts"] = _error(lambda: engine.generate(PROMPTS[: 3 if other else 4], GREEDY, 0))
     warmer = SimpleNamespace(**{**vars(SAMPLED), "temperature": 0.9 if other else 0.8})
     seen["sampling"] = _error(lambda: engine.generate(PROMPTS, warmer, 0))  # type: ignore[arg-type]
+    requests, cutoff = requests_of(PROMPTS, GREEDY, 0, WINDOW), scenarios.FixedCutoff(3) if other else None
+    seen["cutoff"] = _error(lambda: engine.segments(requests, GREEDY, cutoff))
+    seen["bound"] = engine.segments(requests, GREEDY, scenarios.FixedCutoff(7 if other else 3))
     norm: Any = engine._weights.model.get_parameter("model.norm.weight")
     engine.sleep()
     engine.wake("weights")
@@ -499,10 +562,8 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     run = engine._run
 
     def drifted(*args: Any, **kwargs: Any) -> list[Any]:
-        responses = run(*args, **kwargs)
-        if other:
-            responses[0].token_ids[0] ^= 1
-        return responses
+        first, *rest = run(*args, **kwargs)
+        return [replace(first, ids=(first.ids[0] ^ 1, *first.ids[1:])) if other else first, *rest]
 
     engine.state = "ready"
     engine._llm.wake_up(tags=["kv_cache"])
@@ -581,10 +642,16 @@ def test_every_response_is_returned_by_one_rank(qwen3) -> None:
         assert [sum(counts) for counts in zip(*(rank["own"] for rank in ranks), strict=True)] == [4, 12]
 
 
+def test_the_ranks_of_an_engine_use_the_bound_of_the_first_rank(qwen3) -> None:
+    bounded = [segment for rank in qwen3[2] for segment in rank["bound"]]
+    assert len(bounded) == len(PROMPTS) and {len(segment.ids) for segment in bounded} == {3}
+
+
 def test_different_inputs_weights_or_outputs_of_an_engines_ranks_are_found(qwen3) -> None:
     for rank in qwen3[2]:
         assert "prompts" in rank["prompts"]
         assert "sampling" in rank["sampling"]
+        assert "sampling" in rank["cutoff"]
         assert "responses" in rank["responses"]
         assert rank["one rank's weights"] == ("model.norm.weight", "memory")
 
@@ -630,6 +697,21 @@ def test_aborted_requests_leave_nothing_behind(alone) -> None:
     early, *left = seen["aborted"]
     assert 0 < early < 60 and left == [0, False, 0]
     assert seen["after abort"] == seen["expected"]
+
+
+def test_cut_requests_return_their_tokens_although_some_started_late(alone) -> None:
+    """With asynchronous scheduling, results in progress at the cut are discarded."""
+    seen = alone["loop"]
+    cut = [
+        (ids, len(full))
+        for (ids, _, finish), (full, *_) in zip(seen["cut"], seen["expected"], strict=True)
+        if not finish
+    ]
+    assert cut and all(5 <= len(ids) < complete for ids, complete in cut)
+    for (ids, logprobs, finish), (full, full_logprobs, full_finish) in zip(seen["cut"], seen["expected"], strict=True):
+        assert (ids, logprobs) == (full[: len(ids)], full_logprobs[: len(ids)])
+        assert finish in ("", full_finish) and (not finish or ids == full)
+    assert seen["after cut"] == seen["expected"]
 
 
 def test_a_sleeping_engine_accepts_no_requests(alone) -> None:

@@ -23,6 +23,11 @@ from tests.harness import config_for
 from tests.helpers import save_tiny_model
 
 GIB = 2**30
+PARTIAL = (
+    "distillation.partial_rollouts.enabled=true",
+    "distillation.partial_rollouts.finish_share=0.6",
+    "policy.generation_batch_size=4096",
+)
 
 
 @pytest.fixture
@@ -118,6 +123,13 @@ def test_memory_outside_torch_is_what_the_default_pool_does_not_hold(monkeypatch
             ["distillation.num_prompts_per_step=64", "distillation.val_period=5", "distillation.max_val_samples=512"],
             8,
             {"max_num_seqs": 64},
+        ),
+        (["distillation.num_prompts_per_step=60", *PARTIAL], 1, {"max_num_seqs": 104}),  # 60 / 0.6 = 100
+        (["distillation.num_prompts_per_step=60", *PARTIAL], 2, {"max_num_seqs": 56}),
+        (
+            ["distillation.num_prompts_per_step=900", *PARTIAL],
+            1,
+            {"max_num_seqs": 1504, "max_cudagraph_capture_size": 1504},
         ),
         (["distillation.num_prompts_per_step=700"], 1, {"max_num_seqs": 704, "max_cudagraph_capture_size": 704}),
         (["distillation.num_prompts_per_step=5000"], 1, {"max_num_seqs": 1024, "max_cudagraph_capture_size": 1024}),

@@ -50,6 +50,16 @@ def _drain(loop: RequestLoop, requests: list[tuple[list[int], Any]]) -> list[tup
     return [_fields(found[number]) for number in numbers]
 
 
+def _cut(loop: RequestLoop, requests: list[tuple[list[int], Any]], bound: int) -> list[tuple[Any, ...]]:
+    """Run the requests, more than can run together, until each unfinished one has ``bound`` tokens; cut these."""
+    numbers = [loop.add(*request) for request in requests]
+    found: dict[int, Response] = {}
+    while loop.unfinished and loop.fewest_tokens() < bound:
+        found.update((response.number, response) for response in loop.poll())
+    found.update((response.number, response) for response in loop.abort())
+    return [_fields(found[number]) for number in numbers]
+
+
 def _expected(params: Any) -> tuple[list[int], list[float], str]:
     """Return what the script defines for a request, by hand."""
     tokens = []
@@ -77,6 +87,8 @@ def loop_scenarios(folder: Path) -> dict[str, Any]:
     loop.abort()
     seen["aborted"] = (len(early), loop.unfinished, core.scheduler.has_requests(), len(loop.poll()))
     seen["after abort"] = _drain(loop, requests)
+    seen["cut"] = _cut(loop, requests, 5)
+    seen["after cut"] = _drain(loop, requests)
     core.model_executor.sleep(1)
     try:
         loop.add(*requests[0])

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from distill.config import load_config
 from scripts import experiments, study
 from scripts.experiments import Estimate, estimate, step_rows, step_seconds, training_seconds
 from scripts.launch import ROOT
+from scripts.make_problems import FORMS, texts
 from scripts.study import (
     SEEDS,
     Arm,
@@ -21,6 +23,8 @@ from scripts.study import (
     differences,
     graded,
     measured,
+    partial,
+    scheduled,
     steps_that_fit,
     summary,
     table,
@@ -141,6 +145,49 @@ def test_rates_are_those_of_the_first_and_last_validation(run_dir: Path) -> None
     assert found["rise"] == 0.5
 
 
+def test_lengths_and_waits_are_means_over_steps_and_trained_tokens_a_sum(run_dir: Path) -> None:
+    by_step: list[tuple[Any, ...]] = [
+        (40.0, 8.0, 0.5, None),
+        (100.0, 4.0, 0.25, 0.0),
+        (120.0, 3.0, 0.0, 0.3),
+        (140.0, 5.0, 0.25, 0.3),
+    ]
+    names: tuple[str, ...] = ("train/mean_gen_tokens_per_sample", "timing/train/generation_slowest")
+    names += ("timing/train/generation_wait_share", "train/partial/older_token_share")
+    rows = [_row(step, 5.0) | dict(zip(names, values, strict=True)) for step, values in enumerate(by_step, 1)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "validation" / "step_2.jsonl").rename(run_dir / "validation" / "step_4.jsonl")
+    found = scheduled(run_dir)
+    assert (found["generation seconds per step"], found["wait share"], found["trained tokens"]) == (5.0, 0.25, 1000.0)
+    assert (found["length, first third of steps"], found["length, last third of steps"]) == (40.0, 140.0)
+    assert found["share of older tokens"] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize(("overrides", "in_progress"), [((), 16), (study.PARTIAL, 22)])
+def test_the_recipe_of_partial_rollouts_is_valid_in_both_arms(overrides: tuple[str, ...], in_progress: int) -> None:
+    config = load_config(["--config", str(ROOT / "recipes/study/long-cpu.yaml"), *overrides])
+    assert (config.distillation.responses_per_step, config.distillation.most_in_progress) == (16, in_progress)
+
+
+def test_partial_rollouts_train_as_many_steps_as_fit_into_the_time_of_the_other_arm(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of 3.75 and 4.75 s, and a pilot with the same: 8.5 s are two steps, 18 s would be four."""
+    started: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def train(self: Request, experiment: str, arm: Arm, seed: int, *more: str) -> Path:
+        started.append((arm.name, seed, more))
+        assert (arm.overrides == study.PARTIAL) == (arm.name != "lockstep")
+        return run_dir
+
+    monkeypatch.setattr(Request, "train", train)
+    found = partial(Request((), keep=False))
+    assert started[0][:2] == ("pilot", 1)
+    fitting = ("distillation.max_num_steps=2",)
+    assert started[1:] == [run for seed in SEEDS for run in (("lockstep", seed, ()), ("partial", seed, fitting))]
+    assert found["lengths"]["partial"] == [[0.0, 0.0]] * 3 and found["runs"].keys() == {"lockstep", "partial"}
+
+
 def test_a_finished_run_is_kept_only_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
@@ -197,3 +244,15 @@ def test_held_out_sums_are_right_and_not_in_the_training_file() -> None:
         assert int(problem["answer"]) == int(first) + {"+": 1, "-": -1}[sign] * int(second)
     train, held_out = ({problem["question"] for problem in part} for part in parts)
     assert (len(train), len(held_out), train & held_out) == (136, 64, set())
+
+
+def test_held_out_texts_have_all_forms_and_are_not_in_the_training_file() -> None:
+    parts = []
+    for name in ("text_train", "text_validation"):
+        lines = (ROOT / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        parts.append([json.loads(line) for line in lines])
+    assert [*parts[0], *parts[1]] == list(texts(seed=7)), "python scripts/make_problems.py"
+    train, held_out = ({problem["question"] for problem in part} for part in parts)
+    assert (len(train), len(held_out), train & held_out) == (256, 32, set())
+    starts = [form.partition("{}")[0] for form in FORMS]
+    assert [sum(question.startswith(start) for question in held_out) for start in starts] == [4] * 8

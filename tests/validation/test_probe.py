@@ -14,7 +14,7 @@ from distill.checkpoint import changed_keys
 from distill.config import Config
 from distill.data.teacher_prefix import Prefix
 from distill.errors import UserError
-from distill.rollout.engine import response_limit, stream_seed
+from distill.rollout.requests import response_limit, stream_seed
 from distill.supervise.stop import StopRequested
 from distill.types import Problem, Prompt, Rollout, Sampling
 from distill.validation import HeldOut, Validation

@@ -24,8 +24,8 @@ from distill.data.teacher_prefix import Prefix, PrefixStats
 from distill.errors import UserError
 from distill.metrics.sinks import Samples, open_recorder
 from distill.metrics.summary import summary, validation_line
-from distill.rollout.engine import response_seed, stream_seed
 from distill.rollout.factory import validation_sampling_of
+from distill.rollout.requests import response_seed, stream_seed
 from distill.supervise.stop import StopRequested
 from distill.types import Problem, Prompt, Rollout, Sampling
 from distill.validation import HeldOut, Validation, load_held_out, validation_config

@@ -1,0 +1,65 @@
+"""Numbers of all training responses of a run, and the order in which they are started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from distill.rollout.pool import PooledResponse
+from distill.rollout.requests import Request, requests_of
+from distill.types import Prompt, Sampling
+
+
+def response_order(step: int, position: int, response_index: int, prompts: int, responses_per_prompt: int) -> int:
+    """Return the number of a response among all responses of the run, also those from the dataset.
+
+    ``step``: step whose batch contains the response's prompt. ``position``: index of the prompt in this batch of
+    ``prompts`` prompts.
+    """
+    return (step * prompts + position) * responses_per_prompt + response_index
+
+
+def numbered_requests(prompts: Sequence[Prompt], sampling: Sampling, step: int, window: int) -> list[Request]:
+    """Return requests for new responses to the complete batch of prompts of a step, each with its number.
+
+    Arguments as in ``requests_of``.
+    """
+    position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
+
+    def numbered(request: Request) -> Request:
+        at, each = position[request.prompt.prompt_id], sampling.responses_per_prompt
+        return replace(request, order=response_order(step, at, request.response_index, len(prompts), each))
+
+    return [numbered(request) for request in requests_of(prompts, sampling, step, window)]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The responses that the student generates, in the order of the data: the batches of prompts of all steps."""
+
+    batch: Callable[[int], Sequence[Prompt]]
+    """Returns the batch of prompts of a step."""
+    sampling_at: Callable[[int, Sequence[Prompt]], Sampling]
+    """Returns the sampling settings of a step, without the responses of the dataset, from its prompts."""
+    window: int
+    """The engine's maximum number of tokens of a prompt and its response together."""
+    responses_per_step: int
+    """Number of responses of a step, with those from the dataset."""
+
+    def new(self, first: int, count: int, step: int) -> list[PooledResponse]:
+        """Return the next ``count`` responses from number ``first`` on, which are started in ``step``.
+
+        Their limits are those of ``step``. Their seeds are those of the steps to which their prompts belong.
+        """
+        found: list[PooledResponse] = []
+        batch = first // self.responses_per_step
+        while len(found) < count:
+            requests = [request for request in self._requests(batch, step) if request.order >= first]
+            found += [PooledResponse.of(request, batch, step) for request in requests[: count - len(found)]]
+            batch += 1
+        return found
+
+    def _requests(self, batch: int, step: int) -> list[Request]:
+        prompts = self.batch(batch)
+        sampling = replace(self.sampling_at(step, ()), omitted=self.sampling_at(batch, prompts).omitted)
+        return numbered_requests(prompts, sampling, batch, self.window)

@@ -1,0 +1,115 @@
+"""Seconds of forward and backward passes over packed sequences, and of the exchange of weights between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distill.batching.flops import ModelFlops
+from distill.config.models import Recomputation
+from distill.memory.shapes import ModelShape
+from distill.timing.lengths import Lengths
+from distill.timing.rates import Rates
+
+UNFUSED_NORM, UNFUSED_ROTARY = 36, 21
+"""Bytes per element that a norm and a rotary embedding of transformers move: six and ten kernels, partly float32."""
+BACKWARD_BYTES = 2.5
+"""Bytes that small operations move in a backward, relative to their forward; an assumption."""
+ATTENTION_BACKWARD_FLOPS = 2.5
+"""FLOPs of the backward of attention, relative to the forward: five products in place of two, one of them recomputed.
+
+FlashAttention's published rates of the backward count them this way.
+"""
+LOSS_BYTES = 18
+"""Bytes per logit that the loss moves: it writes float32 logits, reads them twice, writes bfloat16 gradients and reads
+them for two matrix products."""
+TOPK_BYTES = 8
+"""Bytes per logit that the teacher's top-k moves: it writes float32 logits and reads them once."""
+
+
+def flops_of_shape(shape: ModelShape) -> ModelFlops:
+    """Return the FLOPs of a model; layers with a sliding window count as layers with full attention."""
+    names = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+    return ModelFlops(**{name: getattr(shape, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences that a model reads in a step, summed over all ranks."""
+
+    positions: float
+    """Number of computed token positions; a shared prompt counts once."""
+    pairs: float
+    """Number of pairs of query and key, in one layer."""
+    rows: float
+    """Number of response tokens, for which the LM head computes logits."""
+
+    @classmethod
+    def of(cls, lengths: Lengths, prompt: float, responses: int, prompts: int) -> Sequences:
+        """Return the sequences of ``responses`` responses to ``prompts`` computed prompts of ``prompt`` tokens."""
+        n = lengths.quantiles
+        tokens, pairs = float(n.mean()), float((n * (prompt + n / 2)).mean())
+        return cls(
+            prompts * prompt + responses * tokens,
+            prompts * prompt * prompt / 2 + responses * pairs,
+            responses * tokens,
+        )
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of one rank in the layers of a model for the sequences of a step, without the exchange of weights."""
+
+    forward: float
+    elementwise: float
+    """Part of ``forward`` for norms, rotary embeddings, activations and residual sums."""
+    backward: float
+
+    def training(self, recomputed: Recomputation) -> float:
+        """Return the seconds of forward and backward; ``recomputed``: what the backward computes again."""
+        again = {"none": 0.0, "selective": self.elementwise, "full": self.forward}[recomputed]
+        return self.forward + again + self.backward
+
+
+def elementwise_bytes(shape: ModelShape, itemsize: int, fused: bool) -> float:
+    """Return the bytes per position and layer that norms, rotary embedding, SwiGLU and residual sums move.
+
+    Fused kernels read and write each tensor once.
+    """
+    normalised = shape.norms * shape.hidden
+    queries_keys = (shape.heads + shape.kv_heads) * shape.head_dim
+    if shape.qk_norm:
+        normalised += queries_keys
+    if fused:
+        return itemsize * (2 * normalised + 2 * queries_keys + 3 * shape.intermediate)
+    sums = 6 * shape.hidden + 5 * shape.intermediate
+    return UNFUSED_NORM * normalised + UNFUSED_ROTARY * queries_keys + itemsize * sums
+
+
+def layer_times(shape: ModelShape, read: Sequences, rates: Rates, ranks: int, itemsize: int, fused: bool) -> LayerTimes:
+    """Return the seconds of each of ``ranks`` ranks, if the work is even.
+
+    The backward of matrix products has twice the FLOPs of the forward.
+    """
+    flops = flops_of_shape(shape)
+    matmul = flops.token_flops * read.positions / ranks / rates.matmul
+    attention = flops.layers * flops.pair_flops * read.pairs / ranks
+    moved = shape.layers * elementwise_bytes(shape, itemsize, fused) * read.positions / ranks / rates.elementwise
+    backward = 2 * matmul + ATTENTION_BACKWARD_FLOPS * attention / rates.attention_backward + BACKWARD_BYTES * moved
+    return LayerTimes(matmul + attention / rates.attention_forward + moved, moved, backward)
+
+
+def head_seconds(shape: ModelShape, rows: float, rates: Rates, ranks: int, products: int, bytes_: int) -> float:
+    """Return the seconds of each rank for the LM head: ``products`` matrix products, and ``bytes_`` per logit."""
+    flops = products * 2 * shape.hidden * shape.vocab * rows
+    return flops / ranks / rates.matmul + bytes_ * shape.vocab * rows / ranks / rates.elementwise
+
+
+def gather_seconds(bytes_: float, ranks: int, per_node: int, rates: Rates) -> float:
+    """Return the seconds of a gather of ``bytes_`` over ``ranks`` ranks; a reduce-scatter takes as long.
+
+    Each rank receives the shards of all others over its links. A node receives the shards of all other nodes over the
+    network cards of its ``per_node`` ranks. The slower one counts.
+    """
+    nodes = -(-ranks // per_node)
+    inside = bytes_ * (ranks - 1) / ranks / rates.link
+    return max(inside, bytes_ * (nodes - 1) / nodes / (min(per_node, ranks) * rates.network))

@@ -1,0 +1,158 @@
+"""Sustained rates of the devices of a run: peak numbers of a GPU times efficiencies, or measured on a CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from distill.config import Config
+from distill.config.gpus import Gpu, gpu_of_device, parse_gpu
+
+MATMUL = 0.63
+"""Fraction of the bfloat16 peak that large matrix products reach: 620 of 989 TFLOP/s on an H100; an assumption."""
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 0.30, 0.23
+"""Fractions of the bfloat16 peak that attention reaches, with causal pairs counted once; an assumption.
+
+They are those of FlashAttention-2 on an H100 (300 and 230 of 989 TFLOP/s). FlashAttention-3 is faster, and
+FlashAttention-2 reaches a higher fraction of an A100.
+"""
+MEMORY = 0.85
+"""Fraction of the memory's bandwidth that kernels reach: 2.8 of 3.35 TB/s on an H100; an assumption."""
+LINK = 0.73
+"""Fraction of the bandwidth between GPUs that collectives reach: 330 of 450 GB/s on an H100; an assumption."""
+NETWORK = 0.8
+"""Fraction of the bandwidth between nodes that collectives reach; an assumption."""
+HOST = 20e9
+"""Bytes per second between a GPU and pinned host memory; an assumption (PCIe 4 has 32 GB/s)."""
+STEP_OVERHEAD_S, SEQUENCE_OVERHEAD_S = 1.5e-3, 5e-6
+"""Seconds of a decode step of vLLM on a GPU that neither memory nor arithmetic explains: per step and per response.
+
+Assumptions: gaps between kernels of a CUDA graph, sampling, and the part of the scheduler that is not hidden.
+"""
+FLOAT32 = 1 / 16
+"""Rate of float32 matrix products relative to bfloat16, without TF32; an assumption for all GPUs.
+
+It holds for A100 (19.5 and 312 TFLOP/s) and H100 (67 and 989); many other GPUs have a higher fraction.
+"""
+CPU_STEP_OVERHEAD_S, CPU_SEQUENCE_OVERHEAD_S = 30e-3, 0.5e-3
+"""The overheads of a decode step on a CPU: about those of vLLM with the 30 layers of SmolLM2-135M on one core."""
+CPU_ATTENTION = 0.07
+"""Rate of attention relative to matrix products on a CPU: measured with torch's kernel on one core with AMX."""
+_MEASURED_S = 0.03
+"""Approximate duration of each measurement on a CPU, in seconds."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Sustained rates of one rank's device; bytes and FLOPs per second."""
+
+    name: str
+    """Name of the device in messages."""
+    matmul: float
+    attention_forward: float
+    attention_backward: float
+    memory: float
+    """Bytes per second that are read or written in the device's memory."""
+    elementwise: float
+    """Bytes per second that small operations (norms, activations, AdamW, the loss) read or write."""
+    link: float
+    """Bytes per second to the other ranks of the node, in one direction."""
+    network: float
+    """Bytes per second to other nodes per rank, in one direction."""
+    host: float
+    """Bytes per second between device and pinned host memory."""
+    step_overhead: float
+    """Seconds of a decode step that neither memory nor arithmetic explains."""
+    sequence_overhead: float
+    """The same, per running response."""
+    memory_gb: float | None = None
+    """Nominal size of the device's memory in GB; None if unknown."""
+
+
+def rates_of_gpu(gpu: Gpu, itemsize: int = 2) -> Rates:
+    """Return the assumed sustained rates of a GPU; ``itemsize``: 2 for bfloat16, 4 for float32."""
+    peak = gpu.tflops * 1e12 * (1 if itemsize == 2 else FLOAT32)
+    return Rates(
+        gpu.name,
+        MATMUL * peak,
+        ATTENTION_FORWARD * peak,
+        ATTENTION_BACKWARD * peak,
+        MEMORY * gpu.memory_gbs * 1e9,
+        MEMORY * gpu.memory_gbs * 1e9,
+        LINK * gpu.link_gbs * 1e9,
+        NETWORK * gpu.network_gbs * 1e9,
+        HOST,
+        STEP_OVERHEAD_S,
+        SEQUENCE_OVERHEAD_S,
+        gpu.memory_gb,
+    )
+
+
+def rates_of_cpu(matmul: float, memory: float, elementwise: float) -> Rates:
+    """Return the rates of one core; ``matmul``: FLOP/s in the compute dtype, the other two: bytes/s read or written.
+
+    Ranks exchange data through memory: a collective copies each byte about four times.
+    """
+    return Rates(
+        "CPU",
+        matmul,
+        matmul * CPU_ATTENTION,
+        matmul * CPU_ATTENTION,
+        memory,
+        elementwise,
+        memory / 4,
+        memory / 4,
+        memory,
+        CPU_STEP_OVERHEAD_S,
+        CPU_SEQUENCE_OVERHEAD_S,
+    )
+
+
+def measure_cpu(dtype: torch.dtype) -> Rates:
+    """Return the rates of this process's CPU threads, measured in about 0.1 s: a product, a copy and an activation."""
+    left, right = torch.ones(384, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
+    source, hidden = torch.ones(2**23), torch.ones(2**18, dtype=dtype)
+    target = torch.empty_like(source)
+    flops = 2 * 384 * 512 * 1024 * _per_second(lambda: left @ right.T)
+    copied = 2 * source.nbytes * _per_second(lambda: target.copy_(source))
+    activated = 2 * hidden.nbytes * _per_second(lambda: torch.nn.functional.silu(hidden))
+    return rates_of_cpu(flops, copied, activated)
+
+
+def _per_second(call: Callable[[], object]) -> float:
+    """Return how often per second ``call`` runs, from its fastest run in ``_MEASURED_S`` seconds after the first."""
+    call()
+    fastest, until = float("inf"), time.perf_counter() + _MEASURED_S
+    while True:
+        before = time.perf_counter()
+        call()
+        after = time.perf_counter()
+        fastest = min(fastest, after - before)
+        if after >= until:
+            break
+    return 1 / max(fastest, 1e-9)
+
+
+def planned_rates(config: Config, gpu_name: str | None, itemsize: int) -> Rates | None:
+    """Return the rates for a dry run: of ``cluster.gpu``, otherwise of the GPU ``gpu_name``; None if it is unknown.
+
+    ``gpu_name``: name that the driver reports; None without a GPU. ``itemsize``: 2 for bfloat16, 4 for float32.
+    """
+    if config.cluster.gpu is not None:
+        return rates_of_gpu(parse_gpu(config.cluster.gpu), itemsize)
+    gpu = None if gpu_name is None else gpu_of_device(gpu_name)
+    return None if gpu is None else rates_of_gpu(gpu, itemsize)
+
+
+def running_rates(config: Config, device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """Return the rates of the device of this process; of ``cluster.gpu`` if the name of the GPU is unknown.
+
+    The rates of a CPU are measured, which takes about 0.1 seconds.
+    """
+    if device.type != "cuda":
+        return measure_cpu(dtype)
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return planned_rates(config, None, dtype.itemsize) if gpu is None else rates_of_gpu(gpu, dtype.itemsize)
