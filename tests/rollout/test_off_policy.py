@@ -16,8 +16,10 @@ from distill.data.teacher_prefix import TRACE_COVERAGE, PrefixStats, SamePromptP
 from distill.data.train_grader import Graders, TrainGrader
 from distill.metrics.phases import Phases
 from distill.metrics.step import Metrics, step_numbers
+from distill.rollout.gather import gather_rollouts
 from distill.rollout.off_policy import off_policy_pairs, reference_rollout
 from distill.rollout.responses import StepResponses
+from distill.rollout.stream import numbered_requests
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.tiny_tokenizer import THINK, tiny_tokenizer
 
@@ -107,6 +109,35 @@ def test_the_ranks_share_the_responses_of_the_dataset() -> None:
     pairs = [(r.prompt.prompt_id, r.response_index) for part in own for r in part]
     assert sorted(pairs) == list(sampling.omitted) and len(pairs) == 6 and max(map(len, own)) == 2
     assert all(r.off_policy and r.teacher_prefix_ids == (1, 2, 3) for part in own for r in part)
+
+
+def test_own_responses_and_those_of_the_dataset_are_numbered_in_the_order_of_prompts_and_indices() -> None:
+    """All ranks get the responses of the step in this order, which decides about the optimizer batches."""
+    given = prompts(3)[::-1]
+    step = responses(off_policy=OffPolicyConfig(share=0.5))
+    of_dataset = step.select([], given, 5, Metrics())
+    own = [
+        Rollout(each.prompt, each.response_index, (7,), (-1.0,), "length", 5, order=each.order)
+        for each in numbered_requests(given, step.sampling_at(5, given), 5, 100)
+    ]
+    assert len(own) == len(of_dataset) == 6
+    world: Any = SimpleNamespace(gather=lambda sent: [sent[1::2], sent[::2]])
+    gathered = gather_rollouts(world, [*of_dataset, *own], given)
+    assert [rollout.order for rollout in gathered] == list(range(5 * 12, 6 * 12))
+    assert [(r.prompt.prompt_id, r.response_index) for r in gathered] == [
+        (p.prompt_id, i) for p in given for i in range(4)
+    ]
+
+
+def test_rollouts_are_gathered_with_all_fields() -> None:
+    rollout = replace(reference_rollout(prompts(1)[0], 2, references(), SAMPLING, 50, 3), older_tokens=1, order=9)
+    world: Any = SimpleNamespace(gather=lambda sent: [sent])
+    prefixed = replace(rollout, teacher_prefix_ids=(4,), teacher_inside_thought=True)
+    assert gather_rollouts(world, [prefixed], prompts(1), version=3) == [prefixed]
+    with pytest.raises(AssertionError):
+        gather_rollouts(world, [prefixed], prompts(1), version=4)
+    twice = [replace(prefixed, prompt=prompts(2)[i], order=order) for i, order in ((0, 30), (1, 5), (0, 1))]
+    assert gather_rollouts(world, twice, prompts(2)) == twice[::-1], "a prompt of two steps"
 
 
 def test_statistics_of_responses_count_only_the_students_own() -> None:
