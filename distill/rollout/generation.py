@@ -72,9 +72,7 @@ class Lockstep:
         engine, batch = self._engine, self._prompts.batch(step)
         assert engine.version == step, (engine.version, step)
         sampling = self._responses.sampling_at(step, batch)
-        shared = {prompt.prompt_id for prompt in engine.share_of(batch)}
-        numbered = numbered_requests(batch, sampling, step, engine.window)
-        requests = [request for request in numbered if request.prompt.prompt_id in shared]
+        requests = numbered_requests(batch, sampling, step, engine.window, engine.share_of(batch))
         with self._responses.preparation.while_generating() as add:
             segments = engine.segments(requests, sampling, on_ended=lambda segment: add(rollout_of(segment, step)))
         return Generated([rollout_of(segment, step) for segment in segments], batch, batch)

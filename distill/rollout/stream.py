@@ -19,10 +19,13 @@ def response_order(step: int, position: int, response_index: int, prompts: int, 
     return (step * prompts + position) * responses_per_prompt + response_index
 
 
-def numbered_requests(prompts: Sequence[Prompt], sampling: Sampling, step: int, window: int) -> list[Request]:
-    """Return requests for new responses to the complete batch of prompts of a step, each with its number.
+def numbered_requests(
+    prompts: Sequence[Prompt], sampling: Sampling, step: int, window: int, own: Sequence[Prompt] | None = None
+) -> list[Request]:
+    """Return requests for new responses to a step's batch of prompts, each with its number.
 
-    Arguments as in ``requests_of``.
+    ``prompts``: the complete batch; ``own``: the prompts of this batch to which responses are requested; None: all.
+    Other arguments as in ``requests_of``.
     """
     position = {prompt.prompt_id: i for i, prompt in enumerate(prompts)}
 
@@ -30,7 +33,8 @@ def numbered_requests(prompts: Sequence[Prompt], sampling: Sampling, step: int, 
         at, each = position[request.prompt.prompt_id], sampling.responses_per_prompt
         return replace(request, order=response_order(step, at, request.response_index, len(prompts), each))
 
-    return [numbered(request) for request in requests_of(prompts, sampling, step, window)]
+    requests = requests_of(prompts if own is None else own, sampling, step, window)
+    return [numbered(request) for request in requests]
 
 
 @dataclass(frozen=True)
