@@ -159,14 +159,14 @@ def cut_after(ended: Sequence[int], needed: int) -> int:
     """Return T*, the number of new tokens after which unfinished segments are cut.
 
     It is the fewest new tokens at which ``needed`` segments have ended; 0 if no segment is needed. ``ended``: numbers
-    of new tokens of the segments that ended by themselves, at least ``needed``.
+    of new tokens of the finished segments, at least ``needed``.
     """
     assert len(ended) >= needed, f"{len(ended)} segments ended, {needed} are needed"
     return sorted(ended)[needed - 1] if needed > 0 else 0
 
 
 def cut(segment: Segment, tokens: int) -> Segment:
-    """Return the segment if it ended by itself with at most ``tokens`` tokens, otherwise its first ``tokens`` tokens.
+    """Return the segment if it is finished with at most ``tokens`` tokens, otherwise its first ``tokens`` tokens.
 
     An unfinished segment must have at least ``tokens`` tokens.
     """

@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 Add = Callable[[Rollout], None]
 """Function that receives a complete response, as soon as it ended; it returns at once."""
 
-
-_Place = tuple[int, int, int]
+_Key = tuple[int, int, int]
 """Prompt id, response index and order of a response; the same prompt may be in the pool twice, with another order."""
 
 
@@ -60,7 +59,7 @@ class Preparation:
 
     def __init__(self, grader: TrainGrader, teacher_prefixes: TeacherPrefixes, train_on: str) -> None:
         self._grader, self._teacher_prefixes, self._train_on = grader, teacher_prefixes, train_on
-        self._prepared: dict[_Place, _Prepared] = {}
+        self._prepared: dict[_Key, _Prepared] = {}
         self.background_s = 0.0
         """Seconds that the thread worked in the last ``while_generating`` block."""
 
@@ -74,8 +73,8 @@ class Preparation:
         ``waiting``: complete responses of earlier steps on this rank. Their results are kept, or computed; all other
         results of earlier steps are dropped.
         """
-        kept = {_place(rollout): self._result(rollout) for rollout in waiting}
-        self._prepared = {place: result for place, result in kept.items() if result is not None}
+        kept = {_key_of(rollout): self._result(rollout) for rollout in waiting}
+        self._prepared = {key: result for key, result in kept.items() if result is not None}
         self.background_s = 0.0
         queue, stopped = SimpleQueue[Rollout | None](), Event()
         for rollout in waiting:
@@ -109,11 +108,11 @@ class Preparation:
         verdict = self._grader.verdict(rollout)
         added, counts = self._teacher_prefixes.add([rollout] if self._trains_on(verdict) else [])
         prefix = _prefix_of(added[0]) if added else None
-        self._prepared[_place(rollout)] = _Prepared(rollout.finish, rollout.response_ids, verdict, prefix, counts)
+        self._prepared[_key_of(rollout)] = _Prepared(rollout.finish, rollout.response_ids, verdict, prefix, counts)
 
     def _result(self, rollout: Rollout) -> _Prepared | None:
         """Return the result that was computed in advance; None if it was not."""
-        found = self._prepared.get(_place(rollout))
+        found = self._prepared.get(_key_of(rollout))
         return found if found is not None and found.is_of(rollout) else None
 
     def _trains_on(self, verdict: Verdict | None) -> bool:
@@ -136,11 +135,11 @@ class Preparation:
         found = [self._result(rollout) for rollout in rollouts]
         # All missing ones in one call, because tokenizers use several cores then.
         added, counts = self._teacher_prefixes.add([r for r, result in zip(rollouts, found, strict=True) if not result])
-        by_place = {_place(rollout): _prefix_of(rollout) for rollout in added}
+        by_key = {_key_of(rollout): _prefix_of(rollout) for rollout in added}
         prefixed = []
         for rollout, result in zip(rollouts, found, strict=True):
-            self._prepared.pop(_place(rollout), None)
-            prefix = result.prefix if result else by_place.get(_place(rollout))
+            self._prepared.pop(_key_of(rollout), None)
+            prefix = result.prefix if result else by_key.get(_key_of(rollout))
             counts = counts + result.counts if result else counts
             if prefix is not None:
                 prefixed.append(with_prefix(rollout, prefix))
@@ -151,5 +150,5 @@ def _prefix_of(rollout: Rollout) -> Prefix:
     return Prefix(rollout.teacher_prefix_ids, rollout.teacher_inside_thought)
 
 
-def _place(rollout: Rollout) -> _Place:
+def _key_of(rollout: Rollout) -> _Key:
     return rollout.prompt.prompt_id, rollout.response_index, rollout.order

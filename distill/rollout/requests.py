@@ -51,7 +51,7 @@ class Segment:
 
 
 OnEnded = Callable[[Segment], None]
-"""Function that receives each segment that ended by itself, while other segments are still running."""
+"""Function that receives each finished segment (stop or length) while the engine generates other segments."""
 
 
 class Cutoff(Protocol):
@@ -65,7 +65,7 @@ class Cutoff(Protocol):
     """
 
     def ended(self, new_tokens: Sequence[int]) -> None:
-        """Report that segments of this engine ended by themselves, each with its number of new tokens.
+        """Report finished segments of this engine (stop or length), each by its number of new tokens.
 
         Called on one rank of each engine.
         """

@@ -66,7 +66,7 @@ def speculation_arguments(on_cpu: bool) -> dict[str, Any]:
 def correct_cpu_sampler() -> None:
     """Replace the function of vLLM 0.32 that is wrong on CPU: temperature, top_k and top_p of the draft tokens.
 
-    vLLM's function returns uninitialized memory there (vllm-project/vllm, issue 55005), so draft tokens would be
+    vLLM's function returns uninitialized memory there, a known error of this release, so draft tokens would be
     accepted with wrong probabilities. Greedy sampling does not use it.
     """
     from vllm.v1.sample import rejection_sampler
