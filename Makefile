@@ -82,7 +82,7 @@ check: venv models lint types  ## lint, types and the fast tests: under two minu
 	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile
 
 test: venv models lint types  ## lint, types and all tests that have no other target: under fifteen minutes
-	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile
+	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-demo: venv models  ## the tests of the demonstration: five to twenty minutes
 	@$(PY) -m pytest -q -m demo

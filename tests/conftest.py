@@ -16,6 +16,7 @@ import os
 import pkgutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,25 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 _SWITCH = "TRITON_INTERPRET"
+LONGEST = (
+    "rollout/test_vllm.py",
+    "kernels/test_compiled.py",
+    "test_vllm_train.py",
+    "test_train.py",
+    "test_fuzz.py",
+    "test_layouts.py",
+    "memory/test_forecast.py",
+    "model/test_fused_layers.py",
+    "test_dry_run.py",
+    "test_partial_rollouts.py",
+)
+"""Files whose tests take longest, in the order in which they start; otherwise a worker may run one alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the tests of the longest files to the front; pytest-xdist keeps this order with --no-loadscope-reorder."""
+    order = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def _import_interpreted() -> None:

@@ -30,6 +30,7 @@ MOMENTS = {
     "sync": "distill.model.weights:GatheredWeights._finish",
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
     "vllm": "distill.rollout.vllm_loop:heartbeat",
+    "cut": "distill.rollout.partial:_Phase.complete",
     "data": "distill.batching.plan:_view",
     "teacher": "distill.model.teacher:ShardedTeacher.targets",
     "forward": "distill.model.student:Student.loss",

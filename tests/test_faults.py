@@ -22,6 +22,7 @@ from distill.supervise.status import STATUS_FILE, read_status
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 from tests.faulty_train import FAULT_TIME
 from tests.helpers import free_port
+from tests.test_partial_rollouts import DEPENDS_ON_TIME, PARTIAL, write_problems
 from tests.test_train import SINCE_THE_LAST_SYNC, _command, _train_rows, make_tiny_run
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -48,7 +49,16 @@ class Ended(NamedTuple):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_run(tmp_path_factory.mktemp("run"))
+    root = make_tiny_run(tmp_path_factory.mktemp("run"))
+    write_problems(root, "spread.jsonl")
+    return root
+
+
+def partial_rollouts(root: Path) -> list[str]:
+    """Return settings with which half of the responses are finished after each step; the other half is in the pool."""
+    given = [f"{PARTIAL}.enabled=true", f"{PARTIAL}.finish_share=0.5", f"{PARTIAL}.max_age=1"]
+    given += [f"data.train={{data_path: {root}/spread.jsonl, env_name: null}}", "policy.generation.max_new_tokens=28"]
+    return [*given, "logger.num_train_samples_to_print=0", "logger.report=false"]
 
 
 def run(
@@ -98,14 +108,25 @@ def newest(root: Path, name: str) -> int:
 
 
 def rows(root: Path, name: str) -> list[dict[str, Any]]:
-    """Return the run's metrics, except those that a resumed run cannot compute."""
-    return [{k: v for k, v in row.items() if k not in SINCE_THE_LAST_SYNC} for row in _train_rows(root / "runs" / name)]
+    """Return the run's metrics, except those that depend on time or that a resumed run cannot compute."""
+    left_out = {*SINCE_THE_LAST_SYNC, *DEPENDS_ON_TIME}
+    return [{k: v for k, v in row.items() if k not in left_out} for row in _train_rows(root / "runs" / name)]
 
 
 def assert_same_weights(root: Path, name: str, other: str, step: int) -> None:
     """Check that the exports of two runs are equal bit for bit."""
     ours, theirs = (load_file(root / f"checkpoints/{n}/step_{step}/hf/model.safetensors") for n in (name, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def assert_same_pools(root: Path, name: str, other: str, step: int) -> None:
+    """Check that two runs end with the same pool, that no pool was empty, and that pools held unfinished responses."""
+    ours, theirs = (root / f"checkpoints/{n}/step_{step}/partial_rollouts.npz" for n in (name, other))
+    assert ours.read_bytes() == theirs.read_bytes()
+    found = rows(root, name)
+    assert all(row["train/partial/pool_responses"] > 0 for row in found)
+    assert all(row["train/partial/waiting_responses"] < row["train/partial/pool_responses"] for row in found)
+    assert sum(row["train/partial/older_token_share"] > 0 for row in found) > len(found) / 2
 
 
 STEPS = 8
@@ -115,11 +136,12 @@ SAVES = ("save", "shards", "bytes", "finish", "naming")
 def kills(seed: int) -> list[dict[str, Any]]:
     """Return nine kills in the order of steps: four in different phases, five in a save, of a rank or of all processes.
 
-    A save is killed at its begin, before the first shard, inside a shard, before the manifest is written, and between
-    the manifest and the final name.
+    Generation is killed while segments run, and between the cut and the completion of the oldest responses. A save is
+    killed at its begin, before the first shard, inside a shard, before the manifest is written, and between the
+    manifest and the final name.
     """
     draw = random.Random(seed)
-    moments = ["generation", "sync", "backward", draw.choice(("teacher", "optimizer", "metrics")), *SAVES]
+    moments = ["generation", "cut", "backward", draw.choice(("sync", "teacher", "optimizer", "metrics")), *SAVES]
     draw.shuffle(moments)
     faults: list[dict[str, Any]] = []
     for moment, step in zip(moments, sorted(draw.choices(range(1, STEPS + 1), k=len(moments))), strict=True):
@@ -137,18 +159,20 @@ def kills(seed: int) -> list[dict[str, Any]]:
 
 
 def test_a_run_killed_at_nine_moments_ends_bit_for_bit_as_an_undisturbed_one(root) -> None:
-    line = f"distillation.max_num_steps={STEPS}"
-    undisturbed = run(root, "not killed", line)
+    """With partial rollouts, so every checkpoint has a pool of unfinished responses."""
+    line = [f"distillation.max_num_steps={STEPS}", *partial_rollouts(root)]
+    undisturbed = run(root, "not killed", *line)
     assert undisturbed.code == 0 and undisturbed.status["state"] == "finished", undisturbed.output
     for fault in kills(seed=7):
-        killed = run(root, "killed", line, fault=fault)
+        killed = run(root, "killed", *line, fault=fault)
         assert killed.code != 0 and not killed.remaining and killed.seconds < EXIT_S, (fault, killed.output)
         expected = ("running",) if fault["what"] == "kill_tree" else ("failed", "running")
         assert killed.status["state"] in expected, (fault, killed.output)
-    ended = run(root, "killed", line)
+    ended = run(root, "killed", *line)
     assert ended.code == 0 and ended.status["state"] == "finished", ended.output
     assert rows(root, "killed") == rows(root, "not killed")
     assert_same_weights(root, "killed", "not killed", STEPS)
+    assert_same_pools(root, "killed", "not killed", STEPS)
 
 
 PHASES = ("sync", "generation", "data", "teacher", "forward", "backward", "optimizer")
@@ -282,10 +306,11 @@ def test_nan_ends_the_run_on_all_ranks_with_a_report_and_keeps_the_checkpoint(ro
 
 
 def test_with_vllm_a_stopped_and_killed_run_ends_bit_for_bit_as_an_undisturbed_one(root) -> None:
-    line = ("policy.generation.backend=vllm", "distillation.max_num_steps=4")
+    """With partial rollouts: stopped after the cut, and killed while segments run."""
+    line = ("policy.generation.backend=vllm", "distillation.max_num_steps=4", *partial_rollouts(root))
     undisturbed = run(root, "undisturbed vllm", *line)
     assert undisturbed.status["state"] == "finished", undisturbed.output
-    fault = {"step": 2, "moment": "vllm", "nth": 5, "rank": 1, "what": "signal_launcher SIGUSR1"}
+    fault = {"step": 2, "moment": "cut", "rank": 1, "what": "signal_launcher SIGUSR1"}
     stopped = run(root, "vllm", *line, fault=fault, launcher=SIGNALS)
     assert stopped.status["state"] == "stopped" and not stopped.remaining, stopped.output
     fault = {"step": 3, "moment": "vllm", "nth": 5, "rank": 0, "what": "kill_rank"}
@@ -295,6 +320,7 @@ def test_with_vllm_a_stopped_and_killed_run_ends_bit_for_bit_as_an_undisturbed_o
     assert ended.status["state"] == "finished", ended.output
     assert rows(root, "vllm") == rows(root, "undisturbed vllm")
     assert_same_weights(root, "vllm", "undisturbed vllm", 4)
+    assert_same_pools(root, "vllm", "undisturbed vllm", 4)
 
 
 @pytest.mark.parametrize(

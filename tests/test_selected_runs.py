@@ -43,8 +43,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     none = [*base, f"data.train={{data_path: {root}/none.jsonl, env_name: regex}}", *SHORT]
     mixed = [*base, some, *SHORT, f"{OFF_POLICY}.share=0.3", f"{OFF_POLICY}.column=answer"]
-    one = [
-        _command(root, name, "cluster.gpus_per_node=1", *overrides)
+    lines = [
+        _command(root, name, f"cluster.gpus_per_node={2 if name == 'two' else 1}", *overrides)
         for name, overrides in (
             ("full", periodic),
             ("parted", [*periodic, "distillation.max_num_steps=1"]),
@@ -52,9 +52,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("none", none),
             ("one", mixed),
             ("only", [*mixed, f"{OFF_POLICY}.share=1", "distillation.train_on=all"]),
+            ("two", mixed),
         )
     ]
-    ran = [*_run(one, 1)[0], *_run([_command(root, "two", *mixed)])[0]]
+    ran = _run(lines, [1, 1, 1, 1, 1, 1, 2])[0]
     assert [code for code, _, _ in ran] == [0] * 7 and "resumed from" in ran[2][2], ran
     assert "train_on" in ran[3][2] and f"{OFF_POLICY}.share" in ran[5][2]
     return root

@@ -97,22 +97,36 @@ def make_tiny_run(root: Path) -> Path:
     return root
 
 
-def _mains(ports: Sequence[int], command_lines: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
-    """Run the program several times on these ranks, each with its own rendezvous: exit code, stdout, stderr."""
+def _mains(
+    ports: Sequence[int], command_lines: Sequence[Sequence[str]], ranks: Sequence[int] = ()
+) -> list[tuple[int, str, str]]:
+    """Run the program several times on these ranks, each with its own rendezvous: exit code, stdout, stderr.
+
+    ``ranks``: number of ranks of each run, which are the first ones; the other ranks skip it. Empty: all ranks.
+    """
     from distill.train import main
 
     seen = []
     os.umask(0)
-    for port, argv in zip(ports, command_lines, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for port, argv, count in zip(ports, command_lines, ranks or [size] * len(ports), strict=True):
+        if rank >= count:
+            seen.append((0, "", ""))
+            continue
+        os.environ.update(MASTER_PORT=str(port), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             code = main(argv)
         seen.append((code, out.getvalue(), err.getvalue()))
     return seen
 
 
-def _run(command_lines: Sequence[Sequence[str]], ranks: int = 2) -> list[list[tuple[int, str, str]]]:
-    return run_ranks(ranks, _mains, [free_port() for _ in command_lines], command_lines)
+def _run(command_lines: Sequence[Sequence[str]], ranks: int | Sequence[int] = 2) -> list[list[tuple[int, str, str]]]:
+    """Run the program in the same processes, one command line after the other; return the ends of each rank.
+
+    ``ranks``: number of ranks of all runs, or of each run.
+    """
+    each = [ranks] * len(command_lines) if isinstance(ranks, int) else list(ranks)
+    return run_ranks(max(each), _mains, [free_port() for _ in command_lines], command_lines, each)
 
 
 def mains_of_tiny_run(root: Path, device: str) -> list[tuple[int, str, str]]:
@@ -153,7 +167,9 @@ def _command(root: Path, name: str, *overrides: str) -> list[str]:
 def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     """One run of four steps; one of two that is resumed to four; others whose teacher is their student; validated ones.
 
-    The validated ones read a hint; one takes three steps, the other takes two and is resumed to three.
+    The validated ones read a hint; one takes three steps, the other takes two and is resumed to three. The last runs
+    resume the first one from its checkpoint of step 2, with another number of ranks or in another layout, and their
+    own checkpoint without the optimizer.
     """
     same = ["distillation.allow_degenerate=true", f"teacher.model_name={root}/student", "distillation.max_num_steps=1"]
     context = [
@@ -178,6 +194,9 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
         *(f"checkpointing.{key}" for key in ("save_period=1", "keep_top_k=1")),
         "logger.num_val_samples_to_print=2",
     ]
+    middle = f"checkpointing.resume_from={root}/checkpoints/full/step_2"
+    sizes = "policy.dtensor_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.context_parallel_size=2"
+    few = ["cluster.gpus_per_node=1", "checkpointing.save_optimizer=false", "policy.generation.max_new_tokens=2"]
     return _run(
         [
             _command(root, "full"),
@@ -190,14 +209,20 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
             _command(root, "validated in parts", *context, *validated),
             _command(root, "validated in parts", *context, *validated, "distillation.max_num_steps=3"),
             _command(root, "another's context", *context, *another, "distillation.max_num_steps=1"),
-        ]
+            _command(root, "on 1", middle, "cluster.gpus_per_node=1"),
+            _command(root, "on 3", middle, "cluster.gpus_per_node=3"),
+            _command(root, "split", middle, sizes[0], "distillation.max_num_steps=3"),
+            _command(root, "split", middle, sizes[1]),
+            _command(root, "weights alone", *few, "distillation.max_num_steps=1"),
+            _command(root, "weights alone", *few),
+        ],
+        [*([2] * 10), 1, 3, 2, 2, 1, 1],
     )
 
 
 @pytest.mark.parametrize("ranks", [1, 3])  # three divide neither 64 nor 128 rows evenly
 def test_another_number_of_ranks_resumes_from_a_checkpoint(root, runs, ranks) -> None:
-    shutil.copytree(root / "checkpoints/full/step_2", root / f"checkpoints/on {ranks}/step_2")
-    ((code, _, error),) = _run([_command(root, f"on {ranks}", f"cluster.gpus_per_node={ranks}")], ranks)[0]
+    code, _, error = runs[0][10 if ranks == 1 else 11]
     assert code == 0 and "resumed from" in error, error
     full, alone = _train_rows(root / "runs/full"), _train_rows(root / f"runs/on {ranks}")
     assert [row["step"] for row in alone] == [1, 2, 3, 4] and alone[:2] == full[:2], "the curve so far travels along"
@@ -208,11 +233,7 @@ def test_another_number_of_ranks_resumes_from_a_checkpoint(root, runs, ranks) ->
 
 def test_another_layout_resumes_from_a_checkpoint(root, runs) -> None:
     """Tensor parallel for the third step and context parallel for the fourth, from a checkpoint of plain FSDP."""
-    shutil.copytree(root / "checkpoints/full/step_2", root / "checkpoints/split/step_2")
-    sizes = "policy.dtensor_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.context_parallel_size=2"
-    first = _command(root, "split", sizes[0], "distillation.max_num_steps=3")
-    ran = _run([first, _command(root, "split", sizes[1])])
-    assert [code for code, _, _ in ran[0]] == [0, 0], ran[0]
+    assert [code for code, _, _ in runs[0][12:14]] == [0, 0], runs[0][12:14]
     full, split = _train_rows(root / "runs/full"), _train_rows(root / "runs/split")
     assert [row["step"] for row in split] == [1, 2, 3, 4]
     for ours, theirs in zip(split, full, strict=True):
@@ -286,7 +307,7 @@ def test_two_runs_in_one_run_directory_are_refused(later) -> None:
 
 
 def test_resume_is_bit_exact(root, runs) -> None:
-    assert [code for code, _, _ in runs[0]] == [0] * 10, runs[0]
+    assert [code for code, _, _ in runs[0]] == [0] * 16, runs[0]
     assert "resumed from" in runs[0][2][2]
     full, parted = _train_rows(root / "runs/full"), _train_rows(root / "runs/parted")
     assert [row["step"] for row in full] == [1, 2, 3, 4]
@@ -439,9 +460,9 @@ def test_another_model_can_read_the_context(root, runs) -> None:
 
 
 def test_only_the_main_rank_logs_to_the_console(runs) -> None:
-    main, other = runs
+    main, *others = runs
     assert "step 4/4" in main[0][2] and "run directory" in main[0][2]
-    assert all(err == out == "" for _, out, err in other)
+    assert all(err == out == "" for other in others for _, out, err in other)
 
 
 def test_the_run_directory_has_recipe_versions_metrics_and_logs(root, runs) -> None:
@@ -568,10 +589,8 @@ def test_the_export_script_writes_the_same_bytes_as_the_run(root, runs, tmp_path
     assert not (tmp_path / "no").exists() and not (tmp_path / "no.part").exists()
 
 
-def test_a_checkpoint_without_optimizer_state_resumes_with_zero_moments_and_a_warning(root) -> None:
-    few = ["cluster.gpus_per_node=1", "checkpointing.save_optimizer=false", "policy.generation.max_new_tokens=2"]
-    first = _command(root, "weights alone", *few, "distillation.max_num_steps=1")
-    ((code, _, _), (again, _, error)) = _run([first, _command(root, "weights alone", *few)], ranks=1)[0]
+def test_a_checkpoint_without_optimizer_state_resumes_with_zero_moments_and_a_warning(root, runs) -> None:
+    (code, _, _), (again, _, error) = runs[0][14:]
     assert (code, again) == (0, 0) and "save_optimizer=false" in error and "AdamW" in error
     assert [row["step"] for row in _train_rows(root / "runs/weights alone")] == [1, 2, 3, 4]
 
@@ -653,9 +672,9 @@ BAD = {
         ["policy.max_total_sequence_length=600", "teacher.max_total_sequence_length=600"],
         "policy.max_total_sequence_length=600",
     ),
-    "an argument that vLLM does not know": (
-        ["policy.generation.backend=vllm", "policy.generation.vllm_kwargs={{max_seqs: 3}}"],
-        "policy.generation.vllm_kwargs.max_seqs",
+    "an argument of vLLM that the trainer sets": (
+        ["policy.generation.backend=vllm", "policy.generation.vllm_kwargs={{seed: 3}}"],
+        "policy.generation.vllm_kwargs.seed",
     ),
     "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight"),
 }

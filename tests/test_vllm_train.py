@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,31 +21,43 @@ pytestmark = [
 ]
 
 
+PARTIAL = [f"distillation.partial_rollouts.{key}" for key in ("enabled=true", "finish_share=0.6", "max_age=1")]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_run(tmp_path_factory.mktemp("run"))
+    """Directory of the runs, with problems of different lengths, which leave room for 8 to 28 new tokens."""
+    root = make_tiny_run(tmp_path_factory.mktemp("run"))
+    problems = [{"question": "1" + "+1" * length, "answer": "0"} for length in (1, 4, 8, 11, 14, 16)]
+    (root / "spread.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    return root
 
 
 @pytest.fixture(scope="module")
-def runs(root: Path) -> dict[str, Any]:
-    """Runs in float32: four steps, the last two again, and two steps with one engine and one student of both ranks.
+def runs(root: Path) -> dict[str, list[tuple[int, str, str]]]:
+    """Ends of runs in float32 on both ranks, all in the same processes, because importing vLLM takes long.
 
-    Each run has its own processes. The second one resumes from a copy of the first one's checkpoint of step 2.
+    Four steps, and the last two again; two steps with one engine and one student of both ranks; three steps with
+    partial rollouts, and the last two again.
     """
-    vllm = ("policy.generation.backend=vllm", "checkpointing.save_period=2")
+    vllm = ["policy.generation.backend=vllm", "checkpointing.save_period=2"]
     together = ("policy.generation.vllm_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.tensor_parallel_size=2")
-    ended = {}
-    for name, steps, overrides in (("complete", 4, ()), ("resumed", 4, ()), ("together", 2, together)):
-        if name == "resumed":
-            checkpoints = shutil.copytree(root / "checkpoints/complete", root / "checkpoints/resumed")
-            shutil.rmtree(checkpoints / "step_4")
-        line = _command(root, name, *vllm, *overrides, f"distillation.max_num_steps={steps}")
-        ended[name] = [rank[0] for rank in _run([line])]
-    return ended
+    partial = [*PARTIAL, f"data.train={{data_path: {root}/spread.jsonl, env_name: null}}"]
+    partial += ["checkpointing.save_period=1", "policy.generation.max_new_tokens=28", "distillation.max_num_steps=3"]
+    partial += ["logger.num_train_samples_to_print=0", "logger.report=false"]
+    lines: dict[str, Sequence[str]] = {
+        "complete": (),
+        "resumed": (f"checkpointing.resume_from={root}/checkpoints/complete/step_2",),
+        "together": (*together, "distillation.max_num_steps=2"),
+        "partial": partial,
+        "partial again": (*partial, f"checkpointing.resume_from={root}/checkpoints/partial/step_1"),
+    }
+    ranks = _run([_command(root, name, *vllm, *overrides) for name, overrides in lines.items()])
+    return {name: [rank[i] for rank in ranks] for i, name in enumerate(lines)}
 
 
-def _export(root: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(root / f"checkpoints/{name}/step_4/hf/model.safetensors")
+def _export(root: Path, name: str, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(root / f"checkpoints/{name}/step_{step}/hf/model.safetensors")
 
 
 def test_every_rank_exits_with_code_0_and_the_main_rank_logs(runs) -> None:
@@ -96,40 +107,21 @@ def test_syncs_and_their_duration_are_metrics(root, runs) -> None:
     assert all(row["train/probe_change"] > 0 for row in rows[1:])
 
 
-@pytest.fixture(scope="module")
-def partial(root: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Metrics of three steps with partial rollouts, and of a run that repeats the last two of them.
-
-    Problems of different lengths leave room for 8 to 28 new tokens.
-    """
-    problems = [{"question": "1" + "+1" * length, "answer": "0"} for length in (1, 4, 8, 11, 14, 16)]
-    (root / "spread.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    given = [f"distillation.partial_rollouts.{key}" for key in ("enabled=true", "finish_share=0.6", "max_age=1")]
-    given += ["checkpointing.save_period=1", f"data.train={{data_path: {root}/spread.jsonl, env_name: null}}"]
-    given += ["policy.generation.backend=vllm", "policy.generation.max_new_tokens=28", "distillation.max_num_steps=3"]
-    given += ["logger.num_train_samples_to_print=0", "logger.report=false"]
-    found: list[list[dict[str, Any]]] = []
-    for name in ("partial", "partial again"):
-        if found:
-            shutil.copytree(root / "checkpoints/partial/step_1", root / f"checkpoints/{name}/step_1")
-        ran = _run([_command(root, name, *given)])
-        assert [rank[0][0] for rank in ran] == [0, 0], ran[0][0][2]
-        rows = [row for row in _train_rows(root / "runs" / name) if "train/lr" in row]
-        found.append([{key: value for key, value in row.items() if "discarded" not in key} for row in rows])
-    return found[0], found[1]
-
-
-def test_partial_rollouts_repeat_bit_for_bit(root, partial) -> None:
+def test_partial_rollouts_repeat_bit_for_bit(root, runs) -> None:
     """Also continued responses, whose tokens vLLM reads again under the new weights, and their pool."""
-    first, again = partial
+    found = [_train_rows(root / "runs" / name) for name in ("partial", "partial again")]
+    first, again = (
+        [{key: value for key, value in row.items() if "discarded" not in key} for row in rows if "train/lr" in row]
+        for rows in found
+    )
     for name in SINCE_THE_LAST_SYNC:
         again[1][name] = first[1][name]
     assert first == again and [row["step"] for row in first] == [1, 2, 3]
     assert any(0 < row["train/partial/older_token_share"] < 1 for row in first)
     assert any(row["train/partial/reprefilled_tokens"] > 0 for row in first)
     assert all((row["train/sampler_logprob_diff"] or 0.0) < 1e-4 for row in first)
-    folders = [root / f"checkpoints/{name}/step_3" for name in ("partial", "partial again")]
-    files = [(folder / "partial_rollouts.npz").read_bytes() for folder in folders]
+    names = ("partial", "partial again")
+    files = [(root / f"checkpoints/{name}/step_3/partial_rollouts.npz").read_bytes() for name in names]
     assert files[0] == files[1]
-    weights, repeated = (load_file(folder / "hf/model.safetensors") for folder in folders)
+    weights, repeated = (_export(root, name, 3) for name in names)
     assert all(torch.equal(weights[name], repeated[name]) for name in weights)

@@ -118,25 +118,27 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
     ``arguments``: policy.generation.vllm_kwargs.
     """
-    if not arguments:  # the imports take seconds
-        return
-    from vllm.engine.arg_utils import EngineArgs
-
     from distill.rollout.vllm_engine import fixed_arguments
 
     fixed = {"model", "dtype", "tensor_parallel_size", "max_model_len", *_MODEL_ARGUMENTS, *fixed_arguments(False)}
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name, value in arguments.items():
         if name in fixed:
             problem, fix = "is set by the trainer", "remove it"
         elif name in _REFUSED_ARGUMENTS:
             problem, fix = _REFUSED_ARGUMENTS[name]
-        elif name not in known:
+        elif name not in _arguments_of_vllm():
             problem, fix = "is not an argument of vLLM's engine", "remove it"
         else:
             continue
         key = f"policy.generation.vllm_kwargs.{name}"
         raise UserError(f"{key}={show(value)} {problem}", fix, key=key, value=value)
+
+
+def _arguments_of_vllm() -> set[str]:
+    """Return the names of the arguments of vLLM's engine; the import takes seconds."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return {field.name for field in dataclasses.fields(EngineArgs)}
 
 
 def vllm_config_overrides(config: Any) -> dict[str, Any]:

@@ -20,16 +20,18 @@ def scripted_token(seed: int, index: int) -> tuple[int, float]:
     return number % VOCAB, float(np.float32(-(number % 1009) / 97))
 
 
-def scripted_engine(folder: Path, running: int, asynchronous: bool = True) -> Any:
+def scripted_engine(folder: Path, running: int, asynchronous: bool = True, drafts: int = 0) -> Any:
     """Return vLLM's LLMEngine with its scheduler and engine core in this process, and a scripted executor.
 
     ``running``: maximum number of running requests. ``asynchronous``: use the asynchronous scheduler, as on GPUs. vLLM
-    disables it on CPU, so it is enabled after the configuration is complete.
+    disables it on CPU, so it is enabled after the configuration is complete. ``drafts``: maximum number of draft tokens
+    per request and step, of which the executor accepts a scripted number.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     executor = _scripted_executor()
+    ngram = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
     arguments = EngineArgs(
         model=str(folder),
         dtype="float32",
@@ -45,6 +47,7 @@ def scripted_engine(folder: Path, running: int, asynchronous: bool = True) -> An
         block_size=16,
         distributed_executor_backend=executor,
         kv_cache_memory_bytes=2**30,
+        speculative_config=ngram if drafts else None,
     )
     config = arguments.create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous
@@ -103,20 +106,31 @@ def _scripted_executor() -> Any:
             computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
             names = list(scheduled.num_scheduled_tokens)
             tokens: list[list[int]] = []
-            logprobs = np.full((len(names), 1), np.nan, np.float32)
-            for row, name in enumerate(names):
-                prompt, seed, _ = self._requests[name]
-                if computed[name] + scheduled.num_scheduled_tokens[name] < prompt:
-                    tokens.append([])
-                    continue
-                token, logprobs[row, 0] = scripted_token(seed, self._sampled[name])
-                self._sampled[name] += 1
-                tokens.append([token])
-            ids = np.array([own[0] if own else 0 for own in tokens])[:, None]
-            lists = LogprobsLists(ids, logprobs, np.zeros(len(names), np.int64))
+            rows: list[tuple[int, float]] = []
+            first_rows = [0]
+            for name in names:
+                prefills = computed[name] + scheduled.num_scheduled_tokens[name] < self._requests[name][0]
+                drafts = len(scheduled.scheduled_spec_decode_tokens.get(name, ()))
+                own = [] if prefills else self._next_tokens(name, drafts)
+                tokens.append([token for token, _ in own])
+                rows += own or [(0, np.nan)]  # vLLM has a row of log-probs also for a prompt that is incomplete
+                first_rows.append(len(rows))
+            lists = LogprobsLists(
+                np.array([token for token, _ in rows])[:, None],
+                np.array([logprob for _, logprob in rows], np.float32)[:, None],
+                np.zeros(len(rows), np.int64),
+                first_rows if len(rows) > len(names) else None,
+            )
             wanted = any(self._requests[name][2] for name in names)
             index = {name: row for row, name in enumerate(names)}
             return ModelRunnerOutput(names, index, tokens, lists if wanted else None)
+
+        def _next_tokens(self, name: str, drafts: int) -> list[tuple[int, float]]:
+            """Return the next token of a request, and before it a scripted number of accepted drafts."""
+            seed, first = self._requests[name][1], self._sampled[name]
+            count = 1 + scripted_token(-1 - seed, first)[0] % (drafts + 1)
+            self._sampled[name] += count
+            return [scripted_token(seed, first + i) for i in range(count)]
 
     return ScriptedExecutor
 

@@ -48,16 +48,18 @@ class CountingCutoff:
 
 @dataclass
 class FixedCutoff:
-    """A cutoff whose bound is known from the start."""
+    """A cutoff with a fixed bound, which is unknown in the first ``reads`` reads, as if other engines were slow."""
 
     bound: int
+    reads: int = 0
 
     def ended(self, new_tokens: Sequence[int]) -> None:
         """Ignore the lengths."""
 
-    def limit(self) -> int:
-        """Return the bound."""
-        return self.bound
+    def limit(self) -> int | None:
+        """Return the bound; None in the first reads."""
+        self.reads -= 1
+        return self.bound if self.reads < 0 else None
 
 
 def continuation(segment: Segment, tokens: int, seed: int) -> Request:
@@ -77,13 +79,14 @@ def segment_scenarios(
     needed: int,
     gather: Callable[[list[Segment]], list[Segment]] = list,
     after_cut: Callable[[list[Request]], Any] = lambda requests: None,
+    prompts: Sequence[Prompt] = PROMPTS,
 ) -> dict[str, Any]:
     """Generate complete, cut and continued segments; return them by name, in the order of the requests.
 
     ``needed``: number of segments that end before the other segments are cut. ``gather``: returns the segments of all
     ranks of the engine. ``after_cut``: called with the continuing requests before they run.
     """
-    requests = requests_of(PROMPTS, sampling, STEP, WINDOW)
+    requests = requests_of(prompts, sampling, STEP, engine.window)
 
     def run(wanted: Sequence[Request], *args: Any) -> list[Segment]:
         found = gather(engine.segments(wanted, sampling, *args))
@@ -118,6 +121,9 @@ def check_cut(seen: dict[str, Any]) -> None:
             assert short == full
         assert (short.ids, short.logprobs) == (full.ids[: len(short.ids)], full.logprobs[: len(short.ids)])
     assert [(segment.ids, segment.finish) for segment in seen["bound 0"]] == [((), "cut")] * len(complete)
+    for segment in (*complete, *cut, *seen["continued"]):
+        most = segment.request.max_new_tokens
+        assert len(segment.ids) <= most and (segment.finish == "length") <= (len(segment.ids) == most)
 
 
 def check_reports(seen: dict[str, Any]) -> None:
@@ -147,12 +153,12 @@ def check_greedy_continuation(seen: dict[str, Any]) -> None:
         assert max(differences) < 1e-4
 
 
-def check_logprobs(folder: Path, segments: Sequence[Segment], sampling: Sampling) -> None:
+def check_logprobs(folder: Path, segments: Sequence[Segment], sampling: Sampling, valid: int = VALID) -> None:
     """Check log-probs against a forward pass of transformers over input and segment."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for segment in segments:
         read, ids = segment.request.input_ids, torch.tensor(segment.ids)
         with torch.no_grad():
             logits = plain(input_ids=torch.tensor([read + segment.ids])).logits[0, len(read) - 1 : -1]
-        expected = processed_logprobs(logits, sampling, VALID).gather(1, ids[:, None])[:, 0]
+        expected = processed_logprobs(logits, sampling, valid).gather(1, ids[:, None])[:, 0]
         assert (expected - torch.tensor(segment.logprobs)).abs().max() < 1e-4

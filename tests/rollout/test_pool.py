@@ -287,6 +287,7 @@ def test_new_responses_to_a_prompt_share_an_engine_and_continued_ones_even_the_e
     continued = [response(order, tokens) for order, tokens in ((-4, 9), (-3, 30), (-2, 2), (-1, 20))]
     dealt = deal([*continued, *new], 3, 4, 4, 2)
     assert [len(own) for own in dealt] == [4, 4, 4] and [r.order for r in dealt[0]] == [0, 1, 6, 7]
+    assert [[r.order for r in own] for own in dealt[1:]] == [[-3, -2, 2, 3], [-4, -1, 4, 5]], "sorted by number"
     assert sorted(sum(len(r.ids) for r in own) for own in dealt) == [0, 29, 32], "30 + 2 and 20 + 9"
 
 

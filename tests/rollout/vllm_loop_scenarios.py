@@ -60,6 +60,17 @@ def _cut(loop: RequestLoop, requests: list[tuple[list[int], Any]], bound: int) -
     return [_fields(found[number]) for number in numbers]
 
 
+def _most_per_step(loop: RequestLoop, requests: list[tuple[list[int], Any]]) -> int:
+    """Run the requests; return the largest number of tokens that one step added to a response."""
+    found = [loop._unfinished[f"response-{loop.add(*request)}"] for request in requests]
+    most = 0
+    while loop.unfinished:
+        before = [len(response.token_ids) for response in found]
+        loop.poll()
+        most = max(most, *(len(response.token_ids) - n for response, n in zip(found, before, strict=True)))
+    return most
+
+
 def _expected(params: Any) -> tuple[list[int], list[float], str]:
     """Return what the script defines for a request, by hand."""
     tokens = []
@@ -70,6 +81,20 @@ def _expected(params: Any) -> tuple[list[int], list[float], str]:
     ids = [token for token, _ in tokens]
     logprobs = [] if params.logprobs is None else [logprob for _, logprob in tokens]
     return ids, logprobs, "stop" if ids[-1] in STOP_IDS else "length"
+
+
+def _several_tokens_per_step(folder: Path, requests: list[tuple[list[int], Any]]) -> dict[str, Any]:
+    """Run the scenarios with three drafts per step, some of which are accepted; vLLM's asynchronous scheduler."""
+    engine = scripted_engine(folder, RUNNING, drafts=3)
+    core, loop = engine.engine_core.engine_core, RequestLoop(engine)
+    return {
+        "asynchronous": core.async_scheduling,
+        "most per step": _most_per_step(loop, requests),
+        "loop": _drain(loop, requests),
+        "plain": [plain_fields(output) for output in plain_run(engine, requests)],
+        "cut": _cut(loop, requests, 5),
+        "after cut": _drain(loop, requests),
+    }
 
 
 def loop_scenarios(folder: Path) -> dict[str, Any]:
@@ -89,6 +114,7 @@ def loop_scenarios(folder: Path) -> dict[str, Any]:
     seen["after abort"] = _drain(loop, requests)
     seen["cut"] = _cut(loop, requests, 5)
     seen["after cut"] = _drain(loop, requests)
+    seen["several"] = _several_tokens_per_step(folder, requests)
     core.model_executor.sleep(1)
     try:
         loop.add(*requests[0])
