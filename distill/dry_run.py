@@ -19,6 +19,7 @@ from distill.checklist import Checklist
 from distill.checkpoint import Checkpoints, Found
 from distill.checkpoint.resume import clock_of
 from distill.config import Arguments, Config
+from distill.config.gpus import parse_gpu
 from distill.config.response_limits import largest_max_new_tokens
 from distill.data.cache import private_cache
 from distill.data.teacher_prefix import Prefix
@@ -153,19 +154,25 @@ class _DryRun:
     def _device(self) -> torch.device:
         """Return the device of the planned run.
 
-        With runtime.device=auto it is a GPU if this machine has one, if cluster.gpu_memory_gb is set, or if the run is
-        planned for another machine.
+        With runtime.device=auto it is a GPU if this machine has one, if the recipe describes one (cluster.gpu or
+        cluster.gpu_memory_gb), or if the run is planned for another machine.
         """
-        device = self.config.runtime.device
-        planned = self.arguments.elsewhere or self.config.cluster.gpu_memory_gb is not None
+        device, cluster = self.config.runtime.device, self.config.cluster
+        planned = self.arguments.elsewhere or cluster.gpu is not None or cluster.gpu_memory_gb is not None
         uses_gpu = device == "cuda" or (device == "auto" and (planned or torch.cuda.is_available()))
         return torch.device("cuda", 0) if uses_gpu else torch.device("cpu")
 
     def _gpu_bytes(self) -> int | None:
-        """Return the memory of this machine's GPU in bytes; None without a GPU, or for another machine."""
-        if self._device().type == "cpu" or self.arguments.elsewhere or not torch.cuda.is_available():
-            return None
-        return torch.cuda.get_device_properties(0).total_memory
+        """Return the memory of the planned GPU in bytes, that of cluster.gpu first; None if unknown or on the CPU."""
+        named = self.config.cluster.gpu
+        size = None if named is None else parse_gpu(named).memory_gb
+        if size is not None and self._device().type == "cuda":
+            return card_bytes(size)
+        return torch.cuda.get_device_properties(0).total_memory if self._uses_own_gpu() else None
+
+    def _uses_own_gpu(self) -> bool:
+        """Return whether the run is planned for GPUs of this machine, and it has some."""
+        return self._device().type == "cuda" and not self.arguments.elsewhere and torch.cuda.is_available()
 
     def _check_allocation(self) -> None:
         """Compare the sizes in cluster with the Slurm job or this machine's GPUs; fill in the checklist."""
@@ -225,17 +232,19 @@ class _DryRun:
         """Return the time forecast, or a line that names what it lacks; empty for a run on a CPU."""
         checked, steps = self._checked, self._steps
         assert checked is not None and steps is not None, "check comes first"
+        if self._device().type == "cpu":
+            return ""
         student, teacher = known_shapes(self.config) if checked.models is None else checked.models.shapes
         if student is None or teacher is None:
             return ""  # the memory forecast names the model whose shape is unknown
         table = time_table(checked.config, student, teacher, self._gpu_name(), self._prompt_lengths(), steps.last)
-        if table is None and self._device().type == "cuda":
+        if table is None:
             return "no time forecast, because the GPU is unknown: set cluster.gpu, for example to h100 or a100-40"
-        return table or ""
+        return table
 
     def _gpu_name(self) -> str | None:
         """Return the name of this machine's GPU; None without a GPU, or for another machine."""
-        return None if self._gpu_bytes() is None else torch.cuda.get_device_name(0)
+        return torch.cuda.get_device_name(0) if self._uses_own_gpu() else None
 
     def _prompt_lengths(self) -> tuple[float, float] | None:
         """Return the mean lengths of the first prompts of student and teacher in tokens; None without the data.
@@ -287,7 +296,7 @@ class _DryRun:
             return "GPUs"
         if self.config.runtime.device == "cpu":
             return "CPU"
-        return "CPU (this machine has no GPU; --elsewhere plans for GPUs)"
+        return "CPU (this machine has no GPU; cluster.gpu or --elsewhere plans for GPUs)"
 
     def _checkpoint_folder(self) -> str:
         checkpointing = self.config.checkpointing

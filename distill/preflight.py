@@ -120,7 +120,7 @@ def _check_ranks(config: Config, world: World, missing: Missing) -> None:
     teacher = config.teacher.dtensor_cfg
     teacher_size = teacher.tensor_parallel_size * teacher.context_parallel_size
     world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
-    warn_of_cpu(world, device)
+    warn_of_cpu(world, device, cluster.gpu)
     with missing(), world.all_or_none("checking the loss backend"):
         check_loss_backend(config.loss_fn, world.device)
     with missing(), world.all_or_none("checking runtime.fused_layers"):

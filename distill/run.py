@@ -145,8 +145,7 @@ class Run:
             self._save_for_alarm(step)
         if step == self.first_step + 2:  # the first step allocates AdamW's moments
             compare(self.forecast, self._phases.memory, self.engine.pool_bytes, self.world)
-            if self.world.is_main:
-                self.time_forecast.compare(self._values, step)
+            self.time_forecast.compare(self._values, step, self.world)
         self.checkpoints.record_metrics(step, self._values)
         with phase("completing the checkpoint"):
             self.checkpoints.finalize_pending(block=step == self.last_step)

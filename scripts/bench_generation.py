@@ -8,7 +8,8 @@ responses that a step trains on, divided by the number of engines. The columns, 
 
 - phase: seconds of the phase; in brackets, its fraction of lockstep.
 - limit: lower bound of the phase for this share and age, as a fraction of lockstep.
-- wait: fraction of the engines' time in which they wait for other engines.
+- wait: fraction of the phase in which an engine waits for other engines.
+- discard: fraction of the phase in which an engine decodes tokens beyond T*, because T* is not yet known.
 - cut after: T*, the number of new tokens after which unfinished responses are cut; in lockstep the longest response.
 - older: fraction of the trained tokens that older weights sampled.
 - first, bias: relative difference of the mean length to the mean of the distribution, in the first step and later.
@@ -70,14 +71,15 @@ def line(name: str, job: Job, found: Generation, base: Generation, limit: float 
     bound = "" if limit is None else f"{limit / base.seconds:.3f}"
     return (
         f"{job.responses // job.engines:9d}  {name:13s} {found.seconds:7.1f} ({found.seconds / base.seconds:.3f})"
-        f" {bound:>6s} {found.wait_share:5.2f} {found.cut_after:9.0f} {found.older_share:6.2f} {found.first_bias:+6.2f}"
-        f" {found.bias:+6.2f} {found.reprefilled / job.engines / 1e3:7.1f}"
+        f" {bound:>6s} {found.wait_share:5.2f} {found.discarded_share:7.2f} {found.cut_after:9.0f}"
+        f" {found.older_share:6.2f} {found.first_bias:+6.2f} {found.bias:+6.2f}"
+        f" {found.reprefilled / job.engines / 1e3:7.1f}"
     )
 
 
 HEAD = (
-    f"{'an engine':>9s}  {'generation':13s} {'phase, s':>15s} {'limit':>6s} {'wait':>5s} {'cut after':>9s}"
-    f" {'older':>6s} {'first':>6s} {'bias':>6s} {'re-read':>7s}"
+    f"{'an engine':>9s}  {'generation':13s} {'phase, s':>15s} {'limit':>6s} {'wait':>5s} {'discard':>7s}"
+    f" {'cut after':>9s} {'older':>6s} {'first':>6s} {'bias':>6s} {'re-read':>7s}"
 )
 
 

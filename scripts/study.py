@@ -15,6 +15,7 @@ SEEDS and writes runs/study/NAME/study.json. ``--keep``: do not repeat runs that
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -54,6 +55,8 @@ SEEDS = (1, 2, 3)
 RUNS = ROOT / "runs" / "study"
 PILOT_STEPS = 5
 """Steps of the run that measures the seconds of a step of the arm that must fit into the time of the other arm."""
+MORE_STEPS = 2
+"""Experiment partial: steps of the arm with partial rollouts, as a multiple of the steps of the other arm."""
 
 Result = dict[str, float]
 """Measurements of one run, by name."""
@@ -141,15 +144,18 @@ def _plain(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
 # ---- measurements of a run -------------------------------------------------------------------------------------------
 
 
-def measured(run_dir: Path) -> Result:
-    """Return what every experiment reports: held-out KL, size and cost of the training."""
-    before, after = first_and_last(run_dir)
-    rows = step_rows(run_dir)
+def measured(run_dir: Path, last: int | None = None) -> Result:
+    """Return what every experiment reports: held-out KL, size and cost of the training.
+
+    ``last``: step after which the run is measured; it needs a validation. None: the last step of the run.
+    """
+    last = steps(run_dir) if last is None else last
+    rows = step_rows(run_dir)[:last]
     return {
-        "KL before, nats per token": token_kl(before),
-        "KL after, nats per token": token_kl(after),
-        "steps": float(steps(run_dir)),
-        "training seconds": training_seconds(run_dir),
+        "KL before, nats per token": token_kl(validated(run_dir, "step_0")),
+        "KL after, nats per token": token_kl(validated(run_dir, f"step_{last}")),
+        "steps": float(last),
+        "training seconds": sum(map(step_seconds, rows)),
         "trained tokens per step": statistics.fmean(map(trained_tokens, rows)),
         "training TFLOP per step": statistics.fmean(row.get("throughput/training_tflop") or 0.0 for row in rows),
     }
@@ -173,17 +179,20 @@ def graded(run_dir: Path) -> Result:
     }
 
 
-def scheduled(run_dir: Path) -> Result:
-    """Return the time of the generation phase, the tokens that were trained, and their lengths and age."""
-    lengths = _by_step(run_dir, _LENGTH)
-    third = max(1, len(lengths) // 3)
-    return measured(run_dir) | {
-        "generation seconds per step": statistics.fmean(_by_step(run_dir, "timing/train/generation_slowest")),
-        "wait share": statistics.fmean(_by_step(run_dir, "timing/train/generation_wait_share")),
-        "trained tokens": sum(map(trained_tokens, step_rows(run_dir))),
+def scheduled(run_dir: Path, last: int) -> Result:
+    """Return the time of the generation phase, the tokens that were trained, and their lengths and age.
+
+    ``last``: see ``measured``.
+    """
+    lengths = _by_step(run_dir, _LENGTH)[:last]
+    third = max(1, last // 3)
+    return measured(run_dir, last) | {
+        "generation seconds per step": statistics.fmean(_by_step(run_dir, "timing/train/generation_slowest")[:last]),
+        "wait share": statistics.fmean(_by_step(run_dir, "timing/train/generation_wait_share")[:last]),
+        "trained tokens": sum(map(trained_tokens, step_rows(run_dir)[:last])),
         "length, first third of steps": statistics.fmean(lengths[:third]),
         "length, last third of steps": statistics.fmean(lengths[-third:]),
-        "share of older tokens": statistics.fmean(_by_step(run_dir, "train/partial/older_token_share")),
+        "share of older tokens": statistics.fmean(_by_step(run_dir, "train/partial/older_token_share")[:last]),
     }
 
 
@@ -192,8 +201,20 @@ def _by_step(run_dir: Path, name: str) -> list[float]:
     return [float(row.get(name) or 0.0) for row in step_rows(run_dir)]
 
 
+def finished_within(seconds: float, run_dir: Path) -> int:
+    """Return the number of steps of the run that finished within ``seconds`` of training, at least 1."""
+    totals = itertools.accumulate(map(step_seconds, step_rows(run_dir)))
+    return max(1, sum(total <= seconds for total in totals))
+
+
+def kl_by_seconds(run_dir: Path) -> list[tuple[float, float]]:
+    """Return training seconds and held-out KL (nats per token) after each step of a run that validates each step."""
+    totals = itertools.accumulate(map(step_seconds, step_rows(run_dir)), initial=0.0)
+    return [(total, token_kl(validated(run_dir, f"step_{step}"))) for step, total in enumerate(totals)]
+
+
 def steps_that_fit(seconds: float, pilot: Sequence[float]) -> int:
-    """Return the number of steps that fit into ``seconds``, at least 1.
+    """Return the estimated number of steps that fit into ``seconds``, at least 1; all steps must do equal work.
 
     ``pilot``: seconds of the first steps. The first step is slower (caches, compilation), so it counts as measured;
     each later step counts as the median of all later steps.
@@ -283,25 +304,36 @@ def probe(request: Request) -> dict[str, Any]:
 
 
 def partial(request: Request) -> dict[str, Any]:
-    """Train with steps that wait for their longest response, then with partial rollouts for the same time."""
+    """Train with steps that wait for their longest response, then with partial rollouts for the same time.
+
+    The first steps with partial rollouts are short, so their time predicts no later step. This arm therefore trains
+    more steps than fit, validates after each, and is measured after the last step that fits.
+    """
     lockstep = Arm("lockstep", "long-cpu.yaml")
-    early = Arm("partial", "long-cpu.yaml", PARTIAL)
-    seconds = _pilot(request, "partial", early, SEEDS[0])  # one for all seeds: it takes as long as half of a run
-    folders: dict[str, list[Path]] = {lockstep.name: [], early.name: []}
+    early = Arm("partial", "long-cpu.yaml", (*PARTIAL, "distillation.val_period=1"))
+    results: dict[str, list[Result]] = {lockstep.name: [], early.name: []}
+    lengths: dict[str, list[list[float]]] = {lockstep.name: [], early.name: []}
+    kls = []
     for seed in SEEDS:
         complete = request.train("partial", lockstep, seed)
-        fitting = steps_that_fit(training_seconds(complete), seconds)
-        folders[lockstep.name].append(complete)
-        folders[early.name].append(request.train("partial", early, seed, f"distillation.max_num_steps={fitting}"))
-    lengths = {name: [_by_step(folder, _LENGTH) for folder in runs] for name, runs in folders.items()}
-    for name, runs in lengths.items():
+        count = steps(complete)
+        more = request.train("partial", early, seed, f"distillation.max_num_steps={MORE_STEPS * count}")
+        fitting = finished_within(training_seconds(complete), more)
+        if fitting == MORE_STEPS * count:
+            print(f"seed {seed}: partial rollouts did not use all of the time; increase MORE_STEPS={MORE_STEPS}")
+        results[lockstep.name].append(scheduled(complete, count))
+        results[early.name].append(scheduled(more, fitting))
+        kls.append(kl_by_seconds(more))
+        lengths[lockstep.name].append(_by_step(complete, _LENGTH))
+        lengths[early.name].append(_by_step(more, _LENGTH))
+    for name, by_seed in lengths.items():
         print(f"\nmean length of the responses by step, {name}")
-        print(
-            "\n".join(
-                f"  seed {seed}: {' '.join(f'{n:.0f}' for n in run)}" for seed, run in zip(SEEDS, runs, strict=True)
-            )
-        )
-    return compare({name: [scheduled(run) for run in runs] for name, runs in folders.items()}) | {"lengths": lengths}
+        print("\n".join(f"  seed {seed}: {_joined(each)}" for seed, each in zip(SEEDS, by_seed, strict=True)))
+    return compare(results) | {"lengths": lengths, "held-out KL by training seconds, partial": kls}
+
+
+def _joined(lengths: Sequence[float]) -> str:
+    return " ".join(f"{length:.0f}" for length in lengths)
 
 
 def agrees(candidate: str | None, results: Mapping[str, Sequence[Result]]) -> bool:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from distill.config import load_config
+from distill.distributed.cluster import warn_of_cpu
 from distill.distributed.planned import PlannedWorld
 from distill.dry_run import _selection
 from distill.errors import RunFailed, UserError, raise_if_not_creatable
@@ -292,12 +293,43 @@ def test_a_gpu_build_of_torch_on_a_machine_without_gpu_plans_the_cpu(root, quick
         ([], "CPU (this"),
         (["--elsewhere"], "GPUs"),
         (["cluster.gpu_memory_gb=80"], "GPUs"),
+        (["cluster.gpu=h200"], "GPUs"),
         (["runtime.device=cpu"], "CPU,"),
     ):
         caplog.clear()
         print_dry_run([*words, *more])
         assert f"on 1 node, {device}" in capsys.readouterr().out
         assert (warning in caplog.text) == (not more)
+
+
+def test_a_dry_run_forecasts_memory_and_time_for_the_named_gpu_on_any_machine(quick, capsys, caplog) -> None:
+    """An H200 has 141 GB, of which 138.2 GiB are usable. The machine has no GPU, and then one of 16 GiB."""
+    words = ["--config", str(RECIPES / "distillation_math.yaml"), "--dry-run", "logger.wandb_enabled=false"]
+    quick.setattr("distill.distributed.cluster.check_gpus", lambda device: None)
+    gpu = SimpleNamespace(total_memory=16 * 2**30, name="NVIDIA A10")
+    quick.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    for has_gpu in (False, True):
+        quick.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        print_dry_run([*words, "cluster.gpu=h200"])
+        output = capsys.readouterr().out
+        assert "GiB of 138.2 GiB)" in output and " x h200: " in output and "reserve" in output
+        print_dry_run([*words, "cluster.gpu=989/4800"])
+        output = capsys.readouterr().out
+        assert ("GiB of 16.0 GiB)" if has_gpu else "fits on GPUs") in output and " x 989/4800: " in output
+        print_dry_run([*words, "cluster.gpu=h200", "cluster.gpu_memory_gb=80"])
+        assert "GiB of 78.4 GiB)" in capsys.readouterr().out
+    assert "cluster.gpu=" not in caplog.text
+    print_dry_run([*words, "cluster.gpu=h200", "runtime.device=cpu"])
+    output = capsys.readouterr().out
+    assert "predicted time" not in output and "reserve" not in output and "cluster.gpu=h200" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "gpu", "count"), [("auto", "h200", 2), ("cpu", "h200", 1), ("cpu", None, 0)])
+def test_a_run_on_a_cpu_warns_if_the_recipe_names_a_gpu(device: str, gpu: str | None, count: int, caplog) -> None:
+    warn_of_cpu(PlannedWorld(1, 1, torch.device("cpu")), device, gpu)
+    assert len(caplog.records) == count and (f"cluster.gpu={gpu}" in caplog.text) is (gpu is not None)
+    warn_of_cpu(PlannedWorld(1, 1, torch.device("cuda", 0)), device, gpu)
+    assert len(caplog.records) == count
 
 
 def test_the_teachers_own_tokenizer_and_template_are_checked_without_the_teachers_weights(root, quick, caplog) -> None:

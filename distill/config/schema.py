@@ -167,9 +167,10 @@ class ClusterConfig:
     """Nominal memory of a GPU in GB (40 for A100-40GB); the usable memory is 0.98 GiB per GB. If the memory forecast
     exceeds the usable memory, the run or --dry-run exits with an error; null: no check."""
     gpu: str | None = None
-    """GPU for the time forecast of --dry-run: the name of a card, such as h100, h200 or a100-40, or its peak numbers as
-    TFLOPS/GBPS, such as 989/4800 (bfloat16 TFLOP/s without sparsity, and GB/s of the memory). null: the GPU of this
-    machine; without a GPU there is no time forecast. A run compares its phases with a forecast for its own devices."""
+    """GPU for which --dry-run forecasts memory and time, also on a machine without a GPU: the name of a card, such as
+    h100, h200 or a100-40, or its peak numbers as TFLOPS/GBPS, such as 989/4800 (bfloat16 TFLOP/s without sparsity, and
+    GB/s of the memory; the size of the memory is then gpu_memory_gb). null: the GPU of this machine; without a GPU
+    there is no time forecast. A run uses its own devices and compares its phases with a forecast for them."""
 
 
 @dataclass(frozen=True)

@@ -54,10 +54,21 @@ def check_cluster(world: World, num_nodes: int, gpus_per_node: int, device: str,
         )
 
 
-def warn_of_cpu(world: World, device: str) -> None:
-    """Log a warning if the run uses the CPU because no GPU was found; ``device``: the setting runtime.device."""
-    if device == "auto" and world.device.type == "cpu" and world.is_main:
+def warn_of_cpu(world: World, device: str, gpu: str | None) -> None:
+    """Log a warning if the run uses the CPU because no GPU was found, and if it names a GPU.
+
+    ``device``, ``gpu``: the settings runtime.device and cluster.gpu.
+    """
+    if world.device.type != "cpu" or not world.is_main:
+        return
+    if device == "auto":
         log.warning("no GPU was found: the run uses the CPU; set runtime.device=cpu if this is intended")
+    if gpu is not None:
+        log.warning(
+            "cluster.gpu=%s is not used, because the run uses the CPU: --dry-run with runtime.device=auto forecasts"
+            " memory and time for this GPU",
+            gpu,
+        )
 
 
 def _torchrun(num_nodes: int, gpus_per_node: int) -> str:

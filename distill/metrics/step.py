@@ -170,7 +170,8 @@ def waits(values: Mapping[str, float]) -> dict[str, float]:
 
     The value is 1 - mean / max, with mean and max of the ranks' generation times: the average fraction of the
     generation phase in which a rank waits for the slowest rank. With partial rollouts, ranks wait within the phase, and
-    the mean is that of the times in which their engines worked. ``values``: the step's metrics, reduced over ranks.
+    the mean is that of the times in which their engines worked, also on tokens that are discarded. ``values``: the
+    step's metrics, reduced over ranks.
     """
     names = ("timing/train/generation_busy", "timing/train/generation", "timing/train/generation_slowest")
     busy, complete, slowest = (values.get(name) for name in names)

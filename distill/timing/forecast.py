@@ -11,6 +11,7 @@ import torch
 from distill.config import Config
 from distill.config.gpus import parse_gpu
 from distill.config.response_limits import expected_length, largest_max_new_tokens, max_new_tokens_at
+from distill.distributed.world import World
 from distill.errors import reason
 from distill.memory.shapes import ModelShape
 from distill.metrics.names import timing_tag
@@ -63,7 +64,7 @@ class TimeForecast:
         """
         if self.used is None:
             return 0.0
-        return min(self.teacher, self.used.wait_share * self.used.seconds)
+        return min(self.teacher, self.used.wait_seconds)
 
     def phases(self) -> dict[str, float]:
         """Return the seconds by phase, named as in ``distill.metrics.names``."""
@@ -165,7 +166,8 @@ def _generation_lines(forecast: TimeForecast) -> list[str]:
         f"{lockstep.seconds:8.1f} s  without partial rollouts: engines are idle {lockstep.wait_share:.0%} of the phase,"
         " waiting for the slowest",
         f"{partial.seconds:8.1f} s  with distillation.partial_rollouts ({settings}): engines are"
-        f" idle {partial.wait_share:.0%}; older weights sampled {partial.older_share:.0%} of the trained tokens",
+        f" idle {partial.wait_share:.0%}, and decode discarded tokens {partial.discarded_share:.0%}; older weights"
+        f" sampled {partial.older_share:.0%} of the trained tokens",
     ]
     marks = (" (this recipe)", "") if not forecast.uses_partial else ("", " (this recipe)")
     return [f"  {name} {text}{mark}" for name, text, mark in zip(("generation", " " * 10), texts, marks, strict=True)]
@@ -229,29 +231,29 @@ class StepPredictor:
     teacher: ModelShape
     device: torch.device
 
-    def compare(self, values: Mapping[str, float], step: int) -> None:
+    def compare(self, values: Mapping[str, float], step: int, world: World) -> None:
         """Log the measured seconds of each phase of step ``step``, followed by the prediction in parentheses.
 
-        The prediction is for the lengths of this step. Call this on one rank; it is not collective. ``values``: metrics
-        of the step, reduced over ranks. With partial rollouts, generation has no prediction. Logs nothing if the GPU is
-        unknown, or if the step has no own responses. An error becomes a warning, because a forecast must not end a run.
+        The prediction is for the lengths of this step. Collective: on CPUs all ranks measure their rates at the same
+        time, because they share the machine. ``values``: metrics of the step, reduced over ranks. With partial
+        rollouts, generation has no prediction. Logs nothing if the GPU is unknown, or if the step has no own responses.
+        An error becomes a warning, because a forecast must not end a run.
         """
+        world.barrier()
         try:
-            self._compare(values, step)
+            rates = running_rates(self.config, self.device, DTYPES[self.config.policy.precision])
+            if world.is_main:
+                self._compare(values, step, rates)
         except Exception as error:
             log.warning("no time forecast for the second step, because of %s: %s", type(error).__name__, reason(error))
 
-    def _compare(self, values: Mapping[str, float], step: int) -> None:
+    def _compare(self, values: Mapping[str, float], step: int, rates: Rates | None) -> None:
         workload = measured_workload(self.config, values, step)
-        rates = None if workload is None else self._rates()
         if workload is None or rates is None:
             return
         cuda = self.device.type == "cuda"
         forecast = predict_time(StepTime(self.config, self.student, self.teacher, rates, workload, cuda))
         log.info("%s", comparison(forecast, values, rates.name))
-
-    def _rates(self) -> Rates | None:
-        return running_rates(self.config, self.device, DTYPES[self.config.policy.precision])
 
 
 def measured_workload(config: Config, values: Mapping[str, float], step: int) -> Workload | None:

@@ -8,22 +8,19 @@ from distill.batching.flops import ModelFlops
 from distill.config.models import Recomputation
 from distill.memory.shapes import ModelShape
 from distill.timing.lengths import Lengths
-from distill.timing.rates import Rates
+from distill.timing.rates import ATTENTION_BACKWARD_FLOPS, Rates
 
 UNFUSED_NORM, UNFUSED_ROTARY = 36, 21
 """Bytes per element that a norm and a rotary embedding of transformers move: six and ten kernels, partly float32."""
 BACKWARD_BYTES = 2.5
 """Bytes that small operations move in a backward, relative to their forward; an assumption."""
-ATTENTION_BACKWARD_FLOPS = 2.5
-"""FLOPs of the backward of attention, relative to the forward: five products in place of two, one of them recomputed.
-
-FlashAttention's published rates of the backward count them this way.
-"""
 LOSS_BYTES = 18
 """Bytes per logit that the loss moves: it writes float32 logits, reads them twice, writes bfloat16 gradients and reads
 them for two matrix products."""
 TOPK_BYTES = 8
 """Bytes per logit that the teacher's top-k moves: it writes float32 logits and reads them once."""
+TORCH_LOSS_BYTES, TORCH_TOPK_BYTES = 62, 84
+"""The same without Triton: torch reads and writes the logits in ten and in eight kernels (distill/timing/README.md)."""
 
 
 def flops_of_shape(shape: ModelShape) -> ModelFlops:
@@ -98,10 +95,17 @@ def layer_times(shape: ModelShape, read: Sequences, rates: Rates, ranks: int, it
     return LayerTimes(matmul + attention / rates.attention_forward + moved, moved, backward)
 
 
-def head_seconds(shape: ModelShape, rows: float, rates: Rates, ranks: int, products: int, bytes_: int) -> float:
-    """Return the seconds of each rank for the LM head: ``products`` matrix products, and ``bytes_`` per logit."""
-    flops = products * 2 * shape.hidden * shape.vocab * rows
-    return flops / ranks / rates.matmul + bytes_ * shape.vocab * rows / ranks / rates.elementwise
+def head_seconds(
+    shape: ModelShape, rows: float, rates: Rates, ranks: int, bytes_: int, wide: int = 1, narrow: int = 0
+) -> float:
+    """Return the seconds of each rank for the LM head.
+
+    ``bytes_``: per logit. ``wide``: matrix products with float32 results (logits), ``narrow``: in the compute dtype
+    (gradients).
+    """
+    logits = shape.vocab * rows / ranks
+    flops = 2 * shape.hidden * logits
+    return flops * (wide / rates.wide_matmul + narrow / rates.matmul) + bytes_ * logits / rates.elementwise
 
 
 def gather_seconds(bytes_: float, ranks: int, per_node: int, rates: Rates) -> float:

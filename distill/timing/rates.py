@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distill.config import Config
 from distill.config.gpus import Gpu, gpu_of_device, parse_gpu
@@ -27,6 +28,11 @@ NETWORK = 0.8
 """Fraction of the bandwidth between nodes that collectives reach; an assumption."""
 HOST = 20e9
 """Bytes per second between a GPU and pinned host memory; an assumption (PCIe 4 has 32 GB/s)."""
+HOST_MEMORY = 10e9
+"""Bytes per second that one CPU thread reads or writes in host memory; an assumption.
+
+torchrun and vLLM set one thread per rank, unless OMP_NUM_THREADS is exported.
+"""
 STEP_OVERHEAD_S, SEQUENCE_OVERHEAD_S = 1.5e-3, 5e-6
 """Seconds of a decode step of vLLM on a GPU that neither memory nor arithmetic explains: per step and per response.
 
@@ -39,9 +45,12 @@ It holds for A100 (19.5 and 312 TFLOP/s) and H100 (67 and 989); many other GPUs 
 """
 CPU_STEP_OVERHEAD_S, CPU_SEQUENCE_OVERHEAD_S = 30e-3, 0.5e-3
 """The overheads of a decode step on a CPU: about those of vLLM with the 30 layers of SmolLM2-135M on one core."""
-CPU_ATTENTION = 0.07
-"""Rate of attention relative to matrix products on a CPU: measured with torch's kernel on one core with AMX."""
-_MEASURED_S = 0.03
+ATTENTION_BACKWARD_FLOPS = 2.5
+"""FLOPs of the backward of attention, relative to the forward: five products in place of two, one of them recomputed.
+
+FlashAttention's published rates of the backward count them this way.
+"""
+_MEASURED_S = 0.02
 """Approximate duration of each measurement on a CPU, in seconds."""
 
 
@@ -52,6 +61,9 @@ class Rates:
     name: str
     """Name of the device in messages."""
     matmul: float
+    """Matrix products in the compute dtype."""
+    wide_matmul: float
+    """Matrix products with float32 results, as for logits. A CPU computes them with float32 operands."""
     attention_forward: float
     attention_backward: float
     memory: float
@@ -63,7 +75,9 @@ class Rates:
     network: float
     """Bytes per second to other nodes per rank, in one direction."""
     host: float
-    """Bytes per second between device and pinned host memory."""
+    """Bytes per second between device and pinned host memory (PCIe), in one direction."""
+    host_memory: float
+    """Bytes per second that the CPU threads of a rank read or write in host memory."""
     step_overhead: float
     """Seconds of a decode step that neither memory nor arithmetic explains."""
     sequence_overhead: float
@@ -78,6 +92,7 @@ def rates_of_gpu(gpu: Gpu, itemsize: int = 2) -> Rates:
     return Rates(
         gpu.name,
         MATMUL * peak,
+        MATMUL * peak,
         ATTENTION_FORWARD * peak,
         ATTENTION_BACKWARD * peak,
         MEMORY * gpu.memory_gbs * 1e9,
@@ -85,26 +100,32 @@ def rates_of_gpu(gpu: Gpu, itemsize: int = 2) -> Rates:
         LINK * gpu.link_gbs * 1e9,
         NETWORK * gpu.network_gbs * 1e9,
         HOST,
+        HOST_MEMORY,
         STEP_OVERHEAD_S,
         SEQUENCE_OVERHEAD_S,
         gpu.memory_gb,
     )
 
 
-def rates_of_cpu(matmul: float, memory: float, elementwise: float) -> Rates:
-    """Return the rates of one core; ``matmul``: FLOP/s in the compute dtype, the other two: bytes/s read or written.
+def rates_of_cpu(
+    matmul: float, wide_matmul: float, attention: tuple[float, float], memory: float, elementwise: float
+) -> Rates:
+    """Return the rates of one rank on a CPU.
 
-    Ranks exchange data through memory: a collective copies each byte about four times.
+    ``matmul``, ``wide_matmul``: FLOP/s in the compute dtype and in float32; ``attention``: FLOP/s of forward and
+    backward; the other two: bytes/s read or written. Ranks exchange data through memory: a collective copies each byte
+    about four times.
     """
     return Rates(
         "CPU",
         matmul,
-        matmul * CPU_ATTENTION,
-        matmul * CPU_ATTENTION,
+        wide_matmul,
+        *attention,
         memory,
         elementwise,
         memory / 4,
         memory / 4,
+        memory,
         memory,
         CPU_STEP_OVERHEAD_S,
         CPU_SEQUENCE_OVERHEAD_S,
@@ -112,14 +133,40 @@ def rates_of_cpu(matmul: float, memory: float, elementwise: float) -> Rates:
 
 
 def measure_cpu(dtype: torch.dtype) -> Rates:
-    """Return the rates of this process's CPU threads, measured in about 0.1 s: a product, a copy and an activation."""
-    left, right = torch.ones(384, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
+    """Return the rates of this process's CPU threads, measured in about 0.2 s.
+
+    Ranks on one machine share caches and memory, so all of them should measure at the same time.
+    """
     source, hidden = torch.ones(2**23), torch.ones(2**18, dtype=dtype)
     target = torch.empty_like(source)
-    flops = 2 * 384 * 512 * 1024 * _per_second(lambda: left @ right.T)
-    copied = 2 * source.nbytes * _per_second(lambda: target.copy_(source))
-    activated = 2 * hidden.nbytes * _per_second(lambda: torch.nn.functional.silu(hidden))
-    return rates_of_cpu(flops, copied, activated)
+    products = [_product(each) for each in dict.fromkeys((dtype, torch.float32))]
+    return rates_of_cpu(
+        products[0],
+        products[-1],
+        _attention(),
+        2 * source.nbytes * _per_second(lambda: target.copy_(source)),
+        2 * hidden.nbytes * _per_second(lambda: torch.nn.functional.silu(hidden)),
+    )
+
+
+def _product(dtype: torch.dtype) -> float:
+    left, right = torch.ones(384, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
+    return 2 * 384 * 512 * 1024 * _per_second(lambda: left @ right.T)
+
+
+def _attention() -> tuple[float, float]:
+    """Return the FLOP/s of causal attention in float32, forward and backward; both models compute it so on a CPU."""
+    heads, tokens, width = 8, 256, 64
+    query, key, value = (torch.ones(1, heads, tokens, width, requires_grad=True) for _ in range(3))
+
+    def forward() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    flops, attended = 4 * heads * width * tokens * tokens / 2, forward()
+    gradient = torch.ones_like(attended)
+    backward = _per_second(lambda: torch.autograd.grad(attended, (query, key, value), gradient, retain_graph=True))
+    with torch.no_grad():
+        return flops * _per_second(forward), ATTENTION_BACKWARD_FLOPS * flops * backward
 
 
 def _per_second(call: Callable[[], object]) -> float:
@@ -150,7 +197,7 @@ def planned_rates(config: Config, gpu_name: str | None, itemsize: int) -> Rates 
 def running_rates(config: Config, device: torch.device, dtype: torch.dtype) -> Rates | None:
     """Return the rates of the device of this process; of ``cluster.gpu`` if the name of the GPU is unknown.
 
-    The rates of a CPU are measured, which takes about 0.1 seconds.
+    The rates of a CPU are measured, which takes about 0.2 seconds.
     """
     if device.type != "cuda":
         return measure_cpu(dtype)

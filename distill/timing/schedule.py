@@ -50,7 +50,7 @@ class Phase:
 
     seconds: float
     busy: NDArray[np.float64]
-    """Seconds in which each engine works."""
+    """Seconds in which each engine decodes, also tokens that are discarded; in the other time it waits."""
     trained: Tokens
     """Lengths of the responses that the step trains on."""
     older: int = 0
@@ -61,6 +61,8 @@ class Phase:
     """T*: number of new tokens after which unfinished responses were cut; without partial rollouts the longest."""
     most: int = 0
     """Largest number of responses that one engine runs at the same time."""
+    discarding: float = 0.0
+    """Seconds in which an engine decodes tokens beyond T*, which are discarded; mean over the engines."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,21 @@ class Generation:
 
     @property
     def wait_share(self) -> float:
-        """Return the fraction of the engines' time in which they wait for other engines."""
-        return 1 - _mean(float(phase.busy.mean()) for phase in self.steady) / self.seconds
+        """Return the mean over steps of the fraction of the phase in which an engine waits for other engines.
+
+        A run measures the same for each step, as ``timing/train/generation_wait_share``.
+        """
+        return _mean(1 - phase.busy.mean() / phase.seconds for phase in self.steady)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Return the mean seconds per step in which an engine waits for other engines."""
+        return self.seconds - _mean(phase.busy.mean() for phase in self.steady)
+
+    @property
+    def discarded_share(self) -> float:
+        """Return the mean over steps of the fraction of the phase in which an engine decodes discarded tokens."""
+        return _mean(phase.discarding / phase.seconds for phase in self.steady)
 
     @property
     def older_share(self) -> float:
@@ -234,16 +249,21 @@ def _partial_phase(job: Job, pool: Pool, step: int, max_age: int) -> Phase:
     old = (remaining > limit) & (step - pool.started[running] >= max_age)
     rest = np.where(old, remaining - new, 0)
     second = _decode(job, engine[old], (context + new)[old], rest[old])
+    # An engine with responses beyond T* decodes until it receives the final limit; the other engines wait.
+    cuts = np.isin(np.arange(job.engines), engine[remaining > limit])
+    end = float(first.max()) + CUTOFF_POLL_S * bool(cuts.any())
+    busy = np.where(cuts, end, first)
     pool.done[running] += rest
     trained = np.flatnonzero(~pool.unfinished)[: job.responses]
     phase = Phase(
-        seconds=float(first.max() + second.max()) + CUTOFF_POLL_S * bool((remaining > limit).any()),
-        busy=first + second,
+        seconds=end + float(second.max()),
+        busy=busy + second,
         trained=pool.length[trained],
         older=int(before[trained].sum()),
         reprefilled=int(again.sum()),
         cut_after=limit,
         most=int(np.bincount(engine).max()),
+        discarding=float((busy - first).mean()),
     )
     kept = np.ones(len(pool.length), bool)
     kept[trained] = False

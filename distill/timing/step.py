@@ -16,6 +16,8 @@ from distill.timing.lengths import Lengths
 from distill.timing.passes import (
     LOSS_BYTES,
     TOPK_BYTES,
+    TORCH_LOSS_BYTES,
+    TORCH_TOPK_BYTES,
     Sequences,
     flops_of_shape,
     gather_seconds,
@@ -27,6 +29,8 @@ from distill.timing.schedule import Generation, Job, lockstep, partial_rollouts
 
 OPTIMIZER_BYTES = 40
 """Bytes per parameter of a rank that an optimizer step moves: AdamW 28, gradient norm 4, clipping 8."""
+ACCUMULATION_BYTES = 12
+"""Bytes per parameter of a rank that adding a micro-batch's gradient to earlier ones moves: two reads and a write."""
 SYNC_PASSES = 6
 """How often a sync reads or writes the weights in memory: gather, cast, copy to the engine, and two bit sums."""
 SYNC_TENSOR_S, SYNC_FIXED_S = 0.3e-3, 0.4
@@ -148,35 +152,50 @@ class StepTime:
         exchanged = self._exchange(shape, self.taught.positions / self.ranks, memory.group, b, passes=1)
         head = 0.0
         if not memory.returns_rows:
-            head = head_seconds(shape, self.taught.rows, self.rates, self.ranks, 1, TOPK_BYTES)
+            head = head_seconds(shape, self.taught.rows, self.rates, self.ranks, self._topk_bytes)
         copied = memory.teacher_shards / self.rates.host if self.cuda else 0.0
         return max(times.forward, gathers) + head + exchanged + copied
 
     def student_seconds(self) -> float:
-        """Return the seconds of the student's forward and backward with loss, without the optimizer."""
+        """Return the seconds of the student's forward and backward with loss, without the optimizer.
+
+        With weights in host memory, each gather copies the float32 shards to the device first, which overlaps. The
+        gradients of each micro-batch are copied to host memory and added there, and the backward waits for it.
+        """
         memory, shape, config, b = self.memory, self.student, self.config, self.memory.b
         parallel = config.policy.dtensor_cfg
         times = layer_times(shape, self.read, self.rates, self.ranks, b, memory.fused)
         gathers = 2 if parallel.reshard_after_forward else 1
         weights = shape.parameters / memory.tp
         exchanged = (gathers * b + 4) * weights  # gradients are reduced in float32
-        traffic = self.micro_batches(self.read, memory.tokens) * self._gather(exchanged, memory.fsdp)
+        count, on_host = self.micro_batches(self.read, memory.tokens), 0.0
+        traffic = count * self._gather(exchanged, memory.fsdp)
+        if memory.on_host:
+            one_copy = 4 * memory.student_shard / self.rates.host
+            traffic += count * gathers * one_copy
+            added = ACCUMULATION_BYTES * memory.student_shard / self.rates.host_memory
+            on_host = count * one_copy + (count - memory.optimizer_batches) * added
         passes = 3 if parallel.recomputation == "full" else 2
         positions = self.read.positions / memory.dp / memory.cp
         within = self._exchange(shape, positions / memory.tp, memory.cp, b, passes)
         within += self._reduce(shape, positions, memory.tp, b, passes)
-        products = 3 + needs_score_pass(config.loss_fn, config.distillation.topk_logits_k)
-        head = head_seconds(shape, self.read.rows, self.rates, self.ranks, products, LOSS_BYTES)
+        wide = 1 + needs_score_pass(config.loss_fn, config.distillation.topk_logits_k)
+        moved = LOSS_BYTES if memory.triton else TORCH_LOSS_BYTES
+        head = head_seconds(shape, self.read.rows, self.rates, self.ranks, moved, wide, narrow=2)
         if memory.returns_rows:
-            head += head_seconds(self.teacher, self.taught.rows, self.rates, self.ranks, 1, TOPK_BYTES)
-        return max(times.training(parallel.recomputation), traffic) + head + within
+            head += head_seconds(self.teacher, self.taught.rows, self.rates, self.ranks, self._topk_bytes)
+        return max(times.training(parallel.recomputation), traffic) + head + within + on_host
 
     def optimizer_seconds(self) -> float:
-        """Return the seconds of the optimizer steps, and of moving the moments from and to host memory."""
+        """Return the seconds of the optimizer steps, and of moving the moments from and to host memory.
+
+        With weights in host memory, AdamW runs there, and nothing is moved: gathers and backward copy weights and
+        gradients.
+        """
         memory, rates = self.memory, self.rates
         moved = OPTIMIZER_BYTES * memory.student_shard * memory.optimizer_batches
-        if memory.on_host:  # AdamW runs on the host, and parameters and gradients are copied
-            return moved / rates.host + 8 * memory.student_shard * memory.optimizer_batches / rates.host
+        if memory.on_host:
+            return moved / rates.host_memory
         offloaded = 16 * memory.student_shard / rates.host if memory.offloads else 0.0
         return moved / rates.elementwise + offloaded
 
@@ -185,7 +204,12 @@ class StepTime:
         shape, size = self.student, self.memory.b * self.student.parameters
         tensors = shape.layers * len(shape.layer_tensors) + 3
         fixed = tensors * SYNC_TENSOR_S + (SYNC_FIXED_S if self.cuda else 0.0)
-        return self._gather(size, self.memory.shards) + SYNC_PASSES * size / self.rates.memory + fixed
+        copied = 4 * self.memory.student_shard / self.rates.host if self.memory.on_host else 0.0
+        return copied + self._gather(size, self.memory.shards) + SYNC_PASSES * size / self.rates.memory + fixed
+
+    @property
+    def _topk_bytes(self) -> int:
+        return TOPK_BYTES if self.memory.triton else TORCH_TOPK_BYTES
 
     def _gather(self, bytes_: float, ranks: int) -> float:
         per_node = min(ranks, max(1, self.per_node * ranks // self.memory.shards))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from scripts.study import (
     agrees,
     compare,
     differences,
+    finished_within,
     graded,
     measured,
     partial,
@@ -157,10 +159,16 @@ def test_lengths_and_waits_are_means_over_steps_and_trained_tokens_a_sum(run_dir
     rows = [_row(step, 5.0) | dict(zip(names, values, strict=True)) for step, values in enumerate(by_step, 1)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "validation" / "step_2.jsonl").rename(run_dir / "validation" / "step_4.jsonl")
-    found = scheduled(run_dir)
+    found = scheduled(run_dir, 4)
     assert (found["generation seconds per step"], found["wait share"], found["trained tokens"]) == (5.0, 0.25, 1000.0)
     assert (found["length, first third of steps"], found["length, last third of steps"]) == (40.0, 140.0)
     assert found["share of older tokens"] == pytest.approx(0.15)
+    (run_dir / "validation" / "step_4.jsonl").rename(run_dir / "validation" / "step_2.jsonl")
+    earlier = scheduled(run_dir, 2)
+    assert (earlier["steps"], earlier["training seconds"], earlier["trained tokens"]) == (2.0, 9.5, 300.0)
+    assert (earlier["generation seconds per step"], earlier["wait share"]) == (6.0, 0.375)
+    assert (earlier["length, first third of steps"], earlier["length, last third of steps"]) == (40.0, 100.0)
+    assert (earlier["share of older tokens"], earlier["KL after, nats per token"]) == (0.0, pytest.approx(0.2))
 
 
 @pytest.mark.parametrize(("overrides", "in_progress"), [((), 16), (study.PARTIAL, 22)])
@@ -169,23 +177,37 @@ def test_the_recipe_of_partial_rollouts_is_valid_in_both_arms(overrides: tuple[s
     assert (config.distillation.responses_per_step, config.distillation.most_in_progress) == (16, in_progress)
 
 
-def test_partial_rollouts_train_as_many_steps_as_fit_into_the_time_of_the_other_arm(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_partial_rollouts_are_measured_after_the_last_step_within_the_time_of_the_other_arm(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of 3.75 and 4.75 s, and a pilot with the same: 8.5 s are two steps, 18 s would be four."""
+    """Lockstep: two steps in 8.5 s. Partial rollouts: four steps, of which 4 + 2 + 2 s fit and 4 + 2 + 2 + 2 do not."""
     started: list[tuple[str, int, tuple[str, ...]]] = []
+    more = tmp_path / "more"
+    shutil.copytree(run_dir / "validation", more / "validation")
+    rows = [_row(step, seconds + 0.25) for step, seconds in enumerate((4.0, 2.0, 2.0, 2.0), 1)]
+    (more / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, kl in ((1, 0.5), (2, 0.4), (3, 0.25), (4, 0.125)):
+        sample = {"prompt_id": 0, "verdict": None, "forward_kl": [kl]}
+        (more / "validation" / f"step_{step}.jsonl").write_text(json.dumps(sample) + "\n")
 
-    def train(self: Request, experiment: str, arm: Arm, seed: int, *more: str) -> Path:
-        started.append((arm.name, seed, more))
-        assert (arm.overrides == study.PARTIAL) == (arm.name != "lockstep")
-        return run_dir
+    def train(self: Request, experiment: str, arm: Arm, seed: int, *overrides: str) -> Path:
+        started.append((arm.name, seed, (*arm.overrides, *overrides)))
+        return run_dir if arm.name == "lockstep" else more
 
     monkeypatch.setattr(Request, "train", train)
     found = partial(Request((), keep=False))
-    assert started[0][:2] == ("pilot", 1)
-    fitting = ("distillation.max_num_steps=2",)
-    assert started[1:] == [run for seed in SEEDS for run in (("lockstep", seed, ()), ("partial", seed, fitting))]
-    assert found["lengths"]["partial"] == [[0.0, 0.0]] * 3 and found["runs"].keys() == {"lockstep", "partial"}
+    settings = (*study.PARTIAL, "distillation.val_period=1", "distillation.max_num_steps=4")
+    assert started == [run for seed in SEEDS for run in (("lockstep", seed, ()), ("partial", seed, settings))]
+    measurements = found["runs"]["partial"][0]
+    assert (measurements["steps"], measurements["training seconds"]) == (3.0, 8.0)
+    assert measurements["KL after, nats per token"] == 0.25
+    curve = found["held-out KL by training seconds, partial"][0]
+    assert curve == [(0.0, pytest.approx(0.6)), (4.0, 0.5), (6.0, 0.4), (8.0, 0.25), (10.0, 0.125)]
+    assert found["lengths"]["partial"] == [[0.0] * 4] * 3 and found["runs"].keys() == {"lockstep", "partial"}
+
+
+def test_at_least_one_step_finishes_within_the_time(run_dir: Path) -> None:
+    assert [finished_within(seconds, run_dir) for seconds in (0.0, 3.75, 8.4, 8.5, 100.0)] == [1, 1, 1, 2, 2]
 
 
 def test_a_finished_run_is_kept_only_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

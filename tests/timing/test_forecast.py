@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from distill.config import Config
+from distill.distributed.planned import PlannedWorld
 from distill.memory.shapes import find_shape
 from distill.timing import forecast as forecast_module
 from distill.timing import rates as rates_module
@@ -27,6 +28,7 @@ from distill.timing.rates import measure_cpu, planned_rates, rates_of_cpu, runni
 from distill.timing.step import StepTime, Workload
 from tests.memory.test_forecast import known, recipe
 
+WORLD = PlannedWorld(1, 1, torch.device("cpu"))
 RECIPE = "qwen3-4b-context-self-distillation-4n4g.yaml"
 VALUES = {
     "train/p50_gen_tokens_per_sample": 100.0,
@@ -85,7 +87,7 @@ def test_the_total_is_the_sum_of_the_phases_and_counts_the_recipes_generation() 
 def test_scoring_in_the_tail_saves_at_most_the_wait_and_the_teacher() -> None:
     found = predict_time(table_of()[1])
     assert found.lockstep is not None
-    wait = found.lockstep.wait_share * found.lockstep.seconds
+    wait = found.lockstep.wait_seconds
     assert found.tail_gain == min(found.teacher, wait)
     assert replace(found, teacher=1e9).tail_gain == wait
 
@@ -155,10 +157,10 @@ def predictor(config: Config, device: str = "cpu") -> StepPredictor:
 
 def test_a_run_logs_measured_phases_with_the_forecast_for_its_lengths(monkeypatch, caplog) -> None:
     config = recipe(RECIPE, "policy.dtensor_cfg.activation_checkpointing=true")
-    rates = rates_of_cpu(1e12, 1e10, 1e10)
+    rates = rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10)
     monkeypatch.setattr(forecast_module, "running_rates", lambda *_: rates)
     with caplog.at_level(logging.INFO):
-        predictor(config).compare(VALUES, 2)
+        predictor(config).compare(VALUES, 2, WORLD)
     (record,) = caplog.records
     found = dict(re.findall(r"(\w+) ([\d.]+ \([\d.]+\))", record.getMessage()))
     workload = measured_workload(config, VALUES, 2)
@@ -173,15 +175,15 @@ def test_a_run_logs_measured_phases_with_the_forecast_for_its_lengths(monkeypatc
 def test_a_step_without_responses_or_a_gpu_without_a_name_logs_nothing(monkeypatch, caplog) -> None:
     config = recipe(RECIPE)
     with caplog.at_level(logging.INFO):
-        predictor(config).compare({"timing/train/generation": 1.0}, 2)
+        predictor(config).compare({"timing/train/generation": 1.0}, 2, WORLD)
         monkeypatch.setattr(forecast_module, "running_rates", lambda *_: None)
-        predictor(config).compare(VALUES, 2)
+        predictor(config).compare(VALUES, 2, WORLD)
     assert not caplog.records
 
 
 def test_an_error_of_the_forecast_does_not_end_a_run(monkeypatch, caplog) -> None:
     monkeypatch.setattr(forecast_module, "running_rates", lambda *_: 1 / 0)
-    predictor(recipe(RECIPE)).compare(VALUES, 2)
+    predictor(recipe(RECIPE)).compare(VALUES, 2, WORLD)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
@@ -197,11 +199,28 @@ def test_the_measured_lengths_have_the_limit_of_their_step() -> None:
 
 
 def test_the_first_steps_of_partial_rollouts_have_no_forecast_of_generation(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(forecast_module, "running_rates", lambda *_: rates_of_cpu(1e12, 1e10, 1e10))
+    monkeypatch.setattr(forecast_module, "running_rates", lambda *_: rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10))
     with caplog.at_level(logging.INFO):
-        predictor(recipe(RECIPE, "distillation.partial_rollouts.enabled=true")).compare(VALUES, 2)
+        predictor(recipe(RECIPE, "distillation.partial_rollouts.enabled=true")).compare(VALUES, 2, WORLD)
     found = dict(re.findall(r"(\w+) ([\d.]+) \([\d.]+\)", caplog.records[0].getMessage()))
     assert list(found) == ["sync", "teacher", "training"] and "20%" not in caplog.records[0].getMessage()
+
+
+def test_all_ranks_of_a_cpu_run_measure_at_the_same_time_and_one_logs(monkeypatch, caplog) -> None:
+    """Each rank passes the barrier first and then measures; only rank 0 logs."""
+    calls: list[str] = []
+    monkeypatch.setattr(
+        forecast_module,
+        "running_rates",
+        lambda *_: calls.append("measured") or rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10),
+    )
+    other = PlannedWorld(1, 2, torch.device("cpu"))
+    other.rank = 1
+    for world in (WORLD, other):
+        monkeypatch.setattr(world, "barrier", lambda: calls.append("barrier"))
+        with caplog.at_level(logging.INFO):
+            predictor(recipe(RECIPE)).compare(VALUES, 2, world)
+    assert calls == ["barrier", "measured"] * 2 and len(caplog.records) == 1
 
 
 def test_a_run_uses_its_own_gpu_before_cluster_gpu(monkeypatch) -> None:
@@ -215,5 +234,6 @@ def test_a_run_uses_its_own_gpu_before_cluster_gpu(monkeypatch) -> None:
 def test_a_cpu_is_measured(monkeypatch) -> None:
     monkeypatch.setattr(rates_module, "_MEASURED_S", 0.0)
     found = measure_cpu(torch.float32)
-    assert found.matmul > 0 and found.memory > 0 and found.matmul > found.attention_forward
+    measured = (found.matmul, found.wide_matmul, found.attention_forward, found.attention_backward)
+    assert min(*measured, found.memory, found.elementwise) > 0 and found.matmul == found.wide_matmul
     assert running_rates(recipe(RECIPE), torch.device("cpu"), torch.float32) is not None

@@ -27,7 +27,7 @@ from distill.timing.step import OPTIMIZER_BYTES, SYNC_PASSES, SYNC_TENSOR_S, Ste
 from tests.helpers import tiny_config
 from tests.memory.test_forecast import recipe
 
-UNIT = Rates("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+UNIT = Rates("unit", *[1.0] * 10, 0.0, 0.0)
 ONLY_FLOPS = replace(UNIT, elementwise=float("inf"))
 """One FLOP per second and free small operations, so seconds are FLOPs."""
 TEN = Lengths(10, 0.0, 10)
@@ -56,7 +56,7 @@ def test_a_forward_and_backward_have_the_counted_flops() -> None:
         logits.sum().backward()
     shape = shape_of(config, "tiny")
     times = layer_times(shape, Sequences(n, n * n, n), ONLY_FLOPS, 1, 2, fused=True)
-    one = head_seconds(shape, n, ONLY_FLOPS, 1, products=1, bytes_=0)
+    one = head_seconds(shape, n, ONLY_FLOPS, 1, bytes_=0)
     assert forward.get_total_flops() == times.forward + one
     recomputed = 3 * 2 * n * n * 8 * shape.head_dim  # one product in each of three layers with eight heads
     assert backward.get_total_flops() == times.backward + 2 * one - recomputed
@@ -70,6 +70,25 @@ def test_small_operations_move_the_bytes_of_an_independent_count() -> None:
     times = layer_times(shape, Sequences(10, 0, 10), replace(UNIT, matmul=float("inf")), 2, 2, fused=True)
     assert times.forward == times.elementwise == 36 * 5 * elementwise_bytes(shape, 2, True)
     assert times.backward == BACKWARD_BYTES * times.forward
+
+
+def test_the_head_computes_logits_in_float32_and_gradients_in_the_compute_dtype() -> None:
+    """One row of a vocabulary of 151,936 and 2,560 hidden states, half of it on each of two ranks."""
+    shape, rates = known("4"), replace(UNIT, wide_matmul=0.5, matmul=4.0, elementwise=2.0)
+    product, logits = 2 * 2560 * 151_936 / 2, 151_936 / 2
+    assert head_seconds(shape, 1, rates, 2, bytes_=6) == product / 0.5 + 3 * logits
+    assert head_seconds(shape, 1, rates, 2, bytes_=6, wide=2, narrow=3) == product * (4 + 0.75) + 3 * logits
+
+
+def test_a_loss_without_triton_moves_more_bytes_per_logit() -> None:
+    only_bytes = Rates("bytes", *[float("inf")] * 10, 0.0, 0.0)
+    only_bytes = replace(only_bytes, elementwise=1.0)
+    triton, torch_ = (
+        step(f"loss_fn.backend={name}", "runtime.fused_layers=true", rates=only_bytes) for name in ("triton", "torch")
+    )
+    logits = triton.read.rows / 8 * triton.student.vocab
+    assert torch_.student_seconds() - triton.student_seconds() == pytest.approx((62 - 18) * logits)
+    assert torch_.teacher_seconds() - triton.teacher_seconds() == pytest.approx((84 - 8) * logits)
 
 
 def test_recomputation_adds_the_forward_or_its_small_operations() -> None:
@@ -130,6 +149,26 @@ def test_the_optimizer_moves_its_bytes_once_per_optimizer_step() -> None:
     assert four.optimizer_seconds() == (4 * OPTIMIZER_BYTES + 16) * shard
     kept = step("runtime.offload_optimizer=false", rates=UNIT)
     assert kept.optimizer_seconds() == OPTIMIZER_BYTES * shard
+
+
+def test_an_optimizer_on_the_host_uses_host_memory_and_the_gradients_pcie() -> None:
+    """64 responses in two optimizer batches of two micro-batches each, on eight ranks; 3 bytes/s of PCIe, 5 of memory.
+
+    Each micro-batch copies float32 weights once per gather (forward and backward) and float32 gradients back, and the
+    second micro-batch of each optimizer batch adds its gradients to those of the first: 12 bytes.
+    """
+    infinite = float("inf")
+    free = Rates("free", *[infinite] * 10, 0.0, 0.0)
+    words = ("policy.dtensor_cfg.cpu_offload=true", "policy.train_global_batch_size=32")
+    found = step(*words, rates=replace(free, host=3.0, host_memory=5.0))
+    shard = found.memory.student_shard
+    assert found.micro_batches(found.read, found.memory.tokens) == 4 and found.memory.optimizer_batches == 2
+    assert found.optimizer_seconds() == 2 * 40 * shard / 5
+    copies = 4 * 2 * 4 * shard / 3
+    assert found.student_seconds() == pytest.approx(copies + 4 * 4 * shard / 3 + 2 * 12 * shard / 5)
+    kept = step(*words, "policy.dtensor_cfg.reshard_after_forward=false", rates=found.rates)
+    assert found.student_seconds() - kept.student_seconds() == pytest.approx(copies / 2)
+    assert found.sync_seconds() - step(words[1], rates=free).sync_seconds() == pytest.approx(4 * shard / 3)
 
 
 def test_a_sync_gathers_the_weights_and_copies_them() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from distill.config import DistillationConfig
 from distill.config.loop import PartialRolloutsConfig
+from distill.metrics.step import waits
 from distill.timing.decode import DecodeCost
 from distill.timing.lengths import Lengths
 from distill.timing.queue import lockstep_queue, partial_queue, run_queue
@@ -71,11 +72,39 @@ def test_a_phase_ends_when_enough_responses_have_ended_and_cuts_all_others_equal
     assert third.cut_after == 5 and third.trained.tolist() == [9, 2] and third.older == 4
 
 
+def test_an_engine_with_cut_responses_decodes_until_the_phase_ends_and_other_engines_wait() -> None:
+    """T* = 4. Engine 0: prompts of 30 s, lengths 4 and 4. Engine 1: 15 s, 9 is cut. Engine 2: 15 s, 1 ends."""
+    cost = replace(COST, prefill_token=1.0)
+    job = Job(3, 3, Fixed(4, 9, 1, 4), cost, prompt_tokens=15, steps=1)
+    found = partial_rollouts(job, 0.75, 5, warm_up=0)
+    (phase,) = found.steady
+    end = 30 + 4 + CUTOFF_POLL_S
+    assert phase.seconds == end and phase.trained.tolist() == [4, 1, 4]
+    assert phase.busy.tolist() == [34, end, 16]
+    assert phase.discarding == pytest.approx((end - 19) / 3)
+    assert found.wait_seconds == pytest.approx((CUTOFF_POLL_S + end - 16) / 3)
+    assert found.wait_share == pytest.approx(found.wait_seconds / end)
+    assert found.discarded_share == pytest.approx(phase.discarding / end)
+
+
+def test_the_wait_share_is_the_mean_of_the_metric_of_each_step() -> None:
+    """Engines work 2 and 1 s, then 4 and 8 s: shares of 1/4 each; the metric of a run has the same values."""
+    found = lockstep(Job(2, 2, Fixed(2, 1, 4, 8), COST, steps=2), warm_up=0)
+    metrics = [
+        waits({"timing/train/generation": phase.busy.mean(), "timing/train/generation_slowest": phase.seconds})
+        for phase in found.steady
+    ]
+    assert [list(each.values()) for each in metrics] == [[0.25], [0.25]] and found.wait_share == 0.25
+    uneven = lockstep(Job(2, 2, Fixed(2, 1, 8, 8), COST, steps=2), warm_up=0)
+    assert uneven.wait_share == 0.125 and uneven.wait_seconds == 0.25
+
+
 def test_a_response_of_the_largest_age_runs_to_its_end_after_the_others_are_cut() -> None:
     """With age 1, the response of 20 tokens has three of them and ends in the second phase: 1 and then 16 seconds."""
     job = Job(2, 2, Fixed(9, 2, 3, 20, 1, 1), COST, prompt_tokens=5, steps=3)
     second = partial_rollouts(job, 0.5, 1, warm_up=0).steady[1]
-    assert second.cut_after == 1 and second.seconds == 1 + 16 + CUTOFF_POLL_S
+    assert second.cut_after == 1 and second.seconds == pytest.approx(1 + 16 + CUTOFF_POLL_S)
+    assert second.busy.tolist() == pytest.approx([1 + 5 + CUTOFF_POLL_S, second.seconds])  # only engine 0 waits
     assert second.trained.tolist() == [9, 20] and second.older == 3 + 3
 
 
