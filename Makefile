@@ -1,5 +1,6 @@
 # A fresh clone needs Python 3.11 only: `make smoke` trains, `make test` tests, `make` lists all targets.
-# Variables: PYTHON creates the environment VENV; TORCH_INDEX is a package index with PyTorch's CPU build.
+# Variables: PYTHON creates the environment VENV; TORCH_INDEX is a package index with PyTorch's CPU build; LORA=1
+# demonstrates low-rank adapters.
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 VENV ?= .venv
 TORCH_INDEX ?=
@@ -42,8 +43,8 @@ models: venv  ## write SmolLM2-135M and a depth-pruned student to models/, from 
 smoke: venv models  ## two short trainings on two ranks, and a table of their results
 	@$(PY) -m scripts.smoke
 
-demo-context: venv models  ## the student learns a rule that only the teacher reads, in 40 steps
-	@$(PY) -m scripts.demo context
+demo-context: venv models  ## the student learns a rule that only the teacher reads, in 40 steps; LORA=1: with adapters
+	@$(PY) -m scripts.demo context$(if $(LORA),-lora)
 
 demo-control: venv models  ## the same training without the context: the student learns nothing
 	@$(PY) -m scripts.demo control
@@ -95,7 +96,7 @@ test-demo: venv models  ## the tests of the demonstration: five to twenty minute
 	@cp $< $@
 
 test-exports: venv models .venv-transformers4/installed.lock  ## load exports with transformers 4 (in a separate environment), transformers 5 and vLLM
-	@$(PY) -m pytest -q -m exports tests/test_exports.py
+	@$(PY) -m pytest -q -m exports tests/test_exports.py tests/test_adapter_exports.py
 
 test-fakecuda: venv  ## memory, host syncs and launches of a step on fake CUDA tensors, without a GPU: under three minutes
 	@$(PY) -m pytest -q -rs -m fakecuda -n 2 --dist loadfile tests/fakecuda

@@ -13,6 +13,7 @@ import yaml
 
 from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints, Found
+from distill.checkpoint.base_model import raise_if_other_base
 from distill.checkpoint.lock import DirectoryLock
 from distill.checkpoint.resume import clock_of, warn_of_changes
 from distill.config import Arguments, Config
@@ -37,6 +38,8 @@ from distill.model.export_files import ExportFiles
 from distill.model.flash_attention import activate_flash_attention, check_same_attention
 from distill.model.following_teacher import build_teacher
 from distill.model.hf_config import model_config
+from distill.model.initial_adapter import load_adapter
+from distill.model.peft_files import StoredAdapter
 from distill.model.student import DTYPES, Student
 from distill.model.teacher import Teacher
 from distill.model.teacher_check import verify_teacher
@@ -46,6 +49,7 @@ from distill.preflight import (
     check_models,
     check_recipe,
     compare,
+    find_adapter,
     is_finished,
     read_data,
     validated_step,
@@ -64,6 +68,7 @@ from distill.supervise.signals import Deadline, seconds_of
 from distill.supervise.stop import StopCheck
 from distill.timing.forecast import StepPredictor
 from distill.validation import Validation, validation_config
+from distill.validation.comparison import Compare
 from distill.validation.probe_setup import with_run_probe
 from distill.validation.token_kl import compare_tokens
 from distill.validation.train_samples import TrainSamples, shows_traces
@@ -132,6 +137,7 @@ def build_run(
         if check_data is not None:
             check_data(inputs.models, data, resume.clock)
     steps = compare(config, world, resume.found, resume.clock, data)
+    adapter = find_adapter(config, world, inputs.models, resume.found)
     if is_finished(config, resume.found, steps):
         log.info(
             "all %d steps of this run are finished (checkpoint %s): increase distillation.max_num_steps or"
@@ -140,7 +146,7 @@ def build_run(
         )
         world.supervisor.status.set_step(steps.first)
         return None
-    return _load(arguments, world, inputs, resume, data, steps)
+    return _load(arguments, world, inputs, resume, data, steps, adapter)
 
 
 def _check(config: Config, world: World) -> ModelInputs:
@@ -195,17 +201,23 @@ def _open_run(arguments: Arguments, world: World, resume: Resume, steps: Steps, 
     return RunDir(run_dir, recorder, lock)
 
 
-def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resume, data: Data, steps: Steps) -> Run:
-    """Create the run directory, engine, student and teacher, load the checkpoint, and return the run."""
+def _load(
+    arguments: Arguments,
+    world: World,
+    inputs: ModelInputs,
+    resume: Resume,
+    data: Data,
+    steps: Steps,
+    adapter: StoredAdapter | None,
+) -> Run:
+    """Create the run directory, engine, student and teacher, load the checkpoint or ``adapter``, and return the run."""
     run_dir = _open_run(arguments, world, resume, steps, inputs.start)
     config, models, checkpoints = inputs.config, inputs.models, resume.checkpoints
     log.info("starting the generation engine (%s)", config.policy.generation.backend)
     with phase("creating the engine"):
         engine = _build_engine(config, models, world)
     _activate_attention(config, models, world)
-    log.info("loading the student model %s", config.policy.model_name)
-    with phase("loading the student model"):
-        student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
+    student = _load_student(config, models, world, adapter)
     teacher = _load_teacher(config, models, world, student, data, verify=resume.found is None)
     teacher.offload()
     if resume.found is not None:
@@ -213,10 +225,7 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
             _restore(resume.found, checkpoints, student, teacher, steps)
     packing = packing_of(config, model_config(models.student, "policy.model_name"))
     stop = _stop_check(config, world)
-    seed, top_tokens = config.distillation.seed, config.logger.top_tokens_per_sample
-    compare_responses = partial(
-        compare_tokens, world, student, teacher, packing=packing, seed=seed, top_tokens=top_tokens
-    )
+    compare_responses = _comparison(config, world, student, teacher, packing)
     decode = partial(models.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     alarms = _alarms(config, world, run_dir.path, resume, steps)
     validation = Validation(
@@ -273,9 +282,24 @@ def _load(arguments: Arguments, world: World, inputs: ModelInputs, resume: Resum
     )
 
 
+def _comparison(config: Config, world: World, student: Student, teacher: Teacher, packing: PackingConfig) -> Compare:
+    """Return a collective function that compares student and teacher at every token of given responses."""
+    seed, top_tokens = config.distillation.seed, config.logger.top_tokens_per_sample
+    return partial(compare_tokens, world, student, teacher, packing=packing, seed=seed, top_tokens=top_tokens)
+
+
+def _load_student(config: Config, models: Models, world: World, adapter: StoredAdapter | None) -> Student:
+    """Load the student; its adapters start with the values of ``adapter`` if it is not None; collective."""
+    log.info("loading the student model %s", config.policy.model_name)
+    with phase("loading the student model"):
+        student = Student(config, models.student, world, models.valid_vocab, models.stop_token_ids)
+        if adapter is not None:
+            load_adapter(adapter, student, world)
+    return student
+
+
 def _load_teacher(config: Config, models: Models, world: World, student: Student, data: Data, verify: bool) -> Teacher:
     """Load the teacher; with ``verify``, compare it with transformers if the recipe requires it; collective."""
-    log.info("loading the teacher model %s", config.teacher.model_name)
     with phase("loading the teacher model"):
         teacher = build_teacher(config, models.teacher, world, models.valid_vocab, student)
     if verify and config.runtime.verify_teacher:
@@ -374,7 +398,7 @@ def _freeze_heap() -> None:
 
 
 def _utilization(config: Config, models: Models, world: World, packing: PackingConfig) -> Utilization:
-    flops = flops_of(model_config(models.student, "policy.model_name"))
+    flops = flops_of(model_config(models.student, "policy.model_name"), config.policy.dtensor_cfg.lora_cfg)
     peak = device_peak(world.device, DTYPES[config.policy.precision])
     scores = needs_score_pass(config.loss_fn, config.distillation.topk_logits_k)
     return Utilization(flops, packing.share_prefixes, world.size, peak, packing.weights, scores)
@@ -382,6 +406,7 @@ def _utilization(config: Config, models: Models, world: World, packing: PackingC
 
 def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, steps: Steps) -> None:
     """Load the checkpoint into student and teacher; log changes of recipe and data since the checkpoint."""
+    raise_if_other_base(found, student.base)
     has_optimizer = found.info["recipe"]["checkpointing"]["save_optimizer"]
     checkpoints.load(found.path, student.state(optimizer=has_optimizer) | teacher.state())
     student.resume(steps.first)

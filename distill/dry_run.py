@@ -31,7 +31,17 @@ from distill.hub import offline_hub
 from distill.inputs import Models, check_files, check_model, check_tokenizers, find_models
 from distill.memory.forecast import GIB, Forecast, card_bytes, known_shapes
 from distill.memory.shapes import group_size
-from distill.preflight import CheckedModels, Data, Steps, check_models, check_recipe, compare, is_finished, read_data
+from distill.preflight import (
+    CheckedModels,
+    Data,
+    Steps,
+    check_models,
+    check_recipe,
+    compare,
+    find_adapter,
+    is_finished,
+    read_data,
+)
 from distill.run_dir import check_run_dir
 from distill.timing.forecast import time_table
 
@@ -121,6 +131,7 @@ class _DryRun:
             self._data = read_data(config, world, readers, clock, self._found, self._allowed)
         self._compared = None if models is None else self._data  # a stand-in may have another chat template
         steps = compare(config, world, self._found, clock, self._compared)
+        find_adapter(config, world, models, self._found, self._allowed)
         if self._data is not None:
             last = self._data.prompts.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)
             steps = replace(steps, last=last)

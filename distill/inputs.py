@@ -10,7 +10,7 @@ from typing import Any
 
 from distill.batching.flops import ModelFlops, sizes_of
 from distill.batching.plan import PackingConfig
-from distill.config import Config, ContextDistillationConfig, TokenWeightsConfig
+from distill.config import Config, ContextDistillationConfig, LoraConfig, TokenWeightsConfig
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
 from distill.data.columns import TextColumn
@@ -32,6 +32,7 @@ from distill.errors import UserError
 from distill.memory.shapes import ModelShape, shape_of
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles, find_model
+from distill.model.lora import adapted_layers, check_adapters
 from distill.model.teacher import check_top_k
 from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
@@ -78,6 +79,7 @@ def find_models(config: Config) -> Models:
     valid_vocab = min(max(tokenizer.get_vocab().values()) + 1, *(shape.vocab for shape in shapes))
     check_top_k(config, valid_vocab)
     check_tensor_parallel(config, student_config, valid_vocab)
+    check_adapters(config, student_config)
     stop_token_ids = _stop_token_ids(config, student, teacher, tokenizer, teachers, valid_vocab)
     context = config.distillation.context_distillation
     is_other = context.mode == "frozen" or config.teacher.tokenizer.chat_template is not None
@@ -399,18 +401,20 @@ def packing_of(config: Config, shape: Any) -> PackingConfig:
         optimizer_batch=policy.train_global_batch_size,
         sequences=policy.train_micro_batch_size if tokens is None else None,
         tokens=tokens,
-        quadratic=flops_of(shape).quadratic,
+        quadratic=flops_of(shape, policy.dtensor_cfg.lora_cfg).quadratic,
         share_prefixes=config.runtime.share_prefixes,
         expected=config.distillation.num_prompts_per_step * config.distillation.num_generations_per_prompt,
         weights=None if config.loss_fn.token_weights == TokenWeightsConfig() else config.loss_fn.token_weights,
     )
 
 
-def flops_of(shape: Any) -> ModelFlops:
-    """Return the FLOPs of a model; ``shape``: its Hugging Face configuration."""
+def flops_of(shape: Any, lora: LoraConfig) -> ModelFlops:
+    """Return the FLOPs of the student; ``shape``: its Hugging Face configuration; ``lora``: its adapters."""
+    adapted = adapted_layers(lora, shape) if lora.enabled else {}
     windowed = [kind for kind in getattr(shape, "layer_types", None) or () if kind == "sliding_attention"]
     return ModelFlops(
         **sizes_of(shape),
         windowed=len(windowed),
         window=shape.sliding_window if windowed else 0,
+        adapters=2 * lora.dim * sum(map(sum, adapted.values())),
     )

@@ -13,6 +13,7 @@ from distill.checkpoint import Found, has_validation
 from distill.checkpoint.resume import RunHistory, compare_with_checkpoint, log_clock
 from distill.config import Config
 from distill.config.loop_rules import warn_of_loop
+from distill.config.lora_rules import teacher_shares_base, warn_of_lora
 from distill.data.clock import RunClock
 from distill.data.content import ContentHashes, raise_if_ranks_differ
 from distill.data.prompts import PromptOrder
@@ -43,6 +44,9 @@ from distill.memory.forecast import Forecast, known_shapes, plan_memory
 from distill.metrics.sinks import check_packages
 from distill.model.export_files import ExportFiles, read_export_files
 from distill.model.fused_layers import uses_fused_layers
+from distill.model.hf_config import model_config
+from distill.model.initial_adapter import initial_adapter
+from distill.model.peft_files import StoredAdapter
 from distill.rollout.factory import check_backend
 from distill.validation import HeldOut, validation_config
 from distill.validation.golds import warn_of_unusable_golds
@@ -106,6 +110,7 @@ def check_recipe(config: Config, world: World, missing: Missing = nullcontext) -
     _warn_of_metric(config)
     _warn_of_validation_limit(config)
     warn_of_loop(config)
+    warn_of_lora(config)
     with missing(), world.all_or_none("checking the installed packages"):
         check_packages(config.logger)
     _check_ranks(config, world, missing)
@@ -117,9 +122,8 @@ def _check_ranks(config: Config, world: World, missing: Missing) -> None:
     tp, cp = parallel.tensor_parallel_size, parallel.context_parallel_size
     with missing(), world.all_or_none("checking the number of ranks"):
         check_cluster(world, cluster.num_nodes, cluster.gpus_per_node, device, tp, cp)
-    teacher = config.teacher.dtensor_cfg
-    teacher_size = teacher.tensor_parallel_size * teacher.context_parallel_size
-    world.build_mesh(device, tp, cp, parallel.replicate_size, teacher_size)
+    teacher = None if teacher_shares_base(config) else config.teacher.dtensor_cfg.group_size
+    world.build_mesh(device, tp, cp, parallel.replicate_size, teacher)
     warn_of_cpu(world, device, cluster.gpu)
     with missing(), world.all_or_none("checking the loss backend"):
         check_loss_backend(config.loss_fn, world.device)
@@ -213,6 +217,21 @@ def compare(config: Config, world: World, found: Found | None, clock: RunClock, 
         first = int(found.info["data"]["step"]) if found else 0
     last = loop.max_num_steps if prompts is None else prompts.steps(loop.max_num_steps, loop.max_num_epochs)
     return Steps(history, first, last)
+
+
+def find_adapter(
+    config: Config, world: World, models: Models | None, found: Found | None, missing: Missing = nullcontext
+) -> StoredAdapter | None:
+    """Return the adapter with which the run starts; None without one, and if the run resumes; collective.
+
+    ``found``: the checkpoint to resume from, which contains the adapters. ``models`` is None only in a dry run without
+    a model's files; the adapter is then not checked. ``missing``: see ``Missing``.
+    """
+    adapter = None
+    if found is None and models is not None:
+        with missing(), world.all_or_none("checking the initial adapter"):
+            adapter = initial_adapter(config, model_config(models.student, "policy.model_name"))
+    return adapter
 
 
 def is_finished(config: Config, found: Found | None, steps: Steps) -> bool:

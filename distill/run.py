@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill.batching.plan import PackingConfig
 from distill.checkpoint import Checkpoints
+from distill.checkpoint.base_model import BASE
 from distill.checkpoint.lock import DirectoryLock
 from distill.checkpoint.resume import RunHistory
 from distill.checkpoint.search import step_of
@@ -33,8 +34,8 @@ from distill.metrics.sinks import Recorder, read_metrics
 from distill.metrics.step import Metrics, step_numbers
 from distill.metrics.summary import ending, summary
 from distill.metrics.utilization import Utilization
-from distill.model.export import export_hf
 from distill.model.export_files import ExportFiles
+from distill.model.export_student import export_student
 from distill.model.nonfinite import NonFiniteError, describe, not_finite, sample_lines, write_report
 from distill.model.student import Student
 from distill.model.teacher import Teacher
@@ -233,6 +234,7 @@ class Run:
             "in_context": self.validation.reference,
             FIRST_VALIDATION: self.validation.first,
             "recipe": asdict(self.config),
+            BASE: self.student.base,
             "stop_token_ids": self.models.stop_token_ids,
             **self.generation.info(step),
         }
@@ -243,7 +245,7 @@ class Run:
         self._check_finite(step, tensors)
         small = self._small_files(step)
         files = dict(self.generation.files(step)) if self.world.is_main else {}
-        names = [name.removeprefix("model.") for name in tensors if name.startswith("model.")]
+        names = [name for name, _ in self.student.model.named_hf_parameters()]
         self.checkpoints.save(
             step,
             tensors,
@@ -272,7 +274,7 @@ class Run:
         return self.export_files.with_card(asdict(self.config), step, tokens)
 
     def _export(self, folder: Path, files: ExportFiles | None) -> None:
-        export_hf(folder / "hf", self.student.weights(), files, self.student.dtype)
+        export_student(folder, self.student, files, asdict(self.config))
 
     def save_and_stop(self, stop: StopRequested) -> None:
         """Save a checkpoint after step ``stop.step`` if it has none; record the early stop; collective."""

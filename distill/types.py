@@ -292,7 +292,9 @@ class Layout:
 
     The ``cp_size * tp_size`` ranks of a data-parallel group train one micro-batch together. For the teacher,
     ``teacher_size`` consecutive ranks, which form complete data-parallel groups, combine their micro-batches into one
-    packed micro-batch and compute it together.
+    packed micro-batch and compute it together. A teacher in the student's module reads the micro-batch of one
+    data-parallel group, split as that of the student: over the ``teacher_size = cp_size`` context-parallel ranks, and
+    with all rows on every tensor-parallel rank.
     """
 
     dp_rank: int
@@ -312,6 +314,16 @@ class Layout:
     def rank(self) -> int:
         """Return this rank's number among all training ranks."""
         return (self.dp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
+
+    @property
+    def teacher_tp_size(self) -> int:
+        """Return the number of tensor-parallel ranks that compute different rows of the teacher's input."""
+        return self.tp_size if self.teacher_size >= self.group_size else 1
+
+    @property
+    def teacher_rank(self) -> int:
+        """Return this rank's number among the ranks that compute a micro-batch of the teacher together."""
+        return self.rank * self.teacher_tp_size // self.tp_size % self.teacher_size
 
     @property
     def teacher_dp_ranks(self) -> range:
@@ -348,8 +360,8 @@ class TeacherRows:
     """
 
     hidden_ND: Tensor
-    head_VD: Tensor
-    """Rows of the LM head, beginning with that of token ``first``.
+    head_VD: Tensor | None = None
+    """Rows of the LM head, beginning with that of token ``first``; None: the student's LM head.
 
     With tensor parallelism a rank needs only the rows of the tokens whose student logits it computes.
     """

@@ -1,9 +1,10 @@
 """Demonstrate on held-out problems that SmolLM2-135M learns from its teacher; two ranks, no GPU.
 
-    python -m scripts.demo context|control|heal [key.path=value ...]
+    python -m scripts.demo context|context-lora|control|heal [key.path=value ...]
 
-``context``: the student learns a rule that only the teacher reads. ``control``: without the context in training, it
-does not. ``heal``: a student without every sixth layer recovers most of its distance to the complete model.
+``context``: the student learns a rule that only the teacher reads. ``context-lora``: the same with low-rank adapters.
+``control``: without the context in training, it does not. ``heal``: a student without every sixth layer recovers most
+of its distance to the complete model.
 
 Each demonstration runs distill.train in runs/demo and reads the validation samples. It prints a table and writes
 ``demo.json``. The exit code is 1 if a claim does not hold.
@@ -43,9 +44,12 @@ MAX_CLOSED_BY_CONTROL = 0.1
 """Largest fraction of the held-out KL that ``control`` may remove; not 0 because of rounding and sampling."""
 
 
-def context(overrides: Sequence[str]) -> dict[str, Any]:
-    """Train with the rule in the teacher's context only; return the measurements."""
-    run_dir = train(RUNS / "context", "demo-context-cpu.yaml", *overrides)
+def context(overrides: Sequence[str], name: str = "context") -> dict[str, Any]:
+    """Train with the rule in the teacher's context only; return the measurements.
+
+    ``name``: name of the demonstration, which is part of the recipe's name.
+    """
+    run_dir = train(RUNS / name, f"demo-{name}-cpu.yaml", *overrides)
     before, after = first_and_last(run_dir)
     in_view = validated(run_dir, "in_context")
     found = compared(before, after) | {"rule_in_context": rate(in_view), "steps": steps(run_dir)}
@@ -66,6 +70,11 @@ def context(overrides: Sequence[str]) -> dict[str, Any]:
         "the 95% interval of the rise of the rate is above 0": found["rise_low"] > 0,
     }
     return found | {"claims": claims}
+
+
+def context_lora(overrides: Sequence[str]) -> dict[str, Any]:
+    """Train low-rank adapters as ``context`` trains all weights; return the measurements."""
+    return context(overrides, "context-lora")
 
 
 def control(overrides: Sequence[str]) -> dict[str, Any]:
@@ -102,7 +111,12 @@ def heal(overrides: Sequence[str]) -> dict[str, Any]:
     return found | {"steps": steps(run_dir), "claims": claims}
 
 
-DEMOS: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"context": context, "control": control, "heal": heal}
+DEMOS: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {
+    "context": context,
+    "context-lora": context_lora,
+    "control": control,
+    "heal": heal,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

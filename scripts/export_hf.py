@@ -1,12 +1,16 @@
 """Export a checkpoint as a Hugging Face folder of safetensors: one process, no GPU, one tensor in memory at a time.
 
-    python -m scripts.export_hf checkpoints/NAME/step_40 OUT [--dtype bfloat16] [--model NAME_OR_FOLDER]
+    python -m scripts.export_hf checkpoints/NAME/step_40 OUT [--merge] [--dtype bfloat16] [--model NAME_OR_FOLDER]
                                 [--stop-token-ids ID ...]
 
 The output equals the run's own export in ``step_40/hf``. The script first compares each file of the checkpoint with its
 checksum. Configuration, tokenizer, licence and model card come from the checkpoint, so the source model is not needed.
 Checkpoints of older versions lack them: the script then reads them from the student model of the recipe, and the stop
 ids of the training from that model and from the teacher.
+
+A checkpoint of low-rank adapters (LoRA) is exported as a PEFT folder, as ``step_40/peft``. ``--merge`` merges the
+adapters into their base model and writes the complete model. For this it reads the base model of the recipe, or
+``--model``, and compares its weights with the checksum in the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import logging
 import os.path
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +30,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from distill.checkpoint import SHARDS, CheckpointError, ShardsReader, files_of, read_verified
+from distill.checkpoint.base_model import BASE
 from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.tokenizer import load_tokenizer
-from distill.errors import UserError, reason, writing_to
+from distill.errors import UserError, disk_error, reason, writing_to
 from distill.model.export import export_hf
 from distill.model.export_files import (
     EXPORT_FILES,
@@ -36,9 +42,12 @@ from distill.model.export_files import (
     stored_export_files,
     tokenizer_folder,
 )
+from distill.model.export_student import export_adapter
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles, find_model
 from distill.model.hf_load import manifest_of, meta_model
+from distill.model.lora_merge import Adapter
+from distill.model.merged_files import merged_weights
 from distill.model.student import DTYPES
 
 log = logging.getLogger(__name__)
@@ -53,11 +62,13 @@ def export(
     dtype: str | None = None,
     model: str | None = None,
     stop_token_ids: Sequence[int] | None = None,
+    merge: bool = False,
 ) -> None:
     """Export the folder step_N ``checkpoint`` to the new folder ``out``.
 
-    ``dtype``, ``model`` and ``stop_token_ids`` replace those of the run if they are not None. Raises UserError if the
-    checkpoint is incomplete, does not fit the model, or cannot be read, and if ``out`` exists or cannot be written.
+    ``dtype``, ``model`` and ``stop_token_ids`` replace those of the run if they are not None. ``merge``: whether to
+    merge adapters into their base model. Raises UserError if the checkpoint is incomplete, does not fit the model, or
+    cannot be read, and if ``out`` exists or cannot be written.
     """
     out = Path(os.path.abspath(out))  # "." has no name
     part = out.parent / f"{out.name}.part"
@@ -69,15 +80,32 @@ def export(
     except CheckpointError as fault:
         problem = f"{checkpoint} is not a complete checkpoint ({fault})"
         raise UserError(problem, "choose another folder step_N", "checkpoint", str(checkpoint)) from fault
+    _check_options(checkpoint, info, merge, dtype)
     files, config, name = _files(checkpoint, info, model, stop_token_ids)
     kind = DTYPES[dtype or info["recipe"]["policy"]["precision"]]
-    weights = _weights(checkpoint, config, kind, name)
+    shapes = manifest_of(meta_model(config, "eager", kind))
     try:
         with writing_to(f"{out}", "free space there, or choose a writable output folder"):
-            export_hf(part, weights, files, kind)
+            if merge:
+                export_hf(part, _merged(checkpoint, info, shapes, kind, model), files, kind)
+            elif info.get(BASE) is not None:
+                _export_adapter(part, checkpoint, info, files, shapes)
+            else:
+                export_hf(part, _weights(checkpoint, shapes, kind, name), files, kind)
             part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_options(checkpoint: Path, info: Mapping[str, Any], merge: bool, dtype: str | None) -> None:
+    """Raise UserError if an option does not fit the checkpoint: all weights, or adapters."""
+    has_adapters = info.get(BASE) is not None
+    if merge and not has_adapters:
+        problem = f"--merge has no effect on {checkpoint}, which contains all weights and no adapters"
+        raise UserError(problem, "remove the option", "--merge", True)
+    if dtype is not None and has_adapters and not merge:
+        problem = f"--dtype={dtype} has no effect on the adapters in {checkpoint}, which are float32"
+        raise UserError(problem, "remove the option, or add --merge", "--dtype", dtype)
 
 
 def _files(
@@ -152,30 +180,76 @@ def _stop_ids(
     return tuple(sorted({*ours, *theirs}))
 
 
-def _weights(checkpoint: Path, config: Any, dtype: torch.dtype, model_name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of the model in the order of its parameters, in ``dtype``."""
-    reader = ShardsReader(checkpoint / SHARDS)
-    wanted = manifest_of(meta_model(config, "eager", dtype))
+@contextmanager
+def _reading(place: Path | str, key: str) -> Iterator[None]:
+    """Raise UserError if the ``with`` block cannot read ``place``, the value of ``key``."""
     try:
-        stored = reader.shapes()
-        for name, shape in wanted.items():
-            if stored.get(f"model.{name}") != shape:
-                raise UserError(
-                    f"the checkpoint does not fit the model {model_name}, whose {name} has the shape {tuple(shape)}"
-                    f" instead of {stored.get(f'model.{name}')}",
-                    "give the student model of the run as --model",
-                    "--model",
-                    model_name,
-                )
-        for name, tensor in reader.tensors(f"model.{name}" for name in wanted):
-            yield name.removeprefix("model."), tensor.to(dtype)
-    except OSError as error:  # of this generator; errors of writing belong to the consumer
-        raise UserError(
-            f"{checkpoint} cannot be read ({error.strerror or error})",
-            "check its permissions and the disk, and try again",
-            "checkpoint",
-            str(checkpoint),
-        ) from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = disk_error(error)
+        if cause is None:
+            raise
+        problem = f"{place} cannot be read ({cause.strerror or cause})"
+        raise UserError(problem, "check its permissions and the disk, and try again", key, str(place)) from error
+
+
+def _stored(checkpoint: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and complete tensors of the trained parameters ``names``."""
+    with _reading(checkpoint, "checkpoint"):
+        for name, tensor in ShardsReader(checkpoint / SHARDS).tensors(f"model.{name}" for name in names):
+            yield name.removeprefix("model."), tensor
+
+
+def _shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    """Return the shapes of the trained parameters by name."""
+    with _reading(checkpoint, "checkpoint"):
+        stored = ShardsReader(checkpoint / SHARDS).shapes()
+    return {name.removeprefix("model."): shape for name, shape in stored.items() if name.startswith("model.")}
+
+
+def _weights(
+    checkpoint: Path, wanted: Mapping[str, torch.Size], dtype: torch.dtype, model_name: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of the model in the order of its parameters, in ``dtype``."""
+    stored = _shapes(checkpoint)
+    for name, shape in wanted.items():
+        if stored.get(name) != shape:
+            raise UserError(
+                f"the checkpoint does not fit the model {model_name}, whose {name} has the shape {tuple(shape)}"
+                f" instead of {stored.get(name)}",
+                "give the student model of the run as --model",
+                "--model",
+                model_name,
+            )
+    for name, tensor in _stored(checkpoint, wanted):
+        yield name, tensor.to(dtype)
+
+
+def _export_adapter(
+    out: Path, checkpoint: Path, info: Mapping[str, Any], files: ExportFiles, base: Iterable[str]
+) -> None:
+    adapters = _stored(checkpoint, _shapes(checkpoint))
+    export_adapter(out, adapters, files, info["recipe"], base, info[BASE]["checksum"])
+
+
+def _merged(
+    checkpoint: Path, info: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: torch.dtype, model: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and weights of the base model with the adapters of the checkpoint merged, in ``dtype``."""
+    stored, lora = _shapes(checkpoint), info["recipe"]["policy"]["dtensor_cfg"]["lora_cfg"]
+
+    def adapter_of(name: str) -> Adapter | None:
+        names = [f"{name.removesuffix('.weight')}.lora_{matrix}" for matrix in "AB"]
+        if names[0] not in stored:
+            return None
+        (_, lora_a), (_, lora_b) = _stored(checkpoint, names)
+        return Adapter(lora_a, lora_b, lora["alpha"] / lora["dim"])
+
+    source, key = _source(info["recipe"], model), "--model" if model else _KEY
+    with _reading(source.name, key):
+        yield from merged_weights(source, key, shapes, info[BASE], adapter_of, dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,13 +260,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="element type of the weights; default: policy.precision"
     )
-    parser.add_argument("--model", help="source of configuration and tokenizer; default: the checkpoint")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="merge low-rank adapters into their base model; its checksum is known after its last tensor is read;"
+        " default: a PEFT folder",
+    )
+    parser.add_argument(
+        "--model",
+        help="source of configuration, tokenizer and, with --merge, weights of the base model; default: the checkpoint,"
+        " and the student model of its recipe for the weights",
+    )
     parser.add_argument(
         "--stop-token-ids", type=int, nargs="+", help="stop ids of the training, for a checkpoint without them"
     )
     arguments = parser.parse_args(argv)
     try:
-        export(arguments.checkpoint, arguments.out, arguments.dtype, arguments.model, arguments.stop_token_ids)
+        export(**vars(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

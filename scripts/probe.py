@@ -138,12 +138,12 @@ def probe(run: Run, validation: ProbedValidation, engines: list[Engine]) -> None
     from distill.supervise.progress import phase
 
     step, config, world = run.first_step, run.config, run.world
-    assert isinstance(run.teacher, ShardedTeacher)
     with phase("sync"):
         run.sync.push_weights(step)
     probed = validation.generate_probe(step)
     run.engine.sleep()
     if validation.needs_teacher_engine:
+        assert isinstance(run.teacher, ShardedTeacher), "a teacher with another model does not share the student's base"
         with phase("creating the teacher's engine"):
             engines.append(build_teacher_engine(config, run.models.teacher, world, run.models.valid_vocab))
             push_teacher(world, engines[-1], run.teacher, config.runtime.sync_bucket_mib * 2**20, step)

@@ -32,7 +32,7 @@ MOMENTS = {
     "vllm": "distill.rollout.vllm_loop:heartbeat",
     "cut": "distill.rollout.partial:_Phase.complete",
     "data": "distill.batching.plan:_view",
-    "teacher": "distill.model.teacher:ShardedTeacher.targets",
+    "teacher": "distill.model.teacher:ScoringTeacher.targets",
     "forward": "distill.model.student:Student.loss",
     "backward": "torch:Tensor.backward",
     "optimizer": "distill.model.student:Student.end_step",

@@ -32,6 +32,7 @@ from distill.model.student import Student
 from distill.model.teacher import ShardedTeacher
 from distill.model.weights import GatheredWeights
 from distill.types import Problem, Prompt, Rollout, Stats
+from tests.lora_oracle import fill, peft_parameters, with_peft
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -103,9 +104,12 @@ class Step:
 def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype = torch.float32) -> Step:
     """Compute loss and gradients with plain PyTorch, as an independent reference.
 
-    Supports the mixed, forward, reverse and sampled losses, without floor.
+    Supports the mixed, forward, reverse and sampled losses, without floor. If the recipe enables low-rank adapters,
+    they are those of peft, with fixed values.
     """
     student = AutoModelForCausalLM.from_pretrained(config.policy.model_name, dtype=dtype, attn_implementation="eager")
+    lora = config.policy.dtensor_cfg.lora_cfg
+    student = with_peft(student, lora) if lora.enabled else student
     teacher = AutoModelForCausalLM.from_pretrained(config.teacher.model_name, dtype=dtype, attn_implementation="eager")
     temperature, k = (config.policy.generation.temperature, config.distillation.topk_logits_k)
     weight = {"forward": 1.0, "mixed": config.loss_fn.mixed_kl_weight}.get(config.loss_fn.kl_type, 0.0)
@@ -127,7 +131,8 @@ def plain_step(config: Config, rollouts: Sequence[Rollout], dtype: torch.dtype =
         forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
         total = total + (weight * forward + (1 - weight) * reverse).sum() / tokens
     total.backward()
-    gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+    trained = peft_parameters(student) if lora.enabled else dict(student.named_parameters())
+    gradients = {name: cast(Tensor, p.grad).clone() for name, p in trained.items()}
     return Step(total.item(), _norm(gradients), gradients)
 
 
@@ -174,10 +179,15 @@ def outcomes(logits: Tensor, choosing: Tensor, k: int, outside: str) -> Tensor:
 
 
 def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> Step:
-    """Take the product's step on this rank; return complete gradients and weights. Collective."""
+    """Take the product's step on this rank; return complete gradients and weights. Collective.
+
+    Low-rank adapters have the same fixed values as in ``plain_step``.
+    """
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
+    if config.policy.dtensor_cfg.lora_cfg.enabled:
+        fill(student.model.named_trained())
     teacher = build_teacher(_with_larger_packs(config), models[1], world, vocab, student)
     (batch,) = student.to_device(plan(rollouts, world.layout, packing, seed=0, step=0))
     targets = list(teacher.targets_of(batch.micro_batches))
@@ -185,7 +195,7 @@ def sharded_step(config: Config, world: World, rollouts: Sequence[Rollout], pack
     backward = student.backward(batch, targets, Metrics())
     loss = sum(float(each) for each in backward.losses) / batch.divisor * backward.factor
     gradients = {name: gradient * backward.factor for name, gradient in complete_gradients(student, world).items()}
-    for parameter in student.model.parameters():  # needed by torch's fused AdamW on CUDA
+    for _, parameter in student.model.named_trained():  # needed by torch's fused AdamW on CUDA
         assert local_shard(cast(Tensor, parameter.grad)).stride() == local_shard(parameter).stride()
     norm = student.step(factor=backward.factor)
     weights = {name: tensor.clone() for name, tensor in student.weights(torch.float32)}
@@ -201,34 +211,51 @@ def _with_larger_packs(config: Config, tokens: int = 400) -> Config:
 
 
 def complete_gradients(student: Student, world: World) -> dict[str, Tensor]:
-    """Return every parameter's complete gradient by name. Collective."""
-    sharded = [(name, cast(Tensor, p.grad)) for name, p in student.model.named_hf_parameters()]
+    """Return every trained parameter's complete gradient by name. Collective."""
+    sharded = [(name, cast(Tensor, p.grad)) for name, p in student.model.named_trained()]
     gathered = GatheredWeights(sharded, torch.float32, 2**30, world.replica_mesh, world.layout.tp_size)
     return {name: tensor.clone() for name, tensor in gathered}
 
 
-def five_steps(config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig) -> list[str]:
-    """Train five steps; return what differs between ranks that must have equal copies. Collective.
+def five_steps(
+    config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig, count: int = 5
+) -> list[str]:
+    """Train ``count`` steps; return what differs between ranks that must have equal copies. Collective.
 
-    The result contains names of weights, and ``grad_norm`` if the gradient norms are not the same bits on all ranks.
+    The result contains names of parameters, ``grad_norm`` if the gradient norms are not the same bits on all ranks, and
+    names of parameters that are not trained and have changed.
     """
     models = [find_model(model.model_name, "a model") for model in (config.policy, config.teacher)]
     vocab = model_config(models[0], "a model").vocab_size
     student = Student(config, models[0], world, vocab, ())
     teacher = ShardedTeacher(config, models[1], world, vocab)
+    trained = {name for name, _ in student.model.named_trained()}
+    before = _frozen(student, trained)
     norms = []
-    for step in range(5):
+    for step in range(count):
         for batch in plan(rollouts, world.layout, packing, seed=0, step=step):
             metrics = _Norms()
             student.train(batch, [teacher.targets(micro_batch) for micro_batch in batch], metrics)
             norms.append(metrics.grad_norm)
         student.end_step()
     different = [] if len({tuple(each) for each in world.gather(norms)}) == 1 else ["grad_norm"]
+    different += sorted({name for changed in world.gather(_changed(student, before)) for name in changed})
     copies: dict[tuple[str, int, int], set[bytes]] = {}
     for named in world.gather(list(_digests(student, world))):
         for part, digest in named:
             copies.setdefault(part, set()).add(digest)
     return different + sorted({name for (name, _, _), digests in copies.items() if len(digests) > 1})
+
+
+def _frozen(student: Student, trained: set[str]) -> dict[str, Tensor]:
+    """Return copies of this rank's shards of the parameters that are not trained."""
+    named = student.model.causal_lm.named_parameters()
+    return {name: local_shard(p).detach().clone() for name, p in named if name not in trained}
+
+
+def _changed(student: Student, before: Mapping[str, Tensor]) -> list[str]:
+    named = dict(student.model.causal_lm.named_parameters())
+    return [name for name, shard in before.items() if not torch.equal(local_shard(named[name]), shard)]
 
 
 class _Norms(Metrics):
@@ -246,10 +273,13 @@ class _Norms(Metrics):
 def _digests(student: Student, world: World) -> Iterator[tuple[tuple[str, int, int], bytes]]:
     """Yield the key (name, FSDP shard, tensor-parallel part) and a digest of each shard on this rank."""
     shard, tp_rank = divmod(world.replica_mesh.get_local_rank(), world.layout.tp_size)
-    for name, parameter in student.model.named_hf_parameters():
+    for name, parameter in student.model.causal_lm.named_parameters():
         part = 0 if tp_dim(parameter) is None else tp_rank
         local = local_shard(parameter)
-        yield ((name, shard, part), hashlib.sha256(local.detach().numpy().tobytes()).digest())
+        yield (
+            (name, shard, part),
+            hashlib.sha256(local.detach().flatten().view(torch.uint8).numpy().tobytes()).digest(),
+        )
 
 
 class CompleteWeights:

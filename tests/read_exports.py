@@ -2,8 +2,8 @@
 
     python tests/read_exports.py JOB.json RESULT.pt
 
-JOB.json holds the arguments of ``read`` or ``read_by_vllm``. This file imports nothing of this repository, because it
-also runs in an environment with transformers 4.
+JOB.json holds the arguments of ``read``, ``read_by_vllm`` or ``read_adapter_by_vllm``. This file imports nothing of
+this repository, because it also runs in an environment with transformers 4.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,25 @@ def _read_by_vllm(folder: str, ids: Sequence[int], new_tokens: int) -> dict[str,
     }
 
 
+def read_adapter_by_vllm(adapter: str, base: str, ids: Sequence[int], max_rank: int) -> list[list[float]]:
+    """Return vLLM's log-probs of ``ids[1:]`` with the adapter folder, and then without it.
+
+    ``base``: folder of the base model. ``max_rank``: value of vLLM's ``max_lora_rank``.
+    """
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    settings: dict[str, Any] = dict(dtype="float32", max_model_len=64, enforce_eager=True, gpu_memory_utilization=0.3)
+    engine = LLM(base, enable_lora=True, max_lora_rank=max_rank, **settings)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    found = []
+    for request in (LoRARequest("adapter", 1, adapter), None):
+        (output,) = engine.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False, lora_request=request)
+        after_first = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        found.append([entry[token].logprob for token, entry in after_first])
+    return found
+
+
 def main(job_file: str, result_file: str) -> None:
     """Run a job and save its result with the version of transformers."""
     import transformers
@@ -83,7 +102,12 @@ def main(job_file: str, result_file: str) -> None:
     with open(job_file) as file:
         job = json.load(file)
     torch.set_num_threads(1)
-    result = read_by_vllm(**job) if "vllm_folders" in job else read(**job)
+    functions: dict[str, Callable[..., Any]] = {
+        "vllm_folders": read_by_vllm,
+        "adapter": read_adapter_by_vllm,
+        "folders": read,
+    }
+    result = next(function for key, function in functions.items() if key in job)(**job)
     torch.save({"version": transformers.__version__, "result": result}, result_file)
 
 

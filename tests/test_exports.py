@@ -184,7 +184,7 @@ class Seen:
     sources: dict[str, Path] = field(default_factory=dict)
 
 
-def _start(python: Path, root: Path, name: str, job: Mapping[str, Any]) -> tuple[subprocess.Popen[str], Path]:
+def start_program(python: Path, root: Path, name: str, job: Mapping[str, Any]) -> tuple[subprocess.Popen[str], Path]:
     (root / f"{name}.json").write_text(json.dumps(job))
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -195,7 +195,7 @@ def _start(python: Path, root: Path, name: str, job: Mapping[str, Any]) -> tuple
     return process, root / f"{name}.pt"
 
 
-def _result(process: subprocess.Popen[str], file: Path, version: str) -> Any:
+def result_of(process: subprocess.Popen[str], file: Path, version: str) -> Any:
     output, _ = process.communicate()
     assert process.returncode == 0, output[-3000:]
     saved = torch.load(file, weights_only=False)
@@ -229,12 +229,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     with ExitStack() as stack:
         vllm_folders = [str(root / "export-5" / f"{name}-float32") for name in VLLM]
         started = [
-            _start(Path(sys.executable), root, "vllm", {"vllm_folders": vllm_folders, **arguments}),
-            _start(PYTHON_4, root, "first", {"folders": [job[1] for job in jobs], "resave": resaved, **arguments}),
+            start_program(Path(sys.executable), root, "vllm", {"vllm_folders": vllm_folders, **arguments}),
+            start_program(
+                PYTHON_4, root, "first", {"folders": [job[1] for job in jobs], "resave": resaved, **arguments}
+            ),
         ]
         for process, _ in started:
             stack.callback(process.kill)
-        seen.by_4 |= _result(*started[1], "4.")
+        seen.by_4 |= result_of(*started[1], "4.")
         second = [
             (resaved[out], out.replace("export-5", "export-4"), "float32", stops)
             for _, out, precision, stops in jobs
@@ -243,10 +245,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         _add_trainer(seen, second)
         seen.sources |= {job[1]: Path(job[0]) for job in second}
         seen.expected |= {job[1]: seen.expected[job[1].replace("export-4", "export-5")] for job in second}
-        started.append(_start(PYTHON_4, root, "second", {"folders": [job[1] for job in second], **arguments}))
+        started.append(start_program(PYTHON_4, root, "second", {"folders": [job[1] for job in second], **arguments}))
         stack.callback(started[-1][0].kill)
-        seen.by_4 |= _result(*started[-1], "4.")
-        seen.by_vllm |= _result(*started[0], "5.")
+        seen.by_4 |= result_of(*started[-1], "4.")
+        seen.by_vllm |= result_of(*started[0], "5.")
     return seen
 
 

@@ -22,6 +22,7 @@ from distill.supervise.status import STATUS_FILE, read_status
 from scripts.launch import ENVIRONMENT, ROOT, torchrun
 from tests.faulty_train import FAULT_TIME
 from tests.helpers import free_port
+from tests.test_adapter_runs import adapter_overrides
 from tests.test_partial_rollouts import DEPENDS_ON_TIME, PARTIAL, write_problems
 from tests.test_train import SINCE_THE_LAST_SYNC, _command, _train_rows, make_tiny_run
 
@@ -113,9 +114,9 @@ def rows(root: Path, name: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in left_out} for row in _train_rows(root / "runs" / name)]
 
 
-def assert_same_weights(root: Path, name: str, other: str, step: int) -> None:
-    """Check that the exports of two runs are equal bit for bit."""
-    ours, theirs = (load_file(root / f"checkpoints/{n}/step_{step}/hf/model.safetensors") for n in (name, other))
+def assert_same_weights(root: Path, name: str, other: str, step: int, file: str = "hf/model.safetensors") -> None:
+    """Check that the exports of two runs are equal bit for bit; ``file``: file of the weights in a checkpoint."""
+    ours, theirs = (load_file(root / f"checkpoints/{n}/step_{step}/{file}") for n in (name, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -173,6 +174,20 @@ def test_a_run_killed_at_nine_moments_ends_bit_for_bit_as_an_undisturbed_one(roo
     assert rows(root, "killed") == rows(root, "not killed")
     assert_same_weights(root, "killed", "not killed", STEPS)
     assert_same_pools(root, "killed", "not killed", STEPS)
+
+
+def test_a_run_with_adapters_killed_in_the_teacher_and_in_a_save_ends_as_an_undisturbed_one(root) -> None:
+    lines = adapter_overrides(root)
+    undisturbed = run(root, "adapters", *lines)
+    assert undisturbed.code == 0, undisturbed.output
+    for step, moment in ((2, "teacher"), (3, "shards")):
+        fault = {"step": step, "moment": moment, "nth": 1, "rank": 1, "what": "kill_rank"}
+        killed = run(root, "adapters, killed", *lines, fault=fault)
+        assert killed.code != 0 and not killed.remaining, (fault, killed.output)
+    ended = run(root, "adapters, killed", *lines)
+    assert ended.code == 0 and ended.status["state"] == "finished", ended.output
+    assert rows(root, "adapters, killed") == rows(root, "adapters")
+    assert_same_weights(root, "adapters, killed", "adapters", 3, "peft/adapter_model.safetensors")
 
 
 PHASES = ("sync", "generation", "data", "teacher", "forward", "backward", "optimizer")

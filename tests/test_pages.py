@@ -23,7 +23,12 @@ PAGES = {
 }
 SECTIONS = "distillation|loss_fn|policy|teacher|data|checkpointing|logger|cluster|runtime"
 KEYS = {*key_paths(), *ONE_VALUE, *UNUSED}
-NEMO_KEYS = {"data.num_workers", "data.train.split_validation_size", "teacher.generation.temperature"}
+NEMO_KEYS = {
+    "data.num_workers",
+    "data.train.split_validation_size",
+    "teacher.dtensor_cfg.lora_cfg.enabled",
+    "teacher.generation.temperature",
+}
 """Keys of NeMo-RL recipes that a page mentions and that the schema lacks."""
 FREE_FORM = ("policy.scheduler.kwargs.", "policy.tokenizer.chat_template_kwargs.", "policy.generation.vllm_kwargs.")
 RULES: dict[Callable[[str, str], list[str]], str] = {}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from distill.batching.plan import PackingConfig, plan
-from distill.config import Config, TokenWeightsConfig
+from distill.config import Config, LoraConfig, TokenWeightsConfig
 from distill.distributed.world import World
 from distill.inputs import flops_of, packing_of
 from distill.loss.token_weights import needs_score_pass
@@ -393,7 +393,8 @@ def _flops(root: Path) -> dict[str, tuple[int, int, float]]:
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as training:
             student.train(batch, targets, metrics)
         scores = needs_score_pass(config.loss_fn, config.distillation.topk_logits_k)
-        utilization = Utilization(flops_of(shape), packing.share_prefixes, 1, None, packing.weights, scores)
+        flops = flops_of(shape, LoraConfig())
+        utilization = Utilization(flops, packing.share_prefixes, 1, None, packing.weights, scores)
         trained = metrics.reduce().get("trained_tokens")
         expected = utilization.training_flops(trained, rollouts)
         found[name] = training.get_total_flops(), reading.get_total_flops(), expected

@@ -36,22 +36,23 @@ def split(group: Sequence[MicroBatch | TeacherInput], layout: Layout) -> MicroBa
     rank of the teacher group, in order of rank; only this rank's micro-batch must be complete. The teacher computes
     them as one packed micro-batch, sharded over the teacher group. The student trains only on the micro-batch of this
     rank's data-parallel group, sharded over the context-parallel ranks. The result has this rank's part of the
-    student's and of the teacher's input.
+    student's and of the teacher's input. If the teacher shares the student's base, both inputs are sharded alike.
     """
     if layout.teacher_size == 1:
         (complete,) = group
         assert isinstance(complete, MicroBatch), "this rank's own micro-batch is incomplete"
         return complete
-    parts = [_rows_by_rank(micro_batch.rollout_N, layout.group_size) for micro_batch in group]
+    tp = layout.teacher_tp_size
+    parts = [_rows_by_rank(micro_batch.rollout_N, layout.cp_size * tp) for micro_batch in group]
     own = layout.dp_rank % len(group)
-    complete, first = group[own], layout.cp_rank * layout.tp_size
+    complete, first = group[own], layout.cp_rank * tp
     assert isinstance(complete, MicroBatch), "this rank's own micro-batch is incomplete"
-    trained = parts[own][first : first + layout.tp_size]
+    trained = parts[own][first : first + tp]
     rows_N = torch.cat(trained)
     teacher = join([micro_batch.teacher for micro_batch in group])
     offsets = torch.tensor([0, *(len(micro_batch.rollout_N) for micro_batch in group)]).cumsum(0).tolist()
     by_rank = [rows + offset for offset, of_group in zip(offsets, parts, strict=False) for rows in of_group]
-    student, grid, tp = complete.student, complete.grid, layout.tp_size
+    student, grid = complete.student, complete.grid
     by_cp_rank = [torch.cat(parts[own][i * tp : (i + 1) * tp]) for i in range(layout.cp_size)]
     if grid is not None:
         grid = replace(grid, cell_N=grid.cell_N[rows_N], rows_per_rank=max(map(len, by_cp_rank)))
@@ -61,7 +62,7 @@ def split(group: Sequence[MicroBatch | TeacherInput], layout: Layout) -> MicroBa
         student = replace(student, rows_N=student.rows_N[rows_N])
     return MicroBatch(
         student=student,
-        teacher=shard_view(teacher, by_rank, layout.rank % layout.teacher_size),
+        teacher=shard_view(teacher, by_rank, layout.teacher_rank),
         sampled_N=complete.sampled_N[rows_N],
         sampled_logprobs_N=complete.sampled_logprobs_N[rows_N],
         weight_N=complete.weight_N[rows_N],
@@ -71,7 +72,7 @@ def split(group: Sequence[MicroBatch | TeacherInput], layout: Layout) -> MicroBa
         off_policy_N=None if complete.off_policy_N is None else complete.off_policy_N[rows_N],
         older_N=None if complete.older_N is None else complete.older_N[rows_N],
         grid=grid,
-        rows_per_tp_rank=tuple(len(rows) for rows in trained) if layout.tp_size > 1 else (),
+        rows_per_tp_rank=tuple(len(rows) for rows in trained) if tp > 1 else (),
     )
 
 

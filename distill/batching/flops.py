@@ -50,6 +50,8 @@ class ModelFlops(ModelSizes):
     """Number of layers with sliding-window attention."""
     window: int = 0
     """Number of tokens in the window of these layers."""
+    adapters: int = 0
+    """FLOPs per token of low-rank adapters, which are trained in place of the weights; 0: the weights are trained."""
 
     @property
     def pair_flops(self) -> int:
@@ -72,16 +74,16 @@ class ModelFlops(ModelSizes):
         """Return the factor q in the cost n + q n^2 of training on a sequence of n tokens.
 
         The cost is in units of the cost of one token. A sequence needs a * n + b * n^2 FLOPs, and q = b / a. Every
-        token counts as a response token. A sliding-window layer counts n * window pairs. Backward and recomputation
-        scale both terms by the same factor, so q does not depend on them.
+        token counts as a response token. A sliding-window layer counts n * window pairs. The backward has twice the
+        FLOPs of the forward in both terms, without the gradients of frozen weights. Recomputation does not count.
         """
         full = self.layers - self.windowed
-        return (
-            full
-            * self.pair_flops
-            / 2
-            / (self.token_flops + self.head_flops + self.windowed * self.pair_flops * self.window)
-        )
+        linear = self.token_flops + self.head_flops + self.adapters - self._spared(1, 1) / 3
+        return full * self.pair_flops / 2 / (linear + self.windowed * self.pair_flops * self.window)
+
+    def _spared(self, tokens: float, scored: float) -> float:
+        """Return the FLOPs of the gradients of frozen weights, which a backward omits; 0 if the weights are trained."""
+        return self.token_flops * tokens + self.head_flops * scored if self.adapters else 0
 
     def forward(self, start: int, tokens: int, scored: int) -> float:
         """Return the FLOPs of the forward pass over ``tokens`` tokens that follow ``start`` tokens of a sequence.
@@ -101,21 +103,26 @@ class ModelFlops(ModelSizes):
         trained: float | None = None,
         scored: float = 0.0,
     ) -> float:
-        """Return the FLOPs of forward and backward (twice the forward) over the student's prompts and responses.
+        """Return the FLOPs of forward and backward over the student's prompts and responses.
 
+        The backward has twice the FLOPs of the forward, without the gradients of frozen weights.
         ``share_prefixes``: count a prompt once for all its responses. A prompt whose responses are in several
         micro-batches is computed more often, so the result is a lower bound. Recomputed activations do not count.
         ``read``: function that returns the number of tokens of a response that the student reads; None: all tokens.
         ``trained``: number of tokens with a weight in the loss; None: all tokens that are read. ``scored``: number of
         tokens that the LM head reads a second time, without a backward.
         """
-        total, seen, head = 0.0, set(), 0
+        total, seen, tokens, head = 0.0, set(), 0, 0
         for rollout in rollouts:
             prompt = len(rollout.prompt.student_ids)
             response = len(rollout.response_ids) if read is None else read(rollout)
             if response and (not share_prefixes or rollout.prompt.student_ids not in seen):
                 seen.add(rollout.prompt.student_ids)
                 total += self.forward(0, prompt, 0)
+                tokens += prompt
             total += self.forward(prompt, response, 0)
+            tokens += response
             head += response
-        return 3 * (total + self.head_flops * (head if trained is None else trained)) + self.head_flops * scored
+        rows = head if trained is None else trained
+        forward = total + self.head_flops * rows + self.adapters * tokens
+        return 3 * forward - self._spared(tokens, rows) + self.head_flops * scored

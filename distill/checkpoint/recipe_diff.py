@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.config import TokenWeightsConfig
+from distill.config.lora_rules import KEY
 from distill.config.paths import same_value
 
 _SECTIONS = ("distillation.", "loss_fn.", "policy.", "teacher.")
@@ -21,7 +22,7 @@ _SAME_RUN = (
     "distillation.probe_period",
     "distillation.val_",
     "distillation.watched_words",
-    "policy.dtensor_cfg.",
+    "policy.dtensor_cfg.",  # except for _LORA
     "policy.dynamic_batching.",
     "policy.generation.backend",
     "policy.generation.expected_length.",
@@ -49,8 +50,14 @@ _ARITHMETIC = (
     "teacher.precision",
 )
 """Keys of dtypes and implementations, which change the rounding but not what the run learns."""
-_OFF_POLICY = "distillation.off_policy."
-_PARTIAL = "distillation.partial_rollouts."
+_LORA = f"{KEY}."
+"""Prefix of keys that affect training, although keys of parallelism do not."""
+_SWITCHES = {
+    "distillation.off_policy.": "share",
+    "distillation.partial_rollouts.": "enabled",
+    _LORA: "enabled",
+}
+"""Maps the prefix of a section to the key that enables it: keys of a section that is disabled have no effect."""
 _BEFORE: dict[str, Any] = {
     "distillation.context_distillation.keep_history": False,
     "distillation.context_distillation.teacher_messages_key": None,
@@ -60,6 +67,7 @@ _BEFORE: dict[str, Any] = {
     "distillation.off_policy.share": 0.0,
     "distillation.partial_rollouts.enabled": False,
     "distillation.train_on": "all",
+    f"{_LORA}enabled": False,
 }
 """Keys that recipes of older checkpoints lack, with the values that have the effect of these recipes."""
 _FREE_FORM = ("chat_template_kwargs",)
@@ -72,22 +80,22 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any], others: t
     ``saved``, ``current``: the recipe (configuration) in the checkpoint and the current recipe. The dict follows the
     order of keys in ``current``. Keys that only one of the recipes contains are ignored, because another version of the
     program may have written the checkpoint; keys in ``_BEFORE`` have a value also in recipes without them. If a
-    section is null in one recipe, each of its keys counts as null there. Keys of off-policy responses are compared only
-    if their share is above 0 in one of the recipes, and keys of partial rollouts only if one of them enables these.
-    Different paths to the same file are equal.
+    section is null in one recipe, each of its keys counts as null there. Keys of a section in ``_SWITCHES`` are
+    compared only if one of the recipes enables it. Different paths to the same file are equal.
     ``others``: prefixes of further keys to compare.
     """
-    share, enabled = f"{_OFF_POLICY}share", f"{_PARTIAL}enabled"
     now, then = json.loads(json.dumps(current)), _with_loss_defaults(saved)
     after = dict(_flat(_with_null_sections(now, then), ""))
     before = {**after, **_BEFORE, **dict(_flat(_with_null_sections(then, now), ""))}
     return {
         key: f"{key} was {before[key]} and is {value}"
         for key, value in after.items()
-        if key.startswith(_SECTIONS + others) and not key.startswith(_SAME_RUN)
+        if key.startswith(_SECTIONS + others) and (key.startswith(_LORA) or not key.startswith(_SAME_RUN))
         if not same_value(key, before[key], value)
-        if not (key.startswith(_OFF_POLICY) and before.get(share) == after.get(share) == 0)
-        if not (key.startswith(_PARTIAL) and not before.get(enabled) and not after.get(enabled))
+        if not any(
+            key.startswith(section) and not before.get(f"{section}{switch}") and not after.get(f"{section}{switch}")
+            for section, switch in _SWITCHES.items()
+        )
     }
 
 

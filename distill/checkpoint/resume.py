@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoint import Found, changed_keys
+from distill.checkpoint.base_model import raise_if_other_adapters
 from distill.checkpoint.recipe_diff import affects_learning
 from distill.checkpoint.search import JOB, SOURCE, source_of
 from distill.config import Config
@@ -130,13 +131,15 @@ def compare_with_checkpoint(
 
     ``found``: the checkpoint that the run resumes from; None for a first start. ``validation``: hashes of the current
     validation data. ``prompts`` is None only in a dry run without the training data, which are then not compared.
-    With checkpointing.allow_changes=false, raises UserError if the training data, the prompts, their order, or keys
-    that affect what the run learns have changed. Differences in the validation data and in keys that change only the
-    rounding are recorded without an error.
+    Raises UserError if the recipe trains other tensors than the checkpoint contains: adapters instead of all weights,
+    or adapters of other modules or ranks. With checkpointing.allow_changes=false, also raises UserError if the training
+    data, the prompts, their order, or keys that affect what the run learns have changed. Differences in the validation
+    data and in keys that change only the rounding are recorded without an error.
     """
     source: str | None = source_of(config.checkpointing) or (None if found is None else found.info.get(SOURCE))
     if found is None:
         return RunHistory(clock, validation=validation, source=source)
+    raise_if_other_adapters(found, config)
     data_changes = prompts.changes(found.info["data"]) if prompts else []
     recipe_changes = changed_keys(found.info["recipe"], asdict(config))
     learning = [*data_changes, *(change for key, change in recipe_changes.items() if affects_learning(key))]

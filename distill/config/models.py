@@ -49,6 +49,40 @@ class TeacherDtensorConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA): for each selected weight, two small matrices A and B are trained in its place.
+
+    A linear layer then returns ``W x + alpha / dim * B (A x)``. In a self_* mode of context distillation, the teacher
+    is the student's model with other adapters or none, without a copy of the weights.
+    """
+
+    enabled: bool = False
+    """Train adapters and freeze the model's weights; false: train all weights."""
+    dim: int = 8
+    """Rank of the adapters: the number of rows of A and of columns of B."""
+    alpha: float = 32.0
+    """Scale of the adapters: the product of B and A is multiplied by alpha / dim."""
+    dropout: float = 0.0
+    """Dropout of the adapters' input. 0 is the only choice, because dropout would change the student's outputs and not
+    the teacher's."""
+    target_modules: tuple[str, ...] = ()
+    """Patterns of the linear layers that get adapters, such as q_proj or *.mlp.up_proj. ``*`` matches any text; a
+    pattern is compared with a module's complete name, and with the last part of the name. Patterns take precedence over
+    match_all_linear. The embedding and the LM head never get adapters."""
+    exclude_modules: tuple[str, ...] = ()
+    """Patterns, as in target_modules, of linear layers that get no adapters."""
+    match_all_linear: bool = True
+    """Select all linear layers of the decoder layers if target_modules is empty. false without target_modules requires
+    exclude_modules, and selects all layers except these."""
+    lora_A_init: Literal["xavier", "kaiming"] = "xavier"
+    """Initial values of A. xavier: a normal distribution; kaiming: a uniform distribution, the default of peft. B
+    starts at 0, so that the student starts as the model in policy.model_name."""
+    init_from: str | None = None
+    """Folder of an adapter in the format of peft, whose values replace the initial ones; its rank, alpha and modules
+    must equal those of this section. A checkpoint of the run takes precedence. null: new adapters."""
+
+
+@dataclass(frozen=True)
 class DtensorConfig(TeacherDtensorConfig):
     """Parallelism of the student: FSDP2 over all ranks, combined with tensor and context parallelism."""
 
@@ -67,6 +101,8 @@ class DtensorConfig(TeacherDtensorConfig):
     layers.*.mlp.up_proj: colwise. Each module has one allowed style: a plan can only select the attention and MLP
     blocks that are split, and must list all modules of such a block. The embedding and the LM head are always split by
     vocabulary. null: the predefined plan of the model family."""
+    lora_cfg: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters (LoRA): train two small matrices for each weight, and freeze the weights."""
 
     @property
     def recomputation(self) -> Recomputation:

@@ -17,7 +17,7 @@ from distill.errors import UserError, show
 
 IGNORED = {
     "*": "megatron_cfg offload_optimizer_for_logprob",
-    "*.dtensor_cfg": """_v2 env_vars lora_cfg automodel_kwargs clear_cache_every_n_steps model_save_format
+    "*.dtensor_cfg": """_v2 env_vars automodel_kwargs clear_cache_every_n_steps model_save_format
         save_consolidated single_rank_consolidation consolidation_timeout_minutes""",
     "*.dynamic_batching": "sequence_length_round",
     "*.sequence_packing": "sequence_length_round algorithm microbatch_order",
@@ -29,6 +29,7 @@ IGNORED = {
     # NeMo-RL copies the student's section for the teacher; here the teacher neither trains nor generates.
     "teacher": """train_global_batch_size train_micro_batch_size generation_batch_size max_grad_norm optimizer scheduler
         generation make_sequence_length_divisible_by""",
+    "teacher.dtensor_cfg": "lora_cfg",
     "data": "num_workers",
     "data.*": "processor download_dir split_validation_size seed",
     "env.*": "num_workers",
@@ -46,6 +47,8 @@ UNUSED: dict[str, Any] = {
     "distillation.val_batch_size": 64,
     "policy.make_sequence_length_divisible_by": 1,
     "policy.dtensor_cfg.sequence_parallel": False,
+    "policy.dtensor_cfg.lora_cfg.dropout_position": "post",
+    "policy.dtensor_cfg.lora_cfg.use_triton": True,
     "teacher.dtensor_cfg.sequence_parallel": False,
     "teacher.dtensor_cfg.activation_checkpointing": True,
     "teacher.dtensor_cfg.cpu_offload": False,
@@ -89,13 +92,16 @@ ONLY_IGNORED = ("policy.generation.colocated", "env.math", "env")
 
 ALLOWED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "*.megatron_cfg.enabled": ((False,), "set it to false, because training requires FSDP2 (dtensor_cfg)"),
-    "*.dtensor_cfg.lora_cfg.enabled": ((False,), "set it to false to train every parameter"),
+    "teacher.dtensor_cfg.lora_cfg.enabled": (
+        (False,),
+        "remove it, because only the student is trained (policy.dtensor_cfg.lora_cfg.enabled)",
+    ),
+    "policy.dtensor_cfg.lora_cfg.dropout_position": (("pre", "post"), "set it to pre or post, or remove it"),
     "data.*.split_validation_size": (
         (0,),
         "put the validation problems into a file and set data.validation.data_path to it",
     ),
     "checkpointing.pretrained_checkpoint": ((), "set policy.model_name to the folder of the weights"),
-    "checkpointing.is_peft": ((False,), "set it to false to train every parameter"),
     "checkpointing.ft_save_period": ((), "use checkpointing.save_period"),
     "checkpointing.ft_keep_latest_k": ((), "use checkpointing.keep_top_k"),
 }
@@ -120,7 +126,9 @@ def drop_ignored_keys(config: DictConfig) -> list[str]:
     ONE_VALUE or ALLOWED_VALUES does not allow.
     """
     _refuse_other_teacher_temperature(config)
+    _refuse_peft_without_lora(config)
     _own_chat_template(config)
+    _own_lora_init(config)
     values = dict(_flat(OmegaConf.to_container(config, resolve=False)))
     for key in values:
         _check_allowed(config, key)
@@ -194,6 +202,13 @@ def _refuse_other_teacher_temperature(config: DictConfig) -> None:
         )
 
 
+def _refuse_peft_without_lora(config: DictConfig) -> None:
+    """Raise UserError if checkpointing.is_peft is set although the run trains all weights."""
+    key, lora = "checkpointing.is_peft", "policy.dtensor_cfg.lora_cfg.enabled"
+    if (value := OmegaConf.select(config, key)) and not OmegaConf.select(config, lora):
+        _refuse_value(key, value, f"remove it, or set {lora}=true to train adapters")
+
+
 def _own_chat_template(config: DictConfig) -> None:
     """Replace chat_template=default in ``config`` by null.
 
@@ -202,6 +217,13 @@ def _own_chat_template(config: DictConfig) -> None:
     for key in ("policy.tokenizer.chat_template", "teacher.tokenizer.chat_template"):
         if OmegaConf.select(config, key) == "default":
             OmegaConf.update(config, key, None)
+
+
+def _own_lora_init(config: DictConfig) -> None:
+    """Replace lora_A_init=uniform, the name in NeMo-RL recipes, by kaiming in ``config``."""
+    key = "policy.dtensor_cfg.lora_cfg.lora_A_init"
+    if OmegaConf.select(config, key) == "uniform":
+        OmegaConf.update(config, key, "kaiming")
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

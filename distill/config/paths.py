@@ -13,6 +13,7 @@ MODEL_PATH_KEYS = (
     "policy.model_name",
     "policy.tokenizer.name",
     "policy.tokenizer.chat_template",
+    "policy.dtensor_cfg.lora_cfg.init_from",
     "teacher.model_name",
     "teacher.tokenizer.name",
     "teacher.tokenizer.chat_template",

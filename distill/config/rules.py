@@ -14,6 +14,7 @@ from distill.config.context_rules import check_context
 from distill.config.divergence_rules import check_divergence
 from distill.config.forecast_rules import check_time_forecast
 from distill.config.loop_rules import check_loop
+from distill.config.lora_rules import check_lora, teacher_shares_base
 from distill.config.response_limits import largest_max_new_tokens
 from distill.config.schedule_rules import check_scheduler
 from distill.config.schema import Config, DatasetConfig
@@ -26,7 +27,8 @@ AT_LEAST: dict[int, str] = {
         policy.train_global_batch_size policy.train_micro_batch_size policy.generation_batch_size
         policy.logprob_batch_size policy.max_total_sequence_length policy.logprob_chunk_size
         policy.dtensor_cfg.tensor_parallel_size policy.dtensor_cfg.context_parallel_size
-        policy.dtensor_cfg.replicate_size policy.dynamic_batching.train_mb_tokens
+        policy.dtensor_cfg.replicate_size policy.dtensor_cfg.lora_cfg.dim
+        policy.dynamic_batching.train_mb_tokens
         policy.dynamic_batching.logprob_mb_tokens policy.sequence_packing.train_mb_tokens
         policy.sequence_packing.logprob_mb_tokens policy.generation.max_new_tokens
         policy.generation.val_max_new_tokens policy.generation.top_k policy.generation.val_top_k
@@ -44,7 +46,8 @@ AT_LEAST: dict[int, str] = {
 }
 """Maps a minimum to the configuration keys with this minimum, separated by spaces."""
 ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_ratio_cap loss_fn.entry_clip
-    policy.max_grad_norm policy.optimizer.kwargs.eps policy.generation.temperature policy.generation.top_p
+    policy.dtensor_cfg.lora_cfg.alpha policy.max_grad_norm policy.optimizer.kwargs.eps
+    policy.generation.temperature policy.generation.top_p
     policy.generation.val_top_p policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
 AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization"""
@@ -58,6 +61,7 @@ def check(config: Config) -> None:
         _check_optimizer,
         _check_windows,
         _check_groups,
+        check_lora,
         check_scheduler,
         _check_loss,
         check_token_weights,
@@ -188,7 +192,8 @@ def _check_teacher_window(config: Config) -> None:
 def _check_groups(config: Config) -> None:
     ranks, node = (config.cluster.num_nodes * config.cluster.gpus_per_node, config.cluster.gpus_per_node)
     cluster = f"(cluster.num_nodes={config.cluster.num_nodes} * cluster.gpus_per_node={node})"
-    policy, teacher = config.policy.dtensor_cfg, config.teacher.dtensor_cfg
+    policy = config.policy.dtensor_cfg
+    teacher = policy if teacher_shares_base(config) else config.teacher.dtensor_cfg
     for name, parallel in (("policy", policy), ("teacher", teacher)):
         if ranks % parallel.group_size:
             raise UserError(

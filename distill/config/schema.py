@@ -103,7 +103,8 @@ class CheckpointingConfig:
     """Time limit, counted from the start of the program, as DD:HH:MM:SS. The run saves a checkpoint before the limit
     and exits with code 0; null: no limit."""
     save_consolidated: bool = False
-    """Write a Hugging Face export with every checkpoint; false: only with the last checkpoint."""
+    """Write an export with every checkpoint: the folder hf with the complete model, or the folder peft with the
+    adapters if policy.dtensor_cfg.lora_cfg.enabled=true. false: only with the last checkpoint."""
     allow_changes: bool = False
     """Allow a run to resume with other training data, or with other values of keys that affect what it learns (model,
     loss, optimizer, sampling, batch sizes, seed): the step number continues, and the change is logged and recorded.

@@ -33,7 +33,7 @@ class PlannedWorld(World):
         """Return the memory of each GPU in bytes; None if it is unknown, and on the CPU."""
         return self._gpu_bytes
 
-    def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
+    def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int | None = 1) -> None:
         """Do nothing, because there are no ranks to connect."""
 
     def gather(self, value: T) -> list[T]:

@@ -98,7 +98,7 @@ class World:
         """Return the memory of this rank's GPU in bytes; None on the CPU."""
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
 
-    def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int = 1) -> None:
+    def build_mesh(self, device: str, tp: int, cp: int, replicas: int = 1, teacher: int | None = 1) -> None:
         """Create the device mesh (replica, shard, tp) on ``device`` (auto, cpu or cuda); collective.
 
         tp is the innermost axis: it varies fastest with the rank. The shard axis combines the data-parallel and the
@@ -107,7 +107,8 @@ class World:
 
         ``tp``, ``cp``: tensor- and context-parallel size. ``replicas``: number of copies of the model; the ranks are
         divided evenly among them. ``teacher``: number of consecutive ranks that compute the teacher's micro-batches
-        together; values below cp * tp are raised to cp * tp.
+        together; values below cp * tp are raised to cp * tp. None: the teacher is the student's module, and its
+        micro-batches are split over the same context-parallel ranks.
         """
         use_cuda = device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
@@ -118,9 +119,12 @@ class World:
         # Ranks that share a sequence are not the ranks that share a parameter, so they need separate meshes.
         sequence = (self.size // (cp * tp), cp, tp)
         self._cp_mesh = init_device_mesh(self.device.type, sequence, mesh_dim_names=("dp", "cp", "tp"))["cp"]
-        self._teacher_size = max(teacher, cp * tp)
-        groups = (self.size // self._teacher_size, self._teacher_size)
-        self._teacher_mesh = init_device_mesh(self.device.type, groups, mesh_dim_names=("groups", "teacher"))
+        self._teacher_size, self._teacher_mesh = cp, self._cp_mesh
+        if teacher is not None:
+            self._teacher_size = max(teacher, cp * tp)
+            groups = (self.size // self._teacher_size, self._teacher_size)
+            names = ("groups", "teacher")
+            self._teacher_mesh = init_device_mesh(self.device.type, groups, mesh_dim_names=names)["teacher"]
 
     def _axes(self, *names: str) -> DeviceMesh:
         assert self.mesh is not None, "build_mesh comes first"
@@ -162,7 +166,7 @@ class World:
     def teacher_group(self) -> dist.ProcessGroup | None:
         """Return the ranks that compute the teacher's micro-batches together; None if this is only one rank."""
         assert self.mesh is not None, "build_mesh comes first"
-        return self._teacher_mesh.get_group("teacher") if self._teacher_size > 1 else None
+        return self._teacher_mesh.get_group() if self._teacher_size > 1 else None
 
     @property
     def layout(self) -> Layout:

@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.config import LossConfig
 from distill.errors import UserError
 from distill.loss import checks, full_vocab
-from distill.loss.columns import Columns, own_logits
+from distill.loss.columns import Columns, VocabParallel, own_logits
 from distill.loss.divergences import entropy
 from distill.loss.lm_head import Projection, padded_columns
 from distill.loss.overlap import Overlap
@@ -43,15 +43,17 @@ def teacher_topk(
     backend: str = "auto",
     check_values: bool = True,
     sampled_ids_N: Tensor | None = None,
+    parallel: VocabParallel | None = None,
 ) -> TopK:
     """Return the teacher's exact top-k of each row, with log-probs, log tail mass and entropy.
 
     A row is one response token. The log tail mass is the log of the total probability of all other tokens. The result
-    has no gradient.
+    has no gradient. With ``parallel`` the function is collective over the group: all ranks must pass the same rows and
+    ids, and get the result for the complete vocabulary. The numbers then may be rounded differently on each rank.
 
     Args:
         hidden_ND: the teacher's hidden states after the final norm, in the head's dtype.
-        head_VD: the weight of the teacher's LM head.
+        head_VD: the weight of the teacher's LM head; with ``parallel`` this rank's shard.
         k: number of ids to keep; if k is the vocabulary size, the tail is empty (log mass -inf).
         temperature: the temperature of the loss, by which the logits are divided.
         chunk_rows: number of rows with logits in memory at the same time; None means ``default_chunk_rows``.
@@ -63,6 +65,7 @@ def teacher_topk(
         check_values: whether to check that the given ids are in the vocabulary; on a GPU the host waits for this.
         sampled_ids_N: the sampled token of each row, for ``TopK.sampled_logprob_N``; None: it is not computed. These
             ids are not added to the kept ids.
+        parallel: sharding of the head over a group of ranks; None: the head is not sharded.
 
     Returns:
         The ids are int32 and unordered. If several logits equal the k-th largest, the lowest of their ids are kept.
@@ -70,19 +73,21 @@ def teacher_topk(
 
     Raises ``UserError`` if k exceeds the vocabulary or the shapes do not match.
     """
-    vocab = checks.check_vocab(head_VD.shape[0], valid_vocab)
-    checks.check_linear("the teacher's", hidden_ND, head_VD, vocab)
-    checks.check_support_size(k, vocab)
+    columns = Columns.of(head_VD, valid_vocab, parallel)
+    checks.check_linear("the teacher's", hidden_ND, head_VD, columns.own)
+    checks.check_support_size(k, columns.vocab)
     checks.check_temperature(temperature)
-    count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND, vocab)
+    widest = min(columns.vocab, columns.per_rank)  # equal on all ranks, because each chunk runs collectives
+    count, step = hidden_ND.shape[0], chunk_rows or default_chunk_rows(hidden_ND, widest)
     given = {"extra_ids_N": extra_ids_N, "sampled_ids_N": sampled_ids_N}
     for name, ids_N in given.items():
         if ids_N is not None:
             checks.check_rows(count, **{name: ids_N})
             if check_values:
-                checks.check_ids(vocab, sampled_ids_N=ids_N)
-    scratch = Scratch(min(count, step), vocab, padded_columns(vocab, len(head_VD)), hidden_ND.device)
-    scorer = TeacherScorer.of(head_VD, Columns(vocab, vocab), temperature, backend, scratch)
+                checks.check_ids(columns.vocab, sampled_ids_N=ids_N)
+    width = padded_columns(columns.own, len(head_VD))
+    scratch = Scratch(min(count, step), columns.own, width, hidden_ND.device)
+    scorer = TeacherScorer.of(head_VD, columns, temperature, backend, scratch)
     return topk_in_chunks(scorer, hidden_ND, k, step, extra_ids_N, sampled_ids_N)
 
 
@@ -362,6 +367,7 @@ def _targets_from_rows(
 
 def teacher_head(targets: TeacherRows, columns: Columns) -> Tensor:
     """Return the teacher's LM head from the row of the token ``columns.first`` on."""
+    assert targets.head_VD is not None, "a teacher with the student's LM head: the caller adds this head"
     assert targets.first <= columns.first, (targets.first, columns.first)
     return targets.head_VD[columns.first - targets.first :]
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from distill.config import Config
+from distill.distributed.host_memory import resident_bytes
 from distill.distributed.world import World
 from distill.errors import UserError, any_of
-from distill.memory.phases import Lines, StepMemory
+from distill.memory.phases import StepMemory
 from distill.memory.reserve import reserve
 from distill.memory.shapes import ModelShape, check_shapes, find_config, find_shape, shape_of
+from distill.memory.weights import Lines
+from distill.model.lora import check_adapters
 from distill.model.tensor_parallel import check_tensor_parallel
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ _ENGINE_SHARE = "policy.generation.vllm_cfg.gpu_memory_utilization"
 _ENGINE_TP = "policy.generation.vllm_cfg.tensor_parallel_size"
 _KEYS: dict[str, tuple[str, ...]] = {
     "master weights": _STATE,
+    "frozen weights": (*_STATE, _TP),
+    "adapters": ("policy.dtensor_cfg.lora_cfg.dim",),
     "gradients": _STATE,
     "optimizer state": _STATE,
     "optimizer temporaries": _STATE,
@@ -93,6 +98,8 @@ class Forecast:
 
     The phases then contain the engine's weights, but not its cache.
     """
+    resident: int = 0
+    """Resident memory of this process before any model is loaded, in bytes; 0 on GPUs."""
 
     def total(self, phase: str) -> int:
         """Return the predicted peak device memory of ``phase`` in bytes per rank."""
@@ -191,12 +198,13 @@ def known_shapes(config: Config) -> tuple[ModelShape | None, ModelShape | None]:
     """Return the shapes of student and teacher if they are known without a download, else None.
 
     The shapes are read from local files, or taken from a built-in table. Raises UserError if the student does not
-    support the tensor-parallel size.
+    support the tensor-parallel size, or if a pattern of the adapters matches no layer.
     """
     ours = find_config(config.policy.model_name, "policy.model_name")
     student = None if ours is None else shape_of(ours, config.policy.model_name)
     if student is not None:
         check_tensor_parallel(config, ours, student.vocab)
+        check_adapters(config, ours)
     return student, find_shape(config.teacher.model_name, "teacher.model_name")
 
 
@@ -223,6 +231,8 @@ def plan_memory(
         return None
     cuda = device.type == "cuda"
     forecast = predict(config, student, teacher, cuda, card)
+    if not cuda:
+        forecast = replace(forecast, resident=resident_bytes() or 0)
     report(forecast.table())
     if cuda and card is None and config.cluster.gpu_memory_gb is None:
         report(_fitting_gpus(config, student, teacher))
@@ -301,8 +311,12 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
     because the first step allocates the optimizer state. ``measured`` maps a phase name of ``distill.metrics.phases``
     to this rank's peak in bytes. ``pool_bytes``: size of the generation engine's memory pool. The pool is free in the
     teacher and training phases, but torch still counts it as allocated, so it is subtracted from their peaks. The
-    forecast is without the reserve, because torch does not count the memory outside of tensors.
+    forecast is without the reserve, because torch does not count the memory outside of tensors. Without a GPU, only the
+    largest phase is compared: freed memory stays resident, so each phase has the peak of all earlier ones.
     """
+    if world.device.type != "cuda":
+        _compare_resident(forecast, measured, world)
+        return
     sleeping = {"teacher", "training"}
     own = {
         phase: (measured[phase] - (pool_bytes if phase in sleeping else 0)) / GIB
@@ -310,13 +324,24 @@ def compare(forecast: Forecast, measured: Mapping[str, int], pool_bytes: int, wo
         if phase in measured
     }
     everyone = world.gather(own)
-    method = "memory allocated by torch" if world.device.type == "cuda" else "resident memory of the process"
     largest = {phase: max(rank[phase] for rank in everyone) for phase in own}
     numbers = (f"{phase} {value:.1f} ({forecast.tensors(phase) / GIB:.1f})" for phase, value in largest.items())
     if world.is_main:
         log.info(
-            "peak %s in each phase of the second step after the start, in GiB (maximum over all ranks; forecast in"
-            " parentheses): %s",
-            method,
+            "peak memory allocated by torch in each phase of the second step after the start, in GiB (maximum over all"
+            " ranks; forecast in parentheses): %s",
             ", ".join(numbers),
+        )
+
+
+def _compare_resident(forecast: Forecast, measured: Mapping[str, int], world: World) -> None:
+    own = max((measured[phase] for phase in PHASES if phase in measured), default=0)
+    largest, before = max(world.gather((own, forecast.resident)))
+    phase = max(forecast.phases, key=forecast.total)
+    if world.is_main and largest:
+        log.info(
+            "resident memory of the process in the second step after the start: %.1f GiB (maximum over all ranks); it"
+            " had %.1f GiB before models were loaded, and the forecast of the largest phase (%s) is %.1f GiB without"
+            " libraries and fragmentation",
+            *(largest / GIB, before / GIB, phase, forecast.total(phase) / GIB),
         )

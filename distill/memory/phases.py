@@ -13,17 +13,22 @@ ranks over which one model is sharded; ``positions``: number of token positions 
 from __future__ import annotations
 
 from distill.config import Config
+from distill.config.lora_rules import stores_adapters, teacher_shares_base
 from distill.config.response_limits import largest_max_new_tokens
 from distill.loss.full_vocab import buffers_of
 from distill.loss.targets import chunk_buffers, rows_within_budget
+from distill.memory.adapters import Adapters, adapters_of
 from distill.memory.layers import backward_workspace, forward_workspace, kept_by_layer
-from distill.memory.shapes import ModelShape, shard_sizes, teacher_group
+from distill.memory.shapes import ModelShape, teacher_group
+from distill.memory.weights import Lines, ShardedWeights
 from distill.model.host_offload import pinned_blocks
 from distill.model.student import DTYPES
 
 CPU_CACHE = 2**29
 """Size in bytes of vLLM's key-value cache on a machine without a GPU."""
 
+_MERGE = 2**25
+"""Bytes of the temporaries with which ``lora_merge`` adds adapters to a part of a weight."""
 _INT64 = 8
 _ROW_VALUES = 40
 """Bytes per response token of a micro-batch, outside of both models' inputs.
@@ -32,9 +37,6 @@ They are those of three int64, two float32 and two int32 tensors.
 """
 _TENSOR_PADDING = 20 * 256
 """Bytes per micro-batch by which the alignment of its tensors, and its sequence lengths, can exceed the values."""
-
-Lines = dict[str, int]
-"""A table of memory: maps a purpose, such as "gradients", to bytes per rank."""
 
 
 class StepMemory:
@@ -57,6 +59,16 @@ class StepMemory:
         self.offloads = cuda and config.runtime.offload_optimizer
         self.on_host = cuda and policy.dtensor_cfg.cpu_offload
         self.fsdp = self.shards // self.tp
+        adapters = adapters_of(config, student, self.fsdp, self.tp)
+        stays = [not parallel.reshard_after_forward for parallel in (policy.dtensor_cfg, config.teacher.dtensor_cfg)]
+        self.weights = ShardedWeights(student, self.fsdp, self.tp, self.b, stays[0], cuda, adapters)
+        """The student's weights and adapters."""
+        self.shares_base = teacher_shares_base(config)
+        """Whether the teacher is the student's module."""
+        own = ShardedWeights(teacher, self.shards, 1, self.teacher_b, stays[1], cuda)
+        self.teacher_weights = self.weights if self.shares_base else own
+        self.teacher_ranks = self.tp * self.cp // self.teacher_weights.tp
+        """Number of ranks of a student group over which the positions that the teacher reads are split."""
         fused = config.runtime.fused_layers
         self.fused = cuda if fused is None else fused
         loop = config.distillation
@@ -66,10 +78,22 @@ class StepMemory:
         self.tokens, self.teacher_tokens = _pack_tokens(config, self.dp, self.responses)
         # Then no gradients of an earlier micro-batch exist.
         self.is_only_micro_batch = self.tokens >= -(-in_batch // self.dp) * policy.max_total_sequence_length
-        self.about = (
-            f"student {student.name} ({student.parameters / 1e9:.2f} B parameters), teacher {teacher.name}"
-            f" ({teacher.parameters / 1e9:.2f} B parameters, {config.teacher.precision})",
-            f"{ranks} ranks: dp {self.dp} x cp {self.cp} x tp {self.tp}, teacher micro-batches on {self.group} ranks;"
+        self.about = self._describe(ranks)
+
+    def _describe(self, ranks: int) -> tuple[str, str]:
+        """Return two lines about the models, the layout and the micro-batches."""
+        student, teacher, adapters = self.student, self.teacher, self.weights.adapters
+        trained = "" if adapters is None else f", frozen, and {adapters.parameters / 1e6:.1f} M in adapters"
+        theirs = (
+            f"teacher {teacher.name} ({teacher.parameters / 1e9:.2f} B parameters, {self.config.teacher.precision})"
+        )
+        split = f"dp {self.dp} x cp {self.cp} x tp {self.tp}"
+        if not self.shares_base:
+            split += f", teacher micro-batches on {self.group} ranks"
+        return (
+            f"student {student.name} ({student.parameters / 1e9:.2f} B parameters{trained}),"
+            f" {'the teacher uses its weights' if self.shares_base else theirs}",
+            f"{ranks} {'rank' if ranks == 1 else 'ranks'}: {split};"
             f" micro-batches of at most {self.tokens} tokens (student) and {self.teacher_tokens} tokens (teacher)",
         )
 
@@ -78,61 +102,42 @@ class StepMemory:
     def kept(self, moments: bool | None = None) -> Lines:
         """Return the memory that stays allocated during a complete phase, as a dict from purpose to bytes.
 
-        Most of it is the student's float32 weight shards. ``moments``: whether AdamW's two moments are on the device;
-        None: they are, unless they are offloaded. Without a GPU the teacher and the engine always stay in memory.
+        Most of it is the student's shards. ``moments``: whether AdamW's two moments are on the device; None: they are,
+        unless they are offloaded. Without a GPU the teacher and the engine always stay in memory.
         """
-        weights = 0 if self.on_host else 4 * self.student_shard
+        trained = 0 if self.on_host else 4 * self.weights.trained
         if moments is None:
             moments = not self.offloads
-        lines = {"master weights": weights, "optimizer state": 2 * weights if moments else 0}
+        stored = self.weights.stored()
+        lines = dict.fromkeys(stored, 0) if self.on_host else stored
+        lines |= {"optimizer state": 2 * trained if moments else 0}
         if self.teacher_is_stored:
-            lines["teacher copy"] = weights  # StoredTeacher keeps it on the student's shards
+            lines["teacher copy"] = trained  # on the shards of the trained parameters
         if not self.cuda:
             lines |= {"teacher shards": self.teacher_shards, **self.engine_lines()}
         return lines
 
     @property
     def teacher_is_stored(self) -> bool:
-        """Return whether the teacher stores its own float32 weights on the student's shards (EMA or periodic copy)."""
+        """Return whether the teacher stores its own copy of the trained parameters (EMA or periodic copy).
+
+        The teacher before training also does, if the student starts with given adapters.
+        """
         context = self.config.distillation.context_distillation
+        if self.shares_base:
+            return stores_adapters(context.mode, self.config.policy.dtensor_cfg.lora_cfg.init_from)
         return context.enabled and context.mode in ("self_ema", "self_periodic")
 
     @property
-    def student_shard(self) -> int:
-        """Return the number of the student's weights on one rank."""
-        return sum(shard_sizes(self.student, self.fsdp, self.tp))
+    def teacher_adapters(self) -> Adapters | None:
+        """Return the adapters in the teacher's forward; None for a teacher without adapters."""
+        is_adapted = self.config.distillation.context_distillation.mode != "self_frozen" or self.teacher_is_stored
+        return self.weights.adapters if self.shares_base and is_adapted else None
 
     @property
     def teacher_shards(self) -> int:
-        """Return the bytes per rank of the teacher's sharded weights, stored in ``teacher.precision``."""
-        return self.teacher_b * sum(shard_sizes(self.teacher, self.shards))
-
-    def gathered(self, shape: ModelShape, b: int, tp: int, stays: bool, layers: int = 2) -> Lines:
-        """Return the memory of parameters that FSDP gathers at the same time, as a dict from purpose to bytes.
-
-        ``b`` is the number of bytes per parameter. ``stays``: whether layers stay gathered after their forward
-        (reshard_after_forward=false). If so, all layers are gathered. ``layers``: number of buffers of a layer's size
-        that are in memory: on GPUs, FSDP keeps the result of a gather until the next gather has been copied to the
-        parameters. A layer at work thus has two buffers, and three exist for a moment when the next layer is gathered.
-        After the last layer, the result of its gather is still in memory.
-        Embedding, head and last norm are gathered during the complete pass.
-        """
-        layers = shape.layers + max(layers - 1, 1) if stays else min(layers, shape.layers + 1)
-        return {
-            "gathered layers": layers * b * shape.layer // tp,
-            "gathered embeddings": b * shape.root // tp,
-        }
-
-    def start(self, shape: ModelShape, b: int, tp: int, casts: bool) -> Lines:
-        """Return the gathered memory at the start of a pass, when the first layer is gathered.
-
-        The result of the gather of embedding, head and last norm is still in memory, in addition to these parameters.
-        ``casts``: whether the shards are cast to the compute dtype before they are gathered.
-        """
-        if not self.cuda:
-            return self.gathered(shape, b, tp, stays=False)
-        copy = b * shape.root // (tp * self.fsdp) if casts else 0
-        return {"gathered layers": 2 * b * shape.layer // tp, "gathered embeddings": 2 * b * shape.root // tp + copy}
+        """Return the bytes per rank of the teacher's own sharded weights, stored in ``teacher.precision``."""
+        return 0 if self.shares_base else self.teacher_b * self.teacher_weights.shard
 
     def engine_lines(self) -> Lines:
         """Return the memory of the awake generation engine, as a dict from purpose to bytes.
@@ -168,12 +173,13 @@ class StepMemory:
         student has trained on them. For each response token they are K token ids (int32), K log-probs, the log of the
         remaining probability, and the entropy (all float32); some weights of the tokens also need the log-prob of the
         sampled token. If ``returns_rows`` is True, the target of a response token is a hidden state of the teacher
-        instead, and each rank also keeps its part of the teacher's LM head.
+        instead, and each rank also keeps its part of the teacher's LM head, unless it is the student's.
         """
         loop, shape = self.config.distillation, self.teacher
         rows = -(-self.responses * self.longest_response() // self.cp)
         if self.returns_rows:
-            return {"targets": self.teacher_b * shape.hidden * (rows + -(-shape.vocab // self.tp))}
+            head = 0 if self.shares_base else -(-shape.vocab // self.tp)
+            return {"targets": self.teacher_b * shape.hidden * (rows + head)}
         sampled = 4 * self.config.loss_fn.token_weights.reads_sampled_token
         return {"targets": (8 * (loop.topk_logits_k + 1) + sampled) * rows}
 
@@ -204,10 +210,11 @@ class StepMemory:
 
         At the start the optimizer's moments are still on the device, and the engine sleeps. Weights are sent to the
         engine in buckets, which are groups of tensors. Two buckets are in memory at the same time, each with complete
-        tensors and this rank's shards of these tensors, and a copy of one tensor. A bucket is larger than
-        ``runtime.sync_bucket_mib`` if it consists of one larger tensor, such as the embedding; the bucket after it is
-        not. With tensor parallelism, the parts of a tensor are copied first, and then joined in a second copy. The
-        verification runs a forward of the student while the engine is awake, but only in float32.
+        tensors and this rank's shards of these tensors, and a copy of one tensor, unless one rank has all shards. A
+        bucket is larger than ``runtime.sync_bucket_mib`` if it consists of one larger tensor, such as the embedding;
+        the bucket after it is not. With tensor parallelism, the parts of a tensor are copied first, and then joined in
+        a second copy. Adapters are added to the shards in chunks. The verification runs a forward of the student while
+        the engine is awake, but only in float32.
         """
         policy, shape = self.config.policy, self.student
         largest, rest = self.b * shape.embedding, self.b * shape.layers * shape.layer
@@ -215,15 +222,17 @@ class StepMemory:
         both = max(largest, bucket) + bucket
         awake = self.engine_lines()
         weights = {"engine weights": awake["engine weights"]}
-        buckets = {"sync buckets": both + both // self.shards + largest * (2 if self.tp > 1 else 1)}
-        stays = not policy.dtensor_cfg.reshard_after_forward
+        copies = 2 if self.tp > 1 else 1 if self.shards > 1 else 0
+        buckets = {"sync buckets": both + both // self.shards + largest * copies}
+        if self.weights.adapters is not None:
+            buckets["merge temporaries"] = _MERGE
         tables = [self.kept(moments=not self.on_host), self.kept() | weights | buckets, self.kept() | awake]
         if policy.precision != "float32":
             return tables
         return [
             *tables,
-            self.kept() | awake | self.start(shape, self.b, self.tp, casts=True),
-            self.kept() | awake | self.gathered(shape, self.b, self.tp, stays, layers=3 if self.cuda else 2),
+            self.kept() | awake | self.weights.start(casts=True),
+            self.kept() | awake | self.weights.gathered(layers=3 if self.cuda else 2),
         ]
 
     def generation_phase(self) -> list[Lines]:
@@ -234,29 +243,30 @@ class StepMemory:
         """Return memory tables for the possible peaks of the teacher phase: its start, a layer, and the logits.
 
         A teacher group is a set of ranks that combine their micro-batches and compute the teacher's forward on them
-        together. The number of token positions per rank therefore does not depend on the size of the group. Logits are
-        float32; without Triton, the top-k needs a second buffer of the same size. If one pack has all responses of a
-        step, no targets exist before its logits.
+        together. The number of token positions per rank therefore does not depend on the size of the group. A teacher
+        that is the student's module is split as the student. Logits are float32; without Triton, the top-k needs a
+        second buffer of the same size. If one pack has all responses of a step, no targets exist before its logits.
         """
-        config, shape, b = self.config, self.teacher, self.teacher_b
-        positions = -(-self.teacher_tokens // (self.tp * self.cp))
-        stays = not config.teacher.dtensor_cfg.reshard_after_forward
+        config, shape, b, weights = self.config, self.teacher, self.teacher_b, self.teacher_weights
+        positions = -(-self.teacher_tokens // self.teacher_ranks)
         lines = self.kept() | {"teacher shards": self.teacher_shards} | self.packs()
+        if self.shares_base and self.teacher_is_stored:
+            lines["exchanged adapters"] = 4 * weights.trained
         is_only_pack = self.teacher_tokens >= self.responses * _teacher_window(config)
         before = lines if is_only_pack else lines | self.targets()
-        rows = self.chunk(config.teacher.logprob_chunk_size, positions, shape.vocab)
-        logits = 0 if self.returns_rows else (4 if self.triton else 8) * rows * shape.vocab
-        layer = forward_workspace(shape, b, self.fused) + 2 * b * shape.hidden
+        rows = self.chunk(config.teacher.logprob_chunk_size, positions, shape.vocab // weights.tp)
+        logits = 0 if self.returns_rows else (4 if self.triton else 8) * rows * shape.vocab // weights.tp
+        layer = forward_workspace(shape, b, self.fused, weights.tp) + 2 * b * shape.hidden
         return [
-            before | self.start(shape, b, 1, casts=False) | {"teacher workspace": b * shape.hidden * positions},
+            before | weights.start(casts=False) | {"teacher workspace": b * shape.hidden * positions},
             before
-            | self.gathered(shape, b, 1, stays, layers=3 if self.cuda else 2)
+            | weights.gathered(layers=3 if self.cuda else 2)
             | {"teacher workspace": 2 * b * shape.hidden * positions},
             # Also includes the input of this layer and the input of the first layer.
-            before | self.gathered(shape, b, 1, stays) | {"teacher workspace": layer * positions},
+            before | weights.gathered() | {"teacher workspace": layer * positions},
             lines
             | self.targets()
-            | self.gathered(shape, b, 1, stays, layers=1 if self.cuda else 2)
+            | weights.gathered(layers=1 if self.cuda else 2)
             | {"teacher workspace": b * shape.hidden * positions, "logits chunk": logits},
         ]
 
@@ -269,7 +279,7 @@ class StepMemory:
         """
         if not self.cuda:
             return {}
-        config, ranks, responses = self.config, self.tp * self.cp, self.responses
+        config, ranks, responses = self.config, self.teacher_ranks, self.responses
         shared = config.runtime.share_prefixes and config.distillation.num_generations_per_prompt > 1
 
         def view(tokens: int, ranks: int, members: int = 1) -> int:
@@ -292,42 +302,48 @@ class StepMemory:
         one micro-batch, gradients grow during the backward while activations are freed. Moments are on the device from
         the first optimizer step of a training step.
         """
-        config, shape, b, tp = self.config, self.student, self.b, self.tp
+        config, shape, b, tp, weights = self.config, self.student, self.b, self.tp, self.weights
         parallel, own = config.policy.dtensor_cfg, config.policy.logprob_chunk_size
-        mode, stays = parallel.recomputation, not parallel.reshard_after_forward
+        mode = parallel.recomputation
         positions = -(-self.tokens // self.cp)
-        kept_layer = kept_by_layer(shape, b, tp, self.fused, mode, self.cp)
-        last_norm = (2 * b if self.fused else 4 + b) * shape.hidden
-        saved = positions * (shape.layers * kept_layer + last_norm)
-        working = positions * backward_workspace(shape, b, tp, self.fused, mode, self.cp)
+        low = 0 if weights.adapters is None else weights.adapters.products * weights.adapters.dim
+        kept_layer = kept_by_layer(shape, b, tp, self.fused, mode, self.cp, low)
+        last_norm = positions * (2 * b if self.fused else 4 + b) * shape.hidden
+        saved = positions * shape.layers * kept_layer
+        # Counted, not derived: if all weights are trained, the backward of the last layer holds as much memory as the
+        # saved tensors of the last norm in addition, and with a frozen norm and head it does not.
+        saved_above = 0 if weights.adapters else last_norm
+        working = positions * backward_workspace(shape, b, tp, self.fused, mode, self.cp, low)
         has_moments = None if self.optimizer_batches == 1 else not self.on_host
         lines = self.kept(moments=has_moments) | self.targets() | self.packs()
-        gradients = 0 if self.on_host else 4 * self.student_shard
+        gradients = 0 if self.on_host else 4 * weights.trained
         before = lines | {"gradients": 0 if self.is_only_micro_batch else gradients}
-        gathered = self.gathered(shape, b, tp, stays)
-        head = (shape.head or shape.embedding) // tp
+        gathered = weights.gathered()
         buffers = chunk_buffers(config.loss_fn, config.distillation.topk_logits_k)
         own_rows = self.chunk(own, positions, shape.vocab // tp, buffers)
         # While a layer's backward runs, the gradient of the layer above it is reduced in float32. The first layer that
         # the backward reaches has no such gradient, and its own saved activations are freed only at its end.
         saved_below = positions * (shape.layers - 1) * kept_layer
-        reduction = {"gradient reduction": (b + 4) * shape.layer // tp, "embedding gradients": b * head}
+        reduction = {
+            "gradient reduction": (b + 4) * weights.trained_layer,
+            "embedding gradients": b * weights.trained_head,
+        }
         root = {"gathered embeddings": gathered["gathered embeddings"]}
         return [
-            before | self.start(shape, b, tp, casts=True) | {"saved activations": positions * b * shape.hidden},
+            before | weights.start(casts=True) | {"saved activations": positions * b * shape.hidden},
             before
-            | self.gathered(shape, b, tp, stays, layers=1 if self.cuda else 2)
+            | weights.gathered(layers=1 if self.cuda else 2)
             | {
-                "saved activations": saved,
+                "saved activations": saved + last_norm,
                 "response rows": 2 * b * shape.hidden * positions,
                 "logits chunk": self.logits_bytes() * own_rows * shape.vocab // tp,
-                "embedding gradients": 4 * head,
+                "embedding gradients": 4 * weights.trained_head,
             },
             before | gathered | reduction | {"saved activations": saved_below, "layer workspace": working},
             before
             | gathered
             | {
-                "saved activations": saved,
+                "saved activations": saved + saved_above,
                 "layer workspace": working,
                 "embedding gradients": reduction["embedding gradients"],
             },
@@ -340,8 +356,8 @@ class StepMemory:
             | {"gradients": gradients}
             | root
             | {
-                "gradient reduction": 4 * shape.root // tp + 4 * shape.root // self.shards,
-                "embedding gradients": b * shape.root // tp,
+                "gradient reduction": 4 * weights.trained_root + 4 * weights.trained_root // self.fsdp,
+                "embedding gradients": b * weights.trained_root,
             },
             self.kept(moments=not self.on_host)
             | self.targets()
@@ -351,12 +367,10 @@ class StepMemory:
 
     def optimizer_temporaries(self) -> int:
         """Return the bytes of temporary tensors in AdamW: none if fused, one or two float32 tensors otherwise."""
-        kwargs, shape = self.config.policy.optimizer.kwargs, self.student
+        kwargs = self.config.policy.optimizer.kwargs
         if self.on_host or (self.cuda and not kwargs.foreach and kwargs.fused is not False):
             return 0
-        if kwargs.foreach:
-            return 4 * self.student_shard
-        return 8 * max(shape.embedding, shape.head) // self.shards
+        return 4 * self.weights.trained if kwargs.foreach else 8 * self.weights.largest_trained
 
     def logits_bytes(self) -> int:
         """Return the bytes per logit that the loss ``fused_linear_kl`` needs for a chunk of logits.
@@ -383,21 +397,15 @@ class StepMemory:
         two. A checkpoint that is being written, and moments with cpu_offload, are in pageable memory.
         """
         saving = self.config.checkpointing
-        state = 4 * self.student_shard
+        state = 4 * self.weights.trained
         copy = state if self.teacher_is_stored else 0
         lines = {"teacher shards": sum(pinned_blocks(self.teacher_shards)), **self.packs()}
         if saving.enabled:
             lines["pending checkpoint"] = state * (3 if saving.save_optimizer else 1) + copy
         if self.on_host:
-            pinned = self.pinned_parameters()
-            lines |= {"master weights": pinned, "gradients": pinned, "optimizer state": 2 * state}
+            lines |= self.weights.pinned() | {"optimizer state": 2 * state}
             return lines | ({"teacher copy": copy} if copy else {})
         return lines | ({"optimizer state": sum(pinned_blocks(2 * state))} if self.offloads else {})
-
-    def pinned_parameters(self) -> int:
-        """Return the pinned bytes of the student's float32 shards, each rounded up to a power of two."""
-        sizes = shard_sizes(self.student, self.fsdp, self.tp)
-        return sum(1 << (4 * size - 1).bit_length() for size in sizes)
 
 
 def _teacher_window(config: Config) -> int:

@@ -13,13 +13,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from distill.batching.flops import ModelSizes, sizes_of
 from distill.config import Config
+from distill.config.lora_rules import teacher_shares_base
 from distill.errors import UserError, any_of, reason
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
-from distill.model.hf_load import causal_lm_parts
-from distill.model.tensor_parallel import one_layer_model
+from distill.model.hf_load import causal_lm_parts, one_layer_model
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class ModelShape(ModelSizes):
     """Number of parameters outside layers, embedding and LM head (the last norm)."""
     layer_tensors: tuple[tuple[int, ...], ...]
     """Shapes of the parameters of one transformer layer."""
+    linear_layers: tuple[tuple[str, int, int], ...]
+    """Name, outputs and inputs of each linear layer of a transformer layer; ``{}`` in a name is the layer's number."""
 
     @property
     def parameters(self) -> int:
@@ -117,6 +121,11 @@ def shape_of(config: Any, name: str) -> ModelShape:
         layer=layer_parameters,
         rest=sum(parameter.numel() for parameter in model.parameters()) - embedding - own_head - layer_parameters,
         layer_tensors=tuple(tuple(parameter.shape) for parameter in layer.parameters()),
+        linear_layers=tuple(
+            (f"{model.base_model_prefix}.layers.{{}}.{name}", module.out_features, module.in_features)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        ),
     )
 
 
@@ -179,7 +188,7 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
     """Raise UserError if a model does not support the sequence length or the parallel sizes of the recipe.
 
     A model whose shape is None (unknown) is not checked. Logs a warning if the teacher is split over more ranks than
-    teacher.dtensor_cfg sets.
+    teacher.dtensor_cfg sets. A teacher that is the student's module has the same parallel sizes.
     """
     for owner, shape, length in (
         ("policy", student, config.policy.max_total_sequence_length),
@@ -193,6 +202,10 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
                 key=key,
                 value=length,
             )
+    if student is not None:
+        _check_student(config, student)
+    if teacher_shares_base(config):
+        return
     ours, theirs = group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg)
     if 1 < theirs < ours:  # 1 is the default and needs no warning
         log.warning(
@@ -200,8 +213,6 @@ def check_shapes(config: Config, student: ModelShape | None, teacher: ModelShape
             " the teacher is also split over %d ranks, because it cannot be split over fewer ranks than the student",
             *(theirs, ours, ours),
         )
-    if student is not None:
-        _check_student(config, student)
     if teacher is not None:
         _check_teacher(config, teacher)
 
@@ -276,10 +287,13 @@ def group_size(parallel: Any) -> int:
 
 
 def teacher_group(config: Config) -> int:
-    """Return the number of ranks that compute the teacher's forward of a packed micro-batch together.
+    """Return the number of ranks over which the positions of a packed micro-batch of the teacher are split.
 
-    The result is the larger of ``group_size`` of the teacher and ``group_size`` of the student.
+    The result is the larger of ``group_size`` of the teacher and ``group_size`` of the student. A teacher that is the
+    student's module splits positions as the student does.
     """
+    if teacher_shares_base(config):
+        return config.policy.dtensor_cfg.context_parallel_size
     return max(group_size(config.policy.dtensor_cfg), group_size(config.teacher.dtensor_cfg))
 
 

@@ -212,16 +212,18 @@ def ending(
     no checkpoint. ``stopped``: whether the run stopped before its last step. ``enabled``: checkpointing.enabled.
     ``page``: the page of the run; None if it was not written. ``by_alarm``: whether an alarm stopped the run.
     """
-    export = None if checkpoint is None or not (checkpoint / "hf").is_dir() else checkpoint / "hf"
+    exports = [] if checkpoint is None else [checkpoint / name for name in ("hf", "peft")]
+    export = next((folder for folder in exports if folder.is_dir()), None)
+    is_adapter = export is not None and export.name == "peft"
     if by_alarm:
         following = "look for the cause of the alarm before you continue: the same command continues the run"
     elif stopped and checkpoint is not None:
         following = "run the same command again to continue from this checkpoint"
+    elif checkpoint is not None and (export is None or is_adapter):
+        following = f"python -m scripts.export_hf {relative_path(checkpoint)} OUT{' --merge' if is_adapter else ''}"
     elif export is not None:
         call = f"pipeline('text-generation', '{relative_path(export)}')('Hello')"
         following = f'python -c "from transformers import pipeline; print({call})"'
-    elif checkpoint is not None:
-        following = f"python -m scripts.export_hf {relative_path(checkpoint)} OUT"
     elif enabled:
         following = "run the same command again; it starts at step 0, because no checkpoint was saved before the stop"
     else:
@@ -229,7 +231,7 @@ def ending(
     rows = {
         "time since the start": duration(seconds),
         "checkpoint": "not saved" if checkpoint is None else relative_path(checkpoint),
-        "Hugging Face export": "" if export is None else relative_path(export),
+        "adapter (PEFT)" if is_adapter else "Hugging Face export": "" if export is None else relative_path(export),
         "report": "" if page is None else relative_path(page),
         "next": following,
     }

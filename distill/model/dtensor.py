@@ -1,9 +1,12 @@
-"""Local shards and tensor-parallel dimensions of DTensor parameters."""
+"""Local shards, tensor-parallel dimensions and gathers of DTensor parameters."""
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +30,20 @@ def export_hf(
     writing fails, the main rank raises the error only after all weights are gathered, so that the other ranks do not
     wait in a gather forever.
     """
-    remaining = iter(weights)
-    try:
+    with consumed(weights) as remaining:
         if files is not None:
             _write(folder, remaining, files, dtype)
+
+
+@contextmanager
+def consumed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Yield an iterator over ``weights``; after the ``with`` block or an exception in it, iterate to the end.
+
+    So every rank takes part in all gathers, also if it uses only some of the tensors.
+    """
+    remaining = iter(weights)
+    try:
+        yield remaining
     finally:
         for _ in remaining:
             pass

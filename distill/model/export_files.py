@@ -33,7 +33,8 @@ from distill.model.export_dialects import (
 )
 from distill.model.hf_files import LICENSE_FILES, ModelFiles
 from distill.model.hf_index import ModelSetting, json_object
-from distill.model.model_card import model_card
+from distill.model.model_card import adapter_card, model_card
+from distill.model.peft_files import ADAPTER_CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +80,29 @@ class ExportFiles:
         """Return the same files as ``complete()``, keyed by their paths inside a checkpoint directory."""
         return {f"{EXPORT_FILES}/{name}": content for name, content in self.complete(dtype, tensors).items()}
 
+    def for_adapter(self, config: Json, recipe: Mapping[str, Any]) -> dict[str, bytes]:
+        """Return the files of an adapter folder, except its tensors, as a dictionary from path to content.
+
+        They are the same files without config.json, which belongs to the base model, with ``config`` as
+        adapter_config.json and the model card of an adapter. ``recipe``: the configuration as nested dictionaries.
+        """
+        contents = {name: content for name, content in self.contents.items() if name != _CONFIG}
+        _put(contents, ADAPTER_CONFIG, config)
+        name = self._card_name
+        contents[name] = adapter_card(contents.get(name, b"").decode("utf-8-sig", errors="replace"), recipe).encode()
+        return contents
+
+    @property
+    def _card_name(self) -> str:
+        return next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
+
     def with_card(self, recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, str]) -> ExportFiles:
         """Return a copy of these files with a model card that describes the training.
 
         ``recipe``: the configuration as nested dictionaries. ``step``: number of completed training steps.
         ``stop_tokens`` maps the id of each stop token to its text.
         """
-        name = next((name for name in self.contents if name.lower() == _CARD.lower()), _CARD)
+        name = self._card_name
         source = self.contents.get(name, b"").decode("utf-8-sig", errors="replace")
         return replace(self, contents={**self.contents, name: model_card(source, recipe, step, stop_tokens).encode()})
 

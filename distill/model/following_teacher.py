@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from distill.config import Config
+from distill.config.lora_rules import teacher_shares_base
 from distill.distributed.world import World
 from distill.model.dtensor import local_shard
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import local_slices
+from distill.model.lora_teacher import build_adapter_teacher
+from distill.model.stored_weights import StoredWeights
 from distill.model.student import Student
-from distill.model.teacher import ShardedTeacher
+from distill.model.teacher import ScoringTeacher, ShardedTeacher
 from distill.model.weights import GatheredWeights
 
 
@@ -54,80 +57,50 @@ class LiveTeacher(ShardedTeacher):
 
 
 class StoredTeacher(LiveTeacher):
-    """A teacher that stores its own float32 weights, which checkpoints contain; subclasses update them after a step.
+    """A teacher with a moving average or a copy of the student's weights, which it stores in float32.
 
-    These weights have the same shards as the student, so an update needs no communication before the reload.
+    These weights have the same shards as the student, so only the reload after their update needs communication.
     """
 
     def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student) -> None:
         super().__init__(config, files, world, valid_vocab, student)
-        self._stored = {name: parameter.detach().clone() for name, parameter in student.model.named_hf_parameters()}
+        context = config.distillation.context_distillation
+        self._stored = StoredWeights(student.model.named_hf_parameters(), context)
+
+    def after_step(self, student: Student, step: int) -> None:
+        """Update the stored weights, and reload the teacher's weights if they changed; collective."""
+        if self._stored.update(student.model.named_hf_parameters(), step):
+            self._reload(self._stored.named.items())
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's float32 shards of the stored weights; a key is "teacher." and the parameter name."""
-        return {f"teacher.{name}": stored for name, stored in self._stored.items()}
+        return self._stored.state()
 
     def resume(self, student: Student) -> None:
         """Reload the teacher's weights after a resume has loaded the stored weights; collective."""
-        self._reload(self._stored.items())
-
-    @torch.no_grad()
-    def _move(self, student: Student, weight: float) -> None:
-        """Set stored = (1 - ``weight``) * stored + ``weight`` * student, and reload the teacher's weights; collective.
-
-        ``weight`` 1 copies the student's weights exactly.
-        """
-        for name, parameter in student.model.named_hf_parameters():
-            local_shard(self._stored[name]).lerp_(local_shard(parameter), weight)
-        self._reload(self._stored.items())
+        self._reload(self._stored.named.items())
 
 
-class EmaTeacher(StoredTeacher):
-    """A teacher with the exponential moving average (EMA) of the student's weights.
-
-    After each step, average = decay * average + (1 - decay) * weights, with decay = ``ema_decay``. The average is
-    float32, because in bfloat16 most of the small updates would round to zero.
-    """
-
-    def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student) -> None:
-        super().__init__(config, files, world, valid_vocab, student)
-        self._decay = config.distillation.context_distillation.ema_decay
-
-    def after_step(self, student: Student, step: int) -> None:
-        """Update the average, and reload the teacher's weights from it; collective over the ranks of a replica."""
-        self._move(student, 1 - self._decay)
-
-
-class PeriodicTeacher(StoredTeacher):
-    """A teacher with a copy of the student's weights, refreshed after every ``refresh_period``-th training step."""
-
-    def __init__(self, config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student) -> None:
-        super().__init__(config, files, world, valid_vocab, student)
-        self._period = config.distillation.context_distillation.refresh_period
-
-    def after_step(self, student: Student, step: int) -> None:
-        """Copy the student's weights if ``step`` is a multiple of the period; collective over a replica's ranks."""
-        if step % self._period == 0:
-            self._move(student, 1.0)
-
-
-_TEACHERS: dict[str, type[LiveTeacher]] = {
+_FOLLOWING: dict[str, type[LiveTeacher]] = {
     "self_live": LiveTeacher,
-    "self_ema": EmaTeacher,
-    "self_periodic": PeriodicTeacher,
+    "self_ema": StoredTeacher,
+    "self_periodic": StoredTeacher,
 }
-"""Maps each mode in which the teacher follows the student to its class."""
+"""Maps each mode in which the teacher follows the student to the class of a teacher with its own model."""
 
 
 def build_teacher(
     config: Config, files: ModelFiles, world: World, valid_vocab: int, student: Student
-) -> ShardedTeacher:
+) -> ScoringTeacher:
     """Build the teacher that ``distillation.context_distillation`` selects; collective.
 
-    The teacher's weights are frozen, or follow the student's weights (see the classes of this module).
+    The teacher's weights are frozen, or follow the student's weights (see the classes of this module). If adapters are
+    trained and the student is its own teacher, no weights are loaded: see ``lora_teacher``.
     """
+    if teacher_shares_base(config):
+        return build_adapter_teacher(config, files, world, valid_vocab, student)
     context = config.distillation.context_distillation
-    following = _TEACHERS.get(context.mode) if context.enabled else None
+    following = _FOLLOWING.get(context.mode) if context.enabled else None
     if following is None:
         return ShardedTeacher(config, files, world, valid_vocab, student.head_rows)
     return following(config, files, world, valid_vocab, student)

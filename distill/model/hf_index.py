@@ -72,9 +72,9 @@ def check_format(folder: Path, setting: ModelSetting) -> None:
     """Raise UserError if a folder holds an adapter or GGUF files instead of a safetensors model."""
     if (folder / "adapter_config.json").is_file():
         raise setting.error(
-            "holds an adapter (adapter_config.json), and adapters are not supported",
+            "holds an adapter (adapter_config.json) and no complete model",
             "merge the adapter into its base model (merge_and_unload of PEFT), save the merged model and set"
-            f" {setting.key} to its folder",
+            f" {setting.key} to its folder; policy.dtensor_cfg.lora_cfg.init_from continues the training of an adapter",
         )
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         raise setting.error("holds GGUF files, which are not supported", "choose the safetensors version of the model")
@@ -90,7 +90,7 @@ def stored_tensors(folder: Path, setting: ModelSetting) -> dict[str, StoredTenso
     tensors: dict[str, StoredTensor] = {}
     named = _weight_map(folder, setting)
     for file in _files(folder, named, setting):
-        for stored in _headers(file, setting):
+        for stored in tensor_headers(file, setting):
             name = f"model.{stored.name}" if _BASE_MODEL_NAME.match(stored.name) else stored.name
             if name in tensors:
                 first = tensors[name]
@@ -189,7 +189,7 @@ def _unique_keys(index: Path, setting: ModelSetting) -> Any:
     return pairs
 
 
-def _headers(file: Path, setting: ModelSetting) -> list[StoredTensor]:
+def tensor_headers(file: Path, setting: ModelSetting) -> list[StoredTensor]:
     """Return the headers of all tensors in a safetensors file.
 
     Opening the file also verifies that the file has the length that its header defines.

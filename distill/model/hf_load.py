@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,16 @@ def meta_model(config: Any, attention: str, dtype: torch.dtype) -> PreTrainedMod
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     model.tie_weights()
     return model
+
+
+def one_layer_model(config: Any) -> PreTrainedModel:
+    """Return the model that ``config`` describes, but with only one layer, on the meta device."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return meta_model(config, "eager", torch.float32)
 
 
 def manifest_of(model: nn.Module) -> dict[str, torch.Size]:

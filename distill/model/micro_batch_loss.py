@@ -14,7 +14,8 @@ from distill.config import Config
 from distill.distributed.world import World
 from distill.loss import LikelyTokens, OffPolicyRows, Sampled, VocabParallel, fused_linear_kl, likely_tokens
 from distill.loss.token_weights import ResponseRows, needed_values, token_weights
-from distill.types import LossOutput, MicroBatch, ResponseGrid, Targets, TopK
+from distill.metrics.step import Metrics
+from distill.types import LossOutput, MicroBatch, ResponseGrid, Stats, Targets, TeacherRows, TopK
 
 OVERLAP_INTERVAL = 8
 """The metric ``topk_overlap`` is computed at tokens 1, 9, 17, ... of each response, because it needs a top-k."""
@@ -71,6 +72,7 @@ class MicroBatchLoss:
 
     def train(self, hidden_ND: Tensor, head_VD: Tensor, micro_batch: MicroBatch, targets: Targets) -> LossOutput:
         """Return the weighted loss of a micro-batch, summed over its rows, with the rows' final weights."""
+        targets = self._with_head(targets, head_VD)
         if micro_batch.grid is not None:
             micro_batch = self._with_final_weights(hidden_ND, head_VD, micro_batch, targets, micro_batch.grid)
         values: dict[str, Tensor] = {}
@@ -96,6 +98,7 @@ class MicroBatchLoss:
         overlap: bool = False,
     ) -> RowComparison:
         """Return the comparison of student and teacher at the rows of nonzero weight; see ``Student.compare``."""
+        targets = self._with_head(targets, head_VD)
         values: dict[str, Tensor] = {}
         overlap_N = torch.ones_like(micro_batch.weight_N, dtype=torch.bool) if overlap else None
         self._fused(hidden_ND, head_VD, micro_batch, targets, values, overlap_N=overlap_N)
@@ -109,6 +112,13 @@ class MicroBatchLoss:
             hidden_ND, head_VD, targets, rows_M, self._loss_config, parallel=self._parallel, **self._options
         )
         return RowComparison(forward_N, reverse_N, rows_M, likely, values.get("topk_overlap"))
+
+    def _with_head(self, targets: Targets, head_VD: Tensor) -> Targets:
+        """Return ``targets`` with the student's LM head if the teacher has no other one."""
+        if not isinstance(targets, TeacherRows) or targets.head_VD is not None:
+            return targets
+        first = 0 if self._parallel is None else self._parallel.first
+        return replace(targets, head_VD=head_VD.detach(), first=first)
 
     def _fused(
         self,
@@ -217,3 +227,15 @@ def loss_at_temperature(config: Config) -> Any:
     if temperature is None:
         temperature = config.policy.generation.temperature
     return replace(config.loss_fn, temperature=temperature)
+
+
+def add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
+    """Add the loss statistics of a micro-batch to ``metrics``.
+
+    ``sampler``: whether to include comparisons with the log-probs of the sampler (the generation engine). After an
+    optimizer step the sampler still has the previous weights, so these comparisons would measure the effect of the
+    step.
+    """
+    stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
+    metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
+    metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,19 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
     return card.replace("\n", "\r\n") if windows else card
 
 
+def adapter_card(card: str, recipe: Mapping[str, Any]) -> str:
+    """Return the README.md of an exported adapter: front matter, and the section about the training.
+
+    ``card``: the README.md of the export of the complete model, whose licence entries and last section are kept.
+    ``recipe``: the configuration as nested dictionaries.
+    """
+    text = card.replace("\r\n", "\n")
+    head, _, section = text.rpartition(f"\n{_TITLE}\n")
+    front = re.match(r"---\n(.*?\n)---\n", head, re.DOTALL)
+    licences = re.findall(r"^license\w*:.*\n", front[1], re.MULTILINE) if front else []
+    return f"{_front_matter(recipe, 'peft', licences)}\n\n{_TITLE}\n{section}"
+
+
 def _with_closed_fence(text: str) -> str:
     """Return ``text``, with a closing fence if its last Markdown code block is still open.
 
@@ -62,14 +75,19 @@ def public_name(name: str) -> str:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(expanded)
     if not is_path:
         return name
-    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", os.path.realpath(expanded))
-    return cached[1].replace("--", "/") if cached else Path(os.path.abspath(expanded)).name
+    return hub_name(name) or Path(os.path.abspath(expanded)).name
 
 
-def _front_matter(recipe: Mapping[str, Any]) -> str:
+def hub_name(name: str) -> str | None:
+    """Return the hub name of a model whose folder ``name`` is in the hub's cache; None for any other folder."""
+    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", os.path.realpath(os.path.expanduser(name)))
+    return cached[1].replace("--", "/") if cached else None
+
+
+def _front_matter(recipe: Mapping[str, Any], library: str = "transformers", licences: Sequence[str] = ()) -> str:
     name = public_name(recipe["policy"]["model_name"])
     return (
-        f"---\nbase_model: {json.dumps(name, ensure_ascii=False)}\nlibrary_name: transformers\n"
+        f"---\nbase_model: {json.dumps(name, ensure_ascii=False)}\nlibrary_name: {library}\n{''.join(licences)}"
         f"pipeline_tag: text-generation\ntags:\n- on-policy-distillation\n---\n\n# {name}, distilled"
     )
 
@@ -87,7 +105,11 @@ def _settings(recipe: Mapping[str, Any], step: int, stop_tokens: Mapping[int, st
     tokens = f"the teacher's top {top_k} tokens" if top_k else "all tokens"
     yield "loss", f"{loss['kl_type']} KL over {tokens}"
     yield "optimizer", f"AdamW, learning rate {optimizer['lr']:g}, weight decay {optimizer['weight_decay']:g}"
-    yield "precision", f"{policy['precision']} compute, float32 master weights"
+    lora = policy.get("dtensor_cfg", {}).get("lora_cfg", {})
+    if lora.get("enabled"):
+        yield "LoRA", f"rank {lora['dim']}, alpha {lora['alpha']:g}"
+    trained = "adapters" if lora.get("enabled") else "master weights"
+    yield "precision", f"{policy['precision']} compute, float32 {trained}"
     yield "sampling temperature", f"{sampling['temperature']:g}"
     yield "sampling top_p, top_k", f"{sampling['top_p']:g}, {sampling['top_k'] or 'off'}"
     changes = (f"{tokens} from step {first}" for first, tokens in loop.get("max_new_tokens_schedule", ()))

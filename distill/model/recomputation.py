@@ -12,6 +12,9 @@ head, bf16, and a GPU with 620 TFLOP/s (matrix products), 300 TFLOP/s (attention
 So attention comes first, then the products with wide inputs, then the other products; elementwise results are always
 recomputed. The result of the MLP's last product is only added to the residual stream, so no gradient needs it; only
 Gemma, which has a norm behind it, keeps it.
+
+A layer with an adapter (``lora.linear``) has three products. A x is kept: it is small, and as expensive per byte as the
+product with the weight. B (A x) is recomputed: with r input channels it costs r / 620 ps per byte.
 """
 
 from __future__ import annotations
@@ -20,10 +23,16 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import PreTrainedModel
 
 from distill.config.models import Recomputation
+from distill.model.lora import has_adapter
 
 _ATTENTION = (
     "torch_attn::_varlen_attn",
@@ -44,27 +53,41 @@ def set_recomputation(model: PreTrainedModel, mode: Recomputation) -> None:
     if mode == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if mode == "selective":
-        layer = model.base_model.layers[0]
-        products = sum(isinstance(module, nn.Linear) for module in layer.modules())
-        # The layer's last product is needed only by a norm behind the MLP.
-        kept = products if hasattr(layer, "post_feedforward_layernorm") else products - 1
-        options["context_fn"] = partial(_contexts, kept)
     model.gradient_checkpointing_enable(options)
+    # transformers lets the embedding's outputs require gradients, which only re-entrant checkpointing needs. With
+    # adapters, the backward would then continue below the first layer with an adapter.
+    model.disable_input_require_grads()
+    if mode == "selective":
+        for layer in model.base_model.layers:
+            contexts = partial(_contexts, _kept_products(layer))
+            layer._gradient_checkpointing_func = partial(checkpoint, **options, context_fn=contexts)
 
 
-def _contexts(kept_products: int) -> Any:
+def _kept_products(layer: nn.Module) -> list[bool]:
+    """Return whether the result of each matrix product of a layer is kept, in the order of the forward."""
+    kept: list[bool] = []
+    for module in layer.modules():  # all families define the linear layers in the order of the forward
+        if isinstance(module, nn.Linear):
+            kept += [True, False, True] if has_adapter(module) else [True]  # A x, B (A x), W x
+    # The layer's last product is needed only by a norm behind the MLP.
+    kept[-1] = hasattr(layer, "post_feedforward_layernorm")
+    return kept
+
+
+def _contexts(kept_products: list[bool]) -> Any:
     """Return the contexts of one layer's forward and of its recomputation.
 
-    ``kept_products``: number of matrix products of the layer whose results are kept, counted from the first.
+    ``kept_products``: whether the result of each matrix product of the layer is kept.
     """
     seen = {False: 0, True: 0}  # torch 2.11 calls the policy again in the recomputation
 
     def policy(context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = op._schema.name
+        keeps = name in _ATTENTION
         if name in _PRODUCTS:
+            number = seen[context.is_recompute]
+            keeps = number < len(kept_products) and kept_products[number]
             seen[context.is_recompute] += 1
-        keeps = name in _ATTENTION or (name in _PRODUCTS and seen[context.is_recompute] <= kept_products)
         return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]

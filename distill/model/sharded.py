@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from distill.config.models import Recomputation
+from distill.config.models import LoraConfig, Recomputation
 from distill.distributed.host_memory import keep_freed_memory
 from distill.distributed.world import World
 from distill.model.attention import PACKED
@@ -22,6 +23,14 @@ from distill.model.gloo_reduce_scatter import GlooReduceScatter
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, load_weights, materialize, meta_model, restore_buffers
+from distill.model.lora import (
+    AdapterSettings,
+    AdapterSwitch,
+    adapted_modules,
+    add_adapters,
+    initialize_adapters,
+    is_adapter,
+)
 from distill.model.recomputation import set_recomputation
 from distill.model.tensor_parallel import apply_tensor_parallel, check_plan
 from distill.model.ulysses import UlyssesAllToAll
@@ -39,11 +48,15 @@ class ShardedLM(nn.Module):
     with tensor parallelism, only this rank's rows. ``use`` runs inside the root module's forward, because FSDP gathers
     the LM head only there. ``use`` must return a pytree of tensors, so that FSDP can add its backward hooks. ``group``:
     the process group over which the positions of packed sequences are split; needed only if ``view.shards`` is set.
+    ``lora``: the low-rank adapters to add; None: no adapters. With adapters, all other parameters are frozen.
     """
 
-    def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, causal_lm: Any, group: dist.ProcessGroup | None = None, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self._switch = AdapterSwitch()
+        if lora is not None:
+            add_adapters(causal_lm, lora, self._switch)
         self.summed_gradients: frozenset[str] = frozenset()
         """Names of the parameters whose gradients must be summed over the tensor-parallel group."""
         self._group = group
@@ -95,8 +108,35 @@ class ShardedLM(nn.Module):
         order.clear()
 
     def named_hf_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return (Hugging Face name, parameter) pairs; a tied LM head appears once, as the embedding."""
-        return list(self.causal_lm.named_parameters())
+        """Return (name, parameter) pairs of the tensors in the Hugging Face checkpoint, so without adapters.
+
+        A tied LM head appears once, as the embedding.
+        """
+        return [(name, parameter) for name, parameter in self.causal_lm.named_parameters() if not is_adapter(name)]
+
+    def named_trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Return (name, parameter) pairs of the trained parameters: the adapters if there are any, otherwise all."""
+        return [(name, parameter) for name, parameter in self.causal_lm.named_parameters() if parameter.requires_grad]
+
+    @property
+    def adapters(self) -> list[tuple[str, Any]]:
+        """Return (name of the weight, ``nn.Linear``) of each layer with an adapter; empty without adapters.
+
+        The layer has the parameters ``lora_A`` [r, inputs] and ``lora_B`` [outputs, r], and the number ``lora_scale``.
+        """
+        return [(f"{name}.weight", module) for name, module in adapted_modules(self.causal_lm)]
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Compute forwards inside a ``with`` block without adapters; not collective.
+
+        Use it only for forwards without gradients, because a backward outside of the block recomputes with adapters.
+        """
+        before, self._switch.on = self._switch.on, False
+        try:
+            yield
+        finally:
+            self._switch.on = before
 
 
 @dataclass(frozen=True)
@@ -132,20 +172,22 @@ def load_sharded(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     trainable: bool,
+    adapters: AdapterSettings | None = None,
 ) -> ShardedLM:
     """Load a checkpoint as a sharded model; each rank reads only its own slices. Collective.
 
-    ``dtype`` is the dtype of the shards, ``compute_dtype`` the dtype of gathered weights and activations. Gradients are
-    reduced in float32. They are summed over the ranks, not averaged, because the loss is already divided by the token
-    count of all ranks. ``key``: the configuration key that names the checkpoint. Raises UserError if the checkpoint
-    cannot be loaded.
+    ``trainable``: whether the model has a backward. ``adapters``: train low-rank adapters, which have float32 shards,
+    instead of the weights. ``dtype`` is the dtype of the shards of the weights, ``compute_dtype`` the dtype of gathered
+    weights and activations. Gradients are reduced in float32. They are summed over the ranks, not averaged, because the
+    loss is already divided by the token count of all ranks. ``key``: the configuration key that names the checkpoint.
+    Raises UserError if the checkpoint cannot be loaded.
     """
     config = model_config(files, key)
     device = world.device
     if device.type == "cpu":
         keep_freed_memory()
-    model = ShardedLM(meta_model(config, PACKED, dtype), sharding.group)
-    model.requires_grad_(trainable)
+    causal_lm = meta_model(config, PACKED, dtype).requires_grad_(trainable)
+    model = ShardedLM(causal_lm, sharding.group, None if adapters is None else adapters.lora)
     if sharding.tp_mesh is not None:
         plan = check_plan(config, sharding.tp_plan, files.name)
         model.summed_gradients = apply_tensor_parallel(model.causal_lm, sharding.tp_mesh, plan)
@@ -159,6 +201,8 @@ def load_sharded(
     restore_buffers(model.causal_lm, device)
     with world.all_or_none(f"loading {files.name}"):
         load_weights(model.named_hf_parameters(), files, key)
+    if adapters is not None:
+        initialize_adapters(model.causal_lm, adapters)
     return model
 
 

@@ -20,24 +20,26 @@ from distill.distributed.world import World
 from distill.loss import VocabParallel, checks
 from distill.metrics.step import Metrics
 from distill.metrics.token_metrics import TokenMetrics
+from distill.model.base_checksum import frozen_base
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, chunk_of
 from distill.model.host_offload import OptimizerOffload
 from distill.model.learning_rate import build_scheduler
-from distill.model.micro_batch_loss import MicroBatchLoss, RowComparison
+from distill.model.lora import AdapterSettings
+from distill.model.micro_batch_loss import MicroBatchLoss, RowComparison, add_stats
 from distill.model.nonfinite import NonFiniteError, NonFiniteReport, not_finite
 from distill.model.optimizer import ShardedAdamW, sum_of_squares
 from distill.model.sharded import ShardedLM, Sharding, load_sharded
+from distill.model.student_weights import StudentWeights
 from distill.model.weights import GatheredWeights
 from distill.supervise.progress import heartbeat
-from distill.types import LossOutput, MicroBatch, OptimizerBatch, Stats, Targets
+from distill.types import LossOutput, MicroBatch, OptimizerBatch, Targets
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,11 @@ class Backward:
 class Student:
     """The trained model: a Hugging Face causal language model sharded by FSDP2, with its optimizer.
 
-    Master weights are float32 shards; forward and backward run in ``policy.precision``. All ranks must construct the
-    student and call its collective methods in the same order. ``valid_vocab``: number of token ids in the tokenizer.
-    Larger ids are padding of the model's vocabulary and get probability 0. ``stop_token_ids``: ids of the tokens that
-    end a response, for metrics only.
+    Master weights are float32 shards; forward and backward run in ``policy.precision``. With low-rank adapters
+    (``policy.dtensor_cfg.lora_cfg``) only these are float32 and trained, and the frozen weights are shards in
+    ``policy.precision``. All ranks must construct the student and call its collective methods in the same order.
+    ``valid_vocab``: number of token ids in the tokenizer. Larger ids are padding of the model's vocabulary and get
+    probability 0. ``stop_token_ids``: ids of the tokens that end a response, for metrics only.
     """
 
     def __init__(
@@ -69,14 +72,12 @@ class Student:
         self.dtype = DTYPES[policy.precision]
         self.device = world.device
         self._all_or_none = world.all_or_none
-        self._mesh, self._tp = world.replica_mesh, world.layout.tp_size
-        self._replicas = world.size // self._mesh.size()
-        self._replica_group = world.replica_group
+        self._tp = world.layout.tp_size
+        self._replicas = world.size // world.replica_mesh.size()
         self._tp_group = world.tp_mesh.get_group()
         # All ranks of a tensor-parallel group compute the same statistics, so only the first rank reports them.
         self._is_first_tp_rank = world.layout.tp_rank == 0
         self._token_weights = config.loss_fn.token_weights
-        self._bucket_bytes = config.runtime.sync_bucket_mib * _MIB
         self._max_grad_norm = policy.max_grad_norm
         self._valid_vocab = valid_vocab
         self._synced = False  # whether the generation engine has the current weights
@@ -90,12 +91,26 @@ class Student:
             fused_layers=uses_fused_layers(config.runtime.fused_layers, world.device),
             cpu_offload=policy.dtensor_cfg.cpu_offload,
         )
+        lora = policy.dtensor_cfg.lora_cfg
         self.model = load_sharded(
-            files, "policy.model_name", world, sharding, dtype=torch.float32, compute_dtype=self.dtype, trainable=True
+            files,
+            "policy.model_name",
+            world,
+            sharding,
+            dtype=self.dtype if lora.enabled else torch.float32,
+            compute_dtype=self.dtype,
+            trainable=True,
+            adapters=AdapterSettings(lora, config.distillation.seed) if lora.enabled else None,
         )
-        self._parallel = _vocab_parallel(self.model, world) if self._tp > 1 else None
-        self._loss = MicroBatchLoss(config, world, self._parallel, valid_vocab, stop_token_ids)
-        self._optimizer = ShardedAdamW(self.model.parameters(), policy.optimizer.kwargs, world.device)
+        self.base = frozen_base(self.model, files.name, world) if lora.enabled else None
+        """Name, dtype and checksums of the frozen weights, to be stored in checkpoints; None without adapters."""
+        self._weights = StudentWeights(config, world, self.model)
+        self.parallel = _vocab_parallel(self.model, world) if self._tp > 1 else None
+        """Split of the LM head over the tensor-parallel group; None without tensor parallelism."""
+        self._loss = MicroBatchLoss(config, world, self.parallel, valid_vocab, stop_token_ids)
+        self._optimizer = ShardedAdamW(
+            [p for _, p in self.model.named_trained()], policy.optimizer.kwargs, world.device
+        )
         self._scheduler = build_scheduler(self._optimizer, policy.scheduler)
         cuda, cpu_offload = world.device.type == "cuda", policy.dtensor_cfg.cpu_offload
         offloads = config.runtime.offload_optimizer and cuda and not cpu_offload
@@ -104,13 +119,18 @@ class Student:
     @property
     def head_rows(self) -> slice:
         """Return the rows of the complete LM head (token ids) from which this rank computes logits."""
-        parallel = self._parallel
+        parallel = self.parallel
         return slice(None) if parallel is None else slice(parallel.first, parallel.first + parallel.per_rank)
 
     @property
     def learning_rate(self) -> float:
         """Return the learning rate of the next optimizer step."""
         return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def trained_share(self) -> float:
+        """Return the fraction of the elements of all weights in tensors that training changes: 1 without adapters."""
+        return self._weights.trained_share
 
     def to_device(self, batches: Sequence[OptimizerBatch]) -> list[OptimizerBatch]:
         """Copy the micro-batches of both models to the device in one transfer; collective.
@@ -203,7 +223,7 @@ class Student:
             losses.append(output.kl_sum.detach())
             heartbeat(done=1)
             if self._is_first_tp_rank:
-                _add_stats(metrics, output.stats, sampler=self._synced)
+                add_stats(metrics, output.stats, sampler=self._synced)
                 tokens.add(output)
         tokens.record(metrics)
         if not len(batch):
@@ -248,7 +268,7 @@ class Student:
         return norm
 
     def _non_finite_error(self, norm: float, losses: Sequence[Tensor]) -> NonFiniteError:
-        named = dict(self.model.named_hf_parameters())
+        named = dict(self.model.named_trained())
         gradients = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
         found = NonFiniteReport(norm, [float(loss) for loss in losses], not_finite(gradients), not_finite(named))
         return NonFiniteError(found)
@@ -258,22 +278,23 @@ class Student:
         """All-reduce the gradients of replicated weights over the tensor-parallel group; collective.
 
         Call it once per optimizer step, after the last backward. Weights that every rank applies to its own attention
-        heads only (Qwen3's q_norm and k_norm) have a partial gradient on each rank; these gradients are summed. The
-        other replicated weights have the same gradient on every rank, except for rounding; these gradients are
-        averaged, so that the copies of a weight stay equal on all ranks.
+        heads only (Qwen3's q_norm and k_norm), and the replicated matrix of an adapter whose layer is split, have a
+        partial gradient on each rank; these gradients are summed. The other replicated weights have the same gradient
+        on every rank, except for rounding; these gradients are averaged, so that the copies of a weight stay equal on
+        all ranks.
         """
         if self._tp == 1:
             return
-        named = [(name, p.grad) for name, p in self.model.named_hf_parameters() if tp_dim(p) is None]
-        parts = [local_shard(grad) for _, grad in named if grad is not None]
+        named = [(name, p.grad) for name, p in self.model.named_trained() if tp_dim(p) is None]
+        parts = {name: local_shard(grad) for name, grad in named if grad is not None}
         average = 1 / self._tp
         scaled = [
-            part.flatten() * (1.0 if name in self.model.summed_gradients else average)
-            for (name, _), part in zip(named, parts, strict=True)
+            part.flatten() * (1.0 if name in self.model.summed_gradients else average) for name, part in parts.items()
         ]
         flat = torch.cat(scaled).to(self.device)
         dist.all_reduce(flat, group=self._tp_group)
-        for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
+        sizes = [part.numel() for part in parts.values()]
+        for part, total in zip(parts.values(), torch.split(flat, sizes), strict=True):
             part.copy_(total.view_as(part))
 
     @torch.no_grad()
@@ -334,14 +355,16 @@ class Student:
     def weights(self, dtype: torch.dtype | None = None) -> GatheredWeights:
         """Return an iterable of (Hugging Face name, complete weight).
 
-        The weights are gathered in buckets, groups of weights that one all-gather sends. ``dtype``: dtype of the
-        gathered weights; None: the dtype ``policy.precision``. Iteration is collective: every rank must iterate over
-        the result to the end.
+        The weights are gathered in buckets, groups of weights that one all-gather sends. Low-rank adapters are merged
+        into their weights. ``dtype``: dtype of the gathered weights; None: the dtype ``policy.precision``. Iteration is
+        collective: every rank must iterate over the result to the end.
         """
         self._synced = True  # the caller sends these weights to the engine
-        parameters = self.model.named_hf_parameters()
-        dtype = dtype or self.dtype
-        return GatheredWeights(parameters, dtype, self._bucket_bytes, self._mesh, self._tp, self._replica_group)
+        return self._weights.merged(dtype or self.dtype)
+
+    def adapter_weights(self) -> GatheredWeights:
+        """Return an iterable of (name, complete float32 tensor) of the adapters; collective as ``weights``."""
+        return self._weights.adapters()
 
     @torch.no_grad()
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -352,7 +375,7 @@ class Student:
         """
         view = view_of([(tuple(token_ids[:1]), tuple(token_ids[1:]))]).to(self.device)
         tokens_N = torch.tensor(token_ids[1:], device=self.device)
-        first = 0 if self._parallel is None else self._parallel.first
+        first = 0 if self.parallel is None else self.parallel.first
 
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
             # A log-softmax over a vocabulary that tensor parallelism may split over the ranks.
@@ -371,22 +394,22 @@ class Student:
         return found
 
     def _all_reduce(self, part: Tensor, op: Any) -> Tensor:
-        if self._parallel is not None:
-            dist.all_reduce(part, op=op, group=self._parallel.group)
+        if self.parallel is not None:
+            dist.all_reduce(part, op=op, group=self.parallel.group)
         return part
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
-        """Return this rank's shards of the weights and the optimizer moments, to save or load a checkpoint.
+        """Return this rank's shards of the trained parameters and their moments, to save or load a checkpoint.
 
         The keys are ``model.NAME`` and ``optimizer.NAME.MOMENT``, where NAME is a parameter's name. Moments that do not
         exist yet are created as zeros. Read or fill the tensors before the next ``offload``, which frees the device
         memory of the moments. If ``optimizer`` is false, only weights are returned.
         """
         if not optimizer:
-            return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_hf_parameters()}
+            return {f"model.{name}": parameter.detach() for name, parameter in self.model.named_trained()}
         self._wait_for_moments()
         state: dict[str, Tensor] = {}
-        names = {parameter: name for name, parameter in self.model.named_hf_parameters()}
+        names = {parameter: name for name, parameter in self.model.named_trained()}
         for parameter, moments in self._optimizer.moments():
             name = names[parameter]
             state[f"model.{name}"] = parameter.detach()
@@ -402,18 +425,6 @@ class Student:
             warnings.simplefilter("ignore")  # torch warns if the schedule advances before the optimizer
             for _ in range(step):
                 self._scheduler.step()
-
-
-def _add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
-    """Add the loss statistics of a micro-batch to ``metrics``.
-
-    ``sampler``: whether to include comparisons with the log-probs of the sampler (the generation engine). After an
-    optimizer step the sampler still has the previous weights, so these comparisons would measure the effect of the
-    step.
-    """
-    stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
-    metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
-    metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})
 
 
 def _vocab_parallel(model: ShardedLM, world: World) -> VocabParallel:

@@ -1,10 +1,12 @@
-"""Teachers: the interface, and a frozen teacher."""
+"""Teachers: the interface, the computation of targets by a sharded model, and a frozen teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,15 +23,18 @@ from distill.batching.teacher_packs import (
 from distill.config import Config
 from distill.distributed.world import World
 from distill.errors import UserError
-from distill.loss import teacher_topk
+from distill.loss import VocabParallel, teacher_topk
 from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_files import ModelFiles
 from distill.model.host_offload import FrozenOffload
 from distill.model.micro_batch_loss import loss_at_temperature
-from distill.model.sharded import Sharding, load_sharded
+from distill.model.sharded import ShardedLM, Sharding, load_sharded
 from distill.model.student import DTYPES, Student
 from distill.supervise.progress import heartbeat
 from distill.types import MicroBatch, Targets, TeacherRows, TopK, View
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Teacher:
@@ -75,12 +80,12 @@ class Teacher:
         """Update the teacher after a resume has loaded the student's weights and the teacher's ``state()``."""
 
 
-class ShardedTeacher(Teacher):
-    """A teacher with frozen weights in ``teacher.precision``, sharded over all ranks of a model replica.
+class ScoringTeacher(Teacher):
+    """A teacher whose targets are computed by forwards of ``model``; a subclass loads this model or shares it.
 
-    On GPUs the shards stay in pinned host memory and are copied to the device only while the teacher is used.
-    ``valid_vocab``: number of token ids in the tokenizer. Larger ids are padding of the model's vocabulary and get
-    probability 0. ``head_rows``: rows of the LM head (token ids) that this rank needs after the teacher's forward.
+    ``files``: the model files with the weights of the teacher before training. ``valid_vocab``: number of token ids in
+    the tokenizer. Larger ids are padding of the model's vocabulary and get probability 0. ``parallel``: the split of
+    the model's LM head over the tensor-parallel group; None: the head is not split.
     """
 
     def __init__(
@@ -89,34 +94,27 @@ class ShardedTeacher(Teacher):
         files: ModelFiles,
         world: World,
         valid_vocab: int,
-        head_rows: slice = slice(None),
+        model: ShardedLM,
+        parallel: VocabParallel | None = None,
     ) -> None:
         self.dtype = DTYPES[config.teacher.precision]
         self.device = world.device
         self.files = files
         self.world = world
         self.valid_vocab = valid_vocab
+        self.model = model
         loss = loss_at_temperature(config)
         self.temperature = loss.temperature
+        self._parallel = parallel
         self._top_k = config.distillation.topk_logits_k
         self._backend = loss.backend
         self._keeps_sampled = loss.kl_type == "sampled"
         self._scores_sampled = loss.token_weights.reads_sampled_token
         self._returns_rows = loss.support == "student" or self._top_k == 0
-        self._head_VD: Tensor | None = None
-        self._head_rows = head_rows
         self._chunk_rows = config.teacher.logprob_chunk_size or config.runtime.logits_chunk_rows
         self._tp_group = world.tp_mesh.get_group()
-        budget, ranks = config.teacher.pack_tokens, world.layout.group_size
+        budget, ranks = config.teacher.pack_tokens, world.layout.cp_size * world.layout.teacher_tp_size
         self._pack_positions = None if budget is None else -(-budget // ranks)
-        # No tensor parallelism: large packs are compute-bound, so the group splits positions and gathers full layers.
-        reshard = config.teacher.dtensor_cfg.reshard_after_forward
-        fused = uses_fused_layers(config.runtime.fused_layers, world.device)
-        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=reshard, fused_layers=fused)
-        self.model = load_sharded(
-            files, "teacher.model_name", world, sharding, dtype=self.dtype, compute_dtype=self.dtype, trainable=False
-        )
-        self._host = FrozenOffload(self.model.parameters()) if world.device.type == "cuda" else None
 
     def targets_of(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Targets]:
         """Yield the targets of each micro-batch in order; collective, for the same number of micro-batches per rank.
@@ -138,13 +136,13 @@ class ShardedTeacher(Teacher):
         """Return the teacher's targets for the response tokens of a micro-batch; collective.
 
         Usually the targets are the teacher's top-k per response token. If the loss uses the student's top-k or the full
-        vocabulary, the targets are the teacher's hidden states and the rows of its LM head for the tokens whose student
-        logits this rank computes. These rows are copied once and shared by all targets until the next ``offload``.
+        vocabulary, the targets are the teacher's hidden states, and the LM head if it is not the student's.
         """
         heartbeat()
         view = micro_batch.teacher.to(self.device)
         if self._returns_rows:
-            return self._hidden_rows(view, micro_batch.rows_per_tp_rank)
+            rows = self._hidden_rows(view)
+            return replace(rows, hidden_ND=self._gather_rows(rows.hidden_ND, micro_batch.rows_per_tp_rank))
         sampled_N = micro_batch.sampled_N.to(self.device)
         if micro_batch.rows_per_tp_rank:
             sampled_N = torch.split(sampled_N, list(micro_batch.rows_per_tp_rank))[dist.get_rank(self._tp_group)]
@@ -169,7 +167,7 @@ class ShardedTeacher(Teacher):
         ``TopK.sampled_logprob_N``. None: no such ids.
         """
 
-        def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Tensor | None]:
+        def use(hidden_ND: Tensor, head_VD: Tensor) -> dict[str, Any]:
             topk = teacher_topk(
                 hidden_ND,
                 head_VD,
@@ -181,10 +179,24 @@ class ShardedTeacher(Teacher):
                 backend=self._backend,
                 check_values=self.device.type == "cpu",
                 sampled_ids_N=sampled_ids_N,
+                parallel=self._parallel,
             )
             return vars(topk)
 
-        return TopK(**self.model(view, use))
+        return TopK(**self._forward(view, use))
+
+    def with_weights_of_files(self) -> AbstractContextManager[None]:
+        """Return a context in which the teacher has the weights of ``files``, so that they can be verified."""
+        return nullcontext()
+
+    def _forward(self, view: View, use: Callable[[Tensor, Tensor], T]) -> T:
+        """Return ``use(hidden, head)`` of a forward with the teacher's weights; see ``ShardedLM``; collective."""
+        found: T = self.model(view, use)
+        return found
+
+    def _hidden_rows(self, view: View) -> TeacherRows:
+        """Return the hidden states of the rows of ``view``, in which this rank has a part; collective."""
+        raise NotImplementedError
 
     def _gather_rows(self, part: Tensor, rows_per_tp_rank: tuple[int, ...]) -> Tensor:
         """Return one row per response token of all tensor-parallel ranks, gathered over their group.
@@ -200,14 +212,45 @@ class ShardedTeacher(Teacher):
         dist.all_gather(parts, padded, group=self._tp_group)
         return torch.cat([rows[:count] for rows, count in zip(parts, rows_per_tp_rank, strict=True)])
 
-    def _hidden_rows(self, view: View, rows_per_tp_rank: tuple[int, ...]) -> TeacherRows:
+
+class ShardedTeacher(ScoringTeacher):
+    """A teacher with frozen weights in ``teacher.precision``, sharded over all ranks of a model replica.
+
+    On GPUs the shards stay in pinned host memory and are copied to the device only while the teacher is used.
+    ``head_rows``: rows of the LM head (token ids) that this rank needs after the teacher's forward; its copy of these
+    rows is shared by all targets until the next ``offload``. Other arguments: as in ``ScoringTeacher``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        files: ModelFiles,
+        world: World,
+        valid_vocab: int,
+        head_rows: slice = slice(None),
+    ) -> None:
+        log.info("loading the teacher model %s", config.teacher.model_name)
+        # No tensor parallelism: large packs are compute-bound, so the group splits positions and gathers full layers.
+        reshard = config.teacher.dtensor_cfg.reshard_after_forward
+        fused = uses_fused_layers(config.runtime.fused_layers, world.device)
+        sharding = Sharding(world.replica_mesh, world.teacher_group, reshard_after_forward=reshard, fused_layers=fused)
+        dtype = DTYPES[config.teacher.precision]
+        model = load_sharded(
+            files, "teacher.model_name", world, sharding, dtype=dtype, compute_dtype=dtype, trainable=False
+        )
+        super().__init__(config, files, world, valid_vocab, model)
+        self._head_VD: Tensor | None = None
+        self._head_rows = head_rows
+        self._host = FrozenOffload(self.model.parameters()) if world.device.type == "cuda" else None
+
+    def _hidden_rows(self, view: View) -> TeacherRows:
         def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
             if self._head_VD is None:
                 # A copy, because FSDP frees the gathered head after the forward.
                 self._head_VD = head_VD.detach()[self._head_rows].clone()
             return hidden_ND
 
-        hidden_ND = self._gather_rows(self.model(view, use), rows_per_tp_rank)
+        hidden_ND = self._forward(view, use)
         assert self._head_VD is not None
         return TeacherRows(hidden_ND, self._head_VD, self._head_rows.start or 0)
 

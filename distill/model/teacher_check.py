@@ -16,7 +16,7 @@ from distill.errors import RunFailed
 from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import causal_lm_parts, meta_model, restore_buffers
-from distill.model.teacher import ShardedTeacher
+from distill.model.teacher import ScoringTeacher
 from distill.supervise.progress import heartbeat
 
 log = logging.getLogger(__name__)
@@ -32,12 +32,13 @@ _LOG_PERIOD_S = 10.0
 
 
 @torch.no_grad()
-def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) -> float:
+def verify_teacher(teacher: ScoringTeacher, sequences: Sequence[Sequence[int]]) -> float:
     """Compare the teacher's sharded, packed forward with transformers' plain forward; collective.
 
     Uses 32 tokens of each of the first two ``sequences``, which must be the same on every rank. The main rank reads the
     complete checkpoint once. Returns the mean absolute difference between the two forwards in the log-probs of the
-    teacher's top-8 tokens, in nats. Raises RunFailed if this difference exceeds ``MAX_DIFFERENCE``.
+    teacher's top-8 tokens, in nats. Raises RunFailed if this difference exceeds ``MAX_DIFFERENCE``. The adapters of a
+    teacher that shares the student's base are off, because the checkpoint does not contain them.
     """
     world, device = teacher.world, teacher.device
     sequences = [(tuple(s) * (_TOKENS + 1))[: _TOKENS + 1] for s in sequences[:2]]
@@ -45,10 +46,13 @@ def verify_teacher(teacher: ShardedTeacher, sequences: Sequence[Sequence[int]]) 
     layout = world.layout
     if layout.teacher_size > 1:
         rows = torch.arange(len(view.rows_N)).tensor_split(layout.teacher_size)
-        view = shard_view(view, rows, layout.rank % layout.teacher_size)
-    found = teacher.topk(view.to(device), min(8, teacher.valid_vocab))
-    of_group = world.gather((found.ids_NK.long().cpu(), found.logprobs_NK.cpu()))[: layout.teacher_size]
-    ids_NK, logprobs_NK = (torch.cat(parts).to(device) for parts in zip(*of_group, strict=True))
+        view = shard_view(view, rows, layout.teacher_rank)
+    with teacher.with_weights_of_files():
+        found = teacher.topk(view.to(device), min(8, teacher.valid_vocab))
+    parts = world.gather((layout.teacher_rank, (found.ids_NK.long().cpu(), found.logprobs_NK.cpu())))
+    of_group = dict(reversed(parts))  # all groups read the same sequences: the first one is compared
+    in_order = [of_group[rank] for rank in range(layout.teacher_size)]
+    ids_NK, logprobs_NK = (torch.cat(columns).to(device) for columns in zip(*in_order, strict=True))
     difference = torch.zeros(())
     if world.is_main:
         config = model_config(teacher.files, "teacher.model_name")

@@ -7,7 +7,6 @@ the same outputs and gradients on every rank, except for rounding.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +25,8 @@ from distill.config import Config
 from distill.errors import UserError
 from distill.loss.checks import check_vocab_parallel
 from distill.model.dtensor import local_shard
-from distill.model.hf_load import causal_lm_parts, chunk_of, meta_model
+from distill.model.hf_load import causal_lm_parts, chunk_of, one_layer_model
+from distill.model.lora import has_adapter, linear
 
 REPLICATED = "replicated_with_grad_allreduce"
 """Style of a module with replicated weights whose gradients must be summed over the ranks.
@@ -118,7 +118,7 @@ def _check_modules(config: Any, plan: Mapping[str, str]) -> None:
                 value=pattern,
             )
         for name in found:
-            if style != _role(name):
+            if style != role_of(name):
                 raise _wrong_style(pattern, style, name)
     styles = {name: _style(plan, name) for name in modules}
     split = {_block(name) for name, style in styles.items() if style in ("colwise", "rowwise")}
@@ -140,12 +140,13 @@ def _modules(config: Any, plan: Mapping[str, str]) -> dict[str, nn.Module]:
     return {re.sub(r"\.0\.", f".{layer}.", name): module for layer in layers for name, module in body.named_modules()}
 
 
-def _role(name: str) -> str | None:
+def role_of(name: str) -> str | None:
+    """Return the style of the module ``name`` in every plan that splits it; None if no plan may split it."""
     return _ROLES.get(name.rpartition(".")[2])
 
 
 def _wrong_style(pattern: str, style: str, name: str) -> UserError:
-    role = _role(name)
+    role = role_of(name)
     problem = f"{_PLAN} has {pattern}: {style}, but {name} must " + (
         f"be {role}" if role else "stay complete on every rank: its inputs are not split, and its gradient is complete"
     )
@@ -154,23 +155,13 @@ def _wrong_style(pattern: str, style: str, name: str) -> UserError:
 
 
 def _incomplete_block(name: str, style: str | None) -> UserError:
-    block, role = _block(name), _role(name)
+    block, role = _block(name), role_of(name)
     if style is not None:
         problem = f"{_PLAN} has {name}: {style}, but splits no linear layer of {block}, so gradients would be wrong"
         return UserError(problem, f"remove the entry {name}", key=_PLAN, value=name)
     add = f"set {name}: {role}, or " if role else ""
     problem = f"{_PLAN} splits {block}, but has no entry for {name}"
     return UserError(problem, f"{add}remove all entries of {block}", key=_PLAN, value=name)
-
-
-def one_layer_model(config: Any) -> PreTrainedModel:
-    """Return the model that ``config`` describes, but with only one layer, on the meta device."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    return meta_model(config, "eager", torch.float32)
 
 
 def _block(name: str) -> str:
@@ -194,6 +185,9 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, plan: Mappin
             summed |= {names[id(parameter)] for parameter in module.parameters()}
         elif style is not None:
             styles[name] = _Columns(inputs) if style == "colwise" else _Rows(inputs)
+            if has_adapter(module):
+                replicated: Any = module.lora_A if style == "colwise" else module.lora_B
+                summed.add(names[id(replicated)])
     parallelize_module(body, mesh, styles)
     # Splitting replaces the parameter of the embedding, so a tied head must be tied to the new parameter.
     embedding = body.get_input_embeddings()  # type: ignore[operator]
@@ -276,7 +270,7 @@ class _Columns(ParallelStyle):
     """Tensor-parallel style of a linear layer: its outputs are split over the ranks.
 
     The parameters are DTensors, so that FSDP can shard them further. The matrix product uses the local tensors, because
-    DTensor's dispatch takes milliseconds for every new length of a packed micro-batch.
+    DTensor's dispatch takes milliseconds for every new length of a packed micro-batch. Of an adapter, B is split.
     """
 
     def __init__(self, inputs: _SharedInput) -> None:
@@ -287,10 +281,12 @@ class _Columns(ParallelStyle):
         module.weight = _split(module.weight, device_mesh, 0)
         if module.bias is not None:
             module.bias = _split(module.bias, device_mesh, 0)
+        if has_adapter(module):
+            module.lora_B = _split(module.lora_B, device_mesh, 0)  # type: ignore[arg-type]
 
         def forward(hidden: Tensor) -> Tensor:
             bias = None if module.bias is None else local_shard(module.bias)
-            return F.linear(self._inputs.get(hidden), local_shard(module.weight), bias)
+            return linear(module, self._inputs.get(hidden), bias)
 
         module.forward = forward  # type: ignore[method-assign, assignment]
         return module
@@ -299,7 +295,7 @@ class _Columns(ParallelStyle):
 class _Rows(ParallelStyle):
     """Tensor-parallel style of a linear layer: its inputs are split over the ranks.
 
-    An all-reduce sums the products of all ranks; the bias is added afterwards.
+    An all-reduce sums the products of all ranks; the bias is added afterwards. Of an adapter, A is split.
     """
 
     def __init__(self, inputs: _SharedInput) -> None:
@@ -308,10 +304,12 @@ class _Rows(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Linear), type(module)
         module.weight = _split(module.weight, device_mesh, 1)
+        if has_adapter(module):
+            module.lora_A = _split(module.lora_A, device_mesh, 1)  # type: ignore[arg-type]
 
         def forward(part: Tensor) -> Tensor:
             self._inputs.clear()
-            product = F.linear(part, local_shard(module.weight))
+            product = linear(module, part)
             total: Tensor = _SumOverRanks.apply(product, self._inputs.group)  # type: ignore[no-untyped-call]
             return total if module.bias is None else total + module.bias
 

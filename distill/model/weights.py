@@ -13,13 +13,17 @@ from torch.distributed.tensor import DTensor
 
 from distill.errors import RunFailed
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums
-from distill.model.dtensor import local_shard, tp_dim
+from distill.model.dtensor import all_gather, local_shard, tp_dim
 from distill.model.hf_load import chunk_of
+from distill.model.lora_merge import AdapterMerge
 from distill.supervise.progress import heartbeat
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # renamed in torch 2.13
-_HEADER = 3
-"""Number of int64 header values per tensor: two checksums, and whether the shard is finite (1 or 0)."""
+_HEADER = 7
+"""Number of int64 header values per tensor.
+
+They are two checksums of the shard, whether it is finite (1 or 0), and two checksums of each of the adapter's matrices
+A and B from which the shard was merged (0 without an adapter).
+"""
 
 
 class _ShardLayout(NamedTuple):
@@ -57,6 +61,10 @@ class _ShardLayout(NamedTuple):
         In the send buffer of an all-gather, every rank reserves this size for its shard.
         """
         return self.rows(0, 0)[1] * self.part_shape(0)[1:].numel()
+
+    def first_column(self, tp_rank: int) -> int:
+        """Return the index of the first column of a rank's tensor-parallel part in the complete tensor."""
+        return chunk_of(self.shape[1], self.tp, tp_rank)[0] if self.tp_dim == 1 else 0
 
     def assemble(self, by_rank: Tensor) -> Tensor:
         """Assemble the complete tensor from the flattened shards of all ranks.
@@ -105,7 +113,8 @@ class GatheredWeights:
     Tensor-parallel ranks hold copies of the weights that are not split (norms, for example), and replicas hold copies
     of all weights. The checksums of all copies are compared at the end of the iteration; this detects bit flips and
     copies that are trained differently. If they differ, all ranks raise RunFailed. ``replicas``: process group of the
-    ranks that hold the same shards in all replicas; None: only one replica, or do not compare the replicas.
+    ranks that hold the same shards in all replicas; None: only one replica, or do not compare the replicas. ``merge``:
+    low-rank adapters, which are merged into the shards of their weights before the shards are sent; None: no adapters.
     """
 
     def __init__(
@@ -116,6 +125,7 @@ class GatheredWeights:
         mesh: DeviceMesh,
         tp: int = 1,
         replicas: dist.ProcessGroup | None = None,
+        merge: AdapterMerge | None = None,
     ) -> None:
         self._parameters = parameters
         self._dtype = dtype
@@ -123,6 +133,7 @@ class GatheredWeights:
         self._mesh = mesh
         self._tp = tp
         self._replicas = replicas
+        self._merge = merge
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor, _ in self.with_sums():
@@ -160,9 +171,9 @@ class GatheredWeights:
     def _start(self, bucket: list[tuple[str, DTensor]]) -> _Gather:
         ranks = self._mesh.size()
         layouts = [_ShardLayout.of(parameter, ranks // self._tp, self._tp) for _, parameter in bucket]
-        flat, starts = self._pack([local_shard(parameter) for _, parameter in bucket], layouts)
+        flat, starts = self._pack(bucket, layouts)
         gathered = flat.new_empty(ranks * flat.numel())
-        work = _all_gather(gathered, flat, group=self._mesh.get_group(), async_op=True)
+        work = all_gather(gathered, flat, group=self._mesh.get_group(), async_op=True)
         return _Gather([name for name, _ in bucket], layouts, starts, flat, gathered.view(ranks, -1), work)
 
     @torch.no_grad()
@@ -172,39 +183,59 @@ class GatheredWeights:
         by_rank, starts = gather.by_rank, gather.starts
         header = by_rank[:, : starts[0]].contiguous().view(torch.int64).view(len(by_rank), -1, _HEADER).cpu()
         _check_finite(header, gather.names)
-        sums = copies.total_sums(header[..., :2], gather.names, gather.layouts)
+        sums = copies.total_sums(header, gather.names, gather.layouts)
         for name, layout, begin, sent in zip(gather.names, gather.layouts, starts, sums, strict=True):
             yield name, layout.assemble(by_rank[:, begin : begin + layout.capacity()]), sent
 
-    def _pack(self, shards: Sequence[Tensor], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
+    def _pack(self, bucket: Sequence[tuple[str, DTensor]], layouts: Sequence[_ShardLayout]) -> tuple[Tensor, list[int]]:
         """Return a buffer with this rank's shards, and the offset of each shard in the buffer, in elements.
 
         The buffer has the dtype ``self._dtype`` and begins with a header that contains the checksums of the shards.
+        Collective if tensors of the bucket have adapters.
         """
-        shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
         # The header comes first. Every shard begins at a word boundary, because checksums are sums of words.
         word = WORD_BYTES // self._dtype.itemsize
-        starts = [len(shards) * _HEADER * word]
+        starts = [len(bucket) * _HEADER * word]
         for layout in layouts:
             starts.append(starts[-1] + -(-layout.capacity() // word) * word)
         ends = starts[1:]
         flat = torch.empty(starts.pop(), dtype=self._dtype, device=self._mesh.device_type)
-        header = flat[: starts[0]].view(torch.int64).view(-1, _HEADER)
-        for i, (local, layout) in enumerate(zip(shards, layouts, strict=True)):
+        header = flat[: starts[0]].zero_().view(torch.int64).view(-1, _HEADER)
+        adapters = {} if self._merge is None else self._merge.gather(name for name, _ in bucket)
+        for i, ((name, parameter), layout) in enumerate(zip(bucket, layouts, strict=True)):
+            local = local_shard(parameter)
             assert layout.tp_dim in (None, 0) or local.shape[1] % word == 0, (
                 f"{layout}: a shard would end inside a 64-bit word"
             )
             flat[starts[i] + local.numel() : ends[i]] = 0
-            sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape).copy_(local)
-            header[i, :2] = bit_sums(sent, layout.rows(shard, tp_rank)[0])
-            header[i, 2] = local.sum(dtype=torch.float32).isfinite()
+            sent = flat[starts[i] : starts[i] + local.numel()].view(local.shape)
+            self._write(sent, name, local, layout, adapters.get(name), header[i])
         return flat, starts
+
+    def _write(
+        self, sent: Tensor, name: str, local: Tensor, layout: _ShardLayout, matrix: Tensor | None, header: Tensor
+    ) -> None:
+        """Write a shard to ``sent`` and its header values to ``header``; ``matrix``: A of its adapter, or None."""
+        shard, tp_rank = divmod(self._mesh.get_local_rank(), self._tp)
+        first_row = layout.rows(shard, tp_rank)[0]
+        if matrix is None or self._merge is None:
+            sent.copy_(local)
+            header[2] = local.sum(dtype=torch.float32).isfinite()
+        else:
+            header[2] = self._merge.write(sent, name, local, matrix, first_row, layout.first_column(tp_rank))
+            header[3:] = self._merge.sums(name, matrix, first_row)
+        header[:2] = bit_sums(sent, first_row)
+
+
+def _other_tp_copies(sums: Tensor) -> Tensor:
+    """Return where ``sums`` [shards, tp, tensors, 2] differ from those of the first tensor-parallel rank."""
+    return (sums != sums[:, :1]).any(-1)
 
 
 def _check_finite(header: Tensor, names: Sequence[str]) -> None:
     """Raise RuntimeError if a tensor of a bucket is not finite.
 
-    ``header`` [ranks, tensors, 3]: two checksums of each shard, and 1 if the shard is finite, otherwise 0.
+    ``header`` [ranks, tensors, _HEADER]: the header values of each shard.
     """
     finite = (header[..., 2] == 1).all(0).tolist()
     broken = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
@@ -213,7 +244,7 @@ def _check_finite(header: Tensor, names: Sequence[str]) -> None:
 
 
 class _Copies:
-    """Comparison of the copies of each weight on the tensor-parallel ranks and in the replicas.
+    """Comparison of the copies of each weight, and of its adapter, on the ranks of a replica and between replicas.
 
     ``ranks``: the ranks of one replica, in the order of the gathered shards; ``tp`` consecutive ranks are a
     tensor-parallel group. All ranks of a replica have the same checksums, so all find the same differences.
@@ -223,42 +254,48 @@ class _Copies:
         self._ranks = torch.tensor(ranks).view(-1, tp)
         self._names: list[str] = []
         self._sums: list[Tensor] = []
-        """For each bucket, int64 [tensors, 3]: two checksums, and the first rank with a different copy, or -1."""
+        """For each bucket, int64 [tensors, 7]: six checksums, and the first rank with a different copy, or -1.
 
-    def total_sums(self, sums: Tensor, names: Sequence[str], layouts: Sequence[_ShardLayout]) -> list[BitSums]:
+        The checksums are those of the tensor, and the sums over the replica's ranks of those of A and B.
+        """
+
+    def total_sums(self, header: Tensor, names: Sequence[str], layouts: Sequence[_ShardLayout]) -> list[BitSums]:
         """Return the checksums of each tensor of a bucket, and store them with the tensor-parallel comparison.
 
-        ``sums`` [ranks, tensors, 2]: checksums of each rank's shard. Of a tensor that tensor parallelism does not
-        split, only the copy of the first tensor-parallel rank counts.
+        ``header`` [ranks, tensors, _HEADER]: the header values of each rank's shard. Of a tensor that tensor
+        parallelism does not split, only the copy of the first tensor-parallel rank counts.
         """
-        shards, tp = self._ranks.shape
-        by_shard = sums.view(shards, tp, -1, 2)
-        copied = torch.tensor([layout.tp_dim is None for layout in layouts])
+        header = header.view(*self._ranks.shape, -1, _HEADER)
+        by_shard, of_a, of_b = header[..., :2], header[..., 3:5], header[..., 5:]
+        split_rows, split_columns = (torch.tensor([layout.tp_dim == dim for layout in layouts]) for dim in (0, 1))
+        copied = ~(split_rows | split_columns)
         total = torch.where(copied[:, None], by_shard[:, 0].sum(0), by_shard.sum((0, 1)))
-        differs = (by_shard != by_shard[:, :1]).any(-1).flatten(0, 1) & copied  # [ranks, tensors]
+        # A was gathered, so all shards have copies. Tensor parallelism splits A by columns and B by rows of the weight.
+        differs = _other_tp_copies(by_shard) & copied | (of_a != of_a[:1]).any(-1)
+        differs |= _other_tp_copies(of_a) & ~split_columns | _other_tp_copies(of_b) & ~split_rows
+        differs = differs.flatten(0, 1)  # [ranks, tensors]
         first = self._ranks.flatten()[differs.int().argmax(0)].where(differs.any(0), torch.tensor(-1))
         self._names += names
-        self._sums.append(torch.cat([total, first[:, None]], dim=1))
+        self._sums.append(torch.cat([total, header[..., 3:].sum((0, 1)), first[:, None]], dim=1))
         return [BitSums(*pair) for pair in total.tolist()]
 
     def verify(self, replicas: dist.ProcessGroup | None, device: str) -> None:
         """Raise RunFailed on all ranks if copies of a weight differ; collective over ``replicas``."""
-        own = torch.cat(self._sums) if self._sums else torch.empty((0, 3), dtype=torch.int64)
+        own = torch.cat(self._sums) if self._sums else torch.empty((0, _HEADER), dtype=torch.int64)
         by_replica = [own]
         if replicas is not None:
             by_replica = [torch.empty_like(own, device=device) for _ in range(replicas.size())]
             dist.all_gather(by_replica, own.to(device), group=replicas)
         found = torch.stack(by_replica).cpu()
-        split, replicated = (found[..., 2] >= 0).any(0), (found[..., :2] != found[:1, :, :2]).any(-1).any(0)
+        split, replicated = (found[..., -1] >= 0).any(0), (found[..., :-1] != found[:1, :, :-1]).any(-1).any(0)
         names = [name for name, differs in zip(self._names, (split | replicated).tolist(), strict=True) if differs]
         if not names:
             return
         i = self._names.index(names[0])
         if split[i]:
-            rank = int(found[:, i, 2].max())
-            where = f"rank {rank}'s copy differs from that of the first rank of its tensor-parallel group"
+            where = f"rank {int(found[:, i, -1].max())}'s copy differs from that of a rank before it"
         else:
-            replica = int((found[:, i, :2] != found[0, i, :2]).any(-1).int().argmax())
+            replica = int((found[:, i, :-1] != found[0, i, :-1]).any(-1).int().argmax())
             where = f"replica {replica} (of {len(found)}, counted from 0) differs from replica 0"
         raise RunFailed(
             f"{len(names)} weights of the student are not the same in all copies; the first is {names[0]}: {where}",

@@ -39,7 +39,7 @@ _OTHER_SPECULATION = (
 _REFUSED_ARGUMENTS = {
     "quantization": _OTHER_WEIGHTS,
     "quantization_config": _OTHER_WEIGHTS,
-    "enable_lora": ("needs LoRA weights, and all weights are trained", "remove it"),
+    "enable_lora": ("has no effect, because a sync sends weights that contain the trained adapters", "remove it"),
     **dict.fromkeys(("speculative_config", "spec_method", "spec_model", "spec_tokens"), _OTHER_SPECULATION),
     "enable_batch_sharded_sampling": ("would sample ids of the vocabulary's padding", "remove it"),
     "data_parallel_size": _OTHER_LAYOUT,

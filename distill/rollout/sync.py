@@ -28,12 +28,13 @@ GROSS_LIMIT = 0.5
 The mean is over tokens. Rounding causes a difference of 0.04; wrong weights cause a difference above 1.
 """
 _CHANGED_BYTES = 0.9
-"""Limit of (bytes of changed tensors) / (bytes of all tensors) in a sync of the weights.
+"""Limit of (bytes of changed tensors) / (bytes of trained tensors) in a sync of the weights.
 
 After each sync, the engine computes the log-probs of a fixed test prompt. An error is raised if weights changed, the
 log-probs equal those of the previous sync, and the ratio is at least this limit. Below the limit only a warning is
 logged, because rounding may hide the effect of a few changed bits. Bytes are counted instead of tensors, because many
-small tensors (norms) often do not change at small learning rates.
+small tensors (norms) often do not change at small learning rates. With low-rank adapters only the adapted tensors are
+trained. A step of a small learning rate changes a part of their elements, because their rounding is dithered.
 """
 _WARNING_RATIO = 3.0
 """Limit of ``difference / first_difference``, above which a warning is logged.
@@ -47,6 +48,10 @@ class Trainer(Protocol):
     """Attributes and methods of the student model that a weight sync to the engine uses."""
 
     dtype: torch.dtype
+
+    @property
+    def trained_share(self) -> float:
+        """Return the fraction of the elements of all weights in tensors that training changes."""
 
     def offload(self) -> None:
         """Move the moments of the optimizer (AdamW) to host memory."""
@@ -108,7 +113,7 @@ class WeightSync:
 
         ``logprobs``: the engine's current log-probs of the probe (a fixed test prompt). Returns nan at the first sync.
         Raises RuntimeError if weights changed but no log-prob changed. If less than the fraction _CHANGED_BYTES of the
-        weights' bytes is in changed tensors, logs a warning instead.
+        trained weights' bytes is in changed tensors, logs a warning instead.
         """
         last, self._last_logprobs = self._last_logprobs, logprobs
         if last is None:
@@ -119,7 +124,7 @@ class WeightSync:
                 " bytes) changed since the previous weight sync, but the generation engine computes the same log-probs"
                 " as before for a fixed test prompt"
             )
-            if report.changed_bytes >= _CHANGED_BYTES * report.bytes:
+            if report.changed_bytes >= _CHANGED_BYTES * self._student.trained_share * report.bytes:
                 raise RuntimeError(f"{problem}: the engine does not use the weights that it received")
             log.warning("%s, perhaps because the change is smaller than the rounding error", problem)
         return sum(abs(a - b) for a, b in zip(logprobs, last, strict=True)) / len(logprobs)

@@ -61,8 +61,9 @@ def check_teacher_fits(config: Config, shapes: tuple[ModelShape, ModelShape], wo
 def push_teacher(world: World, engine: Engine, teacher: ShardedTeacher, bucket_bytes: int, version: int) -> None:
     """Wake ``engine``, and load and verify the teacher's weights; afterwards it can generate; collective.
 
-    ``bucket_bytes``: size of the buckets in which the weights are gathered. ``version``: number of finished training
-    steps, with which the responses are marked.
+    Only a teacher with its own model needs such an engine: a candidate of a probe that is the student's model uses the
+    student's engine. ``bucket_bytes``: size of the buckets in which the weights are gathered. ``version``: number of
+    finished training steps, with which the responses are marked.
     """
     with world.all_or_none("waking the teacher's engine"):
         engine.wake("weights")

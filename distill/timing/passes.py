@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from distill.batching.flops import ModelFlops
 from distill.config.models import Recomputation
+from distill.memory.adapters import Adapters
 from distill.memory.shapes import ModelShape
 from distill.timing.lengths import Lengths
 from distill.timing.rates import ATTENTION_BACKWARD_FLOPS, Rates
@@ -82,17 +83,40 @@ def elementwise_bytes(shape: ModelShape, itemsize: int, fused: bool) -> float:
     return UNFUSED_NORM * normalised + UNFUSED_ROTARY * queries_keys + itemsize * sums
 
 
-def layer_times(shape: ModelShape, read: Sequences, rates: Rates, ranks: int, itemsize: int, fused: bool) -> LayerTimes:
+def layer_times(
+    shape: ModelShape,
+    read: Sequences,
+    rates: Rates,
+    ranks: int,
+    itemsize: int,
+    fused: bool,
+    adapters: Adapters | None = None,
+) -> LayerTimes:
     """Return the seconds of each of ``ranks`` ranks, if the work is even.
 
-    The backward of matrix products has twice the FLOPs of the forward.
+    The backward of matrix products has twice the FLOPs of the forward. With ``adapters`` the weights are frozen: their
+    products have no gradients of weights, and those of the adapters are added.
     """
-    flops = flops_of_shape(shape)
-    matmul = flops.token_flops * read.positions / ranks / rates.matmul
+    flops, positions = flops_of_shape(shape), read.positions / ranks
+    matmul = flops.token_flops * positions / rates.matmul
     attention = flops.layers * flops.pair_flops * read.pairs / ranks
-    moved = shape.layers * elementwise_bytes(shape, itemsize, fused) * read.positions / ranks / rates.elementwise
-    backward = 2 * matmul + ATTENTION_BACKWARD_FLOPS * attention / rates.attention_backward + BACKWARD_BYTES * moved
-    return LayerTimes(matmul + attention / rates.attention_forward + moved, moved, backward)
+    moved = shape.layers * elementwise_bytes(shape, itemsize, fused) * positions / rates.elementwise
+    backward, low = 2 * matmul, 0.0
+    if adapters is not None:
+        low = 2 * adapters.parameters * positions / rates.matmul
+        moved += adapter_bytes(adapters, itemsize) * positions / rates.elementwise
+        backward = matmul + 2 * low
+    backward += ATTENTION_BACKWARD_FLOPS * attention / rates.attention_backward + BACKWARD_BYTES * moved
+    return LayerTimes(matmul + low + attention / rates.attention_forward + moved, moved, backward)
+
+
+def adapter_bytes(adapters: Adapters, itemsize: int) -> float:
+    """Return the bytes per position that a forward of all adapters moves: they limit it, not its FLOPs.
+
+    A x reads the inputs of each layer. B (A x) has the size of the layer's outputs; it is written, and read by the
+    product with the weight, which adds it.
+    """
+    return itemsize * (adapters.inputs + 2 * adapters.outputs)
 
 
 def head_seconds(
@@ -105,7 +129,7 @@ def head_seconds(
     """
     logits = shape.vocab * rows / ranks
     flops = 2 * shape.hidden * logits
-    return flops * (wide / rates.wide_matmul + narrow / rates.matmul) + bytes_ * logits / rates.elementwise
+    return flops * (wide / rates.wide_matmul + narrow / rates.matmul) + bytes_ * logits / rates.memory
 
 
 def gather_seconds(bytes_: float, ranks: int, per_node: int, rates: Rates) -> float:

@@ -69,7 +69,7 @@ class Rates:
     memory: float
     """Bytes per second that are read or written in the device's memory."""
     elementwise: float
-    """Bytes per second that small operations (norms, activations, AdamW, the loss) read or write."""
+    """Bytes per second that small operations (norms, activations, AdamW) read or write."""
     link: float
     """Bytes per second to the other ranks of the node, in one direction."""
     network: float

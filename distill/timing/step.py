@@ -31,6 +31,8 @@ OPTIMIZER_BYTES = 40
 """Bytes per parameter of a rank that an optimizer step moves: AdamW 28, gradient norm 4, clipping 8."""
 ACCUMULATION_BYTES = 12
 """Bytes per parameter of a rank that adding a micro-batch's gradient to earlier ones moves: two reads and a write."""
+MERGE_BYTES = 60
+"""Bytes per weight of a rank that a sync moves to add the adapters in float32 and to round the sum; an assumption."""
 SYNC_PASSES = 6
 """How often a sync reads or writes the weights in memory: gather, cast, copy to the engine, and two bit sums."""
 SYNC_TENSOR_S, SYNC_FIXED_S = 0.3e-3, 0.4
@@ -138,23 +140,28 @@ class StepTime:
         return batches * -(-in_batch // policy.train_micro_batch_size)
 
     def teacher_seconds(self) -> float:
-        """Return the seconds of the teacher's forward: the larger of arithmetic and gathers, and what cannot overlap.
+        """Return the seconds of the teacher's forward: arithmetic and gathers, and what cannot overlap.
 
-        Each pack gathers all weights once. The shards are copied from host memory before. A teacher group exchanges
-        queries, keys, values and outputs in each layer.
+        Each pack gathers all weights once. The shards are copied from host memory before, unless the teacher uses the
+        student's weights. A teacher group exchanges queries, keys, values and outputs in each layer; a teacher that is
+        the student's module also reduces hidden states over its tensor-parallel ranks.
         """
         memory, shape, b = self.memory, self.teacher, self.memory.teacher_b
-        times = layer_times(shape, self.taught, self.rates, self.ranks, b, memory.fused)
+        weights = memory.teacher_weights
+        adapters = memory.teacher_adapters
+        times = layer_times(shape, self.taught, self.rates, self.ranks, b, memory.fused, adapters)
         packs = self.micro_batches(self.read, memory.tokens)
         if self.config.teacher.pack_tokens is not None:
             packs = min(packs, max(1, -int(-self.taught.positions // (memory.dp * memory.teacher_tokens))))
-        gathers = packs * self._gather(b * shape.parameters, memory.shards)
-        exchanged = self._exchange(shape, self.taught.positions / self.ranks, memory.group, b, passes=1)
+        gathers = packs * self._gather(b * shape.parameters / weights.tp, weights.fsdp)
+        positions = self.taught.positions * weights.tp / self.ranks
+        exchanged = self._exchange(shape, positions / weights.tp, memory.group, b, passes=1)
+        exchanged += self._reduce(shape, positions, weights.tp, b, passes=1)
         head = 0.0
         if not memory.returns_rows:
             head = head_seconds(shape, self.taught.rows, self.rates, self.ranks, self._topk_bytes)
-        copied = memory.teacher_shards / self.rates.host if self.cuda else 0.0
-        return max(times.forward, gathers) + head + exchanged + copied
+        copied = memory.teacher_shards / self.rates.host if self.cuda else 0.0  # 0 for the student's weights
+        return self._with_gathers(times.forward, gathers) + head + exchanged + copied
 
     def student_seconds(self) -> float:
         """Return the seconds of the student's forward and backward with loss, without the optimizer.
@@ -164,27 +171,26 @@ class StepTime:
         """
         memory, shape, config, b = self.memory, self.student, self.config, self.memory.b
         parallel = config.policy.dtensor_cfg
-        times = layer_times(shape, self.read, self.rates, self.ranks, b, memory.fused)
+        adapters = memory.weights.adapters
+        times = layer_times(shape, self.read, self.rates, self.ranks, b, memory.fused, adapters)
         gathers = 2 if parallel.reshard_after_forward else 1
         weights = shape.parameters / memory.tp
-        exchanged = (gathers * b + 4) * weights  # gradients are reduced in float32
-        count, on_host = self.micro_batches(self.read, memory.tokens), 0.0
-        traffic = count * self._gather(exchanged, memory.fsdp)
-        if memory.on_host:
-            one_copy = 4 * memory.student_shard / self.rates.host
-            traffic += count * gathers * one_copy
-            added = ACCUMULATION_BYTES * memory.student_shard / self.rates.host_memory
-            on_host = count * one_copy + (count - memory.optimizer_batches) * added
+        trained = weights if adapters is None else adapters.parameters
+        exchanged = gathers * b * weights + 4 * trained  # gradients are reduced in float32
+        count = self.micro_batches(self.read, memory.tokens)
+        traffic = count * (self._gather(exchanged, memory.fsdp) + gathers * self._copy_of_shards())
         passes = 3 if parallel.recomputation == "full" else 2
         positions = self.read.positions / memory.dp / memory.cp
         within = self._exchange(shape, positions / memory.tp, memory.cp, b, passes)
         within += self._reduce(shape, positions, memory.tp, b, passes)
         wide = 1 + needs_score_pass(config.loss_fn, config.distillation.topk_logits_k)
+        narrow = 2 if adapters is None else 1  # a frozen head has no gradient
         moved = LOSS_BYTES if memory.triton else TORCH_LOSS_BYTES
-        head = head_seconds(shape, self.read.rows, self.rates, self.ranks, moved, wide, narrow=2)
+        head = head_seconds(shape, self.read.rows, self.rates, self.ranks, moved, wide, narrow)
         if memory.returns_rows:
             head += head_seconds(self.teacher, self.taught.rows, self.rates, self.ranks, self._topk_bytes)
-        return max(times.training(parallel.recomputation), traffic) + head + within + on_host
+        layers = self._with_gathers(times.training(parallel.recomputation), traffic)
+        return layers + head + within + self._gradients_to_host(count)
 
     def optimizer_seconds(self) -> float:
         """Return the seconds of the optimizer steps, and of moving the moments from and to host memory.
@@ -193,19 +199,40 @@ class StepTime:
         gradients.
         """
         memory, rates = self.memory, self.rates
-        moved = OPTIMIZER_BYTES * memory.student_shard * memory.optimizer_batches
+        moved = OPTIMIZER_BYTES * memory.weights.trained * memory.optimizer_batches
         if memory.on_host:
             return moved / rates.host_memory
-        offloaded = 16 * memory.student_shard / rates.host if memory.offloads else 0.0
+        offloaded = 16 * memory.weights.trained / rates.host if memory.offloads else 0.0
         return moved / rates.elementwise + offloaded
 
     def sync_seconds(self) -> float:
-        """Return the seconds to gather the student's weights on all ranks and to copy them to the engines."""
+        """Return the seconds to gather the student's weights on all ranks and to copy them to the engines.
+
+        Adapters are first added to the weights' shards.
+        """
         shape, size = self.student, self.memory.b * self.student.parameters
+        merged = 0 if self.memory.weights.adapters is None else MERGE_BYTES * self.memory.weights.shard
         tensors = shape.layers * len(shape.layer_tensors) + 3
         fixed = tensors * SYNC_TENSOR_S + (SYNC_FIXED_S if self.cuda else 0.0)
-        copied = 4 * self.memory.student_shard / self.rates.host if self.memory.on_host else 0.0
-        return copied + self._gather(size, self.memory.shards) + SYNC_PASSES * size / self.rates.memory + fixed
+        copied = (SYNC_PASSES * size + merged) / self.rates.memory
+        return self._copy_of_shards() + self._gather(size, self.memory.shards) + copied + fixed
+
+    def _with_gathers(self, layers: float, gathers: float) -> float:
+        """Return the seconds of the layers with their gathers, which overlap on GPUs and not on a CPU."""
+        return max(layers, gathers) if self.cuda else layers + gathers
+
+    def _copy_of_shards(self) -> float:
+        """Return the seconds to copy the student's shards from host to device memory; 0 unless they are kept there."""
+        memory = self.memory
+        return sum(memory.weights.stored().values()) / self.rates.host if memory.on_host else 0.0
+
+    def _gradients_to_host(self, micro_batches: int) -> float:
+        """Return the seconds to copy and add gradients in host memory; 0 unless the optimizer runs there."""
+        memory, rates = self.memory, self.rates
+        if not memory.on_host:
+            return 0.0
+        added = (micro_batches - memory.optimizer_batches) * ACCUMULATION_BYTES / rates.host_memory
+        return memory.weights.trained * (micro_batches * 4 / rates.host + added)
 
     @property
     def _topk_bytes(self) -> int:

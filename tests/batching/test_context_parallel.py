@@ -66,6 +66,26 @@ ALONE = [(0, 0, 1, 0), (0, 0, 1, 1), (0, 0, 1, 2), (0, 0, 3, 3)]
 """The first rank's rows are more than a third of all positions, so that other ranks have padding."""
 
 
+@settings(max_examples=20, deadline=None)
+@given(shape=SHAPES, sizes=st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]), share=st.booleans())
+def test_a_teacher_that_shares_the_base_reads_shards_like_those_of_the_student(shape, sizes, share) -> None:
+    """All tensor-parallel ranks have the same input, and the teacher's row n is the student's row n."""
+    tp, cp = sizes
+    complete = pack(list(enumerate(_rollouts(shape))), share)
+    parts = [split([complete], _layout(tp, cp, cp, rank, tp * cp)) for rank in range(tp * cp)]
+    for rank, part in enumerate(parts):
+        first = parts[rank // tp * tp]
+        assert torch.equal(part.teacher.tokens_T, first.teacher.tokens_T)
+        assert torch.equal(part.teacher.rows_N, first.teacher.rows_N) and part.rows_per_tp_rank == ()
+        assert (part.student.shards is None) == (part.teacher.shards is None) == (cp == 1)
+    if cp > 1:
+        tokens, positions = _complete([part.teacher for part in parts[::tp]])
+        assert torch.equal(tokens, complete.teacher.tokens_T) and torch.equal(positions, complete.teacher.positions_T)
+        tokens, _ = _complete([part.student for part in parts[::tp]])
+        assert torch.equal(tokens, complete.student.tokens_T)
+    _rows_are_kept(complete, parts[::tp], 1)
+
+
 @settings(max_examples=40, deadline=None)
 @example(shapes=[ALONE, ALONE, [], []], sizes=(1, 3, 6), share=False)
 @given(shapes=st.lists(SHAPES, min_size=4, max_size=4), sizes=st.sampled_from(LAYOUTS), share=st.booleans())

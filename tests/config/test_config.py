@@ -402,10 +402,10 @@ def test_keys_without_effect_are_named_in_one_warning(write: Write, caplog: pyte
             enabled: false
             offload_optimizer_for_logprob: true
             optimizer: {{lr: 1, clip: "${{policy.max_grad_norm}}"}}
-          dtensor_cfg: {{_v2: true, lora_cfg: {{enabled: false}}}}
+          dtensor_cfg: {{_v2: true, lora_cfg: {{use_triton: false, lora_A_init: uniform}}}}
           sequence_packing: {{algorithm: modified_first_fit_decreasing}}
           generation: {{port_range_low: 3000, colocated: {{enabled: true, resources: {{num_nodes: null}}}}}}
-        teacher: {{generation: null, optimizer: {{kwargs: {{lr: 1}}}}}}
+        teacher: {{generation: null, optimizer: {{kwargs: {{lr: 1}}}}, dtensor_cfg: {{lora_cfg: {{enabled: false}}}}}}
         data: {{train: {{processor: math, split_validation_size: 0, seed: 3}}}}
         env: {{math: {{num_workers: 8}}}}
         logger: {{monitor_gpus: true, mlflow_enabled: false, swanlab: {{name: "${{data.train.x}}"}}}}
@@ -420,12 +420,13 @@ def test_keys_without_effect_are_named_in_one_warning(write: Write, caplog: pyte
         "policy.make_sequence_length_divisible_by",
         "policy.megatron_cfg",
         "policy.dtensor_cfg._v2",
-        "policy.dtensor_cfg.lora_cfg",
+        "policy.dtensor_cfg.lora_cfg.use_triton",
         "policy.sequence_packing.algorithm",
         "policy.generation.port_range_low",
         "policy.generation.colocated.resources",
         "teacher.generation",
         "teacher.optimizer",
+        "teacher.dtensor_cfg.lora_cfg",
         "data.train.processor",
         "data.train.split_validation_size",
         "data.train.seed",
@@ -504,7 +505,7 @@ def test_other_keys_in_a_section_without_effect_are_refused(word: str, key: str,
     [
         ("policy.megatron_cfg.enabled=true", True),
         ("teacher.megatron_cfg.enabled=true", True),
-        ("policy.dtensor_cfg.lora_cfg.enabled=true", True),
+        ("teacher.dtensor_cfg.lora_cfg.enabled=true", True),
         ("policy.dtensor_cfg.enabled=false", False),
         ("teacher.dtensor_cfg.enabled=false", False),
         ("policy.dtensor_cfg.enabled=1", 1),

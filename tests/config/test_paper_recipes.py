@@ -58,6 +58,8 @@ def test_the_contexts_of_papers_are_those_of_their_teachers() -> None:
     solution = load("papers/opsd.yaml")
     assert solution.loss_fn.entry_clip == 0.05
     assert solution.distillation.context_distillation.trace_column == "solution"
+    lora = solution.policy.dtensor_cfg.lora_cfg
+    assert (lora.enabled, lora.dim, lora.alpha) == (True, 64, 128)
     mixed = load("papers/gkd-mix.yaml").distillation.off_policy
     assert (mixed.share, mixed.column) == (0.5, "answer")
 

@@ -282,10 +282,16 @@ LAYOUTS = {
     "qwen3-14b-context-self-distillation-4n4g.yaml": (40, "14", "14", 16, 4, 2, 2, 4, 4, 34816),
 }
 
+# GB of a card; billions of parameters; ranks = dp x cp x tp; ranks of an engine; rank of the adapters.
+LORA_LAYOUTS = {
+    "qwen3-14b-context-self-distillation-lora-1n4g.yaml": (40, "14", 4, 1, 2, 2, 4, 32),
+    "qwen3-8b-context-self-distillation-lora-1n1g.yaml": (80, "8", 1, 1, 1, 1, 1, 32),
+}
+
 
 def test_every_gpu_recipe_has_a_layout() -> None:
     assert set(LAYOUTS) >= REFERENCE
-    assert set(RECIPES) - set(LAYOUTS) - set(PAPERS) == {name for name in RECIPES if "cpu" in name}
+    assert set(RECIPES) - {*LAYOUTS, *LORA_LAYOUTS, *PAPERS} == {name for name in RECIPES if "cpu" in name}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -318,6 +324,30 @@ def test_a_recipe_fits_its_nodes(name: str, tmp_path: Path, monkeypatch: pytest.
     assert generate["engine weights"] + generate["engine cache"] == int(share * gigabytes * 0.98 * GIB)
     for phase in found.phases:
         assert sum(found.phases[phase].values()) <= card_bytes(gigabytes) == int(gigabytes * 0.98 * GIB)
+
+
+@pytest.mark.parametrize("name", LORA_LAYOUTS)
+def test_a_recipe_with_adapters_fits_its_node_and_needs_no_memory_for_the_teacher(name: str) -> None:
+    gigabytes, size, ranks, dp, cp, tp, engine, dim = LORA_LAYOUTS[name]
+    config = load(name)
+    text = forecast_text(config)  # raises if it does not fit
+    assert f"{ranks} rank{'s' * (ranks > 1)}: dp {dp} x cp {cp} x tp {tp}; micro-batches" in text
+    policy, cluster = config.policy, config.cluster
+    assert (cluster.num_nodes, cluster.gpus_per_node, cluster.gpu_memory_gb) == (1, ranks, gigabytes)
+    assert (policy.dtensor_cfg.lora_cfg.enabled, policy.dtensor_cfg.lora_cfg.dim) == (True, dim)
+    assert policy.generation.max_new_tokens == 16384
+    shape = find_shape(policy.model_name, "a model")
+    assert shape is not None
+    found = predict(config, shape, shape)
+    assert found.phases["training"]["frozen weights"] == pytest.approx(2 * QWEN3[size] / ranks, rel=1e-3)
+    assert found.phases["generation"]["engine weights"] == pytest.approx(2 * QWEN3[size] / engine, abs=2)
+    assert found.phases["teacher"]["teacher shards"] == found.host["teacher shards"] == 0
+    assert max(map(found.total, found.phases)) <= card_bytes(gigabytes)
+
+
+def test_training_all_weights_of_14b_does_not_fit_the_node_on_which_its_adapters_are_trained() -> None:
+    with pytest.raises(UserError, match="training phase"):
+        forecast_text(load("qwen3-14b-context-self-distillation-4n4g.yaml", "cluster.num_nodes=1"))
 
 
 @pytest.mark.parametrize("name", CONTEXT_40GB)

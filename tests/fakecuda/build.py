@@ -15,6 +15,7 @@ import torch.distributed._tools.fake_collectives  # noqa: F401 (registers fake r
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distill.config import Config, load_config
+from distill.config.lora_rules import teacher_shares_base
 from distill.distributed.world import World
 from distill.memory.shapes import QWEN3, find_config
 from distill.types import Problem, Prompt, Rollout
@@ -115,13 +116,13 @@ class FakeWorld(World):
         self.rank, self.local_rank, self.local_size = rank, 0, config.cluster.gpus_per_node
         self._control = dist.group.WORLD
         self.supervisor = SimpleNamespace()  # type: ignore[assignment]
-        parallel, teacher = config.policy.dtensor_cfg, config.teacher.dtensor_cfg
+        parallel = config.policy.dtensor_cfg
         self.build_mesh(
             "cuda",
             parallel.tensor_parallel_size,
             parallel.context_parallel_size,
             parallel.replicate_size,
-            teacher.tensor_parallel_size * teacher.context_parallel_size,
+            None if teacher_shares_base(config) else config.teacher.dtensor_cfg.group_size,
         )
         names = ("replica_mesh", "shard_mesh", "tp_mesh", "cp_group", "teacher_group", "layout")
         self._built = {name: getattr(self, name) for name in names}

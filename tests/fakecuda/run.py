@@ -31,7 +31,7 @@ from distill.memory.shapes import shape_of  # noqa: E402
 from distill.metrics.phases import Phases  # noqa: E402
 from distill.metrics.step import Metrics  # noqa: E402
 from distill.model.student import Student  # noqa: E402
-from distill.model.teacher import ShardedTeacher  # noqa: E402
+from distill.model.teacher import ScoringTeacher  # noqa: E402
 from distill.rollout.engine import EngineBase  # noqa: E402
 from distill.rollout.generation import Generated  # noqa: E402
 from distill.rollout.sync import WeightSync  # noqa: E402
@@ -186,7 +186,7 @@ def run_case(case: Case) -> Result:
 def _parts() -> Iterator[None]:
     """Count the calls of some methods as parts of a phase."""
     methods: tuple[tuple[type, str, str], ...] = (
-        (ShardedTeacher, "targets", "targets"),
+        (ScoringTeacher, "targets", "targets"),
         (Student, "loss", "forward"),
         (torch.Tensor, "backward", "backward"),
         (Student, "sum_gradients", "optimizer"),

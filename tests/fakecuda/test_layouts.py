@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.fakecuda, pytest.mark.skipif(REASON is not None, reaso
 
 SHALLOW = Case(student="0.6b", teacher="0.6b", layers=1, ranks=8, prompt=40, responses=(300, 200), steps=1)
 _POLICY, _PARALLEL = "policy.", "policy.dtensor_cfg."
+ADAPTERS = (_PARALLEL + "lora_cfg.enabled=true", _PARALLEL + "activation_checkpointing=selective")
 _TOKENS = "policy.dynamic_batching.train_mb_tokens=600"
 
 
@@ -51,6 +52,8 @@ CASES = {
     "AdamW for each tensor": shallow(
         _POLICY + "optimizer.kwargs.fused=false", _POLICY + "optimizer.kwargs.foreach=false"
     ),
+    "adapters": shallow(*ADAPTERS, tp=2, cp=2, rank=5, steps=2),
+    "adapters, cpu_offload": shallow(*ADAPTERS, _PARALLEL + "cpu_offload=true"),
     "moments stay": shallow("runtime.offload_optimizer=false"),
 }
 

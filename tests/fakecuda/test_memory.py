@@ -47,6 +47,37 @@ CASES |= {
     )
     for mode in ("true", "selective")
 }
+LORA = Case(
+    recipe="recipes/qwen3-14b-context-self-distillation-lora-1n4g.yaml",
+    layers=LAYERS,
+    prompt=2048,
+    teacher_prefix=2048,
+    responses=(15360, 15360),
+)
+CASES |= {
+    f"14b <- itself with adapters, recomputation {mode}": replace(
+        LORA, overrides=(f"policy.dtensor_cfg.activation_checkpointing={mode}",)
+    )
+    for mode in ("true", "selective", "false")
+}
+CASES |= {
+    "8b <- itself with averaged adapters, one GPU": replace(
+        LORA,
+        recipe="recipes/qwen3-8b-context-self-distillation-lora-1n1g.yaml",
+        overrides=(
+            "distillation.context_distillation.mode=self_ema",
+            "policy.dtensor_cfg.activation_checkpointing=true",
+        ),
+    ),
+    "8b with adapters <- 14b": Case(
+        student="8b",
+        teacher="14b",
+        layers=LAYERS,
+        ranks=8,
+        responses=(7892,),
+        overrides=("policy.dtensor_cfg.lora_cfg.enabled=true",),
+    ),
+}
 
 
 @pytest.fixture(scope="module")

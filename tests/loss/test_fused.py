@@ -374,7 +374,7 @@ def test_sampler_logprobs_are_compared_at_the_sampling_temperature() -> None:
 def test_teacher_rows_give_the_loss_of_their_topk(config: LossConfig, k: int) -> None:
     hidden, head, teacher_hidden, teacher_head = rows_and_head(9, 40, 8)
     rows = TeacherRows(teacher_hidden[:, :6], teacher_head[:, :6].contiguous())  # a different width than the student's
-    topk = exact_topk(rows.hidden_ND @ rows.head_VD.t(), k or 40, 0.6)
+    topk = exact_topk(rows.hidden_ND @ teacher_head[:, :6].t(), k or 40, 0.6)
     config = LossConfig(config.kl_type, 0.3, 0.3, outside_topk=config.outside, temperature=0.6)
     weight_N = torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1, 1])
     runs = [

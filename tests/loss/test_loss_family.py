@@ -19,7 +19,7 @@ from distill.loss import Sampled, Tokens, checks, divergences, full_vocab, fused
 from distill.loss.divergences import DIVERGENCES, Pair
 from distill.loss.full_vocab import FAST_GRADIENTS, TERMS_AND_SLOPES
 from distill.loss.targets import chunk_buffers, default_chunk_rows
-from distill.types import Targets, TeacherRows, TopK
+from distill.types import Targets, TeacherRows, TopK, map_tensors
 from scripts.live_bytes import LiveBytes
 from tests.loss.test_fused import assert_close, gradients, mean, name, rows_and_head
 from tests.loss_oracle import CLIPPED, LOSSES, definition, exact_topk, make_case
@@ -279,7 +279,7 @@ def test_the_complete_vocabulary_in_float32_and_bf16(config: LossConfig, dtype: 
             lambda h, w: fused_linear_kl(
                 h,
                 w,
-                TeacherRows(teacher.hidden_ND.to(to), teacher.head_VD.to(to)),
+                map_tensors(teacher, lambda tensor: tensor.to(to)),
                 config,
                 torch.ones(16),
                 sampled,

@@ -77,6 +77,46 @@ def _step(
     return output.kl_sum.detach(), hidden.grad, head.grad, stats
 
 
+TOPKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 id": (1, {}),
+    "6 ids": (6, {}),
+    "more ids than a rank has columns": (30, {}),
+    "all ids": (VALID, {}),
+    "ties": (6, {"ties": True}),
+    "no rows": (6, {"rows": 0}),
+    "chunks": (6, {"chunk_rows": 4}),
+    "extra and sampled ids": (6, {"extra": True, "sampled": True}),
+    "sampled ids only": (30, {"sampled": True}),
+    "all ids and extra ids": (VALID, {"extra": True}),
+}
+"""Maps a name to the number of ids of a top-k, and to options of ``_topk``."""
+
+
+def _topk(
+    parallel: VocabParallel | None,
+    k: int,
+    rows: int = ROWS,
+    ties: bool = False,
+    extra: bool = False,
+    sampled: bool = False,
+    chunk_rows: int | None = None,
+) -> dict[str, torch.Tensor | None]:
+    """Return a top-k of the teacher with this rank's shard of its head, or with the complete head; ids ascending."""
+    _, _, t_hidden, t_head, ids_N, _ = _inputs(torch.float64)
+    if ties:
+        t_hidden, t_head = t_hidden.round(), t_head.round()
+    if parallel is not None:
+        t_head = t_head[parallel.first : parallel.first + PADDED // dist.get_world_size(parallel.group)].clone()
+    extra_ids_N, sampled_ids_N = (ids_N[:rows] if given else None for given in (extra, sampled))
+    found = teacher_topk(
+        *(t_hidden[:rows], t_head, k, 0.6, chunk_rows, VALID, extra_ids_N),
+        sampled_ids_N=sampled_ids_N,
+        parallel=parallel,
+    )
+    ids_NK, order_NK = found.ids_NK.sort(dim=1)
+    return vars(found) | {"ids_NK": ids_NK, "logprobs_NK": found.logprobs_NK.gather(1, order_NK)}
+
+
 def _all_steps(parallel: VocabParallel | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for config in CASES:
@@ -129,6 +169,7 @@ def _on_ranks() -> dict[str, Any]:
     parallel = VocabParallel(dist.group.WORLD, rank * PADDED // ranks, PADDED)
     found = _all_steps(parallel)
     found["rounded"] = _d_hidden(torch.bfloat16, parallel)
+    found["top-k"] = {case: _topk(parallel, k, **options) for case, (k, options) in TOPKS.items()}
     calls: list[tuple[Any, int]] = []
     all_reduce = dist.all_reduce
 
@@ -144,21 +185,42 @@ def _on_ranks() -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    """Return the results of two ranks."""
+    return run_ranks(2, _on_ranks)
+
+
 @pytest.mark.slow
-def test_a_vocabulary_parallel_head_gives_the_complete_heads_numbers() -> None:
+@pytest.mark.parametrize("case", TOPKS)
+def test_a_teachers_top_k_of_a_split_vocabulary_is_that_of_the_complete_vocabulary(ranks, case) -> None:
+    k, options = TOPKS[case]
+    complete = _topk(None, k, **options)
+    for rank in ranks:
+        for field, numbers in complete.items():
+            found = rank["top-k"][case][field]
+            if numbers is None:
+                assert found is None, field
+            elif field == "ids_NK":
+                assert torch.equal(found, numbers)
+            else:
+                torch.testing.assert_close(found, numbers, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_vocabulary_parallel_head_gives_the_complete_heads_numbers(ranks) -> None:
     complete = _all_steps(None)
     exact = _d_hidden(torch.float64, None)
     rounding = (_d_hidden(torch.bfloat16, None) - exact).norm()
-    ranks = 2
-    for rank, found in enumerate(run_ranks(ranks, _on_ranks)):
-        own = slice(rank * PADDED // ranks, (rank + 1) * PADDED // ranks)
+    for rank, found in enumerate(ranks):
+        own = slice(rank * PADDED // len(ranks), (rank + 1) * PADDED // len(ranks))
         for case, (loss, d_hidden, d_head, stats) in complete.items():
             loss_, d_hidden_, d_head_, stats_ = found[case]
             assert float(loss_) == pytest.approx(float(loss), rel=1e-12), case
             assert (d_hidden_ - d_hidden).norm() <= 1e-12 * d_hidden.norm(), case
             assert (d_head_ - d_head[own]).norm() <= 1e-12 * d_head.norm(), case
             assert stats_ == pytest.approx(stats, rel=1e-9), case
-            if rank == ranks - 1:
+            if rank == len(ranks) - 1:
                 assert (d_head_[VALID - own.start :] == 0).all()
         assert (found["rounded"] - exact).norm() <= 1.02 * rounding, "the ranks' terms are rounded before their sum"
         # Seven rows of weight other than 0 in chunks of four: one maximum, one packed sum and one dHidden per chunk.

@@ -444,6 +444,11 @@ def test_the_ending_of_a_run_names_the_checkpoint_and_the_next_command(
     finished, stopped = (ending(1.0, checkpoint, stopped) for stopped in (False, True))
     assert "('text-generation', 'checkpoints/step_4/hf')" in finished
     assert "same command" in stopped and "pipeline" not in stopped
+    (checkpoint / "hf").rename(checkpoint / "peft")
+    adapters = ending(1.0, checkpoint, stopped=False)
+    assert "checkpoints/step_4/peft" in adapters and adapters.endswith(
+        "scripts.export_hf checkpoints/step_4 OUT --merge"
+    )
     assert "report" not in finished and "runs/a/report.html" in ending(
         1.0, None, False, page=tmp_path / "runs/a/report.html"
     )

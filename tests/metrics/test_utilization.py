@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,6 +30,19 @@ def test_flops_of_training_match_a_hand_count() -> None:
     prompt = TOKEN * 6 + PAIR * 6 * 6 / 2
     assert TINY.training(rollouts((6, 2), (6, 2)), share_prefixes=False) == 6 * one
     assert TINY.training(rollouts((6, 2), (6, 2)), share_prefixes=True) == 3 * (2 * one - prompt)
+
+
+def test_flops_of_training_adapters_have_no_gradients_of_frozen_weights() -> None:
+    adapters = 2 * 3 * (4 + 6)  # one adapter of rank 3 for a layer with 4 inputs and 6 outputs
+    body, head, pairs = TOKEN * 8, HEAD * 2, PAIR * 8 * 8 / 2
+    lora = replace(TINY, adapters=adapters)
+    assert lora.training(rollouts((6, 2)), share_prefixes=True) == 2 * (body + head) + 3 * (pairs + adapters * 8)
+    shared = lora.training(rollouts((6, 2), (6, 2)), share_prefixes=True)
+    prompt = 2 * TOKEN * 6 + 3 * (PAIR * 6 * 6 / 2 + adapters * 6)
+    assert shared == 2 * lora.training(rollouts((6, 2)), share_prefixes=True) - prompt
+    # The cost of a long sequence: all terms of a token, and those of its square.
+    assert lora.quadratic == pytest.approx(3 * PAIR / 2 / (2 * (TOKEN + HEAD) + 3 * adapters))
+    assert TINY.quadratic == pytest.approx(PAIR / 2 / (TOKEN + HEAD))
 
 
 def test_a_layer_with_a_window_has_at_most_window_pairs_per_token() -> None:

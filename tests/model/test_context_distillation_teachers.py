@@ -18,7 +18,7 @@ from distill.model.dtensor import local_shard
 from distill.model.following_teacher import build_teacher
 from distill.model.hf_files import find_model
 from distill.model.student import Student
-from distill.model.teacher import ShardedTeacher
+from distill.model.teacher import ScoringTeacher
 from distill.model.weights import GatheredWeights
 from distill.types import TopK
 from tests.harness import config_for, fixed_rollouts
@@ -85,7 +85,7 @@ def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
     }
 
 
-def _shards(teacher: ShardedTeacher) -> dict[str, Tensor]:
+def _shards(teacher: ScoringTeacher) -> dict[str, Tensor]:
     teacher.model.reshard_all()
     return {name: local_shard(p).clone() for name, p in teacher.model.named_hf_parameters()}
 

@@ -243,13 +243,20 @@ class OneRank:
         return nullcontext()
 
 
-def _sync(changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16) -> WeightSync:
-    return WeightSync(OneRank(), ScriptedEngine(changed, probes), _trainer(dtype), 50)  # type: ignore[arg-type]
+def _sync(
+    changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16, trained: float = 1.0
+) -> WeightSync:
+    trainer = _trainer(dtype, trained)
+    return WeightSync(OneRank(), ScriptedEngine(changed, probes), trainer, 50)  # type: ignore[arg-type]
 
 
-def _trainer(dtype: torch.dtype = torch.bfloat16) -> Any:
+def _trainer(dtype: torch.dtype = torch.bfloat16, trained: float = 1.0) -> Any:
     return SimpleNamespace(
-        dtype=dtype, offload=lambda: None, weights=lambda: CompleteWeights([]), logprobs=lambda ids: [-1.0, -2.0]
+        dtype=dtype,
+        trained_share=trained,
+        offload=lambda: None,
+        weights=lambda: CompleteWeights([]),
+        logprobs=lambda ids: [-1.0, -2.0],
     )
 
 
@@ -258,6 +265,15 @@ def test_a_probe_that_does_not_change_with_the_weights_raises() -> None:
     sync.push_weights(0)
     with pytest.raises(RuntimeError, match=r"6 of 10 .*95%"):
         sync.push_weights(1)
+
+
+def test_a_probe_that_does_not_change_with_the_adapted_weights_raises() -> None:
+    """Of all bytes, 4% change: nearly all of those that adapters train, or a few of those of full training."""
+    for trained in (0.044, 0.045, 1.0):
+        sync = _sync([10, 4], [[-1.0, -2.0]] * 2, trained=trained)
+        sync.push_weights(0)
+        with pytest.raises(RuntimeError) if trained < 0.0445 else nullcontext():
+            sync.push_weights(1)
 
 
 def test_a_probe_need_not_change_when_few_tensors_or_none_changed(warnings: pytest.LogCaptureFixture) -> None:

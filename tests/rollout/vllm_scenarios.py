@@ -34,6 +34,7 @@ from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.harness import CompleteWeights, config_for
 from tests.rollout import segment_scenarios as scenarios
 from tests.rollout import speculation_scenarios as speculation
+from tests.rollout.lora_scenarios import lora_engine
 from tests.rollout.scripted_vllm import plain_fields, plain_run
 from tests.rollout.test_sync import FakeMemory
 from tests.rollout.vllm_loop_scenarios import loop_scenarios
@@ -372,15 +373,21 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
     seen["responses"] = _error(lambda: engine.generate(PROMPTS, GREEDY, 0))
 
 
-def on_two_ranks(engines: list[tuple[Path, int, int]], speculating: tuple[Path, int]) -> list[dict[str, Any]]:
+def on_two_ranks(
+    engines: list[tuple[Path, int, int]], adapters: list[tuple[Path, int, int]], speculating: tuple[Path, int]
+) -> list[dict[str, Any]]:
     """Run the scenario of two ranks for each (model, ranks of an engine, port), in the same processes.
 
-    The last result is that of a speculating engine of two ranks: (model, port).
+    ``adapters``: the same for students with adapters. The last result is that of a speculating engine of two ranks:
+    (model, port).
     """
     seen = []
     for folder, tp, port in engines:
         os.environ["MASTER_PORT"] = str(port)
         seen.append(_pair(folder, tp))
+    for folder, tp, port in adapters:
+        os.environ["MASTER_PORT"] = str(port)
+        seen.append(lora_engine(folder, tp, _engine, PROBE, _faults))
     folder, port = speculating
     os.environ["MASTER_PORT"] = str(port)
     return [*seen, speculation.speculation_scenarios(folder, 2)]

@@ -88,6 +88,18 @@ def test_the_teacher_of_the_control_reads_the_students_prompt_and_that_of_the_de
     assert replace(control, distillation=loop, runtime=context.runtime) == context, "all other settings are equal"
 
 
+def test_the_demonstration_of_adapters_differs_from_that_of_all_weights_in_adapters_and_rate(
+    commands: list[list[str]],
+) -> None:
+    demo.context([])
+    demo.context_lora([])
+    full, lora = (load_config(command[command.index("--config") :]) for command in commands)
+    assert lora.policy.dtensor_cfg.lora_cfg.enabled and lora.policy.dtensor_cfg.lora_cfg.dim == 16
+    assert full.runtime.run_dir != lora.runtime.run_dir
+    policy = replace(lora.policy, dtensor_cfg=full.policy.dtensor_cfg, optimizer=full.policy.optimizer)
+    assert replace(lora, policy=policy, runtime=full.runtime, logger=full.logger) == full
+
+
 def test_a_run_without_an_effect_is_a_control_and_no_demonstration(commands: list[list[str]]) -> None:
     assert all(demo.control([])["claims"].values())
     assert not any(demo.context([])["claims"].values())

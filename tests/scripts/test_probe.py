@@ -19,7 +19,10 @@ CONTEXT = "distillation.context_distillation"
 
 
 def _programs(ports: Sequence[int], root: Path) -> list[int]:
-    """A probe of two contexts, a probe of another model, a run with probes, and two refused probes: exit codes."""
+    """Probes of two contexts, of another model and of a teacher in the student's module, a run with probes, refusals.
+
+    Returns their exit codes.
+    """
     from distill.train import main as train
     from scripts.probe import main as probe
 
@@ -30,6 +33,7 @@ def _programs(ports: Sequence[int], root: Path) -> list[int]:
     context = [f"{CONTEXT}.enabled=true", f"{CONTEXT}.teacher_prefix_template='Hint: {{problem}}'"]
     steps = [f"distillation.{key}" for key in ("max_num_steps=2", "probe_period=1")]
     steps.append(f"checkpointing.checkpoint_dir={root}/saved")
+    lora = ["policy.dtensor_cfg.lora_cfg.enabled=true", f"{CONTEXT}.mode=self_ema"]
     templates = ["--template", f"{root}/same.txt", "--template", f"{root}/hint.txt"]
     lines: list[tuple[Any, list[str]]] = [
         (probe, [*common, held_out, *itself, *templates, twice, f"runtime.run_dir={root}/self"]),
@@ -37,6 +41,7 @@ def _programs(ports: Sequence[int], root: Path) -> list[int]:
         (train, [*common, held_out, *itself, *context, *steps, f"runtime.run_dir={root}/run"]),
         (probe, [*common, f"teacher.model_name={root}/stranger", held_out, f"runtime.run_dir={root}/none"]),
         (probe, [*common, f"runtime.run_dir={root}/none"]),
+        (probe, [*common, held_out, *itself, *context, *lora, f"runtime.run_dir={root}/adapters"]),
     ]
     codes = []
     for port, (main, argv) in zip(ports, lines, strict=True):
@@ -50,7 +55,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     root = make_tiny_run(tmp_path_factory.mktemp("probe"))
     (root / "same.txt").write_text("{problem}")
     (root / "hint.txt").write_text("Hint: {solution} {problem}")
-    return root, run_ranks(1, _programs, [free_port() for _ in range(5)], root)[0]
+    return root, run_ranks(1, _programs, [free_port() for _ in range(6)], root)[0]
 
 
 def read(root: Path, name: str) -> Any:
@@ -94,4 +99,10 @@ def test_a_run_probes_its_student_every_n_steps(probes: tuple[Path, list[int]]) 
 
 def test_unusable_inputs_of_a_probe_end_with_exit_code_2(probes: tuple[Path, list[int]]) -> None:
     root, codes = probes
-    assert codes[3:] == [2, 2] and not (root / "none/probe.json").exists()
+    assert codes[3:5] == [2, 2] and not (root / "none/probe.json").exists()
+
+
+def test_a_teacher_in_the_students_module_is_probed_with_the_students_engine(probes: tuple[Path, list[int]]) -> None:
+    root, codes = probes
+    (context,) = read(root, "adapters/probe.json")["candidates"]
+    assert codes[5] == 0 and context["kind"] == "context" and len(context["cells"]) == 5

@@ -21,7 +21,7 @@ from tests.helpers import tiny_config
 
 READ = DecodeCost(1.0, 0.5, 2.0, 0.25, 0.0, 0.0, 3.0, 0.5)
 """A cost with simple numbers, in which a step never waits for arithmetic."""
-UNIT = Rates("unit", *[1.0] * 10, 0.0, 0.0)
+UNIT = Rates("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
 """One FLOP and one byte per second, so a cost is a number of FLOPs or bytes."""
 
 

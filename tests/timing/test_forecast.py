@@ -24,11 +24,12 @@ from distill.timing.forecast import (
     time_table,
 )
 from distill.timing.lengths import Lengths
-from distill.timing.rates import measure_cpu, planned_rates, rates_of_cpu, running_rates
+from distill.timing.rates import Rates, measure_cpu, planned_rates, rates_of_cpu, running_rates
 from distill.timing.step import StepTime, Workload
 from tests.memory.test_forecast import known, recipe
 
 WORLD = PlannedWorld(1, 1, torch.device("cpu"))
+CPU_RATES = rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10)
 RECIPE = "qwen3-4b-context-self-distillation-4n4g.yaml"
 VALUES = {
     "train/p50_gen_tokens_per_sample": 100.0,
@@ -157,7 +158,7 @@ def predictor(config: Config, device: str = "cpu") -> StepPredictor:
 
 def test_a_run_logs_measured_phases_with_the_forecast_for_its_lengths(monkeypatch, caplog) -> None:
     config = recipe(RECIPE, "policy.dtensor_cfg.activation_checkpointing=true")
-    rates = rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10)
+    rates = CPU_RATES
     monkeypatch.setattr(forecast_module, "running_rates", lambda *_: rates)
     with caplog.at_level(logging.INFO):
         predictor(config).compare(VALUES, 2, WORLD)
@@ -199,7 +200,7 @@ def test_the_measured_lengths_have_the_limit_of_their_step() -> None:
 
 
 def test_the_first_steps_of_partial_rollouts_have_no_forecast_of_generation(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(forecast_module, "running_rates", lambda *_: rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10))
+    monkeypatch.setattr(forecast_module, "running_rates", lambda *_: CPU_RATES)
     with caplog.at_level(logging.INFO):
         predictor(recipe(RECIPE, "distillation.partial_rollouts.enabled=true")).compare(VALUES, 2, WORLD)
     found = dict(re.findall(r"(\w+) ([\d.]+) \([\d.]+\)", caplog.records[0].getMessage()))
@@ -209,11 +210,12 @@ def test_the_first_steps_of_partial_rollouts_have_no_forecast_of_generation(monk
 def test_all_ranks_of_a_cpu_run_measure_at_the_same_time_and_one_logs(monkeypatch, caplog) -> None:
     """Each rank passes the barrier first and then measures; only rank 0 logs."""
     calls: list[str] = []
-    monkeypatch.setattr(
-        forecast_module,
-        "running_rates",
-        lambda *_: calls.append("measured") or rates_of_cpu(1e12, 1e11, (1e11, 1e11), 1e10, 1e10),
-    )
+
+    def measure(*_: object) -> Rates:
+        calls.append("measured")
+        return CPU_RATES
+
+    monkeypatch.setattr(forecast_module, "running_rates", measure)
     other = PlannedWorld(1, 2, torch.device("cpu"))
     other.rank = 1
     for world in (WORLD, other):

@@ -9,26 +9,36 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from distill.config import Config
+from distill.config import Config, LoraConfig
 from distill.config.gpus import parse_gpu
+from distill.config.lora_rules import KEY
+from distill.memory.adapters import adapters_of
 from distill.memory.shapes import ModelShape, find_shape, shape_of
+from distill.model.hf_load import meta_model
+from distill.model.lora import AdapterSwitch, add_adapters
 from distill.timing.lengths import Lengths
 from distill.timing.passes import (
     BACKWARD_BYTES,
     LayerTimes,
     Sequences,
+    adapter_bytes,
     elementwise_bytes,
     gather_seconds,
     head_seconds,
     layer_times,
 )
 from distill.timing.rates import Rates, rates_of_gpu
-from distill.timing.step import OPTIMIZER_BYTES, SYNC_PASSES, SYNC_TENSOR_S, StepTime, Workload
+from distill.timing.step import MERGE_BYTES, OPTIMIZER_BYTES, SYNC_PASSES, SYNC_TENSOR_S, StepTime, Workload
 from tests.helpers import tiny_config
 from tests.memory.test_forecast import recipe
 
-UNIT = Rates("unit", *[1.0] * 10, 0.0, 0.0)
-ONLY_FLOPS = replace(UNIT, elementwise=float("inf"))
+UNIT = Rates("unit", 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+INFINITE = float("inf")
+FREE = Rates(
+    "free", INFINITE, INFINITE, INFINITE, INFINITE, INFINITE, INFINITE, INFINITE, INFINITE, INFINITE, INFINITE, 0.0, 0.0
+)
+"""All operations take no time."""
+ONLY_FLOPS = replace(UNIT, memory=INFINITE, elementwise=INFINITE)
 """One FLOP per second and free small operations, so seconds are FLOPs."""
 TEN = Lengths(10, 0.0, 10)
 """All responses have ten tokens."""
@@ -62,6 +72,37 @@ def test_a_forward_and_backward_have_the_counted_flops() -> None:
     assert backward.get_total_flops() == times.backward + 2 * one - recomputed
 
 
+def test_a_forward_and_backward_of_adapters_have_the_counted_flops() -> None:
+    """The input of the first layer needs no gradient: neither the products of q, k and v with W nor those with A."""
+    config = tiny_config("qwen3", tied=False, heads=8, kv_heads=4, hidden=96, layers=3)
+    model, shape, n = meta_model(config, "eager", torch.float32), shape_of(config, "tiny"), 24
+    lora = LoraConfig(enabled=True, dim=4, exclude_modules=("o_proj",))
+    add_adapters(model, lora, AdapterSwitch())
+    model.to_empty(device="cpu")  # the values have no effect
+    with FlopCounterMode(display=False) as forward:
+        logits = model(input_ids=torch.zeros(1, n, dtype=torch.int64), use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    words = (f"{KEY}.enabled=true", f"{KEY}.dim=4", f"{KEY}.exclude_modules=[o_proj]")
+    adapters = adapters_of(recipe("distillation_math.yaml", *words), shape, 1, 1)
+    assert adapters is not None
+    times = layer_times(shape, Sequences(n, n * n, n), ONLY_FLOPS, 1, 2, fused=True, adapters=adapters)
+    one = head_seconds(shape, n, ONLY_FLOPS, 1, bytes_=0)
+    assert forward.get_total_flops() == times.forward + one
+    recomputed = 3 * 2 * n * n * 8 * shape.head_dim  # as above
+    spared = 2 * n * 96 * ((8 + 2 * 4) * shape.head_dim + 3 * 4)
+    assert backward.get_total_flops() == times.backward + one - recomputed - spared
+
+
+def test_adapters_move_their_inputs_once_and_their_outputs_twice() -> None:
+    shape, words = known("4"), (f"{KEY}.enabled=true", f"{KEY}.target_modules=[q_proj]")
+    adapters = adapters_of(recipe("distillation_math.yaml", *words), shape, 1, 1)
+    assert adapters is not None and adapter_bytes(adapters, 2) == 2 * 36 * (2560 + 2 * 4096)
+    read, rates = Sequences(10, 0, 10), replace(UNIT, matmul=float("inf"))
+    with_adapters, without = (layer_times(shape, read, rates, 2, 2, True, given) for given in (adapters, None))
+    assert with_adapters.elementwise - without.elementwise == 5 * adapter_bytes(adapters, 2)
+
+
 def test_small_operations_move_the_bytes_of_an_independent_count() -> None:
     """Counted per operation for Qwen3-4B in bfloat16: 604 KB a token and layer in transformers, 120 KB fused."""
     shape = known("4")
@@ -74,15 +115,14 @@ def test_small_operations_move_the_bytes_of_an_independent_count() -> None:
 
 def test_the_head_computes_logits_in_float32_and_gradients_in_the_compute_dtype() -> None:
     """One row of a vocabulary of 151,936 and 2,560 hidden states, half of it on each of two ranks."""
-    shape, rates = known("4"), replace(UNIT, wide_matmul=0.5, matmul=4.0, elementwise=2.0)
+    shape, rates = known("4"), replace(UNIT, wide_matmul=0.5, matmul=4.0, memory=2.0)
     product, logits = 2 * 2560 * 151_936 / 2, 151_936 / 2
     assert head_seconds(shape, 1, rates, 2, bytes_=6) == product / 0.5 + 3 * logits
     assert head_seconds(shape, 1, rates, 2, bytes_=6, wide=2, narrow=3) == product * (4 + 0.75) + 3 * logits
 
 
 def test_a_loss_without_triton_moves_more_bytes_per_logit() -> None:
-    only_bytes = Rates("bytes", *[float("inf")] * 10, 0.0, 0.0)
-    only_bytes = replace(only_bytes, elementwise=1.0)
+    only_bytes = replace(FREE, memory=1.0)
     triton, torch_ = (
         step(f"loss_fn.backend={name}", "runtime.fused_layers=true", rates=only_bytes) for name in ("triton", "torch")
     )
@@ -144,7 +184,7 @@ def test_a_step_of_4b_from_32b_takes_the_seconds_of_an_independent_count(
 
 def test_the_optimizer_moves_its_bytes_once_per_optimizer_step() -> None:
     one, four = step(rates=UNIT), step("policy.train_global_batch_size=16", rates=UNIT)
-    shard = one.memory.student_shard
+    shard = one.memory.weights.shard
     assert one.optimizer_seconds() == (OPTIMIZER_BYTES + 16) * shard
     assert four.optimizer_seconds() == (4 * OPTIMIZER_BYTES + 16) * shard
     kept = step("runtime.offload_optimizer=false", rates=UNIT)
@@ -157,18 +197,48 @@ def test_an_optimizer_on_the_host_uses_host_memory_and_the_gradients_pcie() -> N
     Each micro-batch copies float32 weights once per gather (forward and backward) and float32 gradients back, and the
     second micro-batch of each optimizer batch adds its gradients to those of the first: 12 bytes.
     """
-    infinite = float("inf")
-    free = Rates("free", *[infinite] * 10, 0.0, 0.0)
     words = ("policy.dtensor_cfg.cpu_offload=true", "policy.train_global_batch_size=32")
-    found = step(*words, rates=replace(free, host=3.0, host_memory=5.0))
-    shard = found.memory.student_shard
+    found = step(*words, rates=replace(FREE, host=3.0, host_memory=5.0))
+    shard = found.memory.weights.shard
     assert found.micro_batches(found.read, found.memory.tokens) == 4 and found.memory.optimizer_batches == 2
     assert found.optimizer_seconds() == 2 * 40 * shard / 5
     copies = 4 * 2 * 4 * shard / 3
     assert found.student_seconds() == pytest.approx(copies + 4 * 4 * shard / 3 + 2 * 12 * shard / 5)
     kept = step(*words, "policy.dtensor_cfg.reshard_after_forward=false", rates=found.rates)
     assert found.student_seconds() - kept.student_seconds() == pytest.approx(copies / 2)
-    assert found.sync_seconds() - step(words[1], rates=free).sync_seconds() == pytest.approx(4 * shard / 3)
+    assert found.sync_seconds() - step(words[1], rates=FREE).sync_seconds() == pytest.approx(4 * shard / 3)
+
+
+LORA = (
+    f"{KEY}.enabled=true",
+    f"{KEY}.dim=16",
+    "teacher.model_name=Qwen/Qwen3-4B",
+    "distillation.context_distillation.enabled=true",
+)
+
+
+def test_a_teacher_in_the_students_module_copies_no_shards_and_the_optimizer_moves_only_adapters() -> None:
+    own, shared = step(*LORA[2:], teacher="4", rates=UNIT), step(*LORA, teacher="4", rates=UNIT)
+    copied = 2 * 4_022_468_096 // 8
+    assert own.teacher_seconds() - shared.teacher_seconds() == pytest.approx(copied, rel=1e-3)
+    adapters = shared.memory.weights.adapters
+    assert adapters is not None and shared.optimizer_seconds() == (OPTIMIZER_BYTES + 16) * adapters.shard
+    live = step(*LORA, "distillation.context_distillation.mode=self_live", teacher="4", rates=UNIT)
+    assert live.teacher_seconds() > shared.teacher_seconds(), "its adapters are on"
+    merged = shared.sync_seconds() - own.sync_seconds()
+    assert merged == pytest.approx(MERGE_BYTES * 4_022_468_096 / 8, rel=1e-3)
+
+
+def test_a_step_of_adapters_has_no_gradients_of_weights() -> None:
+    """Seconds of FLOPs: 4 in place of 6 per parameter of the layers, 2 products of the head in place of 3."""
+    full, lora = (step(*words, teacher="4", rates=replace(ONLY_FLOPS, link=1e30)) for words in (LORA[2:], LORA))
+    shape, positions, rows = full.student, full.read.positions / 8, full.read.rows / 8
+    adapters = lora.memory.weights.adapters
+    assert adapters is not None
+    matrices = shape.layers * (shape.layer - sum(size[0] for size in shape.layer_tensors if len(size) == 1))
+    less = 2 * matrices * positions + 2 * shape.hidden * shape.vocab * rows
+    recomputed_too = 4 * 2 * adapters.parameters * positions
+    assert full.student_seconds() - lora.student_seconds() == pytest.approx(less - recomputed_too, rel=1e-6)
 
 
 def test_a_sync_gathers_the_weights_and_copies_them() -> None:
@@ -224,3 +294,15 @@ def test_generation_uses_the_engines_and_responses_of_the_recipe() -> None:
     assert found.generation(None).seconds < step(size="8").generation(None).seconds * 2
     mixed = step("distillation.off_policy.share=0.5", "distillation.num_generations_per_prompt=2").job()
     assert (mixed.responses, mixed.per_prompt) == (64, 1)
+
+
+def test_gathers_overlap_with_arithmetic_on_gpus_and_not_on_a_cpu() -> None:
+    found = step(rates=replace(FREE, link=1.0))
+    gathers = found.student_seconds()
+    assert gathers > 0 == step(rates=FREE).student_seconds()
+    busy = replace(FREE, link=1.0, matmul=1.0)
+    arithmetic = step(rates=replace(busy, link=INFINITE, wide_matmul=INFINITE)).student_seconds()
+    on_cpu = StepTime(found.config, found.student, found.teacher, busy, found.workload, False)
+    head = head_seconds(found.student, found.read.rows, busy, 8, bytes_=0, wide=0, narrow=2)
+    assert step(rates=busy).student_seconds() == pytest.approx(max(gathers, arithmetic - head) + head)
+    assert on_cpu.student_seconds() == pytest.approx(gathers + arithmetic)
