@@ -82,7 +82,7 @@ types: venv  ## mypy, strict in distill/
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
 	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile
 
-test: venv models lint types  ## lint, types and all tests that have no other target: under fifteen minutes
+test: venv models lint types  ## lint, types and all tests that have no other target: 13 to 20 minutes
 	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-demo: venv models  ## the tests of the demonstration: five to twenty minutes
@@ -98,7 +98,7 @@ test-demo: venv models  ## the tests of the demonstration: five to twenty minute
 test-exports: venv models .venv-transformers4/installed.lock  ## load exports with transformers 4 (in a separate environment), transformers 5 and vLLM
 	@$(PY) -m pytest -q -m exports tests/test_exports.py tests/test_adapter_exports.py
 
-test-fakecuda: venv  ## memory, host syncs and launches of a step on fake CUDA tensors, without a GPU: under three minutes
+test-fakecuda: venv  ## memory, host syncs and launches of a step on fake CUDA tensors, without a GPU: three to five minutes
 	@$(PY) -m pytest -q -rs -m fakecuda -n 2 --dist loadfile tests/fakecuda
 
 test-faults: venv  ## runs that are killed, stopped, hung or have nan losses

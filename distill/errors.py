@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -155,12 +155,17 @@ def writing_run(run_dir: Path) -> AbstractContextManager[None]:
     return writing_to(f"the run directory {run_dir}", fix)
 
 
-@contextmanager
-def writing_to(target: str, fix: str) -> Iterator[None]:
-    """Raise UserError if the ``with`` block fails because of a disk error.
+def writing_to(target: str, fix: str) -> AbstractContextManager[None]:
+    """Return a context manager that raises UserError if its ``with`` block fails because of a disk error.
 
     ``target`` and ``fix``: arguments of ``cannot_write``.
     """
+    return disk_errors_as(lambda cause: cannot_write(target, cause, fix))
+
+
+@contextmanager
+def disk_errors_as(user_error: Callable[[OSError], UserError]) -> Iterator[None]:
+    """Raise ``user_error(cause)`` if the ``with`` block fails because of the disk error ``cause``."""
     try:
         yield
     except UserError:
@@ -169,4 +174,4 @@ def writing_to(target: str, fix: str) -> Iterator[None]:
         cause = disk_error(error)
         if cause is None:
             raise
-        raise cannot_write(target, cause, fix) from error
+        raise user_error(cause) from error

@@ -1,6 +1,6 @@
 """Measure how much of a low-rank update reaches the generation engine: rounding by dither and to nearest.
 
-    python -m scripts.bench_lora_sync [--steps 1 10 40] [--prompts 32] [key.path=value ...]
+    python -m scripts.bench_lora_sync [--steps 1 10 40] [--prompts 32] [--compare] [key.path=value ...]
 
 Trains SmolLM2-135M with adapters of rank 16 by the recipe of the context demonstration, on two ranks in bfloat16. After
 each of the steps it stores the merged weights in float32, and in bfloat16 as a sync sends them. Then it compares the

@@ -21,7 +21,7 @@ import os.path
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from distill.checkpoint import SHARDS, CheckpointError, ShardsReader, files_of, 
 from distill.checkpoint.base_model import BASE
 from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.tokenizer import load_tokenizer
-from distill.errors import UserError, disk_error, reason, writing_to
+from distill.errors import UserError, disk_errors_as, reason, writing_to
 from distill.model.export import export_hf
 from distill.model.export_files import (
     EXPORT_FILES,
@@ -180,19 +180,12 @@ def _stop_ids(
     return tuple(sorted({*ours, *theirs}))
 
 
-@contextmanager
-def _reading(place: Path | str, key: str) -> Iterator[None]:
-    """Raise UserError if the ``with`` block cannot read ``place``, the value of ``key``."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        cause = disk_error(error)
-        if cause is None:
-            raise
-        problem = f"{place} cannot be read ({cause.strerror or cause})"
-        raise UserError(problem, "check its permissions and the disk, and try again", key, str(place)) from error
+def _reading(place: Path | str, key: str) -> AbstractContextManager[None]:
+    """Return a context manager that raises UserError if ``place``, the value of ``key``, cannot be read."""
+    fix = "check its permissions and the disk, and try again"
+    return disk_errors_as(
+        lambda cause: UserError(f"{place} cannot be read ({cause.strerror or cause})", fix, key, str(place))
+    )
 
 
 def _stored(checkpoint: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -78,10 +78,10 @@ class ModelFlops(ModelSizes):
         FLOPs of the forward in both terms, without the gradients of frozen weights. Recomputation does not count.
         """
         full = self.layers - self.windowed
-        linear = self.token_flops + self.head_flops + self.adapters - self._spared(1, 1) / 3
+        linear = self.token_flops + self.head_flops + self.adapters - self._frozen_gradients(1, 1) / 3
         return full * self.pair_flops / 2 / (linear + self.windowed * self.pair_flops * self.window)
 
-    def _spared(self, tokens: float, scored: float) -> float:
+    def _frozen_gradients(self, tokens: float, scored: float) -> float:
         """Return the FLOPs of the gradients of frozen weights, which a backward omits; 0 if the weights are trained."""
         return self.token_flops * tokens + self.head_flops * scored if self.adapters else 0
 
@@ -125,4 +125,4 @@ class ModelFlops(ModelSizes):
             head += response
         rows = head if trained is None else trained
         forward = total + self.head_flops * rows + self.adapters * tokens
-        return 3 * forward - self._spared(tokens, rows) + self.head_flops * scored
+        return 3 * forward - self._frozen_gradients(tokens, rows) + self.head_flops * scored

@@ -22,13 +22,12 @@ from distill.memory.layers import backward_workspace, forward_workspace, kept_by
 from distill.memory.shapes import ModelShape, teacher_group
 from distill.memory.weights import Lines, ShardedWeights
 from distill.model.host_offload import pinned_blocks
+from distill.model.lora_merge import TEMPORARY_BYTES
 from distill.model.student import DTYPES
 
 CPU_CACHE = 2**29
 """Size in bytes of vLLM's key-value cache on a machine without a GPU."""
 
-_MERGE = 2**25
-"""Bytes of the temporaries with which ``lora_merge`` adds adapters to a part of a weight."""
 _INT64 = 8
 _ROW_VALUES = 40
 """Bytes per response token of a micro-batch, outside of both models' inputs.
@@ -225,7 +224,7 @@ class StepMemory:
         copies = 2 if self.tp > 1 else 1 if self.shards > 1 else 0
         buckets = {"sync buckets": both + both // self.shards + largest * copies}
         if self.weights.adapters is not None:
-            buckets["merge temporaries"] = _MERGE
+            buckets["merge temporaries"] = TEMPORARY_BYTES
         tables = [self.kept(moments=not self.on_host), self.kept() | weights | buckets, self.kept() | awake]
         if policy.precision != "float32":
             return tables
@@ -310,8 +309,8 @@ class StepMemory:
         kept_layer = kept_by_layer(shape, b, tp, self.fused, mode, self.cp, low)
         last_norm = positions * (2 * b if self.fused else 4 + b) * shape.hidden
         saved = positions * shape.layers * kept_layer
-        # Counted, not derived: if all weights are trained, the backward of the last layer holds as much memory as the
-        # saved tensors of the last norm in addition, and with a frozen norm and head it does not.
+        # The tests' counts: if all weights are trained, the last layer's backward needs as much memory in addition as
+        # the last norm has saved; with a frozen norm and head it does not. The cause is not known.
         saved_above = 0 if weights.adapters else last_norm
         working = positions * backward_workspace(shape, b, tp, self.fused, mode, self.cp, low)
         has_moments = None if self.optimizer_batches == 1 else not self.on_host

@@ -228,10 +228,11 @@ def ending(
         following = "run the same command again; it starts at step 0, because no checkpoint was saved before the stop"
     else:
         following = "set checkpointing.enabled=true to keep the weights of a run"
+    name = "adapter (PEFT)" if is_adapter else "Hugging Face export"
     rows = {
         "time since the start": duration(seconds),
         "checkpoint": "not saved" if checkpoint is None else relative_path(checkpoint),
-        "adapter (PEFT)" if is_adapter else "Hugging Face export": "" if export is None else relative_path(export),
+        name: "" if export is None else relative_path(export),
         "report": "" if page is None else relative_path(page),
         "next": following,
     }

@@ -79,3 +79,15 @@ class TokenMetrics:
             for tenth, total in enumerate(sums.unbind()[:TENTHS]):
                 stats[position_name(name, tenth + 1)] = (total, counts[tenth])
         metrics.add(stats)
+
+
+def add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
+    """Add the loss statistics of a micro-batch to ``metrics``.
+
+    ``sampler``: whether to include comparisons with the log-probs of the sampler (the generation engine). After an
+    optimizer step the sampler still has the previous weights, so these comparisons would measure the effect of the
+    step.
+    """
+    stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
+    metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
+    metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})

@@ -21,7 +21,9 @@ from distill.model.checksum import bit_sums
 from distill.model.dtensor import all_gather, local_shard
 
 _CHUNK = 2**21
-"""Number of elements that are merged at once; it limits the memory of the float32 and int32 temporaries to 32 MiB."""
+"""Number of elements that are merged at once."""
+TEMPORARY_BYTES = 16 * _CHUNK
+"""Memory of the float32 and int32 temporaries of a merge: about four tensors of a chunk."""
 _FIRST_FACTOR, _SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - 2**32
 """Factors of the integer hash function lowbias32, as int32 numbers."""
 

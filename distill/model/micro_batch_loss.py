@@ -14,8 +14,7 @@ from distill.config import Config
 from distill.distributed.world import World
 from distill.loss import LikelyTokens, OffPolicyRows, Sampled, VocabParallel, fused_linear_kl, likely_tokens
 from distill.loss.token_weights import ResponseRows, needed_values, token_weights
-from distill.metrics.step import Metrics
-from distill.types import LossOutput, MicroBatch, ResponseGrid, Stats, Targets, TeacherRows, TopK
+from distill.types import LossOutput, MicroBatch, ResponseGrid, Targets, TeacherRows, TopK
 
 OVERLAP_INTERVAL = 8
 """The metric ``topk_overlap`` is computed at tokens 1, 9, 17, ... of each response, because it needs a top-k."""
@@ -227,15 +226,3 @@ def loss_at_temperature(config: Config) -> Any:
     if temperature is None:
         temperature = config.policy.generation.temperature
     return replace(config.loss_fn, temperature=temperature)
-
-
-def add_stats(metrics: Metrics, stats: Stats, sampler: bool) -> None:
-    """Add the loss statistics of a micro-batch to ``metrics``.
-
-    ``sampler``: whether to include comparisons with the log-probs of the sampler (the generation engine). After an
-    optimizer step the sampler still has the previous weights, so these comparisons would measure the effect of the
-    step.
-    """
-    stats = {name: pair for name, pair in stats.items() if sampler or not name.startswith("sampler_")}
-    metrics.add({name: pair for name, pair in stats.items() if not name.endswith("_max")})
-    metrics.add_max({name: pair[0] for name, pair in stats.items() if name.endswith("_max")})

@@ -86,9 +86,9 @@ def write_adapter(
 ) -> None:
     """Write a folder that PEFT and vLLM load; not collective.
 
-    ``adapters`` maps names to complete tensors. ``files`` maps the path of each
-    further file, among them adapter_config.json, to its content. ``base_checksum``: checksums of the base model's
-    weights, which ``lora_cfg.init_from`` compares.
+    ``adapters`` maps names to complete tensors. ``files`` maps the path of each other file, among them
+    adapter_config.json, to its content. ``base_checksum``: checksums of the base model's weights, which
+    ``lora_cfg.init_from`` compares.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{_PREFIX}{name}{_SUFFIX}": tensor for name, tensor in adapters.items()}

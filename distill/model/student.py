@@ -19,7 +19,7 @@ from distill.config import Config, TokenWeightsConfig
 from distill.distributed.world import World
 from distill.loss import VocabParallel, checks
 from distill.metrics.step import Metrics
-from distill.metrics.token_metrics import TokenMetrics
+from distill.metrics.token_metrics import TokenMetrics, add_stats
 from distill.model.base_checksum import frozen_base
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.fused_layers import uses_fused_layers
@@ -28,7 +28,7 @@ from distill.model.hf_load import causal_lm_parts, chunk_of
 from distill.model.host_offload import OptimizerOffload
 from distill.model.learning_rate import build_scheduler
 from distill.model.lora import AdapterSettings
-from distill.model.micro_batch_loss import MicroBatchLoss, RowComparison, add_stats
+from distill.model.micro_batch_loss import MicroBatchLoss, RowComparison
 from distill.model.nonfinite import NonFiniteError, NonFiniteReport, not_finite
 from distill.model.optimizer import ShardedAdamW, sum_of_squares
 from distill.model.sharded import ShardedLM, Sharding, load_sharded

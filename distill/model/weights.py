@@ -293,7 +293,7 @@ class _Copies:
             return
         i = self._names.index(names[0])
         if split[i]:
-            where = f"rank {int(found[:, i, -1].max())}'s copy differs from that of a rank before it"
+            where = f"the copy of rank {int(found[:, i, -1].max())} differs from that of a lower rank"
         else:
             replica = int((found[:, i, :-1] != found[0, i, :-1]).any(-1).int().argmax())
             where = f"replica {replica} (of {len(found)}, counted from 0) differs from replica 0"
