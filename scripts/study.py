@@ -55,7 +55,7 @@ SEEDS = (1, 2, 3)
 RUNS = ROOT / "runs" / "study"
 PILOT_STEPS = 5
 """Steps of the run that measures the seconds of a step of the arm that must fit into the time of the other arm."""
-MORE_STEPS = 2
+MORE_STEPS = 1.6
 """Experiment partial: steps of the arm with partial rollouts, as a multiple of the steps of the other arm."""
 
 Result = dict[str, float]
@@ -317,9 +317,10 @@ def partial(request: Request) -> dict[str, Any]:
     for seed in SEEDS:
         complete = request.train("partial", lockstep, seed)
         count = steps(complete)
-        more = request.train("partial", early, seed, f"distillation.max_num_steps={MORE_STEPS * count}")
+        planned = math.ceil(MORE_STEPS * count)
+        more = request.train("partial", early, seed, f"distillation.max_num_steps={planned}")
         fitting = finished_within(training_seconds(complete), more)
-        if fitting == MORE_STEPS * count:
+        if fitting == planned:
             print(f"seed {seed}: partial rollouts did not use all of the time; increase MORE_STEPS={MORE_STEPS}")
         results[lockstep.name].append(scheduled(complete, count))
         results[early.name].append(scheduled(more, fitting))
