@@ -1,98 +1,73 @@
 """Measure how much of a low-rank update reaches the generation engine: rounding by dither and to nearest.
 
-    python -m scripts.bench_lora_sync [--steps 1 10 40] [--prompts 32] [--compare] [key.path=value ...]
+    python -m scripts.bench_lora_sync CHECKPOINTS [--steps 1 10 40] [--prompts 32]
 
-Trains SmolLM2-135M with adapters of rank 16 by the recipe of the context demonstration, on two ranks in bfloat16. After
-each of the steps it stores the merged weights in float32, and in bfloat16 as a sync sends them. Then it compares the
-models in float32 arithmetic, so that the numbers show the rounding of the weights only. The tokens are responses that
-the base model samples for validation problems. KL is per token, over the complete vocabulary. The columns:
+CHECKPOINTS is the folder of a run that trained adapters and exported each step, for example:
+
+    torchrun --nproc-per-node 2 -m distill.train --config recipes/demo-context-lora-cpu.yaml checkpointing.enabled=true
+        checkpointing.checkpoint_dir=CHECKPOINTS checkpointing.save_period=1 checkpointing.save_consolidated=true
+        checkpointing.keep_top_k=null
+
+The adapters of each step are merged into the base model in float32, and in bfloat16 as a sync sends them. The models
+are compared in float32 arithmetic, so that the numbers show the rounding of the weights only. The tokens are responses
+that the base model samples for validation problems. KL is per token, over the complete vocabulary. The columns:
 
 - moved: KL(base || adapter) in nats, where the adapter's weights are merged in float32.
 - KL: KL(trainer || engine), where the trainer has the merged float32 weights and the engine those in bfloat16.
 - of moved: KL as a fraction of ``moved``.
 - arrives: share of the update in the engine's weights, (engine - base) * (trainer - base) / (trainer - base)^2.
 
-The exit code is 1 if ``of moved`` is above 2% with the dither. The last line has the seconds in which a rank gathers
-all weights, without and with the merge.
+The exit code is 1 if ``of moved`` is above 2% with the dither.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import statistics
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.launch import ROOT, run, torchrun
+from distill.model.hf_load import load_weights
+from distill.model.lora_merge import Adapter, merge_into
+from distill.model.peft_files import read_adapter
+from scripts.launch import ROOT
 
-if TYPE_CHECKING:
-    from distill.distributed.world import World
-
-MODEL = ROOT / "models/SmolLM2-135M-Instruct"
-RUN_DIR = ROOT / "runs" / "bench_lora_sync"
 LIMIT = 0.02
 """Largest KL(trainer || engine) as a fraction of KL(base || adapter)."""
 NEW_TOKENS = 48
-RECIPE = (
-    *("--config", "recipes/demo-context-cpu.yaml"),
-    *("policy.dtensor_cfg.lora_cfg.enabled=true", "policy.dtensor_cfg.lora_cfg.dim=16"),
-    *("policy.optimizer.kwargs.lr=1e-4", "policy.precision=bfloat16"),
-    *("distillation.val_at_start=false", "distillation.val_at_end=false"),
-    f"logger.log_dir={RUN_DIR / 'training'}",
-)
 
 Weights = Mapping[str, Tensor]
 
 
-def record(steps: Sequence[int], argv: Sequence[str], world: World) -> None:
-    """Train, and store the weights after each of ``steps``; collective."""
-    from distill.build import build_run
-    from distill.config import parse_args
-    from distill.train import train_step
-
-    arguments = parse_args([*argv, f"distillation.max_num_steps={max(steps)}"])
-    training = build_run(arguments, world)
-    assert training is not None, "the run directory is not empty"
-    world.supervisor.begin_loop(arguments.config.runtime.phase_timeout_s)
-    for step in range(1, max(steps) + 1):
-        train_step(training, step - 1)
-        if step in steps:
-            _store(training.student, step, world.is_main)
-    training.finish()
-
-
-def _store(student: Any, step: int, is_main: bool) -> None:
-    """Write the adapted weights in both precisions, and the seconds of two gathers in bfloat16; collective."""
-    adapted = {name for name, _ in student.model.adapters}
-    weights = student._weights
-    seconds = []
-    for merge in (None, weights._merge):
-        weights._merge = merge
-        started = time.monotonic()
-        for _ in weights.merged(torch.bfloat16):
-            pass
-        seconds.append(time.monotonic() - started)
-    found = {
-        name: {key: tensor.clone() for key, tensor in weights.merged(dtype) if key in adapted}
-        for name, dtype in (("merged", torch.float32), ("sent", torch.bfloat16))
+def adapters(folder: Path) -> dict[str, Adapter]:
+    """Return the adapters of a PEFT folder by the name of their weight."""
+    found = read_adapter(str(folder), "CHECKPOINTS")
+    tensors = {name: torch.empty(stored.shape) for name, stored in found.files.tensors.items()}
+    load_weights(tensors.items(), found.files, "CHECKPOINTS")
+    layers = {name.rpartition(".")[0] for name in tensors}
+    return {
+        f"{layer}.weight": Adapter(tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"], found.scale)
+        for layer in sorted(layers)
     }
-    if is_main:
-        torch.save(found | {"seconds": seconds}, RUN_DIR / f"step_{step}.pt")
 
 
-def sequences(model: Any, prompts: int) -> list[tuple[Tensor, int]]:
+def merged(base: Weights, found: Mapping[str, Adapter], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the adapted weights in ``dtype``, as a sync sends them."""
+    weights = {name: torch.empty_like(base[name], dtype=dtype) for name in found}
+    for name, adapter in found.items():
+        assert merge_into(weights[name], name, base[name], adapter)
+    return weights
+
+
+def sequences(model: Any, folder: Path, prompts: int) -> list[tuple[Tensor, int]]:
     """Return (token ids of prompt and sampled response, length of the prompt) of the first validation problems."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = (ROOT / "prompts/gsm_validation.jsonl").read_text().splitlines()[:prompts]
     torch.manual_seed(0)
     found = []
@@ -118,67 +93,52 @@ def divergence(one: Iterator[Tensor], other: Iterator[Tensor]) -> float:
     return float(torch.cat(by_token).double().mean())
 
 
-def share(base: Weights, merged: Weights, sent: Weights) -> float:
-    """Return the share of the update ``merged`` - ``base`` that ``sent`` contains."""
+def share(base: Weights, complete: Weights, sent: Weights) -> float:
+    """Return the share of the update ``complete`` - ``base`` that ``sent`` contains."""
     arrived = total = 0.0
-    for name, tensor in merged.items():
+    for name, tensor in complete.items():
         update = (tensor - base[name]).double()
         arrived += float(((sent[name].double() - base[name].double()) * update).sum())
         total += float(update.square().sum())
     return arrived / total
 
 
-def measure(step: int, model: Any, base: Weights, texts: Sequence[tuple[Tensor, int]]) -> bool:
-    """Print the table's line of one step; return whether the dither keeps the limit."""
-    found = torch.load(RUN_DIR / f"step_{step}.pt")
-    merged = found["merged"]
-    own = {name: base[name] for name in merged}
-    trainer = list(logprobs(model, merged, texts))
+def measure(folder: Path, model: Any, base: Weights, texts: Sequence[tuple[Tensor, int]]) -> tuple[str, bool]:
+    """Return the table's columns for the adapters in ``folder``, and whether the dither keeps the limit."""
+    found = adapters(folder)
+    complete, sent = merged(base, found, torch.float32), merged(base, found, torch.bfloat16)
+    own = {name: base[name] for name in complete}
+    trainer = list(logprobs(model, complete, texts))
     moved = divergence(logprobs(model, own, texts), iter(trainer))
-    row, ratios = f"{step:5d}  {moved:9.2e}", []
-    for sent in (found["sent"], {name: tensor.bfloat16() for name, tensor in merged.items()}):
-        kl = divergence(iter(trainer), logprobs(model, sent, texts))
+    row, ratios = f"{moved:9.2e}", []
+    for engine in (sent, {name: tensor.bfloat16() for name, tensor in complete.items()}):
+        kl = divergence(iter(trainer), logprobs(model, engine, texts))
         ratios.append(kl / moved)
-        row += f"  {kl:9.2e}  {kl / moved:8.2%}  {share(own, merged, sent):7.1%}"
-    print(row, flush=True)
-    return ratios[0] <= LIMIT
+        row += f"  {kl:9.2e}  {kl / moved:8.2%}  {share(own, complete, engine):7.1%}"
+    return row, ratios[0] <= LIMIT
 
 
 def main() -> None:
-    """Train in torchrun, then compare the stored weights in this process."""
+    """Compare the adapters of each step with their base model in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, metavar="CHECKPOINTS", help="folder of the run's checkpoints")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 10, 40])
     parser.add_argument("--prompts", type=int, default=32, help="validation problems, with one response each")
-    parser.add_argument("--compare", action="store_true", help="compare the weights of the last training")
-    parser.add_argument("--record", action="store_true", help=argparse.SUPPRESS)
-    arguments, overrides = parser.parse_known_args()
-    if arguments.record:
-        from distill.distributed.program import exit_process, run_program, start_process
-
-        start_process()
-        exit_process(run_program(partial(record, arguments.steps, overrides)))
-    if not arguments.compare:
-        _train(arguments.steps, overrides)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).float().eval()
+    arguments = parser.parse_args()
+    folders = {step: arguments.checkpoints / f"step_{step}" / "peft" for step in arguments.steps}
+    name = read_adapter(str(folders[arguments.steps[0]]), "CHECKPOINTS").base
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).float().eval()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    texts = sequences(model, arguments.prompts)
+    texts = sequences(model, Path(name), arguments.prompts)
     print(f"\n{sum(len(ids) - prompt for ids, prompt in texts)} tokens of {len(texts)} responses")
     print(f"{'':16s}  {'dither':>28s}  {'to nearest':>28s}")
     print(f"{'step':>5s}  {'moved':>9s}" + f"  {'KL':>9s}  {'of moved':>8s}  {'arrives':>7s}" * 2)
-    kept = [measure(step, model, base, texts) for step in arguments.steps]
-    seconds = [torch.load(RUN_DIR / f"step_{step}.pt")["seconds"] for step in arguments.steps]
-    plain, merged = (statistics.median(column) for column in zip(*seconds, strict=True))
-    print(f"gather of all weights in bfloat16: {plain:.2f} s without and {merged:.2f} s with the merge")
+    kept = []
+    for step, folder in folders.items():
+        row, keeps = measure(folder, model, base, texts)
+        print(f"{step:5d}  {row}", flush=True)
+        kept.append(keeps)
     sys.exit(not all(kept))
-
-
-def _train(steps: Sequence[int], overrides: Sequence[str]) -> None:
-    shutil.rmtree(RUN_DIR, ignore_errors=True)
-    Path(RUN_DIR).mkdir(parents=True)
-    program = ("-m", "scripts.bench_lora_sync", "--record", "--steps", *map(str, steps))
-    code = run(torchrun(2, *program, *RECIPE, *overrides))
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ PILOT_STEPS = 5
 """Steps of the run that measures the seconds of a step of the arm that must fit into the time of the other arm."""
 MORE_STEPS = 1.6
 """Experiment partial: steps of the arm with partial rollouts, as a multiple of the steps of the other arm."""
+AVERAGED = 3
+"""Experiment partial: number of validations, the last ones of the training time, whose mean KL is reported."""
 
 Result = dict[str, float]
 """Measurements of one run, by name."""
@@ -186,7 +188,11 @@ def scheduled(run_dir: Path, last: int) -> Result:
     """
     lengths = _by_step(run_dir, _LENGTH)[:last]
     third = max(1, last // 3)
+    averaged = range(max(1, last - AVERAGED + 1), last + 1)
     return measured(run_dir, last) | {
+        f"KL, mean of {AVERAGED} validations": statistics.fmean(
+            token_kl(validated(run_dir, f"step_{step}")) for step in averaged
+        ),
         "generation seconds per step": statistics.fmean(_by_step(run_dir, "timing/train/generation_slowest")[:last]),
         "wait share": statistics.fmean(_by_step(run_dir, "timing/train/generation_wait_share")[:last]),
         "trained tokens": sum(map(trained_tokens, step_rows(run_dir)[:last])),
@@ -307,13 +313,14 @@ def partial(request: Request) -> dict[str, Any]:
     """Train with steps that wait for their longest response, then with partial rollouts for the same time.
 
     The first steps with partial rollouts are short, so their time predicts no later step. This arm therefore trains
-    more steps than fit, validates after each, and is measured after the last step that fits.
+    more steps than fit and is measured after the last step that fits. Both validate after each step: the responses of
+    a validation are sampled, so its KL varies by about 0.02 nats; the mean of several is compared.
     """
-    lockstep = Arm("lockstep", "long-cpu.yaml")
-    early = Arm("partial", "long-cpu.yaml", (*PARTIAL, "distillation.val_period=1"))
+    lockstep = Arm("lockstep", "long-cpu.yaml", _EVERY_STEP)
+    early = Arm("partial", "long-cpu.yaml", (*_EVERY_STEP, *PARTIAL))
     results: dict[str, list[Result]] = {lockstep.name: [], early.name: []}
     lengths: dict[str, list[list[float]]] = {lockstep.name: [], early.name: []}
-    kls = []
+    kls: dict[str, list[list[tuple[float, float]]]] = {lockstep.name: [], early.name: []}
     for seed in SEEDS:
         complete = request.train("partial", lockstep, seed)
         count = steps(complete)
@@ -322,15 +329,14 @@ def partial(request: Request) -> dict[str, Any]:
         fitting = finished_within(training_seconds(complete), more)
         if fitting == planned:
             print(f"seed {seed}: partial rollouts did not use all of the time; increase MORE_STEPS={MORE_STEPS}")
-        results[lockstep.name].append(scheduled(complete, count))
-        results[early.name].append(scheduled(more, fitting))
-        kls.append(kl_by_seconds(more))
-        lengths[lockstep.name].append(_by_step(complete, _LENGTH))
-        lengths[early.name].append(_by_step(more, _LENGTH))
+        for arm, folder, last in ((lockstep, complete, count), (early, more, fitting)):
+            results[arm.name].append(scheduled(folder, last))
+            kls[arm.name].append(kl_by_seconds(folder))
+            lengths[arm.name].append(_by_step(folder, _LENGTH))
     for name, by_seed in lengths.items():
         print(f"\nmean length of the responses by step, {name}")
         print("\n".join(f"  seed {seed}: {_joined(each)}" for seed, each in zip(SEEDS, by_seed, strict=True)))
-    return compare(results) | {"lengths": lengths, "held-out KL by training seconds, partial": kls}
+    return compare(results) | {"lengths": lengths, "held-out KL by training seconds": kls}
 
 
 def _joined(lengths: Sequence[float]) -> str:
@@ -349,6 +355,7 @@ def agrees(candidate: str | None, results: Mapping[str, Sequence[Result]]) -> bo
     return all(estimate([result["rise"] for result in runs]).low <= 0 for runs in results.values())
 
 
+_EVERY_STEP = ("distillation.val_period=1",)
 PARTIAL = ("distillation.partial_rollouts.enabled=true", "distillation.partial_rollouts.finish_share=0.75")
 """Overrides for partial rollouts: 16 responses per step of 22 in progress."""
 _LENGTH = "train/mean_gen_tokens_per_sample"

@@ -63,6 +63,13 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _validated(folder: Path, kls: dict[int, float]) -> None:
+    """Write a validation of one response for each step in ``kls``."""
+    for step, kl in kls.items():
+        sample = {"prompt_id": 0, "verdict": None, "forward_kl": [kl]}
+        (folder / "validation" / f"step_{step}.jsonl").write_text(json.dumps(sample) + "\n")
+
+
 def test_an_estimate_is_the_mean_with_the_interval_of_students_t() -> None:
     # 1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7, standard error sqrt(7 / 3), t(2 degrees of freedom) = 4.303
     found = estimate([1.0, 2.0, 6.0])
@@ -158,18 +165,19 @@ def test_lengths_and_waits_are_means_over_steps_and_trained_tokens_a_sum(run_dir
     names += ("timing/train/generation_wait_share", "train/partial/older_token_share")
     rows = [_row(step, 5.0) | dict(zip(names, values, strict=True)) for step, values in enumerate(by_step, 1)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run_dir / "validation" / "step_2.jsonl").rename(run_dir / "validation" / "step_4.jsonl")
+    _validated(run_dir, {1: 0.5, 2: 0.25, 3: 0.75, 4: 0.125})
     found = scheduled(run_dir, 4)
+    assert found["KL, mean of 3 validations"] == 0.375
     assert (found["generation seconds per step"], found["wait share"], found["trained tokens"]) == (5.0, 0.25, 1000.0)
     assert (found["length, first third of steps"], found["length, last third of steps"]) == (40.0, 140.0)
     assert found["share of older tokens"] == pytest.approx(0.15)
-    (run_dir / "validation" / "step_4.jsonl").rename(run_dir / "validation" / "step_2.jsonl")
     earlier = scheduled(run_dir, 2)
+    assert earlier["KL, mean of 3 validations"] == 0.375
     assert (earlier["steps"], earlier["training seconds"], earlier["trained tokens"]) == (2.0, 9.5, 300.0)
     assert (earlier["generation seconds per step"], earlier["wait share"]) == (6.0, 0.375)
     assert (earlier["length, first third of steps"], earlier["length, last third of steps"]) == (40.0, 100.0)
     assert earlier["share of older tokens"] == 0.0
-    assert earlier["KL after, nats per token"] == pytest.approx(0.2)
+    assert earlier["KL after, nats per token"] == 0.25
 
 
 @pytest.mark.parametrize(("overrides", "in_progress"), [((), 16), (study.PARTIAL, 22)])
@@ -187,9 +195,8 @@ def test_partial_rollouts_are_measured_after_the_last_step_within_the_time_of_th
     shutil.copytree(run_dir / "validation", more / "validation")
     rows = [_row(step, seconds + 0.25) for step, seconds in enumerate((4.0, 2.0, 2.0, 2.0), 1)]
     (more / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for step, kl in ((1, 0.5), (2, 0.4), (3, 0.25), (4, 0.125)):
-        sample = {"prompt_id": 0, "verdict": None, "forward_kl": [kl]}
-        (more / "validation" / f"step_{step}.jsonl").write_text(json.dumps(sample) + "\n")
+    _validated(run_dir, {1: 0.5, 2: 0.4})
+    _validated(more, {1: 0.5, 2: 0.4, 3: 0.25, 4: 0.125})
 
     def train(self: Request, experiment: str, arm: Arm, seed: int, *overrides: str) -> Path:
         started.append((arm.name, seed, (*arm.overrides, *overrides)))
@@ -197,12 +204,13 @@ def test_partial_rollouts_are_measured_after_the_last_step_within_the_time_of_th
 
     monkeypatch.setattr(Request, "train", train)
     found = partial(Request((), keep=False))
-    settings = (*study.PARTIAL, "distillation.val_period=1", "distillation.max_num_steps=4")
-    assert started == [run for seed in SEEDS for run in (("lockstep", seed, ()), ("partial", seed, settings))]
+    each = "distillation.val_period=1"
+    settings = (each, *study.PARTIAL, "distillation.max_num_steps=4")
+    assert started == [run for seed in SEEDS for run in (("lockstep", seed, (each,)), ("partial", seed, settings))]
     measurements = found["runs"]["partial"][0]
     assert (measurements["steps"], measurements["training seconds"]) == (3.0, 8.0)
     assert measurements["KL after, nats per token"] == 0.25
-    curve = found["held-out KL by training seconds, partial"][0]
+    curve = found["held-out KL by training seconds"]["partial"][0]
     assert curve == [(0.0, pytest.approx(0.6)), (4.0, 0.5), (6.0, 0.4), (8.0, 0.25), (10.0, 0.125)]
     assert found["lengths"]["partial"] == [[0.0] * 4] * 3 and found["runs"].keys() == {"lockstep", "partial"}
 
