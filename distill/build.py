@@ -222,6 +222,7 @@ def _load(
     teacher.offload()
     if resume.found is not None:
         with phase("loading the checkpoint"):
+            raise_if_other_base(resume.found, student.base, config.policy.model_name)
             _restore(resume.found, checkpoints, student, teacher, steps)
     packing = packing_of(config, model_config(models.student, "policy.model_name"))
     stop = _stop_check(config, world)
@@ -406,7 +407,6 @@ def _utilization(config: Config, models: Models, world: World, packing: PackingC
 
 def _restore(found: Found, checkpoints: Checkpoints, student: Student, teacher: Teacher, steps: Steps) -> None:
     """Load the checkpoint into student and teacher; log changes of recipe and data since the checkpoint."""
-    raise_if_other_base(found, student.base)
     has_optimizer = found.info["recipe"]["checkpointing"]["save_optimizer"]
     checkpoints.load(found.path, student.state(optimizer=has_optimizer) | teacher.state())
     student.resume(steps.first)

@@ -11,6 +11,7 @@ from typing import Any
 from distill.batching.flops import ModelFlops, sizes_of
 from distill.batching.plan import PackingConfig
 from distill.config import Config, ContextDistillationConfig, LoraConfig, TokenWeightsConfig
+from distill.config.lora_rules import starts_as_teacher
 from distill.data.chat_template import check_chat_template
 from distill.data.clock import RunClock
 from distill.data.columns import TextColumn
@@ -276,7 +277,7 @@ def check_teacher_reads_more(config: Config, prefixes: TeacherPrefixes, order: P
     Compares the prompts of the first step only. Skips the check if context distillation is disabled, if the
     teacher's prompts contain traces (reasoning texts), or if distillation.control or allow_degenerate is true.
     """
-    is_self, context = config.teacher.model_name == config.policy.model_name, config.distillation.context_distillation
+    is_self, context = starts_as_teacher(config), config.distillation.context_distillation
     allowed = config.distillation.allow_degenerate or config.distillation.control
     if not context.enabled or allowed or not is_self or _has_traces(context, order):
         return

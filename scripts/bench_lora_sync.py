@@ -15,7 +15,7 @@ that the base model samples for validation problems. KL is per token, over the c
 - moved: KL(base || adapter) in nats, where the adapter's weights are merged in float32.
 - KL: KL(trainer || engine), where the trainer has the merged float32 weights and the engine those in bfloat16.
 - of moved: KL as a fraction of ``moved``.
-- arrives: share of the update in the engine's weights, (engine - base) * (trainer - base) / (trainer - base)^2.
+- arrives: share of the update that the engine receives, (engine - base) * (trainer - base) / (trainer - base)^2.
 
 The exit code is 1 if ``of moved`` is above 2% with the dither.
 """
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distill.errors import UserError
 from distill.model.hf_load import load_weights
 from distill.model.lora_merge import Adapter, merge_into
 from distill.model.peft_files import read_adapter
@@ -61,7 +62,8 @@ def merged(base: Weights, found: Mapping[str, Adapter], dtype: torch.dtype) -> d
     """Return the adapted weights in ``dtype``, as a sync sends them."""
     weights = {name: torch.empty_like(base[name], dtype=dtype) for name in found}
     for name, adapter in found.items():
-        assert merge_into(weights[name], name, base[name], adapter)
+        finite = merge_into(weights[name], name, base[name], adapter)
+        assert finite, name
     return weights
 
 
@@ -126,7 +128,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="validation problems, with one response each")
     arguments = parser.parse_args()
     folders = {step: arguments.checkpoints / f"step_{step}" / "peft" for step in arguments.steps}
-    name = read_adapter(str(folders[arguments.steps[0]]), "CHECKPOINTS").base
+    try:
+        name = {read_adapter(str(folder), "CHECKPOINTS").base for folder in folders.values()}.pop()
+    except UserError as error:
+        sys.exit(f"error: {error}")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).float().eval()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = sequences(model, Path(name), arguments.prompts)

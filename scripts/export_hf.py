@@ -10,7 +10,7 @@ ids of the training from that model and from the teacher.
 
 A checkpoint of low-rank adapters (LoRA) is exported as a PEFT folder, as ``step_40/peft``. ``--merge`` merges the
 adapters into their base model and writes the complete model. For this it reads the base model of the recipe, or
-``--model``, and compares its weights with the checksum in the checkpoint.
+``--model``. It first compares the weights of the base model with the checksum in the checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distill.checkpoint.base_model import BASE
 from distill.data.stop_ids import stop_ids, usable_stop_ids
 from distill.data.tokenizer import load_tokenizer
 from distill.errors import UserError, disk_errors_as, reason, writing_to
-from distill.model.export import export_hf
+from distill.model.export import write_hf
 from distill.model.export_files import (
     EXPORT_FILES,
     ExportFiles,
@@ -47,7 +47,7 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import ModelFiles, find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.lora_merge import Adapter
-from distill.model.merged_files import merged_weights
+from distill.model.merged_files import check_base, merged_weights
 from distill.model.student import DTYPES
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,11 @@ def export(
     try:
         with writing_to(f"{out}", "free space there, or choose a writable output folder"):
             if merge:
-                export_hf(part, _merged(checkpoint, info, shapes, kind, model), files, kind)
+                write_hf(part, _merged(checkpoint, info, shapes, kind, model), files, kind)
             elif info.get(BASE) is not None:
-                _export_adapter(part, checkpoint, info, files, shapes)
+                _export_adapter(part, checkpoint, info, files, shapes, model)
             else:
-                export_hf(part, _weights(checkpoint, shapes, kind, name), files, kind)
+                write_hf(part, _weights(checkpoint, shapes, kind, name), files, kind)
             part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -221,16 +221,21 @@ def _weights(
 
 
 def _export_adapter(
-    out: Path, checkpoint: Path, info: Mapping[str, Any], files: ExportFiles, base: Iterable[str]
+    out: Path, checkpoint: Path, info: Mapping[str, Any], files: ExportFiles, base: Iterable[str], model: str | None
 ) -> None:
     adapters = _stored(checkpoint, _shapes(checkpoint))
-    export_adapter(out, adapters, files, info["recipe"], base, info[BASE]["checksum"])
+    named = info[BASE] if model is None else {**info[BASE], "model_name": model}
+    export_adapter(out, adapters, files, info["recipe"], base, named)
 
 
 def _merged(
     checkpoint: Path, info: Mapping[str, Any], shapes: Mapping[str, torch.Size], dtype: torch.dtype, model: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and weights of the base model with the adapters of the checkpoint merged, in ``dtype``."""
+    """Return names and weights of the base model with the adapters of the checkpoint merged, in ``dtype``.
+
+    Raises UserError if the base model is not that of the training, before the first weight is merged. So the base model
+    is read twice.
+    """
     stored, lora = _shapes(checkpoint), info["recipe"]["policy"]["dtensor_cfg"]["lora_cfg"]
 
     def adapter_of(name: str) -> Adapter | None:
@@ -241,8 +246,14 @@ def _merged(
         return Adapter(lora_a, lora_b, lora["alpha"] / lora["dim"])
 
     source, key = _source(info["recipe"], model), "--model" if model else _KEY
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        with _reading(source.name, key):
+            yield from merged_weights(source, key, shapes, info[BASE], adapter_of, dtype)
+
     with _reading(source.name, key):
-        yield from merged_weights(source, key, shapes, info[BASE], adapter_of, dtype)
+        check_base(source, key, shapes, info[BASE])
+    return weights()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -256,13 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--merge",
         action="store_true",
-        help="merge low-rank adapters into their base model; its checksum is known after its last tensor is read;"
+        help="merge low-rank adapters into their base model, which is read twice: for its checksum, and for the output;"
         " default: a PEFT folder",
     )
     parser.add_argument(
         "--model",
-        help="source of configuration, tokenizer and, with --merge, weights of the base model; default: the checkpoint,"
-        " and the student model of its recipe for the weights",
+        help="source of configuration, tokenizer and, with --merge, weights of the base model; without --merge, a PEFT"
+        " folder names it, and its weights are not compared; default: the checkpoint, and the model of its recipe",
     )
     parser.add_argument(
         "--stop-token-ids", type=int, nargs="+", help="stop ids of the training, for a checkpoint without them"

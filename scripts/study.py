@@ -190,7 +190,7 @@ def scheduled(run_dir: Path, last: int) -> Result:
     third = max(1, last // 3)
     averaged = range(max(1, last - AVERAGED + 1), last + 1)
     return measured(run_dir, last) | {
-        f"KL, mean of {AVERAGED} validations": statistics.fmean(
+        "KL, mean of the last validations": statistics.fmean(
             token_kl(validated(run_dir, f"step_{step}")) for step in averaged
         ),
         "generation seconds per step": statistics.fmean(_by_step(run_dir, "timing/train/generation_slowest")[:last]),

@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.checkpoint.search import DIR_KEY, Found
 from distill.config import Config, LoraConfig
-from distill.config.lora_rules import KEY, stores_adapters
+from distill.config.lora_rules import KEY, stores_adapters, teacher_shares_base
 from distill.errors import CollectiveUserError, UserError, show
 
 BASE = "base"
@@ -19,7 +19,8 @@ BASE = "base"
 
 ``checksum`` maps a dtype to the checksum of the weights in this dtype.
 """
-_SHAPES = ("dim", "target_modules", "exclude_modules", "match_all_linear")
+_CONTEXT = "distillation.context_distillation"
+_SHAPES = ("dim", "target_modules", "exclude_modules")
 """Keys of lora_cfg that determine names and shapes of the adapters."""
 
 
@@ -67,13 +68,17 @@ def _compare_teachers(found: Found, config: Config) -> None:
     before, after = (_teacher_stores_adapters(recipe) for recipe in (saved, asdict(config)))
     if before == after:
         return
-    mode = saved["distillation"]["context_distillation"]["mode"]
-    if mode == context.mode:
+    was_enabled, mode = (saved["distillation"]["context_distillation"][name] for name in ("enabled", "mode"))
+    was: object
+    value: object
+    if (was_enabled, mode) == (context.enabled, context.mode):
         key, was, value = f"{KEY}.init_from", saved["policy"]["dtensor_cfg"]["lora_cfg"]["init_from"], lora.init_from
-    elif after:
-        key, was, value = "distillation.context_distillation.mode", mode, context.mode
-    else:
+    elif not after:
         return
+    elif was_enabled == context.enabled:
+        key, was, value = f"{_CONTEXT}.mode", mode, context.mode
+    else:
+        key, was, value = f"{_CONTEXT}.enabled", was_enabled, context.enabled
     raise _error(
         key,
         value,
@@ -100,11 +105,22 @@ def _error(key: str, value: object, problem: str, fix: str) -> UserError:
     return UserError(f"the run cannot resume, because {problem}", fix, key=key, value=value)
 
 
-def raise_if_other_base(found: Found, base: Mapping[str, Any] | None) -> None:
+def names_of_base(found: Found, config: Config) -> tuple[str, ...]:
+    """Return the keys with the name of the base model of adapters; the folder may have been renamed since ``found``.
+
+    A change of their values does not matter: ``raise_if_other_base`` compares the weights. Empty without adapters.
+    """
+    if found.info.get(BASE) is None or not config.policy.dtensor_cfg.lora_cfg.enabled:
+        return ()
+    return ("policy.model_name", "teacher.model_name") if teacher_shares_base(config) else ("policy.model_name",)
+
+
+def raise_if_other_base(found: Found, base: Mapping[str, Any] | None, model_name: str) -> None:
     """Raise UserError if the base model changed since the checkpoint ``found``; call it on all ranks.
 
-    ``base``: the value of the key BASE of the current base model, equal on all ranks. The weights are compared in
-    the current dtype, or in bfloat16 if the checkpoint was saved in another precision.
+    ``base``: the value of the key BASE of the current base model, equal on all ranks. ``model_name``: the recipe's
+    policy.model_name. The weights are compared in the current dtype, or in bfloat16 if the checkpoint was saved in
+    another precision.
     """
     saved = found.info.get(BASE)
     if base is None or saved is None:
@@ -112,9 +128,9 @@ def raise_if_other_base(found: Found, base: Mapping[str, Any] | None) -> None:
     common = [dtype for dtype in (base["dtype"], "bfloat16") if dtype in saved["checksum"]]
     if base["checksum"][common[0]] != saved["checksum"][common[0]]:
         raise CollectiveUserError(
-            f"the weights of policy.model_name={base['model_name']} differ from those of the base model"
+            f"the weights of policy.model_name={model_name} differ from those of the base model"
             f" {saved['model_name']} on which the adapters of checkpoint {found.path} were trained",
             f"restore this base model, or set another {DIR_KEY} to start a new run",
             key="policy.model_name",
-            value=base["model_name"],
+            value=model_name,
         )

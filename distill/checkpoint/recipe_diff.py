@@ -52,6 +52,8 @@ _ARITHMETIC = (
 """Keys of dtypes and implementations, which change the rounding but not what the run learns."""
 _LORA = f"{KEY}."
 """Prefix of keys that affect training, although keys of parallelism do not."""
+_WITHOUT_EFFECT = (f"{_LORA}match_all_linear",)
+"""Keys whose value changes nothing: patterns take precedence over match_all_linear, and without them it is true."""
 _SWITCHES = {
     "distillation.off_policy.": "share",
     "distillation.partial_rollouts.": "enabled",
@@ -91,7 +93,7 @@ def changed_keys(saved: Mapping[str, Any], current: Mapping[str, Any], others: t
         key: f"{key} was {before[key]} and is {value}"
         for key, value in after.items()
         if key.startswith(_SECTIONS + others) and (key.startswith(_LORA) or not key.startswith(_SAME_RUN))
-        if not same_value(key, before[key], value)
+        if key not in _WITHOUT_EFFECT and not same_value(key, before[key], value)
         if not any(
             key.startswith(section) and not before.get(f"{section}{switch}") and not after.get(f"{section}{switch}")
             for section, switch in _SWITCHES.items()

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoint import Found, changed_keys
-from distill.checkpoint.base_model import raise_if_other_adapters
+from distill.checkpoint.base_model import BASE, names_of_base, raise_if_other_adapters
 from distill.checkpoint.recipe_diff import affects_learning
 from distill.checkpoint.search import JOB, SOURCE, source_of
 from distill.config import Config
+from distill.config.lora_rules import KEY
 from distill.data.clock import RunClock, current_time
 from distill.data.content import ContentHashes, changed_parts
 from distill.data.prompts import PromptOrder
@@ -134,7 +135,8 @@ def compare_with_checkpoint(
     Raises UserError if the recipe trains other tensors than the checkpoint contains: adapters instead of all weights,
     or adapters of other modules or ranks. With checkpointing.allow_changes=false, also raises UserError if the training
     data, the prompts, their order, or keys that affect what the run learns have changed. Differences in the validation
-    data and in keys that change only the rounding are recorded without an error.
+    data and in keys that change only the rounding are recorded without an error. The base model of adapters may have
+    another name: its weights are compared when they are loaded.
     """
     source: str | None = source_of(config.checkpointing) or (None if found is None else found.info.get(SOURCE))
     if found is None:
@@ -142,6 +144,8 @@ def compare_with_checkpoint(
     raise_if_other_adapters(found, config)
     data_changes = prompts.changes(found.info["data"]) if prompts else []
     recipe_changes = changed_keys(found.info["recipe"], asdict(config))
+    for key in names_of_base(found, config):
+        recipe_changes.pop(key, None)
     learning = [*data_changes, *(change for key, change in recipe_changes.items() if affects_learning(key))]
     learning = list(dict.fromkeys(learning))
     if learning and not config.checkpointing.allow_changes:
@@ -157,11 +161,12 @@ def compare_with_checkpoint(
 
 
 def _refused(changes: Sequence[str], found: Found, undated: bool) -> UserError:
+    start = "policy.model_name" if found.info.get(BASE) is None else f"{KEY}.init_from"
     return UserError(
         f"the run cannot resume from checkpoint {found.path}, because {_listed(changes)}{_NO_DATE if undated else ''}",
         "undo the change, set another checkpointing.checkpoint_dir to start a new run, or set"
         f" {_ALLOW_KEY}=true to continue with the change from step {found.info['step'] + 1} on (to start a new run from"
-        " these weights, export this checkpoint with scripts.export_hf and set policy.model_name to the export)",
+        f" these weights, export this checkpoint with scripts.export_hf and set {start} to the export)",
         key=_ALLOW_KEY,
         value=False,
     )

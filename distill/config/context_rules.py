@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill.config.loop import ContextDistillationConfig
+from distill.config.lora_rules import starts_as_teacher
 from distill.config.schema import Config
 from distill.config.template import teacher_template
 from distill.errors import UserError, show
@@ -71,13 +72,17 @@ def _check_control(config: Config) -> None:
             key=key,
             value=True,
         )
-    if config.teacher.model_name != config.policy.model_name:
+    if not starts_as_teacher(config):
+        other, fix = "", f"set {_KEY}.mode=self_frozen, or {key}=false"
+        if config.teacher.model_name != config.policy.model_name:
+            other = f"teacher.model_name={config.teacher.model_name} differs from"
+            other += f" policy.model_name={config.policy.model_name}"
+            fix = f"set both to the same model, or {key}=false"
         raise UserError(
             f"{key}=true requires that teacher and student are the same model, but"
-            f" teacher.model_name={config.teacher.model_name} differs from"
-            f" policy.model_name={config.policy.model_name}, so the student would learn from the teacher without the"
-            " context",
-            f"set both to the same model, or {key}=false",
+            f" {other or 'lora_cfg.init_from adapts the student only'}, so the student would learn from the teacher"
+            " without the context",
+            fix,
             key=key,
             value=True,
         )

@@ -34,6 +34,7 @@ COMMON_KEYS = {
     "distillation.num_generations_per_prompt": "responses per prompt",
     "policy.train_global_batch_size": "responses per optimizer step",
     "policy.optimizer.kwargs.lr": "learning rate",
+    "policy.dtensor_cfg.lora_cfg.enabled": "train low-rank adapters; see --help lora",
     "policy.max_total_sequence_length": "maximum tokens of prompt and response",
     "policy.generation.max_new_tokens": "maximum tokens of a response",
     "policy.generation.temperature": "sampling temperature",

@@ -63,7 +63,7 @@ class ContextDistillationConfig:
     weights (ema_decay); self_live: the current student; self_periodic: a copy of the student, refreshed every
     refresh_period steps; frozen: teacher.model_name, which may be any model with the student's tokenizer. If adapters
     are trained (policy.dtensor_cfg.lora_cfg), the modes that begin with self share the student's frozen weights, and
-    only the adapters differ."""
+    only the adapters differ; with lora_cfg.init_from, the student before training is the base with this adapter."""
     ema_decay: float = 0.99
     """Decay d of the moving average in mode self_ema. After each step: teacher = d * teacher + (1 - d) * student."""
     refresh_period: int = 50

@@ -34,6 +34,17 @@ def stores_adapters(mode: str, init_from: str | None) -> bool:
     return mode in ("self_ema", "self_periodic") or (mode == "self_frozen" and init_from is not None)
 
 
+def starts_as_teacher(config: Config) -> bool:
+    """Return whether the student before training has the teacher's weights.
+
+    Both have the same model. An adapter in ``lora_cfg.init_from`` changes the student only, unless the teacher shares
+    the student's module.
+    """
+    lora = config.policy.dtensor_cfg.lora_cfg
+    has_adapter = lora.enabled and lora.init_from is not None and not teacher_shares_base(config)
+    return config.teacher.model_name == config.policy.model_name and not has_adapter
+
+
 def check_lora(config: Config) -> None:
     """Raise UserError if the keys of enabled adapters have wrong values, or select no layer."""
     lora = config.policy.dtensor_cfg.lora_cfg
@@ -95,7 +106,7 @@ def _warn_of_teacher(config: Config) -> None:
                 " student's own model, with the parallelism of policy.dtensor_cfg",
                 *(", ".join(unused), KEY, _MODE, mode),
             )
-    elif config.teacher.model_name == config.policy.model_name and config.distillation.context_distillation.enabled:
+    elif starts_as_teacher(config) and config.distillation.context_distillation.enabled:
         log.warning(
             "with %s=%s the teacher is loaded as a second copy of the student's base: set %s=self_frozen to use the"
             " base of the student without its adapters",

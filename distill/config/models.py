@@ -57,7 +57,8 @@ class LoraConfig:
     """
 
     enabled: bool = False
-    """Train adapters and freeze the model's weights; false: train all weights."""
+    """Train adapters and freeze the model's weights; false: train all weights. Adapters need a value of
+    policy.optimizer.kwargs.lr about ten times that of a training of all weights."""
     dim: int = 8
     """Rank of the adapters: the number of rows of A and of columns of B."""
     alpha: float = 32.0
@@ -79,7 +80,8 @@ class LoraConfig:
     starts at 0, so that the student starts as the model in policy.model_name."""
     init_from: str | None = None
     """Folder of an adapter in the format of peft, whose values replace the initial ones; its rank, alpha and modules
-    must equal those of this section. A checkpoint of the run takes precedence. null: new adapters."""
+    must equal those of this section. A checkpoint of the run takes precedence. null: new adapters. With an adapter, the
+    teacher in mode self_frozen is the base with this adapter."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from distill.config.context_rules import check_context
 from distill.config.divergence_rules import check_divergence
 from distill.config.forecast_rules import check_time_forecast
 from distill.config.loop_rules import check_loop
-from distill.config.lora_rules import check_lora, teacher_shares_base
+from distill.config.lora_rules import check_lora, starts_as_teacher, teacher_shares_base
 from distill.config.response_limits import largest_max_new_tokens
 from distill.config.schedule_rules import check_scheduler
 from distill.config.schema import Config, DatasetConfig
@@ -334,7 +334,7 @@ def _check_degenerate(config: Config) -> None:
     loop, generation = config.distillation, config.policy.generation
     if loop.allow_degenerate:
         return
-    if config.teacher.model_name == config.policy.model_name and not loop.context_distillation.enabled:
+    if starts_as_teacher(config) and not loop.context_distillation.enabled:
         raise UserError(
             f"teacher.model_name={config.teacher.model_name} is the student's model and reads the same prompts, so "
             "the student cannot learn from it",

@@ -309,8 +309,8 @@ class StepMemory:
         kept_layer = kept_by_layer(shape, b, tp, self.fused, mode, self.cp, low)
         last_norm = positions * (2 * b if self.fused else 4 + b) * shape.hidden
         saved = positions * shape.layers * kept_layer
-        # The tests' counts: if all weights are trained, the last layer's backward needs as much memory in addition as
-        # the last norm has saved; with a frozen norm and head it does not. The cause is not known.
+        # Fitted to the memory that the tests count on a fake GPU, not derived: if all weights are trained, the backward
+        # of the last layer needs as much additional memory as the last norm has saved. With adapters it does not.
         saved_above = 0 if weights.adapters else last_norm
         working = positions * backward_workspace(shape, b, tp, self.fused, mode, self.cp, low)
         has_moments = None if self.optimizer_batches == 1 else not self.on_host

@@ -16,6 +16,7 @@ from distill.distributed.world import World
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums
 from distill.model.dtensor import local_shard, tp_dim
 from distill.model.hf_load import local_slices
+from distill.model.model_card import loadable_name
 from distill.model.sharded import ShardedLM
 
 
@@ -52,7 +53,7 @@ def frozen_base(model: ShardedLM, name: str, world: World) -> dict[str, Any]:
         kind: digest({name: BitSums(*pair) for name, pair in zip(names, pairs.tolist(), strict=True)})
         for kind, pairs in zip(dtypes, by_dtype, strict=True)
     }
-    return {"model_name": name, "dtype": next(iter(dtypes)), "checksum": checksum}
+    return {"model_name": loadable_name(name), "dtype": next(iter(dtypes)), "checksum": checksum}
 
 
 def _own_sums(parameter: Tensor, dtype: torch.dtype, counts_copies: bool) -> Tensor:

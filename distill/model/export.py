@@ -32,7 +32,7 @@ def export_hf(
     """
     with consumed(weights) as remaining:
         if files is not None:
-            _write(folder, remaining, files, dtype)
+            write_hf(folder, remaining, files, dtype)
 
 
 @contextmanager
@@ -49,7 +49,8 @@ def consumed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[Iterator[tuple[s
             pass
 
 
-def _write(folder: Path, weights: Iterator[tuple[str, Tensor]], files: ExportFiles, dtype: torch.dtype) -> None:
+def write_hf(folder: Path, weights: Iterable[tuple[str, Tensor]], files: ExportFiles, dtype: torch.dtype) -> None:
+    """Write the folder of ``export_hf``; not collective: after an error, the other weights are not read."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (
         *folder.glob("model*.safetensors"),

@@ -23,7 +23,7 @@ def export_student(checkpoint: Path, student: Student, files: ExportFiles | None
         export_hf(checkpoint / "hf", student.weights(), files, student.dtype)
         return
     base = [name for name, _ in student.model.named_hf_parameters()]
-    export_adapter(checkpoint / "peft", student.adapter_weights(), files, recipe, base, student.base["checksum"])
+    export_adapter(checkpoint / "peft", student.adapter_weights(), files, recipe, base, student.base)
 
 
 def export_adapter(
@@ -32,17 +32,17 @@ def export_adapter(
     files: ExportFiles | None,
     recipe: Mapping[str, Any],
     base: Iterable[str],
-    base_checksum: Mapping[str, str],
+    base_info: Mapping[str, Any],
 ) -> None:
     """Write a folder for PEFT and for ``LoRARequest`` of vLLM: float32 adapters, configuration, tokenizer.
 
     Collective: all ranks iterate over ``adapters``, pairs of a name and a complete tensor. ``files``: files of an
     export on the main rank, which writes the folder; None on all other ranks. ``recipe``: the configuration as nested
-    dictionaries. ``base``: names of the base model's parameters; ``base_checksum``: checksums of its weights. The main
-    rank holds all adapters in host memory.
+    dictionaries. ``base``: names of the base model's parameters; ``base_info``: its name and checksums, as
+    ``frozen_base`` returns them. The main rank holds all adapters in host memory.
     """
     with consumed(adapters) as remaining:
         if files is not None:
             named = {name: tensor.cpu().clone() for name, tensor in remaining}  # a tensor may be a view of its bucket
-            config = adapter_config(recipe, named, list(base))
-            write_adapter(folder, named, files.for_adapter(config, recipe), base_checksum)
+            config = adapter_config(recipe, named, list(base), base_info["model_name"])
+            write_adapter(folder, named, files.for_adapter(config, recipe), base_info["checksum"])

@@ -73,8 +73,9 @@ def check_format(folder: Path, setting: ModelSetting) -> None:
     if (folder / "adapter_config.json").is_file():
         raise setting.error(
             "holds an adapter (adapter_config.json) and no complete model",
-            "merge the adapter into its base model (merge_and_unload of PEFT), save the merged model and set"
-            f" {setting.key} to its folder; policy.dtensor_cfg.lora_cfg.init_from continues the training of an adapter",
+            "merge the adapter into its base model (merge_and_unload of PEFT, or scripts.export_hf --merge for a"
+            f" checkpoint of this program), and set {setting.key} to the folder of the merged model;"
+            " policy.dtensor_cfg.lora_cfg.init_from continues the training of an adapter",
         )
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
         raise setting.error("holds GGUF files, which are not supported", "choose the safetensors version of the model")

@@ -25,6 +25,20 @@ from distill.errors import UserError, show
 from distill.model.dtensor import local_shard
 from distill.model.hf_load import local_slices, one_layer_model
 
+_NO_LAYER = {
+    "target_modules": (
+        " of the decoder layers (the embedding and the LM head cannot have adapters)",
+        "give the last part of a layer's name, such as q_proj, or a pattern of its complete name, such as *.mlp.* for"
+        " all layers of the MLPs",
+    ),
+    "exclude_modules": (
+        "",
+        "give the last part of a layer's name, such as o_proj; to exclude the layers of a block, give a pattern of"
+        " their complete names, such as *.mlp.*",
+    ),
+}
+"""Maps a key to the end of the problem and to the fix in the error for a pattern that matches no linear layer."""
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -91,16 +105,23 @@ def select_layers(lora: LoraConfig, layers: Mapping[str, tuple[int, int]]) -> di
 
 
 def _modules(model: Any) -> dict[str, tuple[int, int] | None]:
-    """Return all modules by name: (outputs, inputs) of each linear layer in a decoder layer, None for other modules."""
+    """Return the modules that a pattern may name: (outputs, inputs) of each linear layer in a decoder layer, by name.
+
+    The values of the embedding and the LM head are None.
+    """
     causal_lm = one_layer_model(model)
     layers = f"{causal_lm.base_model_prefix}.layers"
     first = f"{layers}.0."
     sizes = {
-        name.removeprefix(first): (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+        name.removeprefix(first): (module.out_features, module.in_features)
         for name, module in causal_lm.named_modules()
-        if name.startswith(first)
+        if name.startswith(first) and isinstance(module, nn.Linear)
     }
-    found = {name: None for name, _ in causal_lm.named_modules() if not name.startswith(first)}
+    found: dict[str, tuple[int, int] | None] = {
+        name: None
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith(f"{layers}.")
+    }
     count = range(model.get_text_config().num_hidden_layers)  # all layers have the same modules
     return found | {f"{layers}.{layer}.{name}": size for layer in count for name, size in sizes.items()}
 
@@ -108,14 +129,9 @@ def _modules(model: Any) -> dict[str, tuple[int, int] | None]:
 def _check_patterns(name: str, patterns: Iterable[str], modules: Collection[str]) -> None:
     for pattern in patterns:
         if not any(_matches(pattern, module) for module in modules):
-            raise UserError(
-                f"{KEY}.{name} has the pattern {show(pattern)}, which matches no linear layer of the decoder layers"
-                " (the embedding and the LM head cannot have adapters)",
-                "give the last part of a module's name, such as q_proj, or a pattern of its complete name, such as"
-                " model.layers.*.mlp.up_proj",
-                key=f"{KEY}.{name}",
-                value=pattern,
-            )
+            place, fix = _NO_LAYER[name]
+            problem = f"{KEY}.{name} has the pattern {show(pattern)}, which matches no linear layer{place}"
+            raise UserError(problem, fix, key=f"{KEY}.{name}", value=pattern)
 
 
 def _matches_any(patterns: Iterable[str], name: str) -> bool:

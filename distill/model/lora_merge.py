@@ -88,14 +88,17 @@ def merge_into(
 
     ``sent``, ``base``: [rows, columns], the part of the weight ``name`` that begins at ``first_row`` and
     ``first_column``; ``base`` may be in host memory. ``adapter``: the same columns of A and rows of B.
-    bfloat16 is rounded by ``dithered``, float32 is not rounded. The call does not wait for the device.
+    bfloat16 is rounded by ``dithered``, float32 is not rounded. An element that the update does not change keeps its
+    bits. The call does not wait for the device.
     """
     finite = torch.ones((), dtype=torch.bool, device=sent.device)
     step = max(1, _CHUNK // max(1, sent.shape[1]))
     for begin in range(0, len(sent), step):
         rows = slice(begin, begin + step)
-        merged = base[rows].detach().to(sent.device, torch.float32, copy=True)
-        merged.addmm_(adapter.lora_b[rows], adapter.lora_a, alpha=adapter.scale)
+        # -0.0 + 0.0 would be 0.0, so the negative update is subtracted. Its sums start at 0.0, so no zero is negative.
+        merged = torch.zeros(sent[rows].shape, dtype=torch.float32, device=sent.device)
+        merged.addmm_(adapter.lora_b[rows], adapter.lora_a, alpha=-adapter.scale)
+        torch.sub(base[rows].detach().to(sent.device), merged, out=merged)
         finite &= merged.sum().isfinite()
         if sent.dtype == torch.bfloat16:
             merged = dithered(merged, name, first_row + begin, first_column)

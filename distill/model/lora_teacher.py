@@ -138,5 +138,6 @@ def build_adapter_teacher(
     teacher: type[LiveAdapterTeacher] = BaseTeacher if mode == "self_frozen" else LiveAdapterTeacher
     if stores_adapters(mode, init_from):
         teacher = StoredAdapterTeacher
-    log.info("the teacher is the student's model %s", teacher.adapters)
+    adapters = f"with the adapters of {init_from}" if mode == "self_frozen" and init_from else teacher.adapters
+    log.info("the teacher is the student's model %s", adapters)
     return teacher(config, files, world, valid_vocab, student)

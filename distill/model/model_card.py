@@ -49,7 +49,12 @@ def adapter_card(card: str, recipe: Mapping[str, Any]) -> str:
     head, _, section = text.rpartition(f"\n{_TITLE}\n")
     front = re.match(r"---\n(.*?\n)---\n", head, re.DOTALL)
     licences = re.findall(r"^license\w*:.*\n", front[1], re.MULTILINE) if front else []
-    return f"{_front_matter(recipe, 'peft', licences)}\n\n{_TITLE}\n{section}"
+    use = (
+        "vLLM and transformers read the stop tokens and the chat template of the base model. To use those of the"
+        " training, name this folder in vLLM's `--tokenizer` and `--generation-config`, or in transformers'"
+        " `GenerationConfig.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
+    )
+    return f"{_front_matter(recipe, 'peft', licences)}\n\n{_TITLE}\n{section}\n{use}"
 
 
 def _with_closed_fence(text: str) -> str:
@@ -82,6 +87,11 @@ def hub_name(name: str) -> str | None:
     """Return the hub name of a model whose folder ``name`` is in the hub's cache; None for any other folder."""
     cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", os.path.realpath(os.path.expanduser(name)))
     return cached[1].replace("--", "/") if cached else None
+
+
+def loadable_name(name: str) -> str:
+    """Return a name that loads a model from any directory: its hub name, the absolute path of a folder, or ``name``."""
+    return hub_name(name) or (os.path.abspath(name) if os.path.isdir(name) else name)
 
 
 def _front_matter(recipe: Mapping[str, Any], library: str = "transformers", licences: Sequence[str] = ()) -> str:

@@ -21,10 +21,12 @@ from distill.errors import MissingError
 from distill.hub import is_hub_name
 from distill.model.hf_files import FLOAT_TYPES, ModelFiles
 from distill.model.hf_index import ModelSetting, StoredTensor, json_object, tensor_headers
-from distill.model.model_card import hub_name
+from distill.model.model_card import loadable_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
+_CHECKPOINT = "training_info.json"
+"""File that each checkpoint of this program contains."""
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"
 _BASE = "base_checksum.json"
 """File with the checksums of the base model's weights; PEFT ignores it."""
@@ -38,18 +40,21 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model unchanged; others, such as pissa, change its weights."""
 
 
-def adapter_config(recipe: Mapping[str, Any], adapters: Collection[str], base: Collection[str]) -> dict[str, Any]:
+def adapter_config(
+    recipe: Mapping[str, Any], adapters: Collection[str], base: Collection[str], base_name: str
+) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
     ``recipe``: the configuration as nested dictionaries. ``adapters``: names of the adapter parameters, such as
-    model.layers.0.self_attn.q_proj.lora_A. ``base``: names of the base model's parameters.
+    model.layers.0.self_attn.q_proj.lora_A. ``base``: names of the base model's parameters. ``base_name``: name or
+    folder of the base model.
     """
     lora = recipe["policy"]["dtensor_cfg"]["lora_cfg"]
     alpha = float(lora["alpha"])
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base_name(recipe["policy"]["model_name"]),
+        "base_model_name_or_path": loadable_name(base_name),
         "r": lora["dim"],
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,
@@ -62,11 +67,6 @@ def adapter_config(recipe: Mapping[str, Any], adapters: Collection[str], base: C
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _base_name(name: str) -> str:
-    """Return a name with which PEFT loads the base model: its hub name, the absolute path of a folder, or ``name``."""
-    return hub_name(name) or (os.path.abspath(name) if os.path.isdir(name) else name)
 
 
 def target_modules(adapters: Collection[str], base: Collection[str]) -> list[str]:
@@ -125,6 +125,10 @@ def read_adapter(name: str, key: str) -> StoredAdapter:
     setting, folder = ModelSetting(key, name), Path(name)
     if not (os.path.isdir(name) and (folder / ADAPTER_CONFIG).is_file()):
         fix = "set it to the folder of an adapter of PEFT"
+        if (folder / "peft" / ADAPTER_CONFIG).is_file():
+            fix = f"set it to {folder / 'peft'}"
+        elif (folder / _CHECKPOINT).is_file():
+            fix = f"export the checkpoint with python -m scripts.export_hf {folder} OUT, and set it to OUT"
         if not os.path.exists(name) and is_hub_name(name):
             fix = f"download the adapter with `hf download {name} --local-dir FOLDER`, and set it to this folder"
         raise setting.error(f"is not a folder with {ADAPTER_CONFIG}", fix, MissingError)
@@ -204,7 +208,7 @@ def check_adapter(
         modules = target_modules(stored, layers)
         raise setting.error(
             f"has adapters of other modules than the recipe, which {place} {different[0].rpartition('.')[0]}",
-            f"set {KEY}.target_modules={json.dumps(modules)}",
+            f"set {KEY}.target_modules={json.dumps(modules)}" + " and exclude_modules=[]" * bool(lora.exclude_modules),
         )
     for name, shape in shapes.items():
         if stored[name].shape != tuple(shape):

@@ -102,6 +102,10 @@ class Student:
             trainable=True,
             adapters=AdapterSettings(lora, config.distillation.seed) if lora.enabled else None,
         )
+        if lora.enabled:
+            trained = sum(parameter.numel() for _, parameter in self.model.named_trained())
+            layers = len(self.model.adapters)
+            log.info("training adapters of rank %d in %d layers, %.1f M parameters", lora.dim, layers, trained / 1e6)
         self.base = frozen_base(self.model, files.name, world) if lora.enabled else None
         """Name, dtype and checksums of the frozen weights, to be stored in checkpoints; None without adapters."""
         self._weights = StudentWeights(config, world, self.model)

@@ -238,6 +238,17 @@ def _teachers_context(loop: Mapping[str, Any]) -> object:
     return f"the messages in the column {column}" if column else context.get("teacher_prefix_template")
 
 
+def _trained(policy: Mapping[str, Any]) -> str | None:
+    """Return rank, scale and modules of the adapters; None if all weights are trained."""
+    lora = mapping(mapping(policy.get("dtensor_cfg")).get("lora_cfg"))
+    if not lora.get("enabled"):
+        return None
+    patterns = (
+        f", {name}: {', '.join(lora[name])}" for name in ("target_modules", "exclude_modules") if lora.get(name)
+    )
+    return f"adapters of rank {lora.get('dim')}, alpha {lora.get('alpha')}{''.join(patterns)}"
+
+
 def facts(run: RunFiles) -> list[dict[str, str]]:
     """Return what ran: models, data, teacher's context, hardware, versions, commit."""
     recipe, versions = run.recipe, run.versions
@@ -249,6 +260,7 @@ def facts(run: RunFiles) -> list[dict[str, str]]:
         "folder": str(run.folder),
         "student": mapping(recipe.get("policy")).get("model_name"),
         "teacher": mapping(recipe.get("teacher")).get("model_name"),
+        "trained": _trained(mapping(recipe.get("policy"))),
         "teacher's context": _teachers_context(mapping(recipe.get("distillation"))),
         "loss": mapping(recipe.get("loss_fn")).get("kl_type"),
         "training data": ", ".join(_datasets(recipe, "train")),

@@ -22,16 +22,21 @@ _OWN_LOGGING = ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH")
 """Environment variables with which a user configures vLLM's own log output."""
 _KEEPS_OPTIONS = (0, 32)
 """First release of vLLM that keeps the options of torch's allocator."""
-_FIXED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # the engine runs in the trainer's process
+_FIXED = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the trainer's process
+    # vLLM sets the precision of float32 products for the complete process. With TF32, the trainer's float32 log-probs
+    # would differ from the engine's by more than allowed, and merged adapters would depend on the setting.
+    "VLLM_FLOAT32_MATMUL_PRECISION": "highest",
+}
 
 
 def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
     """Set the environment variables that vLLM reads; call this function before vLLM is imported.
 
-    Variables that the user has set keep their values, except VLLM_ENABLE_V1_MULTIPROCESSING, which must be 0. RANK,
-    WORLD_SIZE and LOCAL_RANK are always set, because they are missing in a process that no launcher (such as torchrun)
-    started. ``local_rank``: index of this rank's device among the visible devices. vLLM's log goes to the rank's log
-    file, and only errors to the console: its warnings are about intended calls (sleep on CPU, seeds).
+    Variables that the user has set keep their values, except those in _FIXED. RANK, WORLD_SIZE and LOCAL_RANK are
+    always set, because they are missing in a process that no launcher (such as torchrun) started. ``local_rank``: index
+    of this rank's device among the visible devices. vLLM's log goes to the rank's log file, and only errors to the
+    console: its warnings are about intended calls (sleep on CPU, seeds).
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)

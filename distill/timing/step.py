@@ -175,7 +175,7 @@ class StepTime:
         times = layer_times(shape, self.read, self.rates, self.ranks, b, memory.fused, adapters)
         gathers = 2 if parallel.reshard_after_forward else 1
         weights = shape.parameters / memory.tp
-        trained = weights if adapters is None else adapters.parameters
+        trained = weights if adapters is None else adapters.shard * memory.fsdp
         exchanged = gathers * b * weights + 4 * trained  # gradients are reduced in float32
         count = self.micro_batches(self.read, memory.tokens)
         traffic = count * (self._gather(exchanged, memory.fsdp) + gathers * self._copy_of_shards())

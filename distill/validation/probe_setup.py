@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import Config
+from distill.config.lora_rules import starts_as_teacher
 from distill.data.clock import RunClock
 from distill.data.teacher_context import TeacherContext, reads_traces
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes, build_context_prefixes
@@ -69,7 +70,7 @@ def check_recipe_of_probe(config: Config, templates: Sequence[Path]) -> None:
     ``templates``: files with templates, in place of the recipe's.
     """
     context = config.distillation.context_distillation
-    is_other = _is_other_model(config)
+    is_other = not starts_as_teacher(config)
     for path in templates:
         _check_template(config, path)
     if is_other and context.enabled and context.trace_column is None and reads_traces(context):
@@ -96,10 +97,6 @@ def _unknown_context(key: str, value: object) -> UserError:
         key=key,
         value=value,
     )
-
-
-def _is_other_model(config: Config) -> bool:
-    return config.teacher.model_name != config.policy.model_name
 
 
 def _check_template(config: Config, path: Path) -> None:
@@ -154,7 +151,7 @@ def candidates_of(
     the recipe's template if there are none. ``prefixes``: builds the prompts of the recipe's teacher; ``tokenizer``:
     the teacher's tokenizer; ``vocab``: number of valid token ids. Raises UserError for an unusable template.
     """
-    is_other = _is_other_model(config)
+    is_other = not starts_as_teacher(config)
     found = [Candidate(f"teacher {config.teacher.model_name}", "teacher", prefixes)] if is_other else []
     if not templates and not is_other:
         return [run_candidate(prefixes)]

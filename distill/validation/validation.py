@@ -11,6 +11,7 @@ from typing import Any
 
 from distill.checkpoint import Checkpoints
 from distill.config import Config
+from distill.config.lora_rules import starts_as_teacher
 from distill.data.grading import Grader, Verdict
 from distill.data.teacher_context import reads_traces
 from distill.data.teacher_prefix import Prefix, TeacherPrefixes
@@ -92,11 +93,11 @@ def validation_config(config: Config, first_step: int, last_step: int) -> Valida
 def context_is_known(config: Config) -> bool:
     """Return whether the teacher's context can be added to the student's prompt before a response exists.
 
-    False if context distillation is disabled, if student and teacher are different models, or if the context contains
-    the reasoning of the response.
+    False if context distillation is disabled, if student and teacher start with different weights, or if the context
+    contains the reasoning of the response.
     """
     context = config.distillation.context_distillation
-    if not context.enabled or config.teacher.model_name != config.policy.model_name:
+    if not context.enabled or not starts_as_teacher(config):
         return False
     return context.trace_column is not None or not reads_traces(context)
 

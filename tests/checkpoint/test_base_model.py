@@ -11,27 +11,30 @@ import pytest
 
 from distill.checkpoint import Found, changed_keys
 from distill.checkpoint.base_model import BASE, raise_if_other_adapters, raise_if_other_base
+from distill.checkpoint.resume import compare_with_checkpoint
 from distill.config import Config, LoraConfig
+from distill.data.clock import RunClock, current_time
 from distill.errors import UserError
 
 LORA = "policy.dtensor_cfg.lora_cfg"
 MODE = "distillation.context_distillation.mode"
+ENABLED = "distillation.context_distillation.enabled"
 SAVED = LoraConfig(enabled=True, dim=16, target_modules=("q_proj",))
 
 
-def _recipe(lora: LoraConfig, mode: Any = None) -> Config:
+def _recipe(lora: LoraConfig, mode: Any = None, enabled: bool = True) -> Config:
     """Return the default recipe with adapters; ``mode``: mode of context distillation, None: disabled."""
     config = Config()
     if mode is not None:
-        context = replace(config.distillation.context_distillation, enabled=True, mode=mode)
+        context = replace(config.distillation.context_distillation, enabled=enabled, mode=mode)
         config = replace(config, distillation=replace(config.distillation, context_distillation=context))
     parallel = replace(config.policy.dtensor_cfg, lora_cfg=lora)
     return replace(config, policy=replace(config.policy, dtensor_cfg=parallel))
 
 
-def _found(lora: LoraConfig | None, mode: str | None = None, **info: Any) -> Found:
+def _found(lora: LoraConfig | None, mode: str | None = None, enabled: bool = True, **info: Any) -> Found:
     """Return a checkpoint; ``lora``: None for one of a version without adapters."""
-    recipe = json.loads(json.dumps(asdict(_recipe(lora or LoraConfig(), mode))))
+    recipe = json.loads(json.dumps(asdict(_recipe(lora or LoraConfig(), mode, enabled))))
     if lora is None:
         del recipe["policy"]["dtensor_cfg"]["lora_cfg"]
     return Found(Path("step_4"), {"recipe": recipe, **info}, [])
@@ -75,7 +78,9 @@ STARTED = replace(SAVED, init_from="an adapter")
     ("saved", "current", "key"),
     [
         ((SAVED, "self_frozen"), (SAVED, "self_ema"), MODE),
-        ((SAVED, None), (SAVED, "self_periodic"), MODE),
+        ((SAVED, None), (SAVED, "self_periodic"), ENABLED),
+        ((SAVED, "self_ema", False), (SAVED, "self_ema"), ENABLED),
+        ((SAVED, "self_ema"), (SAVED, "self_ema", False), None),
         ((SAVED, "self_frozen"), (STARTED, "self_frozen"), f"{LORA}.init_from"),
         ((STARTED, "self_frozen"), (SAVED, "self_frozen"), f"{LORA}.init_from"),
         ((SAVED, "self_ema"), (SAVED, "self_periodic"), None),
@@ -99,10 +104,29 @@ def test_alpha_and_the_initial_adapter_affect_learning_if_adapters_are_trained(t
     other = replace(SAVED, alpha=8.0, init_from=str(tmp_path))
     assert changed(SAVED, other) == [f"{LORA}.alpha", f"{LORA}.init_from"]
     assert changed(SAVED, SAVED) == changed(replace(SAVED, enabled=False), LoraConfig()) == []
+    assert changed(replace(SAVED, match_all_linear=False), SAVED) == [], "patterns take precedence"
     assert changed(None, LoraConfig()) == [] and changed(None, SAVED) == [f"{LORA}.enabled"]
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     assert changed(replace(SAVED, init_from=str(link)), replace(SAVED, init_from=str(tmp_path))) == []
+
+
+@pytest.mark.parametrize(("mode", "is_refused"), [("self_frozen", False), ("frozen", True)])
+def test_the_base_may_have_another_name(mode: str, is_refused: bool) -> None:
+    """In mode frozen, the teacher is loaded from its own folder, so another name could be another teacher."""
+    saved = _recipe(SAVED, mode)
+    moved = replace(
+        saved, policy=replace(saved.policy, model_name="new"), teacher=replace(saved.teacher, model_name="new")
+    )
+    found, clock = _found(SAVED, mode, base=ROUNDED, step=4), RunClock(current_time())
+    if not is_refused:
+        history = compare_with_checkpoint(found, moved, None, clock, None)
+        assert history.same_run and not history.training_changes
+        found.info[BASE] = None  # all weights are trained: the checkpoint cannot show which model it was
+    with pytest.raises(UserError, match=r"teacher\.model_name was") as refused:
+        compare_with_checkpoint(found, moved, None, clock, None)
+    assert ("policy.model_name was" in refused.value.problem) == (not is_refused)
+    assert ("init_from" in refused.value.fix) == is_refused, "adapters are no complete model"
 
 
 def _base(dtype: str, **checksum: str) -> dict[str, Any]:
@@ -115,7 +139,7 @@ FULL, ROUNDED = _base("float32", float32="1", bfloat16="2"), _base("bfloat16", b
 @pytest.mark.parametrize("saved", [FULL, ROUNDED, None])
 @pytest.mark.parametrize("current", [FULL, ROUNDED, None])
 def test_the_same_base_in_another_precision_is_accepted(saved: Any, current: Any) -> None:
-    raise_if_other_base(_found(SAVED, **{BASE: saved}), current)
+    raise_if_other_base(_found(SAVED, **{BASE: saved}), current, "a model")
 
 
 @pytest.mark.parametrize(
@@ -129,5 +153,5 @@ def test_the_same_base_in_another_precision_is_accepted(saved: Any, current: Any
 )
 def test_a_changed_base_is_refused(saved: Any, current: Any) -> None:
     with pytest.raises(UserError) as refused:
-        raise_if_other_base(_found(SAVED, **{BASE: saved}), current)
-    assert (refused.value.key, refused.value.value) == ("policy.model_name", current["model_name"])
+        raise_if_other_base(_found(SAVED, **{BASE: saved}), current, "a model")
+    assert (refused.value.key, refused.value.value) == ("policy.model_name", "a model")

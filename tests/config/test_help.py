@@ -56,7 +56,7 @@ def test_help_fits_on_one_screen_and_shows_the_recipes_values(shown: Any) -> Non
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 120
     assert keys_in("\n".join(lines)) == list(COMMON_KEYS)
-    assert len(COMMON_KEYS) == 20 and set(COMMON_KEYS) <= set(key_paths())
+    assert len(COMMON_KEYS) == 21 and set(COMMON_KEYS) <= set(key_paths())
     text = "\n".join(lines)
     assert all(option in text for option in OPTIONS)
     assert "distillation.num_prompts_per_step=16 " in text

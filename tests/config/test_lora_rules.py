@@ -7,8 +7,9 @@ import logging
 import pytest
 
 from distill.config import Config, LoraConfig, load_config
-from distill.config.lora_rules import KEY, teacher_shares_base, warn_of_lora
+from distill.config.lora_rules import KEY, starts_as_teacher, teacher_shares_base, warn_of_lora
 from distill.errors import UserError
+from distill.validation.validation import context_is_known
 from tests.harness import REPO
 
 CONTEXT = "distillation.context_distillation."
@@ -95,3 +96,40 @@ def test_the_teacher_is_the_students_module_if_the_mode_makes_the_student_its_te
     words: list[str], shares: bool
 ) -> None:
     assert teacher_shares_base(load(f"{KEY}.enabled=true", *words)) is shares
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        ([f"{CONTEXT}mode=frozen"], True),
+        ([f"{CONTEXT}mode=frozen", f"{KEY}.init_from=a"], False),
+        ([f"{CONTEXT}mode=self_frozen", f"{KEY}.init_from=a"], True),
+        ([f"{CONTEXT}mode=frozen", f"{KEY}.init_from=a", f"{KEY}.enabled=false"], True),
+    ],
+)
+def test_an_initial_adapter_makes_the_student_another_model_than_a_frozen_teacher(
+    words: list[str], starts: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    static = [f"{CONTEXT}trace_source=static_dataset", f"{CONTEXT}static_trace.answer_column=answer"]
+    config = load(f"{KEY}.enabled=true", *static, *words)
+    assert starts_as_teacher(config) is context_is_known(config) is starts
+    with caplog.at_level(logging.WARNING):
+        warn_of_lora(config)
+    is_copied = starts and f"{CONTEXT}mode=frozen" in words and config.policy.dtensor_cfg.lora_cfg.enabled
+    assert ("set distillation.context_distillation.mode=self_frozen" in caplog.text) is is_copied
+
+
+def test_the_student_with_an_initial_adapter_is_no_control_of_its_frozen_base() -> None:
+    words = [f"{CONTEXT}mode=frozen", f"{KEY}.enabled=true", "distillation.control=true"]
+    assert load(*words).distillation.control
+    with pytest.raises(UserError) as refused:
+        load(*words, f"{KEY}.init_from=a")
+    assert refused.value.key == "distillation.control" and f"{CONTEXT}mode=self_frozen" in refused.value.fix
+
+
+def test_an_initial_adapter_can_learn_from_its_base_without_a_context() -> None:
+    words = [f"{CONTEXT}enabled=false", f"{KEY}.enabled=true"]
+    assert load(*words, f"{KEY}.init_from=a").policy.dtensor_cfg.lora_cfg.init_from == "a"
+    with pytest.raises(UserError) as refused:
+        load(*words)
+    assert refused.value.key == "teacher.model_name"

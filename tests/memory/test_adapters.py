@@ -166,6 +166,22 @@ def test_patterns_without_a_layer_are_refused_without_the_models_files() -> None
     assert refused.value.key == f"{KEY}.target_modules"
 
 
+def test_with_cpu_offload_each_shard_of_an_adapter_has_a_pinned_block_of_a_power_of_two() -> None:
+    """Query adapters of 36 layers on 16 ranks: one row of A, 2560 * 4 bytes, and 256 rows of B, 4096 * 4 bytes."""
+    offload = "policy.dtensor_cfg.cpu_offload=true"
+    found, full = lora(f"{KEY}.target_modules=[q_proj]", offload).host, forecast(recipe(NAME, offload)).host
+    assert found["adapters"] == found["gradients"] == 36 * (2**14 + 2**14)
+    assert found["frozen weights"] == full["master weights"] // 2, "the same tensors with half of the bytes"
+
+
+def test_adamw_for_each_tensor_needs_two_temporaries_of_the_largest_shard_of_an_adapter() -> None:
+    kwargs = "policy.optimizer.kwargs."
+    config = recipe(NAME, *ON, f"{KEY}.target_modules=[q_proj]", f"{kwargs}fused=false", f"{kwargs}foreach=false")
+    shape = known("Qwen/Qwen3-4B")
+    optimizer = StepMemory(config, shape, shape, True, None).training_phase()[-1]
+    assert optimizer["optimizer temporaries"] == 2 * 4 * (4096 // 16 * 16)
+
+
 @pytest.mark.parametrize(("words", "text"), [((), "adapters"), ((f"{KEY}.enabled=false",), "teacher micro-batches")])
 def test_the_dry_run_describes_adapters_and_the_teacher(words: Any, text: str) -> None:
     lines = "\n".join(lora(*words).about)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os.path
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from distill.checkpoint import Checkpoints
 from distill.checkpoint.base_model import BASE
+from distill.checkpoint.manifest import INFO as INFO_FILE
 from distill.config import CheckpointingConfig, Config
 from distill.data.tokenizer import load_tokenizer
 from distill.distributed.world import World
 from distill.errors import UserError
+from distill.model import export
 from distill.model.base_checksum import digest
 from distill.model.checksum import bit_sums_by_name
 from distill.model.dtensor import local_shard
@@ -30,6 +34,7 @@ from distill.model.hf_config import model_config
 from distill.model.hf_files import find_model
 from distill.model.hf_load import local_slices
 from distill.model.initial_adapter import initial_adapter, load_adapter
+from distill.model.merged_files import merged_weights
 from distill.model.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, target_modules
 from distill.model.student import Student
 from scripts import export_hf
@@ -127,9 +132,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(base: Path, out: Path) -> dict[str, Seen]:
-    """Return the results of each layout on rank 0, and of one rank alone under the name ``one``."""
+    """Return the results of each layout on rank 0, and of one rank alone under the name ``one``.
+
+    The recipe of ``one`` names the base by a relative path.
+    """
+    relative = Path(os.path.relpath(base))
     two: dict[str, Seen] = run_ranks(2, export_on_ranks, base, out, LAYOUTS)[0]
-    one: dict[str, Seen] = run_ranks(1, export_on_ranks, base, out, {"one": (1, 1, "float32")})[0]
+    one: dict[str, Seen] = run_ranks(1, export_on_ranks, relative, out, {"one": (1, 1, "float32")})[0]
     return two | one
 
 
@@ -209,7 +218,13 @@ def test_the_export_of_an_adapter_is_the_same_for_every_layout_and_has_the_small
         "base_checksum.json",
     } <= files.keys() and "config.json" not in files
     card = files["README.md"].read_text()
-    for part in ("library_name: peft", "license: apache-2.0", "| LoRA | rank 6, alpha 9 |", "| steps | 3 |"):
+    for part in (
+        "library_name: peft",
+        "license: apache-2.0",
+        "| LoRA | rank 6, alpha 9 |",
+        "| steps | 3 |",
+        "--generation-config",
+    ):
         assert part in card
     assert "# Base" not in card and card.count("library_name") == 1
     modules = ["down_proj", "gate_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
@@ -228,13 +243,27 @@ def test_modules_are_named_completely_if_their_last_part_selects_too_many() -> N
 
 
 @slow
-def test_the_script_writes_the_same_adapter_as_the_run(out: Path, seen: dict[str, Seen], tmp_path: Path) -> None:
-    assert export_hf.main([str(out / "tp/step_3"), str(tmp_path / "out")]) == 0
-    own = out / "tp/peft"
+@pytest.mark.parametrize("layout", ["tp", "one"])
+def test_the_script_writes_the_same_adapter_as_the_run_from_any_directory(
+    out: Path, seen: dict[str, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export_hf.main([str(out / f"{layout}/step_3"), "out"]) == 0
+    own = out / f"{layout}/peft"
     names = sorted(path.name for path in own.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     different = [name for name in names if (tmp_path / "out" / name).read_bytes() != (own / name).read_bytes()]
     assert different == []
+
+
+@slow
+def test_an_exported_adapter_names_the_folder_that_the_option_model_names(
+    base: Path, out: Path, seen: dict[str, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "moved")
+    assert export_hf.main([str(out / "tp/step_3"), "out", "--model", "moved"]) == 0
+    assert json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == f"{tmp_path}/moved"
 
 
 @slow
@@ -276,19 +305,44 @@ def _kl(p_TV: Tensor, q_TV: Tensor) -> float:
 
 
 @slow
-def test_a_merged_export_refuses_another_base(base: Path, out: Path, seen: Any, tmp_path: Path) -> None:
+def test_a_merged_export_refuses_another_base_before_it_writes_a_weight(
+    base: Path, out: Path, seen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     other = shutil.copytree(base, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"][5] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     checkpoint = out / "tp/step_3"
-    with pytest.raises(UserError) as refused:
-        export_hf.export(checkpoint, tmp_path / "out", merge=True, model=str(other))
-    assert (refused.value.key, refused.value.value) == ("--model", str(other))
+    monkeypatch.setattr(export_hf, "write_hf", lambda *_: pytest.fail("the export begins before the check"))
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--merge", "--model", str(other)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--model={other}" in line and str(base) in line
     assert [path.name for path in tmp_path.iterdir()] == ["other"], "no output is left"
     with pytest.raises(UserError) as refused:
         export_hf.export(checkpoint, tmp_path / "out", dtype="bfloat16")
     assert refused.value.key == "--dtype"
+
+
+@slow
+def test_a_merged_export_reads_no_weight_after_a_failed_write(
+    out: Path, seen: dict[str, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def recorded(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in merged_weights(*arguments):
+            read.append(name)
+            yield name, weight
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_hf, "merged_weights", recorded)
+    monkeypatch.setattr(export, "_SHARD_BYTES", 1)
+    monkeypatch.setattr(export, "save_file", fail)
+    with pytest.raises(UserError, match="No space left"):
+        export_hf.export(out / "tp/step_3", tmp_path / "out", merge=True)
+    assert len(read) == 2, "the second weight does not fit into the file of the first one"
 
 
 # ---- init_from ------------------------------------------------------------------------------------------------------
@@ -359,22 +413,31 @@ def test_an_adapter_that_differs_from_the_recipe_is_refused(
 
 
 @slow
-def test_an_adapter_of_other_modules_suggests_the_modules_that_it_has(base: Path, out: Path, seen: Any) -> None:
-    config = _config(base, f"{LORA}.init_from={out}/shards/peft", f"{LORA}.exclude_modules=[]")
+@pytest.mark.parametrize("excluded", ["[]", "[k_proj, o_proj]"])
+def test_an_adapter_of_other_modules_suggests_the_modules_that_it_has(
+    base: Path, out: Path, seen: Any, excluded: str
+) -> None:
+    words = [f"{LORA}.init_from={out}/shards/peft", f"{LORA}.exclude_modules={excluded}"]
     model = model_config(find_model(str(base), "x"), "x")
     with pytest.raises(UserError) as refused:
-        initial_adapter(config, model)
-    assert "k_proj" in refused.value.problem
-    suggested = refused.value.fix.partition(f"{LORA}.target_modules=")[2]
-    assert (
-        initial_adapter(
-            _config(
-                base,
-                f"{LORA}.init_from={out}/shards/peft",
-                f"{LORA}.target_modules={suggested}",
-                f"{LORA}.exclude_modules=[]",
-            ),
-            model,
-        )
-        is not None
-    )
+        initial_adapter(_config(base, *words), model)
+    assert ("k_proj" if excluded == "[]" else "o_proj") in refused.value.problem
+    suggested, _, other = refused.value.fix.partition(f"{LORA}.target_modules=")[2].partition(" and ")
+    words += [f"{LORA}.target_modules={suggested}", *([f"{LORA}.{other}"] if other else [])]
+    assert initial_adapter(_config(base, *words), model) is not None
+
+
+@slow
+def test_a_checkpoint_in_place_of_an_adapter_suggests_its_export(
+    base: Path, out: Path, seen: Any, tmp_path: Path
+) -> None:
+    """A checkpoint contains a PEFT folder if it was exported; otherwise the export is a command."""
+    shutil.copytree(out / "shards/peft", tmp_path / "exported/peft")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / INFO_FILE).touch()
+    for folder, fix in (("exported", f"{tmp_path}/exported/peft"), ("saved", f"export_hf {tmp_path}/saved OUT")):
+        with pytest.raises(UserError) as refused:
+            initial_adapter(
+                _config(base, f"{LORA}.init_from={tmp_path / folder}"), model_config(find_model(str(base), "x"), "x")
+            )
+        assert fix in refused.value.fix

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.model.lora_merge import dithered
+from distill.model.lora_merge import Adapter, dithered, merge_into
 
 NAME = "model.layers.3.mlp.up_proj.weight"
 
@@ -64,6 +64,21 @@ def test_bfloat16_numbers_are_exact() -> None:
     numbers = bits.view(torch.bfloat16)[None]
     numbers = numbers[numbers.isfinite()][None]  # also subnormal numbers and both zeros
     assert torch.equal(dithered(numbers.float(), NAME).view(torch.int16), numbers.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float32])
+def test_merging_an_adapter_without_effect_keeps_the_bits_of_the_base(dtype: torch.dtype, trained: torch.dtype) -> None:
+    base = _values(37, 53).bfloat16().to(trained)
+    base[3:6, :9], base[1], base[2] = -0.0, 0.5, 0.0
+    lora_a, lora_b = torch.randn(4, 53), torch.zeros(37, 4)
+    lora_a[0], lora_b[1, 0], lora_b[2, 0] = 1.0, -0.25, 1e-30  # base and update of row 1 add up to zero
+    sent = torch.empty_like(base, dtype=dtype)
+    assert merge_into(sent, NAME, base, Adapter(lora_a, lora_b, 2.0))
+    bits = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
+    equal = sent.view(bits) == base.to(dtype).view(bits)
+    assert equal[0].all() and equal[3:].all()
+    assert not sent[1].any() and (sent[2] > 0).all()
 
 
 def test_the_dither_of_a_part_is_that_of_the_complete_tensor() -> None:

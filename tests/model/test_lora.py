@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -39,7 +40,7 @@ def _lora(**changes: object) -> LoraConfig:
         ({"target_modules": ("*.self_attn.*",), "exclude_modules": ("o_proj",)}, [ATTENTION[:3]] * 2),
         ({"target_modules": ("model.layers.1.mlp.*",)}, [[], MLP]),
         ({"target_modules": ("gate*",), "match_all_linear": False}, [["mlp.gate_proj"]] * 2),
-        ({"exclude_modules": ("*lm_head*", "*mlp*")}, [ATTENTION] * 2),
+        ({"exclude_modules": ("*lm_head*", "embed_tokens", "*mlp*")}, [ATTENTION] * 2),
     ],
 )
 def test_patterns_select_linear_layers_of_the_decoder_layers(changes, expected) -> None:
@@ -61,7 +62,14 @@ def test_the_size_of_an_adapted_layer_is_its_outputs_and_inputs() -> None:
         ({"target_modules": ("embed_tokens",)}, "target_modules", "embed_tokens"),
         ({"target_modules": ("*norm",)}, "target_modules", "*norm"),
         ({"target_modules": ("qproj",)}, "target_modules", "qproj"),
+        ({"target_modules": ("proj",)}, "target_modules", "proj"),
+        ({"target_modules": ("q.proj",)}, "target_modules", "q.proj"),
         ({"exclude_modules": ("qproj",)}, "exclude_modules", "qproj"),
+        ({"exclude_modules": ("q_pro",)}, "exclude_modules", "q_pro"),
+        ({"exclude_modules": ("o_proj", "mlp")}, "exclude_modules", "mlp"),  # the name of no layer
+        ({"exclude_modules": ("*.self_attn",)}, "exclude_modules", "*.self_attn"),
+        ({"exclude_modules": ("model.layers.0",)}, "exclude_modules", "model.layers.0"),
+        ({"exclude_modules": ("model",)}, "exclude_modules", "model"),
         ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "exclude_modules", ["q_proj"]),
     ],
 )
@@ -69,6 +77,7 @@ def test_a_pattern_without_a_linear_layer_is_refused(changes, key, value) -> Non
     with pytest.raises(UserError) as error:
         adapted_layers(_lora(**changes), tiny_config("llama", tied=False))
     assert (error.value.key, error.value.value) == (f"{_KEY}.{key}", value)
+    assert ("exclude" in error.value.fix) == (key == "exclude_modules")
 
 
 def test_patterns_are_checked_only_if_adapters_are_enabled() -> None:
@@ -82,6 +91,7 @@ def test_patterns_are_checked_only_if_adapters_are_enabled() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 def test_logits_and_gradients_of_adapters_equal_peft(tmp_path: Path, family: str) -> None:
     folder = save_tiny_model(tmp_path, family, tied=family == "gemma3_text")
+    _fill_biases(folder)
     lora = _lora(dim=3, alpha=5.0)
     plain = with_peft(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), lora)
     expected = torch.cat([response_logits(plain, *sequence) for sequence in SEQUENCES])
@@ -98,6 +108,13 @@ def test_logits_and_gradients_of_adapters_equal_peft(tmp_path: Path, family: str
         assert ours is not None and theirs is not None
         assert (ours - theirs).norm() < 1e-5 * theirs.norm(), name
     assert all(parameter.grad is None for _, parameter in model.named_hf_parameters())
+
+
+def _fill_biases(folder: Path) -> None:
+    """Replace the biases of a saved model, which are 0, by random values."""
+    weights = load_file(folder / "model.safetensors")
+    biases = {name: torch.randn_like(tensor) for name, tensor in weights.items() if name.endswith(".bias")}
+    save_file(weights | biases, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _logits(model: ShardedLM) -> Tensor:

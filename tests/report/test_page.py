@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pytest
 
 from distill.checkpoint.lock import DirectoryLock
+from distill.config import LoraConfig
 from distill.metrics.sinks import JsonlSink
 from distill.report.html import PAGE, build_page
 from distill.report.page_data import Report, write_run_page
@@ -403,3 +404,15 @@ def test_the_accuracy_with_the_context_at_the_end_is_beside_that_at_the_start(tm
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_facts_name_the_adapters_of_a_run_that_trains_them(tmp_path: Path) -> None:
+    lora = LoraConfig(enabled=True, dim=16, exclude_modules=("*.mlp.*", "o_proj"))
+    policy = replace(CONFIG.policy, dtensor_cfg=replace(CONFIG.policy.dtensor_cfg, lora_cfg=lora))
+    run = write_run(tmp_path / "run", config=replace(CONFIG, policy=policy))
+    found = [
+        {each["label"]: each["value"] for each in of_run["facts"]}
+        for of_run in index_of(run, write_run(tmp_path / "other"))["runs"]
+    ]
+    assert found[0]["trained"] == "adapters of rank 16, alpha 32.0, exclude_modules: *.mlp.*, o_proj"
+    assert "trained" not in found[1]

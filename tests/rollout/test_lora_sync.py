@@ -66,9 +66,19 @@ def _compared(student: Student, bases: dict[str, Tensor], adapters: dict[str, Te
     return wrong + sorted({*names} ^ {*bases}), merged
 
 
-def _merged_in_layouts(folder: Path) -> dict[Any, Any]:
-    """Return the comparison of the sent weights with their definition, for each layout and dtype."""
+def _on_four_ranks(folder: Path) -> tuple[dict[Any, Any], dict[str, list[str]]]:
     world = World()
+    return _merged_in_layouts(folder, world), _with_one_flipped_bit(folder, world)
+
+
+@pytest.fixture(scope="module")
+def on_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[Any, Any], dict[str, list[str]]]]:
+    """Return the comparisons and the errors on each rank; the model has biases and an odd vocabulary."""
+    return run_ranks(4, _on_four_ranks, save_tiny_model(tmp_path_factory.mktemp("m"), "qwen2", False, vocab=385))
+
+
+def _merged_in_layouts(folder: Path, world: World) -> dict[Any, Any]:
+    """Return the comparison of the sent weights with their definition, for each layout and dtype."""
     found = {}
     for tp, replicas, precision in CASES:
         world.build_mesh("cpu", tp, 1, replicas)
@@ -82,9 +92,8 @@ def _merged_in_layouts(folder: Path) -> dict[Any, Any]:
     return found
 
 
-def test_a_sync_sends_the_merged_weights_with_their_bit_sums_in_every_layout(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", "qwen2", False, vocab=385)  # with biases; an odd vocabulary
-    for found in run_ranks(4, _merged_in_layouts, folder):
+def test_a_sync_sends_the_merged_weights_with_their_bit_sums_in_every_layout(on_four_ranks) -> None:
+    for found, _ in on_four_ranks:
         assert len(found) == 6
         for case, compared in found.items():
             assert compared == ([], 14), case  # seven linear layers in each of two decoder layers
@@ -95,7 +104,7 @@ FLIPPED = {  # by number of replicas, with tensor-parallel size 2: (parameter wi
     1: [
         (f"{MLP}.up_proj.lora_A", "rank"),  # gathered, so that ranks 1 and 3 have the flipped bit
         (f"{MLP}.down_proj.lora_B", "rank 3"),
-        (f"{ATTENTION}.k_norm.weight", "rank 3"),
+        ("model.layers.0.input_layernorm.weight", "rank 3"),
     ],
     2: [
         (f"{ATTENTION}.q_proj.lora_B", "replica 1"),
@@ -108,9 +117,8 @@ RECEIVED = f"{ATTENTION}.o_proj.weight"
 """Weight whose columns are split, so that each tensor-parallel rank has its own columns of A."""
 
 
-def _with_one_flipped_bit(folder: Path) -> dict[str, list[str]]:
+def _with_one_flipped_bit(folder: Path, world: World) -> dict[str, list[str]]:
     """Return, for each parameter, the errors of three syncs: with equal copies, with a flipped bit, with a NaN."""
-    world = World()
     errors = {}
     for replicas, cases in FLIPPED.items():
         world.build_mesh("cpu", 2, 1, replicas)
@@ -157,9 +165,8 @@ def _error_of(student: Student) -> str:
     return ""
 
 
-def test_a_sync_finds_other_copies_and_nan_in_weights_and_adapters(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", "qwen3", True)
-    by_rank = run_ranks(4, _with_one_flipped_bit, folder)
+def test_a_sync_finds_other_copies_and_nan_in_weights_and_adapters(on_four_ranks) -> None:
+    by_rank = [errors for _, errors in on_four_ranks]
     for errors in by_rank:
         assert errors == by_rank[0], "ranks report different errors"
         for name, where in (case for cases in FLIPPED.values() for case in cases):

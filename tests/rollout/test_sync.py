@@ -88,24 +88,24 @@ def test_changed_names_the_tensors_with_other_sums() -> None:
     assert changed_names({"a": one, "b": one}, {"a": one, "b": other}) == ["b"]
 
 
-def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
-    world = World()
-    world.build_mesh("cpu", tp, 1)
-    size = f"policy.dtensor_cfg.tensor_parallel_size={tp}"
-    config = config_for(folder, folder, "distillation.allow_degenerate=true", size, ranks=world.size)
-    student = Student(config, find_model(str(folder), "a model"), world, 384, ())
-    if poison:
-        if world.rank == world.size - 1:
-            with torch.no_grad():
-                student.model.causal_lm.model.layers[1].mlp.up_proj.weight.to_local()[-1, -1] = torch.nan
-        weights = student.weights()
-        try:
-            for _ in weights:
-                pass
-        except RuntimeError as error:
-            return str(error)
-        return ""
-    found = {}
+def _student(folder: Path, world: World, tp: int, replicas: int = 1) -> Student:
+    world.build_mesh("cpu", tp, 1, replicas)
+    size = (f"policy.dtensor_cfg.tensor_parallel_size={tp}", f"policy.dtensor_cfg.replicate_size={replicas}")
+    config = config_for(folder, folder, "distillation.allow_degenerate=true", *size, ranks=world.size)
+    return Student(config, find_model(str(folder), "a model"), world, 384, ())
+
+
+def _error_of(student: Student) -> str:
+    try:
+        for _ in student.weights():
+            pass
+    except (RunFailed, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def _gathered(folder: Path, world: World, tp: int = 1) -> Any:
+    student, found = _student(folder, world, tp), {}
     for dtype in (torch.float32, torch.bfloat16):
         weights = GatheredWeights(student.model.named_hf_parameters(), dtype, 50_000, world.replica_mesh, tp)
         sent = [(name, tensor.clone(), sums) for name, tensor, sums in weights.with_sums()]
@@ -113,16 +113,50 @@ def _gathered(folder: Path, poison: bool, tp: int = 1) -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    ("ranks", "tp"), [(1, 1), (2, 1), (3, 1), (4, 2)]
-)  # with 3 ranks, shards end within a 64-bit word
-def test_gathered_weights_equal_the_checkpoint_and_have_its_bit_sums(tmp_path: Path, ranks: int, tp: int) -> None:
-    folder = save_tiny_model(
-        tmp_path / "m", "qwen2", False, vocab=385
-    )  # with biases; the odd vocabulary makes uneven shards
-    files = find_model(str(folder), "a model")
-    for found in run_ranks(ranks, _gathered, folder, False, tp):
-        for dtype, (tensors, sums) in found.items():
+def _with_a_nan(folder: Path, world: World) -> str:
+    """Return the error of a sync with a NaN on the last rank."""
+    student = _student(folder, world, 1)
+    if world.rank == world.size - 1:
+        with torch.no_grad():
+            student.model.causal_lm.model.layers[1].mlp.up_proj.weight.to_local()[-1, -1] = torch.nan
+    return _error_of(student)
+
+
+def _on_ranks(folders: dict[str, Path]) -> dict[str, Any]:
+    """Run all scenarios of two, three or four ranks in the same processes; return their results by name."""
+    world = World(datetime.timedelta(seconds=60))
+    found = {"gathered": _gathered(folders["qwen2"], world, 2 if world.size == 4 else 1)}
+    if world.size == 4:
+        found["flipped"] = _with_one_flipped_bit(folders["qwen3"], world)
+    if world.size == 2:
+        found["collectives"] = _collectives(folders["qwen3"], world, 2)
+        found["nan"] = _with_a_nan(folders["llama"], world)
+        found["short"] = _short(world)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a model of each family; qwen2 has biases, and its odd vocabulary makes uneven shards."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "qwen2": save_tiny_model(root / "qwen2", "qwen2", False, vocab=385),
+        "qwen3": save_tiny_model(root / "qwen3", "qwen3", True, layers=6),
+        "llama": save_tiny_model(root / "llama", "llama", True),
+    }
+
+
+@pytest.fixture(scope="module")
+def on_ranks(folders: dict[str, Path]) -> dict[int, list[dict[str, Any]]]:
+    """Return the results of each rank, by number of ranks. With 3 ranks, shards end within a 64-bit word."""
+    return {ranks: run_ranks(ranks, _on_ranks, folders) for ranks in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_gathered_weights_equal_the_checkpoint_and_have_its_bit_sums(folders: Any, on_ranks: Any, ranks: int) -> None:
+    files = find_model(str(folders["qwen2"]), "a model")
+    for rank in on_ranks[ranks]:
+        for dtype, (tensors, sums) in rank["gathered"].items():
             assert tensors.keys() == files.files.keys()
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, files.tensor(name).to(dtype)), name
@@ -139,13 +173,8 @@ class _Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _collectives(folder: Path, tp: int) -> dict[str, Any]:
-    world = World()
-    world.build_mesh("cpu", tp, 1)
-    size = f"policy.dtensor_cfg.tensor_parallel_size={tp}"
-    config = config_for(folder, folder, "distillation.allow_degenerate=true", size, ranks=world.size)
-    student = Student(config, find_model(str(folder), "a model"), world, 384, ())
-    parameters = student.model.named_hf_parameters()
+def _collectives(folder: Path, world: World, tp: int) -> dict[str, Any]:
+    parameters = _student(folder, world, tp).model.named_hf_parameters()
     found: dict[str, Any] = {"parameters": len(parameters), "bytes": sum(p.numel() * 4 for _, p in parameters)}
     for buckets in (1, 4, 8):
         weights = GatheredWeights(parameters, torch.float32, found["bytes"] // buckets, world.replica_mesh, tp)
@@ -156,18 +185,16 @@ def _collectives(folder: Path, tp: int) -> dict[str, Any]:
     return found
 
 
-def test_the_number_of_collectives_of_a_sync_grows_with_bytes_not_parameters(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", "qwen3", True, layers=6)
-    found = run_ranks(2, _collectives, folder, 2)[0]
+def test_the_number_of_collectives_of_a_sync_grows_with_bytes_not_parameters(on_ranks: Any) -> None:
+    found = on_ranks[2][0]["collectives"]
     assert found["parameters"] > 60
     assert found["1"] == 1
     for buckets in (4, 8):  # two consecutive buckets hold more than one bucket's size
         assert buckets <= found[str(buckets)] <= 2 * buckets, found
 
 
-def test_weights_that_are_not_finite_raise_on_every_rank(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", "llama", True)
-    errors = run_ranks(2, _gathered, folder, True)
+def test_weights_that_are_not_finite_raise_on_every_rank(on_ranks: Any) -> None:
+    errors = [rank["nan"] for rank in on_ranks[2]]
     assert errors[0] == errors[1]
     assert "model.layers.1.mlp.up_proj.weight" in errors[0]
 
@@ -179,15 +206,11 @@ FLIPPED = [  # tensor-parallel size, replicas, weight with a flipped bit on rank
 ]
 
 
-def _with_one_flipped_bit(folder: Path) -> list[tuple[str, str]]:
+def _with_one_flipped_bit(folder: Path, world: World) -> list[tuple[str, str]]:
     """Return the errors of two syncs for each case: with equal copies, and with a flipped bit."""
-    world = World()
     errors = []
     for tp, replicas, weight, _ in FLIPPED:
-        world.build_mesh("cpu", tp, 1, replicas)
-        size = (f"policy.dtensor_cfg.tensor_parallel_size={tp}", f"policy.dtensor_cfg.replicate_size={replicas}")
-        config = config_for(folder, folder, "distillation.allow_degenerate=true", *size, ranks=world.size)
-        student = Student(config, find_model(str(folder), "a model"), world, 384, ())
+        student = _student(folder, world, tp, replicas)
         equal = _error_of(student)
         if world.rank == 3:
             shard = local_shard(dict(student.model.named_hf_parameters())[weight])
@@ -196,18 +219,8 @@ def _with_one_flipped_bit(folder: Path) -> list[tuple[str, str]]:
     return errors
 
 
-def _error_of(student: Student) -> str:
-    try:
-        for _ in student.weights():
-            pass
-    except RunFailed as error:
-        return str(error)
-    return ""
-
-
-def test_a_sync_compares_all_copies_of_a_weight(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "m", "qwen3", True)
-    by_rank = run_ranks(4, _with_one_flipped_bit, folder)
+def test_a_sync_compares_all_copies_of_a_weight(on_ranks: Any) -> None:
+    by_rank = [rank["flipped"] for rank in on_ranks[4]]
     for errors in by_rank:
         assert errors == by_rank[0], "ranks report different errors"
         for (_, _, weight, where), (equal, flipped) in zip(FLIPPED, errors, strict=True):
@@ -230,7 +243,7 @@ class ScriptedEngine:
     def sync(self, weights: CompleteWeights, version: int) -> SyncReport:
         self.calls.append("sync")
         changed = next(self._changed)
-        return SyncReport(version, 10, 1000, 0.5, changed, 950 if changed > 5 else 10 * changed)
+        return SyncReport(version, 100, 1000, 0.5, changed, 950 if changed > 50 else 10 * changed)
 
     def probe(self, token_ids: list[int]) -> list[float]:
         return next(self._probes)
@@ -261,19 +274,32 @@ def _trainer(dtype: torch.dtype = torch.bfloat16, trained: float = 1.0) -> Any:
 
 
 def test_a_probe_that_does_not_change_with_the_weights_raises() -> None:
-    sync = _sync([10, 6], [[-1.0, -2.0]] * 2)  # 6 of 10 tensors with 95% of the bytes: the rest may be norms
+    sync = _sync([100, 60], [[-1.0, -2.0]] * 2)  # 60 of 100 tensors with 95% of the bytes: the rest may be norms
     sync.push_weights(0)
-    with pytest.raises(RuntimeError, match=r"6 of 10 .*95%"):
+    with pytest.raises(RuntimeError, match=r"60 of 100 .*95%"):
         sync.push_weights(1)
 
 
 def test_a_probe_that_does_not_change_with_the_adapted_weights_raises() -> None:
-    """Of all bytes, 4% change: nearly all of those that adapters train, or a few of those of full training."""
-    for trained in (0.044, 0.045, 1.0):
-        sync = _sync([10, 4], [[-1.0, -2.0]] * 2, trained=trained)
+    """Of all bytes, 40% change: nearly all of those that adapters train, or a part of those of full training."""
+    for trained in (0.44, 0.45, 1.0):
+        sync = _sync([100, 40], [[-1.0, -2.0]] * 2, trained=trained)
         sync.push_weights(0)
-        with pytest.raises(RuntimeError) if trained < 0.0445 else nullcontext():
+        with pytest.raises(RuntimeError) if trained < 0.445 else nullcontext():
             sync.push_weights(1)
+
+
+def test_a_probe_that_does_not_change_with_few_adapted_weights_raises_after_several_syncs(
+    warnings: pytest.LogCaptureFixture,
+) -> None:
+    """Rounding may hide a few changed elements of seven adapted weights, but not those of three syncs."""
+    same, other = [-1.0, -2.0], [-1.0, -2.5]
+    sync = _sync([100, *[7] * 6], [same, same, same, other, other, other, other], trained=0.07)
+    for version in range(6):
+        sync.push_weights(version)
+    assert len(warnings.records) == 4
+    with pytest.raises(RuntimeError, match="7 of 100"):
+        sync.push_weights(6)
 
 
 def test_a_probe_need_not_change_when_few_tensors_or_none_changed(warnings: pytest.LogCaptureFixture) -> None:
@@ -282,7 +308,7 @@ def test_a_probe_need_not_change_when_few_tensors_or_none_changed(warnings: pyte
     sync.push_weights(1)
     assert not warnings.records
     sync.push_weights(2)
-    assert "3 of 10" in warnings.text
+    assert "3 of 100" in warnings.text
 
 
 def test_a_sync_wakes_the_engine_in_two_parts_and_reports_its_cost() -> None:
@@ -337,8 +363,7 @@ class ShortEngine(ScriptedEngine):
         return [-1.0]
 
 
-def _short() -> str:
-    world = World(datetime.timedelta(seconds=20))
+def _short(world: World) -> str:
     try:
         WeightSync(world, ShortEngine([1], []), _trainer(), 50).push_weights(0)  # type: ignore[arg-type]
     except RuntimeError as error:
@@ -346,8 +371,8 @@ def _short() -> str:
     return ""
 
 
-def test_a_rank_that_cannot_wake_stops_all_ranks_before_the_probe() -> None:
-    first, second = run_ranks(2, _short)
+def test_a_rank_that_cannot_wake_stops_all_ranks_before_the_probe(on_ranks: Any) -> None:
+    first, second = (rank["short"] for rank in on_ranks[2])
     assert second == OUT_OF_MEMORY
     assert "rank 1" in first and OUT_OF_MEMORY in first
 

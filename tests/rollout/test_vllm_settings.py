@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from distill.rollout import vllm_env
 from distill.rollout.factory import batch_arguments
 from distill.rollout.gpu_memory import CudaMemory, pool_bytes
 from distill.rollout.vllm_engine import kept_threads
-from distill.rollout.vllm_env import kept_allocator_options
+from distill.rollout.vllm_env import kept_allocator_options, prepare_for_vllm
 from distill.rollout.vllm_version import InstalledVllm
 from distill.supervise.logs import log_library, log_to_console, log_to_file
 from tests.harness import config_for
@@ -28,6 +29,14 @@ PARTIAL = (
     "distillation.partial_rollouts.finish_share=0.6",
     "policy.generation_batch_size=4096",
 )
+
+
+def test_vllm_cannot_lower_the_precision_of_the_trainers_float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_FLOAT32_MATMUL_PRECISION", "high")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(vllm_env, "log_library", lambda *_: None)
+    prepare_for_vllm(0, 1, 0)
+    assert os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] == "highest"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,13 @@ def test_the_demonstration_of_adapters_differs_from_that_of_all_weights_in_adapt
     assert full.runtime.run_dir != lora.runtime.run_dir
     policy = replace(lora.policy, dtensor_cfg=full.policy.dtensor_cfg, optimizer=full.policy.optimizer)
     assert replace(lora, policy=policy, runtime=full.runtime, logger=full.logger) == full
+
+
+@pytest.mark.parametrize(("value", "name"), [("1", "context-lora"), ("0", "context"), ("", "context")])
+def test_make_demo_context_trains_adapters_only_with_the_value_1(value: str, name: str) -> None:
+    command = ["make", "-n", "--no-print-directory", "demo-context", f"LORA={value}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert printed.stdout.splitlines()[-1].endswith(f"scripts.demo {name}"), printed
 
 
 def test_a_run_without_an_effect_is_a_control_and_no_demonstration(commands: list[list[str]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distill.checkpoint.base_model import BASE
 from distill.errors import UserError
 from distill.model.export_files import EXPORT_FILES
 from scripts import export_hf
@@ -102,6 +103,14 @@ def test_the_error_for_a_missing_student_suggests_the_option_model(student: Path
         export_hf._files(tmp_path, info, str(tmp_path / "lost"), None)
     assert (refused.value.key, refused.value.value) == ("--model", str(tmp_path / "lost"))
     assert "--model" not in refused.value.fix
+
+
+def test_the_option_merge_is_refused_for_a_checkpoint_without_adapters(tmp_path: Path) -> None:
+    export_hf._check_options(tmp_path, {BASE: {"checksum": {}}}, True, "bfloat16")
+    export_hf._check_options(tmp_path, {BASE: None}, False, "bfloat16")
+    with pytest.raises(UserError) as refused:
+        export_hf._check_options(tmp_path, {BASE: None}, True, None)
+    assert (refused.value.key, refused.value.value) == ("--merge", True)
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "./"])

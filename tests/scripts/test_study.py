@@ -167,12 +167,12 @@ def test_lengths_and_waits_are_means_over_steps_and_trained_tokens_a_sum(run_dir
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _validated(run_dir, {1: 0.5, 2: 0.25, 3: 0.75, 4: 0.125})
     found = scheduled(run_dir, 4)
-    assert found["KL, mean of 3 validations"] == 0.375
+    assert found["KL, mean of the last validations"] == 0.375
     assert (found["generation seconds per step"], found["wait share"], found["trained tokens"]) == (5.0, 0.25, 1000.0)
     assert (found["length, first third of steps"], found["length, last third of steps"]) == (40.0, 140.0)
     assert found["share of older tokens"] == pytest.approx(0.15)
     earlier = scheduled(run_dir, 2)
-    assert earlier["KL, mean of 3 validations"] == 0.375
+    assert earlier["KL, mean of the last validations"] == 0.375
     assert (earlier["steps"], earlier["training seconds"], earlier["trained tokens"]) == (2.0, 9.5, 300.0)
     assert (earlier["generation seconds per step"], earlier["wait share"]) == (6.0, 0.375)
     assert (earlier["length, first third of steps"], earlier["length, last third of steps"]) == (40.0, 100.0)
@@ -187,7 +187,7 @@ def test_the_recipe_of_partial_rollouts_is_valid_in_both_arms(overrides: tuple[s
 
 
 def test_partial_rollouts_are_measured_after_the_last_step_within_the_time_of_the_other_arm(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lockstep: two steps in 8.5 s. Partial rollouts: four steps, of which 4 + 2 + 2 s fit and 4 + 2 + 2 + 2 do not."""
     started: list[tuple[str, int, tuple[str, ...]]] = []
@@ -213,6 +213,10 @@ def test_partial_rollouts_are_measured_after_the_last_step_within_the_time_of_th
     curve = found["held-out KL by training seconds"]["partial"][0]
     assert curve == [(0.0, pytest.approx(0.6)), (4.0, 0.5), (6.0, 0.4), (8.0, 0.25), (10.0, 0.125)]
     assert found["lengths"]["partial"] == [[0.0] * 4] * 3 and found["runs"].keys() == {"lockstep", "partial"}
+    assert "MORE_STEPS" not in capsys.readouterr().out
+    monkeypatch.setattr(study, "MORE_STEPS", 1.5)  # three planned steps, which all fit
+    partial(Request((), keep=False))
+    assert capsys.readouterr().out.count("MORE_STEPS=1.5") == len(SEEDS)
 
 
 def test_at_least_one_step_finishes_within_the_time(run_dir: Path) -> None:
