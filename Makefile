@@ -18,6 +18,8 @@ export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# The files with tests of a mark: to import all other files takes many seconds in each process of pytest.
+MARKED = $$(grep -rl --include='*.py' 'mark\.$(1)' tests)
 # Keep compiled modules; otherwise every process of a test compiles torch and vLLM again.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -44,7 +46,7 @@ smoke: venv models  ## two short trainings on two ranks, and a table of their re
 	@$(PY) -m scripts.smoke
 
 demo-context: venv models  ## the student learns a rule that only the teacher reads, in 40 steps; LORA=1: with adapters
-	@$(PY) -m scripts.demo context$(if $(LORA),-lora)
+	@$(PY) -m scripts.demo context$(if $(filter 1,$(LORA)),-lora)
 
 demo-control: venv models  ## the same training without the context: the student learns nothing
 	@$(PY) -m scripts.demo control
@@ -68,7 +70,7 @@ bench-packing: venv  ## balance of responses over ranks, compared with simpler m
 bench-generation: venv  ## the generation phase with and without partial rollouts, simulated
 	@$(PY) -m scripts.bench_generation
 
-soak: venv models  ## 300 steps of a tiny model on two ranks: memory, files, threads and processes must not grow
+soak: venv models  ## 200 steps of a tiny model on two ranks: memory, files, threads and processes must not grow
 	@$(PY) -m scripts.soak
 
 lint: venv  ## ruff, formatting and import contracts
@@ -82,11 +84,11 @@ types: venv  ## mypy, strict in distill/
 check: venv models lint types  ## lint, types and the fast tests: under two minutes
 	@$(PY) -m pytest -q -m "not slow and not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile
 
-test: venv models lint types  ## lint, types and all tests that have no other target: 13 to 20 minutes
+test: venv models lint types  ## lint, types and all tests that have no other target: 9 to 15 minutes
 	@$(PY) -m pytest -q -m "not demo and not exports and not fakecuda and not faults and not slurm and not browser" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-demo: venv models  ## the tests of the demonstration: five to twenty minutes
-	@$(PY) -m pytest -q -m demo
+	@$(PY) -m pytest -q -m demo $(call MARKED,demo)
 
 .venv-transformers4/installed.lock: tests/requirements-transformers4.lock requirements-cpu.lock | venv
 	@rm -rf .venv-transformers4 && $(PY) -m venv --without-pip .venv-transformers4
@@ -96,20 +98,20 @@ test-demo: venv models  ## the tests of the demonstration: five to twenty minute
 	@cp $< $@
 
 test-exports: venv models .venv-transformers4/installed.lock  ## load exports with transformers 4 (in a separate environment), transformers 5 and vLLM
-	@$(PY) -m pytest -q -m exports tests/test_exports.py tests/test_adapter_exports.py
+	@$(PY) -m pytest -q -m exports tests/test_exports.py
 
 test-fakecuda: venv  ## memory, host syncs and launches of a step on fake CUDA tensors, without a GPU: three to five minutes
 	@$(PY) -m pytest -q -rs -m fakecuda -n 2 --dist loadfile tests/fakecuda
 
 test-faults: venv  ## runs that are killed, stopped, hung or have nan losses
-	@$(PY) -m pytest -q -m faults -n 3 --dist worksteal
+	@$(PY) -m pytest -q -m faults -n 3 --dist worksteal $(call MARKED,faults)
 
 test-slurm: venv  ## the batch script on a real Slurm of three nodes (Debian packages)
 	@export PATH="$$PATH:/usr/sbin" DEBIAN_FRONTEND=noninteractive; \
 	  install="apt-get install -y --no-install-recommends slurm-wlm munge"; \
 	  { type sbatch slurmctld slurmd munged || $$install || { apt-get update && $$install; }; } >/dev/null 2>&1 || \
 	  echo "slurm-wlm and munge cannot be installed (apt-get, as root): the tests on a real Slurm are skipped"
-	@$(PY) -m pytest -q -rs -m slurm
+	@$(PY) -m pytest -q -rs -m slurm $(call MARKED,slurm)
 
 test-browser: venv  ## the report page in headless Chromium (Debian packages): under one minute
 	@export DEBIAN_FRONTEND=noninteractive; install="apt-get install -y --no-install-recommends chromium chromium-driver"; \

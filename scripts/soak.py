@@ -1,4 +1,4 @@
-"""Train a tiny model for hundreds of short steps and fail if a resource of a rank grows.
+"""Train a tiny model for 200 short steps and fail if a resource of a rank grows.
 
 The resources are memory, open files, threads, child processes and shared memory. This process reads the resources of
 each rank after every step. The values after a warm-up are split into equal intervals of steps, and a line is fitted to
@@ -29,10 +29,12 @@ from scripts.launch import ENVIRONMENT, ROOT, torchrun
 RUN = ROOT / "runs" / "soak"
 COMPLETE_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 INTERVALS = 10
-PERIOD = 25
+PERIOD = 15
 """Steps between two checkpoints. With the default arguments, an interval has the same length."""
 AFTER = 5
 """Number of steps after the last measured step, so that the end of the run does not affect the last interval."""
+TAIL = 2**16
+"""Bytes at the end of the metrics that are read; they have at least two lines."""
 ERRORS = 3.0
 """Number of standard errors by which a line may rise."""
 TOLERANCE = {"memory MiB": 4.0, "open files": 0.5, "threads": 0.5, "child processes": 0.5, "shared memory MiB": 0.5}
@@ -166,7 +168,9 @@ def steps_done(metrics: Path) -> int:
     """Return the last training step in a metrics.jsonl, or 0 without one; ignore an incomplete last line."""
     if not metrics.exists():
         return 0
-    lines = metrics.read_text().rpartition("\n")[0].splitlines()
+    with metrics.open("rb") as file:  # Read only the end: reading the complete file at each poll would slow the ranks
+        file.seek(max(0, metrics.stat().st_size - TAIL))
+        lines = file.read().decode(errors="replace").rpartition("\n")[0].splitlines()
     return max((json.loads(line)["step"] for line in lines[-2:] if '"train/loss"' in line), default=0)
 
 
@@ -184,7 +188,7 @@ def table(growths: Sequence[tuple[int, Growth]], steps: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the training, print the growth of each resource, and exit with code 1 if a resource leaks."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="number of training steps")
+    parser.add_argument("--steps", type=int, default=200, help="number of training steps")
     parser.add_argument(
         "--warm-up",
         type=int,

@@ -31,7 +31,6 @@ MOMENTS = {
     "generation": "distill.rollout.transformers_engine:TransformersEngine._forward",
     "vllm": "distill.rollout.vllm_loop:heartbeat",
     "cut": "distill.rollout.partial:_Phase.complete",
-    "data": "distill.batching.plan:_view",
     "teacher": "distill.model.teacher:ScoringTeacher.targets",
     "forward": "distill.model.student:Student.loss",
     "backward": "torch:Tensor.backward",
@@ -42,7 +41,6 @@ MOMENTS = {
     "finish": "distill.checkpoint:Checkpoints._finish",
     "naming": "distill.checkpoint:Checkpoints._give_name",
     "validation": "distill.validation:Validation.generate",
-    "metrics": "distill.metrics.sinks:Recorder.record",
 }
 """Function before whose call the fault happens, as module:path."""
 
@@ -107,13 +105,6 @@ def hang() -> None:
         time.sleep(1)
 
 
-def hang_in_c() -> None:
-    """Hang in a call that holds the interpreter's lock."""
-    import ctypes
-
-    ctypes.PyDLL(None).pause()
-
-
 def inject(fault: dict[str, Any]) -> None:
     """Wrap the moment's function, on the fault's rank."""
     if int(os.environ["RANK"]) != fault.get("rank", 0):
@@ -171,7 +162,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
         *(kill_rank, kill_tree, kill_launcher, freeze_rank),
-        *(signal_launcher, signal_all, signal_rank, signal_twice, hang, hang_in_c),
+        *(signal_launcher, signal_all, signal_rank, signal_twice, hang),
     )
 }
 REPLACEMENTS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (nan_loss, nan_weight, nan_weight_after)}

@@ -217,8 +217,8 @@ def complete_gradients(student: Student, world: World) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in gathered}
 
 
-def five_steps(
-    config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig, count: int = 5
+def copies_that_differ(
+    config: Config, world: World, rollouts: Sequence[Rollout], packing: PackingConfig, count: int
 ) -> list[str]:
     """Train ``count`` steps; return what differs between ranks that must have equal copies. Collective.
 

@@ -86,8 +86,9 @@ _PRELOADED = [
     *(f"transformers.{name}" for name in ("modeling_utils", "models.auto.modeling_auto")),
     *(f"transformers.models.{name}" for name in ("llama.modeling_llama", "qwen2.modeling_qwen2")),
     *(f"transformers.models.{name}" for name in ("qwen3.modeling_qwen3", "gemma3.modeling_gemma3")),
+    *("pandas", "pyarrow.compute", "distill.build", "tests.harness", "tests.test_train"),
 ]
-"""Modules that the fork server imports once per test session; each process would need about nine seconds of CPU."""
+"""Modules that the fork server imports once per test session; each process would need about eleven seconds of CPU."""
 
 
 _READ_ON_IMPORT = ("CUDA_VISIBLE_DEVICES", "HF_", "LD_PRELOAD", "OMP_NUM_THREADS", "TRANSFORMERS_", "TRITON_INTERPRET")
@@ -116,12 +117,26 @@ def _start_method() -> str:
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call ``function(*args)`` in ``ranks`` processes that can create a World; return the results in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
-        port = str(free_port())
-        environment = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        given = environment, folder, function, args
-        mp.start_processes(_rank_main, given, nprocs=ranks, start_method=_start_method())
+        _start(ranks, folder, function, args)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def exit_codes(ranks: int, function: Callable[..., Any], *args: Any) -> list[int | None]:
+    """Call ``function(*args)`` as ``run_ranks`` does; wait until all ranks have exited, and return their exit codes."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(ranks, folder, function, args, join=False).processes
+        for process in processes:
+            process.join(120)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in processes]
+
+
+def _start(ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], join: bool = True) -> Any:
+    environment = {**os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    given = environment, folder, function, args
+    return mp.start_processes(_rank_main, given, nprocs=ranks, join=join, start_method=_start_method())
 
 
 def _rank_main(

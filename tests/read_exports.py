@@ -2,8 +2,8 @@
 
     python tests/read_exports.py JOB.json RESULT.pt
 
-JOB.json holds the arguments of ``read``, ``read_by_vllm`` or ``read_adapter_by_vllm``. This file imports nothing of
-this repository, because it also runs in an environment with transformers 4.
+JOB.json holds the arguments of ``read`` or of ``read_by_vllm``. This file imports nothing of this repository, because
+it also runs in an environment with transformers 4.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,15 @@ def read(folders: Sequence[str], ids: Sequence[int], new_tokens: int, resave: Ma
     return found
 
 
-def read_by_vllm(vllm_folders: Sequence[str], ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
-    """Return for each folder vLLM's log-probs of ``ids[1:]``, ids of TEXTS, and greedy continuation of ``ids``."""
-    return {folder: _read_by_vllm(folder, ids, new_tokens) for folder in vllm_folders}
+def read_by_vllm(
+    vllm_folders: Sequence[str], ids: Sequence[int], new_tokens: int, base: str, adapters: Sequence[str]
+) -> dict[str, Any]:
+    """Return for each folder vLLM's log-probs of ``ids[1:]``, ids of TEXTS, and greedy continuation of ``ids``.
+
+    Also return the log-probs with each of the folders ``adapters``, and those of their base model ``base``.
+    """
+    found = {folder: _read_by_vllm(folder, ids, new_tokens) for folder in vllm_folders}
+    return found | _read_adapters_by_vllm(base, adapters, ids)
 
 
 def _read_by_vllm(folder: str, ids: Sequence[int], new_tokens: int) -> dict[str, Any]:
@@ -75,22 +81,19 @@ def _read_by_vllm(folder: str, ids: Sequence[int], new_tokens: int) -> dict[str,
     }
 
 
-def read_adapter_by_vllm(adapter: str, base: str, ids: Sequence[int], max_rank: int) -> list[list[float]]:
-    """Return vLLM's log-probs of ``ids[1:]`` with the adapter folder, and then without it.
-
-    ``base``: folder of the base model. ``max_rank``: value of vLLM's ``max_lora_rank``.
-    """
+def _read_adapters_by_vllm(base: str, adapters: Sequence[str], ids: Sequence[int]) -> dict[str, list[float]]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     settings: dict[str, Any] = dict(dtype="float32", max_model_len=64, enforce_eager=True, gpu_memory_utilization=0.3)
-    engine = LLM(base, enable_lora=True, max_lora_rank=max_rank, **settings)
+    engine = LLM(base, enable_lora=True, max_lora_rank=8, **settings)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    found = []
-    for request in (LoRARequest("adapter", 1, adapter), None):
+    requests = {base: None} | {folder: LoRARequest(folder, i, folder) for i, folder in enumerate(adapters, 1)}
+    found = {}
+    for folder, request in requests.items():
         (output,) = engine.generate([{"prompt_token_ids": list(ids)}], sampling, use_tqdm=False, lora_request=request)
         after_first = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
-        found.append([entry[token].logprob for token, entry in after_first])
+        found[folder] = [entry[token].logprob for token, entry in after_first]
     return found
 
 
@@ -102,12 +105,7 @@ def main(job_file: str, result_file: str) -> None:
     with open(job_file) as file:
         job = json.load(file)
     torch.set_num_threads(1)
-    functions: dict[str, Callable[..., Any]] = {
-        "vllm_folders": read_by_vllm,
-        "adapter": read_adapter_by_vllm,
-        "folders": read,
-    }
-    result = next(function for key, function in functions.items() if key in job)(**job)
+    result = (read_by_vllm if "vllm_folders" in job else read)(**job)
     torch.save({"version": transformers.__version__, "result": result}, result_file)
 
 

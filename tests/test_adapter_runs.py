@@ -70,9 +70,8 @@ def ended(root: Path) -> dict[str, tuple[int, str, str]]:
     for name, (_, overrides) in REFUSED.items():
         own = adapter_overrides(root, "other") if name == "changed base" else same
         lines[name] = _command(root, name, *own, resumed[-1], *overrides)
-    ended = dict(zip(lines, _run(list(lines.values()))[0], strict=True))
-    alone = _run([_command(root, "one rank", *resumed, "cluster.gpus_per_node=1")], 1)
-    return ended | {"one rank": alone[0][0]}
+    lines["one rank"] = _command(root, "one rank", *resumed, "cluster.gpus_per_node=1")
+    return dict(zip(lines, _run(list(lines.values()), [2] * (len(lines) - 1) + [1])[0], strict=True))
 
 
 def _adapters(root: Path, name: str) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from tests.test_train import _command, make_tiny_run
 Ends = list[tuple[Ended, Ended, bool]]
 """For each case: the end of the dry run, that of the run, and whether the dry run changed a file."""
 STOPPED = "stopped before the weights"
-COUNT = 60
+COUNT = 36
 MISSING = (
     *("old_path", "missing_column", "missing_validation_file", "absent_package"),
     *("data_path_is_no_file", "invalid_model_name", "chat_template_that_is_no_file", "unreadable_prompt_file"),
@@ -98,7 +98,7 @@ def compare_and_resume(root: Path, cases: Sequence[Case]) -> tuple[Ends, list[En
 @pytest.fixture(scope="module")
 def ended(root: Path) -> tuple[list[Case], Ends, list[Ended], Ends]:
     """Drawn cases with their ends, then the result of ``resume_cases``; all in one process."""
-    cases = malformed(root, 24, seed=29, ranks=1, among=lambda way: way in MISSING)
+    cases = malformed(root, 2 * len(MISSING), seed=29, ranks=1, among=lambda way: way in MISSING)
     cases += malformed(root, COUNT - len(cases), seed=30, ranks=1, among=lambda way: not way.startswith("environment"))
     for setting in PATHS:
         argv = [*_command(root, "path", "cluster.gpus_per_node=1"), setting]
@@ -108,7 +108,7 @@ def ended(root: Path) -> tuple[list[Case], Ends, list[Ended], Ends]:
 
 
 @pytest.mark.slow
-def test_60_dry_runs_are_refused_if_and_only_if_the_run_is_refused_before_its_weights(root, ended) -> None:
+def test_36_dry_runs_are_refused_if_and_only_if_the_run_is_refused_before_its_weights(root, ended) -> None:
     cases, ends = ended[:2]
     faults = [(case.way, case.detail, difference(*end)) for case, end in zip(cases, ends, strict=True)]
     assert [fault for fault in faults if fault[-1]] == []

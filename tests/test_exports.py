@@ -1,5 +1,7 @@
 """Exports give the trainer's log-probs and stop at its stop ids in transformers 4, transformers 5 and vLLM.
 
+Exports of adapters give the trainer's log-probs in vLLM, as a LoRARequest and merged into the base model.
+
 `make test-exports` makes the environment with transformers 4 and runs these tests.
 """
 
@@ -26,12 +28,15 @@ from distill.model.export import export_hf
 from distill.model.export_files import read_export_files
 from distill.model.hf_files import find_model
 from distill.model.student import Student
+from scripts import export_hf as export_script
 from tests.harness import config_for
 from tests.helpers import run_ranks, tiny_config
+from tests.model.test_adapter_exports import LORA, base, export_on_ranks
 from tests.read_exports import TEXTS, read
 from tests.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.exports
+__all__ = ["base"]  # a fixture
 REPO = Path(__file__).resolve().parent.parent
 PYTHON_4 = REPO / ".venv-transformers4/bin/python"
 SMOLLM2 = REPO / "models/SmolLM2-135M-pruned"
@@ -100,6 +105,11 @@ VLLM = ("llama-llama3", "llama-foreign", "qwen3-untied", "gemma3")
 """Variants that vLLM also loads."""
 FOREIGN = {"partial_rotary_factor": 0.5, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2}
 """Settings that transformers' Llama ignores and vLLM applies."""
+ADAPTERS: dict[str, tuple[str, ...]] = {
+    "most modules": (),
+    "one layer": (f"{LORA}.target_modules=[model.layers.0.*]", f"{LORA}.exclude_modules=[]"),
+}
+"""Overrides of adapters; the names of the modules of one layer are written completely to the export."""
 
 
 def save_source(folder: Path, variant: Variant, seed: int) -> None:
@@ -171,6 +181,7 @@ def _export(jobs: Sequence[Job]) -> list[tuple[list[float], list[list[int]]]]:
 class Seen:
     """Outputs of the trainer and of the other programs, by export folder."""
 
+    root: Path
     trainer: dict[str, list[float]] = field(default_factory=dict)
     """Log-probs of IDS[1:] of the student."""
     text_ids: dict[str, list[list[int]]] = field(default_factory=dict)
@@ -182,6 +193,8 @@ class Seen:
     by_4: dict[str, Any] = field(default_factory=dict)
     by_vllm: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Path] = field(default_factory=dict)
+    adapters: dict[str, list[float]] = field(default_factory=dict)
+    """Log-probs of IDS[1:] of students with adapters, by folder of the exported adapter."""
 
 
 def start_program(python: Path, root: Path, name: str, job: Mapping[str, Any]) -> tuple[subprocess.Popen[str], Path]:
@@ -203,11 +216,22 @@ def result_of(process: subprocess.Popen[str], file: Path, version: str) -> Any:
     return saved["result"]
 
 
+def _export_adapters(base: Path, root: Path) -> dict[str, list[float]]:
+    """Export students with adapters; return their log-probs by folder of the adapter. Merge the first one."""
+    found = {}
+    for name, overrides in ADAPTERS.items():
+        (on_rank,) = run_ranks(1, export_on_ranks, base, root, {name: (1, 1, "float32")}, overrides)
+        found[str(root / name / "peft")] = on_rank[name].logprobs
+    export_script.export(root / next(iter(ADAPTERS)) / "step_3", root / "merged", merge=True)
+    return found
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Seen:
     """Export and load sources saved by version 5; then export and load the copies that version 4 saves of them."""
     assert PYTHON_4.exists(), "run `make test-exports`, which makes the environment with transformers 4"
-    root, seen = tmp_path_factory.mktemp("exports"), Seen()
+    root = tmp_path_factory.mktemp("exports")
+    seen = Seen(root)
     jobs: list[Job] = []
     for seed, (name, variant) in enumerate(VARIANTS.items()):
         source = root / "source-5" / name
@@ -226,10 +250,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     _add_trainer(seen, jobs)
     resaved = {job[1]: str(root / "source-4" / Path(job[1]).name) for job in jobs if job[1] != smollm2}
     arguments: dict[str, Any] = {"ids": IDS, "new_tokens": NEW_TOKENS}
+    seen.adapters = _export_adapters(base, root / "adapters")
     with ExitStack() as stack:
-        vllm_folders = [str(root / "export-5" / f"{name}-float32") for name in VLLM]
+        vllm_folders = [str(root / "export-5" / f"{name}-float32") for name in VLLM] + [str(root / "adapters/merged")]
+        with_adapters = {"base": str(base), "adapters": list(seen.adapters)}
         started = [
-            start_program(Path(sys.executable), root, "vllm", {"vllm_folders": vllm_folders, **arguments}),
+            start_program(
+                Path(sys.executable), root, "vllm", {"vllm_folders": vllm_folders, **with_adapters, **arguments}
+            ),
             start_program(
                 PYTHON_4, root, "first", {"folders": [job[1] for job in jobs], "resave": resaved, **arguments}
             ),
@@ -306,10 +334,26 @@ def test_exports_of_models_in_both_formats_give_the_trainers_outputs_in_transfor
     }
 
 
+def _max_diff(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return float((torch.tensor(ours) - torch.tensor(theirs)).abs().max())
+
+
 def test_exports_give_the_trainers_outputs_in_vllm(seen: Seen) -> None:
-    assert len(seen.by_vllm) == len(VLLM)
-    for folder, found in seen.by_vllm.items():
-        ours, theirs = torch.tensor(seen.trainer[folder]), torch.tensor(found["logprobs"])
-        assert float((ours - theirs).abs().max()) < 1e-4, folder
+    for name in VLLM:
+        folder = str(seen.root / "export-5" / f"{name}-float32")
+        found = seen.by_vllm[folder]
+        assert _max_diff(seen.trainer[folder], found["logprobs"]) < 1e-4, folder
         assert found["generated"] == seen.expected[folder], f"vLLM ignores stop ids of the training: {folder}"
         _check_texts(found, folder, seen)
+
+
+def test_exports_of_adapters_give_the_trainers_logprobs_in_vllm(seen: Seen, base: Path) -> None:
+    """As LoRARequests, and merged into the base model."""
+    assert len(seen.adapters) == len(ADAPTERS)
+    for folder, logprobs in seen.adapters.items():
+        assert _max_diff(logprobs, seen.by_vllm[folder]) < 1e-4, folder
+        assert _max_diff(logprobs, seen.by_vllm[str(base)]) > 0.1, "the adapter changes the model"
+        named = json.loads((Path(folder) / "adapter_config.json").read_text())["target_modules"]
+        assert all(name.startswith("model.layers.0.") == ("one layer" in folder) for name in named)
+    merged = seen.by_vllm[str(seen.root / "adapters/merged")]["logprobs"]
+    assert _max_diff(next(iter(seen.adapters.values())), merged) < 1e-4

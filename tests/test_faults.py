@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -130,121 +129,40 @@ def assert_same_pools(root: Path, name: str, other: str, step: int) -> None:
     assert sum(row["train/partial/older_token_share"] > 0 for row in found) > len(found) / 2
 
 
-STEPS = 8
-SAVES = ("save", "shards", "bytes", "finish", "naming")
+STEPS = 6
+KILLS: tuple[tuple[str, int | None, int, int, str], ...] = (
+    ("cut", 3, 1, 1, "kill_tree"),
+    ("shards", 4, 1, 1, "kill_rank"),
+    ("bytes", None, 20, 1, "kill_tree"),
+    ("finish", None, 1, 0, "kill_rank"),
+    ("naming", None, 1, 0, "kill_tree"),
+    ("teacher", 6, 1, 1, "kill_rank"),
+)
+"""Kills as (moment, step, nth, rank, what); see ``faulty_train``. A checkpoint is written every second step.
+
+Two phases: between the cut and the completion of the oldest responses, and while the teacher's adapters replace those
+of the student. Four moments of one save: before the first shard, inside a shard, which a background thread writes,
+before the manifest, and between the manifest and the final name.
+"""
 
 
-def kills(seed: int) -> list[dict[str, Any]]:
-    """Return nine kills in the order of steps: four in different phases, five in a save, of a rank or of all processes.
-
-    Generation is killed while segments run, and between the cut and the completion of the oldest responses. A save is
-    killed at its begin, before the first shard, inside a shard, before the manifest is written, and between the
-    manifest and the final name.
-    """
-    draw = random.Random(seed)
-    moments = ["generation", "cut", "backward", draw.choice(("sync", "teacher", "optimizer", "metrics")), *SAVES]
-    draw.shuffle(moments)
-    faults: list[dict[str, Any]] = []
-    for moment, step in zip(moments, sorted(draw.choices(range(1, STEPS + 1), k=len(moments))), strict=True):
-        at = step + step % 2 if moment in ("save", "shards") else step  # a checkpoint is written every second step
-        nth = draw.randint(1, 2) if moment in ("generation", "backward") else 1
-        fault: dict[str, Any] = {"step": at, "moment": moment, "nth": nth}
-        faults.append({**fault, "rank": draw.randint(0, 1), "what": draw.choice(("kill_rank", "kill_tree"))})
-    faults.sort(key=lambda fault: fault["step"])
-    for fault in faults:
-        if fault["moment"] in ("finish", "naming"):  # on the main rank, as soon as both ranks have written
-            fault.update(step=None, rank=0)
-        if fault["moment"] == "bytes":  # in a background thread, during any step
-            fault.update(step=None, nth=draw.randint(2, 30))
-    return faults
-
-
-def test_a_run_killed_at_nine_moments_ends_bit_for_bit_as_an_undisturbed_one(root) -> None:
-    """With partial rollouts, so every checkpoint has a pool of unfinished responses."""
-    line = [f"distillation.max_num_steps={STEPS}", *partial_rollouts(root)]
+def test_a_run_killed_in_two_phases_and_in_a_save_ends_bit_for_bit_as_an_undisturbed_one(root) -> None:
+    """With adapters and their average as the teacher; every checkpoint has a pool of unfinished responses."""
+    line = [*adapter_overrides(root), *partial_rollouts(root)]
+    line += [f"distillation.max_num_steps={STEPS}", "checkpointing.save_period=2"]
     undisturbed = run(root, "not killed", *line)
     assert undisturbed.code == 0 and undisturbed.status["state"] == "finished", undisturbed.output
-    for fault in kills(seed=7):
+    for moment, step, nth, rank, what in KILLS:
+        fault = {"moment": moment, "step": step, "nth": nth, "rank": rank, "what": what}
         killed = run(root, "killed", *line, fault=fault)
         assert killed.code != 0 and not killed.remaining and killed.seconds < EXIT_S, (fault, killed.output)
-        expected = ("running",) if fault["what"] == "kill_tree" else ("failed", "running")
+        expected = ("running",) if what == "kill_tree" else ("failed", "running")
         assert killed.status["state"] in expected, (fault, killed.output)
     ended = run(root, "killed", *line)
     assert ended.code == 0 and ended.status["state"] == "finished", ended.output
     assert rows(root, "killed") == rows(root, "not killed")
-    assert_same_weights(root, "killed", "not killed", STEPS)
+    assert_same_weights(root, "killed", "not killed", STEPS, "peft/adapter_model.safetensors")
     assert_same_pools(root, "killed", "not killed", STEPS)
-
-
-def test_a_run_with_adapters_killed_in_the_teacher_and_in_a_save_ends_as_an_undisturbed_one(root) -> None:
-    lines = adapter_overrides(root)
-    undisturbed = run(root, "adapters", *lines)
-    assert undisturbed.code == 0, undisturbed.output
-    for step, moment in ((2, "teacher"), (3, "shards")):
-        fault = {"step": step, "moment": moment, "nth": 1, "rank": 1, "what": "kill_rank"}
-        killed = run(root, "adapters, killed", *lines, fault=fault)
-        assert killed.code != 0 and not killed.remaining, (fault, killed.output)
-    ended = run(root, "adapters, killed", *lines)
-    assert ended.code == 0 and ended.status["state"] == "finished", ended.output
-    assert rows(root, "adapters, killed") == rows(root, "adapters")
-    assert_same_weights(root, "adapters, killed", "adapters", 3, "peft/adapter_model.safetensors")
-
-
-PHASES = ("sync", "generation", "data", "teacher", "forward", "backward", "optimizer")
-
-
-def test_a_stop_signal_in_any_phase_ends_the_run_with_a_checkpoint_of_that_step(root) -> None:
-    """Each phase once, with alternating signals and receivers; every run resumes the previous one."""
-    signals = ("signal_launcher SIGTERM", "signal_launcher SIGUSR1", "signal_all SIGTERM", "signal_rank SIGUSR1")
-    only = ("distillation.max_num_steps=8", "checkpointing.save_period=1000")
-    for step, moment in enumerate(PHASES, 1):
-        what = signals[step % 4]
-        fault: dict[str, Any] = {"step": step, "moment": moment, "rank": step % 2, "what": what}
-        stopped = run(root, "stopped", *only, fault=fault, launcher=SIGNALS)
-        assert not stopped.remaining, (fault, stopped.output)
-        status = {key: stopped.status[key] for key in ("state", "step", "checkpoint_step", "reason", "exit_code")}
-        expected = {"state": "stopped", "step": step, "checkpoint_step": step, "exit_code": 0}
-        assert status == {**expected, "reason": what.split()[1]}, (fault, stopped.output)
-        assert newest(root, "stopped") == step and stopped.seconds < EXIT_S
-        if what.startswith("signal_rank"):
-            assert stopped.code == 0, "torchrun saw both ranks succeed"
-    ended = run(root, "stopped", *only)
-    assert ended.code == 0 and ended.status["state"] == "finished", ended.output
-    assert [row["step"] for row in rows(root, "stopped")] == list(range(1, 9))
-
-
-VALIDATED = (
-    "data.validation={{data_path: {root}/problems.jsonl}}",
-    "distillation.val_period=2",
-    "distillation.val_at_end=true",
-    "distillation.max_num_steps=10",
-)
-
-
-def test_a_stop_signal_in_a_save_or_a_validation_leaves_a_complete_checkpoint(root) -> None:
-    """Every run resumes the previous one; the last one ends bit for bit as an undisturbed one."""
-    line = [part.format(root=root) for part in VALIDATED]
-    undisturbed = run(root, "validated", *line)
-    assert undisturbed.status["state"] == "finished", undisturbed.output
-    faults: list[tuple[dict[str, Any], tuple[int, ...]]] = [
-        ({"moment": "save", "step": 2}, (2,)),
-        ({"moment": "shards", "step": 4}, (4,)),
-        ({"moment": "bytes", "step": None, "nth": 5}, (6, 7, 8)),  # in a background thread, during any step
-        ({"moment": "validation", "step": 9}, (8,)),
-        ({"moment": "validation", "step": 10, "nth": 2}, (10,)),  # the validation at the end
-    ]
-    for fault, steps in faults:
-        fault |= {"rank": 1, "what": "signal_all SIGTERM"}
-        stopped = run(root, "stopped in a save", *line, fault=fault, launcher=SIGNALS)
-        assert not stopped.remaining and stopped.seconds < EXIT_S, (fault, stopped.output)
-        assert (stopped.status["state"], stopped.status["reason"]) == ("stopped", "SIGTERM"), (fault, stopped.output)
-        assert newest(root, "stopped in a save") == stopped.status["step"], (fault, stopped.output)
-        assert stopped.status["step"] in steps, (fault, stopped.output)
-        assert not list((root / "checkpoints/stopped in a save").glob("tmp_*")), fault
-    ended = run(root, "stopped in a save", *line)
-    assert ended.status["state"] == "finished", ended.output
-    assert rows(root, "stopped in a save") == rows(root, "validated")
-    assert_same_weights(root, "stopped in a save", "validated", 10)
 
 
 def test_a_signal_while_loading_and_a_second_signal_in_a_step_stop_the_run_immediately(root) -> None:
@@ -259,16 +177,7 @@ def test_a_signal_while_loading_and_a_second_signal_in_a_step_stop_the_run_immed
     assert twice.status["exit_code"] == 128 + signal.SIGTERM and twice.status["reason"].startswith("SIGTERM ")
 
 
-@pytest.mark.parametrize("what", ["kill_launcher", "signal_launcher SIGUSR1"])
-def test_ranks_exit_when_their_launcher_is_killed(root, what) -> None:
-    """SIGUSR1 kills a launcher that was started without ``--signals-to-handle``."""
-    fault = {"step": 2, "moment": "generation", "rank": 0, "what": what}
-    orphaned = run(root, what, "distillation.max_num_steps=1000", fault=fault)
-    assert orphaned.code < 0 and not orphaned.remaining, orphaned.output
-    assert orphaned.status["state"] == "failed" and "launcher" in orphaned.status["reason"]
-
-
-HANGS = {"generation": "generation of step 2 ", "backward": "training of step 2 ", "save": "checkpointing of step 2 "}
+HANGS = {"generation": "generation of step 2 ", "save": "checkpointing of step 2 "}
 
 
 @pytest.mark.parametrize("moment", HANGS)
@@ -282,6 +191,57 @@ def test_a_hung_rank_ends_the_run_and_is_named_with_its_phase(root, moment) -> N
     assert f"error: {reason}" in hung.output
     stacks = (root / f"runs/hung in {moment}/logs/rank_00001.log").read_text()
     assert "in hang" in stacks, "the stack shows the function that hangs"
+
+
+def test_a_rank_without_heartbeats_ends_the_run(root) -> None:
+    """The process exists, so only its heartbeats show that it does nothing."""
+    fault = {"step": 2, "moment": "generation", "rank": 1, "what": "freeze_rank"}
+    silent = run(root, "silent", fault=fault, launcher=("--shutdown-timeout", "5"))
+    assert silent.code != 0 and not silent.remaining
+    assert silent.status["reason"] == "rank 1 sent no heartbeat for 40 s", silent.output
+
+
+VALIDATED = (
+    "data.validation={{data_path: {root}/problems.jsonl}}",
+    "distillation.val_period=2",
+    "distillation.val_at_end=true",
+    "distillation.max_num_steps=10",
+)
+
+
+STOPS: tuple[tuple[str, int | None, int, str, tuple[int, ...]], ...] = (
+    ("sync", 1, 1, "signal_rank SIGUSR1", (1,)),
+    ("generation", 2, 1, "signal_launcher SIGTERM", (2,)),
+    ("shards", 4, 1, "signal_all SIGTERM", (4,)),
+    ("backward", 5, 1, "signal_launcher SIGUSR1", (5,)),
+    ("bytes", None, 5, "signal_all SIGTERM", (6, 7, 8)),  # in a background thread, during any step
+    ("validation", 9, 1, "signal_all SIGTERM", (8,)),
+    ("teacher", 9, 1, "signal_rank SIGUSR1", (9,)),
+    ("validation", 10, 2, "signal_all SIGTERM", (10,)),  # the validation at the end
+)
+"""Stops as (moment, step, nth, what, possible last steps); a checkpoint and a validation are due every second step."""
+
+
+def test_a_stop_signal_in_phases_saves_and_validations_leaves_a_complete_checkpoint(root) -> None:
+    """Every run resumes the previous one; the last one ends bit for bit as an undisturbed one."""
+    line = [part.format(root=root) for part in VALIDATED]
+    undisturbed = run(root, "validated", *line)
+    assert undisturbed.status["state"] == "finished", undisturbed.output
+    for moment, step, nth, what, steps in STOPS:
+        fault = {"moment": moment, "step": step, "nth": nth, "rank": 1, "what": what}
+        stopped = run(root, "stopped", *line, fault=fault, launcher=SIGNALS)
+        assert not stopped.remaining and stopped.seconds < EXIT_S, (fault, stopped.output)
+        status = {key: stopped.status[key] for key in ("state", "reason", "exit_code")}
+        assert status == {"state": "stopped", "reason": what.split()[1], "exit_code": 0}, (fault, stopped.output)
+        last = stopped.status["step"]
+        assert last in steps and last == stopped.status["checkpoint_step"] == newest(root, "stopped"), stopped.output
+        assert not list((root / "checkpoints/stopped").glob("tmp_*")), fault
+        if what.startswith("signal_rank"):
+            assert stopped.code == 0, "torchrun saw both ranks succeed"
+    ended = run(root, "stopped", *line)
+    assert ended.status["state"] == "finished", ended.output
+    assert rows(root, "stopped") == rows(root, "validated")
+    assert_same_weights(root, "stopped", "validated", 10)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +280,13 @@ def test_nan_ends_the_run_on_all_ranks_with_a_report_and_keeps_the_checkpoint(ro
     assert (limited.status["state"], limited.status["step"], newest(root, what)) == ("stopped", 3, 3), limited.output
 
 
+def test_ranks_exit_when_their_launcher_is_killed(root) -> None:
+    fault = {"step": 2, "moment": "generation", "rank": 0, "what": "kill_launcher"}
+    orphaned = run(root, "orphaned", "distillation.max_num_steps=1000", fault=fault)
+    assert orphaned.code < 0 and not orphaned.remaining, orphaned.output
+    assert orphaned.status["state"] == "failed" and "launcher" in orphaned.status["reason"]
+
+
 def test_with_vllm_a_stopped_and_killed_run_ends_bit_for_bit_as_an_undisturbed_one(root) -> None:
     """With partial rollouts: stopped after the cut, and killed while segments run."""
     line = ("policy.generation.backend=vllm", "distillation.max_num_steps=4", *partial_rollouts(root))
@@ -339,19 +306,26 @@ def test_with_vllm_a_stopped_and_killed_run_ends_bit_for_bit_as_an_undisturbed_o
 
 
 @pytest.mark.parametrize(
-    ("what", "victim", "other_host", "reason"),
+    ("what", "victim", "moment", "other_host", "reason"),
     [
-        ("kill_rank", 0, False, "rank 0 "),
-        ("kill_rank", 1, False, "rank 1 "),
-        ("kill_rank", 1, True, "rank 0: RuntimeError: "),
-        ("freeze_rank", 0, False, "the rendezvous store of rank 0 or its launcher did not reply for 40 s"),
-        ("freeze_rank", 1, True, "rank 1 sent no heartbeat for 40 s"),
+        ("kill_rank", 0, "generation", False, "rank 0 "),
+        ("kill_rank", 1, "backward", True, "rank 0: RuntimeError: "),
+        (
+            "freeze_rank",
+            0,
+            "generation",
+            False,
+            "the rendezvous store of rank 0 or its launcher did not reply for 40 s",
+        ),
+        ("freeze_rank", 1, "generation", False, "rank 1 sent no heartbeat for 40 s"),
     ],
 )
-def test_without_an_agent_a_killed_or_frozen_rank_ends_the_other(root, what, victim, other_host, reason) -> None:
+def test_without_an_agent_a_killed_or_frozen_rank_ends_the_other(
+    root, what, victim, moment, other_host, reason
+) -> None:
     """Rank 0 holds the rendezvous store. ``other_host``: rank 1 has another host name, so its process is not polled."""
     name = f"{what} {victim} {other_host}"
-    fault = {"step": 2, "moment": "generation", "rank": victim, "what": what}
+    fault = {"step": 2, "moment": moment, "rank": victim, "what": what}
     launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "tests.faulty_train", *_command(root, name)]
     if other_host and subprocess.run(["unshare", "--uts", "true"], check=False).returncode:
@@ -378,11 +352,3 @@ def test_without_an_agent_a_killed_or_frozen_rank_ends_the_other(root, what, vic
         for each in ranks:
             each.kill()
             each.wait()
-
-
-def test_a_rank_without_heartbeats_ends_the_run(root) -> None:
-    """Its main thread holds the interpreter's lock, so its watchdog thread cannot run."""
-    fault = {"step": 2, "moment": "generation", "rank": 1, "what": "hang_in_c"}
-    silent = run(root, "silent", fault=fault, launcher=("--shutdown-timeout", "5"))
-    assert silent.code != 0 and not silent.remaining
-    assert silent.status["reason"] == "rank 1 sent no heartbeat for 40 s", silent.output

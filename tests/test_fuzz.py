@@ -111,16 +111,15 @@ def _faults(ended: Sequence[tuple[Case, Ended]]) -> list[str]:
     return [f"{case.way} ({case.detail}): {fault}" for case, end in ended if (fault := fault_of(case, end))]
 
 
-def test_120_malformed_runs_are_refused_in_one_sentence_each(root) -> None:
-    cases = malformed(root, 120, seed=20, ranks=1)
-    assert {case.way for case in cases} == set(WAYS), "every way is used"
+def test_malformed_runs_of_every_way_are_refused_in_one_sentence_each(root) -> None:
+    cases = malformed(root, len(WAYS), seed=20, ranks=1)
     (ended,) = run_ranks(1, run_cases, cases)
     assert _faults(list(zip(cases, ended, strict=True))) == []
     assert not (root / CANARY).exists(), "code from an input was executed"
 
 
-def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_with_one_sentence(root) -> None:
-    cases = malformed(root, 20, seed=21, ranks=2, among=lambda way: not way.startswith("environment"))
+def test_12_malformed_runs_on_two_ranks_are_refused_by_all_ranks_with_one_sentence(root) -> None:
+    cases = malformed(root, 12, seed=21, ranks=2, among=lambda way: not way.startswith("environment"))
     first, second = run_ranks(2, run_cases, cases, [free_port() for _ in cases])
     assert _faults(list(zip(cases, first, strict=True))) == []
     for case, (code, output) in zip(cases, second, strict=True):  # libraries may print warnings
@@ -129,11 +128,11 @@ def test_20_malformed_runs_on_two_ranks_are_refused_by_all_ranks_with_one_senten
 
 
 @pytest.mark.faults
-def test_20_malformed_runs_under_torchrun_exit_with_code_2_and_one_sentence(root) -> None:
+def test_8_malformed_runs_under_torchrun_exit_with_code_2_and_one_sentence(root) -> None:
     """Real launchers and processes. With a malformed variable, each rank may print the error."""
     rng = random.Random(22)
-    cases = malformed(root, 14, seed=22, ranks=2, among=lambda way: not way.startswith(("environment", "absent")))
-    for name, value in [*rng.sample(BROKEN, 5), ("GLOO_SOCKET_IFNAME", "nowhere0")]:
+    cases = malformed(root, 4, seed=22, ranks=2, among=lambda way: not way.startswith(("environment", "absent")))
+    for name, value in [*rng.sample(BROKEN, 3), ("GLOO_SOCKET_IFNAME", "nowhere0")]:
         cases.append(Case(f"the variable {name}", _command(root, "environment"), name, {name: value}, f"{value}"))
     faults = []
     for case in cases:

@@ -187,8 +187,8 @@ def test_recipes_readme_lists_every_recipe() -> None:
 
 
 def test_recipes_readme_describes_the_keys_of_the_help() -> None:
-    section = PAGES["recipes/README.md"].partition("## The 20 keys")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `([^`]+)`", section, re.MULTILINE) == list(COMMON_KEYS) and len(COMMON_KEYS) == 20
+    section = PAGES["recipes/README.md"].partition("## The 21 keys")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)`", section, re.MULTILINE) == list(COMMON_KEYS) and len(COMMON_KEYS) == 21
 
 
 def test_the_python_code_of_the_readme_compiles() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from distill.run_dir import new_run_dir, open_run_dir
 from distill.run_files import LOCK_FILE, PARENT_FILE
 from distill.versions import Start
 from scripts.launch import ROOT
+from tests.lock_holder import lock_holder
 
 CONFIG = replace(Config(), logger=replace(Config().logger, wandb_enabled=False))
 START = Start((RankDevice("node1", "cpu", "AMD EPYC, 2 cores", "node1", None),), None)
@@ -121,13 +120,8 @@ def test_steps_that_ran_again_in_another_directory_are_the_same_run(tmp_path: Pa
 
 def test_a_run_directory_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "WAIT_S", 0.5)
-    held = "import sys; from pathlib import Path; from distill.checkpoint.lock import DirectoryLock\n"
-    held += "lock = DirectoryLock(Path(sys.argv[1]), 'runtime.run_dir'); print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", held, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with lock_holder(tmp_path) as other:
         refused(tmp_path, f"in use by another run .process {other.pid}")
-        other.communicate()
     opened(tmp_path)
 
 

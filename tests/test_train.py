@@ -9,8 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.checkpoint import ShardsReader, files_of, read_info
 from distill.checkpoint.manifest import write_info
+from distill.config import print_flag
 from distill.run_files import LOCK_FILE, REPORT_FILE
+from distill.train import print_dry_run
 from tests.helpers import free_port, run_ranks, save_tiny_model
 from tests.report.test_page import read_index
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -141,6 +141,7 @@ def mains_of_tiny_run(root: Path, device: str) -> list[tuple[int, str, str]]:
     return _run([[*line, "distillation.max_num_steps=2"], line], ranks=1)[0]
 
 
+NO_PAGE = "logger.report=false"
 SINCE_THE_LAST_SYNC = {"train/probe_change", "train/sync_changed_tensors"}
 """What a resumed run's first step can't know: its engine has nothing to compare the first sync with."""
 
@@ -176,7 +177,6 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
         "distillation.context_distillation.enabled=true",
         f"teacher.model_name={root}/student",
         "teacher.max_total_sequence_length=256",
-        "distillation.max_num_steps=2",
     ]
     another = [
         f"teacher.model_name={root}/teacher",
@@ -197,43 +197,43 @@ def runs(root: Path) -> list[list[tuple[int, str, str]]]:
     middle = f"checkpointing.resume_from={root}/checkpoints/full/step_2"
     sizes = "policy.dtensor_cfg.tensor_parallel_size=2", "policy.dtensor_cfg.context_parallel_size=2"
     few = ["cluster.gpus_per_node=1", "checkpointing.save_optimizer=false", "policy.generation.max_new_tokens=2"]
+    one, two, three = (f"distillation.max_num_steps={steps}" for steps in (1, 2, 3))
     return _run(
         [
             _command(root, "full"),
-            _command(root, "parted", "distillation.max_num_steps=2"),
-            _command(root, "parted"),
-            _command(root, "same", *same),
-            _command(root, "context", *context, "runtime.verify_teacher=false"),
-            _command(root, "dropped", *context, *none),
-            _command(root, "validated", *context, *validated, "distillation.max_num_steps=3"),
-            _command(root, "validated in parts", *context, *validated),
-            _command(root, "validated in parts", *context, *validated, "distillation.max_num_steps=3"),
-            _command(root, "another's context", *context, *another, "distillation.max_num_steps=1"),
-            _command(root, "on 1", middle, "cluster.gpus_per_node=1"),
-            _command(root, "on 3", middle, "cluster.gpus_per_node=3"),
-            _command(root, "split", middle, sizes[0], "distillation.max_num_steps=3"),
-            _command(root, "split", middle, sizes[1]),
-            _command(root, "weights alone", *few, "distillation.max_num_steps=1"),
-            _command(root, "weights alone", *few),
+            _command(root, "parted", NO_PAGE, two),
+            _command(root, "parted", NO_PAGE),
+            _command(root, "same", NO_PAGE, *same),
+            _command(root, "context", NO_PAGE, *context, one, "runtime.verify_teacher=false"),
+            _command(root, "dropped", NO_PAGE, *context, one, *none),
+            _command(root, "validated", NO_PAGE, *context, *validated, three),
+            _command(root, "validated in parts", *context, *validated, two),
+            _command(root, "validated in parts", *context, *validated, three),
+            _command(root, "another's context", NO_PAGE, *context, *another, one),
+            _command(root, "on 3", NO_PAGE, middle, "cluster.gpus_per_node=3"),
+            _command(root, "split", NO_PAGE, middle, sizes[0], three),
+            _command(root, "split", NO_PAGE, middle, sizes[1]),
+            _command(root, "weights alone", NO_PAGE, *few, one),
+            _command(root, "weights alone", NO_PAGE, *few),
         ],
-        [*([2] * 10), 1, 3, 2, 2, 1, 1],
+        [*([2] * 10), 3, 2, 2, 1, 1],
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 3])  # three divide neither 64 nor 128 rows evenly
-def test_another_number_of_ranks_resumes_from_a_checkpoint(root, runs, ranks) -> None:
-    code, _, error = runs[0][10 if ranks == 1 else 11]
+def test_another_number_of_ranks_resumes_from_a_checkpoint(root, runs) -> None:
+    """Three ranks divide neither 64 nor 128 rows evenly."""
+    code, _, error = runs[0][10]
     assert code == 0 and "resumed from" in error, error
-    full, alone = _train_rows(root / "runs/full"), _train_rows(root / f"runs/on {ranks}")
-    assert [row["step"] for row in alone] == [1, 2, 3, 4] and alone[:2] == full[:2], "the curve so far travels along"
-    for ours, theirs in zip(alone[2:], full[2:], strict=True):
+    full, other = _train_rows(root / "runs/full"), _train_rows(root / "runs/on 3")
+    assert [row["step"] for row in other] == [1, 2, 3, 4] and other[:2] == full[:2], "the curve so far travels along"
+    for ours, theirs in zip(other[2:], full[2:], strict=True):
         for name in ("train/loss", "train/grad_norm", "train/global_valid_toks", "train/lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 def test_another_layout_resumes_from_a_checkpoint(root, runs) -> None:
     """Tensor parallel for the third step and context parallel for the fourth, from a checkpoint of plain FSDP."""
-    assert [code for code, _, _ in runs[0][12:14]] == [0, 0], runs[0][12:14]
+    assert [code for code, _, _ in runs[0][11:13]] == [0, 0], runs[0][11:13]
     full, split = _train_rows(root / "runs/full"), _train_rows(root / "runs/split")
     assert [row["step"] for row in split] == [1, 2, 3, 4]
     for ours, theirs in zip(split, full, strict=True):
@@ -248,9 +248,9 @@ LATER = ("finished", "finished elsewhere", "swept", "changed", "inside", "inside
 def later(root: Path, runs: object) -> dict[str, tuple[int, str, str]]:
     """Starts after the run ``full`` has finished: the same run, changed runs, and another run in its directory."""
     shutil.copytree(root / "checkpoints/full/step_2", root / "checkpoints/sweep/step_2")
-    full, swept = _command(root, "full"), [*_command(root, "sweep"), "policy.optimizer.kwargs.lr=1e-4"]
+    full, swept = _command(root, "full"), [*_command(root, "sweep", NO_PAGE), "policy.optimizer.kwargs.lr=1e-4"]
     swept.append("policy.optimizer.kwargs.fused=true")
-    inside = [*_command(root, "inside"), "checkpointing.checkpoint_dir=null"]
+    inside = [*_command(root, "inside", NO_PAGE), "checkpointing.checkpoint_dir=null"]
     inside.append(f"checkpointing.resume_from={root}/checkpoints/full/step_2")
     lines = (
         full,
@@ -307,7 +307,7 @@ def test_two_runs_in_one_run_directory_are_refused(later) -> None:
 
 
 def test_resume_is_bit_exact(root, runs) -> None:
-    assert [code for code, _, _ in runs[0]] == [0] * 16, runs[0]
+    assert [code for code, _, _ in runs[0]] == [0] * 15, runs[0]
     assert "resumed from" in runs[0][2][2]
     full, parted = _train_rows(root / "runs/full"), _train_rows(root / "runs/parted")
     assert [row["step"] for row in full] == [1, 2, 3, 4]
@@ -377,7 +377,7 @@ def test_a_step_whose_responses_are_all_dropped_warns_and_changes_no_weight(root
     assert row["train/context_distillation_prefix_truncation_rate"] == 0.0, "no gap in the curve"
     start, end = (
         load_file(root / name)
-        for name in ("student/model.safetensors", "checkpoints/dropped/step_2/hf/model.safetensors")
+        for name in ("student/model.safetensors", "checkpoints/dropped/step_1/hf/model.safetensors")
     )
     assert all(torch.equal(start[name], end[name]) for name in start)
 
@@ -589,7 +589,7 @@ def test_the_export_script_writes_the_same_bytes_as_the_run(root, runs, tmp_path
 
 
 def test_a_checkpoint_without_optimizer_state_resumes_with_zero_moments_and_a_warning(root, runs) -> None:
-    (code, _, _), (again, _, error) = runs[0][14:]
+    (code, _, _), (again, _, error) = runs[0][13:]
     assert (code, again) == (0, 0) and "save_optimizer=false" in error and "AdamW" in error
     assert [row["step"] for row in _train_rows(root / "runs/weights alone")] == [1, 2, 3, 4]
 
@@ -600,14 +600,11 @@ def test_the_longest_prompt_is_skipped_counted_and_reported(runs) -> None:
 
 BAD = {
     "an unknown key": (["distillation.topk_logit_k=4"], "distillation.topk_logits_k"),
-    "a wrong type": (["distillation.max_num_steps=many"], "distillation.max_num_steps=many"),
-    "a missing recipe": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "a missing model": (["policy.model_name=./nowhere"], "policy.model_name=./nowhere"),
     "a missing teacher": (["teacher.model_name={root}/nowhere"], "teacher.model_name={root}/nowhere"),
     "a folder without a model": (["policy.model_name={root}/logs"], "policy.model_name={root}/logs"),
     "a missing data file": (["data.train.data_path=nowhere.jsonl"], "nowhere.jsonl"),
     "a missing prompt file": (["data.default.prompt_file=nowhere.txt"], "data.train.prompt_file=nowhere.txt"),
-    "a prompt file without {}": (["data.default.prompt_file={root}/no-braces.txt"], "no-braces.txt"),
     "a template with an unknown placeholder": (
         [
             "distillation.context_distillation.enabled=true",
@@ -651,11 +648,6 @@ BAD = {
         ],
         "type int",
     ),
-    "a decay of the average beyond 1": (
-        ["distillation.context_distillation.ema_decay=1.5"],
-        "ema_decay=1.5",
-    ),
-    "an empty dataset": (["data.train.data_path={root}/empty.jsonl"], "empty.jsonl"),
     "an empty validation set": (
         ["data.validation.data_path={root}/empty.jsonl", "distillation.val_period=1"],
         "data.validation: {root}/empty.jsonl is empty",
@@ -670,10 +662,6 @@ BAD = {
     "a window beyond the model's": (
         ["policy.max_total_sequence_length=600", "teacher.max_total_sequence_length=600"],
         "policy.max_total_sequence_length=600",
-    ),
-    "an argument of vLLM that the trainer sets": (
-        ["policy.generation.backend=vllm", "policy.generation.vllm_kwargs={{seed: 3}}"],
-        "policy.generation.vllm_kwargs.seed",
     ),
     "weights of another shape": (["policy.model_name={root}/cut"], "model.embed_tokens.weight"),
 }
@@ -706,34 +694,13 @@ def test_bad_input_is_refused_in_one_sentence_on_all_ranks(root, refusals, what)
     assert not made, "refused before the run directory is made"
 
 
-def test_torchrun_gets_exit_code_2_from_every_rank(root) -> None:
-    found = _torchrun("--config", str(root / "recipe.yaml"), "polcy.model_name=x")
-    assert found.returncode != 0
-    assert found.stderr.count("error: ") == 1 and "did you mean policy" in found.stderr, found.stderr
-    assert found.stderr.count("exitcode  : 2") == 2, found.stderr
-    assert "  traceback : unknown key polcy" in found.stderr.splitlines()[-2], found.stderr
-
-
-def _torchrun(*argv: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    return subprocess.run(
-        [*command, "-m", "distill.train", *argv], cwd=REPO, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_a_printed_dry_run_is_the_same_recipe_again(root) -> None:
-    command = [sys.executable, "-m", "distill.train", "--config", str(root / "recipe.yaml"), "--dry-run"]
-    first = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
-    (root / "resolved.yaml").write_text(first.stdout)
-    command[4:] = [str(root / "resolved.yaml"), "--dry_run"]
-    again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=True)
-    recipes = [[line for line in run.stdout.splitlines() if not line.startswith("#")] for run in (first, again)]
-    assert "max_num_steps: 4" in first.stdout and recipes[0] == recipes[1]
+def test_a_printed_dry_run_is_the_same_recipe_again(root, capsys) -> None:
+    printed = []
+    for recipe, flag in (("recipe.yaml", "--dry-run"), ("resolved.yaml", "--dry_run")):
+        words = ["--config", str(root / recipe), flag]
+        assert print_flag(words)
+        print_dry_run(words)
+        printed.append(capsys.readouterr().out)
+        (root / "resolved.yaml").write_text(printed[0])
+    recipes = [[line for line in text.splitlines() if not line.startswith("#")] for text in printed]
+    assert "max_num_steps: 4" in printed[0] and recipes[0] == recipes[1]

@@ -309,7 +309,7 @@ ENGINE_VARIANTS = {
         ),
         2,
     ),
-    "qwen2 yarn in version 4, windows, dual chunk, float16 files": (
+    "qwen2 yarn in version 4, windows, dual chunk, float16 files, one key-value head and two ranks": (
         Variant(
             "qwen2",
             windows(0),
@@ -321,7 +321,7 @@ ENGINE_VARIANTS = {
             },
             dtype=torch.float16,
         ),
-        1,
+        2,
     ),
     "qwen3 yarn without truncation, partial rotary, untied by its files": (
         Variant(
@@ -332,13 +332,13 @@ ENGINE_VARIANTS = {
         ),
         1,
     ),
-    "gemma linear in version 4, biases, untied": (
+    "gemma linear in version 4, biases, untied and two ranks": (
         Variant(
             "gemma3_text",
             {"tie_word_embeddings": False, "attention_bias": True},
             raw=GEMMA_VERSION_4,
         ),
-        1,
+        2,
     ),
 }
 """Combinations of independent settings, with the number of ranks of the engine; an engine takes seconds to start."""

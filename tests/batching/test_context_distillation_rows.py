@@ -144,7 +144,7 @@ TWO_PROMPTS = [(3, 4), (5, 2)], [(0, 4), (0, 3), (0, 3), (1, 4), (1, 3), (1, 4)]
 
 
 @pytest.mark.parametrize("ranks", WORLDS, ids=str)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(PREFIXES, LENGTHS, st.booleans(), st.sampled_from(PACKINGS))
 @example(*TWO_PROMPTS, False, PACKINGS[-1])
 @example(*TWO_PROMPTS, False, PACKINGS[1])

@@ -132,13 +132,12 @@ def _config(root: Path, family: str, ranks: int = 1) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_with_shared_prefixes_equals_plain_pytorch(tmp_path: Path, ranks: int) -> None:
+def test_a_step_with_shared_prefixes_equals_plain_pytorch(tmp_path: Path) -> None:
     """Loss, gradient norm and every parameter's gradient; the reference reads every response with its prompt."""
     for family in ("llama", "qwen3"):
         for seed in (0, 1):
             save_tiny_model(tmp_path / f"{family}-{seed}", family, tied=True, seed=seed + 3, vocab=VOCAB)
-    steps = run_ranks(ranks, _all_steps, tmp_path)[0]
+    steps = run_ranks(2, _all_steps, tmp_path)[0]
     for family in ("llama", "qwen3"):
         reference = plain_step(_config(tmp_path, family), _grouped())
         for name in PACKINGS:

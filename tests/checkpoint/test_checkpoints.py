@@ -8,8 +8,6 @@ import math
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +25,12 @@ from distill.checkpoint import Checkpoints, async_save, changed_keys, has_valida
 from distill.config import CheckpointingConfig, Config
 from distill.distributed.world import World
 from distill.errors import RunFailed, UserError
-from distill.model.export import export_hf
+from distill.model.export import export_hf, write_hf
 from distill.model.export_files import ExportFiles
 from distill.run_files import LOCK_FILE, owner_of
 from distill.supervise.progress import CURRENT
-from scripts.launch import ROOT
 from tests.helpers import run_ranks
+from tests.lock_holder import lock_holder
 
 
 class Alone:
@@ -288,12 +286,13 @@ def test_keys_that_select_what_is_learnt_are_compared_also_with_a_checkpoint_tha
     assert [*keys, "distillation.context_distillation.refresh_period"] == list(changed_keys(then, now))
 
 
-def test_a_failed_export_still_consumes_all_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("write", "left"), [(export_hf, 0), (write_hf, 3)])
+def test_only_a_failed_collective_export_consumes_all_weights(tmp_path: Path, write: Any, left: int) -> None:
     (tmp_path / "hf").write_text("a file in the way")
     weights = iter([(f"w{i}", torch.zeros(1)) for i in range(3)])
     with pytest.raises(FileExistsError):
-        export_hf(tmp_path / "hf", weights, ExportFiles({}, tied_as_read=True), torch.float32)
-    assert next(weights, None) is None
+        write(tmp_path / "hf", weights, ExportFiles({}, tied_as_read=True), torch.float32)
+    assert len(list(weights)) == left
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
@@ -471,26 +470,13 @@ def test_an_unmeasured_metric_name_is_logged_once_with_the_available_ones(
 
 # ---- directory lock, transient I/O errors and heartbeats ------------------------------------------------------------
 
-OWNER = """
-import sys
-from pathlib import Path
-from distill.checkpoint.lock import DirectoryLock
-
-lock = DirectoryLock(Path(sys.argv[1]), "checkpointing.checkpoint_dir")
-print("locked", flush=True)
-input()
-"""
-
 
 def test_a_directory_in_use_is_refused_until_the_other_run_exits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The other process is killed, so it cannot release the lock itself."""
     monkeypatch.setattr(lock, "WAIT_S", 0.5)
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+    with lock_holder(tmp_path) as other:
         unfinished = tmp_path / "tmp_step_3"
         unfinished.mkdir()
         with pytest.raises(UserError, match=f"process {other.pid} ") as refused:
@@ -503,9 +489,6 @@ def test_a_directory_in_use_is_refused_until_the_other_run_exits(
         checkpoints(tmp_path).prepare()
         assert not unfinished.exists()
         assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
-    finally:
-        other.kill()
-        other.wait()
 
 
 def test_a_requeued_job_takes_over_the_lock_of_its_earlier_start_only(
@@ -515,10 +498,7 @@ def test_a_requeued_job_takes_over_the_lock_of_its_earlier_start_only(
     monkeypatch.setattr(lock, "WAIT_S", 0.2)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
-    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None and other.stdout.readline() == "locked\n"
+    with lock_holder(tmp_path):
         for job, start in (("17", "1"), ("17", "0"), ("18", "2")):
             monkeypatch.setenv("SLURM_JOB_ID", job)
             monkeypatch.setenv("SLURM_RESTART_COUNT", start)
@@ -529,9 +509,6 @@ def test_a_requeued_job_takes_over_the_lock_of_its_earlier_start_only(
         checkpoints(tmp_path).prepare()
         assert "in start 1 of job 17 " in "".join(messages_of(caplog))
         assert (tmp_path / LOCK_FILE).read_text().endswith(" in start 2 of job 17\n")
-    finally:
-        other.kill()
-        other.wait()
 
 
 def test_a_run_whose_directory_was_taken_stops_before_it_writes(
@@ -659,12 +636,6 @@ def test_writing_and_loading_shards_record_heartbeats(tmp_path: Path, monkeypatc
 
 def test_the_owner_of_a_lock_is_read_without_a_lock(tmp_path: Path) -> None:
     assert owner_of(tmp_path) is None and not list(tmp_path.iterdir())
-    holder = (
-        "import sys, pathlib; from distill.checkpoint.lock import DirectoryLock;"
-        f"lock = DirectoryLock(pathlib.Path({str(tmp_path)!r}), 'a.key'); print('locked', flush=True); input()"
-    )
-    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
+    with lock_holder(tmp_path) as process:
         assert f"process {process.pid}" in (owner_of(tmp_path) or "")
-        process.communicate(b"\n")
     assert owner_of(tmp_path) is None

@@ -123,8 +123,9 @@ def test_the_comment_of_a_recipe_of_a_paper_lists_each_overridden_key_and_each_h
         text += lists_of(f"papers/{parent}")
     assert sorted(key for key in keys if not re.search(rf"\b{key}\b", own)) == []
     assert sorted(key for key in HYPERPARAMETERS if not re.search(rf"\b{key}\b", text)) == []
+    config = load(name)
     for key, value_of in VALUES.items():
-        found, value = re.findall(rf"\b{key} ([\w.-]*\w)", text), value_of(load(name))
+        found, value = re.findall(rf"\b{key} ([\w.-]*\w)", text), value_of(config)
         assert found and (found[0] == value or float(found[0]) == value), (key, found, value)
 
 

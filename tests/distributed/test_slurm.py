@@ -15,7 +15,7 @@ from tests.slurm_cluster import Cluster, missing_programs
 from tests.test_train import SINCE_THE_LAST_SYNC, _train_rows, make_tiny_run
 
 pytestmark = pytest.mark.slurm
-STEPS = 24
+STEPS = 10
 
 HOLD = """
 import os, time
@@ -83,8 +83,9 @@ class HeldJob:
         """Return when the job waits."""
         self.cluster.until("three steps", lambda: len(self.rows()) >= 3, job=self.number)
 
-    def release(self) -> None:
-        """Let the job continue."""
+    def release(self, after: str = "") -> None:
+        """Let the job continue as soon as its output contains ``after``."""
+        self.cluster.until(f"the output {after!r}", lambda: after in self.output(), job=self.number)
         self._file.touch()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -158,91 +159,92 @@ def test_plain_srun_starts_a_run(cluster, tiny, undisturbed) -> None:
     _assert_same_metrics(_train_rows(run_dir), undisturbed[1])
 
 
-@pytest.mark.parametrize(
-    ("nodes", "gpus", "override", "key"),
-    [
-        (1, "", "", "cluster.num_nodes=2"),
-        (2, "--gpus-per-node=1", "cluster.gpus_per_node=4", "cluster.gpus_per_node=4"),
-        (2, "", "distillation.max_steps=4", "distillation.max_steps"),
-    ],
-    ids=["nodes", "GPUs", "unknown key"],
-)
-def test_a_recipe_that_does_not_match_its_job_is_refused_before_any_rank_starts(
-    cluster, tiny, nodes, gpus, override, key
-) -> None:
-    options = [f"-N{nodes}", *([gpus] if gpus else [])]
-    overrides = ["runtime.device=auto", *([override] if override else [])]
-    job = cluster.submit(*options, "scripts/train.sbatch", *_run(tiny, "refused", *overrides))
-    found, output = cluster.ended(job), cluster.output(job)
-    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "2:0"), output
-    assert output.startswith("error: ") and key in output and output.count("\n") == 1, output
+REFUSED = {
+    "nodes": ("-N1", "", "", "cluster.num_nodes=2"),
+    "GPUs": ("-N2", "--gpus-per-node=1", "cluster.gpus_per_node=4", "cluster.gpus_per_node=4"),
+    "unknown key": ("-N2", "", "distillation.max_steps=4", "distillation.max_steps"),
+}
+"""Options of jobs, their overrides, and the key that the error names."""
+
+
+def test_a_recipe_that_does_not_match_its_job_is_refused_before_any_rank_starts(cluster, tiny) -> None:
+    jobs = {}
+    for name, (nodes, gpus, override, _) in REFUSED.items():
+        overrides = filter(None, ("runtime.device=auto", override))
+        options = filter(None, (nodes, gpus))
+        jobs[name] = cluster.submit(*options, "scripts/train.sbatch", *_run(tiny, "refused", *overrides))
+    for name, job in jobs.items():
+        found, output = cluster.ended(job), cluster.output(job)
+        assert (found["JobState"], found["ExitCode"]) == ("FAILED", "2:0"), output
+        assert output.startswith("error: ") and REFUSED[name][-1] in output and output.count("\n") == 1, output
     assert not (tiny / "logs/refused").exists()
 
 
-def test_a_requeued_job_resumes_bit_for_bit(cluster, tiny, undisturbed) -> None:
-    """An operator's requeue sends SIGTERM to every process, three times."""
-    job = HeldJob(cluster, tiny, "requeued")
-    job.wait_for_third_step()
-    assert cluster.run("scontrol", "requeue", str(job.number)).returncode == 0
-    job.release()
+@pytest.fixture(scope="module")
+def interrupted(cluster: Cluster, tiny: Path) -> dict[str, HeldJob]:
+    """Four jobs that run at the same time on the same nodes and are interrupted after their third step.
+
+    requeued: an operator's requeue sends SIGTERM to every process, three times. cancelled: by scancel. limited: the
+    limit is set so near that Slurm sends SIGUSR1; the second start has enough time. failed node: node2 dies.
+    """
+    shared = "--nodelist=node[1,3]"
+    jobs = {"failed node": HeldJob(cluster, tiny, "failed node")}
+    jobs |= {name: HeldJob(cluster, tiny, name, shared) for name in ("requeued", "cancelled")}
+    limited = HeldJob(cluster, tiny, "limited", shared, "--time=60", "--signal=B:USR1@160")
+    for job in (*jobs.values(), limited):
+        job.wait_for_third_step()
+    assert cluster.job(jobs["failed node"].number)["NodeList"] == "node[1-2]"
+    hours, minutes, _ = map(int, cluster.job(limited.number)["RunTime"].split(":"))
+    near = f"TimeLimit={60 * hours + minutes + 3}"
+    for command in (
+        ("scontrol", "update", f"JobId={limited.number}", near),
+        ("scontrol", "requeue", str(jobs["requeued"].number)),
+        ("scancel", str(jobs["cancelled"].number)),
+    ):
+        done = cluster.run(*command)
+        assert done.returncode == 0, done.stderr
+    cluster.kill_node("node2")
+    for name in ("requeued", "cancelled"):
+        jobs[name].release(after="received SIGTERM")
+    cluster.until("the requeue", jobs["failed node"].requeued, 60, jobs["failed node"].number)
+    jobs["failed node"].release()
+    limited.release(after="received SIGUSR1")
+    cluster.until("the requeue", limited.requeued, job=limited.number)
+    cluster.run("scontrol", "update", f"JobId={limited.number}", "TimeLimit=60")
+    return jobs | {"limited": limited}
+
+
+def test_a_requeued_job_resumes_bit_for_bit(cluster, interrupted, undisturbed) -> None:
+    job = interrupted["requeued"]
     found, output = _completed(cluster, job.number), job.output()
     assert found["Restarts"] == "1" and output.count("restart ") == 2, output
     assert "stopped after" in output and "resumed from" in output, output
     _assert_same_metrics(job.rows(), undisturbed[1])
 
 
-def test_a_job_near_its_time_limit_saves_and_requeues_itself(cluster, tiny, undisturbed) -> None:
-    """After the third step the limit is set so near that Slurm sends SIGUSR1; the second start has enough time."""
-    job = HeldJob(cluster, tiny, "limited", "--time=60", "--signal=B:USR1@100")
-    job.wait_for_third_step()
-    hours, minutes, _ = map(int, cluster.job(job.number)["RunTime"].split(":"))
-    limit = f"TimeLimit={60 * hours + minutes + 2}"
-    near = cluster.run("scontrol", "update", f"JobId={job.number}", limit)
-    assert near.returncode == 0, near.stderr
-    cluster.until("the signal", lambda: "received SIGUSR1" in job.output(), job=job.number)
-    job.release()
-    cluster.until("the requeue", job.requeued, job=job.number)
-    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    found, output = _completed(cluster, job.number), job.output()
-    assert int(found["Restarts"]) >= 1 and "stopped SIGUSR1" in output, output
-    assert "requeueing;" in output and "resumed from" in output and "TIME LIMIT" not in output, output
-    _assert_same_metrics(job.rows(), undisturbed[1])
-
-
-def test_a_cancelled_job_saves_and_stays_cancelled(cluster, tiny) -> None:
-    job = HeldJob(cluster, tiny, "cancelled")
-    job.wait_for_third_step()
-    cluster.run("scancel", str(job.number))
-    job.release()
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, tiny, interrupted) -> None:
+    job = interrupted["cancelled"]
     assert cluster.ended(job.number)["JobState"] == "CANCELLED"
     output = job.output()
     assert "stopped after" in output and "requeueing;" not in output, output
     assert (tiny / f"checkpoints/cancelled/step_{len(job.rows())}").exists(), output
 
 
-def test_a_failed_node_ends_the_job_and_it_resumes_on_another_node(cluster, tiny, undisturbed) -> None:
-    job = HeldJob(cluster, tiny, "failed node")
-    job.wait_for_third_step()
-    assert cluster.job(job.number)["NodeList"] == "node[1-2]"
-    cluster.kill_node("node2")
-    cluster.until("the requeue", job.requeued, 60, job.number)
-    job.release()
+def test_a_job_near_its_time_limit_saves_and_requeues_itself(cluster, interrupted, undisturbed) -> None:
+    job = interrupted["limited"]
+    found, output = _completed(cluster, job.number), job.output()
+    assert int(found["Restarts"]) >= 1 and "stopped SIGUSR1" in output, output
+    assert "requeueing;" in output and "resumed from" in output and "TIME LIMIT" not in output, output
+    _assert_same_metrics(job.rows(), undisturbed[1])
+
+
+def test_a_failed_node_ends_the_job_and_it_resumes_on_another_node(cluster, interrupted, undisturbed) -> None:
+    job = interrupted["failed node"]
     assert _completed(cluster, job.number)["NodeList"] == "node[1,3]"
     output = job.output()
     assert "(killed" in output and "resumed from" in output, output
     _assert_same_metrics(job.rows(), undisturbed[1])
     cluster.start_node("node2")
-
-
-def test_two_jobs_on_the_same_nodes_do_not_interfere(cluster, tiny, undisturbed) -> None:
-    jobs = [HeldJob(cluster, tiny, name, "-wnode[1,3]") for name in ("one", "two")]
-    for job in jobs:
-        job.wait_for_third_step()
-    for job in jobs:
-        job.release()
-    for job in jobs:
-        _completed(cluster, job.number)
-        _assert_same_metrics(job.rows(), undisturbed[1])
 
 
 def test_the_acceptance_job_checks_collectives_over_two_nodes(cluster, tmp_path) -> None:

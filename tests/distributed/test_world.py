@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from distill.distributed.cluster import check_cluster
 from distill.distributed.launcher import write_error_file
+from distill.distributed.program import exit_process, run_program, start_process
 from distill.distributed.world import World
 from distill.errors import UserError
 from distill.run_dir import new_run_dir
 from distill.supervise.logs import log_to_console
-from scripts.launch import ROOT, torchrun
-from tests.helpers import run_ranks
+from tests.helpers import exit_codes, run_ranks
 
 
 def _collectives() -> dict[str, object]:
@@ -96,43 +96,32 @@ def test_torchruns_report_ends_with_the_error_of_the_rank(tmp_path: Path, monkey
     assert report[-2] == "  traceback : a=1 is wrong: set 2"
 
 
-ERROR_ON_ONE_RANK = """
-import torch.distributed as dist
-from distill.distributed.program import exit_process, run_program, start_process
-from distill.errors import UserError
+def _fails_on_one_rank(folder: Path, error: Exception) -> None:
+    """Run a program that raises ``error`` on rank 1 only; the console output goes to a file."""
+    os.dup2(os.open(folder / os.environ["RANK"], os.O_WRONLY | os.O_CREAT, 0o600), 2)
 
-def program(world):
-    if world.rank == 1:
-        raise UserError("a=1 is wrong", "set 2", key="a", value=1)
-    dist.barrier()  # a collective of the models: not on the control group
+    def program(world: World) -> None:
+        if world.rank == 1:
+            raise error
+        dist.barrier()  # a collective of the models: not on the control group
 
-start_process()
-exit_process(run_program(program))
-"""
+    start_process()
+    exit_process(run_program(program))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "printed", "code"),
     [
-        ('UserError("a=1 is wrong", "set 2", key="a", value=1)', "error: a=1 is wrong: set 2", 2),
-        ('RuntimeError("broken")', "\nRuntimeError: broken", 1),
+        (UserError("a=1 is wrong", "set 2", key="a", value=1), "error: a=1 is wrong: set 2", 2),
+        (RuntimeError("broken"), "\nRuntimeError: broken", 1),
     ],
     ids=["user error", "traceback"],
 )
 def test_an_error_on_one_rank_only_is_printed_once_and_ends_all_ranks(tmp_path, error, printed, code) -> None:
-    program = ERROR_ON_ONE_RANK.replace('UserError("a=1 is wrong", "set 2", key="a", value=1)', error)
-    (tmp_path / "program.py").write_text(program)
-    found = subprocess.run(
-        torchrun(2, str(tmp_path / "program.py")),
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert found.returncode != 0
-    assert found.stderr.count(printed) == 1 and f"exitcode  : {code}" in found.stderr, found.stderr
+    first, failed = exit_codes(2, _fails_on_one_rank, tmp_path, error)
+    output = "".join((tmp_path / rank).read_text() for rank in "01")
+    assert first and failed == code and output.count(printed) == 1, output
 
 
 def test_run_directories_are_numbered_unless_one_is_given(tmp_path) -> None:

@@ -29,33 +29,44 @@ def shallow(*overrides: str, **fields: Any) -> Case:
 
 
 CASES = {
-    "tp1": shallow(steps=2),  # the second step restores offloaded moments
-    "tp2 cp2": shallow(tp=2, cp=2, rank=5),
-    "hsdp": shallow(replicas=2),
-    "hsdp tp2": shallow(replicas=2, tp=2),
-    "teacher group of 4": shallow(teacher_ranks=4, rank=3),
-    "cpu_offload": shallow(_PARALLEL + "cpu_offload=true", steps=2),
-    "layers stay gathered": shallow(_PARALLEL + "reshard_after_forward=false"),
-    "no activation checkpointing": shallow(_PARALLEL + "activation_checkpointing=false"),
-    "activation checkpointing": shallow(_PARALLEL + "activation_checkpointing=true"),
-    "selective activation checkpointing": shallow(_PARALLEL + "activation_checkpointing=selective"),
-    "untied head": shallow(student="8b", teacher="14b"),
-    "teacher reads a longer prefix": shallow("policy.dynamic_batching.train_mb_tokens=700", teacher_prefix=90),
-    "support student": shallow("loss_fn.support=student"),
-    "full vocabulary": shallow("distillation.topk_logits_k=0", _POLICY + "logprob_chunk_size=128"),
-    "sampled": shallow("loss_fn.kl_type=sampled"),
-    "jsd with a cap": shallow("loss_fn.kl_type=jsd", "loss_fn.token_kl_cap=2.0"),
-    "bf16 logits": shallow("loss_fn.logits_dtype=bfloat16"),
-    "torch loss": shallow("loss_fn.backend=torch"),
-    "fused AdamW": shallow(_POLICY + "optimizer.kwargs.fused=true"),
-    "foreach AdamW": shallow(_POLICY + "optimizer.kwargs.foreach=true"),
-    "AdamW for each tensor": shallow(
-        _POLICY + "optimizer.kwargs.fused=false", _POLICY + "optimizer.kwargs.foreach=false"
+    "defaults": shallow(steps=2),  # the second step restores offloaded moments
+    "tp2 cp2, activation checkpointing, sampled": shallow(
+        _PARALLEL + "activation_checkpointing=true", "loss_fn.kl_type=sampled", tp=2, cp=2, rank=5
     ),
-    "adapters": shallow(*ADAPTERS, tp=2, cp=2, rank=5, steps=2),
+    "hsdp tp2, selective activation checkpointing, support student": shallow(
+        _PARALLEL + "activation_checkpointing=selective", "loss_fn.support=student", replicas=2, tp=2
+    ),
+    "teacher group of 4, full vocabulary, foreach AdamW": shallow(
+        "distillation.topk_logits_k=0",
+        _POLICY + "logprob_chunk_size=128",
+        _POLICY + "optimizer.kwargs.foreach=true",
+        teacher_ranks=4,
+        rank=3,
+    ),
+    "cpu_offload, bf16 logits": shallow(_PARALLEL + "cpu_offload=true", "loss_fn.logits_dtype=bfloat16", steps=2),
+    "layers stay gathered, jsd with a cap, fused AdamW": shallow(
+        _PARALLEL + "reshard_after_forward=false",
+        "loss_fn.kl_type=jsd",
+        "loss_fn.token_kl_cap=2.0",
+        _POLICY + "optimizer.kwargs.fused=true",
+    ),
+    "untied head, torch loss, AdamW for each tensor": shallow(
+        "loss_fn.backend=torch",
+        _POLICY + "optimizer.kwargs.fused=false",
+        _POLICY + "optimizer.kwargs.foreach=false",
+        student="8b",
+        teacher="14b",
+    ),
+    "hsdp, teacher reads a longer prefix, moments stay": shallow(
+        "policy.dynamic_batching.train_mb_tokens=700",
+        "runtime.offload_optimizer=false",
+        teacher_prefix=90,
+        replicas=2,
+    ),
+    "adapters, tp2 cp2": shallow(*ADAPTERS, tp=2, cp=2, rank=5, steps=2),
     "adapters, cpu_offload": shallow(*ADAPTERS, _PARALLEL + "cpu_offload=true"),
-    "moments stay": shallow("runtime.offload_optimizer=false"),
 }
+"""Every layout and every option once; a case combines options that do not depend on each other."""
 
 
 @pytest.fixture(scope="module")

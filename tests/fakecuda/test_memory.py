@@ -22,14 +22,6 @@ LAYERS = 4
 CASES = {
     # One response of the maximum length in each pack.
     "4b <- 32b, 8 ranks": Case(student="4b", teacher="32b", layers=LAYERS, ranks=8, responses=(7892,)),
-    # Two sequences of half the limit of a pack, for student and teacher.
-    "14b <- 14b, recipe 4n4g": Case(
-        recipe="recipes/qwen3-14b-context-self-distillation-4n4g.yaml",
-        layers=LAYERS,
-        prompt=2048,
-        teacher_prefix=2048,
-        responses=(15360, 15360),
-    ),
     "8b <- 14b, two replicas, cp 2, layers stay gathered": Case(
         student="8b",
         teacher="14b",
@@ -41,24 +33,25 @@ CASES = {
         overrides=("policy.dtensor_cfg.reshard_after_forward=false",),
     ),
 }
-CASES |= {
-    f"14b <- 14b, recomputation {mode}": replace(
-        CASES["14b <- 14b, recipe 4n4g"], overrides=(f"policy.dtensor_cfg.activation_checkpointing={mode}",)
-    )
-    for mode in ("true", "selective")
-}
-LORA = Case(
-    recipe="recipes/qwen3-14b-context-self-distillation-lora-1n4g.yaml",
+# Two sequences of half the limit of a pack, for student and teacher.
+ALL_WEIGHTS = Case(
+    recipe="recipes/qwen3-14b-context-self-distillation-4n4g.yaml",
     layers=LAYERS,
     prompt=2048,
     teacher_prefix=2048,
     responses=(15360, 15360),
 )
+LORA = replace(ALL_WEIGHTS, recipe="recipes/qwen3-14b-context-self-distillation-lora-1n4g.yaml")
 CASES |= {
-    f"14b <- itself with adapters, recomputation {mode}": replace(
-        LORA, overrides=(f"policy.dtensor_cfg.activation_checkpointing={mode}",)
+    f"14b <- {of}, recomputation {mode}": replace(
+        case, overrides=(f"policy.dtensor_cfg.activation_checkpointing={mode}",)
     )
-    for mode in ("true", "selective", "false")
+    for of, case, mode in (
+        ("14b", ALL_WEIGHTS, "true"),
+        ("14b", ALL_WEIGHTS, "selective"),
+        ("itself with adapters", LORA, "selective"),
+        ("itself with adapters", LORA, "false"),
+    )
 }
 CASES |= {
     "8b <- itself with averaged adapters, one GPU": replace(

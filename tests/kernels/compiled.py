@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TARGETS = (80, 90, 100)
-"""Compute capabilities of A100, of H100 and H200, and of B200."""
+TARGETS = (90, 80, 100)
+"""Compute capabilities of H100 and H200, of A100, and of B200; only for the first one, all variants are compiled."""
+LENGTHS = (1, 5, 16, 8187, 8192)
+"""Positions of a pack; kernels of layers must not be compiled again for another one."""
 VOCAB, STRIDE, K = 151_669, 151_680, 64
 """Vocabulary of Qwen3, row stride of its logits in a buffer, and ids of the teacher's top-k."""
 
@@ -57,14 +59,20 @@ class Unsupported(NamedTuple):
 
 
 def record(found: list[Any]) -> None:
-    """Replace the launch of all Triton kernels by their compilation for ``TARGETS``; append results to ``found``."""
+    """Replace the launch of all Triton kernels by their compilation for ``TARGETS``; append results to ``found``.
+
+    The first launch of a kernel compiles it for all GPUs, a later launch with other arguments for the first GPU only.
+    """
     from triton.runtime.jit import JITFunction
+
+    compiled: set[Any] = set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: value for name, value in kwargs.items() if name not in self.arg_names}
         values = dict(zip(self.arg_names, args, strict=False)) | {n: v for n, v in kwargs.items() if n not in options}
-        for target in TARGETS:
+        for target in TARGETS[:1] if self.fn in compiled else TARGETS:
             found.append(_compile(self, values, options, target))
+        compiled.add(self.fn)
 
     JITFunction.run = run
 
@@ -203,7 +211,7 @@ def launch_loss_kernels() -> None:
 
 
 def launch_layer_kernels(
-    length: int = 4, widths: tuple[int, ...] = (576, 5120), channels: tuple[int, ...] = (128, 96, 256)
+    length: int = 4, widths: tuple[int, ...] = (5120, 576), channels: tuple[int, ...] = (128, 96, 256)
 ) -> None:
     """Launch the kernels of layers as models with these sizes do, forward and backward, for ``length`` positions.
 
@@ -232,13 +240,18 @@ def _logits(dtype: torch.dtype) -> Tensor:
 
 
 def main() -> int:
-    """Print a list of compiled kernels, and a list of unsupported targets."""
+    """Print the variants for several pack lengths, a list of compiled kernels, and a list of unsupported targets."""
+    variants: list[str] = []
+    record_variants(variants)
+    for length in LENGTHS:
+        launch_layer_kernels(length, (580,), (64,))
     found: list[Any] = []
     record(found)
     launch_loss_kernels()
     launch_layer_kernels()
     compiled = [kernel for kernel in found if isinstance(kernel, Compiled)]
-    print(json.dumps({"compiled": compiled, "unsupported": [u for u in found if isinstance(u, Unsupported)]}))
+    unsupported = [entry for entry in found if isinstance(entry, Unsupported)]
+    print(json.dumps({"variants": variants, "compiled": compiled, "unsupported": unsupported}))
     return 0
 
 

@@ -67,7 +67,11 @@ def assert_as_good(runs: list[tuple[Any, list[torch.Tensor]]], bound: float, gra
         assert mean(ours, metric) == pytest.approx(mean(exact, metric), rel=20 * bound, abs=1e-6), metric
 
 
-@pytest.mark.parametrize("config", [*LOSSES, SAMPLED], ids=name)
+# The kernels compute the same for all losses, except for the slope that floor needs and the id that sampled adds.
+KINDS = [LossConfig(), LossConfig("reverse", outside_topk="floor"), SAMPLED]
+
+
+@pytest.mark.parametrize("config", [*KINDS, LossConfig("jsd")], ids=name)
 def test_float32_on_triton_is_as_exact_as_on_pytorch(config: LossConfig) -> None:
     assert_as_good(on_both(config, torch.float32, 9, rows=False), 2e-6, 1e-6)
 
@@ -77,20 +81,21 @@ def test_one_kept_id_on_triton(config: LossConfig) -> None:
     assert_as_good(on_both(config, torch.float32, 1, rows=False), 2e-6, 1e-6)
 
 
-@pytest.mark.parametrize("config", [LossConfig(), LossConfig("reverse", outside_topk="floor")], ids=name)
+@pytest.mark.parametrize("config", KINDS[:2], ids=name)
 def test_k_equal_to_the_vocabulary_on_triton(config: LossConfig) -> None:
     assert_as_good(on_both(config, torch.float32, VALID, rows=False), 2e-6, 1e-6)
 
 
-@pytest.mark.parametrize("config", [LossConfig(), LossConfig("reverse", outside_topk="floor"), SAMPLED], ids=name)
+@pytest.mark.parametrize("config", KINDS, ids=name)
 def test_bf16_on_triton_is_as_exact_as_on_pytorch(config: LossConfig) -> None:
     """The interpreter truncates to bf16 and a GPU rounds: the error doubles, hence the slack of one rounding."""
     slack = 2e-4 if DEVICE == "cuda" else 6e-3
     assert_as_good(on_both(config, torch.bfloat16, 9, rows=False), 1e-5, slack)
 
 
-@pytest.mark.parametrize("support", ["teacher", "student"])
-@pytest.mark.parametrize("config", [LossConfig(), SAMPLED, LossConfig("reverse", outside_topk="floor")], ids=name)
+@pytest.mark.parametrize(
+    ("config", "support"), [(KINDS[0], "teacher"), (KINDS[1], "student"), (SAMPLED, "student")], ids=str
+)
 def test_teacher_rows_on_triton(config: LossConfig, support: Any) -> None:
     assert_as_good(on_both(dataclasses.replace(config, support=support), torch.float32, 9, rows=True), 2e-6, 1e-6)
 
@@ -170,13 +175,9 @@ def test_without_a_gradient_no_buffer_is_allocated_for_it(monkeypatch: pytest.Mo
     assert names == {"logits", "gradient"}
 
 
-# The kernels compute the same for all losses, except for the slope that floor needs and the id that sampled adds.
 @pytest.mark.parametrize(
     ("config", "backend"),
-    [
-        *((config, "torch") for config in (*LOSSES, SAMPLED)),
-        *((config, "triton") for config in (LossConfig(), LossConfig("reverse", outside_topk="floor"), SAMPLED)),
-    ],
+    [*((config, "torch") for config in (*LOSSES, SAMPLED)), *((config, "triton") for config in KINDS)],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_bf16_error_is_at_most_that_of_plain_pytorch_in_bf16(config: LossConfig, backend: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ from distill.model.student import Student
 from distill.model.teacher import ShardedTeacher
 from distill.model.teacher_check import verify_teacher
 from distill.model.tensor_parallel import check_tensor_parallel
+from distill.train import print_dry_run
 from distill.types import OptimizerBatch, Problem, Prompt, Rollout
 from scripts.live_bytes import LiveBytes
 from tests.harness import REPO, config_for, fixed_rollouts, forecast_text
@@ -612,12 +611,13 @@ def test_a_run_raises_the_same_errors_as_a_dry_run() -> None:
     assert on_cpu is not None and on_cpu.host == {}
 
 
-@pytest.mark.slow
-def test_dry_run_prints_recipe_and_table_then_exits_with_code_2() -> None:
-    command = [sys.executable, "-m", "distill.train", "--config", f"recipes/{LARGE}", "--dry-run"]
-    command += [f"{_MEMORY}=16", "logger.wandb_enabled=false"]
-    found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2
-    assert "gpu_memory_gb: 16" in found.stdout and "#   teacher " in found.stdout
-    error = found.stderr.splitlines()[-1]
-    assert error.startswith("error: cluster.gpu_memory_gb=16 ") and "teacher phase" in error
+def test_a_refused_dry_run_prints_recipe_and_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.preflight.check_backend", lambda *arguments: None)  # it imports vLLM
+    words = ["--config", str(REPO / "recipes" / LARGE), "--dry-run", f"{_MEMORY}=16", "logger.wandb_enabled=false"]
+    with pytest.raises(UserError) as refused:
+        print_dry_run(words)
+    printed = capsys.readouterr().out
+    assert "gpu_memory_gb: 16" in printed and "#   teacher " in printed
+    assert (refused.value.key, refused.value.value) == (_MEMORY, 16) and "teacher phase" in refused.value.problem

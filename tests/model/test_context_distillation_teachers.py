@@ -51,9 +51,20 @@ def _complete(named: Any, world: World) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in gathered}
 
 
-def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
-    """Train three steps; return the student's weights, the teacher's, and the result of resume."""
+CASES = [("self_ema", 1), ("self_ema", 2), ("self_live", 1), ("self_periodic", 1), ("self_periodic", 2)]
+"""Mode and tensor-parallel size."""
+
+
+def _train_all(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Run all cases in the same two processes, because starting a process takes longer than a case."""
     world = World()
+    found = {(mode, tp): _train(folder, world, mode, tp) for mode, tp in CASES}
+    world.close()
+    return found
+
+
+def _train(folder: Path, world: World, mode: str, tp: int) -> dict[str, Any]:
+    """Train three steps; return the student's weights, the teacher's, and the result of resume."""
     world.build_mesh("cpu", tp, 1)
     config = _config(folder, mode, f"policy.dtensor_cfg.tensor_parallel_size={tp}")
     files = find_model(str(folder), "a model")
@@ -74,7 +85,6 @@ def _train(folder: Path, mode: str, tp: int) -> dict[str, Any]:
     resumed.resume(student)
     micro_batch = batch.micro_batches[0]
     again = [cast(TopK, t.targets(micro_batch)).logprobs_NK for t in (teacher, resumed)]
-    world.close()
     return {
         "weights": weights,
         "teacher": _shards(teacher),
@@ -95,13 +105,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("m"), "qwen3", True)
 
 
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[tuple[str, int], dict[str, Any]]]:
+    """Return the results of each rank by mode and tensor-parallel size."""
+    return run_ranks(2, _train_all, folder)
+
+
 def _parts(runs: list[dict[str, Any]], name: str) -> Tensor:
     return torch.cat([run["teacher"][name] for run in runs])
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_self_ema_teacher_has_the_average_of_the_students_weights(folder: Path, tp: int) -> None:
-    runs = run_ranks(2, _train, folder, "self_ema", tp)
+def test_self_ema_teacher_has_the_average_of_the_students_weights(ranks: Any, tp: int) -> None:
+    runs = [rank["self_ema", tp] for rank in ranks]
     first, *later = runs[0]["weights"]
     for name, average in first.items():
         for weights in later:
@@ -113,17 +129,17 @@ def test_self_ema_teacher_has_the_average_of_the_students_weights(folder: Path, 
         assert run["state"] == sorted(f"teacher.{name}" for name in first)
 
 
-def test_self_live_teacher_has_the_students_weights(folder: Path) -> None:
-    runs = run_ranks(2, _train, folder, "self_live", 1)
+def test_self_live_teacher_has_the_students_weights(ranks: Any) -> None:
+    runs = [rank["self_live", 1] for rank in ranks]
     for name, weight in runs[0]["weights"][-1].items():
         assert torch.equal(_parts(runs, name), weight), name
     assert all(run["resumed"] and run["moved"] and not run["state"] for run in runs)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_self_periodic_teacher_has_the_students_weights_of_the_last_refresh(folder: Path, tp: int) -> None:
+def test_self_periodic_teacher_has_the_students_weights_of_the_last_refresh(ranks: Any, tp: int) -> None:
     """The period is 2: after 3 steps the teacher has the weights after step 2, also after a resume at step 3."""
-    runs = run_ranks(2, _train, folder, "self_periodic", tp)
+    runs = [rank["self_periodic", tp] for rank in ranks]
     weights = runs[0]["weights"]
     for name, weight in weights[2].items():
         assert torch.equal(_parts(runs, name), weight), name

@@ -24,7 +24,7 @@ from tests.helpers import run_ranks, save_tiny_model, tiny_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
-SEQUENCES = [(tuple(range(1, 4)), tuple(range(5, 15))), (tuple(range(20, 24)), tuple(range(30, 37)))]
+SEQUENCES = [(tuple(range(1, 4)), tuple(range(5, 10))), (tuple(range(20, 23)), tuple(range(30, 33)))]
 LAYERS = 2
 # Norms of a layer, and the model's last norm.
 NORMS = {"llama": 2, "qwen2": 2, "qwen3": 2, "gemma3_text": 4}
@@ -80,9 +80,8 @@ def test_a_model_with_fused_layers_has_the_same_loss_and_gradients(family: str) 
         assert (ours - theirs).norm() <= TOLERANCE * theirs.norm()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
-def test_fused_layers_have_the_same_gradients_in_every_mode_of_activation_checkpointing(family: str) -> None:
-    (plain, counted), *others = [_run(family, True, mode) for mode in ("none", "selective", "full")]
+def test_fused_layers_have_the_same_gradients_in_every_mode_of_activation_checkpointing() -> None:
+    (plain, counted), *others = [_run("qwen3", True, mode) for mode in ("none", "selective", "full")]
     for gradients, again in others:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, gradients, strict=True))
         assert again == counted + Counter(
@@ -111,6 +110,8 @@ def test_fused_layers_are_for_gpus() -> None:
 
 
 LAYOUTS = {"tp 2": (2, 1), "cp 2": (1, 2)}
+COUNT = 3
+"""Number of responses; Triton's interpreter is slow."""
 
 
 def _steps(student: str, teacher: str) -> dict[str, Step]:
@@ -118,9 +119,10 @@ def _steps(student: str, teacher: str) -> dict[str, Step]:
     world, found = World(), {}
     settings = ("runtime.fused_layers=true", "policy.dtensor_cfg.activation_checkpointing=selective")
     config = config_for(Path(student), Path(teacher), *settings, ranks=2)
+    packing = PackingConfig(COUNT, sequences=None, tokens=120)
     for name, (tp, cp) in LAYOUTS.items():
         world.build_mesh("cpu", tp, cp, 1, 1)
-        found[name] = sharded_step(config, world, fixed_rollouts(6), PackingConfig(6, sequences=None, tokens=120))
+        found[name] = sharded_step(config, world, fixed_rollouts(COUNT), packing)
     world.close()
     return found
 
@@ -133,6 +135,6 @@ def test_a_step_with_fused_layers_equals_plain_pytorch_on_two_ranks(
     student = save_tiny_model(tmp_path / "student", "qwen3", tied=False, seed=1)
     teacher = save_tiny_model(tmp_path / "teacher", "gemma3_text", seed=2)
     found = run_ranks(2, _steps, str(student), str(teacher))[0]
-    reference = plain_step(config_for(student, teacher, ranks=2), fixed_rollouts(6))
+    reference = plain_step(config_for(student, teacher, ranks=2), fixed_rollouts(COUNT))
     for name in LAYOUTS:
         assert max(differences(found[name], reference).values()) < TOLERANCE

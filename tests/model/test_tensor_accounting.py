@@ -291,4 +291,6 @@ def test_a_folder_of_another_format_is_refused(
 def test_an_adapter_next_to_a_model_is_refused(folder: Path) -> None:
     """With PEFT installed, transformers would load the adapter's base model instead of the folder's weights."""
     (folder / "adapter_config.json").write_text("{}")
-    assert "adapter" in _refusal(folder)
+    with pytest.raises(UserError, match="adapter") as refused:
+        _accounted(folder)
+    assert "scripts.export_hf --merge" in refused.value.fix

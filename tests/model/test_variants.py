@@ -1,10 +1,12 @@
-"""Logits of all variants of a checkpoint equal those of ``from_pretrained``: teacher, student and both engines."""
+"""Logits of all variants of a checkpoint equal those of ``from_pretrained``: teacher, student and engine.
+
+tests/rollout/test_vllm.py compares those of vLLM.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,13 @@ from distill.model.hf_files import ModelFiles, find_model
 from distill.model.sharded import ShardedLM, Sharding, load_sharded
 from distill.model.teacher_check import plain_logits
 from distill.rollout.engine import Engine
-from distill.rollout.factory import build_engine, vllm_config_overrides
+from distill.rollout.factory import vllm_config_overrides
 from distill.rollout.transformers_engine import TransformersEngine
 from distill.rollout.vllm_config import check_vllm_config
-from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Sampling
 from tests.harness import CompleteWeights, Step, config_for, differences, fixed_rollouts, plain_step, sharded_step
 from tests.helpers import run_ranks
 from tests.variants import (
-    ENGINE_VARIANTS,
     NOT_IN_VLLM,
     REFUSED,
     TENSOR_PARALLEL,
@@ -49,7 +49,7 @@ PACK = [(tuple(TOKENS[:3]), tuple(TOKENS[3:])), ((11,), (13, 14, 15, 16)), ((1, 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=16, stop_token_ids=())
 
 
-def _plain(folder: Path) -> Any:
+def plain_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
@@ -63,7 +63,7 @@ def _logprobs(plain: Any, ids: list[int]) -> Tensor:
     return _logits(plain, ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
 
-def _sharded(files: ModelFiles, world: World, trainable: bool) -> ShardedLM:
+def sharded(files: ModelFiles, world: World, trainable: bool) -> ShardedLM:
     sharding = Sharding(world.shard_mesh)
     return load_sharded(files, KEY, world, sharding, torch.float32, torch.float32, trainable)
 
@@ -76,7 +76,7 @@ def _packed_difference(model: ShardedLM, plain: Any) -> float:
     return float((found - torch.cat(expected)).abs().max())
 
 
-def _engine_difference(engine: Engine, model: ShardedLM, plain: Any) -> float:
+def engine_difference(engine: Engine, model: ShardedLM, plain: Any) -> float:
     """Return the difference of the log-probs of given and of generated tokens, after a sync of the weights."""
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p.data for n, p in model.named_hf_parameters()}
     engine.wake("weights")
@@ -92,16 +92,16 @@ def _engine_difference(engine: Engine, model: ShardedLM, plain: Any) -> float:
 
 
 def _differences(folder: Path, world: World) -> dict[str, float]:
-    plain, files = _plain(folder), find_model(str(folder), KEY)
+    plain, files = plain_model(folder), find_model(str(folder), KEY)
     config = model_config(files, KEY)
-    teacher, student = (_sharded(files, world, trainable) for trainable in (False, True))
+    teacher, student = (sharded(files, world, trainable) for trainable in (False, True))
     streamed = plain_logits(files, config, [TOKENS], torch.float32, torch.device("cpu"))[0]
     engine = TransformersEngine(config, torch.float32, torch.device("cpu"), 8, WINDOW, VOCAB)
     return {
         "teacher": _packed_difference(teacher, plain),
         "student": _packed_difference(student, plain),
         "plain model": float((streamed - _logits(plain, TOKENS)).abs().max()),
-        "transformers engine": _engine_difference(engine, student, plain),
+        "transformers engine": engine_difference(engine, student, plain),
     }
 
 
@@ -164,7 +164,7 @@ def test_files_decide_whether_the_head_is_tied(tmp_path, caplog, variant, tied, 
     messages = [record.getMessage() for record in caplog.records if str(folder) in record.getMessage()]
     assert len(messages) == bool(warned), "logged once for two reads"
     assert all(warned in message for message in messages)
-    plain = _plain(folder)
+    plain = plain_model(folder)
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
     assert len(list(plain.parameters())) == parameters
 
@@ -200,33 +200,6 @@ def test_a_window_longer_than_all_sequences_is_accepted_for_vllm(tmp_path: Path)
     variant = NOT_IN_VLLM["qwen2 windows in some layers"][0]
     config = model_config(find_model(str(save_variant(tmp_path / "m", variant)), KEY), KEY)
     check_vllm_config(config, config.sliding_window, KEY, "m")
-
-
-def _vllm_difference(folder: Path, tp: int) -> float:
-    world = World()
-    world.build_mesh("cpu", tp=1, cp=1)
-    prepare_for_vllm(world.rank, world.size, int(os.environ["LOCAL_RANK"]))
-    settings = (
-        "distillation.allow_degenerate=true",
-        "policy.generation.backend=vllm",
-        f"policy.max_total_sequence_length={WINDOW}",
-        f"policy.generation.vllm_cfg.tensor_parallel_size={tp}",
-        "policy.generation.vllm_kwargs={max_num_batched_tokens: 256, max_num_seqs: 16}",
-    )
-    config, files = config_for(folder, folder, *settings, ranks=tp), find_model(str(folder), KEY)
-    engine = build_engine(config, files, world, VOCAB)
-    difference = _engine_difference(engine, _sharded(files, world, False), _plain(folder))
-    world.barrier()
-    engine.close()
-    return difference
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ENGINE_VARIANTS)
-def test_log_probs_of_a_variant_in_vllm_equal_those_of_from_pretrained(tmp_path: Path, name: str) -> None:
-    variant, ranks = ENGINE_VARIANTS[name]
-    folder = save_variant(tmp_path / "m", variant)
-    assert all(difference < 1e-4 for difference in run_ranks(ranks, _vllm_difference, folder, ranks))
 
 
 def _step_config(folder: Path, tp: int) -> Config:

@@ -136,12 +136,11 @@ def test_responses_of_an_earlier_version_have_their_answer_only(tmp_path: Path) 
 def test_damaged_files_give_a_page_with_notes(tmp_path: Path) -> None:
     names = [METRICS_FILE, VERSIONS_FILE, RECIPE_FILE, STATUS_FILE, f"{VALIDATION_FOLDER}/step_0.jsonl"]
     run = write_run(tmp_path / "run", tokens=4)
-    for name in names:
-        content = (run / name).read_bytes()
-        for garbage in (b"\xff\xfe\x00", b"[1, 2]\n\n3\nnull\n", b"{" * 5000, b'{"step": "x", "tokens": []}\n', b""):
-            (run / name).write_bytes(garbage)
-            assert index_of(run)["runs"]
-        (run / name).write_bytes(content)
+    garbage = (b"\xff\xfe\x00", b"[1, 2]\n\n3\nnull\n", b"{" * 5000, b'{"step": "x", "tokens": []}\n', b"")
+    for first in range(len(garbage)):  # each file has each content once
+        for i, name in enumerate(names):
+            (run / name).write_bytes(garbage[(first + i) % len(garbage)])
+        assert index_of(run)["runs"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from distill.model.hf_load import local_slices
 from distill.model.lora_merge import AdapterMerge
 from distill.model.student import Student
 from distill.rollout.sync import WeightSync
-from tests.harness import CompleteWeights, config_for
+from tests.harness import config_for
 
 VALID = 300
 RANK, SCALE = 6, 8
@@ -50,37 +50,29 @@ def set_adapters(student: Student, complete: Mapping[str, torch.Tensor]) -> None
         local_shard(parameter).copy_(complete[name][local_slices(parameter)])
 
 
-def lora_engine(
-    folder: Path, tp: int, build: Callable[..., Any], probe: list[int], faults: Callable[..., Any]
-) -> dict[str, Any]:
+def lora_syncs(world: World, engine: Any, folder: Path, tp: int, probe: list[int]) -> dict[str, Any]:
     """Sync a student of two ranks to an engine of two ranks (tp=2), or to one on each (tp=1); return what was seen.
 
-    ``build`` returns the engine; ``faults`` breaks the weights of an engine of one rank. The last entries of the result
-    are errors: of a sync without the adapters, and of each fault.
+    The engine sleeps before and afterwards. The result contains the merged weights, and the error of a sync without the
+    adapters.
     """
-    world = World()
     world.build_mesh("cpu", tp, 1)
-    engine = build(folder, tp)
     student = lora_student(folder, world, tp, 1)
     sync = WeightSync(world, engine, student, VALID)
     seen: dict[str, Any] = {"difference": [], "probes": []}
     for version in range(3):
         if version:
-            engine.sleep()
             set_adapters(student, random_adapters(student, version, 0.1))
         sync.push_weights(version)  # float32: raises if the probe differs from the trainer's log-probs
         found = engine.probe(probe)
         seen["difference"].append(max(abs(a - b) for a, b in zip(found, student.logprobs(probe), strict=True)))
         seen["probes"].append(found)
-    if tp == 1:  # every rank has a complete engine
-        seen["faults"] = faults(engine, CompleteWeights((name, t.clone()) for name, t in student.weights()))
-    else:
         engine.sleep()
-        student._weights._merge = AdapterMerge([], world.shard_mesh)
-        try:
-            sync.push_weights(3)
-        except RuntimeError as error:
-            seen["without adapters"] = str(error)
-    world.barrier()
-    engine.close()
+    seen["merged"] = {name: tensor.clone() for name, tensor in student.weights()}
+    student._weights._merge = AdapterMerge([], world.shard_mesh)
+    try:
+        sync.push_weights(3)
+    except RuntimeError as error:
+        seen["without adapters"] = str(error)
+    engine.sleep()
     return seen

@@ -32,10 +32,12 @@ VALID = 5
 LIMITS = {"max_num_batched_tokens": 4 * WINDOW, "max_num_seqs": WINDOW}
 PROMPTS = [Prompt(i, ids, Problem("p")) for i, ids in enumerate([(0, 1, 2, 0, 1, 2, 0, 1), (3,), (4, 4, 4, 4), (1, 0)])]
 GREEDY = Sampling(temperature=0.0, max_new_tokens=40, stop_token_ids=())
-SAMPLED = Sampling(temperature=0.7, max_new_tokens=40, stop_token_ids=(4,), responses_per_prompt=8)
+SAMPLED = Sampling(temperature=0.7, max_new_tokens=40, stop_token_ids=(4,), responses_per_prompt=4)
 NUCLEUS = replace(SAMPLED, top_p=0.9, top_k=3, stop_token_ids=())
-COUNTED = Sampling(temperature=1.5, max_new_tokens=4, stop_token_ids=(), responses_per_prompt=2500)
+COUNTED = Sampling(temperature=1.5, max_new_tokens=4, stop_token_ids=(), responses_per_prompt=1500)
 """Sampling of the statistical test, which counts the responses of four tokens to the first prompt."""
+WRONG = replace(COUNTED, responses_per_prompt=500)
+"""Sampling with which the statistical test must find a wrong distribution."""
 RARE = 1e-4
 """False-positive rate: for this share of all choices of seeds, the test would fail without a fault."""
 LIMITED = [replace(prompt, max_new_tokens=most) for prompt, most in zip(PROMPTS, (60, 9, 30, 19), strict=True)]
@@ -66,7 +68,6 @@ def speculation_scenarios(folder: Path, tp: int) -> dict[str, Any]:
         "folder": folder,
         "greedy": engine.generate(PROMPTS, GREEDY, 0),
         "sampled": engine.generate(PROMPTS, SAMPLED, 0),
-        "nucleus": engine.generate(PROMPTS, NUCLEUS, 0),
         "cut": engine.segments(requests_of(LIMITED, CUT, STEP, WINDOW), CUT, FixedCutoff(7)),
     }
     if tp == 1:
@@ -81,6 +82,7 @@ def _of_one_rank(engine: VllmEngine, shape: Any, tensors: dict[str, Tensor]) -> 
         "sampled segments": segment_scenarios(engine, CUT, 6, prompts=LIMITED),
         "greedy segments": segment_scenarios(engine, CUT_GREEDY, 2, prompts=LIMITED),
         "again": engine.generate(PROMPTS, SAMPLED, 0),
+        "nucleus": engine.generate(PROMPTS, NUCLEUS, 0),
     }
     seen["separately"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
     limited = requests_of(LIMITED, CUT, STEP, WINDOW)
@@ -97,7 +99,7 @@ def _of_one_rank(engine: VllmEngine, shape: Any, tensors: dict[str, Tensor]) -> 
     engine.sleep()
     awake(engine, tensors, 3)
     _accept_all_drafts()
-    seen["all accepted"] = [r.response_ids for r in engine.generate(PROMPTS[:1], COUNTED, 0)]
+    seen["all accepted"] = [r.response_ids for r in engine.generate(PROMPTS[:1], WRONG, 0)]
     return seen
 
 

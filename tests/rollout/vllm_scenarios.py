@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from distill.model.hf_files import find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.student import Student
 from distill.rollout.engine import SyncError
+from distill.rollout.factory import build_engine
 from distill.rollout.gather import gather_rollouts
 from distill.rollout.requests import Request, Segment, requests_of
 from distill.rollout.sync import WeightSync
@@ -32,13 +33,16 @@ from distill.rollout.vllm_engine import VllmEngine
 from distill.rollout.vllm_env import prepare_for_vllm
 from distill.types import Problem, Prompt, Rollout, Sampling
 from tests.harness import CompleteWeights, config_for
+from tests.model import test_variants as variants
 from tests.rollout import segment_scenarios as scenarios
 from tests.rollout import speculation_scenarios as speculation
-from tests.rollout.lora_scenarios import lora_engine
+from tests.rollout.lora_scenarios import lora_syncs
 from tests.rollout.scripted_vllm import plain_fields, plain_run
 from tests.rollout.test_sync import FakeMemory
 from tests.rollout.vllm_loop_scenarios import loop_scenarios
 
+CYCLES = 20
+"""Number of cycles of sync and generation in which memory, file handles and threads must not grow."""
 VALID = 300  # ids from this one on are padding of the vocabulary
 WINDOW = 64
 PROBE = list(range(40, 64))
@@ -181,7 +185,6 @@ def _alone(folder: Path) -> dict[str, Any]:
     added = engine._loop._added
     seen["omitted"] = engine.generate(PROMPTS, replace(SAMPLED, omitted=OMITTED), 0), engine._loop._added - added
     seen["some log-probs"] = [each.generate(PROMPTS, SOME_LOGPROBS, 0) for each in (engine, plain)]
-    seen["loose tensors"] = _loose_tensors(engine)
     seen["cancelled"] = _cancelled(engine)
     seen["separately"] = [r for prompt in PROMPTS for r in engine.generate([prompt], SAMPLED, 0)]
     seen["cached"] = [_cached(engine, 2)]
@@ -273,14 +276,46 @@ def _faults(engine: VllmEngine, weights: CompleteWeights) -> dict[str, Any]:
     return found
 
 
-def one_rank(folder: Path, soaked: Path, speculating: Path, ports: list[int]) -> dict[str, Any]:
+def one_rank(
+    folder: Path, soaked: Path, speculating: Path, of_variants: dict[str, Path], ports: list[int]
+) -> dict[str, Any]:
     """Run the scenarios of one rank one after the other: importing vLLM takes longer than each of them."""
-    seen = _alone(folder)
+    seen, port = _alone(folder), iter(ports)
     seen["loop"] = loop_scenarios(folder)
-    os.environ["MASTER_PORT"] = str(ports[0])
-    seen["soak"] = _soak(soaked, 50)
-    os.environ["MASTER_PORT"] = str(ports[1])
+    os.environ["MASTER_PORT"] = str(next(port))
+    seen["soak"] = _soak(soaked, CYCLES)
+    seen["variants"] = _variants(of_variants, 1, port)
+    os.environ["MASTER_PORT"] = str(next(port))  # last: after a speculating engine, vLLM on CPU cannot create another
     seen["speculation"] = speculation.speculation_scenarios(speculating, 1)
+    return seen
+
+
+def _variants(folders: dict[str, Path], tp: int, ports: Iterator[int]) -> dict[str, dict[str, Any]]:
+    """Return for each variant of a checkpoint the error of log-probs and the tensors that sleep would discard."""
+    found = {}
+    for name, folder in folders.items():
+        os.environ["MASTER_PORT"] = str(next(ports))
+        found[name] = _variant(folder, tp)
+    return found
+
+
+def _variant(folder: Path, tp: int) -> dict[str, Any]:
+    world = World()
+    world.build_mesh("cpu", tp=1, cp=1)
+    prepare_for_vllm(world.rank, world.size, int(os.environ["LOCAL_RANK"]))
+    settings = (
+        "distillation.allow_degenerate=true",
+        "policy.generation.backend=vllm",
+        f"policy.max_total_sequence_length={variants.WINDOW}",
+        f"policy.generation.vllm_cfg.tensor_parallel_size={tp}",
+        "policy.generation.vllm_kwargs={max_num_batched_tokens: 256, max_num_seqs: 16}",
+    )
+    config, files = config_for(folder, folder, *settings, ranks=tp), find_model(str(folder), variants.KEY)
+    engine: Any = build_engine(config, files, world, variants.VOCAB)
+    difference = variants.engine_difference(engine, variants.sharded(files, world, False), variants.plain_model(folder))
+    seen = {"difference": difference, "loose tensors": _loose_tensors(engine)}
+    world.barrier()
+    engine.close()
     return seen
 
 
@@ -312,8 +347,9 @@ def on_gpu(folder: Path) -> dict[str, Any]:
 def _pair(folder: Path, tp: int) -> dict[str, Any]:
     """Two ranks with a sharded student: one engine of both ranks (tp=2), or one on each (tp=1)."""
     world = World()
-    world.build_mesh("cpu", 1, 1)
     engine = _engine(folder, tp)
+    seen: dict[str, Any] = {"lora": lora_syncs(world, engine, folder, tp, PROBE)}
+    world.build_mesh("cpu", 1, 1)
     config = config_for(folder, folder, "distillation.allow_degenerate=true", ranks=2)
     student = Student(config, find_model(str(folder), "a model"), world, VALID, ())
     sync = WeightSync(world, engine, student, VALID)
@@ -323,7 +359,7 @@ def _pair(folder: Path, tp: int) -> dict[str, Any]:
             parameter.mul_(1.01)
     engine.sleep()
     sync.push_weights(1)  # float32: compares the probe with the trainer
-    seen: dict[str, Any] = {"own": [], "probe": engine.probe(PROBE), "loose tensors": _loose_tensors(engine)}
+    seen |= {"own": [], "probe": engine.probe(PROBE)}
     for name, sampling in (("greedy", GREEDY), ("sampled", SAMPLED)):
         own = engine.generate(engine.share_of(PROMPTS), sampling, 0)
         seen["own"].append(len(own))
@@ -336,6 +372,11 @@ def _pair(folder: Path, tp: int) -> dict[str, Any]:
         for name, sampling, needed in SEGMENTS:
             seen[name] = scenarios.segment_scenarios(engine, sampling, needed, gather)
         _disagree(engine, world, seen)
+    else:  # every rank has a complete engine
+        merged = seen["lora"].pop("merged")
+        engine.sleep()
+        _awake(engine, merged, 2)
+        seen["lora"]["faults"] = _faults(engine, CompleteWeights(merged.items()))
     world.barrier()
     engine.close()
     return seen
@@ -374,23 +415,21 @@ def _disagree(engine: VllmEngine, world: World, seen: dict[str, Any]) -> None:
 
 
 def on_two_ranks(
-    engines: list[tuple[Path, int, int]], adapters: list[tuple[Path, int, int]], speculating: tuple[Path, int]
-) -> list[dict[str, Any]]:
-    """Run the scenario of two ranks for each (model, ranks of an engine, port), in the same processes.
+    folder: Path, speculating: Path, of_variants: dict[str, Path], ports: list[int]
+) -> dict[str | int, dict[str, Any]]:
+    """Run the scenarios of two ranks in the same processes; return their results.
 
-    ``adapters``: the same for students with adapters. The last result is that of a speculating engine of two ranks:
-    (model, port).
+    Those of engines of one and of two ranks, of variants of checkpoints, and of a speculating engine of two ranks.
     """
-    seen = []
-    for folder, tp, port in engines:
-        os.environ["MASTER_PORT"] = str(port)
-        seen.append(_pair(folder, tp))
-    for folder, tp, port in adapters:
-        os.environ["MASTER_PORT"] = str(port)
-        seen.append(lora_engine(folder, tp, _engine, PROBE, _faults))
-    folder, port = speculating
-    os.environ["MASTER_PORT"] = str(port)
-    return [*seen, speculation.speculation_scenarios(folder, 2)]
+    seen: dict[str | int, dict[str, Any]] = {}
+    port = iter(ports)
+    for tp in (1, 2):
+        os.environ["MASTER_PORT"] = str(next(port))
+        seen[tp] = _pair(folder, tp)
+    seen["variants"] = _variants(of_variants, 2, port)
+    os.environ["MASTER_PORT"] = str(next(port))
+    seen["speculation"] = speculation.speculation_scenarios(speculating, 2)
+    return seen
 
 
 def _soak(folder: Path, cycles: int) -> dict[str, Any]:
@@ -407,7 +446,6 @@ def _soak(folder: Path, cycles: int) -> dict[str, Any]:
         engine.sleep()
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         seen.append((resident, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
-    loose, weights = _loose_tensors(engine), sum(t.numel() * t.element_size() for t in tensors.values())
     world.barrier()
     engine.close()
-    return {"cycles": seen, "weights": weights, "loose tensors": loose}
+    return {"cycles": seen, "weights": sum(t.numel() * t.element_size() for t in tensors.values())}

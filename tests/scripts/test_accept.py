@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -226,31 +225,6 @@ def test_the_place_among_nodes_is_read_from_torchrun_and_slurm() -> None:
     for wrong in ({**agent, "LOCAL_WORLD_SIZE": "2"}, {**step, "SLURM_STEP_NUM_NODES": "1"}, step):
         with pytest.raises(ValueError, match=r"ranks|torchrun|srun|MASTER"):
             Place.of({**wrong, **({} if wrong is step else rendezvous)})
-
-
-SRUN = """#!/usr/bin/env bash
-while [[ $1 == --* ]]; do shift; done
-export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=2
-SLURM_PROCID=0 "$@" & first=$!
-SLURM_PROCID=1 "$@" & second=$!
-wait "$first" && wait "$second"
-"""
-"""Starts one task on each of two nodes, both on this machine."""
-
-
-@pytest.mark.slow
-def test_the_batch_script_runs_the_ranks_of_two_nodes_together(tmp_path) -> None:
-    (tmp_path / "srun").write_text(SRUN)
-    (tmp_path / "srun").chmod(0o755)
-    job = {"SLURM_JOB_ID": f"{os.getpid()}", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost"}
-    environment = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    command = ["scripts/accept.sbatch", "--ranks", "1", "--only", "collectives", "--out", str(tmp_path)]
-    done = subprocess.run(["bash", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for folder in (tmp_path, tmp_path / "node_1"):
-        found = json.loads((folder / "accept.json").read_text())
-        checks = {check["name"]: check["value"] for check in found["parts"][1]["numbers"]}
-        assert found["passed"] and checks["ranks at the rendezvous"] == 2, found
 
 
 def test_a_run_that_resumes_with_other_data_or_metrics_is_found(tmp_path) -> None:

@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 import pytest
 
-from scripts.soak import TOLERANCE, growth, steps_done
+from scripts.soak import INTERVALS, PERIOD, TAIL, TOLERANCE, growth, steps_done
 
-STEPS = 250
+STEPS = INTERVALS * PERIOD
 
 
 def noisy(step: int, rng: random.Random) -> float:
-    return 800 + rng.gauss(0, 2) + 5 * (step % 25 == 0)  # a checkpoint every 25 steps
+    return 800 + rng.gauss(0, 2) + 5 * (step % PERIOD == 0)  # a checkpoint returns memory
 
 
 LEAKS: dict[str, tuple[str, Callable[[int, random.Random], float]]] = {
     "100 KiB per step": ("memory MiB", lambda step, rng: noisy(step, rng) + 0.1 * step),
-    "1 MiB per checkpoint": ("memory MiB", lambda step, rng: noisy(step, rng) + step // 25),
-    "a file per checkpoint": ("open files", lambda step, rng: 20 + step // 25),
+    "1 MiB per checkpoint": ("memory MiB", lambda step, rng: noisy(step, rng) + step // PERIOD),
+    "a file per checkpoint": ("open files", lambda step, rng: 20 + step // PERIOD),
     "a file per 80 steps, and some that are closed late": ("open files", lambda step, rng: 20 + step // 80 + step % 3),
-    "two threads": ("threads", lambda step, rng: 12 + step // 100),
+    "a thread": ("threads", lambda step, rng: 12 + step // 100),
     "shared memory": ("shared memory MiB", lambda step, rng: step / 25),
 }
 NOISE: dict[str, tuple[str, Callable[[int, random.Random], float]]] = {
@@ -68,3 +68,5 @@ def test_a_step_counts_if_its_line_is_complete(tmp_path) -> None:
     assert steps_done(metrics) == 1
     metrics.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 1, "validation/accuracy": 0.5}\n')
     assert steps_done(metrics) == 1
+    metrics.write_text(TAIL * " " + '\n{"step": 7, "train/loss": 2.0}\n')
+    assert steps_done(metrics) == 7

@@ -25,7 +25,6 @@ VOCAB, VALID = 383, 381  # ranks have unequal parts of the vocabulary, and two t
 VARIANTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "fsdp": (1, 1, ()),
     "tp": (2, 1, ("loss_fn.temperature=0.7",)),
-    "cp": (1, 2, ()),
     "tp, complete vocabulary": (2, 1, ("distillation.topk_logits_k=0",)),
     "cp, fewer than five ids": (1, 2, ("distillation.topk_logits_k=3", "loss_fn.kl_type=sampled")),
     "tp, student's support": (2, 1, ("loss_fn.support=student",)),
