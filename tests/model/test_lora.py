@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM
 from distill.batching.plan import view_of
 from distill.config import LoraConfig
 from distill.errors import UserError
-from distill.model.hf_files import find_model
+from distill.model.hf_files import ModelFiles, find_model
+from distill.model.initial_adapter import _warn_if_other_base
 from distill.model.lora import adapted_layers, check_adapters
+from distill.model.peft_files import StoredAdapter
 from distill.model.sharded import ShardedLM
 from tests.harness import config_for, response_logits
 from tests.helpers import save_tiny_model, tiny_config
@@ -164,3 +167,23 @@ def test_a_checkpoint_tensor_keeps_its_name(tmp_path: Path) -> None:
     assert [name for name, _ in model.named_trained()] == [
         f"model.layers.{i}.self_attn.v_proj.lora_{matrix}" for i in range(2) for matrix in "AB"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "checksum", "warns"),
+    [
+        ("models/a", {"bfloat16": "1"}, False),
+        ("models/renamed", {"bfloat16": "1"}, False),
+        ("models/a", {"bfloat16": "2"}, True),
+        ("models/other", {}, True),  # an adapter of another program has no checksums
+        ("models/a", {}, False),
+        ("", {}, False),
+    ],
+)
+def test_an_adapter_of_another_base_is_named_in_a_warning(
+    name: str, checksum: dict[str, str], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = StoredAdapter(ModelFiles("an adapter", Path("an adapter"), {}), 8, 1.0, name, checksum)
+    with caplog.at_level(logging.WARNING):
+        _warn_if_other_base(adapter, {"model_name": "/elsewhere/a", "checksum": {"float32": "3", "bfloat16": "1"}})
+    assert ("an adapter" in caplog.text) is warns
