@@ -131,7 +131,8 @@ def main() -> None:
     try:
         name = {read_adapter(str(folder), "CHECKPOINTS").base for folder in folders.values()}.pop()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).float().eval()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     texts = sequences(model, Path(name), arguments.prompts)

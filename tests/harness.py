@@ -308,3 +308,13 @@ def differences(ours: Step, reference: Step) -> dict[str, float]:
     found["loss"] = abs(ours.loss - reference.loss) / abs(reference.loss)
     found["grad_norm"] = abs(ours.grad_norm - reference.grad_norm) / reference.grad_norm
     return found
+
+
+def sync_error(student: Student) -> str:
+    """Return the error of a sync of the student's weights, or "" without an error; collective."""
+    try:
+        for _ in student.weights():
+            pass
+    except RuntimeError as error:
+        return str(error)
+    return ""

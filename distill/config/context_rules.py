@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.config.loop import ContextDistillationConfig
-from distill.config.lora_rules import starts_as_teacher
+from distill.config.lora_rules import KEY, starts_as_teacher
 from distill.config.schema import Config
 from distill.config.template import teacher_template
 from distill.errors import UserError, show
@@ -73,16 +73,16 @@ def _check_control(config: Config) -> None:
             value=True,
         )
     if not starts_as_teacher(config):
-        other, fix = "", f"set {_KEY}.mode=self_frozen, or {key}=false"
+        init_from = config.policy.dtensor_cfg.lora_cfg.init_from
+        difference, fix = f"{KEY}.init_from={init_from} adapts the student only", f"set {_KEY}.mode=self_frozen"
         if config.teacher.model_name != config.policy.model_name:
-            other = f"teacher.model_name={config.teacher.model_name} differs from"
-            other += f" policy.model_name={config.policy.model_name}"
-            fix = f"set both to the same model, or {key}=false"
+            names = config.teacher.model_name, config.policy.model_name
+            difference = "teacher.model_name={} differs from policy.model_name={}".format(*names)
+            fix = "set both to the same model"
         raise UserError(
             f"{key}=true requires that teacher and student are the same model, but"
-            f" {other or 'lora_cfg.init_from adapts the student only'}, so the student would learn from the teacher"
-            " without the context",
-            fix,
+            f" {difference}, so the student would learn from the teacher without the context",
+            f"{fix}, or {key}=false",
             key=key,
             value=True,
         )

@@ -37,8 +37,8 @@ def stores_adapters(mode: str, init_from: str | None) -> bool:
 def starts_as_teacher(config: Config) -> bool:
     """Return whether the student before training has the teacher's weights.
 
-    Both have the same model. An adapter in ``lora_cfg.init_from`` changes the student only, unless the teacher shares
-    the student's module.
+    False if they are different models, or if an adapter in ``lora_cfg.init_from`` changes the student only. A teacher
+    that shares the student's module has this adapter too.
     """
     lora = config.policy.dtensor_cfg.lora_cfg
     has_adapter = lora.enabled and lora.init_from is not None and not teacher_shares_base(config)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from distill.distributed.world import World
-from distill.errors import RunFailed
 from distill.model.checksum import BitSums, bit_sums
 from distill.model.dtensor import local_shard
 from distill.model.hf_config import model_config
@@ -20,6 +19,7 @@ from distill.model.student import Student
 from distill.model.weights import GatheredWeights
 from distill.rollout.sync import WeightSync
 from distill.rollout.transformers_engine import TransformersEngine
+from tests.harness import sync_error
 from tests.helpers import run_ranks, save_tiny_model
 from tests.rollout.lora_scenarios import SCALE, lora_student, random_adapters, set_adapters
 
@@ -128,16 +128,16 @@ def _with_one_flipped_bit(folder: Path, world: World) -> dict[str, list[str]]:
         for name, _ in cases:
             own = local_shard(parameters[name]).detach()
             before = own.clone()
-            errors[name] = [_error_of(student)]
+            errors[name] = [sync_error(student)]
             if world.rank == 3:
                 own.view(torch.int16).view(-1)[0] ^= 1  # the lowest bit also of float32
-            errors[name].append(_error_of(student))
+            errors[name].append(sync_error(student))
             if world.rank % 2 == 1:  # in both replicas: ranks of another replica learn of a NaN only from the watchdog
                 own[-1] = torch.nan
-            errors[name].append(_error_of(student))
+            errors[name].append(sync_error(student))
             own.copy_(before)
         if replicas == 1:
-            errors[RECEIVED] = [_error_of(student), _error_with_another_matrix(student, world.rank)]
+            errors[RECEIVED] = [sync_error(student), _error_with_another_matrix(student, world.rank)]
     return errors
 
 
@@ -153,16 +153,7 @@ def _error_with_another_matrix(student: Student, rank: int) -> str:
         return matrices
 
     merge.gather = changed  # type: ignore[method-assign]
-    return _error_of(student)
-
-
-def _error_of(student: Student) -> str:
-    try:
-        for _ in student.weights():
-            pass
-    except (RunFailed, RuntimeError) as error:
-        return str(error)
-    return ""
+    return sync_error(student)
 
 
 def test_a_sync_finds_other_copies_and_nan_in_weights_and_adapters(on_four_ranks) -> None:

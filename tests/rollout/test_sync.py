@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.distributed.world import World
-from distill.errors import RunFailed
 from distill.metrics.step import Metrics, waits
 from distill.model.checksum import BitSums, bit_sums, bit_sums_by_name, changed_names, wrap_int64
 from distill.model.dtensor import local_shard
@@ -27,7 +26,7 @@ from distill.model.weights import GatheredWeights
 from distill.rollout.gpu_memory import SleepGuard, Tag
 from distill.rollout.sync import FLOAT32_LIMIT, WeightSync, check_equal
 from distill.types import SyncReport
-from tests.harness import CompleteWeights, config_for
+from tests.harness import CompleteWeights, config_for, sync_error
 from tests.helpers import run_ranks, save_tiny_model
 
 GIB = 2**30
@@ -95,15 +94,6 @@ def _student(folder: Path, world: World, tp: int, replicas: int = 1) -> Student:
     return Student(config, find_model(str(folder), "a model"), world, 384, ())
 
 
-def _error_of(student: Student) -> str:
-    try:
-        for _ in student.weights():
-            pass
-    except (RunFailed, RuntimeError) as error:
-        return str(error)
-    return ""
-
-
 def _gathered(folder: Path, world: World, tp: int = 1) -> Any:
     student, found = _student(folder, world, tp), {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -119,7 +109,7 @@ def _with_a_nan(folder: Path, world: World) -> str:
     if world.rank == world.size - 1:
         with torch.no_grad():
             student.model.causal_lm.model.layers[1].mlp.up_proj.weight.to_local()[-1, -1] = torch.nan
-    return _error_of(student)
+    return sync_error(student)
 
 
 def _on_ranks(folders: dict[str, Path]) -> dict[str, Any]:
@@ -211,11 +201,11 @@ def _with_one_flipped_bit(folder: Path, world: World) -> list[tuple[str, str]]:
     errors = []
     for tp, replicas, weight, _ in FLIPPED:
         student = _student(folder, world, tp, replicas)
-        equal = _error_of(student)
+        equal = sync_error(student)
         if world.rank == 3:
             shard = local_shard(dict(student.model.named_hf_parameters())[weight])
             shard.detach().view(torch.int32).view(-1)[-1] ^= 1
-        errors.append((equal, _error_of(student)))
+        errors.append((equal, sync_error(student)))
     return errors
 
 
