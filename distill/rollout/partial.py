@@ -111,7 +111,8 @@ class PartialRollouts:
         """Continue with the pool in the checkpoint; collective.
 
         The pool is discarded with a warning if the number of responses per step changed, and responses to prompts that
-        are no longer in the training data are left out. Raises RunFailed on all ranks if the file cannot be read.
+        are no longer in the training data are left out. Responses that do not fit the current settings are generated
+        again, see Stream.adapted. Raises RunFailed on all ranks if the file cannot be read.
         """
         if POOL_FILE not in files_of(found.info):
             return
@@ -129,8 +130,16 @@ class PartialRollouts:
                 " in data.train any more",
                 *(stored.missing, found.path),
             )
-        self._pools = {self._first_step: stored.pool}
-        pool = stored.pool
+        pool = stored.pool.updated(self._stream.adapted(each, self._first_step) for each in stored.pool.responses)
+        self._pools = {self._first_step: pool}
+        pairs = zip(stored.pool.responses, pool.responses, strict=True)
+        if again := sum(len(old.ids) > len(new.ids) for old, new in pairs):
+            log.warning(
+                "%d unfinished or waiting responses in the checkpoint %s are generated again from the first token,"
+                " because they are too long for policy.max_total_sequence_length, or lack log-probs that loss_fn needs:"
+                " undo the change of the recipe to keep their tokens",
+                *(again, found.path),
+            )
         counts = len(pool.unfinished), len(pool.waiting), pool.tokens
         log.info("continuing %d unfinished and %d waiting responses with together %d tokens", *counts)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from distill.rollout.pool import PooledResponse
-from distill.rollout.requests import Request, requests_of
+from distill.rollout.requests import Request, requests_of, response_limit
 from distill.types import Prompt, Sampling
 
 
@@ -62,6 +62,28 @@ class Stream:
             found += [PooledResponse.of(request, batch, step) for request in requests[: count - len(found)]]
             batch += 1
         return found
+
+    def adapted(self, response: PooledResponse, step: int) -> PooledResponse:
+        """Return a response of a checkpoint with a limit that fits the current settings, which may have changed.
+
+        If it is too long, or lacks log-probs that the loss needs, it is returned without tokens and starts in ``step``.
+        """
+        sampling, offset = self.sampling_at(step, ()), len(response.ids)
+        own = replace(sampling, max_new_tokens=response.max_new_tokens)
+        limit = response_limit(own, response.prompt, self.window)
+        fits = offset < limit + (response.finish is not None)
+        needs_logprobs = sampling.logprob_interval == 1
+        if fits and (response.with_logprobs or not needs_logprobs):
+            return replace(response, max_new_tokens=limit)
+        return PooledResponse(
+            order=response.order,
+            prompt=response.prompt,
+            response_index=response.response_index,
+            batch=response.batch,
+            started=step,
+            max_new_tokens=response_limit(sampling, response.prompt, self.window),
+            with_logprobs=response.with_logprobs or needs_logprobs,
+        )
 
     def _requests(self, batch: int, step: int) -> list[Request]:
         prompts = self.batch(batch)

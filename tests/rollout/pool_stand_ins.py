@@ -122,7 +122,8 @@ class ScriptedEngine:
     def _segment(self, request: Request, count: int, finish: Any) -> Segment:
         start = len(request.generated_ids)
         ids = tuple(token(request.order, start + i) for i in range(count))
-        return Segment(request, ids, tuple(-0.1 * request.seed % 7 for _ in ids), finish)
+        logprobs = tuple(-0.1 * request.seed % 7 for _ in ids) if request.with_logprobs else ()
+        return Segment(request, ids, logprobs, finish)
 
 
 class Responses:
@@ -157,6 +158,7 @@ class Case:
     length_of: Callable[[int], int] = length_of
     problems: int = 5
     off_policy: float = 0.0
+    logprob_interval: int = 1
 
     @property
     def config(self) -> DistillationConfig:
@@ -190,7 +192,7 @@ class Case:
             return found if prompt_id < self.problems and found.student_ids == student_ids else None
 
         data = SimpleNamespace(batch=self.batch, prompts=SimpleNamespace(find=find))
-        sampling = Sampling(1.0, MAX_NEW_TOKENS, (), self.responses, seed=3)
+        sampling = Sampling(1.0, MAX_NEW_TOKENS, (), self.responses, seed=3, logprob_interval=self.logprob_interval)
         given, engine = Responses(sampling, self.omitted), ScriptedEngine(world.rank, world.size, self.length_of)
         made: Any = PartialRollouts(self.config, world, data, given, engine, first_step, last_step)  # type: ignore[arg-type]
         made.engine, made.responses = engine, given

@@ -222,6 +222,39 @@ def test_responses_to_removed_prompts_are_left_out(tmp_path: Path, caplog) -> No
     assert all(len(step.trained) == 6 for step in continued)
 
 
+@pytest.mark.parametrize(
+    ("changed", "given", "tokens", "limit"),
+    [
+        ({}, {}, 49, 50),
+        ({"max_total_length": 20}, {}, 16, 17),
+        ({"max_total_length": 20}, {}, 17, None),
+        ({"max_total_length": 20}, {"finish": "stop"}, 17, 17),
+        ({"max_total_length": 20}, {"finish": "length"}, 18, None),
+        ({"logprob_interval": 2}, {"with_logprobs": False}, 5, 50),
+        ({}, {"with_logprobs": False}, 5, None),
+        ({}, {"with_logprobs": False, "finish": "stop"}, 5, None),
+    ],
+)
+def test_a_response_that_does_not_fit_changed_settings_starts_again(changed, given, tokens, limit) -> None:
+    """The prompt has three tokens; limit None: the response starts again in step 6, with the limit of this step."""
+    settings = replace(Sampling(1.0, 40, (), 2), **changed)
+    stream = Stream(lambda step: [], lambda step, prompts: settings, 100, 4)
+    stored = replace(response(5, tokens), versions=((2, tokens),), **given)
+    again = replace(response(5), started=6, max_new_tokens=min(40, (settings.max_total_length or 99) - 3))
+    assert stream.adapted(stored, 6) == (again if limit is None else replace(stored, max_new_tokens=limit))
+
+
+def test_responses_without_log_probs_are_generated_again_if_the_loss_needs_them(tmp_path: Path, caplog) -> None:
+    complete, _ = run_steps(replace(SPREAD, logprob_interval=2**62), 1, range(2))
+    assert not any(rollout.logprobs for step in complete for rollout in step.trained)
+    continued, _ = run_steps(SPREAD, 2, range(2, 5), checkpoint(tmp_path / "step_2", complete[-1]))
+    (warning,) = {record.getMessage() for record in caplog.records if record.levelname == "WARNING"}
+    assert warning.startswith(f"{complete[-1].info['partial_rollouts']['responses']} ")
+    trained = [rollout for step in continued for rollout in step.trained]
+    assert all(len(rollout.logprobs) == len(rollout.response_ids) == length_of(rollout.order) for rollout in trained)
+    assert len({rollout.order for step in [*complete, *continued] for rollout in step.trained}) == 5 * 6
+
+
 def test_a_checkpoint_without_a_pool_continues_with_the_batch_of_its_step() -> None:
     found: Any = SimpleNamespace(info={"files": {}}, path=Path("step_3"))
     (first,), _ = run_steps(SPREAD, 1, [3], found)
