@@ -20,7 +20,11 @@ class Gpu:
     memory_gbs: float
     """Bandwidth of the memory in GB/s."""
     memory_gb: float | None
-    """Size of the memory in GB; None if unknown."""
+    """Size of the memory in GB that a program can use; None if unknown.
+
+    It is below the nominal size if ECC takes a part of GDDR6 memory (l40s: 45 of 48), and for Blackwell (b200: 180 of
+    192).
+    """
     link_gbs: float
     """Bandwidth to the other GPUs of the node in one direction, in GB/s: NVLink, otherwise PCIe."""
     network_gbs: float
@@ -34,10 +38,10 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("gb300", 2500, 8000, 288, 900, 50, "GB300"),
-    Gpu("gb200", 2500, 8000, 192, 900, 50, "GB200"),
-    Gpu("b300", 2250, 8000, 288, 900, 50, "B300"),
-    Gpu("b200", 2250, 8000, 192, 900, 50, "B200"),
+    Gpu("gb300", 2500, 8000, 279, 900, 50, "GB300"),
+    Gpu("gb200", 2500, 8000, 186, 900, 50, "GB200"),
+    Gpu("b300", 2250, 8000, 270, 900, 50, "B300"),
+    Gpu("b200", 2250, 8000, 180, 900, 50, "B200"),
     Gpu("gh200", 989, 4000, 96, 450, 50, "GH200"),
     Gpu("h200-nvl", 835, 4800, 141, 450, 50, "H200 NVL"),
     Gpu("h200", 989, 4800, 141, 450, 50, "H200"),
@@ -53,12 +57,12 @@ GPUS = (
     Gpu("a800-pcie", 312, 1935, 80, 32, 12.5, "A800 PCIe"),
     Gpu("a800", 312, 2039, 80, 200, 25, "A800"),
     Gpu("a30", 165, 933, 24, 32, 12.5, "A30"),
-    Gpu("a40", 150, 696, 48, 32, 12.5, "A40"),
-    Gpu("a10g", 70, 600, 24, 32, 12.5, "A10G"),
-    Gpu("a10", 125, 600, 24, 32, 12.5, "A10"),
-    Gpu("l40s", 362, 864, 48, 32, 12.5, "L40S"),
-    Gpu("l40", 181, 864, 48, 32, 12.5, "L40"),
-    Gpu("l4", 121, 300, 24, 32, 12.5, "L4"),
+    Gpu("a40", 150, 696, 45, 32, 12.5, "A40"),
+    Gpu("a10g", 70, 600, 22.5, 32, 12.5, "A10G"),
+    Gpu("a10", 125, 600, 22.5, 32, 12.5, "A10"),
+    Gpu("l40s", 362, 864, 45, 32, 12.5, "L40S"),
+    Gpu("l40", 181, 864, 45, 32, 12.5, "L40"),
+    Gpu("l4", 121, 300, 22.5, 32, 12.5, "L4"),
 )
 """Known GPUs. The first one whose words are all in a device's name, in upper or lower case, is its entry.
 

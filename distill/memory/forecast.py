@@ -33,7 +33,7 @@ Drivers report a total memory of 0.985 to 0.99 times N GiB.
 ENGINE = ("engine weights", "engine cache")
 """Purposes of memory that belong to the generation engine."""
 
-_CARDS_GB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
+_CARDS_GB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 180, 270)
 """Memory of common GPUs in GB."""
 
 PHASES = ("sync", "generation", "teacher", "training")

@@ -19,7 +19,7 @@ from distill.model.student import DTYPES
 from distill.timing.lengths import Lengths
 from distill.timing.rates import Rates, planned_rates, running_rates
 from distill.timing.schedule import Generation
-from distill.timing.step import StepTime, Workload
+from distill.timing.step import StepTime, Workload, reads_response
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,6 @@ def expected_workload(config: Config, prompts: tuple[float, float] | None = None
     lengths = Lengths.of_percentiles(median, p90, cap)
     student, teacher = prompts or (UNKNOWN_PROMPT, UNKNOWN_PROMPT)
     return Workload(lengths, student, teacher + (lengths.mean if reads_response(config) else 0.0))
-
-
-def reads_response(config: Config) -> bool:
-    """Return whether the teacher's prompt contains a trace from the response itself."""
-    loop, context = config.distillation, config.distillation.context_distillation
-    if not context.enabled or loop.control or context.trace_source != "dynamic":
-        return False
-    return context.teacher_messages_key is None and "{trace}" in context.teacher_prefix_template
 
 
 def time_table(

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.timing.decode import DecodeCost
 from distill.timing.lengths import Tokens
-from distill.timing.schedule import Generation, Job, Phase, Pool, in_progress
+from distill.timing.schedule import Generation, Job, Phase, Pool, first_steps, in_progress
 
 
 @dataclass
@@ -120,7 +120,7 @@ def partial_queue(job: Job, finish_share: float, max_age: int, at_most: int) -> 
     The queue has continued responses first, those with the longest context in front. Responses of age ``max_age`` run
     to their end. The age of a response counts from the first phase in which an engine takes it.
     """
-    skipped = 10 + 2 * max_age
+    skipped = first_steps(max_age)
     count, pool, phases, at = in_progress(job.responses, finish_share), Pool(), [], 0
     stream = job.stream(count + (skipped + job.steps) * job.responses)
     for step in range(skipped + job.steps):

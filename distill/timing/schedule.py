@@ -217,13 +217,22 @@ def assign(job: Job, context: Tokens) -> Tokens:
     return engine
 
 
+def first_steps(max_age: int) -> int:
+    """Return the number of first steps that the means of a simulation exclude.
+
+    Later steps have the steady mix of lengths and ages. Responses rarely reach an age of 20, so a larger ``max_age``
+    needs no more steps.
+    """
+    return 10 + 2 * min(max_age, 20)
+
+
 def partial_rollouts(job: Job, finish_share: float, max_age: int, warm_up: int | None = None) -> Generation:
     """Simulate partial rollouts: a phase ends at T*, and other responses continue in the next steps.
 
     Responses of age ``max_age`` run to their end in a second part of the phase. ``warm_up``: number of first steps
-    that means exclude; None: 10 and twice ``max_age``.
+    that means exclude; None: see ``first_steps``.
     """
-    skipped = 10 + 2 * max_age if warm_up is None else warm_up
+    skipped = first_steps(max_age) if warm_up is None else warm_up
     count, pool, phases, at = in_progress(job.responses, finish_share), Pool(), [], 0
     stream = job.stream(count + (skipped + job.steps) * job.responses)
     for step in range(skipped + job.steps):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from distill.config import Config
+from distill.data.teacher_context import reads_traces
 from distill.loss.token_weights import needs_score_pass
 from distill.memory.forecast import card_bytes
 from distill.memory.phases import StepMemory
@@ -55,6 +57,13 @@ class Workload:
     """Mean length of the teacher's prompts."""
 
 
+def reads_response(config: Config) -> bool:
+    """Return whether the teacher's prompt contains a trace from the response itself."""
+    loop, context = config.distillation, config.distillation.context_distillation
+    is_dynamic = context.enabled and not loop.control and context.trace_source == "dynamic"
+    return is_dynamic and reads_traces(context)
+
+
 class StepTime:
     """Predicted seconds of each phase of a step of one recipe; all ranks have the same amount of work.
 
@@ -73,8 +82,7 @@ class StepTime:
         shares = config.runtime.share_prefixes and self._packs_several
         prompts = loop.num_prompts_per_step if shares else loop.responses_per_step
         self.read = Sequences.of(workload.lengths, workload.prompt, loop.responses_per_step, prompts)
-        dynamic = loop.context_distillation.enabled and not loop.control
-        prompts = loop.responses_per_step if dynamic else prompts  # each response may have its own context
+        prompts = loop.responses_per_step if reads_response(config) else prompts  # each response has its own trace
         self.taught = Sequences.of(workload.lengths, workload.teacher_prompt, loop.responses_per_step, prompts)
 
     @property
@@ -131,13 +139,24 @@ class StepTime:
 
     # ---- the other phases ----
 
-    def micro_batches(self, read: Sequences, tokens: int) -> int:
-        """Return the number of micro-batches of one rank; ``tokens``: token budget of a micro-batch."""
-        policy, batches = self.config.policy, self.memory.optimizer_batches
+    def micro_batches(self) -> int:
+        """Return the number of the student's micro-batches on one rank.
+
+        A token budget counts each response with the longer of its two prompts, also if responses share the prompt.
+        """
+        policy, memory = self.config.policy, self.memory
+        in_batch = -(-policy.train_global_batch_size // memory.dp)
         if policy.sequence_packing.enabled or policy.dynamic_batching.enabled:
-            return batches * max(1, -int(-read.positions / batches // (self.memory.dp * tokens)))
-        in_batch = -(-policy.train_global_batch_size // self.memory.dp)
-        return batches * -(-in_batch // policy.train_micro_batch_size)
+            longer = max(self.workload.prompt, self.workload.teacher_prompt)
+            of_batch = self._counted_tokens(longer) / memory.optimizer_batches / memory.tokens
+        else:
+            of_batch = in_batch / policy.train_micro_batch_size
+        return memory.optimizer_batches * max(1, math.ceil(min(of_batch, in_batch)))
+
+    def _counted_tokens(self, prompt: float) -> float:
+        """Return the tokens of a step on one data-parallel rank, each response with ``prompt`` tokens of a prompt."""
+        lengths = prompt + self.workload.lengths.mean
+        return self.config.distillation.responses_per_step * lengths / self.memory.dp
 
     def teacher_seconds(self) -> float:
         """Return the seconds of the teacher's forward: arithmetic and gathers, and what cannot overlap.
@@ -150,9 +169,10 @@ class StepTime:
         weights = memory.teacher_weights
         adapters = memory.teacher_adapters
         times = layer_times(shape, self.taught, self.rates, self.ranks, b, memory.fused, adapters)
-        packs = self.micro_batches(self.read, memory.tokens)
+        packs = self.micro_batches()
         if self.config.teacher.pack_tokens is not None:
-            packs = min(packs, max(1, -int(-self.taught.positions // (memory.dp * memory.teacher_tokens))))
+            counted = self._counted_tokens(self.workload.teacher_prompt)
+            packs = min(packs, max(1, math.ceil(counted / memory.teacher_tokens)))
         gathers = packs * self._gather(b * shape.parameters / weights.tp, weights.fsdp)
         positions = self.taught.positions * weights.tp / self.ranks
         exchanged = self._exchange(shape, positions / weights.tp, memory.group, b, passes=1)
@@ -177,7 +197,7 @@ class StepTime:
         weights = shape.parameters / memory.tp
         trained = weights if adapters is None else adapters.shard * memory.fsdp
         exchanged = gathers * b * weights + 4 * trained  # gradients are reduced in float32
-        count = self.micro_batches(self.read, memory.tokens)
+        count = self.micro_batches()
         traffic = count * (self._gather(exchanged, memory.fsdp) + gathers * self._copy_of_shards())
         passes = 3 if parallel.recomputation == "full" else 2
         positions = self.read.positions / memory.dp / memory.cp

@@ -9,6 +9,7 @@ from distill.config import load_config
 from distill.config.gpus import GPUS, gpu_of_device, parse_gpu
 from distill.config.response_limits import expected_length
 from distill.errors import UserError
+from distill.memory.forecast import card_bytes
 
 BASE = ["--config", "recipes/distillation_math.yaml", "policy.generation.max_new_tokens=4000"]
 KEY = "policy.generation.expected_length"
@@ -30,6 +31,19 @@ def test_a_gpu_is_found_by_its_name_and_by_the_name_of_the_driver(gpu) -> None:
 def test_the_memory_of_an_a100_follows_from_its_name() -> None:
     assert gpu_of_device("NVIDIA A100-SXM4-40GB").name == "a100-40"  # type: ignore[union-attr]
     assert gpu_of_device("NVIDIA A100-SXM4-80GB").name == "a100-80"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [
+        *(("a100-40", 40960), ("a100-80", 81920), ("h100", 81559), ("h200", 143771)),
+        *(("b200", 183359), ("gb200", 189471), ("b300", 275040), ("gb300", 284208)),
+        *(("l40s", 46068), ("a10", 23028), ("l4", 23034)),
+    ],
+)
+def test_the_usable_memory_of_a_gpu_is_below_the_memory_that_nvidia_smi_reports(name: str, mebibytes: int) -> None:
+    found = parse_gpu(name).memory_gb
+    assert found is not None and 0.97 < card_bytes(found) / (mebibytes * 2**20) < 0.99
 
 
 @pytest.mark.parametrize(

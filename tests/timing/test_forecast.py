@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +21,11 @@ from distill.timing.forecast import (
     expected_workload,
     measured_workload,
     predict_time,
-    reads_response,
     time_table,
 )
 from distill.timing.lengths import Lengths
 from distill.timing.rates import Rates, measure_cpu, planned_rates, rates_of_cpu, running_rates
-from distill.timing.step import StepTime, Workload
+from distill.timing.step import StepTime, Workload, reads_response
 from tests.memory.test_forecast import known, recipe
 
 WORLD = PlannedWorld(1, 1, torch.device("cpu"))
@@ -124,6 +124,13 @@ def test_lengths_come_from_the_recipe_and_prompts_from_the_data() -> None:
 )
 def test_the_teacher_reads_as_long_a_trace_as_the_response(word: str, reads: bool) -> None:
     assert reads_response(recipe(RECIPE, word, "distillation.allow_degenerate=true")) is reads
+
+
+def test_the_trace_may_be_in_the_teachers_system_message(tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("This was a draft: {trace}")
+    context = "distillation.context_distillation"
+    template, system = "teacher_prefix_template='{problem}'", f"teacher_system_prompt_file={tmp_path}/system.txt"
+    assert reads_response(recipe(RECIPE, f"{context}.{template}", f"{context}.{system}"))
 
 
 def test_a_small_cache_is_a_warning_of_the_forecast() -> None:

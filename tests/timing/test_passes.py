@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -200,7 +201,7 @@ def test_an_optimizer_on_the_host_uses_host_memory_and_the_gradients_pcie() -> N
     words = ("policy.dtensor_cfg.cpu_offload=true", "policy.train_global_batch_size=32")
     found = step(*words, rates=replace(FREE, host=3.0, host_memory=5.0))
     shard = found.memory.weights.shard
-    assert found.micro_batches(found.read, found.memory.tokens) == 4 and found.memory.optimizer_batches == 2
+    assert found.micro_batches() == 4 and found.memory.optimizer_batches == 2
     assert found.optimizer_seconds() == 2 * 40 * shard / 5
     copies = 4 * 2 * 4 * shard / 3
     assert found.student_seconds() == pytest.approx(copies + 4 * 4 * shard / 3 + 2 * 12 * shard / 5)
@@ -252,7 +253,7 @@ def test_weights_are_gathered_once_per_micro_batch_and_hidden_behind_arithmetic(
     """With slow links the student takes as long as its gathers: bfloat16 weights twice, and float32 gradients."""
     slow = replace(rates_of_gpu(parse_gpu("h100")), link=1e9)
     found = step(rates=slow)
-    batches = found.micro_batches(found.read, found.memory.tokens)
+    batches = found.micro_batches()
     assert batches == 4  # 64 * 3300 tokens on eight ranks, in micro-batches of 8192
     weights = found.student.parameters
     head = found.student_seconds() - batches * (2 * 2 + 4) * weights * 7 / 8 / 1e9
@@ -271,7 +272,29 @@ def test_parallel_ranks_share_the_work_and_pay_for_their_exchange() -> None:
 
 def test_micro_batches_without_a_budget_count_responses() -> None:
     found = step("policy.sequence_packing.enabled=false", "policy.dynamic_batching.enabled=false")
-    assert found.micro_batches(found.read, found.memory.tokens) == 8
+    assert found.micro_batches() == 8
+
+
+@pytest.mark.parametrize(("teacher_prompt", "expected"), [(30, 4), (300, 4), (3000, 6), (30_000, 8)])
+def test_a_token_budget_counts_each_response_with_the_longer_prompt(teacher_prompt: float, expected: int) -> None:
+    """Each rank has eight responses of 3,000 tokens with prompts of 300 for the student; the budget is 8,192."""
+    for words in ((), ("distillation.num_prompts_per_step=8", "distillation.num_generations_per_prompt=8")):
+        found = step(*words)
+        workload = replace(found.workload, teacher_prompt=teacher_prompt)
+        changed = StepTime(found.config, found.student, found.teacher, found.rates, workload, True)
+        assert changed.micro_batches() == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "prompts"), [(("trace_source=static_dataset", "static_trace.answer_column=trace"), 8), ((), 64)]
+)
+def test_the_teacher_reads_a_prompt_once_unless_it_contains_a_trace_of_the_response(
+    words: Sequence[str], prompts: int
+) -> None:
+    context = (f"distillation.context_distillation.{word}" for word in ("enabled=true", *words))
+    several = ("distillation.num_prompts_per_step=8", "distillation.num_generations_per_prompt=8")
+    found = step("teacher.model_name=Qwen/Qwen3-4B", *several, *context, teacher="4")
+    assert found.taught.positions == prompts * 300 + 64 * 3000
 
 
 def test_a_full_vocabulary_moves_the_teachers_head_to_the_student() -> None:

@@ -130,6 +130,12 @@ def test_a_finish_share_of_1_is_lockstep() -> None:
         assert (one.trained == other.trained).all() and other.older == other.reprefilled == 0
 
 
+def test_a_large_age_needs_no_more_steps_of_the_simulation() -> None:
+    job = replace(JOB, steps=5)
+    assert partial_rollouts(job, 0.75, 10**9).seconds == partial_rollouts(job, 0.75, 100).seconds
+    assert partial_queue(job, 0.75, 10**9, 6).seconds == partial_queue(job, 0.75, 100, 6).seconds
+
+
 @dataclass
 class Response:
     """A response of the twin."""
