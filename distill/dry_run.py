@@ -130,7 +130,7 @@ class _DryRun:
         else:
             self._data = read_data(config, world, readers, clock, self._found, self._allowed)
         self._compared = None if models is None else self._data  # a stand-in may have another chat template
-        steps = compare(config, world, self._found, clock, self._compared)
+        steps = compare(config, world, self._found, clock, self._compared, checked.export_files)
         find_adapter(config, world, models, self._found, self._allowed)
         if self._data is not None:
             last = self._data.prompts.steps(config.distillation.max_num_steps, config.distillation.max_num_epochs)

@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
-from distill.checkpoint import Found, has_validation
+from distill.checkpoint import Found, files_of, has_validation
+from distill.checkpoint.manifest import retry_io
 from distill.checkpoint.resume import RunHistory, compare_with_checkpoint, log_clock
 from distill.config import Config
 from distill.config.loop_rules import warn_of_loop
@@ -42,7 +44,7 @@ from distill.loss import check_loss_backend
 from distill.memory.auto import resolve
 from distill.memory.forecast import Forecast, known_shapes, plan_memory
 from distill.metrics.sinks import check_packages
-from distill.model.export_files import ExportFiles, read_export_files
+from distill.model.export_files import ExportFiles, read_export_files, stored_export_files
 from distill.model.fused_layers import uses_fused_layers
 from distill.model.hf_config import model_config
 from distill.model.initial_adapter import initial_adapter
@@ -205,15 +207,29 @@ def read_data(
     return None if prompts is None else Data(prompts, prefixes, with_context, held_out, graders, hashes)
 
 
-def compare(config: Config, world: World, found: Found | None, clock: RunClock, data: Data | None) -> Steps:
-    """Compare the checkpoint with the recipe and the data; return the steps to train; collective.
+def compare(
+    config: Config,
+    world: World,
+    found: Found | None,
+    clock: RunClock,
+    data: Data | None,
+    export_files: ExportFiles | None,
+) -> Steps:
+    """Compare the checkpoint with the recipe, the data and the student's settings; return the steps; collective.
 
     ``data`` is None only in a dry run without the data; the number of steps per epoch is then unknown.
+    ``export_files``: the student's files on rank 0; None on other ranks, and in a dry run without them.
     """
     loop = config.distillation
     prompts, validation = (None, None) if data is None else (data.prompts, data.hashes["data.validation"])
+    model_changes: list[str] = []
+    with world.all_or_none("comparing the model's settings with the checkpoint"):
+        if found is not None and export_files is not None:
+            stored = retry_io(partial(stored_export_files, found.path, files_of(found.info)))
+            model_changes = [] if stored is None else stored.changes(export_files)
+    model_changes = world.broadcast(model_changes)
     with world.all_or_none("comparing the checkpoint with the recipe"):
-        history = compare_with_checkpoint(found, config, prompts, clock, validation)
+        history = compare_with_checkpoint(found, config, prompts, clock, validation, model_changes)
         first = int(found.info["data"]["step"]) if found else 0
     last = loop.max_num_steps if prompts is None else prompts.steps(loop.max_num_steps, loop.max_num_epochs)
     return Steps(history, first, last)

@@ -5,12 +5,13 @@
 
 The output equals the run's own export in ``step_40/hf``. The script first compares each file of the checkpoint with its
 checksum. Configuration, tokenizer, licence and model card come from the checkpoint, so the source model is not needed.
-Checkpoints of older versions lack them: the script then reads them from the student model of the recipe, and the stop
-ids of the training from that model and from the teacher.
+Checkpoints of older versions lack them: the script then reads them from the student model of the recipe or ``--model``,
+and the stop ids of the training from that model and from the teacher.
 
 A checkpoint of low-rank adapters (LoRA) is exported as a PEFT folder, as ``step_40/peft``. ``--merge`` merges the
 adapters into their base model and writes the complete model. For this it reads the base model of the recipe, or
-``--model``. It first compares the weights of the base model with the checksum in the checkpoint.
+``--model``. ``--model`` without ``--merge`` names the base model in the PEFT folder. In both cases, the weights of the
+base model are first compared with the checksum in the checkpoint.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from distill.model.hf_files import ModelFiles, find_model
 from distill.model.hf_load import manifest_of, meta_model
 from distill.model.lora_merge import Adapter
 from distill.model.merged_files import check_base, merged_weights
+from distill.model.model_card import hub_revision, loadable_name
 from distill.model.student import DTYPES
 
 log = logging.getLogger(__name__)
 
 _KEY = "policy.model_name"
-_STORED_TEMPLATE = f"{EXPORT_FILES}/chat_template.jinja"
 
 
 def export(
@@ -66,9 +67,10 @@ def export(
 ) -> None:
     """Export the folder step_N ``checkpoint`` to the new folder ``out``.
 
-    ``dtype``, ``model`` and ``stop_token_ids`` replace those of the run if they are not None. ``merge``: whether to
-    merge adapters into their base model. Raises UserError if the checkpoint is incomplete, does not fit the model, or
-    cannot be read, and if ``out`` exists or cannot be written.
+    ``dtype``, ``model`` and ``stop_token_ids`` replace those of the run if they are not None. ``model`` is the base of
+    the adapters, or, for an older checkpoint, the source of configuration and tokenizer. ``merge``: whether to merge
+    adapters into their base model. Raises UserError if the checkpoint is incomplete, does not fit the model, or cannot
+    be read, and if ``out`` exists or cannot be written.
     """
     out = Path(os.path.abspath(out))  # "." has no name
     part = out.parent / f"{out.name}.part"
@@ -121,13 +123,18 @@ def _files(
             "--stop-token-ids",
             list(stop_token_ids),
         )
-    stored = None if model else stored_export_files(checkpoint, files_of(info))
+    stored = stored_export_files(checkpoint, files_of(info))
     if stored is not None:
+        if model and info.get(BASE) is None:
+            problem = f"--model={model} has no effect on {checkpoint}, which contains all files of the export"
+            raise UserError(problem, "remove the option", "--model", model)
         config = AutoConfig.from_pretrained(checkpoint / EXPORT_FILES, trust_remote_code=False)
         return stored, config, recipe["policy"]["model_name"]
     source = _source(recipe, model)
     config = model_config(source, _KEY)
-    tokenizer_name = None if model else recipe["policy"]["tokenizer"]["name"]
+    tokenizer_name = recipe["policy"]["tokenizer"]["name"]
+    if tokenizer_name == recipe["policy"]["model_name"]:
+        tokenizer_name = None  # that of the source model, whose folder may have been renamed
     tokenizer = load_tokenizer(source, tokenizer_name, "policy.tokenizer.name")
     ids = recorded
     if ids is None:
@@ -135,8 +142,6 @@ def _files(
         ids = _stop_ids(recipe, source, tokenizer, valid_vocab, stop_token_ids)
         log.warning("%s contains no stop ids of the training: the export uses %s", checkpoint, list(ids))
     template = recipe["policy"]["tokenizer"].get("chat_template")
-    if template is not None and _STORED_TEMPLATE in files_of(info):  # the original file may be missing or changed
-        template = str(checkpoint / _STORED_TEMPLATE)
     files = read_export_files(source, tokenizer, tokenizer_name, ids, chat_template=template)
     tokens = {id_: tokenizer.convert_ids_to_tokens(id_) for id_ in ids}
     return files.with_card(recipe, info["step"], tokens), config, source.name
@@ -207,11 +212,11 @@ def _weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of the model in the order of its parameters, in ``dtype``."""
     stored = _shapes(checkpoint)
-    for name, shape in wanted.items():
-        if stored.get(name) != shape:
+    for name in (*wanted, *stored):
+        if stored.get(name) != wanted.get(name):
             raise UserError(
-                f"the checkpoint does not fit the model {model_name}, whose {name} has the shape {tuple(shape)}"
-                f" instead of {stored.get(name)}",
+                f"the checkpoint does not fit the model {model_name}: {name} is {_shape(stored.get(name))} in the"
+                f" checkpoint and {_shape(wanted.get(name))} in the model",
                 "give the student model of the run as --model",
                 "--model",
                 model_name,
@@ -220,12 +225,37 @@ def _weights(
         yield name, tensor.to(dtype)
 
 
+def _shape(size: torch.Size | None) -> str:
+    return "missing" if size is None else f"of shape {tuple(size)}"
+
+
 def _export_adapter(
-    out: Path, checkpoint: Path, info: Mapping[str, Any], files: ExportFiles, base: Iterable[str], model: str | None
+    out: Path,
+    checkpoint: Path,
+    info: Mapping[str, Any],
+    files: ExportFiles,
+    base: Mapping[str, torch.Size],
+    model: str | None,
 ) -> None:
-    adapters = _stored(checkpoint, _shapes(checkpoint))
-    named = info[BASE] if model is None else {**info[BASE], "model_name": model}
-    export_adapter(out, adapters, files, info["recipe"], base, named)
+    """Write the PEFT folder ``out``; ``base``: shapes of the base model's weights; ``model``: its new name, or None."""
+    named = info[BASE]
+    if model:
+        source, _ = _verified_base(info, base, model)
+        named = {**named, "model_name": loadable_name(model), "revision": hub_revision(source.folder)}
+    export_adapter(out, _stored(checkpoint, _shapes(checkpoint)), files, info["recipe"], base, named)
+
+
+def _verified_base(
+    info: Mapping[str, Any], shapes: Mapping[str, torch.Size], model: str | None
+) -> tuple[ModelFiles, str]:
+    """Return the base model of the adapters and the setting that names it, after a comparison of all its weights.
+
+    Raises UserError if the weights are not those of the training.
+    """
+    source, key = _source(info["recipe"], model), "--model" if model else _KEY
+    with _reading(source.name, key):
+        check_base(source, key, shapes, info[BASE])
+    return source, key
 
 
 def _merged(
@@ -245,14 +275,12 @@ def _merged(
         (_, lora_a), (_, lora_b) = _stored(checkpoint, names)
         return Adapter(lora_a, lora_b, lora["alpha"] / lora["dim"])
 
-    source, key = _source(info["recipe"], model), "--model" if model else _KEY
+    source, key = _verified_base(info, shapes, model)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         with _reading(source.name, key):
             yield from merged_weights(source, key, shapes, info[BASE], adapter_of, dtype)
 
-    with _reading(source.name, key):
-        check_base(source, key, shapes, info[BASE])
     return weights()
 
 
@@ -272,8 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model",
-        help="source of configuration, tokenizer and, with --merge, weights of the base model; without --merge, a PEFT"
-        " folder names it, and its weights are not compared; default: the checkpoint, and the model of its recipe",
+        help="base model of low-rank adapters, to merge them into it or to name it in the PEFT folder; its weights are"
+        " compared with the checksum in the checkpoint; for a checkpoint of an older version, the source of"
+        " configuration and tokenizer; default: the model of the recipe",
     )
     parser.add_argument(
         "--stop-token-ids", type=int, nargs="+", help="stop ids of the training, for a checkpoint without them"

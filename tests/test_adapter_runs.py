@@ -43,6 +43,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_tiny_run(tmp_path_factory.mktemp("run"))
+    shutil.copytree(root / "student", root / "renamed")
     other = shutil.copytree(root / "student", root / "other")
     weights = load_file(other / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
@@ -54,7 +55,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ended(root: Path) -> dict[str, tuple[int, str, str]]:
     """Return the exit code and output of each start: ``full`` of three steps, ``parted`` resumed to three, and others.
 
-    ``continued`` starts from the adapter of ``full``. ``tp`` and ``one rank`` continue ``full`` after its second step.
+    ``continued`` starts from the adapter of ``full``. ``tp`` and ``one rank`` continue ``full`` after its second step,
+    ``one rank`` with another folder of the same base model.
     """
     same = adapter_overrides(root)
     resumed = [*same, f"checkpointing.resume_from={root}/checkpoints/full/step_2"]
@@ -70,7 +72,8 @@ def ended(root: Path) -> dict[str, tuple[int, str, str]]:
     for name, (_, overrides) in REFUSED.items():
         own = adapter_overrides(root, "other") if name == "changed base" else same
         lines[name] = _command(root, name, *own, resumed[-1], *overrides)
-    lines["one rank"] = _command(root, "one rank", *resumed, "cluster.gpus_per_node=1")
+    renamed = adapter_overrides(root, "renamed")
+    lines["one rank"] = _command(root, "one rank", *renamed, resumed[-1], "cluster.gpus_per_node=1")
     return dict(zip(lines, _run(list(lines.values()), [2] * (len(lines) - 1) + [1])[0], strict=True))
 
 
@@ -105,7 +108,7 @@ def test_a_checkpoint_with_adapters_contains_no_weight_of_the_base(root: Path, e
 
 
 @pytest.mark.parametrize("name", ["tp", "one rank"])
-def test_another_layout_resumes_from_a_checkpoint_with_adapters(
+def test_another_layout_and_a_renamed_base_resume_from_a_checkpoint_with_adapters(
     root: Path, ended: dict[str, tuple[int, str, str]], name: str
 ) -> None:
     code, _, error = ended[name]

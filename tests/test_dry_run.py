@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shutil
 import sys
@@ -137,6 +138,11 @@ def resume_cases(root: Path) -> tuple[list[Ended], Ends]:
         [*base, "distillation.max_num_steps=4", f"checkpointing.resume_from={root}/checkpoints"],
     ]
     compared = compare_cases(root, [replace(case, argv=argv) for argv in changed])
+    settings = root / "student/config.json"
+    text = settings.read_text()
+    settings.write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 0.1}))
+    compared += compare_cases(root, [replace(case, argv=[*base, "distillation.max_num_steps=4"])])
+    settings.write_text(text)
     shutil.copytree(root / "checkpoints/saved/step_2", root / "checkpoints/saved/step_3")
     (root / "checkpoints/saved/step_3/training_info.json").write_text("{")
     before = files_of(root)
@@ -165,6 +171,7 @@ def test_a_dry_run_reports_the_checkpoint_to_resume_from_and_refuses_another_run
     assert "resumes after step 2" in after_damage[1] and not renamed[0], "a damaged checkpoint is skipped, not renamed"
     assert [difference(*end) for end in compared] == [""] * len(compared)
     assert [dry[0] for dry, _, _ in compared] == [2] * len(compared)
+    assert sum("rms_norm_eps" in dry[1] for dry, _, _ in compared) == 1
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -108,11 +108,19 @@ def _error(key: str, value: object, problem: str, fix: str) -> UserError:
 def names_of_base(found: Found, config: Config) -> tuple[str, ...]:
     """Return the keys with the name of the base model of adapters; the folder may have been renamed since ``found``.
 
-    A change of their values does not matter: ``raise_if_other_base`` compares the weights. Empty without adapters.
+    They include the name of the tokenizer, if it is the model's own one. A change of their values does not matter:
+    ``raise_if_other_base`` compares the weights, and a resume compares the vocabulary, the prompts and config.json.
+    Empty without adapters.
     """
     if found.info.get(BASE) is None or not config.policy.dtensor_cfg.lora_cfg.enabled:
         return ()
-    return ("policy.model_name", "teacher.model_name") if teacher_shares_base(config) else ("policy.model_name",)
+    keys = []
+    for section in ("policy", "teacher") if teacher_shares_base(config) else ("policy",):
+        keys.append(f"{section}.model_name")
+        models = [recipe[section] for recipe in (found.info["recipe"], asdict(config))]
+        if all(model["tokenizer"]["name"] == model["model_name"] for model in models):
+            keys.append(f"{section}.tokenizer.name")
+    return tuple(keys)
 
 
 def raise_if_other_base(found: Found, base: Mapping[str, Any] | None, model_name: str) -> None:

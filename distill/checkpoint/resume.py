@@ -75,14 +75,14 @@ class RunHistory:
     Each dict has the keys ``step`` (of the checkpoint), ``what`` (a text) and ``when`` (time of the resume).
     """
     validation: ContentHashes | None = None
-    """Hashes of the validation data, to detect changes at a resume.
+    """Hashes of the validation data and of the settings of its sampling, to detect changes at a resume.
 
     If validation is disabled now, these are the hashes in the checkpoint. Empty or None if it was never enabled.
     """
     training_changes: Sequence[str] = ()
     """Descriptions of changes in the training data and in keys that affect training, since the checkpoint."""
     validation_changes: Sequence[str] = ()
-    """Descriptions of changes in the validation data since the checkpoint."""
+    """Descriptions of changes in the validation data and the settings of its sampling since the checkpoint."""
     same_run: bool = True
     """Whether training data and all keys that affect learning are unchanged since the checkpoint.
 
@@ -126,17 +126,23 @@ class RunHistory:
 
 
 def compare_with_checkpoint(
-    found: Found | None, config: Config, prompts: PromptOrder | None, clock: RunClock, validation: ContentHashes | None
+    found: Found | None,
+    config: Config,
+    prompts: PromptOrder | None,
+    clock: RunClock,
+    validation: ContentHashes | None,
+    model_changes: Sequence[str] = (),
 ) -> RunHistory:
     """Compare the checkpoint's data and recipe with the current ones; return the run's history.
 
     ``found``: the checkpoint that the run resumes from; None for a first start. ``validation``: hashes of the current
     validation data. ``prompts`` is None only in a dry run without the training data, which are then not compared.
+    ``model_changes``: texts about changes in the student's config.json and stop ids, which affect what the run learns.
     Raises UserError if the recipe trains other tensors than the checkpoint contains: adapters instead of all weights,
     or adapters of other modules or ranks. With checkpointing.allow_changes=false, also raises UserError if the training
-    data, the prompts, their order, or keys that affect what the run learns have changed. Differences in the validation
-    data and in keys that change only the rounding are recorded without an error. The base model of adapters may have
-    another name: its weights are compared when they are loaded.
+    data, the prompts, their order, the model's settings, or keys that affect what the run learns have changed.
+    Differences in the validation data and in keys that change only the rounding are recorded without an error. The base
+    model of adapters may have another name: its weights are compared when they are loaded.
     """
     source: str | None = source_of(config.checkpointing) or (None if found is None else found.info.get(SOURCE))
     if found is None:
@@ -147,10 +153,10 @@ def compare_with_checkpoint(
     for key in names_of_base(found, config):
         recipe_changes.pop(key, None)
     learning = [*data_changes, *(change for key, change in recipe_changes.items() if affects_learning(key))]
-    learning = list(dict.fromkeys(learning))
+    learning = list(dict.fromkeys([*learning, *model_changes]))
     if learning and not config.checkpointing.allow_changes:
         raise _refused(learning, found, undated=bool(data_changes) and clock.was_read and _CLOCK not in found.info)
-    training = [*data_changes, *(change for change in recipe_changes.values() if change not in data_changes)]
+    training = list(dict.fromkeys([*data_changes, *recipe_changes.values(), *model_changes]))
     before = found.info.get(_VALIDATION)
     parts = changed_parts(before, validation) if before and validation else []
     changed = [f"data.validation has different {' and '.join(parts)}"] if parts else []

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from distill.distributed.world import World
 from distill.model.checksum import WORD_BYTES, BitSums, bit_sums
 from distill.model.dtensor import local_shard, tp_dim
+from distill.model.hf_files import ModelFiles
 from distill.model.hf_load import local_slices
-from distill.model.model_card import loadable_name
+from distill.model.model_card import hub_revision, loadable_name
 from distill.model.sharded import ShardedLM
 
 
@@ -34,12 +35,12 @@ def compared_dtypes(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 @torch.no_grad()
-def frozen_base(model: ShardedLM, name: str, world: World) -> dict[str, Any]:
-    """Return the name, dtype and checksums of a model's frozen weights, as JSON values; collective over all ranks.
+def frozen_base(model: ShardedLM, files: ModelFiles, world: World) -> dict[str, Any]:
+    """Return name, revision, dtype and checksums of a model's frozen weights as JSON values; collective over all ranks.
 
-    ``name``: value of policy.model_name. The key ``checksum`` maps each of ``compared_dtypes`` to a checksum. Each
-    element is counted on one rank only, and integer sums do not depend on their order, so all layouts have equal
-    checksums.
+    ``files``: those of policy.model_name. ``revision`` is the commit of files in the hub's cache, otherwise None. The
+    key ``checksum`` maps each of ``compared_dtypes`` to a checksum. Each element is counted on one rank only, and
+    integer sums do not depend on their order, so all layouts have equal checksums.
     """
     parameters = model.named_hf_parameters()
     dtypes = compared_dtypes(parameters[0][1].dtype)
@@ -53,7 +54,12 @@ def frozen_base(model: ShardedLM, name: str, world: World) -> dict[str, Any]:
         kind: digest({name: BitSums(*pair) for name, pair in zip(names, pairs.tolist(), strict=True)})
         for kind, pairs in zip(dtypes, by_dtype, strict=True)
     }
-    return {"model_name": loadable_name(name), "dtype": next(iter(dtypes)), "checksum": checksum}
+    return {
+        "model_name": loadable_name(files.name),
+        "revision": hub_revision(files.folder),
+        "dtype": next(iter(dtypes)),
+        "checksum": checksum,
+    }
 
 
 def _own_sums(parameter: Tensor, dtype: torch.dtype, counts_copies: bool) -> Tensor:

@@ -31,6 +31,7 @@ from distill.model.export_dialects import (
     with_stop_ids,
     with_tying,
 )
+from distill.model.hf_config import forward_settings
 from distill.model.hf_files import LICENSE_FILES, ModelFiles
 from distill.model.hf_index import ModelSetting, json_object
 from distill.model.model_card import adapter_card, model_card
@@ -80,17 +81,34 @@ class ExportFiles:
         """Return the same files as ``complete()``, keyed by their paths inside a checkpoint directory."""
         return {f"{EXPORT_FILES}/{name}": content for name, content in self.complete(dtype, tensors).items()}
 
-    def for_adapter(self, config: Json, recipe: Mapping[str, Any]) -> dict[str, bytes]:
+    def for_adapter(self, config: Json) -> dict[str, bytes]:
         """Return the files of an adapter folder, except its tensors, as a dictionary from path to content.
 
         They are the same files without config.json, which belongs to the base model, with ``config`` as
-        adapter_config.json and the model card of an adapter. ``recipe``: the configuration as nested dictionaries.
+        adapter_config.json and the model card of an adapter.
         """
         contents = {name: content for name, content in self.contents.items() if name != _CONFIG}
         _put(contents, ADAPTER_CONFIG, config)
-        name = self._card_name
-        contents[name] = adapter_card(contents.get(name, b"").decode("utf-8-sig", errors="replace"), recipe).encode()
+        name, base = self._card_name, config["base_model_name_or_path"]
+        contents[name] = adapter_card(contents.get(name, b"").decode("utf-8-sig", errors="replace"), base).encode()
         return contents
+
+    def changes(self, current: ExportFiles) -> list[str]:
+        """Return a text ``NAME was OLD and is NEW`` for each setting of the model that differs in ``current``.
+
+        The compared settings change the logits of the same weights, or are the stop ids. ``self``: the files that a
+        checkpoint stores. ``current``: the files that the run read at its start.
+        """
+        before, after = self._settings(), current._settings()
+        return [f"{name} was {before[name]} and is {value}" for name, value in after.items() if before[name] != value]
+
+    def _settings(self) -> dict[str, Any]:
+        config = AutoConfig.for_model(**json.loads(self.contents[_CONFIG]))
+        eos = json.loads(self.contents.get(_GENERATION, b"{}")).get("eos_token_id")
+        stops = sorted(set(eos)) if isinstance(eos, list) else [] if eos is None else [eos]
+        place = "in the config.json of policy.model_name"
+        settings = {f"{name} {place}": value for name, value in forward_settings(config).items()}
+        return {**settings, "the list of stop token ids": stops}
 
     @property
     def _card_name(self) -> str:
@@ -158,11 +176,8 @@ def read_export_files(
 
 
 def _own_template(chat_template: str) -> str:
-    """Return the text of the user's chat template file without a byte order mark.
-
-    A byte order mark would be part of every rendered prompt.
-    """
-    return read_text(os.path.expanduser(chat_template), "policy.tokenizer.chat_template").removeprefix("\ufeff")
+    """Return the text of the user's chat template file."""
+    return read_text(os.path.expanduser(chat_template), "policy.tokenizer.chat_template")
 
 
 def _edit_model_files(

@@ -38,11 +38,11 @@ def export_adapter(
 
     Collective: all ranks iterate over ``adapters``, pairs of a name and a complete tensor. ``files``: files of an
     export on the main rank, which writes the folder; None on all other ranks. ``recipe``: the configuration as nested
-    dictionaries. ``base``: names of the base model's parameters; ``base_info``: its name and checksums, as
-    ``frozen_base`` returns them. The main rank holds all adapters in host memory.
+    dictionaries. ``base``: names of the base model's parameters; ``base_info``: its name, revision and checksums,
+    as ``frozen_base`` returns them. The main rank holds all adapters in host memory.
     """
     with consumed(adapters) as remaining:
         if files is not None:
             named = {name: tensor.cpu().clone() for name, tensor in remaining}  # a tensor may be a view of its bucket
-            config = adapter_config(recipe, named, list(base), base_info["model_name"])
-            write_adapter(folder, named, files.for_adapter(config, recipe), base_info["checksum"])
+            config = adapter_config(recipe, named, list(base), base_info)
+            write_adapter(folder, named, files.for_adapter(config), base_info["checksum"])

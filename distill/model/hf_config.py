@@ -38,6 +38,11 @@ _POSITIVE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
     *("vocab_size", "max_position_embeddings", "head_dim"),
 )
+_FORWARD = (
+    *("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation"),
+    *("rms_norm_eps", "rope_parameters", "layer_types", "sliding_window", "query_pre_attn_scalar"),
+)
+"""Settings that change the logits of a model without changing the shape of a weight."""
 _CACHE_ONLY = ("sliding_window", "layer_types", "attention_chunk_size", "num_kv_shared_layers")
 """Settings that transformers' key-value cache reads even if the model's layers ignore them."""
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -230,6 +235,22 @@ def _positive_parameters(kind: str, parameters: Mapping[str, Any]) -> list[str]:
 
 def _is_positive(number: object) -> bool:
     return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < float("inf")
+
+
+def forward_settings(config: Any) -> dict[str, Any]:
+    """Return the settings of a Hugging Face configuration that change the logits of the same weights.
+
+    They do not depend on the notation in config.json: a default value and its absence give the same settings.
+    """
+    settings = {name: getattr(config, name, None) for name in _FORWARD}
+    head_dim = settings["head_dim"] or config.hidden_size // config.num_attention_heads
+    return {**settings, "head_dim": head_dim, "rope_parameters": _rotary_values(settings["rope_parameters"] or {})}
+
+
+def _rotary_values(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rotary parameters, or those of each layer type, without nulls and the older name of rope_type."""
+    values = {name: value for name, value in parameters.items() if name != "type" and value is not None}
+    return {name: _rotary_values(value) if isinstance(value, dict) else value for name, value in values.items()}
 
 
 def foreign_settings(config: Any) -> list[str]:

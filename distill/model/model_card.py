@@ -26,7 +26,7 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
     training steps. ``stop_tokens`` maps the id of each stop token to its text.
     """
     windows = "\r\n" in source
-    begin = _with_closed_fence(source.replace("\r\n", "\n").rstrip()) or _front_matter(recipe)
+    begin = _with_closed_fence(source.replace("\r\n", "\n").rstrip()) or _front_matter(recipe["policy"]["model_name"])
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _settings(recipe, step, stop_tokens))
     card = (
         f"{begin}\n\n{_TITLE}\n\n"
@@ -39,11 +39,11 @@ def model_card(source: str, recipe: Mapping[str, Any], step: int, stop_tokens: M
     return card.replace("\n", "\r\n") if windows else card
 
 
-def adapter_card(card: str, recipe: Mapping[str, Any]) -> str:
+def adapter_card(card: str, base: str) -> str:
     """Return the README.md of an exported adapter: front matter, and the section about the training.
 
     ``card``: the README.md of the export of the complete model, whose licence entries and last section are kept.
-    ``recipe``: the configuration as nested dictionaries.
+    ``base``: hub name or folder of the base model.
     """
     text = card.replace("\r\n", "\n")
     head, _, section = text.rpartition(f"\n{_TITLE}\n")
@@ -54,7 +54,7 @@ def adapter_card(card: str, recipe: Mapping[str, Any]) -> str:
         " training, name this folder in vLLM's `--tokenizer` and `--generation-config`, or in transformers'"
         " `GenerationConfig.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
     )
-    return f"{_front_matter(recipe, 'peft', licences)}\n\n{_TITLE}\n{section}\n{use}"
+    return f"{_front_matter(base, 'peft', licences)}\n\n{_TITLE}\n{section}\n{use}"
 
 
 def _with_closed_fence(text: str) -> str:
@@ -85,8 +85,18 @@ def public_name(name: str) -> str:
 
 def hub_name(name: str) -> str | None:
     """Return the hub name of a model whose folder ``name`` is in the hub's cache; None for any other folder."""
-    cached = re.search(r"/models--([^/]+)/snapshots/[^/]+$", os.path.realpath(os.path.expanduser(name)))
+    cached = _cached(name)
     return cached[1].replace("--", "/") if cached else None
+
+
+def hub_revision(folder: str | Path) -> str | None:
+    """Return the commit of a model whose ``folder`` is in the hub's cache; None for any other folder."""
+    cached = _cached(folder)
+    return cached[2] if cached else None
+
+
+def _cached(folder: str | Path) -> re.Match[str] | None:
+    return re.search(r"/models--([^/]+)/snapshots/([^/]+)$", os.path.realpath(os.path.expanduser(folder)))
 
 
 def loadable_name(name: str) -> str:
@@ -94,8 +104,8 @@ def loadable_name(name: str) -> str:
     return hub_name(name) or (os.path.abspath(name) if os.path.isdir(name) else name)
 
 
-def _front_matter(recipe: Mapping[str, Any], library: str = "transformers", licences: Sequence[str] = ()) -> str:
-    name = public_name(recipe["policy"]["model_name"])
+def _front_matter(base: str, library: str = "transformers", licences: Sequence[str] = ()) -> str:
+    name = public_name(base)
     return (
         f"---\nbase_model: {json.dumps(name, ensure_ascii=False)}\nlibrary_name: {library}\n{''.join(licences)}"
         f"pipeline_tag: text-generation\ntags:\n- on-policy-distillation\n---\n\n# {name}, distilled"

@@ -21,7 +21,6 @@ from distill.errors import MissingError
 from distill.hub import is_hub_name
 from distill.model.hf_files import FLOAT_TYPES, ModelFiles
 from distill.model.hf_index import ModelSetting, StoredTensor, json_object, tensor_headers
-from distill.model.model_card import loadable_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -41,20 +40,21 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 
 
 def adapter_config(
-    recipe: Mapping[str, Any], adapters: Collection[str], base: Collection[str], base_name: str
+    recipe: Mapping[str, Any], adapters: Collection[str], base: Collection[str], base_info: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of adapter_config.json.
 
     ``recipe``: the configuration as nested dictionaries. ``adapters``: names of the adapter parameters, such as
-    model.layers.0.self_attn.q_proj.lora_A. ``base``: names of the base model's parameters. ``base_name``: name or
-    folder of the base model.
+    model.layers.0.self_attn.q_proj.lora_A. ``base``: names of the base model's parameters; ``base_info``: its name and
+    revision, as ``frozen_base`` returns them.
     """
     lora = recipe["policy"]["dtensor_cfg"]["lora_cfg"]
     alpha = float(lora["alpha"])
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": loadable_name(base_name),
+        "base_model_name_or_path": base_info["model_name"],
+        "revision": base_info.get("revision"),  # older checkpoints lack it
         "r": lora["dim"],
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": 0.0,

@@ -115,13 +115,21 @@ def test_alpha_and_the_initial_adapter_affect_learning_if_adapters_are_trained(t
 def test_the_base_may_have_another_name(mode: str, is_refused: bool) -> None:
     """In mode frozen, the teacher is loaded from its own folder, so another name could be another teacher."""
     saved = _recipe(SAVED, mode)
-    moved = replace(
-        saved, policy=replace(saved.policy, model_name="new"), teacher=replace(saved.teacher, model_name="new")
-    )
+
+    def renamed(section: Any, tokenizer: str) -> Any:
+        return replace(section, model_name="new", tokenizer=replace(section.tokenizer, name=tokenizer))
+
+    moved = replace(saved, policy=renamed(saved.policy, "new"), teacher=renamed(saved.teacher, "new"))
     found, clock = _found(SAVED, mode, base=ROUNDED, step=4), RunClock(current_time())
+    for section in ("policy", "teacher"):  # a recipe without the name of a tokenizer has that of the model
+        recipe = found.info["recipe"][section]
+        recipe["tokenizer"]["name"] = recipe["model_name"]
     if not is_refused:
         history = compare_with_checkpoint(found, moved, None, clock, None)
         assert history.same_run and not history.training_changes
+        other = replace(moved, policy=renamed(saved.policy, "another"))
+        with pytest.raises(UserError, match=r"policy\.tokenizer\.name was"):
+            compare_with_checkpoint(found, other, None, clock, None)
         found.info[BASE] = None  # all weights are trained: the checkpoint cannot show which model it was
     with pytest.raises(UserError, match=r"teacher\.model_name was") as refused:
         compare_with_checkpoint(found, moved, None, clock, None)

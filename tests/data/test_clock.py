@@ -219,6 +219,20 @@ def test_a_checkpoint_without_a_clock_is_refused_if_its_prompts_have_a_date(tmp_
     assert len(compare_with_checkpoint(found, allowing(True), now, clock, None).changes) == 1
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_changed_settings_of_the_model_affect_learning(tmp_path: Path, allowed: bool) -> None:
+    order = inputs(tmp_path / "data", {})
+    found, changes = found_at(3, order, clock=str(FIRST)), ["rms_norm_eps was 1 and is 2"]
+    compared = (found, allowing(allowed), order, clock_of(found), None, changes)
+    if not allowed:
+        with pytest.raises(UserError, match="rms_norm_eps was 1"):
+            compare_with_checkpoint(*compared)
+        return
+    history = compare_with_checkpoint(*compared)
+    assert history.training_changes == changes and not history.same_run
+    assert [change["what"] for change in history.changes] == changes
+
+
 def test_changes_of_all_resumes_are_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Record changes to the data, to a key that affects training, and to the validation data."""
     order = inputs(tmp_path / "first", {})

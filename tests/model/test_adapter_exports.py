@@ -261,9 +261,13 @@ def test_an_exported_adapter_names_the_folder_that_the_option_model_names(
     base: Path, out: Path, seen: dict[str, Seen], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(base, "moved")
-    assert export_hf.main([str(out / "tp/step_3"), "out", "--model", "moved"]) == 0
-    assert json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == f"{tmp_path}/moved"
+    cases = ("moved", f"{tmp_path}/moved", None, "moved"), ("models--a--b/snapshots/12", "a/b", "12", "a/b")
+    for folder, name, revision, shown in cases:
+        shutil.copytree(base, folder)
+        assert export_hf.main([str(out / "tp/step_3"), f"out-{revision}", "--model", folder]) == 0
+        config = json.loads((tmp_path / f"out-{revision}" / ADAPTER_CONFIG).read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == (name, revision)
+        assert f'base_model: "{shown}"' in (tmp_path / f"out-{revision}" / "README.md").read_text()
 
 
 @slow
@@ -305,7 +309,21 @@ def _kl(p_TV: Tensor, q_TV: Tensor) -> float:
 
 
 @slow
-def test_a_merged_export_refuses_another_base_before_it_writes_a_weight(
+def test_a_merged_export_has_the_configuration_and_tokenizer_of_the_training(
+    base: Path, out: Path, seen: dict[str, Seen], tmp_path: Path
+) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    (other / "chat_template.jinja").write_text("another template")
+    step = out / "tp/step_3"
+    assert export_hf.main([str(step), str(tmp_path / "out"), "--merge", "--model", str(other)]) == 0
+    for name in ("config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (step / "export_files" / name).read_bytes()
+
+
+@slow
+def test_an_export_refuses_another_base_before_it_writes_a_weight(
     base: Path, out: Path, seen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     other = shutil.copytree(base, tmp_path / "other")
@@ -313,10 +331,12 @@ def test_a_merged_export_refuses_another_base_before_it_writes_a_weight(
     weights["model.norm.weight"][5] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     checkpoint = out / "tp/step_3"
-    monkeypatch.setattr(export_hf, "write_hf", lambda *_: pytest.fail("the export begins before the check"))
-    assert export_hf.main([str(checkpoint), str(tmp_path / "out"), "--merge", "--model", str(other)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"--model={other}" in line and str(base) in line
+    for writer in ("write_hf", "export_adapter"):
+        monkeypatch.setattr(export_hf, writer, lambda *_: pytest.fail("the export begins before the check"))
+    for option in (["--merge"], []):
+        assert export_hf.main([str(checkpoint), str(tmp_path / "out"), *option, "--model", str(other)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--model={other}" in line and str(base) in line
     assert [path.name for path in tmp_path.iterdir()] == ["other"], "no output is left"
     with pytest.raises(UserError) as refused:
         export_hf.export(checkpoint, tmp_path / "out", dtype="bfloat16")

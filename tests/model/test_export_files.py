@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from distill.data.tokenizer import load_tokenizer
 from distill.model import export
 from distill.model.export_dialects import with_stop_ids
-from distill.model.export_files import ExportFiles, read_export_files
+from distill.model.export_files import ExportFiles, read_export_files, stored_export_files
 from distill.model.hf_files import ModelFiles, find_model
 from tests.helpers import save_tiny_model, tiny_config
 from tests.model.test_model_card import RECIPE
@@ -234,6 +234,44 @@ def test_settings_that_transformers_ignores_are_removed_because_vllm_applies_the
     found = json.loads(files_of(folder).contents["config.json"])
     assert not foreign.keys() & found.keys() and kept.items() <= found.items()
     assert found["rope_parameters"] == DEFAULT
+
+
+GEMMA = {"full_attention": DEFAULT, "sliding_attention": DEFAULT}
+LOCAL = {"full_attention": DEFAULT, "sliding_attention": DEFAULT | {"rope_theta": 1e4}}
+OLD_LINEAR = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after", "changed"),
+    [
+        ("llama", {}, {"rms_norm_eps": 1e-3}, ["rms_norm_eps"]),
+        ("llama", V4 | {"rope_theta": 5e5}, {"rope_theta": 1e6}, ["rope_parameters"]),
+        ("llama", {"rope_parameters": DEFAULT}, V4 | {"rope_theta": 5e5}, []),
+        ("llama", V4 | OLD_LINEAR, V4 | {"rope_parameters": LINEAR | {"rope_theta": 5e5}}, []),
+        ("qwen2", {}, {"head_dim": ...}, []),
+        ("llama", {}, {"num_attention_heads": 8, "head_dim": 16}, ["num_attention_heads", "head_dim"]),
+        ("qwen3", {}, {"hidden_act": "gelu"}, ["hidden_act"]),
+        ("gemma3_text", {"rope_parameters": GEMMA}, {"rope_parameters": LOCAL}, ["rope_parameters"]),
+        ("gemma3_text", {}, {"query_pre_attn_scalar": 32}, ["query_pre_attn_scalar"]),
+        ("gemma3_text", {}, {"sliding_window": 16}, ["sliding_window"]),
+        ("llama", {}, {"use_cache": False, "unknown_key": 3, "torch_dtype": "float16", "sliding_window": 8}, []),
+    ],
+)
+def test_changed_settings_of_equal_weights_are_found(newer, tmp_path, family, before, after, changed) -> None:
+    """As at a resume: the checkpoint stores the files of the start."""
+    folder, step = shutil.copytree(newer, tmp_path / "source"), tmp_path / "step_4"
+    tiny_config(family, True).save_pretrained(folder)
+    edit(folder / "config.json", **before)
+    content = files_of(folder).stored(torch.bfloat16, list(TIED_TENSORS))
+    for name, text in content.items():
+        (step / name).parent.mkdir(parents=True, exist_ok=True)
+        (step / name).write_bytes(text)
+    stored = stored_export_files(step, content)
+    assert stored is not None and stored.changes(files_of(folder)) == []
+    edit(folder / "config.json", **after)
+    assert [text.partition(" ")[0] for text in stored.changes(files_of(folder))] == changed
+    (stops,) = stored.changes(files_of(folder, (258,)))[len(changed) :]
+    assert "[256, 258]" in stops and "[258]" in stops
 
 
 def test_settings_of_the_models_family_are_kept(newer: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill.checkpoint.base_model import BASE
 from distill.errors import UserError
@@ -81,16 +83,42 @@ def test_a_missing_teacher_gives_a_warning_and_its_stop_ids_are_an_option(studen
     assert (refused.value.key, refused.value.value) == ("--stop-token-ids", [256])
 
 
-def test_an_export_with_another_source_model_has_the_chat_template_of_the_checkpoint(student, tmp_path) -> None:
+def test_an_old_checkpoint_has_the_tokenizer_and_chat_template_of_the_recipe(student, tmp_path) -> None:
     info = _info(student, student, str(tmp_path / "moved.jinja"), stop_token_ids=[256])
     with pytest.raises(UserError, match=r"moved\.jinja") as refused:
         export_hf._files(tmp_path, info, str(student), None)
     assert refused.value.key == "policy.tokenizer.chat_template"
-    (tmp_path / EXPORT_FILES).mkdir()
-    (tmp_path / EXPORT_FILES / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    info["files"] = {f"{EXPORT_FILES}/chat_template.jinja": "1234"}
+    (tmp_path / "moved.jinja").write_text("{{ messages[0]['content'] }}")
+    other = tiny_tokenizer(extra=("<|other|>",))
+    other.save_pretrained(tmp_path / "other")
+    info["recipe"]["policy"]["tokenizer"]["name"] = str(tmp_path / "other")
     files, _, _ = export_hf._files(tmp_path, info, str(student), None)
     assert files.contents["chat_template.jinja"] == b"{{ messages[0]['content'] }}"
+    assert files.contents["tokenizer.json"] == (tmp_path / "other/tokenizer.json").read_bytes()
+
+
+def test_the_option_model_is_refused_for_all_weights_with_their_configuration(student, tmp_path) -> None:
+    (tmp_path / EXPORT_FILES).mkdir()
+    shutil.copy(student / "config.json", tmp_path / EXPORT_FILES)
+    info = _info(student, student, stop_token_ids=[256], files={f"{EXPORT_FILES}/config.json": {}})
+    with pytest.raises(UserError) as refused:
+        export_hf._files(tmp_path, info, str(student), None)
+    assert (refused.value.key, refused.value.value) == ("--model", str(student))
+    _, config, _ = export_hf._files(tmp_path, {**info, BASE: {"checksum": {}}}, str(tmp_path / "moved"), None)
+    assert config.model_type == "llama", "the adapters need only the weights of the base"
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [({"lm_head.weight": (4,)}, {}), ({}, {"lm_head.weight": (4,)}), ({"a": (2, 3)}, {"a": (3, 2)})],
+)
+def test_a_model_with_other_tensors_than_the_checkpoint_is_refused(tmp_path, monkeypatch, stored, wanted) -> None:
+    """For example, a head that was trained separately must not disappear because the model ties it."""
+    stored, wanted = ({name: torch.Size(size) for name, size in each.items()} for each in (stored, wanted))
+    monkeypatch.setattr(export_hf, "_shapes", lambda _: stored)
+    with pytest.raises(UserError) as refused:
+        next(export_hf._weights(tmp_path, wanted, torch.float32, "a model"))
+    assert refused.value.key == "--model" and next(iter(stored | wanted)) in refused.value.problem
 
 
 def test_the_error_for_a_missing_student_suggests_the_option_model(student: Path, tmp_path: Path) -> None:
