@@ -82,9 +82,12 @@ class Request:
     keep: bool
 
     def train(self, experiment: str, arm: Arm, seed: int, *more: str) -> Path:
-        """Train ``arm`` with ``seed``; return the run directory."""
+        """Train ``arm`` with ``seed``; return the run directory.
+
+        ``more``: overrides of the experiment, such as the steps of equal time, which override the command line.
+        """
         folder = RUNS / experiment / f"{arm.name.replace(' ', '-')}-seed{seed}"
-        settings = (*arm.overrides, *more, *self.overrides, f"distillation.seed={seed}")
+        settings = (*arm.overrides, *self.overrides, *more, f"distillation.seed={seed}")
         return train(folder, f"study/{arm.recipe}", *settings, keep=self.keep)
 
 

@@ -80,7 +80,7 @@ def plan(
     An optimizer batch in which no token has a position weight has no micro-batches. The context-parallel and
     tensor-parallel ranks that compute a micro-batch together get shards of it.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**64)
     order: list[int] = torch.randperm(len(rollouts), generator=generator).tolist()
     batches = _optimizer_batches(order, packing_config)
     return [_optimizer_batch(rollouts, members, layout, packing_config) for members in batches]

@@ -333,7 +333,7 @@ def _read_yaml(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         where = f" on line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = f"{what} is not a readable recipe ({error.problem}{where})"
         raise UserError(problem, "correct the file", key=key, value=str(path)) from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         problem = f"{what} is not a readable recipe ({reason(error)})"
         raise UserError(problem, "correct the file", key=key, value=str(path)) from None
     if not isinstance(layer, dict):
@@ -404,7 +404,7 @@ def _read_value(key: str, text: str) -> Any:
         return text
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError):
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError):
         problem = f"{key}={show(text)} is not valid YAML"
         raise UserError(problem, "correct the syntax, or put the value in quotes", key=key, value=text) from None
 

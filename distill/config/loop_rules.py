@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import NoReturn
 
 from distill.config.divergence_rules import check_divergence
-from distill.config.loop import DistillationConfig
+from distill.config.loop import ContextDistillationConfig, DistillationConfig
 from distill.config.loss import KlType, LossConfig
+from distill.config.parse import changed_names
 from distill.config.partial_rules import check_partial_rollouts, warn_of_partial_rollouts
 from distill.config.schema import Config
 from distill.errors import UserError, show
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _SCHEDULE = "distillation.max_new_tokens_schedule"
 _OFF_POLICY = "distillation.off_policy"
+_CONTEXT = "distillation.context_distillation"
 
 
 def check_loop(config: Config) -> None:
@@ -109,6 +111,18 @@ def _refuse(key: str, value: object, problem: str, fix: str) -> NoReturn:
     raise UserError(f"{key}={show(value)} {problem}", fix, key=key, value=value)
 
 
+def _warn_of_context(context: ContextDistillationConfig) -> None:
+    changed = changed_names(context)
+    if not context.enabled:
+        unused = [name for name in changed if name != "trace_extractor"]  # grading uses its tags too
+        if unused:
+            log.warning("%s: %s has no effect, because %s.enabled=false", _CONTEXT, ", ".join(unused), _CONTEXT)
+        return
+    for name, mode in (("refresh_period", "self_periodic"), ("ema_decay", "self_ema")):
+        if name in changed and context.mode != mode:
+            log.warning("%s.%s has no effect, because %s.mode=%s", _CONTEXT, name, _CONTEXT, context.mode)
+
+
 def warn_of_loop(config: Config) -> None:
     """Warn of settings of the training loop that are allowed, but may surprise the user."""
     loop = config.distillation
@@ -121,10 +135,7 @@ def warn_of_loop(config: Config) -> None:
     for name in ("column", "kl_type"):
         if not loop.off_policy.share and getattr(loop.off_policy, name) is not None:
             log.warning("%s.%s has no effect, because %s.share=0", _OFF_POLICY, name, _OFF_POLICY)
-    context = loop.context_distillation
-    if context.mode != "self_periodic" and context.refresh_period != type(context).refresh_period:
-        key = "distillation.context_distillation"
-        log.warning("%s.refresh_period has no effect, because %s.mode=%s", key, key, context.mode)
+    _warn_of_context(loop.context_distillation)
     if loop.off_policy_per_step == loop.responses_per_step:
         log.warning(
             "with %s.share=%s the student generates no responses, so metrics of the student's responses (train/loss,"

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import NoReturn
 
 from distill.config.models import TeacherDtensorConfig
+from distill.config.parse import changed_names
 from distill.config.schema import Config
 from distill.errors import UserError, show
 
@@ -84,7 +85,7 @@ def _refuse(name: str, value: object, problem: str, fix: str) -> NoReturn:
 def warn_of_lora(config: Config) -> None:
     """Warn of keys that have no effect with or without adapters, and of a teacher that is a second copy of the base."""
     lora = config.policy.dtensor_cfg.lora_cfg
-    changed = [field.name for field in fields(lora) if getattr(lora, field.name) != getattr(type(lora)(), field.name)]
+    changed = changed_names(lora)
     if not lora.enabled and changed:
         log.warning("%s: %s has no effect, because %s.enabled=false", KEY, ", ".join(changed), KEY)
     if lora.enabled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -66,7 +66,7 @@ def _parse_scalar(option: Any, value: Any) -> Any:
     """
     if get_origin(option) is Literal:
         return value if any(type(value) is type(choice) and value == choice for choice in get_args(option)) else None
-    if option is float and type(value) in (int, float) and math.isfinite(value):
+    if option is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if option is int and type(value) is float and value.is_integer():
         return int(value)
@@ -108,6 +108,12 @@ def key_paths(cls: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from key_paths(section, path + ".")
 
 
+def changed_names(section: Any) -> list[str]:
+    """Return the names of the fields of a configuration section whose value is not the default."""
+    default = type(section)()
+    return [field.name for field in fields(section) if getattr(section, field.name) != getattr(default, field.name)]
+
+
 def _section(hint: Any) -> Any:
     """Return the dataclass in the type ``hint``; None if ``hint`` contains no dataclass.
 
@@ -138,10 +144,13 @@ def type_of(key: str) -> Any:
 def unknown_key(key: str) -> UserError:
     """Return the UserError for an unknown key; its message suggests existing keys with similar names.
 
-    If no name is similar, the message lists the keys in the section of ``key``.
+    If no name is similar, the message lists the keys in the section of ``key``. If the recipe has the dotted path of an
+    existing key as one key, the message explains the notation.
     """
     section = key.rpartition(".")[0]
-    if similar := similar_keys(key)[:3]:
+    if key in key_paths():
+        fix = "write its sections as nested mappings, because dots separate keys only on the command line"
+    elif similar := similar_keys(key)[:3]:
         fix = f"did you mean {any_of(similar)}?"
     else:
         names = [path.rpartition(".")[2] for path in _keys_in(section)]

@@ -6,6 +6,7 @@ import logging
 from typing import NoReturn
 
 from distill.config.loop import PartialRolloutsConfig
+from distill.config.parse import changed_names
 from distill.config.schema import Config
 from distill.errors import UserError, show
 
@@ -70,9 +71,8 @@ def warn_of_partial_rollouts(config: Config) -> None:
     loop, default = config.distillation, PartialRolloutsConfig()
     partial = loop.partial_rollouts
     if not partial.enabled:
-        for name in ("finish_share", "max_age"):
-            if getattr(partial, name) != getattr(default, name):
-                log.warning("%s.%s has no effect, because %s=false", KEY, name, _ENABLED)
+        for name in changed_names(partial):
+            log.warning("%s.%s has no effect, because %s=false", KEY, name, _ENABLED)
         return
     if partial.finish_share == 1:
         log.warning(

@@ -51,6 +51,8 @@ ABOVE_ZERO = """loss_fn.temperature loss_fn.token_kl_cap loss_fn.importance_rati
     policy.generation.val_top_p policy.generation.vllm_cfg.gpu_memory_utilization cluster.gpu_memory_gb"""
 AT_MOST_1 = """loss_fn.mixed_kl_weight policy.generation.top_p policy.generation.val_top_p
     policy.generation.vllm_cfg.gpu_memory_utilization"""
+_OPTIONAL_TEXTS = "input_key tools_key output_key output_pattern subset split prompt_file system_prompt_file"
+"""Keys of a dataset whose value is null or a text that is not empty."""
 
 
 def check(config: Config) -> None:
@@ -290,10 +292,11 @@ def _check_dataset(key: str, entry: DatasetConfig) -> None:
         raise UserError(
             f"{key}.repeat={entry.repeat} is out of range", "set it to at least 1", f"{key}.repeat", entry.repeat
         )
-    for name, column in (("input_key", entry.input_key), ("tools_key", entry.tools_key)):
-        if column is not None and not column.strip():
-            fix = "set it to the name of a column, or to null"
-            raise UserError(f"{key}.{name} is an empty text", fix, f"{key}.{name}", column)
+    for name in _OPTIONAL_TEXTS.split():
+        value = getattr(entry, name)
+        text = value if name == "output_pattern" else value and value.strip()  # a pattern may be a space
+        if text == "":
+            raise UserError(f"{key}.{name} is an empty text", "set it to a text, or to null", f"{key}.{name}", value)
     graders = ("math", "exact", "regex", "choice", None)
     if entry.env_name not in graders:
         fix = f"set it to {any_of(map(show, graders))}"
@@ -316,13 +319,16 @@ def _check_checkpointing(config: Config) -> None:
             key="checkpointing.checkpoint_must_save_by",
             value=deadline,
         )
-    if config.checkpointing.resume_from not in ("latest", "never") and not config.checkpointing.enabled:
-        raise UserError(
-            f"checkpointing.resume_from={config.checkpointing.resume_from} requires checkpointing.enabled=true",
-            "set checkpointing.enabled=true, or checkpointing.resume_from=never",
-            key="checkpointing.resume_from",
-            value=config.checkpointing.resume_from,
-        )
+    resume_from = config.checkpointing.resume_from
+    source = None if resume_from in ("latest", "never") else resume_from
+    for name, needed, without in (("resume_from", source, "never"), ("checkpoint_must_save_by", deadline, "null")):
+        if needed is not None and not config.checkpointing.enabled:
+            raise UserError(
+                f"checkpointing.{name}={needed} requires checkpointing.enabled=true",
+                f"set checkpointing.enabled=true, or checkpointing.{name}={without}",
+                key=f"checkpointing.{name}",
+                value=needed,
+            )
 
 
 def _check_degenerate(config: Config) -> None:

@@ -46,7 +46,7 @@ def read_chat_template(path: str, key: str) -> str:
         raise UserError(
             problem, f"write the template to a file and set {key} to the path of this file", key=key, value=path
         )
-    text = read_text(path, key).removeprefix("\ufeff")  # a byte order mark would be part of every prompt
+    text = read_text(path, key)
     try:
         _compile_jinja_template(text)
     except TemplateSyntaxError as error:

@@ -51,6 +51,7 @@ def kind_of(path: PurePath) -> tuple[str, str]:
 def read_text(path: str, key: str) -> str:
     """Return the text of the UTF-8 file ``path``; raise UserError if it is missing or unreadable.
 
+    A byte order mark is removed, because it would be part of every prompt.
     ``key``: the configuration key that contains ``path``, for messages.
     """
     if not os.path.isfile(path):  # reading a named pipe would block forever
@@ -58,7 +59,7 @@ def read_text(path: str, key: str) -> str:
         problem = f"{'is not a regular file' if exists else 'does not exist'} (working directory: {Path.cwd()})"
         raise setting_error(key, path, problem, "correct the path", UserError if exists else MissingError)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise setting_error(key, path, f"is not a readable UTF-8 text file ({error})", "correct the file") from None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distill.config import LoggerConfig
-from distill.errors import MissingError, writing_run
+from distill.errors import MissingError, UserError, reason, writing_run
 from distill.metrics.names import timing_tag
 from distill.metrics.summary import Row, console_line, is_validation, validation_line
 from distill.metrics.tags import tensorboard_layout, tensorboard_scalars
@@ -145,7 +145,7 @@ class WandbSink:
     """Sink that logs to Weights & Biases; a resumed run continues the same curves.
 
     The Weights & Biases id of the run is stored in the run directory. With ``logger.wandb.mode=offline`` or
-    WANDB_MODE=offline, no data is sent.
+    WANDB_MODE=offline, no data is sent. Raises UserError if wandb does not start, for example without a login.
     """
 
     def __init__(self, config: LoggerConfig, run_dir: Path, recipe: Mapping[str, Any]) -> None:
@@ -155,17 +155,25 @@ class WandbSink:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
-        self._run = wandb.init(
-            project=config.wandb.project,
-            name=config.wandb.name or run_dir.name,
-            entity=config.wandb.entity,
-            group=config.wandb.group,
-            mode=config.wandb.mode,
-            dir=str(run_dir),
-            id=id_file.read_text().strip(),
-            resume="allow",
-            config=dict(recipe),
-        )
+        try:
+            self._run = wandb.init(
+                project=config.wandb.project,
+                name=config.wandb.name or run_dir.name,
+                entity=config.wandb.entity,
+                group=config.wandb.group,
+                mode=config.wandb.mode,
+                dir=str(run_dir),
+                id=id_file.read_text().strip(),
+                resume="allow",
+                config=dict(recipe),
+            )
+        except Exception as error:  # wandb raises many kinds of exception: no login, no network, an unknown entity
+            raise UserError(
+                f"logger.wandb_enabled=true, but Weights & Biases did not start ({reason(error)})",
+                "run `wandb login`, or set logger.wandb.mode=offline or logger.wandb_enabled=false",
+                key="logger.wandb_enabled",
+                value=True,
+            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log the metrics of one step or one validation."""

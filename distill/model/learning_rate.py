@@ -13,11 +13,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, pieces: Sequence[Any]) -> 
 
     An entry with a ``name`` defines a scheduler of torch and its ``kwargs``; the schedulers run one after another. The
     entry without a ``name`` lists ``milestones``: the training steps at which the second, third, ... scheduler starts.
-    Without entries the learning rate is constant.
+    Without schedulers the learning rate is constant.
     """
-    if not pieces:
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     named = [piece for piece in pieces if piece.name]
+    if not named:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     milestones = [m for piece in pieces if not piece.name for m in piece.milestones]
     built = [
         getattr(torch.optim.lr_scheduler, piece.name.rpartition(".")[2])(optimizer, **piece.kwargs) for piece in named

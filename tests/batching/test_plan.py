@@ -130,7 +130,7 @@ def test_responses_left_out_shrink_all_optimizer_batches_evenly(left, batches) -
 def test_seed_and_step_change_the_optimizer_batches() -> None:
     rollouts = _rollouts([5] * 32)
     first = [_members(b) for b in plan(rollouts, Layout(0, 1), PackingConfig(8, None, None), seed=1, step=0)]
-    for seed, step in ((2, 0), (1, 1)):
+    for seed, step in ((2, 0), (1, 1), (20260101120000, 0), (10**30, 0)):
         assert first != [_members(b) for b in plan(rollouts, Layout(0, 1), PackingConfig(8, None, None), seed, step)]
 
 

@@ -132,6 +132,7 @@ def test_a_template_on_the_command_line_is_not_read_as_yaml() -> None:
         (["=5"], ""),
         (["~distillation.seed"], ""),
         (["data.train=[{"], "data.train"),
+        (["distillation.seed=0x_"], "distillation.seed"),
     ],
 )
 def test_an_override_without_a_value_is_refused(words: list[str], key: str) -> None:
@@ -287,6 +288,7 @@ def test_precision_auto_is_the_fast_precision_of_the_machine(
     [
         ("distillation: {seed: 1, seed: 2}", "--config"),
         ("distillation: [1", "--config"),
+        ("distillation: {seed: 0x_}", "--config"),
         ("- 1", "--config"),
         ("policy: {model_name: '${mul:1,'}", "--config"),
         ("defaults: recipe.yaml", "defaults"),
@@ -355,6 +357,7 @@ def test_an_unknown_key_is_refused_with_similar_keys(word: str, meant: list[str]
         ("distillation.max_val_samples=all", "null"),
         ("policy.optimizer.kwargs.lr=high", "finite"),
         ("policy.optimizer.kwargs.lr=.nan", "finite"),
+        (f"policy.optimizer.kwargs.lr={10**400}", "finite"),
         ("policy.optimizer.kwargs.betas=[0.9]", "2 numbers"),
         ("policy.generation.stop_token_ids=1", "list"),
         ("policy.generation.stop_token_ids=[a]", "number"),
@@ -384,6 +387,15 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_expected_type(word: str, 
 def test_a_number_in_a_recipe_is_not_text(write: Write) -> None:
     error = refusal(recipe=write("a.yaml", f"defaults: {SMALL}\npolicy: {{model_name: 123}}"))
     assert (error.key, error.value) == ("policy.model_name", 123)
+
+
+def test_a_dotted_key_in_a_recipe_is_refused_with_the_correct_notation(write: Write) -> None:
+    for text, key in (
+        ("policy.precision: float32", "policy.precision"),
+        ("loss_fn: {token_weights.first: 3}", "loss_fn.token_weights.first"),
+    ):
+        error = refusal(recipe=write("a.yaml", f"defaults: {SMALL}\n{text}"))
+        assert error.key == key and "nested" in error.fix
 
 
 def test_a_list_entry_that_does_not_exist_is_refused() -> None:
@@ -566,6 +578,7 @@ SIZE = "dtensor_cfg.tensor_parallel_size"
 ENGINE_SIZE = "policy.generation.vllm_cfg.tensor_parallel_size"
 COLUMN = "distillation.context_distillation.static_trace.answer_column"
 EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
+LR = "torch.optim.lr_scheduler"
 
 
 # tests/test_messages.py checks the complete sentences of others for the same recipe.
@@ -581,6 +594,17 @@ EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
         ([f"{ENGINE_SIZE}=8", TWO_NODES], ENGINE_SIZE, "1, 2 or 4"),
         ([f"policy.{SIZE}=8", TWO_NODES], f"policy.{SIZE}", "1, 2 or 4"),
         (["policy.scheduler.0.kwargs.total_iters=a"], "policy.scheduler", "total_iters"),
+        ([f"policy.scheduler.0.kwargs.total_iters={10**400}"], "policy.scheduler", "whole number"),
+        (["policy.scheduler=[{kwargs: {factor: 0.5}}]"], "policy.scheduler", f"{LR}.ConstantLR"),
+        ([f"policy.scheduler=[{{name: {LR}.ConstantLR, kwargs: {{factor: 0}}}}]"], "policy.scheduler", "above 0"),
+        (["policy.scheduler.2.milestones=[0]"], "policy.scheduler", "milestones"),
+        (
+            [f"policy.scheduler=[{{name: {LR}.LinearLR, milestones: [1]}}, {{name: {LR}.LinearLR}}]"],
+            "policy.scheduler",
+            "last entry",
+        ),
+        (["data.train.output_pattern="], "data.train.output_pattern", "null"),
+        (["data.default.prompt_file="], "data.train.prompt_file", "null"),
         (["distillation.context_distillation.ema_decay=1"], "distillation.context_distillation.ema_decay", "self_live"),
         ([*CONTEXT, f"{COLUMN}=solution"], COLUMN, "static_dataset"),
         ([*CONTEXT, f"{EXTRACTOR}=full_text"], EXTRACTOR, "think_tag"),
@@ -590,6 +614,11 @@ EXTRACTOR = "distillation.context_distillation.trace_extractor.type"
         (
             ["checkpointing.resume_from=checkpoints/a", "checkpointing.enabled=false"],
             "checkpointing.resume_from",
+            "checkpointing.enabled=true",
+        ),
+        (
+            ["checkpointing.checkpoint_must_save_by=00:03:45:00", "checkpointing.enabled=false"],
+            "checkpointing.checkpoint_must_save_by",
             "checkpointing.enabled=true",
         ),
         (["policy.generation.top_p=0.9"], "policy.generation.top_p", "distillation.allow_degenerate=true"),

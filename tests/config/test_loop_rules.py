@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from distill.config.loop_rules import warn_of_loop
@@ -13,7 +15,7 @@ WINDOWS = ["policy.max_total_sequence_length=100", "teacher.max_total_sequence_l
 CONTEXT = "distillation.context_distillation"
 OFF_POLICY = "distillation.off_policy"
 HALF = f"{OFF_POLICY}.share=0.5"
-PERIODIC = "distillation.context_distillation"
+SELF = f"{CONTEXT}.enabled=true", "teacher.model_name=Qwen/Qwen3-0.6B"  # the student
 
 
 def test_the_limit_of_a_step_is_that_of_the_last_entry_it_has_reached() -> None:
@@ -136,18 +138,23 @@ def test_an_off_policy_share_of_less_than_one_response_is_refused(share: str, re
 
 
 @pytest.mark.parametrize(
-    ("given", "other"),
+    ("given", "used"),
     [
-        (f"{OFF_POLICY}.column=expert", HALF),
-        (f"{OFF_POLICY}.kl_type=forward", HALF),
-        (f"{PERIODIC}.refresh_period=7", f"{PERIODIC}.mode=self_periodic"),
+        ([f"{OFF_POLICY}.column=expert"], [HALF]),
+        ([f"{OFF_POLICY}.kl_type=forward"], [HALF]),
+        ([f"{CONTEXT}.refresh_period=7", *SELF], [f"{CONTEXT}.mode=self_periodic", *SELF]),
+        ([f"{CONTEXT}.ema_decay=0.5", *SELF], [f"{CONTEXT}.mode=self_ema", *SELF]),
+        ([f"{CONTEXT}.teacher_prefix_template='{{problem}}'", f"{CONTEXT}.trace_extractor.type=full_text"], SELF),
     ],
 )
-def test_a_key_without_effect_causes_a_warning(given: str, other: str, caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_loop(load(given))
-    assert given.split("=")[0] in caplog.text
+def test_a_key_without_effect_causes_a_warning(
+    given: Sequence[str], used: Sequence[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_loop(load(*given))
+    (line,) = caplog.messages
+    assert line.partition(" has ")[0].endswith(given[0].partition("=")[0].rpartition(".")[2])
     caplog.clear()
-    warn_of_loop(load(given, other))
+    warn_of_loop(load(*given[:1], *used))
     assert not caplog.text
 
 

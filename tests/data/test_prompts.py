@@ -310,8 +310,8 @@ def test_missing_prompt_files_are_refused_before_the_data_are_read(tmp_path: Pat
 
 
 def test_prompts_render_system_prompt_and_prompt_file_in_the_chat_template(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("Solve {} with \\boxed{{}}")
-    (tmp_path / "s.txt").write_text("Be {kind}")
+    (tmp_path / "p.txt").write_text("\ufeffSolve {} with \\boxed{{}}")  # with a byte order mark
+    (tmp_path / "s.txt").write_text("\ufeffBe {kind}")
     jsonl(tmp_path / "a.jsonl", questions("1{}1"))
     dataset = DatasetConfig(
         data_path=str(tmp_path / "a.jsonl"),

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill.config import LoggerConfig
 from distill.distributed.host_memory import resident_bytes
-from distill.errors import UserError
+from distill.errors import UserError, writing_run
 from distill.metrics import phases as phases_module
 from distill.metrics.phases import Phases
 from distill.metrics.sinks import ConsoleSink, JsonlSink, Samples, open_recorder, read_metrics, tokens_of
@@ -329,6 +330,28 @@ def test_missing_wandb_is_a_user_error_on_every_rank(
     assert refused.value.key == "logger.wandb_enabled" and refused.value.value is True
 
 
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, init: Callable[..., Any]) -> None:
+    """Replace the package wandb by a module with the function ``init``."""
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = init  # type: ignore[attr-defined]
+    wandb.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no API key"), ConnectionRefusedError(111, "Connection refused")])
+def test_wandb_that_does_not_start_is_a_user_error_about_wandb(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**settings: Any) -> None:
+        raise error
+
+    fake_wandb(monkeypatch, init)
+    with pytest.raises(UserError) as refused, writing_run(tmp_path):
+        open_recorder(replace(PLAIN, wandb_enabled=True), tmp_path, main=True, total_steps=1)
+    assert refused.value.key == "logger.wandb_enabled" and refused.value.value is True
+
+
 def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, Any]] = []
     logged: list[tuple[int, dict[str, Any]]] = []
@@ -344,11 +367,7 @@ def test_wandb_continues_the_same_run_after_a_resume(tmp_path: Path, monkeypatch
         started.append(settings)
         return Run()
 
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = init  # type: ignore[attr-defined]
-    wandb.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    fake_wandb(monkeypatch, init)
     config = replace(PLAIN, wandb_enabled=True, wandb=replace(PLAIN.wandb, project="p", mode="offline"))
     for step in (1, 2):
         recorder = open_recorder(config, tmp_path, main=True, total_steps=2, resumed_step=step - 1, recipe={"seed": 7})

@@ -42,6 +42,7 @@ def _programs(ports: Sequence[int], root: Path) -> list[int]:
         (probe, [*common, f"teacher.model_name={root}/stranger", held_out, f"runtime.run_dir={root}/none"]),
         (probe, [*common, f"runtime.run_dir={root}/none"]),
         (probe, [*common, held_out, *itself, *context, *lora, f"runtime.run_dir={root}/adapters"]),
+        (probe, [*common, held_out, "--dry-run", f"runtime.run_dir={root}/none"]),
     ]
     codes = []
     for port, (main, argv) in zip(ports, lines, strict=True):
@@ -55,7 +56,7 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     root = make_tiny_run(tmp_path_factory.mktemp("probe"))
     (root / "same.txt").write_text("{problem}")
     (root / "hint.txt").write_text("Hint: {solution} {problem}")
-    return root, run_ranks(1, _programs, [free_port() for _ in range(6)], root)[0]
+    return root, run_ranks(1, _programs, [free_port() for _ in range(7)], root)[0]
 
 
 def read(root: Path, name: str) -> Any:
@@ -99,7 +100,7 @@ def test_a_run_probes_its_student_every_n_steps(probes: tuple[Path, list[int]]) 
 
 def test_unusable_inputs_of_a_probe_end_with_exit_code_2(probes: tuple[Path, list[int]]) -> None:
     root, codes = probes
-    assert codes[3:5] == [2, 2] and not (root / "none/probe.json").exists()
+    assert [codes[i] for i in (3, 4, 6)] == [2, 2, 2] and not (root / "none/probe.json").exists()
 
 
 def test_a_teacher_in_the_students_module_is_probed_with_the_students_engine(probes: tuple[Path, list[int]]) -> None:

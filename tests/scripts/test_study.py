@@ -235,7 +235,7 @@ def test_a_finished_run_is_kept_only_with_the_same_settings(tmp_path: Path, monk
         return 0
 
     monkeypatch.setattr(experiments, "run", run)
-    arm, keeping = Arm("two words", "x.yaml", ("a.b=1",)), Request((), keep=True)
+    arm, keeping = Arm("two words", "x.yaml", ("a.b=1",)), Request(("c=0",), keep=True)
     for request, changed in ((keeping, "c=1"), (keeping, "c=1"), (keeping, "c=2"), (Request((), keep=False), "c=2")):
         folder = request.train("rule", arm, 1, changed)
     assert folder == tmp_path / "runs" / "rule" / "two-words-seed1"
@@ -244,10 +244,10 @@ def test_a_finished_run_is_kept_only_with_the_same_settings(tmp_path: Path, monk
         *(["c=1", "distillation.seed=1"], ["c=2", "distillation.seed=1"], ["c=2", "distillation.seed=1"]),
         ["c=3", "distillation.seed=2"],
     ]
-    assert commands[0][-5:] == [
+    assert commands[0][-6:] == [
         "recipes/study/x.yaml",
         "runtime.run_dir=runs/rule/two-words-seed1",
-        *("a.b=1", "c=1", "distillation.seed=1"),
+        *("a.b=1", "c=0", "c=1", "distillation.seed=1"),
     ]
 
 
