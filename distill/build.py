@@ -136,7 +136,7 @@ def build_run(
     with world.all_or_none("checking the data"):
         if check_data is not None:
             check_data(inputs.models, data, resume.clock)
-    steps = compare(config, world, resume.found, resume.clock, data)
+    steps = compare(config, world, resume.found, resume.clock, data, inputs.export_files)
     adapter = find_adapter(config, world, inputs.models, resume.found)
     if is_finished(config, resume.found, steps):
         log.info(
@@ -334,6 +334,7 @@ def _alarms(config: Config, world: World, run_dir: Path, resume: Resume, steps: 
             history,
             checkpoints.before,
             config.checkpointing.enabled,
+            kept_until=-1 if steps.history.same_run else steps.first,
         )
 
 

@@ -284,7 +284,8 @@ class Run:
         with phase("saving before the exit"):
             if self.config.checkpointing.enabled and not is_saved:
                 self.save(step, exports=False)
-                self.checkpoints.record_metrics(step, self._values)
+                validated = self.validation.values if self.validation.values_step == step else {}
+                self.checkpoints.record_metrics(step, {**self._values, **validated})
             if is_alarm(stop.reason):
                 self.checkpoints.keep_for_alarm(step)
             self.checkpoints.finalize_pending(block=True)

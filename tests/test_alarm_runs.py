@@ -61,7 +61,11 @@ def test_a_validation_alarm_saves_the_validated_weights(root, starts) -> None:
     """No checkpoint of step 3 is due: it is saved before the next step trains, and exempt from keep_top_k."""
     saved = {step: read_info(root / f"checkpoints/run/step_{step}") for step in (1, 2, 3, 4)}
     assert {step: info.get("saved_for_alarm") for step, info in saved.items()} == {1: True, 2: True, 3: True, 4: None}
-    assert saved[3]["step"] == 3 and "validation/accuracy" in saved[3]["metrics"]
+    assert saved[3]["step"] == 3
+    assert all("validation/accuracy" in saved[step]["metrics"] for step in (1, 3)), "also if the alarm stops the run"
+    assert [row["step"] for row in rows(root) if "validation/accuracy" in row] == [0, 1, 2, 3, 4], (
+        "no validation is repeated"
+    )
     history = (root / "checkpoints/run/step_3/metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in history) == 3
 

@@ -265,8 +265,11 @@ def _serve(name: str) -> None:
     """Grade the requests on standard input, and print one verdict per request.
 
     ``name``: the grader. Each request is a line with the JSON list [text to grade, gold answer, time limit in seconds].
-    Returns when standard input is closed.
+    Ignores stop signals. Returns when standard input is closed.
     """
+    # A scheduler or a terminal signals every process of a run, but the run grades the responses of its last step.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # redirect stdout, so that text printed by a library is not read as a verdict
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))

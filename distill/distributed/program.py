@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 
 import torch.distributed as dist
 
@@ -147,7 +147,8 @@ def _is_main_or_unknown() -> bool:
 
 def _print_error(reason: str) -> None:
     """Print ``reason`` to standard error on one line; line breaks in it become spaces."""
-    print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal was closed; status.json has the reason
+        print(f"error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
 
 
 def _may_follow_from_peer(error: Exception) -> bool:

@@ -46,6 +46,8 @@ class RunAlarms:
     ``history``: rows of metrics before this start, needed on the main rank only; the state of the alarms is computed
     from them. ``last_step``: number of finished steps at which the run ends. ``checkpoint_before``: returns the newest
     checkpoint with fewer finished steps than a given number, or None. ``saves``: whether the run saves checkpoints.
+    ``kept_until``: step up to which alarms.jsonl keeps its rows, for a run whose recipe changed and that therefore has
+    no ``history``; -1: it keeps none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RunAlarms:
         history: Sequence[Row] = (),
         checkpoint_before: Callable[[int], Path | None] = lambda step: None,
         saves: bool = True,
+        kept_until: int = -1,
     ) -> None:
         self._world = world
         self._alarms = Alarms.of(config)
@@ -68,16 +71,16 @@ class RunAlarms:
         """Number of rows of steps and of validations (True) that were checked since this start."""
         self._unmeasured = {alarm.metric for alarm in config.alarms}
         if world.is_main:
-            self._replay(history)
+            self._replay(history, kept_until)
 
-    def _replay(self, history: Sequence[Row]) -> None:
-        """Compute the state after ``history``, and write the alarms in it to a new file."""
+    def _replay(self, history: Sequence[Row], kept_until: int) -> None:
+        """Compute the state after ``history``, and write the kept alarms and those of ``history`` to a new file."""
         events = [event for row in history for event in self._alarms.update(int(row["step"] or 0), row).events]
         file = self._run_dir / ALARMS_FILE
         if events or file.exists():
             with writing_run(self._run_dir):
                 part = file.with_name(f"{file.name}.part")
-                part.write_text("".join(map(_line, events)), encoding="utf-8")
+                part.write_text("".join([*_lines_until(file, kept_until), *map(_line, events)]), encoding="utf-8")
                 part.replace(file)
         for rule in self._alarms.active:
             if rule.action == "stop":
@@ -184,6 +187,12 @@ class RunAlarms:
         if update.events:
             with writing_run(self._run_dir), (self._run_dir / ALARMS_FILE).open("a", encoding="utf-8") as file:
                 file.write("".join(map(_line, update.events)))
+
+
+def _lines_until(file: Path, step: int) -> list[str]:
+    """Return the lines of alarms.jsonl up to ``step``, without an incomplete last line; none if ``step`` is -1."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if step >= 0 and file.exists() else []
+    return [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
 
 
 def _line(event: Event) -> str:

@@ -67,7 +67,7 @@ class RunFiles:
     train: Rows
     """Rows of metrics of training steps, in order of steps."""
     validation: Rows
-    """Rows of metrics of validations, in order of steps."""
+    """Rows of metrics of validations and probes, one per step, in order of steps."""
     sample_files: list[SampleFile]
     earlier_recipes: list[tuple[int, dict[str, Any]]]
     """The recipes that resumes changed, each with the last step for which it was used."""
@@ -100,8 +100,8 @@ def read_run(folder: str | Path, owned: bool = False) -> RunFiles:
         versions=_json(path / VERSIONS_FILE),
         status=dict(read_status(path / STATUS_FILE)),
         is_written=owned or owner_of(path) is not None,
-        train=_last_of_each_step(row for row in numbered if not _is_validation(row)),
-        validation=_last_of_each_step(row for row in numbered if _is_validation(row)),
+        train=_by_step(row for row in numbered if not _is_validation(row)),
+        validation=_by_step(row for row in numbered if _is_validation(row)),
         sample_files=_sample_files(path, numbered),
         earlier_recipes=_earlier_recipes(path),
         notes=notes,
@@ -189,8 +189,11 @@ def _is_validation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith("validation/") for name in row)
 
 
-def _last_of_each_step(rows: Iterator[dict[str, Any]]) -> Rows:
-    by_step = {int(row["step"]): row for row in rows}
+def _by_step(rows: Iterator[dict[str, Any]]) -> Rows:
+    """Return one row per step with all its metrics, because a probe is a second row; later values take precedence."""
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_step.setdefault(int(row["step"]), {}).update(row)
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -44,15 +45,20 @@ class ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
             if text != self._bar:
                 self._clear_bar()
                 self._bar = text
-                self.stream.write(text)
-                self.flush()
+                self._write(text)
         finally:
             self.release()
 
     def _clear_bar(self) -> None:
         if self._bar:
             self._bar = ""
-            self.stream.write(_CLEAR_LINE)
+            self._write(_CLEAR_LINE)
+
+    def _write(self, text: str) -> None:
+        """Write ``text``; do nothing if the terminal was closed, as after a logout, because the run continues."""
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
 
 
 class _ConsoleFormatter(logging.Formatter):

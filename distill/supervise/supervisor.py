@@ -225,8 +225,11 @@ def exit_process(code: int) -> NoReturn:
     """
     ignore_signals()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the terminal was closed: the interpreter's shutdown would replace the exit code
+        os._exit(code)
     if code:
         os._exit(code)
     sys.exit(0)

@@ -155,6 +155,8 @@ class Validation:
     """Grades of the first validation of the run (``paired.grades``), stored in checkpoints; None if not measured."""
     values: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the last validation of this start by logged name; empty before it."""
+    values_step: int = -1
+    """Number of finished steps at the last validation of this start; -1 before it."""
 
     def due(self, step: int) -> bool:
         """Return whether the weights after ``step`` finished steps must be validated."""
@@ -315,7 +317,7 @@ class Validation:
             self.recorder.record(step, values)
             rows = [table_row(sample, self.decode) for sample in shown]
             self.recorder.show(step, Samples("validation", texts, rows))
-        self.values = values
+        self.values, self.values_step = values, step
         self.checkpoints.record_metrics(step, values, {FIRST_VALIDATION: self.first})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from distill.config import Config, load_config
 from distill.data.prompts import Prompts, load_prompts
 from distill.data.train_grader import Graders, TrainGrader, find_graders, gold_hashes
 from distill.errors import UserError
+from distill.supervise.signals import SIGNALS
 from distill.types import Problem, Prompt, Rollout
 from tests.harness import REPO
 from tests.tiny_tokenizer import THINK, tiny_tokenizer
@@ -136,6 +138,8 @@ def test_the_worker_process_of_a_grader_serves_all_steps_until_it_is_closed() ->
     found = train_grader("regex")
     assert found.verdict(rollout("ab", "b$")) == "right"
     first = found._grade._workers["regex"]._process
+    for number in SIGNALS:  # a scheduler signals every process, and the run finishes its step
+        os.kill(first.pid, number)
     assert found.verdict(rollout("ba", "b$")) == "wrong"
     assert found._grade._workers["regex"]._process is first and first.poll() is None
     found.close()

@@ -181,8 +181,13 @@ def test_the_slurm_page_has_a_command_for_every_cluster_recipe() -> None:
 
 # ---- the batch script with replacements of Slurm's commands (test_slurm.py uses a real Slurm) ----
 
+SRUN = """trap "" USR1
+[[ -z ${SIGNAL:-} ]] || kill "-$SIGNAL" "$PPID"
+printf "%s" "$STATUS" > "$DISTILL_STATUS_FILE"
+exit "$CODE"
+"""
 REPLACEMENTS = {
-    "srun": 'printf "%s" "$STATUS" > "$DISTILL_STATUS_FILE"; exit "$CODE"',
+    "srun": SRUN,
     "squeue": "echo RUNNING",
     "scontrol": 'echo "$@" >> "$SCONTROL_CALLS"; exit "${SCONTROL:-0}"',
 }
@@ -259,18 +264,27 @@ def _stop_reason(report: str) -> str:
         (0, _status("stopped", _stop_reason("_first_signal")), 0, True),
         (1, _status("stopped", _stop_reason("_later_signal")), 0, True),
         (1, _status("stopped", "checkpointing.checkpoint_must_save_by=00:04:00:00"), 0, False),
-        (0, _status("stopped", "alarm train/loss>2 at step 3: train/loss is 4, above 2"), 0, False),
         (137, _status("running"), 0, True),
         (3, None, 3, False),
     ],
     ids=[
         *("finished", "refused", "failed", "retryable", "stopped", "stopped while loading", "second signal"),
-        *("time limit of the recipe", "alarm", "killed", "no status"),
+        *("time limit of the recipe", "killed", "no status"),
     ],
 )
 def test_the_status_of_a_run_decides_whether_its_job_is_requeued(batch_job, code, status, exits, requeues) -> None:
     found, requeued, messages = batch_job.start(0, code, status)
     assert (found, requeued) == (exits, requeues), messages
+
+
+@pytest.mark.parametrize("signal", ["", "USR1"])
+def test_a_job_that_an_alarm_stopped_is_not_requeued_even_near_its_time_limit(batch_job, signal: str) -> None:
+    """``signal``: signal that Slurm sends to the script before the ranks end."""
+    status = _status("stopped", "alarm train/loss>2 at step 3: train/loss is 4, above 2")
+    code, requeued, messages = batch_job.start(0, 0, status, SIGNAL=signal)
+    assert (code, requeued) == (0, False), messages
+    assert "distillation.alarms" in messages and "checkpoint_must_save_by" not in messages
+    assert ("SIGUSR1" in messages) == bool(signal)
 
 
 def test_a_job_is_not_requeued_after_four_ends_without_a_new_checkpoint(batch_job) -> None:

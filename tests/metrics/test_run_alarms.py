@@ -127,6 +127,18 @@ def test_a_resumed_run_continues_the_alarms_of_its_history(tmp_path, caplog) -> 
         resumed.raise_if_stopped(8)
 
 
+def test_a_run_whose_recipe_changed_keeps_the_recorded_alarms_up_to_its_checkpoint(tmp_path) -> None:
+    """It has no history. Later alarms and an incomplete last line are removed."""
+    first = alarms(tmp_path, LOSS)
+    for step, loss in enumerate([3.0, 3.0, 3.0, 1.0], 1):
+        first.check(step, {"train/loss": loss})
+    with (tmp_path / "alarms.jsonl").open("a") as file:
+        file.write('{"step": 1, "alarm": "incompl')
+    changed = alarms(tmp_path, LOSS, kept_until=3)
+    assert events(tmp_path) == [(NAME, "start", 2)]
+    assert changed.check(4, {"train/loss": 3.0}) == {}, "its state is new"
+
+
 def test_only_the_values_of_the_main_rank_count(tmp_path) -> None:
     class Other(OneRank):
         is_main = False

@@ -79,6 +79,18 @@ def test_rows_of_steps_that_were_repeated_are_ignored(tmp_path: Path) -> None:
     assert index_of(run)["runs"][0]["tables"] == before
 
 
+def test_a_probe_does_not_hide_the_validation_of_its_step(tmp_path: Path) -> None:
+    """A run records a probe as a separate row, after the row of the validation."""
+    run = write_run(tmp_path / "run")
+    before = index_of(run)["runs"][0]
+    with (run / METRICS_FILE).open("a") as file:
+        file.write('{"step": 4, "timestamp": 2.0, "validation/probe/start_0/difference": 0.25}\n')
+    after = index_of(run)["runs"][0]
+    series = after["tables"]["validation"]["series"]
+    assert series.pop("validation/probe/start_0/difference") == [None, 0.25]
+    assert (series, after["headline"]) == (before["tables"]["validation"]["series"], before["headline"])
+
+
 def test_a_run_without_validation_has_curves_and_a_note(tmp_path: Path) -> None:
     found = index_of(write_run(tmp_path / "run", validated=()))
     assert len(found["notes"]) == 1 and "no validation" in found["notes"][0]

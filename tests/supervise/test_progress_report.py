@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,7 @@ from distill.supervise.progress import Progress, counted, heartbeat, phase, set_
 from distill.supervise.progress_report import SILENCE_S, ProgressReporter
 from distill.supervise.quantities import duration, short_count
 from distill.supervise.status import ExitStatus
-from distill.supervise.supervisor import Supervisor
+from distill.supervise.supervisor import Supervisor, exit_process
 
 
 class Terminal(io.StringIO):
@@ -120,6 +122,32 @@ def test_a_terminal_shows_a_bar_which_log_lines_do_not_overwrite(terminal: Conso
     terminal.wait(1)
     assert not terminal.stream.getvalue().endswith("left"), "a short phase has no bar"
     assert terminal.stream.getvalue().count("\n") == 1, "no heartbeat lines"
+
+
+def test_a_run_continues_after_its_terminal_was_closed(terminal: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write to a closed terminal fails, such as that of a run in the background after a logout."""
+
+    def fail(text: str = "") -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with phase("generation"), task(4, "responses"):
+        terminal.wait(2)
+        monkeypatch.setattr(terminal.stream, "write", fail)
+        monkeypatch.setattr(terminal.stream, "flush", fail)
+        terminal.log.info("a line")
+        terminal.now += 1
+        heartbeat(done=1)
+        terminal.reporter.poll()
+        terminal.log.info("a line after a new bar")
+        terminal.reporter.poll()
+    terminal.reporter.stop()
+    program._print_error("key=1 is wrong")
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr(logging, "shutdown", lambda: None)
+    monkeypatch.setattr("distill.supervise.supervisor.ignore_signals", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        exit_process(0)
+    assert caught.value.code == 0
 
 
 def test_the_time_between_two_phases_is_named(file: Console) -> None:
