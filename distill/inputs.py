@@ -37,7 +37,7 @@ from distill.model.lora import adapted_layers, check_adapters
 from distill.model.teacher import check_top_k
 from distill.model.tensor_accounting import check_tensors
 from distill.model.tensor_parallel import check_tensor_parallel
-from distill.rollout.factory import engine_window
+from distill.rollout.factory import engine_window, validation_sampling_of
 from distill.types import Problem, Prompt
 from distill.validation import HeldOut, context_is_known, load_held_out
 
@@ -374,17 +374,21 @@ def hashes_of(
 ) -> dict[str, ContentHashes]:
     """Return a dict from configuration key, such as data.train, to hashes of the data that this rank read.
 
-    The hashes of data.validation are empty if validation is disabled.
+    The hashes of data.validation are empty if validation is disabled. They include the settings of its sampling,
+    because two validations are comparable only if these are equal too.
     """
     distilled = config.distillation.context_distillation
     example = TeacherContext.of(distilled).example() if distilled.enabled else Problem("")
     prefix = prefixes.prefix_of(Prompt(0, (0,), example))
     context = content_hash([prefix.token_ids] if isinstance(prefix, Prefix) else [])
     validation = held_out.content(distilled.trace_column, _names(_extra_columns(config)))
+    sampling = validation_sampling_of(config, ())
+    settings = content_hash([sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens])
+    others = {"teacher's context": context, "sampling settings (policy.generation.val_*)": settings}
     return {
         "data.train": order.content_hashes,
         "teacher.tokenizer": {TOKENS: context},
-        "data.validation": {**validation, "teacher's context": context} if validation else {},
+        "data.validation": {**validation, **others} if validation else {},
     }
 
 

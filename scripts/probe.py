@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.config import parse_args
+from distill.config import parse_args, print_flag
 from distill.distributed.program import exit_process, run_program, start_process
+from distill.errors import UserError
 
 if TYPE_CHECKING:
     from distill.config import Config
@@ -41,6 +42,7 @@ log = logging.getLogger("distill.probe")
 FILE = "probe.json"
 _SETTINGS = (
     "checkpointing.enabled=false",
+    "checkpointing.checkpoint_must_save_by=null",
     "logger.wandb_enabled=false",
     "logger.tensorboard_enabled=false",
     "distillation.val_period=0",
@@ -85,6 +87,9 @@ def probe_from(words: Sequence[str], templates: Sequence[Path], world: World) ->
     from distill.validation.probe_setup import check_recipe_of_probe, probe_config
 
     with world.all_or_none("reading the recipe"):
+        if flag := print_flag(words):
+            fix = f"remove it, or run python -m distill.train {flag} with the same recipe"
+            raise UserError(f"{flag} cannot be used with scripts.probe", fix, key=flag)
         arguments = parse_args(words)
         check_recipe_of_probe(arguments.config, templates)
     plan = Plan(arguments.config, templates, world)
@@ -124,8 +129,8 @@ class Plan:
         config, templates = self._config, self._templates
         with_templates = configs_of_templates(config, templates)
         self.held_out = with_columns(data.held_out, [read_held_out(each, models, clock) for each in with_templates])
-        tokenizer, vocab = models.teachers_tokenizer, models.valid_vocab
-        self.candidates = candidates_of(config, templates, data.validation_prefixes, tokenizer, vocab, clock)
+        tokenizers, vocab = (models.tokenizer, models.teachers_tokenizer), models.valid_vocab
+        self.candidates = candidates_of(config, templates, data.validation_prefixes, tokenizers, vocab, clock)
         check_probe_data(config, self.held_out, self.candidates, engine_window_of(config, models))
         if any(candidate.kind == "teacher" for candidate in self.candidates):
             check_teacher_fits(config, models.shapes, self._world)

@@ -134,8 +134,8 @@ class StatsSum:
     def stats(self) -> Stats:
         """Return a dict from metric name to (sum over rows, number of rows).
 
-        For ``sampler_logprob_diff_max`` the pair is (maximum of ``sampler_logprob_diff``, 1), or (0, 0) without rows.
-        Rows in which a metric of ``_WITH_GAPS`` is nan do not count in this metric.
+        Rows in which a metric of ``_WITH_GAPS`` is nan do not count in this metric. For ``sampler_logprob_diff_max``
+        the pair is (maximum of ``sampler_logprob_diff``, 1), or (-inf, 0) without rows.
         """
         stats: Stats = {}
         for name in self._rows:
@@ -145,10 +145,10 @@ class StatsSum:
             values_N = self.rows(name).double()
             missing_N = values_N.isnan()
             count = (~missing_N).sum()  # a tensor, so that the host does not wait for the device
-            values_N = values_N.masked_fill(missing_N, 0.0)
-            stats[name] = (values_N.sum(), count)
+            stats[name] = (values_N.masked_fill(missing_N, 0.0).sum(), count)
             if name == "sampler_logprob_diff":
-                stats[f"{name}_max"] = (values_N.max() if values_N.numel() else values_N.sum(), count > 0)
+                known_N = values_N.masked_fill(missing_N, -torch.inf)
+                stats[f"{name}_max"] = (torch.nn.functional.pad(known_N, (0, 1), value=-torch.inf).max(), count > 0)
         return stats
 
 

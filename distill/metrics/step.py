@@ -53,7 +53,10 @@ class Metrics:
             self._put(name, "total", total, 1.0)
 
     def add_max(self, values: Mapping[str, Scalar]) -> None:
-        """Add values by metric name; the metric is the maximum of all values added on all ranks."""
+        """Add values by metric name; the metric is the maximum of all values added on all ranks.
+
+        The value -inf means that nothing was measured; the metric is nan if all values are -inf.
+        """
         for name, value in values.items():
             self._put(name, "max", value, 1.0)
 
@@ -231,7 +234,8 @@ def _value(name: str, found: list[tuple[Kind, float, float]]) -> float:
     if kind == "total":
         return sum(firsts)
     if kind == "max":
-        return math.nan if any(math.isnan(first) for first in firsts) else max(firsts)
+        unknown = max(firsts) == -math.inf or any(math.isnan(first) for first in firsts)
+        return math.nan if unknown else max(firsts)
     if kind == "same":
         if len({repr(first) for first in firsts}) > 1:  # by repr, because nan != nan
             raise RuntimeError(f"metric {name} must be equal on every rank, but the ranks have the values {firsts}")

@@ -70,6 +70,8 @@ class Student:
     ) -> None:
         policy = config.policy
         self.dtype = DTYPES[policy.precision]
+        self.rounds_logits = config.loss_fn.logits_dtype == "bfloat16"
+        """Whether the loss rounds the logits, and so changes the log-probs in its metrics by about 0.02 nats."""
         self.device = world.device
         self._all_or_none = world.all_or_none
         self._tp = world.layout.tp_size
@@ -106,7 +108,7 @@ class Student:
             trained = sum(parameter.numel() for _, parameter in self.model.named_trained())
             layers = len(self.model.adapters)
             log.info("training adapters of rank %d in %d layers, %.1f M parameters", lora.dim, layers, trained / 1e6)
-        self.base = frozen_base(self.model, files.name, world) if lora.enabled else None
+        self.base = frozen_base(self.model, files, world) if lora.enabled else None
         """Name, dtype and checksums of the frozen weights, to be stored in checkpoints; None without adapters."""
         self._weights = StudentWeights(config, world, self.model)
         self.parallel = _vocab_parallel(self.model, world) if self._tp > 1 else None

@@ -25,7 +25,8 @@ MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Maps the teacher's dtype to the largest accepted mean absolute log-prob difference, in nats.
 
 The teacher's log-probs are compared with those of transformers. Rounding causes differences of about 1e-5 (float32) and
-0.1 (bfloat16); a wrong forward causes more than 1.
+0.1 (bfloat16); a wrong forward causes more than 1. These are the numbers at temperature 1; the temperature of the loss
+divides all of them.
 """
 _TOKENS = 32
 _LOG_PERIOD_S = 10.0
@@ -37,8 +38,9 @@ def verify_teacher(teacher: ScoringTeacher, sequences: Sequence[Sequence[int]]) 
 
     Uses 32 tokens of each of the first two ``sequences``, which must be the same on every rank. The main rank reads the
     complete checkpoint once. Returns the mean absolute difference between the two forwards in the log-probs of the
-    teacher's top-8 tokens, in nats. Raises RunFailed if this difference exceeds ``MAX_DIFFERENCE``. The adapters of a
-    teacher that shares the student's base are off, because the checkpoint does not contain them.
+    teacher's top-8 tokens, in nats, at the temperature of the loss. Raises RunFailed if this difference exceeds
+    ``MAX_DIFFERENCE`` divided by the temperature. The adapters of a teacher that shares the student's base are off,
+    because the checkpoint does not contain them.
     """
     world, device = teacher.world, teacher.device
     sequences = [(tuple(s) * (_TOKENS + 1))[: _TOKENS + 1] for s in sequences[:2]]
@@ -60,7 +62,7 @@ def verify_teacher(teacher: ScoringTeacher, sequences: Sequence[Sequence[int]]) 
         logits_NV = plain.flatten(0, 1)[:, : teacher.valid_vocab] / teacher.temperature
         difference = (logits_NV.log_softmax(-1).gather(1, ids_NK) - logprobs_NK).abs().mean()
     mean = float(world.broadcast(float(difference)))
-    limit = MAX_DIFFERENCE[teacher.dtype]
+    limit = MAX_DIFFERENCE[teacher.dtype] / teacher.temperature
     if not mean <= limit:  # also if it is nan
         raise RunFailed(
             f"the teacher {teacher.files.name} failed verification: its log-probs differ by {mean:.3g} nats on average"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
+from statistics import median_high
 
 Sums = Mapping[str, tuple[float, float]]
 """Maps a problem to the sum of a value over its responses or tokens, and to their number."""
@@ -40,8 +41,12 @@ def pass_at(verdicts: Iterable[Sequence[bool]], k: int) -> Estimate | None:
 
 
 def ks_of(verdicts: Iterable[Sequence[bool]]) -> list[int]:
-    """Return the values of k for which pass@k is reported: powers of two, and the largest number of responses."""
-    most = max((len(right) for right in verdicts), default=0)
+    """Return the values of k for which pass@k is reported: powers of two, and the usual number of responses.
+
+    At least half of the problems have this number of graded responses or more. So a few problems that a dataset
+    repeats, which have more responses, give no pass@k that is the mean over these problems alone.
+    """
+    most = median_high([len(right) for right in verdicts] or [0])
     powers = [2**i for i in range(1, most.bit_length()) if 2**i <= most]
     return sorted({*powers, *([most] if most > 1 else [])})
 

@@ -25,7 +25,8 @@ Rounding causes a difference of 1e-6 to 3e-6.
 GROSS_LIMIT = 0.5
 """Maximum allowed mean difference between the engine's and the trainer's bfloat16 log-probs, in nats.
 
-The mean is over tokens. Rounding causes a difference of 0.04; wrong weights cause a difference above 1.
+The mean is over tokens. Rounding causes a difference of 0.04; wrong weights cause a difference above 1. The limit also
+holds for float32 weights if the loss rounds the logits (loss_fn.logits_dtype).
 """
 _CHANGED_BYTES = 0.9
 """Limit of (bytes of changed tensors) / (bytes of trained tensors) in a sync of the weights.
@@ -56,6 +57,7 @@ class Trainer(Protocol):
     """Attributes and methods of the student model that a weight sync to the engine uses."""
 
     dtype: torch.dtype
+    rounds_logits: bool
 
     @property
     def trained_share(self) -> float:
@@ -152,7 +154,8 @@ class WeightSync:
         """
         if math.isnan(difference):
             return
-        limit = FLOAT32_LIMIT if self._student.dtype == torch.float32 else GROSS_LIMIT
+        is_exact = self._student.dtype == torch.float32 and not self._student.rounds_logits
+        limit = FLOAT32_LIMIT if is_exact else GROSS_LIMIT
         if difference > limit:
             raise RuntimeError(
                 f"the log-probs of trainer and engine differ by {difference:.3g} nats per token, and rounding explains"

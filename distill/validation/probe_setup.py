@@ -117,8 +117,9 @@ def _of_template(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> str:
+    """Return the text of a template without line breaks at its end, which $(cat FILE) in ``lines`` also removes."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         fix = "set it to a text file with a template that contains {problem}"
@@ -143,15 +144,23 @@ def with_columns(held_out: HeldOut, others: Sequence[HeldOut]) -> HeldOut:
 
 
 def candidates_of(
-    config: Config, templates: Sequence[Path], prefixes: TeacherPrefixes, tokenizer: Any, vocab: int, clock: RunClock
+    config: Config,
+    templates: Sequence[Path],
+    prefixes: TeacherPrefixes,
+    tokenizers: tuple[Any, Any],
+    vocab: int,
+    clock: RunClock,
 ) -> list[Candidate]:
     """Return the candidates that the program scripts.probe measures.
 
     With another model as the teacher, this model with its prompt; then the student with each of ``templates``, or with
-    the recipe's template if there are none. ``prefixes``: builds the prompts of the recipe's teacher; ``tokenizer``:
-    the teacher's tokenizer; ``vocab``: number of valid token ids. Raises UserError for an unusable template.
+    the recipe's template if there are none. ``prefixes``: builds the prompts of the recipe's teacher; ``tokenizers``:
+    those of the student and the teacher; ``vocab``: number of valid token ids. Raises UserError for an unusable
+    template.
     """
     is_other = not starts_as_teacher(config)
+    # With the lines of a template, the student is its own teacher, with the student's chat template by default.
+    tokenizer = tokenizers[0] if is_other and config.teacher.tokenizer.chat_template is None else tokenizers[1]
     found = [Candidate(f"teacher {config.teacher.model_name}", "teacher", prefixes)] if is_other else []
     if not templates and not is_other:
         return [run_candidate(prefixes)]
@@ -159,6 +168,8 @@ def candidates_of(
         with _of_template(path):
             built = build_context_prefixes(with_template, tokenizer, vocab, clock)
         lines = [f"{_CONTEXT}.enabled=true", f'"{_TEMPLATE}=$(cat {path})"']
+        if config.distillation.context_distillation.teacher_messages_key is not None:
+            lines.append(f"{_CONTEXT}.teacher_messages_key=null")
         if is_other:
             lines += [f"teacher.model_name={config.policy.model_name}", f"{_CONTEXT}.mode=self_frozen"]
         found.append(Candidate(f"context {path}", "context", built, not is_other, tuple(lines)))

@@ -79,10 +79,10 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
       the formula is sqrt(P / (P - 1) * sum_p (right_p - accuracy * responses_p)^2) / m. Problem p has responses_p
       graded responses, of which right_p are right. With the same number of responses per problem this is the standard
       deviation of the problems' mean accuracies, divided by sqrt(P).
-    - ``pass@k``: probability that at least one of k responses is right, for k = 2, 4, 8, ... and the largest number n
-      of graded responses to a problem. It is the mean over problems of 1 - C(n - right, k) / C(n, k). Problems with
-      fewer than k graded responses are not counted. ``pass@k_stderr``: the standard deviation of the problems' values,
-      divided by the square root of their number.
+    - ``pass@k``: probability that at least one of k responses is right, for k = 2, 4, 8, ... and the number n of graded
+      responses that at least half of the problems have. It is the mean over problems of 1 - C(n - right, k) / C(n, k).
+      Problems with fewer than k graded responses are not counted. ``pass@k_stderr``: the standard deviation of the
+      problems' values, divided by the square root of their number.
     - ``avg_length``: mean number of tokens of a response; ``truncation_rate``: fraction of truncated responses;
       ``repetition_rate``: fraction of responses that end in a loop (``metrics.responses.ends_in_a_loop``);
       ``repeated_token_share``: fraction of tokens in a repeated 8-gram (``metrics.responses.repeated_tokens``);

@@ -89,6 +89,11 @@ def test_the_inputs_of_a_run_may_be_conversations_with_a_column_for_the_teacher(
     changed = hashes_of(other, prompts, prefixes, held_out)
     differ = {(key, part) for key in hashes for part in hashes[key] if hashes[key][part] != changed[key][part]}
     assert differ == {("data.train", "columns"), ("data.validation", "columns")}
+    for key in ("val_temperature=0.5", "val_top_p=0.9", "val_top_k=7", "val_max_new_tokens=100"):
+        sampled = config_of(model, tmp_path, rows_of("add", "multiply"), *template, f"policy.generation.{key}")
+        again = hashes_of(sampled, prompts, prefixes, held_out)
+        ((name, part),) = ((n, p) for n in again for p in again[n] if again[n][p] != changed[n][p])
+        assert name == "data.validation" and "policy.generation.val_" in part, key
 
 
 def test_the_teachers_system_prompt_file_is_hashed(model: Path, tmp_path: Path) -> None:

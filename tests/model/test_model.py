@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from distill.batching.plan import PackingConfig, plan, view_of
+from distill.config import SchedulerStage
 from distill.distributed.world import World
 from distill.errors import RunFailed, UserError
 from distill.metrics.step import Metrics
@@ -88,12 +89,15 @@ def _gathered_after_a_forward(folder: str, world: World) -> tuple[int, int]:
     return before, gathered()
 
 
-def _verifications(folder: str, world: World) -> tuple[float, str]:
-    """Return the difference of a correct teacher, and the error of a teacher with one changed weight."""
+def _verifications(folder: str, world: World) -> tuple[float, float, str]:
+    """Return the differences of a correct teacher at temperatures 1 and 1e-6, and the error of a wrong teacher."""
     config = config_for(Path(folder), Path(folder), "distillation.allow_degenerate=true", ranks=2)
     teacher = ShardedTeacher(config, hf_files.find_model(folder, "teacher.model_name"), world, 384)
     sequences = [tuple(range(40)), tuple(range(50, 90))]
     right = verify_teacher(teacher, sequences)
+    teacher.temperature = 1e-6
+    cold = verify_teacher(teacher, sequences)
+    teacher.temperature = 1.0
     teacher.offload()
     with torch.no_grad():
         weight = teacher.model.causal_lm.model.layers[1].self_attn.k_norm.weight
@@ -101,8 +105,8 @@ def _verifications(folder: str, world: World) -> tuple[float, str]:
     try:
         verify_teacher(teacher, sequences)
     except RunFailed as error:
-        return right, str(error)
-    return right, ""
+        return right, cold, str(error)
+    return right, cold, ""
 
 
 def _rows_alive(folder: str, world: World) -> list[int]:
@@ -199,8 +203,8 @@ def test_reshard_all_frees_the_gathered_weights_of_every_layer(seen) -> None:
 @pytest.mark.slow
 def test_verify_teacher_accepts_a_correct_teacher_and_rejects_a_wrong_one(seen) -> None:
     for rank in seen:
-        right, message = rank["verification"]
-        assert right < 1e-5
+        right, cold, message = rank["verification"]
+        assert right < 1e-5 and cold > 1e-3
         assert "0.001" in message
 
 
@@ -358,6 +362,12 @@ def test_learning_rate_warms_up_linearly_over_ten_steps() -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([2e-5 * min(1.0, 0.1 + 0.09 * step) for step in range(13)])
+
+
+def test_without_stages_the_learning_rate_is_constant() -> None:
+    for entries in ((), (SchedulerStage(),)):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
+        assert build_scheduler(optimizer, entries).get_last_lr() == [2e-5]
 
 
 def test_attention_is_causal_within_each_sequence() -> None:

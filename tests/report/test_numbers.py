@@ -51,6 +51,10 @@ def test_ks_are_powers_of_two_and_the_number_of_responses() -> None:
     assert ks_of([[True]]) == ks_of([]) == []
 
 
+def test_a_few_repeated_problems_give_no_further_k() -> None:
+    assert ks_of([[True] * 8, *[[True] * 4] * 3]) == [2, 4] and ks_of([[True] * 2, [True], [True]]) == []
+
+
 def test_the_standard_error_of_one_problem_is_unknown() -> None:
     assert mean_stderr([0.3]) == (0.3, None)
 

@@ -15,6 +15,8 @@ from distill.config import LossConfig
 from distill.loss import Sampled, fused_linear_kl
 from distill.loss.divergences import importance_ratio
 from distill.loss.metrics import StatsSum
+from distill.metrics.step import Metrics
+from distill.metrics.token_metrics import add_stats
 from distill.rollout.factory import sampling_of, validation_sampling_of
 from distill.rollout.requests import response_seed, wants_logprobs
 from distill.types import Layout, TeacherRows
@@ -86,7 +88,16 @@ def test_the_sampler_metrics_count_only_rows_with_log_probs() -> None:
     }
     none = StatsSum()
     none.add({"sampler_logprob_diff": torch.full((3,), math.nan)})
-    assert all(float(second) == 0 for _, second in none.stats().values())
+    metrics = Metrics()
+    add_stats(metrics, none.stats(), sampler=True)
+    assert all(math.isnan(value) for value in metrics.reduce().values())
+    add_stats(metrics, sums.stats(), sampler=True)
+    add_stats(metrics, none.stats(), sampler=True)
+    assert metrics.reduce() == {
+        "sampler_logprob_diff": 0.375,
+        "sampler_logprob_diff_max": 0.5,
+        "student_logprob": -2.5,
+    }
 
 
 def test_a_missing_log_prob_makes_a_sampled_loss_nan(tmp_path: Path) -> None:

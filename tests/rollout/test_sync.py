@@ -247,15 +247,20 @@ class OneRank:
 
 
 def _sync(
-    changed: list[int], probes: list[list[float]], dtype: torch.dtype = torch.bfloat16, trained: float = 1.0
+    changed: list[int],
+    probes: list[list[float]],
+    dtype: torch.dtype = torch.bfloat16,
+    trained: float = 1.0,
+    rounds_logits: bool = False,
 ) -> WeightSync:
-    trainer = _trainer(dtype, trained)
+    trainer = _trainer(dtype, trained, rounds_logits)
     return WeightSync(OneRank(), ScriptedEngine(changed, probes), trainer, 50)  # type: ignore[arg-type]
 
 
-def _trainer(dtype: torch.dtype = torch.bfloat16, trained: float = 1.0) -> Any:
+def _trainer(dtype: torch.dtype = torch.bfloat16, trained: float = 1.0, rounds_logits: bool = False) -> Any:
     return SimpleNamespace(
         dtype=dtype,
+        rounds_logits=rounds_logits,
         trained_share=trained,
         offload=lambda: None,
         weights=lambda: CompleteWeights([]),
@@ -324,8 +329,11 @@ def test_in_float32_the_probe_must_equal_the_trainers_log_probs() -> None:
 def test_a_large_difference_between_trainer_and_sampler_raises() -> None:
     with pytest.raises(RuntimeError, match=r"0\.001 nats.* 0\.0001"):
         _sync([], [], torch.float32).observe(1e-3)
-    with pytest.raises(RuntimeError, match=r"0\.6 nats.* 0\.5"):
-        _sync([], []).observe(0.6)
+    rounded = _sync([], [], torch.float32, rounds_logits=True)
+    rounded.observe(0.03)
+    for sync in (_sync([], []), rounded):
+        with pytest.raises(RuntimeError, match=r"0\.6 nats.* 0\.5"):
+            sync.observe(0.6)
 
 
 def test_a_growing_difference_between_trainer_and_sampler_warns(warnings: pytest.LogCaptureFixture) -> None:

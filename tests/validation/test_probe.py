@@ -12,6 +12,7 @@ import torch
 
 from distill.checkpoint import changed_keys
 from distill.config import Config
+from distill.data.clock import RunClock, current_time
 from distill.data.teacher_prefix import Prefix
 from distill.errors import UserError
 from distill.rollout.requests import response_limit, stream_seed
@@ -31,6 +32,7 @@ from distill.validation.probe_continuations import (
     prompts_at_start,
 )
 from distill.validation.probe_setup import (
+    candidates_of,
     check_probe_data,
     check_recipe_of_probe,
     check_run_probe,
@@ -46,6 +48,7 @@ from distill.validation.probe_stats import (
 )
 from distill.validation.scores import Sample, scores
 from tests.harness import config_for
+from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 from tests.validation.test_validation import Engine, NeverStops, Prefixes, validation
 
 CONTEXT = "distillation.context_distillation"
@@ -297,10 +300,33 @@ def test_templates_add_their_columns_to_the_held_out_problems(tmp_path: Path) ->
     assert found.prompts[0].problem.columns == {"trace": "t", "hint": "h", "note": "n"}
     assert found.graders == {4: "exact"} and found.prompts[0].student_ids == (5,)
     hint = tmp_path / "hint.txt"
-    hint.write_text("{problem} {hint}")
+    hint.write_text("{problem} {hint}\n")
     given = config_of(tmp_path, f"{CONTEXT}.enabled=true", f"{CONTEXT}.teacher_messages_key=messages")
     (context,) = [each.distillation.context_distillation for each in configs_of_templates(given, [hint])]
     assert context.teacher_messages_key is None and context.teacher_prefix_template == "{problem} {hint}"
+
+
+@pytest.mark.parametrize("chat_template", [None, "teacher.jinja"])
+def test_a_context_next_to_another_teacher_has_the_prompts_of_the_run_with_the_recommended_settings(
+    tmp_path: Path, chat_template: str | None
+) -> None:
+    hint = tmp_path / "hint.txt"
+    hint.write_text("Hint: {problem}\n")
+    config = config_of(
+        tmp_path,
+        *(f"teacher.model_name={tmp_path}/b", f"{CONTEXT}.enabled=true", f"{CONTEXT}.mode=frozen"),
+        f"{CONTEXT}.teacher_messages_key=messages",
+        *([] if chat_template is None else [f"teacher.tokenizer.chat_template={tmp_path}/{chat_template}"]),
+    )
+    thinking = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    tokenizers = tiny_tokenizer(), tiny_tokenizer(thinking)
+    _, context = candidates_of(config, [hint], contexts(), tokenizers, 261, RunClock(current_time()))
+    prefix = context.prefixes.prefix_of(Prompt(0, (5,), Problem("1+1?", "2", "set")))
+    assert isinstance(prefix, Prefix)
+    end = "" if chat_template is None else "<think>\n"
+    text = tokenizers[0].decode(list(prefix.token_ids))
+    assert text == f"<|im_start|>user\nHint: 1+1?<|im_end|>\n<|im_start|>assistant\n{end}"
+    assert {f"{CONTEXT}.mode=self_frozen", f"{CONTEXT}.teacher_messages_key=null"} < set(context.lines)
 
 
 def test_a_run_whose_teacher_cannot_be_probed_is_refused(tmp_path: Path) -> None:
