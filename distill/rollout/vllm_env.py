@@ -1,15 +1,15 @@
-"""Environment variables and log output of vLLM, and the allocator options that vLLM must not change."""
+"""Environment variables and log output of vLLM, and the options of torch's allocator while vLLM is created."""
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from distill.rollout.vllm_version import installed_vllm
 from distill.supervise.logs import log_library
 
 _DEFAULTS = {
@@ -20,8 +20,7 @@ _DEFAULTS = {
 }
 _OWN_LOGGING = ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH")
 """Environment variables with which a user configures vLLM's own log output."""
-_KEEPS_OPTIONS = (0, 32)
-"""First release of vLLM that keeps the options of torch's allocator."""
+_EXPANDABLE = re.compile(r"\bexpandable_segments\s*:\s*True\b")
 _FIXED = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the trainer's process
     # vLLM sets the precision of float32 products for the complete process. With TF32, the trainer's float32 log-probs
@@ -49,15 +48,26 @@ def prepare_for_vllm(rank: int, size: int, local_rank: int) -> None:
 
 @contextmanager
 def kept_allocator_options(on_cpu: bool) -> Iterator[None]:
-    """Restore the options of torch's CUDA allocator after the ``with`` block, in which vLLM is created.
+    """Disable expandable segments in the ``with`` block, in which vLLM is created; then restore the user's options.
 
-    vLLM below 0.32 sets one option, and torch then resets the options that the user has set in PYTORCH_ALLOC_CONF or
-    PYTORCH_CUDA_ALLOC_CONF, such as expandable_segments.
+    CUDA graphs of an engine on several GPUs share their memory between processes, and memory in expandable segments
+    cannot be shared in this way: vLLM would end the process. vLLM below 0.32 also resets the options that the user has
+    set in PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF.
     """
-    yield
-    options = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
-    installed = installed_vllm()
-    release = installed.release if installed else None
-    if options and not on_cpu and release is not None and release < _KEEPS_OPTIONS:
-        set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-        (set_options or torch.cuda.memory._set_allocator_settings)(options)
+    name = next((name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if os.environ.get(name)), None)
+    if on_cpu or name is None:
+        yield
+        return
+    options = os.environ[name]
+    _set_allocator_options(name, _EXPANDABLE.sub("expandable_segments:False", options))
+    try:
+        yield
+    finally:
+        _set_allocator_options(name, options)
+
+
+def _set_allocator_options(name: str, options: str) -> None:
+    """Set all options of torch's allocator, which resets absent ones, and the variable, which vLLM may read."""
+    os.environ[name] = options
+    set_options = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (set_options or torch.cuda.memory._set_allocator_settings)(options)

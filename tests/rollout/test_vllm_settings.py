@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +19,6 @@ from distill.rollout.factory import batch_arguments
 from distill.rollout.gpu_memory import CudaMemory, pool_bytes
 from distill.rollout.vllm_engine import kept_threads
 from distill.rollout.vllm_env import kept_allocator_options, prepare_for_vllm
-from distill.rollout.vllm_version import InstalledVllm
 from distill.supervise.logs import log_library, log_to_console, log_to_file
 from tests.harness import config_for
 from tests.helpers import save_tiny_model
@@ -56,28 +56,28 @@ def test_the_threads_that_vllm_sets_stay_on_a_gpu(threads: int, on_cpu: bool, af
 
 
 @pytest.mark.parametrize(
-    ("variables", "version", "on_cpu", "restored"),
+    ("name", "options", "on_cpu", "applied"),
     [
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "0.25.1", False, ["expandable_segments:True"]),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "roundup_power2_divisions:4"}, "0.31.0", False, ["roundup_power2_divisions:4"]),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "0.32.0", False, []),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "0.25.1", True, []),
-        ({}, "0.25.1", False, []),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True", False, ["expandable_segments:False"]),
+        ("PYTORCH_ALLOC_CONF", "a:True,expandable_segments: True", False, ["a:True,expandable_segments:False"]),
+        ("PYTORCH_CUDA_ALLOC_CONF", "roundup_power2_divisions:4", False, ["roundup_power2_divisions:4"]),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True", True, []),
+        ("PYTORCH_ALLOC_CONF", "", False, []),
     ],
 )
-def test_the_users_allocator_options_are_restored_below_vllm_0_32(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], version: str, on_cpu: bool, restored: list[str]
+def test_expandable_segments_are_disabled_while_vllm_is_created(
+    monkeypatch: pytest.MonkeyPatch, name: str, options: str, on_cpu: bool, applied: list[str]
 ) -> None:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, options)
     found: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append, raising=False)
-    monkeypatch.setattr(vllm_env, "installed_vllm", lambda: InstalledVllm("vllm", version))
-    with kept_allocator_options(on_cpu):
-        assert not found
-    assert found == restored
+    with suppress(RuntimeError), kept_allocator_options(on_cpu):
+        assert found == applied and os.environ[name] == (applied or [options])[0]
+        found.clear()
+        raise RuntimeError("vLLM cannot be created")
+    assert found == [options] * len(applied) and os.environ[name] == options
 
 
 @pytest.fixture
