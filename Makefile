@@ -119,6 +119,6 @@ test-browser: venv  ## the report page in headless Chromium (Debian packages): u
 	  echo "chromium and chromium-driver cannot be installed (apt-get, as root): the tests of the report page are skipped"
 	@$(PY) -m pytest -q -rs -m browser tests/report
 
-clean:  ## remove runs and caches, but not .venv and models
+clean:  ## remove runs/smoke and caches, but no other runs, .venv or models
 	@rm -rf runs/smoke .import_contracts.log .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

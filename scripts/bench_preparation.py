@@ -1,9 +1,9 @@
 """Measure the host seconds of grading and teacher prefixes, and the part that is hidden behind generation.
 
-    python -m scripts.bench_preparation [--responses 64] [--tokens 16384]
+    python -m scripts.bench_preparation [--responses 64] [--tokens 16384] [--seconds 20]
 
 The responses are synthetic: a think block, then a boxed answer. The engine is a stub: it sleeps until the next response
-ends, or runs a Python loop like that of vLLM in the main thread (``--busy``), whose steps are counted.
+ends; a "busy engine" runs a Python loop like that of vLLM in the main thread, whose steps are counted.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class ContextDistillationConfig:
     mode: Literal["self_frozen", "self_ema", "self_live", "self_periodic", "frozen"] = "self_frozen"
     """Model that is the teacher. self_frozen: the student before training; self_ema: a moving average of the student's
     weights (ema_decay); self_live: the current student; self_periodic: a copy of the student, refreshed every
-    refresh_period steps; frozen: teacher.model_name, which may be any model with the student's tokenizer. If adapters
+    refresh_period steps; frozen: teacher.model_name, which may be any model with the student's vocabulary. If adapters
     are trained (policy.dtensor_cfg.lora_cfg), the modes that begin with self share the student's frozen weights, and
     only the adapters differ; with lora_cfg.init_from, the student before training is the base with this adapter."""
     ema_decay: float = 0.99

@@ -26,8 +26,8 @@ class DatasetConfig:
     OpenR1-Math-220k, DAPOMath17K) or hub name (openai/gsm8k). Set either this key or data_path. If both are set in
     different places, the command line overrides the recipe, and the recipe overrides its parent recipes."""
     data_path: str | None = None
-    """Your own data: a .jsonl, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), or a folder
-    of such files."""
+    """Your own data: a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, also compressed (.gz, .bz2, .xz, .zst), a
+    folder of such files, a folder written by save_to_disk, or a hub name (owner/name)."""
     input_key: str | None = None
     """Column with the problem, by name or dotted path: a text, or a conversation (a list of messages with role and
     content, or from and value). The prompt ends at the last user or tool message; an assistant message after it is the
@@ -146,8 +146,9 @@ class LoggerConfig:
     """Number of tokens per response at which files of samples list the five most likely tokens of student and teacher:
     the tokens with the highest KL between them; 0: none."""
     report: bool = True
-    """Write report.html into the run directory when the run finishes, or fails because of non-finite numbers: one page
-    with the curves and responses of the run. `python -m scripts.report RUN` writes it at any time."""
+    """Write report.html into the run directory when the run finishes, is stopped by an alarm, or fails because of
+    non-finite numbers: one page with the curves and responses of the run. `python -m scripts.report RUN` writes it at
+    any time."""
     wandb_enabled: bool = True
     """Write metrics to Weights & Biases."""
     tensorboard_enabled: bool = True
@@ -165,8 +166,9 @@ class ClusterConfig:
     num_nodes: int = 1
     """Number of nodes."""
     gpu_memory_gb: float | None = None
-    """Nominal memory of a GPU in GB (40 for A100-40GB); the usable memory is 0.98 GiB per GB. If the memory forecast
-    exceeds the usable memory, the run or --dry-run exits with an error; null: no check."""
+    """Nominal memory of a GPU in GB (40 for A100-40GB, but 45 for L40S, because ECC takes 3 GB, and 180 for B200); the
+    usable memory is 0.98 GiB per GB. If the memory forecast exceeds the usable memory, the run or --dry-run exits with
+    an error; null: no check."""
     gpu: str | None = None
     """GPU for which --dry-run forecasts memory and time, also on a machine without a GPU: the name of a card, such as
     h100, h200 or a100-40, or its peak numbers as TFLOPS/GBPS, such as 989/4800 (bfloat16 TFLOP/s without sparsity, and
