@@ -133,7 +133,7 @@ def test_filters_change_the_list(show: Callable[..., Browser], three: PageData) 
     page.choose("select[name=verdict]", "wrong")
     rows = [row for row in rows if row["verdict"] == 1]
     expect_results(page, rows)
-    assert set(page.texts(".response .badge")) == {"✗ wrong"}
+    page.wait(lambda: set(page.texts(".response .badge")) == {"✗ wrong"})
     page.choose("select[name=source]", three.index["sources"][1])
     rows = [row for row in rows if row["source"] == 1]
     expect_results(page, rows)
