@@ -101,7 +101,7 @@ class CheckpointingConfig:
     """Number of training steps between checkpoints. A checkpoint of the last step is always saved."""
     checkpoint_must_save_by: str | None = None
     """Time limit, counted from the start of the program, as DD:HH:MM:SS. The run saves a checkpoint before the limit
-    and exits with code 0; null: no limit."""
+    and exits with code 0, so checkpointing.enabled=true is required; null: no limit."""
     save_consolidated: bool = False
     """Write an export with every checkpoint: the folder hf with the complete model, or the folder peft with the
     adapters if policy.dtensor_cfg.lora_cfg.enabled=true. false: only with the last checkpoint."""

@@ -147,7 +147,8 @@ def read_export_files(
     except (OSError, UnicodeDecodeError) as error:
         problem = f"has a file that cannot be copied to exports ({error})"
         raise setting.error(problem, "make this file readable, or download the model again") from error
-    template = None if chat_template is None else _own_template(chat_template)
+    key = "policy.tokenizer.chat_template"
+    template = None if chat_template is None else read_text(os.path.expanduser(chat_template), key)
     config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     _edit_model_files(contents, files.folder, config, stop_token_ids, setting)
     if template is not None:
@@ -173,11 +174,6 @@ def read_export_files(
     if misread and _TOKENIZER_JSON in contents:
         _warn_if_misread(contents, setting)
     return ExportFiles(contents, bool(config.tie_word_embeddings))
-
-
-def _own_template(chat_template: str) -> str:
-    """Return the text of the user's chat template file."""
-    return read_text(os.path.expanduser(chat_template), "policy.tokenizer.chat_template")
 
 
 def _edit_model_files(
